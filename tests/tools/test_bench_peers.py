@@ -10,12 +10,18 @@ import pytest
 
 from tools.alternate import BUSY, NOISE
 from tools.bench_peers.__main__ import CONTROL, CONTROLLED, GOALS, summary
+from tools.bench_peers.agreement import NEAR, Parting, partings
 from tools.bench_peers.llama_files import _interleaved
 from tools.bench_peers.report import markdown
 
 SIDES = ("slots", "rows", "in place", "OpenVINO GenAI", "llama.cpp", CONTROL)
 ROUNDS = 4
 QUIET = [0.0] * ROUNDS
+
+
+def far(parting: Parting) -> float:
+    """Logits that no rounding brings together."""
+    return 10 * NEAR
 
 
 def run(seconds: float, tokens: list[int]) -> dict[str, Any]:
@@ -42,7 +48,7 @@ def runs() -> dict[str, list[dict[str, Any]]]:
 
 
 def test_ratios_are_ours_over_theirs(runs: dict[str, Any]) -> None:
-    found = summary("fp32", runs, QUIET)
+    found = summary("fp32", runs, QUIET, far)
     assert not found["not_concluded"]
     ratios = {(row["what"], row["ours"], row["peer"]): row["median"] for row in found["ratios"]}
     assert ratios["eight", "rows", "llama.cpp"] == pytest.approx(0.5)
@@ -59,7 +65,7 @@ def test_ratios_are_ours_over_theirs(runs: dict[str, Any]) -> None:
 @pytest.mark.parametrize("side", ["rows", "llama.cpp"])
 def test_other_tokens_are_other_work(runs: dict[str, Any], side: str) -> None:
     runs[side][-1] = run(0.1, [1, 2, 4])
-    found = summary("fp32", runs, QUIET)
+    found = summary("fp32", runs, QUIET, far)
     assert found["not_concluded"] == [f"other tokens from {side}: not the same work"]
     assert found["same_tokens"][side] == pytest.approx(2 / 3)
     shown = markdown({"results": [found]})
@@ -67,25 +73,41 @@ def test_other_tokens_are_other_work(runs: dict[str, Any], side: str) -> None:
     assert "not concluded" in shown
 
 
+def test_tokens_that_are_as_good_as_equal_are_the_same_work(runs: dict[str, Any]) -> None:
+    runs["llama.cpp"][-1] = run(0.1, [1, 5, 4])
+    (parting,) = partings(*(runs[side][-1]["tokens"] for side in ("llama.cpp", "slots")))
+    assert parting == Parting("128 base", 0, [1], 5, 2)
+    found = summary("fp32", runs, QUIET, lambda at: NEAR / 2 if at == parting else NEAR * 2)
+    assert not found["not_concluded"]
+    assert "llama.cpp's differ first, the two tokens' logits differ by at most 0.0050." in (
+        markdown({"results": [found]})
+    )
+
+
 def test_quantized_models_may_differ_and_the_part_is_shown(runs: dict[str, Any]) -> None:
     runs["llama.cpp"][-1] = run(0.1, [1, 2, 4])
-    found = summary("int4", runs, QUIET)
+    found = summary("int4", runs, QUIET, far)
     assert not found["not_concluded"]
     assert "llama.cpp 67%" in markdown({"results": [found]})
 
 
-def test_a_control_far_from_itself_concludes_nothing(runs: dict[str, Any]) -> None:
+def test_a_figure_whose_control_is_far_from_itself_is_not_concluded(runs: dict[str, Any]) -> None:
     slow = copy.deepcopy(runs[CONTROLLED])
     for one in slow:
         one["seconds"]["eight"] *= 1 + 2 * NOISE
-    found = summary("fp32", {**runs, CONTROL: slow}, QUIET)
-    (problem,) = found["not_concluded"]
-    assert "the control of eight is 1.20" in problem
+    found = summary("fp32", {**runs, CONTROL: slow}, QUIET, far)
+    assert {row["what"] for row in found["ratios"] if not row["concluded"]} == {"eight"}
+    shown = markdown({"results": [found]})
+    assert "| 1.20 (1.20–1.20) | ≤ 0.4 | not concluded |" in shown
+    assert (
+        "| step 128 one | rows / llama.cpp | 0.50 (0.50–0.50) | 1.00 (1.00–1.00) | ≤ 0.9 | yes |"
+        in shown
+    )
 
 
 @pytest.mark.parametrize("work", [[0.0, 2 * BUSY], [0.0, None]])
 def test_a_busy_machine_concludes_nothing(runs: dict[str, Any], work: list[float | None]) -> None:
-    (problem,) = summary("fp32", runs, work)["not_concluded"]
+    (problem,) = summary("fp32", runs, work, far)["not_concluded"]
     assert problem.startswith("the machine has other work")
 
 

@@ -5,9 +5,10 @@
 
 How the environments are made is in `engines.py`, what is asked for in `requests.py`. Every engine
 is a process; they take turns in random order, one at a time, and ratios are taken round by round.
-One of our forms runs twice as the control. In float32 all engines must give the same tokens, or
-there are no figures; below that each quantizes in its own way, and the part of tokens that agrees
-is shown. Nothing is concluded where the machine has other work or the control is not near 1.
+One of our forms runs twice as the control. In float32 all engines must give the same tokens, but
+where two are as good as equal, or nothing is concluded; below that each quantizes in its own way,
+and the part of tokens that agrees is shown. Nothing is concluded either where the machine has
+other work, nor of a figure whose control is not near 1.
 Writes peers.json, peers.md and peers.svg.
 """
 
@@ -18,7 +19,7 @@ import os
 import platform
 import random
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -27,8 +28,10 @@ from typing import Any, Final
 import loradeploy as ld
 from loradeploy.files import atomic_file, write_json
 from tools.alternate import BUSY, NOISE, busy, ratio
+from tools.bench_peers.agreement import NEAR, Parting, agreement, gap, partings
 from tools.bench_peers.engines import FORMS, PRECISIONS, Pythons, console, sides, start
 from tools.bench_peers.report import draw, markdown
+from tools.bench_peers.requests import requests
 from tools.made_adapters import make_adapters
 from tools.real_models import bbc_news, cache, smollm2
 
@@ -135,13 +138,23 @@ def measure(
     finally:
         for worker in workers.values():
             worker.close()
-    return summary(precision, runs, work)
+    slots = given["slots"]
+    asked = requests(prompts, list(slots["adapters"]))
+    return summary(
+        precision, runs, work, lambda at: gap(at, asked, slots["bundle"], slots["adapters"])
+    )
 
 
 def summary(
-    precision: str, runs: Mapping[str, list[dict[str, Any]]], work: list[float | None]
+    precision: str,
+    runs: Mapping[str, list[dict[str, Any]]],
+    work: list[float | None],
+    gap_at: Callable[[Parting], float],
 ) -> dict[str, Any]:
-    """Milliseconds, ratios to the peers, the control, and what keeps them from meaning anything."""
+    """Milliseconds, ratios to the peers, the control, and what keeps them from meaning anything.
+
+    `gap_at`: how near the choice was where an engine's tokens part from ours.
+    """
     seconds = {
         side: {what: [run["seconds"][what] for run in own] for what in own[0]["seconds"]}
         for side, own in runs.items()
@@ -156,16 +169,16 @@ def summary(
     control = {
         what: ratio(seconds[CONTROL][what], seconds[CONTROLLED][what]) for what in seconds[CONTROL]
     }
-    far = {what: one for what, one in control.items() if max(1 - one.low, one.high - 1) > NOISE}
-    if far:
-        problems.append("the control of " + ", ".join(f"{w} is {one}" for w, one in far.items()))
-    same = {
-        side: _agreement(own[-1]["tokens"], runs["slots"][-1]["tokens"])
-        for side, own in runs.items()
-    }
-    differing = [side for side, part in same.items() if part < 1]
-    if precision == "fp32" and differing:
-        problems.append(f"other tokens from {', '.join(differing)}: not the same work")
+    far = {what for what, one in control.items() if max(1 - one.low, one.high - 1) > NOISE}
+    expected = runs["slots"][-1]["tokens"]
+    same = {side: agreement(own[-1]["tokens"], expected) for side, own in runs.items()}
+    gaps: dict[str, float] = {}
+    if precision == "fp32":
+        for side, own in runs.items():
+            if apart := partings(own[-1]["tokens"], expected):
+                gaps[side] = max(map(gap_at, apart))
+        if differing := [side for side, most in gaps.items() if most > NEAR]:
+            problems.append(f"other tokens from {', '.join(differing)}: not the same work")
     return {
         "precision": precision,
         "milliseconds": {
@@ -182,7 +195,13 @@ def summary(
         "load_ms": {side: own[-1]["load"] * 1e3 for side, own in runs.items()},
         "peak_mb": {side: own[-1]["peak"] for side, own in runs.items()},
         "ratios": [
-            {"what": what, "ours": form, "peer": peer, "goal": goal}
+            {
+                "what": what,
+                "ours": form,
+                "peer": peer,
+                "goal": goal,
+                "concluded": not problems and what not in far,
+            }
             | asdict(ratio(seconds[form][what], seconds[peer][what]))
             for what, goal in GOALS.items()
             for peer in PEERS
@@ -191,19 +210,9 @@ def summary(
         ],
         "control": {what: asdict(one) for what, one in control.items()},
         "same_tokens": same,
+        "gaps": gaps,
         "not_concluded": problems,
     }
-
-
-def _agreement(found: Mapping[str, Any], expected: Mapping[str, Any]) -> float:
-    """The part of all requests' tokens that are the same."""
-    pairs = [
-        (a, b)
-        for what in expected
-        for row, other in zip(found[what], expected[what], strict=True)
-        for a, b in zip(row, other, strict=True)
-    ]
-    return float(sum(a == b for a, b in pairs) / len(pairs))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import llama_cpp as ll
 import numpy as np
 
 from tools.alternate import Side, serve_worker
-from tools.bench_peers.requests import Tokens, measured
+from tools.bench_peers.requests import Request, Tokens, measured
 
 THREADS = 2
 CONTEXT = 1280
@@ -45,7 +45,7 @@ class Llama:
             raise SystemExit(f"llama.cpp does not read {directory}")
         self._adapters[name] = (adapter, 1.0)
 
-    def generate(self, rows: Sequence[tuple[Tokens, str | None]], new: int) -> list[Tokens]:
+    def generate(self, rows: Sequence[Request], new: int) -> list[Tokens]:
         """One after another: a batch has one adapter."""
         return [self._one(prompt, adapter, new) for prompt, adapter in rows]
 

@@ -11,7 +11,7 @@ import openvino
 import openvino_genai
 
 from tools.alternate import Side, serve_worker
-from tools.bench_peers.requests import Tokens, measured
+from tools.bench_peers.requests import Request, Tokens, measured
 
 THREADS = 2
 
@@ -43,7 +43,7 @@ class OpenVino:
         adapter = self._adapters[directory]
         self._by_name[name] = openvino_genai.AdapterConfig(adapter, scaling)
 
-    def generate(self, rows: Sequence[tuple[Tokens, str | None]], new: int) -> list[Tokens]:
+    def generate(self, rows: Sequence[Request], new: int) -> list[Tokens]:
         """One after another: a batch has one adapter."""
         return [self._one(prompt, adapter, new) for prompt, adapter in rows]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import loradeploy as ld
 from tools.alternate import Side, serve_worker
-from tools.bench_peers.requests import Tokens, measured
+from tools.bench_peers.requests import Request, Tokens, measured
 
 
 class Ours:
@@ -24,7 +24,7 @@ class Ours:
         """Load a PEFT directory, whose config says the scaling."""
         self._session.load(name, directory)
 
-    def generate(self, rows: Sequence[tuple[Tokens, str | None]], new: int) -> list[Tokens]:
+    def generate(self, rows: Sequence[Request], new: int) -> list[Tokens]:
         """All in one batch, each row its own adapter."""
         prompts, adapters = [list(prompt) for prompt, _ in rows], [name for _, name in rows]
         given = self._generator.generate(

@@ -25,14 +25,19 @@ def markdown(report: Mapping[str, Any]) -> str:
         for title, name in (("swap", "swap_ms"), ("load", "load_ms"), ("peak, MB", "peak_mb")):
             lines.append(_row(title, [result[name][side] for side in sides]))
         same = ", ".join(f"{side} {part:.0%}" for side, part in result["same_tokens"].items())
-        lines += ["", f"Tokens equal to those of slots: {same}.", ""]
+        lines += ["", f"Tokens equal to those of slots: {same}."]
+        lines += [
+            f"Where {side}'s differ first, the two tokens' logits differ by at most {gap:.4f}."
+            for side, gap in result["gaps"].items()
+        ]
+        lines.append("")
         lines += ["| ours / theirs | | median (quartiles) | control | goal | met |"]
         lines.append("|---|---|---|---|---|---|")
         for row in result["ratios"]:
             found = Ratio(row["median"], row["low"], row["high"])
             control = Ratio(**result["control"][row["what"]])
             met = "yes" if found.median <= row["goal"] else "no"
-            if result["not_concluded"]:
+            if not row["concluded"]:
                 met = "not concluded"
             lines.append(
                 f"| {row['what']} | {row['ours']} / {row['peer']} | {found} | {control} |"

@@ -10,6 +10,8 @@ from typing import Any, Final, Protocol
 from tools.alternate import Side
 
 Tokens = list[int]
+Request = tuple[Tokens, str | None]  # a prompt and its adapter's name
+LENGTHS: Final = (128, 512, 1024)
 NEW: Final = 24  # tokens behind the first one whose time is a step's
 SHORT: Final = 8  # and of each of eight requests
 
@@ -20,8 +22,19 @@ class Peer(Protocol):
     def load(self, name: str, directory: str, scaling: float) -> None:
         """Load a PEFT adapter, or what was made of it, so that it can be asked for."""
 
-    def generate(self, rows: Sequence[tuple[Tokens, str | None]], new: int) -> list[Tokens]:
+    def generate(self, rows: Sequence[Request], new: int) -> list[Tokens]:
         """`new` greedy tokens for each prompt with its adapter, as fast as the engine does them."""
+
+
+def requests(prompts: Mapping[str, Tokens], names: Sequence[str]) -> dict[str, list[Request]]:
+    """The requests whose tokens are compared, by their name in `tokens`."""
+    eight: list[Request] = [(prompts[f"short {number}"], name) for number, name in enumerate(names)]
+    single: dict[str, list[Request]] = {
+        f"{length} {use}": [(prompts[str(length)], name)]
+        for length in LENGTHS
+        for use, name in (("base", None), ("one", names[0]))
+    }
+    return {**single, "alternating": eight, "eight": eight}
 
 
 def measured(
@@ -40,26 +53,25 @@ def measured(
         peer.load(name, directory, scaling)
         load[name] = time.perf_counter() - began
     names = list(adapters)
-    eight = [(prompts[f"short {number}"], name) for number, name in enumerate(names)]
+    asked = requests(prompts, names)
+    eight = asked["eight"]
 
     def call() -> dict[str, Any]:
         found: dict[str, float] = {}
         tokens: dict[str, list[Tokens]] = {}
 
-        def timed(
-            rows: Sequence[tuple[Tokens, str | None]], new: int
-        ) -> tuple[float, list[Tokens]]:
+        def timed(rows: Sequence[Request], new: int) -> tuple[float, list[Tokens]]:
             began = time.perf_counter()
             given = peer.generate(rows, new)
             return time.perf_counter() - began, given
 
-        for length in (128, 512, 1024):
-            for use, name in (("base", None), ("one", names[0])):
-                row = [(prompts[str(length)], name)]
-                first, _ = timed(row, 1)
-                whole, tokens[f"{length} {use}"] = timed(row, 1 + NEW)
-                found[f"first {length} {use}"] = first
-                found[f"step {length} {use}"] = (whole - first) / NEW
+        for what, row in asked.items():
+            if row is eight:
+                continue
+            first, _ = timed(row, 1)
+            whole, tokens[what] = timed(row, 1 + NEW)
+            found[f"first {what}"] = first
+            found[f"step {what}"] = (whole - first) / NEW
         apart = [timed([row], SHORT) for row in eight]
         found["alternating"] = sum(seconds for seconds, _ in apart)
         tokens["alternating"] = [given[0] for _, given in apart]
