@@ -318,6 +318,9 @@ def _write_feature_settings(directory: Path, content: Content) -> None:
 def padding_token(directory: Path) -> int:
     """The id that the runtime fills rows up with, by the files of a bundle: see its tokenizer."""
     settings = _settings(directory, CONFIG_NAME)
+    own = settings.get("pad_token_id")
+    if isinstance(own, int) and own >= 0:
+        return own  # without a look into the tokenizer, which takes long to read
     tokens = _settings(directory, "tokenizer_config.json")
     ends = _settings(directory, GENERATION_NAME)
     pad = tokens.get("pad_token")
@@ -330,8 +333,7 @@ def padding_token(directory: Path) -> int:
     ]
     eos = [ends.get("eos_token_id"), settings.get("eos_token_id")]
     first = [value[0] if isinstance(value, list) and value else value for value in eos]
-    candidates = [settings.get("pad_token_id"), *ids, *first]
-    return next((i for i in candidates if isinstance(i, int) and i >= 0), 0)
+    return next((i for i in (*ids, *first) if isinstance(i, int) and i >= 0), 0)
 
 
 def _settings(directory: Path, name: str) -> dict[str, Any]:

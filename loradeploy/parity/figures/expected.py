@@ -28,31 +28,45 @@ class Expected:
     """Facts of positions [count, width].
 
     `length` [count]: of each as a vector. `log_sum` [count]: log Σ exp. `leaders` [count, up to
-    32]: indices of the largest values, in ascending order. The last two are of logits alone.
+    32]: indices of the largest values, in ascending order. `top` [count, up to 5]: the largest of
+    these, the largest first; `least` [count]: the smallest value of them. All but the first are of
+    logits alone.
     """
 
     length: Values
     log_sum: Values
     leaders: Indices
+    top: Indices
+    least: Values
 
     @classmethod
     def of(cls, values: Values, *, logits: bool) -> Expected:
         """The facts of `values` [count, width]; of what is not finite they mean nothing."""
         if not logits or not values.size:
             none = np.zeros((len(values), 0))
+            no_index = none.astype(np.int64)
             with np.errstate(over="ignore", invalid="ignore"):
-                return cls(lengths(values), none, none.astype(np.int64))
+                return cls(lengths(values), none, no_index, no_index, none)
         if not np.isfinite(values).all():
             values = np.nan_to_num(values)
         with np.errstate(over="ignore", invalid="ignore"):
             leading = _leading(values)
             rows = np.arange(len(values))[:, np.newaxis]
-            most = values[rows, leading].max(axis=1, keepdims=True)
+            led = values[rows, leading]
+            most = led.max(axis=1, keepdims=True)
             summed = [np.exp(one - its).sum() for one, its in zip(values, most, strict=True)]
-            return cls(lengths(values), most[:, 0] + np.log(summed), leading)
+            log_sum = most[:, 0] + np.log(summed)
+            top = largest_of(values, leading)
+            return cls(lengths(values), log_sum, leading, top, led.min(axis=1))
 
     def __getitem__(self, part: slice | NDArray[np.bool_]) -> Expected:
-        return Expected(self.length[part], self.log_sum[part], self.leaders[part])
+        return Expected(
+            self.length[part],
+            self.log_sum[part],
+            self.leaders[part],
+            self.top[part],
+            self.least[part],
+        )
 
 
 def largest_of(values: Values, among: Indices) -> Indices:
@@ -66,7 +80,7 @@ def largest_of(values: Values, among: Indices) -> Indices:
     return indices
 
 
-def leaders(expected: Values, actual: Values, furthest: Values, about: Expected) -> Indices:
+def leaders(actual: Values, furthest: Values, about: Expected) -> Indices:
     """The indices of the five largest `actual` values, as `largest_of` gives them.
 
     An actual value is at most `furthest` [count] from the expected one. So where the fifth largest
@@ -77,9 +91,9 @@ def leaders(expected: Values, actual: Values, furthest: Values, about: Expected)
     if width <= about.leaders.shape[1]:
         return found
     rows = np.arange(len(actual))[:, np.newaxis]
-    least = expected[rows, about.leaders].min(axis=1)
     fifth = actual[rows, found].min(axis=1)
-    reach = np.nextafter(least + furthest, np.asarray(np.inf, least.dtype))
+    furthest_up = about.least + furthest
+    reach = np.nextafter(furthest_up, np.asarray(np.inf, furthest_up.dtype))
     for row in np.flatnonzero(~(fifth > reach)):
         found[row] = _largest(actual[row], found.shape[1])
     return found

@@ -17,7 +17,7 @@ from loradeploy.parity.figures.distances import (
     divergences,
     symmetric_divergence,
 )
-from loradeploy.parity.figures.expected import Expected, largest_of, leaders
+from loradeploy.parity.figures.expected import Expected, leaders
 from loradeploy.parity.figures.histogram import Histogram
 
 if TYPE_CHECKING:
@@ -235,9 +235,9 @@ class Comparison:
         base = np.abs(expected)
         np.maximum(base, self._guard, out=base)
         relative = error / base
-        worst = int(relative.argmax())
-        largest = float(relative.flat[worst])
+        largest = float(relative.max())
         if largest > self._relative.largest:
+            worst = int(relative.argmax())
             unit = float(np.spacing(np.float32(base.flat[worst])))
             self._max_ulp = max(self._max_ulp, float(error.flat[worst]) / unit)
         self._relative.add(relative, largest)
@@ -269,8 +269,8 @@ class Comparison:
         numbers: NDArray[np.int64],
         first_step: int | None,
     ) -> None:
-        wanted = largest_of(expected, about.leaders)  # [positions, up to 5]
-        found = leaders(expected, actual, furthest, about)
+        wanted = about.top  # [positions, up to 5]
+        found = leaders(actual, furthest, about)
         expected_top, actual_top = wanted[:, 0], found[:, 0]
         agree = expected_top == actual_top
         self._agree += int(agree.sum())

@@ -70,5 +70,10 @@ def real_positions(values: NDArray[Any], real: NDArray[np.bool_], task: str) -> 
     if task == SEQ2SEQ_LM or task in IMAGES:
         return values  # the target's, or an image's
     whole_row = np.ones(max(0, len(values) - len(real)), bool)
-    kept: NDArray[Any] = values[np.concatenate([real, whole_row])]
+    chosen = np.concatenate([real, whole_row])
+    places = np.flatnonzero(chosen)
+    # Padding on one side leaves a part as it lies: a vocabulary's logits are not copied.
+    if len(chosen) == len(values) and len(places) and np.ptp(places) + 1 == len(places):
+        return values[places[0] : places[-1] + 1]
+    kept: NDArray[Any] = values[chosen]
     return kept

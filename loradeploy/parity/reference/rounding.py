@@ -1,7 +1,7 @@
 """The reference model computed in other numbers: what rounding alone does to it.
 
-Weights are cast as their module runs and given back afterwards, so that one module at a time is
-held twice, whatever the size of the model.
+Weights are cast as their module runs and given back afterwards, so that one module of each shape is
+held twice at most, whatever the size of the model.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 # What a precision's gap is taken to. float32 is compared with float64: both are in PyTorch, so that
 # nothing but rounding is between them.
 DTYPES: Final[Mapping[str, str]] = {"fp32": "float64", "fp16": "float16", "bf16": "bfloat16"}
+# The largest weight, in values, whose memory is used again for the next of its shape.
+_KEPT: Final = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -36,24 +38,68 @@ def in_dtype(model: torch.nn.Module, name: str) -> Iterator[None]:
 
     dtype: torch.dtype = getattr(torch, name)
     kept: dict[torch.nn.Module, list[tuple[torch.nn.Parameter, torch.Tensor]]] = {}
+    room = _Room(dtype)
 
     def cast(module: torch.nn.Module, inputs: Any) -> Any:
-        own = [p for p in module.parameters(recurse=False) if p.is_floating_point()]
-        kept[module] = [(parameter, parameter.data) for parameter in own]
-        for parameter in own:
-            parameter.data = parameter.data.to(dtype)
+        to = room.cast if type(module) is torch.nn.Linear else _to(dtype)
+        own = kept[module] = []
+        for parameter in module.parameters(recurse=False):
+            if parameter.is_floating_point():
+                data = parameter.data
+                parameter.data = to(data)
+                own.append((parameter, data))
 
     def give_back(module: torch.nn.Module, inputs: Any, output: Any) -> None:
         for parameter, data in kept.pop(module, ()):
+            if type(module) is torch.nn.Linear:
+                room.give_back(parameter.data)
             parameter.data = data
+
+    def cast_output(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return output.to(dtype)
 
     with ExitStack() as hooks:
         for module in model.modules():
-            if any(True for _ in module.parameters(recurse=False)):
+            if type(module) is torch.nn.Embedding and module.max_norm is None:
+                # The rows that are looked up, in place of a whole vocabulary's.
+                hooks.callback(module.register_forward_hook(cast_output).remove)
+            elif any(True for _ in module.parameters(recurse=False)):
                 hooks.callback(module.register_forward_pre_hook(cast).remove)
                 after = module.register_forward_hook(give_back, always_call=True)
                 hooks.callback(after.remove)
         yield
+
+
+def _to(dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda values: values.to(dtype)
+
+
+class _Room:
+    """Memory for the cast weights of linear layers, which are of few shapes, one for each.
+
+    Their outputs never share it, as those of other modules may, and writing where something was
+    written before is several times as fast as in memory that is new.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._free: dict[torch.Size, torch.Tensor] = {}
+
+    def cast(self, values: torch.Tensor) -> torch.Tensor:
+        """`values` in the other dtype, until they are given back."""
+        import torch
+
+        made = self._free.pop(values.shape, None)
+        if made is None:
+            with torch.inference_mode(False):  # what is made inside it cannot be written outside
+                made = torch.empty_like(values, dtype=self._dtype)
+        with torch.no_grad():
+            return made.copy_(values)
+
+    def give_back(self, values: torch.Tensor) -> None:
+        """Take back what `cast` gave; what is large, as a head of a vocabulary, is not kept."""
+        if values.numel() <= _KEPT:
+            self._free[values.shape] = values
 
 
 @contextmanager

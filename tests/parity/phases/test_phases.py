@@ -20,6 +20,7 @@ from loradeploy.parity.names import (
     REPEAT,
 )
 from loradeploy.parity.phases.choice import phases_of, rows_of, spread
+from loradeploy.parity.phases.outputs import real_positions
 from loradeploy.parity.phases.rows import Row
 from loradeploy.parity.phases.run import generate, run_phases
 from loradeploy.runtime.text.padding import positions_of
@@ -143,6 +144,24 @@ def test_a_repeated_row_is_held_against_its_first_run() -> None:
 
     (seen,) = run_phases(Drifting(), [row((3, 1))], task="causal-lm", pad=PAD, phases=[REPEAT])
     assert (seen.values - seen.expected == 1).all()
+
+
+@pytest.mark.parametrize("mask", ["0011", "1100", "1111", "1011", "0110", "0000"])
+@pytest.mark.parametrize("whole_row", [0, 1])
+def test_what_is_compared_of_a_row_is_what_its_mask_has_and_what_is_the_whole_rows(
+    mask: str, whole_row: int
+) -> None:
+    real = np.array([digit == "1" for digit in mask])
+    values = np.arange((len(real) + whole_row) * 3.0).reshape(-1, 3)
+    expected = [*values[: len(real)][real], *values[len(real) :]]
+    assert (
+        real_positions(values, real, "causal-lm").tolist() == np.reshape(expected, (-1, 3)).tolist()
+    )
+
+
+def test_a_row_of_fewer_positions_than_tokens_is_an_error() -> None:
+    with pytest.raises(IndexError):
+        real_positions(np.zeros((3, 2)), np.array([False, True, True, True]), "causal-lm")
 
 
 def test_rows_of_extreme_lengths_share_no_batch_with_others() -> None:

@@ -58,6 +58,33 @@ def test_a_model_in_other_numbers_is_what_pytorch_casts_and_leaves_no_trace(
     assert not torch.equal(here.double(), before.double())
 
 
+def test_a_second_run_in_other_numbers_is_the_first_again(model: torch.nn.Module) -> None:
+    with in_dtype(model, "float64"):
+        first = logits(model)
+        with torch.inference_mode():
+            other = model(input_ids=IDS.flip(1)).logits
+        assert torch.equal(logits(model), first)
+        with torch.no_grad():  # memory that was made in one mode is used again in the other
+            assert torch.equal(model(input_ids=IDS).logits, first)
+    assert not torch.equal(other, first)
+
+
+def test_a_run_that_fails_in_other_numbers_leaves_no_trace(model: torch.nn.Module) -> None:
+    def fail(module: torch.nn.Module, inputs: object, output: object) -> None:
+        raise ValueError
+
+    before = logits(model)
+    failing = model.get_submodule("model.layers.1.mlp.down_proj").register_forward_hook(fail)
+    with in_dtype(model, "float64"):
+        with pytest.raises(ValueError):
+            logits(model)
+        failing.remove()
+        here = logits(model)
+    assert torch.equal(logits(model), before)
+    with in_dtype(model, "float64"):
+        assert torch.equal(logits(model), here)
+
+
 def test_rounding_to_8_bits_is_off_by_half_a_step_of_its_block() -> None:
     x = torch.randn(5, 70, generator=torch.Generator().manual_seed(0))
     x[:, 40] *= 100  # an outlier costs its own block alone
