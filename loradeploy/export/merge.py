@@ -151,7 +151,7 @@ def _merged(
     numbers = constant_of(layer.weight)
     transposed = isinstance(layer, Linear) and not layer.transposed
     if start is None:
-        before = numbers.astype(np.float32)
+        before = np.asarray(numbers, np.float32)  # in float32 the numbers themselves
     else:
         before = np.array(start.T if transposed else start, dtype=np.float32, order="C")
     W = before.copy()

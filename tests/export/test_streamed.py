@@ -32,6 +32,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 from loradeploy.export.api import export
+from tools.made_adapters import make_adapters
 
 place = Path(sys.argv[1])
 for name, width, layers, words in (("small", 32, 1, 64), ("large", 1024, 4, 12_000)):
@@ -44,11 +45,16 @@ def kib(what):
     status = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in status if line.startswith(what))
 
+def peak(*given, **options):
+    Path("/proc/self/clear_refs").write_text("5")
+    before = kib("VmRSS:")
+    export(*given, **options)
+    return kib("VmHWM:") - before
+
 export(place / "small", place / "warm")
-Path("/proc/self/clear_refs").write_text("5")
-before = kib("VmRSS:")
-export(place / "large", place / "bundle")
-print(kib("VmHWM:") - before)
+exported = peak(place / "large", place / "bundle")
+(adapter,) = make_adapters(place / "bundle", place / "made", 1, rank=16).values()
+print(exported, peak(place / "bundle", place / "merged", adapters=[adapter], merge=True))
 """
 
 
@@ -100,9 +106,12 @@ def test_no_file_of_a_bundle_is_hashed_twice(
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the peak")
-def test_an_export_takes_the_memory_of_one_copy_of_the_model(tmp_path: Path) -> None:
+def test_an_export_and_a_merge_take_the_memory_of_one_copy_of_the_model(tmp_path: Path) -> None:
     command = [sys.executable, "-c", CHILD, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
     size = (tmp_path / "large" / "model.safetensors").stat().st_size
     assert size > 3e8
-    assert int(done.stdout.split()[-1]) * _KIB < MOST * size
+    exported, merged = (int(peak) * _KIB for peak in done.stdout.split()[-2:])
+    assert exported < MOST * size
+    assert merged < MOST * size

@@ -32,6 +32,7 @@ from loradeploy.export.building.steps import (
     with_quantized_weights,
     with_separate_biases,
 )
+from loradeploy.export.graph.edit import give_up
 from loradeploy.export.match.linears import (
     Findings,
     find_linears,
@@ -81,7 +82,9 @@ def merged(
     warn_of(report.error, base.precision)
     for module in report.untied:
         logger.info("%s shares its weight and got a copy of its own", module)
-    fuse_products(base.graph.graph, find_linears(base.graph).linears.values())
+    linears = find_linears(base.graph).linears.values()
+    fuse_products(base.graph.graph, linears)
+    give_up(base.graph.graph, [linear.weight for linear in linears])
     manifest = dataclasses.replace(
         described(base, "merged"),
         merged_adapter=AdapterEntry(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -167,6 +167,16 @@ def remove_unused(graph: ir.Graph) -> None:
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     RemoveUnusedNodesPass()(ir.Model(graph, ir_version=_IR_VERSION))
+
+
+def give_up(graph: ir.Graph, constants: Iterable[ir.Value]) -> None:
+    """Free the numbers of those of `constants` that `graph` has no more and nothing uses.
+
+    Nodes and values that were removed refer to each other, which the collector alone would free.
+    """
+    for value in constants:
+        if not value.uses() and graph.initializers.get(str(value.name)) is not value:
+            value.const_value = None
 
 
 def only_user(value: ir.Value) -> ir.Node | None:

@@ -65,16 +65,18 @@ def fuse_products(
     return [_product(graph, members) for members in groups.values()]
 
 
-def separate_products(graph: ir.Graph, targets: Iterable[LoraTarget]) -> None:
-    """Undo `fuse_products`, once the graph's side inputs are out.
+def separate_products(graph: ir.Graph, targets: Iterable[LoraTarget]) -> list[ir.Value]:
+    """Undo `fuse_products`, once the graph's side inputs are out; the constants taken apart.
 
     Raises:
         ExportError: the graph does not have the products that the targets tell of.
     """
     nodes = {str(node.name): node for node in graph}
+    apart: list[ir.Value] = []
     for label, members in products_of(targets):
         if members[0].slice is not None and not came_fused(label, members):
-            _separate(graph, label, members, nodes.get(step_name(label, FUSED_SPLIT)))
+            apart += _separate(graph, label, members, nodes.get(step_name(label, FUSED_SPLIT)))
+    return apart
 
 
 def products_of(targets: Iterable[LoraTarget]) -> list[tuple[str, list[LoraTarget]]]:
@@ -188,7 +190,7 @@ def _fuse(graph: ir.Graph, label: str, members: Sequence[Linear]) -> Fused:
 
 def _separate(
     graph: ir.Graph, label: str, members: Sequence[LoraTarget], split: ir.Node | None
-) -> None:
+) -> list[ir.Value]:
     import onnx_ir as ir
 
     whole = None if split is None else split.inputs[0]
@@ -220,6 +222,7 @@ def _separate(
         node.outputs[0].name = node.name
         graph.insert_before(product, node)
         replace_uses(old, node.outputs[0])
+    return [value for value in product.inputs[1:] if value is not None]
 
 
 def _outputs(

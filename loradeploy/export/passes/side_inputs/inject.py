@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from loradeploy.bundle.manifest import AddedTokens, LoraTarget, Manifest, OutputTarget, SavedTarget
 from loradeploy.errors import ExportError
-from loradeploy.export.graph.edit import Chain, remove_unused, replace_uses
+from loradeploy.export.graph.edit import Chain, give_up, remove_unused, replace_uses
 from loradeploy.export.graph.names import LORA_ADD, call_label, step_name
 from loradeploy.export.match.experts import Experts
 from loradeploy.export.match.linears import Linear
@@ -140,8 +140,9 @@ def remove_side_inputs(model: ir.Model, manifest: Manifest) -> None:
             raise ExportError(f"the graph has no side input at {output.module}: it was changed")
     for head in dict.fromkeys(saved.parameter.rpartition(".")[0] for saved in manifest.saved):
         restore_head(model.graph, head, nodes)
-    separate_products(model.graph, manifest.targets)
+    apart = separate_products(model.graph, manifest.targets)
     remove_unused(model.graph)
+    give_up(model.graph, apart)
     _remove_unused_inputs(model.graph)
 
 
