@@ -102,9 +102,11 @@ def _peft(context: CheckContext, model: torch.nn.Module) -> Opened:
 
 
 def _peft_lacks(context: CheckContext) -> str | None:
-    """Why PEFT cannot load the adapters into a model with rows for added tokens."""
+    """Why PEFT cannot load an adapter: it has no factors, or the model has rows for more tokens."""
     for tested in context.adapters:
         own = tested.adapter.factors
+        if not own and not tested.adapter.rows:
+            return f"PEFT loads no adapter without factors, as {tested.name} is"
         whole = with_all_tokens(tested.adapter, context.manifest).factors
         if any(
             (own[module].A.shape, own[module].B.shape) != (pair.A.shape, pair.B.shape)

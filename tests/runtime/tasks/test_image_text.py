@@ -155,6 +155,13 @@ def test_a_trained_projector_and_factors_answer_as_the_whole_model(made: Made) -
         assert all(own != text for other, text in texts.items() if other != name), name
 
 
+def test_parity_of_a_part_without_factors_leaves_peft_out(made: Made) -> None:
+    report = ld.parity(made.tower, model=made.model, certificate=False)
+    assert report.passed, report.failures
+    left = {found.backend: found.message for found in report.results if found.outcome == "not run"}
+    assert left["peft"] == "PEFT loads no adapter without factors, as charts is"
+
+
 def test_the_recipe_merged_into_both_answers_as_the_whole_model(made: Made, tmp_path: Path) -> None:
     charts = made.adapter("charts")
     whole = load_adapter(charts).digest
