@@ -12,35 +12,28 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from loradeploy.adapter.fitting.towers import TOWERS
-from loradeploy.adapter.heads import PROBLEM_TYPES
 from loradeploy.adapter.modules.renamings import Submodel
-from loradeploy.adapter.tasks import TASKS
-from loradeploy.bundle.fields import LARGEST, BaseKind, Mode, digests, json_object, noun, nouns
+from loradeploy.bundle.consistency import check_consistency
+from loradeploy.bundle.fields import BaseKind, Mode, digests, json_object, noun, nouns
 from loradeploy.bundle.names import (
     ADAPTER_IDS,
     ADAPTER_MODE,
     CERTIFICATE_NAME,
     KEPT,
-    LAYOUTS,
     LEFT,
     LOGITS_TO_KEEP,
     MANIFEST_NAME,
-    NO_PADDING,
-    RIGHT,
     ROWS,
     SIGNATURE_NAME,
     SLOTS,
 )
-from loradeploy.bundle.run_target import BY_TARGET
 from loradeploy.bundle.targets import AddedTokens as AddedTokens
 from loradeploy.bundle.targets import LoraTarget as LoraTarget
 from loradeploy.bundle.targets import OutputTarget as OutputTarget
 from loradeploy.bundle.targets import SavedTarget as SavedTarget
 from loradeploy.bundle.targets import StoredWeight as StoredWeight
 from loradeploy.bundle.targets import TensorSpec as TensorSpec
-from loradeploy.bundle.targets import check_names, check_slices, check_specs, check_stored
-from loradeploy.errors import BundleError, shortened, shown
+from loradeploy.errors import BundleError, shown
 from loradeploy.files import json_values, read_json
 
 if TYPE_CHECKING:
@@ -303,7 +296,7 @@ class Manifest:
             if name in rest:
                 rest[name] = read(rest[name])
         manifest = noun(cls, rest, "")
-        _check(manifest)
+        check_consistency(manifest)
         return manifest
 
 
@@ -366,107 +359,3 @@ def _adapter_entry(value: object, where: str) -> AdapterEntry:
     text = noun(AdapterText, entry.text, f"{where}.text")
     files = digests(text.files, f"{where}.text.files")
     return dataclasses.replace(entry, text=dataclasses.replace(text, files=files))
-
-
-def _check_encoder(manifest: Manifest, encoder: EncoderGraph) -> None:
-    """Raise BundleError unless the encoder has some of the inputs and outputs, and not all."""
-    for what, own, specs in (
-        ("inputs", encoder.inputs, manifest.inputs),
-        ("outputs", encoder.outputs, manifest.outputs),
-    ):
-        names = [spec.name for spec in specs]
-        if not own or not set(own) < set(names) or len(set(own)) != len(own):
-            raise BundleError(
-                f"{MANIFEST_NAME}: encoder.{what} is {shown(list(own))}: expected some of"
-                f" {shown(names)}"
-            )
-    if manifest.branches or manifest.cache_in_place:
-        raise BundleError(f"{MANIFEST_NAME}: an encoder-decoder has branches or a cache in place")
-
-
-def _check_added(manifest: Manifest, added: AddedTokens) -> None:
-    """Raise BundleError unless the graph takes the rows of added tokens, and hides the others."""
-    sizes = {
-        t.module: (t.in_features, t.out_features)[t.kind == "linear"] for t in manifest.targets
-    }
-    offsets = {o.module: o.size for o in manifest.changed if o.offset is not None}
-    tables = {added.embedding} if added.head is None else {added.embedding, added.head}
-    if (
-        added.base < 1
-        or added.count < 1
-        or any(sizes.get(module) != added.size for module in tables)
-        or (added.head is None) is not (added.output is None)
-        or (added.output is not None and offsets.get(added.output) != added.size)
-    ):
-        raise BundleError(
-            f"{MANIFEST_NAME}: added_tokens tells of {shown(added.count)} rows behind"
-            f" {shown(added.base)}, which the layers of the graph do not have"
-        )
-
-
-def _check(manifest: Manifest) -> None:
-    """Raise BundleError if fields contradict each other."""
-    if manifest.task not in TASKS:
-        raise BundleError(f"{MANIFEST_NAME}: the task {shown(manifest.task)} is not one of {TASKS}")
-    if manifest.factor_dtype not in ("float32", "float16"):
-        raise BundleError(f"{MANIFEST_NAME}: factor_dtype is {shown(manifest.factor_dtype)}")
-    if manifest.layout not in LAYOUTS:
-        raise BundleError(
-            f"{MANIFEST_NAME}: layout is {shown(manifest.layout)}, not one of {LAYOUTS}"
-        )
-    if manifest.target is not None and manifest.target not in BY_TARGET:
-        raise BundleError(
-            f"{MANIFEST_NAME}: target is {shown(manifest.target)}, none of {', '.join(BY_TARGET)}"
-        )
-    if manifest.padding not in (LEFT, RIGHT, NO_PADDING):
-        raise BundleError(
-            f"{MANIFEST_NAME}: padding is {shown(manifest.padding)}, not left, right or none"
-        )
-    if manifest.tower not in (None, *TOWERS):
-        raise BundleError(f"{MANIFEST_NAME}: tower is {shown(manifest.tower)}, not text or image")
-    entries = [*manifest.adapters.values(), *filter(None, [manifest.merged_adapter])]
-    for problem_type in (manifest.problem_type, *(entry.problem_type for entry in entries)):
-        if problem_type not in (None, *PROBLEM_TYPES):
-            raise BundleError(f"{MANIFEST_NAME}: problem_type is {shown(problem_type)}")
-    for saved in manifest.saved:
-        if saved.transposed and len(saved.shape) < 2:
-            raise BundleError(
-                f"{MANIFEST_NAME}: {shortened(saved.parameter)} has no axes to transpose"
-            )
-    check_specs("inputs", manifest.inputs)
-    check_specs("outputs", manifest.outputs)
-    if manifest.encoder is not None:
-        _check_encoder(manifest, manifest.encoder)
-    for target in manifest.targets:
-        for size in (target.in_features, target.out_features):
-            if not 0 < size <= LARGEST:
-                raise BundleError(
-                    f"{MANIFEST_NAME}: a size of {shortened(target.module)} is {shown(size)}, not"
-                    " positive or too large"
-                )
-        if not 0 < target.experts <= LARGEST:
-            raise BundleError(
-                f"{MANIFEST_NAME}: the experts of {shortened(target.module)} are"
-                f" {shown(target.experts)}"
-            )
-        if target.stored is not None:
-            check_stored(target, target.stored)
-    check_slices(manifest.targets)
-    side_inputs = [*manifest.factors]
-    side_inputs += [s.input for s in manifest.saved]
-    side_inputs += [name for o in manifest.changed for name in (o.scale, o.offset) if name]
-    for output in manifest.changed:
-        if not 0 < output.size <= LARGEST:
-            raise BundleError(
-                f"{MANIFEST_NAME}: the size of {shortened(output.module)} is {shown(output.size)},"
-                " not positive or too large"
-            )
-    if manifest.added_tokens is not None:
-        _check_added(manifest, manifest.added_tokens)
-    if len(set(side_inputs)) != len(side_inputs):
-        raise BundleError(
-            f"{MANIFEST_NAME}: two targets share the name of a side input: export again"
-        )
-    check_names(manifest.targets, manifest.changed, manifest.saved)
-    if manifest.mode == "merged" and (side_inputs or manifest.adapters):
-        raise BundleError(f"{MANIFEST_NAME}: a merged graph has no side inputs and no adapters")
