@@ -2,8 +2,8 @@
 
 The graph has rows of zeros behind the base's. An adapter's own come in as trained rows
 (adapter_inputs/tokens.py), and a row of a batch sees the logits of its adapter's tokens alone: an
-offset of the logits makes the probability of all other added tokens zero. So several adapters may
-give the same ids to different tokens.
+offset of the logits puts all other added tokens far below them. So several adapters may give the
+same ids to different tokens.
 
     tokens       0 … base-1    base … base+k-1      base+k … base+count-1
     adapter      the base's    its k trained rows   hidden
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from loradeploy.adapter.adapter import Adapter
     from loradeploy.bundle.manifest import AddedTokens, Manifest
 
-# e^x is 0 in every float, whatever the temperature; finite, as not every device keeps infinities.
+# e^x is 0 in every float; finite, as not every device keeps infinities. A high temperature makes
+# more of it, of float16's least above all: the runtime cuts hidden logits off before it chooses.
 _HIDDEN: Final = -1e18
 
 

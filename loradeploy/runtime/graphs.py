@@ -92,11 +92,7 @@ class Graph:
             return self._run_fixed(lease, requested, feeds, device, fixed)
         fed = feed_values(feeds, self.inputs, self.limits, self.optional)
         values = {**self._defaults, **fed}
-        if lease.per_row:
-            check_rows(len(lease.rows), values[self._first].shape()[0])
-        added = self.manifest.added_tokens
-        if added is not None and values[INPUT_IDS].device_name() == HOST:
-            check_tokens_of(lease, values[INPUT_IDS].numpy(), self.manifest)
+        self._check_rows(lease, values)
         if self.replays is not None:
             given = [name for name, feed in feeds.items() if isinstance(feed, onnxruntime.OrtValue)]
             on_host = device[0] == HOST
@@ -148,8 +144,7 @@ class Graph:
             self.optional,
         )
         values = {**self._defaults, **fed}
-        if lease.per_row:
-            check_rows(len(lease.rows), values[self._first].shape()[0])
+        self._check_rows(lease, values)
         binding = fixed.take(lease.device, self.session, requested, self.nothing)
         for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
@@ -168,6 +163,16 @@ class Graph:
             fixed[name] if name in fixed else onnxruntime.OrtValue(made[place])
             for place, name in enumerate(requested)
         ]
+
+    def _check_rows(self, lease: Lease, values: Values) -> None:
+        """Raise UsageError for other rows than those of `lease`, or tokens that one does not have.
+
+        Tokens on a device are not read.
+        """
+        if lease.per_row:
+            check_rows(len(lease.rows), values[self._first].shape()[0])
+        if self.manifest.added_tokens is not None and values[INPUT_IDS].device_name() == HOST:
+            check_tokens_of(lease, values[INPUT_IDS].numpy(), self.manifest)
 
     def _failed(self, problem: Exception) -> RunError:
         return RunError(f"onnxruntime cannot run {self.path} on these feeds: {first_line(problem)}")

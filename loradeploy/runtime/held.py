@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import onnxruntime
     from numpy.typing import NDArray
 
+    from loradeploy.runtime.adapters.resident import Resident
+
     # Of a lease, output names, feeds, the device of new outputs, and buffers for some of them.
     Run = Callable[
         [
@@ -65,6 +67,10 @@ class HeldAdapters:
     def head(self, row: int) -> Head | None:
         """What the answers of the adapter of `row` are; None of the base."""
         return self._lease.heads[row if self._lease.per_row else 0]
+
+    def resident(self, number: int, /) -> Resident | None:
+        """The adapter of a row that was asked for, whatever was taken; None is the base."""
+        return self._all.rows[number if self._all.per_row else 0]
 
     def run(self, output_names: Sequence[str] | None, feeds: Feeds) -> list[NDArray[Any]]:
         """As `AdapterSession.run` with the held adapters."""
@@ -161,6 +167,10 @@ class JoinedAdapters:
     def leave(self, number: int) -> None:
         """Let go of a hold; rows that have its number from now on are of no account."""
         self._holds.pop(number, None)
+
+    def resident(self, number: int, /) -> Resident | None:
+        """The adapter of a hold, by its number; None is the base."""
+        return self._holds[number].resident(0)
 
     def take_rows(self, rows: Sequence[int]) -> None:
         """Run from now on with the holds of these numbers, in their order.

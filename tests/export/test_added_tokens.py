@@ -17,6 +17,7 @@ import loradeploy as ld
 from loradeploy.conversion import convert
 from loradeploy.errors import AdapterError, UsageError
 from loradeploy.export.graph.edit import constant_of, set_constant
+from loradeploy.runtime.bindings import FixedBuffers
 from tests.export.reference import difference, onnx_output
 from tests.export.vocabularies import BASE, CASES, TABLES, WORDS, Case, ids_of, make, resized
 from tests.parity.spoil import spoiled
@@ -183,15 +184,94 @@ def test_texts_are_those_of_peft_with_each_adapters_own_tokenizer(
     assert np.isfinite(scores[0].logprob)
 
 
-def test_hidden_tokens_are_sampled_at_no_temperature(bundle: Path) -> None:
-    generator = ld.TextGenerator(ld.AdapterSession(bundle))
-    made = generator.generate(
-        ["The"] * 4, ["one", None, "none", "rows"], max_new_tokens=40, temperature=1e9, seed=1
-    )
-    for name, one in zip(["one", None, "none", "rows"], made, strict=True):
-        assert max(one.token_ids, default=0) < SIZES[name]
+@pytest.fixture(scope="module")
+def other_bundles(
+    bases: Bases, adapters: Any, bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """That of `bundle`, one in float16, and one whose cache stays in place."""
+    place = tmp_path_factory.mktemp("forms")
+    forms: dict[str, dict[str, Any]] = {"fp16": {"precision": "fp16"}, "gqa": {"attention": "gqa"}}
+    for form, options in forms.items():
+        ld.export(bases["llama"][0], place / form, adapters=adapters, **options)
+    return {"fp32": bundle, **{form: place / form for form in forms}}
+
+
+each_bundle = pytest.mark.parametrize("form", ["fp32", "fp16", "gqa"])
+
+
+@each_bundle
+def test_hidden_tokens_are_sampled_at_no_temperature(
+    form: str, other_bundles: dict[str, Path]
+) -> None:
+    names = ["one", None, "none", "rows"]
+    options: dict[str, Any] = {"max_new_tokens": 100, "top_k": 0, "seed": 1, "logprobs": BASE + 2}
+    generator = ld.TextGenerator(ld.AdapterSession(other_bundles[form]))
+    for temperature in (1e5, 1e20):  # float16's least logit, then that of the others
+        made = generator.generate(["The"] * 4, names, temperature=temperature, **options)
+        for name, one in zip(names, made, strict=True):
+            assert max(one.token_ids) < SIZES[name], name
+            assert one.logprobs and {len(own.top) for own in one.logprobs} == {SIZES[name]}
     beams = generator.generate(["The"], [None], max_new_tokens=5, num_beams=3)
-    assert max(beams[0].token_ids, default=0) < BASE
+    assert max(beams[0].token_ids) < BASE
+    (score,) = generator.score([[5, 7, 9]], [None], logprobs=BASE + 2)
+    assert [len(own.top) for own in score.logprobs] == [BASE] * 2
+
+
+def _only_added(made: Any) -> Any:
+    """A mask that allows an added token alone, but at first."""
+    mask = np.ones(BASE + 2 if made else BASE, bool)
+    mask[: BASE if made else 0] = False
+    return mask
+
+
+@each_bundle
+def test_a_row_that_asks_for_a_hidden_token_fails_alone(
+    form: str, other_bundles: dict[str, Path]
+) -> None:
+    session = ld.AdapterSession(other_bundles[form])
+    options: dict[str, Any] = {"max_new_tokens": 5, "temperature": 1.0}
+    expected = ld.TextGenerator(session).generate(["The match"], ["rows"], seed=3, **options)
+    for wrong, message in (
+        ({"allowed_tokens": _only_added}, "allows the token 512, the logits end at 511"),
+        ({"logit_bias": {BASE: 1e30}}, "logit_bias names the token 512, the logits end at 511"),
+        ({"num_beams": 2, "temperature": 0.0, "allowed_tokens": _only_added}, "the token 512"),
+    ):
+        with ld.Engine(session) as engine:
+            bad = engine.submit("The", None, **{**options, **wrong})
+            good = [engine.submit("The match", "rows", seed=3, **options) for _ in range(3)]
+            with pytest.raises(UsageError, match=message):
+                bad.result(60)
+            for one in good:
+                assert one.result(60).generations[0].token_ids == expected[0].token_ids
+        with pytest.raises(UsageError, match=message):
+            ld.TextGenerator(session).generate(["The"], [None], **{**options, **wrong})
+    (own,) = ld.TextGenerator(session).generate(
+        ["The"], ["one"], max_new_tokens=5, allowed_tokens=lambda made: _only_added(made)[:-1]
+    )
+    assert own.token_ids[1:] == (BASE,) * 4
+
+
+def test_a_step_on_a_cache_in_place_is_refused_with_a_hidden_token(
+    other_bundles: dict[str, Path],
+) -> None:
+    session = ld.AdapterSession(other_bundles["gqa"])
+    cache = session.empty_cache(1)
+    cache.make_room(4, 4)
+    fixed = FixedBuffers(cache.inputs, cache.buffers)
+    known = {spec.name for spec in session.manifest.inputs}
+
+    def step(token: int) -> Any:
+        fed = {name: np.array([[1]]) for name in ("attention_mask", "position_ids")}
+        fed |= {"input_ids": np.array([[token]])}
+        own = {name: values for name, values in fed.items() if name in known}
+        with session.hold(None) as held:
+            return held.run_with_ort_values(
+                ("logits", *cache.outputs), {**own, **cache.inputs}, buffers=fixed
+            )
+
+    assert np.isfinite(step(5)[0].numpy()).all()
+    with pytest.raises(UsageError, match="the base has tokens up to 511"):
+        step(BASE)
 
 
 def test_every_path_agrees_and_every_mistake_is_caught(

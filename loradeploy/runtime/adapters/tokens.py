@@ -17,6 +17,19 @@ if TYPE_CHECKING:
 
     from loradeploy.bundle.manifest import Manifest
     from loradeploy.runtime.adapters.leases import Lease
+    from loradeploy.runtime.adapters.resident import Resident
+
+
+def vocabulary_of_row(own: Resident | None, manifest: Manifest) -> int | None:
+    """How many tokens a row with an adapter has; None where the graph has no added ones.
+
+    The row's logits behind these are of other adapters' tokens: they are cut off before anything is
+    chosen by them. `own`: None is the base.
+    """
+    added = manifest.added_tokens
+    if added is None:
+        return None
+    return added.base if own is None else tokens_in(own.host, manifest)
 
 
 def check_tokens_of(
@@ -29,7 +42,7 @@ def check_tokens_of(
     largest = np.asarray(ids).max(axis=1, initial=0)
     for row in (largest >= added.base).nonzero()[0]:
         own = lease.rows[row if lease.per_row else 0]
-        known = added.base if own is None else tokens_in(own.host, manifest)
+        known = vocabulary_of_row(own, manifest)
         if known is not None and largest[row] >= known:
             raise UsageError(
                 f"row {row} of {INPUT_IDS} holds the token {largest[row]}, and"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from loradeploy.errors import RunError
+from loradeploy.runtime.adapters.tokens import vocabulary_of_row
 from loradeploy.runtime.decoding.caches.rows import (
     CachedRows,
     Reading,
@@ -31,11 +32,19 @@ _NOBODY: Final = -1  # owns a row that no prompt had yet
 
 @dataclass(eq=False)
 class _Member:
-    """Sequences of a batch, and the rows that they go on in with the token that each is fed."""
+    """Sequences of a batch, and the rows that they go on in with the token that each is fed.
+
+    `vocabulary`: how many tokens their adapter has; None is all of the graph.
+    """
 
     sequences: Sequences
+    vocabulary: int | None
     rows: list[int]
     tokens: list[int]
+
+    def advance(self, logits: NDArray[Any]) -> list[Row]:
+        """Choose by the logits of the rows that they have, those of their own tokens alone."""
+        return self.sequences.advance(logits[:, : self.vocabulary])
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +101,7 @@ class DecodingBatch:
         batch = cls(graph, adapters, rows)
         batch._owners = list(range(count))
         for number, own in enumerate(sequences):
-            batch._members[number] = _Member(own, [number], [])
+            batch._members[number] = batch._member(number, own, [number])
         return batch
 
     def __len__(self) -> int:
@@ -131,7 +140,7 @@ class DecodingBatch:
         going: dict[int, list[Row]] = {}
         for number, member in list(self._members.items()):
             try:
-                going[number] = member.sequences.advance(_of_rows(logits, member.rows))
+                going[number] = member.advance(_of_rows(logits, member.rows))
             except BaseException as problem:  # a panic of a mask's library is no Exception
                 if self._on_failure is None:
                     raise
@@ -147,7 +156,7 @@ class DecodingBatch:
     def enter(self, number: int, sequences: Sequences) -> None:
         """Have a prompt, which nothing was read of, take part in steps: without a cache alone."""
         self._check_whole()
-        self._members[number] = _Member(sequences, [], [])
+        self._members[number] = self._member(number, sequences, [])
         counts = {known: len(member.rows) for known, member in self._members.items()}
         rows = [row for member in self._members.values() for row in member.rows]
         self._settle({**counts, number: 1}, [*rows, 0])
@@ -167,22 +176,26 @@ class DecodingBatch:
         failures: dict[int, BaseException] = {}
         for entrant in entrants:
             number, row = entrant.number, entrant.row
+            member = self._member(number, entrant.sequences, [])
             try:
-                going = entrant.sequences.advance(logits[row : row + 1])
+                going = member.advance(logits[row : row + 1])
             except BaseException as problem:  # a panic of a mask's library is no Exception
                 failures[number] = problem
                 continue
             if going:
                 joining += [row] * len(going)
                 counts[number] = len(going)
-                self._members[number] = _Member(
-                    entrant.sequences, [], [each.token for each in going]
-                )
+                member.tokens = [each.token for each in going]
+                self._members[number] = member
         if joining:
             with self._changing():
                 owners = self._placed(counts, reading.join(rows, joining))
             self._own(owners)
         return failures
+
+    def _member(self, number: int, sequences: Sequences, rows: list[int]) -> _Member:
+        own = self._adapters.resident(number)
+        return _Member(sequences, vocabulary_of_row(own, self._graph.session.manifest), rows, [])
 
     def leave(self, number: int) -> None:
         """Let a prompt's rows go before they have ended."""

@@ -12,6 +12,7 @@ import numpy as np
 from loradeploy.bundle.text.tokenizer import Tokenizer
 from loradeploy.errors import UsageError
 from loradeploy.runtime.adapters.resident import AdapterSpec
+from loradeploy.runtime.adapters.tokens import vocabulary_of_row
 from loradeploy.runtime.decoding.choosing.logprobs import (
     TokenLogprob,
     check_logits,
@@ -80,7 +81,8 @@ def scores_of(
         )
     results = []
     for row, (text, adapter, tokenizer) in enumerate(zip(texts, adapters, tokenizers, strict=True)):
-        own = values[row, mask[row] == 1]
+        vocabulary = vocabulary_of_row(held.resident(row), graph.session.manifest)
+        own = values[row, mask[row] == 1, :vocabulary]
         check_logits(own, f"text {numbers[row] + 1}")
         results.append(_score(own, text, adapter, tokenizer, most))
     return results

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     import onnxruntime
     from numpy.typing import NDArray
 
+    from loradeploy.runtime.adapters.resident import Resident
     from loradeploy.runtime.decoding.choosing.beams import BeamSearch
     from loradeploy.runtime.decoding.choosing.samples import Samples
     from loradeploy.runtime.feeds import Feeds
@@ -112,6 +113,9 @@ class _HeldRows:
 
     def take_rows(self, rows: Sequence[int], /) -> None:
         self._held.take_rows([self._rows[row] for row in rows])
+
+    def resident(self, number: int, /) -> Resident | None:
+        return self._held.resident(self._rows[number])
 
     def run_with_ort_values(
         self,

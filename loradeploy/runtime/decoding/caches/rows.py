@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import onnxruntime
     from numpy.typing import NDArray
 
+    from loradeploy.runtime.adapters.resident import Resident
     from loradeploy.runtime.decoding.caches.source import EncodedSource
     from loradeploy.runtime.decoding.graph import DecoderGraph
     from loradeploy.runtime.feeds import Feeds
@@ -32,6 +33,9 @@ class RowAdapters(Protocol):
 
     def take_rows(self, rows: Sequence[int], /) -> None:
         """Run from now on with the adapters of these numbers, one a row."""
+
+    def resident(self, number: int, /) -> Resident | None:
+        """The adapter of a number; None is the base."""
 
     def run_with_ort_values(
         self,
