@@ -243,22 +243,23 @@ def test_the_logits_are_pefts_or_the_adapter_is_refused(
 
 
 @pytest.mark.parametrize(
-    "targets",
+    "options",
     [
-        ["q_proj", "embed_tokens"],
-        ["lm_head"],
-        ["embed_tokens", "lm_head"],
-        r".*(q_proj|embed_tokens)",
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["lm_head"]},
+        {"target_modules": ["embed_tokens", "lm_head"]},
+        {"target_modules": r".*(q_proj|embed_tokens)"},
+        {"target_modules": ["q_proj", "embed_tokens"], "exclude_modules": ["lm_head"]},
     ],
-    ids=["the embedding", "the head", "both", "an expression"],
+    ids=["the embedding", "the head", "both", "an expression", "the head left out"],
 )
 def test_factors_of_an_embedding_are_its_heads_too_where_peft_ties_them(
-    targets: list[str] | str, tmp_path: Path
+    options: dict[str, Any], tmp_path: Path
 ) -> None:
     first = {name: d.on("llama")[0] for name, d in FIELDS.items() if isinstance(d, Tried)}
     trained(
         "llama-tied",
-        {**first, "target_modules": targets, "ensure_weight_tying": True},
+        {**first, **options, "ensure_weight_tying": True},
         tmp_path / "a",
     )
     expected = tiny.logits(
@@ -272,7 +273,7 @@ def test_factors_of_an_embedding_are_its_heads_too_where_peft_ties_them(
         ours = tiny.logits(base, "llama-tied")
     assert tiny.difference(ours, expected) <= tolerance("same-torch")
     assert tiny.difference(ours, before) > 0.01, "it does nothing"
-    save_adapter(adapter, tmp_path / "b")
+    assert save_adapter(adapter, tmp_path / "b") == load_adapter(tmp_path / "b").digest
     again = peft.PeftModel.from_pretrained(tiny.model("llama-tied"), tmp_path / "b")
     assert tiny.difference(tiny.logits(again, "llama-tied"), expected) <= tolerance("same-torch")
 

@@ -26,7 +26,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -155,15 +155,13 @@ def _tied(factors: Mapping[str, Factors], config: AdapterConfig) -> set[str]:
     }
 
 
-def _untied(
-    config: AdapterConfig, factors: Mapping[str, Factors], tied: Collection[str]
-) -> AdapterConfig:
-    """`config` with the modules `tied` among its targets, each with its own factors."""
+def _untied(config: AdapterConfig, factors: Mapping[str, Factors]) -> AdapterConfig:
+    """`config` with the modules of `factors` as targets, each with its own.
+
+    Whatever left a tied one out of the targets is left out itself.
+    """
     extra = {name: value for name, value in config.extra.items() if name != TYING}
-    targets = config.target_modules
-    if not isinstance(targets, tuple):
-        return with_targets(dataclasses.replace(config, extra=extra), factors)
-    return dataclasses.replace(config, target_modules=(*targets, *sorted(tied)), extra=extra)
+    return with_targets(dataclasses.replace(config, extra=extra), factors)
 
 
 def _check_not_empty(arrays: Mapping[str, NDArray[Any]]) -> None:
@@ -318,7 +316,7 @@ def _sort(
     ignored = untargeted(working, config)
     if tied_factors := _tied(factors, config) & {*ignored}:
         ignored = [module for module in ignored if module not in tied_factors]
-        config = _untied(config, factors, tied_factors)
+        config = _untied(config, factors)
     if ignored:
         problems.append(
             f"{listed_names(ignored, 3)}: the file has factors, and target_modules, exclude_modules"
