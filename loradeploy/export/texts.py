@@ -29,8 +29,10 @@ from loradeploy.bundle.text.tokenizer_files import (
     ADDED_NAME,
     GENERATION_NAME,
     SETTINGS_NAME,
+    SPECIAL_NAME,
     TEMPLATE_NAME,
     TOKENIZER_NAME,
+    special_tokens_of,
 )
 from loradeploy.disk import scratch_directory
 from loradeploy.errors import AdapterMismatchError, BundleError, LoraDeployError, listed_names
@@ -315,6 +317,9 @@ def _settle(bundle: Path, own: Tokenizer, before: Mapping[str, Any]) -> None:
         declared = settings.get(role)
         if token != (declared.get("content") if isinstance(declared, Mapping) else declared):
             settings[role] = token
+    # The base's special_tokens_map.json stays: null takes the roles back that the adapter lacks.
+    named = special_tokens_of(_object(bundle / SPECIAL_NAME) | settings)
+    settings |= dict.fromkeys(sorted(named.keys() - own.special_tokens.keys()))
     settings.pop("chat_template", None)
     write_json(bundle / SETTINGS_NAME, settings)
     (bundle / "chat_template.json").unlink(missing_ok=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Final
 
-from loradeploy.errors import DataError
+from loradeploy.errors import DataError, shown
 from loradeploy.files import (
     MAX_TEXT_BYTES,
     is_json_lines,
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 # The first of these that an object has is the prompt.
 _FIELDS: Final = ("prompt", "messages", "text")
+# Fields by which other programs choose an adapter: adapters, adapter_name, lora, lora_request.
+_CHOICE: Final = re.compile(r"adapter|(?:^|_)lora", re.IGNORECASE)
 # What an object may set of its own generation; a function is nothing that JSON has.
 _SETTINGS: Final = (
     *(option.name for option in fields(GenerationOptions) if option.name != "allowed_tokens"),
@@ -95,8 +98,9 @@ def request_of(
     """The request of an object as a line of JSONL has it; see `parse_requests`.
 
     Raises:
-        DataError: it has no prompt, or something of another type.
+        DataError: it has no prompt, something of another type, or names an adapter otherwise.
     """
+    _check_choice(values, where)
     audio = values.get("audio")
     name = next((name for name in _FIELDS if values.get(name) is not None), None)
     if isinstance(audio, str) and audio and name is None:
@@ -117,6 +121,18 @@ def request_of(
     if name != "text" or not isinstance(pair, str):
         raise DataError(f"{where}: give a pair as two texts, text and text_pair")
     return InputPrompt((values[name], pair), named, _settings(values))
+
+
+def _check_choice(values: Mapping[str, Any], where: str) -> None:
+    """Refuse a field that chooses an adapter elsewhere; passed over, the base would answer."""
+    for name, value in values.items():
+        # Where the adapter is given, a model is what OpenAI's requests have beside it.
+        chooses = name == "model" and "adapter" not in values
+        if value is not None and name != "adapter" and (chooses or _CHOICE.search(name)):
+            raise DataError(
+                f"{where}: {shown(name)} is not read, and may be to choose an adapter: name it as"
+                " adapter (null is the base), or leave the field out"
+            )
 
 
 def _settings(values: Mapping[str, Any]) -> dict[str, Any]:

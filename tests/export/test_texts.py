@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from loradeploy.bundle.manifest import read_manifest
+from loradeploy.bundle.text.tokenizer import Tokenizer
 from loradeploy.errors import BundleError, LoraDeployError, UsageError
 from loradeploy.export.api import export
 from loradeploy.runtime.session import AdapterSession
@@ -273,6 +274,26 @@ def test_transformers_reads_a_merged_bundles_tokenizer_as_the_adapters(
             for place in (tmp_path / "b", worded_adapters["word"])
         )
         assert own == theirs
+
+
+def test_a_merged_bundle_has_no_special_token_that_the_adapters_tokenizer_dropped(
+    worded_bundle: Path, worded_adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    adapter = shutil.copytree(worded_adapters["plain"], tmp_path / "a")
+    settings = json.loads((adapter / "tokenizer_config.json").read_text())
+    del settings["bos_token"]
+    (adapter / "tokenizer_config.json").write_text(json.dumps(settings))
+    (adapter / "chat_template.jinja").write_text("{{ bos_token }} w1 {{ messages[0].content }}")
+    base = shutil.copytree(worded_bundle, tmp_path / "base")
+    (base / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<s>"}))
+    assert Tokenizer(base).special_tokens["bos_token"] == "<s>"
+    export(base, tmp_path / "b", adapters={"a": adapter}, merge=True)
+    merged = Tokenizer(tmp_path / "b")
+    assert "bos_token" not in merged.special_tokens
+    message = [{"role": "user", "content": TEXT}]
+    with AdapterSession(worded_bundle) as session:
+        session.load("a", adapter)
+        assert session.texts.of("a").tokenizer.encode_chat(message) == merged.encode_chat(message)
 
 
 def test_a_word_that_only_the_tokenizers_settings_add_is_one_token(

@@ -316,6 +316,10 @@ def test_a_mistake_is_one_line(
         ('{"messages": "a"}\n', "line 1: give a text"),
         ('{"prompt": "a", "adapter": 5}\n', "line 1: adapter is no name"),
         ('{"prompt": "a", "adapter": ""}\n', "line 1: adapter is an empty text"),
+        ('{"prompt": "a", "lora": "small"}\n', "line 1: 'lora' is not read"),
+        ('{"prompt": "a", "model": "small"}\n', "line 1: 'model' is not read"),
+        ('{"prompt": "a", "adapter": null, "lora_name": "small"}\n', "'lora_name' is not read"),
+        ('{"prompt": "a", "adapters": {"small": 1.0}}\n', "'adapters' is not read"),
     ],
 )
 def test_a_broken_line_is_named(
@@ -326,6 +330,19 @@ def test_a_broken_line_is_named(
     result = run(tiny_llama_bundle, "--input", file)
     assert isinstance(result.exception, DataError)
     assert message in str(result.exception)
+
+
+def test_fields_that_choose_no_adapter_are_passed_over(
+    tiny_llama_bundle: Path, llama_session: AdapterSession, tmp_path: Path
+) -> None:
+    (expected,) = TextGenerator(llama_session).generate(["The bank"])
+    file = lines(
+        tmp_path,
+        {"prompt": "The bank", "id": 7, "flora": "moss", "lora": None},
+        {"prompt": "The bank", "adapter": None, "model": "base"},
+    )
+    result = run(tiny_llama_bundle, "--input", file, "--json")
+    assert [json.loads(line)["text"] for line in result.stdout.splitlines()] == [expected.text] * 2
 
 
 def test_a_classifier_refuses_what_is_for_generation(

@@ -87,12 +87,16 @@ def _explained(directory: Path) -> Iterator[None]:
         ) from None
 
 
-def load_pretrained(auto_class: Any, directory: Path, **options: Any) -> Loaded:
+def load_pretrained(
+    auto_class: Any, directory: Path, *, ignore_mismatched_sizes: bool = False, **options: Any
+) -> Loaded:
     """`auto_class.from_pretrained(directory)` with the weights of the base only.
 
+    `ignore_mismatched_sizes`: take tensors of other shapes than the model's for `lacking` ones.
+
     Raises:
-        ModelError: the weights are missing, incomplete, of a model that PEFT wrapped, or have
-            tensors that layers of the model do not have.
+        ModelError: the weights are missing, incomplete, of a model that PEFT wrapped, have tensors
+            that layers of the model do not have, or of another shape, which is not ignored.
     """
     check_no_peft_layers(directory, base_tensors(directory))
     model, info = from_pretrained(
@@ -100,14 +104,23 @@ def load_pretrained(auto_class: Any, directory: Path, **options: Any) -> Loaded:
         directory,
         use_safetensors=True,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # transformers does not name them in its error
         **_NO_ADAPTER,
         **options,
     )
     # In case a version of transformers injects an adapter anyway.
     check_no_peft_layers(directory, [name for name, _ in model.named_modules()])
     _check_unexpected(model, directory, info["unexpected_keys"])
+    mismatched = sorted(info["mismatched_keys"])
+    if mismatched and not ignore_mismatched_sizes:
+        (name, stored, built), *more = mismatched
+        raise ModelError(
+            f"{directory}: the checkpoint has {name} as {list(stored)}, and by its config.json it"
+            f" is {list(built)}{f', and {len(more)} more' if more else ''}: weights and config are"
+            " of different models"
+        )
     lacking = {str(key) for key in info["missing_keys"]}
-    lacking |= {str(key if isinstance(key, str) else key[0]) for key in info["mismatched_keys"]}
+    lacking |= {str(name) for name, _, _ in mismatched}
     return Loaded(model, frozenset(lacking))
 
 

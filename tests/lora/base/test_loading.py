@@ -189,6 +189,11 @@ def narrower(tensors: Tensors) -> None:
     tensors[name] = tensors[name][:, :32].clone()
 
 
+def fewer_words(tensors: Tensors) -> None:
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        tensors[name] = tensors[name][:500].clone()
+
+
 @pytest.mark.parametrize(
     ("how", "message"),
     [
@@ -199,7 +204,8 @@ def narrower(tensors: Tensors) -> None:
         (stray_bias, "q_proj.bias, which LlamaForCausalLM does not have"),
         (stray_scale, "up_proj.weight_scale, which .* does not have"),
         (incomplete, "up_proj"),
-        (narrower, "up_proj|cannot be loaded"),
+        (narrower, r"up_proj.weight as \[96, 32\], and by its config.json it is \[96, 64\]: w"),
+        (fewer_words, r"as \[500, 64\], and by its config.json it is \[512, 64\], and 1 more"),
     ],
 )
 def test_weights_that_are_not_the_model_s_are_refused_by_name(
