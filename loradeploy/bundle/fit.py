@@ -22,6 +22,9 @@ from loradeploy.bundle.targets import sharing
 from loradeploy.errors import AdapterMismatchError
 
 THIS_BUNDLE: Final = "this bundle"
+_BY_NUMBERS: Final = (
+    " (of an ONNX model: an export of it with `checkpoint` identifies modules that names do not)"
+)
 
 
 def fit_to(adapter: Adapter, manifest: Manifest, name: str = THIS_BUNDLE) -> Adapter:
@@ -109,6 +112,7 @@ def adaptable(manifest: Manifest, name: str = THIS_BUNDLE) -> AdaptableBase:
         lacking=[saved.parameter for saved in manifest.saved if saved.lacking],
         digest=manifest.base.digest if manifest.base.kind == "checkpoint" else None,
         model=manifest.base.name,
+        remedy=_BY_NUMBERS if manifest.base.kind == "onnx" and name == THIS_BUNDLE else "",
     )
 
 

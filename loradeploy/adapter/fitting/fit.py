@@ -83,6 +83,7 @@ class AdaptableBase:
     `row_users`: the modules that use a weight, by parameter, for trained rows of it.
     `lacking`: parameters that get their values from an adapter.
     `digest`: digest of the checkpoint, if known. `model`: its id on the hub, or another name.
+    `remedy`: what to do where a module is missing that the base may have, behind a message.
     """
 
     name: str
@@ -97,6 +98,7 @@ class AdaptableBase:
     lacking: Collection[str] = ()
     digest: str | None = None
     model: str | None = None
+    remedy: str = ""
 
 
 def check_fit(adapter: Adapter, base: AdaptableBase) -> None:
@@ -175,7 +177,7 @@ def _factor_misfits(adapter: Adapter, base: AdaptableBase) -> list[str]:
         others = len(adapter.factors) - 1
         first = f"{shortened(min(adapter.factors))} is {_absent('linear', base)}"
         reason = f"it was trained on another model{_trained_on(adapter)}"
-        return [f"{first}, nor are the other {others}: {reason}"]
+        return [f"{first}, nor are the other {others}: {reason}{base.remedy}"]
     return [
         problem
         for module, pair in sorted(adapter.factors.items())
@@ -192,7 +194,8 @@ def _absent(kind: Kind, base: AdaptableBase) -> str:
 def _layer_misfits(module: str, pair: Factors, base: AdaptableBase) -> list[str]:
     layer = base.layers.get(module)
     if layer is None or (layer.kind != pair.kind and base.side_inputs):
-        return [f"{module} is {_absent(pair.kind, base)}"]
+        remedy = base.remedy if layer is None and pair.kind == "linear" else ""
+        return [f"{module} is {_absent(pair.kind, base)}{remedy}"]
     if layer.kind != pair.kind:
         actual, expected = _A_LAYER[layer.kind], _A_LAYER[pair.kind]
         return [f"{module} is not {expected} of {base.name}, but {actual}"]

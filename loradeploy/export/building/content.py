@@ -91,7 +91,11 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
         find_linears(base.graph)
         if source.graph is None
         else find_modules(
-            base.graph, source.graph.parent, options.evidence, options.adapters.values()
+            base.graph,
+            source.graph.parent,
+            options.evidence,
+            options.adapters.values(),
+            proven=base.identity.kind == "checkpoint",
         )
     )
     if source.graph is not None:

@@ -47,6 +47,10 @@ _INTERLEAVED: Final = {
     GROUP_QUERY_ATTENTION: "rotary_interleaved",
 }
 _ROTATED: Final = ("q_proj", "k_proj", "qkv_proj")
+_IN_DOUBT: Final = (
+    "the graph rotates interleaved rows, where transformers' model has halves, so that the rows of"
+    " q and k are likely in another order: give `checkpoint`, whose numbers show it"
+)
 
 
 @dataclass(frozen=True)
@@ -61,9 +65,16 @@ class Evidence:
 
 
 def find_modules(
-    model: ir.Model, directory: Path, evidence: Evidence, adapters: Iterable[Adapter]
+    model: ir.Model,
+    directory: Path,
+    evidence: Evidence,
+    adapters: Iterable[Adapter],
+    *,
+    proven: bool = False,
 ) -> Findings:
     """Identify the linear layers of a graph by all evidence, and annotate the graph.
+
+    `proven`: whether the graph's annotations are of an export that had the checkpoint.
 
     Raises:
         UsageError: an invalid map, or an entry of it that matches nothing.
@@ -89,13 +100,15 @@ def find_modules(
         mapped.check_used()
     check_reached(model.graph, findings, adapters)
     if weights is None:
-        _check_order_of_rows(model, settings_beside(directory, None), adapters)
         findings = _without_scaled(findings, _modules_of(adapters))
     if weights is not None:
         _compare(model.graph, findings, weights)
         for node in (node for linear in findings.linears.values() for node in linear.nodes):
             node.metadata_props.pop(SCALE, None)  # the numbers show that its weight is W
     annotate_modules(findings.linears)
+    if weights is None and not proven and _has_rows_in_doubt(model, directory):
+        _check_order_of_rows(adapters)
+        return _without_rotated(findings)
     return findings
 
 
@@ -156,26 +169,33 @@ def padding_of(model: ir.Model) -> str:
     return LEFT if counted_by_input else NO_PADDING
 
 
-def _check_order_of_rows(
-    model: ir.Model, config: Mapping[str, Any], adapters: Iterable[Adapter]
-) -> None:
-    """Raise ExportError where names alone identify q and k whose rows are in another order.
+def _has_rows_in_doubt(model: ir.Model, directory: Path) -> bool:
+    """Whether the rows of q and k may be in another order than transformers' model has them.
 
     Meta's layout, which llama.cpp has too, interleaves the rows that transformers has in halves.
     """
-    if config.get("model_type") not in _HALVES:
-        return
     interleaved = any(
         node.op_type in _INTERLEAVED and integer_of(node, _INTERLEAVED[node.op_type])
-        for node in model.graph
+        for node in model.graph.all_nodes()
     )
+    model_type = settings_beside(directory, None).get("model_type")
+    return interleaved and (model_type is None or model_type in _HALVES)
+
+
+def _check_order_of_rows(adapters: Iterable[Adapter]) -> None:
+    """Raise ExportError where an adapter is for rows that are likely in another order."""
     modules = sorted(m for a in adapters for m in a.factors if m.endswith(_ROTATED))
-    if interleaved and modules:
-        raise ExportError(
-            f"{modules[0]}: the graph rotates interleaved rows, where transformers'"
-            f" {config['model_type']} has halves, so that the rows of q and k are likely in another"
-            " order: give `checkpoint`, whose numbers show it"
-        )
+    if modules:
+        raise ExportError(f"{modules[0]}: {_IN_DOUBT}")
+
+
+def _without_rotated(findings: Findings) -> Findings:
+    """The findings without q and k, whose adapters are refused then, later ones too."""
+    rotated = sorted(module for module in findings.linears if module.endswith(_ROTATED))
+    if rotated:
+        logger.warning("left without adapters, %s: %s", listed_names(rotated, _LISTED), _IN_DOUBT)
+    kept = {m: linear for m, linear in findings.linears.items() if m not in rotated}
+    return Findings(kept, findings.unidentified)
 
 
 def _without_scaled(findings: Findings, needed: Container[str]) -> Findings:

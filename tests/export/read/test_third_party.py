@@ -13,9 +13,12 @@ from safetensors.numpy import save_file
 
 from loradeploy.adapter.adapter import Adapter, Factors
 from loradeploy.adapter.config import AdapterConfig
+from loradeploy.adapter.files.peft import save_adapter
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.errors import AdapterMismatchError, ExportError, ModelError, UsageError
 from loradeploy.export.api import export
+from loradeploy.export.match.naming import FUSED_MODULES
+from loradeploy.export.match.operators import MICROSOFT
 from loradeploy.export.read.normalize import normalize_products
 from loradeploy.export.read.third_party import Evidence, find_modules
 from loradeploy.runtime.session import AdapterSession
@@ -351,19 +354,37 @@ def test_a_foreign_bundle_is_read_with_its_padding(built: Graph, tmp_path: Path)
     assert read_manifest(tmp_path / "bundle").padding == "right"
 
 
-@pytest.mark.parametrize(("model_type", "refused"), [("llama", True), ("glm", False)])
-def test_interleaved_rows_are_not_told_by_names_alone(
-    model_type: str, refused: bool, tmp_path: Path
-) -> None:
-    b, module = Builder(), "model.layers.0.self_attn.q_proj"
+Q, K, V = (f"model.layers.0.self_attn.{part}_proj" for part in "qkv")
+
+
+def _rotating(place: Path, config: dict[str, object] | None, *, packed: bool = False) -> ir.Model:
+    """q and k with interleaved rows, and v, of names alone; one product of all if `packed`."""
+    b = Builder()
     x = b.input("x", ["batch", "sequence", IN])
-    q = b.node("MatMul", [x, b.weight("w", IN, OUT)], module=module)
-    model = b.model(b.node("RotaryEmbedding", [q], interleaved=1))
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
-    pair = Factors(np.ones((2, IN), np.float32), np.ones((OUT, 2), np.float32))
-    adapter = Adapter(AdapterConfig(r=2, lora_alpha=4, target_modules=("q_proj",)), {module: pair})
+    if packed:
+        fused = b.node("MatMul", [x, b.weight("w", IN, 3 * OUT)], name="fused")
+        b.nodes[0].metadata_props[FUSED_MODULES] = json.dumps([[m, OUT] for m in (Q, K, V)])
+        parts = [fused]
+    else:
+        parts = [b.node("MatMul", [x, b.weight(m, IN, OUT)], module=m) for m in (Q, K, V)]
+    place.mkdir(exist_ok=True)
+    if config is not None:
+        (place / "config.json").write_text(json.dumps(config))
+    return b.model(b.node("RotaryEmbedding", [parts[0]], interleaved=1), *parts[1:])
+
+
+@pytest.mark.parametrize(
+    ("config", "refused"),
+    [({"model_type": "llama"}, True), (None, True), ({"model_type": "glm"}, False)],
+    ids=["llama", "unknown", "glm"],
+)
+def test_interleaved_rows_are_not_told_by_names_alone(
+    config: dict[str, object] | None, refused: bool, tmp_path: Path
+) -> None:
+    model = _rotating(tmp_path, config)
+    adapter = _pairs([Q])
     if not refused:
-        assert module in find_modules(model, tmp_path, Evidence(), [adapter]).linears
+        assert Q in find_modules(model, tmp_path, Evidence(), [adapter]).linears
         return
     with pytest.raises(ExportError, match=r"q_proj: the graph rotates interleaved rows"):
         find_modules(model, tmp_path, Evidence(), [adapter])
@@ -415,3 +436,49 @@ def test_operators_that_take_no_adapters_are_named_where_the_checkpoint_has_no_m
     save_file({"block.proj.weight": np.ones((OUT, IN), np.float32)}, tmp_path / "model.safetensors")
     with pytest.raises(ExportError, match=r"layers in MatMulBnb4 \(1\) take no adapters: give"):
         find_modules(model, tmp_path, Evidence(checkpoint=tmp_path), [])
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["each", "packed"])
+def test_interleaved_rows_have_no_side_inputs_without_a_checkpoint(
+    packed: bool, tmp_path: Path
+) -> None:
+    model = _rotating(tmp_path, {"model_type": "llama"}, packed=packed)
+    for _ in range(2):  # again what the first wrote into the nodes
+        found = find_modules(model, tmp_path, Evidence(), []).linears
+        assert list(found) == [V]
+        assert found[V].slice == ((2 * OUT, 3 * OUT) if packed else None)
+    assert set(find_modules(model, tmp_path, Evidence(), [], proven=True).linears) == {Q, K, V}
+
+
+def test_an_adapter_that_comes_later_is_not_applied_to_interleaved_rows(tmp_path: Path) -> None:
+    b = Builder()
+    ids, at = (
+        b.input(n, ["batch", "sequence"], ir.DataType.INT64) for n in ("input_ids", "position_ids")
+    )
+    x = b.node("Gather", [b.weight("words", 50, IN), ids])
+    q, v = (b.node("MatMul", [x, b.weight(m, IN, OUT)], module=m) for m in (Q, V))
+    tables = [b.weight("cos", 64, OUT // 2), b.weight("sin", 64, OUT // 2)]
+    turned = b.node(
+        "RotaryEmbedding", [q, at, *tables], domain=MICROSOFT, interleaved=1, num_heads=1
+    )
+    y = b.node("Add", [turned, v], ["batch", "sequence", OUT], name="last_hidden_state")
+    model = b.model(y)
+    model.graph.opset_imports[MICROSOFT] = 1
+    ir.save(model, tmp_path / "model.onnx")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 50}))
+    manifest = export(tmp_path / "model.onnx", tmp_path / "bundle", task="feature-extraction")
+    assert [t.module for t in manifest.targets] == [V]
+    session = AdapterSession(tmp_path / "bundle")
+    for name, modules in (("q", [Q]), ("both", [Q, V]), ("v", [V])):
+        save_adapter(_pairs(modules), tmp_path / name)
+    session.load("v", tmp_path / "v")
+    for name in ("q", "both"):
+        with pytest.raises(AdapterMismatchError, match=r"q_proj is not .*`checkpoint` identifies"):
+            session.load(name, tmp_path / name)
+
+
+def _pairs(modules: list[str]) -> Adapter:
+    """An adapter for some layers [in] to [out]."""
+    pair = Factors(np.ones((2, IN), np.float32), np.ones((OUT, 2), np.float32))
+    config = AdapterConfig(r=2, lora_alpha=4, target_modules=tuple(modules))
+    return Adapter(config, dict.fromkeys(modules, pair))
