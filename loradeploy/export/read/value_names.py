@@ -8,8 +8,8 @@ present_key_0, present_key_values.0.key        present.0.key
 
 Some exporters, and TensorFlow's, have their own names, which nothing that makes text or feeds a
 trial knows. Only values of the right rank and type get another name, those beside tokens only where
-there are tokens, and a mask of a doubtful name only where 0 hides a token: other libraries' masks
-are the other way round.
+there are tokens, and a mask only where 0 hides a token: other libraries' masks are the other way
+round.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from loradeploy.bundle.names import (
     past_name,
     present_name,
 )
-from loradeploy.errors import ExportError
+from loradeploy.errors import ExportError, first_line
 from loradeploy.export.match.observe import open_model, sample_of
 from loradeploy.printable import logger_of
 
@@ -48,8 +48,7 @@ _TENSORFLOW: Final = re.compile(r":\d+$")
 _CACHED: Final = re.compile(
     r"(past|present)[._](?:key_values[._])?(?:(key|value)s?[._](\d+)|(\d+)[._](key|value)s?)"
 )
-_DOUBTFUL: Final = ("mask", "attn_mask")
-_HIDDEN: Final = 1  # the position that the doubtful mask has to hide
+_HIDDEN: Final = 1  # the position that the mask has to hide
 _ROUNDING: Final = 1e-3
 _CACHE_RANK: Final = 4
 _TOKENS_RANK: Final = 2
@@ -92,34 +91,61 @@ def _name_of(value: ir.Value) -> str | None:
 def check_mask(
     model: ir.Model, renamed: Mapping[str, str], directory: Path, config: Mapping[str, Any]
 ) -> None:
-    """Raise ExportError where a mask of a doubtful name hides another token than that with a 0.
+    """Raise ExportError unless a mask of another name hides the token where it is 0.
 
     `renamed`: of `name_values`. `directory`: that of the graph's external data. `config`: that of
-    the model. A graph that does not run here is not checked.
+    the model. A graph that cannot be run to see it is refused too.
     """
     name = renamed.get(ATTENTION_MASK)
-    if name not in _DOUBTFUL:
+    if name is None or _TENSORFLOW.sub("", name) == ATTENTION_MASK:
         return
     try:
-        feeds = sample_of(model, config).feeds()
-        if INPUT_IDS not in feeds or feeds[INPUT_IDS].shape != feeds[ATTENTION_MASK].shape:
-            return
-        feeds[ATTENTION_MASK][:, _HIDDEN] = 0
-        session = open_model(model, directory)
-        one = session.run(None, feeds)
-        feeds[INPUT_IDS][:, _HIDDEN] = feeds[INPUT_IDS][:, _HIDDEN + 1]
-        two = session.run(None, feeds)
-    except Exception:  # onnxruntime's own errors, of many kinds
-        return
+        hides = _hides(model, directory, config)
+    except Exception as problem:  # onnxruntime's own errors, of many kinds
+        raise _in_doubt(name, f" ({first_line(problem)})") from None
+    if hides is None:
+        raise _in_doubt(name)
+    if not hides:
+        raise ExportError(
+            f"the graph's input {name} does not hide a token where it is 0, so that it is not"
+            f" transformers' {ATTENTION_MASK}: export the graph with one"
+        )
+
+
+def _in_doubt(name: str, why: str = "") -> ExportError:
+    return ExportError(
+        f"the graph cannot be run to see whether its input {name} hides a token where it is 0{why}:"
+        f" if it does, rename it to {ATTENTION_MASK} in the graph"
+    )
+
+
+def _hides(model: ir.Model, directory: Path, config: Mapping[str, Any]) -> bool | None:
+    """Whether another token where the mask is 0 changes no output of the other positions.
+
+    None where no output shows it.
+    """
+    feeds = sample_of(model, config).feeds(past=0)
+    tokens, mask = feeds[INPUT_IDS], feeds[ATTENTION_MASK]
+    length = tokens.shape[1]
+    cached = mask.shape[1] - length
+    if cached < 0 or length <= _HIDDEN or tokens.min() == tokens.max():
+        return None
+    mask[:, cached + _HIDDEN] = 0
+    session = open_model(model, directory)
+    one = session.run(None, feeds)
+    most = tokens.max()
+    tokens[:, _HIDDEN] = np.where(tokens[:, _HIDDEN] == most, tokens.min(), most)
+    two = session.run(None, feeds)
+    hides = None
     for before, after in zip(one, two, strict=True):
-        if before.ndim > _TOKENS_RANK and before.shape[1] == feeds[INPUT_IDS].shape[1]:
-            before, after = (np.delete(values, _HIDDEN, axis=1) for values in (before, after))
-        elif before.ndim > _TOKENS_RANK:
+        if before.ndim >= _CACHE_RANK:
             continue  # the cache, with the hidden position in it
-        if not np.allclose(
-            before, after, rtol=_ROUNDING, atol=_ROUNDING * float(np.abs(before).max(initial=0))
-        ):
-            raise ExportError(
-                f"the graph's input {name} does not hide a token where it is 0, so that it is not"
-                f" transformers' {ATTENTION_MASK}: export the graph with one"
-            )
+        if before.ndim > _TOKENS_RANK or before.shape == tokens.shape:
+            axis = next((axis for axis in (1, 0) if before.shape[axis] == length), None)
+            if axis is not None:
+                before, after = (np.delete(each, _HIDDEN, axis) for each in (before, after))
+        slack = _ROUNDING * float(np.abs(before).max(initial=0))
+        if not np.allclose(before, after, rtol=_ROUNDING, atol=slack):
+            return False
+        hides = True
+    return hides

@@ -10,7 +10,7 @@ import pytest
 
 from loradeploy.errors import ExportError, UsageError
 from loradeploy.export.api import export
-from loradeploy.export.read.value_names import name_values
+from loradeploy.export.read.value_names import check_mask, name_values
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.generation import TextGenerator
 from tests.conftest import MakeAdapter, once
@@ -120,7 +120,48 @@ def test_a_graph_with_other_names_takes_adapters_and_generates(
     assert rows[1].token_ids == alone.token_ids
 
 
-def test_a_mask_that_is_the_other_way_round_is_refused(decoder: Path, tmp_path: Path) -> None:
+MASKS = ("mask", "attn_mask", "input_mask", "attention_masks", "mask:0", "input_mask:0")
+
+
+def masked(mask: str, *, inverted: bool) -> ir.Model:
+    """An attention over tokens; `inverted`: the mask hides a token where it is 1."""
+    b = Builder()
+    ids = b.input("input_ids", ["batch", "sequence"], INTEGERS)
+    given = b.input(mask, ["batch", "sequence"], INTEGERS)
+    x = b.node("Gather", [b.weight("words", 50, 8), ids])
+    scores = b.node("MatMul", [x, b.node("Transpose", [x], perm=[0, 2, 1])])
+    one, most = (b.constant(n, np.float32(v)) for n, v in (("one", 1), ("most", 1e4)))
+    kept = b.node("Cast", [given], to=ir.DataType.FLOAT)
+    hidden = b.node("Neg", [kept]) if inverted else b.node("Sub", [kept, one])
+    bias = b.node("Unsqueeze", [b.node("Mul", [hidden, most]), b.constant("axis", np.array([1]))])
+    shares = b.node("Softmax", [b.node("Add", [scores, bias])], axis=-1)
+    shape: list[int | str] = ["batch", "sequence", 8]
+    return b.model(b.node("MatMul", [shares, x], shape, name="last_hidden_state"))
+
+
+@pytest.mark.parametrize("inverted", [False, True], ids=["transformers", "inverted"])
+@pytest.mark.parametrize("name", MASKS)
+def test_a_mask_of_another_name_is_taken_where_0_hides_a_token(
+    name: str, inverted: bool, tmp_path: Path
+) -> None:
+    model = masked(name, inverted=inverted)
+    before = name_values(model)
+    assert before == {"attention_mask": name}
+    if not inverted:
+        check_mask(model, before, tmp_path, {})
+        return
+    with pytest.raises(ExportError, match=f"{name} does not hide a token where it is 0"):
+        check_mask(model, before, tmp_path, {})
+
+
+def test_a_mask_that_cannot_be_tried_is_refused(tmp_path: Path) -> None:
+    model = masked("mask", inverted=True)
+    model.graph[0].op_type = "Unknown"
+    with pytest.raises(ExportError, match=r"cannot be run .* input mask hides .* rename it"):
+        check_mask(model, name_values(model), tmp_path, {})
+
+
+def test_a_mask_that_is_the_other_way_round_is_not_exported(decoder: Path, tmp_path: Path) -> None:
     names = {"input_ids": "tokens", "attention_mask": "mask"}
     graph = renamed(decoder, tmp_path / "other", names, inverted=True)
     with pytest.raises(ExportError, match="mask does not hide a token where it is 0"):
