@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _Arrays = Sequence[Any]  # of numpy; None for an input that is left out
+_Known = dict["ir.Value", "NDArray[Any] | None"]
 _PRODUCTS: Final = ("Gemm", "MatMul")
 _PLAIN: Final = ("Identity", "Transpose")  # what a product's weight may come through as it is
 _MATRIX: Final = 2
@@ -30,6 +31,7 @@ _MATRIX: Final = 2
 def compute_weights(graph: ir.Graph) -> None:
     """Give products a constant [in, out] where the graph computes theirs of constants alone."""
     made: dict[ir.Value, ir.Value] = {}
+    known: _Known = {}  # what one product's weight shares with another's is computed once
     for node in list(graph):
         if node.op_type not in _PRODUCTS or node.domain != "" or len(node.inputs) < 2:
             continue
@@ -37,7 +39,7 @@ def compute_weights(graph: ir.Graph) -> None:
         if value is None or not _is_computed(value):
             continue
         if value not in made:
-            numbers = _numbers(value, {})
+            numbers = _numbers(value, known)
             if numbers is None or numbers.ndim != _MATRIX or numbers.dtype.kind != "f":
                 continue
             made[value] = add_constant(graph, free_name(graph, f"{value.name}.computed"), numbers)
@@ -58,33 +60,48 @@ def _is_computed(value: ir.Value) -> bool:
     return False
 
 
-def _numbers(value: ir.Value, known: dict[ir.Value, NDArray[Any] | None]) -> NDArray[Any] | None:
-    """What constants alone make of the value; None where something else has a part in it."""
-    if value in known:
-        return known[value]
-    node, result = value.producer(), None
-    if node is None:
-        if value.is_initializer() and not value.is_graph_input() and value.const_value is not None:
-            result = constant_of(value)
-    elif node.op_type in _COMPUTED and node.domain == "":
-        inputs = [None if each is None else _numbers(each, known) for each in node.inputs]
-        missing = any(
-            given is not None and found is None
-            for given, found in zip(node.inputs, inputs, strict=True)
-        )
-        if not missing:
-            result = _computed(node, inputs, value.index() or 0)
-    known[value] = result
-    return result
+def _numbers(value: ir.Value, known: _Known) -> NDArray[Any] | None:
+    """What constants alone make of the value, in order; None if something else has a part in it.
+
+    Step by step and not by recursion: a graph may have any number of steps.
+    """
+    waiting = [value]
+    while waiting:
+        last = waiting[-1]
+        node = last.producer()
+        if last in known:
+            waiting.pop()
+        elif node is None:
+            known[last] = _constant(last)
+        elif node.op_type not in _COMPUTED or node.domain != "":
+            known[last] = None
+        elif missing := [each for each in node.inputs if each is not None and each not in known]:
+            waiting += missing
+        else:
+            inputs = [None if each is None else known[each] for each in node.inputs]
+            known[last] = _computed(node, inputs, last.index() or 0)
+    numbers = known[value]
+    return None if numbers is None else np.ascontiguousarray(numbers)
+
+
+def _constant(value: ir.Value) -> NDArray[Any] | None:
+    if not value.is_initializer() or value.is_graph_input() or value.const_value is None:
+        return None
+    return constant_of(value)
 
 
 def _computed(node: ir.Node, inputs: _Arrays, output: int) -> NDArray[Any] | None:
+    """The output of the node, a view of its inputs where it can be one."""
+    if any(
+        each is not None and found is None for each, found in zip(node.inputs, inputs, strict=True)
+    ):
+        return None
     attributes = {name: attribute.value for name, attribute in node.attributes.items()}
     try:
         results = _COMPUTED[node.op_type](inputs, attributes)
     except (ValueError, IndexError, TypeError):  # a node that onnxruntime would not run either
         return None
-    return np.ascontiguousarray(results[output]) if output < len(results) else None
+    return np.asarray(results[output]) if output < len(results) else None
 
 
 def _integers(inputs: _Arrays, index: int) -> list[int] | None:
@@ -93,7 +110,10 @@ def _integers(inputs: _Arrays, index: int) -> list[int] | None:
 
 
 def _gather(inputs: _Arrays, given: Mapping[str, Any]) -> list[Any]:
-    return [np.take(inputs[0], inputs[1], axis=given.get("axis", 0))]
+    data, at, axis = inputs[0], inputs[1], given.get("axis", 0)
+    if np.ndim(at) == 0 and -data.ndim <= axis < data.ndim:
+        return [np.moveaxis(data, axis, 0)[int(at)]]  # a view, where np.take copies
+    return [np.take(data, at, axis=axis)]
 
 
 def _split(inputs: _Arrays, given: Mapping[str, Any]) -> list[Any]:

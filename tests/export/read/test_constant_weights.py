@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
 from loradeploy.export.match.products import products
+from loradeploy.export.read import constant_weights
 from loradeploy.export.read.constant_weights import compute_weights
 from tests.export.graphs import IN, OUT, Builder, numbers, ops, run
 
@@ -92,3 +94,42 @@ def test_a_weight_that_an_input_has_a_part_in_stays() -> None:
     model = b.model(b.node("MatMul", [x, w], ["batch", "sequence", OUT], module="m"))
     compute_weights(model.graph)
     assert ops(model) == ["Gather", "MatMul"]
+
+
+def test_a_weight_may_be_any_number_of_steps_away_from_its_constant() -> None:
+    b = Builder()
+    x, w, shape = b.input("x", [1, IN]), b.constant("w", W), integers(b, "shape", IN, OUT)
+    for _ in range(1500):
+        w = b.node("Reshape", [w, shape])
+    model = b.model(b.node("MatMul", [x, w], [1, OUT], module="m"))
+    compute_weights(model.graph)
+    assert ops(model) == ["MatMul"]
+    (product,) = products(model.graph)
+    assert np.array_equal(product.rows(list(range(OUT))), W.T)
+
+
+def test_what_weights_share_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    b, layers, count = Builder(), 8, 0
+    x: ir.Value = b.input("x", [1, OUT])
+    stack = b.constant("stack", numbers(layers, OUT, OUT))
+    turned = b.node("Transpose", [stack], perm=[0, 2, 1])
+    for layer in range(layers):
+        index = b.constant(f"index{layer}", np.array(layer, np.int64))
+        w = b.node("Gather", [turned, index], axis=0)
+        x = b.node("MatMul", [x, w], [1, OUT], module=f"m{layer}", name=f"x{layer}")
+    model = b.model(x)
+    feeds = {"x": numbers(1, OUT)}
+    before, transpose = run(model, feeds), constant_weights._COMPUTED["Transpose"]
+
+    def counted(inputs: Any, given: Any) -> Any:
+        nonlocal count
+        count += 1
+        (result,) = transpose(inputs, given)
+        assert result.base is not None, "a copy of the stack"
+        return [result]
+
+    monkeypatch.setitem(constant_weights._COMPUTED, "Transpose", counted)
+    compute_weights(model.graph)
+    assert count == 1
+    assert ops(model) == ["MatMul"] * layers
+    assert np.array_equal(run(model, feeds), before)
