@@ -32,7 +32,9 @@ _BUILDER: Final = (
 _FUSED_QKV: Final = re.compile(r"(.*)\.qkv_proj")
 # What onnxruntime's optimizer makes of a node's name: "fused /fc1/Gemm",
 # "/fc1/MatMul/MatMulAddFusion_quant".
-_OPTIMIZED: Final = re.compile(r"(?:fused )*(.*?)(?:/[A-Za-z]+Fusion[^/]*/?)*")
+_FUSED: Final = "fused "
+_FUSION: Final = re.compile(r"(?:Gemm|Mat[Mm]ul)[A-Za-z]*Fusion(?:_[^/]*)?")
+_LONGEST: Final = 1024  # of a node's name that may spell a path
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,7 @@ def module_of(node: ir.Node) -> tuple[str, str] | None:
     path = module_path(node)
     if path is not None:
         return path, f"metadata {NAME_SCOPES}"
-    optimized = _OPTIMIZED.fullmatch(node.name or "")
-    name = "" if optimized is None else optimized[1]
+    name = _as_exported(node.name or "")
     if not name.startswith("/") or name.count("/") < 2:
         return None
     module = name.strip("/").rsplit("/", 1)[0].replace("/", ".")
@@ -102,6 +103,18 @@ def module_of(node: ir.Node) -> tuple[str, str] | None:
         if (found := pattern.fullmatch(module)) is not None:
             return found.expand(ours), "node name of onnxruntime-genai's builder"
     return module, "node name"
+
+
+def _as_exported(name: str) -> str:
+    """The name of a node before onnxruntime's optimizer; "" of one too long to be a path."""
+    if len(name) > _LONGEST:
+        return ""
+    while name.startswith(_FUSED):
+        name = name.removeprefix(_FUSED)
+    parts = name.rstrip("/").split("/")
+    while _FUSION.fullmatch(parts[-1]) and len(parts) > 1:
+        parts.pop()
+    return "/".join(parts)
 
 
 def _is_built(node: ir.Node) -> bool:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -31,6 +33,7 @@ def test_a_product_is_found_by_a_node_name_that_spells_a_path() -> None:
         "/encoder/layer.0/dense/MatMul/MatMulScaleFusion/",
         "/encoder/layer.0/dense/MatMul/MatMulAddFusion_quant",
         "fused /encoder/layer.0/dense/MatMul/MatMulAddFusion/GemmTransposeFusion/",
+        "fused fused /encoder/layer.0/dense/MatMul",
     ],
 )
 def test_a_name_that_onnxruntimes_optimizer_changed_spells_the_same_path(name: str) -> None:
@@ -38,6 +41,24 @@ def test_a_name_that_onnxruntimes_optimizer_changed_spells_the_same_path(name: s
     x = b.input("x", ["batch", "sequence", IN])
     y = b.node("MatMul", [x, b.weight("w", IN, OUT)], name=name)
     assert list(find_linears(b.model(y)).linears) == ["encoder.layer.0.dense"]
+
+
+@pytest.mark.parametrize(
+    ("name", "modules"),
+    [
+        ("/a/fc/xFusionLinear", ["a.fc"]),
+        ("/a/fc/xFusionLinear/MatMul", ["a.fc.xFusionLinear"]),
+        ("/" + "Fusion" * 10_000 + "/x", []),
+        ("fused " * 10_000 + "/a/fc/MatMul", []),
+    ],
+    ids=["operator", "module", "long", "fused"],
+)
+def test_a_path_that_is_not_the_optimizers_is_left_whole(name: str, modules: list[str]) -> None:
+    b = Builder()
+    y = b.node("MatMul", [b.input("x", ["batch", IN]), b.weight("w", IN, OUT)], name=name)
+    begin = time.perf_counter()
+    assert list(find_linears(b.model(y)).linears) == modules
+    assert time.perf_counter() - begin < 1, "quadratic in the name's length"
 
 
 def test_what_looks_like_a_linear_and_has_no_module_is_listed() -> None:
