@@ -5,7 +5,8 @@
 
 onnxruntime's transformer optimizer makes one operator of three projections and what follows them.
 Adapters change the projections, so that they become products again, each with its own weight.
-An attention with a cache, or with attributes that MultiHeadAttention does not have, stays as it is.
+An attention with a cache, with attributes that MultiHeadAttention does not have, or with a mask of
+the end and begin of each row [2 · batch], stays as it is.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def _sizes(node: ir.Node) -> list[int] | None:
     )
     cached = _input(node, _PAST) is not None or len(node.inputs) > _ATTENTION_BIAS + 1
     present = any(value.uses() or value.is_graph_output() for value in node.outputs[1:])
-    if unknown or cached or present or not _is_constant(weight):
+    if unknown or cached or present or not _is_constant(weight) or _has_ranges(node):
         return None
     assert weight is not None
     shape = constant_of(weight).shape
@@ -55,6 +56,26 @@ def _sizes(node: ir.Node) -> list[int] | None:
     given = None if attribute is None else list(attribute.as_ints())
     sizes = given or [shape[1] // len(_PARTS)] * len(_PARTS)
     return sizes if len(sizes) == len(_PARTS) and sum(sizes) == shape[1] else None
+
+
+def _has_ranges(node: ir.Node) -> bool:
+    """Whether the mask is of one axis, and not that of the batch: [2 · batch], [3 · batch + 2]."""
+    x, mask = _input(node, _X), _input(node, _MASK)
+    if mask is None or mask.shape is None or len(mask.shape) != 1:
+        return False
+    producer = mask.producer()
+    if producer is not None and producer.op_type == "Concat":
+        return True
+    size, batch = _first_size(mask), _first_size(x)
+    return None not in (size, batch) and size != batch
+
+
+def _first_size(value: ir.Value | None) -> int | str | None:
+    """The size of the first axis, or its symbol; None where the graph states neither."""
+    if value is None or not value.shape:
+        return None
+    size = value.shape[0]
+    return size if isinstance(size, int) else size.value
 
 
 def _separate(graph: ir.Graph, node: ir.Node, sizes: list[int]) -> None:

@@ -39,6 +39,12 @@ def attention(
     if given == "mask":
         inputs.append(b.input("mask", [BATCH, LENGTH], ir.DataType.INT32))
         feeds["mask"] = np.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], np.int32)
+    elif given == "lengths":
+        inputs.append(b.input("mask", [BATCH], ir.DataType.INT32))
+        feeds["mask"] = np.array([5, 3], np.int32)
+    elif given == "ranges":  # the end of each row, then the begin of each
+        inputs.append(b.input("mask", [2 * BATCH], ir.DataType.INT32))
+        feeds["mask"] = np.array([5, 4, 0, 1], np.int32)
     elif given == "scores":
         inputs += [None, None, b.input("bias", [BATCH, HEADS, LENGTH, LENGTH])]
         feeds["bias"] = numbers(BATCH, HEADS, LENGTH, LENGTH, seed=9)
@@ -54,7 +60,7 @@ def near(one: Any, other: Any) -> bool:
 
 
 @pytest.mark.parametrize("attributes", [{}, {"unidirectional": 1}, {"scale": 0.1}], ids=str)
-@pytest.mark.parametrize("given", ["", "mask", "scores"])
+@pytest.mark.parametrize("given", ["", "mask", "lengths", "scores"])
 def test_the_projections_are_products_of_their_own(given: str, attributes: Any) -> None:
     model, feeds = attention(given, **attributes)
     before = run(model, feeds)
@@ -89,3 +95,13 @@ def test_what_the_other_operator_cannot_say_stays(attributes: Any) -> None:
     model, _ = attention(**attributes)
     separate_projections(model.graph)
     assert ops(model) == ["Attention"]
+
+
+@pytest.mark.parametrize("size", [2 * BATCH, "ranges"])
+def test_an_attention_with_a_mask_of_ranges_stays_and_runs(size: int | str) -> None:
+    model, feeds = attention("ranges")
+    before = run(model, feeds)
+    model.graph.inputs[1].shape = ir.Shape([size])
+    separate_projections(model.graph)
+    assert ops(model) == ["Attention"]
+    assert np.array_equal(run(model, feeds), before)
