@@ -73,6 +73,23 @@ def test_columns_side_by_side_are_written_as_they_are_read(
     assert np.array_equal(tensor.numpy(), expected)
 
 
+def test_columns_without_rows_are_an_empty_matrix() -> None:
+    parts = [ir.tensor(np.empty((0, columns), np.float32)) for columns in (3, 4)]
+    tensor, file = joined("both", parts), io.BytesIO()
+    tensor.tofile(file)
+    assert tensor.numpy().shape == (0, 7)
+    assert file.getvalue() == b""
+
+
+def test_onnx_ir_holds_what_once_was_an_input_where_it_is_given_up() -> None:
+    b = Builder()
+    x, weight = b.input("x", ["rows", IN]), b.weight("w", IN, IN)
+    model = b.model(b.node("MatMul", [x, weight]))
+    model.graph.inputs.append(weight)
+    model.graph.inputs.remove(weight)
+    assert weight in model.graph.inputs._ref_counter
+
+
 def test_a_transposed_weight_has_the_bytes_of_its_rows_and_is_given_up(tmp_path: Path) -> None:
     b = Builder()
     x = b.input("x", ["rows", IN])

@@ -60,7 +60,7 @@ def _blocks(parts: Sequence[ir.TensorProtocol]) -> Iterator[NDArray[Any]]:
     arrays = [part.numpy() for part in parts]
     columns = sum(array.shape[1] for array in arrays)
     step = max(1, _BLOCK_BYTES // max(1, columns * arrays[0].itemsize))
-    for begin in range(0, len(arrays[0]), step):
+    for begin in range(0, max(1, len(arrays[0])), step):  # of no rows one empty block
         rows = [array[begin : begin + step] for array in arrays]
         block = np.empty((len(rows[0]), columns), arrays[0].dtype)
         yield np.concatenate(rows, axis=1, out=block)

@@ -77,10 +77,18 @@ def _einsum_to_matmul(graph: ir.Graph, node: ir.Node) -> None:
     front, into, rows, columns, out = found.groups()
     if into == out or into in front or out in front or {rows, columns} != {into, out}:
         return
+    if _is_broadcast(node.inputs[0], weight.shape[columns == into]):
+        return
     if rows == out:
         node.replace_input_with(1, _separate_weight(graph, node, np.ascontiguousarray(weight.T)))
     node.attributes.clear()
     node.op_type = "MatMul"
+
+
+def _is_broadcast(x: ir.Value | None, size: int) -> bool:
+    """Whether x's last axis and the weight's `size` may be 1 and more, which MatMul refuses."""
+    given = None if x is None or not x.shape else x.shape[-1]
+    return given != size if isinstance(given, int) else size == 1
 
 
 def _separate_activation(graph: ir.Graph, node: ir.Node) -> None:

@@ -256,6 +256,25 @@ def test_another_einsum_stays(equation: str) -> None:
     assert [node.op_type for node in model.graph] == ["Einsum"]
 
 
+@pytest.mark.parametrize(
+    ("of_x", "of_weight"), [(IN, 1), ("size", 1), (1, IN)], ids=["weight", "unknown", "x"]
+)
+@pytest.mark.parametrize("turned", [False, True])
+def test_an_einsum_that_broadcasts_the_axis_it_sums_stays(
+    of_x: int | str, of_weight: int, turned: bool
+) -> None:
+    b = Builder()
+    x = b.input("x", [2, BATCH, of_x])
+    w = b.weight("w", *((OUT, of_weight) if turned else (of_weight, OUT)))
+    equation = "bsi,oi->bso" if turned else "bsi,io->bso"
+    model = b.model(b.node("Einsum", [x, w], [2, BATCH, OUT], equation=equation))
+    feeds = {"x": numbers(2, BATCH, of_x if isinstance(of_x, int) else IN)}
+    before = run(model, feeds)
+    normalize_products(model.graph)
+    assert [node.op_type for node in model.graph] == ["Einsum"]
+    assert np.array_equal(run(model, feeds), before)
+
+
 @pytest.mark.parametrize("activation", ["Relu", "Sigmoid", "Tanh"])
 def test_what_is_fused_behind_a_product_is_done_after_the_adapter(activation: str) -> None:
     def fused(weight: Array | None = None) -> ir.Model:
