@@ -120,6 +120,21 @@ def traces(shared: Path) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def waiting_threads_sleep() -> Iterator[None]:
+    """onnxruntime's threads do not spin while they wait: test processes share the processors."""
+    import onnxruntime
+
+    class Sleeping(onnxruntime.SessionOptions):
+        def __init__(self) -> None:
+            super().__init__()
+            self.add_session_config_entry("session.intra_op.allow_spinning", "0")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnxruntime, "SessionOptions", Sleeping)
+        yield
+
+
 # -- real models and data ----------------------------------------------------------------------
 
 
