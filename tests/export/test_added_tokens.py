@@ -15,7 +15,7 @@ import pytest
 
 import loradeploy as ld
 from loradeploy.conversion import convert
-from loradeploy.errors import AdapterError, UsageError
+from loradeploy.errors import AdapterError, ExportError, UsageError
 from loradeploy.export.graph.edit import constant_of, set_constant
 from loradeploy.runtime.bindings import FixedBuffers
 from tests.export.reference import difference, onnx_output
@@ -353,6 +353,48 @@ def test_a_bundle_with_added_tokens_is_exported_and_merged_again(
     merged = onnx_output(tmp_path / "m", ids[None])
     assert merged.shape[-1] == BASE + 1
     assert difference(merged[0], expected) <= tolerance("torch-onnx-tiny")
+
+
+def test_a_quantized_bundle_keeps_its_rows_for_added_tokens(
+    bases: Bases, adapters: Any, tmp_path: Path
+) -> None:
+    given = {"one": adapters["one"]}
+    ld.export(bases["llama"][0], tmp_path / "int4", adapters=given, precision="int4")
+    before = ld.AdapterSession(tmp_path / "int4")
+    assert before.manifest.added_tokens is not None
+    for name, others in (("none", {"none": adapters["none"]}), ("nobody", {})):
+        manifest = ld.export(tmp_path / "int4", tmp_path / name, adapters=others)
+        assert manifest.added_tokens == before.manifest.added_tokens
+        session = ld.AdapterSession(tmp_path / name)
+        session.load("one", tmp_path / "int4" / "adapters" / "one.onnx_adapter")
+        ids = _ids(BASE + 1)[None]
+        expected, found = (
+            own.run(["logits"], feeds(own.manifest, ids), "one")[0] for own in (before, session)
+        )
+        assert difference(found, expected) <= tolerance("torch-onnx-tiny")
+    (adapted,) = session.run(["logits"], feeds(session.manifest, _ids(BASE)[None]), "one")
+    (base,) = session.run(["logits"], feeds(session.manifest, _ids(BASE)[None]))
+    assert difference(adapted[..., :BASE], base[..., :BASE]) > 0.1, "the adapter does nothing"
+    with pytest.raises(
+        ExportError,
+        match=r"lm_head is quantized, and this bundle has 1 row for added tokens, which a merge"
+        " takes out: merge the adapter into the unquantized checkpoint",
+    ):
+        ld.export(
+            tmp_path / "int4", tmp_path / "m", adapters={"none": adapters["none"]}, merge=True
+        )
+
+
+def test_added_tokens_in_the_layout_of_rows_are_refused_by_name(
+    bases: Bases, adapters: Any, bundle: Path, tmp_path: Path
+) -> None:
+    given = {name: adapters[name] for name in ("none", "one")}
+    for model, own, who in (
+        (bases["llama"][0], given, "one adds tokens"),
+        (bundle, {}, "this bundle has rows for added tokens"),
+    ):
+        with pytest.raises(UsageError, match=rf'{who}, which are .* with `layout="slots"`'):
+            ld.export(model, tmp_path / "b", adapters=own, layout="rows")
 
 
 def test_an_encoder_takes_added_tokens_without_logits_of_them(

@@ -8,11 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 from loradeploy.adapter.fitting.fit import MOST_ROWS
 from loradeploy.adapter.fitting.settle import with_rows
-from loradeploy.adapter.fitting.vocabulary import added_tokens, refuse_resized, token_tables
+from loradeploy.adapter.fitting.vocabulary import (
+    Vocabulary,
+    added_tokens,
+    refuse_resized,
+    token_tables,
+)
 from loradeploy.adapter.tasks import CAUSAL_LM
 from loradeploy.bundle.manifest import AddedTokens
+from loradeploy.bundle.names import ROWS
 from loradeploy.bundle.outputs import main_output
-from loradeploy.errors import AdapterMismatchError, ExportError
+from loradeploy.errors import AdapterMismatchError, ExportError, UsageError
 from loradeploy.export.adapters.given import named
 from loradeploy.export.base import Base, Options
 from loradeploy.export.graph.file import outputs
@@ -38,9 +44,12 @@ def with_added_tokens(
 
     Raises:
         AdapterMismatchError: they are too many, or differ from the base's in too many rows.
-        ExportError: the graph's output head is quantized, or fused with other modules.
+        ExportError: the graph has not as many rows, and its output head is quantized, or fused
+            with other modules.
+        UsageError: tokens are added, and the layout is to be that of rows.
     """
-    vocabulary = vocabulary_in(base.graph, findings)
+    before = None if base.before is None else base.before.added_tokens
+    vocabulary = _vocabulary_of_base(base, findings)
     if vocabulary is None:
         return findings, options, None
     if base.other_part or base.tower is not None:  # their halves would have other tokens
@@ -55,17 +64,24 @@ def with_added_tokens(
         with named(name):
             counts[name] = added_tokens(adapter, vocabulary, MOST_ROWS)
             if counts[name] and not tables:
-                tables = tables_in(base.graph, findings)
+                found = tables_in(base.graph, findings)
+                tables = {table: values[: vocabulary.size] for table, values in found.items()}
             adapters[name] = (
                 with_rows(adapter, tables.get, MOST_ROWS, token_tables(adapter, vocabulary))
                 if counts[name]
                 else adapter
             )
             added_tokens(adapters[name], vocabulary, MOST_ROWS)  # both tables have the same ones
-    before = None if base.before is None else base.before.added_tokens
     count = max([*counts.values(), 0 if before is None else before.count])
     if not count:
         return findings, options, None
+    if options.layout == ROWS:
+        adding = [name for name, own in counts.items() if own]
+        raise UsageError(
+            f"{f'{adding[0]} adds tokens' if adding else 'this bundle has rows for added tokens'},"
+            " which are factors of the embedding, and these need the numbers of slots: export with"
+            ' `layout="slots"`'
+        )
     output = None
     if vocabulary.head is not None or base.task == CAUSAL_LM:
         ranks = {spec.name: len(spec.shape) for spec in outputs(base.graph)}
@@ -77,20 +93,50 @@ def with_added_tokens(
             " for each token: merge it instead, `merge=True`"
         )
     logger.info("rows for %d tokens that adapters add to the base's %d", count, vocabulary.size)
-    findings = resize_vocabulary(base.graph, findings, vocabulary.size + count)
+    findings = resize_vocabulary(
+        base.graph,
+        findings,
+        vocabulary.size + count,
+        f"adapters add {count} tokens, for which {_rows_of(before)}: export the unquantized"
+        " checkpoint with them",
+    )
     added = AddedTokens(vocabulary.size, count, vocabulary.embedding, vocabulary.head, output)
     return findings, dataclasses.replace(options, adapters=adapters), added
 
 
 def without_added_tokens(base: Base, findings: Findings) -> Findings:
-    """Take the rows of added tokens that a bundle's graph has out again.
+    """Take the rows of added tokens that a bundle's graph has out again, for a merge.
 
     Raises:
         ExportError: the graph's output head is quantized.
     """
     added = None if base.before is None else base.before.added_tokens
-    if added is None:
+    vocabulary = _vocabulary_of_base(base, findings)
+    if added is None or vocabulary is None:
         return findings
-    if vocabulary_in(base.graph, findings) is None:
-        raise ExportError(f"the graph has no embedding of {added.size} tokens: it was changed")
-    return resize_vocabulary(base.graph, findings, added.base)
+    return resize_vocabulary(
+        base.graph,
+        findings,
+        vocabulary.size,
+        f"{_rows_of(added)}, which a merge takes out: merge the adapter into the unquantized"
+        " checkpoint",
+    )
+
+
+def _vocabulary_of_base(base: Base, findings: Findings) -> Vocabulary | None:
+    """Where the graph has a row per token, without those for added tokens that it has before."""
+    found = vocabulary_in(base.graph, findings)
+    added = None if base.before is None else base.before.added_tokens
+    if added is None:
+        return found
+    if found is None or found.size != added.size or (found.head is None) != (added.head is None):
+        raise ExportError(
+            f"the graph has no embedding and output head of {added.size} tokens: it was changed"
+        )
+    return dataclasses.replace(found, size=added.base)
+
+
+def _rows_of(added: AddedTokens | None) -> str:
+    if added is None:
+        return "the graph has no rows"
+    return f"this bundle has {added.count} row{'s' * (added.count > 1)} for added tokens"

@@ -113,10 +113,10 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
     added: SideInputs | None = None
     fitted: Mapping[str, Adapter] = {}
     arrays: Mapping[str, Arrays] = {}
-    findings = without_added_tokens(base, findings)
-    if source.graph is not None and options.merge:
-        base, findings = with_resized_vocabulary(base, findings, options)
     if options.merge:
+        findings = without_added_tokens(base, findings)
+        if source.graph is not None:
+            base, findings = with_resized_vocabulary(base, findings, options)
         manifest = merged(base, findings, options, digests)
     else:
         if source.graph is not None:

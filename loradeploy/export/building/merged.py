@@ -116,7 +116,13 @@ def with_resized_vocabulary(
     if size is None:
         return base, findings
     say_resized(name, before.size, size)
-    findings = resize_vocabulary(base.graph, findings, size)
+    findings = resize_vocabulary(
+        base.graph,
+        findings,
+        size,
+        f"the adapter's vocabulary has {size} tokens in place of {before.size}: merge it into the"
+        " unquantized checkpoint",
+    )
     return dataclasses.replace(base, vocabulary=size), findings
 
 

@@ -53,8 +53,10 @@ def tables_in(model: ir.Model, findings: Findings) -> dict[str, NDArray[np.gener
     return found
 
 
-def resize_vocabulary(model: ir.Model, findings: Findings, size: int) -> Findings:
+def resize_vocabulary(model: ir.Model, findings: Findings, size: int, why: str) -> Findings:
     """Change the graph's vocabulary to `size` tokens; the findings with the resized output head.
+
+    `why` is said where it cannot be, with what to do.
 
     Raises:
         ExportError: the head is quantized, or fused with other modules.
@@ -62,12 +64,11 @@ def resize_vocabulary(model: ir.Model, findings: Findings, size: int) -> Finding
     embedding, head = embedding_of(model), _head(model, findings)
     assert embedding is not None
     before = embedding.shape[0]
+    if size == before:
+        return findings
     if head is not None and (head.quantized or head.slice is not None):
         form = "quantized" if head.quantized else "fused with others"
-        raise ExportError(
-            f"{head.module} is {form}, and the adapter's vocabulary has {size} tokens in place of"
-            f" {before}: merge it into the unquantized checkpoint"
-        )
+        raise ExportError(f"{head.module} is {form}, and {why}")
     _set(embedding.weight, _resized(constant_of(embedding.weight), size, axis=0))
     if head is None or head.out_features != before:
         return findings
