@@ -19,6 +19,7 @@ from loradeploy.adapter.adapter import Rows
 from loradeploy.adapter.fitting.fit import check_fit
 from loradeploy.adapter.fitting.settle import without_idle
 from loradeploy.errors import UsageError, listed, listed_names, shown
+from loradeploy.lora.base.vocabulary import refuse_rows_of_tied
 from loradeploy.lora.fit import adaptable
 from loradeploy.lora.layers.kinds import SUPPORTED, kind_of
 from loradeploy.lora.layers.low_rank import LowRankLayer
@@ -163,6 +164,7 @@ def load(model: nn.Module, adapter: Adapter) -> Injection:
     base = adaptable(model)
     adapter = without_idle(named_as_in(model, adapter), base.layers)
     check_fit(adapter, base)
+    refuse_rows_of_tied(model, adapter)
     overwritten = (*update_experts(model, adapter), *overwrite(model, adapter))
     experts = {name: pair for name, pair in adapter.factors.items() if pair.kind == "experts"}
     injection = _install(

@@ -32,11 +32,15 @@ def settled(
     traced, for all modules that share them.
 
     Raises:
-        AdapterMismatchError: two weights of the adapter are tied in the model, and differ.
+        AdapterMismatchError: two weights of the adapter are tied in the model, and differ; or it
+            has rows of an embedding whose head is tied by config.json alone.
     """
-    from loradeploy.lora.base.vocabulary import vocabulary_of
+    from loradeploy.lora.base.vocabulary import refuse_rows_of_tied, vocabulary_of
     from loradeploy.lora.parameters import overwrite
 
+    for name, adapter in adapters.items():
+        with named(name):
+            refuse_rows_of_tied(model, adapter)
     parameters = dict(model.named_parameters(remove_duplicate=False))
 
     def is_own(name: str, values: NDArray[Any]) -> bool:

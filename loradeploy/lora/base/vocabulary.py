@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.adapter.fitting.vocabulary import Vocabulary, resized_vocabulary
-from loradeploy.errors import ModelError, first_line
+from loradeploy.errors import AdapterMismatchError, ModelError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +42,27 @@ def vocabulary_of(model: Any) -> Vocabulary | None:
         or bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False)),
         biased=getattr(head, "bias", None) is not None,
     )
+
+
+def refuse_rows_of_tied(model: Any, adapter: Adapter) -> None:
+    """Refuse trained rows of an embedding whose head is tied by config.json and stored apart.
+
+    transformers 5 computes with both weights then, and PEFT puts the rows into both.
+
+    Raises:
+        AdapterMismatchError: the adapter has such rows.
+    """
+    embedding, head = (table_of(model, getter) for getter in TABLES)
+    found = vocabulary_of(model)
+    if found is None or found.head is None or not found.tied or head.weight is embedding.weight:
+        return
+    own, other = f"{found.embedding}.weight", f"{found.head}.weight"
+    if own in adapter.rows and other in (getattr(model, "_tied_weights_keys", None) or ()):
+        raise AdapterMismatchError(
+            f"rows of {own} were trained (trainable_token_indices), which PEFT puts into {other}"
+            " too, because the base's config.json has tie_word_embeddings; but its checkpoint"
+            " stores another weight there: give the base that the adapter was trained on"
+        )
 
 
 def resize_for(model: torch.nn.Module, adapter: Adapter) -> int | None:
