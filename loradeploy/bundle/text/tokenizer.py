@@ -26,6 +26,7 @@ from loradeploy.bundle.text.tokenizer_files import (
     INPUT_NAMES,
     SETTINGS_NAME,
     SPECIAL_NAME,
+    SPLIT_NAME,
     TOKENIZER_NAME,
     chat_template_of,
     max_length_of,
@@ -93,7 +94,8 @@ class Tokenizer:
             inherited = {role: inherited[role] for role in inherited if role not in lacking}
         self.special_tokens: dict[str, str] = {**inherited, **special_tokens_of(named_tokens)}
         self._mark_special()
-        if base is not None and self._tokenizer.to_str() == base.as_text:
+        self._split_special(settings.get(SPLIT_NAME))
+        if base is not None and self._makes_tokens_of(base):
             self._tokenizer = base._tokenizer
         self.own_words = base is not None and self._tokenizer is not base._tokenizer
         if lowercase:
@@ -253,7 +255,12 @@ class Tokenizer:
 
     def same_words(self, other: Tokenizer) -> bool:
         """Whether both make the same tokens of every text."""
-        return self._tokenizer is other._tokenizer or self.as_text == other.as_text
+        return self._tokenizer is other._tokenizer or self._makes_tokens_of(other)
+
+    def _makes_tokens_of(self, other: Tokenizer) -> bool:
+        split = self._tokenizer.encode_special_tokens
+        same: bool = split == other._tokenizer.encode_special_tokens
+        return same and self._tokenizer.to_str() == other.as_text
 
     def pad_within(self, vocabulary: int) -> None:
         """Pad rows with the first padding token that the graph's vocabulary has.
@@ -302,6 +309,12 @@ class Tokenizer:
             self._detach()
             self._tokenizer.add_special_tokens(marks)
 
+    def _split_special(self, split: object) -> None:
+        """Take special tokens in texts for plain characters, as the settings have it."""
+        if split is not None and bool(split) != self._tokenizer.encode_special_tokens:
+            self._detach()
+            self._tokenizer.encode_special_tokens = bool(split)
+
     def _lowercase(self) -> None:
         before = self._tokenizer.normalizer
         parts = [normalizers.Lowercase(), *([] if before is None else [before])]
@@ -311,7 +324,9 @@ class Tokenizer:
     def _detach(self) -> None:
         """Have a tokenizer of one's own before it is changed."""
         if self._base is not None and self._tokenizer is self._base._tokenizer:
+            split = self._tokenizer.encode_special_tokens
             self._tokenizer = FastTokenizer.from_str(self._tokenizer.to_str())
+            self._tokenizer.encode_special_tokens = split
 
     def _end_of_turn(self) -> tuple[int, ...]:
         """The added token that the chat template writes behind an answer, where it writes one."""
@@ -326,8 +341,11 @@ class Tokenizer:
         except UsageError:
             return ()  # it takes conversations of another kind alone
         _, found, rest = text.rpartition(_ANSWER)
-        ids = self.encode(rest.lstrip(), special_tokens=False) if found else []
         added = self._tokenizer.get_added_tokens_decoder()
+        if self._tokenizer.encode_special_tokens:  # where texts have none
+            behind = {t.content: i for i, t in added.items() if rest.lstrip().startswith(t.content)}
+            return (behind[max(behind, key=len)],) if found and behind else ()
+        ids = self.encode(rest.lstrip(), special_tokens=False) if found else []
         return (ids[0],) if ids and ids[0] in added else ()
 
     def _ids_of(self, role: str) -> tuple[int, ...]:

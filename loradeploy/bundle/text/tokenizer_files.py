@@ -24,6 +24,8 @@ GENERATION_NAME: Final = "generation_config.json"
 SETTINGS_NAME: Final = "tokenizer_config.json"
 SPECIAL_NAME: Final = "special_tokens_map.json"
 ADDED_NAME: Final = "added_tokens.json"
+# In tokenizer_config.json alone: whether special tokens in a text are plain characters.
+SPLIT_NAME: Final = "split_special_tokens"
 # In tokenizer_config.json: the inputs that transformers' tokenizer gives.
 INPUT_NAMES: Final = "model_input_names"
 _TEMPLATE_OF_PROCESSOR: Final = "chat_template.json"

@@ -329,3 +329,31 @@ def test_a_chat_template_writes_no_token_that_the_adapters_tokenizer_dropped(
     assert base.render_chat(message) == f"{start}Hello"
     inherits = form == "absent in another class"
     assert Tokenizer(own, base).render_chat(message) == (f"{start}Hello" if inherits else "Hello")
+
+
+@pytest.mark.parametrize("own_words", [True, False], ids=["tokenizer", "settings alone"])
+def test_special_tokens_in_texts_are_characters_where_the_settings_split_them(
+    tiny_llama: Path, tmp_path: Path, own_words: bool
+) -> None:
+    from transformers import AutoTokenizer
+
+    place = tmp_path / "adapter"
+    theirs = AutoTokenizer.from_pretrained(tiny_llama, split_special_tokens=True)
+    theirs.save_pretrained(place)
+    assert json.loads((place / "tokenizer_config.json").read_text())["split_special_tokens"]
+    if not own_words:
+        (place / "tokenizer.json").unlink()
+    base = Tokenizer(tiny_llama)
+    own = Tokenizer(place, base)
+    text = "Hello<|im_end|> world"
+    expected = theirs(text)["input_ids"]
+    end = theirs.convert_tokens_to_ids("<|im_end|>")
+    assert own.encode(text) == expected
+    assert end not in expected
+    assert end in base.encode(text)
+    assert own.own_words
+    assert not own.same_words(base)
+    assert own.eos_ids == base.eos_ids
+    messages = [{"role": "user", "content": text}]
+    rendered = theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert own.encode_chat(messages) == rendered
