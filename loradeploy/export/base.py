@@ -29,7 +29,7 @@ from loradeploy.adapter.tasks import (
     SEQUENCE_CLASSIFICATION,
     VISION_TOWER,
 )
-from loradeploy.bundle.graph_form import DEFAULT_PRECISION
+from loradeploy.bundle.graph_form import DEFAULT_PRECISION, TOKENS
 from loradeploy.bundle.manifest import (
     BaseIdentity,
     Manifest,
@@ -39,6 +39,7 @@ from loradeploy.bundle.names import INPUT_IDS
 from loradeploy.bundle.sample import Sample
 from loradeploy.errors import (
     ExportError,
+    ModelError,
     listed_names,
 )
 from loradeploy.export.adapters.given import (
@@ -149,7 +150,7 @@ def from_checkpoint(source: Source, options: Options) -> Base:
     from loradeploy.export.trace import answers, load_model, trace
     from loradeploy.export.trace.image_text import other_part, vision_part
     from loradeploy.export.trace.towers import tower_config
-    from loradeploy.lora.base.vocabulary import resize_for, vocabulary_of
+    from loradeploy.lora.base.vocabulary import resize_for, tied_by_config_alone, vocabulary_of
     from loradeploy.lora.experts import expert_parameters
     from loradeploy.lora.submodels import named_as_in, submodels
 
@@ -197,6 +198,11 @@ def from_checkpoint(source: Source, options: Options) -> Base:
     model, zeroed = load_model(source.directory, task, labels=labels, brought=brought)
     for name, adapter in adapters.items():
         check_brought(name, adapter, zeroed)
+    if TOKENS in options.side_inputs and (apart := tied_by_config_alone(model)) is not None:
+        raise ModelError(
+            f"{source.name}: its config.json ties {apart[0]} and {apart[1]}, and the checkpoint has"
+            f" two weights: rows of tokens would differ from PEFT's, export without {TOKENS!r}"
+        )
     vocabulary = None
     if options.merge:
         ((name, adapter),) = adapters.items()

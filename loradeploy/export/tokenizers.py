@@ -151,7 +151,7 @@ def _first_difference(own: FastTokenizer, made: FastTokenizer, vocabulary: int) 
         if index < vocabulary
     }
     known = sorted(word for word in words if (made.token_to_id(word) or 0) < vocabulary)
-    probes = (*_PROBES, *(f"Say {word} now" for word in known))
+    probes = (*_PROBES, *(text for word in known for text in (f"Say {word} now", f"Say {word}now")))
     for text in probes:
         one, other = own.encode(text), made.encode(text)
         if one.ids != other.ids or own.decode(one.ids) != made.decode(one.ids):

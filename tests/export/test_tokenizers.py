@@ -14,7 +14,14 @@ from loradeploy.bundle.text.tokenizer import Tokenizer
 from loradeploy.errors import ExportError
 from loradeploy.export.tokenizers import correct_tokenizer, corrected_tokenizer
 
-_TEXTS: Final = ("Hello World", "hello <|end|> world", "Été 中文", " world", "x")
+_TEXTS: Final = (
+    "Hello World",
+    "hello <|end|> world",
+    "Été 中文",
+    " world",
+    "x",
+    "a <|endoftext|>b",
+)
 _ROLES: Final = ("pad", "unk", "cls", "sep", "mask")
 _BERT: Final = {"tokenizer_class": "BertTokenizer", "do_lower_case": True} | {
     f"{role}_token": f"[{role.upper()}]" for role in _ROLES
@@ -24,6 +31,7 @@ _PLAIN: Final = {"tokenizer_class": "PreTrainedTokenizerFast"}
 _END: Final = {"content": "<|end|>", "special": True, "normalized": False} | dict.fromkeys(
     ("lstrip", "rstrip", "single_word"), False
 )
+_WORD: Final = _END | {"content": "<|endoftext|>", "single_word": True}
 
 
 def _bert(place: Path) -> None:
@@ -74,10 +82,11 @@ def _bpe(place: Path) -> None:
         (_bpe, _GPT2 | {"add_prefix_space": True}, {}, True),
         (_bpe, _PLAIN | {"added_tokens_decoder": {"300": _END}}, {}, True),
         (_bpe, _PLAIN, {"<|end|>": 300}, True),
+        (_bpe, _PLAIN | {"added_tokens_decoder": {"0": _WORD}}, {}, True),
     ],
     ids=[
         *("as it is", "cased", "accents", "chinese", "bytes as they are", "leading space"),
-        *("word in the settings", "word in a file"),
+        *("word in the settings", "word in a file", "word between spaces alone"),
     ],
 )
 def test_tokens_are_those_of_transformers_whatever_tokenizer_json_says(

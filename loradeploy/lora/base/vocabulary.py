@@ -44,24 +44,31 @@ def vocabulary_of(model: Any) -> Vocabulary | None:
     )
 
 
-def refuse_rows_of_tied(model: Any, adapter: Adapter) -> None:
-    """Refuse trained rows of an embedding whose head is tied by config.json and stored apart.
+def tied_by_config_alone(model: Any) -> tuple[str, str] | None:
+    """The weights of an embedding and its head that config.json ties, and that are stored apart.
 
-    transformers 5 computes with both weights then, and PEFT puts the rows into both.
-
-    Raises:
-        AdapterMismatchError: the adapter has such rows.
+    transformers 5 computes with both weights then, and PEFT puts trained rows into both.
     """
     embedding, head = (table_of(model, getter) for getter in TABLES)
     found = vocabulary_of(model)
     if found is None or found.head is None or not found.tied or head.weight is embedding.weight:
-        return
+        return None
     own, other = f"{found.embedding}.weight", f"{found.head}.weight"
-    if own in adapter.rows and other in (getattr(model, "_tied_weights_keys", None) or ()):
+    return (own, other) if other in (getattr(model, "_tied_weights_keys", None) or ()) else None
+
+
+def refuse_rows_of_tied(model: Any, adapter: Adapter) -> None:
+    """Refuse trained rows of an embedding that is `tied_by_config_alone`.
+
+    Raises:
+        AdapterMismatchError: the adapter has such rows.
+    """
+    apart = tied_by_config_alone(model)
+    if apart is not None and apart[0] in adapter.rows:
         raise AdapterMismatchError(
-            f"rows of {own} were trained (trainable_token_indices), which PEFT puts into {other}"
-            " too, because the base's config.json has tie_word_embeddings; but its checkpoint"
-            " stores another weight there: give the base that the adapter was trained on"
+            f"rows of {apart[0]} were trained (trainable_token_indices), which PEFT puts into"
+            f" {apart[1]} too, because the base's config.json has tie_word_embeddings; but its"
+            " checkpoint stores another weight there: give the base that the adapter was trained on"
         )
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import loradeploy as ld
 from loradeploy.adapter import load_adapter
 from loradeploy.adapter.fitting.vocabulary import Vocabulary
-from loradeploy.errors import AdapterMismatchError
+from loradeploy.errors import AdapterMismatchError, ModelError
 from loradeploy.lora.base.vocabulary import vocabulary_of
 from loradeploy.lora.inject import load
 from tests.lora import tiny
@@ -74,3 +74,5 @@ def test_rows_of_an_embedding_whose_head_is_tied_by_the_config_alone_are_refused
     with pytest.raises(AdapterMismatchError, match=message):
         load(untouched, load_adapter(tmp_path / "a"))
     load(transformers.AutoModelForCausalLM.from_pretrained(tiny_gpt2), load_adapter(tmp_path / "a"))
+    with pytest.raises(ModelError, match="ties transformer.wte.weight and lm_head.weight"):
+        ld.export(base, tmp_path / "b", side_inputs=["tokens"])
