@@ -73,7 +73,8 @@ def _form_option(option: FormOption) -> Callable[[Callable[..., None]], Callable
     "adapters",
     multiple=True,
     metavar="[NAME=]DIR",
-    help="A PEFT adapter to include in the bundle. Repeat the option for more.",
+    help="A PEFT adapter to include in the bundle, or the name of one that the bundle --model has."
+    " Repeat the option for more.",
 )
 @click.option(
     "--task",

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from loradeploy.errors import UsageError
+from loradeploy.errors import UsageError, listed_names
 from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
@@ -46,7 +46,8 @@ def export(
     Args:
         model: a Hugging Face directory or id, an ONNX file or directory, or a bundle.
         output: the bundle's directory; one that is there is replaced once the new one is whole.
-        adapters: by name, or a list of "[NAME=]DIR"; PEFT directories.
+        adapters: by name, or a list of "[NAME=]DIR"; PEFT directories. Where there is no such
+            directory, DIR can be the name of an adapter of the bundle `model`.
         merge: fold the one adapter into the weights instead of giving the graph side inputs.
         precision: fp32 (the default for a checkpoint), fp16, bf16 (stored in bf16, computed in
             fp32), int8 or int4. An ONNX file keeps its own.
@@ -100,7 +101,12 @@ def export(
     from loradeploy.bundle.manifest import own_files
     from loradeploy.bundle.names import MANIFEST_NAME
     from loradeploy.bundle.run_target import check_runs, choice_of
-    from loradeploy.export.adapters.given import adapter_directories, read_adapters
+    from loradeploy.export.adapters.given import (
+        adapter_directories,
+        found_in_bundle,
+        left_out,
+        read_adapters,
+    )
     from loradeploy.export.base import Options
     from loradeploy.export.building.content import build
     from loradeploy.export.read.source import resolve
@@ -132,7 +138,7 @@ def export(
     check_form(asked)
     if requantize and not merge:
         raise UsageError("`requantize` is for `merge`: side inputs leave packed weights alone")
-    directories = adapter_directories(adapters)
+    directories = found_in_bundle(adapter_directories(adapters), model)
     beside = (path for path in (checkpoint, module_map) if path is not None)
     check_keeps_inputs(place, [model, *directories.values(), *beside])
     read = read_adapters(directories)
@@ -156,6 +162,11 @@ def export(
     given = None if checkpoint is None else Path(checkpoint).expanduser()
     if source.manifest is not None:
         asked = inherit(asked, source.manifest)
+        if not merge and (names := left_out(directories, source.directory, source.manifest)):
+            logger.warning(
+                "adapters of %s that are not in %s: %s; name them to keep them, `adapters=[NAME]`",
+                *(model, output, listed_names(names)),
+            )
     elif source.graph is None and precision is None:
         asked["precision"] = choice_of(target, "precision", DEFAULT_PRECISION)
     if source.graph is None:  # before it is traced

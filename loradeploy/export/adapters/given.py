@@ -19,16 +19,19 @@ from loradeploy.adapter.heads import check_declared, label_parameters
 from loradeploy.adapter.modules.targets import is_saved
 from loradeploy.adapter.tasks import CLASSIFICATIONS
 from loradeploy.bundle.labels import with_all_labels
-from loradeploy.bundle.manifest import BaseIdentity
+from loradeploy.bundle.manifest import BaseIdentity, Manifest, read_manifest
+from loradeploy.bundle.names import MANIFEST_NAME
 from loradeploy.errors import (
     AdapterError,
     AdapterMismatchError,
+    BundleError,
     UsageError,
     listed,
     listed_names,
     shown,
 )
 from loradeploy.export.match.linears import is_head
+from loradeploy.files import inside
 
 if TYPE_CHECKING:
     import torch
@@ -72,6 +75,45 @@ def adapter_directories(
             )
         found[name] = directory
     return found
+
+
+def found_in_bundle(
+    directories: Mapping[str, Path], model: str | os.PathLike[str]
+) -> dict[str, Path]:
+    """`directories` where those that do not exist may be names of adapters of the bundle `model`.
+
+    Raises:
+        BundleError: the manifest is broken, or an adapter is another than came with the bundle.
+        AdapterError: an adapter of the bundle cannot be read.
+    """
+    bundle = Path(model).expanduser()
+    missing = {name: path for name, path in directories.items() if not path.exists()}
+    if not missing or not (bundle / MANIFEST_NAME).is_file():
+        return dict(directories)
+    entries = read_manifest(bundle).adapters
+    found = dict(directories)
+    for name, path in missing.items():
+        entry = entries.get(os.fspath(path))
+        if entry is None or entry.path is None:
+            continue
+        found[name] = inside(bundle, entry.path)
+        if load_adapter(found[name]).digest != entry.digest:
+            raise BundleError(
+                f"{found[name]} is not the adapter that came with the bundle, its digest has"
+                " changed: give the adapter's own directory"
+            )
+    return found
+
+
+def left_out(directories: Mapping[str, Path], bundle: Path, manifest: Manifest) -> list[str]:
+    """The adapters of a bundle that are not among those given for its export."""
+    given = {path.resolve() for path in directories.values()}
+    return sorted(
+        name
+        for name, entry in manifest.adapters.items()
+        if name not in directories
+        and (entry.path is None or inside(bundle, entry.path).resolve() not in given)
+    )
 
 
 def label_count(adapters: Mapping[str, Adapter]) -> int | None:

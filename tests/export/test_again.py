@@ -1,0 +1,90 @@
+"""A bundle that is exported again, and the adapters that it has."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+
+import loradeploy as ld
+from loradeploy.adapter.files.peft import load_adapter
+from loradeploy.bundle.manifest import read_manifest
+from loradeploy.errors import AdapterError, BundleError
+from tests.conftest import MakeAdapter
+
+
+@pytest.fixture(scope="module")
+def bundle(
+    tiny_llama: Path, make_adapter: MakeAdapter, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    place = tmp_path_factory.mktemp("again") / "bundle"
+    adapters = {name: make_adapter(tiny_llama, seed=k) for k, name in enumerate(["one", "two"])}
+    ld.export(tiny_llama, place, adapters=adapters)
+    return place
+
+
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [([], "one, two"), (["two"], "one"), (["mine=two"], "one"), (["one", "two"], None)],
+)
+def test_adapters_that_are_left_out_are_named(
+    given: list[str],
+    missing: str | None,
+    bundle: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="loradeploy.export"):
+        ld.export(bundle, tmp_path / "again", adapters=given, precision="int4")
+    said = [text for text in caplog.messages if "are not in" in text]
+    assert len(said) == (missing is not None)
+    assert missing is None or f"again: {missing}; name them to keep them" in said[0]
+
+
+def test_an_adapter_of_the_bundle_is_given_by_its_name(bundle: Path, tmp_path: Path) -> None:
+    before = read_manifest(bundle).adapters
+    assert before["one"].digest != before["two"].digest
+    again = ld.export(bundle, tmp_path / "again", adapters=["two", "mine=one"])
+    assert again.adapters["two"].digest == before["two"].digest
+    assert again.adapters["mine"].digest == before["one"].digest
+    session = ld.AdapterSession(tmp_path / "again")
+    assert session.load("two") == before["two"].digest
+
+
+def test_an_adapter_of_the_bundle_is_merged_by_its_name(
+    bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    merged = ld.export(bundle, tmp_path / "merged", adapters=["two"], merge=True)
+    assert merged.merged_adapter is not None
+    assert merged.merged_adapter.digest == load_adapter(bundle / "adapters" / "two").digest
+    assert "are not in" not in caplog.text, "one adapter is what a merge is asked for"
+
+
+def test_a_directory_goes_before_an_adapter_of_the_bundle(
+    bundle: Path,
+    tiny_llama: Path,
+    make_adapter: MakeAdapter,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    other = make_adapter(tiny_llama, seed=7)
+    (tmp_path / "two").symlink_to(other)
+    monkeypatch.chdir(tmp_path)
+    again = ld.export(bundle, tmp_path / "again", adapters={"two": "two"})
+    assert again.adapters["two"].digest == load_adapter(other).digest
+
+
+def test_neither_a_directory_nor_a_name_is_refused(bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="three does not exist"):
+        ld.export(bundle, tmp_path / "again", adapters=["three"])
+
+
+def test_an_adapter_of_the_bundle_that_was_changed_is_refused(bundle: Path, tmp_path: Path) -> None:
+    changed = tmp_path / "changed"
+    shutil.copytree(bundle, changed)
+    shutil.rmtree(changed / "adapters" / "two")
+    shutil.copytree(changed / "adapters" / "one", changed / "adapters" / "two")
+    with pytest.raises(BundleError, match="is not the adapter that came with the bundle"):
+        ld.export(changed, tmp_path / "again", adapters=["two"])
