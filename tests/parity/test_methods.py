@@ -11,7 +11,9 @@ from loradeploy.adapter.files.peft import load_adapter, save_adapter
 from loradeploy.bundle.adapter_inputs.base import BundleBase
 from loradeploy.bundle.adapter_inputs.native import write_onnx_adapter
 from loradeploy.bundle.manifest import read_manifest
+from loradeploy.lora.inject import adapted
 from loradeploy.parity.checks.controls import MISTAKES, Mistake
+from loradeploy.parity.reference.rounding import DTYPES, in_dtype
 from tests.conftest import MakeAdapter, once
 
 PROMPTS = ["The capital of France is", "Hi", "Shares fell as 日本"]
@@ -91,6 +93,34 @@ def test_every_path_agrees_and_every_mistake_is_caught(
     assert {(mistake.name, of) for mistake, of in IGNORED} <= caught
     assert ("swapped tokens", "tokens") in caught
     assert all(control.caught for control in report.controls)
+    assert not [note for note in report.notes if note.startswith("the limits are assumed")]
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values())
+@pytest.mark.parametrize("method", ["adapter", "plain", "tokens"])
+def test_every_method_is_computed_in_the_numbers_of_the_limits(
+    method: str, dtype: str, tiny_gpt2: Path, request: pytest.FixtureRequest
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_gpt2).eval()
+    ids = torch.tensor([[17, 3, 44, 9, 17, 120]])
+
+    def logits() -> torch.Tensor:
+        with torch.inference_mode():
+            return model(input_ids=ids).logits
+
+    base = logits()
+    with adapted(model, load_adapter(request.getfixturevalue(method))):
+        expected = logits()
+        with in_dtype(model, dtype):
+            found = logits()
+        assert torch.equal(logits(), expected)
+    assert found.dtype == getattr(torch, dtype)
+    error, effect = (found - expected).abs().max(), (expected - base).abs().max()
+    assert effect > 0.1
+    assert 0 < error < effect / 4, f"{error:.2g} of {effect:.2g}"
 
 
 @pytest.mark.parametrize(("mistake", "of"), IGNORED, ids=[mistake.name for mistake, _ in IGNORED])

@@ -15,9 +15,10 @@ from loradeploy.lora.layers.quantized import dequantized_weight, is_quantized
 
 @torch.no_grad()
 def row_norms(W: Tensor, squares: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
-    """‖W + s · B A‖ of every row: float32 [out], without a gradient (section 4.3).
+    """‖W + s · B A‖ of every row: [out], without a gradient (section 4.3).
 
-    `W` [out, in], `squares` [out] = ‖W‖² of its rows, `A` [rank, in], `B` [out, rank], float32.
+    `W` [out, in], `squares` [out] = ‖W‖² of its rows, `A` [rank, in], `B` [out, rank], of one
+    dtype, float32 or float64, which the result has.
     By ‖w + s · b A‖² = ‖w‖² + 2 s · b·(A w) + s² · b (A Aᵀ) bᵀ no matrix of the size of W is
     allocated.
     """
@@ -211,10 +212,15 @@ class LowRankLayer(nn.Module, ABC):
         return A.detach().flatten(1), B.detach().flatten(1)
 
     def _norms(self) -> Tensor:
-        W = self._matrix()
+        A, B = self._matrices()
+        # The factors are float32, but where the whole model is computed in other numbers.
+        dtype = torch.promote_types(A.dtype, torch.float32)
+        W, A, B = self._matrix().to(dtype), A.to(dtype), B.to(dtype)
+        if dtype != torch.float32:
+            return row_norms(W, W.square().sum(dim=1), A, B, self.scaling)
         if self.squares is None or self.squares.device != W.device:
             self.squares = W.square().sum(dim=1)
-        return row_norms(W, self.squares, *self._matrices(), self.scaling)
+        return row_norms(W, self.squares, A, B, self.scaling)
 
     def __getattr__(self, name: str) -> Any:
         # Models read attributes of their layers: weight, bias, num_embeddings, kernel_size, …

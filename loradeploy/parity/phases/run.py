@@ -92,7 +92,8 @@ def run_phases(
             continue
         before = None if seen.before is None else seen.before[..., :own]
         values = seen.values[..., :own]
-        if (seen.values[..., own:] > _HIDDEN).any():  # what is not the adapter's could be chosen
+        # What is not the adapter's could be chosen; NaN, too, is not hidden.
+        if not (seen.values[..., own:] <= _HIDDEN).all():
             values = np.full_like(values, np.nan)
         yield replace(seen, values=values, before=before)
 

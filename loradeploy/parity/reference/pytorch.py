@@ -283,7 +283,7 @@ def make_reference(context: CheckContext, base: Base) -> Reference:
     def run(name: str | None, generated: int) -> None:
         rows[name] = reference_rows(context, base.model, name, generated)
         scale[name] = _scale(rows[name])
-        limits[name] = _limits(context, base, rows[name], scale[name], notes)
+        limits[name] = _limits(context, base, name, rows[name], scale[name], notes)
 
     # Of a merged bundle only the adapter is compared; its base is there to tell the effect.
     with as_reference(context, base, None):
@@ -326,7 +326,12 @@ def as_reference_with(
 
 
 def _limits(
-    context: CheckContext, base: Base, rows: Sequence[Row], scale: float, notes: list[str]
+    context: CheckContext,
+    base: Base,
+    name: str | None,
+    rows: Sequence[Row],
+    scale: float,
+    notes: list[str],
 ) -> Mapping[str, Limit]:
     """How far a deployment of what is in the model may be from `rows`."""
     manifest = context.manifest
@@ -341,9 +346,10 @@ def _limits(
             logits=has_logits(manifest.task),
         )
     except (RuntimeError, TypeError, ValueError) as problem:  # a model that mixes its own dtypes
+        who = manifest.base.name if name is None else f"{manifest.base.name} with {name}"
         notes.append(
-            f"the limits are assumed, not measured: {manifest.base.name} cannot be computed in"
-            f" other numbers ({first_line(problem)})"
+            f"the limits are assumed, not measured: {who} cannot be computed in other numbers"
+            f" ({first_line(problem)})"
         )
         return assumed(manifest.precision, scale=scale)
     return calibrated(manifest.precision, gap, scale=scale)

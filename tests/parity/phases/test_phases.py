@@ -146,6 +146,23 @@ def test_a_repeated_row_is_held_against_its_first_run() -> None:
     assert (seen.values - seen.expected == 1).all()
 
 
+@pytest.mark.parametrize(
+    ("hidden", "passes"), [(-1e18, True), (-np.inf, True), (0.0, False), (np.nan, False)]
+)
+def test_an_output_that_is_not_the_adapters_must_be_hidden(hidden: float, passes: bool) -> None:
+    class Wider(Counter):
+        def forward(self, ids: Any, mask: Any, cache: Any, adapters: Any) -> Any:
+            values, cache = super().forward(ids, mask, cache, adapters)
+            values[..., -1] = -1e18
+            values[0, -1, -1] = hidden
+            return values, cache
+
+    rows = [dataclasses.replace(row((3, 1)), outputs=WIDTH - 1)]
+    (seen,) = run_phases(Wider(), rows, task="feature-extraction", pad=PAD, phases=[ONE_ROW])
+    assert seen.values.shape[-1] == WIDTH - 1
+    assert np.isfinite(seen.values).all() == passes
+
+
 @pytest.mark.parametrize("mask", ["0011", "1100", "1111", "1011", "0110", "0000"])
 @pytest.mark.parametrize("whole_row", [0, 1])
 def test_what_is_compared_of_a_row_is_what_its_mask_has_and_what_is_the_whole_rows(
