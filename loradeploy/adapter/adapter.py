@@ -86,7 +86,8 @@ class Adapter:
     every module that shares them, before the factors are applied.
     `rows`: individually trained rows of the base's weights, by parameter; they too replace the
     base's in every module that shares the weight.
-    `base_digest`: digest of the base model it was trained on, if known (`digest.base_digest`).
+    `base_digest`: digest of the base model it was trained on, if known
+    (`adapter.files.digest.base_digest`).
     `labels`: label names of a classifier in the order of its outputs, if known.
     `problem_type`: what the outputs of a sequence classifier are (`heads.PROBLEM_TYPES`), if known;
     of any classifier `heads.UNDECLARED`, if its head is one whose answers nothing declares.

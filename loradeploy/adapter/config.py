@@ -37,8 +37,8 @@ _NEUTRAL: Final = frozenset(
         "qalora_group_size",
         "revision",
         "runtime_config",
-        "target_parameters",  # read with the factors themselves (adapter/experts.py)
-        "trainable_token_indices",  # read with the rows themselves (adapter/peft.py)
+        "target_parameters",  # read with the factors themselves (adapter/algebra/experts.py)
+        "trainable_token_indices",  # read with the rows themselves (adapter/files/peft.py)
         "velora_config",
     }
 )

@@ -148,7 +148,7 @@ class Manifest:
     `sentence`: digests of the files that define how hidden states are pooled into an embedding, by
     name (modules.json and the files it names); empty if the base has none.
     `own_weights`: digests of the base's embeddings and output head, by parameter, to recognize
-    copies of them in an adapter's file (`adapter.settle.values_digest`).
+    copies of them in an adapter's file (`adapter.fitting.settle.values_digest`).
     `submodels`: the transformers models in the base, if module paths in some of them were renamed;
     `base_prefix`: the prefix of the base model's paths.
     `problem_type`: of a sequence classifier, what the outputs of the base's head are, or of the
@@ -156,7 +156,7 @@ class Manifest:
     `encoder`: of an encoder-decoder with a cache, what of it is in encoder.onnx; None of a graph in
     one piece.
     `tower`: of a model with a tower for texts and one for images, which the graph is: "text" or
-    "image"; None of other models (`adapter.towers`).
+    "image"; None of other models (`adapter.fitting.towers`).
     `logits_to_keep`: whether a decoder's graph has the optional input of that name, the positions
     that get logits (export/passes/tokens/kept_logits.py); without a feed all do.
     `embeds`: the optional inputs with which a decoder of images and text takes embeddings in the

@@ -9,16 +9,16 @@
     <module>.lora_B.weight            [out, rank / groups, 1, 1]
     <module>.lora_embedding_A         [rank, vocabulary]   an embedding
     <module>.lora_embedding_B         [size, rank]
-    (adapter/experts.py)                   experts of a mixture
+    (adapter/algebra/experts.py)           experts of a mixture
     <module>.lora_magnitude_vector    [out]                DoRA; of a convolution [1, out, 1, 1]
     <module>.base_layer.bias          [out]                a target's trained bias
     <parameter>                                            other trained biases, modules_to_save
     <module>.base_layer.weight, …     a weight of the base, which PEFT saves for embeddings
     <module>.token_adapter.trainable_tokens_delta [tokens, size]   rows of a weight
 
-`adapter.keys` parses other forms of keys. Data without a field in PEFT (the digest of the base
-model, that of the adapter of which this is a part, the labels and the problem type of a classifier)
-is in the metadata of the safetensors file, which PEFT ignores.
+`adapter.files.keys` parses other forms of keys. Data without a field in PEFT (the digest of the
+base model, that of the adapter of which this is a part, the labels and the problem type of a
+classifier) is in the metadata of the safetensors file, which PEFT ignores.
 """
 
 from __future__ import annotations
