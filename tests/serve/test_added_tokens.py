@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import openai
+import pytest
+
 import loradeploy as ld
+from loradeploy.adapter.files.peft import load_adapter
 from loradeploy.runtime.tasks.generation import TextGenerator
 from tests.export.vocabularies import BASE, CASES, WORDS, make
 from tests.serve.conftest import serving
@@ -52,3 +57,31 @@ def test_chats_with_an_adapters_own_tokens_and_with_the_base_share_a_batch(
         assert texts["tools"] != texts[None], "the adapter does nothing"
         done = running.service.text_engine().stats()
         assert done.steps > done.one_adapter_steps, "no step had rows of both"
+
+
+def test_an_adapter_with_tables_of_its_tokens_is_served_by_the_digest_of_its_files(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    made, root = tmp_path / "made", tmp_path / "root"
+    make(CASES["embeddings saved"], tiny_llama, made)
+    manifest = ld.export(tiny_llama, tmp_path / "bundle", adapters={"tools": made})
+    digest, own = load_adapter(made).digest, manifest.adapters["tools"].digest
+    assert digest != own, "the bundle's has rows in place of the tables"
+    names = [each.removeprefix("sha256:") for each in (digest, own)]
+    other = "0" * 64
+    for name in (*names, other):
+        shutil.copytree(made, root / name)
+    with serving(tmp_path / "bundle", root=root) as running:
+
+        def ask(name: str) -> Any:
+            answer = running.client().chat.completions.create(
+                model=name, messages=CHAT, temperature=0, max_completion_tokens=8
+            )
+            return answer.choices[0].message.content
+
+        expected = ask("tools")
+        assert ask("bundle") != expected, "the adapter does nothing"
+        assert [ask(name) for name in names] == [expected] * 2
+        with pytest.raises(openai.InternalServerError, match="could not be loaded"):
+            ask(other)
+        assert other not in running.service.session.adapters

@@ -1,7 +1,7 @@
 """The models of a service: the base by the bundle's name, and adapters by theirs.
 
-Adapters come with the bundle, or from the adapter root (serve/roots.py). One of the root is read
-when a request first names it, and read again when its files have changed; nothing has to be
+Adapters come with the bundle, or from the adapter root (serve/adapters/roots.py). One of the root
+is read when a request first names it, and read again when its files have changed; nothing has to be
 restarted. A client gives names alone.
 """
 
@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from loradeploy.adapter.files.peft import load_adapter
+from loradeploy.bundle.names import NATIVE_SUFFIX
 from loradeploy.errors import (
     AdapterError,
     AdapterStoreError,
@@ -32,7 +34,7 @@ from loradeploy.snapshot import ATTEMPTS
 
 logger = logger_of(__name__)
 
-# A name that is a digest is the adapter's own.
+# A name that is a digest is the adapter's own: that of its files, or of what the graph takes.
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 
 
@@ -295,11 +297,19 @@ class Catalog:
                 f" takes {self._max_bytes:,} in {MOST_FILES} (`max_adapter_bytes`)"
             )
         with self.root.local(found) as place:
-            digest = self.session.load(name, place, replace=True)
-        if _DIGEST.fullmatch(found.entry) and digest != f"sha256:{found.entry}":
+            digests = {self.session.load(name, place, replace=True)}
+            named = _DIGEST.fullmatch(found.entry) is not None
+            if named and place.suffix != NATIVE_SUFFIX:
+                try:
+                    digests.add(load_adapter(place).digest)
+                except AdapterError:
+                    self.session.unload(name)
+                    raise
+        if named and f"sha256:{found.entry}" not in digests:
             self.session.unload(name)
             raise AdapterError(
-                f"{found.entry} is the name of a digest, and that of its adapter is {digest}"
+                f"{found.entry} is the name of a digest, and that of its adapter is"
+                f" {' or '.join(sorted(digests))}"
             )
 
     def _find(self, entry: str, *, fresh: bool = False) -> Found | None:
