@@ -1,4 +1,4 @@
-"""Suppress log lines, warnings and progress bars of libraries."""
+"""Suppress log lines, warnings and progress bars, of libraries and of loradeploy's own work."""
 
 from __future__ import annotations
 
@@ -64,3 +64,15 @@ def quiet() -> Iterator[None]:
         transformers.utils.logging.set_verbosity(verbosity)
         if bars:
             transformers.utils.logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def unremarked() -> Iterator[None]:
+    """Suppress loradeploy's own log lines below errors inside, of work that nobody asked for."""
+    logger = logging.getLogger("loradeploy")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

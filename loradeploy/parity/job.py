@@ -13,7 +13,7 @@ from typing import Final
 from loradeploy.adapter.files.digest import short
 from loradeploy.parity.backends.table import REFERENCE_TITLE, Backend
 from loradeploy.parity.checks.check import Progress, adapter_facts, run_backends
-from loradeploy.parity.checks.controls import run_controls
+from loradeploy.parity.checks.controls import Controls, run_controls
 from loradeploy.parity.checks.repeat import second_run
 from loradeploy.parity.context import CheckContext
 from loradeploy.parity.diagnose.localize import localizations
@@ -30,7 +30,6 @@ from loradeploy.parity.reference.pytorch import (
 )
 from loradeploy.parity.reference.quantized import QUANTIZED
 from loradeploy.parity.report.results import (
-    Control,
     Counterexample,
     Inputs,
     Localization,
@@ -81,7 +80,7 @@ def run(
     base = take_weights(context, model)
     logger.info("reference: %s", REFERENCE_TITLE)
     reference = make_reference(context, base)
-    made: tuple[Control, ...] = ()
+    made = Controls()
     localized: tuple[Localization, ...] = ()
     smallest: tuple[Counterexample, ...] = ()
     scores: tuple[Score, ...] = ()
@@ -136,11 +135,12 @@ def run(
         created=dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
         results=tuple(results),
         adapters=adapter_facts(context, reference),
-        controls=made,
+        controls=made.made,
         localizations=localized,
         notes=(
             *_notes(context, reference),
             *started_on.notes,
+            *made.notes,
             *remarks,
             *score_notes(context, held_out),
         ),

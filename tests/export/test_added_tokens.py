@@ -5,6 +5,8 @@ The right answer is PEFT's: `resize_token_embeddings`, the adapter loaded.
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import onnx_ir as ir
 import pytest
 
 import loradeploy as ld
+from loradeploy.adapter.files.peft import load_adapter, save_adapter
 from loradeploy.conversion import convert
 from loradeploy.errors import AdapterError, ExportError, UsageError
 from loradeploy.export.graph.edit import constant_of, set_constant
@@ -288,6 +291,50 @@ def test_every_path_agrees_and_every_mistake_is_caught(
     caught = {(control.name, control.adapter) for control in report.controls if control.caught}
     assert {("swapped tokens", "rows"), ("ignored tokens", "one")} <= caught
     assert all(control.caught for control in report.controls), report.controls
+
+
+def test_an_adapter_of_added_tokens_alone_is_not_called_untrained(
+    bases: Bases, adapters: Any, tmp_path: Path
+) -> None:
+    one = load_adapter(adapters["one"])
+    zero = {m: dataclasses.replace(pair, B=pair.B * 0) for m, pair in one.factors.items()}
+    save_adapter(dataclasses.replace(one, factors=zero), tmp_path / "one")
+    ld.export(bases["llama"][0], tmp_path / "b", adapters={"one": tmp_path / "one"})
+    report = ld.parity(
+        tmp_path / "b",
+        model=bases["llama"][0],
+        prompts=["The match"],
+        tokens=1,
+        backends=["onnx-side-inputs"],
+        phases=["prefill"],
+        certificate=False,
+    )
+    assert report.passed, report.failures
+    (facts,) = report.adapters
+    assert facts.message == "its only effect is on tokens that the base does not have"
+
+
+def test_merges_that_parity_makes_for_itself_are_not_remarked_on(
+    bases: Bases, adapters: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = {"one": adapters["one"]}
+    ld.export(bases["llama"][0], tmp_path / "b", adapters=given)
+    ld.export(bases["llama"][0], tmp_path / "merged", adapters=given, merge=True)
+    assert "in place of the base's" in caplog.text  # of what was asked for it is said
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "loradeploy"):
+        report = ld.parity(
+            tmp_path / "b",
+            model=bases["llama"][0],
+            prompts=["The match"],
+            tokens=1,
+            backends=["onnx-merged"],
+            phases=["prefill"],
+            certificate=False,
+        )
+    assert report.passed, report.failures
+    assert "ONNX merged, one" in caplog.text  # its own lines stay
+    assert "in place of the base's" not in caplog.text
 
 
 def _without_the_offset(graph: ir.Graph) -> None:

@@ -371,11 +371,13 @@ def merged_bundle(context: CheckContext, tested: AdapterUnderTest) -> Iterator[P
         yield context.bundle
         return
     from loradeploy.export.api import export
+    from loradeploy.lora.quiet import unremarked
 
     path = context.scratch / f"merged-{tested.name}"
     try:
         try:
-            export(context.bundle, path, adapters={tested.name: tested.path}, merge=True)
+            with unremarked():  # what it says is of this merge, and reads as said of the bundle
+                export(context.bundle, path, adapters={tested.name: tested.path}, merge=True)
         except ExportError as problem:
             raise NotRunError(str(problem)) from None
         yield path

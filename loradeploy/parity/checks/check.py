@@ -15,7 +15,7 @@ from loradeploy.parity.backends.table import Backend, open_backend
 from loradeploy.parity.context import AdapterUnderTest, CheckContext
 from loradeploy.parity.figures.metrics import Comparison
 from loradeploy.parity.names import REPEAT
-from loradeploy.parity.phases.choice import phases_of, rows_of, spread
+from loradeploy.parity.phases.choice import left_out, phases_of, rows_of, spread
 from loradeploy.parity.phases.models import Model
 from loradeploy.parity.phases.outputs import has_logits
 from loradeploy.parity.phases.rows import Observation, Row
@@ -150,13 +150,9 @@ def adapter_facts(context: CheckContext, reference: Reference) -> tuple[AdapterF
     facts = []
     for tested in context.adapters:
         effect = reference.effect[tested.name]
-        trained = any(pair.B.any() for pair in tested.adapter.factors.values())
         failed, message = False, None
-        if effect.largest == 0.0 and trained:
-            failed = True
-            message = "the adapter has factors other than zero, yet it changes nothing in PyTorch"
-        elif effect.largest == 0.0:
-            message = "no effect: it is untrained, all of its B are zero"
+        if effect.largest == 0.0:
+            failed, message = _without_effect(context, tested)
         facts.append(
             AdapterFacts(
                 tested.name,
@@ -168,6 +164,22 @@ def adapter_facts(context: CheckContext, reference: Reference) -> tuple[AdapterF
             )
         )
     return tuple(facts)
+
+
+def _without_effect(context: CheckContext, tested: AdapterUnderTest) -> tuple[bool, str]:
+    """Whether an adapter without an effect on the base's tokens fails for that, and what it is."""
+    adapter, added = tested.adapter, context.manifest.added_tokens
+    if any(pair.B.any() for pair in adapter.factors.values()):
+        return True, "the adapter has factors other than zero, yet it changes nothing in PyTorch"
+    if added is not None and any(
+        token >= added.base and values.any()
+        for rows in adapter.rows.values()
+        for token, values in zip(rows.indices, rows.values, strict=True)
+    ):
+        return False, "its only effect is on tokens that the base does not have"
+    if adapter.rows:
+        return False, "no effect: all of its B are zero, and the rows of its tokens change nothing"
+    return False, "no effect: it is untrained, all of its B are zero"
 
 
 def _run_backend(
@@ -314,6 +326,11 @@ def _run_rows(
         # What it did not come to is as unproved as what it failed in.
         failure = problem if tally.due else None
         yield _result(backend, adapter, phase, tally, failure, context, reference)
+    for phase in phases:
+        for adapter in left_out(phase, rows, batched=backend.batched):
+            why = "none of its rows is among those of this phase"
+            skipped = dataclasses.replace(_not_run(backend, why), adapter=adapter, phase=phase)
+            yield dataclasses.replace(skipped, variant=_variant(backend, context))
 
 
 def _record(tally: _Tally, seen: Observation) -> None:

@@ -160,9 +160,29 @@ EMBEDS_MISTAKES: Final = (
 )
 
 
-def run_controls(context: CheckContext, reference: Reference, base: Base) -> tuple[Control, ...]:
+@dataclass(frozen=True)
+class Controls:
+    """The mistakes that were made, and `notes` on those that could not be judged."""
+
+    made: tuple[Control, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def run_controls(context: CheckContext, reference: Reference, base: Base) -> Controls:
     """Make every mistake with every adapter that has an effect, and judge it."""
-    found = []
+    found: list[Control] = []
+    notes: list[str] = []
+
+    def add(mistake: Mistake, name: str, rows: Sequence[Row]) -> None:
+        control = judge_mistake(mistake, name, rows, context, reference)
+        if control is None:
+            notes.append(
+                f"the control {mistake.name!r} of {name} was left out: every prompt has tokens that"
+                " the base does not have"
+            )
+        else:
+            found.append(control)
+
     before: str | None = None  # the neighbor in a mixed batch, the base at first
     for tested in context.adapters:
         if not reference.effect[tested.name].largest:
@@ -173,13 +193,12 @@ def run_controls(context: CheckContext, reference: Reference, base: Base) -> tup
                 # As the reference holds the right one, so that nothing but the mistake is between.
                 with as_reference_with(context, base, wrong) as model:
                     rows = reference_rows(context, model, tested.name, 0)
-                found.append(_judge(mistake, tested.name, rows, context, reference))
+                add(mistake, tested.name, rows)
         if context.manifest.mode != "merged":  # a merged graph has no mixed batches
-            neighbor = reference.rows[before]
-            found.append(_judge(OFF_BY_ONE, tested.name, neighbor, context, reference))
+            add(OFF_BY_ONE, tested.name, reference.rows[before])
             before = tested.name
         found += _embeds_controls(context, reference, base, tested)
-    return tuple(found)
+    return Controls(tuple(found), tuple(notes))
 
 
 def _embeds_controls(
@@ -197,7 +216,9 @@ def _embeds_controls(
             [_as_row(r, f) for r, f in zip(right, fed, strict=True) if f]
             for fed in ([row.fed for row in right], wrong)
         ]
-        yield _judge(mistake, tested.name, rows[1], context, reference, right=rows[0])
+        control = judge_mistake(mistake, tested.name, rows[1], context, reference, right=rows[0])
+        if control is not None:
+            yield control
 
 
 def _as_row(row: Row, fed: Fed) -> Row:
@@ -205,14 +226,15 @@ def _as_row(row: Row, fed: Fed) -> Row:
     return dataclasses.replace(row, forced=(), expected=fed.expected, about=None)
 
 
-def _judge(
+def judge_mistake(
     mistake: Mistake,
     name: str,
     rows: Sequence[Row],
     context: CheckContext,
     reference: Reference,
     right: Sequence[Row] | None = None,
-) -> Control:
+) -> Control | None:
+    """Whether `rows`, with a mistake in them, fail; None where there is nothing to compare."""
     scale, effect = reference.scale[name], reference.effect[name].largest
     comparison = Comparison(scale=scale, logits=has_logits(context.manifest.task))
     for own, wrong in zip(right or reference.rows[name], rows, strict=True):
@@ -224,7 +246,10 @@ def _judge(
         whole = width == own.expected.shape[-1]
         about = own.about[:count] if whole and own.about is not None else None
         comparison.add(expected, found, case=own.case, about=about)
-    verdict = judge(comparison.figures(), reference.limits[name], effect=effect)
+    figures = comparison.figures()
+    if not figures.positions:
+        return None
+    verdict = judge(figures, reference.limits[name], effect=effect)
     error = verdict.figures.max_abs
     return Control(mistake.name, mistake.meaning, name, not verdict.passed, error, effect)
 

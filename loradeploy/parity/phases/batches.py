@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -39,3 +39,13 @@ def batches(rows: Sequence[Row], *, most: int) -> Iterator[Sequence[Row]]:
             starts.pop()
         for start, stop in zip(starts, [*starts[1:], len(alike)], strict=True):
             yield alike[start:stop]
+
+
+def evenly(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+    """`rows` in their order, in as few batches of bounded size as can be, none of them of one."""
+    longest = max(len(row.prompt) for row in rows)
+    count = batch_size(longest, rows[0].expected.shape[-1])
+    turns = max(1, min(-(-len(rows) // count), len(rows) // 2))
+    edges = [len(rows) * turn // turns for turn in range(turns + 1)]
+    for start, stop in pairwise(edges):
+        yield rows[start:stop]

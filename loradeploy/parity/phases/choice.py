@@ -71,8 +71,19 @@ def rows_of(phase: str, rows: Sequence[Row], *, batched: bool = True) -> Sequenc
     few = [row for row in rows if not row.edge]
     if phase == CHUNKED:
         few = [row for row in few if len(row.tokens) >= _TO_CHUNK]
-    few = few[: _FEW[phase]]
-    return () if phase == PERMUTED and len(few) < 2 else few
+    if phase != PERMUTED:
+        return few[: _FEW[phase]]
+    # Of a mixed batch every adapter has a row: a stack that mixes up the last ones must show.
+    first = {row.adapter: place for place, row in reversed(list(enumerate(few)))}
+    few = [row for i, row in enumerate(few) if i < _FEW[phase] or i == first[row.adapter]]
+    return () if len(few) < 2 else few
+
+
+def left_out(phase: str, rows: Sequence[Row], *, batched: bool = True) -> list[str | None]:
+    """The adapters of `rows` that a phase is shown no row of, though it is shown others'."""
+    shown = {row.adapter for row in rows_of(phase, rows, batched=batched)}
+    every = dict.fromkeys(row.adapter for row in rows)
+    return [adapter for adapter in every if shown and adapter not in shown]
 
 
 def spread(rows: Sequence[Row], count: int) -> list[Row]:

@@ -47,7 +47,7 @@ from loradeploy.parity.names import (
     PREFILL,
     REPEAT,
 )
-from loradeploy.parity.phases.batches import MAX_ROWS, batches, of_one_length
+from loradeploy.parity.phases.batches import MAX_ROWS, batches, evenly, of_one_length
 from loradeploy.parity.phases.choice import rows_of
 from loradeploy.parity.phases.fed import embeds_feeds
 from loradeploy.parity.phases.outputs import real_positions
@@ -136,8 +136,9 @@ def _observations(
             for batch in of_one_length(some) if alike else [some]:
                 yield from _run_embedded(cast("EmbedsModel", model), batch, pad=pad, left=side)
     if PERMUTED in phases and (permuted := rows_of(PERMUTED, rows)):
-        for batch in of_one_length(permuted) if alike else [permuted]:
-            yield from _run_permuted(model, batch, task=task, pad=pad, left=side)
+        for some in of_one_length(permuted) if alike else [permuted]:
+            for batch in evenly(some):
+                yield from _run_permuted(model, batch, task=task, pad=pad, left=side)
 
 
 def _forward_alone(model: Model, row: Row, task: str) -> NDArray[Any]:

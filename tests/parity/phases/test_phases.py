@@ -19,7 +19,8 @@ from loradeploy.parity.names import (
     PREFILL,
     REPEAT,
 )
-from loradeploy.parity.phases.choice import phases_of, rows_of, spread
+from loradeploy.parity.phases.batches import MAX_ROWS
+from loradeploy.parity.phases.choice import left_out, phases_of, rows_of, spread
 from loradeploy.parity.phases.outputs import real_positions
 from loradeploy.parity.phases.rows import Row
 from loradeploy.parity.phases.run import generate, run_phases
@@ -129,8 +130,30 @@ def test_no_row_of_a_permuted_batch_keeps_its_place() -> None:
     model = Counter()
     rows = [row((number,), adapter=str(number)) for number in range(6)]
     seen = list(run_phases(model, rows, task="feature-extraction", pad=PAD, phases=[PERMUTED]))
-    assert model.adapters == [["1", "2", "3", "0"]]
-    assert [observation.row.adapter for observation in seen] == ["1", "2", "3", "0"]
+    assert model.adapters == [["1", "2", "3", "4", "5", "0"]]
+    assert [observation.row.adapter for observation in seen] == ["1", "2", "3", "4", "5", "0"]
+
+
+@pytest.mark.parametrize("count", [2, 4, 5, 9, 16, 17, 33])
+def test_every_adapter_of_a_mixed_batch_is_permuted_in_batches_of_bounded_size(count: int) -> None:
+    model = Counter()
+    rows = [row((number,), adapter=str(number % count)) for number in range(2 * count)]
+    seen = list(run_phases(model, rows, task="feature-extraction", pad=PAD, phases=[PERMUTED]))
+    assert {observation.row.adapter for observation in seen} == {str(n) for n in range(count)}
+    assert len(seen) == max(4, count)
+    assert all(2 <= len(adapters) <= MAX_ROWS for adapters in model.adapters)
+    assert not left_out(PERMUTED, rows)
+
+
+def test_of_one_adapter_a_few_rows_are_permuted() -> None:
+    assert len(rows_of(PERMUTED, [row((1,), adapter="it")] * 9)) == 4
+
+
+def test_an_adapter_without_a_row_in_a_phase_is_named() -> None:
+    rows = [row((1, 2, 3, 4), adapter=name) for name in ("a", "b")] + [row((1,), adapter="c")]
+    assert left_out(CHUNKED, rows) == ["c"]
+    assert left_out(PADDED_BATCH, rows) == []
+    assert left_out(CHUNKED, rows[2:]) == []  # what no adapter is shown in is no gap of one
 
 
 def test_a_repeated_row_is_held_against_its_first_run() -> None:

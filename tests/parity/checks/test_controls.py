@@ -1,0 +1,59 @@
+"""A mistake made on purpose is judged on what both sides were fed, and on nothing else."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from loradeploy.parity.checks import controls
+from loradeploy.parity.checks.controls import OFF_BY_ONE, judge_mistake, run_controls
+from loradeploy.parity.figures.tolerances import assumed
+from loradeploy.parity.phases.rows import Row
+from loradeploy.parity.reference.pytorch import Effect, Reference
+
+CONTEXT: Any = SimpleNamespace(
+    manifest=SimpleNamespace(task="causal-lm", mode="side-inputs"),
+    adapters=[SimpleNamespace(name="a", adapter=None)],
+)
+
+
+def row(adapter: str | None, prompt: tuple[int, ...], value: float) -> Row:
+    return Row(0, adapter, prompt, (), np.full((len(prompt), 4), value, np.float32))
+
+
+def reference(*prompts: tuple[int, ...]) -> Reference:
+    """The base is fed other prompts than the adapter in place of those that end in 9."""
+    known = [p if p[-1] != 9 else (*p[:-1], 1) for p in prompts]
+    return Reference(
+        rows={
+            None: tuple(row(None, prompt, 0.0) for prompt in known),
+            "a": tuple(row("a", prompt, 1.0) for prompt in prompts),
+        },
+        scale={None: 1.0, "a": 1.0},
+        effect={"a": Effect(1.0, 1.0)},
+        limits={"a": assumed("fp32", scale=1.0)},
+    )
+
+
+def test_a_neighbors_rows_are_judged_where_it_was_fed_the_same() -> None:
+    given = reference((1, 2), (3, 9))
+    control = judge_mistake(OFF_BY_ONE, "a", given.rows[None], CONTEXT, given)
+    assert control is not None and control.caught
+    right = judge_mistake(OFF_BY_ONE, "a", given.rows["a"], CONTEXT, given)
+    assert right is not None and not right.caught
+
+
+def test_a_control_with_nothing_to_compare_is_left_out_by_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(controls, "MISTAKES", ())
+    found = run_controls(CONTEXT, reference((1, 9), (3, 9)), base=None)  # type: ignore[arg-type]
+    assert found.made == ()
+    (note,) = found.notes
+    assert note.startswith("the control 'off-by-one row' of a was left out")
+    found = run_controls(CONTEXT, reference((1, 9), (3, 2)), base=None)  # type: ignore[arg-type]
+    assert [control.caught for control in found.made] == [True]
+    assert found.notes == ()
