@@ -76,6 +76,17 @@ def test_a_directory_goes_before_an_adapter_of_the_bundle(
     assert again.adapters["two"].digest == load_adapter(other).digest
 
 
+@pytest.mark.parametrize("file", ["README.md", "loradeploy.json"])
+def test_a_directory_without_an_adapter_does_not_hide_the_name(
+    file: str, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / file).write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    again = ld.export(bundle, tmp_path / "again", adapters=["two"])
+    assert again.adapters["two"].digest == read_manifest(bundle).adapters["two"].digest
+
+
 def test_neither_a_directory_nor_a_name_is_refused(bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="three does not exist"):
         ld.export(bundle, tmp_path / "again", adapters=["three"])

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from loradeploy.adapter.adapter import Adapter
+from loradeploy.adapter.config import CONFIG_NAME
+from loradeploy.adapter.files.formats import other_directory
 from loradeploy.adapter.files.named import named_directory
-from loradeploy.adapter.files.peft import load_adapter
+from loradeploy.adapter.files.peft import WEIGHTS_NAME, load_adapter
 from loradeploy.adapter.fitting.fit import AdaptableBase, Layer, check_fit, not_brought
 from loradeploy.adapter.fitting.settle import without_idle
 from loradeploy.adapter.heads import check_declared, label_parameters
@@ -80,14 +82,16 @@ def adapter_directories(
 def found_in_bundle(
     directories: Mapping[str, Path], model: str | os.PathLike[str]
 ) -> dict[str, Path]:
-    """`directories` where those that do not exist may be names of adapters of the bundle `model`.
+    """`directories`, of which some may be names of adapters of the bundle `model`.
+
+    A name is what no directory has, or one with no adapter, such as the bundle of an export before.
 
     Raises:
         BundleError: the manifest is broken, or an adapter is another than came with the bundle.
         AdapterError: an adapter of the bundle cannot be read.
     """
     bundle = Path(model).expanduser()
-    missing = {name: path for name, path in directories.items() if not path.exists()}
+    missing = {name: path for name, path in directories.items() if not _may_be_adapter(path)}
     if not missing or not (bundle / MANIFEST_NAME).is_file():
         return dict(directories)
     entries = read_manifest(bundle).adapters
@@ -187,6 +191,14 @@ def check_brought(name: str, adapter: Adapter, lacking: Iterable[str]) -> None:
     """Raise AdapterMismatchError where `adapter` does not bring what its base lacks."""
     if problems := not_brought(adapter, lacking):
         raise AdapterMismatchError(f"{name}: {listed(problems, 1)}")
+
+
+def _may_be_adapter(path: Path) -> bool:
+    """Whether `path` is a file, or a directory with an adapter of any format."""
+    if path.is_dir():
+        known = (path / CONFIG_NAME).exists() or (path / WEIGHTS_NAME).exists()
+        return known or (not (path / MANIFEST_NAME).exists() and other_directory(path) is not None)
+    return path.exists()
 
 
 def _beside(model: AdaptableBase, adapter: Adapter, task: str) -> AdaptableBase:
