@@ -164,7 +164,8 @@ def export(
         asked = inherit(asked, source.manifest)
         if not merge and (names := left_out(directories, source.directory, source.manifest)):
             logger.warning(
-                "adapters of %s that are not in %s: %s; name them to keep them, `adapters=[NAME]`",
+                "adapters of %s that are not in %s: %s; to keep one, give its name as an adapter"
+                " too (--adapter NAME)",
                 *(model, output, listed_names(names)),
             )
     elif source.graph is None and precision is None:
