@@ -76,6 +76,18 @@ def defaults(bundle: Path) -> Arrays:
     return read_arrays(file, error=BundleError)[0] if file.exists() else {}
 
 
+def idle(bundle: Path) -> Arrays:
+    """One slot without an adapter, of all factors that the graph takes."""
+    manifest = read_manifest(bundle)
+    dtype = np.dtype(manifest.factor_dtype)
+    arrays: Arrays = {}
+    for target in manifest.targets:
+        rank = target.rank_from(1)
+        arrays[target.lora_A] = np.zeros((1, target.in_features, rank), dtype)
+        arrays[target.lora_B] = np.zeros((1, rank, target.out_features), dtype)
+    return arrays
+
+
 def stacked(slots: list[Arrays], base: Arrays) -> Arrays:
     """Side inputs of several slots, zero-padded to one rank; an empty slot is the base."""
     stack: Arrays = {}

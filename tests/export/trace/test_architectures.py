@@ -16,7 +16,15 @@ from loradeploy.bundle.manifest import read_manifest
 from loradeploy.errors import ModelError
 from loradeploy.export.api import export
 from tests.conftest import MakeAdapter
-from tests.export.reference import defaults, difference, factors, onnx_output, stacked, torch_output
+from tests.export.reference import (
+    defaults,
+    difference,
+    factors,
+    idle,
+    onnx_output,
+    stacked,
+    torch_output,
+)
 from tests.tolerances import tolerance
 
 pytestmark = pytest.mark.slow
@@ -269,7 +277,8 @@ def test_every_path_is_the_pytorch_model(
     assert difference(onnx_output(tmp_path / "side", ids, side=side), adapted) <= allowed
     assert difference(onnx_output(tmp_path / "merged", ids), adapted) <= allowed
     assert difference(base, adapted) > 0.1
-    slots = stacked([{}, side], defaults(tmp_path / "side"))
+    base_slot = idle(tmp_path / "side")  # of the routers of mixtures too, which no adapter has
+    slots = stacked([base_slot, {**base_slot, **side}], defaults(tmp_path / "side"))
     mixed = onnx_output(tmp_path / "side", ids, side={**slots, "adapter_ids": np.array([1, 0])})
     assert difference(mixed[0], adapted[0]) <= allowed
     assert difference(mixed[1], base[1]) <= allowed
