@@ -328,7 +328,7 @@ def _run_rows(
         yield _result(backend, adapter, phase, tally, failure, context, reference)
     for phase in phases:
         for adapter in left_out(phase, rows, batched=backend.batched):
-            why = "none of its rows is among those of this phase"
+            why = f"{phase}: no row of {adapter or BASE_LABEL} is among those that it is shown"
             skipped = dataclasses.replace(_not_run(backend, why), adapter=adapter, phase=phase)
             yield dataclasses.replace(skipped, variant=_variant(backend, context))
 

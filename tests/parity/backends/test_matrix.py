@@ -15,14 +15,17 @@ from loradeploy.adapter.adapter import Adapter, Factors, Rows
 from loradeploy.adapter.config import AdapterConfig
 from loradeploy.errors import UsageError
 from loradeploy.parity import job
+from loradeploy.parity.checks import check as checking
 from loradeploy.parity.checks.check import same_everywhere
 from loradeploy.parity.context import AdapterUnderTest
 from loradeploy.parity.names import LEVELS
+from loradeploy.parity.phases import choice, run
 from loradeploy.parity.phases.choice import phases_of
 from loradeploy.parity.report.results import ParityReport, Variant
 from loradeploy.parity.variants import choose_variants, session_options, start
 from loradeploy.runtime.devices.providers import resolve
 from loradeploy.runtime.session import AdapterSession
+from tests.conftest import MakeAdapter
 from tests.parity.conftest import CPU, CUDA, PROMPTS, Check, without_cuda
 from tests.parity.tampering import change_graph, leave_dropout_on, see_the_future_in_chunks
 
@@ -320,3 +323,23 @@ def test_a_reference_that_is_nondeterministic_is_the_one_failure(
     (failure, *_) = report.failures
     assert "the reference is nondeterministic by itself: two runs differ by" in failure
     assert [result.backend for result in report.results] == ["torch"]
+
+
+def test_every_adapter_of_a_bundle_is_in_the_permuted_batch(
+    tiny_llama: Path,
+    tiny_llama_bundle: Path,
+    make_adapter: MakeAdapter,
+    check: Check,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = {f"a{seed}": make_adapter(tiny_llama, seed=seed) for seed in range(1, 6)}
+    options: dict[str, Any] = {"adapters": given, "backends": ["onnx-mixed"]}
+    report = check(tiny_llama_bundle, phases=["permuted batch"], **options)
+    assert report.passed, report.failures
+    assert {result.adapter for result in report.results} == {None, *given}
+    for module in (choice, run, checking):  # as if it were shown of the first four rows alone
+        monkeypatch.setattr(module, "rows_of", lambda phase, rows, batched=True: rows[:4])
+    report = check(tiny_llama_bundle, phases=["permuted batch"], **options)
+    skipped = {r.adapter: r.message for r in report.results if r.outcome == "not run"}
+    assert set(skipped) == {"a4", "a5"}
+    assert skipped["a4"] == "permuted batch: no row of a4 is among those that it is shown"
