@@ -51,13 +51,9 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(path)
     with explained(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _temporary(target, _create_file) as temporary:
-            try:
-                with explained(target, temporary):
-                    yield temporary
-                    os.replace(temporary, target)
-            finally:
-                temporary.unlink(missing_ok=True)
+        with _temporary(target, _create_file) as temporary, explained(target, temporary):
+            yield temporary
+            os.replace(temporary, target)
 
 
 @contextlib.contextmanager
@@ -77,13 +73,9 @@ def atomic_directory(
     with explained(target):
         check_replaceable(target, marker=marker, own_files=own_files)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _temporary(target, Path.mkdir) as temporary:
-            try:
-                with explained(target, temporary):
-                    yield temporary
-                    _replace(temporary, target, marker, own_files)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+        with _temporary(target, Path.mkdir) as temporary, explained(target, temporary):
+            yield temporary
+            _replace(temporary, target, marker, own_files)
 
 
 @contextlib.contextmanager
@@ -241,22 +233,34 @@ def _create_file(path: Path) -> None:
 
 @contextlib.contextmanager
 def _temporary(target: Path, create: Callable[[Path], None]) -> Iterator[Path]:
-    """A path beside `target` created by `create`, locked while the caller uses it."""
+    """A path beside `target` created by `create`, locked while the caller uses it.
+
+    What is still there at the end is removed, whenever a signal comes from its creation on.
+    """
     _remove_leftovers(target)
     while True:
         path = _free_name(target, "partial")
-        create(path)
+        lock = None
         try:
-            lock = _lock(path)
-        except (BlockingIOError, FileNotFoundError):
-            continue  # removed as a leftover before it was locked
-        try:
+            create(path)
+            try:
+                lock = _lock(path)
+            except (BlockingIOError, FileNotFoundError):
+                continue  # removed as a leftover before it was locked
             if lock is None or _is_at(path, lock):
                 yield path
                 return
         finally:
+            _remove(path)
             if lock is not None:
                 os.close(lock)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _is_at(path: Path, handle: int) -> bool:
@@ -295,10 +299,7 @@ def _remove_leftovers(target: Path) -> None:
             lock = _lock(leftover)
             try:
                 if lock is not None or time.time() - leftover.stat().st_mtime > _STALE_SECONDS:
-                    if leftover.is_dir():
-                        shutil.rmtree(leftover, ignore_errors=True)
-                    else:
-                        leftover.unlink()
+                    _remove(leftover)
             finally:
                 if lock is not None:
                     os.close(lock)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from loradeploy import writing
 from loradeploy.errors import BundleError, UsageError
 from loradeploy.files import read_json, write_json
 from loradeploy.writing import (
@@ -200,6 +201,27 @@ def test_what_a_killed_writer_of_a_file_left_is_removed_by_the_next(tmp_path: Pa
     with atomic_file(tmp_path / "f") as temporary:
         temporary.write_text("whole")
     assert os.listdir(tmp_path) == ["f"]
+
+
+@pytest.mark.parametrize("what", ["file", "directory"])
+def test_a_signal_before_the_first_byte_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    created = []
+
+    def ended(path: Path) -> int:
+        created.append(path.exists())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(writing, "_lock", ended)
+    opened = {
+        "file": atomic_file(tmp_path / "b"),
+        "directory": atomic_directory(tmp_path / "b", marker=MARKER),
+    }
+    with pytest.raises(KeyboardInterrupt), opened[what]:
+        pass
+    assert created == [True]
+    assert not os.listdir(tmp_path)
 
 
 def test_a_writer_leaves_another_targets_and_a_living_writers_files_alone(tmp_path: Path) -> None:

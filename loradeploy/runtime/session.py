@@ -17,7 +17,7 @@ from loradeploy.adapter.heads import Head
 from loradeploy.bundle.adapter_inputs.base import BundleBase
 from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.model_config import context_length, model_config
-from loradeploy.bundle.names import CONFIG_NAME
+from loradeploy.bundle.names import CONFIG_NAME, GRAPH_NAME
 from loradeploy.bundle.proof.provider import ProviderFacts
 from loradeploy.bundle.proof.requirement import CertificateMinimum
 from loradeploy.errors import (
@@ -120,7 +120,7 @@ class AdapterSession:
 
         def opened(place: Path, manifest: Manifest) -> onnxruntime.InferenceSession:
             session = open_graph(
-                place, providers, session_options, manifest, capture=capture_graphs
+                place, providers, session_options, manifest, GRAPH_NAME, capture_graphs
             )
             check_graph(place, manifest, session)
             encoders[:] = open_encoder(place, providers, session_options, manifest)

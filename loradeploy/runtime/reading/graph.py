@@ -52,7 +52,6 @@ def open_graph(
     options: onnxruntime.SessionOptions | None,
     manifest: Manifest | None = None,
     name: str = GRAPH_NAME,
-    *,
     capture: bool = False,
 ) -> onnxruntime.InferenceSession:
     """An inference session on the bundle's graph; on the CPU where `providers` is None.
