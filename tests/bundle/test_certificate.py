@@ -85,15 +85,14 @@ def test_a_graph_without_its_data_is_seen(bundle: Path) -> None:
         check(bundle)
 
 
-def swap_targets(manifest: dict[str, Any]) -> None:
-    """Two layers get each other's factors: every shape still fits."""
+def swap_weights(manifest: dict[str, Any]) -> None:
+    """A merge would go into another layer's weight: every shape still fits."""
     first, second = (t for t in manifest["targets"] if t["module"].endswith("o_proj"))
-    for side in ("lora_A", "lora_B"):
-        first[side], second[side] = second[side], first[side]
+    first["weight"], second["weight"] = second["weight"], first["weight"]
 
 
 def test_an_edited_manifest_is_seen(bundle: Path) -> None:
-    edit(bundle / "loradeploy.json", swap_targets)
+    edit(bundle / "loradeploy.json", swap_weights)
     with pytest.raises(BundleError, match=r"loradeploy\.json has changed"):
         check(bundle)
 
