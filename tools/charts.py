@@ -1,4 +1,4 @@
-"""Bars of milliseconds, as SVG files that are the same for the same figures."""
+"""Charts as SVG files that are the same for the same figures, and bars of milliseconds."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ def svg_axes(
     font_size: int,
     figsize: tuple[float, float],
     heights: list[int] | None = None,
+    bottom: float = 0.0,
 ) -> Iterator[Any]:
     """The axes [rows, columns] of a figure that is written to `file` when it is drawn.
 
-    `name` makes the ids in it. `heights`: of the rows, in proportion.
+    `name` makes the ids in it. `heights`: of the rows, in proportion. `bottom`: the part of the
+    figure that is left below the axes.
     """
     import matplotlib as mpl
 
@@ -35,7 +37,7 @@ def svg_axes(
         rows, columns, figsize=figsize, height_ratios=heights, squeeze=False
     )
     yield axes
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, bottom, 1, 1))
     with atomic_file(file) as temporary:
         figure.savefig(temporary, format="svg", metadata={"Date": None})
     plt.close(figure)

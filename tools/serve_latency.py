@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import loradeploy as ld
-from loradeploy.files import atomic_file
 from tools.alternate import Side, Worker, serve_worker
+from tools.charts import svg_axes
 from tools.serve_load import Tokens
 from tools.serve_sides import Ask, ask_url, bytes_of, percentiles, started_server
 
@@ -173,34 +173,27 @@ def load_markdown(report: Mapping[str, Any]) -> str:
 
 def draw(report: Mapping[str, Any], file: Path) -> None:
     """Milliseconds against offered requests a second: the median and the 99th of each side."""
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    mpl.rcParams.update({"svg.hashsalt": "serving", "font.size": 9})
-    from matplotlib import pyplot as plt
     from matplotlib import ticker
 
     shown = (("first_token_ms", "time to the first token"), ("inter_token_ms", "between tokens"))
-    figure, axes = plt.subplots(1, len(shown), figsize=(7, 3.4))
-    for axis, (name, title) in zip(axes, shown, strict=True):
-        for color, (side, points) in zip(_COLORS, report["curves"].items(), strict=False):
-            rates = [point["rate"] for point in points]
-            for at, (style, part) in enumerate((("-", "p50"), ("--", "p99"))):
-                values = [point[name][at] for point in points]
-                axis.plot(rates, values, style, color=color, marker=".", label=f"{side}, {part}")
-        axis.set_title(f"{title}: ms", loc="left", fontsize=9)
-        axis.set_xlabel("offered requests/s")
-        axis.set_yscale("log")
-        axis.yaxis.set_major_formatter("{x:.0f}")
-        axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_minor_formatter("")
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout(rect=(0, 0.16, 1, 1))
-    lines, names = axes[0].get_legend_handles_labels()
-    figure.legend(lines, names, loc="lower center", ncols=2, frameon=False, fontsize=8)
-    with atomic_file(file) as temporary:
-        figure.savefig(temporary, format="svg", metadata={"Date": None})
-    plt.close(figure)
+    grid = svg_axes(file, 1, len(shown), name="serving", font_size=9, figsize=(7, 3.4), bottom=0.16)
+    with grid as ((*axes,),):
+        for axis, (name, title) in zip(axes, shown, strict=True):
+            for color, (side, points) in zip(_COLORS, report["curves"].items(), strict=False):
+                rates = [point["rate"] for point in points]
+                for at, (style, part) in enumerate((("-", "p50"), ("--", "p99"))):
+                    values = [point[name][at] for point in points]
+                    label = f"{side}, {part}"
+                    axis.plot(rates, values, style, color=color, marker=".", label=label)
+            axis.set_title(f"{title}: ms", loc="left", fontsize=9)
+            axis.set_xlabel("offered requests/s")
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter("{x:.0f}")
+            axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_minor_formatter("")
+            axis.spines[["top", "right"]].set_visible(False)
+        lines, names = axes[0].get_legend_handles_labels()
+        axes[0].figure.legend(lines, names, loc="lower center", ncols=2, frameon=False, fontsize=8)
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def main() -> None:
         temporary.write_text(text, encoding="utf-8")
     draw(results, arguments.output / "peers.svg")
     print(text)
-    sys.exit(any(result["not_concluded"] for result in results))
+    sys.exit(any(not row["concluded"] for result in results for row in result["ratios"]))
 
 
 def _adapters(model: Path, place: Path) -> dict[str, str]:

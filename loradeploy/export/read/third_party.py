@@ -101,7 +101,7 @@ def find_modules(
     check_reached(model.graph, findings, adapters)
     if weights is None:
         findings = _without_scaled(findings, _modules_of(adapters))
-    if weights is not None:
+    else:
         _compare(model.graph, findings, weights)
         for node in (node for linear in findings.linears.values() for node in linear.nodes):
             node.metadata_props.pop(SCALE, None)  # the numbers show that its weight is W
