@@ -199,7 +199,7 @@ def test_a_replica_that_is_killed_gives_no_wrong_answer(
                 whole.append(http.post("/v1/completions", json=body("sport", **LONG)))
 
             def two_more_are_with_it() -> bool:
-                """Two requests of which nothing was sent yet; what the other replica got is over."""
+                """Nothing of them was sent yet. The other replica answers what it gets."""
                 if sum(thread.is_alive() for thread in threads) < 2:
                     threads.append(threading.Thread(target=ask))
                     threads[-1].start()
