@@ -97,7 +97,7 @@ def module_of(node: ir.Node) -> tuple[str, str] | None:
     if not name.startswith("/") or name.count("/") < 2:
         return None
     module = name.strip("/").rsplit("/", 1)[0].replace("/", ".")
-    if not _is_built(node):
+    if not is_built(node):
         return module, "node name"
     for pattern, ours in _BUILDER:
         if (found := pattern.fullmatch(module)) is not None:
@@ -117,7 +117,7 @@ def _as_exported(name: str) -> str:
     return "/".join(parts)
 
 
-def _is_built(node: ir.Node) -> bool:
+def is_built(node: ir.Node) -> bool:
     """Whether onnxruntime-genai's builder wrote the node's graph, by the name of its attention."""
     graph = node.graph
     if graph is None:

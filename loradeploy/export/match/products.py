@@ -3,7 +3,7 @@
 MatMul, Gemm            the weight as it is, or through Cast, Identity, Transpose
 … of DequantizeLinear   QDQ, its input and output may be quantized too
 MatMulNBits             packed in blocks
-MatMulInteger           dynamically quantized: DynamicQuantizeLinear before, Cast and Mul behind
+MatMulInteger           dynamically quantized, its scales behind it (integer_scales.py)
 DynamicQuantizeMatMul   the same in one operator of onnxruntime's
 MatMulIntegerToFloat    the same, its input quantized before
 
@@ -21,6 +21,7 @@ import numpy as np
 
 from loradeploy.bundle.graph_form import BFLOAT16, DEFAULT_PRECISION
 from loradeploy.export.graph.edit import constant_of, integer_of, number_of, only_user
+from loradeploy.export.match.integer_scales import scaling_of
 from loradeploy.export.match.operators import MICROSOFT, check_operators
 from loradeploy.export.match.quantized import (
     INTEGER,
@@ -172,12 +173,8 @@ def output_of(node: ir.Node) -> ir.Value:
     """
     y = node.outputs[0]
     if node.op_type == INTEGER:
-        for op in ("Cast", "Mul"):
-            after = only_user(y)
-            if after is None or after.op_type != op:
-                return node.outputs[0]
-            y = after.outputs[0]
-        return y
+        scaling = scaling_of(node)
+        return y if scaling is None else scaling.output
     quantize = only_user(y)
     if quantize is not None and quantize.op_type == "QuantizeLinear":
         dequantize = only_user(quantize.outputs[0])

@@ -15,7 +15,8 @@ import numpy as np
 
 from loradeploy.adapter.files.tensors import StoredTensor
 from loradeploy.export.graph.edit import constant_of
-from loradeploy.export.match.products import Product, output_of
+from loradeploy.export.match.integer_scales import scaling_of
+from loradeploy.export.match.products import Product
 from loradeploy.export.match.quantized import INTEGER, MATMUL_NBITS
 
 if TYPE_CHECKING:
@@ -171,16 +172,17 @@ def _read(
 
 def _scale_behind(product: Product, picks: list[int]) -> NDArray[np.float32] | None:
     """The scale [picks, 1] of a MatMulInteger's weight, which its result is multiplied by."""
-    last = output_of(product.node).producer()
-    for value in () if last is None else last.inputs:
-        both = None if value is None else value.producer()
-        for scale in () if both is None or both.op_type != "Mul" else both.inputs:
-            if scale is not None and scale.is_initializer() and scale.const_value is not None:
-                numbers = constant_of(scale).astype(np.float32).reshape(-1)
-                if numbers.size == 1:
-                    return numbers.reshape(1, 1)
-                return numbers[picks][:, np.newaxis] if len(numbers) > max(picks) else None
-    return None
+    scaling = scaling_of(product.node)
+    found = () if scaling is None else scaling.weight
+    scale = np.ones((1, 1), np.float32)
+    for each in found:
+        numbers = constant_of(each).astype(np.float32).reshape(-1)
+        if numbers.size > 1:
+            if len(numbers) <= max(picks):
+                return None
+            numbers = numbers[picks]
+        scale = scale * numbers[:, np.newaxis]
+    return scale if found else None
 
 
 def _same(

@@ -16,10 +16,11 @@ from loradeploy.bundle.names import GENAI_CONFIG_NAME, LEFT, NO_PADDING, PAST, P
 from loradeploy.errors import ExportError, ModelError, listed, listed_names
 from loradeploy.export.graph.edit import integer_of
 from loradeploy.export.match.identity import CheckpointWeights
-from loradeploy.export.match.linears import Findings, annotate_modules, find_linears
+from loradeploy.export.match.linears import Findings, Linear, annotate_modules, find_linears
 from loradeploy.export.match.mapping import ModuleMap
 from loradeploy.export.match.naming import Namer, by_graph, first_of, keeping_fused
 from loradeploy.export.match.operators import GROUP_QUERY_ATTENTION, unreached_layers
+from loradeploy.export.match.own_factors import own_factor
 from loradeploy.export.read.normalize import SCALE
 from loradeploy.export.read.reach import check_reached
 from loradeploy.export.read.source import read_config
@@ -99,6 +100,7 @@ def find_modules(
     if mapped is not None:
         mapped.check_used()
     check_reached(model.graph, findings, adapters)
+    findings = _without_own_factors(findings, _modules_of(adapters))
     if weights is None:
         findings = _without_scaled(findings, _modules_of(adapters))
     else:
@@ -219,8 +221,34 @@ def _without_scaled(findings: Findings, needed: Container[str]) -> Findings:
                 " whether its weight is the checkpoint's or was divided by that: give `checkpoint`"
             )
         del kept[module]
-        left.append(f"{node.name} [{linear.in_features} → {linear.out_features}]")
+        left.append(_described(linear))
     return Findings(kept, tuple(left))
+
+
+def _without_own_factors(findings: Findings, needed: Container[str]) -> Findings:
+    """The layers but for those whose module scales more than the product that takes adapters.
+
+    Raises:
+        ExportError: an adapter is for one of them.
+    """
+    kept, left = dict(findings.linears), list(findings.unidentified)
+    for module, linear in findings.linears.items():
+        factor = own_factor(linear)
+        if factor is None:
+            continue
+        if module in needed:
+            raise ExportError(
+                f"{module}: its node {factor.name} scales the product {linear.nodes[0].name}, and"
+                " would scale what an adapter adds to it: give the graph of a module without a"
+                " factor of its own"
+            )
+        del kept[module]
+        left.append(_described(linear))
+    return Findings(kept, tuple(left))
+
+
+def _described(linear: Linear) -> str:
+    return f"{linear.nodes[0].name} [{linear.in_features} → {linear.out_features}]"
 
 
 def _fused_projections(directory: Path, adapters: Iterable[Adapter]) -> set[str]:

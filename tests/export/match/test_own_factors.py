@@ -1,0 +1,74 @@
+"""A layer that scales more than its product takes no adapters: they would be scaled with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from safetensors.numpy import save_file
+
+from loradeploy.adapter.adapter import Adapter, Factors
+from loradeploy.adapter.config import AdapterConfig
+from loradeploy.errors import ExportError
+from loradeploy.export.read.third_party import Evidence, find_modules
+from tests.export.graphs import IN, OUT, Builder
+
+MODULE, SCOPE = "block.0.proj", "/block/0/proj"
+ADAPTER = Adapter(
+    AdapterConfig(r=2, lora_alpha=4, target_modules=("proj",)),
+    {MODULE: Factors(np.ones((2, IN), np.float32), np.ones((OUT, 2), np.float32))},
+)
+
+
+def _scaled(where: str, op: str, scope: str, *, metadata: bool = False) -> ir.Model:
+    """x W + b of the module, scaled before, behind the product or behind its bias."""
+    b = Builder()
+
+    def scaled(value: ir.Value, size: int) -> ir.Value:
+        name = "" if metadata else f"{scope}/{op}"
+        module = scope.strip("/").replace("/", ".") if metadata else None
+        factor = b.constant("factor", np.full(size, 0.5, np.float32))
+        shape = ["batch", value.shape[-1]] if value.shape else None
+        return b.node(op, [value, factor], shape, name=name, module=module)
+
+    x = b.input("x", ["batch", IN])
+    if where == "before":
+        x = scaled(x, IN)
+    names = {"module": MODULE} if metadata else {"name": f"{SCOPE}/MatMul"}
+    y = b.node("MatMul", [x, b.weight("w", IN, OUT)], ["batch", OUT], **names)
+    if where == "behind":
+        y = scaled(y, 1)
+    y = b.node("Add", [y, b.weight("b", OUT)], ["batch", OUT])
+    return b.model(scaled(y, OUT) if where == "behind its bias" else y)
+
+
+@pytest.mark.parametrize("metadata", [False, True], ids=["names", "metadata"])
+@pytest.mark.parametrize("op", ["Mul", "Div"])
+@pytest.mark.parametrize("where", ["before", "behind", "behind its bias"])
+def test_a_layer_with_a_factor_of_its_own_is_refused(
+    where: str, op: str, metadata: bool, tmp_path: Path
+) -> None:
+    model = _scaled(where, op, SCOPE, metadata=metadata)
+    found = find_modules(model, tmp_path, Evidence(), [])
+    assert not found.linears
+    assert len(found.unidentified) == 1
+    with pytest.raises(ExportError, match=r"block\.0\.proj: its node .* scales the product"):
+        find_modules(model, tmp_path, Evidence(), [ADAPTER])
+
+
+def test_the_checkpoint_s_numbers_do_not_explain_it_either(tmp_path: Path) -> None:
+    model = _scaled("behind", "Mul", SCOPE)
+    weight, bias = (model.graph.initializers[n].const_value.numpy() for n in "wb")
+    tensors = {f"{MODULE}.weight": np.ascontiguousarray(weight.T), f"{MODULE}.bias": bias}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ExportError, match="scales the product"):
+        find_modules(model, tmp_path, Evidence(checkpoint=tmp_path), [ADAPTER])
+
+
+@pytest.mark.parametrize("where", ["before", "behind", "behind its bias"])
+def test_a_factor_of_another_module_is_the_model_s(where: str, tmp_path: Path) -> None:
+    for scope in ("/block/0", "/block/0/norm"):
+        model = _scaled(where, "Mul", scope)
+        assert MODULE in find_modules(model, tmp_path, Evidence(), [ADAPTER]).linears
