@@ -24,6 +24,7 @@ from loradeploy.runtime.tasks.generation import TextGenerator
 from loradeploy.runtime.tasks.tokens import TokenClassifier
 from tests.clients.conftest import FORMS, Required
 from tests.conftest import ROOT, MakeAdapter
+from tests.export.vocabularies import BASE, CASES, TABLES, WORDS, Case, make
 from tests.runtime.feeds import feeds
 from tests.tolerances import tolerance
 
@@ -124,6 +125,29 @@ def test_node_gives_pythons_tokens_in_every_form(
         # The second adapter's own tokens end its texts, and its template makes its prompt.
         assert "stop" in {answer["finishReason"] for answer in ours if answer["adapter"] == "few"}
         assert ours[6]["promptTokens"] != ours[7]["promptTokens"]
+
+
+def test_node_takes_the_tokens_that_a_rows_own_adapter_adds(
+    node: Node, tiny_llama: Path, tmp_path: Path
+) -> None:
+    make(CASES["trained rows"], tiny_llama, tmp_path / "two")
+    one = {"trainable_token_indices": {name: [BASE] for name in TABLES}}
+    make(Case(BASE + 1, one, saved=False), tiny_llama, tmp_path / "one", words=WORDS[:1])
+    given = {name: tmp_path / name for name in ("one", "two")}
+    export(tiny_llama, tmp_path / "b", adapters=given, required_inputs=True)
+    prompts = [f"The match {WORDS[0]} was", [5, BASE + 1, 7], "The match was"]
+    rows: dict[str, Any] = {"prompts": prompts, "adapters": ["one", "two", None]}
+    wrong = [([5, BASE], None, 511), ([5, BASE + 1], "one", 512), ([5, BASE + 2], "two", 513)]
+    calls = [rows, *({"prompt": prompt, "adapter": name} for prompt, name, _ in wrong)]
+    asked = [["generate", {**call, "maxNewTokens": COUNT}] for call in calls]
+    (result,) = node([{"bundle": tmp_path / "b", "calls": asked}])
+    good, *refused = result["value"]["answers"]
+    generator = TextGenerator(AdapterSession(tmp_path / "b"))
+    expected = generator.generate(prompts, rows["adapters"], max_new_tokens=COUNT)
+    assert [row["tokenIds"] for row in good["value"]] == [list(row.token_ids) for row in expected]
+    assert [row["text"] for row in good["value"]] == [row.text for row in expected]
+    for (_, _, last), told in zip(wrong, refused, strict=True):
+        assert f"the vocabulary ends at {last}" in told["message"]
 
 
 # -- adapters from PEFT directories ------------------------------------------------------------

@@ -254,6 +254,20 @@ def test_a_row_that_asks_for_a_hidden_token_fails_alone(
     assert own.token_ids[1:] == (BASE,) * 4
 
 
+@pytest.mark.parametrize("width", [BASE - 9, BASE, BASE + 1, BASE + 2, BASE + 32])
+def test_a_mask_is_as_wide_as_a_rows_own_vocabulary(width: int, bundle: Path) -> None:
+    generator = ld.TextGenerator(ld.AdapterSession(bundle))
+    mask = np.arange(width) >= min(width, BASE) - 2  # what is behind the base's tokens too
+    for name in (None, "one", "rows"):
+        options: dict[str, Any] = {"max_new_tokens": 3, "allowed_tokens": lambda made: mask}
+        if width > SIZES[name]:
+            with pytest.raises(UsageError, match=f"allows the token {SIZES[name]}, the logits end"):
+                generator.generate(["The"], [name], **options)
+            options["allowed_tokens"] = lambda made: mask & (np.arange(width) < BASE)
+        (made,) = generator.generate(["The"], [name], **options)
+        assert set(made.token_ids) <= set(mask.nonzero()[0].tolist())
+
+
 def test_a_step_on_a_cache_in_place_is_refused_with_a_hidden_token(
     other_bundles: dict[str, Path],
 ) -> None:

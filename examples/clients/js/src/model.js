@@ -160,11 +160,24 @@ class Model {
       // A classifier reads as much as fits in; a text that is generated needs a position left.
       const room = this.task === "causal-lm" ? texts.maxLength - 1 : texts.maxLength;
       if (prompt.length > room) throw new UsageError(`${what} has ${prompt.length} tokens, the model takes ${room}: shorten it`);
-      const outside = prompt.find((token) => !(Number.isSafeInteger(token) && token >= 0 && token < texts.vocabulary));
-      if (outside !== undefined) throw new UsageError(`${what} has the token ${outside}, the vocabulary ends at ${texts.vocabulary - 1}`);
+      const vocabulary = this.#tokensOf(sideInputs, texts);
+      const outside = prompt.find((token) => !(Number.isSafeInteger(token) && token >= 0 && token < vocabulary));
+      if (outside !== undefined) throw new UsageError(`${what} has the token ${outside}, the vocabulary ends at ${vocabulary - 1}`);
       rows.push({ prompt, texts, adapter: sideInputs, labels, name });
     }
     return rows;
+  }
+
+  /**
+   * How many tokens a row may hold: the base's, and those that its adapter adds to them. Of these the offset of
+   * the logits is 0; the others, which are hidden from the row, stand behind them.
+   */
+  #tokensOf(sideInputs, texts) {
+    const added = this.#manifest.added_tokens;
+    if (!added) return texts.vocabulary;
+    const { offset } = this.#manifest.changed.find(({ module }) => module === added.output) ?? {};
+    const own = sideInputs?.get(offset)?.data;
+    return own ? own.findLastIndex((value) => value === 0) + 1 : added.base;
   }
 
   /** As `#adapter`, of what a row names: an adapter, several with their weights, or null for the base. */
