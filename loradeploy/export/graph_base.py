@@ -10,7 +10,7 @@ from loradeploy.adapter.files.digest import base_digest
 from loradeploy.adapter.modules.renamings import Submodel, known
 from loradeploy.adapter.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
 from loradeploy.bundle.fit import THIS_BUNDLE
-from loradeploy.bundle.graph_form import is_packed
+from loradeploy.bundle.graph_form import BFLOAT16, DEFAULT_PRECISION, is_packed
 from loradeploy.bundle.manifest import BaseIdentity
 from loradeploy.bundle.outputs import main_output
 from loradeploy.errors import ExportError, UsageError
@@ -22,7 +22,7 @@ from loradeploy.export.match.adapter_layers import refuse_adapter_layers, refuse
 from loradeploy.export.match.linears import refuse_side_inputs
 from loradeploy.export.match.norm_forms import annotate_forms, vectors_in
 from loradeploy.export.match.products import precision_of
-from loradeploy.export.passes.precision.bf16 import compute_as_float32
+from loradeploy.export.passes.precision.bf16 import compute_as_float32, has_float32_weights
 from loradeploy.export.passes.side_inputs.inject import remove_side_inputs
 from loradeploy.export.passes.undo import remove_choices
 from loradeploy.export.read.attention import separate_projections
@@ -88,6 +88,8 @@ def from_graph(source: Source, options: Options) -> Base:
         take_branches(graph, source.graph.parent, own)
         check_mask(graph, renamed, source.graph.parent, own)
     current = precision_of(graph) if source.manifest is None else source.manifest.precision
+    if source.manifest is None and current == BFLOAT16 and has_float32_weights(graph.graph):
+        current = DEFAULT_PRECISION  # some of its weights are finer, and stay so
     compute_as_float32(graph.graph)
     complete_shapes(graph)
     if source.manifest is not None:

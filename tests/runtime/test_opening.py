@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime
 import pytest
 
 from loradeploy.errors import BundleError
+from loradeploy.export.api import export
 from loradeploy.runtime import session as opening
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.generation import TextGenerator
 from loradeploy.runtime.text.sides import TextSides
+from tests.export.graphs import IN, linear, numbers, run
 from tests.runtime.feeds import logits, random_ids
 
 IDS = random_ids(2, 6)
@@ -49,6 +52,21 @@ def test_a_data_file_that_is_written_in_place_changes_nothing_in_a_live_session(
     assert np.array_equal(logits(session, IDS, None), expected)
     os.truncate(bundle / DATA, 0)  # a mapped one would end the process
     assert np.array_equal(logits(session, IDS, None), expected)
+
+
+@pytest.mark.parametrize("own_options", [False, True], ids=["no options", "options of a user"])
+def test_a_graph_that_holds_all_of_its_weights_opens(own_options: bool, tmp_path: Path) -> None:
+    """Its data file is empty: none of its tensors is large enough for it."""
+    ir.save(linear(), tmp_path / "model.onnx")
+    export(tmp_path / "model.onnx", tmp_path / "b", task="feature-extraction")
+    assert (tmp_path / "b" / DATA).stat().st_size == 0
+    options = onnxruntime.SessionOptions() if own_options else None
+    session = AdapterSession(tmp_path / "b", session_options=options)
+    (found,) = session.run(["y"], {"x": numbers(2, 3, IN)})
+    assert np.allclose(found, run(linear(), {"x": numbers(2, 3, IN)}))
+    (tmp_path / "b" / DATA).write_bytes(b"0")
+    with pytest.raises(BundleError, match=r"is not the one that loradeploy\.json declares"):
+        AdapterSession(tmp_path / "b", session_options=options)
 
 
 def test_options_of_a_user_serve_several_sessions(bundle: Path) -> None:

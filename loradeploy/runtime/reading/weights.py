@@ -84,7 +84,8 @@ def graph_source(
     elif given is None and hasattr(options, _FROM_MEMORY):
         with _in_memory(bundle / GRAPH_DATA_NAME) as content:
             with memoryview(content) as view:
-                found = fingerprint(view) if content is not _NOTHING else None
+                # The data file of a small graph is there, and empty.
+                found = fingerprint(view) if content is not _NOTHING else _of_empty_file(bundle)
             _check(bundle, manifest, found)
             getattr(options, _FROM_MEMORY)([GRAPH_DATA_NAME], [content], [len(content)])
             yield Source(_graph(bundle, manifest, without, name), options)
@@ -155,6 +156,12 @@ def _in_memory(file: Path) -> Iterator[mmap.mmap | bytes]:
     finally:
         with contextlib.suppress(BufferError):  # an error's traceback still looks at it
             content.close()
+
+
+def _of_empty_file(bundle: Path) -> str | None:
+    """The fingerprint of a data file without data; None where there is none."""
+    file = bundle / GRAPH_DATA_NAME
+    return file_fingerprint(file) if file.is_file() else None
 
 
 def _read(file: Path, content: mmap.mmap, size: int) -> None:

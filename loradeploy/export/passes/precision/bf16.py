@@ -38,6 +38,11 @@ def store_as_bfloat16(graph: ir.Graph) -> None:
         _cast_weight(value, ir.DataType.BFLOAT16)
 
 
+def has_float32_weights(graph: ir.Graph) -> bool:
+    """Whether `store_as_bfloat16` would round a weight."""
+    return next(_weights(graph), None) is not None
+
+
 def compute_as_float32(graph: ir.Graph) -> None:
     """Undo `store_as_bfloat16`: the weights are float32 again, as they were rounded."""
     import onnx_ir as ir

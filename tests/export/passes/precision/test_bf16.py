@@ -152,6 +152,30 @@ def test_a_graph_of_bfloat16_is_read_without_its_manifest(
     np.testing.assert_array_equal(logits(AdapterSession(tmp_path / "b"), IDS), expected)
 
 
+@pytest.mark.parametrize("asked", [None, "bf16"])
+def test_the_finer_weights_of_a_file_are_not_rounded_unless_asked(
+    asked: str | None, tmp_path: Path
+) -> None:
+    """Some tools hold products in bfloat16 and leave the embedding as it is."""
+    b = Builder()
+    ids = b.input("input_ids", ["batch", "sequence"], ir.DataType.INT64)
+    words, shape = b.weight("words", 50, IN), ["batch", "sequence", IN]
+    x = b.node("Gather", [words, ids], shape)
+    w = b.constant("w", to_bfloat16(numbers(IN, OUT)))
+    cast = b.node("Cast", [w], [IN, OUT], to=int(ir.DataType.FLOAT))
+    given = {"name": "last_hidden_state", "module": "block.proj"}
+    model = b.model(b.node("MatMul", [x, cast], ["batch", "sequence", OUT], **given))
+    ir.save(model, tmp_path / "model.onnx")
+    manifest = export(
+        tmp_path / "model.onnx", tmp_path / "b", task="feature-extraction", precision=asked
+    )
+    assert manifest.precision == (asked or "fp32")
+    feeds = {"input_ids": random_ids(2, 5) % 50}
+    (found,) = AdapterSession(tmp_path / "b").run(["last_hidden_state"], feeds)
+    kept = difference(found, run(model, feeds)) <= tolerance("torch-onnx-tiny")
+    assert kept == (asked is None)
+
+
 def test_parity_holds(published: Path, make_adapter: MakeAdapter, tmp_path: Path) -> None:
     adapter = make_adapter(published, r=4, seed=1, scale=0.1)
     export(published, tmp_path / "b", precision="bf16", adapters={"a": adapter})
