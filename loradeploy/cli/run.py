@@ -245,15 +245,18 @@ _TASKS: Final[Mapping[str, Callable[..., None]]] = {
 
 def _runner(session: AdapterSession) -> tuple[Callable[..., None], str]:
     """What runs a bundle, and what it is for."""
-    from loradeploy.runtime.tasks.speech import takes_audio
-
     task = session.manifest.task
     if task not in _TASKS:
         raise UsageError(
             f"{session.path} is a {task} bundle, which this command cannot run: use"
             " AdapterSession.run"
         )
-    return (transcribe, f"{task} of speech") if takes_audio(session) else (_TASKS[task], task)
+    if session.manifest.encoder is not None:
+        from loradeploy.runtime.tasks.speech import takes_audio
+
+        if takes_audio(session):
+            return transcribe, f"{task} of speech"
+    return _TASKS[task], task
 
 
 def _load(session: AdapterSession, asked: Sequence[AdapterSpec | None]) -> list[AdapterSpec | None]:

@@ -81,6 +81,22 @@ def test_a_process_without_torch_classifies(
     assert base != small
 
 
+def test_one_prompt_imports_nothing_that_it_does_not_use(tiny_llama_bundle: Path) -> None:
+    """What `loradeploy run` imports is a part of the time to its first token."""
+    body = """
+from loradeploy.cli.main import main
+sys.argv = ["loradeploy", "run", sys.argv[1], "The bank", "--max-new-tokens", "1"]
+try:
+    main()
+except SystemExit as end:
+    assert not end.code
+unused = {"asyncio", "importlib.metadata", "loradeploy.runtime.tasks.speech"}
+print()
+print(*(unused & set(sys.modules)))
+"""
+    assert _run(body, tiny_llama_bundle)[-1] == ""
+
+
 @pytest.mark.parametrize("name", BLOCKED)
 def test_the_block_blocks(name: str) -> None:
     with pytest.raises(AssertionError, match="is blocked"):

@@ -38,8 +38,8 @@ def open_tokenizer(file: Path) -> FastTokenizer:
         # Some of what is wrong with a file shows only when it is used.
         tokenizer.decode(tokenizer.encode(_TRIED).ids)
         words: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
-    word = max(words, key=lambda word: words[word], default=None)
-    if word is not None and words[word] > _LARGEST_WORD:
+    if max(words.values(), default=0) > _LARGEST_WORD:
+        word = max(words, key=words.__getitem__)
         # The library counts up to it when it writes or compares.
         raise BundleError(f"{file} is no valid tokenizer: {shown(word)} is token {words[word]}")
     return tokenizer

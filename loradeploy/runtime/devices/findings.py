@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,6 +129,8 @@ def _plugin(row: KnownProvider, plugin: Plugin) -> Finding:
 
 
 def _version(plugin: Plugin) -> str:
+    import importlib.metadata
+
     try:
         return importlib.metadata.version(plugin.package)
     except importlib.metadata.PackageNotFoundError:  # built from source

@@ -31,7 +31,12 @@ from loradeploy.runtime.devices.quiet import UNSET, severity, unlogged
 from loradeploy.runtime.devices.table import CPU, known
 from loradeploy.runtime.reading.weights import MAPPED as MAPPED
 from loradeploy.runtime.reading.weights import WEIGHTS_AT as WEIGHTS_AT
-from loradeploy.runtime.reading.weights import entry, graph_source, return_freed_memory
+from loradeploy.runtime.reading.weights import (
+    entry,
+    graph_source,
+    keep_freed_memory,
+    return_freed_memory,
+)
 from loradeploy.runtime.reading.wire import node_names
 
 if TYPE_CHECKING:
@@ -97,6 +102,7 @@ def open_graph(
                 ", ".join(row.cpu_operators),
             )
     without = _all_fed(bundle, manifest, names)
+    keep_freed_memory()
     with graph_source(bundle, options, manifest, without, name) as source:
         try:
             session = _open(graph, source.graph, asked, source.options)

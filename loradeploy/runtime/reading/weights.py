@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
 import onnxruntime
 
 from loradeploy.adapter.files.digest import bytes_digest
@@ -43,6 +44,7 @@ MAPPED: Final = "loradeploy.map_weights"
 WEIGHTS_AT: Final = "session.model_external_initializers_file_folder_path"
 _FROM_MEMORY: Final = "add_external_initializers_from_files_in_memory"
 _BLOCK: Final = 1 << 26
+_LARGEST_HEAP_BLOCK: Final = (32 << 20) - (8 << 10)  # glibc's, less what it adds
 # A graph may name no data file but the bundle's: where there is none, it has no bytes.
 _NOTHING: Final = b"\0"
 
@@ -102,6 +104,16 @@ def graph_source(
             yield Source(os.fspath(copy / name), options)
 
 
+def keep_freed_memory() -> None:
+    """Let the C library keep what onnxruntime frees while it opens a graph, for the next weight.
+
+    glibc returns a freed block to the system at once, until a program has freed a larger one; then
+    every weight is laid out in pages that are new, and cleared. So the largest is freed first.
+    """
+    if sys.platform == "linux":
+        np.empty(_LARGEST_HEAP_BLOCK, np.uint8)
+
+
 def return_freed_memory() -> None:
     """Return to the system what onnxruntime freed while it laid weights out for its kernels.
 
@@ -147,7 +159,10 @@ def _in_memory(file: Path) -> Iterator[mmap.mmap | bytes]:
         if not size:
             yield _NOTHING
             return
-        content = mmap.mmap(-1, size)
+        if sys.platform == "win32":
+            content = mmap.mmap(-1, size)
+        else:  # Python's default is shared memory, which is slower to fill
+            content = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, ValueError, OverflowError):
         raise BundleError(f"{file} cannot be read into memory: there is no room for it") from None
     try:

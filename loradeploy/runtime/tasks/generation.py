@@ -24,12 +24,13 @@ from loradeploy.runtime.decoding.graph import DecoderGraph, TokenEmbeds, check_e
 from loradeploy.runtime.decoding.loop import DecodingBatch
 from loradeploy.runtime.decoding.scoring import TextScore, scores_of
 from loradeploy.runtime.session import AdapterSession
-from loradeploy.runtime.tasks.streaming import AsyncTextStream, TextPiece, TextStream
+from loradeploy.runtime.tasks.streaming import TextPiece, TextStream
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from loradeploy.runtime.decoding.choosing.options import GenerationFlags
+    from loradeploy.runtime.tasks.async_streaming import AsyncTextStream
 
 OnText = Callable[[int, str], None]
 OnResult = Callable[[int, "Generation"], None]
@@ -197,6 +198,8 @@ class TextGenerator:
         The graph runs in a thread of its own. A task that is cancelled, and a loop that is left,
         end the rows before their next token.
         """
+        from loradeploy.runtime.tasks.async_streaming import AsyncTextStream
+
         call = Call.of(prompts, adapters, seed, chat, batch_size, per_prompt, options)
         return AsyncTextStream(lambda cancelled: self._pieces(call, cancelled))
 

@@ -1,13 +1,9 @@
-"""Texts while they are generated: for a loop, or for an asynchronous one."""
+"""Texts while they are generated, for a loop."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -64,112 +60,3 @@ class TextStream:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-class AsyncTextStream:
-    """The pieces of texts while they are generated, in an `async for`.
-
-    A thread of its own generates. It ends with the last piece, and before the next token where the
-    task is cancelled, the loop is left or `aclose` is called: then the rows, their cache and the
-    adapters are free.
-    """
-
-    def __init__(self, pieces: Pieces) -> None:
-        self._cancelled: set[int] = set()
-        self._pieces = pieces
-        self._ended = threading.Event()
-        self._queue: asyncio.Queue[TextPiece | BaseException | None] = asyncio.Queue()
-        self._thread: threading.Thread | None = None
-        self._done: asyncio.Event | None = None
-
-    def __aiter__(self) -> AsyncTextStream:
-        return self
-
-    async def __anext__(self) -> TextPiece:
-        if self._thread is None:
-            self._start()
-        if self._ended.is_set() and self._queue.empty():
-            raise StopAsyncIteration
-        try:
-            piece = await self._queue.get()
-        except asyncio.CancelledError:
-            self._ended.set()
-            raise
-        if piece is None:
-            self._ended.set()
-            raise StopAsyncIteration
-        if isinstance(piece, BaseException):
-            self._ended.set()
-            raise piece
-        return piece
-
-    def cancel(self, row: int) -> None:
-        """End a row before its next token, as "cancelled"; the others go on.
-
-        The texts of a beam search are one search: the other rows of the prompt end with it.
-        """
-        self._cancelled.add(row)
-
-    async def aclose(self) -> None:
-        """End all rows, and wait until they have ended."""
-        self._ended.set()
-        if self._done is not None:
-            await self._done.wait()
-        while not self._queue.empty():
-            self._queue.get_nowait()
-
-    async def __aenter__(self) -> AsyncTextStream:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self.aclose()
-
-    def __del__(self) -> None:
-        self._ended.set()
-
-    def _start(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._done = asyncio.Event()
-        # The thread keeps nothing of this object alive: who drops it ends the thread.
-        self._thread = threading.Thread(
-            target=_generate,
-            args=(self._pieces, self._cancelled, self._ended, self._queue, self._done, loop),
-            name="loradeploy-stream",
-            daemon=True,
-        )
-        self._thread.start()
-
-
-def _generate(
-    pieces: Pieces,
-    cancelled: set[int],
-    ended: threading.Event,
-    queue: asyncio.Queue[TextPiece | BaseException | None],
-    done: asyncio.Event,
-    loop: asyncio.AbstractEventLoop,
-) -> None:
-    """Put the pieces into `queue` as they come, then None or the error, until `ended`."""
-
-    def hand(piece: TextPiece | BaseException | None) -> None:
-        queue.put_nowait(piece)
-        if not isinstance(piece, TextPiece):
-            done.set()
-
-    last: BaseException | None = None
-    running = pieces(cancelled)
-    try:
-        for piece in running:
-            if ended.is_set() or loop.is_closed():
-                break
-            loop.call_soon_threadsafe(hand, piece)
-    except BaseException as problem:  # whoever awaits the next piece gets it
-        last = problem
-    finally:
-        running.close()  # type: ignore[attr-defined]
-    with contextlib.suppress(RuntimeError):  # a loop that was closed meanwhile waits for nothing
-        loop.call_soon_threadsafe(hand, last)
