@@ -143,7 +143,6 @@ def separate_biases(
     Raises:
         ExportError: a module that is called several times has a bias at some calls.
     """
-    result = dict(linears)
     for module in sorted(set(modules) & linears.keys()):
         linear = linears[module]
         if linear.bias is not None or linear.slice is not None:
@@ -158,9 +157,15 @@ def separate_biases(
             # Before the first is taken apart: a joint bias is that of several products.
             if each.node.op_type in _FUSED:
                 _separate(graph, each.node, each.at)
-        use = bias_use(linear.nodes[0], linear.out_features)
-        result[module] = dataclasses.replace(linear, bias=None if use is None else value_of(use))
-    return result
+    return {module: _with_bias(linear) for module, linear in linears.items()}
+
+
+def _with_bias(linear: Linear) -> Linear:
+    """`linear` with the bias that is an addition now, if only with another layer's."""
+    if linear.bias is not None or linear.slice is not None:
+        return linear
+    use = bias_use(linear.nodes[0], linear.out_features)
+    return linear if use is None else dataclasses.replace(linear, bias=value_of(use))
 
 
 def _separate(graph: ir.Graph, node: ir.Node, at: int) -> None:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from loradeploy.export.match.biases import fused_bias, hides_bias, separate_biases
 from loradeploy.export.match.linears import find_linears
+from loradeploy.export.match.operators import MICROSOFT
 from tests.export.graphs import Builder, numbers, run
 from tests.tolerances import tolerance
 
@@ -71,3 +72,25 @@ def test_what_may_hide_a_bias_is_not_taken_for_a_layer_without_one(behind: str) 
         b.nodes[-1].domain = "com.microsoft" if behind == "Unknown" else ""
     product = find_linears(b.model(z)).linears["m"].nodes[0]
     assert hides_bias(product, OUT) == (behind != "Relu")
+
+
+@pytest.mark.parametrize("modules", [["q"], ["k", "q"], ["k", "q", "v"]], ids=",".join)
+def test_a_bias_of_several_layers_is_made_an_addition_for_each(modules: list[str]) -> None:
+    """MultiHeadAttention adds those of q, k and v, one behind the other, as one constant."""
+    b, biases = Builder(), numbers(3, OUT, seed=6)
+    x = b.input("x", [2, 3, IN])
+    parts = [
+        b.node("MatMul", [x, b.weight(f"w{name}", IN, OUT)], [2, 3, OUT], module=name)
+        for name in "qkv"
+    ]
+    joint = b.constant("b", biases.reshape(-1))
+    model = b.model(b.node("MultiHeadAttention", [*parts, joint], domain=MICROSOFT, num_heads=2))
+    model.graph.opset_imports[MICROSOFT] = 1
+    feeds: Arrays = {"x": numbers(2, 3, IN)}
+    before = run(model, feeds)
+    linears = separate_biases(model.graph, find_linears(model).linears, modules)
+    for name, bias in zip("qkv", biases, strict=True):
+        own = linears[name].bias
+        assert own is not None and own.const_value is not None, name
+        assert (own.const_value.numpy() == bias).all()
+    assert np.abs(run(model, feeds) - before).max() < tolerance("torch-onnx-tiny")
