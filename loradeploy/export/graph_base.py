@@ -32,11 +32,13 @@ from loradeploy.export.read.normalize import normalize_products
 from loradeploy.export.read.opsets import convert_opset
 from loradeploy.export.read.regular import (
     close_inputs,
+    complete_outputs,
     complete_shapes,
     drop_identities,
     lift_constants,
 )
 from loradeploy.export.read.source import Source
+from loradeploy.export.read.static_ranges import warn_of_ranges
 from loradeploy.export.read.subgraphs import inline_functions, take_branches
 from loradeploy.export.read.third_party import complete_cache, settings_beside
 from loradeploy.export.read.value_names import check_mask, name_values
@@ -75,7 +77,7 @@ def from_graph(source: Source, options: Options) -> Base:
     )
     renamed: Mapping[str, str] = {}
     if source.manifest is None:
-        check_opens(source.graph)
+        complete_outputs(graph.graph, check_opens(source.graph))
         refuse_side_inputs(graph)  # while they are inputs
         inline_functions(graph)
         refuse_adapter_layers(graph)
@@ -111,6 +113,7 @@ def from_graph(source: Source, options: Options) -> Base:
         normalize_products(graph.graph)
         refuse_adapter_products(graph.graph)
         complete_shapes(graph)  # those behind what inference did not know before
+        warn_of_ranges(graph.graph)
         task = _task_of(source, graph, options.task, own)
         parameters = replaced = lacking = frozenset()
     if options.evidence.checkpoint is not None:

@@ -51,7 +51,7 @@ def open_graph(file: Path) -> onnxruntime.InferenceSession:
         raise _not_run(problem) from None
 
 
-def open_unchanged(file: Path) -> None:
+def open_unchanged(file: Path) -> onnxruntime.InferenceSession:
     """Open the graph in `file` without optimization, to validate it; nothing is computed.
 
     Raises:
@@ -62,7 +62,7 @@ def open_unchanged(file: Path) -> None:
     options = trial_options()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
-        onnxruntime.InferenceSession(file, options, providers=[CPU])
+        return onnxruntime.InferenceSession(file, options, providers=[CPU])
     except Exception as problem:  # onnxruntime's exceptions have no other common base
         raise _not_run(problem) from None
 

@@ -52,15 +52,22 @@ def check_sound(model: ir.Model, file: Path) -> None:
         ) from None
 
 
-def check_opens(file: Path) -> None:
-    """Raise ModelError if onnxruntime refuses `file`, unless it only lacks kernels."""
+def check_opens(file: Path) -> dict[str, list[int | str | None]]:
+    """The shapes of the outputs, by name, as onnxruntime finds them; empty where it lacks kernels.
+
+    Raises:
+        ModelError: onnxruntime refuses `file`.
+    """
     try:
-        open_unchanged(file)
+        outputs = open_unchanged(file).get_outputs()
+        # It says [] of a shape that it does not know.
+        return {node.name: list(node.shape) for node in outputs if node.shape}
     except NotRunError as problem:
         if not problem.lacking:
             raise ModelError(
                 f"{file} is not an ONNX model that onnxruntime can open: {problem}"
             ) from None
+        return {}
 
 
 def _tensors(model: ir.Model) -> Iterator[Any]:

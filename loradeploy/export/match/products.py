@@ -125,7 +125,10 @@ def products(graph: ir.Graph) -> Iterator[Product]:
 
 
 def precision_of(model: ir.Model) -> str:
-    """The precision of a graph's products, as one of `graph_form.PRECISIONS` where it is one."""
+    """The precision of a graph's products, one of `graph_form.PRECISIONS`.
+
+    Weights of fewer bits than 4 count as int4.
+    """
     import onnx_ir as ir
 
     bits = {
@@ -134,7 +137,7 @@ def precision_of(model: ir.Model) -> str:
         if node.op_type == MATMUL_NBITS
     }
     if bits:
-        return f"int{min(bits)}"
+        return "int8" if min(bits) > 4 else "int4"
     kinds = {
         value.dtype
         for value in model.graph.initializers.values()

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from loradeploy.export.match.products import OPERATORS, input_of
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     import onnx_ir as ir
 
 
@@ -39,10 +41,31 @@ def complete_shapes(model: ir.Model) -> None:
     """Infer missing shapes, if products need them."""
     from onnx_ir.passes.common import ShapeInferencePass
 
-    inputs = (input_of(node) for node in model.graph if node.op_type in OPERATORS)
+    inputs = (value for node in model.graph for value in _multiplied(node))
     if any(value is not None and value.shape is None for value in inputs):
         lift_constants(model)
         ShapeInferencePass()(model)
+
+
+def _multiplied(node: ir.Node) -> list[ir.Value | None]:
+    """What a product takes besides its weight, which may stand in front."""
+    if node.op_type == "Conv":
+        return [node.inputs[0]]
+    if node.op_type not in OPERATORS:
+        return []
+    first = node.inputs[0]
+    behind = node.op_type == "MatMul" and first is not None and first.is_initializer()
+    return [input_of(node), *(node.inputs[1:2] if behind else ())]
+
+
+def complete_outputs(graph: ir.Graph, shapes: Mapping[str, Sequence[int | str | None]]) -> None:
+    """Give outputs the `shapes` that onnxruntime finds, where they declare none."""
+    import onnx_ir as ir
+
+    for value in graph.outputs:
+        found = shapes.get(str(value.name))
+        if found and value.shape is None:
+            value.shape = ir.Shape(found)
 
 
 def close_inputs(model: ir.Model) -> None:

@@ -152,7 +152,18 @@ class Trial:
             outputs = run_graphs(self._sessions, {**feeds, **chosen}, self.names)
         except NotRunError as problem:
             raise _refused(f"onnxruntime opens it and cannot run it: {problem}") from None
+        self._check_ranks(outputs)
         return self._of_base(outputs)
+
+    def _check_ranks(self, outputs: Outputs) -> None:
+        """Refuse outputs of another rank than the graph declares, which onnxruntime lets pass."""
+        for spec in self.manifest.outputs:
+            rank = outputs[spec.name].ndim
+            if rank != len(spec.shape):
+                raise _refused(
+                    f"its output {spec.name} has {rank} axes, and the graph declares"
+                    f" {list(spec.shape)}: correct the shape that the source declares"
+                )
 
     def _of_base(self, outputs: Outputs) -> Outputs:
         """`outputs` with the logits of the base's own tokens, as the source gives them.

@@ -7,6 +7,7 @@ import onnx_ir as ir
 import pytest
 
 from loradeploy.export.match.linears import find_linears, output_head
+from loradeploy.export.match.products import precision_of
 from tests.export.graphs import IN, OUT, Builder, linear
 
 
@@ -144,6 +145,18 @@ def test_packed_weights_are_found_by_their_sizes() -> None:
     y = b.node("MatMulNBits", [x, packed, scales], name="/m/q_proj/MatMul", K=32, N=OUT, bits=4)
     found = find_linears(b.model(y)).linears["m.q_proj"]
     assert (found.in_features, found.out_features, found.quantized) == (32, OUT, True)
+
+
+@pytest.mark.parametrize(("bits", "precision"), [(2, "int4"), (4, "int4"), (8, "int8")])
+def test_the_precision_of_packed_weights_is_one_that_bundles_have(
+    bits: int, precision: str
+) -> None:
+    b = Builder()
+    x = b.input("x", ["batch", 32])
+    packed = b.constant("w", np.zeros((OUT, 2, 2 * bits), np.uint8))
+    given = {"K": 32, "N": OUT, "bits": bits, "block_size": 16, "domain": "com.microsoft"}
+    y = b.node("MatMulNBits", [x, packed, b.weight("s", 2 * OUT)], ["batch", OUT], **given)
+    assert precision_of(b.model(y)) == precision
 
 
 def test_the_output_head_is_what_the_logits_come_from() -> None:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx_ir as ir
+import pytest
 
+from loradeploy.errors import ExportError
+from loradeploy.export.api import export
+from loradeploy.export.graph.sound import check_opens
 from loradeploy.export.match.linears import find_linears
 from loradeploy.export.read.regular import (
     close_inputs,
+    complete_outputs,
     complete_shapes,
     drop_identities,
     lift_constants,
 )
+from loradeploy.runtime.session import AdapterSession
 from tests.export.graphs import IN, OUT, Builder, linear, numbers, ops, run
 
 
@@ -61,6 +69,49 @@ def test_shapes_are_inferred_where_a_product_lacks_its_own() -> None:
     complete_shapes(model)
     product = next(node for node in model.graph if node.op_type == "MatMul")
     assert [str(size) for size in product.inputs[0].shape] == ["batch", "3", str(IN)]
+
+
+@pytest.mark.parametrize("op", ["Conv", "MatMul"])
+def test_shapes_are_inferred_for_a_product_whose_weight_stands_in_front(op: str) -> None:
+    """It is written as a product of x W only where the axes of x are known."""
+    b = Builder()
+    h = b.node("Tanh", [b.input("x", ["batch", IN, 3])], None, name="h")
+    w = b.weight("w", OUT, IN, *([1] if op == "Conv" else []))
+    model = b.model(b.node(op, [h, w] if op == "Conv" else [w, h], None, name="y"))
+    complete_shapes(model)
+    assert h.shape is not None and [str(size) for size in h.shape] == ["batch", str(IN), "3"]
+
+
+def test_outputs_without_a_shape_have_that_which_onnxruntime_finds(tmp_path: Path) -> None:
+    b = Builder()
+    x = b.input("x", ["batch", 3, IN])
+    none = b.node("Tanh", [x], None, name="none")
+    known = b.node("Tanh", [x], ["rows", 3, IN], name="known")
+    model = b.model(none, known)
+    ir.save(model, tmp_path / "model.onnx")
+    complete_outputs(model.graph, check_opens(tmp_path / "model.onnx"))
+    assert [str(value.shape) for value in (none, known)] == ["[batch,3,6]", "[rows,3,6]"]
+
+
+@pytest.mark.parametrize(("declared", "right"), [(None, True), (["batch", OUT], False)])
+def test_an_output_of_another_rank_than_declared_is_refused(
+    declared: list[int | str] | None, right: bool, tmp_path: Path
+) -> None:
+    """onnxruntime lets it pass, so that a session would read it by axes that it does not have."""
+    b = Builder()
+    ids = b.input("input_ids", ["batch", "sequence"], ir.DataType.INT64)
+    x = b.node("Gather", [b.weight("words", 50, IN), ids])
+    y = b.node("MatMul", [x, b.weight("w", IN, OUT)], module="block.proj")
+    model = b.model(b.node("Identity", [y], declared, name="last_hidden_state"))
+    ir.save(model, tmp_path / "model.onnx")
+    if not right:
+        with pytest.raises(ExportError, match=r"last_hidden_state has 3 axes.* \['batch', 4\]"):
+            export(tmp_path / "model.onnx", tmp_path / "b", task="feature-extraction")
+        return
+    export(tmp_path / "model.onnx", tmp_path / "b", task="feature-extraction")
+    session = AdapterSession(tmp_path / "b")
+    feeds = {"input_ids": np.array([[5, 6, 7]])}
+    assert session.run(["last_hidden_state"], feeds)[0].shape == (1, 3, OUT)
 
 
 def test_a_weight_that_is_an_input_too_becomes_a_constant() -> None:
