@@ -27,13 +27,13 @@ _NEUTRAL: Final = frozenset(
     {
         "auto_mapping",
         "corda_config",
+        *("lora_dtype", "lorap_emb_lr", "lorap_lr_ratio"),  # of ms-swift: how it was trained
         TYING,  # the file has the shared tensors once for each tied module
         "eva_config",
         "inference_mode",
         "loftq_config",
         "lora_ga_config",
         "megatron_core",
-        "peft_version",
         "qalora_group_size",
         "revision",
         "runtime_config",
@@ -43,10 +43,16 @@ _NEUTRAL: Final = frozenset(
     }
 )
 
+# Of fields that say what saved the adapter: peft_version, unsloth_version, swift_version, …
+_VERSION: Final = "_version"
+
 # Fields that change the numbers and are not supported, and what to do instead.
 _REFUSED: Final = {
     "lora_bias": "merge it with PEFT and export the merged model",
-    "alora_invocation_tokens": "activated LoRA depends on the prompt and cannot be exported",
+    **dict.fromkeys(
+        ("alora_invocation_tokens", "alora_invocation_string", "invocation_string"),
+        "activated LoRA depends on the prompt and cannot be exported",
+    ),
     "arrow_config": "routing between adapters cannot be exported",
     "kasa_config": "merge it with PEFT and export the merged model",
     "layer_replication": "apply it to the base model first and train on the result",
@@ -142,7 +148,7 @@ class AdapterConfig:
         for name, value in values.items():
             if name in known or name == "peft_type":
                 continue
-            if value and name not in _NEUTRAL:
+            if value and name not in _NEUTRAL and not name.endswith(_VERSION):
                 raise AdapterError(
                     f"adapter config: the field {name}={shown(value)} is unknown and may change the"
                     " numbers: merge the adapter with PEFT, or remove the field if it does not"

@@ -29,7 +29,8 @@ class AdapterFacts:
     """An adapter in PEFT's format.
 
     `layers`: the kinds of layers that have factors. `saved`: fully trained parameters. `tokens`:
-    the numbers of trained rows, by weight. `beside`: a base model in the same directory.
+    the numbers of trained rows, by weight. `beside`: a base model in the same directory. `part_of`:
+    the digest of the whole adapter, of which this is the part for one bundle.
     """
 
     kind: str = "LoRA adapter"
@@ -54,6 +55,7 @@ class AdapterFacts:
     saved: list[TensorFacts]
     tokens: list[str] | None = field(default=None, metadata=IF_KNOWN)
     beside: str | None = field(default=None, metadata=IF_KNOWN)
+    part_of: str | None = field(default=None, metadata=IF_KNOWN)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +124,7 @@ def inspect_adapter(path: Path) -> AdapterFacts:
         saved=[tensor_facts(name, values) for name, values in adapter.saved.items()],
         tokens=[f"{name}: {len(rows.indices)}" for name, rows in adapter.rows.items()] or None,
         beside=_base_in_same_directory(path) if path.is_dir() else None,
+        part_of=adapter.part_of,
     )
 
 

@@ -12,7 +12,7 @@ from loradeploy.errors import AdapterError, BundleError
 from loradeploy.inspection.facts import IF_KNOWN, INLINE, KEY, TensorFacts, spec_facts
 
 if TYPE_CHECKING:
-    from loradeploy.bundle.manifest import Manifest
+    from loradeploy.bundle.manifest import AdapterEntry, Manifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,17 +72,24 @@ class SavedFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class BundledAdapterFacts:
-    """An adapter of the bundle. `files`: whether its files changed since the export."""
+    """An adapter of the bundle. `files`: whether its files changed since the export.
+
+    `part_of`: of an adapter that changes another bundle of the model too, the digest of the whole.
+    """
 
     name: str
     digest: str
     files: str
+    part_of: str | None = field(default=None, metadata=IF_KNOWN)
     problem_type: str | None = field(default=None, metadata=IF_KNOWN)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BundleFacts:
-    """A bundle. `graph`: whether its files changed since the export."""
+    """A bundle. `graph`: whether its files changed since the export.
+
+    `merged_part_of`: as `BundledAdapterFacts.part_of`, of the merged adapter.
+    """
 
     kind: str = "bundle"
     task: str
@@ -106,6 +113,7 @@ class BundleFacts:
     static_shapes: list[str]
     target: str | None
     merged_adapter: str | None
+    merged_part_of: str | None = field(default=None, metadata=IF_KNOWN)
     merge_error: Any
     graph_digest: str | None
     graph: str
@@ -160,6 +168,7 @@ def inspect_bundle(path: Path) -> BundleFacts:
         static_shapes=[f"{name}={size}" for name, size in form.static_shapes.items()],
         target=form.target,
         merged_adapter=None if merged is None else merged.digest,
+        merged_part_of=None if merged is None else _part_of(merged),
         merge_error=json_values(manifest.merge_error),
         graph_digest=manifest.graph_digest,
         graph=f"changed since the export: {', '.join(changed)}" if changed else "as exported",
@@ -195,11 +204,17 @@ def inspect_bundle(path: Path) -> BundleFacts:
                 name=name,
                 digest=entry.digest,
                 files=_files(path, entry.path, entry.digest),
+                part_of=_part_of(entry),
                 problem_type=entry.problem_type,
             )
             for name, entry in manifest.adapters.items()
         ],
     )
+
+
+def _part_of(entry: AdapterEntry) -> str | None:
+    """The digest of the whole adapter where another bundle has a part of it."""
+    return entry.whole_digest if entry.split else None
 
 
 def _files(bundle: Path, path: str | None, digest: str) -> str:

@@ -41,6 +41,7 @@ def test_a_config_survives_the_round_trip_through_pefts_own_class() -> None:
         ("lora_bias", True),
         ("bias", "some"),
         ("alora_invocation_tokens", [1, 2]),
+        ("alora_invocation_string", "<think>"),
         ("layer_replication", [[0, 2]]),
         ("target_parameters", "experts.gate_up_proj"),
         ("target_parameters", ["experts.gate_up_proj", 1]),
@@ -57,6 +58,12 @@ def test_a_config_survives_the_round_trip_through_pefts_own_class() -> None:
 def test_a_field_that_changes_the_numbers_is_refused_by_name(field: str, value: object) -> None:
     with pytest.raises(AdapterError, match=field):
         AdapterConfig.from_peft({"r": 4, "target_modules": ["q"], field: value})
+
+
+@pytest.mark.parametrize("field", ["unsloth_version", "swift_version", "lorap_emb_lr"])
+def test_what_only_says_who_trained_an_adapter_and_how_is_kept(field: str) -> None:
+    config = AdapterConfig.from_peft({"r": 4, "target_modules": ["q"], field: 1e-6})
+    assert config.to_peft()[field] == 1e-6
 
 
 @pytest.mark.parametrize("value", [None, False, {}, []])

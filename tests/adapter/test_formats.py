@@ -78,6 +78,15 @@ def zero3(place: Path) -> None:
     write(place, {key: np.zeros(0, np.float32) for key in PAIR})
 
 
+def shards(place: Path) -> None:
+    write(place, PAIR)
+    names = [f"adapter_model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    (place / "adapter_model.safetensors").rename(place / names[0])
+    tensors(place, names[1], {f"{PREFIX}l.k.lora_A.weight": (2, 3)})
+    index = {"weight_map": dict.fromkeys(PAIR, names[0])}
+    (place / "adapter_model.safetensors.index.json").write_text(json.dumps(index))
+
+
 def whole_model(place: Path) -> None:
     tensors(place, "model.safetensors", {"model.layers.0.self_attn.q_proj.weight": (4, 4)})
     (place / "config.json").write_text("{}")
@@ -131,6 +140,7 @@ FORMATS: dict[Callable[[Path], None], tuple[str, str]] = {
     adapter_hub_bottleneck: ("of AdapterHub's adapters library", "train a LoRA"),
     torchtune: ("torchtune's names", "loradeploy convert"),
     zero3: (r"2 empty tensors of 2 .*l\.q\.lora_A.*DeepSpeed ZeRO-3", "zero_to_fp32.py"),
+    shards: ("but shards of it", "join them .*adapter_model-\\*.safetensors"),
     whole_model: ("is not an adapter but a complete model", "`model`"),
     whole_weights: (r"no LoRA factors but 3 full weights .*layers\.0\.q_proj", "`model`"),
     no_config: ("has LoRA factors and no adapter_config.json", "copy it"),
@@ -170,6 +180,7 @@ def test_a_checkpoint_with_its_trainers_files_is_an_adapter(tmp_path: Path) -> N
         ("PROMPT_TUNING", "it learns inputs, not weights"),
         ("PREFIX_TUNING", "it learns inputs, not weights"),
         ("XLORA", "cannot be exported"),
+        ("ALORA", "active after some tokens only"),
         (["LORA"], "merge it with PEFT"),
     ],
 )

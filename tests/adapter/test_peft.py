@@ -349,3 +349,11 @@ def test_the_base_digest_ignores_sharding_and_sees_every_byte(tmp_path: Path) ->
     assert whole == sharded != other
     with pytest.raises(ModelError, match=r"neither \.safetensors"):
         base_digest(tmp_path)
+
+
+@pytest.mark.parametrize("tokens", [[3.5, 5], ["3", 5], [-1, 5], [True, 5]])
+def test_the_id_that_no_token_can_have_is_named(tokens: list[Any], tmp_path: Path) -> None:
+    rows = {f"{PREFIX}embed.token_adapter.trainable_tokens_delta": np.ones((2, 3), np.float32)}
+    place = write(tmp_path / "a", {**good_tensors(), **rows}, trainable_token_indices=tokens)
+    with pytest.raises(AdapterError, match=rf"names {tokens[0]!r} for embed, which is not the id"):
+        load_adapter(place)

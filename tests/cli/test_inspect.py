@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import onnxruntime
 import pytest
 
-from loradeploy.adapter import load_adapter
+from loradeploy.adapter import load_adapter, save_adapter
 from tests.cli.calling import call, without_extras
 from tests.conftest import MakeAdapter
 
@@ -38,6 +39,19 @@ def test_inspect_tells_what_an_adapter_lies_beside(
     assert "beside" not in json.loads(call("inspect", adapter, "--json"))
     told = json.loads(call("inspect", tmp_path / "both", "--json"))["beside"]
     assert told == "a base model (model.safetensors), which is loaded without the adapter"
+
+
+def test_inspect_tells_which_adapter_a_part_is_of(checked: Path, tmp_path: Path) -> None:
+    part = dataclasses.replace(load_adapter(checked / "adapters/one"), part_of="sha256:11")
+    save_adapter(part, tmp_path / "part")
+    assert json.loads(call("inspect", tmp_path / "part", "--json"))["part_of"] == "sha256:11"
+    (entry,) = json.loads(call("inspect", checked, "--json"))["adapters"]
+    assert "part_of" not in entry
+    manifest = json.loads((checked / "loradeploy.json").read_text())
+    manifest["adapters"]["one"] |= {"whole_digest": "sha256:11", "split": True}
+    (checked / "loradeploy.json").write_text(json.dumps(manifest))
+    (entry,) = json.loads(call("inspect", checked, "--json"))["adapters"]
+    assert entry["part_of"] == "sha256:11"
 
 
 def test_inspect_tells_what_a_bundle_is(tiny_llama_bundle: Path) -> None:

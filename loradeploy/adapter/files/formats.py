@@ -67,6 +67,13 @@ _NO_CONFIG: Final = (
     " copy it from the directory of the original adapter"
 )
 _SHARDED: Final = (
+    "has no adapter_model.safetensors but shards of it (adapter_model-00001-of-…): join them in one"
+    ' file: python -c "import glob, safetensors.torch as s; s.save_file({k: v for f in'
+    " glob.glob('adapter_model-*.safetensors') for k, v in s.load_file(f).items()},"
+    " 'adapter_model.safetensors')\""
+)
+_SHARDS: Final = re.compile(r"adapter_model-\d+-of-\d+\.safetensors")
+_OF_DEEPSPEED: Final = (
     "has no adapter_model.safetensors but DeepSpeed's shards of it (global_step…): join them with"
     " the zero_to_fp32.py in the same directory"
 )
@@ -102,6 +109,8 @@ def other_peft_type(peft_type: object) -> str:
     """What to do with an adapter of a type of PEFT other than LORA."""
     if peft_type in _PROMPTS:
         return "it learns inputs, not weights, and cannot be exported: train a LoRA instead"
+    if peft_type == "ALORA":
+        return "it is active after some tokens only, which cannot be exported"
     if peft_type == "XLORA":
         return "it chooses between adapters for each token, which cannot be exported"
     return "merge it with PEFT (merge_and_unload) and export the merged model"
@@ -219,6 +228,8 @@ def other_directory(directory: Path) -> str | None:
     if any(directory.glob("head_config.json")) or any(directory.glob("pytorch_adapter.bin")):
         return other_config({"architecture": "unknown"})
     files = sorted(directory.glob(f"*{_TENSORS}"))
+    if peft and any(_SHARDS.fullmatch(file.name) for file in files):
+        return _SHARDED
     if any(form_of_tensors(_shapes_in(file)) == JINA for file in files):
         return JINA.message
     if (directory / "config.json").is_file() and (
@@ -231,7 +242,7 @@ def other_directory(directory: Path) -> str | None:
     if any(directory.glob("*.gguf")):
         return _GGUF
     if peft and any(directory.glob("global_step*")):
-        return _SHARDED
+        return _OF_DEEPSPEED
     if any(directory.glob("adapters.npz")):
         return MLX.message
     return None

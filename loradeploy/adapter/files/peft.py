@@ -52,7 +52,7 @@ from loradeploy.adapter.files.tensors import read_arrays, write_arrays
 from loradeploy.adapter.heads import LABELS_KEY, PROBLEM_KEY, head_beside, label_count
 from loradeploy.adapter.modules.targets import is_saved, is_trained_bias, saved_by, untargeted
 from loradeploy.adapter.tasks import SEQUENCE_CLASSIFICATION, task_of_peft
-from loradeploy.errors import AdapterError, listed, listed_names
+from loradeploy.errors import AdapterError, listed, listed_names, shown
 from loradeploy.files import copy_file, read_json, write_json
 
 if TYPE_CHECKING:
@@ -392,8 +392,13 @@ def _rows(module: str, values: NDArray[Any], config: AdapterConfig) -> Rows | st
         steps = module.split(".")
         ends = (".".join(steps[first:]) for first in range(len(steps)))  # the longest first
         indices = next((indices[end] for end in ends if end in indices), None)
-    if not isinstance(indices, list) or not all(type(i) is int and i >= 0 for i in indices):
+    if not isinstance(indices, list):
         return f"{module} has trained tokens, but trainable_token_indices does not list them"
+    if wrong := [i for i in indices if type(i) is not int or i < 0]:
+        return (
+            f"trainable_token_indices names {shown(wrong[0])} for {module}, which is not the id of"
+            " a token (an integer from 0 on)"
+        )
     if len(set(indices)) != len(indices):
         return f"trainable_token_indices names a token of {module} twice"
     if values.ndim != 2 or len(values) != len(indices):

@@ -30,6 +30,8 @@ _TITLES: Final = {
     "bitnet": "BitNet",
     "quanto": "Quanto",
     "mlx": "MLX",
+    "integers": "a method that stores integers",
+    "unknown": "a method that its config.json does not name",
 }
 # Weights that transformers read from a GGUF file are dequantized.
 _UNQUANTIZED: Final = ("gguf",)
@@ -49,6 +51,7 @@ _QUANTIZED_ENDINGS: Final = {
     "_proj_blocks": "mxfp4",
 }
 _FLOAT8: Final = ("F8_E4M3", "F8_E5M2")
+_INTEGERS: Final = ("I8", "U8", "I16", "I32")  # with scales elsewhere, or lost
 
 _UNSLOTH: Final = "unsloth"
 # Suffixes of the names of quantized models, as in Llama-3.1-8B-Instruct-bnb-4bit.
@@ -157,6 +160,8 @@ def _method_of_tensors(directory: Path) -> str | None:
                 return method
         if tensor.dtype in _FLOAT8:
             return "fp8"
+        if tensor.dtype in _INTEGERS and name.endswith(".weight"):
+            return "integers"
     return None
 
 

@@ -77,6 +77,20 @@ def test_the_tensors_tell_it_where_the_config_does_not(
     assert told in refusal_of(write_base(tmp_path / "base", tensor))
 
 
+@pytest.mark.parametrize(("dtype", "told"), [(np.int8, "stores integers"), (np.float16, None)])
+def test_weights_of_integers_are_quantized_whatever_they_are_called(
+    dtype: Any, told: str | None, tmp_path: Path
+) -> None:
+    """Without their scales transformers loads them as numbers."""
+    place = write_base(tmp_path / "base")
+    weights = {"model.layers.0.self_attn.q_proj.weight": np.ones((2, 2), dtype)}
+    write_arrays(place / "model.safetensors", weights, {})
+    if told is None:
+        check_unquantized(place)
+    else:
+        assert told in refusal_of(place)
+
+
 def test_a_model_of_mlx_in_few_bits_is_named(tmp_path: Path) -> None:
     place = write_base(tmp_path / "base", quantization={"group_size": 64, "bits": 4})
     assert "MLX" in refusal_of(place) and "mlx_lm.convert" in refusal_of(place)
