@@ -21,6 +21,8 @@ _NAMES: Final = (
 )
 # Models whose positions start after the id of the padding token, so that the first ones are unused.
 FROM_PADDING_ON: Final = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl")
+_SWITCHING: Final = ("longrope", "su")
+_ORIGINAL: Final = "original_max_position_embeddings"
 _PADDING: Final = 1  # the id of their padding token if the configuration has none
 
 
@@ -35,6 +37,41 @@ def model_config(directory: Path, *, error: type[LoraDeployError] = BundleError)
 
 
 def context_length(config: Mapping[str, Any]) -> int | None:
+    """The maximum number of tokens, prompt and generated, that a bundle of `config` is run with.
+
+    As `stated_length`, or those up to which rotary frequencies stay what they are, if these are
+    fewer (`rotary_limit`).
+    """
+    lengths = [stated_length(config), rotary_limit(config)]
+    return min((length for length in lengths if length is not None), default=None)
+
+
+def rotary_limit(config: Mapping[str, Any]) -> int | None:
+    """The number of tokens from which on rotary frequencies are others; None if there is none.
+
+    With rope scaling of type longrope (Phi-3) all positions of a run have `long_factor` once one is
+    behind the original length. Keys that are in the cache have `short_factor`: transformers
+    computes them again, which a graph cannot.
+    """
+    inner = config.get("text_config")
+    texts = inner if isinstance(inner, Mapping) else config
+    found = []
+    for name in ("rope_parameters", "rope_scaling"):
+        given = texts.get(name)
+        if not isinstance(given, Mapping):
+            continue
+        for each in (given, *given.values()):  # one for all layers, or one for each kind of layer
+            if not isinstance(each, Mapping):
+                continue
+            kind = each.get("rope_type", each.get("type"))
+            if kind not in _SWITCHING or each.get("short_factor") == each.get("long_factor"):
+                continue
+            length = each.get(_ORIGINAL, texts.get(_ORIGINAL))
+            found += [length] if type(length) is int else []
+    return min(found, default=None)
+
+
+def stated_length(config: Mapping[str, Any]) -> int | None:
     """The maximum number of tokens, prompt and generated, of the model of `config`.
 
     `config`: the contents of config.json; its text_config has precedence. None if it does not

@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from loradeploy.bundle.model_config import context_length
+from loradeploy.bundle.model_config import stated_length
 from loradeploy.bundle.names import TOKEN_TYPE_IDS
 from loradeploy.errors import ModelError, first_line, listed_names
 from loradeploy.lora.base.checkpoint import pad_token
@@ -52,7 +52,7 @@ class Checkpoint:
         """The maximum number of tokens that the model and its tokenizer support."""
         if self.tokenizer is None:
             return _NO_TOKENS
-        positions = context_length(self.config.to_dict())
+        positions = stated_length(self.config.to_dict())
         longest = int(self.tokenizer.model_max_length)
         return longest if positions is None else min(longest, positions)
 

@@ -23,6 +23,7 @@ from loradeploy.bundle.labels import output_count
 from loradeploy.bundle.manifest import (
     Manifest,
 )
+from loradeploy.bundle.model_config import rotary_limit
 from loradeploy.bundle.names import CONFIG_NAME, PAST
 from loradeploy.bundle.run_target import check_runs, choice_of
 from loradeploy.errors import (
@@ -152,6 +153,13 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
         config["pad_token_id"] = base.pad
     if base.vocabulary is not None:
         config = with_vocabulary(config, base.vocabulary)
+    if (limit := rotary_limit(config)) is not None:
+        logger.warning(
+            "texts may have up to %d tokens: from there on the model (rope scaling of type"
+            " longrope) computes what it has read again. For longer texts alone, put long_factor in"
+            " the place of short_factor in config.json and export again",
+            limit,
+        )
     return manifest, Content(
         graph=base.graph,
         assets=assets_of(source.assets, options.evidence.checkpoint),

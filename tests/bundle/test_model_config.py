@@ -1,0 +1,104 @@
+"""How many tokens a model's configuration leaves room for."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, Phi3Config, Phi3ForCausalLM
+
+import loradeploy as ld
+from loradeploy.bundle.model_config import context_length, rotary_limit, stated_length
+from loradeploy.errors import UsageError
+from tests.export.reference import difference, session, token_feeds
+
+_LONG: Final = {
+    "rope_type": "longrope",
+    "short_factor": [1.0] * 4,
+    "long_factor": [2.0, 3.0, 4.0, 5.0],
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "limit"),
+    [
+        ({"rope_parameters": {**_LONG, "original_max_position_embeddings": 8}}, 8),
+        ({"rope_parameters": _LONG, "original_max_position_embeddings": 8}, 8),
+        ({"rope_scaling": {**_LONG, "rope_type": "su", "original_max_position_embeddings": 8}}, 8),
+        (
+            {
+                "rope_scaling": {k: v for k, v in _LONG.items() if k != "rope_type"}
+                | {"type": "longrope"},
+                "original_max_position_embeddings": 8,
+            },
+            8,
+        ),
+        (
+            {
+                "rope_parameters": {
+                    "full_attention": {**_LONG, "original_max_position_embeddings": 8}
+                }
+            },
+            8,
+        ),
+        (
+            {
+                "rope_parameters": {**_LONG, "long_factor": [1.0] * 4},
+                "original_max_position_embeddings": 8,
+            },
+            None,
+        ),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "original_max_position_embeddings": 8}},
+            None,
+        ),
+        ({}, None),
+    ],
+)
+def test_texts_end_where_rotary_frequencies_change(
+    config: dict[str, Any], limit: int | None
+) -> None:
+    config = {"max_position_embeddings": 64, **config}
+    for given in (config, {"text_config": config}):
+        assert rotary_limit(given) == limit
+        assert stated_length(given) == 64
+        assert context_length(given) == (limit or 64)
+
+
+def test_a_model_that_would_read_its_text_again_is_told_and_stops_before(
+    tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Phi-3's keys of the first tokens change once a text is longer than the original length."""
+    config = Phi3Config(
+        vocab_size=512,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        original_max_position_embeddings=8,
+        rope_parameters={**_LONG, "rope_theta": 1e4},
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    torch.manual_seed(0)
+    model = Phi3ForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "base")
+    with caplog.at_level(logging.WARNING, logger="loradeploy.export"):
+        ld.export(tmp_path / "base", tmp_path / "bundle")
+    assert any("texts may have up to 8 tokens" in text for text in caplog.messages)
+    opened, graph = ld.AdapterSession(tmp_path / "bundle"), session(tmp_path / "bundle")
+    ids = np.arange(3, 12)[None]
+    with torch.inference_mode():
+        expected = model(torch.from_numpy(ids[:, :8])).logits.numpy()
+    (logits,) = opened.run(["logits"], token_feeds(graph, ids[:, :8]))
+    assert difference(logits, expected) < 1e-5
+    with pytest.raises(UsageError, match="position_ids"):
+        opened.run(["logits"], token_feeds(graph, ids))
