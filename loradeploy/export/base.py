@@ -115,6 +115,8 @@ class Base:
     `called`: what a message about an adapter that does not fit calls it.
     `embeds`, `other_part`: as in the manifest.
     `vocabulary`: how many tokens there are, where an adapter that is merged changed that.
+    `ties_head`: of a graph, whether its config ties the output head to the embedding; None where no
+    config tells.
     """
 
     graph: ir.Model
@@ -139,6 +141,7 @@ class Base:
     vocabulary: int | None = None
     embeds: tuple[TensorSpec, ...] = ()
     other_part: tuple[str, ...] = ()
+    ties_head: bool | None = None
 
 
 def from_checkpoint(source: Source, options: Options) -> Base:

@@ -40,7 +40,7 @@ from loradeploy.export.read.regular import (
 from loradeploy.export.read.source import Source
 from loradeploy.export.read.static_ranges import warn_of_ranges
 from loradeploy.export.read.subgraphs import inline_functions, take_branches
-from loradeploy.export.read.third_party import complete_cache, settings_beside
+from loradeploy.export.read.third_party import complete_cache, settings_beside, ties_head
 from loradeploy.export.read.value_names import check_mask, name_values
 from loradeploy.export.tasks import own_task, task_of_graph
 from loradeploy.export.trace.tidy import name_dimensions
@@ -148,6 +148,7 @@ def from_graph(source: Source, options: Options) -> Base:
         called="this ONNX model" if source.manifest is None else THIS_BUNDLE,
         embeds=() if source.manifest is None else source.manifest.embeds,
         other_part=() if source.manifest is None else source.manifest.other_part,
+        ties_head=ties_head(settings_beside(source.directory, options.evidence.checkpoint)),
     )
 
 

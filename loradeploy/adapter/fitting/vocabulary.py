@@ -182,6 +182,15 @@ def _size(adapter: Adapter, base: Vocabulary) -> int | None:
     return max((end for end in ends if end > base.size), default=None)
 
 
+def head_alone(embedding: str, head: str) -> str:
+    """Why trained rows of an output head that is tied to the embedding are refused."""
+    return (
+        f"rows of {head} were trained (trainable_token_indices) and none of {embedding}, which is"
+        " tied to it in the base: in PEFT these change the output alone. Give the base untied"
+        " (tie_word_embeddings: false), or train the rows of the embedding"
+    )
+
+
 def say_resized(name: str, before: int, size: int) -> None:
     """Say that the vocabulary of the merged bundle is that of the adapter `name`."""
     logger.warning("%s: the vocabulary has %d tokens in place of the base's %d", name, size, before)

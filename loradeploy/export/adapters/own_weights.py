@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from loradeploy.adapter.fitting.fit import MOST_ROWS
 from loradeploy.adapter.fitting.settle import same_numbers, values_digest, with_rows, without_copies
-from loradeploy.adapter.fitting.vocabulary import token_tables
+from loradeploy.adapter.fitting.vocabulary import head_alone, token_tables
+from loradeploy.bundle.targets import sharing
+from loradeploy.errors import AdapterMismatchError
 from loradeploy.export.adapters.given import named
 from loradeploy.export.graph.edit import constant_of
 from loradeploy.export.match.linears import Linear
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from loradeploy.adapter.adapter import Adapter
+    from loradeploy.adapter.fitting.vocabulary import Vocabulary
     from loradeploy.export.match.parts import Part
 
 
@@ -67,17 +70,21 @@ def model_digests(model: torch.nn.Module) -> dict[str, str]:
     """`Manifest.own_weights` of a model in PyTorch.
 
     Of weights that are equal and not tied only the first is there: who reads the manifest takes
-    equal ones for one weight.
+    equal ones for one weight. Left out is an embedding that is tied by config.json alone, whose
+    rows PEFT puts into another weight too.
     """
-    from loradeploy.lora.base.vocabulary import TABLES, table_of
+    from loradeploy.lora.base.vocabulary import TABLES, table_of, tied_by_config_alone
 
     embeddings = {table_of(model, getter) for getter in TABLES} - {None}
+    apart = tied_by_config_alone(model)
     found: dict[str, str] = {}
     owners: dict[str, torch.Tensor] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if module not in embeddings:
             continue
         for part, values in module.named_parameters(recurse=False):
+            if apart is not None and f"{name}.{part}" == apart[0]:
+                continue
             digest = values_digest(values.detach().numpy())
             if part != "weight" or owners.setdefault(digest, values) is values:
                 found[f"{name}.{part}"] = digest
@@ -85,10 +92,82 @@ def model_digests(model: torch.nn.Module) -> dict[str, str]:
 
 
 def graph_digests(
-    linears: Mapping[str, Linear], parts: Mapping[str, Part], head: str | None
+    linears: Mapping[str, Linear],
+    parts: Mapping[str, Part],
+    vocabulary: Vocabulary | None,
+    head: str | None,
+    ties_head: bool | None,
 ) -> dict[str, str]:
-    """`Manifest.own_weights` of a graph with the output head `head`, without quantized weights."""
-    return {name: values_digest(values) for name, values in _own(linears, parts, head)}
+    """`Manifest.own_weights` of a graph with the output head `head`.
+
+    A quantized head has the digest of the embedding that it is tied to, else none. As in
+    `model_digests` an embedding that is tied by config.json alone is left out.
+
+    `vocabulary`: where the graph has a row per token. `ties_head`: as in `Base`.
+    """
+    found = {name: values_digest(values) for name, values in _own(linears, parts, head)}
+    if vocabulary is None or vocabulary.head is None or vocabulary.tied or ties_head is False:
+        return found
+    embedding, other = vocabulary.weights
+    if other not in found and embedding in found:
+        found[other] = found[embedding]
+    elif ties_head:
+        found.pop(embedding, None)
+    return found
+
+
+def settled_in_graph(
+    adapter: Adapter,
+    own_weights: Mapping[str, str],
+    linears: Mapping[str, Linear],
+    vocabulary: Vocabulary | None,
+    *,
+    proven: bool,
+) -> Adapter:
+    """The adapter, which is to be merged into a graph, without copies of the base's weights.
+
+    What it has for an embedding it has for the output head that is tied to it, too, where that is
+    a constant of its own in the graph.
+
+    `own_weights`: as in the manifest. `proven`: equal ones are tied in the checkpoint.
+    `vocabulary`: where the graph has a row per token.
+
+    Raises:
+        AdapterMismatchError: what it has for a weight is for another that is tied to it in the
+            base, too, and that the graph holds quantized, or apart.
+    """
+    adapter = without_copies(adapter, lambda n, values: own_weights.get(n) == values_digest(values))
+    users, brought = sharing(own_weights), {*adapter.rows, *adapter.carried, *adapter.saved}
+    if vocabulary is not None and vocabulary.head is not None:
+        embedding, head = vocabulary.weights
+        if embedding in adapter.rows and embedding not in own_weights and head not in brought:
+            raise AdapterMismatchError(
+                f"rows of {embedding} were trained (trainable_token_indices), which PEFT puts into"
+                f" {head} too, because the base's config.json has tie_word_embeddings; but the"
+                " graph has another weight there: merge it into the checkpoint that it was trained"
+                " on"
+            )
+    rows, carried = dict(adapter.rows), dict(adapter.carried)
+    for name in sorted({*rows, *carried}):
+        for module in users.get(name, ()):
+            linear = linears.get(module)
+            if f"{module}.weight" in brought:
+                continue
+            if name in adapter.rows and name.removesuffix(".weight") in linears and linear is None:
+                raise AdapterMismatchError(head_alone(f"{module}.weight", name))
+            if linear is None:
+                continue
+            if linear.quantized or linear.slice is not None:
+                raise AdapterMismatchError(
+                    f"{name} is in the adapter, and {module}, which is tied to it in the base, is"
+                    f" {'quantized' if linear.quantized else 'fused with others'} in the graph:"
+                    " merge it into the unquantized checkpoint"
+                )
+            if proven and name in adapter.rows:
+                rows[f"{module}.weight"] = adapter.rows[name]
+            elif proven:
+                carried[f"{module}.weight"] = adapter.carried[name]
+    return dataclasses.replace(adapter, rows=rows, carried=carried)
 
 
 def _own(

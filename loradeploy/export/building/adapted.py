@@ -22,7 +22,6 @@ from loradeploy.errors import (
     listed,
     listed_names,
 )
-from loradeploy.export.adapters.own_weights import graph_digests
 from loradeploy.export.adapters.requirements import (
     choose_changes,
     choose_embeddings,
@@ -36,6 +35,7 @@ from loradeploy.export.building.steps import (
     described,
     encoder_part,
     keeping_logits,
+    own_weights_of,
     with_quantized_weights,
     with_separate_biases,
 )
@@ -73,9 +73,7 @@ def with_side_inputs(
         AdapterError: an adapter does not fit. ExportError: nothing in the graph takes factors.
     """
     parts = find_parts(base.graph)
-    own_weights = base.own_weights
-    if not own_weights and base.before is None:
-        own_weights = graph_digests(findings.linears, parts, output_head(base.graph, findings))
+    own_weights = own_weights_of(base, findings)
     findings, options, added_tokens = with_added_tokens(base, findings, options)
     needs = needs_of(
         options.adapters.values(),

@@ -23,12 +23,14 @@ from loradeploy.export.adapters.given import (
     check_brought,
     named,
 )
+from loradeploy.export.adapters.own_weights import settled_in_graph
 from loradeploy.export.base import Base, Options
 from loradeploy.export.building.steps import (
     checked,
     described,
     keeping_logits,
     modules_of,
+    own_weights_of,
     with_quantized_weights,
     with_separate_biases,
 )
@@ -63,6 +65,15 @@ def merged(
     ((name, given),) = options.adapters.items()
     adapter = given if base.before is None else with_all_labels(given, base.before.saved_shapes())
     adapter = without_idle(adapter, modules_of(base.graph, findings))
+    if base.source.graph is not None and (adapter.carried or adapter.rows):
+        with named(name):
+            adapter = settled_in_graph(
+                adapter,
+                own_weights_of(base, findings),
+                findings.linears,
+                vocabulary_in(base.graph, findings),
+                proven=base.before is not None and base.identity.kind == "checkpoint",
+            )
     check_brought(name, adapter, base.lacking)
     whole = {**adapter.carried, **adapter.saved}
     check_known(base.graph, whole)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
@@ -25,6 +25,7 @@ from loradeploy.errors import (
 from loradeploy.export.adapters.given import (
     named,
 )
+from loradeploy.export.adapters.own_weights import graph_digests
 from loradeploy.export.base import Base, Options
 from loradeploy.export.graph.file import (
     opset_of,
@@ -37,12 +38,14 @@ from loradeploy.export.match.experts import find_experts
 from loradeploy.export.match.linears import (
     Findings,
     is_head,
+    output_head,
 )
 from loradeploy.export.match.operators import unreached_layers
 from loradeploy.export.match.parts import find_parts
 from loradeploy.export.passes.gqa import keeps_cache
 from loradeploy.export.passes.precision.quantize import quantize
 from loradeploy.export.passes.tokens.kept_logits import add_logits_to_keep, logits_to_keep_problem
+from loradeploy.export.passes.tokens.vocabulary import vocabulary_in
 from loradeploy.export.read.third_party import (
     padding_of,
 )
@@ -58,6 +61,19 @@ logger = logger_of(__name__)
 def modules_of(model: ir.Model, findings: Findings) -> set[str]:
     """The names of all that an adapter may have factors for."""
     return {*findings.linears, *find_parts(model), *find_experts(model)}
+
+
+def own_weights_of(base: Base, findings: Findings) -> Mapping[str, str]:
+    """`Manifest.own_weights` of the base."""
+    if base.own_weights or base.before is not None:
+        return base.own_weights
+    return graph_digests(
+        findings.linears,
+        find_parts(base.graph),
+        vocabulary_in(base.graph, findings),
+        output_head(base.graph, findings),
+        base.ties_head,
+    )
 
 
 def with_separate_biases(

@@ -38,6 +38,7 @@ logger = logger_of(__name__)
 # Architectures whose checkpoints have a fused q, k, v weight, by onnxruntime-genai's names.
 _FUSED_QKV: Final = ("phi3", "phi3small", "phi3v", "phimoe")
 _LISTED: Final = 4
+_TIED: Final = "tie_word_embeddings"
 # transformers' models whose heads are rotated in halves, and what their rotated projections are.
 _HALVES: Final = (
     *("gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "mixtral", "olmo2", "phi"),
@@ -120,6 +121,18 @@ def settings_beside(directory: Path, checkpoint: Path | None) -> dict[str, Any]:
     if not config and checkpoint is not None:
         config = read_config(checkpoint)
     return config or _from_genai(_genai_settings(directory))
+
+
+def ties_head(settings: Mapping[str, Any]) -> bool | None:
+    """Whether a model with this config ties its output head to the embedding; None if unknown.
+
+    transformers leaves the field out where it is true by default.
+    """
+    inner = settings.get("text_config")
+    stated = (inner if isinstance(inner, Mapping) else settings).get(_TIED)
+    if isinstance(stated := settings.get(_TIED, stated), bool):
+        return stated
+    return True if "architectures" in settings else None  # onnxruntime-genai's does not tell
 
 
 def assets_of(directory: Path, checkpoint: Path | None) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from loradeploy.adapter.fitting.vocabulary import Vocabulary, resized_vocabulary
+from loradeploy.adapter.fitting.vocabulary import Vocabulary, head_alone, resized_vocabulary
 from loradeploy.errors import AdapterMismatchError, ModelError, first_line
 
 if TYPE_CHECKING:
@@ -58,11 +58,17 @@ def tied_by_config_alone(model: Any) -> tuple[str, str] | None:
 
 
 def refuse_rows_of_tied(model: Any, adapter: Adapter) -> None:
-    """Refuse trained rows of an embedding that is `tied_by_config_alone`.
+    """Refuse trained rows of an embedding that is `tied_by_config_alone`, or of a tied head alone.
 
     Raises:
         AdapterMismatchError: the adapter has such rows.
     """
+    embedding, head = (table_of(model, getter) for getter in TABLES)
+    found = vocabulary_of(model)
+    if found is not None and found.head is not None and head.weight is embedding.weight:
+        weights = found.weights
+        if weights[1] in adapter.rows and weights[0] not in adapter.rows:
+            raise AdapterMismatchError(head_alone(*weights))
     apart = tied_by_config_alone(model)
     if apart is not None and apart[0] in adapter.rows:
         raise AdapterMismatchError(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -17,6 +19,7 @@ from loradeploy.adapter.fitting.vocabulary import Vocabulary
 from loradeploy.errors import AdapterMismatchError, ModelError
 from loradeploy.lora.base.vocabulary import vocabulary_of
 from loradeploy.lora.inject import load
+from tests.export.reference import difference, onnx_output, torch_output
 from tests.lora import tiny
 
 
@@ -76,3 +79,85 @@ def test_rows_of_an_embedding_whose_head_is_tied_by_the_config_alone_are_refused
     load(transformers.AutoModelForCausalLM.from_pretrained(tiny_gpt2), load_adapter(tmp_path / "a"))
     with pytest.raises(ModelError, match="ties transformer.wte.weight and lm_head.weight"):
         ld.export(base, tmp_path / "b", side_inputs=["tokens"])
+    whole = ld.export(base, tmp_path / "bundle", side_inputs=["embedding"])
+    assert "transformer.wte.weight" not in whole.own_weights
+    with pytest.raises(AdapterMismatchError, match="too, because|not known which modules"):
+        ld.export(tmp_path / "bundle", tmp_path / "b", adapters=[tmp_path / "a"], merge=merge)
+    with pytest.raises(AdapterMismatchError, match="not known which modules"):
+        ld.AdapterSession(tmp_path / "bundle").load("a", tmp_path / "a")
+
+
+@pytest.fixture(scope="module")
+def tied_int8(tiny_gpt2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("tied") / "int8"
+    ld.export(tiny_gpt2, place, precision="int8")
+    return place
+
+
+def _adapter(model: Any, place: Path, **options: Any) -> Path:
+    config = peft.LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM", **options)
+    wrapped = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "token_adapter" in name:
+                parameter += torch.linspace(-1, 1, parameter.numel()).view_as(parameter)
+    wrapped.save_pretrained(place, save_embedding_layers="token" not in str(options))
+    return place
+
+
+@pytest.mark.parametrize("brought", ["rows", "a table"])
+def test_what_belongs_into_a_quantized_head_too_is_not_put_into_its_embedding_alone(
+    brought: str, tied_int8: Path, tiny_gpt2: Path, tmp_path: Path
+) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_gpt2)
+    if brought == "a table":
+        with torch.no_grad():
+            model.transformer.wte.weight[[3, 9]] += 0.5
+    options = {"trainable_token_indices": [3, 9]} if brought == "rows" else {}
+    adapter = _adapter(model, tmp_path / "a", **options)
+    if brought == "a table":
+        assert "transformer.wte.weight" in load_adapter(adapter).carried
+    with pytest.raises(AdapterMismatchError, match=r"lm_head.* is quantized"):
+        ld.export(tied_int8, tmp_path / "b", adapters=[adapter], merge=True, requantize=True)
+
+
+def test_rows_are_merged_into_every_constant_that_a_bundle_has_of_a_tied_weight(
+    tiny_gpt2: Path, tmp_path: Path
+) -> None:
+    """Side inputs for rows give the head a constant of its own."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_gpt2)
+    adapter = _adapter(model, tmp_path / "a", trainable_token_indices=[3, 9])
+    ld.export(tiny_gpt2, tmp_path / "bundle", side_inputs=["tokens"])
+    ids = np.array([[3, 9, 5, 3]])
+    results = []
+    for name, source in (("checkpoint", tiny_gpt2), ("again", tmp_path / "bundle")):
+        ld.export(source, tmp_path / name, adapters=[adapter], merge=True)
+        results.append(onnx_output(tmp_path / name, ids))
+    assert difference(*results) < 1e-5 < 0.1 < difference(results[0], torch_output(tiny_gpt2, ids))
+
+
+def test_copies_of_the_embedding_are_no_hindrance_to_a_merge_into_quantized_weights(
+    tied_int8: Path, tiny_gpt2: Path, tmp_path: Path
+) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_gpt2)
+    adapter = _adapter(model, tmp_path / "a")
+    assert load_adapter(adapter).carried
+    made = ld.export(tied_int8, tmp_path / "b", adapters=[adapter], merge=True, requantize=True)
+    assert made.merged_adapter is not None
+
+
+def test_rows_of_a_tied_head_alone_are_refused(tiny_gpt2: Path, tmp_path: Path) -> None:
+    """In PEFT they change the output alone; the embedding has the same weight."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_gpt2)
+    adapter = _adapter(model, tmp_path / "a", trainable_token_indices={"lm_head": [3, 9]})
+    assert [*load_adapter(adapter).rows] == ["lm_head.weight"]
+    message = "rows of lm_head.weight were trained .* and none of transformer.wte.weight"
+    for merge in (False, True):
+        with pytest.raises(AdapterMismatchError, match=message):
+            ld.export(tiny_gpt2, tmp_path / "b", adapters=[adapter], merge=merge)
+    ld.export(tiny_gpt2, tmp_path / "bundle", side_inputs=["tokens"])
+    for merge in (False, True):
+        with pytest.raises(AdapterMismatchError, match=message):
+            ld.export(tmp_path / "bundle", tmp_path / "b", adapters=[adapter], merge=merge)
+    with pytest.raises(AdapterMismatchError, match=message):
+        ld.AdapterSession(tmp_path / "bundle").load("a", adapter)
