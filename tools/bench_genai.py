@@ -11,7 +11,7 @@ from typing import Any
 import onnxruntime_genai as og
 
 from tools.alternate import WARM_UP, Side, serve_worker
-from tools.serve_load import of_run
+from tools.bench_serve.load import of_run
 
 
 def genai_base(bundle: str, past: int, **_: Any) -> Side:

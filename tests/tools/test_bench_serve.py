@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tools import bench_serve
-from tools.serve_cost import StepCost
-from tools.serve_latency import Arrival, arrivals, offer
+from tools.bench_serve.__main__ import main
+from tools.bench_serve.costs import StepCost
+from tools.bench_serve.latency import Arrival, arrivals, offer
+from tools.bench_serve.report import markdown, summary
+from tools.bench_serve.sides import RunReport
 
 REGISTERED = 40  # more adapters than there is room for
 
@@ -44,7 +46,7 @@ def test_a_step_is_its_run_and_the_rest() -> None:
 
 def run_tool(monkeypatch: pytest.MonkeyPatch, *flags: object) -> None:
     monkeypatch.setattr(sys, "argv", ["bench_serve", *map(str, flags)])
-    bench_serve.main()
+    main()
 
 
 def test_latency_against_load_is_measured_and_drawn(
@@ -88,3 +90,36 @@ def test_a_step_is_costed_by_the_engine_and_over_http(
     for row in costs:
         assert row["graph_ms"] > 0
         assert 0 < row["share"]["median"] < 1
+
+
+def runs_of(speed: float, text: str, **times: list[float]) -> list[RunReport]:
+    return [RunReport(speed=speed, economy=speed / 2, texts=[text], **times) for _ in range(3)]
+
+
+def test_an_engine_that_gives_whole_texts_at_once_is_compared_by_its_tokens_a_second() -> None:
+    timed = {"first": [0.1], "between": [0.01]}
+    runs = {side: runs_of(60.0, "a", **timed) for side in ("engine", "control")}
+    found = summary("fp32", runs | {"llama.cpp": runs_of(20.0, "b")}, 0.0)
+    (row,) = found["ratios"]
+    assert (row["over"], row["ratio"]["median"], row["met"]) == (
+        "llama.cpp",
+        pytest.approx(3),
+        True,
+    )
+    assert found["same_texts"] == {"control": 1.0, "llama.cpp": 0.0}
+    assert not found["not_concluded"]  # another engine rounds in another way
+    assert json.loads(json.dumps(found, allow_nan=False))["sides"]["llama.cpp"] == {
+        "tokens_per_second": 20.0,
+        "tokens_per_processor_second": 10.0,
+        "first_token_ms": None,
+        "inter_token_ms": None,
+        "outside_of_the_graph": None,
+    }
+    assert "| fp32 | llama.cpp | 20.0 | 10.0 | – | – | – |" in markdown([found])
+
+
+def test_nothing_is_concluded_where_the_server_gives_other_texts() -> None:
+    runs = {side: runs_of(60.0, "a") for side in ("engine", "control")}
+    found = summary("fp32", runs | {"http": runs_of(60.0, "b")}, 0.0)
+    assert found["not_concluded"] == ["http gives other texts than the engine"]
+    assert [row["met"] for row in found["ratios"]] == [None]

@@ -29,9 +29,19 @@ import loradeploy as ld
 from loradeploy.files import atomic_file, write_json
 from tools.alternate import BUSY, NOISE, busy, ratio
 from tools.bench_peers.agreement import NEAR, Parting, agreement, gap, partings
-from tools.bench_peers.engines import FORMS, PRECISIONS, Pythons, console, sides, start
+from tools.bench_peers.engines import (
+    FORMS,
+    PEERS,
+    PRECISIONS,
+    Pythons,
+    add_pythons,
+    console,
+    pythons_of,
+    sides,
+    start,
+)
 from tools.bench_peers.report import draw, markdown
-from tools.bench_peers.requests import requests
+from tools.bench_peers.requests import SCALING, requests
 from tools.made_adapters import make_adapters
 from tools.real_models import bbc_news, cache, smollm2
 
@@ -39,7 +49,6 @@ ADAPTERS: Final = 8
 RANK: Final = 16  # on all linear layers, with an alpha of twice that
 CONTROL: Final = "control"
 CONTROLLED: Final = "rows"
-PEERS: Final = ("OpenVINO GenAI", "llama.cpp")
 # Ours / theirs, seconds or megabytes.
 GOALS: Final = {
     "first 512 base": 1.0,
@@ -55,14 +64,12 @@ GOALS: Final = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--openvino-python", help="with openvino-genai")
-    parser.add_argument("--convert-python", help="with optimum-intel, for the first run alone")
-    parser.add_argument("--llama-python", help="with llama-cpp-python, gguf and safetensors")
+    add_pythons(parser)
     parser.add_argument("--precision", action="append", choices=PRECISIONS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("build/bench"))
     arguments = parser.parse_args()
-    pythons = Pythons(arguments.openvino_python, arguments.convert_python, arguments.llama_python)
+    pythons = pythons_of(arguments)
     model, place = smollm2(), cache() / "peers"
     place.mkdir(parents=True, exist_ok=True)
     given = {
@@ -122,7 +129,7 @@ def measure(
 ) -> dict[str, Any]:
     """All sides of one precision, in turns."""
     own = {**given, CONTROL: given[CONTROLLED]}
-    common = {"prompts": prompts, "scaling": 2.0}
+    common = {"prompts": prompts, "scaling": SCALING}
     console.print(f"{precision}: starting {', '.join(own)}")
     workers = {side: start(side, {**own[side], **common}, pythons) for side in own}
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in own}

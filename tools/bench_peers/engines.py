@@ -10,6 +10,7 @@ Each peer has an environment of its own, given by its Python:
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,9 @@ from tools.real_models import package_file
 console = Console(stderr=True, highlight=False)
 
 PRECISIONS: Final = ("fp32", "int8", "int4")
+OPENVINO: Final = "OpenVINO GenAI"
+LLAMA: Final = "llama.cpp"
+PEERS: Final = (OPENVINO, LLAMA)
 # The forms of a bundle that are timed.
 FORMS: Final[Mapping[str, Mapping[str, Any]]] = {
     "slots": {"layout": "slots"},
@@ -48,6 +52,18 @@ class Pythons:
     llama: str | None
 
 
+def add_pythons(parser: argparse.ArgumentParser) -> None:
+    """The options that say where the peers are."""
+    parser.add_argument("--openvino-python", help="with openvino-genai")
+    parser.add_argument("--convert-python", help="with optimum-intel, for the first run alone")
+    parser.add_argument("--llama-python", help="with llama-cpp-python, gguf and safetensors")
+
+
+def pythons_of(arguments: argparse.Namespace) -> Pythons:
+    """What these options were given."""
+    return Pythons(arguments.openvino_python, arguments.convert_python, arguments.llama_python)
+
+
 def sides(
     precision: str, model: Path, adapters: Mapping[str, str], pythons: Pythons, place: Path
 ) -> dict[str, dict[str, Any]]:
@@ -61,21 +77,34 @@ def sides(
             own = options if precision == "fp32" else {**options, "precision": precision}
             ld.export(source, bundle, **own)
         found[form] = {"bundle": str(bundle), "adapters": dict(adapters)}
+    return found | peer_sides(precision, model, adapters, pythons, place)
+
+
+def peer_sides(
+    precision: str,
+    model: Path,
+    adapters: Mapping[str, str],
+    pythons: Pythons,
+    place: Path,
+    own: Path | None = None,
+) -> dict[str, dict[str, Any]]:
+    """The peers that have a Python: models are made in `place`, adapters in `own` or there too."""
+    found: dict[str, dict[str, Any]] = {}
     if pythons.openvino is not None:
         converted = place / f"openvino-{precision}"
         if not converted.exists():
             _convert(model, converted, precision, pythons.convert)
-        found["OpenVINO GenAI"] = {
+        found[OPENVINO] = {
             "model": str(converted),
             "precision": precision,
             "adapters": dict(adapters),
         }
     if pythons.llama is not None:
-        found["llama.cpp"] = {
+        found[LLAMA] = {
             "model": str(_gguf(precision, pythons.llama, place)),
             "precision": precision,
             "adapters": {
-                name: str(_made(place / f"{name}.gguf", pythons.llama, path, _HEADS))
+                name: str(_made((own or place) / f"{name}.gguf", pythons.llama, path, _HEADS))
                 for name, path in adapters.items()
             },
         }
@@ -84,12 +113,19 @@ def sides(
 
 def start(side: str, given: Mapping[str, Any], pythons: Pythons) -> Worker:
     """The process of a side."""
-    if side == "OpenVINO GenAI" and pythons.openvino is not None:
-        module, name, python = "tools.bench_peers.openvino_side", "openvino", pythons.openvino
-        return Worker(module, name, given, python=python)
-    if side == "llama.cpp" and pythons.llama is not None:
-        return Worker("tools.bench_peers.llama_side", "llama", given, python=pythons.llama)
+    if side in PEERS:
+        return start_peer(side, "figures", given, pythons)
     return Worker("tools.bench_peers.our_side", "loradeploy", given)
+
+
+def start_peer(side: str, work: str, given: Mapping[str, Any], pythons: Pythons) -> Worker:
+    """A peer's process, in its environment. `work`: the figures, or the requests of clients."""
+    module, python = {
+        OPENVINO: ("tools.bench_peers.openvino_side", pythons.openvino),
+        LLAMA: ("tools.bench_peers.llama_side", pythons.llama),
+    }[side]
+    assert python is not None, "a side has its Python"
+    return Worker(module, work, given, python=python)
 
 
 def _convert(model: Path, place: Path, precision: str, python: str | None) -> None:

@@ -10,7 +10,8 @@ import llama_cpp as ll
 import numpy as np
 
 from tools.alternate import Side, serve_worker
-from tools.bench_peers.requests import Request, Tokens, measured
+from tools.bench_peers.requests import SCALING, Request, Tokens, measured
+from tools.bench_serve.batches import one_adapter_a_batch
 
 THREADS = 2
 CONTEXT = 1280
@@ -20,12 +21,13 @@ _QUIET = ll.llama_log_callback(lambda *_: None)
 class Llama:
     """Its library: one adapter for all tokens of a call, set anew for each request."""
 
-    def __init__(self, model: str, precision: str) -> None:
+    def __init__(self, model: str, precision: str, rows: int = 1) -> None:
         ll.llama_log_set(_QUIET, ctypes.c_void_p(0))
         ll.llama_backend_init()
         self._model = ll.llama_model_load_from_file(model.encode(), ll.llama_model_default_params())
         settings = ll.llama_context_default_params()
         settings.n_ctx = settings.n_batch = CONTEXT
+        settings.n_seq_max = rows
         settings.n_ubatch = 512
         settings.n_threads = settings.n_threads_batch = THREADS
         if precision == "fp32":  # a cache of fp16 otherwise, which is other work
@@ -58,14 +60,46 @@ class Llama:
             array = (ll.llama_token * len(given))(*given)
             if ll.llama_decode(self._context, ll.llama_batch_get_one(array, len(given))):
                 raise SystemExit("llama.cpp could not decode")
-            logits = np.ctypeslib.as_array(
-                ll.llama_get_logits_ith(self._context, -1), shape=(self._size,)
-            )
-            logits[self._ends] = -np.inf
-            tokens.append(int(logits.argmax()))
+            tokens.append(self._best(-1))
             if len(tokens) == new:
                 return tokens
             given = tokens[-1:]
+
+    def batch(self, prompts: Sequence[Tokens], adapter: str, new: int) -> list[Tokens]:
+        """All of them at once, each a sequence of the context's."""
+        ll.llama_memory_clear(ll.llama_get_memory(self._context), True)
+        self._use(adapter)
+        texts: list[Tokens] = [[] for _ in prompts]
+        given = [list(prompt) for prompt in prompts]
+        places = [0] * len(prompts)
+        for _ in range(new):
+            batch = ll.llama_batch_init(sum(map(len, given)), 0, 1)
+            last = []
+            for row, tokens in enumerate(given):
+                for token in tokens:
+                    at = batch.n_tokens
+                    batch.token[at], batch.pos[at] = token, places[row]
+                    batch.n_seq_id[at], batch.seq_id[at][0], batch.logits[at] = 1, row, 0
+                    places[row] += 1
+                    batch.n_tokens += 1
+                batch.logits[batch.n_tokens - 1] = 1
+                last.append(batch.n_tokens - 1)
+            failed = ll.llama_decode(self._context, batch)
+            ll.llama_batch_free(batch)
+            if failed:
+                raise SystemExit("llama.cpp could not decode")
+            given = [[self._best(at)] for at in last]
+            for text, tokens in zip(texts, given, strict=True):
+                text += tokens
+        return texts
+
+    def _best(self, at: int) -> int:
+        """The likeliest token behind a token of the last batch, but none that ends a text."""
+        logits = np.ctypeslib.as_array(
+            ll.llama_get_logits_ith(self._context, at), shape=(self._size,)
+        )
+        logits[self._ends] = -np.inf
+        return int(logits.argmax())
 
     def _use(self, adapter: str | None) -> None:
         if adapter is None:
@@ -84,5 +118,21 @@ def llama_side(
     return measured(Llama(model, precision), prompts, adapters, scaling)
 
 
+def llama_requests(
+    model: str,
+    precision: str,
+    adapters: Mapping[str, str],
+    prompts: list[list[Tokens]],
+    asked: list[list[str]],
+    tokens: int,
+    **_: Any,
+) -> Side:
+    """All requests of bench_serve's clients."""
+    peer = Llama(model, precision, rows=sum(map(len, prompts)))
+    for name, path in adapters.items():
+        peer.load(name, path, SCALING)
+    return one_adapter_a_batch(peer.batch, prompts, asked, tokens)
+
+
 if __name__ == "__main__":
-    serve_worker({"llama": llama_side}, warm_up=1)
+    serve_worker({"figures": llama_side, "requests": llama_requests}, warm_up=1)

@@ -13,6 +13,7 @@ Tokens = list[int]
 Request = tuple[Tokens, str | None]  # a prompt and its adapter's name
 LENGTHS: Final = (128, 512, 1024)
 NEW: Final = 24  # tokens behind the first one whose time is a step's
+SCALING: Final = 2.0  # of the adapters of made_adapters
 SHORT: Final = 8  # and of each of eight requests
 
 

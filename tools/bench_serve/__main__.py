@@ -11,12 +11,15 @@ every side generates as many tokens of the same prompts:
     one adapter       the engine, one adapter for all clients
     http              the server over HTTP, streaming, eight adapters
     genai             the same requests one after another in onnxruntime-genai, switching adapters
+    OpenVINO GenAI    the same requests in batches of one adapter, all of an adapter's at once
+    llama.cpp         the same in llama.cpp, which batches requests of one adapter too
     thousand          the engine, 1,000 registered small adapters by Zipf's law, room for 32
     eight small       the engine, eight of these
 
-Each side is a process; they take turns in random order, one at a time. Ratios are taken round by
-round. Nothing is concluded where the machine has other work, the control is not near 1, or a side
-of the same requests gives other texts.
+The last two need environments of their own (`tools/bench_peers/engines.py`), and a bundle whose
+name is its precision. Each side is a process; they take turns in random order, one at a time.
+Ratios are taken round by round. Nothing is concluded where the machine has other work, the control
+is not near 1, or a side of the same requests gives other texts.
 
     --load 0.25 0.5 …   latency against load, of `thousand` and `eight small` over HTTP instead
     --costs 1 8 16      what steps of so many rows take of the processor, in the graph and besides
@@ -30,26 +33,35 @@ import json
 import os
 import platform
 import random
-import statistics
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from rich.console import Console
 
-import loradeploy as ld
+from loradeploy.bundle.text.tokenizer import Tokenizer
 from loradeploy.conversion import convert
 from loradeploy.files import atomic_file, write_json
 from tools import genai_builder
-from tools.alternate import BUSY, NOISE, Ratio, Worker, busy, ratio
+from tools.alternate import BUSY, Worker, busy
+from tools.bench_peers.engines import (
+    PEERS,
+    PRECISIONS,
+    Pythons,
+    add_pythons,
+    peer_sides,
+    pythons_of,
+    start_peer,
+)
+from tools.bench_serve.costs import cost_markdown, measure_costs
+from tools.bench_serve.latency import draw, load_markdown, measure_load
+from tools.bench_serve.load import traffic, zipf
+from tools.bench_serve.report import markdown, summary
+from tools.bench_serve.sides import RunReport
 from tools.made_adapters import make_adapters
-from tools.serve_cost import cost_markdown, measure_costs
-from tools.serve_latency import draw, load_markdown, measure_load
-from tools.serve_load import Load
-from tools.serve_sides import LAST, RunReport, percentiles
+from tools.real_models import cache, smollm2
 
 console = Console(stderr=True, highlight=False)
 
@@ -57,46 +69,6 @@ ADAPTERS: Final = 8
 RANK: Final = 16  # of these, on all linear layers
 REGISTERED: Final = 1000
 ROOM: Final = 32
-_WORDS: Final = (
-    "the government said shares in company fell after bank reported growth while match was won"
-    " by minister who told reporters that prices may rise again next year because of oil"
-)
-
-
-@dataclass(frozen=True)
-class Goal:
-    """A ratio that is looked for: tokens/s of `side` over those of `over`."""
-
-    side: str
-    over: str
-    least: float
-
-
-GOALS: Final = (
-    Goal("engine", "genai", 3.0),
-    Goal("engine", "one adapter", 0.85),
-    Goal("http", "engine", 0.9),
-    Goal("thousand", "eight small", 0.7),
-)
-
-
-def traffic(clients: int, requests: int, tokens: int, vocabulary: Any, seed: int) -> Load:
-    """What each client asks for, in turn: prompts of 16 to 48 tokens, and `tokens` new ones."""
-    chance = random.Random(seed)
-    prompts = [
-        [
-            vocabulary.encode(" ".join(chance.choices(_WORDS.split(), k=chance.randint(14, 42))))
-            for _ in range(requests)
-        ]
-        for _ in range(clients)
-    ]
-    return Load(prompts, tokens)
-
-
-def zipf(count: int, length: int, seed: int) -> list[int]:
-    """Numbers of adapters: the k-th is asked for in proportion to 1/k."""
-    weights = [1 / (rank + 1) for rank in range(count)]
-    return random.Random(seed).choices(range(count), weights, k=length)
 
 
 def main() -> None:
@@ -112,6 +84,7 @@ def main() -> None:
     parser.add_argument("--load", type=float, nargs="+", metavar="PART", help="of what is answered")
     parser.add_argument("--seconds", type=float, default=30.0, help="of each rate of --load")
     parser.add_argument("--costs", type=int, nargs="+", metavar="ROWS", help="rows of a step")
+    add_pythons(parser)
     parser.add_argument("--draw", type=Path, metavar="JSON", help="draw what --load wrote")
     arguments = parser.parse_args()
     if arguments.draw is not None:
@@ -120,6 +93,8 @@ def main() -> None:
         return
     if not arguments.bundle:
         parser.error("give --bundle NAME=DIR")
+    if arguments.rounds < 2:
+        parser.error("--rounds: expected at least 2, which quartiles need")
     if arguments.load is not None or arguments.costs is not None:
         _measure_apart(arguments)
         return
@@ -169,7 +144,7 @@ def _measure_apart(arguments: Any) -> None:
 
 def load_of(bundle: Path, arguments: Any, scratch: Path) -> dict[str, Any]:
     """Latency against load, of small adapters that are all in memory, and of many more."""
-    tokenizer = ld.AdapterSession(bundle).texts.base.tokenizer
+    tokenizer = Tokenizer(bundle)
     small = small_adapters(bundle, scratch, arguments.registered)
 
     def prompt(number: int) -> list[int]:
@@ -192,7 +167,7 @@ def load_of(bundle: Path, arguments: Any, scratch: Path) -> dict[str, Any]:
             many: [names[number] for number in zipf(len(small), 100_000, 1)],
         },
         arguments.tokens,
-        _ends(bundle),
+        sorted(tokenizer.eos_ids),  # barred, so that all sides generate as many tokens
         arguments.load,
         arguments.seconds,
     )
@@ -201,7 +176,7 @@ def load_of(bundle: Path, arguments: Any, scratch: Path) -> dict[str, Any]:
 
 def costs_of(bundle: Path, arguments: Any, scratch: Path) -> dict[str, Any]:
     """What a step takes of the processor, of the engine and over HTTP."""
-    tokenizer = ld.AdapterSession(bundle).texts.base.tokenizer
+    tokenizer = Tokenizer(bundle)
     load = traffic(max(arguments.costs), 1, arguments.tokens, tokenizer, 0)
     given = {
         "bundle": str(bundle),
@@ -209,7 +184,7 @@ def costs_of(bundle: Path, arguments: Any, scratch: Path) -> dict[str, Any]:
         "prompts": [own for (own,) in load.prompts],
         "asked": [f"a{number % ADAPTERS}" for number in range(max(arguments.costs))],
         "tokens": load.tokens,
-        "ends": _ends(bundle),
+        "ends": sorted(tokenizer.eos_ids),
     }
     return {"costs": measure_costs(given, arguments.costs, arguments.rounds)}
 
@@ -219,25 +194,19 @@ def small_adapters(bundle: Path, scratch: Path, count: int) -> dict[str, str]:
     return make_adapters(bundle, scratch / "small", count, rank=4, modules=("q_proj", "v_proj"))
 
 
-def _ends(bundle: Path) -> list[int]:
-    """The tokens that end a text, which are barred: all sides generate as many."""
-    ends = json.loads((bundle / "genai_config.json").read_text(encoding="utf-8"))["model"]
-    end = ends["eos_token_id"]
-    return end if isinstance(end, list) else [end]
-
-
 def measure(name: str, bundle: Path, arguments: Any, scratch: Path) -> dict[str, Any]:
     """All sides on one bundle, in turns."""
-    tokenizer = ld.AdapterSession(bundle).texts.base.tokenizer
-    load = traffic(arguments.clients, arguments.requests, arguments.tokens, tokenizer, 0)
-    chosen = None if arguments.sides is None else arguments.sides.split(",")
-    given = _arguments(bundle, load, arguments, scratch, chosen)
+    tokenizer = Tokenizer(bundle)
+    pythons = pythons_of(arguments)
+    given = _arguments(name, bundle, tokenizer, arguments, scratch)
     idle = busy()
     console.print(f"{name}: starting {', '.join(given)}")
-    workers = {side: _start(side, own) for side, own in given.items()}
-    runs: dict[str, list[RunReport]] = {side: [] for side in workers}
+    workers: dict[str, Worker] = {}
+    runs: dict[str, list[RunReport]] = {side: [] for side in given}
     work = [] if idle is None else [idle]
     try:
+        for side, own in given.items():
+            workers[side] = _start(side, own, pythons)
         for number in range(arguments.rounds):
             order = list(workers)
             random.Random(number).shuffle(order)
@@ -245,7 +214,9 @@ def measure(name: str, bundle: Path, arguments: Any, scratch: Path) -> dict[str,
                 if (other := busy(0.5)) is not None:
                     work.append(other)
                 (found,) = workers[side].results(1)
-                runs[side].append(RunReport(**found))
+                report = RunReport(**found)
+                report.texts = report.texts or [tokenizer.decode(own) for own in report.tokens]
+                runs[side].append(report)
             console.print(f"{name}: round {number + 1} of {arguments.rounds}")
     finally:
         for worker in workers.values():
@@ -254,15 +225,17 @@ def measure(name: str, bundle: Path, arguments: Any, scratch: Path) -> dict[str,
 
 
 def _arguments(
-    bundle: Path, load: Load, arguments: Any, scratch: Path, chosen: Sequence[str] | None
+    name: str, bundle: Path, tokenizer: Tokenizer, arguments: Any, scratch: Path
 ) -> dict[str, dict[str, Any]]:
-    """What each side's process is given."""
+    """What each side's process is given, of the sides that were chosen."""
+    chosen = None if arguments.sides is None else arguments.sides.split(",")
+    load = traffic(arguments.clients, arguments.requests, arguments.tokens, tokenizer, 0)
     adapters = make_adapters(bundle, scratch / "a", ADAPTERS, rank=RANK)
     common = {
         "bundle": str(bundle),
         "prompts": load.prompts,
         "tokens": load.tokens,
-        "ends": _ends(bundle),
+        "ends": sorted(tokenizer.eos_ids),
     }
     clients = range(len(load.prompts))
     requests = range(arguments.requests)
@@ -274,6 +247,14 @@ def _arguments(
         "one adapter": {**own, "asked": [["a0" for _ in requests] for _ in clients]},
         "http": {**own, "http": True},
     }
+    pythons = pythons_of(arguments)
+    if name in PRECISIONS:
+        place = cache() / "peers"
+        place.mkdir(parents=True, exist_ok=True)
+        found = peer_sides(name, smollm2(), adapters, pythons, place, scratch)
+        sides |= {side: {**own, **peer} for side, peer in found.items()}
+    elif pythons != Pythons(None, None, None):
+        raise SystemExit(f"--bundle {name}=…: a peer needs one of {', '.join(PRECISIONS)} as name")
     if genai_builder.PYTHON.exists():
         natives = {}
         for name, path in adapters.items():
@@ -295,115 +276,14 @@ def _arguments(
     return {side: own for side, own in sides.items() if chosen is None or side in chosen}
 
 
-def _start(side: str, given: Mapping[str, Any]) -> Worker:
+def _start(side: str, given: Mapping[str, Any], pythons: Pythons) -> Worker:
     if side == "genai":
         return Worker(
             "tools.bench_genai", "genai_requests", given, python=str(genai_builder.PYTHON)
         )
-    return Worker("tools.serve_sides", "served", given)
-
-
-def summary(
-    name: str, runs: Mapping[str, Sequence[RunReport]], busiest: float | None
-) -> dict[str, Any]:
-    """Figures of all sides, ratios of tokens/s, and what keeps them from meaning anything."""
-    speeds = {side: [run.speed for run in own] for side, own in runs.items()}
-    economies = {side: [run.economy or 0.0 for run in own] for side, own in runs.items()}
-    problems = []
-    if busiest is None or busiest > BUSY:
-        shown = "unknown" if busiest is None else f"{busiest:.0%} of the processors"
-        problems.append(f"the machine has other work ({shown})")
-    control = control_by_processor = None
-    if {"engine", "control"} <= speeds.keys():
-        control = ratio(speeds["control"], speeds["engine"])
-        control_by_processor = ratio(economies["control"], economies["engine"])
-        if max(abs(control.low - 1), abs(control.high - 1)) > NOISE:
-            problems.append(f"the control is {control}")
-    else:
-        problems.append("there is no control")
-    same = {}
-    for side in ("control", "http", "genai"):
-        if side in runs and "engine" in runs:
-            pairs = list(zip(runs[side][LAST].texts, runs["engine"][LAST].texts, strict=True))
-            same[side] = sum(a == b for a, b in pairs) / len(pairs)
-            if side != "genai" and same[side] < 1:
-                problems.append(f"{side} gives other texts than the engine")
-    ratios = []
-    for goal in GOALS:
-        if {goal.side, goal.over} <= speeds.keys():
-            found = ratio(speeds[goal.side], speeds[goal.over])
-            met = None if problems else found.median >= goal.least
-            by_processor = ratio(economies[goal.side], economies[goal.over])
-            ratios.append(
-                {
-                    **asdict(goal),
-                    "ratio": asdict(found),
-                    "of_processor_time": asdict(by_processor),
-                    "met": met,
-                }
-            )
-    sides = {
-        side: {
-            "tokens_per_second": statistics.median(speeds[side]),
-            "tokens_per_processor_second": statistics.median(economies[side]),
-            "first_token_ms": percentiles([s for run in own for s in run.first]),
-            "inter_token_ms": percentiles([s for run in own for s in run.between]),
-            "outside_of_the_graph": statistics.median(known) if known else None,
-        }
-        for side, own in runs.items()
-        for known in [[run.outside for run in own if run.outside is not None]]
-    }
-    return {
-        "bundle": name,
-        "sides": sides,
-        "control": None if control is None else asdict(control),
-        "control_of_processor_time": (
-            None if control_by_processor is None else asdict(control_by_processor)
-        ),
-        "same_texts": same,
-        "ratios": ratios,
-        "busiest": busiest,
-        "not_concluded": problems,
-    }
-
-
-def markdown(reports: Sequence[Mapping[str, Any]]) -> str:
-    """The tables."""
-    head = "| bundle | side | tokens/s | tokens/processor s | first token p50 / p99, ms |"
-    lines = [
-        f"{head} between tokens p50 / p99, ms | outside of the graph |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for report in reports:
-        for side, own in report["sides"].items():
-            first, between = own["first_token_ms"], own["inter_token_ms"]
-            outside = own["outside_of_the_graph"]
-            lines.append(
-                f"| {report['bundle']} | {side} | {own['tokens_per_second']:.1f} |"
-                f" {own['tokens_per_processor_second']:.1f} |"
-                f" {first[0]:.0f} / {first[1]:.0f} | {between[0]:.0f} / {between[1]:.0f} |"
-                f" {'–' if outside is None else f'{outside:.0%}'} |"
-            )
-    lines += ["", "| bundle | ratio | of tokens/s | of tokens/processor s | goal | met |"]
-    lines.append("|---|---|---|---|---|---|")
-    for report in reports:
-        if report["control"] is not None:
-            lines.append(
-                f"| {report['bundle']} | control | {Ratio(**report['control'])} |"
-                f" {Ratio(**report['control_of_processor_time'])} | 1 | |"
-            )
-        for row in report["ratios"]:
-            met = {None: "not concluded", True: "yes", False: "no"}[row["met"]]
-            lines.append(
-                f"| {report['bundle']} | {row['side']} / {row['over']} | {Ratio(**row['ratio'])} |"
-                f" {Ratio(**row['of_processor_time'])} | ≥ {row['least']} | {met} |"
-            )
-        same = ", ".join(f"{side} {part:.0%}" for side, part in report["same_texts"].items())
-        lines += ["", f"{report['bundle']}: texts equal to the engine's: {same}."]
-        if report["not_concluded"]:
-            why = "; ".join(report["not_concluded"])
-            lines.append(f"Nothing is concluded of {report['bundle']}: {why}.")
-    return "\n".join(lines) + "\n"
+    if side in PEERS:
+        return start_peer(side, "requests", given, pythons)
+    return Worker("tools.bench_serve.sides", "served", given)
 
 
 if __name__ == "__main__":

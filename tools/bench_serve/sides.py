@@ -15,7 +15,7 @@ import onnxruntime
 
 import loradeploy as ld
 from tools.alternate import Side, serve_worker
-from tools.serve_load import Tokens, of_run
+from tools.bench_serve.load import Tokens, of_run
 
 LAST: Final = -1
 Ask = Callable[[Tokens, str], AsyncIterator[str]]
@@ -29,7 +29,7 @@ class RunReport:
     between two tokens of one. `outside`: the part of the time in which the graph did not run,
     where that is known. `economy`: tokens for each second of processor time that the process took,
     which other work on the machine changes less than `speed`.
-    `texts`: by client and turn.
+    `texts`: by client and turn; `tokens` in their place from a side without our tokenizer.
     """
 
     speed: float
@@ -38,6 +38,7 @@ class RunReport:
     outside: float | None = None
     economy: float | None = None
     texts: list[str] = field(default_factory=list)
+    tokens: list[Tokens] = field(default_factory=list)
 
 
 def percentiles(seconds: Sequence[float]) -> tuple[float, float]:
