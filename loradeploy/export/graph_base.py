@@ -25,6 +25,7 @@ from loradeploy.export.match.products import precision_of
 from loradeploy.export.passes.precision.bf16 import compute_as_float32, has_float32_weights
 from loradeploy.export.passes.side_inputs.inject import remove_side_inputs
 from loradeploy.export.passes.undo import remove_choices
+from loradeploy.export.read.all_logits import keep_all_logits
 from loradeploy.export.read.attention import separate_projections
 from loradeploy.export.read.channels_first import features_last, matrices_of
 from loradeploy.export.read.constant_weights import compute_weights
@@ -85,6 +86,7 @@ def from_graph(source: Source, options: Options) -> Base:
         lift_constants(graph)
         close_inputs(graph)
         drop_identities(graph)
+        keep_all_logits(graph.graph)
         renamed = name_values(graph)
         own = settings_beside(source.directory, options.evidence.checkpoint)
         take_branches(graph, source.graph.parent, own)

@@ -12,7 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from loradeploy.bundle.names import GENAI_CONFIG_NAME, LEFT, NO_PADDING, PAST, POSITION_IDS, RIGHT
+from loradeploy.bundle.names import (
+    GENAI_CONFIG_NAME,
+    LEFT,
+    NO_PADDING,
+    PAST,
+    POSITION_IDS,
+    RIGHT,
+    present_of,
+)
 from loradeploy.errors import ExportError, ModelError, listed, listed_names
 from loradeploy.export.graph.edit import integer_of
 from loradeploy.export.match.identity import CheckpointWeights
@@ -39,6 +47,7 @@ logger = logger_of(__name__)
 _FUSED_QKV: Final = ("phi3", "phi3small", "phi3v", "phimoe")
 _LISTED: Final = 4
 _TIED: Final = "tie_word_embeddings"
+_CACHE_AXES: Final = 4
 # transformers' models whose heads are rotated in halves, and what their rotated projections are.
 _HALVES: Final = (
     *("gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "mixtral", "olmo2", "phi"),
@@ -151,10 +160,11 @@ def complete_cache(model: ir.Model, directory: Path, checkpoint: Path | None = N
     import onnx_ir as ir
 
     symbols: dict[str, int] = {}
+    unnamed: dict[str, int] = {}  # by input or output, of axes that have no symbol
     for value in model.graph.inputs:
         if not str(value.name).startswith(PAST) or value.shape is None:
             continue
-        if len(value.shape) != 4 or isinstance(value.shape[3], int):
+        if len(value.shape) != _CACHE_AXES or isinstance(value.shape[3], int):
             continue
         size = _genai_settings(directory).get("decoder", {}).get("head_size")
         if not isinstance(size, int):
@@ -164,10 +174,17 @@ def complete_cache(model: ir.Model, directory: Path, checkpoint: Path | None = N
                 f"the graph does not specify the last size of {value.name}, and neither does a"
                 f" config.json or {GENAI_CONFIG_NAME} beside it"
             )
-        symbols[str(value.shape[3])] = size
+        if value.shape[3].value is None:
+            unnamed |= dict.fromkeys((str(value.name), present_of(str(value.name))), size)
+        else:
+            symbols[value.shape[3].value] = size
     for value in (*model.graph.inputs, *model.graph.outputs):
-        if value.shape is not None and any(str(size) in symbols for size in value.shape):
-            value.shape = ir.Shape([symbols.get(str(size), size) for size in value.shape])
+        if value.shape is None:
+            continue
+        sizes = [d if isinstance(d, int) else symbols.get(d.value or "", d) for d in value.shape]
+        if str(value.name) in unnamed and len(sizes) == _CACHE_AXES:
+            sizes[-1] = unnamed[str(value.name)]
+        value.shape = ir.Shape(sizes)
 
 
 def padding_of(model: ir.Model) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -20,7 +21,7 @@ from loradeploy.export.api import export
 from loradeploy.export.match.naming import FUSED_MODULES
 from loradeploy.export.match.operators import MICROSOFT
 from loradeploy.export.read.normalize import normalize_products
-from loradeploy.export.read.third_party import Evidence, find_modules
+from loradeploy.export.read.third_party import Evidence, complete_cache, find_modules
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.generation import TextGenerator
 from tests.conftest import MakeAdapter, once
@@ -188,6 +189,20 @@ def test_without_the_size_of_a_head_the_cache_is_refused(built: Graph, tmp_path:
 
 
 # -- torch.onnx, optimum, quantized graphs -----------------------------------------------------
+
+
+@pytest.mark.parametrize("symbol", [None, "d"])
+def test_the_size_of_a_head_is_no_other_axis_s(symbol: str | None, tmp_path: Path) -> None:
+    """Axes without a symbol are not one axis."""
+    b = Builder()
+    shape: list[Any] = [None, 2, None, symbol]
+    past = b.input("past_key_values.0.key", shape)
+    model = b.model(b.node("Identity", [past], list(shape), name="present.0.key"))
+    (tmp_path / "config.json").write_text(json.dumps({"head_dim": 16}))
+    complete_cache(model, tmp_path)
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        sizes = [size if isinstance(size, int) else size.value for size in value.shape]
+        assert sizes == [None, 2, None, 16], value.name
 
 
 @pytest.mark.breadth(2)
