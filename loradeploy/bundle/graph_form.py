@@ -113,7 +113,7 @@ FORM_OPTIONS: Final = (
     FormOption(
         "merge",
         "--merge",
-        "Fold the one adapter into the weights: the graph gets no side inputs.",
+        "Merge the adapter into the weights. The graph gets no side inputs.",
         "off",
         inherited=False,
         excludes=dict.fromkeys(
@@ -130,22 +130,22 @@ FORM_OPTIONS: Final = (
     FormOption(
         "side_inputs",
         "--side-inputs",
-        "Kinds of side inputs that every layer gets, for adapters that come later:"
+        "Kinds of side inputs that every layer gets, for adapters that are loaded later:"
         f" {', '.join(SIDE_INPUT_KINDS)}.",
         "lora, and what the given adapters need",
     ),
     FormOption(
         "layout",
         "--layout",
-        "Layout of side inputs: slots that adapter_ids names for each row, or rows, where slot i"
-        " belongs to row i, which is faster.",
+        "Layout of side inputs: slots, which adapter_ids selects for each row, or rows, where slot"
+        " i belongs to row i, which is faster.",
         "rows for int8 and int4, else slots",
         LAYOUTS,
     ),
     FormOption(
         "branches",
         "--branches/--no-branches",
-        "Give the base a branch of the graph to itself, so that idle side inputs cost nothing; with"
+        "Give the base its own branch of the graph, so that idle side inputs cost nothing. With"
         " fp32 and fp16 each branch takes memory for its weights.",
         "on for int8 and int4",
     ),
@@ -159,14 +159,14 @@ FORM_OPTIONS: Final = (
     FormOption(
         "fixed",
         "--fixed",
-        "Make dimensions (batch, sequence, past, total) numbers, for providers that compile a graph"
+        "Make dimensions (batch, sequence, past, total) static, for providers that compile a graph"
         " for its shapes.",
         "none",
     ),
     FormOption(
         "attention",
         "--attention",
-        "Attention of a decoder: ONNX's own, or GroupQueryAttention, whose cache can be written in"
+        "Attention of a decoder: ONNX's own, or GroupQueryAttention, whose cache can be updated in"
         " place.",
         STANDARD,
         ATTENTIONS,
@@ -174,8 +174,8 @@ FORM_OPTIONS: Final = (
     FormOption(
         "logits_to_keep",
         "--logits-to-keep/--no-logits-to-keep",
-        "Give a decoder the optional input logits_to_keep, the positions that get logits: a prefill"
-        " computes one row of the vocabulary, not one for each token.",
+        "Give a decoder the optional input logits_to_keep, the positions to compute logits for, so"
+        " that a prefill computes the logits of one position instead of all.",
         "on for decoders with side inputs, where the graph can have it",
         inherited=False,
         excludes={"fixed": "with fixed sizes the logits are of all positions"},
@@ -183,7 +183,8 @@ FORM_OPTIONS: Final = (
     FormOption(
         "target",
         "--target",
-        "What the bundle is for: the options that are not given become what runs on its device.",
+        "The device that the bundle is for. Sets the options that are not given to what runs on"
+        " it.",
         "none",
         tuple(row.name for row in RUN_TARGETS),
     ),

@@ -32,20 +32,20 @@ if TYPE_CHECKING:
     "adapters",
     multiple=True,
     metavar="[NAME=]DIR",
-    help="Time this adapter too; may be given several times.",
+    help="Time this adapter too. Repeat for more.",
 )
 @click.option(
-    "--batch", type=int, default=1, show_default=True, help="Put this many rows into the batch."
+    "--batch", type=int, default=1, show_default=True, help="Number of rows in the batch."
 )
 @click.option(
     "--length",
     type=int,
     default=128,
     show_default=True,
-    help="Have this many tokens in a decoder's cache, or in an encoder's texts.",
+    help="Number of tokens in a decoder's cache, or in an encoder's texts.",
 )
 @click.option(
-    "--rounds", type=int, default=15, show_default=True, help="Time each side this many times."
+    "--rounds", type=int, default=15, show_default=True, help="Number of measurements of each side."
 )
 @provider_option
 @capture_option
@@ -60,10 +60,10 @@ def command(
     capture_graphs: bool,
     as_json: bool,
 ) -> None:
-    """Time one forward pass of BUNDLE, the sides taking turns in random order.
+    """Time one forward pass of BUNDLE, with the sides taking turns in random order.
 
-    A ratio is to the base in the same round, with its quartiles; the control is the base once more:
-    what lies within the control's quartiles is noise.
+    A ratio compares a side with the base in the same round, and is given with its quartiles. The
+    control is a second run of the base: a difference within the control's quartiles is noise.
     """
     from loradeploy.adapter.files.named import named_directory
     from loradeploy.runtime.session import AdapterSession

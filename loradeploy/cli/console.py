@@ -40,13 +40,13 @@ provider_option = click.option(
 capture_option = click.option(
     "--capture-graphs",
     is_flag=True,
-    help="Let the device record runs and replay them (CUDA graphs). On cuda and webgpu, where every"
-    " node is on the device.",
+    help="Record runs on the device and replay them (CUDA graphs). Requires cuda or webgpu, with"
+    " every node on the device.",
 )
 trust_option = click.option(
     "--trust-remote-code",
     is_flag=True,
-    help="Run the Python files that the model's config names; without it they are never run.",
+    help="Run the Python files that the model's config names. By default they are never run.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 

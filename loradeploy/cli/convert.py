@@ -9,7 +9,7 @@ from loradeploy.cli.console import json_option, print_json, say, trust_option
 
 @click.command(
     name="convert",
-    short_help="Convert an adapter: to .onnx_adapter or back, of another library, to a lower rank.",
+    short_help="Convert an adapter: .onnx_adapter and back, other libraries, a lower rank.",
     epilog="Example: loradeploy convert adapters/sport --bundle bundle --output sport.onnx_adapter",
 )
 @click.argument("adapter", type=click.Path())
@@ -26,11 +26,11 @@ from loradeploy.cli.console import json_option, print_json, say, trust_option
 @click.option(
     "--model",
     help="Convert an adapter trained with PiSSA or OLoRA to standard LoRA on this base model, or"
-    " name the base of another library's adapter, where its files do not suffice.",
+    " give the base of another library's adapter if the conversion needs it.",
 )
 @click.option(
     "--name",
-    help="Convert the adapter of this name, of another library's file that has several.",
+    help="Convert the adapter of this name, if another library's file has several.",
 )
 @click.option(
     "--output",
@@ -52,18 +52,18 @@ def command(
 ) -> None:
     """Convert ADAPTER in one of four ways.
 
-    Without options: from another library's form to a PEFT directory. The form is recognized by the
-    content: mlx-lm, AdapterHub, torchtune (needs --model), text encoders' adapters of kohya (needs
-    --model) and diffusers, the tasks of jina-embeddings-v3 (--name), and a state_dict() with the
-    names of adapters in its keys (--name, if there are several).
+    Without options, from another library's format to a PEFT directory. The format is detected from
+    the content: mlx-lm, AdapterHub, torchtune (needs --model), text encoder adapters of kohya
+    (needs --model) and diffusers, the tasks of jina-embeddings-v3 (--name), and a state_dict() with
+    adapter names in its keys (--name, if there are several).
 
-    --bundle: from a PEFT directory to a file for ONNX Runtime's LoraAdapter, or back. The factors
-    in an .onnx_adapter file include the scaling; a PEFT directory converted from one has alpha
-    equal to the rank.
+    With --bundle, from a PEFT directory to a file for ONNX Runtime's LoraAdapter, or back. The
+    factors in an .onnx_adapter file include the scaling; a PEFT directory converted from one has
+    alpha equal to the rank.
 
-    --rank: to the best approximation of a lower rank, by singular values.
+    With --rank, to the best approximation of a lower rank, by singular values.
 
-    --model: from an adapter that PEFT trained with PiSSA or OLoRA, which needs a changed base, to
+    With --model, from an adapter that PEFT trained with PiSSA or OLoRA, which changes the base, to
     standard LoRA of twice the rank on the unchanged base.
     """
     from loradeploy.conversion import convert

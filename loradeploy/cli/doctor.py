@@ -20,7 +20,7 @@ _MARKS = {"ok": "ok", "note": "note", "problem": "PROBLEM"}
 def command(as_json: bool) -> int:
     """Report what is installed, which execution providers start, and the problems found.
 
-    The exit status is 1 where there is a problem.
+    The exit status is 1 if there is a problem.
     """
     from loradeploy.runtime.environment import examine
 

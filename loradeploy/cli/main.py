@@ -46,9 +46,9 @@ VERBS: Final = {
     "export": "Export a model to a bundle, with side inputs or an adapter merged.",
     "run": "Run prompts or texts through a bundle.",
     "parity": "Prove that a bundle computes what PyTorch computes.",
-    "convert": "Convert an adapter: to .onnx_adapter or back, of another library, to a lower rank.",
+    "convert": "Convert an adapter: .onnx_adapter and back, other libraries, a lower rank.",
     "inspect": "Describe an adapter, a bundle or an ONNX file.",
-    "serve": "Serve a bundle over HTTP, in the interface of OpenAI's API.",
+    "serve": "Serve a bundle over HTTP with an OpenAI-compatible API.",
     "bench": "Time a bundle: base, adapters, swap, mixed batch.",
     "doctor": "Check versions, execution providers and known problems.",
 }

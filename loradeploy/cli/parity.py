@@ -41,7 +41,7 @@ DASHED_PHASES: Final = tuple(phase.replace(" ", "-") for phase in ALL_PHASES)
     "--inputs",
     metavar="FILE.npz|DIR",
     help="With --against: read the inputs from these files, one case a file, arrays by name."
-    " [default: inputs are generated at random]",
+    " [default: inputs are randomly generated]",
 )
 @click.option(
     "--cases",
@@ -94,7 +94,7 @@ DASHED_PHASES: Final = tuple(phase.replace(" ", "-") for phase in ALL_PHASES)
 @click.option(
     "--prompts",
     metavar="FILE",
-    help="Read the prompts from this file: one a line, or JSONL with prompt, messages or text"
+    help="Read the prompts from this file: one per line, or JSONL with prompt, messages or text"
     " (and text_pair). [default: built-in prompts]",
 )
 @click.option(
@@ -107,20 +107,20 @@ DASHED_PHASES: Final = tuple(phase.replace(" ", "-") for phase in ALL_PHASES)
     type=int,
     default=0,
     show_default=True,
-    help="Draw random tokens and random inputs from this seed.",
+    help="Seed of random tokens and randomly generated inputs.",
 )
 @click.option(
     "--other",
     "others",
     multiple=True,
     metavar="[NAME=]MODEL[@ADAPTER]",
-    help="Compare this with PyTorch too: an ONNX file or module:function that computes what the"
-    " base computes, alone or with ADAPTER. Repeat for more.",
+    help="Also compare this with PyTorch: an ONNX file or module:function that computes the same as"
+    " the base, alone or with ADAPTER. Repeat for more.",
 )
 @click.option(
     "--baseline",
     metavar="FILE",
-    help="Fail on whatever got worse since this earlier report (.json).",
+    help="Fail if any metric got worse since this earlier report (.json).",
 )
 @click.option(
     "--fuzz",
@@ -148,8 +148,8 @@ DASHED_PHASES: Final = tuple(phase.replace(" ", "-") for phase in ALL_PHASES)
 @click.option(
     "--capture-graphs",
     is_flag=True,
-    help="Run the graphs once more with their runs captured (CUDA graphs), on the providers that"
-    " can: the certificate covers sessions with and without.",
+    help="Also check captured runs (CUDA graphs), on the providers that support them. The"
+    " certificate then covers sessions with and without capture.",
 )
 @click.option(
     "--genai-python",
@@ -179,7 +179,7 @@ DASHED_PHASES: Final = tuple(phase.replace(" ", "-") for phase in ALL_PHASES)
     type=int,
     default=EXAMPLES,
     show_default=True,
-    help="With --evaluate: how many examples to draw from the data.",
+    help="With --evaluate: how many examples to sample from the data.",
 )
 @click.option(
     "--localize/--no-localize",

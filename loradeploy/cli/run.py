@@ -56,56 +56,55 @@ if TYPE_CHECKING:
     "--input",
     "file",
     type=click.Path(),
-    help="Read prompts from this file: one on each line, or JSONL whose objects have prompt,"
-    " messages, text (and text_pair) or audio, perhaps adapter, and settings of their own such as"
-    " temperature or stop. - is standard input.",
+    help="Read prompts from this file: one per line, or JSONL objects with prompt, messages, text"
+    " (and text_pair) or audio, optionally with adapter and settings such as temperature or stop. -"
+    " is standard input.",
 )
 @click.option(
     "--adapter",
     metavar="NAME|DIR",
-    help="Use this adapter for all prompts that name none themselves [default: the base].",
+    help="Use this adapter for all prompts that do not name their own [default: the base].",
 )
 @generation_flags
 @click.option(
     "--prompt-name",
     metavar="NAME",
-    help="Put this one of the prompts that an embedding model names before each text [default: its"
-    " own].",
+    help="Prefix each text with this named prompt of an embedding model [default: the model's"
+    " default prompt].",
 )
 @click.option(
     "--threshold",
     type=float,
-    help="Give a text all labels of at least this probability, of a multi-label classifier"
+    help="With a multi-label classifier, assign all labels of at least this probability"
     " [default: 0.5].",
 )
 @click.option(
     "--aggregation",
     metavar="NAME",
-    help="Make entities of a token classifier's tokens by this rule: none, simple, first, average"
-    " or max [default: first].",
+    help="With a token classifier, aggregate tokens to entities with this strategy: none, simple,"
+    " first, average or max [default: first].",
 )
 @click.option(
     "--stride",
     type=int,
-    help="Cut texts that are too long for a token classifier into parts that overlap by so many"
-    " tokens [default: they are refused].",
+    help="With a token classifier, split texts that are too long into parts that overlap by this"
+    " number of tokens [default: they are refused].",
 )
 @click.option(
     "--language",
     metavar="CODE",
-    help="The language that is spoken, such as en, to a speech recognizer [default: it is found].",
+    help="With a speech recognizer, the spoken language, such as en [default: it is detected].",
 )
 @click.option(
     "--task",
     metavar="NAME",
-    help="What a speech recognizer does: transcribe, or translate into English [default: the"
-    " model's].",
+    help="With a speech recognizer, transcribe, or translate into English [default: the model's].",
 )
 @click.option(
     "--timestamps",
     is_flag=True,
     default=None,
-    help="Print the segments of a transcript with their times.",
+    help="With a speech recognizer, print the segments of the transcript with their times.",
 )
 @click.option(
     "--batch-size", type=int, default=8, show_default=True, help="Run this many prompts at a time."
@@ -115,20 +114,20 @@ if TYPE_CHECKING:
 @click.option(
     "--require-certificate",
     is_flag=True,
-    help="Run only what `loradeploy parity` has passed: the bundle and the adapters as they are.",
+    help="Refuse a bundle or adapter that `loradeploy parity` has not passed in its current state.",
 )
 @click.option(
     "--certificate-minimum",
     metavar="NAME=VALUE,…",
-    help="Require a certificate of a check that was no narrower than this, such as prompts=16,"
+    help="Require a certificate of a check with at least this scope, such as prompts=16,"
     "generated=8,phases=decode+padded batch,providers=cpu,precision=fp32.",
 )
 @click.option(
     "--certificate-key",
     metavar="FILE.pem",
-    help="Require a certificate that the owner of this public ed25519 key has signed.",
+    help="Require a certificate signed with the private key of this public ed25519 key.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON: an object for each prompt.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, one object per prompt.")
 def command(
     bundle: str,
     prompt: str | None,
@@ -150,15 +149,16 @@ def command(
     timestamps: bool | None,
     **generation: Any,
 ) -> None:
-    """Print what BUNDLE makes of PROMPT, or of each line of a file.
+    """Run BUNDLE on PROMPT, or on each line of a file, and print the results.
 
-    Text from decoders, as it appears; labels with their scores, or numbers, from classifiers; the
-    entities of token classifiers; a vector from embedding models; the transcript of a WAV file from
-    speech recognizers, and the labels or the vector of an image, PROMPT being the path. Of a file
-    each result is one line, in which a line break is written \\n; --json has the texts as they are,
-    those of decoders with their tokens and why they ended. Lines of a file may each name their own
-    adapter and settings: they share batches. On a terminal, characters of a text that would act on
-    it are escaped; a pipe gets them.
+    Decoders print text as it is generated; classifiers print labels with their scores, or numbers;
+    token classifiers print entities; embedding models print a vector. For speech recognizers and
+    image models, PROMPT is the path of a WAV file or an image.
+
+    With --input, each result is one line, in which a line break is written as \\n. Lines with
+    different adapters and settings share batches. --json prints the unchanged texts, for decoders
+    with their tokens and finish reasons. Control characters in a text are escaped on a terminal,
+    but not in a pipe.
     """
     from loradeploy.bundle.proof.requirement import CertificateMinimum
     from loradeploy.runtime.prompts import InputPrompt

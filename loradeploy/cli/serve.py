@@ -29,17 +29,17 @@ if TYPE_CHECKING:
 _DEMO: Final = Path("build/demo/bundle")
 _MIB: Final = 1 << 20
 _LIMITS: Final = {
-    "max_rows": "Generate, or encode, this many texts together.",
-    "max_waiting": "Let this many requests wait; answer one more with 429.",
-    "max_tokens": "Let a text have this many tokens.",
-    "max_n": "Generate this many texts for one request, over all of its prompts.",
-    "max_inputs": "Take this many prompts, texts or documents in one request.",
-    "max_request_bytes": "Take requests of this many bytes.",
-    "max_adapter_bytes": "Take adapters of this many bytes from the adapter root.",
-    "max_cache_bytes": "Keep this many bytes of adapters of an object store on the disk.",
-    "request_timeout": "Seconds until a request has to be answered.",
+    "max_rows": "Maximum number of texts that are generated or encoded in one batch.",
+    "max_waiting": "Maximum number of waiting requests; further ones are answered with 429.",
+    "max_tokens": "Maximum number of generated tokens of a text.",
+    "max_n": "Maximum number of generated texts of a request, over all of its prompts.",
+    "max_inputs": "Maximum number of prompts, texts or documents in a request.",
+    "max_request_bytes": "Maximum size of a request in bytes.",
+    "max_adapter_bytes": "Maximum size in bytes of an adapter of the adapter root.",
+    "max_cache_bytes": "Maximum size in bytes of the disk cache for an object store's adapters.",
+    "request_timeout": "Seconds after which an unanswered request fails.",
     "send_timeout": "Seconds that a client may take to accept a part of its answer.",
-    "drain_timeout": "Seconds in which requests may end after SIGTERM.",
+    "drain_timeout": "Seconds that running requests get to complete after SIGTERM.",
     "batch_delay": "Seconds that an encoder waits for further requests to share a run.",
 }
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -59,48 +59,48 @@ def _limits(command: _Command) -> _Command:
 
 @click.command(
     name="serve",
-    short_help="Serve a bundle over HTTP, in the interface of OpenAI's API.",
+    short_help="Serve a bundle over HTTP with an OpenAI-compatible API.",
     epilog="Example: loradeploy serve bundle --adapter-root adapters --api-keys keys.json",
 )
 @click.argument("bundle", type=click.Path(), required=False)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Listen on this address.")
 @click.option(
-    "--port", type=int, default=8000, show_default=True, help="Listen on this port; 0 is any."
+    "--port", type=int, default=8000, show_default=True, help="Listen on this port; 0: any."
 )
 @click.option(
     "--adapter",
     "adapters",
     multiple=True,
     metavar="[NAME=]DIR",
-    help="Serve this adapter too; may be given several times.",
+    help="Serve this adapter too. Repeat for more.",
 )
 @click.option(
     "--adapter-root",
     metavar="DIR|URL",
-    help="Serve the adapters in this directory too, one in each subdirectory, named by it. They are"
-    " loaded when a request names them, and again when their files have changed. A URL is that of"
+    help="Also serve the adapters in this directory. Each subdirectory is an adapter of that name,"
+    " which is loaded when a request first names it, and again when its files change. A URL names"
     " an object store, such as s3://bucket/adapters.",
 )
 @click.option(
     "--adapter-cache",
     metavar="DIR",
-    help="Keep adapters of an object store in this directory [default: a temporary one].",
+    help="Cache adapters of an object store in this directory [default: a temporary one].",
 )
 @click.option(
     "--allow-adapter-updates",
     is_flag=True,
-    help="Let requests load and unload adapters of the adapter root.",
+    help="Allow requests to load and unload adapters of the adapter root.",
 )
 @click.option(
     "--adapter-memory",
     type=int,
     metavar="MIB",
-    help="Hold this much of adapters in memory, and read others again [default: all].",
+    help="Limit the memory of adapters; others are read again when used [default: no limit].",
 )
 @click.option(
     "--api-keys",
     metavar="FILE",
-    help="Ask for one of the API keys in this JSON file, on every route but /health and /ready.",
+    help="Require one of the API keys in this JSON file, on every route except health checks.",
 )
 @_limits
 @provider_option
@@ -108,30 +108,30 @@ def _limits(command: _Command) -> _Command:
 @click.option(
     "--require-certificate",
     is_flag=True,
-    help="Serve only what `loradeploy parity` has passed: the bundle and the adapters as they are.",
+    help="Refuse a bundle or adapter that `loradeploy parity` has not passed in its current state.",
 )
 @click.option(
     "--threads",
     type=int,
     metavar="N",
-    help="Compute with this many threads [default: the processors that the container allows; with"
-    " --ray 1, for each replica].",
+    help="Number of compute threads [default: the number of processors of the container; with --ray"
+    " 1 per replica].",
 )
 @click.option(
     "--ray",
     "on_ray",
     is_flag=True,
-    help="Serve by replicas on a Ray cluster: that of RAY_ADDRESS, or one on this machine.",
+    help="Run replicas on a Ray cluster: the one at RAY_ADDRESS, or one on this machine.",
 )
 @click.option(
     "--replicas",
     metavar="N|LEAST-MOST",
-    help="With --ray, run this many replicas, or as many as the load needs [default: 1].",
+    help="With --ray, the number of replicas, or a range for autoscaling [default: 1].",
 )
 @click.option(
     "--demo",
     is_flag=True,
-    help=f"Open a page to try it in; without BUNDLE, of {_DEMO}, which `make demo` writes.",
+    help=f"Open the web page in a browser. BUNDLE defaults to {_DEMO}, which `make demo` writes.",
 )
 @json_option
 def command(
@@ -156,9 +156,9 @@ def command(
 ) -> None:
     """Serve BUNDLE over HTTP until SIGTERM or Ctrl-C.
 
-    A request's model is an adapter's name, or the bundle's for the base. Decoders answer
-    /v1/chat/completions and /v1/completions, encoders /v1/embeddings, or /v1/classify and
-    /v1/rerank, and tensors of the Open Inference Protocol at /v2. There is a page to try it at /.
+    The model of a request is the name of an adapter, or that of the bundle for the base. Decoders
+    answer /v1/chat/completions and /v1/completions; encoders answer /v1/embeddings, or /v1/classify
+    and /v1/rerank, and the Open Inference Protocol at /v2. The web page at / lets you try it.
     """
     from loradeploy.serve.http.server import Server, listen, url_of
     from loradeploy.serve.keys import KeyRing

@@ -23,90 +23,91 @@ _FLAGS: Final = (
         "--chat",
         is_flag=True,
         default=None,
-        help="Give each prompt to the model as a user's message.",
+        help="Apply the chat template: each prompt is a user message.",
     ),
     click.option(
-        "--max-new-tokens", type=int, help="Generate at most this many tokens for a prompt."
+        "--max-new-tokens", type=int, help="Maximum number of generated tokens per prompt."
     ),
-    click.option("--temperature", type=float, help="Sample at this temperature [default: greedy]."),
-    click.option("--top-k", type=int, help=f"Sample from this many tokens {_OWN}."),
+    click.option("--temperature", type=float, help="Sampling temperature [default: greedy]."),
+    click.option("--top-k", type=int, help=f"Sample from this many most likely tokens {_OWN}."),
     click.option(
-        "--top-p", type=float, help=f"Sample from the tokens of this probability mass {_OWN}."
+        "--top-p",
+        type=float,
+        help=f"Sample from the smallest set of tokens with this total probability {_OWN}.",
     ),
     click.option(
         "--min-p",
         type=float,
-        help="Sample from the tokens that have at least this share of the likeliest one's"
-        f" probability {_OWN}.",
+        help=f"Exclude tokens below this fraction of the highest probability when sampling {_OWN}.",
     ),
-    click.option("--seed", type=int, help="Sample with this seed, so that a run can be repeated."),
+    click.option("--seed", type=int, help="Random seed for sampling."),
     click.option(
         "--n",
         type=int,
-        help="Generate this many texts for each prompt: samples, or the best of its beams.",
+        help="Number of texts per prompt: samples, or best beams.",
     ),
     click.option(
         "--stop",
         multiple=True,
         metavar="TEXT",
-        help=f"End a text before this one. May be given several times {_OWN}.",
+        help=f"Stop string: the text ends before it. Repeat for more {_OWN}.",
     ),
     click.option(
         "--repetition-penalty",
         type=float,
-        help=f"Divide the logits of tokens that were in the prompt or the text by this {_OWN}.",
+        help=f"Divide the logits of tokens in the prompt or the text by this number {_OWN}.",
     ),
     click.option(
         "--presence-penalty",
         type=float,
-        help="Subtract this from the logits of tokens that are in the text.",
+        help="Subtract this number from the logits of tokens in the text.",
     ),
     click.option(
         "--frequency-penalty",
         type=float,
-        help="Subtract this from a token's logit as often as it is in the text.",
+        help="Subtract this number from a token's logit once per occurrence in the text.",
     ),
     click.option(
         "--no-repeat-ngram-size",
         type=int,
-        help=f"Let no run of this many tokens come twice {_OWN}.",
+        help=f"No sequence of this many tokens occurs twice {_OWN}.",
     ),
     click.option(
         "--logit-bias",
         multiple=True,
         metavar="TOKEN=NUMBER",
-        help="Add this number to the logit of a token: its id, or a text that is one token. May be"
-        " given several times.",
+        help="Add this number to the logit of a token, given by id or as a text of one token."
+        " Repeat for more.",
     ),
     click.option(
         "--num-beams",
         "--beams",
         "num_beams",
         type=int,
-        help="Search with this many beams, and print the best text.",
+        help="Number of beams of a beam search, which prints the best text.",
     ),
     click.option(
         "--length-penalty",
         type=float,
-        help="Divide the score of a beam by its length to this power [default: 1].",
+        help="Divide the score of a beam by its length raised to this power [default: 1].",
     ),
     click.option(
         "--early-stopping",
         type=click.Choice(list(_EARLY)),
         help="End a beam search as soon as there are enough texts (yes), when better ones are"
-        " unlikely (no), or when there can be no better one (never) [default: no].",
+        " unlikely (no), or when no better one is possible (never) [default: no].",
     ),
     click.option(
         "--logprobs",
         type=int,
-        help="With --json, print each token's log-probability and this many of the likeliest"
-        " tokens in its position.",
+        help="With --json, print each token's log-probability and this many most likely tokens at"
+        " its position.",
     ),
     click.option(
         "--score",
         is_flag=True,
         default=None,
-        help="Generate nothing: print the log-probability and the perplexity of each prompt.",
+        help="Print the log-probability and perplexity of each prompt instead of generating text.",
     ),
 )
 
