@@ -140,7 +140,7 @@ class AdapterConfig:
         for name in ("r", "lora_alpha"):
             if name in values and values[name] is None:  # a default could differ from the training
                 raise AdapterError(
-                    f"adapter config: {name} is null, a number is needed: take it from the settings"
+                    f"adapter config: {name} is null, expected a number: take it from the settings"
                     " of the training"
                 )
         known = {f.name for f in fields(cls)} - {"extra"}
@@ -274,7 +274,7 @@ def _problems(config: AdapterConfig) -> list[str]:
 
     def check(name: str, valid: bool, needs: str) -> None:
         if not valid:
-            found.append(f"{name} is {shown(getattr(config, name))}, {needs} is needed")
+            found.append(f"{name} is {shown(getattr(config, name))}, expected {needs}")
 
     def names(value: object) -> bool:
         return isinstance(value, tuple) and all(isinstance(v, str) for v in value)

@@ -117,6 +117,6 @@ def _check_added(manifest: Manifest, added: AddedTokens) -> None:
         or (added.output is not None and offsets.get(added.output) != added.size)
     ):
         raise BundleError(
-            f"{MANIFEST_NAME}: added_tokens tells of {shown(added.count)} rows behind"
+            f"{MANIFEST_NAME}: added_tokens states {shown(added.count)} rows after"
             f" {shown(added.base)}, which the layers of the graph do not have"
         )

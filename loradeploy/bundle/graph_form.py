@@ -274,7 +274,7 @@ def check_form(asked: Mapping[str, Any]) -> None:
         if asked.get("layout") == ROWS and kind in (asked.get("side_inputs") or ()):
             raise UsageError(
                 f"`layout='rows'` and `side_inputs=['{kind}']` do not go together: factors of"
-                " embeddings need the numbers of slots"
+                " embeddings need slot numbers"
             )
     known = {name: value for name, value in asked.items() if value is not None}
     check_runs(asked.get("target"), known)

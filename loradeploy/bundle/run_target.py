@@ -58,13 +58,13 @@ RUN_TARGETS: Final = (
         "cuda",
         "onnxruntime-gpu",
         "every node is on the device, and a CUDA graph can be captured: it takes no branches;"
-        f" {_ROWS}; GroupQueryAttention keeps its cache in place, in fp16 alone",
+        f" {_ROWS}; GroupQueryAttention updates its cache in place, in fp16 only",
         {"precision": "fp16", "layout": ROWS, "branches": False},
         {"fp16": {"attention": "gqa"}},
         (
             Refusal(
                 {"attention": ("gqa",), "precision": _NOT_FP16},
-                "CUDA computes GroupQueryAttention in fp16 alone, and would copy every layer's"
+                "CUDA computes GroupQueryAttention only in fp16, and would copy every layer's"
                 " cache to the CPU and back at each step (int8 and int4 made of an fp16 bundle"
                 " compute it in fp16)",
                 cache="float32",

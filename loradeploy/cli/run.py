@@ -182,14 +182,14 @@ def command(
     adapters = _load(session, [request.adapter for request in requests])
     run, kind = _runner(session)
     if run is not classify and any(isinstance(prompt, tuple) for prompt in prompts):
-        raise UsageError(f"text_pair: for sequence classifiers alone, {bundle} is for {kind}")
+        raise UsageError(f"text_pair: only for sequence classifiers, {bundle} is for {kind}")
     if run is transcribe:
         prompts = [request.audio or request.prompt for request in requests]
     elif any(request.audio and not request.prompt for request in requests):
-        raise UsageError(f"audio: for speech recognizers alone, {bundle} is for {kind}")
+        raise UsageError(f"audio: only for speech recognizers, {bundle} is for {kind}")
     if run not in (generate, transcribe) and options:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in options)
-        raise UsageError(f"{flags}: for text generation alone, {bundle} is a {kind} bundle")
+        raise UsageError(f"{flags}: only for text generation, {bundle} is a {kind} bundle")
     own: dict[str, tuple[Any, Any, str]] = {
         "prompt_name": (prompt_name, embed, "embedding models"),
         "threshold": (threshold, classify, "classifiers"),
@@ -204,13 +204,15 @@ def command(
             continue
         if run is not meant:
             flag = f"--{name.replace('_', '-')}"
-            raise UsageError(f"{flag}: for {models} alone, {bundle} is for {kind}")
+            raise UsageError(f"{flag}: only for {models}, {bundle} is for {kind}")
         options[name] = value
     if run is generate:
         options["per_prompt"] = [request.settings for request in requests]
     elif run is transcribe:
         if any(request.settings for request in requests):
-            raise UsageError(f"{file}: a sound has no settings of its own: give them as flags")
+            raise UsageError(
+                f"{file}: audio files have no settings of their own: give them as flags"
+            )
         options["beside"] = Path() if file in (None, "-") else Path(str(file)).parent
     run(session, prompts, adapters, batch_size, Printer(as_json, one=file is None), **options)
 
@@ -290,7 +292,7 @@ def _name(session: AdapterSession, adapter: str, given: Collection[str]) -> str:
     if not adapter or not place.exists():
         known = listed_names(session.adapters)
         raise UnknownAdapterError(
-            f"{adapter!r} is neither an adapter of {session.path}, which holds {known},"
+            f"{adapter!r} is neither an adapter of {session.path}, which has {known},"
             " nor a directory"
         )
     name = place.resolve().stem if place.is_file() else place.resolve().name

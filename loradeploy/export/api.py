@@ -137,7 +137,7 @@ def export(
     }
     check_form(asked)
     if requantize and not merge:
-        raise UsageError("`requantize` is for `merge`: side inputs leave packed weights alone")
+        raise UsageError("`requantize` is for `merge`: side inputs do not change packed weights")
     directories = found_in_bundle(adapter_directories(adapters), model)
     beside = (path for path in (checkpoint, module_map) if path is not None)
     check_keeps_inputs(place, [model, *directories.values(), *beside])

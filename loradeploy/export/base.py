@@ -216,7 +216,7 @@ def from_checkpoint(source: Source, options: Options) -> Base:
     if zeroed:
         # Of a base alone nobody else will tell.
         level = logging.INFO if adapters else logging.WARNING
-        message = "not in the checkpoint, zeros in the graph until an adapter brings it: %s"
+        message = "not in the checkpoint, zeros in the graph until an adapter replaces it: %s"
         logger.log(level, message, listed_names(zeroed))
     parameters = frozenset(name for name, _ in model.named_parameters(remove_duplicate=False))
     adapters = settled(model, adapters, merge=options.merge)

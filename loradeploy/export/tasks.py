@@ -71,14 +71,14 @@ def choose_task(
         if asked not in (None, SEQ2SEQ_LM) or _architecture(config).endswith(_HEADS):
             raise ExportError(
                 f"{_architecture(config)} is an encoder-decoder model, which is exported for"
-                f" {SEQ2SEQ_LM} alone"
+                f" {SEQ2SEQ_LM} only"
             )
         return SEQ2SEQ_LM
     if (tower := _tower_task(config, asked)) is not None:
         return tower
     if asked == VISION_TOWER and not sees(config):
         raise UsageError(
-            f"{_architecture(config)} is no model of images and text, of which alone a"
+            f"{_architecture(config)} is not a model of images and text, of which alone a"
             f" {VISION_TOWER} is exported"
         )
     if asked is not None:
@@ -102,7 +102,7 @@ def choose_task(
             advice = f"give {_advised(own)}"
             if own and meant == FEATURE_EXTRACTION:
                 advice += f", or {_advised(meant)} for its hidden states"
-            headless = " (it brings no head)" if meant in CLASSIFICATIONS else ""
+            headless = " (it has no head)" if meant in CLASSIFICATIONS else ""
             raise UsageError(
                 f"the adapter's task_type is {shown(task_type)}{headless}, and the model is of the"
                 f" class {shortened(_architecture(config), 60)}: {advice}"
@@ -174,7 +174,7 @@ def _check_vectors(config: Mapping[str, Any], task: str) -> None:
         )
     if task == IMAGE_FEATURE_EXTRACTION and not _of_images(config):
         raise UsageError(
-            f"{_architecture(config)} is no model of images: give {_advised(own_task(config))}"
+            f"{_architecture(config)} is not a model of images: give {_advised(own_task(config))}"
         )
 
 

@@ -303,14 +303,15 @@ def _write_assets(directory: Path, manifest: Manifest, content: Content) -> Mani
 
 
 def _write_feature_settings(directory: Path, content: Content) -> None:
-    """How sound becomes features, as the base's processor has it, in a file of its own."""
+    """How features are computed from audio, as the base's processor does it, in a separate file."""
     for source in (content.assets, *content.recipes[:1]):
         values = feature_values(source, error=ModelError)
         if values is not None:
             write_json(directory / PREPROCESSOR_NAME, values)
             return
     logger.warning(
-        "%s has no %s, which says how sound becomes features: the bundle takes features alone",
+        "%s has no %s, which specifies how to compute features from audio: the bundle only takes"
+        " features",
         *(content.assets, PREPROCESSOR_NAME),
     )
 

@@ -50,7 +50,7 @@ def run_check(
     if _is_bundle(candidate) and (reference is None or _is_checkpoint(reference)):
         return parity(candidate, model=reference, **options)  # type: ignore[arg-type]
     if reference is None:
-        raise UsageError(f"{candidate} is no bundle: give the reference to compare it with")
+        raise UsageError(f"{candidate} is not a bundle: give the reference to compare it with")
     return compare(reference, candidate, **options)
 
 

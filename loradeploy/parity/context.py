@@ -228,7 +228,7 @@ def graph_digests(bundle: Path, manifest: Manifest) -> tuple[str, str | None]:
         file = bundle / name
         if not file.is_file():
             if recorded is not None or name == GRAPH_NAME:
-                raise BundleError(f"{bundle} holds no {name}: export again")
+                raise BundleError(f"{bundle} has no {name}: export again")
             digests.append(None)
             continue
         digest = file_digest(file)

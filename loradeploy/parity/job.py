@@ -165,7 +165,7 @@ def _notes(context: CheckContext, reference: Reference) -> list[str]:
     if not context.adapters:
         notes.append("no adapter is in the bundle or given: only the base was compared")
     if not context.merged and not reference.scale[None]:
-        notes.append("the base gives zeros alone (a head that is not trained): it proves nothing")
+        notes.append("the base only gives zeros (an untrained head): it proves nothing")
     if manifest.base.kind == "onnx":
         notes.append(
             "the bundle was made from an ONNX file: its values show that it is the given model's"
@@ -185,7 +185,7 @@ def _notes(context: CheckContext, reference: Reference) -> list[str]:
     for tested in context.adapters if claimed is not None else ():
         if claimed is not None and claimed.digest != tested.digest:
             notes.append(
-                f"the manifest says that the graph holds the adapter {short(claimed.digest)},"
+                f"the manifest says that the graph contains the adapter {short(claimed.digest)},"
                 f" {tested.name} is {short(tested.digest)}"
             )
     return notes

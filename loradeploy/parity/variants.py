@@ -80,7 +80,7 @@ def choose_variants(
     chains |= captured
     if unknown := [level for level in levels if level not in LEVELS]:
         raise UsageError(
-            f"{unknown[0]!r} is no level of optimization: there are {', '.join(LEVELS)}"
+            f"{unknown[0]!r} is not a level of optimization: there are {', '.join(LEVELS)}"
         )
     each = dict.fromkeys(Variant(name, level) for name in chains for level in levels)
     return Variants(tuple(each), chains, frozenset(captured))

@@ -80,7 +80,7 @@ def requested_outputs(output_names: object, outputs: tuple[str, ...]) -> tuple[s
     if isinstance(output_names, str) or not isinstance(output_names, Sequence):
         raise UsageError(f"the requested outputs are {shown(output_names)}: give a list of names")
     if unknown := [name for name in output_names if name not in outputs]:
-        raise UsageError(f"no output is called {unknown[0]!r}: there are {outputs}")
+        raise UsageError(f"no output is named {unknown[0]!r}: there are {outputs}")
     return tuple(output_names) or outputs
 
 
@@ -91,4 +91,4 @@ def check_name(name: object) -> None:
     try:
         name.encode()
     except UnicodeEncodeError:
-        raise UsageError(f"an adapter's name is {name!a}, which is no text") from None
+        raise UsageError(f"an adapter's name is {name!a}, which is not a text") from None

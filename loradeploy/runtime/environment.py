@@ -236,7 +236,7 @@ def _model_cache() -> Finding:
         return Finding(
             name,
             "note",
-            f"HF_HUB_OFFLINE is set: Hugging Face ids are looked up in {cache} alone",
+            f"HF_HUB_OFFLINE is set: Hugging Face ids are only looked up in {cache}",
             "unset it to fetch models, or give directories",
         )
     there = next(path for path in (cache, *cache.parents) if path.exists())

@@ -89,10 +89,12 @@ class Limits:
         """Raise UsageError unless `tokens` (least and largest) are of the vocabulary."""
         least, largest = tokens
         if least < 0:
-            raise UsageError(f"{what} holds the token {shown(least)}, and there are none below 0")
+            raise UsageError(
+                f"{what} contains the token {shown(least)}, and there are none below 0"
+            )
         if self.vocabulary is not None and largest >= self.vocabulary:
             raise UsageError(
-                f"{what} holds the token {shown(largest)}, the vocabulary ends at"
+                f"{what} contains the token {shown(largest)}, the vocabulary ends at"
                 f" {self.vocabulary - 1}"
             )
 
@@ -165,7 +167,7 @@ class Limits:
 def check_finite(name: str, values: NDArray[Any]) -> None:
     """Raise UsageError unless the floats that are fed as `name` are numbers; a cache's may be."""
     if values.dtype.kind == "f" and not name.startswith(PAST) and not np.isfinite(values).all():
-        raise UsageError(f"the feed {name} holds values that are not finite (NaN or infinite)")
+        raise UsageError(f"the feed {name} contains values that are not finite (NaN or infinite)")
 
 
 def _check_empty(name: str, shape: tuple[int, ...]) -> None:
@@ -207,7 +209,7 @@ def _check_kept(
     if kept is not None and kept.size and not -tokens <= kept.min() <= kept.max() < tokens:
         wrong = kept.min() if kept.min() < -tokens else kept.max()
         raise UsageError(
-            f"the feed {LOGITS_TO_KEEP} holds {wrong}, there are {tokens} tokens: give positions"
+            f"the feed {LOGITS_TO_KEEP} contains {wrong}, there are {tokens} tokens: give positions"
             f" of {-tokens} to {tokens - 1}"
         )
 
@@ -217,7 +219,7 @@ def _check_range(name: str, values: NDArray[Any], end: int | None) -> None:
     if least < 0 or (end is not None and largest >= end):
         wrong = least if least < 0 else largest
         expected = "0 or more" if end is None else f"0 to {end - 1}"
-        raise UsageError(f"the feed {name} holds {wrong}, the graph takes {expected}")
+        raise UsageError(f"the feed {name} contains {wrong}, the graph takes {expected}")
 
 
 def _vocabulary(manifest: Manifest, config: Mapping[str, Any]) -> int | None:

@@ -79,7 +79,7 @@ def parse_requests(
         for where, line in numbered_lines(content, source)
     ]
     if not requests:
-        raise DataError(f"{source} holds no prompts")
+        raise DataError(f"{source} has no prompts")
     return requests
 
 
@@ -112,7 +112,7 @@ def request_of(
         )
     named = values.get("adapter", adapter)
     if not (named is None or isinstance(named, str | dict)):
-        raise DataError(f"{where}: adapter is no name, no {{name: weight, …}} and not null")
+        raise DataError(f"{where}: adapter is not a name, no {{name: weight, …}} and not null")
     if named == "":
         raise DataError(f"{where}: adapter is an empty text: give a name, or null for the base")
     if (pair := values.get("text_pair")) is None:

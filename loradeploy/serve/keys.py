@@ -145,7 +145,7 @@ def _key(values: Any, where: str) -> ApiKey:
         DataError: a field is missing, unknown or of another type.
     """
     if not isinstance(values, Mapping):
-        raise DataError(f'{where} is no object, such as {{"name": "…", "key": "…"}}')
+        raise DataError(f'{where} is not an object, such as {{"name": "…", "key": "…"}}')
     known = [field.name for field in fields(ApiKey)]
     if unknown := [name for name in values if name not in known]:
         raise DataError(f"{where}: unknown field {shown(unknown[0])}; there are {', '.join(known)}")

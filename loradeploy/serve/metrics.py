@@ -29,7 +29,7 @@ _TIMES: Final[dict[Moment, tuple[str, str, tuple[float, ...]]]] = {
     "queue": ("request_queue_time_seconds", "Seconds that requests waited.", _LONG),
     "first_token": ("time_to_first_token_seconds", "Seconds until the first token.", _LONG),
     "inter_token": ("inter_token_latency_seconds", "Seconds between two tokens.", _SHORT),
-    "request": ("e2e_request_latency_seconds", "Seconds until the answer was whole.", _LONG),
+    "request": ("e2e_request_latency_seconds", "Seconds until the answer was complete.", _LONG),
     "step": ("step_time_seconds", "Seconds of one run of the graph that decodes.", _SHORT),
     "prefill": ("prefill_time_seconds", "Seconds of one run that reads a prompt's part.", _LONG),
 }

@@ -288,7 +288,7 @@ def run(spec: ServiceSpec, scale: Scale, port: int) -> str:
     """
     if spec.updates:
         raise UsageError(
-            "`allow_adapter_updates` loads adapters of one replica alone: without it each replica"
+            "`allow_adapter_updates` loads adapters of one replica only: without it each replica"
             " finds them in `adapter_root`"
         )
     if port == 0:

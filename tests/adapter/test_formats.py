@@ -192,12 +192,12 @@ def test_another_of_pefts_types_is_named_with_what_to_do(peft_type: Any, advice:
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [
-        ("lora_alpha", None, "lora_alpha is null, a number is needed"),
-        ("r", None, "r is null, a number is needed"),
-        ("r", "8", "r is '8', a positive integer is needed"),
-        ("lora_alpha", "16", "lora_alpha is '16', a number is needed"),
-        ("task_type", ["CAUSAL_LM"], "task_type is .*, a name or null is needed"),
-        ("base_model_name_or_path", 3, "base_model_name_or_path is 3, a name or null is needed"),
+        ("lora_alpha", None, "lora_alpha is null, expected a number"),
+        ("r", None, "r is null, expected a number"),
+        ("r", "8", "r is '8', expected a positive integer"),
+        ("lora_alpha", "16", "lora_alpha is '16', expected a number"),
+        ("task_type", ["CAUSAL_LM"], "task_type is .*, expected a name or null"),
+        ("base_model_name_or_path", 3, "base_model_name_or_path is 3, expected a name or null"),
     ],
 )
 def test_the_file_the_field_the_value_and_what_is_expected_are_named(

@@ -491,7 +491,7 @@ REFUSED: dict[str, tuple[Callable[[], Case], str]] = {
     ),
     "another base": (
         lambda: change(kohya(), model="llama"),
-        "lora_te_|q_proj is no module of",
+        "lora_te_|q_proj is not a module of",
     ),
     "a task too few": (
         lambda: change(jina(), tensors={k: v[:2] for k, v in jina().tensors.items()}),

@@ -118,10 +118,10 @@ BAD = {
         lambda d: wav(d, bytes(64), rate=44_100),
         "44100 samples a second.*takes 16000",
     ),
-    "mu-law": (lambda d: wav(d, bytes(64), code=7, bits=8), "holds mu-law of 8 bits"),
+    "mu-law": (lambda d: wav(d, bytes(64), code=7, bits=8), "contains mu-law of 8 bits"),
     "no samples": (lambda d: wav(d, b""), "has no samples"),
     "no channels": (lambda d: wav(d, bytes(64), channels=0), "0 channels"),
-    "a part of a sample": (lambda d: wav(d, bytes(63)), "no whole number of samples"),
+    "a part of a sample": (lambda d: wav(d, bytes(63)), "not a whole number of samples"),
     "an early end": (lambda d: wav(d, bytes(640)).read_bytes()[:-9], "640 bytes of samples are"),
     "no data": (lambda d: wav(d, bytes(64)).read_bytes()[:36], "its data chunk is missing"),
     "24 bits in 4 bytes": (
@@ -161,7 +161,7 @@ def test_a_file_that_is_missing_or_too_large_is_refused(
     with pytest.raises(DataError, match="does not exist"):
         read_wav(tmp_path / "none.wav", RATE)
     monkeypatch.setattr("loradeploy.bundle.audio.wav.MAX_WAV_SAMPLES", 319)
-    with pytest.raises(DataError, match="320 samples, 319 are the most"):
+    with pytest.raises(DataError, match="320 samples, 319 is the maximum"):
         read_wav(wav(tmp_path / "a.wav", bytes(640)), RATE)
     monkeypatch.setattr("loradeploy.bundle.audio.wav.MAX_WAV_BYTES", 100)
     with pytest.raises(DataError, match="100"):

@@ -73,7 +73,7 @@ def test_an_image_is_the_same_from_a_file_and_in_memory(tmp_path: Path) -> None:
     [
         ({"do_pad": True}, "do_pad is True, which is not supported"),
         ({"crop_pct": 0.9}, "crop_pct is 0.9, which is not supported"),
-        ({"do_resize": "yes"}, "do_resize is 'yes', true or false is needed"),
+        ({"do_resize": "yes"}, "do_resize is 'yes', expected true or false"),
         ({"crop_size": 4}, "has a crop_size, and no do_center_crop"),
         ({"size": 8, "do_center_crop": True, "crop_size": 4}, "size is 8: give height and width"),
         ({"size": {"longest_edge": 8}}, "size is .*: give height and width, or shortest_edge"),
@@ -82,7 +82,7 @@ def test_an_image_is_the_same_from_a_file_and_in_memory(tmp_path: Path) -> None:
         ({"do_center_crop": True}, "crop_size is None: give height and width"),
         ({"image_mean": [0.5]}, "image_mean is .*, three numbers are needed"),
         ({"image_std": [1, 0, 1]}, "image_std is .*, which nothing is divided by"),
-        ({"rescale_factor": "1/255"}, "rescale_factor is '1/255', a number is needed"),
+        ({"rescale_factor": "1/255"}, "rescale_factor is '1/255', expected a number"),
     ],
 )
 def test_settings_that_are_not_computed_are_refused_by_name(

@@ -46,7 +46,7 @@ def test_run_requires_the_signature_that_parity_writes(
     assert run("run", *prompt, "--certificate-key", public)[0] == 0
     status, _, err = run("run", *prompt, "--certificate-key", other)
     assert status == 2
-    assert "somebody else signed it" in one_line(err)
+    assert "someone else signed it" in one_line(err)
     both = ("--certificate-key", public, "--certificate-minimum", "phases=decode")
     status, _, err = run("run", *prompt, *both)
     assert status == 2

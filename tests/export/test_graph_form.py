@@ -45,7 +45,7 @@ REFUSED: Mapping[tuple[str, Any, str, Any], str] = {
     },
     ("branches", True, "target", "openvino"): "falls off the device of `target='openvino'`",
 }
-# CUDA computes GroupQueryAttention in fp16 alone.
+# CUDA computes GroupQueryAttention only in fp16.
 OFF_CUDA = {"attention": "gqa", "target": "cuda"}
 
 

@@ -156,7 +156,7 @@ def test_vectors_are_of_images_or_of_texts(
         (CLIP, None, "CLIPModel has a tower for texts and one for images, .*: give `task="),
         (CLIP, "causal-lm", "each a bundle of its own"),
         (VIT, "feature-extraction", 'ViTModel gives vectors of images: give `task="image-'),
-        (BERT, "image-feature-extraction", 'BertModel is no model of images: give `task="feat'),
+        (BERT, "image-feature-extraction", 'BertModel is not a model of images: give `task="feat'),
     ],
 )
 def test_vectors_of_what_a_model_does_not_read_are_refused(

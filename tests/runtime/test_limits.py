@@ -45,7 +45,7 @@ REFUSED: dict[str, tuple[Callable[[Feeds], Any], str]] = {
     "a mask of less": (changed("attention_mask", lambda v: v[:, :2]), "of 2 tokens"),
     "a mask of twos": (changed("attention_mask", lambda v: v + 1), "takes 0 to 1"),
     "a position too far": (changed("position_ids", lambda v: v + 124), "takes 0 to 127"),
-    "a position below zero": (changed("position_ids", lambda v: v - 1), "holds -1"),
+    "a position below zero": (changed("position_ids", lambda v: v - 1), "contains -1"),
     "another type": (changed("input_ids", lambda v: v * 1.5), "float64"),
     "another rank": (changed("input_ids", lambda v: v[0]), r"\[5\]"),
     "a value of another rank": (

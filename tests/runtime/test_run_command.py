@@ -307,14 +307,14 @@ def test_a_mistake_is_one_line(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "holds no prompts"),
-        ("\n \n", "holds no prompts"),
+        ("", "has no prompts"),
+        ("\n \n", "has no prompts"),
         ('{"prompt": "a"}\n{"prompt": \n', "line 2: not JSON"),
         ('{"prompt": "a"}\n\n[1]\n', "line 3: not an object"),
         ('{"completion": "a"}\n', "line 1: give a text"),
         ('{"prompt": 5}\n', "line 1: give a text"),
         ('{"messages": "a"}\n', "line 1: give a text"),
-        ('{"prompt": "a", "adapter": 5}\n', "line 1: adapter is no name"),
+        ('{"prompt": "a", "adapter": 5}\n', "line 1: adapter is not a name"),
         ('{"prompt": "a", "adapter": ""}\n', "line 1: adapter is an empty text"),
         ('{"prompt": "a", "lora": "small"}\n', "line 1: 'lora' is not read"),
         ('{"prompt": "a", "model": "small"}\n', "line 1: 'model' is not read"),
@@ -350,7 +350,7 @@ def test_a_classifier_refuses_what_is_for_generation(
 ) -> None:
     result = run(tiny_bert_bundle, "x", "--chat", "--max-new-tokens", 3)
     assert isinstance(result.exception, UsageError)
-    assert "--chat, --max-new-tokens: for text generation alone" in str(result.exception)
+    assert "--chat, --max-new-tokens: only for text generation" in str(result.exception)
     file = lines(tmp_path, {"messages": [{"role": "user", "content": "x"}]})
     result = run(tiny_bert_bundle, "--input", file)
     assert "prompt 1 is a conversation" in str(result.exception)

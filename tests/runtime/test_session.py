@@ -148,7 +148,7 @@ def test_an_unloaded_adapter_of_the_bundle_comes_back_by_load(full_bundle: Path)
 
 
 def test_a_name_without_a_path_must_be_the_bundles(full_bundle: Path) -> None:
-    with pytest.raises(UnknownAdapterError, match="holds no adapter 'ghost', it holds: small"):
+    with pytest.raises(UnknownAdapterError, match="has no adapter 'ghost', it has: small"):
         AdapterSession(full_bundle).load("ghost")
 
 
@@ -308,7 +308,7 @@ def test_a_wrong_feed_is_named(
 
 
 def test_an_unknown_output_is_named(llama_session: AdapterSession) -> None:
-    with pytest.raises(UsageError, match="no output is called 'logit'"):
+    with pytest.raises(UsageError, match="no output is named 'logit'"):
         llama_session.run(["logit"], feeds(llama_session.manifest, IDS))
 
 
@@ -389,7 +389,7 @@ def test_a_manifest_that_lies_about_the_graph_is_refused(
 
 def test_a_bundle_without_its_graph_is_refused(a_copy: Path) -> None:
     (a_copy / "model.onnx").unlink()
-    with pytest.raises(BundleError, match=r"holds no model\.onnx"):
+    with pytest.raises(BundleError, match=r"has no model\.onnx"):
         AdapterSession(a_copy)
 
 
@@ -404,7 +404,7 @@ def test_a_graph_that_onnxruntime_cannot_read_is_refused_in_one_line(a_copy: Pat
 
 def test_lost_weights_are_refused(a_copy: Path) -> None:
     (a_copy / "model.onnx.data").unlink()
-    with pytest.raises(BundleError, match=r"holds no model\.onnx\.data"):
+    with pytest.raises(BundleError, match=r"has no model\.onnx\.data"):
         AdapterSession(a_copy)
 
 
@@ -423,7 +423,7 @@ def test_defaults_of_what_no_adapter_replaces_are_refused(
     defaults = load_file(bundle / "defaults.safetensors")
     defaults[module.lora_A] = np.ones((1, module.in_features, 1), np.float32)
     save_file(defaults, bundle / "defaults.safetensors")
-    with pytest.raises(BundleError, match=r"holds .*lora_A, which no adapter replaces"):
+    with pytest.raises(BundleError, match=r"contains .*lora_A, which no adapter replaces"):
         AdapterSession(bundle)
 
 

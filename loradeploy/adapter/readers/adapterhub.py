@@ -45,7 +45,7 @@ def read(source: Source) -> Adapter:
     found = {key: _NAMED.fullmatch(key) for key in source.shapes}
     other = sorted(key for key, match in found.items() if match is None)
     if other:
-        raise AdapterError(f"{other[0]} is no part of a LoRA: {_ADVICE}")
+        raise AdapterError(f"{other[0]} is not part of a LoRA: {_ADVICE}")
     chosen = source.choose(match["name"] for match in found.values() if match)
     keys = {
         match["module"] + match["half"]: key

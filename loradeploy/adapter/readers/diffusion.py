@@ -49,7 +49,7 @@ def read(source: Source) -> Adapter:
     """The adapter of the chosen text encoder."""
     found = {key: _KOHYA.fullmatch(key) or _DIFFUSERS.fullmatch(key) for key in source.shapes}
     if unknown := sorted(key for key, match in found.items() if match is None):
-        raise AdapterError(f"{unknown[0]} is no part of a LoRA of a text encoder")
+        raise AdapterError(f"{unknown[0]} is not part of a LoRA of a text encoder")
     chosen = source.choose(match[1] for match in found.values() if match)
     if chosen in _IMAGES:
         raise AdapterError(
@@ -121,7 +121,7 @@ def _scaling(
 
 def _matrix(values: NDArray[Any], module: str) -> NDArray[Any]:
     if values.ndim != 2:
-        raise AdapterError(f"{module}: a factor is {list(values.shape)}, a matrix is needed")
+        raise AdapterError(f"{module}: a factor is {list(values.shape)}, expected a matrix")
     return np.ascontiguousarray(values)
 
 

@@ -36,7 +36,7 @@ def config_in(header: Mapping[str, str], component: str) -> AdapterConfig | None
     except ValueError as problem:
         raise AdapterError(f"{_CONFIG} in its header is not valid JSON: {problem}") from None
     if not isinstance(values, dict):
-        raise AdapterError(f"{_CONFIG} in its header is {shown(values)}, an object is needed")
+        raise AdapterError(f"{_CONFIG} in its header is {shown(values)}, expected an object")
     start = f"{component}."
     own = {key.removeprefix(start): v for key, v in values.items() if key.startswith(start)}
     if not own:
@@ -76,7 +76,7 @@ def alpha_in(header: Mapping[str, str]) -> tuple[str, float] | None:
         except ValueError:
             stated[name] = math.nan
         if not math.isfinite(stated[name]):
-            raise AdapterError(f"{name} in its header is {shown(text)}, a number is needed")
+            raise AdapterError(f"{name} in its header is {shown(text)}, expected a number")
     if len(set(stated.values())) > 1:
         raise AdapterError(f"its header states {stated}, which differ: remove the wrong one")
     return next(iter(stated.items()), None)

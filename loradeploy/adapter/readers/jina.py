@@ -40,7 +40,7 @@ def read(source: Source) -> Adapter:
     config = source.settings("lora_adaptations, lora_rank and lora_alpha")
     tasks = config.get("lora_adaptations")
     if not isinstance(tasks, list) or not all(isinstance(task, str) for task in tasks):
-        raise AdapterError(f"lora_adaptations is {shown(tasks)}, a list of tasks is needed")
+        raise AdapterError(f"lora_adaptations is {shown(tasks)}, expected a list of tasks")
     task = tasks.index(source.choose(tasks))
     s = number(config, "lora_alpha") / number(config, "lora_rank")
     modules, _ = halves((key for key in source.shapes if _HALF in key), _ENDINGS)
@@ -74,14 +74,14 @@ def _named(module: str) -> tuple[str, ...]:
     if layer is None:
         return (_only(module),)
     if layer[2] not in _NAMES:
-        raise AdapterError(f"{module} is no module of jina-embeddings-v3")
+        raise AdapterError(f"{module} is not a module of jina-embeddings-v3")
     return tuple(f"layers.{layer[1]}.{name}" for name in _NAMES[layer[2]])
 
 
 def _only(module: str) -> str:
     found = _OTHERS.fullmatch(module)
     if found is None:
-        raise AdapterError(f"{module} is no module of jina-embeddings-v3")
+        raise AdapterError(f"{module} is not a module of jina-embeddings-v3")
     return found[1]
 
 

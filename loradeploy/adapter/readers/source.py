@@ -107,7 +107,7 @@ def number(values: Mapping[str, Any], name: str) -> float:
     """The number `name` of a config."""
     value = values.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise AdapterError(f"{name} in its config is {value!r}, a number is needed")
+        raise AdapterError(f"{name} in its config is {value!r}, expected a number")
     return value
 
 
@@ -129,11 +129,11 @@ def halves(
 def check_complete(modules: Mapping[str, Mapping[str, str]], others: Iterable[str]) -> None:
     """Raise AdapterError for a factor without its counterpart, and for `others`."""
     problems = [
-        f"{module} has {', '.join(halves)} alone"
+        f"{module} only has {', '.join(halves)}"
         for module, halves in modules.items()
         if not {"A", "B"} <= set(halves)
     ]
-    problems += [f"{key} is no part of a LoRA" for key in others]
+    problems += [f"{key} is not part of a LoRA" for key in others]
     if problems:
         raise AdapterError(f"tensors are refused: {listed(problems)}")
     if not modules:

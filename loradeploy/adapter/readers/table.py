@@ -89,7 +89,7 @@ def read_other(
     source = _open(Path(path), name=name, base=base)
     form = None if source is None else form_of(source.config, source.shapes)
     if source is None or form is None or form not in READERS:
-        raise AdapterError(f"{path} is no adapter of a library that can be converted")
+        raise AdapterError(f"{path} is not an adapter of a library that can be converted")
     try:
         adapter = READERS[form](source)
         if READERS[form] is not diffusion.read:  # which uses the header itself

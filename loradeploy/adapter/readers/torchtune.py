@@ -73,7 +73,7 @@ def _renamed(module: str) -> str:
         return "lm_head"
     found = _LAYER.fullmatch(module)
     if found is None or found[2] not in _NAMES:
-        raise AdapterError(f"{module} is no module of torchtune's decoders")
+        raise AdapterError(f"{module} is not a module of torchtune's decoders")
     return f"model.layers.{found[1]}.{_NAMES[found[2]]}"
 
 

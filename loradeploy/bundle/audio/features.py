@@ -44,7 +44,7 @@ _SIZES: Final[Mapping[str, tuple[int, int, int]]] = {
 
 @dataclass(frozen=True)
 class FeatureSettings:
-    """How sound becomes features.
+    """How features are computed from audio.
 
     `mels`: the bands. `rate`: samples a second. `hop`: samples from one frame to the next. `chunk`:
     the seconds that a model takes at once. `window`: the samples of a frame. `padding`: what fills

@@ -110,13 +110,13 @@ def _header(path: Path, file: BinaryIO, rate: int) -> tuple[_Format, int]:
             return form, size
         at += 8 + size + size % 2
     raise DataError(
-        f"{path} is a broken WAV file: its {'data' if form else 'fmt'} chunk is missing"
+        f"{path} is a malformed WAV file: its {'data' if form else 'fmt'} chunk is missing"
     )
 
 
 def _format(path: Path, body: bytes) -> _Format:
     if len(body) < 16:
-        raise DataError(f"{path} is a broken WAV file: its fmt chunk has {len(body)} bytes")
+        raise DataError(f"{path} is a malformed WAV file: its fmt chunk has {len(body)} bytes")
     code, channels, rate, _, frame, bits = struct.unpack_from("<HHIIHH", body)
     if code == _EXTENSIBLE and len(body) >= 26:
         (code,) = struct.unpack_from("<H", body, 24)
@@ -134,8 +134,8 @@ def _check_format(path: Path, form: _Format, rate: int) -> None:
     if (form.code, form.bits) not in _DECODERS:
         name = {_PCM: "PCM", _FLOAT: "floats"}.get(form.code, _NAMES.get(form.code))
         raise DataError(
-            f"{path} holds {name or f'the encoding {form.code}'} of {form.bits} bits, expected PCM"
-            f" of 8, 16, 24 or 32 bits or floats: {convert}"
+            f"{path} contains {name or f'the encoding {form.code}'} of {form.bits} bits, expected"
+            f" PCM of 8, 16, 24 or 32 bits or floats: {convert}"
         )
     expected = form.channels * form.bits // 8
     if form.frame != expected:
@@ -148,11 +148,11 @@ def _check_format(path: Path, form: _Format, rate: int) -> None:
 def _samples(path: Path, file: BinaryIO, form: _Format, size: int) -> NDArray[np.float32]:
     """The samples, channels averaged, of the next `size` bytes."""
     if size % form.frame:
-        raise DataError(f"{path}: {size:,} bytes are no whole number of samples of {form.frame}")
+        raise DataError(f"{path}: {size:,} bytes is not a whole number of samples of {form.frame}")
     count = size // form.frame
     if count > MAX_WAV_SAMPLES:
         raise DataError(
-            f"{path} has {count:,} samples, {MAX_WAV_SAMPLES:,} are the most: cut it into parts"
+            f"{path} has {count:,} samples, {MAX_WAV_SAMPLES:,} is the maximum: cut it into parts"
         )
     samples = np.empty(count, np.float32)
     decode = _DECODERS[form.code, form.bits]

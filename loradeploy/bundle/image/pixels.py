@@ -96,7 +96,7 @@ def pixel_settings(directory: Path) -> PixelSettings | None:
     if values is None:
         return None
     if not isinstance(values, Mapping):
-        raise BundleError(f"{file}: {_NESTED} is no object")
+        raise BundleError(f"{file}: {_NESTED} is not an object")
     return _settings(values, file)
 
 
@@ -107,7 +107,7 @@ def _settings(values: Mapping[str, Any], file: Path) -> PixelSettings:
         raise BundleError(f"{file}: {more[0]} is {shown(values[more[0]])}, which is not supported")
     for key in _DONE:
         if values.get(key) not in (None, True, False):
-            raise BundleError(f"{file}: {key} is {shown(values[key])}, true or false is needed")
+            raise BundleError(f"{file}: {key} is {shown(values[key])}, expected true or false")
     crops = values.get("do_center_crop")
     if crops is None and values.get("crop_size") is not None:
         raise BundleError(f"{file} has a crop_size, and no do_center_crop: set it to true or false")
@@ -116,7 +116,7 @@ def _settings(values: Mapping[str, Any], file: Path) -> PixelSettings:
         size = _size(values.get("size"), file, crops=bool(crops))
     resample = values.get("resample")
     if size is not None and (type(resample) is not int or resample not in _FILTERS):
-        raise BundleError(f"{file}: resample is {shown(resample)}, a number from 0 to 5 is needed")
+        raise BundleError(f"{file}: resample is {shown(resample)}, expected a number from 0 to 5")
     crop = None
     if crops:
         found = values.get("crop_size")
@@ -163,7 +163,7 @@ def _is_side(value: Any) -> bool:
 
 def _number(value: Any, name: str, file: Path) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
-        raise BundleError(f"{file}: {name} is {shown(value)}, a number is needed")
+        raise BundleError(f"{file}: {name} is {shown(value)}, expected a number")
     return float(value)
 
 

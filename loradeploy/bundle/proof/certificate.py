@@ -264,7 +264,7 @@ def _read(bundle: Path, content: bytes) -> Certificate:
     file = bundle / CERTIFICATE_NAME
     values = json_object(content, file, error=BundleError)
     if values.get("format") != FORMAT:
-        raise BundleError(f"{file} is no certificate: run {parity_command(bundle)}")
+        raise BundleError(f"{file} is not a certificate: run {parity_command(bundle)}")
     version = values.get("schema_version")
     if version != SCHEMA_VERSION:
         newer = isinstance(version, int) and version > SCHEMA_VERSION

@@ -73,12 +73,12 @@ class CertificateMinimum:
             name, _, value = (piece.strip() for piece in part.partition("="))
             if name not in fields or not value:
                 raise UsageError(
-                    f"{shown(part)} is no minimum of a certificate: give NAME=VALUE, of"
+                    f"{shown(part)} is not a minimum of a certificate: give NAME=VALUE, of"
                     f" {listed_names(sorted(fields))}"
                 )
             if name in _NUMBERS:
                 if not value.isdecimal() or len(value) > _DIGITS:
-                    raise UsageError(f"{name} is {shown(value)}: a number is needed")
+                    raise UsageError(f"{name} is {shown(value)}: expected a number")
                 values[name] = int(value)
             elif name == "precision":
                 values[name] = value

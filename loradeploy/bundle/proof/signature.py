@@ -48,8 +48,8 @@ def check_signature(bundle: Path, content: bytes, key: Ed25519PublicKey) -> None
         key.verify(signature, content)
     except (InvalidSignature, binascii.Error, ValueError):
         raise BundleError(
-            f"{file} is no signature of {CERTIFICATE_NAME} by the key that is required: the"
-            " certificate has changed, or somebody else signed it"
+            f"{file} is not a signature of {CERTIFICATE_NAME} by the key that is required: the"
+            " certificate has changed, or someone else signed it"
         ) from None
 
 

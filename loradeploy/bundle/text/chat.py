@@ -57,7 +57,7 @@ class ChatTemplate:
             return _environment().from_string(self._source)
         except Exception as problem:  # deep nesting fails otherwise
             raise BundleError(
-                f"the chat template is no valid template: {first_line(problem)}"
+                f"the chat template is not a valid template: {first_line(problem)}"
             ) from None
 
     def check_constants(self) -> None:
@@ -74,7 +74,7 @@ class ChatTemplate:
             raise UsageError(f"the chat template does too much: {problem}") from None
         except Exception as problem:
             raise BundleError(
-                f"the chat template is no valid template: {first_line(problem)}"
+                f"the chat template is not a valid template: {first_line(problem)}"
             ) from None
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
@@ -89,7 +89,7 @@ class ChatTemplate:
         for index, message in enumerate(messages):
             if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
                 raise UsageError(
-                    f"message {index} of the chat is no object with a role: give"
+                    f"message {index} of the chat is not an object with a role: give"
                     ' {"role": "user", "content": "…"}'
                 )
         template = self._template

@@ -114,7 +114,7 @@ def read_recipe(directory: Path) -> SentenceRecipe | None:
     entries = reader.list(MODULES_NAME)
     encoder = module_of(entries[0], file) if entries else None
     if encoder is None or encoder[0] != "Transformer":
-        raise BundleError(f"{file}: the first module is no Transformer, which alone is supported")
+        raise BundleError(f"{file}: the first module is not a Transformer: only that is supported")
     model_type, prompts, default = reader.prompts()
     if model_type != "SentenceTransformer":
         raise BundleError(

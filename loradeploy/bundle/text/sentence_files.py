@@ -54,7 +54,7 @@ class RecipeReader:
         except ValueError as problem:
             raise BundleError(f"{file} is not readable as JSON: {first_line(problem)}") from None
         if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
-            raise BundleError(f"{file} holds no list of modules")
+            raise BundleError(f"{file} has no list of modules")
         self.files.append(name)
         return value
 
@@ -74,7 +74,7 @@ class RecipeReader:
         if not isinstance(given, dict) or not all(
             text is None or isinstance(text, str) for text in given.values()
         ):
-            raise BundleError(f"{where}: prompts is no object of texts")
+            raise BundleError(f"{where}: prompts is not an object of texts")
         prompts = {name: text or "" for name, text in given.items()}
         default = values.get("default_prompt_name")
         if default is not None and not (isinstance(default, str) and default in prompts):
@@ -162,8 +162,8 @@ class RecipeReader:
         file = inside(self.directory, name)
         if not file.is_file():
             raise BundleError(
-                f"{file} does not exist: save the model anew with sentence-transformers, weights in"
-                " pickles are not read"
+                f"{file} does not exist: save the model again with sentence-transformers, weights"
+                " in pickles are not read"
             )
         arrays, _ = read_arrays(file, error=BundleError)
         self.files.append(name)
@@ -171,12 +171,12 @@ class RecipeReader:
             if needed and tensor not in arrays:
                 raise BundleError(f"{file} lacks {tensor}")
         if more := sorted(arrays.keys() - names.keys()):
-            raise BundleError(f"{file} holds {shortened(more[0])}, which is not of its module")
+            raise BundleError(f"{file} contains {shortened(more[0])}, which is not of its module")
         sizes = {array.shape[0] for array in arrays.values() if array.ndim}
         ranks = {tensor: 1 if _is_vector(tensor) else 2 for tensor in arrays}
         if len(sizes) != 1 or any(arrays[tensor].ndim != rank for tensor, rank in ranks.items()):
             shapes = {tensor: list(array.shape) for tensor, array in sorted(arrays.items())}
-            raise BundleError(f"{file} holds tensors that do not fit: {shown(shapes, 120)}")
+            raise BundleError(f"{file} contains tensors that do not fit: {shown(shapes, 120)}")
         return {tensor: values.astype(np.float32) for tensor, values in arrays.items()}
 
 

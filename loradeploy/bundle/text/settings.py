@@ -99,7 +99,7 @@ def read_settings(values: Mapping[str, Any], where: str) -> GenerationSettings:
         value = values.get(name)
         listed = [] if value is None else value if isinstance(value, list) else [value]
         if not all(isinstance(token, int) and not isinstance(token, bool) for token in listed):
-            raise BundleError(f"{where}: {name} is {shown(value)}, a list of token ids is needed")
+            raise BundleError(f"{where}: {name} is {shown(value)}, expected a list of token ids")
         return tuple(token for token in listed if token >= 0)
 
     def words(name: str) -> tuple[tuple[int, ...], ...]:
@@ -110,19 +110,19 @@ def read_settings(values: Mapping[str, Any], where: str) -> GenerationSettings:
         )
         if not fits:
             raise BundleError(
-                f"{where}: {name} is {shown(listed)}, a list of lists of token ids is needed"
+                f"{where}: {name} is {shown(listed)}, expected a list of lists of token ids"
             )
         return tuple(map(tuple, listed))
 
     penalty = number("repetition_penalty", 1.0, 0, whole=False)
     if penalty == 0:
-        raise BundleError(f"{where}: repetition_penalty is 0, more is needed")
+        raise BundleError(f"{where}: repetition_penalty is 0, expected more")
     top_k, top_p = values.get("top_k"), values.get("top_p")  # -1 and 2.0 are others' "no limit"
     min_p = values.get("min_p")
     stops = values.get("stop_strings") or []
     stops = [stops] if isinstance(stops, str) else stops
     if not isinstance(stops, list) or not all(isinstance(s, str) and s for s in stops):
-        raise BundleError(f"{where}: stop_strings is {shown(stops)}, a list of texts is needed")
+        raise BundleError(f"{where}: stop_strings is {shown(stops)}, expected a list of texts")
     speech = read_speech(values, where)
     return GenerationSettings(
         repetition_penalty=float(penalty),

@@ -76,9 +76,7 @@ def read_speech(values: Mapping[str, Any], where: str) -> SpeechSettings | None:
             type(token) is int and token >= 0 for token in found.values()
         )
         if not fits:
-            raise BundleError(
-                f"{where}: {name} is {shown(found)}, an object of token ids is needed"
-            )
+            raise BundleError(f"{where}: {name} is {shown(found)}, expected an object of token ids")
         return dict(found)
 
     multilingual = of("is_multilingual", bool)

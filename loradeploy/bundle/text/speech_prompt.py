@@ -71,7 +71,7 @@ class SpeechPrompt:
             UsageError: as the class, or a model of one language is asked for one.
         """
         if not settings.multilingual and not (language is None and task is None):
-            raise UsageError(f"{what}: the model is of English alone: give no `language` or `task`")
+            raise UsageError(f"{what}: the model is English-only: give no `language` or `task`")
         language = settings.language if language is None else language
         task = settings.task if task is None else task
         unforced = not (language is None and task is None)

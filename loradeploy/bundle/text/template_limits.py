@@ -286,7 +286,7 @@ def _paid_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         elif name == "indent":
             _check_size(len(str(value)) + _WIDEST * str(value).count("\n"))
         elif name == "sum" and any(not isinstance(one, int | float | str) for one in arguments):
-            raise LimitError("sum adds numbers alone")
+            raise LimitError("sum only adds numbers")
         return _checked(function(*before, value, *rest, **kwargs))
 
     return paid

@@ -187,8 +187,8 @@ class Tokenizer:
                 raise UsageError(f"a text is {shown(text)}: give a str")
             if not text.isascii() and _SURROGATE.search(text):
                 raise UsageError(
-                    f"the text {shortened(ascii(text), 60)} holds half a surrogate pair, which is"
-                    " no character: decode what it is from as UTF-8"
+                    f"the text {shortened(ascii(text), 60)} contains half a surrogate pair, which"
+                    " is not a character: decode its source as UTF-8"
                 )
         with library_errors(f"the tokenizer of {self._directory} fails"):
             yield self._tokenizer

@@ -85,7 +85,7 @@ def token_ids(values: Mapping[str, Any], name: str, file: Path) -> tuple[int, ..
     value = values.get(name)
     listed = [] if value is None else value if isinstance(value, list) else [value]
     if not all(type(token) is int and token <= _LARGEST_ID for token in listed):
-        raise BundleError(f"{file}: {name} is {shown(value)}, which is no id of a token")
+        raise BundleError(f"{file}: {name} is {shown(value)}, which is not an id of a token")
     return tuple(token for token in listed if token >= 0)
 
 

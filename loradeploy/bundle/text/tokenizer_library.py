@@ -30,7 +30,7 @@ def open_tokenizer(file: Path) -> FastTokenizer:
     if not file.exists():
         raise BundleError(f"{file} does not exist: without it text cannot be read or written")
     check_file(file, error=BundleError, limit=_MAX_TOKENIZER_BYTES)
-    with _without_panics(), library_errors(f"{file} is no valid tokenizer"):
+    with _without_panics(), library_errors(f"{file} is not a valid tokenizer"):
         tokenizer = FastTokenizer.from_file(os.fspath(file))
         # Lengths are this project's business; a setting in the file would cut or pad in silence.
         tokenizer.no_truncation()
@@ -41,7 +41,7 @@ def open_tokenizer(file: Path) -> FastTokenizer:
     if max(words.values(), default=0) > _LARGEST_WORD:
         word = max(words, key=words.__getitem__)
         # The library counts up to it when it writes or compares.
-        raise BundleError(f"{file} is no valid tokenizer: {shown(word)} is token {words[word]}")
+        raise BundleError(f"{file} is not a valid tokenizer: {shown(word)} is token {words[word]}")
     return tokenizer
 
 

@@ -31,10 +31,10 @@ def transcribe(
     from loradeploy.runtime.tasks.speech import SpeechRecognizer
 
     if refused := [name for name in _OF_TEXTS if name in options]:
-        raise UsageError(f"--{refused[0]}: for texts alone, {session.path} takes sounds")
+        raise UsageError(f"--{refused[0]}: only for texts, {session.path} takes audio")
     for number, prompt in enumerate(prompts, start=1):
         if not isinstance(prompt, str):
-            raise UsageError(f"prompt {number} is no path: {session.path} takes WAV files")
+            raise UsageError(f"prompt {number} is not a path: {session.path} takes WAV files")
     files = [beside / prompt for prompt in prompts]
     found = SpeechRecognizer(session).transcribe(files, adapters, batch_size=batch_size, **options)
     for file, transcript in zip(files, found, strict=True):

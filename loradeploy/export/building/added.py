@@ -79,7 +79,7 @@ def with_added_tokens(
         adding = [name for name, own in counts.items() if own]
         raise UsageError(
             f"{f'{adding[0]} adds tokens' if adding else 'this bundle has rows for added tokens'},"
-            " which are factors of the embedding, and these need the numbers of slots: export with"
+            " which are factors of the embedding, and these need slot numbers: export with"
             ' `layout="slots"`'
         )
     output = None

@@ -36,8 +36,8 @@ def refuse_adapter_layers(model: ir.Model) -> None:
     steps = {_SEPARATORS.sub(".", name) for name in names if name}
     if parts := peft_parts(steps):
         raise ExportError(
-            f"the graph holds an adapter as layers of its own ({shortened(parts[0], 80)}), so that"
-            f" it is no base: {_REMEDY}"
+            f"the graph contains an adapter as separate layers ({shortened(parts[0], 80)}), so it"
+            f" is not a base: {_REMEDY}"
         )
 
 
@@ -54,8 +54,9 @@ def refuse_adapter_products(graph: ir.Graph) -> None:
             A = _product_behind(input_of(B.node), made)
             if A is not None and _adapts(base, A, B):
                 raise ExportError(
-                    f"the graph holds an adapter of rank {A.out_features} beside {describe(base)}"
-                    f" ({A.node.name}, {B.node.name}), so that it is no base: {_REMEDY}"
+                    f"the graph contains an adapter of rank {A.out_features} beside"
+                    f" {describe(base)} ({A.node.name}, {B.node.name}), so it is not a base:"
+                    f" {_REMEDY}"
                 )
 
 

@@ -65,7 +65,7 @@ class ModuleMap:
     def check_used(self) -> None:
         """Raise UsageError for an unused entry, which may be a typing error."""
         for key in self._unused:
-            raise UsageError(f"{self._file}: no product of the graph is called {key!r}")
+            raise UsageError(f"{self._file}: no product of the graph is named {key!r}")
 
     def _pattern(self, key: str) -> re.Pattern[str]:
         try:

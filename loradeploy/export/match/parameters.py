@@ -64,7 +64,7 @@ class Layers:
         value = self.graph.initializers.get(parameter)
         linear, part = self.linears.get(module), self.parts.get(module)
         if linear is not None and linear.slice is not None:
-            return f"{parameter} is packed together with others' and cannot be replaced alone"
+            return f"{parameter} is packed together with others and cannot be replaced separately"
         if linear is not None and linear.quantized and name == "weight":
             return f"{parameter} is quantized: merge into the unquantized model"
         if (

@@ -37,7 +37,7 @@ def convert_opset(model: ir.Model) -> ir.Model:
     """
     opset = opset_of(model)
     if not opset:
-        raise ExportError("the graph does not specify which opset it is of: export it anew")
+        raise ExportError("the graph does not specify which opset it is of: export it again")
     model.opset_imports.pop("ai.onnx", None)  # another spelling of the default domain
     model.opset_imports[""] = opset
     if opset < LEAST_OPSET:
@@ -102,5 +102,5 @@ def _put_back_weights(graph: ir.Graph, weights: dict[str, ir.Value]) -> None:
 def _refused(opset: int, reason: str) -> ExportError:
     return ExportError(
         f"the graph is of opset {opset} and cannot be converted to {LEAST_OPSET}: {reason};"
-        f" export it anew with opset {LEAST_OPSET} or later"
+        f" export it again with opset {LEAST_OPSET} or later"
     )

@@ -69,7 +69,7 @@ def name_values(model: ir.Model) -> dict[str, str]:
     before: dict[str, str] = {}
     for new, value in values.items():
         before[new], value.name = str(value.name), new
-        logger.info("%s of the graph is called %s in the bundle", before[new], new)
+        logger.info("%s of the graph is named %s in the bundle", before[new], new)
     return before
 
 

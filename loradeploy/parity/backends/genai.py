@@ -74,7 +74,7 @@ def find_interpreter(python: str | os.PathLike[str] | None) -> Path | None:
     found = shutil.which(python)
     if found is None:
         raise UsageError(
-            f"{os.fspath(python)} is no program: give the Python of an environment"
+            f"{os.fspath(python)} is not a program: give the Python of an environment"
             " with onnxruntime-genai"
         )
     return Path(found).absolute()  # not resolved: that would leave its environment
@@ -83,9 +83,9 @@ def find_interpreter(python: str | os.PathLike[str] | None) -> Path | None:
 def lacks(context: CheckContext) -> str | None:
     """Why onnxruntime-genai cannot run the bundle; None where it can be tried."""
     if context.manifest.task != CAUSAL_LM:
-        return "it runs decoders alone"
+        return "it only runs decoders"
     if not (context.bundle / GENAI_CONFIG_NAME).is_file():
-        return f"the bundle holds no {GENAI_CONFIG_NAME}"
+        return f"the bundle has no {GENAI_CONFIG_NAME}"
     if context.genai_python is None and importlib.util.find_spec(_PACKAGE) is None:
         return "onnxruntime-genai is not installed: give the Python that has it"
     return None

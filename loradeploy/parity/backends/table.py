@@ -213,7 +213,7 @@ def choose_backends(mode: str, asked: Sequence[str] | None) -> tuple[Backend, ..
     known = {backend.name: backend for backend in BACKENDS}
     for name in asked or ():
         if name not in known:
-            raise UsageError(f"no backend is called {name!r}: there are {', '.join(known)}")
+            raise UsageError(f"no backend is named {name!r}: there are {', '.join(known)}")
         if mode not in known[name].modes:
             raise UsageError(f"a bundle of the kind {mode!r} has no {known[name].title}: {name!r}")
     return tuple(

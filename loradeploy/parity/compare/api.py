@@ -215,7 +215,7 @@ def _limits(precision: str | None, given: Tolerances | None) -> LimitsOf:
     own = dict(given or {})
     known = [metric.name for metric in METRICS]
     if unknown := [name for name in own if name not in known]:
-        raise UsageError(f"no metric is called {unknown[0]!r}: there are {', '.join(known)}")
+        raise UsageError(f"no metric is named {unknown[0]!r}: there are {', '.join(known)}")
     stated = {
         name: limit if isinstance(limit, Limit) else Limit(float(limit), "given")
         for name, limit in own.items()
@@ -271,5 +271,5 @@ def _vocabulary(file: Path) -> dict[str, int]:
         check_file(file, error=UsageError)
         found: dict[str, int] = Tokenizer.from_file(os.fspath(file)).get_vocab()
     except Exception as problem:  # the library raises nothing narrower
-        raise UsageError(f"{file} is no tokenizer: {first_line(problem)}") from None
+        raise UsageError(f"{file} is not a tokenizer: {first_line(problem)}") from None
     return dict(sorted(found.items(), key=lambda entry: entry[1]))

@@ -115,7 +115,7 @@ def read_feeds(given: FeedsPlace) -> Fed:
     path = Path(given)
     files = sorted(path.glob("*.npz")) if path.is_dir() else [path]
     if not files:
-        raise DataError(f"{path} holds no .npz files")
+        raise DataError(f"{path} has no .npz files")
     return Fed(tuple(map(_read, files)), os.fspath(given))
 
 
@@ -136,7 +136,7 @@ def make_feeds(
         raise UsageError(f"{count} cases: give 1 or more")
     unmade = [spec.name for spec in specs if _kind(spec) not in "biuf"]
     if unmade:
-        raise UsageError(f"values for {listed_names(unmade)} cannot be made up: give inputs")
+        raise UsageError(f"values for {listed_names(unmade)} cannot be generated: give inputs")
     random = np.random.default_rng(seed)
     below = UNKNOWN_VOCABULARY if vocabulary is None else vocabulary
     cases, assumed = [], {}
@@ -203,7 +203,7 @@ def _read(file: Path) -> Feed:
     except Exception as problem:  # zipfile, zlib and numpy each have their own
         raise DataError(f"{file} is not readable as .npz: {first_line(problem)}") from None
     if not feed:
-        raise DataError(f"{file} holds no arrays")
+        raise DataError(f"{file} has no arrays")
     return feed
 
 

@@ -134,11 +134,11 @@ def _graph(path: Path) -> Path:
     if path.is_file():
         if path.suffix == ".onnx":
             return path
-        raise UsageError(f"{path} is no ONNX file: give one, a bundle, or module:function")
+        raise UsageError(f"{path} is not an ONNX file: give one, a bundle, or module:function")
     if (graph := find_graph(path)) is not None:
         return graph
     raise UsageError(
-        f"{path} holds no ONNX file: of a PyTorch model give module:function of a callable"
+        f"{path} has no ONNX file: of a PyTorch model give module:function of a callable"
     )
 
 
@@ -239,8 +239,8 @@ def _open_object(given: Any, title: str) -> Side:
         return _open_module(given, title)
     if not callable(given) or inspect.isclass(given):
         raise UsageError(
-            f"{title} is no model to compare: give an ONNX file, a bundle, a torch.nn.Module, or a"
-            " function of feeds that returns outputs"
+            f"{title} is not a model to compare: give an ONNX file, a bundle, a torch.nn.Module, or"
+            " a function of feeds that returns outputs"
         )
 
     def run(feeds: Feeds) -> Given:

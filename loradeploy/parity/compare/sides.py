@@ -100,5 +100,5 @@ def _array(name: str, value: Any) -> NDArray[Any]:
     except ValueError:  # rows of different lengths
         array = np.asarray(None)
     if array.dtype.kind not in _NUMBERS:
-        raise TypeError(f"{name} is no array of numbers: it is a {type(value).__name__}")
+        raise TypeError(f"{name} is not an array of numbers: it is a {type(value).__name__}")
     return array

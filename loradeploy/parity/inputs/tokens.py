@@ -190,7 +190,9 @@ def _texts(
 
 def _without_audio(request: InputPrompt, where: str) -> Prompt:
     if request.audio:
-        raise UsageError(f"{where}: a path of a sound; parity draws sounds from a seed: give texts")
+        raise UsageError(
+            f"{where}: a path of an audio file; parity generates audio from a seed: give texts"
+        )
     return request.prompt
 
 

@@ -124,7 +124,7 @@ def _problem(
         times = off[row] / most[row]
         return f"is not the merged one: row {row} is off by {times:.3g} × what rounding may leave"
     if abs(along.share - 1) > _SHARE + _SURE * along.error:
-        return f"holds {along.share:.0%} of the adapter's update"
+        return f"contains {along.share:.0%} of the adapter's update"
     return None
 
 

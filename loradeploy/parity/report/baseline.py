@@ -93,7 +93,7 @@ def read_baseline(file: str | os.PathLike[str]) -> Baseline:
     values = read_json(path, error=UsageError)
     if values.get("format") != FORMAT:
         raise UsageError(
-            f"{path} is no parity report: give the .json that an earlier check wrote as its report"
+            f"{path} is not a parity report: give the .json report of an earlier check"
         )
     version = values.get("schema_version")
     if version != SCHEMA_VERSION:
@@ -105,7 +105,7 @@ def read_baseline(file: str | os.PathLike[str]) -> Baseline:
         return _baseline(os.fspath(file), values)
     except (KeyError, TypeError, ValueError, AttributeError) as problem:
         raise UsageError(
-            f"{path} is a broken parity report ({type(problem).__name__}: {problem}): make the"
+            f"{path} is a malformed parity report ({type(problem).__name__}: {problem}): make the"
             " baseline again"
         ) from None
 

@@ -150,7 +150,7 @@ def of_torch(
                 continue
             features = feature_settings(bundle)
             if features is None:
-                raise UsageError(f"{bundle} does not say how sound becomes features")
+                raise UsageError(f"{bundle} does not specify how to compute features from audio")
             sound = features.of(read_wav(example.audio, features.rate).samples)
             given = {"language": example.language, "task": example.task}
             found = model.generate(

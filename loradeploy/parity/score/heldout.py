@@ -254,7 +254,7 @@ def _draw(task: Task, data: Data, count: int, seed: int) -> tuple[list[Any], int
     read = task.read(source)
     chosen = random.Random(seed).sample(range(len(read)), min(count, len(read)))
     if len(chosen) < 2:
-        raise DataError(f"{source} holds one example, which gives no interval: give 2 or more")
+        raise DataError(f"{source} contains one example, which gives no interval: give 2 or more")
     return [read[index] for index in sorted(chosen)], len(read)
 
 

@@ -310,7 +310,7 @@ def _verdict(
     """Whether it fails, and the text about it; `least` to `most` is the interval of the loss."""
     if not math.isfinite(value - reference):
         side = "it" if math.isfinite(reference) else "PyTorch"
-        return True, f"is no number: {side} gives NaN or infinite values"
+        return True, f"is not a number: {side} gives NaN or infinite values"
     text = f"is {value:.4g} for PyTorch's {reference:.4g}"
     lost = f"a loss of {least:.2g} to {most:.2g} where {limit:.2g} may be"
     if least > limit:

@@ -67,7 +67,7 @@ class AdapterReader:
         if entry is None or entry.path is None:
             own = listed_names(sorted(self.manifest.adapters))
             raise UnknownAdapterError(
-                f"{self.path} holds no adapter {name!r}, it holds: {own}. Give a path."
+                f"{self.path} has no adapter {name!r}, it has: {own}. Give a path."
             )
         source = inside(self.directory, entry.path)
         if entry.native_digest is None:
@@ -154,7 +154,9 @@ class AdapterReader:
         defaults, _ = read_arrays(file, error=BundleError)
         replaced = {saved.input for saved in self.manifest.saved}
         if unknown := sorted(defaults.keys() - replaced):
-            raise BundleError(f"{file} holds {unknown[0]}, which no adapter replaces: export again")
+            raise BundleError(
+                f"{file} contains {unknown[0]}, which no adapter replaces: export again"
+            )
         try:
             check_side_inputs(defaults, self.manifest)
         except AdapterError as problem:

@@ -125,7 +125,7 @@ def blend(members: Sequence[tuple[Resident, float]], manifest: Manifest) -> Resi
     for resident, _ in members:
         if more := sorted(resident.host.keys() - set(manifest.factors)):
             raise UsageError(
-                f"an adapter that brings {more[0]} has no scale and cannot be blended: its low-rank"
+                f"an adapter with {more[0]} has no scale and cannot be blended: its low-rank"
                 " factors alone would add up"
             )
         if manifest.added_tokens is not None and (

@@ -45,7 +45,7 @@ def check_tokens_of(
         known = vocabulary_of_row(own, manifest)
         if known is not None and largest[row] >= known:
             raise UsageError(
-                f"row {row} of {INPUT_IDS} holds the token {largest[row]}, and"
+                f"row {row} of {INPUT_IDS} contains the token {largest[row]}, and"
                 f" {'the base' if own is None else 'its adapter'} has tokens up to {known - 1}:"
                 " give those of its own tokenizer"
             )

@@ -76,7 +76,7 @@ def scores_of(
     values = logits.numpy()  # [texts, tokens, vocabulary]
     if values.ndim != 3 or values.shape[1] != ids.shape[1]:
         raise UsageError(
-            f"{graph.session.path} gives the logits of the last token alone: texts are scored by"
+            f"{graph.session.path} only gives the logits of the last token: texts are scored by"
             " those of all tokens"
         )
     results = []

@@ -173,7 +173,7 @@ def _add(options: onnxruntime.SessionOptions, name: str, text: Mapping[str, str]
             options.add_provider(name, text)
     except Exception as problem:  # onnxruntime's exceptions share no base but this
         raise UsageError(
-            f"{name} cannot stand beside a plugin here: {first_line(problem)}. It needs"
+            f"{name} cannot be used together with a plugin here: {first_line(problem)}. It needs"
             f" {known(name).needs}"
         ) from None
 

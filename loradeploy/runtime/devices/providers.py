@@ -118,7 +118,7 @@ def split_device(name: str) -> tuple[str, int | None]:
     """
     short, colon, number = name.partition(":")
     if colon and not number.isdecimal():
-        raise UsageError(f"{shown(name)} is no provider: give NAME or NAME:NUMBER, as in cuda:1")
+        raise UsageError(f"{shown(name)} is not a provider: give NAME or NAME:NUMBER, as in cuda:1")
     device = int(number) if colon else None
     row = BY_NAME.get(short.lower())
     if row is not None:

@@ -111,7 +111,7 @@ KNOWN: Final = (
         "cuda",
         f"CUDA{_SUFFIX}",
         "an NVIDIA GPU, its driver, and CUDA and cuDNN:"
-        " pip install 'onnxruntime-gpu[cuda,cudnn]' brings the last two",
+        " pip install 'onnxruntime-gpu[cuda,cudnn]' installs the last two",
         builds=("onnxruntime-gpu",),
         device="cuda",
         device_option="device_id",
@@ -134,7 +134,7 @@ KNOWN: Final = (
             ),
             Fault(
                 "onnxruntime 1.31",
-                "GroupQueryAttention has kernels for fp16 and bf16 alone",
+                "GroupQueryAttention only has kernels for fp16 and bf16",
                 "`placement` shows it",
             ),
         ),

@@ -78,7 +78,7 @@ def open_graph(
     """
     graph = bundle / name
     if not graph.is_file():
-        raise BundleError(f"{bundle} holds no {name}: export again")
+        raise BundleError(f"{bundle} has no {name}: export again")
     check_directory(bundle, error=BundleError, deep=True)  # the graph may name files in any folder
     chosen = options is not None and _has_providers(options)
     if chosen and providers is not None and options is not None and chosen_before(options) is None:

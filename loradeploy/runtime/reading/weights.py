@@ -208,7 +208,7 @@ def _check(bundle: Path, manifest: Manifest | None, found: str | None) -> None:
     if manifest is None or manifest.data_fingerprint in (None, found):
         return
     if found is None:
-        raise BundleError(f"{bundle} holds no {GRAPH_DATA_NAME}: copy it whole, or export again")
+        raise BundleError(f"{bundle} has no {GRAPH_DATA_NAME}: copy it whole, or export again")
     raise BundleError(
         f"{bundle / GRAPH_DATA_NAME} is not the one that {MANIFEST_NAME} declares (its fingerprint"
         " has changed): copy the bundle whole, or export again"

@@ -117,7 +117,7 @@ def _prompt(side: TextSide, name: str | None) -> str:
         return "" if name is None else prompts[name]
     if not isinstance(name, str) or name not in prompts:
         known = ", ".join(prompts) or "none"
-        raise UsageError(f"no prompt is called {name!r}; there are: {known}")
+        raise UsageError(f"no prompt is named {name!r}; there are: {known}")
     return prompts[name]
 
 

@@ -92,7 +92,7 @@ class TextGenerator:
         if any(isinstance(size, int) for size in sizes):
             shape = ", ".join(map(str, sizes))
             raise UsageError(
-                f"the graph of {session.path} takes {INPUT_IDS} [{shape}] alone: run it with"
+                f"the graph of {session.path} only takes {INPUT_IDS} [{shape}]: run it with"
                 " AdapterSession.run, or export it with a batch and a sequence of any size"
             )
         if cache_budget is not None:
@@ -214,7 +214,7 @@ class TextGenerator:
     ) -> list[TextScore]:
         """How likely each text is: the log-probability of every token behind those before it.
 
-        `texts` are as the prompts of `generate`. `logprobs`: so many of the likeliest tokens are
+        `texts` are as the prompts of `generate`. `logprobs`: this many most likely tokens are
         given for each position.
 
         Raises:

@@ -74,7 +74,7 @@ class ImageTextGenerator:
             if session.manifest.task != task:
                 raise UsageError(f"{session.path} is a {session.manifest.task} bundle, no {task}")
         if not decoder.manifest.embeds:
-            raise UsageError(f"{decoder.path} reads text alone, and takes no images")
+            raise UsageError(f"{decoder.path} only takes text, no images")
         if decoder.manifest.base.digest != tower.manifest.base.digest:
             raise UsageError(
                 f"{decoder.path} and {tower.path} are of two models: export both of one checkpoint"
@@ -230,8 +230,8 @@ class ImageTextGenerator:
             )
         if lacking := [word for words in self._surround for word in words if word not in known]:
             raise UsageError(
-                f"the tokenizer of {self.decoder.path} has no {lacking[0]}, which stands around an"
-                " image: give one image token for each feature, and those around them"
+                f"the tokenizer of {self.decoder.path} has no {lacking[0]}, which is needed around"
+                " an image: give one image token for each feature, and those around them"
             )
         before, after = ([known[word] for word in words] for words in self._surround)
         return before, after

@@ -165,7 +165,7 @@ class SpeechRecognizer:
         return [results[number] for number in range(len(sounds))]
 
     def _read(self, number: int, sound: Audio, adapter: AdapterSpec | None) -> ReadSound:
-        what = f"sound {number + 1}"
+        what = f"audio {number + 1}"
         if isinstance(sound, str | os.PathLike):
             samples = read_wav(sound, self.features.rate).samples
         else:
@@ -173,7 +173,8 @@ class SpeechRecognizer:
         seconds = len(samples) / self.features.rate
         if seconds > MAX_SECONDS:
             raise DataError(
-                f"{what} lasts {seconds:,.0f} s, {MAX_SECONDS:,} s are the most: cut it into parts"
+                f"{what} lasts {seconds:,.0f} s, {MAX_SECONDS:,} s is the maximum: cut it into"
+                " parts"
             )
         counts = self.session.texts.counts(adapter)
         side = self.session.texts.of(adapter)
@@ -206,18 +207,18 @@ def _features_of(session: AdapterSession) -> FeatureSettings:
     """The features that the bundle's encoder takes, by its own file, which must fit its graph."""
     manifest = session.manifest
     if manifest.task != SEQ2SEQ_LM:
-        raise UsageError(f"{session.path} is a {manifest.task} bundle: it takes no sound")
+        raise UsageError(f"{session.path} is a {manifest.task} bundle: it takes no audio")
     if manifest.encoder is None:
         raise UsageError(f"{session.path} has no cache: export it again to transcribe with it")
     if not takes_audio(session):
         raise UsageError(
-            f"{session.path} takes {manifest.encoder.inputs[0]}, no sound: use TextGenerator"
+            f"{session.path} takes {manifest.encoder.inputs[0]}, not audio: use TextGenerator"
         )
     settings = feature_settings(session.path)
     if settings is None:
         raise BundleError(
-            f"{session.path} has no {PREPROCESSOR_NAME}, which says how sound becomes features: put"
-            " it beside the base model, and export again"
+            f"{session.path} has no {PREPROCESSOR_NAME}, which specifies how to compute features"
+            " from audio: put it into the base model's directory, and export again"
         )
     taken = next(spec.shape for spec in manifest.inputs if spec.name == INPUT_FEATURES)
     made = (settings.mels, settings.chunk_frames)
@@ -235,7 +236,7 @@ def _listed(audio: Audio | Sequence[Audio]) -> list[Audio]:
     if not isinstance(audio, Sequence) or isinstance(audio, bytes):
         raise UsageError(f"audio is {shown(audio)}: give a WAV file, samples, or a list of them")
     if not audio:
-        raise UsageError("there are no sounds")
+        raise UsageError("there is no audio")
     if isinstance(audio[0], float):
         raise UsageError("audio is a list of numbers: give samples as a numpy array")
     return list(audio)
@@ -252,5 +253,5 @@ def _each(language: str | Sequence[str | None] | None, count: int) -> list[str |
 
 def _options(options: Mapping[str, Any]) -> GenerationOptions:
     if refused := [name for name in _REFUSED if name in options]:
-        raise UsageError(f"`{refused[0]}` is for texts alone: a sound has one transcript")
+        raise UsageError(f"`{refused[0]}` is only for texts: an audio file has one transcript")
     return GenerationOptions.of(options)

@@ -354,7 +354,7 @@ def _opened(url: str) -> tuple[AbstractFileSystem, str]:
         raise UsageError(f"{shown}: {without_user(first_line(problem))}") from None
     except ValueError as problem:
         raise UsageError(
-            f"{shown} is no URL that fsspec opens: {without_user(first_line(problem))}"
+            f"{shown} is not a URL that fsspec opens: {without_user(first_line(problem))}"
         ) from None
     return store, str(path).rstrip("/")
 

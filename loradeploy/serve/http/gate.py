@@ -95,7 +95,7 @@ class Gate:
         if service.keys is None:
             # Without a key, a page of another site could reach this one by a name of its own.
             if is_loopback(service.host) and not is_loopback(_host(headers.get(b"host", b""))):
-                raise RequestError(421, "this service answers on localhost alone")
+                raise RequestError(421, "this service only answers on localhost")
             key = ANYONE
         else:
             key = service.keys.check(headers.get(b"authorization", b"").decode("latin-1"))

@@ -81,7 +81,7 @@ class CompletionRequest(TextRequest):
         description="A text, token ids, or a list of either."
     )
     logprobs: int | None = Field(
-        default=None, ge=0, le=20, description="So many of the likeliest tokens for each position."
+        default=None, ge=0, le=20, description="This many most likely tokens for each position."
     )
     echo: Literal[False] = False
     best_of: int | None = Field(default=None, description="Must be n.")
@@ -116,7 +116,7 @@ class ChatRequest(TextRequest):
         default=None,
         ge=0,
         le=20,
-        description="So many of the likeliest tokens for each position, with logprobs.",
+        description="This many most likely tokens for each position, with logprobs.",
     )
 
 

@@ -197,7 +197,7 @@ def _measure(value: Any) -> float:
 
 def _contradicts(where: str, label: Any, problem_type: str, needed: str) -> DataError:
     return DataError(
-        f"{where}: label is {reprlib.repr(label)}, {needed} is needed for `problem_type="
+        f"{where}: label is {reprlib.repr(label)}, expected {needed} for `problem_type="
         f'"{problem_type}"`'
     )
 
@@ -270,14 +270,14 @@ def value_names(examples: Sequence[MeasuredText]) -> tuple[str, ...]:
 def some(examples: list[_Example], source: Source) -> list[_Example]:
     """The `examples`; DataError where there are none."""
     if not examples:
-        raise DataError(f"{source} holds no examples")
+        raise DataError(f"{source} has no examples")
     return examples
 
 
 def _name_list(where: str, row: dict[str, Any], key: str) -> tuple[str, ...]:
     values = row.get(key)
     if not isinstance(values, list) or not values or not all(map(_is_name, values)):
-        raise DataError(f"{where}: {key} is {reprlib.repr(values)}, a list of texts is needed")
+        raise DataError(f"{where}: {key} is {reprlib.repr(values)}, expected a list of texts")
     return tuple(map(str, values))
 
 
@@ -290,7 +290,7 @@ def _texts(source: Source) -> Iterator[Row]:
     if source.path.is_dir() and not is_dataset(source):
         found = list(_class_folders(source.path))
         if not found:
-            raise DataError(f"{source} holds no folder of .txt files: there is one for each class")
+            raise DataError(f"{source} has no folder of .txt files: there is one for each class")
         return iter(found)
     return rows(source, ("text", "label"))
 
@@ -320,7 +320,7 @@ def _messages(where: str, messages: Any) -> tuple[dict[str, Any], ...]:
         for message in messages
     )
     if not well_formed:
-        raise DataError(f"{where}: messages is no list of objects with role and content")
+        raise DataError(f"{where}: messages is not a list of objects with role and content")
     for message in messages:
         text_of(where, message, "content", empty=message["role"] != "assistant")
     if not any(message["role"] == "assistant" for message in messages):
@@ -332,7 +332,7 @@ def text_of(where: str, line: dict[str, Any], key: str, *, empty: bool = False) 
     """The text at `key` of a row; DataError where it is none, or empty unless that may be."""
     value = line.get(key)
     if not isinstance(value, str) or not (value or empty):
-        raise DataError(f"{where}: {key} is {reprlib.repr(value)}, a text is needed")
+        raise DataError(f"{where}: {key} is {reprlib.repr(value)}, expected a text")
     if any("\ud800" <= letter <= "\udfff" for letter in value):
         raise DataError(f"{where}: {key} contains an unpaired surrogate")
     return value

@@ -60,7 +60,7 @@ def _rows(source: Source) -> Iterator[Row]:
         found = list(_class_folders(source.path))
         if not found:
             raise DataError(
-                f"{source} holds no folder of images ({', '.join(_ENDINGS)}): there is one for"
+                f"{source} has no folder of images ({', '.join(_ENDINGS)}): there is one for"
                 " each class"
             )
         return iter(found)

@@ -160,7 +160,7 @@ def task_of(config: TrainConfig, base: Path | None = None, adapter: Path | None 
     specifies. An encoder-decoder's row is as the model in `base` takes it.
 
     Raises:
-        ModelError: a model of speech whose files do not say how sound becomes features.
+        ModelError: a speech model whose files do not specify its features.
         BundleError: that cannot be read, or is not computed.
     """
     if config.task == SEQ2SEQ_LM and base is not None and takes_audio(base):

@@ -103,7 +103,8 @@ class AudioSettings:
             raise ModelError(f"{directory}: {problem}") from None
         if features is None:
             raise ModelError(
-                f"{directory} has no {PREPROCESSOR_NAME}, which says how sound becomes features"
+                f"{directory} has no {PREPROCESSOR_NAME}, which specifies how to compute features"
+                " from audio"
             )
         frames = 2 * int(config.get("max_source_positions", 0))
         bands = config.get("num_mel_bins")

@@ -27,7 +27,7 @@ def test_a_graph_that_computes_an_adapter_is_no_base(module: str, told_by: str) 
         next(iter(model.graph)).name = f"/{module.replace('.', '/')}/MatMul"
     elif told_by == "weight":
         model.graph.initializers["w"].name = f"{module}.weight"
-    with pytest.raises(ExportError, match="holds an adapter as layers of its own") as raised:
+    with pytest.raises(ExportError, match="contains an adapter as separate layers") as raised:
         refuse_adapter_layers(model)
     assert len(str(raised.value)) <= 300
 
@@ -59,7 +59,7 @@ def _beside(
 def test_an_adapter_without_names_is_told_by_its_products(scaled: bool, bias: bool) -> None:
     model = _beside(scaled=scaled, bias=bias)
     refuse_adapter_layers(model)  # no name shows it
-    with pytest.raises(ExportError, match=r"holds an adapter of rank 2 beside .* \[6 → 4\]"):
+    with pytest.raises(ExportError, match=r"contains an adapter of rank 2 beside .* \[6 → 4\]"):
         refuse_adapter_products(model.graph)
 
 

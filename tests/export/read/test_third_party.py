@@ -336,7 +336,7 @@ def test_what_the_graph_lacks_of_the_checkpoint_is_listed(
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
-        ({"/nowhere/.*": "a.b"}, "no product of the graph is called '/nowhere/"),
+        ({"/nowhere/.*": "a.b"}, "no product of the graph is named '/nowhere/"),
         ({"(": "a"}, "is not a regular expression"),
         ({"/.*": 3}, "needs a module, or a list"),
         ({"/.*": [["a", 0]]}, "needs a module, or a list"),

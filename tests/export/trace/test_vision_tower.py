@@ -403,5 +403,5 @@ def test_other_families_are_refused_by_name(models: Any, tiny_llama: Path, tmp_p
     (model / "config.json").write_text(json.dumps(config))
     with pytest.raises(ExportError, match="vision tower of llava cannot be exported where it is p"):
         ld.export(model, tmp_path / "t", task="vision-tower")
-    with pytest.raises(UsageError, match="LlamaForCausalLM is no model of images and text"):
+    with pytest.raises(UsageError, match="LlamaForCausalLM is not a model of images and text"):
         ld.export(tiny_llama, tmp_path / "t", task="vision-tower")

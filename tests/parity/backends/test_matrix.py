@@ -78,7 +78,7 @@ def test_a_variant_has_the_providers_of_a_session_that_is_given_the_same(
         (["nonsense"], None, "no 'nonsense'"),
         ([], None, "nothing would be run"),
         (None, [], "nothing would be run"),
-        (None, ["O3"], "'O3' is no level of optimization: there are disable, basic"),
+        (None, ["O3"], "'O3' is not a level of optimization: there are disable, basic"),
     ],
 )
 def test_a_variant_that_there_is_not_is_refused(

@@ -271,7 +271,7 @@ def test_a_function_that_raises_fails_in_one_line(problem: BaseException, refere
 
 def test_outputs_that_are_no_numbers_fail(reference: Path) -> None:
     report = ld.compare(reference, lambda feeds: {"logits": [["sport"]]})
-    assert "logits is no array of numbers" in report.failures[0]
+    assert "logits is not an array of numbers" in report.failures[0]
 
 
 def test_integers_are_the_same_or_are_not() -> None:
@@ -350,12 +350,12 @@ def test_inputs_are_read_from_npz_files(reference: Path, tmp_path: Path) -> None
 
 BAD_INPUT: dict[str, tuple[Callable[[Path], tuple[Any, ...]], type[LoraDeployError], str]] = {
     "no file": (lambda p: (p / "no.onnx", in_numpy), UsageError, "does not exist"),
-    "no ONNX": (lambda p: (p / "text.txt", in_numpy), UsageError, "is no ONNX file"),
+    "no ONNX": (lambda p: (p / "text.txt", in_numpy), UsageError, "is not an ONNX file"),
     "broken ONNX": (lambda p: (p / "broken.onnx", in_numpy), ModelError, "cannot open"),
-    "no graph": (lambda p: (p / "empty", in_numpy), UsageError, "holds no ONNX file"),
+    "no graph": (lambda p: (p / "empty", in_numpy), UsageError, "has no ONNX file"),
     "no module": (lambda p: ("no.such:f", in_numpy), UsageError, "cannot be imported: ModuleNot"),
     "no function": (lambda p: ("json:no", in_numpy), UsageError, "json has no no"),
-    "no callable": (lambda p: ("json:__name__", in_numpy), UsageError, "is no model to compare"),
+    "no callable": (lambda p: ("json:__name__", in_numpy), UsageError, "is not a model to compare"),
     "no inputs told": (lambda p: (in_numpy, in_numpy), UsageError, "give inputs"),
     "no inputs": (lambda p: (in_numpy, in_numpy, []), UsageError, "no inputs"),
     "inputs no feeds": (lambda p: (in_numpy, in_numpy, [1]), UsageError, "sequence of feeds"),
@@ -367,7 +367,7 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], tuple[Any, ...]], type[LoraDeployErr
     "no npz": (lambda p: (in_numpy, in_numpy, p / "no.npz"), DataError, "does not exist"),
     "a broken npz": (lambda p: (in_numpy, in_numpy, p / "broken.npz"), DataError, "not readable"),
     "a pickle": (lambda p: (in_numpy, in_numpy, p / "pickle.npz"), DataError, "not readable"),
-    "no npz there": (lambda p: (in_numpy, in_numpy, p / "empty"), DataError, "holds no .npz"),
+    "no npz there": (lambda p: (in_numpy, in_numpy, p / "empty"), DataError, "has no .npz"),
 }
 
 
@@ -388,7 +388,7 @@ def test_bad_input_is_refused(case: str, tmp_path: Path) -> None:
     [
         ({"cases": 0}, "give 1 or more"),
         ({"tolerances": "int3"}, "int3"),
-        ({"tolerances": {"max_error": 1}}, "no metric is called 'max_error'"),
+        ({"tolerances": {"max_error": 1}}, "no metric is named 'max_error'"),
         ({"report": "r.pdf"}, "a report ends in"),
         ({"baseline": "no.json"}, "does not exist"),
         ({"providers": ["NoSuchProvider"]}, "NoSuchProvider"),

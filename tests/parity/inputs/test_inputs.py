@@ -62,7 +62,10 @@ def test_a_pair_of_texts_is_fed_as_one(pair: object, tiny_bert: Path) -> None:
         (7, "prompt 2 is 7: give a text"),
         ({"text": "a", "text_pair": 1}, "prompt 2: give a pair as two texts, text and text_pair"),
         ({"label": "a"}, "prompt 2: give a text as prompt or text, a list of messages, or a path"),
-        ({"audio": "a.wav"}, "prompt 2: a path of a sound; parity draws sounds from a seed"),
+        (
+            {"audio": "a.wav"},
+            "prompt 2: a path of an audio file; parity generates audio from a seed",
+        ),
     ],
 )
 def test_a_prompt_that_is_none_is_named(prompt: object, message: str, tiny_bert: Path) -> None:
@@ -116,7 +119,7 @@ def test_jsonl_holds_prompts_texts_and_conversations(tiny_llama: Path, tmp_path:
     ("name", "content", "said"),
     [
         ("missing.txt", None, "does not exist"),
-        ("empty.txt", "\n", "holds no prompts"),
+        ("empty.txt", "\n", "has no prompts"),
         ("broken.jsonl", '{"text": "a"}\n{"text"', "line 2: not JSON"),
         ("other.jsonl", '{"question": "a"}', "line 1: give a text as prompt"),
         ("latin.txt", b"caf\xe9", "cannot be read"),

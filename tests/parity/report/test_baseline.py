@@ -239,7 +239,7 @@ def edited(**fields: Any) -> str:
 BROKEN = {
     "no file": (None, "does not exist"),
     "no JSON": ("{", "not readable as JSON"),
-    "another JSON": ("{}", "is no parity report"),
+    "another JSON": ("{}", "is not a parity report"),
     "a newer schema": (edited(schema_version=99), "schema version 99"),
     "no results": (edited(results=None), "broken parity report"),
     "results of text": (edited(results=["x"]), "broken parity report"),
@@ -247,7 +247,7 @@ BROKEN = {
         edited(results=[{**REPORT.to_json()["results"][0], "checks": [{"value": "x"}]}]),
         "broken parity report",
     ),
-    "a task that is no text": (edited(task=3), "task is 3, no text"),
+    "a task that is not a text": (edited(task=3), "task is 3, no text"),
 }
 
 

@@ -354,8 +354,8 @@ def test_every_precision_that_can_be_proved_has_its_limits() -> None:
     [
         ("accuracy", [{"text": "a", "label": "weather"}] * 2, "it: .*line 1: the label 'weather'"),
         ("accuracy", [{"prompt": "a", "completion": "b"}] * 2, "label is None"),
-        ("accuracy", [], "holds no examples"),
-        ("accuracy", [{"text": "a", "label": "tech"}], "holds one example"),
+        ("accuracy", [], "has no examples"),
+        ("accuracy", [{"text": "a", "label": "tech"}], "contains one example"),
         ("perplexity", [{"text": "a", "label": "tech"}] * 2, "data for a classifier"),
         ("perplexity", [{"prompt": "a " * 200, "completion": "b"}] * 2, "no tokens of the loss"),
     ],

@@ -481,7 +481,7 @@ def test_an_error_in_the_thread_reaches_the_loop(generators: dict[str, TextGener
         ({"allowed_tokens": 5}, "allowed_tokens is 5"),
         ({"allowed_tokens": lambda made: np.ones(512)}, r"prompt 1: allowed_tokens gave float64"),
         ({"allowed_tokens": lambda made: np.ones(600, bool)}, "allows the token 512, the logits"),
-        ({"allowd_tokens": 5}, "'allowd_tokens' is no setting of a generation"),
+        ({"allowd_tokens": 5}, "'allowd_tokens' is not a setting of a generation"),
         ({"per_prompt": [None]}, "a list of 2"),
         ({"per_prompt": [None, {"n": 2}]}, "prompt 2: n is 2 at temperature 0"),
         ({"per_prompt": [None, {"seed": -2}]}, "a seed is -2"),

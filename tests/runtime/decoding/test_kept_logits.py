@@ -69,8 +69,8 @@ def test_a_run_without_a_choice_has_all_of_them(session: AdapterSession) -> None
 @pytest.mark.parametrize(
     ("kept", "message"),
     [
-        ([[6]], "holds 6, there are 6 tokens: give positions of -6 to 5"),
-        ([[0], [0], [-7]], "holds -7"),
+        ([[6]], "contains 6, there are 6 tokens: give positions of -6 to 5"),
+        ([[0], [0], [-7]], "contains -7"),
         ([[0], [0]], "give positions once for all"),
         ([0], r"takes int64 \[rows, kept\]"),
     ],

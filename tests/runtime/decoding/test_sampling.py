@@ -79,10 +79,10 @@ def test_what_is_not_applied_is_named(name: str, harmless: Any, telling: Any) ->
 def test_a_model_may_bring_its_stop_strings_and_its_least_share() -> None:
     own = read_settings({"min_p": 0.1, "stop_strings": "end"}, "s")
     assert (own.min_p, own.stop_strings, own.ignored) == (0.1, ("end",), ())
-    with pytest.raises(BundleError, match="stop_strings is \\[''\\], a list of texts is needed"):
+    with pytest.raises(BundleError, match="stop_strings is \\[''\\], expected a list of texts"):
         read_settings({"stop_strings": [""]}, "s")
 
 
 def test_a_value_that_is_none_is_refused() -> None:
-    with pytest.raises(BundleError, match="repetition_penalty is 0, more is needed"):
+    with pytest.raises(BundleError, match="repetition_penalty is 0, expected more"):
         read_settings({"repetition_penalty": 0}, "s")

@@ -146,9 +146,9 @@ def test_a_prompt_is_chosen_by_name(
     (vector,) = embed(TEXTS[0], "other", prompt_name="none")
     error = np.abs(vector - expected(TEXTS[0], "other", "")).max()
     assert error <= tolerance("torch-onnx-tiny")
-    with pytest.raises(UsageError, match="no prompt is called 'title'; there are: query, none"):
+    with pytest.raises(UsageError, match="no prompt is named 'title'; there are: query, none"):
         embed(TEXTS[0], "other", prompt_name="title")
-    with pytest.raises(UsageError, match="no prompt is called 'query'; there are: none"):
+    with pytest.raises(UsageError, match="no prompt is named 'query'; there are: none"):
         embed(TEXTS[0], prompt_name="query")
 
 

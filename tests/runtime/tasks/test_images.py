@@ -161,9 +161,9 @@ def test_data_that_is_not_of_images_is_named(place: Path, tmp_path: Path) -> Non
             "line 1: .*text.png cannot be read",
         ),
         (data, {"image": "none.png", "label": "a"}, "line 1: .*none.png"),
-        (data, {"label": "a"}, "line 1: image is None, a text is needed"),
-        (data, {"image": "text.png"}, "line 1: label is None, a name or a whole number is needed"),
-        (tmp_path, {}, "holds no folder of images"),
+        (data, {"label": "a"}, "line 1: image is None, expected a text"),
+        (data, {"image": "text.png"}, "line 1: label is None, expected a name or a whole number"),
+        (tmp_path, {}, "has no folder of images"),
     ):
         data.write_text("\n".join(json.dumps({**row, **more}) for more in ({}, {"label": "b"})))
         if "label" not in row:

@@ -273,7 +273,7 @@ def test_what_cannot_be_is_refused_in_a_line(
     with pytest.raises(BundleError, match=r"encoder.onnx does not fit"):
         ld.AdapterSession(broken)
     (broken / "encoder.onnx").unlink()
-    with pytest.raises(BundleError, match=r"holds no encoder.onnx"):
+    with pytest.raises(BundleError, match=r"has no encoder.onnx"):
         ld.AdapterSession(broken)
 
 

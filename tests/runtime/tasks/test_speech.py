@@ -237,21 +237,21 @@ def test_tokens_that_the_vocabulary_lacks_are_refused_by_name(
     settings = json.loads((tiny_whisper / "generation_config.json").read_text())
     (own / "generation_config.json").write_text(json.dumps(settings | values))
     recognizer.session.load("own", own)
-    with pytest.raises(BundleError, match=f"sound 1: generation_config.json: {re.escape(message)}"):
+    with pytest.raises(BundleError, match=f"audio 1: generation_config.json: {re.escape(message)}"):
         recognizer.transcribe(SOUNDS[0], "own", timestamps=True)
     recognizer.session.unload("own")
 
 
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "no sounds": ({"audio": []}, UsageError, "no sounds"),
-    "no samples": ({"audio": np.zeros(0, np.float32)}, DataError, "sound 1 has no samples"),
+    "no audio": ({"audio": []}, UsageError, "no audio"),
+    "no samples": ({"audio": np.zeros(0, np.float32)}, DataError, "audio 1 has no samples"),
     "NaN": ({"audio": np.array([0.0, np.nan])}, DataError, "not finite"),
     "numbers in a list": ({"audio": [0.0, 0.1]}, UsageError, "numpy array"),
     "a language": ({"language": "Klingon"}, UsageError, "'Klingon' is none of the model's: de, en"),
     "languages": ({"language": ["en", "de"]}, UsageError, "one for each of 1"),
     "a task": ({"task": "sing"}, UsageError, "one of transcribe, translate"),
     "an adapter": ({"adapters": "third"}, UnknownAdapterError, "third"),
-    "n": ({"n": 2}, UsageError, "`n` is for texts alone"),
+    "n": ({"n": 2}, UsageError, "`n` is only for texts"),
     "long": ({"audio": LONG, "timestamps": False}, UsageError, "1.6 s, more than the 1 s"),
     "beams": ({"num_beams": 10**9}, BudgetError, "MiB"),
 }
@@ -272,7 +272,7 @@ def test_sounds_of_hours_are_refused_by_figures(
     recognizer: ld.SpeechRecognizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("loradeploy.runtime.tasks.speech.MAX_SECONDS", 1)
-    with pytest.raises(DataError, match="sound 2 lasts 2 s, 1 s are the most: cut it"):
+    with pytest.raises(DataError, match="audio 2 lasts 2 s, 1 s is the maximum: cut it"):
         recognizer.transcribe([SOUNDS[0], LONG])
 
 
@@ -281,20 +281,20 @@ def test_bundles_and_files_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(UsageError, match="no text: use SpeechRecognizer"):
         ld.TextGenerator(recognizer.session)
-    with pytest.raises(UsageError, match="takes no sound"):
+    with pytest.raises(UsageError, match="takes no audio"):
         ld.SpeechRecognizer(ld.AdapterSession(tiny_bert_bundle))
     with pytest.raises(DataError, match="8000 samples a second, the model takes 16000"):
         recognizer.transcribe(wav(tmp_path / "slow.wav", bytes(64), rate=8000))
     sound = save(tmp_path / "a.wav", SOUNDS[0])
     for flags, message in (
-        (("--chat",), "chat: for texts alone"),
-        (("--threshold", "0.5"), "threshold: for classifiers alone"),
+        (("--chat",), "chat: only for texts"),
+        (("--threshold", "0.5"), "threshold: only for classifiers"),
     ):
         with pytest.raises(UsageError, match=message):
             call("run", bundle, sound, *flags)
     asked = tmp_path / "asked.jsonl"
     asked.write_text('{"audio": "a.wav"}\n')
-    with pytest.raises(UsageError, match="audio: for speech recognizers alone"):
+    with pytest.raises(UsageError, match="audio: only for speech recognizers"):
         call("run", tiny_bert_bundle, "--input", asked)
     copy = tmp_path / "copy"
     shutil.copytree(bundle, copy)

@@ -272,7 +272,7 @@ def test_pairs_elsewhere_are_refused(
     session: ld.AdapterSession, tiny_llama_bundle: Path, tmp_path: Path
 ) -> None:
     asked = write_lines(tmp_path / "asked.jsonl", [{"text": "a", "text_pair": "b"}])
-    with pytest.raises(UsageError, match="text_pair: for sequence classifiers alone"):
+    with pytest.raises(UsageError, match="text_pair: only for sequence classifiers"):
         call("run", tiny_llama_bundle, "--input", asked)
     for line in ({"prompt": "a", "text_pair": "b"}, {"text": "a", "text_pair": 1}):
         with pytest.raises(DataError, match="line 1: give a pair as two texts, text and text_pair"):

@@ -265,7 +265,7 @@ def test_the_command_prints_entities(classify: TokenClassifier, tagged_bundle: P
         call("run", tagged_bundle, LONG, "--adapter", "pieces", "--stride", 9, "--json")
     )
     assert max(entity["end"] for entity in values["entities"]) > 0.8 * len(LONG)
-    with pytest.raises(UsageError, match="--threshold: for classifiers alone"):
+    with pytest.raises(UsageError, match="--threshold: only for classifiers"):
         call("run", tagged_bundle, TEXTS[0], "--threshold", 0.5)
 
 

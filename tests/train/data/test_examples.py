@@ -26,8 +26,8 @@ from tests.train.tasks.test_table import as_form
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "holds no examples"),
-        ("\n \n", "holds no examples"),
+        ("", "has no examples"),
+        ("\n \n", "has no examples"),
         ('{"text": "fine"}\n{"text": \n', "line 2: not JSON"),
         ('[\n{"text": "fine"}]', "line 1: not JSON .* each line is an object"),
         ('{"text": "fine"}\n\n[1]\n', "line 3: a JSON list"),
@@ -38,8 +38,8 @@ from tests.train.tasks.test_table import as_form
         ('{"prompt": "a", "completion": ""}\n', "line 1: completion is ''"),
         ('{"prompt": 3, "completion": "b"}\n', "line 1: prompt is 3"),
         ('{"text": "\\ud800"}\n', "line 1: .*contains an unpaired surrogate"),
-        ('{"messages": [{"role": "user"}]}\n', "line 1: messages is no list of objects"),
-        ('{"messages": "hello"}\n', "line 1: messages is no list of objects"),
+        ('{"messages": [{"role": "user"}]}\n', "line 1: messages is not a list of objects"),
+        ('{"messages": "hello"}\n', "line 1: messages is not a list of objects"),
         ('{"messages": [{"role": "user", "content": "x"}]}\n', "nothing to learn"),
         ('{"messages": [{"role": "assistant", "content": ""}]}\n', "line 1: content is ''"),
         (b"\xff\xfe", "not UTF-8"),
@@ -78,7 +78,7 @@ def test_a_label_that_contradicts_the_problem_type_is_refused(
     problem_type: str, label: Any, needed: str, tmp_path: Path
 ) -> None:
     file = write_lines(tmp_path / "a.jsonl", [{"text": "x", "label": label}])
-    with pytest.raises(DataError, match=f'{needed} is needed for `problem_type="{problem_type}"`'):
+    with pytest.raises(DataError, match=f'expected {needed} for `problem_type="{problem_type}"`'):
         CLASSIFIERS[problem_type](Source(file))
 
 
@@ -102,8 +102,8 @@ def test_several_numbers_are_as_many_in_every_row(tmp_path: Path) -> None:
         ("a.csv", "text,label\nx,\n", "line 2: label is ''"),
         ("a.csv", "text,label\nx,y\none, two,y\n", "line 3: not the 2 fields .* in quotes"),
         ("a.csv", "text,label\nx\n", "line 2: not the 2 fields"),
-        ("a.csv", "", "holds no examples"),
-        ("a.csv", "text,label\n", "holds no examples"),
+        ("a.csv", "", "has no examples"),
+        ("a.csv", "text,label\n", "has no examples"),
         ("a.jsonl", '{"text": "x", "label": null}\n', "line 1: label is None"),
         ("a.jsonl", '{"text": "x", "label": true}\n', "line 1: label is True"),
         ("a.jsonl", '{"label": "x"}\n', "line 1: text is None"),
@@ -118,8 +118,8 @@ def test_a_broken_label_is_named(name: str, content: str, message: str, tmp_path
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, "holds no folder of .txt files"),
-        ({"loose.txt": "x"}, "holds no folder of .txt files"),
+        ({}, "has no folder of .txt files"),
+        ({"loose.txt": "x"}, "has no folder of .txt files"),
         ({"a/1.txt": "x", "b/1.txt": " \n"}, r"1.txt is empty"),
     ],
 )
@@ -191,5 +191,5 @@ def test_a_row_may_have_a_pair_of_texts(problem: str, form: str, tmp_path: Path)
         rows[1]["text_pair"] = None
         with pytest.raises(DataError, match="line 2: some rows have a text_pair and others"):
             read(Source(write_lines(tmp_path / "some.jsonl", rows)))
-        with pytest.raises(DataError, match="line 1: text_pair is '', a text is needed"):
+        with pytest.raises(DataError, match="line 1: text_pair is '', expected a text"):
             read(Source(write_lines(tmp_path / "some.jsonl", [{**rows[0], "text_pair": ""}])))

@@ -268,7 +268,7 @@ def test_pairs_with_scores_have_the_prompts_that_the_adapter_was_trained_with(
         ),
         ({"embedding_loss": "cosine"}, SCORED[0] | {"score": 4}, "score is 4, which no cosine is"),
         ({"embedding_loss": "cosent"}, SCORED[0] | {"score": "x"}, "score is 'x', a number is nee"),
-        ({}, RANKED[0] | {"positive": ""}, "positive is '', a text is needed"),
+        ({}, RANKED[0] | {"positive": ""}, "positive is '', expected a text"),
     ],
 )
 def test_data_of_another_form_is_named(

@@ -219,7 +219,7 @@ def test_what_cannot_be_read_is_told_in_a_line(
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"tokens": ["a"], "tags": []}, "line 1: tags is .*, a list of texts is needed"),
+        ({"tokens": ["a"], "tags": []}, "line 1: tags is .*, expected a list of texts"),
         ({"tokens": ["a", "b"], "tags": ["X"]}, "line 1: 2 tokens and 1 tags"),
         ({"tokens": "a b", "tags": ["X"]}, "line 1: tokens is 'a b'"),
     ],

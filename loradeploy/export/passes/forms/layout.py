@@ -31,9 +31,7 @@ def use_row_layout(graph: ir.Graph) -> None:
         ExportError: something else needs the numbers of slots (see `has_rows`).
     """
     if not has_rows(graph):
-        raise ExportError(
-            'factors of embeddings need the numbers of slots: export with `layout="slots"`'
-        )
+        raise ExportError('factors of embeddings need slot numbers: export with `layout="slots"`')
     ids = graph.initializers[ADAPTER_IDS]
     for gathered, source in gathered_slots(graph).items():
         gathered.replace_all_uses_with(source)

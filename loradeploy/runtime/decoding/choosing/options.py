@@ -61,10 +61,10 @@ class GenerationOptions:
 
     max_new_tokens: int = _option(32, "the most tokens that are generated")
     temperature: float = _option(0.0, "0 is greedy; above it, tokens are sampled by the seed")
-    top_k: int | None = _option(None, "sample from so many of the likeliest tokens, 0 for all")
-    top_p: float | None = _option(None, "sample from the likeliest tokens of this probability")
+    top_k: int | None = _option(None, "sample from this many most likely tokens, 0 for all")
+    top_p: float | None = _option(None, "sample from the most likely tokens of this probability")
     min_p: float | None = _option(
-        None, "sample from tokens of at least this share of the likeliest one's probability"
+        None, "sample from tokens of at least this fraction of the highest probability"
     )
     repetition_penalty: float | None = _option(
         None, "what divides the logits of tokens that are in the prompt or the text"
@@ -91,7 +91,7 @@ class GenerationOptions:
         None, 'when beam search ends: True, "never", or by default False'
     )
     logprobs: int | None = _option(
-        None, "give each token's log-probability, and so many of the likeliest in its position"
+        None, "give each token's log-probability, and this many most likely tokens at its position"
     )
     allowed_tokens: AllowedTokens | None = field(
         default=None,
@@ -113,7 +113,7 @@ class GenerationOptions:
             merged.update(values)
         if unknown := [name for name in merged if name not in known]:
             raise UsageError(
-                f"{shown(unknown[0])} is no setting of a generation; there are:"
+                f"{shown(unknown[0])} is not a setting of a generation; there are:"
                 f" {listed_names(known, len(known), width=1000)}"
             )
         return cls(**merged)
@@ -213,7 +213,8 @@ def _check_bias(bias: object) -> None:
             )
         if not _number(value) or not value < float("inf"):  # -inf bars a token
             raise UsageError(
-                f"logit_bias of {shown(token)} is {shown(value)}: give a number, or -inf to bar it"
+                f"logit_bias of {shown(token)} is {shown(value)}: give a number, or -inf to"
+                " exclude it"
             )
 
 

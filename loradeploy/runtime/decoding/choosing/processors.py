@@ -144,7 +144,7 @@ class Processors:
         if not scores.max() > -np.inf:
             raise UsageError(
                 f"{self.what}: no token is allowed behind {len(made)} generated ones"
-                f" ({'its mask' if self.allowed_tokens else 'its settings'} bars all of"
+                f" ({'its mask' if self.allowed_tokens else 'its settings'} excludes all of"
                 f" {scores.size})"
             )
         if not scores.max() < np.inf:

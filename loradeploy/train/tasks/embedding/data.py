@@ -103,7 +103,7 @@ def _score(where: str, value: Any, bounded: bool) -> float:
     except (TypeError, ValueError, OverflowError):
         score = math.nan
     if not math.isfinite(score):
-        raise DataError(f"{where}: score is {reprlib.repr(value)}, a number is needed")
+        raise DataError(f"{where}: score is {reprlib.repr(value)}, expected a number")
     if bounded and not -1 <= score <= 1:
         raise DataError(
             f'{where}: score is {score:g}, which no cosine is: `embedding_loss="cosine"` needs -1'

@@ -133,7 +133,7 @@ def test_factors_of_embeddings_need_slots(tiny_llama_bundle: Path, tmp_path: Pat
         tiny_llama_bundle, tmp_path / "b", precision="int4", side_inputs=["embedding"]
     )
     assert (manifest.layout, manifest.branches) == ("slots", True)
-    with pytest.raises(UsageError, match="embeddings need the numbers of slots"):
+    with pytest.raises(UsageError, match="embeddings need slot numbers"):
         export(tiny_llama_bundle, tmp_path / "c", side_inputs=["embedding"], layout="rows")
 
 

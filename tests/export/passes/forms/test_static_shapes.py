@@ -122,7 +122,7 @@ def test_a_fixed_encoder_keeps_its_adapters_heads(
 def test_what_generates_refuses_a_fixed_bundle(tiny_llama_bundle: Path, tmp_path: Path) -> None:
     export(tiny_llama_bundle, tmp_path / "b", fixed=DECODE)
     assert not (tmp_path / "b" / "genai_config.json").exists()
-    with pytest.raises(UsageError, match=r"takes input_ids \[2, 1\] alone"):
+    with pytest.raises(UsageError, match=r"only takes input_ids \[2, 1\]"):
         TextGenerator(AdapterSession(tmp_path / "b"))
     # A dimension that is left open can be fixed later.
     export(tiny_llama_bundle, tmp_path / "one", fixed={"batch": 1})
