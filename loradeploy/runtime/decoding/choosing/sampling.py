@@ -49,7 +49,7 @@ class Sampling:
             raise UsageError(f"min_p is {self.min_p}: give 0 (all tokens) to 1")
         if self.temperature == 0 and (self.top_k or self.top_p < 1 or self.min_p):
             raise UsageError(
-                "top_k, top_p and min_p have no effect at temperature 0 (greedy): give a temperature"
+                "top_k, top_p and min_p have no effect at temperature 0: give a temperature"
             )
 
     @classmethod
