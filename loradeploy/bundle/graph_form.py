@@ -66,14 +66,14 @@ _DIMENSIONS: Final[Mapping[str, tuple[str | None, ...]]] = MappingProxyType(
 
 @dataclass(frozen=True)
 class GraphForm:
-    """What a graph is like, whatever model it is of.
+    """The form of a graph, independent of its model.
 
-    `merge`: an adapter is folded into the weights. `layout` and `branches` are None then: there
-    are no side inputs.
-    `side_inputs`: the kinds besides lora that some layer has.
-    `static_shapes`: the sizes of dimensions that are numbers.
+    `merge`: an adapter is merged into the weights. `layout` and `branches` are then None, because
+    there are no side inputs.
+    `side_inputs`: the kinds of side inputs in the graph, except lora.
+    `static_shapes`: the sizes of static dimensions.
     `logits_to_keep`: whether the positions that get logits can be chosen.
-    `target`: what the bundle is for, which chose what was not given.
+    `target`: the device that the bundle is for, which set the options that were not given.
     """
 
     precision: str = DEFAULT_PRECISION
@@ -250,7 +250,7 @@ def _static(manifest: Manifest) -> Iterator[tuple[str, int]]:
 
 
 def check_form(asked: Mapping[str, Any]) -> None:
-    """Refuse values that do not exist, and options that do not go together.
+    """Refuse values that do not exist, and options that cannot be combined.
 
     `asked`: values by the names of `FORM_OPTIONS`, None or empty where one is not asked for.
 

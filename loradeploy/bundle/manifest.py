@@ -143,7 +143,7 @@ class Manifest:
     "right", or "none" if all rows of a batch must have the same length. For an encoder, any other
     value than "none" means right.
     `cache_in_place`: whether one buffer can be both past and present of the KV cache.
-    `target`: what the bundle is for, where the export was to choose by that (run_target.py).
+    `target`: the device that the bundle is for, if the export was given one (run_target.py).
     `files`: all files that the export wrote, except the manifest; only these may be replaced.
     `sentence`: digests of the files that define how hidden states are pooled into an embedding, by
     name (modules.json and the files it names); empty if the base has none.
@@ -153,18 +153,18 @@ class Manifest:
     `base_prefix`: the prefix of the base model's paths.
     `problem_type`: of a sequence classifier, what the outputs of the base's head are, or of the
     merged adapter's (`adapter.heads`). Bundles of earlier versions do not have it.
-    `encoder`: of an encoder-decoder with a cache, what of it is in encoder.onnx; None of a graph in
-    one piece.
-    `tower`: of a model with a tower for texts and one for images, which the graph is: "text" or
-    "image"; None of other models (`adapter.fitting.towers`).
+    `encoder`: for an encoder-decoder with a cache, the part in encoder.onnx; None for a single
+    graph.
+    `tower`: for a model with a text and an image tower, which one the graph is: "text" or "image";
+    None for other models (`adapter.fitting.towers`).
     `logits_to_keep`: whether a decoder's graph has the optional input of that name, the positions
-    that get logits (export/passes/tokens/kept_logits.py); without a feed all do.
-    `embeds`: the optional inputs with which a decoder of images and text takes embeddings in the
-    places of tokens (export/passes/tokens/embeds.py).
+    to compute logits for (export/passes/tokens/kept_logits.py); if it is not fed, all of them.
+    `embeds`: the optional inputs with which the decoder of a vision-language model takes embeddings
+    instead of tokens (export/passes/tokens/embeds.py).
     `other_part`: the modules of the base that are in another bundle, to which an adapter's factors
     for them belong.
-    `added_tokens`: the rows that the graph has for tokens that adapters add to the base's; None
-    where it has the base's vocabulary.
+    `added_tokens`: the rows of the graph for tokens that adapters add to the base's; None if it has
+    the base's vocabulary.
     """
 
     task: str
@@ -236,7 +236,7 @@ class Manifest:
         return tuple(specs)
 
     def optional_inputs(self) -> tuple[TensorSpec, ...]:
-        """The inputs with a default that no adapter has a part in."""
+        """The inputs with a default that are not part of an adapter."""
         if not self.logits_to_keep:
             return self.embeds
         return (TensorSpec(LOGITS_TO_KEEP, "int64", ("rows", KEPT)), *self.embeds)

@@ -40,60 +40,62 @@ def export(
 ) -> Manifest:
     """Write the bundle `output` for `model` and return its manifest.
 
-    The form of the graph (precision, layout, …) is what is asked for; what is not, a bundle that is
-    exported again keeps, and other models get the default (docs/bundles.md has the table).
+    Options set the form of the graph (precision, layout, …). For an option that is not given, a
+    bundle that is exported again keeps its setting, and other models get the default (see the table
+    in docs/bundles.md).
 
     Args:
         model: a Hugging Face directory or id, an ONNX file or directory, or a bundle.
-        output: the bundle's directory; one that is there is replaced once the new one is whole.
-        adapters: by name, or a list of "[NAME=]DIR"; PEFT directories. Where there is no such
-            directory, DIR can be the name of an adapter of the bundle `model`.
-        merge: fold the one adapter into the weights instead of giving the graph side inputs.
+        output: the bundle's directory. An existing bundle is replaced when the new one is complete.
+        adapters: PEFT directories, by name or as a list of "[NAME=]DIR". If there is no such
+            directory, DIR can be the name of an adapter in the bundle `model`.
+        merge: merge the adapter into the weights. The graph then has no side inputs.
         precision: fp32 (the default for a checkpoint), fp16, bf16 (stored in bf16, computed in
             fp32), int8 or int4. An ONNX file keeps its own.
         task: one of `loradeploy.adapter.tasks` (causal-lm, sequence-classification,
             token-classification, feature-extraction, seq2seq-lm, image-classification,
-            vision-tower, image-feature-extraction). It is needed where neither the adapters nor the
-            model's architecture declare it, and chooses the tower of CLIP and SigLIP.
+            vision-tower, image-feature-extraction). It is required if neither the adapters nor the
+            model's architecture determine it, and selects the tower of CLIP and SigLIP.
         side_inputs: kinds of side inputs that every layer gets in addition to those that the given
-            adapters need, for adapters that come later: dora, bias, embedding, tokens,
-            experts (lora is always there).
-        layout: "slots", where `adapter_ids` names the slot of each row, or "rows", where slot i
-            belongs to row i, which is faster. The default is rows for int8 and int4, else slots.
-        branches: give the base model a branch of the graph to itself, so that idle side inputs
-            cost nothing. The default is on for int8 and int4 only: in fp32 and fp16 each branch
-            takes memory for its weights.
+            adapters need, for adapters that are loaded later: dora, bias, embedding, tokens,
+            experts (lora is always included).
+        layout: "slots", where `adapter_ids` selects the slot of each row, or "rows", where slot i
+            belongs to row i, which is faster. The default is rows for int8 and int4, otherwise
+            slots.
+        branches: give the base model its own branch of the graph, so that idle side inputs cost
+            nothing. On by default for int8 and int4 only: in fp32 and fp16 each branch takes memory
+            for its weights.
         required_inputs: also write required.onnx, the graph for clients that drop feeds of inputs
             with defaults (onnxruntime-node), and the base's side inputs as .safetensors.
         requantize: merge into int8 or int4 weights and quantize them again; the manifest's
             merge_error is the part of the adapter that rounding lost.
         checkpoint: the directory that an ONNX model was exported from. Its weights identify the
-            modules of the graph, whatever the nodes are called, and the base model.
+            modules of the graph, regardless of node names, and the base model.
         module_map: a JSON file that identifies the modules instead, {"node name": "module"}. The
             names are regular expressions; a fused weight has a list of [module, outputs].
         fixed: sizes of dimensions by name (batch, sequence, past, total), for providers that
             compile a graph for its shapes.
         attention: "gqa" for ONNX Runtime's GroupQueryAttention, whose cache can be one buffer that
-            is written in place; batches are then padded on the right. "standard", the default, is
-            ONNX's Attention. A graph with GroupQueryAttention cannot be turned back.
+            is updated in place; batches are then padded on the right. "standard", the default, is
+            ONNX's Attention. A graph with GroupQueryAttention cannot be converted back.
         logits_to_keep: give a decoder the optional input `logits_to_keep` [rows, kept], the
-            positions that get logits. The default is on where side inputs are, and the graph can
-            have it.
-        target: "cpu", "cuda", "webgpu", "openvino" or "web": what the bundle is for. Options that
-            are not given become what runs on its device (docs/bundles.md has the table); one that
-            is given and does not run there is refused.
+            positions to compute logits for. On by default if the graph has side inputs and supports
+            it.
+        target: the device that the bundle is for: "cpu", "cuda", "webgpu", "openvino" or "web".
+            Sets the options that are not given to what runs on the device (see the table in
+            docs/bundles.md), and refuses options that do not run there.
         trust_remote_code: run the Python files that a checkpoint's config names; they can do
             anything. Without it such a checkpoint is refused.
         overwrite: whether a bundle at `output` may be replaced.
-        triton: a directory that gets the bundle as a model of Triton Inference Server too, beside
-            the models that it has. The bundle has to be merged or to have `required_inputs`.
+        triton: a Triton model repository to which the bundle is also added as a model. The bundle
+            must be merged or have `required_inputs`.
 
     Raises:
-        UsageError: options that do not go together.
+        UsageError: options that cannot be combined.
         ModelError: the model is missing or cannot be used.
         AdapterError: an adapter cannot be read, or (AdapterMismatchError) does not fit the model.
         ExportError: the model cannot be exported in this way, or the disk is full.
-        MissingDependencyError: a checkpoint, and torch is not installed.
+        MissingDependencyError: the model is a checkpoint, and torch is not installed.
     """
     from pathlib import Path
 

@@ -44,51 +44,53 @@ def parity(
     baseline: str | os.PathLike[str] | None = None,
     trust_remote_code: bool = False,
 ) -> ParityReport:
-    """Compare every way to run `bundle` with PyTorch, and return what was found.
+    """Compare every way to run `bundle` with PyTorch, and return the report.
 
     The reference is the base model in PyTorch with the adapter as LoRA layers, float32. Whether
     everything agrees is `ParityReport.passed`; a difference is no error.
 
     Args:
         bundle: a directory that `loradeploy.export` wrote.
-        model: the base model's directory; by default the one that the bundle names, if it is here.
-        adapters: by name, or a list of "[NAME=]DIR": besides those in the bundle, or the one that a
-            merged bundle claims to hold.
+        model: the base model's directory; by default the one that the bundle names, if it is
+            available.
+        adapters: by name, or a list of "[NAME=]DIR", in addition to those in the bundle; or the one
+            that is merged into a merged bundle.
         report: files to write, .json, .xml (JUnit), .md or .html.
-        backends: names from the table of backends in docs/parity.md; by default all that the
-            bundle has and that can be run here.
+        backends: names from the table of backends in docs/parity.md; by default all that the bundle
+            has and that can run here.
         phases: names such as "prefill" or "chunked prefill"; by
             default all that the task has.
         prompts: a file (one prompt a line, or JSONL with `prompt`, `text`, `text` and `text_pair`,
             or `messages`), or a list of texts, pairs of texts, and such objects.
-        tokens: how many are generated after each prompt; by default `prompts.GENERATED`.
+        tokens: number of generated tokens after each prompt; by default `prompts.GENERATED`.
         seed: for random tokens: those of `fuzz`, and of a bundle without a tokenizer.
-        fuzz: how many rows of random tokens are fed too.
+        fuzz: number of additional rows of random tokens.
         providers: execution providers as `AdapterSession` takes them, such as "cuda", "cuda:1" or
-            ("cuda", {"use_tf32": 1}); the graphs are run on each, with the providers that stand
-            behind it; scores are taken, and `others` are run, on the first. The CPU by default.
-        optimization: levels of onnxruntime's graph optimization, each of which the graphs are run
-            at: "disable", "basic", "extended" or "all"; "all" by default.
-        capture_graphs: run the graphs once more on the providers that capture runs (CUDA graphs,
-            `AdapterSession(…, capture_graphs=True)`). An adapter of which no run was a replay
-            is not certified for captured runs.
+            ("cuda", {"use_tf32": 1}); the graphs run on each, with its fallback providers; task
+            metrics are computed, and `others` run, on the first. The CPU by default.
+        optimization: levels of onnxruntime's graph optimization; the graphs run at each: "disable",
+            "basic", "extended" or "all"; "all" by default.
+        capture_graphs: also check captured runs, on the providers that support them (CUDA graphs,
+            `AdapterSession(…, capture_graphs=True)`). An adapter without a replayed run is not
+            certified for captured runs.
         genai_python: the Python interpreter that has onnxruntime-genai; by default this one, if it
-            does.
+            has it.
         controls: make mistakes on purpose as well, and fail unless each is caught.
-        shrink: where a backend fails, search for the smallest input that fails still.
-        evaluate: held-out data to take the task metrics on (accuracy, F1, RMSE and correlations,
+        shrink: if a backend fails, search for the smallest input that still fails.
+        evaluate: held-out data to compute the task metrics on (accuracy, F1, RMSE and correlations,
             perplexity), in the forms of training data; or by adapter's name, a mapping or a list of
             "NAME=DATA".
-        examples: how many of them are drawn.
+        examples: number of examples to sample from the data.
         localize: search for the first module that diverges, comparing values inside the model and
-            the graph: None where something failed, True always, False never.
+            the graph. None: if something failed; True: always; False: never.
         certificate: write the verdict into the bundle, as parity.json.
-        sign: a PEM file with an ed25519 key: its signature of a verdict that passed is written
-            beside it, as parity.json.sig.
-        others: what else is compared with PyTorch; docs/parity.md has the forms.
-        baseline: an earlier report (JSON): what got worse since is a failure.
-        trust_remote_code: run the Python files that the config of `model` names, which do as they
-            like; without it such a model is refused. Not for a model that the bundle names.
+        sign: a PEM file with an ed25519 key. If the check passes, the signature is written to
+            parity.json.sig.
+        others: other models to compare with PyTorch (see docs/parity.md).
+        baseline: an earlier report (JSON); the check fails if a metric got worse.
+        trust_remote_code: run the Python files that the config of `model` names, which can do
+            anything. By default, such a model is refused. Does not apply to a model that the bundle
+            names.
 
     Raises:
         UsageError: options that do not go together, an unknown report ending, or a baseline of

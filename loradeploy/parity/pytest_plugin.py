@@ -52,7 +52,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Refuse options that do not go together."""
+    """Refuse options that cannot be combined."""
     if config.getoption("parity_update_baseline") and not config.getoption("parity_baseline"):
         raise pytest.UsageError("--parity-update-baseline needs --parity-baseline DIR")
 

@@ -60,7 +60,7 @@ class ImageReader:
         """The images in batches, in their order.
 
         Raises:
-            UsageError: no images, one is none, or not one adapter for each.
+            UsageError: no images, one that is not an image, or not one adapter for each.
             DataError: a file cannot be read as an image.
             MissingDependencyError: Pillow is not installed.
             UnknownAdapterError: an adapter that was never loaded.

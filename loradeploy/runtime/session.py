@@ -65,42 +65,42 @@ class AdapterSession:
 
     `providers`: execution providers in order of preference, "cuda" or "CUDAExecutionProvider",
     "cuda:1" for the second device (docs/devices.md); by default those that `session_options`
-    choose, else the CPU's.
-    One that is installed but does not start is passed over, with a logged warning, if the CPU's is
-    named too; `providers` tells which run.
-    `session_options`: onnxruntime's. Where they set no log severity, errors alone are logged:
+    choose, or the CPU's.
+    A provider that is installed but does not start is skipped with a warning, if the CPU's is
+    listed too; `providers` lists those in use.
+    `session_options`: onnxruntime's. If they set no log severity, only errors are logged, because
     onnxruntime warns once for every side input.
-    `host_budget`, `device_budget`: bytes of adapters in host memory, and of their copies on the
-    device, which on the CPU are the stacks that mixed batches read. Where there are more, those
-    that were not used the longest go, and are read again when they are used. None is no limit.
-    `require_certificate`: open the bundle only where `loradeploy parity` passed on it, and its
-    files are those that were checked (all are read for it), on the provider that this session runs
-    on; an adapter that was not among those checked is refused when it is read. A
-    `CertificateMinimum` asks for more: how much was checked, on which providers, who signed it.
+    `host_budget`, `device_budget`: limits in bytes for adapters in host memory, and for their
+    copies on the device, which on the CPU are the stacks that mixed batches read. The least
+    recently used adapters are evicted, and read again when they are used. None is no limit.
+    `require_certificate`: only open the bundle if `loradeploy parity` passed for its current files
+    (all of them are read to check this), on the provider of this session. An adapter that was not
+    checked is refused when it is read. A `CertificateMinimum` requires more: the scope of the
+    check, its providers, its signature.
 
     `check_device`: on a provider other than the CPU's and CUDA's, first compare a random adapter's
-    effect with the CPU's, which takes a second session on the CPU for as long as it lasts.
+    effect with the CPU's. During this check a second session on the CPU is open.
 
-    `capture_graphs`: let the device record runs and replay them (CUDA graphs): a decoder's runs of
-    one new token, and all runs of graphs without a cache, are captured when their shapes come a
-    second time, in buffers that keep their addresses, the adapters copied into fixed slots. Runs of
-    several threads take turns then. On CUDA and WebGPU, where every node is on the device
+    `capture_graphs`: record runs on the device and replay them (CUDA graphs). A decoder's runs of
+    one new token, and all runs of graphs without a cache, are captured when their shapes occur a
+    second time, in buffers with constant addresses, with the adapters copied into fixed slots. Runs
+    of several threads then take turns. Requires CUDA or WebGPU, with every node on the device
     (docs/devices.md).
 
-    `limits`: what the graph takes, such as the size of its vocabulary.
-    `texts`: what the adapters bring for texts (tokenizer, chat template, pooling), and the base.
-    `wholes`: the adapters that those for one part of a model are parts of (docs/images.md).
+    `limits`: what the graph accepts, such as the size of its vocabulary.
+    `texts`: the text settings (tokenizer, chat template, pooling) of the base and the adapters.
+    `wholes`: the complete adapters of those that were split between bundles (docs/images.md).
 
     The adapters that came with the bundle are loaded when they are first used by name. Loading,
-    unloading and running are safe from several threads. A session is for the process that opened
-    it, until `close` or the end of its `with`; then every use is refused with a UsageError.
+    unloading and running are safe from several threads. A session can only be used in the process
+    that opened it. After `close` or the end of its `with`, every use raises a UsageError.
 
     Raises:
-        BundleError: the bundle is broken, its graph is not what its manifest says, or a certificate
-            is required and there is none that holds.
-        UsageError: a provider that is not installed or does not start, a budget below 1, or a
-            provider or a graph of which no runs are captured.
-        DeviceError: a provider that computes something else than the CPU.
+        BundleError: the bundle is malformed, its graph does not match its manifest, or a
+            certificate is required and there is no valid one.
+        UsageError: a provider that is not installed or does not start, a budget below 1, or
+            `capture_graphs` with a provider or a graph that does not support it.
+        DeviceError: a provider whose results differ from the CPU's.
     """
 
     def __init__(
@@ -211,25 +211,25 @@ class AdapterSession:
     @property
     @while_open
     def provider(self) -> ProviderFacts:
-        """The provider that runs the graph: its version, its device, those behind it, options."""
+        """The provider that runs the graph: its version, device, fallback providers and options."""
         return self._opened.running
 
     @property
     @while_open
     def placement(self) -> dict[str, dict[str, int]]:
-        """How many nodes of each operator every provider runs; a fall-back to the CPU shows."""
+        """The number of nodes per provider and operator; shows what falls back to the CPU."""
         return placement_of(self._session)
 
     @property
     @while_open
     def adapters(self) -> dict[str, str | None]:
-        """Name and digest of every adapter that a run can use; None where it was not read yet."""
+        """Name and digest of every adapter that a run can use; None if it was not read yet."""
         return dict(sorted(self._bank.digests().items()))
 
     @property
     @while_open
     def statistics(self) -> BankStatistics:
-        """What adapters take in memory, and how often they were there when they were used."""
+        """The memory of adapters, and how often they were in memory when they were used."""
         found = self._bank.statistics()
         if self._replays is None:
             return found
@@ -238,11 +238,11 @@ class AdapterSession:
     @property
     @while_open
     def captured(self) -> int | None:
-        """How many runs the device has recorded; None where it records none (`capture_graphs`).
+        """The number of recordings that the device has; None without `capture_graphs`.
 
-        It grows to one for each set of shapes, buffers and sizes of adapters: a number that grows
-        at each run says that these do not come again. After 64, those that were dropped among them,
-        nothing more is recorded (`capture_statistics`).
+        There is one for each combination of shapes, buffers and sizes of adapters. If the number
+        grows with every run, these combinations do not repeat. After 64 recordings, including
+        dropped ones, nothing more is recorded (`capture_statistics`).
         """
         return None if self._replays is None else self._replays.statistics.recorded
 
@@ -251,9 +251,9 @@ class AdapterSession:
     def capture_statistics(self) -> CaptureStatistics | None:
         """What was recorded and replayed so far; None without `capture_graphs`.
 
-        `recorded`: recordings that there are. `made`: those that there ever were, 64 at most.
-        `replayed`: runs that the device replayed. `refused`: runs whose shapes came again, and that
-        were run as ever, as no further recording could be made.
+        `recorded`: existing recordings. `made`: recordings made so far, at most 64. `replayed`:
+        runs that the device replayed. `refused`: runs whose shapes were repeated, but that ran
+        normally because no further recording could be made.
         """
         return None if self._replays is None else self._replays.statistics
 
@@ -263,15 +263,16 @@ class AdapterSession:
     ) -> str:
         """Load the adapter at `path` as `name` and return its digest.
 
-        `path` is a PEFT directory, its .safetensors file, or an .onnx_adapter file; without it, the
-        adapter `name` of the bundle itself. The same adapter again changes nothing. Another one
-        takes a name only with `replace`, and so does the same one with other files for its texts:
-        runs that have begun end with the old one. A failure leaves the session as it was.
+        `path` is a PEFT directory, its .safetensors file, or an .onnx_adapter file. Without it, the
+        adapter `name` of the bundle is loaded. Loading the same adapter again has no effect. To
+        load another adapter under an existing name, or the same one with other text files, give
+        `replace`; runs that have started complete with the old one. A failure does not change the
+        session.
 
         Raises:
             AdapterError: the adapter is refused, or does not fit (AdapterMismatchError), or it was
                 not checked and a certificate is required.
-            UnknownAdapterError: there is no `path`, and the bundle holds no adapter `name`.
+            UnknownAdapterError: no `path` is given, and the bundle has no adapter `name`.
             UsageError: another adapter has this name.
         """
         check_name(name)
@@ -303,11 +304,11 @@ class AdapterSession:
 
     @while_open
     def register(self, name: str, path: str | os.PathLike[str], *, replace: bool = False) -> None:
-        """Let `name` stand for the adapter at `path`, which is read when a run first uses it.
+        """Register the adapter at `path` as `name`. It is read when a run first uses it.
 
         Raises:
-            AdapterError: nothing is there; what is wrong with it tells the run that uses it.
-            UsageError: the name is taken, and `replace` is not given.
+            AdapterError: `path` does not exist. Other problems are raised by the first run.
+            UsageError: the name is in use, and `replace` is not given.
         """
         check_name(name)
         place = Path(path)
@@ -321,7 +322,7 @@ class AdapterSession:
 
     @while_open
     def pin(self, name: str) -> None:
-        """Load the adapter `name`, and keep it in memory whatever the budget.
+        """Load the adapter `name`, and keep it in memory regardless of the budget.
 
         Raises:
             UnknownAdapterError: no adapter has this name. AdapterError: as `load`.
@@ -331,7 +332,7 @@ class AdapterSession:
 
     @while_open
     def unpin(self, name: str) -> None:
-        """Let the adapter `name` go when the budget wants room.
+        """Allow the adapter `name` to be evicted again.
 
         Raises:
             UnknownAdapterError: no adapter has this name.
@@ -341,10 +342,10 @@ class AdapterSession:
 
     @while_open
     def unload(self, name: str) -> None:
-        """Let go of the adapter `name`, and wait until the runs that use it have ended.
+        """Unload the adapter `name`, and wait until the runs that use it have ended.
 
-        Runs that begin after the call do not find it, one that came with the bundle included:
-        `load(name)` brings that one back.
+        Runs that start after the call cannot use it, even if it came with the bundle; `load(name)`
+        loads it again.
 
         Raises:
             UnknownAdapterError: no adapter has this name.
@@ -360,21 +361,21 @@ class AdapterSession:
     ) -> list[NDArray[Any]]:
         """Run the graph, as `onnxruntime.InferenceSession.run` does, with adapters.
 
-        `adapters`: None is the base, a name one adapter for all rows, a sequence one for each row
-        of the batch, in which None is the base. In place of a name may stand a mapping of names to
-        weights: the sum of the adapters' updates, each times its weight. `output_names` None means
-        all outputs. Of an encoder-decoder the feeds may be what the encoder takes, what the decoder
-        takes, or both (docs/seq2seq.md).
+        `adapters`: None for the base, a name for one adapter in all rows, or a sequence with one
+        entry for each row of the batch, in which None is the base. Instead of a name, a mapping of
+        names to weights blends adapters: the weighted sum of their updates. `output_names`: None
+        means all outputs. For an encoder-decoder, the feeds are the inputs of the encoder, of the
+        decoder, or both (docs/seq2seq.md).
+
+        Integers and masks can have any integer type or bool, if their values fit into the graph's.
 
         Raises:
             UnknownAdapterError: an adapter that was never loaded.
-            UsageError: a missing, unknown or misshapen feed, one that the graph would answer
-                wrongly (tokens outside of the vocabulary, no rows, a mask that does not fit, more
-                tokens than positions), an unknown output, not one adapter for each row, or adapters
-                for a merged bundle.
+            UsageError: a missing, unknown or misshapen feed, a feed that the graph would silently
+                answer incorrectly (tokens outside of the vocabulary, no rows, a mask that does not
+                fit, more tokens than positions), an unknown output, not one adapter for each row,
+                or adapters for a merged bundle.
             RunError: onnxruntime cannot run it.
-
-        Whole numbers and masks may be of any integer type or bool, where the graph's holds them.
         """
         with self.hold(adapters) as held:
             return held.run(output_names, feeds)
@@ -387,25 +388,25 @@ class AdapterSession:
         *,
         buffers: Mapping[str, onnxruntime.OrtValue] | None = None,
     ) -> list[onnxruntime.OrtValue]:
-        """As `run`, but the outputs stay on the device: a cache goes round without a copy.
+        """Like `run`, but the outputs stay on the device, so a cache can be fed without a copy.
 
-        `buffers`: values that outputs are written to, by name, of their shapes and dtypes.
+        `buffers`: values to write outputs to, by name, with the outputs' shapes and dtypes.
         """
         with self.hold(adapters) as held:
             return held.run_with_ort_values(output_names, feeds, buffers=buffers)
 
     def empty_cache(self, batch: int) -> DecoderCache:
-        """A decoder's cache of no tokens for `batch` rows, which grows or is written in place.
+        """An empty decoder cache for `batch` rows, which grows or is updated in place.
 
-        Where runs are captured, a later cache has the buffers of one that is no longer used.
+        If runs are captured, a later cache reuses the buffers of one that is no longer used.
         """
         return DecoderCache(self.manifest, self._device, batch=batch, pool=self._caches)
 
     @contextmanager
     def hold(self, adapters: Adapters) -> Iterator[HeldAdapters]:
-        """Keep `adapters` as they are for several runs, such as the steps of a generation.
+        """Keep `adapters` unchanged for several runs, such as the steps of a generation.
 
-        An unload of one of them waits until the context ends; a replacement is used afterwards.
+        An `unload` of one of them waits until the context ends; a replacement is used afterwards.
 
         Raises:
             UnknownAdapterError: an adapter that was never loaded.
@@ -427,13 +428,13 @@ class AdapterSession:
                 held.end()
 
     def joined(self) -> JoinedAdapters:
-        """The rows of a batch that come and go, each with a hold of its own."""
+        """The rows of a batch that join and leave, each with its own hold on its adapter."""
         return JoinedAdapters(self._run, self._device, self._bank.join, self._bank.part)
 
     def close(self) -> None:
-        """Wait for what has begun, and let go of the graph and the adapters.
+        """Wait for running calls, then release the graph and the adapters.
 
-        Whatever begins after the call is refused. A second call changes nothing.
+        Calls that start later are refused. A second call has no effect.
 
         Raises:
             UsageError: this thread is itself in the middle of a run.

@@ -31,21 +31,22 @@ def train(
         model: a Hugging Face directory or id.
         data: a file, a folder or a dataset; docs/training.md has the forms, and what a row of each
             task has.
-        output: takes the adapter, `loss.csv`, `loss.png`, and `train.yaml`, the settings in full.
+        output: takes the adapter, `loss.csv`, `loss.png`, and `train.yaml`, the complete settings.
         config: settings: a `TrainConfig`, a YAML file, or a mapping with its names.
-        resume: go on from the newest checkpoint in `OUTPUT-checkpoints` (see `save_steps`), which
-            a run that finishes removes. The end is the same, bit for bit, as without the break.
-        trust_remote_code: run the Python files that the model's config names, which do as they
-            like; without it such a model is refused.
-        flags: settings again, over those of the file.
+        resume: continue from the newest checkpoint in `OUTPUT-checkpoints` (see `save_steps`),
+            which a completed run removes. The result is the same, bit for bit, as without the
+            interruption.
+        trust_remote_code: run the Python files that the model's config names, which can do
+            anything. By default, such a model is refused.
+        flags: individual settings, which override those of `config`.
 
     Raises:
         UsageError: a setting that does not exist or is out of range, an output that cannot be
             written, nothing to resume, or checkpoints of another run.
-        ModelError: the model is missing, broken, or not of the task.
+        ModelError: the model is missing or malformed, or does not fit the task.
         DataError: the data is missing, empty, or has a line (named) that cannot be used.
         TrainingError: the loss or a gradient is no longer finite, or memory or disk ran out.
-        TrainingInterruptedError: a signal stopped it, after a step and with a checkpoint of it.
+        TrainingInterruptedError: a signal stopped the run, after a step and with a checkpoint.
         MissingDependencyError: the extra `train` is not installed.
     """
     from loradeploy.lora.base.loading import custom_code

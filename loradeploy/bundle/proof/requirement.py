@@ -30,14 +30,14 @@ class Coverage:
 
 @dataclass(frozen=True)
 class CertificateMinimum:
-    """The least that a certificate must stand for.
+    """The minimum scope of a certificate.
 
-    `phases`: what must have been run, such as "decode" and "padded batch". `providers`: execution
-    providers on each of which it must have been run; none is the one that the session runs on, with
-    the same kind of device and the same options. A name is the command line's or ONNX Runtime's; a
-    device's number in it does not count. `prompts`, `prompt_tokens`, `generated`: how many at
-    least. `precision`: the bundle's. `public_key`: a PEM file; its owner must have signed the
-    certificate.
+    `phases`: phases that must have run, such as "decode" and "padded batch". `providers`: execution
+    providers on each of which the check must have run; if empty, the session's provider, with the
+    same kind of device and the same options. Names are those of the command line or ONNX Runtime's;
+    device numbers are ignored. `prompts`, `prompt_tokens`, `generated`: minimum numbers.
+    `precision`: the bundle's. `public_key`: a PEM file; the certificate must be signed with its
+    private key.
 
     Raises:
         UsageError: a number below 0.
@@ -65,7 +65,7 @@ class CertificateMinimum:
         """The minimum in `text`, such as "prompts=16,generated=8,phases=decode+prefill".
 
         Raises:
-            UsageError: an unknown name, or no number where one is needed.
+            UsageError: an unknown name, or a value that is not a number.
         """
         fields = {field.name for field in dataclasses.fields(cls)} - {"public_key"}
         values: dict[str, Any] = {}
@@ -87,7 +87,7 @@ class CertificateMinimum:
         return cls(**values)
 
     def lacking(self, coverage: Coverage, precision: str) -> str | None:
-        """What a check of `coverage` does not reach; None where it is enough."""
+        """What a check of `coverage` lacks; None if it is sufficient."""
         for name in _NUMBERS:
             found, least = getattr(coverage, name), getattr(self, name)
             if found < least:

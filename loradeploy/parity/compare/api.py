@@ -60,13 +60,13 @@ def compare(
     report: Iterable[str | os.PathLike[str]] | str | os.PathLike[str] = (),
     baseline: str | os.PathLike[str] | None = None,
 ) -> ParityReport:
-    """Compare `candidate` with `reference`, output by output, and return what was found.
+    """Compare `candidate` with `reference`, output by output, and return the report.
 
     Either is an ONNX file, a bundle (its base, or what is merged into it), a `torch.nn.Module`, a
     function of feeds (numpy arrays by name) that returns outputs (by name, or as a sequence in the
-    order of the other side's), or "module:function" of one. Outputs are matched by name. What only
-    one side gives fails, and so do another shape, values that are not finite, a side that raises,
-    and one that differs from itself when the first case is run again.
+    order of the other side's), or "module:function" of one. Outputs are matched by name. The
+    comparison fails for an output of only one side, different shapes, values that are not finite, a
+    side that raises, and a side that gives different results when the first case is run again.
 
     Args:
         inputs: feeds, one mapping of names to arrays for each case; an .npz file or a directory of
@@ -75,13 +75,13 @@ def compare(
         seed: for those.
         tolerances: a precision whose limits are taken, or limits by metric in place of those of
             the candidate's precision; by default the latter.
-        names: what the candidate calls inputs and outputs of the reference that it calls otherwise.
+        names: the candidate's names of the reference's inputs and outputs, where they differ.
         providers: onnxruntime's execution providers, the CPU's by default.
         report: files to write, as in `loradeploy.parity`.
-        baseline: an earlier report (JSON): what got worse since is a failure.
+        baseline: an earlier report (JSON); the check fails if a metric got worse.
 
     Raises:
-        UsageError: what is no model, inputs that are lacking, unknown tolerances, a baseline of
+        UsageError: a side that is not a model, missing inputs, unknown tolerances, a baseline of
             something else.
         ModelError, BundleError: a file that cannot be opened.
         DataError: inputs that cannot be read.

@@ -260,7 +260,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class ParityReport:
-    """The verdict on a bundle, or on two models that were compared, with all that it stands on.
+    """The verdict on a bundle, or on two models that were compared, with all of its evidence.
 
     `task`: None of two models, whose `mode` is COMPARED: `bundle` is the candidate then and `base`
     the reference.
@@ -299,12 +299,12 @@ class ParityReport:
 
     @property
     def passed(self) -> bool:
-        """Whether everything that ran agrees with the reference, and something ran."""
+        """Whether everything that ran agrees with the reference, and anything ran."""
         return not self.failures
 
     @property
     def mutation_score(self) -> float | None:
-        """The share of the mistakes made on purpose that was caught; None where none was made."""
+        """The fraction of the deliberate mistakes that was caught; None if none were made."""
         caught = sum(control.caught for control in self.controls)
         return caught / len(self.controls) if self.controls else None
 

@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TextScore:
-    """How likely a text is to the model with an adapter.
+    """The probability of a text for the model with an adapter.
 
     Args:
         token_ids: the text's tokens.
         logprobs: one for each of `token_ids` but the first, which nothing precedes.
-        logprob: their sum, the natural logarithm of the text's probability behind its first token.
-        adapter: whose score it is.
+        logprob: their sum, the natural logarithm of the text's probability after its first token.
+        adapter: the adapter of the score.
     """
 
     token_ids: tuple[int, ...]

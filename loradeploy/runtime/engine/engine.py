@@ -29,20 +29,20 @@ _CHARACTERS: Final = 4
 
 
 class Engine:
-    """Generates requests of a decoder bundle together, as they come, each with its own adapter.
+    """Batches requests to a decoder bundle as they arrive, each with its own adapter.
 
-    A request joins the others between two tokens and leaves when it has ended; its texts are those
-    that it would get alone. Two threads of its own do the work, from `start` (or the beginning of
-    a `with`) until `close`: one reads adapters and prompts of requests that wait, the other runs
-    the graph. It may be used from several threads, and with asyncio.
+    A request joins the running batch between two tokens and leaves when it has ended; its texts are
+    the same as if it ran alone. From `start` (or the beginning of a `with`) until `close`, two
+    threads do the work: one reads adapters and prompts of waiting requests, the other runs the
+    graph. An engine can be used from several threads, and with asyncio.
 
     `bundle`: a session on a decoder bundle, or a generator of one.
-    `max_rows`: how many texts are generated together. `max_waiting`: how many requests may wait
-    for that. `prefill_chunk`: so many tokens of a prompt are read between two steps of the others.
-    `cache_budget`: the bytes that the rows' keys and values may take, by default half of what the
-    machine has available (Linux, on the CPU).
-    `prefix_budget`: the bytes that keys and values of prompts' beginnings may take, which later
-    prompts of the same adapter and scope begin with; 0 keeps none.
+    `max_rows`: maximum number of texts in a batch. `max_waiting`: maximum number of waiting
+    requests. `prefill_chunk`: number of prompt tokens that are processed between two decode steps.
+    `cache_budget`: limit in bytes for the rows' keys and values, by default half of the available
+    memory (Linux, on the CPU).
+    `prefix_budget`: limit in bytes for the keys and values of prompt prefixes, which later prompts
+    of the same adapter and scope reuse; 0 keeps none.
     `observer`: called with what it measures, see `Moment`.
 
     Raises:
@@ -97,11 +97,12 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """Whether it serves what was submitted: False once it is closed, or a defect ended it."""
+        """Whether the engine processes requests: False after it was closed, or ended by a
+        defect."""
         return not self._requests.closed
 
     def start(self) -> Engine:
-        """Begin to work; what was submitted before waits until then."""
+        """Start the engine. Requests that were submitted before wait until then."""
         requests = self._requests
         with requests.changed:
             if requests.broken is not None:
@@ -120,9 +121,9 @@ class Engine:
         return self
 
     def drain(self, timeout: float | None = None) -> bool:
-        """Take no more requests, and wait until those that there are have ended.
+        """Accept no more requests, and wait until the existing ones have ended.
 
-        True where they all have; after `timeout` seconds the others are cancelled.
+        Returns True if all of them ended; after `timeout` seconds the others are cancelled.
         """
         requests = self._requests
         with requests.changed:
@@ -137,7 +138,7 @@ class Engine:
         return empty
 
     def close(self) -> None:
-        """Cancel all requests and end; the session stays open. A second call changes nothing."""
+        """Cancel all requests and stop. The session stays open. A second call has no effect."""
         requests = self._requests
         with requests.changed:
             requests.draining = requests.closed = True
@@ -173,20 +174,20 @@ class Engine:
         shorten: bool = False,
         **options: Unpack[GenerationFlags],
     ) -> Submission:
-        """Take a request in, and return at once.
+        """Submit a request, and return immediately.
 
-        `prompt`, `adapter`, `seed`, `chat` and `options` are as those of one prompt of
-        `TextGenerator.generate`. `scope`: whose it is, such as an API key: scopes take turns, and
-        nothing that is kept of a prompt serves another scope. `deadline`: seconds from now after
-        which it fails, wherever it is. `shorten`: fewer than `max_new_tokens` will do where a row
-        has less room, instead of a BudgetError; so it is without `max_new_tokens`.
+        `prompt`, `adapter`, `seed`, `chat` and `options` are as for one prompt of
+        `TextGenerator.generate`. `scope`: the owner, such as an API key; scopes take turns, and do
+        not share prefix cache entries. `deadline`: seconds from now after which the request fails,
+        waiting or running. `shorten`: if a row has no room for `max_new_tokens`, generate fewer
+        instead of raising a BudgetError; always so if `max_new_tokens` is not given.
 
         Raises:
             UsageError: as `TextGenerator.generate`, but for what needs the adapter or the prompt's
                 tokens, which the submission raises, and UnknownAdapterError, AdapterError and
                 BudgetError with it.
-            EngineFullError: as many requests wait as may; with `retry_after`.
-            EngineClosedError: the engine is closed, drains, or was ended by a defect.
+            EngineFullError: `max_waiting` requests are waiting; has `retry_after`.
+            EngineClosedError: the engine is closed or draining, or was ended by a defect.
         """
         if not (adapter is None or isinstance(adapter, str)):
             check_adapters([adapter])
@@ -217,7 +218,7 @@ class Engine:
         return submission
 
     def stats(self) -> EngineStatistics:
-        """What it did and has at hand, a copy."""
+        """The current statistics, a copy."""
         return self._requests.stats()
 
     # -- the thread that runs the graph --------------------------------------------------------

@@ -77,7 +77,7 @@ class EngineRequests:
         return [*self.queue, *preparing, *prepared]
 
     def stats(self) -> EngineStatistics:
-        """What it did and has at hand, a copy."""
+        """The current statistics, a copy."""
         with self.changed:
             return replace(
                 self.statistics,

@@ -26,28 +26,28 @@ Observer = Callable[[Moment, float, "Submission | None"], None]
 
 @dataclass
 class EngineStatistics:
-    """Of an engine, since it was started.
+    """Statistics of an engine since it was started.
 
     Args:
         waiting: requests that wait.
-        running: requests that take part in steps, or whose prompt is read.
+        running: requests that are decoding or whose prompt is being processed.
         rows: rows of the next step.
-        slots: rows that there can be.
-        submitted: requests that were taken.
-        refused: requests that were refused, as too many waited.
-        finished: requests that ended well, by finish_reason of each text.
+        slots: maximum number of rows.
+        submitted: requests that were accepted.
+        refused: requests that were refused because too many were waiting.
+        finished: requests that completed, by finish_reason of each text.
         failed: requests that failed, by the name of their error.
-        prompt_tokens: tokens of prompts that were read, those found in the prefix cache among them.
+        prompt_tokens: processed prompt tokens, including those found in the prefix cache.
         cached_tokens: those that were found there.
         generated_tokens: tokens that were generated.
         steps: runs of the graph that decoded.
-        one_adapter_steps: those whose rows all had one adapter, or the base.
-        batch_sizes: how many steps had so many rows that went on.
-        prefills: runs of the graph that read a part of a prompt, or several prompts.
+        one_adapter_steps: those in which all rows had the same adapter, or the base.
+        batch_sizes: number of steps by number of active rows.
+        prefills: runs of the graph that processed a part of a prompt, or several prompts.
         prefix_entries: blocks of tokens in the prefix cache.
         prefix_bytes: their bytes.
-        prefix_evictions: blocks that went to make room.
-        cache_bytes: the most that the rows' keys and values may take.
+        prefix_evictions: blocks that were evicted.
+        cache_bytes: maximum size of the rows' keys and values.
     """
 
     waiting: int = 0

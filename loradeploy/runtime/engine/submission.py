@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a request took.
+    """The token counts of a request.
 
     Args:
-        prompt_tokens: how many the prompt has.
-        completion_tokens: how many were generated, in all of its texts.
-        cached_tokens: of the prompt's, those whose keys and values were there already.
+        prompt_tokens: number of tokens of the prompt.
+        completion_tokens: number of generated tokens, in all of its texts.
+        cached_tokens: prompt tokens whose keys and values were in the prefix cache.
     """
 
     prompt_tokens: int
@@ -39,13 +39,13 @@ class Usage:
 
 @dataclass(frozen=True)
 class GenerationEvent:
-    """News of one of a request's texts.
+    """An update of one of a request's texts.
 
     Args:
-        choice: which of its `n` texts.
-        text: what is new and final; all of a text's events together are its text.
-        token_ids: the tokens that are new; their text may come with a later event.
-        logprobs: one for each of `token_ids`, where they were asked for.
+        choice: index of the text, of the request's `n` texts.
+        text: the new, final text; the events of a text add up to it.
+        token_ids: the new tokens; their text may follow in a later event.
+        logprobs: one for each of `token_ids`, if requested.
         generation: the whole text with its finish_reason, in its last event.
         usage: of the whole request, in its last event.
     """
@@ -60,11 +60,11 @@ class GenerationEvent:
 
 @dataclass(frozen=True)
 class Completion:
-    """What became of a request.
+    """The result of a request.
 
     Args:
         generations: its `n` texts.
-        usage: what it took.
+        usage: its token counts.
     """
 
     generations: tuple[Generation, ...]
@@ -72,12 +72,13 @@ class Completion:
 
 
 class Submission:
-    """A request that `Engine.submit` took.
+    """A request that was submitted with `Engine.submit`.
 
-    `async for event in submission` and `for event in submission` give its events as they come,
-    `result` all that became of it; `started` waits until its adapter and its prompt are read.
-    A request that fails raises its error in all of these. It is generated whether or not anybody
-    reads: `cancel` ends it, and so does the end of an `async with submission`.
+    `async for event in submission` and `for event in submission` yield its events as they arrive,
+    and `result` returns the complete result; `started` waits until its adapter and its prompt are
+    read.
+    If a request fails, all of these raise its error. It runs even if its events are not read:
+    `cancel` ends it, and so does the end of an `async with submission`.
     """
 
     def __init__(
@@ -109,12 +110,12 @@ class Submission:
 
     @property
     def adapter(self) -> AdapterSpec | None:
-        """The adapter that was asked for."""
+        """The requested adapter."""
         return self.call.adapters[0]
 
     @property
     def done(self) -> bool:
-        """Whether it has ended, well or not."""
+        """Whether it has ended, successfully or not."""
         return self._usage is not None or self._error is not None
 
     @property
@@ -127,7 +128,7 @@ class Submission:
         return self.deadline is not None and self.deadline <= now
 
     def cancel(self) -> None:
-        """End its texts where they are, as "cancelled", before the next token."""
+        """End its texts as "cancelled" before the next token."""
         self._cancelled = True
         self._on_cancel(self)
 
@@ -135,7 +136,7 @@ class Submission:
         """Wait for its end.
 
         Raises:
-            TimeoutError: it has not ended after `timeout` seconds; it goes on.
+            TimeoutError: it has not ended after `timeout` seconds; it continues.
             LoraDeployError: why it failed.
         """
         with self._changed:
@@ -149,9 +150,9 @@ class Submission:
         return self._completion()
 
     async def started(self) -> int:
-        """Wait until it takes part in steps; the number of its prompt's tokens.
+        """Wait until it joins the batch, and return the number of tokens of its prompt.
 
-        Until then it fails if its prompt or its adapter is refused.
+        Raises its error if its prompt or its adapter is refused.
         """
         await self._until(lambda: self._started or self.done)
         if self._error is not None:

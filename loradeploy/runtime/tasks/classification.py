@@ -40,13 +40,13 @@ THRESHOLD: Final = 0.5
 
 @dataclass(frozen=True)
 class Classification:
-    """What a classifier makes of a text or of an image.
+    """The classification of a text or an image.
 
-    `label`: the likeliest label, and `score` its probability. Of a regression the name of the
+    `label`: the most likely label, and `score` its probability. For a regression, the name of the
     output with the largest number, and that number.
     `scores`: by label, all probabilities, or all numbers of a regression.
-    `labels`: the labels that the text has, the likeliest first: one, or of a multi-label classifier
-    all whose probability reaches the threshold; none of a regression.
+    `labels`: the predicted labels, the most likely first: one, or for a multi-label classifier all
+    whose probability reaches the threshold; none for a regression.
     `problem_type`: "single_label_classification", "multi_label_classification" or "regression".
     """
 
@@ -62,8 +62,8 @@ class TextClassifier:
     """Classifies texts with a session on a sequence classification bundle.
 
     Raises:
-        UsageError: the bundle is no classifier of texts.
-        BundleError: the bundle holds no tokenizer, or does not say what its outputs are.
+        UsageError: the bundle is not a text classifier.
+        BundleError: the bundle has no tokenizer, or does not say what its outputs are.
     """
 
     def __init__(self, session: AdapterSession) -> None:
@@ -81,17 +81,16 @@ class TextClassifier:
         threshold: float | None = None,
         batch_size: int = 32,
     ) -> list[Classification]:
-        """What each text is, or each pair of texts. `adapters` is as in `AdapterSession.run`.
+        """Classify each text or pair of texts. `adapters` is as in `AdapterSession.run`.
 
-        Each row is answered as its adapter was trained: probabilities that add up to 1 of
-        single-label classifiers (softmax), one for each label of multi-label ones (sigmoid), and
-        numbers as they are of regressions. Texts longer than the model's positions are cut at their
-        end; of a pair (a tuple or list of two texts) the longer text is cut first. Labels
-        are named as the adapter was trained, else as in the bundle's config.json, else LABEL_0 and
-        so on.
+        The output of a row depends on its adapter's problem type: probabilities that add up to 1
+        for single-label classifiers (softmax), one per label for multi-label classifiers (sigmoid),
+        and raw numbers for regressions. Texts longer than the model's maximum are truncated at
+        their end; of a pair (a tuple or list of two texts), the longer text is truncated first.
+        Label names are the adapter's, otherwise those of the bundle's config.json, otherwise
+        LABEL_0 and so on.
 
-        `threshold`: the probability from which on a text has a label, for multi-label classifiers
-        (0.5).
+        `threshold`: the minimum probability of a label, for multi-label classifiers (0.5).
 
         Raises:
             UsageError: no texts, a text without tokens, not one adapter for each, a threshold for

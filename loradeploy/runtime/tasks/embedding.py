@@ -28,15 +28,14 @@ if TYPE_CHECKING:
 class TextEmbedder:
     """Embeds texts with a session on a feature extraction bundle.
 
-    How a text becomes a vector is what sentence-transformers saved beside the base, or beside the
-    text's adapter: prompt, longest text, pooling, layers, normalization. Where nothing was saved it
-    is the mean of its tokens' last hidden states, scaled to length 1. What the graph gives for a
-    text as a whole is not pooled again: the vector of a text tower (CLIP, SigLIP) is scaled to
-    length 1.
+    The files that sentence-transformers saved with the base, or with the text's adapter, define the
+    prompt, maximum length, pooling, layers and normalization. Without such files, the vector is the
+    mean of the tokens' last hidden states, scaled to length 1. If the graph returns one vector per
+    text, such as a text tower (CLIP, SigLIP), it is not pooled again, but scaled to length 1.
 
     Raises:
         UsageError: the bundle is for another task.
-        BundleError: the bundle holds no tokenizer.
+        BundleError: the bundle has no tokenizer.
     """
 
     def __init__(self, session: AdapterSession) -> None:
@@ -57,9 +56,9 @@ class TextEmbedder:
     ) -> NDArray[np.float32]:
         """The vector of each text, float32 [texts, size]. `adapters` as in `AdapterSession.run`.
 
-        `prompt_name`: the prompt that is put before each text, of those that the base or the
-        text's adapter names; without it the default one, where there is one. Texts longer than the
-        model's positions, or than it was told to take, are cut at their end.
+        `prompt_name`: the named prompt of the base or the text's adapter that is put before each
+        text; by default their default prompt, if any. Texts longer than the model's maximum are
+        truncated at their end.
 
         Raises:
             UsageError: no texts, not one adapter for each, no prompt of this name, or adapters

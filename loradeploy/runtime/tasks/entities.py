@@ -28,11 +28,11 @@ OUTSIDE: Final = "O"
 
 @dataclass(frozen=True)
 class Entity:
-    """Characters `start` to `end` of a text, what they are, and with which probability.
+    """Characters `start` to `end` of a text, their label, and its probability.
 
-    `label`: of a token, as the classifier has it; of several together, without B- and I-.
+    `label`: for a token, the classifier's label; for several tokens, without B- and I-.
     `word`: the tokens as text; `text[start:end]` is what the text has there.
-    `index`: the number of the token, where it is one.
+    `index`: the index of the token, if it is a single one.
     """
 
     label: str

@@ -44,15 +44,15 @@ class Generation:
         text: ends before the stop string that ended it.
         token_ids: all tokens of the text, those of a stop string included; without the token that
             ended it.
-        finish_reason: "stop" where a token or a stop string ended it, "length" where
-            `max_new_tokens` or the model's positions ran out, "cancelled" where somebody ended it.
-        adapter: whose text it is.
-        stop_reason: the token, or the stop string, where it was one.
-        prompt_tokens: how many were read.
-        completion_tokens: how many were generated, the token that ended it included.
+        finish_reason: "stop" if a token or a stop string ended it, "length" if `max_new_tokens` or
+            the model's positions ran out, "cancelled" if it was cancelled.
+        adapter: the adapter of the text.
+        stop_reason: the token or the stop string that ended it, if any.
+        prompt_tokens: number of tokens of the prompt.
+        completion_tokens: number of generated tokens, including the token that ended it.
         choice: which of the prompt's `n` texts it is.
-        logprobs: one for each of `token_ids`, where they were asked for.
-        score: of beam search, the sum of the tokens' log-probabilities divided by their number to
+        logprobs: one for each of `token_ids`, if requested.
+        score: for beam search, the sum of the tokens' log-probabilities divided by their number to
             the power of `length_penalty`.
     """
 
@@ -71,13 +71,13 @@ class Generation:
 class TextGenerator:
     """Generates text with a session on a decoder bundle.
 
-    `cache_budget`: the bytes that the cache and the prompts' logits of one batch may take; by
-    default what the machine has available, where it says so (Linux, on the CPU).
+    `cache_budget`: limit in bytes for the cache and the prompts' logits of one batch; by default
+    the available memory, if it is known (Linux, on the CPU).
 
     Raises:
-        UsageError: the bundle is no causal language model, its shapes are fixed, or its graph takes
-            something besides tokens and a cache.
-        BundleError: the bundle holds no tokenizer.
+        UsageError: the bundle is not a causal language model, its shapes are static, or its graph
+            takes inputs other than tokens and a cache.
+        BundleError: the bundle has no tokenizer.
     """
 
     def __init__(self, session: AdapterSession, *, cache_budget: int | None = None) -> None:
@@ -117,35 +117,34 @@ class TextGenerator:
         embeds: Sequence[TokenEmbeds | None] | None = None,
         **options: Unpack[GenerationFlags],
     ) -> list[Generation]:
-        """Continue each prompt until a token or a text that ends it, or for `max_new_tokens`.
+        """Generate text for each prompt until an end token, a stop string or `max_new_tokens`.
 
-        A prompt is a text, a conversation (a list of messages with `role` and `content`), which
-        goes through the chat template, or a list of token ids; with `chat` a text is a user's
+        A prompt is a text, a list of token ids, or a conversation (a list of messages with `role`
+        and `content`), to which the chat template is applied. With `chat`, a text is a user
         message. `adapters` is as in `AdapterSession.run`.
 
         `options` are the fields of `GenerationOptions`, by default greedy and 32 tokens;
-        `per_prompt` has for each prompt those that it has in place of them, and its `seed`. A
-        prompt has `n` results, one behind the other; a row is the number of one.
+        `per_prompt` has for each prompt the options that override these, and its `seed`. A prompt
+        has `n` consecutive results; a row is the index of a result.
 
-        The tokenizer, the chat template, the tokens that end a text and the settings of
-        generation_config.json are each row's adapter's, where it brings its own, else the base's. A
-        row is sampled where a `temperature` is given, by its generation_config.json's top_k, top_p
-        and min_p unless these are given too.
+        Each row uses its adapter's tokenizer, chat template, end tokens and generation_config.json
+        if the adapter has them, and the base's otherwise. A row is sampled if a `temperature` is
+        given, with top_k, top_p and min_p of its generation_config.json unless they are given too.
 
-        What a row becomes depends on its prompt, its adapter, its settings and its seed alone, not
-        on the batch: a single `seed` is every prompt's. `batch_size` prompts are generated
-        together, by default all. `on_text(row, piece)` is called as text appears, with beam search
-        once it has ended; `on_result(row, result)` in the order of the rows, when a batch has
-        ended. `embeds` has for each prompt the embeddings that are read in the places of a token,
-        or None; `ImageTextGenerator` makes them of images.
+        The result of a row depends only on its prompt, adapter, settings and seed, not on the rest
+        of the batch. A single `seed` applies to every prompt. `batch_size` prompts are generated
+        together, by default all. `on_text(row, piece)` is called when text becomes final, with beam
+        search at its end; `on_result(row, result)` is called in the order of the rows, when a batch
+        has ended. `embeds` has for each prompt the embeddings that replace a token, or None;
+        `ImageTextGenerator` computes them from images.
 
         Raises:
-            UsageError: no prompts, an empty one, one that fills the model's positions, a value out
-                of its range, settings that contradict each other, or a mask that allows no token,
+            UsageError: no prompts, an empty prompt, one that fills the model's positions, a value
+                out of range, settings that contradict each other, or a mask that allows no token,
                 or fewer texts than `n` beams.
             RunError: the graph gave logits that are not finite.
             UnknownAdapterError: an adapter that was never loaded.
-            BudgetError: a batch that takes more memory than there is.
+            BudgetError: a batch that needs more memory than is available.
         """
         call = Call.of(prompts, adapters, seed, chat, batch_size, per_prompt, options, embeds)
         results: dict[int, Generation] = {}
@@ -173,11 +172,11 @@ class TextGenerator:
         per_prompt: Sequence[Mapping[str, Any] | None] | None = None,
         **options: Unpack[GenerationFlags],
     ) -> TextStream:
-        """As `generate`, piece by piece: `for piece in generator.stream(…)`.
+        """Like `generate`, piece by piece: `for piece in generator.stream(…)`.
 
         Raises:
-            UsageError, UnknownAdapterError, BudgetError: as `generate`. Settings are checked at
-                once; prompts and adapters with the first piece.
+            UsageError, UnknownAdapterError, BudgetError: as `generate`. Settings are checked
+                immediately, prompts and adapters with the first piece.
         """
         call = Call.of(prompts, adapters, seed, chat, batch_size, per_prompt, options)
         return TextStream(lambda cancelled: self._pieces(call, cancelled))
@@ -193,10 +192,10 @@ class TextGenerator:
         per_prompt: Sequence[Mapping[str, Any] | None] | None = None,
         **options: Unpack[GenerationFlags],
     ) -> AsyncTextStream:
-        """As `stream`, for asyncio: `async for piece in generator.astream(…)`.
+        """Like `stream`, for asyncio: `async for piece in generator.astream(…)`.
 
-        The graph runs in a thread of its own. A task that is cancelled, and a loop that is left,
-        end the rows before their next token.
+        The graph runs in a separate thread. Cancelling the task or leaving the loop ends the rows
+        before their next token.
         """
         from loradeploy.runtime.tasks.async_streaming import AsyncTextStream
 
@@ -212,14 +211,14 @@ class TextGenerator:
         batch_size: int | None = None,
         logprobs: int = 0,
     ) -> list[TextScore]:
-        """How likely each text is: the log-probability of every token behind those before it.
+        """The log-probability of every token of each text, given the tokens before it.
 
         `texts` are as the prompts of `generate`. `logprobs`: this many most likely tokens are
         given for each position.
 
         Raises:
             UsageError: no texts, one of fewer than two tokens or of more than the model has
-                positions, or a graph that gives the last token's logits alone.
+                positions, or a graph that only returns the logits of the last token.
             UnknownAdapterError, BudgetError, RunError: as `generate`.
         """
         if self._target is not None:

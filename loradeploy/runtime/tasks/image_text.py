@@ -52,7 +52,7 @@ def _has_part(adapter: Adapter, manifest: Manifest) -> bool:
 class ImageTextGenerator:
     """Generates text about images with the two bundles of one model (docs/images.md).
 
-    `decoder`: a session on its causal-lm bundle; `tower`: on its vision-tower bundle.
+    `decoder`: a session on its causal-lm bundle. `tower`: a session on its vision-tower bundle.
     `cache_budget`: as in `TextGenerator`.
 
     Raises:

@@ -37,11 +37,11 @@ _FIRST_TOKEN: Final = ("vit", "deit")
 class ImageClassifier:
     """Classifies images with a session on an image classification bundle.
 
-    Images become pixel values as the base's preprocessor_config.json specifies: in numpy and
-    Pillow, as transformers' processors of ViT, DeiT, CLIP and SigLIP do.
+    Images are preprocessed as the base's preprocessor_config.json specifies, with numpy and Pillow,
+    like in transformers' processors of ViT, DeiT, CLIP and SigLIP.
 
     Raises:
-        UsageError: the bundle is no classifier of images.
+        UsageError: the bundle is not an image classifier.
         BundleError: it has no preprocessor_config.json, or one that does not fit its graph.
     """
 
@@ -63,12 +63,12 @@ class ImageClassifier:
         *,
         batch_size: int = 32,
     ) -> list[Classification]:
-        """What each image is. `adapters` is as in `AdapterSession.run`.
+        """Classify each image. `adapters` is as in `AdapterSession.run`.
 
-        An image is a path, an image of Pillow, or an array uint8 [height, width, 3].
+        An image is a path, a Pillow image, or a uint8 array [height, width, 3].
 
         Raises:
-            UsageError: no images, one is none, or not one adapter for each.
+            UsageError: no images, one that is not an image, or not one adapter for each.
             DataError: a file cannot be read as an image.
             MissingDependencyError: Pillow is not installed.
             UnknownAdapterError: an adapter that was never loaded.
@@ -90,10 +90,10 @@ class ImageClassifier:
 class ImageEmbedder:
     """Embeds images with a session on an image feature extraction bundle.
 
-    An image's vector is what the model gives for the image as a whole: the projection of the image
-    tower of CLIP, the pooled output of SigLIP, of DINOv2 and of ViT with a pooler. Of ViT and DeiT
-    without a pooler it is the last hidden state of the first token. It is scaled to length 1.
-    Images become pixel values as in `ImageClassifier`.
+    The vector is the model's representation of the whole image: the projection of CLIP's image
+    tower, the pooled output of SigLIP, DINOv2 and ViT with a pooler, or the last hidden state of
+    the first token for ViT and DeiT without a pooler. It is scaled to length 1. Images are
+    preprocessed as in `ImageClassifier`.
 
     Raises:
         UsageError: the bundle is for another task, or its graph gives no vector for an image.
@@ -118,10 +118,10 @@ class ImageEmbedder:
     ) -> NDArray[np.float32]:
         """The vector of each image, float32 [images, size]. `adapters` as in `AdapterSession.run`.
 
-        An image is a path, an image of Pillow, or an array uint8 [height, width, 3].
+        An image is a path, a Pillow image, or a uint8 array [height, width, 3].
 
         Raises:
-            UsageError: no images, one is none, or not one adapter for each.
+            UsageError: no images, one that is not an image, or not one adapter for each.
             DataError: a file cannot be read as an image.
             MissingDependencyError: Pillow is not installed.
             UnknownAdapterError: an adapter that was never loaded.

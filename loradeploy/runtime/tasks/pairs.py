@@ -47,15 +47,15 @@ class RankedDocument:
 class TextPairScorer:
     """Scores pairs of texts, with a session on a sequence classification bundle with one output.
 
-    A score is what sentence-transformers' `CrossEncoder.predict` gives: the sigmoid of the logit,
-    or the logit where the base's config.json declares the identity as activation function.
+    A score equals that of sentence-transformers' `CrossEncoder.predict`: the sigmoid of the logit,
+    or the logit if the base's config.json declares the identity as activation function.
 
-    `activation`: "sigmoid" or "identity" in place of that. Adapters that were trained as a
-    regression give their number with "identity". The order of documents is the same.
+    `activation`: overrides this with "sigmoid" or "identity". Adapters that were trained as a
+    regression give their number with "identity". The order of documents does not change.
 
     Raises:
-        UsageError: the bundle is no classifier of texts, or an unknown activation.
-        BundleError: the bundle holds no tokenizer, or declares another activation function.
+        UsageError: the bundle is not a text classifier, or the activation is unknown.
+        BundleError: the bundle has no tokenizer, or declares another activation function.
     """
 
     def __init__(self, session: AdapterSession, *, activation: str | None = None) -> None:
@@ -79,10 +79,11 @@ class TextPairScorer:
     ) -> NDArray[np.float64]:
         """The score of each pair, float64 [pairs]. `adapters` is as in `AdapterSession.run`.
 
-        Of a pair that is longer than the model's positions the longer text is cut first.
+        If a pair is longer than the model's maximum, the longer text is truncated first.
 
         Raises:
-            UsageError: no pairs, a text that is no pair, not one adapter for each, or a head with
+            UsageError: no pairs, a text that is not a pair, not one adapter for each, or a head
+                with
                 several outputs.
             UnknownAdapterError: an adapter that was never loaded.
             RunError: the graph gave logits that are not finite numbers.
@@ -117,9 +118,10 @@ class TextPairScorer:
         top_k: int | None = None,
         batch_size: int = 32,
     ) -> list[RankedDocument]:
-        """The `documents` by their score with `query`, the best first; equal ones in their order.
+        """The `documents` sorted by their score with `query`, the best first. Ties keep their
+        order.
 
-        `top_k`: only so many of them.
+        `top_k`: maximum number of documents to return.
 
         Raises:
             UsageError: as `score`, or `top_k` is below 1.

@@ -39,7 +39,7 @@ _REFUSED: Final = ("n", "stop", "logprobs")
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of a transcript, and where it is in the sound, in seconds."""
+    """A part of a transcript with its start and end in the audio, in seconds."""
 
     start: float
     end: float
@@ -49,16 +49,15 @@ class Segment:
 
 @dataclass(frozen=True)
 class Transcript:
-    """The text of one sound.
+    """The transcript of one audio.
 
     Args:
         text: without timestamps.
-        token_ids: all that was generated, timestamps included; without what the transcript begins
-            with and without ends.
-        segments: with `timestamps`, the parts of the text with their times; else empty.
-        language: the code of the language that was given or found; None where the model has none.
-        adapter: whose transcript it is.
-        seconds: the length of the sound.
+        token_ids: all generated tokens, including timestamps, without the initial and end tokens.
+        segments: with `timestamps`, the parts of the text with their times; otherwise empty.
+        language: the code of the given or detected language; None if the model has no languages.
+        adapter: the adapter of the transcript.
+        seconds: the duration of the audio.
     """
 
     text: str
@@ -76,7 +75,7 @@ class SpeechRecognizer:
 
     Raises:
         UsageError: the bundle is of another task, takes text, or was exported without a cache.
-        BundleError: it holds no tokenizer or no preprocessor_config.json, or one that does not fit
+        BundleError: it has no tokenizer or no preprocessor_config.json, or one that does not fit
             its graph.
     """
 
@@ -102,30 +101,29 @@ class SpeechRecognizer:
         batch_size: int = 8,
         **options: Unpack[GenerationFlags],
     ) -> list[Transcript]:
-        """The text of each sound. `adapters` is as in `AdapterSession.run`, one for each sound.
+        """Transcribe each audio. `adapters` is as in `AdapterSession.run`, one for each audio.
 
-        A sound is a WAV file (PCM of 8, 16, 24 or 32 bits, or floats; channels are averaged), or
-        its samples as floats [samples] from -1 to 1; both of the model's rate, which is 16 kHz.
+        Audio is a WAV file (PCM of 8, 16, 24 or 32 bits, or floats; channels are averaged), or an
+        array of float samples [samples] from -1 to 1, at the model's sampling rate of 16 kHz.
 
-        `language`: a code such as "en", or an English name; one for all, or one for each sound. By
-        default the model finds it by the beginning of the sound, unless its generation_config.json
-        names one. `task`: "transcribe", or "translate" into English. `timestamps`: whether segments
-        with times are given; the text may be another one then.
+        `language`: a code such as "en", or an English name; one for all, or one for each audio. By
+        default, generation_config.json sets it, or the model detects it from the beginning of the
+        audio. `task`: "transcribe", or "translate" into English. `timestamps`: whether to return
+        segments with times, which can change the text.
 
-        A sound that is longer than the model's 30 s is transcribed window by window, as
-        transformers does it: always with timestamps, each window from where the last segment before
-        it ends.
-        `options`: fields of `GenerationOptions` but `n`, `stop` and `logprobs`; `max_new_tokens` is
-        of a window, by default as many as the model has positions for.
+        Audio longer than the model's 30 s is transcribed window by window, as in transformers:
+        always with timestamps, and each window begins where the last segment before it ends.
+        `options`: fields of `GenerationOptions` except `n`, `stop` and `logprobs`; `max_new_tokens`
+        is the limit of each window, by default all positions of the model.
 
         Raises:
-            UsageError: no sounds, a language or a task that the model does not have,
-                timestamps=False for a long sound, or a setting out of its range.
-            DataError: a file that is missing, no WAV file, of another rate or encoding; samples
-                that are none, not finite, or of more than 4 hours.
+            UsageError: no audio, a language or a task that the model does not have,
+                timestamps=False for long audio, or a setting out of range.
+            DataError: a file that is missing, not a WAV file, or has another rate or encoding;
+                samples that are empty, not finite, or longer than 4 hours.
             UnknownAdapterError: an adapter that was never loaded.
-            BundleError: a generation_config.json names tokens that are not of the vocabulary.
-            BudgetError: a batch that takes more memory than there is.
+            BundleError: a generation_config.json names tokens outside of the vocabulary.
+            BudgetError: a batch that needs more memory than is available.
             RunError: the graph gave logits that are not finite.
         """
         sounds = _listed(audio)

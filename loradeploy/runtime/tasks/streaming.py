@@ -15,12 +15,13 @@ Pieces = Callable[[set[int]], "Iterator[TextPiece]"]
 
 @dataclass(frozen=True)
 class TextPiece:
-    """A part of a text that is final.
+    """A final part of a text.
 
     Args:
-        row: which text, in the order of `TextGenerator.generate`'s results.
-        text: what is new. All pieces of a row are its text; none holds a part of a stop string.
-        result: the whole, with the last piece of the row.
+        row: index of the text, in the order of `TextGenerator.generate`'s results.
+        text: the new text. The pieces of a row add up to its text, and contain no part of a stop
+            string.
+        result: the complete result, with the last piece of the row.
     """
 
     row: int

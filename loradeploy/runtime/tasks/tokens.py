@@ -51,7 +51,7 @@ class TokenClassifier:
 
     Raises:
         UsageError: the bundle is for another task.
-        BundleError: the bundle holds no tokenizer.
+        BundleError: the bundle has no tokenizer.
     """
 
     def __init__(self, session: AdapterSession) -> None:

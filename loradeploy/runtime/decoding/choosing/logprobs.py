@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token with its natural log-probability, and the likeliest tokens in its position.
+    """A token with its natural log-probability, and the most likely tokens at its position.
 
-    `token`: its text. `top`: the likeliest first, as many as were asked for.
+    `token`: its text. `top`: the requested number of tokens, the most likely first.
     """
 
     token_id: int

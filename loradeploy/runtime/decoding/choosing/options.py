@@ -50,13 +50,13 @@ def _option(default: Any, text: str) -> Any:
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """How the text of one prompt is generated. docs/generation.md defines each setting.
+    """Generation settings of one prompt. docs/generation.md defines each of them.
 
     Where repetition_penalty, no_repeat_ngram_size, stop and, in sampling, top_k, top_p and min_p
     are None, they are those of the row's generation_config.json, if it has any.
 
     Raises:
-        UsageError: a value out of its range, or settings that contradict each other.
+        UsageError: a value out of range, or settings that contradict each other.
     """
 
     max_new_tokens: int = _option(32, "the most tokens that are generated")
@@ -102,10 +102,10 @@ class GenerationOptions:
 
     @classmethod
     def of(cls, *given: Mapping[str, Any]) -> GenerationOptions:
-        """Settings by name; a later mapping's take the place of an earlier one's.
+        """Settings by name; later mappings override earlier ones.
 
         Raises:
-            UsageError: as the class, or a name that is none of a setting.
+            UsageError: as the class, or an unknown name.
         """
         known = [known.name for known in fields(cls)]
         merged: dict[str, Any] = {}
