@@ -149,7 +149,7 @@ def load_base(
     if absent or model.base_model_prefix in heads:
         raise ModelError(
             f"{checkpoint.directory} has no weights for {listed_names(absent, none='the encoder')}:"
-            f" it is no {task.name} model"
+            f" it is not a {task.name} model"
         )
     if checkpoint.tokenizer is not None:
         words, rows = len(checkpoint.tokenizer), model.get_input_embeddings().num_embeddings

@@ -423,7 +423,7 @@ REFUSED: dict[str, tuple[Callable[[], Case], str]] = {
     ),
     "half a module": (
         lambda: change(mlx(), tensors={"l.q.lora_a": random(8, 4)}),
-        "l.q has A alone",
+        "l.q only has A",
     ),
     "an embedding": (
         lambda: change(

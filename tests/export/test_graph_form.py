@@ -268,7 +268,11 @@ def test_a_target_chooses_what_is_not_given(
     ("first", "asked", "message"),
     [
         ({}, {"target": "cuda", "attention": "gqa"}, "`attention='gqa'` with `precision='fp32'`"),
-        ({"attention": "gqa"}, {"target": "cuda"}, "CUDA computes GroupQueryAttention in fp16"),
+        (
+            {"attention": "gqa"},
+            {"target": "cuda"},
+            "CUDA computes GroupQueryAttention only in fp16",
+        ),
         ({}, {"target": "openvino", "branches": True}, "leaves all nodes within branches"),
         ({}, {"target": "web", "required_inputs": False}, "would answer as the base"),
         ({"target": "openvino"}, {"branches": True}, "falls off the device of `target='openvino'`"),

@@ -167,7 +167,7 @@ def test_a_place_without_a_model_is_told(
 def test_an_encoder_is_refused_as_a_language_model(
     tiny_bert: Path, lessons: Path, tmp_path: Path, quick: Quick
 ) -> None:
-    with pytest.raises(ModelError, match="has no weights for cls.* it is no causal-lm model"):
+    with pytest.raises(ModelError, match="has no weights for cls.* it is not a causal-lm model"):
         quick(tiny_bert, lessons, tmp_path / "adapter")
 
 

@@ -105,7 +105,7 @@ def _content(file: Path, error: type[BundleError] | type[UsageError]) -> bytes:
 
 def _no_key(file: str | os.PathLike[str], kind: str) -> str:
     return (
-        f"{os.fspath(file)} is no {kind} ed25519 key in PEM without a password: openssl genpkey"
+        f"{os.fspath(file)} is not a {kind} ed25519 key in PEM without a password: openssl genpkey"
         " -algorithm ed25519 writes one, openssl pkey -pubout its public half"
     )
 

@@ -78,7 +78,7 @@ def _of_json(tensor: InputTensor, where: str) -> NDArray[Any]:
     dtype = np.dtype(_DTYPES[tensor.datatype])
     kinds: tuple[type, ...] = {"b": (bool,), "f": (int, float)}.get(dtype.kind, (int,))
     if not all(type(value) in kinds for value in flat):
-        raise refused(f"{where}.data", f"there is a value that is no {tensor.datatype}")
+        raise refused(f"{where}.data", f"there is a value that is not of type {tensor.datatype}")
     too_large = refused(f"{where}.data", f"a number does not fit into {tensor.datatype}")
     if dtype.kind in "iu":  # some versions of numpy wrap them
         ends = np.iinfo(dtype)

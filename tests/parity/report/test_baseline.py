@@ -241,11 +241,11 @@ BROKEN = {
     "no JSON": ("{", "not readable as JSON"),
     "another JSON": ("{}", "is not a parity report"),
     "a newer schema": (edited(schema_version=99), "schema version 99"),
-    "no results": (edited(results=None), "broken parity report"),
-    "results of text": (edited(results=["x"]), "broken parity report"),
+    "no results": (edited(results=None), "malformed parity report"),
+    "results of text": (edited(results=["x"]), "malformed parity report"),
     "a figure of text": (
         edited(results=[{**REPORT.to_json()["results"][0], "checks": [{"value": "x"}]}]),
-        "broken parity report",
+        "malformed parity report",
     ),
     "a task that is not a text": (edited(task=3), "task is 3, no text"),
 }

@@ -401,6 +401,6 @@ def test_heads_have_no_scale(tiny_bert: Path, make_adapter: MakeAdapter, tmp_pat
     adapter = make_adapter(tiny_bert, seed=1, task=task, modules_to_save=["classifier"])
     export(tiny_bert, tmp_path / "bundle", adapters={"mine": adapter}, task=task)
     session = AdapterSession(tmp_path / "bundle")
-    with pytest.raises(UsageError, match=r"brings classifier\.\w+ .*cannot be blended"):
+    with pytest.raises(UsageError, match=r"with classifier\.\w+ .*cannot be blended"):
         logits(session, IDS, {"mine": 0.5})
     logits(session, IDS, "mine")
