@@ -35,7 +35,7 @@ class JsonText:
     """The tokens that may follow in a JSON text of a schema; one for each row."""
 
     def __init__(self, words: llguidance.LLTokenizer, schema: dict[str, Any]) -> None:
-        # Without spaces of its own a model cannot go on with spaces for ever.
+        # Without spaces of its own a model cannot go on with spaces forever.
         options = {"whitespace_flexible": False}
         grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=options)
         self._matcher = llguidance.LLMatcher(words, grammar)

@@ -26,7 +26,7 @@ from tests.conftest import ROOT, MakeAdapter
 # -- the code --------------------------------------------------------------------------------------
 
 SOURCES = sorted(p for part in ("loradeploy", "tools") for p in (ROOT / part).rglob("*.py"))
-# Who reads what is no file of somebody else: the system's, the package's own, what it just wrote.
+# Who reads what is no file of someone else: the system's, the package's own, what it just wrote.
 OWN_READERS = {
     "loradeploy/adapter/modules/renamings.py",
     "loradeploy/files.py",

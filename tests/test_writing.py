@@ -1,4 +1,4 @@
-"""Files and directories are written whole or not at all, and never over somebody else's."""
+"""Files and directories are written whole or not at all, and never over someone else's."""
 
 from __future__ import annotations
 

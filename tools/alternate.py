@@ -5,7 +5,7 @@ one side works at a time. In every round each side is timed for a few calls, in 
 ratio is taken within a round, and the median and the quartiles over the rounds are reported. One
 side is started twice: the ratio of the twins is the control, and no difference smaller than what
 the control shows means anything. Where a process's pages lie in memory decides up to a tenth of
-its speed, so that `in_processes` starts all sides anew several times.
+its speed, so that `in_processes` starts all sides again several times.
 
 A side is a function without arguments, made by a factory in the worker process:
 

@@ -160,7 +160,7 @@ def soak(
             names = sorted(adapters)
             while not over():
                 report.rss.append(_rss())
-                if names:  # the same adapter again, read anew: what runs is not disturbed
+                if names:  # the same adapter again, read again: what runs is not disturbed
                     name = chance.choice(names)
                     session.load(name, adapters[name], replace=True)
                 time.sleep(max(0.1, min(1.0, seconds / 100)))

@@ -143,7 +143,7 @@ class Stress:
                 self._note(raised=f"{type(problem).__name__}: {problem}")
 
     def _step(self, choose: random.Random) -> None:
-        """One run, or a few with the same adapters held, or a name that is loaded anew."""
+        """One run, or a few with the same adapters held, or a name that is loaded again."""
         inputs = [choose.randrange(INPUTS) for _ in range(choose.randint(1, ROWS))]
         kind = choose.random()
         if kind < 0.15:  # one for all rows

@@ -119,7 +119,7 @@ def adaptable(manifest: Manifest, name: str = THIS_BUNDLE) -> AdaptableBase:
 def row_users(manifest: Manifest) -> dict[str, tuple[str, ...]]:
     """The modules that use each embedding or head of the base, by parameter.
 
-    Left out is a weight of a graph whose values another constant has too: nobody knows whether the
+    Left out is a weight of a graph whose values another constant has too: it is unknown whether the
     two are tied.
     """
     constants = {target.module: target.weight for target in manifest.targets}

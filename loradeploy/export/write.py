@@ -230,7 +230,7 @@ def _write_beside(directory: Path, manifest: Manifest, content: Content) -> Mani
 def _write_adapter(adapter: Adapter, source: Path | None, directory: Path) -> None:
     """The adapter's own files, which PEFT can be asked about, where they are `adapter` as it is.
 
-    One that was fitted to the base on the way is written anew, and one whose labels are named in
+    One that was fitted to the base on the way is written again, and one whose labels are named in
     a file of another.
     """
     if source is not None:

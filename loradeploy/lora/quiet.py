@@ -68,7 +68,7 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def unremarked() -> Iterator[None]:
-    """Suppress loradeploy's own log lines below errors inside, of work that nobody asked for."""
+    """Suppress loradeploy's own log lines below errors inside, of work that was not requested."""
     logger = logging.getLogger("loradeploy")
     level = logger.level
     logger.setLevel(logging.ERROR)

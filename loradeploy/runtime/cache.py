@@ -1,6 +1,6 @@
 """A decoder's keys and values from step to step.
 
-A graph of ONNX's Attention gives the whole cache anew at each step, one position longer. One of
+A graph of ONNX's Attention gives the whole cache again at each step, one position longer. One of
 GroupQueryAttention writes into what it is given, a buffer with room for positions to come, so that
 nothing is copied.
 """
@@ -57,7 +57,7 @@ class DecoderCache:
 
     `inputs`: past keys and values [batch, heads, past, size] by the graph's names, as they are
     fed; at first of no tokens. `outputs`: the names of the present ones. `buffers`: where the graph
-    writes those; empty where it makes them anew.
+    writes those; empty where it makes them again.
     `pool`: where buffers that are written in place come from, so that they keep their addresses.
     """
 

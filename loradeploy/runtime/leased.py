@@ -35,7 +35,7 @@ def leased_batches(
     """Each batch of texts with the adapters that they were read for.
 
     `rows`: the adapters of a batch's rows; a batch without any is left out. `again`: the texts of a
-    batch read anew, where an adapter was replaced between its texts and its factors.
+    batch read again, where an adapter was replaced between its texts and its factors.
     """
     waiting = deque(batches)
     while waiting:

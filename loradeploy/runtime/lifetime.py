@@ -1,6 +1,6 @@
 """How long a session can be used, and where: until it is closed, in the process that opened it.
 
-onnxruntime's threads do not live on in a forked process, where a run would wait for them for ever;
+onnxruntime's threads do not live on in a forked process, where a run would wait for them forever;
 and locks may be held there by threads that are no more.
 """
 

@@ -1,4 +1,4 @@
-"""What feeds must be besides their types: what a graph takes without a word and answers wrongly.
+"""What feeds must be besides their types: what a graph takes silently and answers wrongly.
 
 sizes       of one symbol are one; no rows and no tokens are refused, a cache may be empty
 tokens      are of the vocabulary: a negative one is taken for one of its end

@@ -354,7 +354,7 @@ class AdapterSession:
         check_name(name)
         count = self.texts.count(name)
         self._bank.remove(name)
-        self.texts.remove(name, count)  # unless somebody has loaded another one meanwhile
+        self.texts.remove(name, count)  # unless someone has loaded another one meanwhile
 
     def run(
         self, output_names: Sequence[str] | None, feeds: Feeds, adapters: Adapters = None

@@ -45,7 +45,7 @@ class Grammars:
                 "response_format",
                 f"{form.type} is not available: llguidance is not installed on the server",
             ) from None
-        # Without spaces of its own a model cannot go on with spaces for ever.
+        # Without spaces of its own a model cannot go on with spaces forever.
         options = {"whitespace_flexible": False}
         tokenizer = self._session.texts.of(adapter).tokenizer
         words = self._words.get(tokenizer)

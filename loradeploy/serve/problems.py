@@ -88,7 +88,7 @@ def problem_of(error: BaseException) -> RequestError:
     """How an error of the library is answered.
 
     Messages about the request go to the client; those about the server, which name its files, go to
-    the log. Of an error that nobody expected the log has the kind and the lines of code, but no
+    the log. Of an error that was not expected the log has the kind and the lines of code, but no
     message, which may quote a prompt.
     """
     if isinstance(error, RequestError):

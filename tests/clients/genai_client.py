@@ -1,4 +1,4 @@
-"""A program of somebody who has onnxruntime-genai and nothing of this project.
+"""A program of someone who has onnxruntime-genai and nothing of this project.
 
 python genai_client.py BUNDLE ADAPTER COUNT TOKEN…    prints the base's and the adapter's tokens
 """

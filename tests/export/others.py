@@ -16,7 +16,7 @@ IDS = np.random.default_rng(3).integers(3, 512, (3, 11))
 
 
 def export_with_torch(model: Path, place: Path, *, dynamo: bool, opset: int = 17) -> None:
-    """torch.onnx.export of an encoder, without a word from us: with or without dynamo."""
+    """torch.onnx.export of an encoder, with nothing from us: with or without dynamo."""
     import torch
     from transformers import AutoModel
 

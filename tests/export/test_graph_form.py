@@ -246,7 +246,7 @@ def test_what_a_bundle_cannot_become_is_refused_by_name(
         ({}, {"target": "openvino"}, {"branches": False, "required_inputs": True}),
         ({}, {"target": "web"}, {"precision": "int4", "required_inputs": True, "branches": True}),
         ({}, {"target": "web", "precision": "fp32"}, {"precision": "fp32", "layout": "slots"}),
-        # What the first bundle was given for another device is chosen anew.
+        # What the first bundle was given for another device is chosen again.
         ({"layout": "rows", "branches": True}, {"target": "cuda"}, {"branches": False}),
         # The target stays, and with it what it chooses at another precision, and what was given.
         ({"target": "cuda"}, {"precision": "int8"}, {"target": "cuda", "branches": False}),

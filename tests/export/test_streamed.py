@@ -25,7 +25,7 @@ _KIB = 1 << 10
 # Above what the process has before: the source's weights, or the written ones, and some rows.
 MOST = 1.3  # of the model's size
 
-# One export brings all that is imported; then the peak begins anew.
+# One export brings all that is imported; then the peak begins again.
 CHILD = """
 import sys
 from pathlib import Path

@@ -1,7 +1,7 @@
 """PEFT's whole configuration space: the same logits as PEFT from the same directory, or a refusal.
 
 Every field of `peft.LoraConfig` is decided in FIELDS. A release of PEFT with a new field fails here
-until somebody has decided what it does to a finished adapter's numbers.
+until someone has decided what it does to a finished adapter's numbers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Bundles whose graph or weights are changed behind the manifest's back, its digests mended."""
+"""Bundles whose graph or weights are changed behind the manifest's back, its digests fixed."""
 
 from __future__ import annotations
 

@@ -322,7 +322,7 @@ def test_rows_that_are_masked_with_infinity_alone_are_caught_in_batches(
 def make_loud(weight: Any, bias: Any, size: int) -> None:
     """Change what gives queries and keys [in, 3 × in], so that all attention scores are 75,000.
 
-    A softmax does not see what all of its inputs have in common, so float32 computes it as ever.
+    A softmax does not see what all of its inputs have in common, so float32 computes it as usual.
     """
     for start in range(0, 2 * len(weight), size):  # a feature of each query and key head
         weight[:, start] = 0

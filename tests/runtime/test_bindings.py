@@ -1,4 +1,4 @@
-"""A cache that is written in place is bound once: runs give what they give with it bound anew."""
+"""A cache that is written in place is bound once: runs give what they give with it bound again."""
 
 from __future__ import annotations
 

@@ -405,7 +405,7 @@ def test_recorded_runs_go_with_the_buffers_that_they_read(pair: Pair, numbers: l
     assert session._caches.nbytes <= 2 * 4 * _bytes_of_a_row(session)
     again = logits_of_steps(session, random_ids(2, 3), steps)
     assert np.abs(again - expected[1]).max() <= tolerance("rows")
-    assert numbers[-3:] == [-1, 5, 5]  # recorded anew: numbers are not given twice
+    assert numbers[-3:] == [-1, 5, 5]  # recorded again: numbers are not given twice
 
 
 def _bytes_of_a_row(session: ld.AdapterSession) -> int:

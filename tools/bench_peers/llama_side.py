@@ -19,7 +19,7 @@ _QUIET = ll.llama_log_callback(lambda *_: None)
 
 
 class Llama:
-    """Its library: one adapter for all tokens of a call, set anew for each request."""
+    """Its library: one adapter for all tokens of a call, set again for each request."""
 
     def __init__(self, model: str, precision: str, rows: int = 1) -> None:
         ll.llama_log_set(_QUIET, ctypes.c_void_p(0))

@@ -149,7 +149,7 @@ def covered(bundle: Path, manifest: Manifest) -> tuple[str, ...]:
     """The files of `bundle` that change what a user gets from it, whoever reads them, in order.
 
     They are those that the export wrote, those that readers look for by name, and all that lies
-    with the adapters. Notes that somebody keeps in the directory are not among them.
+    with the adapters. Notes that someone keeps in the directory are not among them.
 
     Raises:
         BundleError: a name leads out of the bundle.

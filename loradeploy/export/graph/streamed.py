@@ -29,7 +29,7 @@ _BYTE: Final = 8  # bits; numbers of fewer are packed, which onnx-ir does
 
 
 def joined(name: str, parts: Sequence[ir.TensorProtocol]) -> ir.TensorProtocol:
-    """The columns of `parts` side by side, [rows, columns]; computed anew at each use."""
+    """The columns of `parts` side by side, [rows, columns]; computed again at each use."""
     import onnx_ir as ir
 
     columns = sum(int(part.shape.numpy()[1]) for part in parts)

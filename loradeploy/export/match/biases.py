@@ -5,7 +5,7 @@ onnxruntime's optimizer moves a layer's bias into what follows it:
     x W → BiasGelu(·, b)                          x W → SkipLayerNormalization(·, skip, γ, β, b)
 
 Such a bias is found, and made an addition again where an adapter changes it. A bias that is behind
-an operator that is not known cannot be told from none.
+an unknown operator cannot be distinguished from none.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The trace computes all experts in one product, [1 or experts, tokens, in] times the constant
 [experts, in, out]. Which parameter of the checkpoint a constant is, is found by its values while
-the checkpoint is at hand, and written into the metadata of the product, which bundles keep.
+the checkpoint is available, and written into the metadata of the product, which bundles keep.
 """
 
 from __future__ import annotations

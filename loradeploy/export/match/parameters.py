@@ -126,7 +126,7 @@ class Layers:
 
         Raises:
             ExportError: another layer has the same numbers as a constant of its own, so that it
-                cannot be told whether it shares them; or the values do not fit into the dtype.
+                is unknown whether it shares them; or the values do not fit into the dtype.
         """
         module, _, name = parameter.rpartition(".")
         layer = self._layer(module) if name == "weight" else None
@@ -147,7 +147,7 @@ class Layers:
         set_constant(layer.weight, cast(numbers, constant_of(layer.weight).dtype, parameter))
 
     def may_share(self, one: str, other: str) -> bool:
-        """Whether two of the checkpoint's weights are one constant, or cannot be told from one."""
+        """Whether two of the checkpoint's weights are one constant, or may be one."""
         modules = [name.removesuffix(".weight") for name in (one, other)]
         mine, theirs = map(self._layer, modules)
         if mine is None or theirs is None:

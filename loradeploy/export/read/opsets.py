@@ -29,7 +29,7 @@ _LARGE_BYTES: Final = 4096
 
 
 def convert_opset(model: ir.Model) -> ir.Model:
-    """`model` at `LEAST_OPSET` where it is older, else as it is; its IR version is mended too.
+    """`model` at `LEAST_OPSET` where it is older, else as it is; its IR version is fixed too.
 
     Raises:
         ExportError: the graph does not tell its version, or cannot be converted.

@@ -192,7 +192,7 @@ def answers(
 
 
 def _embedded(model: Any, kind: Task) -> torch.nn.Module:
-    """The decoder `model` with embeddings in the places of tokens, as it takes them itself.
+    """The decoder `model` with embeddings instead of tokens, as it takes them itself.
 
     The last two plain inputs are `inputs_embeds` and `inputs_embeds_mask`.
     """

@@ -1,6 +1,6 @@
 """A deep model traced by its first layers: the others are repeated in the traced program.
 
-torch.export takes most of the time of an export, and takes it for each layer anew. Where all
+torch.export takes most of the time of an export, and takes it for each layer again. Where all
 layers of a model are alike, four are traced:
 
     layers 0 and 1    may have nodes that later layers share, and number theirs unevenly

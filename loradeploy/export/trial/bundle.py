@@ -306,7 +306,7 @@ class Trial:
                 )
 
     def _check_embedded(self, original: Original, base: Outputs, limit: float) -> None:
-        """Embeddings in the places of tokens are read as PyTorch reads them."""
+        """Embeddings instead of tokens are read as PyTorch reads them."""
         given = self.run(original.feeds, None)
         if _same(given, base):
             raise _refused(f"its {INPUTS_EMBEDS} change nothing")

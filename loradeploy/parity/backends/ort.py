@@ -53,7 +53,7 @@ class Replayed:
     replays: int = 0
 
     def take(self, other: Replayed) -> None:
-        """Count what `other` counted, which begins anew."""
+        """Count what `other` counted, which begins again."""
         self.runs, self.replays = self.runs + other.runs, self.replays + other.replays
         other.runs = other.replays = 0
 

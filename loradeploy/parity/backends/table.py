@@ -54,7 +54,7 @@ class Backend:
     `on_onnxruntime`: it runs in this process's onnxruntime, once for each of the check's variants.
     `captured`: it runs in an `AdapterSession`, which captures runs where a variant says so.
     `batched`: it takes more than one row. `lacks`: why it cannot be run otherwise. `unasked`:
-    whether it is run where nobody asks for it by name; where it is not, it is not mentioned.
+    whether it is run where it is not requested by name; where it is not, it is not mentioned.
     """
 
     name: str
@@ -226,7 +226,7 @@ def choose_backends(mode: str, asked: Sequence[str] | None) -> tuple[Backend, ..
 def default_backends(
     backends: Sequence[Backend], context: CheckContext, asked: Collection[str]
 ) -> tuple[Backend, ...]:
-    """`backends` without those that nobody asked for by name and that do not run unasked."""
+    """`backends` without those that were not requested by name and that do not run unasked."""
     return tuple(
         backend
         for backend in backends

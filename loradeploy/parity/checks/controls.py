@@ -204,7 +204,7 @@ def run_controls(context: CheckContext, reference: Reference, base: Base) -> Con
 def _embeds_controls(
     context: CheckContext, reference: Reference, base: Base, tested: AdapterUnderTest
 ) -> Iterator[Control]:
-    """Mistakes with the embeddings that are read in the places of tokens."""
+    """Mistakes with the embeddings that are read instead of tokens."""
     right = [row for row in reference.rows[tested.name] if row.fed is not None]
     if not right:
         return

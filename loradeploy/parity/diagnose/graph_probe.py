@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 # A norm that adds what it skips first: its last output is what a norm alone would take.
 _SKIPPING: Final = ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization")
 _SUM: Final = 3
-# What only lays numbers out anew: the operator that made them stands before it.
+# What only rearranges numbers: the operator that made them stands before it.
 _LAYOUT: Final = ("Cast", "Identity", "Reshape", "Split", "Squeeze", "Transpose", "Unsqueeze")
 
 
@@ -298,7 +298,7 @@ def _maker(value: ir.Value) -> ir.Node:
 
 
 def _source(node: ir.Node) -> ir.Value | None:
-    """What `node` only carries on: laid out anew, with an update or a constant."""
+    """What `node` only carries on: rearranged, with an update or a constant."""
     inputs: list[ir.Value] = [value for value in node.inputs if value is not None]
     if node.op_type in _LAYOUT or is_step(node, LORA_ADD, SCALE_MUL):
         return inputs[0]

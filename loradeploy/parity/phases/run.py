@@ -220,7 +220,7 @@ def _observe_batch(
 def generate(
     model: Model, prompts: Sequence[Sequence[int]], *, count: int, pad: int, adapter: str | None
 ) -> list[tuple[int, ...]]:
-    """The `count` tokens that `model` finds the likeliest one after the other, for each prompt.
+    """The `count` tokens that `model` finds the most likely one after the other, for each prompt.
 
     The prompts are one batch.
     """

@@ -1,6 +1,6 @@
 """PEFT in the reference's model: what PEFT itself reads from the adapter's own files.
 
-Nothing that loradeploy read, left out or wrote anew goes in here, so that a mistake of its reader
+Nothing that loradeploy read, left out or wrote again goes in here, so that a mistake of its reader
 shows as a difference.
 """
 

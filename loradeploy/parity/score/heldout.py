@@ -118,7 +118,7 @@ def read_held_out(
 
     `evaluate` is one source of data for all, or `[NAME=]DATA` or a mapping for adapters with tasks
     of their own. `examples` of it are drawn, as `seed` decides. A classifier's base is scored only
-    where no adapter is, since it seldom has a head of its own.
+    where no adapter is, since it rarely has a head of its own.
 
     Raises:
         UsageError: a task without a metric, an unknown name, or no examples are asked for.
@@ -134,7 +134,7 @@ def read_held_out(
     if examples < 2:
         raise UsageError(f"{examples} examples to evaluate on: give 2 or more")
     names: list[str | None] = [tested.name for tested in adapters]
-    # In a merged bundle there is no base; a classifier's seldom has a head of its own.
+    # In a merged bundle there is no base; a classifier's rarely has a head of its own.
     if manifest.mode != "merged" and (manifest.task not in CLASSIFICATIONS or not names):
         names.insert(0, None)
     try:

@@ -80,7 +80,7 @@ def t_quantile(p: float, freedom: int) -> float:
 
 def _score(gained: int, lost: int, pairs: int, difference: float) -> float:
     """Tango's statistic: how far the counts are from a true `difference`, in standard errors."""
-    # The likeliest probability that a pair is lost, given the difference: a quadratic's root.
+    # The most likely probability that a pair is lost, given the difference: a quadratic's root.
     a = 2 * pairs
     b = -gained - lost + (2 * pairs - gained + lost) * difference
     c = -lost * difference * (1 - difference)

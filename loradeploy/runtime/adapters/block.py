@@ -1,7 +1,7 @@
 """Arrays in one block of memory.
 
 A decode step reads every factor once, more bytes than caches hold. Hundreds of small arrays lie on
-as many pages of 4 KiB all over memory, and each page is waited for anew; for one block of 4 MiB or
+as many pages of 4 KiB all over memory, and each page is waited for again; for one block of 4 MiB or
 more numpy asks the system for huge pages (Linux, transparent_hugepage). docs/performance.md tells
 what that is worth.
 """

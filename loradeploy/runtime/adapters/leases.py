@@ -143,7 +143,7 @@ class Leases:
                 self._trim()
 
     def drop(self, resident: Resident) -> None:
-        """Let go of the copy of an adapter that nobody uses. `changed` is held."""
+        """Let go of the copy of an adapter that is not in use. `changed` is held."""
         self._bound.pop(resident, None)
 
     def _bind(self, resident: Resident) -> Bindable:

@@ -37,7 +37,7 @@ from loradeploy.snapshot import ATTEMPTS, Snapshot
 
 # The side inputs, the digest and the head of an adapter that fits the graph.
 Read = tuple[Arrays, str, Head]
-# What an adapter is read from; a directory may have logs too, which somebody writes.
+# What an adapter is read from; a directory may have logs too, which someone writes.
 _SUFFIXES: Final = frozenset({".json", ".safetensors", NATIVE_SUFFIX})
 
 

@@ -26,7 +26,7 @@ Arrays = Mapping[str, "NDArray[Any]"]
 # What a user may name for a row: an adapter, or several with their weights.
 AdapterSpec = str | Mapping[str, float]
 
-# More runs at a time than this and some of them bind their side inputs anew.
+# More runs at a time than this and some of them bind their side inputs again.
 _SPARE_BINDINGS: Final = 16
 _LARGEST: Final = float(np.finfo(np.float32).max)
 

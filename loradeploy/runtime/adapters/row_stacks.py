@@ -3,7 +3,7 @@
 A batch whose rows come and go reads a stack again once its last lease has ended, and what has
 changed since is written into it: of a row that joins, its own factors. As long as a lease lasts its
 stack stays as it is, and another lease of the same rows reads it too. What lies on another device
-than the host is made anew for other rows, fewer ones too.
+than the host is made again for other rows, fewer ones too.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Where the graph has `adapter_ids`, a stack has a slot for the base and one for each adapter, and
 serves every batch of them. It grows by doubling up to what it may take, and then the slot that was
 unused the longest changes hands. On the host that writes one adapter's factors; a device's copy is
-made anew. Where the graph takes a slot for each row, the slots are the rows (row_stacks.py).
+made again. Where the graph takes a slot for each row, the slots are the rows (row_stacks.py).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from loradeploy.bundle.manifest import Manifest
 
-# Slots of a stack that has no budget. More than a batch has rows only saves writing them anew.
+# Slots of a stack that has no budget. More than a batch has rows only saves writing them again.
 _SLOTS: Final = 64
 HOST: Final = "cpu"  # onnxruntime's word for the host's memory
 

@@ -54,7 +54,7 @@ class CaptureStatistics:
 
     `recorded`: the recordings that there are. `made`: those that there ever were, 64 at most.
     `replayed`: runs that the device replayed. `refused`: runs whose shapes came again, and that
-    were run as ever, as no further recording could be made.
+    were run as usual, as no further recording could be made.
     """
 
     recorded: int

@@ -37,7 +37,7 @@ FED_WITH_SOURCE: Final = (DECODER_INPUT_IDS, ENCODER_ATTENTION_MASK)
 
 @dataclass(frozen=True, eq=False)
 class TokenEmbeds:
-    """Embeddings that are read in the places of a token: what a prompt has of its images.
+    """Embeddings that are read instead of a token: what a prompt has of its images.
 
     `values` [places, hidden]: one for each `token` of the prompt, in their order.
     """
@@ -53,7 +53,7 @@ class DecoderGraph:
     `inputs`: their names. `output`: that of the logits. `cached`: whether it takes a cache. `left`:
     on which side shorter prompts are padded, with `pad_id`. `keeps`: whether it can give the
     logits of some positions alone. `embeds`: of each row that is read first, the embeddings that
-    are read in the places of tokens; None where there are none.
+    are read instead of tokens; None where there are none.
 
     Raises:
         UsageError: the graph takes something besides tokens and a cache.
@@ -130,7 +130,7 @@ class DecoderGraph:
         return values
 
     def with_embeds(self, embeds: Sequence[TokenEmbeds | None]) -> DecoderGraph:
-        """The graph for prompts, in their order, with embeddings in the places of tokens."""
+        """The graph for prompts, in their order, with embeddings instead of tokens."""
         return dataclasses.replace(self, embeds=tuple(embeds)) if any(embeds) else self
 
     def _embedded(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> dict[str, NDArray[Any]]:

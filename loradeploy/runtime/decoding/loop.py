@@ -133,7 +133,7 @@ class DecodingBatch:
         """One run of the graph, after which every prompt's sequences go on.
 
         Raises:
-            RunError: a change of the rows failed, and nobody knows whose they are: `clear` them.
+            RunError: a change of the rows failed, and it is unknown whose they are: `clear` them.
         """
         self._check_whole()
         logits = self._rows.read(self._adapters, *self._feeds())

@@ -57,7 +57,7 @@ def scores_of(
     numbers: Sequence[int],
     most: int,
 ) -> list[TextScore]:
-    """The scores of `texts`, token ids, with the `most` likeliest tokens of each position.
+    """The scores of `texts`, token ids, with the top `most` tokens of each position.
 
     `numbers`: what messages call them by.
 

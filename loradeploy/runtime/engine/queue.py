@@ -7,7 +7,7 @@ number of flows that wait, as the clock of each would if all were served at once
 
 A flow that was idle begins at `now`, so that nobody saves turns up, or at its own clock where that
 is later: nobody comes back without a debt. Invariant: `now` grows with every item, so a flow that
-waits is served at last, however many others begin anew, and a debt ends. What is kept of an idle
+waits is served at last, however many others begin again, and a debt ends. What is kept of an idle
 flow is its debt alone: one whose clock is `now` or earlier is forgotten.
 """
 

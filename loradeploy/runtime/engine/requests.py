@@ -113,7 +113,7 @@ class EngineRequests:
             self.changed.notify_all()
 
     def defect(self, problem: BaseException) -> None:
-        """The end by a defect in one of the threads: nobody may wait for ever.
+        """The end by a defect in one of the threads: nobody may wait forever.
 
         What runs is let go of by the thread that runs it.
         """

@@ -1,4 +1,4 @@
-"""What an engine did and has at hand: figures for a page of metrics."""
+"""What an engine did and has available: figures for a page of metrics."""
 
 from __future__ import annotations
 

@@ -215,7 +215,7 @@ class Windows:
     def _find_languages(
         self, batch_progress: Sequence[SpeechProgress], adapters: _HeldRows, source: EncodedSource
     ) -> None:
-        """The likeliest language of each sound that has none, by its first window."""
+        """The most likely language of each sound that has none, by its first window."""
         ids = np.array([[one.prompt.start] for one in batch_progress], np.int64)
         rows = CachedRows(self.graph, len(ids), 1, source)
         logits = rows.read(adapters, ids, np.ones_like(ids), np.full(len(ids), -1))

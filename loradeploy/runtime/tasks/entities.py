@@ -4,7 +4,7 @@ none      each token on its own
 simple    neighbors of one kind are one entity
 first     as simple, of whole words, each with the label of its first token
 average   likewise, with the largest of its tokens' probabilities on average
-max       likewise, with the label of its likeliest token
+max       likewise, with the label of its most likely token
 
 B-X begins an entity of the kind X, I-X goes on with one; other labels are kinds themselves.
 """

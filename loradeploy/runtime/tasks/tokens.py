@@ -77,7 +77,7 @@ class TokenClassifier:
         They are what transformers' TokenClassificationPipeline finds with the aggregation_strategy
         `aggregation`: "none" gives each token that is not O; "simple" makes neighbors of one kind
         an entity, by the labels' B- and I-; "first", "average" and "max" choose one label for each
-        word first, that of its first token, of its tokens on average, or of its likeliest token.
+        word first, that of its first token, of its tokens on average, or of its most likely token.
         Training puts a word's tag at its first token, so "first" asks what was trained. A text
         without words has no entities.
 

@@ -278,7 +278,7 @@ def test_int8_graphs_take_an_adapter_behind_their_rounding(
     assert apart(adapted, expected) < apart(base, expected) / 10, "the adapter is not in it"
 
 
-# -- what cannot be told -----------------------------------------------------------------------
+# -- what is unknown -----------------------------------------------------------------------
 
 
 def test_products_that_nothing_tells_are_listed(

@@ -62,7 +62,7 @@ def check(bundle: Path, tiny_llama: Path) -> Callable[..., ParityReport]:
 
 @pytest.fixture(scope="module")
 def session(bundle: Path) -> Function:
-    """The bundle's base as somebody's function, with a cache."""
+    """The bundle's base as someone's function, with a cache."""
     runtime = ld.AdapterSession(bundle)
     names = [spec.name for spec in runtime.manifest.outputs]
     return lambda feeds: dict(zip(names, runtime.run(names, feeds), strict=True))

@@ -1,4 +1,4 @@
-"""Embeddings that are read in the places of tokens."""
+"""Embeddings that are read instead of tokens."""
 
 from __future__ import annotations
 

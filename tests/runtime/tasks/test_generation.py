@@ -227,7 +227,7 @@ def test_a_listener_that_fails_lets_the_adapter_go(generator: TextGenerator) -> 
 
     with pytest.raises(ConnectionError):
         generator.generate(PROMPTS, "small", on_text=fail)
-    generator.session.unload("small")  # would wait for ever
+    generator.session.unload("small")  # would wait forever
 
 
 # -- sampling ----------------------------------------------------------------------------------

@@ -6,7 +6,7 @@
 Hundreds of small nodes cost an idle graph 2 to 18 % of a decode step, and gathering factors costs
 an active one as much again; an `If` costs nothing that can be measured. The branches share the
 initializers. ONNX Runtime shares packed weights of 8 and 4 bits between them too, but lays float
-weights out anew for each. It does neither in a branch of a branch, where a step takes 20 times as
+weights out again for each. It does neither in a branch of a branch, where a step takes 20 times as
 long: there are never more than two. A CUDA graph cannot capture an `If`.
 """
 

@@ -1,7 +1,7 @@
 """The graph once more for clients that feed required inputs alone.
 
 Some bindings of ONNX Runtime pass on only what the graph cannot do without: onnxruntime-node drops
-feeds named after inputs that have defaults, without a word, and answers as the base. For them
+feeds named after inputs that have defaults, silently, and answers as the base. For them
 `required.onnx` has the side inputs without defaults, beside model.onnx and on the same weights.
 `required.safetensors` holds what they are for the base, `adapters/NAME.safetensors` for an adapter:
 every side input of the graph, so that a client feeds one file as it is.

@@ -86,7 +86,7 @@ def inject_side_inputs(
     `added` tokens that an adapter does not have.
 
     Raises:
-        ExportError: a name is taken, or the rows of an input cannot be told from the graph.
+        ExportError: a name is taken, or the rows of an input cannot be determined from the graph.
     """
     layers = [*targets, *heads, *(c.layer for c in changes if isinstance(c.layer, Linear))]
     surgery = Surgery(model.graph, _factor_type(layers))

@@ -71,7 +71,7 @@ def change_output(surgery: Surgery, change: Change) -> OutputTarget:
     """Let side inputs scale and shift the output of every call of the layer.
 
     Raises:
-        ExportError: the rows of the output cannot be told from the graph.
+        ExportError: the rows of the output cannot be determined from the graph.
     """
     module, size = change.layer.module, change.size
     dtype = surgery.dtype.numpy()

@@ -1,4 +1,4 @@
-"""Embeddings in the places of tokens: what a decoder reads of an image beside its text.
+"""Embeddings instead of tokens: what a decoder reads of an image beside its text.
 
     embedding(input_ids) → layers     becomes     Where(mask, inputs_embeds, embedding) → layers
 

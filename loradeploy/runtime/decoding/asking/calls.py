@@ -26,7 +26,7 @@ class Call:
     """What a call asks for, checked but for what needs its adapters.
 
     `firsts`: of each prompt, the number of its first text among the results. `embeds`: of each
-    prompt, what is read in the places of tokens.
+    prompt, what is read instead of tokens.
     """
 
     prompts: Sequence[Prompt]

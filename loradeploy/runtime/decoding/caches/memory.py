@@ -77,8 +77,8 @@ def position_bytes(session: AdapterSession) -> int:
 def row_bytes(manifest: Manifest) -> int:
     """The bytes that one position of one row takes while a run goes on.
 
-    The graph makes a cache that grows anew while the last one is read; one in place moves tensor by
-    tensor where it grows.
+    A cache that grows is written again by the graph while the last one is read; one in place moves
+    tensor by tensor where it grows.
     """
     sizes = _position_bytes(manifest)
     return sum(sizes) + (max(sizes, default=0) if manifest.cache_in_place else sum(sizes))

@@ -127,7 +127,7 @@ class UncachedRows:
 
 
 class CachedRows:
-    """Rows whose cache each run gives anew, or writes into buffers of the batch.
+    """Rows whose cache each run gives again, or writes into buffers of the batch.
 
     A row that nobody goes on with may be read as padding meanwhile, which takes no position, as
     moving the cache costs more than one such row. `most`: how many positions a row has at most,

@@ -50,7 +50,7 @@ def log_softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
 def token_logprob(
     logits: NDArray[Any], token: int, most: int, tokenizer: Tokenizer
 ) -> TokenLogprob:
-    """That of `token` by logits [vocabulary], with the `most` likeliest ones."""
+    """That of `token` by logits [vocabulary], with the top `most`."""
     values = log_softmax(logits)
     most = min(most, values.size)
     best = np.argpartition(-values, most - 1)[:most] if most else np.array([], np.int64)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Sampling:
     """Greedy at `temperature` 0; else sampled from the `top_k` tokens and the `top_p` mass.
 
-    Of these, tokens below `min_p` times the likeliest one's probability are left out. `top_k` 0,
+    Of these, tokens below `min_p` times the most likely one's probability are left out. `top_k` 0,
     `top_p` 1 and `min_p` 0 keep all tokens.
 
     Raises:
@@ -85,6 +85,6 @@ class Sampling:
             mass = np.cumsum(weights[order])
             weights[order[np.searchsorted(mass, self.top_p * mass[-1]) + 1 :]] = 0
         if self.min_p:
-            weights[weights < self.min_p] = 0  # the likeliest one's is 1
+            weights[weights < self.min_p] = 0  # the most likely one's is 1
         mass = np.cumsum(weights)
         return int(np.searchsorted(mass, random.random() * mass[-1], side="right"))

@@ -75,7 +75,7 @@ def test_packed_weights_in_fp16_have_no_branches(
     place = tmp_path / "b"
     with pytest.raises(ExportError, match="packed weights in fp16 .* wrong in branches"):
         export(tiny_llama_fp16_bundle, place, precision="int4", branches=True)
-    # One that was made all the same opens nowhere, and can be made anew.
+    # One that was made all the same opens nowhere, and can be made again.
     for module in (branches, adapted):
         monkeypatch.setattr(module, "branches_problem", lambda _: None)
     assert export(tiny_llama_fp16_bundle, place, precision="int4", branches=True).branches
