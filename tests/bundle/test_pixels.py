@@ -78,7 +78,7 @@ def test_an_image_is_the_same_from_a_file_and_in_memory(tmp_path: Path) -> None:
         ({"size": 8, "do_center_crop": True, "crop_size": 4}, "size is 8: give height and width"),
         ({"size": {"longest_edge": 8}}, "size is .*: give height and width, or shortest_edge"),
         ({"size": {"shortest_edge": 0}}, "size is .*: give height and width, or shortest_edge"),
-        ({"resample": None}, "resample is None, a number from 0 to 5"),
+        ({"resample": None}, "resample is None, expected a number from 0 to 5"),
         ({"do_center_crop": True}, "crop_size is None: give height and width"),
         ({"image_mean": [0.5]}, "image_mean is .*, three numbers are needed"),
         ({"image_std": [1, 0, 1]}, "image_std is .*, which nothing is divided by"),

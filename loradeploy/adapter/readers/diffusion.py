@@ -134,7 +134,7 @@ def _in_base(source: Source, written: list[str]) -> dict[str, str]:
     found = {name: spelled.get(_spelled(name), []) for name in written}
     unclear = [name for name, modules in found.items() if len(modules) != 1]
     if unclear:
-        candidates = listed_names(found[unclear[0]], 2, none="no module")
+        candidates = listed_names(found[unclear[0]], 2, none="not a module")
         raise AdapterError(
             f"{unclear[0]} is {candidates} of {base.directory}: give the base that the adapter was"
             " trained on"
