@@ -78,8 +78,8 @@ def choose_task(
         return tower
     if asked == VISION_TOWER and not sees(config):
         raise UsageError(
-            f"{_architecture(config)} is not a model of images and text, of which alone a"
-            f" {VISION_TOWER} is exported"
+            f"{_architecture(config)} is not a model of images and text: only these have a"
+            f" {VISION_TOWER} to export"
         )
     if asked is not None:
         _check_vectors(config, check_task(asked))

@@ -151,7 +151,7 @@ def parity(
     recorded = file_digests(path, names)
     chosen = choose_backends(manifest.mode, backends)
     if not chosen:
-        raise UsageError("no backends are given: nothing would be compared")
+        raise UsageError("no backends are given: there is nothing to compare")
     check_inputs(manifest)
     check_shape(manifest)
     if evaluate is not None:

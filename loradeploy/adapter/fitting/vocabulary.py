@@ -111,7 +111,7 @@ def added_tokens(adapter: Adapter, base: Vocabulary, most: int) -> int:
     if base.biased:
         raise AdapterMismatchError(
             f"it was trained with a vocabulary of {size} tokens, the base has {base.size}, and"
-            f" {base.head} has a bias, of which rows are no side inputs: merge it instead,"
+            f" {base.head} has a bias, whose rows cannot be side inputs: merge it instead,"
             " `merge=True`"
         )
     return size - base.size

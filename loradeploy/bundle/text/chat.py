@@ -71,7 +71,7 @@ class ChatTemplate:
             with limited(()):
                 _environment().check_constants(self._source)
         except LimitError as problem:
-            raise UsageError(f"the chat template does too much: {problem}") from None
+            raise UsageError(f"the chat template exceeds a limit: {problem}") from None
         except Exception as problem:
             raise BundleError(
                 f"the chat template is not a valid template: {first_line(problem)}"
@@ -135,7 +135,7 @@ class ChatTemplate:
                 )
                 return _joined(pieces, most)
         except LimitError as problem:
-            raise UsageError(f"the chat template does too much: {problem}") from None
+            raise UsageError(f"the chat template exceeds a limit: {problem}") from None
         except jinja2.TemplateError as problem:  # what a template says on purpose
             raise UsageError(
                 f"the chat template refuses the messages: {first_line(problem)}"

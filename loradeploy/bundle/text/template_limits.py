@@ -116,14 +116,14 @@ def _pay(*values: object) -> None:
 def _check_size(size: int) -> None:
     budget = _BUDGET.get()
     if size > (_LARGEST if budget is None else budget.largest):
-        raise LimitError("it makes too large a text or list")
+        raise LimitError("it creates a text or list that is too large")
     _spend(size // _PER_STEP)
 
 
 def _checked(value: Any) -> Any:
     """`value`, which was just made."""
     if isinstance(value, int) and value.bit_length() > _BITS:
-        raise LimitError("it makes too large a number")
+        raise LimitError("it creates a number that is too large")
     if isinstance(value, (*_SIZED, *_CONTAINERS, dict)):
         _check_size(len(value))
     return value
@@ -249,7 +249,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
 def _check_power(base: int, exponent: int) -> None:
     if base.bit_length() * exponent > _BITS:
-        raise LimitError("it makes too large a number")
+        raise LimitError("it creates a number that is too large")
 
 
 def _paid(function: Callable[..., Any]) -> Callable[..., Any]:

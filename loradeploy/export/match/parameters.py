@@ -141,7 +141,7 @@ class Layers:
             if twin.weight is not layer.weight and named not in others and self._same(twin, layer):
                 raise ExportError(
                     f"{named} has the numbers of {parameter} in a constant of its own: whether it"
-                    " shares what the adapter brings cannot be told; merge into the checkpoint"
+                    " shares the adapter's weight is unknown; merge into the checkpoint"
                 )
         numbers = values if isinstance(layer, Part) or layer.transposed else values.T
         set_constant(layer.weight, cast(numbers, constant_of(layer.weight).dtype, parameter))

@@ -139,7 +139,7 @@ def _check_complete(label: str, members: Sequence[Linear]) -> None:
     if [*begins, outputs] == [0, *ends]:
         return
     raise ExportError(
-        f"{label} is a part of a fused product, of which other parts take no adapters: merge the"
+        f"{label} is part of a fused product whose other parts take no adapters: merge the"
         " adapter instead"
     )
 

@@ -223,7 +223,7 @@ def _limits(precision: str | None, given: Tolerances | None) -> LimitsOf:
     precision = precision or DEFAULT_PRECISION
     if precision not in ASSUMED and not own:
         raise UsageError(
-            f"how far {precision} may be off is not known of anybody's model: give tolerances, as"
+            f"no limits are known for a {precision} model from another tool: give tolerances, as"
             f" one of {', '.join(ASSUMED)} or by metric"
         )
     base = precision if precision in ASSUMED else DEFAULT_PRECISION

@@ -56,7 +56,7 @@ def choose_phases(
         if name not in known:
             raise UsageError(f"{task} has no phase {name!r}: there are {', '.join(known)}")
     if not named:
-        raise UsageError("no phases are given: nothing would be compared")
+        raise UsageError("no phases are given: there is nothing to compare")
     return tuple(phase for phase in known if phase in named)
 
 

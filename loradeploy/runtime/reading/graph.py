@@ -139,7 +139,7 @@ def _recording(
         )
     if manifest.encoder is not None:
         raise UsageError(
-            f"`capture_graphs`: {bundle} is an encoder-decoder, of which no runs are captured"
+            f"`capture_graphs`: {bundle} is an encoder-decoder, whose runs cannot be captured"
         )
     return recording(asked)
 
@@ -274,7 +274,7 @@ def check_graph(
     if manifest.branches and is_packed(manifest.precision) and manifest.factor_dtype == "float16":
         raise BundleError(
             f"{bundle} has {manifest.precision} weights in branches and computes in fp16, which"
-            " onnxruntime (1.31) does wrong: export it again with --no-branches"
+            " onnxruntime (1.31) computes incorrectly: export it again with --no-branches"
         )
     required = {node.name: node for node in session.get_inputs()}
     overridable = {node.name: node for node in session.get_overridable_initializers()}

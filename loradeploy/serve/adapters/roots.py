@@ -133,7 +133,7 @@ class DirectoryRoot:
         """See `AdapterRoot`."""
         place = self._place(found.entry)
         if place is None:
-            raise AdapterError(f"{self.path / found.entry} is not there any more")
+            raise AdapterError(f"{self.path / found.entry} no longer exists")
         yield place
 
     def has(self, found: Found) -> bool:

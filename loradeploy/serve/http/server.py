@@ -59,7 +59,7 @@ class Server(uvicorn.Server):
     def __init__(self, service: Service) -> None:
         self._service = service
         if service.keys is None and not is_loopback(service.host):
-            logger.warning("other machines can reach this service, and it asks no API key")
+            logger.warning("other machines can reach this service without an API key")
         super().__init__(
             uvicorn.Config(
                 create_app(service),

@@ -91,10 +91,13 @@ def test_a_template_that_marks_what_the_assistant_says_is_believed(
         ),
         ("{{ messages[-1]['content'] }}", "line 1: the chat template changes earlier turns"),
         ("{% for _ in range(10**9) %}{% endfor %}", "line 1: .*: Range too big"),
-        ("{{ 'a' * 10**10 }}", "line 1: the chat template does too much"),
-        ("{% if false %}{{ 9**(9**9) }}{% endif %}", "line 1: the chat template does too much"),
-        ("{% if 0 %}{{ 'a'|center(9**9) }}{% endif %}", "line 1: the chat template does too much"),
-        ("{% if 0 %}{{ 9|urlize }}{% endif %}", "line 1: the chat template does too much"),
+        ("{{ 'a' * 10**10 }}", "line 1: the chat template exceeds a limit"),
+        ("{% if false %}{{ 9**(9**9) }}{% endif %}", "line 1: the chat template exceeds a limit"),
+        (
+            "{% if 0 %}{{ 'a'|center(9**9) }}{% endif %}",
+            "line 1: the chat template exceeds a limit",
+        ),
+        ("{% if 0 %}{{ 9|urlize }}{% endif %}", "line 1: the chat template exceeds a limit"),
     ],
 )
 def test_a_template_that_does_not_serve_is_told(

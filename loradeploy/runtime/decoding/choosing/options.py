@@ -129,7 +129,7 @@ class GenerationOptions:
             if not isinstance(text, str):
                 raise UsageError(f"stop is {shown(self.stop)}: give a text, or a list of texts")
             if not text:
-                raise UsageError("a stop string is empty: every text would end before it began")
+                raise UsageError("a stop string is empty: every text would end immediately")
         if self.logprobs is not None and not _whole(self.logprobs, 0):
             raise UsageError(f"logprobs is {shown(self.logprobs)}: give 0 or more")
         if self.allowed_tokens is not None and not callable(self.allowed_tokens):
