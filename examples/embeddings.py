@@ -1,4 +1,4 @@
-"""Train an adapter for search by vectors, deploy it, prove it, and search documents with it.
+"""Train an adapter for vector search, deploy it, check parity, and search documents with it.
 
     python examples/embeddings.py MODEL DATA.jsonl OUTPUT --query "who won the cup?"
 

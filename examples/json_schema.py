@@ -1,10 +1,10 @@
-"""Text that is JSON of a schema, whatever the model and its adapters would write.
+"""Generate JSON that follows a schema, with every adapter of a bundle.
 
     pip install llguidance
     python examples/json_schema.py BUNDLE "The prompt" [--schema schema.json] [--max-new-tokens 128]
 
-Every adapter of the bundle answers the prompt, and so does the base, all in one batch. llguidance
-says which tokens may follow; `allowed_tokens` hands that to the generator, row by row.
+The base and every adapter of the bundle answer the prompt in one batch. llguidance computes the
+allowed tokens, and `allowed_tokens` passes them to the generator for each row.
 """
 
 from __future__ import annotations

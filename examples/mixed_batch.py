@@ -1,9 +1,9 @@
-"""One batch, a different adapter in each row, and what each row is alone.
+"""Run one batch with a different adapter in each row, and compare it with single rows.
 
     python examples/mixed_batch.py BUNDLE "The prompt" [--max-new-tokens 16]
 
-Every adapter of the bundle answers the prompt, and so does the base. The rows of the batch equal
-the same prompts run one by one.
+The base and every adapter of the bundle answer the prompt. The rows of the batch equal the same
+prompts run one by one.
 """
 
 from __future__ import annotations

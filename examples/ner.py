@@ -1,4 +1,4 @@
-"""Train an adapter to find entities, deploy it, prove it, and find the entities of a text.
+"""Train an adapter to find entities, deploy it, check parity, and find entities in a text.
 
     python examples/ner.py MODEL DATA.jsonl OUTPUT --text "Marie Curie was born in Warsaw."
 

@@ -1,10 +1,10 @@
-"""Train an adapter that scores pairs of texts, deploy it, prove it, and rank documents with it.
+"""Train an adapter that scores pairs of texts, deploy it, check parity, and rank documents.
 
     python examples/reranking.py MODEL DATA.jsonl OUTPUT --query "who won the cup?"
 
 MODEL is an encoder, a Hugging Face directory or id; a line of DATA is
-{"text": "who won the cup?", "text_pair": "The home side won the cup.", "label": ["relevant"]}, its
-label [] where the document does not answer the query. The documents of DATA are ranked.
+{"text": "who won the cup?", "text_pair": "The home side won the cup.", "label": ["relevant"]}, with
+label [] if the document does not answer the query. The documents of DATA are ranked.
 """
 
 from __future__ import annotations

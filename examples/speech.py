@@ -1,8 +1,8 @@
-"""Train an adapter of Whisper, deploy it, prove it, and transcribe a WAV file with it.
+"""Train an adapter for Whisper, deploy it, check parity, and transcribe a WAV file.
 
     python examples/speech.py MODEL DATA.jsonl OUTPUT --audio visit.wav
 
-MODEL is a Whisper, a Hugging Face directory or id; a line of DATA is
+MODEL is a Whisper model, a Hugging Face directory or id; a line of DATA is
 {"audio": "clips/1.wav", "target": "The patient was seen on Monday.", "language": "en"}.
 The word error rate is computed with jiwer.
 """

@@ -1,8 +1,8 @@
-"""Swap adapters with plain ONNX Runtime: nothing of loradeploy is imported here.
+"""Swap adapters with plain ONNX Runtime, without importing loradeploy.
 
     python examples/swap_adapters.py BUNDLE "The prompt" [--max-new-tokens 24]
 
-The same few calls exist in ONNX Runtime's C, C++, C# and Java interfaces: a session on model.onnx,
+The same calls exist in ONNX Runtime's C, C++, C# and Java interfaces: a session on model.onnx,
 an adapter loaded from adapters/NAME.onnx_adapter, and run options that make it the active one.
 """
 

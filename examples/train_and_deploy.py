@@ -1,4 +1,4 @@
-"""Train an adapter, deploy it both ways, prove both, and generate with it.
+"""Train an adapter, deploy it both ways, check the parity of both, and generate text.
 
     python examples/train_and_deploy.py MODEL DATA.jsonl OUTPUT [--steps 40]
 

@@ -1,4 +1,4 @@
-"""loradeploy: train LoRA adapters, deploy them on ONNX Runtime, prove that nothing changed.
+"""loradeploy: train LoRA adapters, deploy them on ONNX Runtime, and verify the results.
 
 train    data and a base model → an adapter                    (needs the extra `train`)
 export   a base model → a bundle, merged or with side inputs   (needs the extra `export`)

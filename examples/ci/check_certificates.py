@@ -1,6 +1,6 @@
 """Check the certificates of the bundles that files belong to: `check_certificates.py FILE…`.
 
-Exit status 0 where each of these bundles was proved as it is, 1 where one was not.
+Exit status 0 if every bundle has a valid certificate for its current files, 1 otherwise.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from pathlib import Path
 
 
 def bundles_of(files: list[str]) -> list[Path]:
-    """The bundles that the files are in, wherever below them."""
+    """The bundles that contain the files, at any depth."""
     folders = {folder for file in files for folder in Path(file).parents}
     return sorted(folder for folder in folders if (folder / "loradeploy.json").is_file())
 
 
 def fault(bundle: Path) -> str | None:
-    """Why the bundle is not certified as it is; None where it is."""
+    """Why the bundle has no valid certificate; None if it has one."""
     command = [sys.executable, "-m", "loradeploy", "inspect", str(bundle), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:

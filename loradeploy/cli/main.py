@@ -111,7 +111,7 @@ class _Verbs(click.Group):
     help="Show tracebacks of errors and log lines of libraries. Also accepted after the command.",
 )
 def commands(debug: bool) -> None:
-    """Train LoRA adapters, deploy them on ONNX Runtime, prove that nothing changed."""
+    """Train LoRA adapters, deploy them on ONNX Runtime, and verify the results."""
 
 
 class _Terminated(BaseException):

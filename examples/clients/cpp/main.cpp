@@ -2,9 +2,9 @@
 //
 //     swap_adapters BUNDLE COUNT TOKEN,TOKEN,…
 //
-// Generates COUNT tokens, as the likeliest each time, with the base and with every adapter: first
-// one after the other, each in ONNX Runtime's own format, then all in one batch, a row each, from
-// side inputs that are put together by hand. Prints a line of JSON for each.
+// Generates COUNT tokens greedily, with the base and with every adapter: first one after the other,
+// each in ONNX Runtime's own format, then all in one batch, one per row, with side inputs that are
+// stacked by hand. Prints a line of JSON for each.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>

@@ -2,7 +2,7 @@
 //
 //     npm install --ignore-scripts && node main.mjs BUNDLE TOKEN,TOKEN,…
 //
-// (Its install script downloads a library for GPUs. That for the CPU is in the package.)
+// (The install script of onnxruntime-node downloads a GPU library; the CPU library is in the package.)
 // Prints, for the base and every adapter, the next token and how far its logits are from the base's.
 import { existsSync, readFileSync, readdirSync } from "node:fs";
 import { basename, join } from "node:path";

@@ -130,7 +130,7 @@ def make_feeds(
     """`count` cases for the inputs `specs`; `run` gives a cache, of a model that keeps one.
 
     Raises:
-        UsageError: a count below 1, or an input whose values cannot be made up.
+        UsageError: a count below 1, or an input whose values cannot be generated.
     """
     if count < 1:
         raise UsageError(f"{count} cases: give 1 or more")

@@ -6,7 +6,7 @@ from typing import Final
 
 # How many tokens a decoder is followed for after each prompt.
 GENERATED: Final = 16
-# How many inputs are made up for two models that are compared as they are.
+# How many inputs are generated for two models that are compared directly.
 CASES: Final = 6
 # How many held-out examples the task metric is taken on.
 EXAMPLES: Final = 100
