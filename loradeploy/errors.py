@@ -58,7 +58,7 @@ class LoraDeployError(Exception):
 
 
 class UsageError(LoraDeployError):
-    """Options that do not go together, or a value out of its range."""
+    """Options that cannot be combined, or a value out of range."""
 
 
 class DataError(LoraDeployError):
@@ -78,7 +78,7 @@ class AdapterMismatchError(AdapterError):
 
 
 class AdapterStoreError(AdapterError):
-    """A store that cannot give an adapter now; the same files may be read another time."""
+    """An adapter store that is temporarily unavailable; reading may succeed later."""
 
 
 class UnknownAdapterError(LoraDeployError, KeyError):
@@ -109,11 +109,11 @@ class RunError(LoraDeployError):
 
 
 class EngineError(LoraDeployError):
-    """A request that an engine does not serve."""
+    """A request that an engine does not process."""
 
 
 class EngineFullError(EngineError):
-    """An engine in which as many requests wait as may.
+    """An engine whose queue of waiting requests is full.
 
     `retry_after`: seconds after which there may be room.
     """
@@ -124,7 +124,7 @@ class EngineFullError(EngineError):
 
 
 class EngineClosedError(EngineError):
-    """An engine that is closed, was ended by a defect, or takes no more requests as it drains."""
+    """An engine that is closed, draining, or was ended by a defect."""
 
 
 class DeadlineError(EngineError):

@@ -52,38 +52,34 @@ def _option(default: Any, text: str) -> Any:
 class GenerationOptions:
     """Generation settings of one prompt. docs/generation.md defines each of them.
 
-    Where repetition_penalty, no_repeat_ngram_size, stop and, in sampling, top_k, top_p and min_p
-    are None, they are those of the row's generation_config.json, if it has any.
+    If repetition_penalty, no_repeat_ngram_size, stop or, when sampling, top_k, top_p or min_p is
+    None, the value in the row's generation_config.json is used, if there is one.
 
     Raises:
         UsageError: a value out of range, or settings that contradict each other.
     """
 
-    max_new_tokens: int = _option(32, "the most tokens that are generated")
-    temperature: float = _option(0.0, "0 is greedy; above it, tokens are sampled by the seed")
+    max_new_tokens: int = _option(32, "maximum number of generated tokens")
+    temperature: float = _option(0.0, "0 is greedy; above 0, tokens are sampled with the seed")
     top_k: int | None = _option(None, "sample from this many most likely tokens, 0 for all")
     top_p: float | None = _option(None, "sample from the most likely tokens of this probability")
     min_p: float | None = _option(
         None, "sample from tokens of at least this fraction of the highest probability"
     )
     repetition_penalty: float | None = _option(
-        None, "what divides the logits of tokens that are in the prompt or the text"
+        None, "divides the logits of tokens in the prompt or the text"
     )
-    presence_penalty: float = _option(
-        0.0, "what is subtracted from the logits of tokens that are in the text"
-    )
+    presence_penalty: float = _option(0.0, "subtracted from the logits of tokens in the text")
     frequency_penalty: float = _option(
-        0.0, "what is subtracted from a token's logit as often as it is in the text"
+        0.0, "subtracted from a token's logit once per occurrence in the text"
     )
-    no_repeat_ngram_size: int | None = _option(None, "let no run of so many tokens come twice")
+    no_repeat_ngram_size: int | None = _option(None, "no sequence of this many tokens occurs twice")
     logit_bias: Mapping[int | str, float] | None = _option(
-        None, "what is added to logits, by token id or by a text that is one token"
+        None, "added to logits, by token id or by a text of one token"
     )
-    stop: str | Sequence[str] | None = _option(
-        None, "texts that end the generation; the result ends before them"
-    )
-    n: int = _option(1, "how many texts a prompt gets: samples, or the best of its beams")
-    num_beams: int = _option(1, "search with so many beams, where it is 2 or more")
+    stop: str | Sequence[str] | None = _option(None, "stop strings; the text ends before them")
+    n: int = _option(1, "number of texts per prompt: samples, or best beams")
+    num_beams: int = _option(1, "beam search, if 2 or more")
     length_penalty: float | None = _option(
         None, "a beam's score is divided by its length to this power; 1.0 by default"
     )
@@ -96,7 +92,7 @@ class GenerationOptions:
     allowed_tokens: AllowedTokens | None = field(
         default=None,
         metadata={
-            "help": "a function of the tokens so far to those that may follow, bool [vocabulary]"
+            "help": "a function from the generated tokens to a mask of allowed ones, bool [vocabulary]"
         },
     )
 
