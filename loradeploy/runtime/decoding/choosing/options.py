@@ -92,7 +92,7 @@ class GenerationOptions:
     allowed_tokens: AllowedTokens | None = field(
         default=None,
         metadata={
-            "help": "a function from the generated tokens to a mask of allowed ones, bool [vocabulary]"
+            "help": "a function from generated tokens to a mask of allowed ones, bool [vocabulary]"
         },
     )
 
