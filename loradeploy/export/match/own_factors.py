@@ -9,7 +9,7 @@ the module to which PEFT adds an update. What is added to the product would be s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from loradeploy.export.graph.edit import only_user
@@ -22,37 +22,68 @@ if TYPE_CHECKING:
     from loradeploy.export.match.linears import Linear
 
 _SCALES: Final = ("Div", "Mul")
+_HEAD: Final = "lm_head"
+_CARRIERS: Final = ("Cast", "DequantizeLinear", "Identity", "QuantizeLinear")
+# What a norm divides by, or multiplies with, is the result of one of these.
+_OF_SIZE: Final = ("Clip", "Div", "Max", "Pow", "Reciprocal", "ReduceL2", "Rsqrt", "Sqrt")
 
 
 def own_factor(linear: Linear) -> ir.Node | None:
     """The node that scales the input or output of `linear` inside of its module, if there is one.
 
+    Quantizers may name the nodes that they add otherwise: where a scale for each feature stands
+    directly in front of the product, and its name tells no module, it is theirs unless a norm's.
     onnxruntime-genai's builder writes factors of the logits into the scope of the head: these are
     the model's.
     """
     for product in linear.nodes:
         own = module_of(product)
-        if own is None or is_built(product):
+        if own is None or (own[0] == _HEAD and is_built(product)):
             continue
-        for node in _beside(product):
+        before, behind = _beside(product)
+        for node in (*before, *behind):
             scope = module_of(node)
             if scope is not None and scope[0] == own[0] and any(map(_is_constant, node.inputs)):
+                return node
+        for node in before:
+            if module_of(node) is None and _scales_features(node, linear.in_features):
                 return node
     return None
 
 
-def _beside(product: ir.Node) -> Iterator[ir.Node]:
+def _beside(product: ir.Node) -> tuple[list[ir.Node], list[ir.Node]]:
     """The nodes that scale what the product takes, and what it gives with or without its bias."""
     x, y = input_of(product), output_of(product)
     before = None if x is None else x.producer()
     behind = [only_user(y)]
     if behind[0] is not None and behind[0].op_type == "Add":
         behind.append(only_user(behind[0].outputs[0]))
-    yield from (
-        node
-        for node in (before, *behind)
-        if node is not None and node.op_type in _SCALES and node.domain == ""
-    )
+    return _scales([before]), _scales(behind)
+
+
+def _scales(nodes: Sequence[ir.Node | None]) -> list[ir.Node]:
+    return [n for n in nodes if n is not None and n.op_type in _SCALES and n.domain == ""]
+
+
+def _scales_features(node: ir.Node, size: int) -> bool:
+    """Whether each of `size` features has a constant of its own, and none is normalized before."""
+    for value, other in (node.inputs, reversed(node.inputs)):
+        if _is_constant(value) and size > 1:
+            tensor = None if value is None else value.const_value
+            return tensor is not None and tensor.size == size and not _is_normalized(other)
+    return False
+
+
+def _is_normalized(value: ir.Value | None) -> bool:
+    """Whether `value` is divided by its size: a norm's own weight is multiplied to it."""
+    node = None if value is None else value.producer()
+    while node is not None and node.op_type in _CARRIERS:
+        value = node.inputs[0]
+        node = None if value is None else value.producer()
+    if node is None or node.op_type.endswith("Normalization"):
+        return node is not None
+    sizes = (source.producer() for source in node.inputs if source is not None)
+    return node.op_type in _SCALES and any(s is not None and s.op_type in _OF_SIZE for s in sizes)
 
 
 def _is_constant(value: ir.Value | None) -> bool:

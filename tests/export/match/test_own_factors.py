@@ -72,3 +72,39 @@ def test_a_factor_of_another_module_is_the_model_s(where: str, tmp_path: Path) -
     for scope in ("/block/0", "/block/0/norm"):
         model = _scaled(where, "Mul", scope)
         assert MODULE in find_modules(model, tmp_path, Evidence(), [ADAPTER]).linears
+
+
+@pytest.mark.parametrize("norm", ["", "RMSNormalization", "Sqrt", "Reciprocal"])
+def test_a_scale_of_each_feature_in_front_is_a_quantizer_s_unless_it_is_a_norm_s(
+    norm: str, tmp_path: Path
+) -> None:
+    """Their nodes have names of their own."""
+    b = Builder()
+    x = b.input("x", ["batch", IN])
+    if norm == "RMSNormalization":
+        x = b.node(norm, [x, b.constant("ones", np.ones(IN, np.float32))], ["batch", IN])
+    elif norm:
+        size = b.node("ReduceMean", [b.node("Mul", [x, x])])
+        divided = b.node(norm, [size])
+        x = b.node("Div" if norm == "Sqrt" else "Mul", [x, divided], ["batch", IN])
+    scale = b.constant("scale", np.linspace(0.5, 2, IN).astype(np.float32))
+    x = b.node("Mul", [scale, x], ["batch", IN], name="smooth")
+    y = b.node("MatMul", [x, b.weight("w", IN, OUT)], ["batch", OUT], name=f"{SCOPE}/MatMul")
+    model = b.model(y)
+    if norm:
+        assert MODULE in find_modules(model, tmp_path, Evidence(), [ADAPTER]).linears
+        return
+    with pytest.raises(ExportError, match="its node smooth scales the product"):
+        find_modules(model, tmp_path, Evidence(), [ADAPTER])
+
+
+def test_the_builder_s_factors_of_the_logits_are_the_model_s(tmp_path: Path) -> None:
+    b = Builder()
+    x = b.input("x", ["batch", IN])
+    q = b.node(
+        "GroupQueryAttention", [x], ["batch", IN], name="/model/layers.0/attn/GroupQueryAttention"
+    )
+    y = b.node("MatMul", [q, b.weight("w", IN, OUT)], ["batch", OUT], name="/lm_head/MatMul")
+    factor = b.constant("factor", np.float32(0.1))
+    model = b.model(b.node("Mul", [y, factor], ["batch", OUT], name="/lm_head/Mul"))
+    assert "lm_head" in find_modules(model, tmp_path, Evidence(), []).linears
