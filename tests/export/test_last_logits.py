@@ -17,6 +17,7 @@ from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.generation import TextGenerator
 from tests.conftest import once
 from tests.export import others
+from tests.export.graphs import IN, Builder
 from tests.export.reference import torch_output
 
 
@@ -76,3 +77,21 @@ def test_so_it_does_where_the_shapes_are_seen_in_a_run_alone(shape: tuple[int, .
     check_positions(np.zeros((2, 3, 7)), 3)
     with pytest.raises(UsageError, match="not those of every token"):
         check_positions(np.zeros(shape), 3)
+
+
+def test_the_declared_length_of_the_logits_is_not_believed_where_the_graph_cuts(
+    tmp_path: Path,
+) -> None:
+    """A bundle is made without a choice of positions, which only a whole row has."""
+    b, sizes = Builder(), ["batch", "sequence", IN]
+    ids = b.input("input_ids", ["batch", "sequence"], ir.DataType.INT64)
+    x = b.node("Gather", [b.weight("words", 50, IN), ids], sizes)
+    x = b.node("MatMul", [x, b.weight("w", IN, IN)], sizes, module="proj")
+    span = [b.constant(n, np.array([at])) for n, at in (("from", -1), ("to", 2**62), ("axis", 1))]
+    x = b.node("Slice", [x, *span], sizes)
+    y = b.node("MatMul", [x, b.weight("head", IN, 50)], ["batch", "sequence", 50], name="logits")
+    ir.save(b.model(y), tmp_path / "model.onnx")
+    manifest = export(tmp_path / "model.onnx", tmp_path / "b", task="causal-lm")
+    assert not manifest.logits_to_keep
+    (logits,) = AdapterSession(tmp_path / "b").run(["logits"], {"input_ids": np.ones((2, 3), int)})
+    assert logits.shape == (2, 1, 50)

@@ -21,7 +21,7 @@ import numpy as np
 from loradeploy.bundle.names import INPUT_IDS, KEPT, LOGITS_TO_KEEP
 from loradeploy.bundle.outputs import output_of
 from loradeploy.errors import ExportError
-from loradeploy.export.graph.edit import Chain, add_constant, remove_unused
+from loradeploy.export.graph.edit import Chain, add_constant, constant_of, remove_unused
 from loradeploy.export.graph.names import step_name
 from loradeploy.export.match.products import products
 
@@ -149,7 +149,20 @@ def _head_input(graph: ir.Graph, name: str) -> ir.Value | str:
         return "the input of the output head is not known"
     if hidden.shape is not None and len(hidden.shape) != 3:
         return "the output head takes all rows in one"
+    if _is_cut(hidden):  # whatever shape the logits are declared to have
+        return "the graph gives the logits of its last tokens alone"
     return _crossing(graph, hidden, output) or hidden
+
+
+def _is_cut(hidden: ir.Value) -> bool:
+    """Whether `hidden` is a part of the positions already, from a constant begin on."""
+    node = hidden.producer()
+    if node is None or node.op_type != "Slice" or len(node.inputs) < 2:
+        return False
+    begin = node.inputs[1]
+    if begin is None or not begin.is_initializer() or begin.const_value is None:
+        return False
+    return bool(constant_of(begin).any())
 
 
 def _crossing(graph: ir.Graph, hidden: ir.Value, logits: ir.Value) -> str | None:
