@@ -31,6 +31,7 @@ from loradeploy.export.read.channels_first import features_last, matrices_of
 from loradeploy.export.read.constant_weights import compute_weights
 from loradeploy.export.read.normalize import normalize_products
 from loradeploy.export.read.opsets import convert_opset
+from loradeploy.export.read.probabilities import give_logits
 from loradeploy.export.read.regular import (
     close_inputs,
     complete_outputs,
@@ -76,7 +77,7 @@ def from_graph(source: Source, options: Options) -> Base:
         if source.manifest is None
         else load_bundle_graph(source.graph.parent, source.manifest)
     )
-    renamed: Mapping[str, str] = {}
+    renamed: dict[str, str] = {}
     if source.manifest is None:
         complete_outputs(graph.graph, check_opens(source.graph))
         refuse_side_inputs(graph)  # while they are inputs
@@ -91,6 +92,7 @@ def from_graph(source: Source, options: Options) -> Base:
         own = settings_beside(source.directory, options.evidence.checkpoint)
         take_branches(graph, source.graph.parent, own)
         check_mask(graph, renamed, source.graph.parent, own)
+        renamed |= give_logits(graph.graph)
     current = precision_of(graph) if source.manifest is None else source.manifest.precision
     if source.manifest is None and current == BFLOAT16 and has_float32_weights(graph.graph):
         current = DEFAULT_PRECISION  # some of its weights are finer, and stay so
