@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers.models import WordLevel
 
 from loradeploy.bundle.text.settings import GenerationSettings, read_settings
-from loradeploy.errors import BundleError
+from loradeploy.bundle.text.tokenizer import Tokenizer
+from loradeploy.errors import BundleError, UsageError
+from loradeploy.runtime.decoding.choosing.options import GenerationOptions
 from loradeploy.runtime.decoding.choosing.processors import Processors
 
 VOCABULARY, ENDS = 24, (2,)
@@ -53,6 +59,27 @@ def test_scores_are_those_of_transformers(settings: dict[str, Any], made: list[i
     expected = processors(ids, torch.from_numpy(logits.copy())[None])[0].numpy()
     got = Processors(read_settings(settings, "s"), ENDS)(logits, PROMPT, made)
     np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+def test_a_bias_of_a_text_that_the_vocabulary_lacks_is_not_that_of_unknown_words(
+    tmp_path: Path,
+) -> None:
+    """T5's tokenizer has no brace, and gives the one token for all that it does not know."""
+    words = WordLevel({"<unk>": 0, "w1": 1, "w2": 2}, unk_token="<unk>")
+    FastTokenizer(words).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"unk_token": "<unk>"}))
+    tokenizer = Tokenizer(tmp_path)
+
+    def made(text: str) -> Any:
+        options = GenerationOptions(logit_bias={text: 3.0})
+        return Processors.of(options, GenerationSettings(), tokenizer, ENDS, "prompt 1")
+
+    assert made("w2")(np.zeros(3, np.float32), [1], []).tolist() == [0, 0, 3]
+    assert made("<unk>")(np.zeros(3, np.float32), [1], []).tolist() == [3, 0, 0]
+    with pytest.raises(
+        UsageError, match=r"names the text '\{', which the vocabulary does not have"
+    ):
+        made("{")
 
 
 def test_a_prompt_may_have_tokens_that_the_head_has_no_logits_for() -> None:

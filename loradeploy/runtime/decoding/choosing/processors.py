@@ -70,7 +70,7 @@ class Processors:
         """Those that `options` ask for.
 
         Raises:
-            UsageError: `logit_bias` names a text that is not one token.
+            UsageError: `logit_bias` names a text that is not one token, or none of the vocabulary.
         """
         given = {
             name: value
@@ -207,6 +207,7 @@ def _bar_repeated(scores: NDArray[np.float32], before: NDArray[np.int64], size: 
 
 def _by_token(options: GenerationOptions, tokenizer: Tokenizer) -> dict[int, float]:
     bias: dict[int, float] = {}
+    name = tokenizer.special_tokens.get("unk_token")
     for token, value in (options.logit_bias or {}).items():
         if isinstance(token, str):
             ids = tokenizer.encode(token, special_tokens=False)
@@ -214,6 +215,11 @@ def _by_token(options: GenerationOptions, tokenizer: Tokenizer) -> dict[int, flo
                 raise UsageError(
                     f"logit_bias names the text {shown(token)}, which is {len(ids)} tokens"
                     f" {shown(ids)}, expected 1: give token ids"
+                )
+            if name not in (None, token) and ids[0] == tokenizer.vocabulary.get(str(name)):
+                raise UsageError(
+                    f"logit_bias names the text {shown(token)}, which the vocabulary does not have:"
+                    f" it would be that of {name}"
                 )
             token = ids[0]
         bias[int(token)] = bias.get(int(token), 0.0) + float(value)
