@@ -161,6 +161,8 @@ class Manifest:
     to compute logits for (export/passes/tokens/kept_logits.py); if it is not fed, all of them.
     `embeds`: the optional inputs with which the decoder of a vision-language model takes embeddings
     instead of tokens (export/passes/tokens/embeds.py).
+    `image_blocks`: whether the positions of an image attend to each other in both directions
+    (export/passes/tokens/image_blocks.py), so that an image has to be read in one run.
     `other_part`: the modules of the base that are in another bundle, to which an adapter's factors
     for them belong.
     `added_tokens`: the rows of the graph for tokens that adapters add to the base's; None if it has
@@ -199,6 +201,7 @@ class Manifest:
     encoder: EncoderGraph | None = None
     logits_to_keep: bool = False
     embeds: tuple[TensorSpec, ...] = ()
+    image_blocks: bool = False
     other_part: tuple[str, ...] = ()
     tower: str | None = None
     added_tokens: AddedTokens | None = None

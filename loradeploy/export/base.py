@@ -54,6 +54,7 @@ from loradeploy.export.match.experts import annotate_experts
 from loradeploy.export.match.norm_forms import annotate_forms
 from loradeploy.export.passes.forms.static_shapes import static_specs
 from loradeploy.export.passes.tokens.embeds import add_inputs_embeds, sample_embeds
+from loradeploy.export.passes.tokens.image_blocks import join_image_blocks
 from loradeploy.export.read.source import Source, read_config
 from loradeploy.export.read.third_party import (
     Evidence,
@@ -113,7 +114,7 @@ class Base:
     `own_weights`, `submodels`, `base_prefix`: as in the manifest.
     `tower`: of a two-tower model, which; `config`: the tower's own configuration.
     `called`: what a message about an adapter that does not fit calls it.
-    `embeds`, `other_part`: as in the manifest.
+    `embeds`, `image_blocks`, `other_part`: as in the manifest.
     `vocabulary`: how many tokens there are, where an adapter that is merged changed that.
     `ties_head`: of a graph, whether its config ties the output head to the embedding; None where no
     config tells.
@@ -140,6 +141,7 @@ class Base:
     called: str = "this base model"
     vocabulary: int | None = None
     embeds: tuple[TensorSpec, ...] = ()
+    image_blocks: bool = False
     other_part: tuple[str, ...] = ()
     ties_head: bool | None = None
 
@@ -151,7 +153,7 @@ def from_checkpoint(source: Source, options: Options) -> Base:
         ModelError: it is no model of the task. AdapterError: an adapter is refused or does not fit.
     """
     from loradeploy.export.trace import answers, load_model, trace
-    from loradeploy.export.trace.image_text import other_part, vision_part
+    from loradeploy.export.trace.image_text import has_image_blocks, other_part, vision_part
     from loradeploy.export.trace.towers import tower_config
     from loradeploy.lora.base.vocabulary import resize_for, tied_by_config_alone, vocabulary_of
     from loradeploy.lora.experts import expert_parameters
@@ -228,6 +230,9 @@ def from_checkpoint(source: Source, options: Options) -> Base:
     config: Any = model.config
     graph = trace(model, task)
     embeds = add_inputs_embeds(graph) if task == CAUSAL_LM and others else ()
+    blocks = bool(embeds) and has_image_blocks(given)
+    if blocks:
+        join_image_blocks(graph)
     _check_rank(outputs(graph), task, type(model).__name__)
     norms = {name: p for name, p in model.named_parameters() if p.ndim == 1}
     annotate_forms(
@@ -258,6 +263,7 @@ def from_checkpoint(source: Source, options: Options) -> Base:
         base_prefix=str(model.base_model_prefix),
         vocabulary=vocabulary,
         embeds=embeds,
+        image_blocks=blocks,
         other_part=others,
         tower=None if kind is None else kind.tower,
         config=None if kind is None else tower_config(model),

@@ -151,6 +151,7 @@ def from_graph(source: Source, options: Options) -> Base:
         tower=None if source.manifest is None else source.manifest.tower,
         called="this ONNX model" if source.manifest is None else THIS_BUNDLE,
         embeds=() if source.manifest is None else source.manifest.embeds,
+        image_blocks=source.manifest is not None and source.manifest.image_blocks,
         other_part=() if source.manifest is None else source.manifest.other_part,
         ties_head=ties_head(settings_beside(source.directory, options.evidence.checkpoint)),
     )

@@ -11,7 +11,7 @@ import onnxruntime
 from loradeploy.bundle.dtypes import NUMPY_NAMES
 from loradeploy.bundle.manifest import TensorSpec
 from loradeploy.errors import UsageError, first_line, listed_names, shown
-from loradeploy.runtime.limits import LOOKED_AT, Limits, check_finite
+from loradeploy.runtime.limits import LOOKED_AT, SIZED, Limits, check_finite
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -50,7 +50,7 @@ def feed_values(
         if isinstance(feed, onnxruntime.OrtValue):
             values[name] = feed  # onnxruntime checks their types and shapes itself
             looked_at = name in LOOKED_AT
-            if looked_at or name == limits.first_past:
+            if looked_at or name in SIZED or name == limits.first_past:
                 shapes[name] = tuple(feed.shape())
                 _check_feed(inputs[name], _dtype_of(feed, inputs[name]), shapes[name])
             if looked_at and feed.device_name() == _HOST and feed.is_tensor():

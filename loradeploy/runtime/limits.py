@@ -44,8 +44,10 @@ if TYPE_CHECKING:
 # Inputs whose numbers are looked at: small ones, on the host.
 LOOKED_AT: Final = (
     *(INPUT_IDS, DECODER_INPUT_IDS, ATTENTION_MASK, POSITION_IDS, TOKEN_TYPE_IDS),
-    LOGITS_TO_KEEP,
+    *(LOGITS_TO_KEEP, INPUTS_EMBEDS_MASK),
 )
+# Those of which the sizes are looked at alone.
+SIZED: Final = (INPUTS_EMBEDS,)
 _UNNAMED: Final = ("", "?")
 # Models whose positions are differences, or slopes, which have no end.
 ENDLESS: Final = ("bloom", "deberta-v2", "mpt", "mt5", "t5", "umt5", "xlnet")
@@ -58,6 +60,7 @@ class Limits:
     `vocabulary`, `positions`, `types`: how many tokens, positions and token types there are; None
     where nothing tells. `symbols`: by input, the axes whose sizes another input has too.
     `mask_ends`: whether the attention mask is as long as the cache and the new tokens together.
+    `image_blocks`: as in the manifest.
     """
 
     vocabulary: int | None
@@ -66,6 +69,7 @@ class Limits:
     symbols: Mapping[str, tuple[tuple[int, str], ...]]
     first_past: str | None
     mask_ends: bool
+    image_blocks: bool
 
     @classmethod
     def of(cls, manifest: Manifest, config: Mapping[str, Any], file: Path) -> Limits:
@@ -83,6 +87,7 @@ class Limits:
             first_past=past[0] if past else None,
             # A cache that is written in place has room besides.
             mask_ends=not manifest.cache_in_place,
+            image_blocks=manifest.image_blocks,
         )
 
     def check_tokens(self, tokens: tuple[int, int], what: str) -> None:
@@ -143,6 +148,12 @@ class Limits:
         cache = shapes.get(self.first_past or "", ())
         past = cache[2] if len(cache) == 4 and self.mask_ends else 0
         total = past + ids[1]
+        places = numbers.get(INPUTS_EMBEDS_MASK)
+        if self.image_blocks and past and places is not None and places[:, 0].any():
+            raise UsageError(
+                f"the feed {INPUTS_EMBEDS_MASK} begins within an image, of which a part may be in"
+                " the cache: all positions of an image are read in one run, behind a token of text"
+            )
         if mask is not None:
             length = mask.shape[1]
             if length < ids[1] or (self.mask_ends and length != total):

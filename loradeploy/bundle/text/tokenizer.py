@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -193,8 +193,12 @@ class Tokenizer:
         with library_errors(f"the tokenizer of {self._directory} fails"):
             yield self._tokenizer
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Message], write: Callable[[str], str] | None = None
+    ) -> list[int]:
         """The tokens of a conversation, up to where the assistant is to speak.
+
+        `write`: what is to become of its text before that is split into tokens.
 
         Raises:
             UsageError: as `render_chat`, or the template shows nothing of what messages say.
@@ -205,7 +209,8 @@ class Tokenizer:
                 f"the chat template of {self._directory} shows nothing of a user's text: give"
                 " prompts without a chat"
             )
-        return self.encode(rendered, special_tokens=False)
+        text = rendered if write is None else write(rendered)
+        return self.encode(text, special_tokens=False)
 
     def render_chat(self, messages: Sequence[Message]) -> str:
         """The chat template on `messages`, up to where the assistant is to speak.

@@ -149,6 +149,7 @@ def described(base: Base, mode: Any) -> Manifest:
         padding=padding_of(base.graph),
         cache_in_place=keeps_cache(base.graph),
         embeds=base.embeds,
+        image_blocks=base.image_blocks,
         other_part=base.other_part,
         encoder=encoder_part(base),
         tower=base.tower,

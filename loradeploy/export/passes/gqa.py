@@ -154,7 +154,9 @@ def _check_mask(node: ir.Node, mask: ir.Value) -> None:
 
     found = Counter(op for op in _operators_behind(mask) if op in _COMPARING)
     if mask.dtype not in (None, ir.DataType.BOOL) or found != _CAUSAL:
-        raise _unfit(node, "has a mask that is more than causal (a window, or a bias by distance)")
+        raise _unfit(
+            node, "has a mask that is more than causal (a window, a bias by distance, or images)"
+        )
 
 
 def _operators_behind(value: ir.Value) -> list[str]:

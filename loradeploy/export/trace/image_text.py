@@ -28,7 +28,8 @@ class Family:
     `sees`: the vision tower and the projector. `reads`: the decoder. `head`: the output head.
     `features`: of the model without its head and pixel values [images, channels, height, width],
     what the image tokens are [images, tokens, hidden]. `towers`: the model types of vision towers
-    that `features` is right for.
+    that `features` is right for. `blocks`: whether the tokens of an image attend to each other in
+    both directions.
     """
 
     sees: tuple[str, ...]
@@ -36,6 +37,7 @@ class Family:
     features: Callable[[Any, torch.Tensor], torch.Tensor]
     towers: tuple[str, ...]
     head: str = "lm_head"
+    blocks: bool = False
 
 
 def _connected(inner: Any, pixels: torch.Tensor) -> torch.Tensor:
@@ -54,14 +56,19 @@ def _projected(inner: Any, pixels: torch.Tensor) -> torch.Tensor:
     return inner.multi_modal_projector(joined)  # type: ignore[no-any-return]
 
 
+def _pooled(inner: Any, pixels: torch.Tensor) -> torch.Tensor:
+    states: torch.Tensor = inner.vision_tower(pixel_values=pixels).last_hidden_state
+    return inner.multi_modal_projector(states)  # type: ignore[no-any-return]
+
+
 _SMOLVLM: Final = Family(
     ("model.vision_model", "model.connector"),
     "model.text_model",
     _connected,
     ("smolvlm_vision", "idefics3_vision"),
 )
-# By model type. Others need more than embeddings in the tokens' places: Gemma 3 and PaliGemma let
-# the tokens of an image attend to each other, Qwen-VL counts positions in three dimensions.
+# By model type. Others need more than embeddings in the tokens' places: PaliGemma lets all of a
+# prompt attend to each other, Qwen-VL counts positions in three dimensions.
 FAMILIES: Final[Mapping[str, Family]] = {
     "smolvlm": _SMOLVLM,
     "idefics3": _SMOLVLM,
@@ -70,6 +77,13 @@ FAMILIES: Final[Mapping[str, Family]] = {
         "model.language_model",
         _projected,
         ("clip_vision_model", "siglip_vision_model"),
+    ),
+    "gemma3": Family(
+        ("model.vision_tower", "model.multi_modal_projector"),
+        "model.language_model",
+        _pooled,
+        ("siglip_vision_model",),
+        blocks=True,
     ),
 }
 
@@ -94,6 +108,12 @@ def family_of(config: Mapping[str, Any], task: str) -> Family | None:
             f" {shortened(str(tower), 40)}: only {', '.join(family.towers)} can"
         )
     return family
+
+
+def has_image_blocks(config: Mapping[str, Any]) -> bool:
+    """Whether the image tokens of a decoder attend to each other in both directions."""
+    family = FAMILIES.get(str(config.get("model_type")))
+    return family is not None and family.blocks
 
 
 def other_part(config: Mapping[str, Any], task: str) -> tuple[str, ...]:

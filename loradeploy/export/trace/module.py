@@ -32,6 +32,7 @@ from loradeploy.errors import (
 from loradeploy.export.trace import encoder_decoder
 from loradeploy.export.trace.alike import alike_layers, shortened
 from loradeploy.export.trace.checkpoint import root_cause
+from loradeploy.export.trace.image_text import has_image_blocks
 from loradeploy.export.trace.lowering import lowered
 from loradeploy.export.trace.patches import traceable, uncollected
 from loradeploy.export.trace.repeat import extend
@@ -198,14 +199,16 @@ def _embedded(model: Any, kind: Task) -> torch.nn.Module:
     """
     import torch
 
-    wrapper = _wrapper(model, kind, first=INPUTS_EMBEDS)
+    blocks = has_image_blocks(model.config.to_dict())
+    wrapper = _wrapper(model, kind, INPUTS_EMBEDS, *([TOKEN_TYPE_IDS] if blocks else []))
 
     class Embedded(torch.nn.Module):
         def forward(self, plain: Sequence[torch.Tensor], past: Any) -> Any:
             ids, *others, given, places = plain
             own = model.get_input_embeddings()(ids)
             embeds = torch.where(places[..., None], given, own)
-            return wrapper([embeds, *others], past)
+            types = [places.long()] if blocks else []  # of an image 1
+            return wrapper([embeds, *others, *types], past)
 
     return Embedded()
 
@@ -233,10 +236,10 @@ def _caches(model: Any) -> tuple[Cache, ...]:
     )
 
 
-def _wrapper(model: Any, kind: Task, first: str | None = None) -> torch.nn.Module:
+def _wrapper(model: Any, kind: Task, first: str | None = None, *besides: str) -> torch.nn.Module:
     """`model` as a module of positional tensors, in the order of `_example`.
 
-    `first`: what the first of them is, where it is another.
+    `first`: what the first of them is, where it is another. `besides`: what comes after them.
     """
     import torch
     from transformers.cache_utils import DynamicCache
@@ -246,6 +249,7 @@ def _wrapper(model: Any, kind: Task, first: str | None = None) -> torch.nn.Modul
     names, taken, outputs = _plain_inputs(model, kind), _parameters(model), _outputs(model, kind)
     if first is not None:
         names[0] = first
+    names += besides
     # The fused rotary embedding needs positions for every row; left to itself, a model makes one.
     rotates = POSITION_IDS in taken and (
         bool(getattr(model.config, "rope_parameters", None))

@@ -19,6 +19,7 @@ from loradeploy.bundle.names import (
 )
 from loradeploy.export.graph.scopes import NAME_SCOPES, module_path
 from loradeploy.export.trace.bfloat import compute_bfloat16_in_float32
+from loradeploy.export.trace.norms import widen_norms
 from loradeploy.export.trace.rotary import fuse_rotary
 from loradeploy.export.trace.sizes import fold_sizes
 
@@ -86,6 +87,7 @@ def _optimize(model: ir.Model) -> None:
     join()
     fuse_rotary(model.graph)
     fuse(model)
+    widen_norms(model.graph)
     join()
     common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
     common.RemoveUnusedOpsetsPass()(model)

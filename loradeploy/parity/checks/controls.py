@@ -148,14 +148,22 @@ OFF_BY_ONE: Final = Mistake(
 )
 
 
+# With whether only decoders have it in which an image's positions attend to each other.
 EMBEDS_MISTAKES: Final = (
     (
         Mistake("shifted places", "embeddings are read one token too late", lambda _: None),
         Fed.shifted,
+        False,
     ),
     (
         Mistake("exchanged embeddings", "images have each other's places", lambda _: None),
         Fed.exchanged,
+        False,
+    ),
+    (
+        Mistake("causal images", "an image's positions see those before alone", lambda _: None),
+        Fed.causal,
+        True,
     ),
 )
 
@@ -208,7 +216,9 @@ def _embeds_controls(
     right = [row for row in reference.rows[tested.name] if row.fed is not None]
     if not right:
         return
-    for mistake, make in EMBEDS_MISTAKES:
+    for mistake, make, of_blocks in EMBEDS_MISTAKES:
+        if of_blocks and not context.manifest.image_blocks:
+            continue
         with as_reference_with(context, base, tested.adapter) as model:
             backend = TorchModel(model, context.manifest)
             wrong = [backend.with_embeds(row.prompt, make(row.fed)) for row in right if row.fed]

@@ -28,11 +28,13 @@ class Fed:
     """What a row reads: `values` [tokens, hidden] where `places` [tokens] is true.
 
     `expected`: what the reference gives then, [tokens, width].
+    `blocks`: whether the places of an image attend to each other where the model has it so.
     """
 
     values: Floats
     places: NDArray[np.bool_]
     expected: Floats
+    blocks: bool = True
 
     def shifted(self) -> Fed:
         """The same with each place one token further."""
@@ -44,12 +46,16 @@ class Fed:
         values[self.places] = np.roll(values[self.places], 1, 0)
         return replace(self, values=values)
 
+    def causal(self) -> Fed:
+        """The same with each place attending to what is before it alone."""
+        return replace(self, blocks=False)
+
 
 def drawn(tokens: Sequence[int], hidden: int, size: float) -> Fed:
     """Places and embeddings of `size` for a row of `tokens`, of numbers that float16 holds too."""
     random = np.random.default_rng(list(tokens))
     places = random.random(len(tokens)) < 0.5
-    places[len(tokens) // 2] = True
+    places[len(tokens) // 2 - 1 : len(tokens) // 2 + 1] = True  # an image has several
     values = random.standard_normal((len(tokens), hidden)) * size * places[:, np.newaxis]
     return Fed(values.astype(np.float16).astype(np.float32), places, np.zeros((0, 0), np.float32))
 

@@ -23,6 +23,7 @@ from loradeploy.bundle.names import (
     INPUTS_EMBEDS,
     INPUTS_EMBEDS_MASK,
     POSITION_IDS,
+    TOKEN_TYPE_IDS,
 )
 from loradeploy.bundle.outputs import output_of
 from loradeploy.errors import MissingDependencyError, ModelError, first_line
@@ -96,8 +97,12 @@ class TorchModel:
         adapters: Sequence[str | None],
         *,
         embeds: Mapping[str, NDArray[Any]] | None = None,
+        blocks: bool = True,
     ) -> tuple[NDArray[Any], Any]:
-        """See `phases.models`, `Model` and `EmbedsModel`; the cache is transformers' own."""
+        """See `phases.models`, `Model` and `EmbedsModel`; the cache is transformers' own.
+
+        `blocks`: whether the places of an image attend to each other where the bundle has it so.
+        """
         import torch
 
         if self._task != CAUSAL_LM:
@@ -116,6 +121,8 @@ class TorchModel:
                 places = torch.from_numpy(embeds[INPUTS_EMBEDS_MASK])[..., None]
                 given = torch.from_numpy(embeds[INPUTS_EMBEDS]).to(own.dtype)
                 feeds[INPUTS_EMBEDS] = torch.where(places, given, own)
+                if blocks and self._manifest.image_blocks:
+                    feeds[TOKEN_TYPE_IDS] = places[..., 0].long()
             result = self._model(**feeds)
         values = []
         for name in self._outputs:
@@ -146,7 +153,8 @@ class TorchModel:
                 own = self.embedding(torch.from_numpy(ids)).double()
             fed = drawn(prompt, own.shape[-1], float(own.square().mean().sqrt()))
         mask = np.ones_like(ids)
-        values, _ = self.forward(ids, mask, None, [None], embeds=embeds_feeds([fed], mask))
+        embeds = embeds_feeds([fed], mask)
+        values, _ = self.forward(ids, mask, None, [None], embeds=embeds, blocks=fed.blocks)
         return replace(fed, expected=values[0].astype(np.float32, copy=False))
 
 

@@ -23,6 +23,7 @@ from loradeploy.runtime.decoding.asking.reading import PromptReader
 from loradeploy.runtime.decoding.graph import TokenEmbeds
 from loradeploy.runtime.tasks.generation import Generation, TextGenerator
 from loradeploy.runtime.tasks.image_parts import ImageParts
+from loradeploy.runtime.tasks.image_prompts import WrittenImage
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -92,7 +93,10 @@ class ImageTextGenerator:
         self._per_image = features.shape[1]
         self._surround = SURROUNDS.get(str(config.get("model_type")))
         self._text = TextGenerator(decoder, cache_budget=cache_budget)
-        self._reader = PromptReader(decoder)
+        words = decoder.texts.base.tokenizer.vocabulary
+        self._written = WrittenImage.of(config, words, self._per_image)
+        write = None if self._written is None else self._written.write
+        self._reader = PromptReader(decoder, write)
 
     def load(self, name: str, path: str | os.PathLike[str], *, replace: bool = False) -> None:
         """Load the adapter in `path` as `name` into both parts, as `AdapterSession.load`.
@@ -137,7 +141,8 @@ class ImageTextGenerator:
         Pixel values are float [channels, height, width], as the model's processor makes them, an
         image or a tile of one each. A prompt has as many image tokens as its images have features,
         as processors write it, or one for each image, in whose place all of that image are read,
-        with the tokens around them that the model's processor writes.
+        with the tokens around them that the model's processor writes. Of Gemma 3 a text has
+        `<start_of_image>` for each image, as its chat template and its processor have it.
         Adapters, by name or None, and options are as in `TextGenerator.generate`.
 
         Raises:
@@ -223,6 +228,11 @@ class ImageTextGenerator:
     def _around(self) -> tuple[list[int], list[int]]:
         """The tokens before and after those of an image."""
         known = self.decoder.texts.base.tokenizer.vocabulary
+        if self._written is not None:
+            raise UsageError(
+                f"what a processor writes around an image is text: give a text that has"
+                f" {self._written.placeholder} for each image, or one image token for each feature"
+            )
         if self._surround is None:
             raise UsageError(
                 f"what a processor writes around an image of {self.decoder.path} is not known: give"

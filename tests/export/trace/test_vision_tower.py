@@ -395,9 +395,14 @@ def test_embeddings_are_read_behind_the_scale_of_the_tokens(
 def test_other_families_are_refused_by_name(models: Any, tiny_llama: Path, tmp_path: Path) -> None:
     model = shutil.copytree(models("SmolVLM") / "model", tmp_path / "model")
     config = json.loads((model / "config.json").read_text())
-    config |= {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]}
+    config |= {
+        "model_type": "paligemma",
+        "architectures": ["PaliGemmaForConditionalGeneration"],
+    }
     (model / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ExportError, match="vision tower of gemma3 cannot be exported: only those"):
+    with pytest.raises(
+        ExportError, match="vision tower of paligemma cannot be exported: only those"
+    ):
         ld.export(model, tmp_path / "t", task="vision-tower")
     config |= {"model_type": "llava", "vision_config": {"model_type": "pixtral"}}
     (model / "config.json").write_text(json.dumps(config))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -30,10 +30,14 @@ class ReadText:
 
 
 class PromptReader:
-    """Reads prompts and texts for a session."""
+    """Reads prompts and texts for a session.
 
-    def __init__(self, session: AdapterSession) -> None:
+    `write`: what is to become of a text, that of a chat included, before it is split into tokens.
+    """
+
+    def __init__(self, session: AdapterSession, write: Callable[[str], str] | None = None) -> None:
         self._session = session
+        self._write = write
         self._positions = session.texts.base.tokenizer.max_length
 
     def read(
@@ -68,12 +72,12 @@ class PromptReader:
                 f"{what} is {shown(prompt)}: give a text, a list of messages, or of token ids"
             )
         if isinstance(prompt, str):
-            ids = side.tokenizer.encode(prompt)
+            ids = side.tokenizer.encode(prompt if self._write is None else self._write(prompt))
         elif all(isinstance(t, int | np.integer) and not isinstance(t, bool) for t in prompt):
             ids = [int(token) for token in cast("Sequence[int]", prompt)]
         else:
             side.check_chat()
-            ids = side.tokenizer.encode_chat(cast("Sequence[Message]", prompt))
+            ids = side.tokenizer.encode_chat(cast("Sequence[Message]", prompt), self._write)
         if ids:
             self._session.limits.check_tokens((min(ids), max(ids)), what)
         return ids

@@ -1,0 +1,128 @@
+"""Text about images by Gemma 3: prompts as its processor writes them, and greedy texts.
+
+The right answer is transformers' with PEFT and Gemma3Processor.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+import loradeploy as ld
+from loradeploy.errors import UsageError
+from tests import gemma
+from tests.conftest import once
+from tests.gemma import IMAGE, pictures
+
+NEW: Final = 6
+
+
+def _export(place: Path) -> None:
+    model = place.parent / "images-Gemma3"
+    given = {"all": model / "all"}
+    ld.export(model / "model", place / "d", task="causal-lm", adapters=given)
+    ld.export(model / "model", place / "t", task="vision-tower", adapters=given)
+
+
+@pytest.fixture(scope="session")
+def made(shared: Path) -> Path:
+    return once(shared / "images-Gemma3", gemma.make)
+
+
+@pytest.fixture(scope="session")
+def bundles(made: Path) -> Path:
+    return once(made.parent / "images-Gemma3-text", _export)
+
+
+@pytest.fixture
+def generator(made: Path, bundles: Path) -> ld.ImageTextGenerator:
+    found = ld.ImageTextGenerator(
+        ld.AdapterSession(bundles / "d"), ld.AdapterSession(bundles / "t")
+    )
+    for name in ("text", "vision"):
+        found.load(name, made / name)
+    return found
+
+
+_CHAT: Final = [
+    {
+        "role": "user",
+        "content": [{"type": "image"}, {"type": "text", "text": "w20 w21"}, {"type": "image"}],
+    }
+]
+# With how many images each has.
+PROMPTS: Final[dict[str, tuple[Any, int]]] = {
+    "between words": ("w10 <start_of_image> w11 w12", 1),
+    "beside newlines": ("w10\n<start_of_image>\nw11", 1),
+    "two beside each other": ("<start_of_image> <start_of_image> w13", 2),
+    "in a chat": (_CHAT, 2),
+    "none": ("w14 w15 w16", 0),
+}
+
+
+@pytest.mark.parametrize("case", PROMPTS)
+def test_a_prompt_is_continued_as_by_the_whole_model(
+    case: str, made: Path, generator: ld.ImageTextGenerator
+) -> None:
+    prompt, count = PROMPTS[case]
+    images = pictures(count, seed=len(case))
+    ids = gemma.processed(made / "model", prompt, count)
+    assert ids.count(IMAGE) == count * gemma.TOKENS
+    texts = {}
+    for name in (None, "all"):
+        (found,) = generator.generate([prompt], [list(images)], name, max_new_tokens=NEW)
+        texts[name] = list(found.token_ids)
+        assert found.prompt_tokens == len(ids)
+        model = gemma.whole(made / "model", name and made / name)
+        assert texts[name] == gemma.greedy(model, ids, images, NEW), name
+    assert texts[None] != texts["all"], "the adapter does nothing"
+
+
+def test_rows_of_a_batch_have_their_own_images_and_adapters(
+    made: Path, generator: ld.ImageTextGenerator
+) -> None:
+    names = [None, "all", "text", "vision", "all"]
+    cases = [(prompt, pictures(n, seed)) for seed, (prompt, n) in enumerate(PROMPTS.values())]
+    results = generator.generate(
+        [prompt for prompt, _ in cases],
+        [list(images) for _, images in cases],
+        names,
+        max_new_tokens=NEW,
+        batch_size=len(cases),
+    )
+    for result, name, (prompt, images) in zip(results, names, cases, strict=True):
+        ids = gemma.processed(made / "model", prompt, len(images))
+        model = gemma.whole(made / "model", name and made / name)
+        assert list(result.token_ids) == gemma.greedy(model, ids, images, NEW), name
+
+
+def test_tokens_as_the_processor_writes_them_are_taken_as_they_are(
+    made: Path, generator: ld.ImageTextGenerator
+) -> None:
+    prompt, images = "w10\n<start_of_image>\nw11", [list(pictures(1))]
+    ids = gemma.processed(made / "model", prompt, 1)
+    written = (
+        f"w10\n\n\n<start_of_image>{'<image_soft_token>' * gemma.TOKENS}<end_of_image>\n\n\nw11"
+    )
+    texts = [
+        generator.generate([given], images, max_new_tokens=NEW)[0].token_ids
+        for given in (prompt, ids, written)
+    ]
+    assert texts[0] == texts[1] == texts[2]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "count", "message"),
+    [
+        ("w1 <start_of_image> w2", 2, "prompt 1 has 4 image tokens, and 2 images of together 8"),
+        ("w1 <start_of_image> w2", 0, "prompt 1 has 4 image tokens, and 0 images of together 0"),
+        ([2, IMAGE, 9], 1, "give a text that has <start_of_image> for each image, or one image"),
+    ],
+)
+def test_images_that_do_not_fit_a_prompt_are_refused(
+    prompt: Any, count: int, message: str, generator: ld.ImageTextGenerator
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        generator.generate([prompt], [list(pictures(count))])
