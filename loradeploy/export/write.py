@@ -159,6 +159,16 @@ def with_vocabulary(config: Mapping[str, Any], size: int) -> dict[str, Any]:
     return found
 
 
+def with_positions(config: Mapping[str, Any], most: int) -> dict[str, Any]:
+    """`config` with at most so many positions, for clients that read no more of it."""
+    inner = config.get("text_config")
+    if isinstance(inner, Mapping):
+        return {**config, "text_config": with_positions(inner, most)}
+    stated = config.get("max_position_embeddings")
+    fewer = type(stated) is int and stated > most
+    return {**config, "max_position_embeddings": most} if fewer else dict(config)
+
+
 def check_output(output: Path, *, overwrite: bool) -> None:
     """Raise UsageError where a bundle is in the way and may not be replaced."""
     if not overwrite and output.exists() and (not output.is_dir() or any(output.iterdir())):

@@ -119,11 +119,29 @@ def test_numbers_are_computed_with_up_to_a_size(dtype: str, most: float) -> None
 
 
 def test_factors_that_overflow_their_dtype_are_refused() -> None:
-    big = Factors(np.full((2, 3), 1e5, np.float32), np.ones((4, 2), np.float32))
+    big = Factors(np.full((2, 3), 1e5, np.float32), np.full((4, 2), 1e5, np.float32))
     adapter = an_adapter(factors={"l.q": big, "l.k": factors()})
     side_inputs(adapter, a_manifest())
     with pytest.raises(AdapterMismatchError, match=r"l.q.lora_A does not fit into float16"):
         side_inputs(adapter, a_manifest(factor_dtype="float16"))
+
+
+@pytest.mark.parametrize("size", [1e-8, 1e-5, 1.0, 1e6])
+@pytest.mark.parametrize("small", ["A", "B"])
+def test_float16_holds_the_product_of_factors_whatever_the_size_of_one(
+    size: float, small: str
+) -> None:
+    pair = factors()
+    sized = dataclasses.replace(pair, **{small: getattr(pair, small) * np.float32(size)})
+    adapter = an_adapter(factors={"l.q": sized, "l.k": pair})
+    arrays = side_inputs(adapter, a_manifest(factor_dtype="float16"))
+    one, other = (arrays[f"l.q.lora_{half}"][0] for half in "AB")
+    assert one.dtype == other.dtype == np.float16
+    exact = 3.0 * (sized.B.astype(np.float64) @ sized.A.astype(np.float64)).T
+    got = one.astype(np.float64) @ other.astype(np.float64)
+    assert np.abs(got - exact).max() <= 2e-3 * np.abs(exact).max()
+    plain = side_inputs(adapter, a_manifest())
+    np.testing.assert_array_equal(plain["l.q.lora_A"][0], sized.A.T)
 
 
 def test_a_native_file_holds_the_side_inputs(tmp_path: Path) -> None:

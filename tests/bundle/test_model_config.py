@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any, Final
@@ -94,6 +95,7 @@ def test_a_model_that_would_read_its_text_again_is_told_and_stops_before(
     with caplog.at_level(logging.WARNING, logger="loradeploy.export"):
         ld.export(tmp_path / "base", tmp_path / "bundle")
     assert any("texts may have up to 8 tokens" in text for text in caplog.messages)
+    assert json.loads((tmp_path / "bundle/config.json").read_text())["max_position_embeddings"] == 8
     opened, graph = ld.AdapterSession(tmp_path / "bundle"), session(tmp_path / "bundle")
     ids = np.arange(3, 12)[None]
     with torch.inference_mode():

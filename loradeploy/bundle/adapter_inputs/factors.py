@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 # Near the root of float32's largest number; all of float16's are smaller.
 _OVERFLOWS: Final = 1e18
+# Where float16 has all of its bits, down to a 64th of the largest number of a factor.
+_LEAST_HELD: Final = 2.0**-8
+_MOST_HELD: Final = 2.0**15
 
 
 def side_inputs(
@@ -68,6 +71,8 @@ def side_inputs_of_fitted(
             with np.errstate(over="ignore"):  # overflows are refused below
                 own = pair.A.astype(np.float32).T, pair.B.astype(np.float32).T * s
         if (factors := joined(own, tokens.get(target.module))) is not None:
+            if dtype == np.float16:
+                factors = _balanced(*factors)
             arrays[target.lora_A] = _slot(factors[0], dtype, target.lora_A)
             arrays[target.lora_B] = _slot(factors[1], dtype, target.lora_B)
     for replaced in manifest.saved:
@@ -177,6 +182,24 @@ def adapter_from_side_inputs(
     if added is not None:
         adapter = with_factors_for(adapter, vocabulary_of_base(manifest, added), added.base)
     return without_padding(adapter)
+
+
+def _balanced(
+    A: NDArray[np.float32], B: NDArray[np.float32]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """A [in, rank] and B [rank, out] of the same product, in numbers that float16 holds well.
+
+    B begins at zero, so that after a short training, or one of a low learning rate, its numbers are
+    below those that float16 has with all bits, while A's are not. The powers of two change no bit.
+    """
+    top_A, top_B = np.abs(A).max(axis=0), np.abs(B).max(axis=1)  # [rank]
+    held = (np.minimum(top_A, top_B) >= _LEAST_HELD) & (np.maximum(top_A, top_B) <= _MOST_HELD)
+    usable = (top_A > 0) & (top_B > 0) & np.isfinite(top_A) & np.isfinite(top_B)
+    if (held | ~usable).all():
+        return A, B
+    ratio = np.divide(top_B, top_A, out=np.ones_like(top_A), where=usable & ~held)
+    powers = np.exp2(np.round(np.log2(ratio) / 2)).astype(np.float32)
+    return A * powers, B / powers[:, np.newaxis]
 
 
 def _slot(values: NDArray[Any], dtype: np.dtype[Any], name: str) -> NDArray[Any]:

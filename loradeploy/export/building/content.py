@@ -67,7 +67,7 @@ from loradeploy.export.read.third_party import (
     find_modules,
     settings_beside,
 )
-from loradeploy.export.write import Content, with_labels, with_vocabulary
+from loradeploy.export.write import Content, with_labels, with_positions, with_vocabulary
 from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
@@ -154,6 +154,7 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
     if base.vocabulary is not None:
         config = with_vocabulary(config, base.vocabulary)
     if (limit := rotary_limit(config)) is not None:
+        config = with_positions(config, limit)
         logger.warning(
             "texts may have up to %d tokens: from there on the model (rope scaling of type"
             " longrope) computes what it has read again. For longer texts alone, put long_factor in"

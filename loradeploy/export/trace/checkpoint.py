@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -31,6 +31,8 @@ from loradeploy.lora.quiet import quiet
 if TYPE_CHECKING:
     import torch
 
+# Of config.json, what changes no number, and keeps a model from being traced.
+_SETTINGS: Final[Mapping[str, Any]] = {"return_dict": True, "chunk_size_feed_forward": 0}
 _COLOR: Final = re.compile(r"\x1b\[\d*m")
 
 
@@ -73,7 +75,7 @@ def load_model(
         raise MissingDependencyError(
             f"exporting a checkpoint needs {problem.name}: pip install 'loradeploy[export]'"
         ) from None
-    changes: dict[str, Any] = {} if labels is None else {"num_labels": labels}
+    changes = {**_SETTINGS} if labels is None else {**_SETTINGS, "num_labels": labels}
     try:
         with quiet():
             config = from_pretrained(transformers.AutoConfig, directory, **changes)

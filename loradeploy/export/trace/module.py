@@ -28,6 +28,7 @@ from loradeploy.bundle.names import (
 )
 from loradeploy.errors import (
     ExportError,
+    LoraDeployError,
 )
 from loradeploy.export.trace import encoder_decoder
 from loradeploy.export.trace.alike import alike_layers, shortened
@@ -115,7 +116,15 @@ def trace(model: torch.nn.Module, task: str) -> ir.Model:
     if onnx_program is None:
         raise ExportError(f"torch.onnx gave no graph for {type(model).__name__}")
     logger.info("optimizing the graph")
-    return tidy(onnx_program.model, prefix=WRAPPED)
+    try:
+        return tidy(onnx_program.model, prefix=WRAPPED)
+    except (MemoryError, LoraDeployError):
+        raise
+    except Exception as problem:  # of onnxscript's folding, on an operator that it does not know
+        raise ExportError(
+            f"the graph that torch.onnx made of {type(model).__name__} cannot be optimized:"
+            f" {root_cause(problem)}: give an ONNX file that another exporter made of it"
+        ) from problem
 
 
 def _program(model: Any, kind: Task) -> _Program:

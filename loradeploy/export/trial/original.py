@@ -77,7 +77,8 @@ def of_module(
     `embedded`: a wrapper that takes embeddings too, and its sample.
 
     Raises:
-        ExportError: the model does not take embeddings, which a bundle is to take.
+        ExportError: the model does not take embeddings, which a bundle is to take; or its outputs
+            are NaN.
 
     `wrapper` takes the inputs as they were traced and gives the outputs `names`. The update is that
     of the first of `adapters` that has factors of linear layers alone, else a made one.
@@ -87,6 +88,11 @@ def of_module(
     except Exception as problem:  # whatever a model's own code raises at rows of a few tokens
         logger.warning("not compared with PyTorch, it fails on a sample: %s", first_line(problem))
         return None
+    if damaged := [name for name, values in outputs.items() if _is_damaged(values)]:
+        raise ExportError(
+            f"{type(model).__name__} gives nothing but NaN as {damaged[0]} in PyTorch: weights of"
+            " its checkpoint are damaged"
+        )
     original = Original(feeds, outputs)
     if embedded is not None:
         fed, its = embedded
@@ -106,6 +112,10 @@ def of_module(
         logger.warning("an update was not compared with PyTorch: %s", first_line(problem))
         return original
     return replace(original, update=Update(of, factors, updated)) if all_found else original
+
+
+def _is_damaged(values: NDArray[Any]) -> bool:
+    return values.dtype.kind == "f" and values.size > 0 and bool(np.isnan(values).all())
 
 
 def _run(wrapper: torch.nn.Module, names: Sequence[str], feeds: Feeds) -> Outputs:
