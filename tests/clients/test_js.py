@@ -229,6 +229,26 @@ def test_node_reads_peft_directories_as_python_does(
     assert len({tuple(theirs[name]["tokenIds"]) for name in different}) == len(different)
 
 
+def uneven(arrays: dict[str, Any]) -> dict[str, str]:
+    """A and B of the same products, of which float16 holds neither."""
+    for key in arrays:
+        arrays[key] = arrays[key] * np.float32(2.0**20 if "lora_A" in key else 2.0**-20)
+    return {}
+
+
+def test_node_keeps_factors_of_any_size_in_float16(
+    node: Node, required: Required, client_adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    place = peft_directory(tmp_path / "uneven", client_adapters["all"], change=uneven)
+    rows = ["uneven", "all", None]
+    call = {"prompts": [TOKENS] * 3, "adapters": rows, "maxNewTokens": COUNT}
+    (result,) = node(
+        [{"bundle": required("fp16"), "add": {"uneven": place}, "calls": [["generate", call]]}]
+    )
+    found = [answer["tokenIds"] for answer in answers(result)]
+    assert found[0] == found[1] != found[2]
+
+
 def other_base(arrays: dict[str, Any]) -> dict[str, str]:
     return {"loradeploy.base_digest": "sha256:" + "0" * 64}
 

@@ -19,6 +19,9 @@ const KNOWN = new Set(
 const BASE_KEEPING = new Set([true, false, "gaussian", "eva", "orthogonal", "mica"]);
 
 const PREFIX = /^(?:module\.)*(?:base_model\.model\.)+/;
+// Where float16 has all of its bits, down to a 64th of the largest number of a factor.
+const LEAST_HELD = 2 ** -8;
+const MOST_HELD = 2 ** 15;
 const FACTOR = /^(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.(?!weight$)([^.]+))?(?:\.weight)?$/;
 const WHOLE = /^(.+)\.modules_to_save(?:\.(?!weight$|bias$)[^.]+)?\.([^.]+)$/;
 // The name of a module or its end, as opposed to an expression: dots stand for any character.
@@ -86,6 +89,25 @@ export function readConfig(values, where) {
 }
 
 /**
+ * Makes A [in, rank] and B [rank, out] numbers of the same product that float16 holds well, in place.
+ *
+ * As the Python runtime does: B of a short training is too small for all of float16's bits.
+ */
+function balance(A, B, rank) {
+  const high = B.length / rank;
+  for (let k = 0; k < rank; k++) {
+    let [topA, topB] = [0, 0];
+    for (let i = k; i < A.length; i += rank) topA = Math.max(topA, Math.abs(A[i]));
+    for (let i = k * high; i < (k + 1) * high; i++) topB = Math.max(topB, Math.abs(B[i]));
+    const held = Math.min(topA, topB) >= LEAST_HELD && Math.max(topA, topB) <= MOST_HELD;
+    if (held || !(topA > 0 && topB > 0 && Number.isFinite(topA) && Number.isFinite(topB))) continue;
+    const power = 2 ** Math.round(Math.log2(topB / topA) / 2);
+    for (let i = k; i < A.length; i += rank) A[i] *= power;
+    for (let i = k * high; i < (k + 1) * high; i++) B[i] /= power;
+  }
+}
+
+/**
  * The side inputs of the adapter, a Map of name → { shape, data } in float32: `M.lora_A`
  * [1, in, rank] = Aᵀ and `M.lora_B` [1, rank, out] = s · Bᵀ, and parameters trained whole.
  *
@@ -138,9 +160,11 @@ export function peftSideInputs(config, tensors, manifest, where) {
       problems.push(`${module}.lora_B is [${B.shape}], base and rank take [${high},${rank}]`);
     } else {
       const s = Math.fround(scaling(config, module));
-      found.set(target.lora_A, { shape: [1, wide, rank], data: transposed(A.values, rank, wide) });
+      const first = transposed(A.values, rank, wide);
       // A double holds the product of two float32 exactly: storing it rounds once.
       const folded = transposed(B.values, high, rank).map((value) => value * s);
+      if (manifest.factor_dtype === "float16") balance(first, folded, rank);
+      found.set(target.lora_A, { shape: [1, wide, rank], data: first });
       found.set(target.lora_B, { shape: [1, rank, high], data: folded });
     }
   }
