@@ -13,6 +13,7 @@ import numpy as np
 
 from loradeploy.bundle.names import ATTENTION_MASK
 from loradeploy.runtime.cache import span_of
+from loradeploy.runtime.decoding.caches.parts import parts_of
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -159,7 +160,23 @@ class CachedRows:
         mask: NDArray[np.int64],
         ends: NDArray[np.int64],
     ) -> NDArray[Any]:
-        """As `Rows.read`."""
+        """As `Rows.read`; a long prompt in several runs."""
+        *earlier, last = parts_of(self._graph, mask)
+        if earlier:  # room for all of it at once, since a buffer that grows is copied
+            self._cache.make_room(self._mask.shape[1] + mask.shape[1], self._most)
+            ends = np.full_like(ends, -1)
+        for part in earlier:
+            self._run(adapters, ids[:, part], mask[:, part], ends)
+        return self._run(adapters, ids[:, last], mask[:, last], ends)
+
+    def _run(
+        self,
+        adapters: RowAdapters,
+        ids: NDArray[np.int64],
+        mask: NDArray[np.int64],
+        ends: NDArray[np.int64],
+    ) -> NDArray[Any]:
+        """One run, whose tokens are in the cache from then on."""
         self._mask = np.concatenate([self._mask, mask], axis=1)
         cache = self._cache
         cache.make_room(self._mask.shape[1], self._most)
