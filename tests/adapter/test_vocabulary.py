@@ -124,7 +124,7 @@ def test_a_table_that_differs_in_many_rows_is_refused_with_figures() -> None:
     [
         (UNTIED, 34, "2 more than the base's 32, and side inputs have at most 1 more"),
         (UNTIED, 30, "fewer than the base's 32"),
-        (Vocabulary(32, "embed", "head", biased=True), 34, "a bias, of which rows"),
+        (Vocabulary(32, "embed", "head", biased=True), 34, "a bias, whose rows"),
     ],
 )
 def test_what_cannot_be_added_is_refused(base: Vocabulary, tokens: int, message: str) -> None:

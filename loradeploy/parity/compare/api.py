@@ -223,7 +223,7 @@ def _limits(precision: str | None, given: Tolerances | None) -> LimitsOf:
     precision = precision or DEFAULT_PRECISION
     if precision not in ASSUMED and not own:
         raise UsageError(
-            f"no limits are known for a {precision} model from another tool: give tolerances, as"
+            f"no limits are known for {precision} models of other tools: give tolerances, as"
             f" one of {', '.join(ASSUMED)} or by metric"
         )
     base = precision if precision in ASSUMED else DEFAULT_PRECISION
