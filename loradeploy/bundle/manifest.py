@@ -23,6 +23,7 @@ from loradeploy.bundle.names import (
     LEFT,
     LOGITS_TO_KEEP,
     MANIFEST_NAME,
+    MROPE_POSITION_IDS,
     ROWS,
     SIGNATURE_NAME,
     SLOTS,
@@ -160,7 +161,8 @@ class Manifest:
     `logits_to_keep`: whether a decoder's graph has the optional input of that name, the positions
     to compute logits for (export/passes/tokens/kept_logits.py); if it is not fed, all of them.
     `embeds`: the optional inputs with which the decoder of a vision-language model takes embeddings
-    instead of tokens (export/passes/tokens/embeds.py).
+    instead of tokens (export/passes/tokens/embeds.py), and positions in three dimensions
+    (export/passes/tokens/mrope.py).
     `image_blocks`: whether the positions of an image attend to each other in both directions
     (export/passes/tokens/image_blocks.py), so that an image has to be read in one run.
     `other_part`: the modules of the base that are in another bundle, to which an adapter's factors
@@ -304,9 +306,12 @@ class Manifest:
 
 
 def default_of(spec: TensorSpec) -> NDArray[Any]:
-    """What an optional input has where it is not fed: zeros, of one position or of none."""
+    """What an optional input has where it is not fed, of one position or of none.
+
+    Zeros, but for positions in place of others: -1, which is none.
+    """
     sizes = [s if isinstance(s, int) else int(s != KEPT) for s in spec.shape]
-    return np.zeros(sizes, spec.dtype)
+    return np.full(sizes, -1 if spec.name == MROPE_POSITION_IDS else 0, spec.dtype)
 
 
 def read_manifest(bundle: str | os.PathLike[str]) -> Manifest:

@@ -9,10 +9,13 @@ ATTENTION_MASK: Final = "attention_mask"  # int64 [batch, past + sequence]
 POSITION_IDS: Final = "position_ids"  # int64 [batch, sequence]
 TOKEN_TYPE_IDS: Final = "token_type_ids"  # int64 [batch, sequence]
 DECODER_INPUT_IDS: Final = "decoder_input_ids"  # int64 [batch, target]
-PIXEL_VALUES: Final = "pixel_values"  # float [batch, channels, height, width]
+# float [batch, channels, height, width], or in patches [batch, rows, columns, merged, values]
+PIXEL_VALUES: Final = "pixel_values"
 ENCODER_ATTENTION_MASK: Final = "encoder_attention_mask"  # int64 [batch, source]
 INPUTS_EMBEDS: Final = "inputs_embeds"  # float [batch, sequence, hidden], in place of tokens
 INPUTS_EMBEDS_MASK: Final = "inputs_embeds_mask"  # bool [batch, sequence]: where it is read
+# int64 [3, batch, sequence]: time, row and column, in place of position_ids
+MROPE_POSITION_IDS: Final = "mrope_position_ids"
 IMAGE_FEATURES: Final = "image_features"  # float [images, tokens, hidden]
 INPUT_FEATURES: Final = "input_features"  # float [batch, mel bins, frames]
 ADAPTER_IDS: Final = "adapter_ids"  # int64 [batch] or [1]: each row's slot in the side inputs

@@ -31,8 +31,10 @@ if TYPE_CHECKING:
 Feeds = dict[str, "NDArray[Any]"]
 
 _BATCH, _SEQUENCE = 2, 4
+GRID: Final = (5, 6)  # rows and columns of an image in patches
 # The range of token ids: above the special tokens of most vocabularies, below the smallest size.
 _FIRST_TOKEN, _END_TOKEN = 4, 48
+_PATCHES: Final = 5  # dimensions of images in patches
 _UNNAMED: Final = ("", "?")
 # The role of a dimension by input and axis; the first that applies.
 _DIMENSIONS: Final[tuple[tuple[Callable[[str, int, int], bool], str], ...]] = (
@@ -129,6 +131,8 @@ class Sample:
     def _configured(self, spec: TensorSpec) -> dict[int, int]:
         """Sizes by axis from the config, of images and audio."""
         config = self._config
+        if in_patches(spec):
+            return dict(enumerate(GRID, start=1))
         if spec.name == PIXEL_VALUES:
             size = config.get("image_size", 224)
             height, width = size if isinstance(size, list | tuple) else (size, size)
@@ -137,6 +141,11 @@ class Sample:
             frames = 2 * int(config.get("max_source_positions", 1500))
             return {1: int(config.get("num_mel_bins", 80)), 2: frames}
         return {}
+
+
+def in_patches(spec: TensorSpec) -> bool:
+    """Whether an input is of images in patches, [images, rows, columns, merged, values]."""
+    return spec.name == PIXEL_VALUES and len(spec.shape) == _PATCHES
 
 
 def _dimension_of(spec: TensorSpec, axis: int) -> str | None:

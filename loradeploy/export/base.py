@@ -55,6 +55,7 @@ from loradeploy.export.match.norm_forms import annotate_forms
 from loradeploy.export.passes.forms.static_shapes import static_specs
 from loradeploy.export.passes.tokens.embeds import add_inputs_embeds, sample_embeds
 from loradeploy.export.passes.tokens.image_blocks import join_image_blocks
+from loradeploy.export.passes.tokens.mrope import add_mrope_positions, sample_positions
 from loradeploy.export.read.source import Source, read_config
 from loradeploy.export.read.third_party import (
     Evidence,
@@ -153,7 +154,12 @@ def from_checkpoint(source: Source, options: Options) -> Base:
         ModelError: it is no model of the task. AdapterError: an adapter is refused or does not fit.
     """
     from loradeploy.export.trace import answers, load_model, trace
-    from loradeploy.export.trace.image_text import has_image_blocks, other_part, vision_part
+    from loradeploy.export.trace.image_text import (
+        counts_in_grids,
+        has_image_blocks,
+        other_part,
+        vision_part,
+    )
     from loradeploy.export.trace.towers import tower_config
     from loradeploy.lora.base.vocabulary import resize_for, tied_by_config_alone, vocabulary_of
     from loradeploy.lora.experts import expert_parameters
@@ -233,6 +239,9 @@ def from_checkpoint(source: Source, options: Options) -> Base:
     blocks = bool(embeds) and has_image_blocks(given)
     if blocks:
         join_image_blocks(graph)
+    turns = counts_in_grids(given, task)
+    if turns:
+        embeds = (*embeds, add_mrope_positions(graph))
     _check_rank(outputs(graph), task, type(model).__name__)
     norms = {name: p for name, p in model.named_parameters() if p.ndim == 1}
     annotate_forms(
@@ -245,6 +254,8 @@ def from_checkpoint(source: Source, options: Options) -> Base:
     pad = getattr(config.get_text_config(), "pad_token_id", None)  # of an image there is none
     feeds = Sample(specs, config.to_dict(), pad=pad).feeds()
     fed = sample_embeds(embeds, feeds[INPUT_IDS]) if embeds else None
+    if fed is not None and turns:
+        fed |= sample_positions(feeds[INPUT_IDS])
     original = answers(model, task, [spec.name for spec in outputs(graph)], feeds, adapters, fed)
     return Base(
         graph,

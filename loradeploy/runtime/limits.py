@@ -26,6 +26,7 @@ from loradeploy.bundle.names import (
     INPUTS_EMBEDS,
     INPUTS_EMBEDS_MASK,
     LOGITS_TO_KEEP,
+    MROPE_POSITION_IDS,
     PAST,
     POSITION_IDS,
     TOKEN_TYPE_IDS,
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 # Inputs whose numbers are looked at: small ones, on the host.
 LOOKED_AT: Final = (
     *(INPUT_IDS, DECODER_INPUT_IDS, ATTENTION_MASK, POSITION_IDS, TOKEN_TYPE_IDS),
-    *(LOGITS_TO_KEEP, INPUTS_EMBEDS_MASK),
+    *(LOGITS_TO_KEEP, INPUTS_EMBEDS_MASK, MROPE_POSITION_IDS),
 )
 # Those of which the sizes are looked at alone.
 SIZED: Final = (INPUTS_EMBEDS,)
@@ -61,6 +62,7 @@ class Limits:
     where nothing tells. `symbols`: by input, the axes whose sizes another input has too.
     `mask_ends`: whether the attention mask is as long as the cache and the new tokens together.
     `image_blocks`: as in the manifest.
+    `mrope`: whether it takes positions in three dimensions.
     """
 
     vocabulary: int | None
@@ -70,6 +72,7 @@ class Limits:
     first_past: str | None
     mask_ends: bool
     image_blocks: bool
+    mrope: bool = False
 
     @classmethod
     def of(cls, manifest: Manifest, config: Mapping[str, Any], file: Path) -> Limits:
@@ -88,6 +91,7 @@ class Limits:
             # A cache that is written in place has room besides.
             mask_ends=not manifest.cache_in_place,
             image_blocks=manifest.image_blocks,
+            mrope=any(spec.name == MROPE_POSITION_IDS for spec in manifest.embeds),
         )
 
     def check_tokens(self, tokens: tuple[int, int], what: str) -> None:
@@ -114,6 +118,15 @@ class Limits:
                 continue
             if name in (INPUTS_EMBEDS, INPUTS_EMBEDS_MASK):
                 _check_embeds(name, shapes)
+                if self.mrope and MROPE_POSITION_IDS not in shapes:
+                    raise UsageError(
+                        f"the feed {name} is given without {MROPE_POSITION_IDS} [3, batch,"
+                        " sequence], the positions of an image's tokens: give them too, of other"
+                        f" embeddings {POSITION_IDS} three times"
+                    )
+                continue
+            if name == MROPE_POSITION_IDS:
+                _check_mrope(shape, shapes[INPUT_IDS], numbers.get(name), self.positions)
                 continue
             if 0 in shape:
                 _check_empty(name, shape)
@@ -202,6 +215,22 @@ def _check_embeds(name: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
                 f"the feed {other} is {list(shapes[other])} for {INPUT_IDS} {list(places)}: give an"
                 " entry for each token"
             )
+
+
+def _check_mrope(
+    shape: tuple[int, ...],
+    tokens: tuple[int, ...],
+    positions: NDArray[Any] | None,
+    end: int | None,
+) -> None:
+    """Raise UsageError unless there are three positions of the model for each token."""
+    if shape[1:] != tokens:
+        raise UsageError(
+            f"the feed {MROPE_POSITION_IDS} is {list(shape)} for {INPUT_IDS} {list(tokens)}: give"
+            " three positions for each token"
+        )
+    if positions is not None:
+        _check_range(MROPE_POSITION_IDS, np.maximum(positions, 0), end)
 
 
 def _check_kept(

@@ -111,7 +111,7 @@ Ort::Value stacked(const std::string& name, const std::vector<Arrays>& rows) {
 Feeds mixed(const Ort::Session& session, const std::vector<Arrays>& rows) {
   Feeds feeds;
   for (const std::string& name : session.GetOverridableInitializerNames()) {
-    if (name == "logits_to_keep" || name.rfind("inputs_embeds", 0) == 0) continue;
+    if (name == "logits_to_keep" || name.rfind("inputs_embeds", 0) == 0 || name == "mrope_position_ids") continue;
     if (name == "adapter_mode") {
       feeds.give(name, tensor<int64_t>({1}, {1}));
     } else if (name == "adapter_ids") {

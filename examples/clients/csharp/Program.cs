@@ -74,7 +74,7 @@ static class Program
         var feeds = new Dictionary<string, OrtValue>();
         foreach (string name in session.OverridableInitializerMetadata.Keys)
         {
-            if (name == "logits_to_keep" || name.StartsWith("inputs_embeds")) continue;
+            if (name == "logits_to_keep" || name.StartsWith("inputs_embeds") || name == "mrope_position_ids") continue;
             if (name == "adapter_mode")
                 feeds[name] = Int64(new long[] { 1 }, 1);
             else if (name == "adapter_ids")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.adapter.tasks import CAUSAL_LM, VISION_TOWER
 from loradeploy.errors import ExportError, shortened
+from loradeploy.export.trace import qwen_vision
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +30,9 @@ class Family:
     `features`: of the model without its head and pixel values [images, channels, height, width],
     what the image tokens are [images, tokens, hidden]. `towers`: the model types of vision towers
     that `features` is right for. `blocks`: whether the tokens of an image attend to each other in
-    both directions.
+    both directions. `mrope`: whether the decoder counts positions in three dimensions.
+    `patches`: of a tower that takes images in patches, [images, rows, columns, merged, values], the
+    last two sizes, of the model without its head.
     """
 
     sees: tuple[str, ...]
@@ -38,6 +41,8 @@ class Family:
     towers: tuple[str, ...]
     head: str = "lm_head"
     blocks: bool = False
+    mrope: bool = False
+    patches: Callable[[Any], tuple[int, int]] | None = None
 
 
 def _connected(inner: Any, pixels: torch.Tensor) -> torch.Tensor:
@@ -67,8 +72,21 @@ _SMOLVLM: Final = Family(
     _connected,
     ("smolvlm_vision", "idefics3_vision"),
 )
+
+
+def _qwen(name: str) -> Family:
+    return Family(
+        ("model.visual",),
+        "model.language_model",
+        qwen_vision.image_features,
+        (f"{name}_vision", name),  # older checkpoints have the model's own
+        mrope=True,
+        patches=lambda inner: qwen_vision.patch_sizes(inner.visual),
+    )
+
+
 # By model type. Others need more than embeddings in the tokens' places: PaliGemma lets all of a
-# prompt attend to each other, Qwen-VL counts positions in three dimensions.
+# prompt attend to each other.
 FAMILIES: Final[Mapping[str, Family]] = {
     "smolvlm": _SMOLVLM,
     "idefics3": _SMOLVLM,
@@ -85,7 +103,15 @@ FAMILIES: Final[Mapping[str, Family]] = {
         ("siglip_vision_model",),
         blocks=True,
     ),
+    "qwen2_vl": _qwen("qwen2_vl"),
+    "qwen2_5_vl": _qwen("qwen2_5_vl"),
 }
+
+
+def counts_in_grids(config: Mapping[str, Any], task: str) -> bool:
+    """Whether what is exported is a decoder that counts an image's positions in its grid."""
+    family = family_of(config, task) if task == CAUSAL_LM else None
+    return family is not None and family.mrope
 
 
 def family_of(config: Mapping[str, Any], task: str) -> Family | None:
@@ -124,7 +150,10 @@ def other_part(config: Mapping[str, Any], task: str) -> tuple[str, ...]:
 
 
 def vision_part(model: Any) -> Any:
-    """`model` without its decoder: `forward` takes pixel values and gives `image_features`."""
+    """`model` without its decoder: `forward` takes pixel values and gives `image_features`.
+
+    Its attribute `patch_sizes`: the last two sizes of images in patches; None of others.
+    """
     from transformers.modeling_outputs import BaseModelOutput
 
     family = FAMILIES[model.config.model_type]
@@ -135,6 +164,7 @@ def vision_part(model: Any) -> Any:
         result["image_features"] = features
         return result
 
+    model.patch_sizes = None if family.patches is None else family.patches(model.model)
     for path in (family.reads, family.head):
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, None)

@@ -55,6 +55,8 @@ logger = logger_of(__name__)
 OPSET: Final = 23
 # Every dynamic size of the example is at least 2, or torch.export takes it for a constant.
 _BATCH, _SEQUENCE, _PAST = 2, 3, 4
+# Of an image in patches: more than one window, which torch.export would take for a case of its own.
+_ROWS, _COLUMNS = 17, 19
 # Their vector of an image is no module's output.
 _POOLS: Final = ("dinov2", "dinov2_with_registers")
 WRAPPED: Final = "wrapped"  # the attribute under which the traced model sits
@@ -82,8 +84,8 @@ def trace(model: torch.nn.Module, task: str) -> ir.Model:
     is a pooler. Token classifiers: `logits` [batch, sequence, labels]. Image classifiers:
     `pixel_values` → `logits`. Encoders of images: `pixel_values` → `last_hidden_state` and
     `pooler_output`. A tower: its vector alone (see `trace/towers.py`). Vision towers:
-    `pixel_values` → `image_features` [images, tokens, hidden]. Encoder-decoders: see
-    `trace/encoder_decoder.py`.
+    `pixel_values` → `image_features` [images, tokens, hidden], with dynamic rows and columns of
+    images in patches. Encoder-decoders: see `trace/encoder_decoder.py`.
 
     Raises:
         ExportError: torch.export or torch.onnx refuses the model.
@@ -193,7 +195,8 @@ def answers(
 ) -> Original | None:
     """What PyTorch gives of the graph's outputs `names` for `feeds`: see `original.of_module`.
 
-    `embeds`: `inputs_embeds` and `inputs_embeds_mask` of a decoder, with which it is run too.
+    `embeds`: `inputs_embeds` and `inputs_embeds_mask` of a decoder, with which it is run too, and
+    `mrope_position_ids` where it takes them.
     """
     kind = TASK_TABLE[task]
     fed = None if embeds is None else (_embedded(model, kind), {**feeds, **embeds})
@@ -204,16 +207,21 @@ def answers(
 def _embedded(model: Any, kind: Task) -> torch.nn.Module:
     """The decoder `model` with embeddings instead of tokens, as it takes them itself.
 
-    The last two plain inputs are `inputs_embeds` and `inputs_embeds_mask`.
+    Behind the decoder's plain inputs are `inputs_embeds` and `inputs_embeds_mask`, and positions
+    that it takes in place of its own where there are any.
     """
     import torch
 
     blocks = has_image_blocks(model.config.to_dict())
     wrapper = _wrapper(model, kind, INPUTS_EMBEDS, *([TOKEN_TYPE_IDS] if blocks else []))
+    names = _plain_inputs(model, kind)
 
     class Embedded(torch.nn.Module):
         def forward(self, plain: Sequence[torch.Tensor], past: Any) -> Any:
-            ids, *others, given, places = plain
+            ids, *others = plain[: len(names)]
+            given, places, *positions = plain[len(names) :]
+            if positions:
+                others[names.index(POSITION_IDS) - 1] = positions[0]
             own = model.get_input_embeddings()(ids)
             embeds = torch.where(places[..., None], given, own)
             types = [places.long()] if blocks else []  # of an image 1
@@ -359,7 +367,14 @@ def _example(
     if (form := getattr(model, "text_form", None)) is not None:
         full = torch.ones((_BATCH, form.length), dtype=torch.int64)
         examples = dict.fromkeys(form.inputs, (full, {0: batch}))
-    sizes = _fixed_sizes(model.config, names[0])
+    patches = getattr(model, "patch_sizes", None)
+    sizes = None if patches else _fixed_sizes(model.config, names[0])
+    if patches:
+        sizes_of = {"rows": _ROWS, "columns": _COLUMNS}
+        rows, columns = (torch.export.Dim(name, min=least) for name, least in sizes_of.items())
+        dims = {0: batch, 1: rows, 2: columns}
+        image = torch.zeros(_BATCH, _ROWS, _COLUMNS, *patches, dtype=dtype)
+        examples = {**examples, PIXEL_VALUES: (image, dims)}
     if sizes is not None:
         examples = {**examples, names[0]: (torch.zeros(_BATCH, *sizes, dtype=dtype), {0: batch})}
     plain = [examples[name][0] for name in names]

@@ -17,6 +17,8 @@ from loradeploy.bundle.names import (
     SELF,
     past_name,
 )
+from loradeploy.bundle.sample import in_patches
+from loradeploy.export.graph.file import spec_of
 from loradeploy.export.graph.scopes import NAME_SCOPES, module_path
 from loradeploy.export.trace.bfloat import compute_bfloat16_in_float32
 from loradeploy.export.trace.norms import widen_norms
@@ -179,6 +181,8 @@ def _symbols(graph: ir.Graph) -> Mapping[str, str]:
     if any(value.name == DECODER_INPUT_IDS for value in graph.inputs):
         known[ATTENTION_MASK] = known[INPUT_IDS] = (_SOURCES, "sequence")
         known[INPUT_FEATURES] = (_SOURCES,)
+    if any(in_patches(spec_of(value)) for value in graph.inputs):
+        known[PIXEL_VALUES] = ("batch", "rows", "columns")
     names: dict[str, str] = {}
     for value in graph.inputs:
         if value.name in known and value.shape is not None:

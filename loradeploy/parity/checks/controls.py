@@ -148,22 +148,34 @@ OFF_BY_ONE: Final = Mistake(
 )
 
 
-# With whether only decoders have it in which an image's positions attend to each other.
+# Which decoders a mistake with embeddings is of: all, those in which an image's positions attend to
+# each other, those that count positions in three dimensions.
+ALWAYS, BLOCKS, MROPE = "always", "blocks", "mrope"
 EMBEDS_MISTAKES: Final = (
     (
         Mistake("shifted places", "embeddings are read one token too late", lambda _: None),
         Fed.shifted,
-        False,
+        ALWAYS,
     ),
     (
         Mistake("exchanged embeddings", "images have each other's places", lambda _: None),
         Fed.exchanged,
-        False,
+        ALWAYS,
     ),
     (
         Mistake("causal images", "an image's positions see those before alone", lambda _: None),
         Fed.causal,
-        True,
+        BLOCKS,
+    ),
+    (
+        Mistake("positions of text", "an image's tokens are counted one by one", lambda _: None),
+        Fed.flat,
+        MROPE,
+    ),
+    (
+        Mistake("turned positions", "rows and columns are exchanged", lambda _: None),
+        Fed.turned,
+        MROPE,
     ),
 )
 
@@ -216,8 +228,10 @@ def _embeds_controls(
     right = [row for row in reference.rows[tested.name] if row.fed is not None]
     if not right:
         return
-    for mistake, make, of_blocks in EMBEDS_MISTAKES:
-        if of_blocks and not context.manifest.image_blocks:
+    mrope = all(row.fed is not None and row.fed.positions is not None for row in right)
+    kinds = {ALWAYS: True, BLOCKS: context.manifest.image_blocks, MROPE: mrope}
+    for mistake, make, kind in EMBEDS_MISTAKES:
+        if not kinds[kind]:
             continue
         with as_reference_with(context, base, tested.adapter) as model:
             backend = TorchModel(model, context.manifest)

@@ -25,6 +25,7 @@ from loradeploy.bundle.names import (
     POSITION_IDS,
     TOKEN_TYPE_IDS,
 )
+from loradeploy.bundle.sample import GRID, in_patches
 from loradeploy.errors import DataError, UsageError, shown
 from loradeploy.runtime.text.padding import positions_of
 
@@ -99,7 +100,7 @@ def types_of(rows: Iterable[tuple[Tokens, Tokens | None]]) -> Types:
 def check_inputs(manifest: Manifest) -> None:
     """Raise UsageError where the graph takes something that cannot be made of tokens."""
     for spec in manifest.inputs:
-        sized = spec.name not in _DRAWN or all(isinstance(size, int) for size in spec.shape[1:])
+        sized = spec.name not in _DRAWN or all(isinstance(size, int) for size in _sizes(spec))
         if (spec.name not in _MAKERS and not spec.name.startswith(PAST)) or not sized:
             shape = ", ".join(map(str, spec.shape))
             raise UsageError(
@@ -124,9 +125,14 @@ def _check_sizes(manifest: Manifest) -> None:
 
 def _noise(ids: Ids, mask: Ids, spec: TensorSpec) -> NDArray[np.float32]:
     """Normal noise [rows, …] that each row's tokens seed, of numbers that float16 holds too."""
-    sizes = [int(size) for size in spec.shape[1:]]
+    sizes = [int(size) for size in _sizes(spec)]
     drawn = [np.random.default_rng(row).standard_normal(sizes) for row in _real(ids, mask)]
     return np.stack(drawn).astype(np.float16).astype(np.float32)
+
+
+def _sizes(spec: TensorSpec) -> tuple[int | str, ...]:
+    """Those of an image or a sound; one in patches has rows and columns that fill no window."""
+    return (*GRID, *spec.shape[3:]) if in_patches(spec) else spec.shape[1:]
 
 
 def _target(ids: Ids, mask: Ids, spec: TensorSpec) -> Ids:

@@ -1,7 +1,8 @@
 """Rows in which a decoder of images and text reads embeddings in the places of some tokens.
 
 Which places, and what is read there, is drawn from a row's tokens, as large as the model's own
-embeddings. What the reference gives for it is computed by PyTorch's own `inputs_embeds`.
+embeddings. What the reference gives for it is computed by PyTorch's own `inputs_embeds`. A decoder
+that counts positions in three dimensions is fed random ones, as PyTorch's own `position_ids`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from loradeploy.bundle.names import INPUTS_EMBEDS, INPUTS_EMBEDS_MASK
+from loradeploy.bundle.names import INPUTS_EMBEDS, INPUTS_EMBEDS_MASK, MROPE_POSITION_IDS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -29,12 +30,14 @@ class Fed:
 
     `expected`: what the reference gives then, [tokens, width].
     `blocks`: whether the places of an image attend to each other where the model has it so.
+    `positions` [3, tokens]: where it counts them in three dimensions.
     """
 
     values: Floats
     places: NDArray[np.bool_]
     expected: Floats
     blocks: bool = True
+    positions: NDArray[np.int64] | None = None
 
     def shifted(self) -> Fed:
         """The same with each place one token further."""
@@ -50,14 +53,30 @@ class Fed:
         """The same with each place attending to what is before it alone."""
         return replace(self, blocks=False)
 
+    def flat(self) -> Fed:
+        """The same with the positions of a text."""
+        assert self.positions is not None
+        text = np.arange(self.positions.shape[1], dtype=np.int64)
+        return replace(self, positions=np.broadcast_to(text, self.positions.shape))
 
-def drawn(tokens: Sequence[int], hidden: int, size: float) -> Fed:
-    """Places and embeddings of `size` for a row of `tokens`, of numbers that float16 holds too."""
+    def turned(self) -> Fed:
+        """The same with rows and columns exchanged."""
+        assert self.positions is not None
+        return replace(self, positions=self.positions[[0, 2, 1]])
+
+
+def drawn(tokens: Sequence[int], hidden: int, size: float, *, mrope: bool = False) -> Fed:
+    """Places and embeddings of `size` for a row of `tokens`, of numbers that float16 holds too.
+
+    `mrope`: with positions in three dimensions.
+    """
     random = np.random.default_rng(list(tokens))
     places = random.random(len(tokens)) < 0.5
     places[len(tokens) // 2 - 1 : len(tokens) // 2 + 1] = True  # an image has several
     values = random.standard_normal((len(tokens), hidden)) * size * places[:, np.newaxis]
-    return Fed(values.astype(np.float16).astype(np.float32), places, np.zeros((0, 0), np.float32))
+    positions = random.integers(0, len(tokens), (3, len(tokens))) if mrope else None
+    numbers = values.astype(np.float16).astype(np.float32)
+    return Fed(numbers, places, np.zeros((0, 0), np.float32), positions=positions)
 
 
 def embeds_feeds(fed: Sequence[Fed], mask: NDArray[np.int64]) -> dict[str, NDArray[np.generic]]:
@@ -67,4 +86,10 @@ def embeds_feeds(fed: Sequence[Fed], mask: NDArray[np.int64]) -> dict[str, NDArr
     for row, own in enumerate(fed):
         real = mask[row] == 1
         places[row, real], values[row, real] = own.places, own.values
-    return {INPUTS_EMBEDS: values, INPUTS_EMBEDS_MASK: places}
+    feeds: dict[str, NDArray[np.generic]] = {INPUTS_EMBEDS: values, INPUTS_EMBEDS_MASK: places}
+    if fed[0].positions is not None:
+        positions = np.zeros((3, *mask.shape), np.int64)
+        for row, own in enumerate(fed):
+            positions[:, row, mask[row] == 1] = own.positions
+        feeds[MROPE_POSITION_IDS] = positions
+    return feeds

@@ -38,7 +38,7 @@ class EmbedsModel(Protocol):
         *,
         embeds: Mapping[str, NDArray[Any]] | None = None,
     ) -> tuple[NDArray[Any], Any]:
-        """See `Model.forward`; `embeds`: `inputs_embeds` and `inputs_embeds_mask`."""
+        """See `Model.forward`; `embeds`: the manifest's `embeds`, by name."""
 
 
 class SourceModel(Model, Protocol):

@@ -22,6 +22,7 @@ from loradeploy.bundle.names import (
     INPUT_IDS,
     INPUTS_EMBEDS,
     INPUTS_EMBEDS_MASK,
+    MROPE_POSITION_IDS,
     POSITION_IDS,
     TOKEN_TYPE_IDS,
 )
@@ -123,6 +124,8 @@ class TorchModel:
                 feeds[INPUTS_EMBEDS] = torch.where(places, given, own)
                 if blocks and self._manifest.image_blocks:
                     feeds[TOKEN_TYPE_IDS] = places[..., 0].long()
+                if MROPE_POSITION_IDS in embeds:
+                    feeds[POSITION_IDS] = torch.from_numpy(embeds[MROPE_POSITION_IDS].copy())
             result = self._model(**feeds)
         values = []
         for name in self._outputs:
@@ -151,7 +154,9 @@ class TorchModel:
         if fed is None:
             with torch.inference_mode():
                 own = self.embedding(torch.from_numpy(ids)).double()
-            fed = drawn(prompt, own.shape[-1], float(own.square().mean().sqrt()))
+            mrope = any(spec.name == MROPE_POSITION_IDS for spec in self._manifest.embeds)
+            size = float(own.square().mean().sqrt())
+            fed = drawn(prompt, own.shape[-1], size, mrope=mrope)
         mask = np.ones_like(ids)
         embeds = embeds_feeds([fed], mask)
         values, _ = self.forward(ids, mask, None, [None], embeds=embeds, blocks=fed.blocks)

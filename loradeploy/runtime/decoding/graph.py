@@ -18,12 +18,14 @@ from loradeploy.bundle.names import (
     INPUTS_EMBEDS_MASK,
     LEFT,
     LOGITS_TO_KEEP,
+    MROPE_POSITION_IDS,
     PAST,
     POSITION_IDS,
     TOKEN_TYPE_IDS,
 )
 from loradeploy.bundle.outputs import output_of
 from loradeploy.errors import UsageError
+from loradeploy.runtime.decoding.mrope import Grid, check_grids, grid_positions, shift_of
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.text.padding import pad, positions_of
 
@@ -39,11 +41,13 @@ FED_WITH_SOURCE: Final = (DECODER_INPUT_IDS, ENCODER_ATTENTION_MASK)
 class TokenEmbeds:
     """Embeddings that are read instead of a token: what a prompt has of its images.
 
-    `values` [places, hidden]: one for each `token` of the prompt, in their order.
+    `values` [places, hidden]: one for each `token` of the prompt, in their order. `grids`: the rows
+    and columns of each image's embeddings, where the decoder counts positions in three dimensions.
     """
 
     token: int
     values: NDArray[Any]
+    grids: tuple[Grid, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -105,15 +109,30 @@ class DecoderGraph:
         """Whether positions are fed; else the graph may count them by the cache."""
         return POSITION_IDS in self.inputs
 
+    @property
+    def counts_in_grids(self) -> bool:
+        """Whether the tokens of an image have positions in three dimensions."""
+        return any(spec.name == MROPE_POSITION_IDS for spec in self.session.manifest.embeds)
+
+    def shifts(self, rows: int) -> NDArray[np.int64]:
+        """What is added to the positions behind each prompt, [rows]: its images take fewer."""
+        shifts = np.zeros(rows, np.int64)
+        for row, own in enumerate(self.embeds or ()):
+            if own is not None and own.grids is not None:
+                shifts[row] = shift_of(own.grids)
+        return shifts
+
     def feeds(
         self,
         ids: NDArray[np.int64],
         mask: NDArray[np.int64],
         ends: NDArray[np.int64] | None = None,
+        shifts: NDArray[np.int64] | None = None,
     ) -> dict[str, Any]:
         """What a step is fed besides the cache: ids [rows, new], mask [rows, all tokens].
 
         `ends` [rows]: where the graph can, it gives each row's logits there alone, [rows, 1, …].
+        `shifts` [rows]: what is added to positions behind the prompts.
         """
         made: dict[str, Callable[[], NDArray[Any]]] = {
             INPUT_IDS: lambda: ids,
@@ -127,6 +146,8 @@ class DecoderGraph:
             values[LOGITS_TO_KEEP] = ends.astype(np.int64)[:, np.newaxis]
         if self.embeds is not None and ids.shape == mask.shape:  # nothing was read before
             values |= self._embedded(ids, mask)
+        elif shifts is not None and shifts.any() and POSITION_IDS in values:
+            values[POSITION_IDS] = values[POSITION_IDS] + shifts[:, np.newaxis]
         return values
 
     def with_embeds(self, embeds: Sequence[TokenEmbeds | None]) -> DecoderGraph:
@@ -142,7 +163,19 @@ class DecoderGraph:
             if own is not None:
                 places[row] = (ids[row] == own.token) & (mask[row] == 1)
                 values[row, places[row]] = own.values
-        return {INPUTS_EMBEDS: values, INPUTS_EMBEDS_MASK: places}
+        feeds: dict[str, NDArray[Any]] = {INPUTS_EMBEDS: values, INPUTS_EMBEDS_MASK: places}
+        if self.counts_in_grids:
+            feeds[MROPE_POSITION_IDS] = self._positions(places, mask)
+        return feeds
+
+    def _positions(self, places: NDArray[np.bool_], mask: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Three positions of each token, [3, rows, tokens]; of padding the first."""
+        positions = np.zeros((3, *mask.shape), np.int64)
+        for row, own in enumerate(self.embeds or ()):
+            real = mask[row] == 1
+            grids = own.grids if own is not None and own.grids is not None else ()
+            positions[:, row, real] = grid_positions(places[row, real], grids)
+        return positions
 
     def padded(
         self, tokens: Sequence[Sequence[int]]
@@ -175,3 +208,5 @@ def check_embeds(
             f"prompt {number + 1} has the token {embeds.token} {places} times, and embeddings"
             f" {list(shape)}, expected [{places}, {sizes[0]}]"
         )
+    if graph.counts_in_grids:
+        check_grids(np.equal(ids, embeds.token), embeds.grids, f"prompt {number + 1}")

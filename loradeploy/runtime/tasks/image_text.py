@@ -22,6 +22,7 @@ from loradeploy.runtime.decoding.asking.calls import Prompt, listed
 from loradeploy.runtime.decoding.asking.reading import PromptReader
 from loradeploy.runtime.decoding.graph import TokenEmbeds
 from loradeploy.runtime.tasks.generation import Generation, TextGenerator
+from loradeploy.runtime.tasks.image_grids import ImageSizes
 from loradeploy.runtime.tasks.image_parts import ImageParts
 from loradeploy.runtime.tasks.image_prompts import WrittenImage
 
@@ -42,6 +43,8 @@ SURROUNDS: Final[Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
     "llava": ((), ()),
     "smolvlm": _AROUND,
     "idefics3": _AROUND,
+    "qwen2_vl": ((), ()),
+    "qwen2_5_vl": ((), ()),
 }
 
 
@@ -87,14 +90,12 @@ class ImageTextGenerator:
             raise BundleError(f"{decoder.path / CONFIG_NAME} has no {_TOKENS[0]}")
         self.decoder, self.tower = decoder, tower
         self.image_token = token
-        (features,) = (s for s in tower.manifest.outputs if s.name == IMAGE_FEATURES)
-        if not isinstance(features.shape[1], int):
-            raise BundleError(f"{tower.path} does not say how many features an image has")
-        self._per_image = features.shape[1]
+        self._video_token = config.get("video_token_id")
+        self._sizes = ImageSizes.of(tower)
         self._surround = SURROUNDS.get(str(config.get("model_type")))
         self._text = TextGenerator(decoder, cache_budget=cache_budget)
         words = decoder.texts.base.tokenizer.vocabulary
-        self._written = WrittenImage.of(config, words, self._per_image)
+        self._written = WrittenImage.of(config, words, self._sizes.features or 0)
         write = None if self._written is None else self._written.write
         self._reader = PromptReader(decoder, write)
 
@@ -139,10 +140,11 @@ class ImageTextGenerator:
         """Continue each prompt, which has its `images`: of each prompt a list of pixel values.
 
         Pixel values are float [channels, height, width], as the model's processor makes them, an
-        image or a tile of one each. A prompt has as many image tokens as its images have features,
-        as processors write it, or one for each image, in whose place all of that image are read,
-        with the tokens around them that the model's processor writes. Of Gemma 3 a text has
-        `<start_of_image>` for each image, as its chat template and its processor have it.
+        image or a tile of one each; for Qwen-VL see `split`. A prompt has as many image tokens as
+        its images have features, as processors write it, or one for each image, in whose place all
+        of that image are read, with the tokens around them that the model's processor writes. Of
+        Gemma 3 a text has `<start_of_image>` for each image, as its chat template and its processor
+        have it.
         Adapters, by name or None, and options are as in `TextGenerator.generate`.
 
         Raises:
@@ -166,14 +168,18 @@ class ImageTextGenerator:
         seeing = [len(own) > 0 for own in images]
         names = self._parts.names(each_row(adapters, len(given)), seeing)
         reads, sees = [of_decoder for of_decoder, _ in names], [of_tower for _, of_tower in names]
-        ids = []
+        ids, grids = [], []
         for number, prompt in enumerate(given):
             what = f"prompt {number + 1}"
             read = self._reader.read(number, prompt, reads[number], chat, what)
-            ids.append(self._expanded(read.ids, len(images[number]), what))
+            if self._video_token in read.ids:
+                raise UsageError(f"{what} has the token of a video: videos are not supported")
+            sizes = [self._sizes.checked(image, what) for image in images[number]]
+            ids.append(self._expanded(read.ids, [*map(self._sizes.tokens, sizes)], what))
+            grids.append(self._sizes.grids(sizes))
         embeds = [
-            TokenEmbeds(self.image_token, np.concatenate(own)) if own else None
-            for own in self._features(images, sees, batch_size)
+            TokenEmbeds(self.image_token, np.concatenate(own), its) if own else None
+            for own, its in zip(self._features(images, sees, batch_size), grids, strict=True)
         ]
         return self._text.generate(
             ids,
@@ -183,47 +189,59 @@ class ImageTextGenerator:
             **options,
         )
 
+    def split(
+        self, pixel_values: NDArray[np.floating[Any]], image_grid_thw: NDArray[np.integer[Any]]
+    ) -> list[NDArray[np.floating[Any]]]:
+        """What Qwen-VL's processor gives as images: [rows, columns, merged, values] each.
+
+        `pixel_values` [patches, values] of all images, `image_grid_thw` [images, 3].
+
+        Raises:
+            UsageError: the tower takes no patches, they do not fit the grids, or a video's.
+        """
+        return self._sizes.split(pixel_values, image_grid_thw)
+
     def _features(
         self, images: Sequence[Sequence[Any]], names: Sequence[str | None], batch_size: int
     ) -> list[list[NDArray[Any]]]:
         """Of each prompt's images what the decoder reads of them, [tokens, hidden] each."""
-        (spec,) = (s for s in self.tower.manifest.inputs if s.name == PIXEL_VALUES)
-        pixels, rows = [], []
-        for number, own in enumerate(images):
-            for image in own:
-                values = np.asarray(image)
-                if values.shape != spec.shape[1:] or values.dtype.kind != "f":
-                    raise UsageError(
-                        f"an image of prompt {number + 1} is {values.dtype} {list(values.shape)},"
-                        f" expected pixel values of floats {list(spec.shape[1:])}"
-                    )
-                pixels.append(values.astype(spec.dtype))
-                rows.append(number)
-        found: list[list[NDArray[Any]]] = [[] for _ in images]
-        for start in range(0, len(pixels), batch_size):
-            some = rows[start : start + batch_size]
-            (values,) = self.tower.run(
-                [IMAGE_FEATURES],
-                {PIXEL_VALUES: np.stack(pixels[start : start + batch_size])},
-                [names[row] for row in some],
-            )
-            for row, own in zip(some, values, strict=True):
-                found[row].append(own)
-        return found
+        # Those of one size are run together.
+        alike: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+        for row, own in enumerate(images):
+            for place, image in enumerate(own):
+                alike.setdefault(np.shape(image), []).append((row, place))
+        found: dict[tuple[int, int], NDArray[Any]] = {}
+        for every in alike.values():
+            for start in range(0, len(every), batch_size):
+                some = every[start : start + batch_size]
+                pixels = np.stack([images[row][place] for row, place in some])
+                (values,) = self.tower.run(
+                    [IMAGE_FEATURES],
+                    {PIXEL_VALUES: pixels.astype(self._sizes.pixels.dtype)},
+                    [names[row] for row, _ in some],
+                )
+                found.update(zip(some, values, strict=True))
+        return [[found[row, place] for place in range(len(own))] for row, own in enumerate(images)]
 
-    def _expanded(self, ids: list[int], images: int, what: str) -> list[int]:
-        """The tokens of a prompt, with as many image tokens as its images have features."""
-        count, needed = ids.count(self.image_token), images * self._per_image
+    def _expanded(self, ids: list[int], features: Sequence[int], what: str) -> list[int]:
+        """The tokens of a prompt, with as many image tokens as its images have `features`."""
+        count, needed = ids.count(self.image_token), sum(features)
         if count == needed:
             return ids
-        if count != images:
+        if count != len(features):
             raise UsageError(
-                f"{what} has {count} image tokens, and {images} images of together {needed}"
+                f"{what} has {count} image tokens, and {len(features)} images of together {needed}"
                 " features: give one token for each image, or one for each feature"
             )
         before, after = self._around()
-        own = [*before, *[self.image_token] * self._per_image, *after]
-        return [new for each in ids for new in (own if each == self.image_token else [each])]
+        made: list[int] = []
+        waiting = iter(features)
+        for each in ids:
+            own = [each]
+            if each == self.image_token:
+                own = [*before, *[self.image_token] * next(waiting), *after]
+            made += own
+        return made
 
     def _around(self) -> tuple[list[int], list[int]]:
         """The tokens before and after those of an image."""

@@ -23,6 +23,7 @@ from loradeploy.bundle.names import (
     INPUTS_EMBEDS,
     INPUTS_EMBEDS_MASK,
     LOGITS_TO_KEEP,
+    MROPE_POSITION_IDS,
     REQUIRED_NAME,
 )
 from loradeploy.bundle.run_target import zeros_have_rank_one
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from loradeploy.bundle.manifest import Manifest
 
 # No client has to know of these: all positions, as always, of text alone.
-_LEFT_OUT: Final = (LOGITS_TO_KEEP, INPUTS_EMBEDS, INPUTS_EMBEDS_MASK)
+_LEFT_OUT: Final = (LOGITS_TO_KEEP, INPUTS_EMBEDS, INPUTS_EMBEDS_MASK, MROPE_POSITION_IDS)
 BASE_INPUTS_NAME: Final = "required.safetensors"
 
 

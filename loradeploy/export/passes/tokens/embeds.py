@@ -79,9 +79,9 @@ def sample_embeds(
 ) -> dict[str, NDArray[np.generic]]:
     """Embeddings in the places of two of four tokens of `ids` [batch, sequence], for a trial.
 
-    `specs`: those of `add_inputs_embeds`.
+    `specs`: those of `add_inputs_embeds`, first.
     """
-    given, _ = specs
+    given = specs[0]
     values = np.random.default_rng(0).standard_normal((*ids.shape, int(given.shape[-1])))
     places = np.isin(np.indices(ids.shape).sum(axis=0) % 4, (1, 2))
     return {INPUTS_EMBEDS: values.astype(given.dtype), INPUTS_EMBEDS_MASK: places}

@@ -147,6 +147,7 @@ class CachedRows:
         self._source = source
         self._cache = graph.session.empty_cache(max(rows, 1))
         self._mask = np.zeros((rows, 0), np.int64)
+        self._shifts = graph.shifts(rows)  # of positions, behind images
 
     @property
     def count(self) -> int:
@@ -193,7 +194,7 @@ class CachedRows:
         return logits_at(logits, ends)
 
     def _fed(self, ids: NDArray[np.int64], ends: NDArray[np.int64]) -> dict[str, Any]:
-        feeds = self._graph.feeds(ids, self._mask, ends)
+        feeds = self._graph.feeds(ids, self._mask, ends, self._shifts)
         if ATTENTION_MASK in feeds:
             feeds[ATTENTION_MASK] = self._cache.step_mask(feeds[ATTENTION_MASK], ids.shape[1])
         return feeds
@@ -202,7 +203,7 @@ class CachedRows:
         """As `Rows.move`."""
         if not parents:
             self._cache = self._graph.session.empty_cache(1)
-            self._mask = np.zeros((0, 0), np.int64)
+            self._mask, self._shifts = np.zeros((0, 0), np.int64), np.zeros(0, np.int64)
             return []
         apart = all(a < b for a, b in itertools.pairwise(parents))
         if not apart or 2 * len(parents) <= self.count:
@@ -210,6 +211,7 @@ class CachedRows:
             if self._source is not None:
                 self._source.take_rows(parents)
             self._mask = self._mask[list(parents)]
+            self._shifts = self._shifts[list(parents)]
             return list(range(len(parents)))
         return list(parents)
 
@@ -221,6 +223,7 @@ class CachedRows:
         """Have the one row hold this, as if it had read the tokens."""
         self._cache.fill([part[np.newaxis] for part in past])
         self._mask = np.ones((1, past[0].shape[1]), np.int64)
+        self._shifts = np.zeros(1, np.int64)
 
     def past(self, row: int) -> Past:
         """What a row holds."""
@@ -242,6 +245,7 @@ class CachedRows:
         if self._graph.left:
             columns = columns[::-1]
         self._mask = (columns < lengths[:, np.newaxis]).astype(np.int64)
+        self._shifts = np.concatenate([self._shifts[list(rows)], other._shifts[list(joining)]])
         return list(range(self.count))
 
 
