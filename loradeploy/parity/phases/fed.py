@@ -72,7 +72,7 @@ def drawn(tokens: Sequence[int], hidden: int, size: float, *, mrope: bool = Fals
     """
     random = np.random.default_rng(list(tokens))
     places = random.random(len(tokens)) < 0.5
-    places[len(tokens) // 2 - 1 : len(tokens) // 2 + 1] = True  # an image has several
+    places[len(tokens) // 2] = True
     values = random.standard_normal((len(tokens), hidden)) * size * places[:, np.newaxis]
     positions = random.integers(0, len(tokens), (3, len(tokens))) if mrope else None
     numbers = values.astype(np.float16).astype(np.float32)
