@@ -20,7 +20,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from filelock import FileLock
 
 from tests.traces import remembered
-from tools import real_models
+from tools.inputs import real_models
 
 ROOT = Path(__file__).parent.parent
 MakeAdapter = Callable[..., Path]
@@ -444,7 +444,7 @@ def _learn_topics(minilm: Path, bbc: Path, place: Path) -> None:
     from dataclasses import asdict
 
     import loradeploy as ld
-    from tools.news_tasks import stories
+    from tools.inputs.news_tasks import stories
 
     place.mkdir()
     lines = [

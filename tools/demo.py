@@ -26,8 +26,8 @@ from rich.table import Table
 import loradeploy as ld
 from loradeploy.cli.console import size
 from loradeploy.runtime.timing import time_bundle
-from tools.news_tasks import Story, stories, write_tasks
-from tools.real_models import bbc_news, smollm2
+from tools.inputs.news_tasks import Story, stories, write_tasks
+from tools.inputs.real_models import bbc_news, smollm2
 
 if TYPE_CHECKING:
     from loradeploy.parity.report.results import ParityReport
@@ -195,7 +195,7 @@ def latencies(bundle: Path, merged: Path) -> Table:
         "one token after 128",
         "ms",
         "× base (quartiles)",
-        title="Latency, batch 4; a glance: tools/bench_runtime.py measures",
+        title="Latency, batch 4; a glance: tools/bench/runtime.py measures",
     )
     for place in (bundle, merged):
         session = ld.AdapterSession(place)

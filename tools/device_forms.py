@@ -34,7 +34,7 @@ from loradeploy.runtime.devices.findings import has_nvidia_device, machine_root
 from loradeploy.runtime.devices.providers import full_name
 from loradeploy.runtime.devices.table import BY_NAME, CPU, known
 from tools.cuda_placement import place, stubs
-from tools.made_adapters import make_adapters
+from tools.inputs.made_adapters import make_adapters
 
 # What a form is exported with; those in fp16 from the checkpoint, `half` from fp16 slots, all
 # others from fp32 slots.

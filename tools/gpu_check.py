@@ -37,8 +37,8 @@ from loradeploy.runtime.devices.table import BY_NAME, CPU
 from loradeploy.runtime.environment import examine
 from loradeploy.runtime.timing import forward, time_bundle
 from tools.cuda_placement import Placement, place, stubs
-from tools.news_tasks import stories, write_tasks
-from tools.real_models import bbc_news, smollm2
+from tools.inputs.news_tasks import stories, write_tasks
+from tools.inputs.real_models import bbc_news, smollm2
 
 TASKS: Final = ("headline", "topic")
 

@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from tools.tiny_llama import tiny_llama
+from tools.inputs.tiny_llama import tiny_llama
 
 # What is different for each of them: how a step is made, and when a run ends.
 SETTINGS: Final[tuple[tuple[str, ...], ...]] = (

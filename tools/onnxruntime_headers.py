@@ -18,7 +18,7 @@ from typing import Final
 from filelock import FileLock
 
 from loradeploy.files import atomic_directory
-from tools.real_models import cache
+from tools.inputs.real_models import cache
 
 HEADER: Final = "onnxruntime_cxx_api.h"
 _PACKAGE: Final = "com.github.asus4.onnxruntime@0.4.9"  # 1.29's

@@ -32,7 +32,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 from loradeploy.export.api import export
-from tools.made_adapters import make_adapters
+from tools.inputs.made_adapters import make_adapters
 
 place = Path(sys.argv[1])
 for name, width, layers, words in (("small", 32, 1, 64), ("large", 1024, 4, 12_000)):

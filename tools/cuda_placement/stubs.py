@@ -18,7 +18,7 @@ from typing import Final
 from filelock import FileLock
 
 from loradeploy.errors import LoraDeployError
-from tools.real_models import cache
+from tools.inputs.real_models import cache
 
 # Where functions that do something are written, by the beginning of a library's name.
 _WRITTEN: Final = {"libcudart.so.": "cudart.c", "libcublas.so.": "cublas.c"}

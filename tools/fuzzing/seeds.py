@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from tools.fuzzing.readers import Seeds
-from tools.tiny_llama import tiny_llama
+from tools.inputs.tiny_llama import tiny_llama
 
 
 def make_seeds(place: Path) -> Seeds:

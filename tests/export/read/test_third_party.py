@@ -30,7 +30,7 @@ from tests.export.graphs import IN, OUT, Builder
 from tests.export.others import IDS, copy_of
 from tests.export.reference import apart, difference, factors, onnx_output, torch_output
 from tests.tolerances import tolerance
-from tools import genai_builder
+from tools.inputs import genai_builder
 
 Graph = Callable[[str], Path]
 needs_genai = pytest.mark.skipif(

@@ -1,0 +1,42 @@
+"""loradeploy's side of bench.peers: TextGenerator on one of its bundles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import loradeploy as ld
+from tools.bench.alternate import Side, serve_worker
+from tools.bench.peers.requests import Request, Tokens, measured
+
+
+class Ours:
+    """A bundle; adapters are registered and loaded as an application does."""
+
+    def __init__(self, bundle: str) -> None:
+        self._session = ld.AdapterSession(bundle)
+        self._generator = ld.TextGenerator(self._session)
+        # No end before the last token: every engine generates as many.
+        ends = self._session.texts.base.tokenizer.eos_ids
+        self._barred: dict[int | str, float] = dict.fromkeys(ends, -100.0)
+
+    def load(self, name: str, directory: str, scaling: float) -> None:
+        """Load a PEFT directory, whose config says the scaling."""
+        self._session.load(name, directory)
+
+    def generate(self, rows: Sequence[Request], new: int) -> list[Tokens]:
+        """All in one batch, each row its own adapter."""
+        prompts, adapters = [list(prompt) for prompt, _ in rows], [name for _, name in rows]
+        given = self._generator.generate(
+            prompts, adapters, max_new_tokens=new, logit_bias=self._barred
+        )
+        return [list(one.token_ids) for one in given]
+
+
+def loradeploy_side(bundle: str, adapters: dict[str, str], scaling: float, prompts: Any) -> Side:
+    """All figures of one bundle."""
+    return measured(Ours(bundle), prompts, adapters, scaling)
+
+
+if __name__ == "__main__":
+    serve_worker({"loradeploy": loradeploy_side}, warm_up=1)

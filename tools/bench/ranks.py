@@ -1,0 +1,64 @@
+"""A batch whose rows have adapters of different ranks, beside one of the same mean rank.
+
+    python -m tools.bench.ranks BUNDLE
+
+A step of eight rows with eight adapters, behind 128 tokens. All factors of a batch are padded to
+its largest rank: what the padding costs is the ratio. Two processes of each side take turns; the
+second one of equal ranks is the control.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import loradeploy as ld
+from loradeploy.runtime.timing import forward
+from tools.bench.alternate import Side, Worker, in_processes, ratio, serve_worker
+from tools.inputs.made_adapters import make_adapters
+
+PAST: Final = 128
+# Ranks of the rows, and the rank that they have on average.
+MIXTURES: Final = {
+    "one of 64 among 8": ((64, 8, 8, 8, 8, 8, 8, 8), 15),
+    "from 4 to 64": ((4, 8, 8, 16, 16, 16, 28, 64), 20),
+}
+
+
+def step(bundle: str, ranks: Sequence[int]) -> Side:
+    """A step of as many rows, each with a random adapter of its rank."""
+    session = ld.AdapterSession(bundle)
+    names = [f"rank-{number}" for number in range(len(ranks))]
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, rank in zip(names, ranks, strict=True):
+            (place,) = make_adapters(Path(bundle), Path(scratch) / name, 1, rank=rank).values()
+            session.load(name, place)
+    return partial(forward(session, len(ranks), past=PAST, new=1), names)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--starts", type=int, default=3, help="sets of fresh processes")
+    parser.add_argument("--rounds", type=int, default=4, help="turns of a side in each set")
+    arguments = parser.parse_args()
+
+    def worker(ranks: Sequence[int]) -> Worker:
+        given = {"bundle": str(arguments.bundle), "ranks": ranks}
+        return Worker("tools.bench.ranks", "step", given)
+
+    for name, (ranks, mean) in MIXTURES.items():
+        equal = (mean,) * len(ranks)
+        sides = [partial(worker, side) for side in (equal, equal, ranks)]
+        even, control, mixed = in_processes(
+            sides, starts=arguments.starts, rounds=arguments.rounds, calls=5
+        )
+        print(f"{name} / eight of {mean}: {ratio(mixed, even)}, control {ratio(control, even)}")
+
+
+if __name__ == "__main__" and not serve_worker({"step": step}):
+    main()

@@ -1,0 +1,47 @@
+"""Requests of an engine whose batches have one adapter: by adapter, all of one at once."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tools.bench.alternate import Side
+from tools.bench.serve.load import Tokens, of_run
+
+# Prompts, their adapter and the number of new tokens: the tokens of each.
+Batch = Callable[[Sequence[Tokens], str, int], list[Tokens]]
+
+
+def one_adapter_a_batch(
+    batch: Batch, prompts: list[list[Tokens]], asked: list[list[str]], tokens: int
+) -> Side:
+    """A run of all requests, `prompts` and adapters `asked` by client and turn.
+
+    All turns of the clients of one adapter are known in advance, and are one batch: more than a
+    server would have at once, and the best that such an engine can do.
+    """
+    runs = itertools.count()
+
+    def call() -> dict[str, Any]:
+        run = next(runs)
+        began, used = time.perf_counter(), time.process_time()
+        rows = [
+            (client, turn, name)
+            for client, names in enumerate(asked)
+            for turn, name in enumerate(names)
+        ]
+        answers: dict[tuple[int, int], Tokens] = {}
+        for adapter in dict.fromkeys(name for *_, name in rows):
+            own = [(client, turn) for client, turn, name in rows if name == adapter]
+            found = batch([of_run(prompts[c][t], run) for c, t in own], adapter, tokens)
+            answers |= dict(zip(own, found, strict=True))
+        made = tokens * len(answers)
+        return {
+            "speed": made / (time.perf_counter() - began),
+            "economy": made / (time.process_time() - used),
+            "tokens": [answers[key] for key in sorted(answers)],
+        }
+
+    return call

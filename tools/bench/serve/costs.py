@@ -1,0 +1,176 @@
+"""What a step of the engine takes of the processor: inside of onnxruntime's run, and around it.
+
+By processor time, which other work on the machine changes little, and with one thread of
+onnxruntime's, so that what is not inside of a run is the engine, the server and Python. Counted are
+steps in which every row goes on; clients over HTTP are a process of their own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import onnxruntime
+
+import loradeploy as ld
+from loradeploy.runtime.decoding.loop import DecodingBatch
+from tools.bench.alternate import Ratio, Side, Worker, serve_worker
+from tools.bench.serve.load import Tokens
+from tools.bench.serve.sides import Ask, ask_engine, ask_url, started_server
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Milliseconds of the processor that a step takes: in onnxruntime's run, and besides it."""
+
+    graph: float
+    rest: float
+
+    @property
+    def share(self) -> float:
+        """Of the whole step, what is not in the run."""
+        return self.rest / (self.graph + self.rest)
+
+
+class StepClock:
+    """Notes before each step of this process how much processor time was used, and in runs.
+
+    No step is made until there are so many `rows`, however late their requests come.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        self.together = False
+        self.graph = 0.0
+        self.notes: list[tuple[int, float, float]] = []  # rows, of the process, of runs
+        run = onnxruntime.InferenceSession.run_with_iobinding
+        step = DecodingBatch.step
+
+        def timed(session: Any, *arguments: Any, **options: Any) -> Any:
+            began = time.thread_time()
+            try:
+                return run(session, *arguments, **options)
+            finally:
+                self.graph += time.thread_time() - began
+
+        def noted(batch: DecodingBatch) -> None:
+            self.together = self.together or batch.rows == self.rows
+            if not self.together:
+                time.sleep(0.001)
+                return
+            self.notes.append((batch.rows, time.process_time(), self.graph))
+            step(batch)
+
+        onnxruntime.InferenceSession.run_with_iobinding = timed
+        DecodingBatch.step = noted  # type: ignore[method-assign, assignment]
+
+    def cost(self) -> StepCost:
+        """Of the steps of all rows since the last call."""
+        notes, self.notes, self.together = self.notes, [], False
+        full = [number for number, (count, *_) in enumerate(notes) if count == self.rows]
+        first, last = full[0], full[-1]
+        assert len(full) == last - first + 1 > 1, "the steps of all rows follow each other"
+        steps = last - first
+        whole = 1000 * (notes[last][1] - notes[first][1]) / steps
+        graph = 1000 * (notes[last][2] - notes[first][2]) / steps
+        return StepCost(graph, whole - graph)
+
+
+def costed(
+    bundle: str,
+    adapters: Mapping[str, str],
+    prompts: list[Tokens],
+    asked: list[str],
+    tokens: int,
+    ends: Sequence[int],
+    http: bool = False,
+) -> Side:
+    """A run in which all prompts are generated together."""
+    rows = len(prompts)
+    clock = StepClock(rows)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = ld.AdapterSession(bundle, session_options=options)
+    for name, path in adapters.items():
+        session.register(name, path)
+    barred: dict[int | str, float] = dict.fromkeys(ends, -100.0)
+    if http:
+        url = started_server(session, rows)
+        given = json.dumps([url, prompts, asked, tokens, list(ends)])
+    else:
+        ask = ask_engine(ld.Engine(session, max_rows=rows).start(), tokens, barred)
+
+    def call() -> dict[str, Any]:
+        if http:
+            clients = [sys.executable, "-m", "tools.bench.serve.costs", "--clients"]
+            subprocess.run(clients, input=given, text=True, check=True)
+        else:
+            asyncio.run(_all(ask, prompts, asked))
+        return asdict(clock.cost())
+
+    return call
+
+
+async def _all(ask: Ask, prompts: Sequence[Tokens], asked: Sequence[str]) -> None:
+    async def one(prompt: Tokens, adapter: str) -> None:
+        async for _ in ask(prompt, adapter):
+            pass
+
+    await asyncio.gather(*map(one, prompts, asked))
+
+
+def measure_costs(
+    given: Mapping[str, Any], rows: Sequence[int], rounds: int
+) -> list[dict[str, Any]]:
+    """The cost of a step by the engine and over HTTP, for each number of rows."""
+    found = []
+    for count in rows:
+        own = {**given, "prompts": given["prompts"][:count], "asked": given["asked"][:count]}
+        for side in ("engine", "http"):
+            worker = Worker("tools.bench.serve.costs", "costed", {**own, "http": side == "http"})
+            try:
+                taken = [StepCost(**one) for one in worker.results(rounds)]
+            finally:
+                worker.close()
+            low, middle, high = statistics.quantiles(
+                [one.share for one in taken], n=4, method="inclusive"
+            )
+            found.append(
+                {
+                    "rows": count,
+                    "side": side,
+                    "graph_ms": statistics.median(one.graph for one in taken),
+                    "rest_ms": statistics.median(one.rest for one in taken),
+                    "share": {"median": middle, "low": low, "high": high},
+                }
+            )
+    return found
+
+
+def cost_markdown(report: Mapping[str, Any]) -> str:
+    """The costs as a table."""
+    lines = [
+        "| rows | side | in the run, ms of processor | besides it, ms | share (quartiles) |",
+        "|---|---|---|---|---|",
+    ]
+    for row in report["costs"]:
+        lines.append(
+            f"| {row['rows']} | {row['side']} | {row['graph_ms']:.2f} | {row['rest_ms']:.2f} |"
+            f" {Ratio(**row['share'])} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--clients"]:
+        url, prompts, asked, tokens, ends = json.loads(sys.stdin.read())
+        asyncio.run(_all(ask_url(url, tokens, dict.fromkeys(ends, -100.0)), prompts, asked))
+    else:
+        serve_worker({"costed": costed}, warm_up=1)

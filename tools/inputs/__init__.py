@@ -1,0 +1,1 @@
+"""What the tools run on: models, adapters and texts, real and made up."""
