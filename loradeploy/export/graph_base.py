@@ -9,7 +9,7 @@ from loradeploy.adapter.files.base_files import base_tensors, check_no_peft_laye
 from loradeploy.adapter.files.digest import base_digest
 from loradeploy.adapter.modules.renamings import Submodel, known
 from loradeploy.adapter.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
-from loradeploy.bundle.fit import THIS_BUNDLE
+from loradeploy.bundle.fitting.fit import THIS_BUNDLE
 from loradeploy.bundle.graph_form import BFLOAT16, DEFAULT_PRECISION, is_packed
 from loradeploy.bundle.manifest import BaseIdentity
 from loradeploy.bundle.outputs import main_output

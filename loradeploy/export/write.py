@@ -14,10 +14,10 @@ from loradeploy.adapter.files.peft import copy_adapter, load_adapter, save_adapt
 from loradeploy.adapter.files.tensors import write_arrays
 from loradeploy.adapter.tasks import CAUSAL_LM, SEQ2SEQ_LM, SEQUENCE_CLASSIFICATION
 from loradeploy.bundle.adapter_inputs.native import write_side_inputs
-from loradeploy.bundle.added_tokens import tokens_of
 from loradeploy.bundle.audio.features import feature_values
 from loradeploy.bundle.fingerprint import file_fingerprint
-from loradeploy.bundle.labels import head_of
+from loradeploy.bundle.fitting.added_tokens import tokens_of
+from loradeploy.bundle.fitting.labels import head_of
 from loradeploy.bundle.manifest import AdapterEntry, AdapterText, Manifest, own_files
 from loradeploy.bundle.names import (
     ADAPTERS_DIRECTORY,

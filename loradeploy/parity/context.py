@@ -13,9 +13,9 @@ from loradeploy.adapter.adapter import Adapter
 from loradeploy.adapter.files.digest import base_digest, file_digest, short
 from loradeploy.adapter.files.peft import load_adapter
 from loradeploy.adapter.heads import label_parameters
-from loradeploy.bundle.added_tokens import tokens_of
-from loradeploy.bundle.fit import fit_to, fitted
-from loradeploy.bundle.labels import output_count, with_all_labels
+from loradeploy.bundle.fitting.added_tokens import tokens_of
+from loradeploy.bundle.fitting.fit import fit_to, fitted
+from loradeploy.bundle.fitting.labels import output_count, with_all_labels
 from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.names import GRAPH_DATA_NAME, GRAPH_NAME, NATIVE_SUFFIX
 from loradeploy.errors import AdapterMismatchError, BundleError, ModelError, UsageError

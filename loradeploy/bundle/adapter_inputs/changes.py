@@ -15,7 +15,7 @@ import numpy as np
 
 from loradeploy.adapter.adapter import Adapter, Factors
 from loradeploy.adapter.algebra.dora import output_scale
-from loradeploy.bundle.added_tokens import base_offset, tokens_of, visible_logits
+from loradeploy.bundle.fitting.added_tokens import base_offset, tokens_of, visible_logits
 from loradeploy.bundle.manifest import LoraTarget, Manifest
 from loradeploy.errors import AdapterMismatchError
 

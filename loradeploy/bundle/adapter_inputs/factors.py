@@ -20,9 +20,9 @@ from loradeploy.bundle.adapter_inputs.changes import (
     output_changes,
 )
 from loradeploy.bundle.adapter_inputs.tokens import joined, token_factors
-from loradeploy.bundle.added_tokens import tokens_in, vocabulary_of_base, with_all_tokens
-from loradeploy.bundle.fit import THIS_BUNDLE, fit_to
-from loradeploy.bundle.labels import brings_head, with_all_labels, without_padding
+from loradeploy.bundle.fitting.added_tokens import tokens_in, vocabulary_of_base, with_all_tokens
+from loradeploy.bundle.fitting.fit import THIS_BUNDLE, fit_to
+from loradeploy.bundle.fitting.labels import brings_head, with_all_labels, without_padding
 from loradeploy.bundle.manifest import ADAPTERS, RANK, LoraTarget, Manifest
 from loradeploy.bundle.names import ADAPTER_MODE
 from loradeploy.errors import AdapterMismatchError

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loradeploy.adapter.adapter import Adapter
-from loradeploy.bundle.fit import row_users
+from loradeploy.bundle.fitting.fit import row_users
 from loradeploy.bundle.manifest import LoraTarget, Manifest
 from loradeploy.errors import AdapterMismatchError
 

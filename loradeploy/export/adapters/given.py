@@ -20,7 +20,7 @@ from loradeploy.adapter.fitting.settle import without_idle
 from loradeploy.adapter.heads import check_declared, label_parameters
 from loradeploy.adapter.modules.targets import is_saved
 from loradeploy.adapter.tasks import CLASSIFICATIONS
-from loradeploy.bundle.labels import with_all_labels
+from loradeploy.bundle.fitting.labels import with_all_labels
 from loradeploy.bundle.manifest import BaseIdentity, Manifest, read_manifest
 from loradeploy.bundle.names import MANIFEST_NAME
 from loradeploy.errors import (
@@ -124,7 +124,7 @@ def label_count(adapters: Mapping[str, Adapter]) -> int | None:
     """The most labels that an adapter's head has; None where no adapter brings a head.
 
     Raises:
-        UsageError: they differ, and a head with fewer has no bias (see bundle/labels.py).
+        UsageError: they differ, and a head with fewer has no bias (see bundle/fitting/labels.py).
         AdapterError: nothing declares what a head answers.
     """
     counts: dict[str, int] = {}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from loradeploy.adapter.tasks import CAUSAL_LM, CLASSIFICATIONS, SEQ2SEQ_LM
 from loradeploy.bundle.adapter_inputs.factors import side_inputs_of_fitted
-from loradeploy.bundle.fit import fit_to
+from loradeploy.bundle.fitting.fit import fit_to
 from loradeploy.bundle.graph_form import (
     default_of,
 )

@@ -13,13 +13,13 @@ from loradeploy.adapter.heads import LABELED, problem_of, stated_problem, usual_
 from loradeploy.adapter.modules.names import named_as
 from loradeploy.adapter.modules.renamings import renamings
 from loradeploy.adapter.tasks import CAUSAL_LM, CLASSIFICATIONS, SEQUENCE_CLASSIFICATION
+from loradeploy.bundle.fitting.labels import output_count
 from loradeploy.bundle.graph_form import (
     BFLOAT16,
     GQA,
     STANDARD,
     form_of,
 )
-from loradeploy.bundle.labels import output_count
 from loradeploy.bundle.manifest import (
     Manifest,
 )

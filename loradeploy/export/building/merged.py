@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, get_args
 from loradeploy.adapter.adapter import Kind
 from loradeploy.adapter.fitting.settle import without_idle
 from loradeploy.adapter.fitting.vocabulary import resized_vocabulary, say_resized
+from loradeploy.bundle.fitting.labels import with_all_labels
 from loradeploy.bundle.graph_form import (
     BFLOAT16,
     PACKED_BITS,
 )
-from loradeploy.bundle.labels import with_all_labels
 from loradeploy.bundle.manifest import (
     AdapterEntry,
     Manifest,

@@ -23,7 +23,7 @@ import numpy as np
 from loradeploy.adapter.files.tensors import read_arrays
 from loradeploy.bundle.adapter_inputs.changes import change_inputs
 from loradeploy.bundle.adapter_inputs.factors import branch_choice
-from loradeploy.bundle.added_tokens import hidden_logit
+from loradeploy.bundle.fitting.added_tokens import hidden_logit
 from loradeploy.bundle.names import (
     ADAPTER_IDS,
     DEFAULTS_NAME,

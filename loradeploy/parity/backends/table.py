@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from loradeploy.bundle.added_tokens import with_all_tokens
+from loradeploy.bundle.fitting.added_tokens import with_all_tokens
 from loradeploy.errors import UsageError
 from loradeploy.parity.backends import evaluator, genai, ort
 from loradeploy.parity.context import CheckContext

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from loradeploy.adapter.tasks import CAUSAL_LM, CLASSIFICATIONS, TASK_TABLE
-from loradeploy.bundle.added_tokens import hidden_logit, with_all_tokens
+from loradeploy.bundle.fitting.added_tokens import hidden_logit, with_all_tokens
 from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.names import (
     ATTENTION_MASK,

@@ -32,8 +32,8 @@ from loradeploy.adapter.tasks import (
     SEQ2SEQ_LM,
     SEQUENCE_CLASSIFICATION,
 )
+from loradeploy.bundle.fitting.labels import output_count
 from loradeploy.bundle.image.pixels import pixel_settings
-from loradeploy.bundle.labels import output_count
 from loradeploy.bundle.model_config import model_config
 from loradeploy.bundle.names import CONFIG_NAME, PIXEL_VALUES, TOKEN_TYPE_IDS
 from loradeploy.bundle.text.sentence import recipe_directory

@@ -17,8 +17,8 @@ from loradeploy.adapter.heads import UNDECLARED, Head
 from loradeploy.bundle.adapter_inputs.base import BundleBase
 from loradeploy.bundle.adapter_inputs.factors import check_side_inputs, side_inputs_of_fitted
 from loradeploy.bundle.adapter_inputs.native import read_onnx_adapter
-from loradeploy.bundle.fit import fit_to
-from loradeploy.bundle.labels import brings_head, head_of
+from loradeploy.bundle.fitting.fit import fit_to
+from loradeploy.bundle.fitting.labels import brings_head, head_of
 from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.model_config import model_config
 from loradeploy.bundle.names import DEFAULTS_NAME, NATIVE_SUFFIX

@@ -13,7 +13,7 @@ import onnxruntime
 
 from loradeploy.adapter.heads import Head
 from loradeploy.bundle.adapter_inputs.factors import computable
-from loradeploy.bundle.added_tokens import tokens_in
+from loradeploy.bundle.fitting.added_tokens import tokens_in
 from loradeploy.errors import UsageError, shortened, shown
 from loradeploy.runtime.adapters.block import in_one_block
 

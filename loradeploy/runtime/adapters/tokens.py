@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from loradeploy.bundle.added_tokens import tokens_in
+from loradeploy.bundle.fitting.added_tokens import tokens_in
 from loradeploy.bundle.names import INPUT_IDS
 from loradeploy.errors import UsageError
 

@@ -13,7 +13,7 @@ from loradeploy.adapter.files.peft import load_adapter
 from loradeploy.adapter.fitting.parts import has_part
 from loradeploy.adapter.modules.renamings import renamings
 from loradeploy.adapter.tasks import CAUSAL_LM, VISION_TOWER
-from loradeploy.bundle.fit import fit_to
+from loradeploy.bundle.fitting.fit import fit_to
 from loradeploy.bundle.model_config import model_config
 from loradeploy.bundle.names import CONFIG_NAME, IMAGE_FEATURES, PIXEL_VALUES
 from loradeploy.errors import BundleError, UsageError, shown

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from loradeploy.bundle.added_tokens import base_offset
+from loradeploy.bundle.fitting.added_tokens import base_offset
 from loradeploy.bundle.manifest import OutputTarget
 from loradeploy.bundle.names import offset_name
 from loradeploy.errors import ExportError

@@ -15,8 +15,8 @@ from loradeploy.adapter.fitting.settle import values_digest, without_copies, wit
 from loradeploy.adapter.fitting.towers import tower_part
 from loradeploy.adapter.modules.names import named_as
 from loradeploy.adapter.modules.renamings import renamings
-from loradeploy.bundle.added_tokens import check_tokens, with_all_tokens, with_trained_rows
-from loradeploy.bundle.labels import with_all_labels
+from loradeploy.bundle.fitting.added_tokens import check_tokens, with_all_tokens, with_trained_rows
+from loradeploy.bundle.fitting.labels import with_all_labels
 from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.targets import sharing
 from loradeploy.errors import AdapterMismatchError

@@ -1,0 +1,1 @@
+"""An adapter in the form that a graph takes: its layers, labels and added tokens."""
