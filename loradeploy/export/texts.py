@@ -21,7 +21,6 @@ from loradeploy.bundle.text.beside import (
     text_files,
     vocabulary_of,
 )
-from loradeploy.bundle.text.sentence import read_recipe, recipe_directory
 from loradeploy.bundle.text.settings import GenerationSettings
 from loradeploy.bundle.text.speech import SpeechSettings
 from loradeploy.bundle.text.tokenizer import Tokenizer
@@ -34,6 +33,7 @@ from loradeploy.bundle.text.tokenizer_files import (
     TOKENIZER_NAME,
     special_tokens_of,
 )
+from loradeploy.bundle.text.vectors.recipe import read_recipe, recipe_directory
 from loradeploy.disk import scratch_directory
 from loradeploy.errors import AdapterMismatchError, BundleError, LoraDeployError, listed_names
 from loradeploy.export.tokenizers import OLDER_TOKENIZERS, corrected_tokenizer, make_tokenizer

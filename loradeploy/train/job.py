@@ -24,7 +24,7 @@ from loradeploy.adapter import Adapter, AdapterConfig, base_digest, save_adapter
 from loradeploy.adapter.config import CONFIG_NAME
 from loradeploy.adapter.files.peft import own_files
 from loradeploy.adapter.tasks import CAUSAL_LM, IMAGE_CLASSIFICATION
-from loradeploy.bundle.text.sentence_files import MODULES_NAME
+from loradeploy.bundle.text.vectors.files import MODULES_NAME
 from loradeploy.errors import (
     LoraDeployError,
     ModelError,

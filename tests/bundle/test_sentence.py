@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from loradeploy.bundle.text.sentence import (
+from loradeploy.bundle.text.vectors.recipe import (
     SentenceRecipe,
     default_recipe,
     read_recipe,

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from loradeploy.adapter.files.tensors import read_arrays, write_arrays
-from loradeploy.bundle.text.sentence_files import RecipeReader
+from loradeploy.bundle.text.vectors.files import RecipeReader
 from loradeploy.errors import AdapterError, BundleError
 from loradeploy.export.api import export
 from loradeploy.runtime.reading.wire import node_names

@@ -196,7 +196,7 @@ class RecipeReader(Reader):
 
     def attempt(self, random: Random) -> None:
         from loradeploy.adapter.heads import config_labels, stated_problem
-        from loradeploy.bundle.text.sentence import read_recipe
+        from loradeploy.bundle.text.vectors.recipe import read_recipe
 
         place = self.scratch / "recipe"
         shutil.rmtree(place, ignore_errors=True)

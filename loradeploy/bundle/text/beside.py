@@ -10,8 +10,6 @@ from loradeploy.adapter.files.digest import file_digest
 from loradeploy.adapter.tasks import CLASSIFICATIONS
 from loradeploy.bundle.names import NATIVE_SUFFIX
 from loradeploy.bundle.outputs import LOGITS_NAMES
-from loradeploy.bundle.text.sentence import SentenceRecipe, flat_modules, recipe_directory
-from loradeploy.bundle.text.sentence_files import ENCODER_NAMES, MODULES_NAME
 from loradeploy.bundle.text.tokenizer_files import (
     ADDED_NAME,
     GENERATION_NAME,
@@ -20,6 +18,8 @@ from loradeploy.bundle.text.tokenizer_files import (
     TEMPLATE_NAME,
     TOKENIZER_NAME,
 )
+from loradeploy.bundle.text.vectors.files import ENCODER_NAMES, MODULES_NAME
+from loradeploy.bundle.text.vectors.recipe import SentenceRecipe, flat_modules, recipe_directory
 from loradeploy.errors import BundleError
 from loradeploy.files import copy_file, inside, write_json
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loradeploy.bundle.text.sentence import SentenceRecipe
-from loradeploy.bundle.text.sentence_steps import normalize
+from loradeploy.bundle.text.vectors.recipe import SentenceRecipe
+from loradeploy.bundle.text.vectors.steps import normalize
 from loradeploy.errors import DataError
 from loradeploy.parity.score.measures import RETRIEVAL, SIMILARITY, retrieval_counts
 

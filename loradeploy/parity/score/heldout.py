@@ -36,8 +36,8 @@ from loradeploy.bundle.fitting.labels import output_count
 from loradeploy.bundle.image.pixels import pixel_settings
 from loradeploy.bundle.model_config import model_config
 from loradeploy.bundle.names import CONFIG_NAME, PIXEL_VALUES, TOKEN_TYPE_IDS
-from loradeploy.bundle.text.sentence import recipe_directory
 from loradeploy.bundle.text.tokenizer import Tokenizer
+from loradeploy.bundle.text.vectors.recipe import recipe_directory
 from loradeploy.errors import (
     BundleError,
     DataError,

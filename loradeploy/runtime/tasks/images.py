@@ -12,7 +12,7 @@ from loradeploy.adapter.tasks import IMAGE_CLASSIFICATION, IMAGE_FEATURE_EXTRACT
 from loradeploy.bundle.model_config import model_config
 from loradeploy.bundle.names import CONFIG_NAME, IMAGE_EMBEDS, POOLER_OUTPUT
 from loradeploy.bundle.outputs import output_of
-from loradeploy.bundle.text.sentence_steps import normalize
+from loradeploy.bundle.text.vectors.steps import normalize
 from loradeploy.errors import BundleError, UsageError, shown
 from loradeploy.runtime.arguments import Adapters
 from loradeploy.runtime.images import ImageReader, check_finite

@@ -19,16 +19,16 @@ from loradeploy.bundle.text.beside import (
     text_directory,
     vocabulary_of,
 )
-from loradeploy.bundle.text.sentence import (
+from loradeploy.bundle.text.settings import GenerationSettings
+from loradeploy.bundle.text.tokenizer import Tokenizer
+from loradeploy.bundle.text.tokenizer_files import TOKENIZER_NAME
+from loradeploy.bundle.text.vectors.files import MODULES_NAME
+from loradeploy.bundle.text.vectors.recipe import (
     SentenceRecipe,
     default_recipe,
     read_recipe,
     recipe_directory,
 )
-from loradeploy.bundle.text.sentence_files import MODULES_NAME
-from loradeploy.bundle.text.settings import GenerationSettings
-from loradeploy.bundle.text.tokenizer import Tokenizer
-from loradeploy.bundle.text.tokenizer_files import TOKENIZER_NAME
 from loradeploy.errors import (
     AdapterError,
     BundleError,

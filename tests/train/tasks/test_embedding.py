@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from transformers import AutoModel, AutoTokenizer
 
 from loradeploy.adapter import load_adapter
-from loradeploy.bundle.text.sentence import read_recipe, write_default
+from loradeploy.bundle.text.vectors.recipe import read_recipe, write_default
 from loradeploy.errors import BundleError, DataError, UsageError
 from loradeploy.files import write_json
 from loradeploy.lora.inject import adapted

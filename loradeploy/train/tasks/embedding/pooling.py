@@ -1,4 +1,4 @@
-"""One vector of a text's states in PyTorch, as `bundle.text.pooling` computes it in numpy.
+"""One vector of a text's states in PyTorch, as `bundle.text.vectors.pooling` computes it in numpy.
 
 Each takes states [batch, sequence, hidden] float32 and a mask [batch, sequence] int64, in which
 padding is on the right, and gives [batch, hidden].

@@ -13,16 +13,16 @@ from torch import Tensor
 from torch.nn.functional import layer_norm, linear, normalize
 
 from loradeploy.bundle.text.beside import copy_recipe
-from loradeploy.bundle.text.sentence import (
+from loradeploy.bundle.text.vectors.files import PROMPTS_NAME
+from loradeploy.bundle.text.vectors.recipe import (
     SentenceRecipe,
     default_recipe,
     read_recipe,
     recipe_directory,
     write_default,
 )
-from loradeploy.bundle.text.sentence_files import PROMPTS_NAME
-from loradeploy.bundle.text.sentence_steps import Dense, LayerNorm, check_size
-from loradeploy.bundle.text.sentence_steps import normalize as normalize_step
+from loradeploy.bundle.text.vectors.steps import Dense, LayerNorm, check_size
+from loradeploy.bundle.text.vectors.steps import normalize as normalize_step
 from loradeploy.errors import BundleError
 from loradeploy.files import read_json, write_json
 from loradeploy.train.config import NO_PROMPT, SCORED_LOSSES, TrainConfig
@@ -129,7 +129,7 @@ def _normalize(_: Any, x: Tensor) -> Tensor:
     return normalize(x, dim=-1)
 
 
-# By the type of the step of `bundle.text.sentence_steps`; normalization is a function there.
+# By the type of the step of `bundle.text.vectors.steps`; normalization is a function there.
 _STEPS: Final[Mapping[type, Callable[[Any, Tensor], Tensor]]] = {
     Dense: _dense,
     LayerNorm: _layer_norm,

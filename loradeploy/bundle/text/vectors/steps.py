@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from loradeploy.bundle.text.sentence_files import RecipeReader, join
+from loradeploy.bundle.text.vectors.files import RecipeReader, join
 from loradeploy.errors import BundleError, shown
 
 if TYPE_CHECKING:

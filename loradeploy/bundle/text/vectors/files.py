@@ -10,7 +10,7 @@ import numpy as np
 
 from loradeploy.adapter.files.tensors import read_arrays
 from loradeploy.bundle.names import CONFIG_NAME
-from loradeploy.bundle.text.pooling import POOLS
+from loradeploy.bundle.text.vectors.pooling import POOLS
 from loradeploy.errors import BundleError, first_line, listed_names, shortened, shown
 from loradeploy.files import inside, read_bytes, read_json
 from loradeploy.parsing import parse_json

@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loradeploy.adapter.files.digest import file_digest
-from loradeploy.bundle.text.pooling import POOLS
-from loradeploy.bundle.text.sentence_files import (
+from loradeploy.bundle.text.vectors.files import (
     MODULES_NAME,
     PACKAGE,
     PROMPTS_NAME,
     RecipeReader,
     module_of,
 )
-from loradeploy.bundle.text.sentence_steps import STEPS, Dense, LayerNorm, normalize
+from loradeploy.bundle.text.vectors.pooling import POOLS
+from loradeploy.bundle.text.vectors.steps import STEPS, Dense, LayerNorm, normalize
 from loradeploy.errors import BundleError, UsageError, shortened
 from loradeploy.files import write_json
 
