@@ -35,7 +35,7 @@ OWN_READERS = {
     "loradeploy/runtime/decoding/caches/memory.py",
     "loradeploy/runtime/devices/cgroups.py",
     "loradeploy/runtime/devices/facts.py",
-    "loradeploy/runtime/environment.py",
+    "loradeploy/runtime/devices/environment.py",
     "loradeploy/writing.py",
 }
 

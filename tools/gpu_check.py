@@ -32,9 +32,9 @@ import numpy as np
 import loradeploy as ld
 from loradeploy.errors import LoraDeployError
 from loradeploy.files import json_values, write_json
+from loradeploy.runtime.devices.environment import examine
 from loradeploy.runtime.devices.providers import Provider
 from loradeploy.runtime.devices.table import BY_NAME, CPU
-from loradeploy.runtime.environment import examine
 from loradeploy.runtime.timing import forward, time_bundle
 from tools.cuda_placement import Placement, place, stubs
 from tools.inputs.news_tasks import stories, write_tasks

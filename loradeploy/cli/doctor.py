@@ -22,7 +22,7 @@ def command(as_json: bool) -> int:
 
     The exit status is 1 if there is a problem.
     """
-    from loradeploy.runtime.environment import examine
+    from loradeploy.runtime.devices.environment import examine
 
     findings = examine()
     if as_json:

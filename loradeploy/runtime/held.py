@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from loradeploy.adapter.heads import Head
 from loradeploy.errors import RunError, UsageError
 from loradeploy.runtime.adapters.leases import Lease
-from loradeploy.runtime.feeds import Feeds
+from loradeploy.runtime.running.feeds import Feeds
 
 if TYPE_CHECKING:
     import onnxruntime

@@ -40,11 +40,8 @@ from loradeploy.runtime.capture.replays import CaptureStatistics, Replays
 from loradeploy.runtime.devices.effect import PROBE, check_effect, probe
 from loradeploy.runtime.devices.providers import Provider, device_of
 from loradeploy.runtime.devices.table import CPU, KnownProvider, known
-from loradeploy.runtime.feeds import Feeds
-from loradeploy.runtime.graphs import open_graphs
 from loradeploy.runtime.held import HeldAdapters, JoinedAdapters
 from loradeploy.runtime.lifetime import Lifetime, while_open
-from loradeploy.runtime.limits import Limits
 from loradeploy.runtime.reading.graph import (
     MAPPED,
     check_graph,
@@ -54,6 +51,9 @@ from loradeploy.runtime.reading.graph import (
     placement_of,
 )
 from loradeploy.runtime.reading.opening import open_bundle
+from loradeploy.runtime.running.feeds import Feeds
+from loradeploy.runtime.running.graphs import open_graphs
+from loradeploy.runtime.running.limits import Limits
 from loradeploy.runtime.text.sides import TextSides, files_for_texts
 
 if TYPE_CHECKING:

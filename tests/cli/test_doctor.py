@@ -16,10 +16,10 @@ import numpy as np
 import onnxruntime
 import pytest
 
+from loradeploy.runtime.devices.environment import examine, files_package
 from loradeploy.runtime.devices.findings import Finding, provider_findings
 from loradeploy.runtime.devices.starting import TINY_GRAPH
 from loradeploy.runtime.devices.table import KNOWN, SOFTWARE_ADAPTER
-from loradeploy.runtime.environment import examine, files_package
 from tests.parity.conftest import without_cuda
 
 REAL = onnxruntime.__version__

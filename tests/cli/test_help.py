@@ -20,7 +20,7 @@ from loradeploy.inspection.api import inspect as inspect_path
 from loradeploy.parity.api import parity
 from loradeploy.parity.compare.api import compare
 from loradeploy.runtime.decoding.choosing.options import GenerationOptions
-from loradeploy.runtime.environment import examine
+from loradeploy.runtime.devices.environment import examine
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.classification import TextClassifier
 from loradeploy.runtime.tasks.embedding import TextEmbedder

@@ -20,7 +20,7 @@ from loradeploy.adapter.files.peft import load_adapter, save_adapter
 from loradeploy.conversion import convert
 from loradeploy.errors import AdapterError, ExportError, UsageError
 from loradeploy.export.graph.edit import constant_of, set_constant
-from loradeploy.runtime.bindings import FixedBuffers
+from loradeploy.runtime.running.bindings import FixedBuffers
 from tests.export.reference import difference, onnx_output
 from tests.export.vocabularies import BASE, CASES, TABLES, WORDS, Case, ids_of, make, resized
 from tests.parity.spoil import spoiled

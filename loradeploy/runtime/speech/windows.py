@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from loradeploy.runtime.adapters.resident import Resident
     from loradeploy.runtime.decoding.choosing.beams import BeamSearch
     from loradeploy.runtime.decoding.choosing.samples import Samples
-    from loradeploy.runtime.feeds import Feeds
+    from loradeploy.runtime.running.feeds import Feeds
 
 # Frames for one timestamp: the encoder halves them into its positions.
 _STRIDE: Final = 2

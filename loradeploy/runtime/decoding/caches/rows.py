@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from loradeploy.runtime.adapters.resident import Resident
     from loradeploy.runtime.decoding.caches.source import EncodedSource
     from loradeploy.runtime.decoding.graph import DecoderGraph
-    from loradeploy.runtime.feeds import Feeds
+    from loradeploy.runtime.running.feeds import Feeds
 
 
 # The keys and values of a row, of each tensor of the cache [heads, tokens, size].

@@ -15,11 +15,11 @@ import numpy as np
 import onnxruntime
 
 from loradeploy.bundle.names import PAST, present_of
-from loradeploy.runtime.bindings import FixedBuffers
 from loradeploy.runtime.cache import cache_inputs
 from loradeploy.runtime.decoding.caches.memory import on_host
 from loradeploy.runtime.decoding.caches.rows import Past, RowAdapters, logits_at
 from loradeploy.runtime.decoding.caches.sparse import zeros_by_page
+from loradeploy.runtime.running.bindings import FixedBuffers
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -20,7 +20,7 @@ from loradeploy.bundle.names import (
 from loradeploy.bundle.text.settings import GenerationSettings
 from loradeploy.bundle.text.tokenizer_files import positions_of_model
 from loradeploy.errors import BundleError, UsageError, shown
-from loradeploy.runtime.limits import ENDLESS
+from loradeploy.runtime.running.limits import ENDLESS
 from loradeploy.runtime.text.padding import pad
 
 if TYPE_CHECKING:

@@ -33,10 +33,10 @@ from loradeploy.runtime.adapters.leases import Lease
 from loradeploy.runtime.adapters.stacks import HOST
 from loradeploy.runtime.adapters.tokens import check_tokens_of
 from loradeploy.runtime.arguments import check_rows, requested_outputs
-from loradeploy.runtime.bindings import FixedBuffers
 from loradeploy.runtime.capture.replays import Replays
-from loradeploy.runtime.feeds import Feeds, feed_values
-from loradeploy.runtime.limits import Limits
+from loradeploy.runtime.running.bindings import FixedBuffers
+from loradeploy.runtime.running.feeds import Feeds, feed_values
+from loradeploy.runtime.running.limits import Limits
 
 Values = Mapping[str, onnxruntime.OrtValue]
 

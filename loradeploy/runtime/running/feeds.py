@@ -11,7 +11,7 @@ import onnxruntime
 from loradeploy.bundle.dtypes import NUMPY_NAMES
 from loradeploy.bundle.manifest import TensorSpec
 from loradeploy.errors import UsageError, first_line, listed_names, shown
-from loradeploy.runtime.limits import LOOKED_AT, SIZED, Limits, check_finite
+from loradeploy.runtime.running.limits import LOOKED_AT, SIZED, Limits, check_finite
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -13,8 +13,8 @@ import pytest
 
 from loradeploy.bundle.names import present_of
 from loradeploy.errors import UsageError
-from loradeploy.runtime.bindings import FixedBuffers
 from loradeploy.runtime.cache import cache_inputs
+from loradeploy.runtime.running.bindings import FixedBuffers
 from loradeploy.runtime.session import AdapterSession
 
 STEPS = (("small", "small"), ("small", "large"), ("small", "large"), (None, None), ("small",) * 2)
