@@ -45,7 +45,7 @@ from loradeploy.export.read.subgraphs import inline_functions, take_branches
 from loradeploy.export.read.third_party import complete_cache, settings_beside, ties_head
 from loradeploy.export.read.value_names import check_mask, name_values
 from loradeploy.export.tasks import own_task, task_of_graph
-from loradeploy.export.trace.tidy import name_dimensions
+from loradeploy.export.trace.cleanup.tidy import name_dimensions
 from loradeploy.export.trial.bundle import Source as TrialSource
 from loradeploy.printable import logger_of
 

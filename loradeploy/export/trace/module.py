@@ -33,11 +33,11 @@ from loradeploy.errors import (
 from loradeploy.export.trace import encoder_decoder
 from loradeploy.export.trace.alike import alike_layers, shortened
 from loradeploy.export.trace.checkpoint import root_cause
+from loradeploy.export.trace.cleanup.tidy import tidy
 from loradeploy.export.trace.image_text import has_image_blocks
 from loradeploy.export.trace.lowering import lowered
 from loradeploy.export.trace.patches import traceable, uncollected
 from loradeploy.export.trace.repeat import extend
-from loradeploy.export.trace.tidy import tidy
 from loradeploy.export.trial.original import Original, of_module
 from loradeploy.lora.quiet import quiet
 from loradeploy.printable import logger_of

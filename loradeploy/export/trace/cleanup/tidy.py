@@ -20,10 +20,10 @@ from loradeploy.bundle.names import (
 from loradeploy.bundle.sample import in_patches
 from loradeploy.export.graph.file import spec_of
 from loradeploy.export.graph.scopes import NAME_SCOPES, module_path
-from loradeploy.export.trace.bfloat import compute_bfloat16_in_float32
-from loradeploy.export.trace.norms import widen_norms
-from loradeploy.export.trace.rotary import fuse_rotary
-from loradeploy.export.trace.sizes import fold_sizes
+from loradeploy.export.trace.cleanup.bfloat import compute_bfloat16_in_float32
+from loradeploy.export.trace.cleanup.norms import widen_norms
+from loradeploy.export.trace.cleanup.rotary import fuse_rotary
+from loradeploy.export.trace.cleanup.sizes import fold_sizes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

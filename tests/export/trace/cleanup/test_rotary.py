@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from loradeploy.export.trace.rotary import fuse_rotary
+from loradeploy.export.trace.cleanup.rotary import fuse_rotary
 from tests.export.graphs import Builder, numbers, ops, run
 from tests.tolerances import tolerance
 

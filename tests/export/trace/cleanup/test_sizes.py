@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from loradeploy.export.graph.file import load_graph
-from loradeploy.export.trace.sizes import fold_sizes
+from loradeploy.export.trace.cleanup.sizes import fold_sizes
 from tests.export.graphs import Arrays, Builder, numbers, ops, run
 
 INT64 = ir.DataType.INT64
