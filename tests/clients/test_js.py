@@ -24,7 +24,7 @@ from loradeploy.runtime.tasks.generation import TextGenerator
 from loradeploy.runtime.tasks.tokens import TokenClassifier
 from tests.clients.conftest import FORMS, Required
 from tests.conftest import ROOT, MakeAdapter
-from tests.export.vocabularies import BASE, CASES, TABLES, WORDS, Case, make
+from tests.export.adapters.vocabularies import BASE, CASES, TABLES, WORDS, Case, make
 from tests.runtime.feeds import feeds
 from tests.tolerances import tolerance
 

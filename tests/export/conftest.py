@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import once
-from tests.export.vocabularies import CASES, make
+from tests.export.adapters.vocabularies import CASES, make
 
 
 @pytest.fixture(scope="session")

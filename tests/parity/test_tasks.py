@@ -15,7 +15,7 @@ from loradeploy.errors import UsageError
 from loradeploy.parity.checks.controls import wrong_adapter
 from loradeploy.parity.inputs.row_feeds import TARGET, check_inputs, plain_feeds
 from loradeploy.parity.phases.choice import phases_of
-from tests.export.test_tasks import KINDS, prepared
+from tests.export.tasks.test_tasks import KINDS, prepared
 
 
 @pytest.mark.breadth(2)

@@ -13,7 +13,7 @@ import pytest
 import loradeploy as ld
 from loradeploy.adapter.files.peft import load_adapter
 from loradeploy.runtime.tasks.generation import TextGenerator
-from tests.export.vocabularies import BASE, CASES, WORDS, make
+from tests.export.adapters.vocabularies import BASE, CASES, WORDS, make
 from tests.serve.conftest import serving
 
 CHAT: list[Any] = [{"role": "user", "content": "What is new?"}]

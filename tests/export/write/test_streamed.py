@@ -18,6 +18,7 @@ from loradeploy.export import write
 from loradeploy.export.api import export
 from loradeploy.export.graph import streamed
 from loradeploy.export.graph.streamed import joined, save_graph
+from tests.conftest import ROOT
 from tests.export.graphs import IN, Builder, numbers
 
 DTYPES = (np.float32, np.float16, np.int8, ml_dtypes.bfloat16)
@@ -125,8 +126,7 @@ def test_no_file_of_a_bundle_is_hashed_twice(
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the peak")
 def test_an_export_and_a_merge_take_the_memory_of_one_copy_of_the_model(tmp_path: Path) -> None:
     command = [sys.executable, "-c", CHILD, str(tmp_path)]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     size = (tmp_path / "large" / "model.safetensors").stat().st_size
     assert size > 3e8
     exported, merged = (int(peak) * _KIB for peak in done.stdout.split()[-2:])

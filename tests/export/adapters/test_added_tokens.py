@@ -21,8 +21,17 @@ from loradeploy.conversion import convert
 from loradeploy.errors import AdapterError, ExportError, UsageError
 from loradeploy.export.graph.edit import constant_of, set_constant
 from loradeploy.runtime.running.bindings import FixedBuffers
+from tests.export.adapters.vocabularies import (
+    BASE,
+    CASES,
+    TABLES,
+    WORDS,
+    Case,
+    ids_of,
+    make,
+    resized,
+)
 from tests.export.reference import difference, onnx_output
-from tests.export.vocabularies import BASE, CASES, TABLES, WORDS, Case, ids_of, make, resized
 from tests.parity.spoil import spoiled
 from tests.runtime.feeds import feeds
 from tests.tolerances import tolerance

@@ -21,8 +21,8 @@ from loradeploy.errors import AdapterError, LoraDeployError
 from loradeploy.export.graph.edit import constant_of, set_constant
 from loradeploy.export.texts import without_lost_ids
 from loradeploy.parity.report.results import ParityReport
+from tests.export.adapters.vocabularies import BASE, CASES, WORDS, ids_of, resized
 from tests.export.reference import difference, onnx_output
-from tests.export.vocabularies import BASE, CASES, WORDS, ids_of, resized
 from tests.lora import tiny
 from tests.parity.spoil import spoiled
 from tests.runtime.feeds import feeds
