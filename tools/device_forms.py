@@ -35,6 +35,7 @@ from loradeploy.runtime.devices.providers import full_name
 from loradeploy.runtime.devices.table import BY_NAME, CPU, known
 from tools.cuda_placement import place, stubs
 from tools.inputs.made_adapters import make_adapters
+from tools.inputs.tiny_llama import random_llama
 
 # What a form is exported with; those in fp16 from the checkpoint, `half` from fp16 slots, all
 # others from fp32 slots.
@@ -81,7 +82,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        model = arguments.model or tiny_model(Path(scratch) / "model")
+        model = arguments.model or random_llama(
+            Path(scratch) / "model", hidden_size=64, intermediate_size=96, vocab_size=512
+        )
         forms = arguments.form or list(FORMS)
         bundles, adapters = made(model, Path(scratch), forms)
         rows = [
@@ -91,27 +94,6 @@ def main() -> None:
             for form in forms
         ]
     print(json.dumps(rows, indent=2) if arguments.json else "\n".join(table(rows)))
-
-
-def tiny_model(place: Path) -> Path:
-    """A Llama of two layers with random weights, which differ from seed to seed alone."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=False,
-        initializer_range=0.2,
-    )
-    LlamaForCausalLM(config).save_pretrained(place)
-    return place
 
 
 def made(model: Path, output: Path, forms: Sequence[str]) -> tuple[dict[str, Path], dict[str, str]]:

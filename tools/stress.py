@@ -28,6 +28,7 @@ import numpy as np
 import loradeploy as ld
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.runtime.timing import sample_feeds
+from tools.inputs.tiny_llama import random_llama
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -219,21 +220,7 @@ def memory_over_loads(bundle: Path, adapters: Mapping[str, Path], loads: int) ->
 
 def tiny_bundles(place: Path) -> dict[str, Path]:
     """A random Llama of two layers, exported in every layout."""
-    import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-        vocab_size=128,
-    )
-    AutoModelForCausalLM.from_config(config).eval().save_pretrained(place / "model")
+    random_llama(place / "model", vocab_size=128)
     for name, options in LAYOUTS.items():
         ld.export(place / "model", place / name, **options)
     return {name: place / name for name in LAYOUTS}

@@ -1,26 +1,21 @@
-"""A random Llama that reads bytes, for tools that need a model and no sense."""
+"""Random Llamas, one of which reads bytes, for tools that need a model and no sense."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 
-def tiny_llama(place: Path) -> Path:
-    """Two layers, a tokenizer and a chat template, in the directory `place`."""
+def random_llama(
+    place: Path, *, hidden_size: int = 32, intermediate_size: int = 48, vocab_size: int = 300
+) -> Path:
+    """Two layers with random weights, which differ from seed to seed alone, in `place`."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     torch.manual_seed(0)
-    names = [
-        "<|endoftext|>",
-        "<|im_start|>",
-        "<|im_end|>",
-        *sorted(pre_tokenizers.ByteLevel.alphabet()),
-    ]
     config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -30,9 +25,24 @@ def tiny_llama(place: Path) -> Path:
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
-        vocab_size=300,
+        vocab_size=vocab_size,
     )
     AutoModelForCausalLM.from_config(config).eval().save_pretrained(place)
+    return place
+
+
+def tiny_llama(place: Path) -> Path:
+    """Such a model with a tokenizer and a chat template, in the directory `place`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    random_llama(place)
+    names = [
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+        *sorted(pre_tokenizers.ByteLevel.alphabet()),
+    ]
     tokenizer = Tokenizer(models.BPE(vocab={n: i for i, n in enumerate(names)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
