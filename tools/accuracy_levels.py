@@ -21,7 +21,7 @@ import onnxruntime
 
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.bundle.names import GRAPH_NAME
-from loradeploy.parity.backends.ort import OnnxModel
+from loradeploy.parity.backends.onnx_model import OnnxModel
 from loradeploy.parity.figures.metrics import Comparison
 from loradeploy.parity.inputs.tokens import make_cases
 from loradeploy.runtime.devices.table import CPU

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.bundle.names import GRAPH_NAME
 from loradeploy.errors import first_line
-from loradeploy.parity.backends.ort import Feeds, NotRunError, OnnxModel
+from loradeploy.parity.backends.onnx_model import Feeds, NotRunError, OnnxModel
 from loradeploy.parity.context import CheckContext
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ import numpy as np
 from loradeploy.bundle.manifest import Manifest, TensorSpec
 from loradeploy.bundle.names import INPUT_IDS, KEPT, PAST, PRESENT
 from loradeploy.errors import UsageError, listed, listed_names
-from loradeploy.parity.backends.ort import OnnxModel
+from loradeploy.parity.backends.onnx_model import OnnxModel
 from loradeploy.parity.backends.table import Backend
 from loradeploy.parity.compare.opening import open_side, short_title
 from loradeploy.parity.compare.sides import Side

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from loradeploy.errors import LoraDeployError, kind_and_line
-from loradeploy.parity.backends.ort import NotRunError, OnnxModel, Replayed
+from loradeploy.parity.backends.onnx_model import NotRunError, OnnxModel, Replayed
 from loradeploy.parity.backends.table import Backend, open_backend
 from loradeploy.parity.context import AdapterUnderTest, CheckContext
 from loradeploy.parity.figures.metrics import Comparison

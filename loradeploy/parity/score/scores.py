@@ -28,7 +28,7 @@ from loradeploy.adapter.heads import MULTI_LABEL, REGRESSION
 from loradeploy.adapter.tasks import CAUSAL_LM, TOKEN_CLASSIFICATION
 from loradeploy.bundle.outputs import output_of
 from loradeploy.errors import UsageError, kind_and_line
-from loradeploy.parity.backends.ort import NotRunError
+from loradeploy.parity.backends.onnx_model import NotRunError
 from loradeploy.parity.backends.table import Backend, open_backend
 from loradeploy.parity.names import ONNX_MERGED, ONNX_SIDE_INPUTS
 from loradeploy.parity.phases.batches import batch_size
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from loradeploy.bundle.manifest import Manifest
-    from loradeploy.parity.backends.ort import OnnxModel
+    from loradeploy.parity.backends.onnx_model import OnnxModel
     from loradeploy.parity.context import AdapterUnderTest, CheckContext
     from loradeploy.parity.score.heldout import Example, HeldOut
 

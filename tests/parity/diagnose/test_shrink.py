@@ -184,7 +184,7 @@ def test_a_backend_that_raises_has_a_counterexample(
 def test_of_many_failures_a_few_are_shrunk_and_the_rest_counted(
     llama_with_adapter: Path, check: Check, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from loradeploy.parity.backends.ort import OnnxModel
+    from loradeploy.parity.backends.onnx_model import OnnxModel
 
     right = OnnxModel.forward
 
