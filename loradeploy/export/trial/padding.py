@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from loradeploy.bundle.manifest import Manifest
     from loradeploy.bundle.sample import Sample
     from loradeploy.export.graph.running import Outputs
-    from loradeploy.export.trial.bundle import Trial
+    from loradeploy.export.trial.opened import Trial
 
 _ENCODERS: Final = (SEQUENCE_CLASSIFICATION, FEATURE_EXTRACTION, TOKEN_CLASSIFICATION)
 _FED: Final = (INPUT_IDS, ATTENTION_MASK, POSITION_IDS, TOKEN_TYPE_IDS)

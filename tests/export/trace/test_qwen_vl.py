@@ -192,7 +192,7 @@ def test_an_export_with_wrong_positions_is_refused(
         wrong = right[[0, 2, 1]] if mistake == "turned" else np.full_like(right, -1)
         return {MROPE_POSITION_IDS: wrong}
 
-    from loradeploy.export.trial.bundle import Trial
+    from loradeploy.export.trial.opened import Trial
 
     run = Trial.run
 
