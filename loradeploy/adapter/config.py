@@ -38,7 +38,7 @@ _NEUTRAL: Final = frozenset(
         "revision",
         "runtime_config",
         "target_parameters",  # read with the factors themselves (adapter/algebra/experts.py)
-        "trainable_token_indices",  # read with the rows themselves (adapter/files/peft.py)
+        "trainable_token_indices",  # read with the rows themselves (adapter/files/roles.py)
         "velora_config",
     }
 )

@@ -11,7 +11,7 @@ import torch
 
 from loradeploy.adapter import AdapterConfig, load_adapter, save_adapter
 from loradeploy.adapter.algebra.reduce import reduce_rank
-from loradeploy.adapter.files.peft import _PARTS
+from loradeploy.adapter.files.roles import PARTS
 from loradeploy.adapter.files.tensors import read_arrays
 from loradeploy.errors import AdapterError, UsageError
 from loradeploy.lora.inject import adapted, inject, load
@@ -208,7 +208,7 @@ def test_the_gradients_are_pefts(kind: str, method: str, dropout: float, tmp_pat
     }
     ours: dict[str, Any] = {}
     for module, layer in injection.layers.items():
-        half_A, half_B = _PARTS[layer.kind]
+        half_A, half_B = PARTS[layer.kind]
         ours[f"{module}.{half_A}"], ours[f"{module}.{half_B}"] = layer.lora_A, layer.lora_B
         if layer.magnitude is not None:
             ours[f"{module}.lora_magnitude_vector.weight"] = layer.magnitude

@@ -7,7 +7,7 @@ from typing import Final
 
 from loradeploy.adapter.adapter import Adapter
 from loradeploy.adapter.config import CONFIG_NAME, AdapterConfig
-from loradeploy.adapter.files.peft import adapter_from_arrays
+from loradeploy.adapter.files.roles import adapter_from_arrays
 from loradeploy.adapter.readers.source import Source
 from loradeploy.errors import AdapterError
 from loradeploy.files import read_json

@@ -1,0 +1,233 @@
+"""The tensors of a PEFT file by their roles: every one is used, or refused by its key.
+
+factors   of the update of a module        saved     parameters that were trained as a whole
+rows      trained rows of a weight         carried   weights of the base that the file has too
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from loradeploy.adapter.adapter import Adapter, Factors, Kind, Rows
+from loradeploy.adapter.algebra.experts import expert_factors, parameters_below, with_targets
+from loradeploy.adapter.config import TYING, AdapterConfig
+from loradeploy.adapter.files.formats import other_tensors
+from loradeploy.adapter.files.keys import Key, read_keys
+from loradeploy.adapter.modules.targets import is_saved, is_trained_bias, saved_by, untargeted
+from loradeploy.adapter.tasks import task_of_peft
+from loradeploy.errors import AdapterError, listed, listed_names, shown
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+MAGNITUDE: Final = "lora_magnitude_vector"
+# What A and B are called, by the kind of layer.
+PARTS: Final[Mapping[Kind, tuple[str, str]]] = {
+    "linear": ("lora_A.weight", "lora_B.weight"),
+    "embedding": ("lora_embedding_A", "lora_embedding_B"),
+    "conv2d": ("lora_A.weight", "lora_B.weight"),
+    "experts": ("lora_A.weight", "lora_B.weight"),
+}
+
+
+def adapter_from_arrays(arrays: Mapping[str, NDArray[Any]], config: AdapterConfig) -> Adapter:
+    """The adapter that PEFT's tensors `arrays`, by their keys, and `config` are.
+
+    Raises:
+        AdapterError: as `load_adapter`, for tensors.
+    """
+    config, tensors = tensors_by_role(arrays, config)
+    return Adapter(config=config, **tensors)
+
+
+def tensors_by_role(
+    arrays: Mapping[str, NDArray[Any]], config: AdapterConfig
+) -> tuple[AdapterConfig, dict[str, Any]]:
+    """The tensors of the file by role, and the config with every fully trained module.
+
+    Every tensor is used or refused; one error names all that are refused.
+    """
+    try:
+        keys = read_keys(arrays)
+    except AdapterError as problem:
+        other = other_tensors({key: values.shape for key, values in arrays.items()})
+        if other is None:
+            raise
+        raise AdapterError(f"the file {other}") from problem
+    parts: dict[str, dict[str, NDArray[Any]]] = {}
+    others: list[tuple[str, Key, NDArray[Any]]] = []
+    problems: list[str] = []
+    for key, values in sorted(arrays.items()):
+        what = keys[key]
+        if values.dtype.kind != "f":
+            problems.append(f"{key} is {values.dtype}, not floating point")
+        elif what.part == "bias":
+            problems.append(f"{key} belongs to a trained LoRA bias, which is not supported")
+        elif what.part == "factor":
+            half = f"{what.half}.weight" if what.half in ("lora_A", "lora_B") else what.half
+            parts.setdefault(what.name, {})[half] = values
+        else:
+            others.append((key, what, values))
+    factors: dict[str, Factors] = {}
+    below = parameters_below(parts, config)
+    if isinstance(below, str):
+        problems.append(below)
+        below = {}
+    for module, tensors_of_module in parts.items():
+        found = _factors(tensors_of_module)
+        if module in below and isinstance(found, Factors):
+            module = below[module]
+            found = expert_factors(found.A, found.B, config.rank_of(module), config)
+        if isinstance(found, str):
+            problems.append(f"{module} {found}")
+        else:
+            factors[module] = found
+    working = [
+        n
+        for n, pair in factors.items()
+        if pair.kind != "experts" and (pair.magnitude is not None or np.any(pair.B))
+    ]
+    ignored = untargeted(working, config)
+    if tied_factors := _tied(factors, config) & {*ignored}:
+        ignored = [module for module in ignored if module not in tied_factors]
+        config = _untied(config, factors)
+    if ignored:
+        problems.append(
+            f"{listed_names(ignored, 3)}: the file has factors, and target_modules, exclude_modules"
+            " or layers_to_transform in its config leave the module out (PEFT ignores them): remove"
+            " them from the file, or correct the config"
+        )
+    task = task_of_peft(config.task_type)
+    heads = task.heads if task is not None and task.trained_head else ()
+    saving = dataclasses.replace(config, modules_to_save=(*config.modules_to_save, *heads))
+    tied = bool(config.extra.get(TYING)) and bool(config.modules_to_save)
+    named = set()
+    slots: dict[tuple[str, str], NDArray[Any]] = {}
+    for key, what, values in others:
+        name = what.name
+        in_full = what.part == "saved" or (
+            what.part == "parameter"
+            and (is_saved(name, saving) or (tied and name.endswith(".weight")))
+        )
+        if what.part == "rows":
+            slot = "rows"
+        elif in_full or (what.part != "original" and is_trained_bias(name, parts, config)):
+            slot = "saved"
+            if in_full and not is_saved(name, config):
+                named.add(_saved_as(name, saving))
+        elif "lora_" in name or (what.part == "parameter" and name.rpartition(".")[0] in parts):
+            problems.append(
+                f"{key} is neither a factor, nor of modules_to_save, nor a trained bias (PEFT"
+                " ignores it)"
+            )
+            continue
+        else:
+            slot = "carried"
+        if not np.array_equal(slots.setdefault((slot, name), values), values):
+            problems.append(f"{key} differs from what the file has for {name} under another key")
+    tensors: dict[str, Any] = {"factors": factors, "saved": {}, "carried": {}, "rows": {}}
+    for (slot, name), values in slots.items():
+        if slot != "rows":
+            tensors[slot][name] = values
+            continue
+        rows = _rows(name, values, config)
+        if isinstance(rows, str):
+            problems.append(rows)
+        else:
+            tensors[slot][f"{name}.weight"] = rows
+    if config.extra.get("trainable_token_indices") and not tensors["rows"] and not problems:
+        problems.append("trainable_token_indices is set, and the file has no rows of these tokens")
+    if not any((factors, tensors["saved"], tensors["rows"])) and others and not problems:
+        problems.append(f"{others[0][0]} and all others are not tensors of an adapter")
+    if problems:
+        other = other_tensors({key: values.shape for key, values in arrays.items()})
+        raise AdapterError(
+            f"the file {other}" if other else f"tensors are refused: {listed(problems)}"
+        )
+    # The original bias of a fully trained module is dropped: only weights can be shared.
+    tensors["carried"] = {
+        name: values
+        for name, values in tensors["carried"].items()
+        if name not in tensors["saved"] or name.endswith(".weight")
+    }
+    known = (*config.modules_to_save, *sorted(named.difference(config.modules_to_save)))
+    return dataclasses.replace(config, modules_to_save=known), tensors
+
+
+def _saved_as(parameter: str, saving: AdapterConfig) -> str:
+    """The entry of modules_to_save for `parameter`: a head that PEFT knows, or its module."""
+    return saved_by(parameter, saving) or parameter.rpartition(".")[0]
+
+
+def _rows(module: str, values: NDArray[Any], config: AdapterConfig) -> Rows | str:
+    """The trained rows of `module`'s weight, or why they are refused."""
+    indices = config.extra.get("trainable_token_indices")
+    if isinstance(indices, Mapping):
+        steps = module.split(".")
+        ends = (".".join(steps[first:]) for first in range(len(steps)))  # the longest first
+        indices = next((indices[end] for end in ends if end in indices), None)
+    if not isinstance(indices, list):
+        return f"{module} has trained tokens, but trainable_token_indices does not list them"
+    if wrong := [i for i in indices if type(i) is not int or i < 0]:
+        return (
+            f"trainable_token_indices names {shown(wrong[0])} for {module}, which is not the id of"
+            " a token (an integer from 0 on)"
+        )
+    if len(set(indices)) != len(indices):
+        return f"trainable_token_indices names a token of {module} twice"
+    if values.ndim != 2 or len(values) != len(indices):
+        return (
+            f"{module} has trained tokens {list(values.shape)}, trainable_token_indices names"
+            f" {len(indices)}"
+        )
+    return Rows(tuple(indices), values)
+
+
+def _tied(factors: Mapping[str, Factors], config: AdapterConfig) -> set[str]:
+    """The layers whose factors are those of an embedding, transposed: `ensure_weight_tying`.
+
+    PEFT takes them out of `target_modules`, and adapts them all the same.
+    """
+    if not config.extra.get(TYING):
+        return set()
+    embeddings = [pair for pair in factors.values() if pair.kind == "embedding"]
+    return {
+        module
+        for module, pair in factors.items()
+        if pair.kind == "linear"
+        and any(np.array_equal(pair.A, e.B.T) and np.array_equal(pair.B, e.A.T) for e in embeddings)
+    }
+
+
+def _untied(config: AdapterConfig, factors: Mapping[str, Factors]) -> AdapterConfig:
+    """`config` with the modules of `factors` as targets, each with its own.
+
+    Whatever left a tied one out of the targets is left out itself.
+    """
+    extra = {name: value for name, value in config.extra.items() if name != TYING}
+    return with_targets(dataclasses.replace(config, extra=extra), factors)
+
+
+def _factors(parts: Mapping[str, NDArray[Any]]) -> Factors | str:
+    """The factors in one module's tensors, or why they are refused."""
+    kind: Kind = "embedding" if any("embedding" in part for part in parts) else "linear"
+    if kind == "linear" and any(v.ndim > 2 for p, v in parts.items() if p != MAGNITUDE):
+        kind = "conv2d"
+    half_A, half_B = PARTS[kind]
+    if missing := [half for half in (half_A, half_B) if half not in parts]:
+        present = next((part for part in parts if part != MAGNITUDE), MAGNITUDE)
+        return f"has {_short(present)} but no {_short(missing[0])}"
+    if surplus := [part for part in parts if part not in (half_A, half_B, MAGNITUDE)]:
+        return f"has {_short(half_A)} and {_short(surplus[0])} too"
+    magnitude = parts.get(MAGNITUDE)
+    if magnitude is not None:
+        magnitude = magnitude.reshape(-1)
+    return Factors(A=parts[half_A], B=parts[half_B], magnitude=magnitude, kind=kind)
+
+
+def _short(part: str) -> str:
+    return part.removesuffix(".weight")
