@@ -16,10 +16,10 @@ from loradeploy.cli.run import _TASKS as COMMANDS
 from loradeploy.errors import UsageError
 from loradeploy.parity.score.measures import KINDS, MEASURED
 from tests.cli.calling import call
+from tests.inputs.vit import color_folders, make_vit
 from tests.train.conftest import WORDS, write_lessons, write_lines
 from tests.train.tasks.test_seq2seq import translations
 from tests.train.tasks.test_table import multi_label, pairs, regression, sentences, tagged
-from tests.vit import color_folders, make_vit
 
 ROOT = Path(__file__).parent.parent
 STEPS = {"max_steps": 40, "batch_size": 8, "rank": 4, "learning_rate": 2e-2, "max_length": 64}

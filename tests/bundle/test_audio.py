@@ -15,7 +15,7 @@ from loradeploy.bundle.audio.languages import language_token
 from loradeploy.bundle.audio.wav import checked_samples, read_wav
 from loradeploy.errors import BundleError, DataError
 from loradeploy.files import write_json
-from tests.sounds import tone, wav
+from tests.inputs.sounds import tone, wav
 from tests.tolerances import tolerance
 
 RATE = 16_000

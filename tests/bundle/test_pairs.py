@@ -12,7 +12,7 @@ from tokenizers import processors
 from loradeploy.bundle.text.pairs import pair_tokens
 from loradeploy.bundle.text.tokenizer import Tokenizer
 from loradeploy.errors import BundleError, UsageError
-from tests.pairs import BERT, NAMES, give_rules
+from tests.inputs.pairs import BERT, NAMES, give_rules
 
 WORDS = "the match was won in extra time and shares fell after the bank said so"
 # The special tokens around pairs: BERT's, RoBERTa's, those of a template with types, and none.

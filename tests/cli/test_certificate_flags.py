@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.calling import Run, one_line
-from tests.signing import key_pair
+from tests.inputs.signing import key_pair
 
 pytest.importorskip("cryptography")
 

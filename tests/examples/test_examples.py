@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, MakeAdapter
-from tests.sounds import save, tone
+from tests.inputs.sounds import save, tone
 
 
 def example(name: str, *arguments: object) -> str:

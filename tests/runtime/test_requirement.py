@@ -23,7 +23,7 @@ from loradeploy.bundle.proof.signature import private_key, sign
 from loradeploy.errors import BundleError, UsageError
 from loradeploy.runtime.session import AdapterSession
 from tests.cli.calling import command as cli_command
-from tests.signing import key_pair
+from tests.inputs.signing import key_pair
 
 pytest.importorskip("cryptography")
 

@@ -17,7 +17,7 @@ from loradeploy.runtime.tasks.classification import TextClassifier
 from loradeploy.runtime.tasks.embedding import TextEmbedder
 from loradeploy.runtime.tasks.pairs import TextPairScorer
 from tests.conftest import MakeAdapter
-from tests.pairs import give_rules
+from tests.inputs.pairs import give_rules
 from tests.runtime.tasks.test_embedding import (  # noqa: F401 - the bundle and what it is made of
     sentence_adapters,
     sentence_base,

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 import loradeploy as ld
 from loradeploy.errors import AdapterMismatchError, ExportError, UsageError
 from loradeploy.export import base
-from tests import gemma
 from tests.conftest import once
 from tests.export.reference import difference
-from tests.gemma import BEGIN, END, IMAGE, RECIPE, pictures
+from tests.inputs import gemma
+from tests.inputs.gemma import BEGIN, END, IMAGE, RECIPE, pictures
 from tests.parity.spoil import spoiled
 from tests.runtime.feeds import feeds
 from tests.tolerances import tolerance

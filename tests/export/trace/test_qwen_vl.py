@@ -23,8 +23,8 @@ from loradeploy.runtime.decoding.graph import TokenEmbeds
 from loradeploy.runtime.decoding.mrope import grid_positions
 from tests.conftest import once
 from tests.export.reference import difference
-from tests.qwen_vl import END, IMAGE, NEW, PARTS, START, VIDEO, VISION, Whole, image, make
-from tests.qwen_vl import tokens_of as tokens
+from tests.inputs.qwen_vl import END, IMAGE, NEW, PARTS, START, VIDEO, VISION, Whole, image, make
+from tests.inputs.qwen_vl import tokens_of as tokens
 from tests.runtime.feeds import feeds
 from tests.tolerances import tolerance
 

@@ -9,7 +9,7 @@ import pytest
 
 from loradeploy.errors import UsageError
 from loradeploy.runtime.decoding.mrope import check_grids, grid_positions, shift_of
-from tests.qwen_vl import IMAGE, VISION, tokens_of
+from tests.inputs.qwen_vl import IMAGE, VISION, tokens_of
 
 ROWS: Final[dict[str, list[list[Any]]]] = {
     "text alone": [[5, 6, 7]],

@@ -12,9 +12,9 @@ import pytest
 
 import loradeploy as ld
 from loradeploy.errors import UsageError
-from tests import gemma
 from tests.conftest import once
-from tests.gemma import IMAGE, pictures
+from tests.inputs import gemma
+from tests.inputs.gemma import IMAGE, pictures
 
 NEW: Final = 6
 

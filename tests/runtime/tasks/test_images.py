@@ -15,8 +15,8 @@ import loradeploy as ld
 from loradeploy.adapter import load_adapter, save_adapter
 from loradeploy.errors import BundleError, DataError, ModelError, UsageError
 from tests.cli.calling import call
+from tests.inputs.vit import COLORS, IMAGES, LABELS, color_folders, make_vit
 from tests.tolerances import tolerance
-from tests.vit import COLORS, IMAGES, LABELS, color_folders, make_vit
 
 # "second" is trained on two colors; "first" has the labels of its base.
 LABELS_OF = {"first": LABELS, "second": sorted(COLORS)}

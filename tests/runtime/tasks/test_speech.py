@@ -15,7 +15,7 @@ import loradeploy as ld
 from loradeploy.errors import BudgetError, BundleError, DataError, UnknownAdapterError, UsageError
 from tests.cli.calling import call
 from tests.conftest import MakeAdapter, once
-from tests.sounds import RATE, save, tone, wav
+from tests.inputs.sounds import RATE, save, tone, wav
 
 SOUNDS = [tone(300, 0.7, noise=0.05), tone(900, 1, noise=0.05), tone(100, 0.3, noise=0.05)]
 LONG = tone(500, 1.6, noise=0.05)

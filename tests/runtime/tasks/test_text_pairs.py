@@ -24,7 +24,7 @@ from loradeploy.runtime.tasks.encoder import given_texts
 from loradeploy.runtime.text.padding import pad
 from tests.cli.calling import call
 from tests.conftest import MakeAdapter
-from tests.pairs import give_rules
+from tests.inputs.pairs import give_rules
 from tests.tolerances import tolerance
 from tests.train.conftest import WORDS, write_lines
 

@@ -24,9 +24,9 @@ from loradeploy.errors import (
     UsageError,
 )
 from tests.cli.calling import call
+from tests.inputs.towers import POSITIONS, TEXTS, make_adapter, make_clip, make_deit, make_siglip
+from tests.inputs.vit import IMAGES
 from tests.tolerances import tolerance
-from tests.towers import POSITIONS, TEXTS, make_adapter, make_clip, make_deit, make_siglip
-from tests.vit import IMAGES
 
 TEXT_TASK, IMAGE_TASK = "feature-extraction", "image-feature-extraction"
 LONG = " ".join(["a photo of the sea"] * 9)

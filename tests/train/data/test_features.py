@@ -17,7 +17,7 @@ from loradeploy.train.data.features import IGNORED, Collator, conversation_featu
 from loradeploy.train.data.sources import Source
 from loradeploy.train.model import open_checkpoint
 from loradeploy.train.tasks.table import task_of
-from tests.pairs import give_rules
+from tests.inputs.pairs import give_rules
 from tests.train.conftest import write_lines
 
 CHAT = [

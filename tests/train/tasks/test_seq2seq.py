@@ -11,7 +11,7 @@ import loradeploy as ld
 from loradeploy.errors import DataError, ModelError
 from loradeploy.train.config import TrainConfig
 from loradeploy.train.preview import preview
-from tests.sounds import save, tone, wav
+from tests.inputs.sounds import save, tone, wav
 from tests.tolerances import tolerance
 from tests.train.conftest import write_lines
 
