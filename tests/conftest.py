@@ -19,18 +19,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from filelock import FileLock
 
+from tests.inputs.adapters import random_adapter
+from tests.inputs.tiny import make_tiny, make_tiny_whisper
 from tests.traces import remembered
 from tools.inputs import real_models
 
 ROOT = Path(__file__).parent.parent
 MakeAdapter = Callable[..., Path]
-
-# A chat template in the manner of ChatML, for the tiny models.
-_CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
-    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
 
 # Of how many rows of a test marked breadth one runs, where the mark does not say.
 _ONE_IN = 3
@@ -159,145 +154,8 @@ def bbc() -> Path:
 # -- tiny random models ------------------------------------------------------------------------
 
 
-def _tiny_tokenizer(news: Path) -> Any:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE(unk_token=None))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=512,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train([str(f) for f in sorted(news.glob("*/00*.txt"))], trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        chat_template=_CHAT_TEMPLATE,
-        model_max_length=128,
-    )
-
-
-def _tiny_config(name: str) -> Any:
-    from transformers import BertConfig, GPT2Config, LlamaConfig, T5Config, WhisperConfig
-
-    tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "vocab_size": 512}
-    if name == "llama":  # grouped-query attention, untied head
-        return LlamaConfig(
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=128,
-            tie_word_embeddings=False,
-            initializer_range=0.2,
-            **tokens,
-        )
-    if name == "gpt2":  # Conv1D layers, learned positions, tied head
-        return GPT2Config(
-            n_embd=48, n_layer=2, n_head=4, n_positions=128, initializer_range=0.2, **tokens
-        )
-    if name == "t5":  # an encoder-decoder, relative positions, tied head
-        return T5Config(
-            d_model=48,
-            d_kv=12,
-            d_ff=64,
-            num_layers=1,
-            num_heads=4,
-            decoder_start_token_id=0,
-            initializer_factor=1.5,
-            **tokens,
-        )
-    if name == "whisper":  # windows of a second, 8 bands
-        return WhisperConfig(
-            d_model=32,
-            encoder_layers=1,
-            decoder_layers=1,
-            encoder_attention_heads=4,
-            decoder_attention_heads=4,
-            encoder_ffn_dim=48,
-            decoder_ffn_dim=48,
-            max_source_positions=50,
-            max_target_positions=28,
-            num_mel_bins=8,
-            init_std=0.3,
-            **{**tokens, "vocab_size": 512 + len(_SPEECH_WORDS), "eos_token_id": 512},
-            decoder_start_token_id=513,
-        )
-    return BertConfig(  # an encoder without a classifier
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=128,
-        initializer_range=0.2,
-        pad_token_id=0,
-        vocab_size=512,
-    )
-
-
-# What Whisper's vocabulary has behind the words, timestamps of a second last.
-_SPEECH_WORDS = (
-    *("<|end|>", "<|startoftranscript|>", "<|en|>", "<|de|>", "<|translate|>"),
-    *("<|transcribe|>", "<|startofprev|>", "<|nospeech|>", "<|notimestamps|>"),
-    *(f"<|{time / 50:.2f}|>" for time in range(51)),
-)
-
-
-def _make_tiny_whisper(place: Path, news: Path) -> None:
-    """A random Whisper with the settings that a released one has."""
-    import torch
-    from tokenizers import AddedToken
-    from transformers import (
-        GenerationConfig,
-        WhisperFeatureExtractor,
-        WhisperForConditionalGeneration,
-    )
-
-    torch.manual_seed(0)
-    model = WhisperForConditionalGeneration(_tiny_config("whisper")).eval()
-    known = {word: number for number, word in enumerate(_SPEECH_WORDS, start=512)}
-    model.generation_config = GenerationConfig(
-        decoder_start_token_id=513,
-        eos_token_id=512,
-        pad_token_id=512,
-        bos_token_id=512,
-        lang_to_id={word: known[word] for word in ("<|en|>", "<|de|>")},
-        task_to_id={name: known[f"<|{name}|>"] for name in ("translate", "transcribe")},
-        no_timestamps_token_id=known["<|notimestamps|>"],
-        is_multilingual=True,
-        max_initial_timestamp_index=25,
-        max_length=28,
-        suppress_tokens=[7, 8, 9, *range(513, 520)],
-        begin_suppress_tokens=[220, 512],
-    )
-    model.save_pretrained(place)
-    tokenizer = _tiny_tokenizer(news)
-    tokenizer.add_tokens([AddedToken(w, special=w[2] not in "0123") for w in _SPEECH_WORDS])
-    tokenizer.eos_token = _SPEECH_WORDS[0]
-    tokenizer.save_pretrained(place)
-    WhisperFeatureExtractor(feature_size=8, chunk_length=1).save_pretrained(place)
-
-
-def _make_tiny(name: str, place: Path, news: Path) -> None:
-    import torch
-    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
-    torch.manual_seed(0)
-    kinds = {"bert": AutoModel, "t5": AutoModelForSeq2SeqLM}
-    kind = kinds.get(name, AutoModelForCausalLM)
-    kind.from_config(_tiny_config(name)).eval().save_pretrained(place)
-    _tiny_tokenizer(news).save_pretrained(place)
-
-
 def _tiny(name: str, shared: Path, news: Path) -> Path:
-    return once(shared / f"tiny-{name}", lambda place: _make_tiny(name, place, news))
+    return once(shared / f"tiny-{name}", lambda place: make_tiny(name, place, news))
 
 
 @pytest.fixture(scope="session")
@@ -321,7 +179,7 @@ def tiny_t5(shared: Path, bbc: Path) -> Path:
 @pytest.fixture(scope="session")
 def tiny_whisper(shared: Path, bbc: Path) -> Path:
     """A random Whisper whose windows are a second long: two languages, two tasks, timestamps."""
-    return once(shared / "tiny-whisper", lambda place: _make_tiny_whisper(place, bbc))
+    return once(shared / "tiny-whisper", lambda place: make_tiny_whisper(place, bbc))
 
 
 @pytest.fixture(scope="session")
@@ -333,82 +191,16 @@ def tiny_bert(shared: Path, bbc: Path) -> Path:
 # -- adapters ----------------------------------------------------------------------------------
 
 
-def _random_adapter(
-    model: Path,
-    out: Path,
-    *,
-    r: int = 4,
-    seed: int = 0,
-    alpha: float = 8,
-    target_modules: Any = "all-linear",
-    modules_to_save: list[str] | None = None,
-    task: str = "causal-lm",
-    num_labels: int = 2,
-    scale: float = 0.05,
-    **config: Any,
-) -> Path:
-    import peft
-    import torch
-    from transformers import (
-        AutoModel,
-        AutoModelForCausalLM,
-        AutoModelForSeq2SeqLM,
-        AutoModelForSequenceClassification,
-        AutoModelForSpeechSeq2Seq,
-        AutoModelForTokenClassification,
-    )
-
-    torch.manual_seed(seed)
-    classifiers = {
-        "sequence-classification": AutoModelForSequenceClassification,
-        "token-classification": AutoModelForTokenClassification,
-    }
-    if task in classifiers:
-        base = classifiers[task].from_pretrained(model, num_labels=num_labels)
-    else:
-        kinds = {
-            "causal-lm": AutoModelForCausalLM,
-            "seq2seq-lm": AutoModelForSeq2SeqLM,
-            "speech": AutoModelForSpeechSeq2Seq,
-        }
-        kind = kinds.get(task, AutoModel)
-        base = kind.from_pretrained(model)
-    peft_task = {
-        "causal-lm": "CAUSAL_LM",
-        "seq2seq-lm": "SEQ_2_SEQ_LM",
-        "sequence-classification": "SEQ_CLS",
-        "token-classification": "TOKEN_CLS",
-    }.get(task)
-    adapted = peft.get_peft_model(
-        base,
-        peft.LoraConfig(
-            r=r,
-            lora_alpha=alpha,
-            target_modules=target_modules,
-            modules_to_save=modules_to_save,
-            task_type=peft_task,
-            **config,
-        ),
-    )
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in adapted.named_parameters():
-        if parameter.requires_grad:
-            size = scale if "lora_" in name else 0.2
-            parameter.data = torch.randn(parameter.shape, generator=generator) * size
-    adapted.save_pretrained(out, save_embedding_layers=False)
-    return out
-
-
 @pytest.fixture(scope="session")
 def make_adapter(shared: Path) -> MakeAdapter:
     """A function (model, *, r, seed, alpha, target_modules, …) → PEFT directory, made by PEFT."""
 
     def make(model: Path, *, out: Path | None = None, **options: Any) -> Path:
         if out is not None:
-            return _random_adapter(model, out, **options)
+            return random_adapter(model, out, **options)
         key = hashlib.sha256(repr((str(model), sorted(options.items()))).encode()).hexdigest()[:12]
         return once(
-            shared / "adapters" / key, lambda place: _random_adapter(model, place, **options)
+            shared / "adapters" / key, lambda place: random_adapter(model, place, **options)
         )
 
     return make
@@ -420,7 +212,7 @@ def smollm2_adapters(smollm2: Path, shared: Path) -> dict[str, Path]:
     return {
         name: once(
             shared / f"smollm2-{name}",
-            lambda place, seed=seed: _random_adapter(  # type: ignore[misc]
+            lambda place, seed=seed: random_adapter(  # type: ignore[misc]
                 smollm2, place, r=16, alpha=32, seed=seed, scale=0.01
             ),
         )
