@@ -20,20 +20,13 @@ from loradeploy.bundle.model_config import context_length, model_config
 from loradeploy.bundle.names import CONFIG_NAME, GRAPH_NAME
 from loradeploy.bundle.proof.provider import ProviderFacts
 from loradeploy.bundle.proof.requirement import CertificateMinimum
-from loradeploy.errors import (
-    AdapterError,
-    UsageError,
-)
+from loradeploy.errors import AdapterError, UsageError
 from loradeploy.runtime.adapters.bank import AdapterBank, BankStatistics
 from loradeploy.runtime.adapters.leases import Lease
 from loradeploy.runtime.adapters.reading import AdapterReader
 from loradeploy.runtime.adapters.resident import Once
 from loradeploy.runtime.adapters.wholes import Wholes
-from loradeploy.runtime.arguments import (
-    Adapters,
-    check_adapters,
-    check_name,
-)
+from loradeploy.runtime.arguments import Adapters, check_adapters, check_name
 from loradeploy.runtime.cache import DecoderCache
 from loradeploy.runtime.capture.pool import CachePool
 from loradeploy.runtime.capture.replays import CaptureStatistics, Replays

@@ -27,6 +27,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "fp16": {"precision": "fp16"},
 }
 Required = Callable[[str], Path]
+Jobs = list[dict[str, Any]]
+Node = Callable[[Jobs], list[Any]]
 
 
 @pytest.fixture(scope="session")
@@ -102,3 +104,24 @@ def javascript(shared: Path) -> Path:
             (place / name / "node_modules").symlink_to(installed)
 
     return once(shared / "javascript", copy)
+
+
+@pytest.fixture(scope="session")
+def node(javascript: Path) -> Node:
+    """A function that runs jobs (js/jobs.mjs) by the client in Node."""
+
+    def run(jobs: Jobs) -> list[Any]:
+        client = javascript / "clients" / "js" / "index.js"
+        done = subprocess.run(
+            ["node", ROOT / "tests" / "clients" / "js" / "node.mjs", client],
+            input=json.dumps(jobs, default=str),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        results: list[Any] = json.loads(done.stdout)
+        return results
+
+    return run

@@ -13,7 +13,7 @@ import pytest
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.generation import Generation, TextGenerator
 from tests.clients.conftest import Required
-from tests.clients.test_js import (
+from tests.clients.generations import (
     ADAPTERS,
     COUNT,
     PROMPTS,

@@ -15,10 +15,7 @@ from loradeploy.adapter.fitting.vocabulary import with_factors_for
 from loradeploy.adapter.heads import UNDECLARED
 from loradeploy.adapter.scaling import with_ranks
 from loradeploy.adapter.tasks import PEFT_TASKS
-from loradeploy.bundle.adapter_inputs.changes import (
-    changes_undone,
-    output_changes,
-)
+from loradeploy.bundle.adapter_inputs.changes import changes_undone, output_changes
 from loradeploy.bundle.adapter_inputs.tokens import joined, token_factors
 from loradeploy.bundle.fitting.added_tokens import tokens_in, vocabulary_of_base, with_all_tokens
 from loradeploy.bundle.fitting.fit import THIS_BUNDLE, fit_to

@@ -9,19 +9,10 @@ from typing import TYPE_CHECKING
 from loradeploy.adapter.tasks import CAUSAL_LM, CLASSIFICATIONS, SEQ2SEQ_LM
 from loradeploy.bundle.adapter_inputs.factors import side_inputs_of_fitted
 from loradeploy.bundle.fitting.fit import fit_to
-from loradeploy.bundle.graph_form import (
-    default_of,
-)
-from loradeploy.bundle.manifest import (
-    Manifest,
-)
+from loradeploy.bundle.graph_form import default_of
+from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.names import ROWS, SLOTS
-from loradeploy.errors import (
-    ExportError,
-    UsageError,
-    listed,
-    listed_names,
-)
+from loradeploy.errors import ExportError, UsageError, listed, listed_names
 from loradeploy.export.adapters.requirements import (
     choose_changes,
     choose_embeddings,
@@ -40,21 +31,12 @@ from loradeploy.export.building.steps import (
     with_separate_biases,
 )
 from loradeploy.export.match.experts import find_experts
-from loradeploy.export.match.linears import (
-    Findings,
-    Linear,
-    is_head,
-    output_head,
-)
+from loradeploy.export.match.linears import Findings, Linear, is_head, output_head
 from loradeploy.export.match.parts import find_parts
 from loradeploy.export.passes.forms.branches import add_branches, branches_problem
 from loradeploy.export.passes.forms.layout import has_rows, use_row_layout
 from loradeploy.export.passes.side_inputs.base_weights import GraphWeights
-from loradeploy.export.passes.side_inputs.inject import (
-    Arrays,
-    SideInputs,
-    inject_side_inputs,
-)
+from loradeploy.export.passes.side_inputs.inject import Arrays, SideInputs, inject_side_inputs
 from loradeploy.export.passes.side_inputs.rows import rows_problem
 from loradeploy.printable import logger_of
 

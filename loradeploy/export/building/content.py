@@ -14,59 +14,30 @@ from loradeploy.adapter.modules.names import named_as
 from loradeploy.adapter.modules.renamings import renamings
 from loradeploy.adapter.tasks import CAUSAL_LM, CLASSIFICATIONS, SEQUENCE_CLASSIFICATION
 from loradeploy.bundle.fitting.labels import output_count
-from loradeploy.bundle.graph_form import (
-    BFLOAT16,
-    GQA,
-    STANDARD,
-    form_of,
-)
-from loradeploy.bundle.manifest import (
-    Manifest,
-)
+from loradeploy.bundle.graph_form import BFLOAT16, GQA, STANDARD, form_of
+from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.model_config import rotary_limit
 from loradeploy.bundle.names import CONFIG_NAME, PAST
 from loradeploy.bundle.run_target import check_runs, choice_of
-from loradeploy.errors import (
-    ExportError,
-    ModelError,
-    UsageError,
-    listed_names,
-)
-from loradeploy.export.adapters.given import (
-    label_count,
-    label_names,
-    named,
-)
+from loradeploy.errors import ExportError, ModelError, UsageError, listed_names
+from loradeploy.export.adapters.given import label_count, label_names, named
 from loradeploy.export.base import Base, Options, from_checkpoint
 from loradeploy.export.building.adapted import with_side_inputs
 from loradeploy.export.building.added import without_added_tokens
 from loradeploy.export.building.merged import merged, with_resized_vocabulary
 from loradeploy.export.building.steps import modules_of
-from loradeploy.export.graph.file import (
-    outputs,
-    required_inputs,
-)
+from loradeploy.export.graph.file import outputs, required_inputs
 from loradeploy.export.graph_base import from_graph
-from loradeploy.export.match.linears import (
-    Findings,
-    find_linears,
-)
+from loradeploy.export.match.linears import Findings, find_linears
 from loradeploy.export.match.observe import observe
 from loradeploy.export.match.parts import find_parts
 from loradeploy.export.match.products import input_of, output_of, repeated_for_rows
 from loradeploy.export.passes.forms.static_shapes import use_static_shapes
 from loradeploy.export.passes.gqa import group_queries, has_grouped_attention, keeps_cache
 from loradeploy.export.passes.precision.bf16 import store_as_bfloat16
-from loradeploy.export.passes.side_inputs.inject import (
-    Arrays,
-    SideInputs,
-)
+from loradeploy.export.passes.side_inputs.inject import Arrays, SideInputs
 from loradeploy.export.read.source import Source
-from loradeploy.export.read.third_party import (
-    assets_of,
-    find_modules,
-    settings_beside,
-)
+from loradeploy.export.read.third_party import assets_of, find_modules, settings_beside
 from loradeploy.export.write import Content, with_labels, with_positions, with_vocabulary
 from loradeploy.printable import logger_of
 

@@ -11,18 +11,9 @@ from loradeploy.adapter.adapter import Kind
 from loradeploy.adapter.fitting.settle import without_idle
 from loradeploy.adapter.fitting.vocabulary import resized_vocabulary, say_resized
 from loradeploy.bundle.fitting.labels import with_all_labels
-from loradeploy.bundle.graph_form import (
-    BFLOAT16,
-    PACKED_BITS,
-)
-from loradeploy.bundle.manifest import (
-    AdapterEntry,
-    Manifest,
-)
-from loradeploy.export.adapters.given import (
-    check_brought,
-    named,
-)
+from loradeploy.bundle.graph_form import BFLOAT16, PACKED_BITS
+from loradeploy.bundle.manifest import AdapterEntry, Manifest
+from loradeploy.export.adapters.given import check_brought, named
 from loradeploy.export.adapters.own_weights import settled_in_graph
 from loradeploy.export.base import Base, Options
 from loradeploy.export.building.steps import (
@@ -35,10 +26,7 @@ from loradeploy.export.building.steps import (
     with_separate_biases,
 )
 from loradeploy.export.graph.edit import give_up
-from loradeploy.export.match.linears import (
-    Findings,
-    find_linears,
-)
+from loradeploy.export.match.linears import Findings, find_linears
 from loradeploy.export.match.norm_forms import check_known
 from loradeploy.export.match.weights import to_bfloat16
 from loradeploy.export.merge import merge_adapter

@@ -7,13 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from loradeploy.adapter.tasks import (
-    FEATURES,
-    IMAGES,
-    SEQ2SEQ_LM,
-    TASK_TABLE,
-    Task,
-)
+from loradeploy.adapter.tasks import FEATURES, IMAGES, SEQ2SEQ_LM, TASK_TABLE, Task
 from loradeploy.bundle.names import (
     ATTENTION_MASK,
     INPUT_FEATURES,
@@ -26,10 +20,7 @@ from loradeploy.bundle.names import (
     past_name,
     present_name,
 )
-from loradeploy.errors import (
-    ExportError,
-    LoraDeployError,
-)
+from loradeploy.errors import ExportError, LoraDeployError
 from loradeploy.export.trace import encoder_decoder
 from loradeploy.export.trace.alike import alike_layers, shortened
 from loradeploy.export.trace.checkpoint import root_cause
