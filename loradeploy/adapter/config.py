@@ -21,6 +21,8 @@ CONFIG_NAME: Final = "adapter_config.json"
 
 # Modules that are tied in the base have the same factors, or the same trained weight.
 TYING: Final = "ensure_weight_tying"
+# The ids of tokens whose rows were trained, by the modules that have them.
+TOKENS: Final = "trainable_token_indices"
 
 # Fields that cannot change the numbers of a finished adapter.
 _NEUTRAL: Final = frozenset(
@@ -38,7 +40,7 @@ _NEUTRAL: Final = frozenset(
         "revision",
         "runtime_config",
         "target_parameters",  # read with the factors themselves (adapter/algebra/experts.py)
-        "trainable_token_indices",  # read with the rows themselves (adapter/files/roles.py)
+        TOKENS,  # read with the rows themselves (adapter/files/roles.py)
         "velora_config",
     }
 )

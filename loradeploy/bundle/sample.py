@@ -35,7 +35,7 @@ GRID: Final = (5, 6)  # rows and columns of an image in patches
 # The range of token ids: above the special tokens of most vocabularies, below the smallest size.
 _FIRST_TOKEN, _END_TOKEN = 4, 48
 _PATCHES: Final = 5  # dimensions of images in patches
-_UNNAMED: Final = ("", "?")
+UNNAMED: Final = ("", "?")
 # The role of a dimension by input and axis; the first that applies.
 _DIMENSIONS: Final[tuple[tuple[Callable[[str, int, int], bool], str], ...]] = (
     (lambda name, axis, rank: axis == 0 and rank > 0, "batch"),
@@ -91,7 +91,7 @@ class Sample:
         for spec in sorted(self._specs, key=lambda spec: spec.name != INPUT_IDS):
             for axis, symbol in enumerate(spec.shape):
                 dimension = _dimension_of(spec, axis)
-                if isinstance(symbol, str) and symbol not in _UNNAMED and dimension is not None:
+                if isinstance(symbol, str) and symbol not in UNNAMED and dimension is not None:
                     symbols.setdefault(symbol, sizes[dimension])
         return {
             spec.name: self._values(spec, self._shape(spec, sizes, symbols), past)

@@ -29,6 +29,7 @@ from starlette.types import Message
 
 from loradeploy.errors import UsageError, first_line
 from loradeploy.printable import logger_of
+from loradeploy.runtime.devices.table import CUDA
 from loradeploy.serve.http.app import create_app
 from loradeploy.serve.http.gate import OPEN_PATHS, body_of
 from loradeploy.serve.keys import KeyRing
@@ -44,7 +45,6 @@ REPLICA_HEADER: Final = "x-loradeploy-replica"
 _ATTEMPTS: Final = 3
 # Adapters that the router knows of a replica; it may have more.
 _MOST_MODELS: Final = 256
-_CUDA: Final = "CUDAExecutionProvider"
 # Status and headers of an answer, or a part of its body.
 _Part = tuple[int, list[tuple[bytes, bytes]]] | bytes
 
@@ -249,7 +249,7 @@ def application(spec: ServiceSpec, scale: Scale) -> Any:
     options: dict[str, Any] = {
         "ray_actor_options": {
             "num_cpus": scale.cpus,
-            "num_gpus": 1 if spec.provider == _CUDA else 0,
+            "num_gpus": 1 if spec.provider == CUDA else 0,
         },
         # The service itself answers 429 where there are too many.
         "max_ongoing_requests": limits.max_rows + limits.max_waiting + 64,

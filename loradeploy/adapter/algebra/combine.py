@@ -14,7 +14,7 @@ from loradeploy.adapter.adapter import Adapter, Factors, Rows
 from loradeploy.adapter.algebra.delta import matrices
 from loradeploy.adapter.algebra.experts import with_targets
 from loradeploy.adapter.algebra.reduce import reduce_rank
-from loradeploy.adapter.config import AdapterConfig
+from loradeploy.adapter.config import TOKENS, AdapterConfig
 from loradeploy.adapter.files.digest import short, tensors_digest
 from loradeploy.adapter.files.peft import load_adapter
 from loradeploy.adapter.fitting.settle import same_numbers, same_values
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 Term = tuple[Factors, float]
 
 _Value = TypeVar("_Value")
-_TOKENS: Final = "trainable_token_indices"
 
 
 def combine(
@@ -208,12 +207,12 @@ def _rows(
                 f"{first} and {name} have both trained rows of {parameter}"
                 " (trainable_token_indices), differently: they cannot be combined"
             )
-    return one.rows, {_TOKENS: one.config.extra.get(_TOKENS)}
+    return one.rows, {TOKENS: one.config.extra.get(TOKENS)}
 
 
 def _same_rows(one: Adapter, other: Adapter) -> bool:
     return (
-        one.config.extra.get(_TOKENS) == other.config.extra.get(_TOKENS)
+        one.config.extra.get(TOKENS) == other.config.extra.get(TOKENS)
         and one.rows.keys() == other.rows.keys()
         and all(same_values(rows, other.rows[name]) for name, rows in one.rows.items())
     )

@@ -23,7 +23,7 @@ from loradeploy.files import read_json
 SINGLE_NAME: Final = "model.safetensors"
 INDEX_NAME: Final = "model.safetensors.index.json"
 GRAPHS_FOLDER: Final = "onnx"  # used by repositories for transformers.js
-_MODEL_CONFIG: Final = "config.json"
+MODEL_CONFIG_NAME: Final = "config.json"
 _NAMED: Final = "transformers_weights"
 _INDEX_ENDING: Final = ".safetensors.index.json"
 _ADAPTERS: Final = "adapter_*"
@@ -99,7 +99,7 @@ def adapter_beside(directory: Path) -> bool:
 
 def refuse_adapter(directory: Path) -> None:
     """Raise ModelError if `directory` is an adapter and not a model."""
-    complete = (directory / _MODEL_CONFIG).is_file() and has_weights(directory)
+    complete = (directory / MODEL_CONFIG_NAME).is_file() and has_weights(directory)
     if not adapter_beside(directory) or complete:
         return
     base = read_json(directory / CONFIG_NAME, error=ModelError).get("base_model_name_or_path")
@@ -134,7 +134,7 @@ def check_no_peft_layers(directory: Path, names: Collection[str]) -> None:
 
 def _named(directory: Path) -> Path | None:
     """The weight file that config.json names, if any."""
-    file = directory / _MODEL_CONFIG
+    file = directory / MODEL_CONFIG_NAME
     config: Mapping[str, Any] = (
         read_json(file, error=ModelError, finite=False) if file.is_file() else {}
     )

@@ -19,6 +19,11 @@ from typing import Final, Literal
 from loradeploy.errors import AdapterError
 
 PREFIX: Final = "base_model.model."
+# Between a module and what PEFT's wrappers hold of it: the base's own, the weight that
+# modules_to_save replaced, and trained rows.
+INNER: Final = ".base_layer."
+ORIGINAL: Final = ".original_module."
+TRAINED_ROWS: Final = ".token_adapter.trainable_tokens_delta"
 
 # Inserted into names by torch.compile, FSDP and activation checkpointing.
 _BETWEEN: Final = re.compile(
@@ -34,12 +39,9 @@ _FACTOR: Final = re.compile(
     rf"(?P<module>.+)\.(?P<part>lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector){_NAMED}"
     r"(?:\.(?P<leaf>weight|bias))?"
 )
-_ROWS: Final = re.compile(
-    r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.(?P<adapter>[^.]+))?"
-)
+_ROWS: Final = re.compile(rf"(?P<module>.+){re.escape(TRAINED_ROWS)}(?:\.(?P<adapter>[^.]+))?")
 _SAVED: Final = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<rest>.+)")
-_ORIGINAL: Final = ".original_module."
-_BELOW: Final = (".token_adapter.base_layer.", ".base_layer.")
+_BELOW: Final = (f".token_adapter{INNER}", INNER)
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,8 @@ def _key(name: str, adapters: Iterable[str]) -> Key:
         first, _, rest = full["rest"].partition(".")
         inner = rest if rest and first in adapters else full["rest"]
         return Key("saved", f"{full['module']}.{inner}")
-    if _ORIGINAL in name:
-        return Key("original", name.replace(_ORIGINAL, "."))
+    if ORIGINAL in name:
+        return Key("original", name.replace(ORIGINAL, "."))
     for below in _BELOW:
         if below in name:
             return Key("below", name.replace(below, "."))

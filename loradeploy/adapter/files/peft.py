@@ -40,7 +40,7 @@ from loradeploy.adapter.files.formats import (
     other_file,
     other_tensors,
 )
-from loradeploy.adapter.files.keys import PREFIX
+from loradeploy.adapter.files.keys import INNER, ORIGINAL, PREFIX, TRAINED_ROWS
 from loradeploy.adapter.files.roles import MAGNITUDE, PARTS, tensors_by_role
 from loradeploy.adapter.files.tensors import read_arrays, write_arrays
 from loradeploy.adapter.heads import LABELS_KEY, PROBLEM_KEY, head_beside, label_count
@@ -61,10 +61,6 @@ OWN_FILES: Final = frozenset(
 _BASE_DIGEST: Final = "loradeploy.base_digest"
 _PART_OF: Final = "loradeploy.part_of"
 _PICKLES: Final = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-
-_INNER: Final = ".base_layer."
-_ORIGINAL: Final = ".original_module."
-_ROWS: Final = ".token_adapter.trainable_tokens_delta"
 
 
 def load_adapter(path: str | os.PathLike[str]) -> Adapter:
@@ -149,7 +145,7 @@ def save_adapter(adapter: Adapter, directory: str | os.PathLike[str]) -> str:
             arrays[f"{PREFIX}{module}.{part}"] = values
     arrays |= {PREFIX + key: values for key, values in peft_tensors(adapter.factors).items()}
     for parameter, rows in adapter.rows.items():
-        arrays[f"{PREFIX}{parameter.removesuffix('.weight')}{_ROWS}"] = rows.values
+        arrays[f"{PREFIX}{parameter.removesuffix('.weight')}{TRAINED_ROWS}"] = rows.values
     metadata = {"format": "pt"}
     if adapter.base_digest is not None:
         metadata[_BASE_DIGEST] = adapter.base_digest
@@ -232,11 +228,11 @@ def _key(parameter: str, adapter: Adapter) -> str:
     # PEFT wraps target modules, so that their biases are below base_layer.
     module, _, last = parameter.rpartition(".")
     wrapped = module in adapter.factors and not is_saved(parameter, adapter.config)
-    return f"{module}{_INNER}{last}" if wrapped else parameter
+    return f"{module}{INNER}{last}" if wrapped else parameter
 
 
 def _carried_key(parameter: str, adapter: Adapter) -> str:
     module, _, last = parameter.rpartition(".")
     if module in adapter.factors:
-        return f"{module}{_INNER}{last}"
-    return f"{module}{_ORIGINAL}{last}" if parameter in adapter.saved else parameter
+        return f"{module}{INNER}{last}"
+    return f"{module}{ORIGINAL}{last}" if parameter in adapter.saved else parameter

@@ -14,7 +14,7 @@ import numpy as np
 
 from loradeploy.adapter.adapter import Adapter, Factors, Kind, Rows
 from loradeploy.adapter.algebra.experts import expert_factors, parameters_below, with_targets
-from loradeploy.adapter.config import TYING, AdapterConfig
+from loradeploy.adapter.config import TOKENS, TYING, AdapterConfig
 from loradeploy.adapter.files.formats import other_tensors
 from loradeploy.adapter.files.keys import Key, read_keys
 from loradeploy.adapter.modules.targets import is_saved, is_trained_bias, saved_by, untargeted
@@ -139,7 +139,7 @@ def tensors_by_role(
             problems.append(rows)
         else:
             tensors[slot][f"{name}.weight"] = rows
-    if config.extra.get("trainable_token_indices") and not tensors["rows"] and not problems:
+    if config.extra.get(TOKENS) and not tensors["rows"] and not problems:
         problems.append("trainable_token_indices is set, and the file has no rows of these tokens")
     if not any((factors, tensors["saved"], tensors["rows"])) and others and not problems:
         problems.append(f"{others[0][0]} and all others are not tensors of an adapter")
@@ -165,7 +165,7 @@ def _saved_as(parameter: str, saving: AdapterConfig) -> str:
 
 def _rows(module: str, values: NDArray[Any], config: AdapterConfig) -> Rows | str:
     """The trained rows of `module`'s weight, or why they are refused."""
-    indices = config.extra.get("trainable_token_indices")
+    indices = config.extra.get(TOKENS)
     if isinstance(indices, Mapping):
         steps = module.split(".")
         ends = (".".join(steps[first:]) for first in range(len(steps)))  # the longest first

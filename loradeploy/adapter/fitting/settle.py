@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Container, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from loradeploy.adapter.adapter import Adapter, Rows
+from loradeploy.adapter.config import TOKENS
 from loradeploy.adapter.files.digest import tensors_digest
 from loradeploy.adapter.fitting.parts import saving_without
 from loradeploy.errors import AdapterMismatchError
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 logger = logger_of(__name__)
-
-TOKENS: Final = "trainable_token_indices"  # of PEFT's config
 
 
 def values_digest(values: NDArray[Any]) -> str:

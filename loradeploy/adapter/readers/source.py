@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from loradeploy.adapter.adapter import Adapter, Factors
 from loradeploy.adapter.config import AdapterConfig
-from loradeploy.adapter.files.base_files import base_tensors
+from loradeploy.adapter.files.base_files import MODEL_CONFIG_NAME, base_tensors
 from loradeploy.adapter.files.tensors import read_arrays
 from loradeploy.adapter.scaling import with_ranks
 from loradeploy.errors import AdapterError, ModelError, UsageError, listed, listed_names
@@ -18,8 +18,6 @@ from loradeploy.files import read_json
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-_MODEL_CONFIG: Final = "config.json"
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class Base:
     @cached_property
     def config(self) -> Mapping[str, Any]:
         """The contents of its config.json."""
-        return read_json(self.directory / _MODEL_CONFIG, error=ModelError, finite=False)
+        return read_json(self.directory / MODEL_CONFIG_NAME, error=ModelError, finite=False)
 
     @cached_property
     def modules(self) -> tuple[str, ...]:

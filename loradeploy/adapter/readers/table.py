@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from loradeploy.adapter.adapter import Adapter
 from loradeploy.adapter.config import CONFIG_NAME
+from loradeploy.adapter.files.base_files import MODEL_CONFIG_NAME
 from loradeploy.adapter.files.formats import (
     ADAPTER_HUB,
     DIFFUSERS,
@@ -53,7 +54,6 @@ _FILES: Final = (
     "pytorch_lora_weights.safetensors",
     "model.safetensors",
 )
-_MODEL_CONFIG: Final = "config.json"
 
 
 def other_form(path: str | os.PathLike[str]) -> Form | None:
@@ -113,7 +113,7 @@ def _open(path: Path, **given: Any) -> Source | None:
     config = next(
         (
             read_json(directory / name, error=AdapterError)
-            for name in (CONFIG_NAME, _MODEL_CONFIG)
+            for name in (CONFIG_NAME, MODEL_CONFIG_NAME)
             if (directory / name).is_file()
         ),
         None,

@@ -18,8 +18,8 @@ from typing import Final
 
 from loradeploy.errors import listed_names
 
-_SUFFIX: Final = "ExecutionProvider"
-_CPU: Final = f"CPU{_SUFFIX}"
+SUFFIX: Final = "ExecutionProvider"
+CPU: Final = f"CPU{SUFFIX}"
 # Behind the provider's name where a check captured its runs.
 CAPTURED: Final = " captured"
 
@@ -73,7 +73,7 @@ class ProviderFacts:
         """
         given = name.partition(":")[0].lower()
         full = self.chain[0] if self.chain else ""
-        return given in (self.name.lower(), full.lower(), full.removesuffix(_SUFFIX).lower())
+        return given in (self.name.lower(), full.lower(), full.removesuffix(SUFFIX).lower())
 
     def difference(self, other: ProviderFacts) -> str | None:
         """What numbers may differ by between this provider and `other`; None where nothing does."""
@@ -91,7 +91,7 @@ class ProviderFacts:
         return None
 
     def __str__(self) -> str:
-        parts = [" → ".join(name.removesuffix(_SUFFIX) for name in self.chain) or self.provider]
+        parts = [" → ".join(name.removesuffix(SUFFIX) for name in self.chain) or self.provider]
         parts += [self.version] if self.version else []
         parts += [str(self.device)] if self.device is not None else []
         parts += [f"{name}={value}" for name, value in sorted(self.options.items())]
@@ -101,4 +101,4 @@ class ProviderFacts:
 
 def _without_cpu(chain: tuple[str, ...]) -> tuple[str, ...]:
     """The chain without the CPU behind the others, which ONNX Runtime adds to every session."""
-    return chain[:-1] if len(chain) > 1 and chain[-1] == _CPU else chain
+    return chain[:-1] if len(chain) > 1 and chain[-1] == CPU else chain

@@ -49,6 +49,11 @@ class Chain:
         return shape
 
 
+def input_at(node: ir.Node, index: int) -> ir.Value | None:
+    """The input of `node` at `index`, or None."""
+    return node.inputs[index] if len(node.inputs) > index else None
+
+
 def constant_of(value: ir.Value) -> NDArray[Any]:
     """The values of an initializer."""
     if value.const_value is None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from loradeploy.bundle.proof.provider import CPU as CPU
 from loradeploy.errors import first_line
 
 if TYPE_CHECKING:
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Outputs = dict[str, "NDArray[Any]"]
-CPU: Final = "CPUExecutionProvider"
 _FATAL: Final = 4  # onnxruntime's log severity: messages go into the error
 
 

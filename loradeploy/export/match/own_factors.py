@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
+from loradeploy.adapter.tasks import LM_HEAD
 from loradeploy.export.graph.edit import only_user
 from loradeploy.export.match.naming import is_built, module_of
 from loradeploy.export.match.products import input_of, output_of
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from loradeploy.export.match.linears import Linear
 
 _SCALES: Final = ("Div", "Mul")
-_HEAD: Final = "lm_head"
 _CARRIERS: Final = ("Cast", "DequantizeLinear", "Identity", "QuantizeLinear")
 # What a norm divides by, or multiplies with, is the result of one of these.
 _OF_SIZE: Final = ("Clip", "Div", "Max", "Pow", "Reciprocal", "ReduceL2", "Rsqrt", "Sqrt")
@@ -38,7 +38,7 @@ def own_factor(linear: Linear) -> ir.Node | None:
     """
     for product in linear.nodes:
         own = module_of(product)
-        if own is None or (own[0] == _HEAD and is_built(product)):
+        if own is None or (own[0] == LM_HEAD and is_built(product)):
             continue
         before, behind = _beside(product)
         for node in (*before, *behind):

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from loradeploy.bundle.graph_form import BFLOAT16, DEFAULT_PRECISION
-from loradeploy.export.graph.edit import constant_of, integer_of, number_of, only_user
+from loradeploy.export.graph.edit import constant_of, input_at, integer_of, number_of, only_user
 from loradeploy.export.match.integer_scales import scaling_of
 from loradeploy.export.match.operators import MICROSOFT, check_operators
 from loradeploy.export.match.quantized import (
@@ -28,7 +28,6 @@ from loradeploy.export.match.quantized import (
     MATMUL_NBITS,
     TO_FLOAT,
     dequantized_rows,
-    input_at,
     steps_of_blocks,
     unpacked_rows,
 )

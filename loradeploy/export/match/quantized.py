@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from loradeploy.errors import ExportError
-from loradeploy.export.graph.edit import constant_of
+from loradeploy.export.graph.edit import constant_of, input_at
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -23,11 +23,6 @@ INTEGER: Final = "MatMulInteger"
 TO_FLOAT: Final = {"DynamicQuantizeMatMul": (2, 3, 4), "MatMulIntegerToFloat": (3, 5, 6)}
 # onnxruntime (1.31) supports g_idx only with this number of bits.
 _GROUPED_BITS: Final = 4
-
-
-def input_at(node: ir.Node, index: int) -> ir.Value | None:
-    """The input of `node` at `index`, or None."""
-    return node.inputs[index] if len(node.inputs) > index else None
 
 
 def dequantized_rows(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from loradeploy.export.graph.edit import add_constant, constant_of, free_name
+from loradeploy.export.graph.edit import add_constant, constant_of, free_name, input_at
 from loradeploy.export.match.operators import MICROSOFT
 
 if TYPE_CHECKING:
@@ -39,12 +39,12 @@ def separate_projections(graph: ir.Graph) -> None:
 
 def _sizes(node: ir.Node) -> list[int] | None:
     """The outputs of q, k and v; None for an attention that stays as it is."""
-    weight, bias = _input(node, _WEIGHT), _input(node, _BIAS)
+    weight, bias = input_at(node, _WEIGHT), input_at(node, _BIAS)
     unknown = any(
         name not in (*_CARRIED, _SIZES) and attribute.value != 0
         for name, attribute in node.attributes.items()
     )
-    cached = _input(node, _PAST) is not None or len(node.inputs) > _ATTENTION_BIAS + 1
+    cached = input_at(node, _PAST) is not None or len(node.inputs) > _ATTENTION_BIAS + 1
     present = any(value.uses() or value.is_graph_output() for value in node.outputs[1:])
     if unknown or cached or present or not _is_constant(weight) or _has_ranges(node):
         return None
@@ -60,7 +60,7 @@ def _sizes(node: ir.Node) -> list[int] | None:
 
 def _has_ranges(node: ir.Node) -> bool:
     """Whether the mask is of one axis, and not that of the batch: [2 · batch], [3 · batch + 2]."""
-    x, mask = _input(node, _X), _input(node, _MASK)
+    x, mask = input_at(node, _X), input_at(node, _MASK)
     if mask is None or mask.shape is None or len(mask.shape) != 1:
         return False
     producer = mask.producer()
@@ -79,17 +79,17 @@ def _first_size(value: ir.Value | None) -> int | str | None:
 
 
 def _separate(graph: ir.Graph, node: ir.Node, sizes: list[int]) -> None:
-    weight, bias = _input(node, _WEIGHT), _input(node, _BIAS)
+    weight, bias = input_at(node, _WEIGHT), input_at(node, _BIAS)
     assert weight is not None
     ends = np.cumsum(sizes)
     projected: list[ir.Value | None] = []
     for part, begin, end in zip(_PARTS, ends - sizes, ends, strict=True):
         own = slice(int(begin), int(end))
-        y = _computed(graph, node, "MatMul", _input(node, _X), _part(graph, weight, part, own))
+        y = _computed(graph, node, "MatMul", input_at(node, _X), _part(graph, weight, part, own))
         if bias is not None:
             y = _computed(graph, node, "Add", y, _part(graph, bias, part, own))
         projected.append(y)
-    inputs = [*projected, None, _input(node, _MASK), _input(node, _ATTENTION_BIAS)]
+    inputs = [*projected, None, input_at(node, _MASK), input_at(node, _ATTENTION_BIAS)]
     while inputs[-1] is None:
         inputs.pop()
     node.resize_inputs(len(inputs))
@@ -116,10 +116,6 @@ def _computed(
     new.outputs[0].name, new.outputs[0].type = f"{new.name}/{op}", node.outputs[0].type
     graph.insert_before(node, new)
     return new.outputs[0]
-
-
-def _input(node: ir.Node, index: int) -> ir.Value | None:
-    return node.inputs[index] if len(node.inputs) > index else None
 
 
 def _is_constant(value: ir.Value | None) -> bool:

@@ -12,14 +12,12 @@ from pathlib import Path
 from typing import Final
 
 from loradeploy.adapter.files.base_files import GRAPHS_FOLDER, graphs_in
-from loradeploy.bundle.names import GRAPH_NAME
+from loradeploy.bundle.names import CONFIG_NAME, GENAI_CONFIG_NAME, GRAPH_NAME
 from loradeploy.errors import ModelError, UsageError, listed_names
 from loradeploy.printable import logger_of
 
 logger = logger_of(__name__)
 
-CONFIG_NAME: Final = "config.json"
-_GENAI_NAME: Final = "genai_config.json"
 _TOKENIZERS: Final = ("tokenizer*", "vocab.txt", "vocab.json", "spiece.model")
 # One decoder in several files: without the cache, with it, and both in one.
 _MERGED_DECODER: Final = "decoder_model_merged.onnx"
@@ -78,7 +76,7 @@ def find_graph(directory: Path, precision: str | None = None) -> Path | None:
 
 def config_directory(graph: Path) -> Path:
     """The directory of the config for the file `graph`: the same, or one level up."""
-    return _nearest(graph, (CONFIG_NAME, _GENAI_NAME))
+    return _nearest(graph, (CONFIG_NAME, GENAI_CONFIG_NAME))
 
 
 def tokenizer_directory(graph: Path) -> Path:
@@ -100,7 +98,7 @@ def above(graph: Path) -> Path | None:
     It is one if the folder is named onnx, or if the folder has no config and the level up has one.
     """
     folder = graph.resolve().parent
-    has_config = any((folder / name).is_file() for name in (CONFIG_NAME, _GENAI_NAME))
+    has_config = any((folder / name).is_file() for name in (CONFIG_NAME, GENAI_CONFIG_NAME))
     if folder.name == GRAPHS_FOLDER or (not has_config and (folder.parent / CONFIG_NAME).is_file()):
         return folder.parent
     return None

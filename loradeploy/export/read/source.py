@@ -16,7 +16,7 @@ from loradeploy.adapter.files.base_files import (
 )
 from loradeploy.adapter.files.formats import newest_checkpoint
 from loradeploy.bundle.manifest import Manifest, read_manifest
-from loradeploy.bundle.names import GRAPH_NAME, MANIFEST_NAME
+from loradeploy.bundle.names import CONFIG_NAME, GRAPH_NAME, MANIFEST_NAME
 from loradeploy.errors import ModelError
 from loradeploy.export.read.repository import (
     above,
@@ -28,7 +28,6 @@ from loradeploy.files import read_json
 from loradeploy.lora.base.checkpoint import checkpoint_directory, fetch, is_hub_id
 from loradeploy.lora.base.formats import gguf_advice
 
-_CONFIG_NAME: Final = "config.json"
 # onnxruntime's own format, which other programs cannot read.
 _RUNTIME_FORMAT: Final = ".ort"
 
@@ -136,5 +135,5 @@ def _of_runtime(path: Path) -> str:
 
 def read_config(directory: Path) -> dict[str, Any]:
     """The contents of config.json; empty if it does not exist."""
-    file = directory / _CONFIG_NAME
+    file = directory / CONFIG_NAME
     return read_json(file, error=ModelError) if file.is_file() else {}

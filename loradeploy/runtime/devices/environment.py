@@ -19,14 +19,13 @@ from loradeploy.runtime.devices.findings import (
     machine_root,
     provider_findings,
 )
-from loradeploy.runtime.devices.table import PACKAGES
+from loradeploy.runtime.devices.table import CUDA, PACKAGES
 
 _PACKAGES: Final = (
     "loradeploy", "numpy", "onnxruntime-gpu", "onnxruntime", "safetensors", "tokenizers",
     "torch", "transformers", "accelerate", "onnx", "onnx-ir", "onnxscript", "peft",
     "onnxruntime-genai",
 )  # fmt: skip
-_CUDA: Final = "CUDAExecutionProvider"
 
 
 def examine(root: Path | None = None) -> list[Finding]:
@@ -154,7 +153,7 @@ def _onnxruntime(torch: str | None, root: Path) -> list[Finding]:
             )
         )
     findings += provider_findings(root)
-    if _CUDA in onnxruntime.get_available_providers():
+    if CUDA in onnxruntime.get_available_providers():
         findings += _one_cuda(torch, root)
     return findings
 

@@ -11,6 +11,7 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from loradeploy.bundle.proof.provider import SUFFIX
 from loradeploy.errors import UsageError, shown
 from loradeploy.printable import logger_of
 from loradeploy.runtime.devices.plugins import plugin_devices, register
@@ -26,7 +27,6 @@ Provider = str | tuple[str, Mapping[str, Any]]
 # As ONNX Runtime takes them.
 Resolved = tuple[str, dict[str, Any]]
 
-_SUFFIX = "ExecutionProvider"
 _ON = ("1", "true")  # what ONNX Runtime takes for yes
 
 
@@ -124,7 +124,7 @@ def split_device(name: str) -> tuple[str, int | None]:
     if row is not None:
         return row.full, device
     for full in (*BY_FULL_NAME, *available()):
-        if short.lower() in (full.lower(), full.removesuffix(_SUFFIX).lower()):
+        if short.lower() in (full.lower(), full.removesuffix(SUFFIX).lower()):
             return full, device
     return short, device
 

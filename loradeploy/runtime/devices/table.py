@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-_SUFFIX: Final = "ExecutionProvider"
-CPU: Final = f"CPU{_SUFFIX}"
+from loradeploy.bundle.proof.provider import CPU as CPU
+from loradeploy.bundle.proof.provider import SUFFIX
+
+CUDA: Final = f"CUDA{SUFFIX}"
 # Of a plugin: which of its devices, in the order of `onnxruntime.get_ep_devices`.
 DEVICE_NUMBER: Final = "device_number"
 SOFTWARE_ADAPTER: Final = "ORT_WEBGPU_EP_ALLOW_SOFTWARE_ADAPTER"
@@ -109,7 +111,7 @@ KNOWN: Final = (
     ),
     KnownProvider(
         "cuda",
-        f"CUDA{_SUFFIX}",
+        CUDA,
         "an NVIDIA GPU, its driver, and CUDA and cuDNN:"
         " pip install 'onnxruntime-gpu[cuda,cudnn]' installs the last two",
         builds=("onnxruntime-gpu",),
@@ -141,7 +143,7 @@ KNOWN: Final = (
     ),
     KnownProvider(
         "tensorrt",
-        f"Tensorrt{_SUFFIX}",
+        f"Tensorrt{SUFFIX}",
         "an NVIDIA GPU, its driver, CUDA and TensorRT",
         builds=("onnxruntime-gpu",),
         device="cuda",
@@ -151,7 +153,7 @@ KNOWN: Final = (
     ),
     KnownProvider(
         "nv-tensorrt-rtx",
-        f"NvTensorRTRTX{_SUFFIX}",
+        f"NvTensorRTRTX{SUFFIX}",
         "an NVIDIA RTX GPU of the 30 series or later, and its driver",
         plugin=Plugin("onnxruntime-ep-nv-tensorrt-rtx", "onnxruntime_ep_nv_tensorrt_rtx"),
         device_option=DEVICE_NUMBER,
@@ -159,7 +161,7 @@ KNOWN: Final = (
     ),
     KnownProvider(
         "webgpu",
-        f"WebGpu{_SUFFIX}",
+        f"WebGpu{SUFFIX}",
         "a GPU with a driver for Vulkan (Linux; and libvulkan.so.1), Direct3D 12 or Metal; an"
         f" adapter in software counts where {SOFTWARE_ADAPTER}=1 is set before the session opens,"
         " and a Vulkan driver such as SwiftShader is installed (VK_ICD_FILENAMES names its .json)",
@@ -198,7 +200,7 @@ KNOWN: Final = (
     ),
     KnownProvider(
         "openvino",
-        f"OpenVINO{_SUFFIX}",
+        f"OpenVINO{SUFFIX}",
         "an x86-64 processor, or a GPU or NPU of Intel and its driver",
         builds=("onnxruntime-openvino",),
         plugin=Plugin("onnxruntime-ep-openvino", "onnxruntime_ep_openvino"),
@@ -221,27 +223,27 @@ KNOWN: Final = (
     ),
     KnownProvider(
         "directml",
-        f"Dml{_SUFFIX}",
+        f"Dml{SUFFIX}",
         "Windows, and a GPU with a driver for Direct3D 12",
         builds=("onnxruntime-directml",),
         device_option="device_id",
     ),
     KnownProvider(
         "coreml",
-        f"CoreML{_SUFFIX}",
+        f"CoreML{SUFFIX}",
         "macOS",
         builds=("onnxruntime",),
     ),
     KnownProvider(
         "qnn",
-        f"QNN{_SUFFIX}",
+        f"QNN{SUFFIX}",
         "a Qualcomm processor with an NPU, and its driver",
         plugin=Plugin("onnxruntime-qnn", "onnxruntime_qnn"),
         device_option=DEVICE_NUMBER,
     ),
     KnownProvider(
         "migraphx",
-        f"MIGraphX{_SUFFIX}",
+        f"MIGraphX{SUFFIX}",
         "an AMD GPU and ROCm",
         builds=("onnxruntime-migraphx",),
         device_option="device_id",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime
@@ -11,12 +11,12 @@ import onnxruntime
 from loradeploy.bundle.dtypes import NUMPY_NAMES
 from loradeploy.bundle.manifest import TensorSpec
 from loradeploy.errors import UsageError, first_line, listed_names, shown
+from loradeploy.runtime.adapters.stacks import HOST
 from loradeploy.runtime.running.limits import LOOKED_AT, SIZED, Limits, check_finite
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_HOST: Final = "cpu"
 
 Feeds = Mapping[str, "NDArray[Any] | onnxruntime.OrtValue"]
 
@@ -53,7 +53,7 @@ def feed_values(
             if looked_at or name in SIZED or name == limits.first_past:
                 shapes[name] = tuple(feed.shape())
                 _check_feed(inputs[name], _dtype_of(feed, inputs[name]), shapes[name])
-            if looked_at and feed.device_name() == _HOST and feed.is_tensor():
+            if looked_at and feed.device_name() == HOST and feed.is_tensor():
                 numbers[name] = feed.numpy()
             continue
         array = _in_type(inputs[name], _array(name, feed))

@@ -32,6 +32,7 @@ from loradeploy.bundle.names import (
     TOKEN_TYPE_IDS,
 )
 from loradeploy.bundle.outputs import LOGITS_NAMES
+from loradeploy.bundle.sample import UNNAMED
 from loradeploy.bundle.text.tokenizer_files import positions_of_model
 from loradeploy.errors import UsageError, shown
 
@@ -49,7 +50,6 @@ LOOKED_AT: Final = (
 )
 # Those of which the sizes are looked at alone.
 SIZED: Final = (INPUTS_EMBEDS,)
-_UNNAMED: Final = ("", "?")
 # Models whose positions are differences, or slopes, which have no end.
 ENDLESS: Final = ("bloom", "deberta-v2", "mpt", "mt5", "t5", "umt5", "xlnet")
 
@@ -301,5 +301,5 @@ def _shared(spec: TensorSpec, manifest: Manifest) -> tuple[tuple[int, str], ...]
     return tuple(
         (axis, symbol)
         for axis, symbol in enumerate(spec.shape)
-        if isinstance(symbol, str) and symbol not in _UNNAMED and (ours or axis == 0)
+        if isinstance(symbol, str) and symbol not in UNNAMED and (ours or axis == 0)
     )
