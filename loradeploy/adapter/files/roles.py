@@ -7,7 +7,7 @@ rows      trained rows of a weight         carried   weights of the base that th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -72,6 +72,42 @@ def tensors_by_role(
             parts.setdefault(what.name, {})[half] = values
         else:
             others.append((key, what, values))
+    factors = _all_factors(parts, config, problems)
+    config = _targeted(factors, config, problems)
+    slots, named = _slots(others, parts, config, problems)
+    tensors: dict[str, Any] = {"factors": factors, "saved": {}, "carried": {}, "rows": {}}
+    for (slot, name), values in slots.items():
+        if slot != "rows":
+            tensors[slot][name] = values
+            continue
+        rows = _rows(name, values, config)
+        if isinstance(rows, str):
+            problems.append(rows)
+        else:
+            tensors[slot][f"{name}.weight"] = rows
+    if config.extra.get(TOKENS) and not tensors["rows"] and not problems:
+        problems.append("trainable_token_indices is set, and the file has no rows of these tokens")
+    if not any((factors, tensors["saved"], tensors["rows"])) and others and not problems:
+        problems.append(f"{others[0][0]} and all others are not tensors of an adapter")
+    if problems:
+        other = other_tensors({key: values.shape for key, values in arrays.items()})
+        raise AdapterError(
+            f"the file {other}" if other else f"tensors are refused: {listed(problems)}"
+        )
+    # The original bias of a fully trained module is dropped: only weights can be shared.
+    tensors["carried"] = {
+        name: values
+        for name, values in tensors["carried"].items()
+        if name not in tensors["saved"] or name.endswith(".weight")
+    }
+    known = (*config.modules_to_save, *sorted(named.difference(config.modules_to_save)))
+    return dataclasses.replace(config, modules_to_save=known), tensors
+
+
+def _all_factors(
+    parts: Mapping[str, Mapping[str, NDArray[Any]]], config: AdapterConfig, problems: list[str]
+) -> dict[str, Factors]:
+    """The factors by module, of experts by parameter; what are none is put to `problems`."""
     factors: dict[str, Factors] = {}
     below = parameters_below(parts, config)
     if isinstance(below, str):
@@ -86,6 +122,13 @@ def tensors_by_role(
             problems.append(f"{module} {found}")
         else:
             factors[module] = found
+    return factors
+
+
+def _targeted(
+    factors: Mapping[str, Factors], config: AdapterConfig, problems: list[str]
+) -> AdapterConfig:
+    """`config` with tied modules as targets; factors that PEFT would ignore go to `problems`."""
     working = [
         n
         for n, pair in factors.items()
@@ -101,6 +144,16 @@ def tensors_by_role(
             " or layers_to_transform in its config leave the module out (PEFT ignores them): remove"
             " them from the file, or correct the config"
         )
+    return config
+
+
+def _slots(
+    others: Iterable[tuple[str, Key, NDArray[Any]]],
+    parts: Container[str],
+    config: AdapterConfig,
+    problems: list[str],
+) -> tuple[dict[tuple[str, str], NDArray[Any]], set[str]]:
+    """What no factors are, by role and name; the fully trained modules that `config` lacks."""
     task = task_of_peft(config.task_type)
     heads = task.heads if task is not None and task.trained_head else ()
     saving = dataclasses.replace(config, modules_to_save=(*config.modules_to_save, *heads))
@@ -129,33 +182,7 @@ def tensors_by_role(
             slot = "carried"
         if not np.array_equal(slots.setdefault((slot, name), values), values):
             problems.append(f"{key} differs from what the file has for {name} under another key")
-    tensors: dict[str, Any] = {"factors": factors, "saved": {}, "carried": {}, "rows": {}}
-    for (slot, name), values in slots.items():
-        if slot != "rows":
-            tensors[slot][name] = values
-            continue
-        rows = _rows(name, values, config)
-        if isinstance(rows, str):
-            problems.append(rows)
-        else:
-            tensors[slot][f"{name}.weight"] = rows
-    if config.extra.get(TOKENS) and not tensors["rows"] and not problems:
-        problems.append("trainable_token_indices is set, and the file has no rows of these tokens")
-    if not any((factors, tensors["saved"], tensors["rows"])) and others and not problems:
-        problems.append(f"{others[0][0]} and all others are not tensors of an adapter")
-    if problems:
-        other = other_tensors({key: values.shape for key, values in arrays.items()})
-        raise AdapterError(
-            f"the file {other}" if other else f"tensors are refused: {listed(problems)}"
-        )
-    # The original bias of a fully trained module is dropped: only weights can be shared.
-    tensors["carried"] = {
-        name: values
-        for name, values in tensors["carried"].items()
-        if name not in tensors["saved"] or name.endswith(".weight")
-    }
-    known = (*config.modules_to_save, *sorted(named.difference(config.modules_to_save)))
-    return dataclasses.replace(config, modules_to_save=known), tensors
+    return slots, named
 
 
 def _saved_as(parameter: str, saving: AdapterConfig) -> str:
