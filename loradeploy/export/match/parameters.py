@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 # What a weight passes through on its way to its user.
 _CARRIERS = ("Cast", "Identity", "Transpose")
+# Parameters [in, out] that modules multiply by themselves, as a linear layer does: Gemma 3's
+# projector. In the graph they are the module's weight.
+_MATRICES = ("mm_input_projection_weight",)
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,12 +48,12 @@ class Layers:
         """The shape of the checkpoint's `parameter`; None where the graph does not have it."""
         module, _, name = parameter.rpartition(".")
         linear, part = self.linears.get(module), self.parts.get(module)
-        if linear is not None:
-            shapes = {
-                "weight": (linear.out_features, linear.in_features),
-                "bias": (linear.out_features,),
-            }
-            return shapes.get(name)
+        if linear is not None and name == "weight":
+            return (linear.out_features, linear.in_features)
+        if linear is not None and name == "bias":
+            return (linear.out_features,)
+        if linear is not None and name in _MATRICES:
+            return (linear.in_features, linear.out_features)
         if part is not None and name == "weight":
             return part.shape
         if part is not None and name == "bias" and part.bias_input is not None:
@@ -65,7 +68,7 @@ class Layers:
         linear, part = self.linears.get(module), self.parts.get(module)
         if linear is not None and linear.slice is not None:
             return f"{parameter} is packed together with others and cannot be replaced separately"
-        if linear is not None and linear.quantized and name == "weight":
+        if linear is not None and linear.quantized and name != "bias":
             return f"{parameter} is quantized: merge into the unquantized model"
         if (
             linear is not None
@@ -75,7 +78,8 @@ class Layers:
             return f"{parameter} is used in a way that is not understood"
         if part is not None and name == "weight" and form_of(part) == OTHER:
             return f"{parameter} is in the graph in a form that is not the checkpoint's"
-        if linear is None and part is None and value is not None and len(_users(value)) > 1:
+        plain = name not in ("weight", "bias") or (linear is None and part is None)
+        if plain and value is not None and len(_users(value)) > 1:
             return f"{parameter} is shared by several parts of the graph"
         return None
 
@@ -87,12 +91,14 @@ class Layers:
         """
         module, _, name = parameter.rpartition(".")
         linear, part = self.linears.get(module), self.parts.get(module)
+        if linear is not None and name in _MATRICES:
+            name, values = "weight", values.T
         if linear is not None and name == "weight":
             numbers = values if linear.transposed else values.T
             return self.replace_weight(
                 linear, cast(numbers, constant_of(linear.weight).dtype, parameter)
             )
-        if linear is not None:
+        if linear is not None and name == "bias":
             self._replace_linear_bias(linear, values)
             return False
         if part is not None and name == "weight":
@@ -101,7 +107,7 @@ class Layers:
             return self.replace_weight(
                 part, cast(values, constant_of(part.weight).dtype, parameter)
             )
-        if part is not None:
+        if part is not None and name == "bias":
             self._replace_part_bias(part, values)
             return False
         value = self.graph.initializers[parameter]

@@ -5,6 +5,7 @@ The right answer is transformers' with PEFT, whose masks are made of `token_type
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -109,13 +110,27 @@ def test_an_adapter_is_merged_into_both(made: Path, tmp_path: Path) -> None:
     assert difference(found[0], gemma.logits(model, _TWO_IMAGES, pictures(2))) <= ALLOWED
 
 
-@pytest.mark.parametrize("merge", [False, True])
-def test_a_projector_that_is_trained_whole_is_refused(
-    merge: bool, made: Path, tmp_path: Path
+def test_a_projector_that_is_trained_whole_is_merged(
+    made: Path, bundles: Path, tmp_path: Path
 ) -> None:
     given = {RECIPE: made / RECIPE}
-    with pytest.raises(AdapterMismatchError, match=r"mm_input_projection_weight .* is not a"):
-        ld.export(made / "model", tmp_path / "t", task="vision-tower", adapters=given, merge=merge)
+    with pytest.raises(AdapterMismatchError, match="is not a side input of .*: merge it instead"):
+        ld.export(made / "model", tmp_path / "t", task="vision-tower", adapters=given)
+    rows, images = [_TWO_IMAGES], pictures(2)
+    expected = gemma.logits(gemma.whole(made / "model", made / RECIPE), rows[0], images)
+    ld.export(made / "model", tmp_path / "d", task="causal-lm", adapters=given)
+    for name, source in (("checkpoint", made / "model"), ("bundle", bundles / "t")):
+        place = tmp_path / name
+        shutil.copytree(tmp_path / "d", place / "d")
+        ld.export(source, place / "t", task="vision-tower", adapters=given, merge=True)
+        found = _found(place, rows, images, None, RECIPE)
+        assert difference(found[0], expected) <= ALLOWED, name
+        without = _found(place, rows, images, None, None)
+        assert difference(without[0], expected) > 100 * ALLOWED, "the decoder's factors count"
+    shutil.rmtree(place / "t")
+    shutil.copytree(bundles / "t", place / "t")
+    found = _found(place, rows, images, None, RECIPE)
+    assert difference(found[0], expected) > 100 * ALLOWED, "the projector counts"
 
 
 def _read_causally(graph: ir.Graph) -> None:
