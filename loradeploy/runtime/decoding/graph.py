@@ -117,9 +117,10 @@ class DecoderGraph:
     def shifts(self, rows: int) -> NDArray[np.int64]:
         """What is added to the positions behind each prompt, [rows]: its images take fewer."""
         shifts = np.zeros(rows, np.int64)
-        for row, own in enumerate(self.embeds or ()):
-            if own is not None and own.grids is not None:
-                shifts[row] = shift_of(own.grids)
+        if self.counts_in_grids:
+            for row, own in enumerate(self.embeds or ()):
+                if own is not None and own.grids is not None:
+                    shifts[row] = shift_of(own.grids)
         return shifts
 
     def feeds(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from loradeploy.runtime.session import AdapterSession
 
 Shape = tuple[int, ...]
+# Processors divide pixels by 255 and normalize them: the results are below 3.
+_LARGEST: Final = 16.0
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,12 @@ class ImageSizes:
             raise UsageError(
                 f"an image of {what} is {values.dtype} {list(values.shape)}, expected pixel values"
                 f" of floats [{names}]"
+            )
+        largest = max(values.max(), -values.min())
+        if largest > _LARGEST:
+            raise UsageError(
+                f"an image of {what} has pixel values up to {largest:.4g}, expected normalized"
+                " ones, as transformers' processor makes them"
             )
         return values.shape
 

@@ -1,18 +1,35 @@
-"""Images that a processor writes into a prompt's text, before that is split into tokens.
+"""Where a prompt's images are read: as many tokens as each has, written as the processor does.
 
-    "A <boi> b"   →   "A \\n\\n<boi>, all of the image's tokens, <eoi>\\n\\n b"
+Most models have one token for an image, which is repeated, between others of their own:
 
-Newlines join with those of the text beside them into other tokens, so that tokens alone cannot tell
-where an image is to be put in.
+    <image>          ->   <fake_token_around_image><global-img><image><image>…<fake_token…>
+
+Gemma 3 has a text instead, because newlines join with those beside them into other tokens, and
+tokens alone cannot tell where an image is to be put in:
+
+    "A <boi> b"      ->   "A \\n\\n<boi>, all of the image's tokens, <eoi>\\n\\n b"
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
-from loradeploy.errors import BundleError
+from loradeploy.errors import BundleError, UsageError
+
+Surround = tuple[tuple[str, ...], tuple[str, ...]]
+
+_AROUND: Final = (("<fake_token_around_image>", "<global-img>"), ("<fake_token_around_image>",))
+# Tokens before and after those of an image that is not split, by model type.
+_SURROUNDS: Final[Mapping[str, Surround]] = {
+    "llava": ((), ()),
+    "smolvlm": _AROUND,
+    "idefics3": _AROUND,
+    "qwen2_vl": ((), ()),
+    "qwen2_5_vl": ((), ()),
+}
 
 
 @dataclass(frozen=True)
@@ -29,14 +46,14 @@ class _Form:
     beside: str
 
 
-# By model type.
+# By model type, of those that write images as text.
 _FORMS: Final[Mapping[str, _Form]] = {
     "gemma3": _Form("boi_token_index", "image_token_index", "eoi_token_index", "\n\n"),
 }
 
 
 @dataclass(frozen=True)
-class WrittenImage:
+class _Written:
     """An image in a text: `placeholder` stands for it, `token` is one of its tokens.
 
     `whole`: what is written in the placeholder's place.
@@ -49,14 +66,7 @@ class WrittenImage:
     @classmethod
     def of(
         cls, config: Mapping[str, Any], vocabulary: Mapping[str, int], count: int
-    ) -> WrittenImage | None:
-        """That of a model by its config.json, for images of `count` tokens.
-
-        None where images are written by tokens alone.
-
-        Raises:
-            BundleError: the configuration or the vocabulary lacks a token of it.
-        """
+    ) -> _Written | None:
         form = _FORMS.get(str(config.get("model_type")))
         if form is None:
             return None
@@ -72,6 +82,87 @@ class WrittenImage:
         begin, token, end = found
         return cls(begin, token, f"{form.beside}{begin}{token * count}{end}{form.beside}")
 
+
+@dataclass(frozen=True)
+class ImagePrompts:
+    """How the images of a decoder's prompts are written.
+
+    `token`: that of an image. `vocabulary`: the tokenizer's. `where`: the decoder, in messages.
+    """
+
+    token: int
+    vocabulary: Mapping[str, int]
+    where: Path
+    _written: _Written | None
+    _surround: Surround | None
+
+    @classmethod
+    def of(
+        cls,
+        config: Mapping[str, Any],
+        token: int,
+        vocabulary: Mapping[str, int],
+        count: int,
+        where: Path,
+    ) -> ImagePrompts:
+        """Those of a model by its config.json; `count`: tokens of an image, if all have as many.
+
+        Raises:
+            BundleError: the configuration or the vocabulary lacks a token that is written.
+        """
+        written = _Written.of(config, vocabulary, count)
+        surround = _SURROUNDS.get(str(config.get("model_type")))
+        return cls(token, vocabulary, where, written, surround)
+
     def write(self, text: str) -> str:
         """`text` with each image in its place; one that has the images' tokens is left as it is."""
-        return text if self.token in text else text.replace(self.placeholder, self.whole)
+        written = self._written
+        if written is None or written.token in text:
+            return text
+        return text.replace(written.placeholder, written.whole)
+
+    def expanded(self, ids: list[int], features: Sequence[int], what: str) -> list[int]:
+        """The tokens of the prompt `what`, with as many image tokens as its images have `features`.
+
+        Raises:
+            UsageError: it has another number of image tokens than images or features, or the tokens
+                around an image are not known.
+        """
+        count, needed = ids.count(self.token), sum(features)
+        if count == needed:
+            return ids
+        if count != len(features):
+            raise UsageError(
+                f"{what} has {count} image tokens, and {len(features)} images of together {needed}"
+                " features: give one token for each image, or one for each feature"
+            )
+        before, after = self._around()
+        made: list[int] = []
+        waiting = iter(features)
+        for each in ids:
+            own = [each]
+            if each == self.token:
+                own = [*before, *[self.token] * next(waiting), *after]
+            made += own
+        return made
+
+    def _around(self) -> tuple[list[int], list[int]]:
+        """The tokens before and after those of an image."""
+        if self._written is not None:
+            raise UsageError(
+                f"what a processor writes around an image is text: give a text that has"
+                f" {self._written.placeholder} for each image, or one image token for each feature"
+            )
+        if self._surround is None:
+            raise UsageError(
+                f"what a processor writes around an image of {self.where} is not known: give one"
+                " image token for each feature"
+            )
+        known = self.vocabulary
+        if lacking := [word for words in self._surround for word in words if word not in known]:
+            raise UsageError(
+                f"the tokenizer of {self.where} has no {lacking[0]}, which is needed around an"
+                " image: give one image token for each feature, and those around them"
+            )
+        before, after = ([known[word] for word in words] for words in self._surround)
+        return before, after

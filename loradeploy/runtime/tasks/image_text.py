@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -24,7 +26,7 @@ from loradeploy.runtime.decoding.graph import TokenEmbeds
 from loradeploy.runtime.tasks.generation import Generation, TextGenerator
 from loradeploy.runtime.tasks.image_grids import ImageSizes
 from loradeploy.runtime.tasks.image_parts import ImageParts
-from loradeploy.runtime.tasks.image_prompts import WrittenImage
+from loradeploy.runtime.tasks.image_prompts import ImagePrompts
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,16 +38,6 @@ if TYPE_CHECKING:
     from loradeploy.runtime.session import AdapterSession
 
 _TOKENS: Final = ("image_token_id", "image_token_index")  # in config.json
-
-_AROUND: Final = (("<fake_token_around_image>", "<global-img>"), ("<fake_token_around_image>",))
-# What processors write before and after the tokens of an image that is not split, by model type.
-SURROUNDS: Final[Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
-    "llava": ((), ()),
-    "smolvlm": _AROUND,
-    "idefics3": _AROUND,
-    "qwen2_vl": ((), ()),
-    "qwen2_5_vl": ((), ()),
-}
 
 
 def _has_part(adapter: Adapter, manifest: Manifest) -> bool:
@@ -92,12 +84,11 @@ class ImageTextGenerator:
         self.image_token = token
         self._video_token = config.get("video_token_id")
         self._sizes = ImageSizes.of(tower)
-        self._surround = SURROUNDS.get(str(config.get("model_type")))
         self._text = TextGenerator(decoder, cache_budget=cache_budget)
         words = decoder.texts.base.tokenizer.vocabulary
-        self._written = WrittenImage.of(config, words, self._sizes.features or 0)
-        write = None if self._written is None else self._written.write
-        self._reader = PromptReader(decoder, write)
+        features = self._sizes.features or 0
+        self._prompts = ImagePrompts.of(config, token, words, features, decoder.path)
+        self._reader = PromptReader(decoder, self._prompts.write, images=True)
 
     def load(self, name: str, path: str | os.PathLike[str], *, replace: bool = False) -> None:
         """Load the adapter in `path` as `name` into both parts, as `AdapterSession.load`.
@@ -137,20 +128,20 @@ class ImageTextGenerator:
         batch_size: int = 8,
         **options: Unpack[GenerationFlags],
     ) -> list[Generation]:
-        """Continue each prompt, which has its `images`: of each prompt a list of pixel values.
+        """Continue each prompt. `images` has for each prompt the list of its images.
 
-        Pixel values are float [channels, height, width], as the model's processor makes them, an
-        image or a tile of one each; for Qwen-VL see `split`. A prompt has as many image tokens as
-        its images have features, as processors write it, or one for each image, in whose place all
-        of that image are read, with the tokens around them that the model's processor writes. Of
-        Gemma 3 a text has `<start_of_image>` for each image, as its chat template and its processor
-        have it.
-        Adapters, by name or None, and options are as in `TextGenerator.generate`.
+        An image, or a tile of one, is float [channels, height, width]: normalized pixel values, as
+        the model's processor makes them; for Qwen-VL see `split`. A prompt contains either as many
+        image tokens as its images have features, as processors write it, or one for each image. The
+        latter is replaced by all tokens of the image and those that the processor writes around it.
+        For Gemma 3, a text or a chat contains `<start_of_image>` for each image. Adapters, by name
+        or None, and options are as in `TextGenerator.generate`.
 
         Raises:
-            UsageError: not a list of images for each prompt, image tokens that do not fit the
-                images, an adapter that one of the two parts lacks though it has something for it,
-                a name for two adapters, and as `TextGenerator.generate`.
+            UsageError: not a list of images for each prompt, images of another shape or that are
+                not normalized, image tokens that do not fit the images, an adapter that one of the
+                two parts lacks though it has something for it, a name for two adapters, and as
+                `TextGenerator.generate`.
         """
         check_count("batch_size", batch_size)
         given = listed(prompts, "prompts")
@@ -166,7 +157,8 @@ class ImageTextGenerator:
                     " it has none"
                 )
         seeing = [len(own) > 0 for own in images]
-        names = self._parts.names(each_row(adapters, len(given)), seeing)
+        own_names = each_row(adapters, len(given))
+        names = self._parts.names(own_names, seeing)
         reads, sees = [of_decoder for of_decoder, _ in names], [of_tower for _, of_tower in names]
         ids, grids = [], []
         for number, prompt in enumerate(given):
@@ -175,19 +167,20 @@ class ImageTextGenerator:
             if self._video_token in read.ids:
                 raise UsageError(f"{what} has the token of a video: videos are not supported")
             sizes = [self._sizes.checked(image, what) for image in images[number]]
-            ids.append(self._expanded(read.ids, [*map(self._sizes.tokens, sizes)], what))
+            tokens = [self._sizes.tokens(size) for size in sizes]
+            ids.append(self._prompts.expanded(read.ids, tokens, what))
             grids.append(self._sizes.grids(sizes))
         embeds = [
             TokenEmbeds(self.image_token, np.concatenate(own), its) if own else None
             for own, its in zip(self._features(images, sees, batch_size), grids, strict=True)
         ]
-        return self._text.generate(
-            ids,
-            reads,
-            batch_size=batch_size,
-            embeds=embeds,
-            **options,
-        )
+        found = self._text.generate(ids, reads, batch_size=batch_size, embeds=embeds, **options)
+        numbers = itertools.accumulate(one.choice == 0 for one in found)  # of prompts, from 1
+        # An adapter that changes the tower alone has no name in the decoder.
+        return [
+            replace(one, adapter=own_names[number - 1])
+            for one, number in zip(found, numbers, strict=True)
+        ]
 
     def split(
         self, pixel_values: NDArray[np.floating[Any]], image_grid_thw: NDArray[np.integer[Any]]
@@ -222,44 +215,3 @@ class ImageTextGenerator:
                 )
                 found.update(zip(some, values, strict=True))
         return [[found[row, place] for place in range(len(own))] for row, own in enumerate(images)]
-
-    def _expanded(self, ids: list[int], features: Sequence[int], what: str) -> list[int]:
-        """The tokens of a prompt, with as many image tokens as its images have `features`."""
-        count, needed = ids.count(self.image_token), sum(features)
-        if count == needed:
-            return ids
-        if count != len(features):
-            raise UsageError(
-                f"{what} has {count} image tokens, and {len(features)} images of together {needed}"
-                " features: give one token for each image, or one for each feature"
-            )
-        before, after = self._around()
-        made: list[int] = []
-        waiting = iter(features)
-        for each in ids:
-            own = [each]
-            if each == self.image_token:
-                own = [*before, *[self.image_token] * next(waiting), *after]
-            made += own
-        return made
-
-    def _around(self) -> tuple[list[int], list[int]]:
-        """The tokens before and after those of an image."""
-        known = self.decoder.texts.base.tokenizer.vocabulary
-        if self._written is not None:
-            raise UsageError(
-                f"what a processor writes around an image is text: give a text that has"
-                f" {self._written.placeholder} for each image, or one image token for each feature"
-            )
-        if self._surround is None:
-            raise UsageError(
-                f"what a processor writes around an image of {self.decoder.path} is not known: give"
-                " one image token for each feature"
-            )
-        if lacking := [word for words in self._surround for word in words if word not in known]:
-            raise UsageError(
-                f"the tokenizer of {self.decoder.path} has no {lacking[0]}, which is needed around"
-                " an image: give one image token for each feature, and those around them"
-            )
-        before, after = ([known[word] for word in words] for words in self._surround)
-        return before, after

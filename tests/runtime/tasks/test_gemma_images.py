@@ -5,6 +5,8 @@ The right answer is transformers' with PEFT and Gemma3Processor.
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any, Final
 
@@ -126,3 +128,51 @@ def test_images_that_do_not_fit_a_prompt_are_refused(
 ) -> None:
     with pytest.raises(UsageError, match=message):
         generator.generate([prompt], [list(pictures(count))])
+
+
+def test_a_chat_with_an_image_is_not_answered_without_it(generator: ld.ImageTextGenerator) -> None:
+    text = ld.TextGenerator(generator.decoder)
+    with pytest.raises(UsageError, match=r"a message of prompt 2 has an image \(image\), which is"):
+        text.generate(["w1", _CHAT])
+    url = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
+    with pytest.raises(UsageError, match=r"a message of prompt 1 has an image \(image_url\)"):
+        text.generate([url])
+    plain = [{"role": "user", "content": [{"type": "text", "text": "w20 w21"}]}]
+    assert text.generate([plain], max_new_tokens=1)[0].completion_tokens == 1
+    video = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "w20"}]}]
+    with pytest.raises(UsageError, match="prompt 1 has a part of type video: not supported"):
+        generator.generate([video], [[]])
+
+
+def test_pixel_values_that_are_not_normalized_are_refused(
+    generator: ld.ImageTextGenerator,
+) -> None:
+    (image,) = pictures(1)
+    for wrong in (127 * (image + 1), -127 * image):
+        with pytest.raises(UsageError, match="pixel values up to .*, expected normalized ones"):
+            generator.generate(["w1 <start_of_image>"], [[wrong]])
+
+
+def test_results_name_the_adapter_that_was_asked_for(generator: ld.ImageTextGenerator) -> None:
+    names = ["vision", None, "text", "all"]
+    images = [[image] for image in pictures(4)]
+    few: Any = {"max_new_tokens": 1, "num_beams": 2, "n": 2}
+    found = generator.generate(["w1 <start_of_image>"] * 4, images, names, **few)
+    assert [one.adapter for one in found] == [name for name in names for _ in range(2)]
+
+
+def test_sessions_that_do_not_belong_together_are_refused(
+    bundles: Path, tiny_llama_bundle: Path, tmp_path: Path
+) -> None:
+    decoder, tower = ld.AdapterSession(bundles / "d"), ld.AdapterSession(bundles / "t")
+    with pytest.raises(UsageError, match="is a vision-tower bundle, no causal-lm"):
+        ld.ImageTextGenerator(tower, decoder)
+    with pytest.raises(UsageError, match="only takes text, no images"):
+        ld.ImageTextGenerator(ld.AdapterSession(tiny_llama_bundle), tower)
+    # Of another checkpoint, of which every size is the same.
+    file = shutil.copytree(bundles / "t", tmp_path / "t") / "loradeploy.json"
+    manifest = json.loads(file.read_text())
+    manifest["base"]["digest"] = "sha256:" + "0" * 64
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(UsageError, match="are of two models: export both of one checkpoint"):
+        ld.ImageTextGenerator(decoder, ld.AdapterSession(tmp_path / "t"))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import numpy as np
 
@@ -16,6 +16,10 @@ from loradeploy.runtime.text.sides import TextSide
 
 if TYPE_CHECKING:
     from loradeploy.bundle.text.chat import Message
+
+# Parts of a message whose contents are not text, by the names that chat templates use for them.
+_IMAGES: Final = ("image", "image_url", "input_image")
+_OTHER_MEDIA: Final = ("video", "video_url", "audio", "audio_url", "input_audio")
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,11 +37,20 @@ class PromptReader:
     """Reads prompts and texts for a session.
 
     `write`: what is to become of a text, that of a chat included, before it is split into tokens.
+    `images`: whether the images of a chat are given separately. Otherwise they are refused: the
+    chat template writes a token for each, and the answer would be one without the image.
     """
 
-    def __init__(self, session: AdapterSession, write: Callable[[str], str] | None = None) -> None:
+    def __init__(
+        self,
+        session: AdapterSession,
+        write: Callable[[str], str] | None = None,
+        *,
+        images: bool = False,
+    ) -> None:
         self._session = session
         self._write = write
+        self._refused = _OTHER_MEDIA if images else (*_IMAGES, *_OTHER_MEDIA)
         self._positions = session.texts.base.tokenizer.max_length
 
     def read(
@@ -77,7 +90,26 @@ class PromptReader:
             ids = [int(token) for token in cast("Sequence[int]", prompt)]
         else:
             side.check_chat()
+            self._check_media(prompt, what)
             ids = side.tokenizer.encode_chat(cast("Sequence[Message]", prompt), self._write)
         if ids:
             self._session.limits.check_tokens((min(ids), max(ids)), what)
         return ids
+
+    def _check_media(self, messages: Sequence[Any], what: str) -> None:
+        """Raise UsageError if a message of a chat has a part that is not read."""
+        for message in messages:
+            content = message.get("content") if isinstance(message, Mapping) else None
+            for part in content if isinstance(content, list | tuple) else ():
+                if not isinstance(part, Mapping):
+                    continue
+                known = [part.get("type"), *(name for name in part if part[name] is not None)]
+                found = next((name for name in self._refused if name in known), None)
+                if found is None:
+                    continue
+                if found in _IMAGES:
+                    raise UsageError(
+                        f"a message of {what} has an image ({found}), which is not read here: use"
+                        " ImageTextGenerator for the images of a vision-language model"
+                    )
+                raise UsageError(f"a message of {what} has a part of type {found}: not supported")

@@ -1,0 +1,86 @@
+"""An image that the processor of transformers splits into tiles, as docs/images.md shows it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pytest
+
+import loradeploy as ld
+from tests.conftest import once
+from tests.export.trace.test_vision_tower import IMAGE, NEW, _make
+
+FAMILY: Final = "Idefics3"
+SIDE: Final = 28  # of a tile
+TOKENS: Final = 4
+_WORDS: Final = 120
+# The first is split into two rows of two tiles, the second into one of two; and both whole.
+_SIZES: Final = ((56, 56), (28, 56))
+_TILES: Final = (4 + 1) + (2 + 1)
+
+
+def _processor() -> Any:
+    """With the token of an image of the tiny model, and others for what is around a tile."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import Idefics3ImageProcessor, Idefics3Processor, PreTrainedTokenizerFast
+
+    tiles = [f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)]
+    special = {
+        "<fake_token_around_image>": 90,
+        "<global-img>": 91,
+        "<end_of_utterance>": 92,
+        "<image>": IMAGE,
+        **{name: 93 + number for number, name in enumerate(tiles)},
+    }
+    words = {"<unk>": 3, "\n": 4, "\n\n": 5, **special}
+    free = [index for index in range(_WORDS) if index not in words.values()]
+    words |= {f"w{index}": index for index in free}
+    made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        unk_token="<unk>",
+        pad_token="<unk>",
+        additional_special_tokens=list(special),
+    )
+    pixels = Idefics3ImageProcessor(
+        size={"longest_edge": 2 * SIDE},
+        max_image_size={"longest_edge": SIDE},
+        do_image_splitting=True,
+    )
+    return Idefics3Processor(pixels, tokenizer, image_seq_len=TOKENS)
+
+
+def test_tiles_of_a_processor_are_read_as_by_the_whole_model(shared: Path, tmp_path: Path) -> None:
+    pillow = pytest.importorskip("PIL.Image")
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    made = once(shared / f"images-{FAMILY}", lambda place: _make(FAMILY, place))
+    random = np.random.default_rng(0)
+    pictures = [pillow.fromarray(random.integers(0, 256, (*size, 3), np.uint8)) for size in _SIZES]
+    given = _processor()(
+        text=["w11 <image> w12 <image> w13"], images=[pictures], return_tensors="pt"
+    )
+    pixels = given["pixel_values"][0].numpy()
+    assert len(pixels) == _TILES
+    ids = given["input_ids"][0].tolist()
+    assert ids.count(IMAGE) == _TILES * TOKENS
+    assert max(ids) < _WORDS
+
+    for task in ("causal-lm", "vision-tower"):
+        ld.export(made / "model", tmp_path / task, task=task, adapters={"all": made / "all"})
+    generator = ld.ImageTextGenerator(
+        *(ld.AdapterSession(tmp_path / task) for task in ("causal-lm", "vision-tower"))
+    )
+    (found,) = generator.generate([ids], [list(pixels)], max_new_tokens=NEW)
+    model = AutoModelForImageTextToText.from_pretrained(made / "model").eval()
+    with torch.no_grad():
+        out = model.generate(**given, max_new_tokens=NEW, do_sample=False)
+    end = model.generation_config.eos_token_id
+    expected = [token for token in out[0, len(ids) :].tolist() if token != end]
+    assert list(found.token_ids) == expected
+    (other,) = generator.generate([ids], [list(pixels[::-1])], max_new_tokens=NEW)
+    assert other.token_ids != found.token_ids, "the order of the tiles counts"
