@@ -10,6 +10,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final
 
 import numpy as np
@@ -280,14 +281,20 @@ def _check_generation(
 
 def _processed(family: str, prompt: str, tokens: int) -> list[int]:
     """The tokens of a prompt with an image, as the family's processor of transformers writes it."""
-    from transformers.models.idefics3 import processing_idefics3
-    from transformers.models.smolvlm import processing_smolvlm
+    import transformers
 
-    module = {"SmolVLM": processing_smolvlm, "Idefics3": processing_idefics3}.get(family)
     image = "<image>" * tokens  # LLaVA's
-    if module is not None:
-        around = [AROUND["w90"], "<image>", AROUND["w91"]]
-        image = module.get_image_prompt_string(0, 0, tokens, *around)
+    if family != "Llava":
+        # A processor needs more than a tokenizer to be made: this is all that is read of one here.
+        processor = SimpleNamespace(
+            fake_image_token=AROUND["w90"],
+            global_image_tag=AROUND["w91"],
+            global_image_token=AROUND["w91"],
+            image_token="<image>",
+            image_seq_len=tokens,
+        )
+        own = getattr(transformers, f"{family}Processor")
+        image = own.replace_image_token(processor, {"rows": [[0]], "cols": [[0]]}, 0)
     words = re.findall(r"<[^>]+>|w\d+", prompt.replace("<image>", image))
     known = {token: word for word, token in AROUND.items()}
     return [4 + int(known.get(word, word)[1:]) for word in words]
