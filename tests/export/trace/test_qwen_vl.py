@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 import loradeploy as ld
 from loradeploy.bundle.names import MROPE_POSITION_IDS
 from loradeploy.errors import ExportError, UsageError
+from loradeploy.export import trace
 from loradeploy.export.passes.tokens import mrope
+from loradeploy.export.trace import module, qwen_vision
 from loradeploy.runtime.decoding.graph import TokenEmbeds
 from loradeploy.runtime.decoding.mrope import grid_positions
 from tests.conftest import once
@@ -169,6 +171,47 @@ def test_one_adapter_is_merged_into_both(made: Path, tmp_path: Path) -> None:
     assert difference(found, Whole(made, "all").logits(ids, [pixels])) <= ALLOWED
 
 
+def _as_older_versions_write(made: Path, place: Path) -> None:
+    """The checkpoint and `all` with the names and the config.json of transformers before 4.52."""
+    from safetensors.numpy import load_file, save_file
+
+    for name in ("model", "all"):
+        shutil.copytree(made / name, place / name)
+        (file,) = (place / name).glob("*.safetensors")
+        tensors = load_file(file)
+        older = {
+            key.replace("model.language_model.", "model.").replace("model.visual.", "visual."): one
+            for key, one in tensors.items()
+        }
+        assert name == "model" or older.keys() != tensors.keys()
+        save_file(older, file, {"format": "pt"})
+    file = place / "model" / "config.json"
+    config = json.loads(file.read_text())
+    text, vision = config.pop("text_config"), config["vision_config"]
+    del text["model_type"], vision["model_type"]
+    rope = text.pop("rope_parameters")
+    config |= text
+    config["rope_theta"] = rope["rope_theta"]
+    config["rope_scaling"] = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+    file.write_text(json.dumps(config))
+
+
+def test_checkpoints_and_adapters_of_older_versions_are_read(made: Path, tmp_path: Path) -> None:
+    _as_older_versions_write(made, tmp_path)
+    for task, name in (("causal-lm", "decoder"), ("vision-tower", "tower")):
+        given = {"all": tmp_path / "all"}
+        ld.export(tmp_path / "model", tmp_path / name, task=task, adapters=given)
+    decoder, tower = _sessions(tmp_path)
+    ids, pixels = tokens([5, GRIDS[1], 6]), image(GRIDS[1])
+    for name in (None, "all"):
+        features = _features(tower, [pixels], name)[0]
+        found = _logits(decoder, ids, [features], [GRIDS[1]], name)
+        assert difference(found, Whole(made, name).logits(ids, [pixels])) <= ALLOWED, name
+    generator = ld.ImageTextGenerator(decoder, tower)
+    (text,) = generator.generate([ids], [[pixels]], "all", max_new_tokens=NEW)
+    assert list(text.token_ids) == Whole(made, "all").generated(ids, [pixels])
+
+
 def test_parity_proves_both_and_sees_wrong_positions(made: Path) -> None:
     few: dict[str, Any] = {"model": made / "model", "certificate": False}
     phases = ["padded batch", "embeddings"]
@@ -204,6 +247,22 @@ def test_an_export_with_wrong_positions_is_refused(
     monkeypatch.setattr(Trial, "run", mistaken)
     with pytest.raises(ExportError, match=r"with inputs_embeds its output logits is .* away"):
         ld.export(made / "model", tmp_path / "d", task="causal-lm")
+
+
+@pytest.mark.parametrize("mistake", ["turned", "no windows"])
+def test_a_tower_with_wrong_positions_or_windows_is_not_exported(
+    mistake: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = qwen_vision._positions
+    if mistake == "turned":
+        monkeypatch.setattr(qwen_vision, "_positions", lambda *sizes: right(*sizes).flip(-1))
+    elif "Qwen2VL" in made.name:
+        pytest.skip("its tower has no windows")
+    else:
+        monkeypatch.setattr(qwen_vision, "_window_side", lambda visual: None)
+    monkeypatch.setattr(trace, "trace", module.trace)  # anew: tests remember their traces
+    with pytest.raises(ExportError, match=r"its output image_features is .* away from the source"):
+        ld.export(made / "model", tmp_path / "t", task="vision-tower")
 
 
 def test_a_decoder_in_half_precision_is_proved(made: Path, tmp_path: Path) -> None:
@@ -251,6 +310,25 @@ def test_texts_with_images_are_those_of_transformers(made: Path) -> None:
         for p, i, n in zip(prompts, images, names, strict=True)
     ]
     assert [t.token_ids for t in together] == [t.token_ids for texts in alone for t in texts]
+
+
+@pytest.mark.breadth(2)
+def test_a_cache_in_place_goes_on_behind_images_alike(made: Path, tmp_path: Path) -> None:
+    given = {"all": made / "all"}
+    ld.export(made / "model", tmp_path / "d", task="causal-lm", adapters=given, attention="gqa")
+    decoder, tower = _sessions(made)
+    in_place = ld.AdapterSession(tmp_path / "d")
+    assert in_place.manifest.cache_in_place
+    rows: list[list[Any]] = [[5, GRIDS[1], 6, 7], [8, 9, 10], [GRIDS[0], 6, GRIDS[2]]]
+    prompts = [tokens(words) for words in rows]
+    images = [[image(word) for word in words if not isinstance(word, int)] for words in rows]
+    texts = []
+    for session in (decoder, in_place):
+        generator = ld.ImageTextGenerator(session, tower)
+        found = generator.generate(prompts, images, ["all", None, None], max_new_tokens=NEW)
+        texts.append([one.token_ids for one in found])
+    assert texts[0] == texts[1]
+    assert len({len(ids) for ids in prompts}) == len(prompts), "padding counts"
 
 
 def test_what_a_processor_gives_is_split(made: Path) -> None:
