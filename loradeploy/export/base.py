@@ -1,71 +1,15 @@
-"""The base that a bundle is made from, and how a checkpoint becomes one: traced, and checked."""
+"""The base that a bundle is made from, and what the user asked for."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from loradeploy.adapter.files.base_files import base_tensors
-from loradeploy.adapter.files.digest import base_digest
-from loradeploy.adapter.fitting.fit import MOST_ROWS
-from loradeploy.adapter.fitting.parts import own_part
-from loradeploy.adapter.fitting.towers import tower_part
-from loradeploy.adapter.fitting.vocabulary import (
-    added_tokens,
-    refuse_resized,
-    say_resized,
-    without_added,
-)
-from loradeploy.adapter.heads import LABELED, label_parameters
-from loradeploy.adapter.modules.renamings import Submodel, known
-from loradeploy.adapter.tasks import (
-    CAUSAL_LM,
-    CLASSIFICATIONS,
-    FEATURE_EXTRACTION,
-    IMAGE_FEATURE_EXTRACTION,
-    SEQ2SEQ_LM,
-    SEQUENCE_CLASSIFICATION,
-    VISION_TOWER,
-)
-from loradeploy.bundle.graph_form import DEFAULT_PRECISION, TOKENS
-from loradeploy.bundle.manifest import (
-    BaseIdentity,
-    Manifest,
-    TensorSpec,
-)
-from loradeploy.bundle.names import INPUT_IDS
-from loradeploy.bundle.sample import Sample
-from loradeploy.errors import (
-    ExportError,
-    ModelError,
-    listed_names,
-)
-from loradeploy.export.adapters.given import (
-    check_adapters,
-    check_brought,
-    label_count,
-    named,
-)
-from loradeploy.export.adapters.own_weights import model_digests, settled
-from loradeploy.export.graph.file import outputs, required_inputs
-from loradeploy.export.match.experts import annotate_experts
-from loradeploy.export.match.norm_forms import annotate_forms
-from loradeploy.export.passes.forms.static_shapes import static_specs
-from loradeploy.export.passes.tokens.embeds import add_inputs_embeds, sample_embeds
-from loradeploy.export.passes.tokens.image_blocks import join_image_blocks
-from loradeploy.export.passes.tokens.mrope import add_mrope_positions, sample_positions
-from loradeploy.export.read.source import Source, read_config
-from loradeploy.export.read.third_party import (
-    Evidence,
-)
-from loradeploy.export.tasks import choose_task
-from loradeploy.export.texts import check_recipe, makes_vectors
-from loradeploy.export.towers import tower_kind
+from loradeploy.adapter.modules.renamings import Submodel
+from loradeploy.bundle.manifest import BaseIdentity, Manifest, TensorSpec
+from loradeploy.export.read.third_party import Evidence
 from loradeploy.export.trial.bundle import Source as TrialSource
-from loradeploy.lora.base.formats import check_unquantized
-from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -74,8 +18,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from loradeploy.adapter.adapter import Adapter
-
-logger = logger_of(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,184 +89,6 @@ class Base:
     ties_head: bool | None = None
 
 
-def from_checkpoint(source: Source, options: Options) -> Base:
-    """The base of a Hugging Face checkpoint, traced.
-
-    Raises:
-        ModelError: it is no model of the task. AdapterError: an adapter is refused or does not fit.
-    """
-    from loradeploy.export.trace import answers, load_model, trace
-    from loradeploy.export.trace.image_text import (
-        counts_in_grids,
-        has_image_blocks,
-        other_part,
-        vision_part,
-    )
-    from loradeploy.export.trace.towers import tower_config
-    from loradeploy.lora.base.vocabulary import resize_for, tied_by_config_alone, vocabulary_of
-    from loradeploy.lora.experts import expert_parameters
-    from loradeploy.lora.submodels import named_as_in, submodels
-
-    adapters = options.adapters
-    trained_on = [adapter.config.base_model_name_or_path for adapter in adapters.values()]
-    check_unquantized(source.directory, names=[source.name, *trained_on])
-    given = read_config(source.directory)
-    task = choose_task(given, options.task, adapters.values())
-    declared = options.task or any(adapter.config.task_type for adapter in adapters.values())
-    if task == CAUSAL_LM and not declared and makes_vectors(source.directory):
-        task = FEATURE_EXTRACTION  # a decoder that became an embedder keeps its architecture's name
-    kind = tower_kind(given, task)
-    if kind is None:  # a tower's own vector is a text's
-        check_recipe([source.directory, *options.directories.values()], task)
-    for name, adapter in adapters.items():
-        with named(name):
-            adapters = {**adapters, name: tower_part(adapter, None if kind is None else kind.tower)}
-    precision = options.precision or DEFAULT_PRECISION
-    digest = base_digest(source.directory)
-    identity = BaseIdentity(source.name, digest, "checkpoint")
-    labels = label_count(adapters) if task in CLASSIFICATIONS else None
-    if labels is not None and not options.merge:
-        labels = _with_own_head(labels, source, adapters)
-    others = other_part(read_config(source.directory), task)
-    if adapters:
-        skeleton, _ = load_model(source.directory, task, labels=labels, meta=True)
-        adapters = {name: named_as_in(skeleton, each) for name, each in adapters.items()}
-        for name, adapter in adapters.items():
-            with named(name):
-                adapters[name] = own_part(adapter, others)
-        if task == VISION_TOWER:
-            skeleton = vision_part(skeleton)
-        plain, tokens = dict(adapters), vocabulary_of(skeleton)
-        for name, adapter in adapters.items():
-            with named(name):
-                if options.merge:
-                    resize_for(skeleton, adapter)
-                elif tokens is not None and (others or kind is not None or task == SEQ2SEQ_LM):
-                    refuse_resized(adapter, tokens)
-                elif tokens is not None and added_tokens(adapter, tokens, MOST_ROWS):
-                    plain[name] = without_added(adapter, tokens)
-        check_adapters(skeleton, plain, task=task, base=identity, merge=options.merge)
-    logger.info("loading %s", source.name)
-    brought = {name for a in adapters.values() for name in (*a.saved, *a.carried)}
-    model, zeroed = load_model(source.directory, task, labels=labels, brought=brought)
-    for name, adapter in adapters.items():
-        check_brought(name, adapter, zeroed)
-    if TOKENS in options.side_inputs and (apart := tied_by_config_alone(model)) is not None:
-        raise ModelError(
-            f"{source.name}: its config.json ties {apart[0]} and {apart[1]}, and the checkpoint has"
-            f" two weights: rows of tokens would differ from PEFT's, export without {TOKENS!r}"
-        )
-    vocabulary = None
-    if options.merge:
-        ((name, adapter),) = adapters.items()
-        before = vocabulary_of(model)
-        vocabulary = resize_for(model, adapter)
-        if before is not None and vocabulary is not None:
-            say_resized(name, before.size, vocabulary)
-    if zeroed:
-        # Of a base alone nobody else will tell.
-        level = logging.INFO if adapters else logging.WARNING
-        message = "not in the checkpoint, zeros in the graph until an adapter replaces it: %s"
-        logger.log(level, message, listed_names(zeroed))
-    parameters = frozenset(name for name, _ in model.named_parameters(remove_duplicate=False))
-    adapters = settled(model, adapters, merge=options.merge)
-    own_weights = {} if options.merge else model_digests(model)
-    weights = None
-    if precision == "fp16":
-        weights = _float_weights(model) if options.merge else None
-        model = model.half()
-    config: Any = model.config
-    graph = trace(model, task)
-    embeds = add_inputs_embeds(graph) if task == CAUSAL_LM and others else ()
-    blocks = bool(embeds) and has_image_blocks(given)
-    if blocks:
-        join_image_blocks(graph)
-    turns = counts_in_grids(given, task)
-    if turns:
-        embeds = (*embeds, add_mrope_positions(graph))
-    _check_rank(outputs(graph), task, type(model).__name__)
-    norms = {name: p for name, p in model.named_parameters() if p.ndim == 1}
-    annotate_forms(
-        graph, lambda name: norms[name].detach().float().numpy() if name in norms else None
-    )
-    of_experts = expert_parameters(model)
-    experts = {n: p.detach().numpy() for n, p in model.named_parameters() if n in of_experts}
-    annotate_experts(graph, experts)
-    specs = static_specs(required_inputs(graph), options.fixed)
-    pad = getattr(config.get_text_config(), "pad_token_id", None)  # of an image there is none
-    feeds = Sample(specs, config.to_dict(), pad=pad).feeds()
-    fed = sample_embeds(embeds, feeds[INPUT_IDS]) if embeds else None
-    if fed is not None and turns:
-        fed |= sample_positions(feeds[INPUT_IDS])
-    original = answers(model, task, [spec.name for spec in outputs(graph)], feeds, adapters, fed)
-    return Base(
-        graph,
-        task,
-        identity,
-        precision,
-        adapters,
-        parameters=parameters,
-        replaced=modules_of(zeroed),
-        lacking=frozenset(zeroed),
-        pad=config.pad_token_id if task == SEQUENCE_CLASSIFICATION else None,
-        weights=weights,
-        source=TrialSource(original, quantized_here=precision not in (DEFAULT_PRECISION, "fp16")),
-        own_weights=own_weights,
-        submodels=known(submodels(model)),
-        base_prefix=str(model.base_model_prefix),
-        vocabulary=vocabulary,
-        embeds=embeds,
-        image_blocks=blocks,
-        other_part=others,
-        tower=None if kind is None else kind.tower,
-        config=None if kind is None else tower_config(model),
-    )
-
-
-def _check_rank(given: Iterable[TensorSpec], task: str, model: str) -> None:
-    """Raise ExportError where the states of an image are maps, not one state a position."""
-    for spec in given:
-        if task == IMAGE_FEATURE_EXTRACTION and len(spec.shape) > 3:
-            raise ExportError(
-                f"{model} gives {spec.name} of {len(spec.shape)} dimensions for an image, which is"
-                f" not supported: {task} is for transformers with a state for each patch"
-            )
-
-
-def _with_own_head(labels: int, source: Source, adapters: Mapping[str, Adapter]) -> int:
-    """How many outputs a graph has for adapters of up to so many labels, and for the base's head.
-
-    A head of other labels is no part of the model that is traced: it is kept where it is the
-    largest and the adapters' can be filled up to it, and else left out, which is said.
-    """
-    tensors = base_tensors(source.directory)
-    own = max((t.shape[0] for name, t in tensors.items() if LABELED.fullmatch(name)), default=0)
-    weights = [(a, name) for a in adapters.values() for name in label_parameters(a)]
-    filled = all(name.removesuffix("weight") + "bias" in a.saved for a, name in weights)
-    if own > labels and filled:
-        return own
-    if own not in (0, labels):
-        logger.warning(
-            "the base's own head has %d outputs and the adapters' up to %d: it is left out, and"
-            " rows without an adapter are given zeros",
-            *(own, labels),
-        )
-    return labels
-
-
 def modules_of(parameters: Iterable[str]) -> frozenset[str]:
     """The modules that have these parameters."""
     return frozenset(name.rpartition(".")[0] for name in parameters)
-
-
-def _float_weights(model: Any) -> dict[str, NDArray[Any]]:
-    """Every linear's weight [out, in] in fp32, before the model is cast."""
-    from transformers.pytorch_utils import Conv1D
-
-    weights = {}
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if weight is not None and weight.ndim == 2:
-            values = weight.detach().numpy()
-            weights[name] = values.T if isinstance(module, Conv1D) else values
-    return weights

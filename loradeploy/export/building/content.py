@@ -21,11 +21,12 @@ from loradeploy.bundle.names import CONFIG_NAME, PAST
 from loradeploy.bundle.run_target import check_runs, choice_of
 from loradeploy.errors import ExportError, ModelError, UsageError, listed_names
 from loradeploy.export.adapters.given import label_count, label_names, named
-from loradeploy.export.base import Base, Options, from_checkpoint
+from loradeploy.export.base import Base, Options
 from loradeploy.export.building.adapted import with_side_inputs
 from loradeploy.export.building.added import without_added_tokens
 from loradeploy.export.building.merged import merged, with_resized_vocabulary
 from loradeploy.export.building.steps import modules_of
+from loradeploy.export.checkpoint_base import from_checkpoint
 from loradeploy.export.graph.file import outputs, required_inputs
 from loradeploy.export.graph_base import from_graph
 from loradeploy.export.match.linears import Findings, find_linears

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 import loradeploy as ld
 from loradeploy.errors import AdapterMismatchError, ExportError, UsageError
-from loradeploy.export import base
+from loradeploy.export import checkpoint_base
 from tests.conftest import once
 from tests.export.reference import difference
 from tests.inputs import gemma
@@ -175,7 +175,7 @@ def test_parity_proves_that_images_are_read_in_both_directions(
 def test_a_decoder_that_reads_images_causally_is_not_exported(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(base, "join_image_blocks", lambda graph: None)
+    monkeypatch.setattr(checkpoint_base, "join_image_blocks", lambda graph: None)
     with pytest.raises(ExportError, match=r"with inputs_embeds its output .* away from PyTorch"):
         ld.export(made / "model", tmp_path / "d", task="causal-lm")
 
