@@ -41,8 +41,14 @@ def command(path: str, as_json: bool) -> None:
     }
     print_pairs(f"{path}: {facts['kind']}", pairs)
     for name, rows in tables.items():
-        shown = _alike(rows)
+        shown = _alike(_filled(rows))
         print_rows(name, shown[0] if shown else (), [row.values() for row in shown])
+
+
+def _filled(rows: list[Facts]) -> list[Facts]:
+    """`rows` with every field that one of them has: some are left out where nothing is known."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return [{name: row.get(name, "") for name in names} for row in rows]
 
 
 def _alike(rows: list[Facts]) -> list[Facts]:

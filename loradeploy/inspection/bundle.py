@@ -88,7 +88,8 @@ class BundledAdapterFacts:
 class BundleFacts:
     """A bundle. `graph`: whether its files changed since the export.
 
-    `merged_part_of`: as `BundledAdapterFacts.part_of`, of the merged adapter.
+    `merged_part_of`: as `BundledAdapterFacts.part_of`, of the merged adapter. `image_inputs`: the
+    optional inputs by which a decoder reads images.
     """
 
     kind: str = "bundle"
@@ -109,6 +110,7 @@ class BundleFacts:
     logits_to_keep: bool
     padding: str | None
     added_tokens: str | None = field(default=None, metadata=IF_KNOWN)
+    image_inputs: list[str] | None = field(default=None, metadata=IF_KNOWN)
     required_inputs: bool
     static_shapes: list[str]
     target: str | None
@@ -164,6 +166,7 @@ def inspect_bundle(path: Path) -> BundleFacts:
         logits_to_keep=form.logits_to_keep,
         padding=manifest.padding,
         added_tokens=None if added is None else f"{added.count} behind the base's {added.base}",
+        image_inputs=[spec.name for spec in manifest.embeds] or None,
         required_inputs=form.required_inputs,
         static_shapes=[f"{name}={size}" for name, size in form.static_shapes.items()],
         target=form.target,

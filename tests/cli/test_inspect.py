@@ -52,6 +52,15 @@ def test_inspect_tells_which_adapter_a_part_is_of(checked: Path, tmp_path: Path)
     (checked / "loradeploy.json").write_text(json.dumps(manifest))
     (entry,) = json.loads(call("inspect", checked, "--json"))["adapters"]
     assert entry["part_of"] == "sha256:11"
+    # Beside an adapter that changes this bundle alone, of which nothing more is known.
+    shutil.copytree(checked / "adapters/one", checked / "adapters/alone")
+    alone = {**manifest["adapters"]["one"], "split": False}
+    manifest["adapters"] = {"alone": alone, **manifest["adapters"]}
+    (checked / "loradeploy.json").write_text(json.dumps(manifest))
+    lines = call("inspect", checked).partition("\nadapters\n")[2].splitlines()[:3]
+    assert lines[0].split() == ["name", "digest", "files", "part", "of"]
+    assert [line.split()[0] for line in lines[1:]] == ["alone", "one"]
+    assert [line.endswith("sha256:11") for line in lines[1:]] == [False, True]
 
 
 def test_inspect_tells_what_a_bundle_is(tiny_llama_bundle: Path) -> None:

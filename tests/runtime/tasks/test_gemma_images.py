@@ -14,6 +14,7 @@ import pytest
 
 import loradeploy as ld
 from loradeploy.errors import UsageError
+from loradeploy.inspection.bundle import inspect_bundle
 from tests.conftest import once
 from tests.inputs import gemma
 from tests.inputs.gemma import IMAGE, pictures
@@ -176,3 +177,10 @@ def test_sessions_that_do_not_belong_together_are_refused(
     file.write_text(json.dumps(manifest))
     with pytest.raises(UsageError, match="are of two models: export both of one checkpoint"):
         ld.ImageTextGenerator(decoder, ld.AdapterSession(tmp_path / "t"))
+
+
+def test_inspect_tells_a_decoder_that_reads_images(bundles: Path, tiny_llama_bundle: Path) -> None:
+    found = inspect_bundle(bundles / "d")
+    assert found.image_inputs == ["inputs_embeds", "inputs_embeds_mask"]
+    assert inspect_bundle(bundles / "t").image_inputs is None
+    assert inspect_bundle(tiny_llama_bundle).image_inputs is None
