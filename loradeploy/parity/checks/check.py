@@ -59,7 +59,9 @@ class _Tallies:
 
     def of(self, adapter: str | None, phase: str) -> _Tally:
         if (adapter, phase) not in self.found:
-            comparison = Comparison(scale=self.reference.scale[adapter], logits=self.logits)
+            comparison = Comparison(
+                scale=self.reference.scale_in(phase, adapter), logits=self.logits
+            )
             self.found[adapter, phase] = _Tally(comparison)
         return self.found[adapter, phase]
 
@@ -356,7 +358,8 @@ def _result(
     reference: Reference,
 ) -> Result:
     effect = None if adapter is None else reference.effect[adapter].largest
-    verdict = judge(tally.comparison.figures(), reference.limits[adapter], effect=effect)
+    limits = reference.limits_in(phase, adapter)
+    verdict = judge(tally.comparison.figures(), limits, effect=effect)
     if problem is None and phase == REPEAT and not verdict.passed:
         problem = f"two runs differ: {verdict.failure}"
     return verdict.result(

@@ -243,7 +243,8 @@ class _Trial:
         other = self._other(row)
         batch = [tried] if other is None else [tried, _shortened(other, steps)]
         cases, task = self.context.cases, self.context.manifest.task
-        comparison = Comparison(scale=self.reference.scale[row.adapter], logits=has_logits(task))
+        scale = self.reference.scale_in(phase, row.adapter)
+        comparison = Comparison(scale=scale, logits=has_logits(task))
         try:
             for seen in run_phases(
                 self.model,
@@ -262,7 +263,7 @@ class _Trial:
         figures = comparison.figures()
         if not figures.positions:
             return None  # too short for the phase
-        limits = self.reference.limits[row.adapter]
+        limits = self.reference.limits_in(phase, row.adapter)
         effect = None if row.adapter is None else self.reference.effect[row.adapter].largest
         failure = judge(figures, limits, effect=effect).failure
         return None if failure is None else Fault(failure, figures.max_abs)

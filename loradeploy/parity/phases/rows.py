@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from loradeploy.parity.names import DECODE, EMBEDDED, PADDED_BATCH, PERMUTED
@@ -44,6 +44,10 @@ class Row:
     def tokens(self) -> tuple[int, ...]:
         """All that is fed, in one row."""
         return self.prompt + self.forced[:-1]
+
+    def reading(self, fed: Fed) -> Row:
+        """The prompt alone with `fed` in its tokens' places, and what the reference gives then."""
+        return replace(self, forced=(), expected=fed.expected, about=None, fed=fed)
 
     @property
     def first_step(self) -> int | None:

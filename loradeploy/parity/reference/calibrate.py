@@ -11,13 +11,14 @@ import numpy as np
 
 from loradeploy.parity.figures.metrics import Comparison, Figures
 from loradeploy.parity.phases.choice import spread
+from loradeploy.parity.phases.fed import embeds_feeds
 from loradeploy.parity.reference.quantized import QUANTIZED
 from loradeploy.parity.reference.rounding import DTYPES, Activations, in_dtype, rounded_activations
 
 if TYPE_CHECKING:
     import torch
 
-    from loradeploy.parity.phases.models import Model
+    from loradeploy.parity.phases.models import EmbedsModel
     from loradeploy.parity.phases.rows import Row
 
 # Prompts, of all lengths, that are computed once more: of float64, which takes twice as long and
@@ -33,18 +34,20 @@ _POOLED: Final = ("mean_abs", "p99_abs")
 
 def measure_gap(
     model: torch.nn.Module,
-    forward: Model,
+    forward: EmbedsModel,
     rows: Sequence[Row],
     precision: str,
     activations: Mapping[str, Activations],
     *,
     scale: float,
     logits: bool,
+    embeds: bool = False,
 ) -> Figures:
     """How far PyTorch is off by the rounding of `precision` alone, on some of `rows`.
 
     `forward` runs `model`, whose adapter is in it; the rows hold what it gives in float32.
-    `activations` are the modules whose inputs quantized weights round.
+    `activations` are the modules whose inputs quantized weights round. `embeds`: whether the rows
+    read their embeddings (`Row.reading`).
     """
     gap = Comparison(scale=scale, logits=logits)
     of_rows: list[Figures] = []
@@ -53,7 +56,9 @@ def measure_gap(
     with _less_exact(model, precision, activations):
         for row in spread(rows, _EXACT if exactly else _CASES):
             ids = np.array([row.tokens], np.int64)
-            values, _ = forward.forward(ids, np.ones_like(ids), None, [row.adapter])
+            mask = np.ones_like(ids)
+            fed = embeds_feeds([row.fed], mask) if embeds and row.fed is not None else None
+            values, _ = forward.forward(ids, mask, None, [row.adapter], embeds=fed)
             values = values[..., : row.outputs].reshape(row.expected.shape)
             # float64 is the more exact side, any other the less exact one.
             exact, rounded = row.expected, values

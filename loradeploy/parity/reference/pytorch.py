@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -32,6 +32,7 @@ from loradeploy.parity.context import CheckContext
 from loradeploy.parity.figures.expected import Expected
 from loradeploy.parity.figures.tolerances import Limit, assumed, calibrated
 from loradeploy.parity.inputs.row_feeds import TARGET, Known, plain_feeds
+from loradeploy.parity.names import EMBEDDED
 from loradeploy.parity.phases.batches import batch_size
 from loradeploy.parity.phases.fed import FED_ROWS, Fed, drawn, embeds_feeds
 from loradeploy.parity.phases.outputs import has_logits, joined, output_names
@@ -175,15 +176,27 @@ class Effect:
 class Reference:
     """What PyTorch gives, by adapter name; None is the base.
 
-    `scale`: the largest absolute value of each. `limits`: how far a deployment may be off. The
-    rows' values are in files, mapped on reading. `notes`: what its reader must know.
+    `scale`: the largest absolute value of each. `limits`: how far a deployment may be off. Both
+    are of tokens; `embedded_scale` and `embedded_limits` are of embeddings in their places, where
+    the model takes them: it rounds those by more or less. The rows' values are in files, mapped on
+    reading. `notes`: what its reader must know.
     """
 
     rows: dict[str | None, tuple[Row, ...]]
     scale: dict[str | None, float]
     effect: dict[str, Effect]
     limits: dict[str | None, Mapping[str, Limit]]
+    embedded_scale: Mapping[str | None, float] = field(default_factory=dict)
+    embedded_limits: Mapping[str | None, Mapping[str, Limit]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def scale_in(self, phase: str | None, adapter: str | None) -> float:
+        """The largest absolute value of what a phase shows."""
+        return (self.embedded_scale if phase == EMBEDDED else self.scale)[adapter]
+
+    def limits_in(self, phase: str | None, adapter: str | None) -> Mapping[str, Limit]:
+        """How far a deployment may be off in a phase."""
+        return (self.embedded_limits if phase == EMBEDDED else self.limits)[adapter]
 
 
 @dataclass(frozen=True, eq=False)
@@ -292,11 +305,16 @@ def make_reference(context: CheckContext, base: Base) -> Reference:
     rows: dict[str | None, tuple[Row, ...]] = {}
     scale: dict[str | None, float] = {}
     limits: dict[str | None, Mapping[str, Limit]] = {}
+    embedded_scale: dict[str | None, float] = {}
+    embedded_limits: dict[str | None, Mapping[str, Limit]] = {}
 
     def run(name: str | None, generated: int) -> None:
-        rows[name] = reference_rows(context, base.model, name, generated)
-        scale[name] = _scale(rows[name])
-        limits[name] = _limits(context, base, name, rows[name], scale[name], notes)
+        rows[name] = own = reference_rows(context, base.model, name, generated)
+        scale[name] = _scale(own)
+        limits[name] = _limits(context, base, name, own, scale[name], notes)
+        if fed := [row.reading(row.fed) for row in own if row.fed is not None]:
+            size = embedded_scale[name] = _scale(fed)
+            embedded_limits[name] = _limits(context, base, name, fed, size, notes, embeds=True)
 
     # Of a merged bundle only the adapter is compared; its base is there to tell the effect.
     with as_reference(context, base, None):
@@ -309,6 +327,8 @@ def make_reference(context: CheckContext, base: Base) -> Reference:
         scale=scale,
         effect={s.name: effect(rows[None], rows[s.name]) for s in context.adapters},
         limits=limits,
+        embedded_scale=embedded_scale,
+        embedded_limits=embedded_limits,
         notes=tuple(dict.fromkeys(notes)),
     )
 
@@ -345,8 +365,10 @@ def _limits(
     rows: Sequence[Row],
     scale: float,
     notes: list[str],
+    *,
+    embeds: bool = False,
 ) -> Mapping[str, Limit]:
-    """How far a deployment of what is in the model may be from `rows`."""
+    """How far a deployment of what is in the model may be from `rows`, which may read `embeds`."""
     manifest = context.manifest
     try:
         gap = measure_gap(
@@ -357,6 +379,7 @@ def _limits(
             activations_of(base.quantized),
             scale=scale,
             logits=has_logits(manifest.task),
+            embeds=embeds,
         )
     except (RuntimeError, TypeError, ValueError) as problem:  # a model that mixes its own dtypes
         who = manifest.base.name if name is None else f"{manifest.base.name} with {name}"

@@ -32,11 +32,13 @@ class Activations:
 def in_dtype(model: torch.nn.Module, name: str) -> Iterator[None]:
     """`model` with its parameters and, from its embeddings on, its activations in another dtype.
 
-    What a model computes in float32 by its own decision (norms, rotations) stays so.
+    Embeddings of images and sounds are convolutions, which cast what they are given. What a model
+    computes in float32 by its own decision (norms, rotations) stays so.
     """
     import torch
 
     dtype: torch.dtype = getattr(torch, name)
+    convolutions = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
     kept: dict[torch.nn.Module, list[tuple[torch.nn.Parameter, torch.Tensor]]] = {}
     room = _Room(dtype)
 
@@ -55,6 +57,9 @@ def in_dtype(model: torch.nn.Module, name: str) -> Iterator[None]:
                 room.give_back(parameter.data)
             parameter.data = data
 
+    def cast_input(module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> Any:
+        return tuple(given.to(dtype) for given in inputs)
+
     def cast_output(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
         return output.to(dtype)
 
@@ -65,6 +70,8 @@ def in_dtype(model: torch.nn.Module, name: str) -> Iterator[None]:
                 hooks.callback(module.register_forward_hook(cast_output).remove)
             elif any(True for _ in module.parameters(recurse=False)):
                 hooks.callback(module.register_forward_pre_hook(cast).remove)
+                if isinstance(module, convolutions):
+                    hooks.callback(module.register_forward_pre_hook(cast_input).remove)
                 after = module.register_forward_hook(give_back, always_call=True)
                 hooks.callback(after.remove)
         yield

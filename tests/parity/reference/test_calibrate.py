@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,19 @@ def test_a_run_that_fails_in_other_numbers_leaves_no_trace(model: torch.nn.Modul
     assert torch.equal(logits(model), before)
     with in_dtype(model, "float64"):
         assert torch.equal(logits(model), here)
+
+
+def test_images_are_cast_where_a_convolution_embeds_them() -> None:
+    layers = (torch.nn.Conv2d(3, 4, 2, stride=2), torch.nn.Flatten(), torch.nn.Linear(36, 5))
+    tower, images = torch.nn.Sequential(*layers), torch.randn(2, 3, 6, 6)
+    with torch.inference_mode():
+        before = tower(images)
+        for dtype in (torch.float64, torch.bfloat16):
+            with in_dtype(tower, str(dtype).removeprefix("torch.")):
+                here = tower(images)
+            assert torch.equal(here, copy.deepcopy(tower).to(dtype)(images.to(dtype)))
+            assert not torch.equal(here.double(), before.double())
+        assert torch.equal(tower(images), before)
 
 
 def test_rounding_to_8_bits_is_off_by_half_a_step_of_its_block() -> None:
