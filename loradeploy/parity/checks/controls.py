@@ -19,6 +19,7 @@ from loradeploy.adapter.config import TOKENS
 from loradeploy.adapter.modules.targets import is_saved
 from loradeploy.parity.context import AdapterUnderTest, CheckContext
 from loradeploy.parity.figures.metrics import Comparison
+from loradeploy.parity.names import EMBEDDED
 from loradeploy.parity.phases.fed import Fed
 from loradeploy.parity.phases.outputs import has_logits
 from loradeploy.parity.reference.pytorch import TorchModel, as_reference_with, reference_rows
@@ -68,11 +69,11 @@ def doubled_alpha(adapter: Adapter) -> Adapter | None:
 
 
 def swapped_factors(adapter: Adapter) -> Adapter | None:
-    """The factors of the first two modules of one shape change places."""
+    """The factors of the first two modules of one shape, unless neither has an update, swapped."""
     first: dict[tuple[tuple[int, ...], tuple[int, ...]], str] = {}
     for module, pair in sorted(adapter.factors.items()):
         other = first.setdefault((pair.A.shape, pair.B.shape), module)
-        if other != module:
+        if other != module and (_updates(pair) or _updates(adapter.factors[other])):
             changed = dict(adapter.factors)
             changed[module], changed[other] = changed[other], changed[module]
             return _with_factors(adapter, changed)
@@ -80,14 +81,19 @@ def swapped_factors(adapter: Adapter) -> Adapter | None:
 
 
 def missing_target(adapter: Adapter) -> Adapter | None:
-    """The last module has no update."""
-    if len(adapter.factors) < 2:
+    """The last module that has an update has none."""
+    updated = [module for module in adapter.modules if adapter.factors[module].B.any()]
+    if len(adapter.factors) < 2 or not updated:
         return None
-    last = adapter.modules[-1]
+    last = updated[-1]
     pair = adapter.factors[last]
     return _with_factors(
         adapter, {**adapter.factors, last: dataclasses.replace(pair, B=pair.B * 0)}
     )
+
+
+def _updates(pair: Factors) -> bool:
+    return pair.magnitude is not None or bool(pair.B.any())
 
 
 def ignored_magnitude(adapter: Adapter) -> Adapter | None:
@@ -237,17 +243,14 @@ def _embeds_controls(
             backend = TorchModel(model, context.manifest)
             wrong = [backend.with_embeds(row.prompt, make(row.fed)) for row in right if row.fed]
         rows = [
-            [_as_row(r, f) for r, f in zip(right, fed, strict=True) if f]
+            [r.reading(f) for r, f in zip(right, fed, strict=True) if f]
             for fed in ([row.fed for row in right], wrong)
         ]
-        control = judge_mistake(mistake, tested.name, rows[1], context, reference, right=rows[0])
+        control = judge_mistake(
+            mistake, tested.name, rows[1], context, reference, right=rows[0], phase=EMBEDDED
+        )
         if control is not None:
             yield control
-
-
-def _as_row(row: Row, fed: Fed) -> Row:
-    """`row` with what is given for its embeddings."""
-    return dataclasses.replace(row, forced=(), expected=fed.expected, about=None)
 
 
 def judge_mistake(
@@ -257,9 +260,13 @@ def judge_mistake(
     context: CheckContext,
     reference: Reference,
     right: Sequence[Row] | None = None,
+    phase: str | None = None,
 ) -> Control | None:
-    """Whether `rows`, with a mistake in them, fail; None where there is nothing to compare."""
-    scale, effect = reference.scale[name], reference.effect[name].largest
+    """Whether `rows`, with a mistake in them, fail; None where there is nothing to compare.
+
+    `right`: the rows that they are compared with, and the phase that these are of.
+    """
+    scale, effect = reference.scale_in(phase, name), reference.effect[name].largest
     comparison = Comparison(scale=scale, logits=has_logits(context.manifest.task))
     for own, wrong in zip(right or reference.rows[name], rows, strict=True):
         if own.prompt != wrong.prompt:
@@ -273,7 +280,7 @@ def judge_mistake(
     figures = comparison.figures()
     if not figures.positions:
         return None
-    verdict = judge(figures, reference.limits[name], effect=effect)
+    verdict = judge(figures, reference.limits_in(phase, name), effect=effect)
     error = verdict.figures.max_abs
     return Control(mistake.name, mistake.meaning, name, not verdict.passed, error, effect)
 

@@ -8,8 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from loradeploy.adapter.adapter import Adapter, Factors
+from loradeploy.adapter.config import AdapterConfig
 from loradeploy.parity.checks import controls
-from loradeploy.parity.checks.controls import OFF_BY_ONE, judge_mistake, run_controls
+from loradeploy.parity.checks.controls import (
+    OFF_BY_ONE,
+    judge_mistake,
+    missing_target,
+    run_controls,
+    swapped_factors,
+)
 from loradeploy.parity.figures.tolerances import assumed
 from loradeploy.parity.phases.rows import Row
 from loradeploy.parity.reference.pytorch import Effect, Reference
@@ -57,3 +65,23 @@ def test_a_control_with_nothing_to_compare_is_left_out_by_name(
     found = run_controls(CONTEXT, reference((1, 9), (3, 2)), base=None)  # type: ignore[arg-type]
     assert [control.caught for control in found.made] == [True]
     assert found.notes == ()
+
+
+def adapter_of(updates: dict[str, float]) -> Adapter:
+    """An adapter whose modules have updates of so much; 0 is none."""
+    factors = {
+        module: Factors(np.full((2, 4), number + 1.0), np.full((4, 2), size))
+        for number, (module, size) in enumerate(updates.items())
+    }
+    return Adapter(AdapterConfig(r=2, target_modules=tuple(updates)), factors)
+
+
+def test_a_mistake_is_made_with_modules_that_have_an_update() -> None:
+    adapter = adapter_of({"a": 0.0, "b": 0.0, "c": 1.0, "d": 2.0, "e": 0.0})
+    swapped, lacking = swapped_factors(adapter), missing_target(adapter)
+    assert swapped is not None and lacking is not None
+    assert {m for m in "abcde" if swapped.factors[m] is not adapter.factors[m]} == {"a", "c"}
+    assert not lacking.factors["d"].B.any() and lacking.factors["c"].B.any()
+    for nothing in ({"a": 0.0, "b": 0.0}, {"a": 1.0}):
+        assert swapped_factors(adapter_of(nothing)) is None
+        assert missing_target(adapter_of(nothing)) is None
