@@ -12,13 +12,8 @@ import numpy as np
 
 from loradeploy.errors import RunError
 from loradeploy.runtime.adapters.tokens import vocabulary_of_row
-from loradeploy.runtime.decoding.caches.rows import (
-    CachedRows,
-    Reading,
-    RowAdapters,
-    Rows,
-    UncachedRows,
-)
+from loradeploy.runtime.decoding.caches.protocols import Reading, RowAdapters, Rows
+from loradeploy.runtime.decoding.caches.rows import CachedRows, UncachedRows
 from loradeploy.runtime.decoding.choosing.sequences import Row, Sequences
 from loradeploy.runtime.decoding.graph import DecoderGraph
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from loradeploy.runtime.decoding.asking.reading import PromptReader
-    from loradeploy.runtime.decoding.caches.rows import Reading
+    from loradeploy.runtime.decoding.caches.protocols import Reading
     from loradeploy.runtime.engine.prefix import Owner
     from loradeploy.runtime.engine.statistics import EngineStatistics, Observer
     from loradeploy.runtime.held import HeldAdapters

@@ -22,7 +22,7 @@ from loradeploy.runtime.engine.submission import too_late
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from loradeploy.runtime.decoding.caches.rows import Reading, RowAdapters, Rows, RowsBeside
+    from loradeploy.runtime.decoding.caches.protocols import Reading, RowAdapters, Rows, RowsBeside
     from loradeploy.runtime.engine.running import Running
     from loradeploy.runtime.engine.statistics import EngineStatistics, Observer
     from loradeploy.runtime.session import AdapterSession

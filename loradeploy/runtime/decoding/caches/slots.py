@@ -17,7 +17,8 @@ import onnxruntime
 from loradeploy.bundle.names import PAST, present_of
 from loradeploy.runtime.cache import cache_inputs
 from loradeploy.runtime.decoding.caches.memory import on_host
-from loradeploy.runtime.decoding.caches.rows import Past, RowAdapters, logits_at
+from loradeploy.runtime.decoding.caches.protocols import Past, RowAdapters
+from loradeploy.runtime.decoding.caches.rows import logits_at
 from loradeploy.runtime.decoding.caches.sparse import zeros_by_page
 from loradeploy.runtime.running.bindings import FixedBuffers
 

@@ -26,7 +26,7 @@ from loradeploy.runtime.text.padding import pad
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from loradeploy.runtime.decoding.caches.rows import RowAdapters
+    from loradeploy.runtime.decoding.caches.protocols import RowAdapters
     from loradeploy.runtime.session import AdapterSession
 
 
