@@ -150,7 +150,7 @@ def test_a_template_that_refuses_or_misbehaves_is_one_line(template: str, messag
 
 
 def test_a_broken_template_is_refused_when_it_is_used() -> None:
-    with pytest.raises(BundleError, match="no valid template"):
+    with pytest.raises(BundleError, match="not a valid template"):
         ChatTemplate("{% for %}", {}).render([{"role": "user", "content": "a"}])
 
 
