@@ -17,14 +17,24 @@ SIDE: Final = 2  # patches that are merged into one token, on a side
 VALUES: Final = 3 * 2 * 4 * 4  # of a patch
 NEW: Final = 6  # tokens that are generated
 PARTS: Final = ("text", "vision", "projector", "all")
+# Prompts of words that the tokenizer has.
+TEXTS: Final = (
+    "w5 w17 w3 w60 w61 w9",
+    "w8",
+    "w30 w31 w2 w77 w40 w41 w42 w12 w13 w15 w90 w91",
+    "w50 w3 w50 w8 w66 w67 w68 w69 w70 w1 w2 w3 w4 w99 w98 w97 w23 w24 w25 w26",
+    "w6 w7 w88",
+    "w11 w22 w33 w44 w55",
+)
 _TEXT: Final = {
     **SMALL,
+    "num_hidden_layers": 2,
     "vocab_size": 120,
     "initializer_range": 0.2,
     "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 100.0},
 }
 _VISION: Final = {
-    "depth": 2,
+    "depth": 3,
     "num_heads": 4,
     "patch_size": 4,
     "temporal_patch_size": 2,
@@ -72,7 +82,7 @@ def make(family: str, place: Path) -> None:
             for name, parameter in made.named_parameters():
                 if parameter.requires_grad:
                     used = part in ("all", part_of(name))
-                    size = 0.2 if used or "lora_A" in name else 0.0
+                    size = 0.25 if used or "lora_A" in name else 0.0
                     parameter.copy_(torch.randn_like(parameter) * size)
         made.save_pretrained(place / part)
 
