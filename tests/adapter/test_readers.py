@@ -449,6 +449,21 @@ REFUSED: dict[str, tuple[Callable[[], Case], str]] = {
         ),
         "its use_gating is True, which is not supported",
     ),
+    "torchtune's settings of another rank": (
+        lambda: change(torchtune(), config={"r": 8, "lora_alpha": 16, "peft_type": "LORA"}),
+        "lora_B is .*, 4.*its config states 8",
+    ),
+    "AdapterHub's settings of another rank": (
+        lambda: change(
+            adapter_hub_fused(),
+            config={"config": {"architecture": "lora", "alpha": 8, "r": 8}},
+        ),
+        "lora_B is .*, 4.*its config states 8",
+    ),
+    "jina's settings of another rank": (
+        lambda: change(jina(), config={**(jina().config or {}), "lora_rank": 8}),
+        "lora_B is .*, 4.*its config states 8",
+    ),
     "a header that contradicts alpha": (
         lambda: with_alpha(diffusers_header(), 4),
         "its alpha of 4 scales by 1, the config in its header by 8",
@@ -545,6 +560,17 @@ def test_every_form_is_named_where_an_adapter_is_read(name: str, tmp_path: Path)
     source = written(CASES[name](), tmp_path / "theirs")
     with pytest.raises(LoraDeployError, match="loradeploy convert"):
         load_adapter(source)
+
+
+def test_a_prediction_head_that_is_not_converted_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = written(adapter_hub(), tmp_path / "theirs")
+    call("convert", source, "--output", tmp_path / "alone", "--name", "sport")
+    assert not caplog.messages
+    (source / "head_config.json").write_text("{}")
+    call("convert", source, "--output", tmp_path / "peft", "--name", "sport")
+    assert ["not the prediction head that head_config.json" in m for m in caplog.messages] == [True]
 
 
 def torchtune_export(place: Path, base: str, *, dora: bool = False) -> Path:

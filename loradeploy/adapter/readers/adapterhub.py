@@ -13,8 +13,16 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from loradeploy.adapter.adapter import Adapter, Factors
-from loradeploy.adapter.readers.source import Source, adapter_of, check_complete, halves, number
+from loradeploy.adapter.readers.source import (
+    Source,
+    adapter_of,
+    check_complete,
+    check_rank,
+    halves,
+    number,
+)
 from loradeploy.errors import AdapterError
+from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -31,6 +39,9 @@ _NEUTRAL: Final = {
     "vera_b": None,
 }
 _FUSED: Final = ("c_attn", "in_proj")
+_HEAD: Final = "head_config.json"
+
+logger = logger_of(__name__)
 
 
 def read(source: Source) -> Adapter:
@@ -58,12 +69,19 @@ def read(source: Source) -> Adapter:
     factors = {}
     for module, names in modules.items():
         A, B = (source.array(keys[names[half]]) for half in "AB")
+        check_rank(module, B, rank)
         if module.rpartition(".")[2] in _FUSED:
             B = _block_diagonal(B, fused, module)
         if not A.shape[:1] == B.shape[1:]:
             raise AdapterError(f"{module}: lora_A is {list(A.shape)} and lora_B {list(B.shape)}")
         factors[module] = Factors(A, B)
     scalings = dict.fromkeys(factors, alpha / rank)
+    if (source.file.parent / _HEAD).is_file():
+        logger.warning(
+            "%s: only the LoRA is converted, not the prediction head that %s describes",
+            source.file.parent,
+            _HEAD,
+        )
     return adapter_of(factors, scalings, base_name=outer.get("model_name"))
 
 

@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from loradeploy.adapter.adapter import Adapter, Factors
-from loradeploy.adapter.readers.source import Source, adapter_of, check_complete, halves, number
+from loradeploy.adapter.readers.source import (
+    Source,
+    adapter_of,
+    check_complete,
+    check_rank,
+    halves,
+    number,
+)
 from loradeploy.errors import AdapterError, shown
 
 if TYPE_CHECKING:
@@ -42,7 +49,7 @@ def read(source: Source) -> Adapter:
     if not isinstance(tasks, list) or not all(isinstance(task, str) for task in tasks):
         raise AdapterError(f"lora_adaptations is {shown(tasks)}, expected a list of tasks")
     task = tasks.index(source.choose(tasks))
-    s = number(config, "lora_alpha") / number(config, "lora_rank")
+    alpha, rank = number(config, "lora_alpha"), number(config, "lora_rank")
     modules, _ = halves((key for key in source.shapes if _HALF in key), _ENDINGS)
     check_complete(modules, ())
     factors: dict[str, Factors] = {}
@@ -55,7 +62,9 @@ def read(source: Source) -> Adapter:
                     f" {len(tasks)} tasks is needed"
                 )
         A, B = stacks["A"][task], stacks["B"][task]
-        if module.rpartition(".")[2].endswith("_embeddings"):
+        embedding = module.rpartition(".")[2].endswith("_embeddings")
+        check_rank(module, B.T if embedding else B, rank)
+        if embedding:
             factors[_only(module)] = Factors(A.T, B.T, kind="embedding")
             continue
         names = _named(module)
@@ -63,7 +72,7 @@ def read(source: Source) -> Adapter:
             factors[name] = Factors(A, rows)
     return adapter_of(
         factors,
-        dict.fromkeys(factors, s),
+        dict.fromkeys(factors, alpha / rank),
         task_type="FEATURE_EXTRACTION",
     )
 

@@ -109,6 +109,18 @@ def number(values: Mapping[str, Any], name: str) -> float:
     return value
 
 
+def check_rank(module: str, B: NDArray[Any], stated: float) -> None:
+    """Raise AdapterError if B [out, rank] of `module` has another rank than the config states.
+
+    s = α/r is of the stated rank: such a config is that of another adapter.
+    """
+    if B.shape[1:] != (stated,):
+        raise AdapterError(
+            f"{module}: its lora_B is {list(B.shape)}, [out, rank], its config states {stated:g}:"
+            " give the config of this adapter"
+        )
+
+
 def halves(
     keys: Iterable[str], endings: Mapping[str, str]
 ) -> tuple[dict[str, dict[str, str]], list[str]]:

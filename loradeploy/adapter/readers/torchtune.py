@@ -17,6 +17,7 @@ from loradeploy.adapter.readers.source import (
     Source,
     adapter_of,
     check_complete,
+    check_rank,
     halves,
     number,
 )
@@ -59,6 +60,7 @@ def read(source: Source) -> Adapter:
         name = _renamed(module)
         magnitude = source.array(keys["magnitude"]) if "magnitude" in keys else None
         A, B = source.array(keys["A"]), source.array(keys["B"])
+        check_rank(name, B, rank)
         if permuted and (heads := _HEADS.get(name.rpartition(".")[2])):
             B = _halves_first(B, base, heads, name)
             magnitude = None if magnitude is None else _halves_first(magnitude, base, heads, name)
