@@ -33,6 +33,7 @@ from loradeploy.parity.phases.models import Model
 from loradeploy.parity.reference.peft import with_peft
 from loradeploy.parity.reference.pytorch import TorchModel, merged
 from loradeploy.parity.reference.quantized import QUANTIZED
+from loradeploy.parity.reference.tied import rows_of_tied, with_rows_of_tied
 
 if TYPE_CHECKING:
     import torch
@@ -85,7 +86,8 @@ class Backend:
 
 def _torch_merged(context: CheckContext, model: torch.nn.Module) -> Opened:
     for tested in context.adapters:
-        with merged(model, with_all_tokens(tested.adapter, context.manifest)):
+        whole = with_all_tokens(tested.adapter, context.manifest)
+        with with_rows_of_tied(model, whole, context.manifest) as left, merged(model, left):
             yield (
                 tested.name,
                 TorchModel(model, context.manifest, context.cases.known, tokens=context.tokens),
@@ -102,7 +104,10 @@ def _peft(context: CheckContext, model: torch.nn.Module) -> Opened:
 
 
 def _peft_lacks(context: CheckContext) -> str | None:
-    """Why PEFT cannot load an adapter: it has no factors, or the model has rows for more tokens."""
+    """Why PEFT cannot load an adapter: it has no factors, or the model has rows for more tokens.
+
+    Or it would replace rows that the graph changes: those of a quantized head that is tied.
+    """
     for tested in context.adapters:
         own = tested.adapter.factors
         if not own and not tested.adapter.rows:
@@ -113,6 +118,11 @@ def _peft_lacks(context: CheckContext) -> str | None:
             for module, pair in whole.items()
         ):
             return f"{tested.name} has factors for fewer tokens than the bundle has rows"
+        for shared in rows_of_tied(tested.adapter, context.manifest).values():
+            return (
+                f"PEFT replaces trained rows of {shared[0]}, what {tested.name} trained is added"
+                " to the quantized ones here"
+            )
     return None
 
 

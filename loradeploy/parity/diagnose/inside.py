@@ -30,6 +30,7 @@ from loradeploy.parity.names import (
 from loradeploy.parity.reference.peft import with_peft
 from loradeploy.parity.reference.pytorch import Base, TorchModel, as_reference, merged
 from loradeploy.parity.reference.rounding import Activations, rounded_activations
+from loradeploy.parity.reference.tied import with_rows_of_tied
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
     from loradeploy.parity.backends.table import Opened
 
-    InTorch = Callable[[torch.nn.Module, AdapterUnderTest], AbstractContextManager[None]]
+    InTorch = Callable[[CheckContext, Base, AdapterUnderTest], AbstractContextManager[None]]
 
 # How a backend's graph is opened; the others run in PyTorch, where modules have their own names.
 GRAPHS: Final[Mapping[str, Callable[[CheckContext], Opened]]] = {
@@ -48,11 +49,22 @@ GRAPHS: Final[Mapping[str, Callable[[CheckContext], Opened]]] = {
 }
 
 
-def _merged(model: torch.nn.Module, tested: AdapterUnderTest) -> AbstractContextManager[None]:
-    return merged(model, tested.adapter)
+@contextmanager
+def _merged(context: CheckContext, base: Base, tested: AdapterUnderTest) -> Iterator[None]:
+    with (
+        with_rows_of_tied(base.model, tested.adapter, context.manifest) as left,
+        merged(base.model, left),
+    ):
+        yield
 
 
-MODELS: Final[Mapping[str, InTorch]] = {TORCH_MERGED: _merged, PEFT: with_peft}
+def _with_peft(
+    context: CheckContext, base: Base, tested: AdapterUnderTest
+) -> AbstractContextManager[None]:
+    return with_peft(base.model, tested)
+
+
+MODELS: Final[Mapping[str, InTorch]] = {TORCH_MERGED: _merged, PEFT: _with_peft}
 
 
 class TorchRow:
@@ -141,9 +153,9 @@ def other_side(row: TorchRow, backend: str, sites: Sequence[Site]) -> Iterator[O
             with _graph_values(row, backend, probed, scratch) as values:
                 yield OtherSide(points, values, upstream, probed.unmatched)
     elif backend in MODELS and row.tested is not None:
-        model, tested = row.base.model, row.tested
-        points = [_torch_point(model, site) for site in sites]
-        values = row.values(points, lambda: MODELS[backend](model, tested))
+        context, base, tested = row.context, row.base, row.tested
+        points = [_torch_point(base.model, site) for site in sites]
+        values = row.values(points, lambda: MODELS[backend](context, base, tested))
         yield OtherSide(points, values)
     else:
         raise ValueError(f"nothing is known of what is inside of {backend}")

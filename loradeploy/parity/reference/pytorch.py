@@ -50,6 +50,7 @@ from loradeploy.parity.reference.quantized import (
     weight_of,
 )
 from loradeploy.parity.reference.requantized import with_roundings
+from loradeploy.parity.reference.tied import with_rows_of_tied
 from loradeploy.runtime.text.padding import positions_of
 
 if TYPE_CHECKING:
@@ -351,6 +352,7 @@ def as_reference_with(
     with ExitStack() as stack:
         if adapter is not None:
             adapter = with_all_tokens(adapter, context.manifest)
+            adapter = stack.enter_context(with_rows_of_tied(base.model, adapter, context.manifest))
             holding = merged if context.merged and base.quantized else adapted
             stack.enter_context(holding(base.model, adapter))
         if context.merged:

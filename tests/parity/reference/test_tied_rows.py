@@ -1,0 +1,76 @@
+"""Trained tokens of a base whose output head is tied to the embedding, and quantized."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import loradeploy as ld
+from loradeploy.adapter import load_adapter
+from loradeploy.bundle.manifest import read_manifest
+from loradeploy.parity.reference.quantized import dequantize_into, quantized_weights
+from loradeploy.parity.reference.tied import with_rows_of_tied
+from tests.conftest import MakeAdapter
+from tests.export.small import SMALL
+
+TOKENS = [7, 8, 9]
+
+
+def make_base(place: Path) -> Path:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(**SMALL, vocab_size=64, tie_word_embeddings=True, initializer_range=0.2)
+    LlamaForCausalLM(config).eval().save_pretrained(place)
+    return place
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_parity_compares_the_rows_of_a_quantized_head_that_is_tied(
+    precision: str, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    base = make_base(tmp_path / "base")
+    adapter = make_adapter(base, out=tmp_path / "a", scale=0.1, trainable_token_indices=TOKENS)
+    bundle = tmp_path / "bundle"
+    ld.export(base, bundle, adapters={"a": adapter}, precision=precision)
+
+    report = ld.parity(bundle, model=base, tokens=3, controls=True, certificate=False)
+    assert report.passed, report.failures
+    assert report.adapters[0].effect > 1, "the adapter did nothing"
+    assert report.controls and all(control.caught for control in report.controls)
+    skipped = {r.backend: r.message for r in report.results if r.outcome == "not run"}
+    assert "replaces trained rows of lm_head.weight" in str(skipped["peft"])
+    assert "is quantized in the graph" in str(skipped["onnx-merged"])
+
+
+def test_the_reference_adds_what_was_trained_to_the_rounded_rows(
+    make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    from transformers import LlamaForCausalLM
+
+    base = make_base(tmp_path / "base")
+    adapter = make_adapter(base, out=tmp_path / "a", trainable_token_indices=TOKENS)
+    ld.export(base, tmp_path / "bundle", adapters={"a": adapter}, precision="int4")
+    manifest = read_manifest(tmp_path / "bundle")
+    model = LlamaForCausalLM.from_pretrained(base).eval()
+    dequantize_into(model, quantized_weights(tmp_path / "bundle", manifest), manifest)
+    weights = {"embedding": model.model.embed_tokens.weight, "head": model.lm_head.weight}
+    before = {name: weight.detach().numpy().copy() for name, weight in weights.items()}
+    rounding = before["head"] - before["embedding"]
+    assert np.abs(rounding[TOKENS]).max() > 1e-3, "the head is not quantized"
+
+    given = load_adapter(adapter)
+    (trained,) = given.rows.values()
+    with with_rows_of_tied(model, given, manifest) as left:
+        assert not left.rows
+        inside = {name: weight.detach().numpy().copy() for name, weight in weights.items()}
+    expected = {name: values.copy() for name, values in before.items()}
+    expected["embedding"][TOKENS] = trained.values
+    expected["head"][TOKENS] = trained.values + rounding[TOKENS]
+    for name, weight in weights.items():
+        np.testing.assert_array_equal(inside[name], expected[name])
+        np.testing.assert_array_equal(weight.detach().numpy(), before[name])
+        assert np.abs(inside[name] - before[name]).max() > 0.1
