@@ -371,7 +371,7 @@ def _older_words(place: Path) -> None:
     [
         (_many_words, "has 'w60' as token 64, and 1 more; the graph's vocabulary ends at 63"),
         (_older_words, r"adds the word '<\|turn\|>' as token 60, which the base's tokenizer lacks"),
-        (lambda p: (p / "chat_template.jinja").write_text("{% if %}"), "no valid template"),
+        (lambda p: (p / "chat_template.jinja").write_text("{% if %}"), "not a valid template"),
         (lambda p: _generation(p, repetition_penalty="high"), "repetition_penalty is 'high'"),
     ],
 )
