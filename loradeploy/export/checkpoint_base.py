@@ -50,7 +50,7 @@ from loradeploy.export.adapters.own_weights import model_digests, settled
 from loradeploy.export.base import Base, Options, modules_of
 from loradeploy.export.graph.file import outputs, required_inputs
 from loradeploy.export.match.experts import annotate_experts
-from loradeploy.export.match.norm_forms import annotate_forms
+from loradeploy.export.match.whole.norm_forms import annotate_forms
 from loradeploy.export.passes.forms.static_shapes import static_specs
 from loradeploy.export.passes.tokens.embeds import add_inputs_embeds, sample_embeds
 from loradeploy.export.passes.tokens.image_blocks import join_image_blocks

@@ -20,8 +20,8 @@ from loradeploy.export.graph.halves import load_bundle_graph
 from loradeploy.export.graph.sound import check_opens
 from loradeploy.export.match.adapter_layers import refuse_adapter_layers, refuse_adapter_products
 from loradeploy.export.match.linears import refuse_side_inputs
-from loradeploy.export.match.norm_forms import annotate_forms, vectors_in
 from loradeploy.export.match.products import precision_of
+from loradeploy.export.match.whole.norm_forms import annotate_forms, vectors_in
 from loradeploy.export.passes.precision.bf16 import compute_as_float32, has_float32_weights
 from loradeploy.export.passes.side_inputs.inject import remove_side_inputs
 from loradeploy.export.passes.undo import remove_choices

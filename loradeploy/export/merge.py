@@ -28,10 +28,10 @@ from loradeploy.export.graph.edit import (
 from loradeploy.export.match.experts import Experts, find_experts
 from loradeploy.export.match.linears import Linear
 from loradeploy.export.match.operators import check_operators
-from loradeploy.export.match.parameters import Layers, cast
-from loradeploy.export.match.parts import Part, find_parts
 from loradeploy.export.match.products import products
 from loradeploy.export.match.quantized import MATMUL_NBITS
+from loradeploy.export.match.whole.parameters import Layers, cast
+from loradeploy.export.match.whole.parts import Part, find_parts
 from loradeploy.export.merge_error import Round, Tally
 from loradeploy.export.passes.precision.quantize import requantize_product
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from loradeploy.adapter.adapter import Adapter
     from loradeploy.adapter.fitting.vocabulary import Vocabulary
-    from loradeploy.export.match.parts import Part
+    from loradeploy.export.match.whole.parts import Part
 
 
 def settled(

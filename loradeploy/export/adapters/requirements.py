@@ -15,11 +15,11 @@ from loradeploy.bundle.graph_form import BIAS, DORA, EMBEDDING, EXPERTS, TOKENS
 from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.targets import sharing
 from loradeploy.errors import ExportError
-from loradeploy.export.match.biases import has_unclear_bias
 from loradeploy.export.match.experts import Experts
 from loradeploy.export.match.linears import Linear
-from loradeploy.export.match.parts import Part
 from loradeploy.export.match.products import adds_unclear
+from loradeploy.export.match.whole.biases import has_unclear_bias
+from loradeploy.export.match.whole.parts import Part
 from loradeploy.export.passes.side_inputs.embeddings import has_token_rows
 from loradeploy.export.passes.side_inputs.output_scale import Change
 from loradeploy.export.passes.side_inputs.rows import rows_problem

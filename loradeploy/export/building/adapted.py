@@ -32,7 +32,7 @@ from loradeploy.export.building.steps import (
 )
 from loradeploy.export.match.experts import find_experts
 from loradeploy.export.match.linears import Findings, Linear, is_head, output_head
-from loradeploy.export.match.parts import find_parts
+from loradeploy.export.match.whole.parts import find_parts
 from loradeploy.export.passes.forms.branches import add_branches, branches_problem
 from loradeploy.export.passes.forms.layout import has_rows, use_row_layout
 from loradeploy.export.passes.side_inputs.base_weights import GraphWeights

@@ -31,8 +31,8 @@ from loradeploy.export.graph.file import outputs, required_inputs
 from loradeploy.export.graph_base import from_graph
 from loradeploy.export.match.linears import Findings, find_linears
 from loradeploy.export.match.observe import observe
-from loradeploy.export.match.parts import find_parts
 from loradeploy.export.match.products import input_of, output_of, repeated_for_rows
+from loradeploy.export.match.whole.parts import find_parts
 from loradeploy.export.passes.forms.static_shapes import use_static_shapes
 from loradeploy.export.passes.gqa import group_queries, has_grouped_attention, keeps_cache
 from loradeploy.export.passes.precision.bf16 import store_as_bfloat16

@@ -33,7 +33,6 @@ from loradeploy.export.graph.file import (
     required_inputs,
 )
 from loradeploy.export.graph.halves import encoder_of
-from loradeploy.export.match.biases import separate_biases
 from loradeploy.export.match.experts import find_experts
 from loradeploy.export.match.linears import (
     Findings,
@@ -41,7 +40,8 @@ from loradeploy.export.match.linears import (
     output_head,
 )
 from loradeploy.export.match.operators import unreached_layers
-from loradeploy.export.match.parts import find_parts
+from loradeploy.export.match.whole.biases import separate_biases
+from loradeploy.export.match.whole.parts import find_parts
 from loradeploy.export.passes.gqa import keeps_cache
 from loradeploy.export.passes.precision.quantize import quantize
 from loradeploy.export.passes.tokens.kept_logits import add_logits_to_keep, logits_to_keep_problem

@@ -17,10 +17,10 @@ from loradeploy.adapter.adapter import Adapter, Factors
 from loradeploy.adapter.config import AdapterConfig
 from loradeploy.errors import AdapterMismatchError, ExportError
 from loradeploy.export.match.linears import find_linears
-from loradeploy.export.match.norm_forms import annotate_forms, check_known
 from loradeploy.export.match.operators import MICROSOFT, OPERATORS, REFUSED, problem_of
-from loradeploy.export.match.parts import find_parts
 from loradeploy.export.match.products import products
+from loradeploy.export.match.whole.norm_forms import annotate_forms, check_known
+from loradeploy.export.match.whole.parts import find_parts
 from loradeploy.export.merge import merge_adapter
 from loradeploy.export.passes.gqa import group_queries
 from loradeploy.export.passes.side_inputs.inject import inject_side_inputs

@@ -13,7 +13,7 @@ from loradeploy.errors import ExportError
 from loradeploy.export.graph.edit import replace_uses
 from loradeploy.export.graph.names import LORA_ADD, call_label
 from loradeploy.export.match.observe import FRONT, seen_at
-from loradeploy.export.match.parts import Part
+from loradeploy.export.match.whole.parts import Part
 from loradeploy.export.passes.side_inputs.surgery import Surgery, first_input
 
 if TYPE_CHECKING:

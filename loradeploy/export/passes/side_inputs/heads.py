@@ -21,8 +21,8 @@ from loradeploy.export.graph.names import (
     step_name,
 )
 from loradeploy.export.graph.scopes import linear_scopes
-from loradeploy.export.match.biases import has_unclear_bias
 from loradeploy.export.match.linears import Linear
+from loradeploy.export.match.whole.biases import has_unclear_bias
 from loradeploy.export.passes.side_inputs.rows import rows_of
 from loradeploy.export.passes.side_inputs.surgery import Surgery
 

@@ -22,8 +22,8 @@ from loradeploy.export.graph.edit import Chain, give_up, remove_unused, replace_
 from loradeploy.export.graph.names import LORA_ADD, call_label, step_name
 from loradeploy.export.match.experts import Experts
 from loradeploy.export.match.linears import Linear
-from loradeploy.export.match.parts import Part
 from loradeploy.export.match.products import input_of, output_of
+from loradeploy.export.match.whole.parts import Part
 from loradeploy.export.passes.fuse import (
     Fused,
     came_fused,

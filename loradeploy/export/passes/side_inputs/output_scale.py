@@ -25,8 +25,8 @@ from loradeploy.export.graph.names import (
     step_name,
 )
 from loradeploy.export.match.linears import Linear
-from loradeploy.export.match.parts import Part
 from loradeploy.export.match.products import bias_use
+from loradeploy.export.match.whole.parts import Part
 from loradeploy.export.passes.side_inputs.rows import Rows, rows_of, rows_of_output
 from loradeploy.export.passes.side_inputs.surgery import Surgery
 

@@ -16,7 +16,7 @@ from loradeploy.bundle.names import DECODER_INPUT_IDS, INPUT_IDS
 from loradeploy.errors import ExportError
 from loradeploy.export.graph.edit import constant_of, set_constant, source_of
 from loradeploy.export.match.linears import Findings, Linear, output_head
-from loradeploy.export.match.parts import Part, find_parts
+from loradeploy.export.match.whole.parts import Part, find_parts
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -8,7 +8,7 @@ import pytest
 
 from loradeploy.errors import ExportError
 from loradeploy.export.match.linears import find_linears
-from loradeploy.export.match.parts import find_parts
+from loradeploy.export.match.whole.parts import find_parts
 from loradeploy.export.passes.forms.layout import has_rows, use_row_layout
 from loradeploy.export.passes.side_inputs.inject import (
     SideInputs,

@@ -10,7 +10,7 @@ import pytest
 
 from loradeploy.errors import ExportError
 from loradeploy.export.match.linears import Linear, find_linears
-from loradeploy.export.match.parts import find_parts
+from loradeploy.export.match.whole.parts import find_parts
 from loradeploy.export.passes.side_inputs.inject import (
     SideInputs,
     inject_side_inputs,

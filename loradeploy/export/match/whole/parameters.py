@@ -19,11 +19,11 @@ from loradeploy.export.graph.edit import (
     replace_uses,
     set_constant,
 )
-from loradeploy.export.match.biases import has_unclear_bias
 from loradeploy.export.match.linears import Linear
-from loradeploy.export.match.norm_forms import OTHER, PLUS_ONE, form_of
-from loradeploy.export.match.parts import Part
 from loradeploy.export.match.products import bias_use, input_of, output_of, value_of
+from loradeploy.export.match.whole.biases import has_unclear_bias
+from loradeploy.export.match.whole.norm_forms import OTHER, PLUS_ONE, form_of
+from loradeploy.export.match.whole.parts import Part
 
 if TYPE_CHECKING:
     import onnx_ir as ir

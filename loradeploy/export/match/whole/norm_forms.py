@@ -16,7 +16,7 @@ import numpy as np
 from loradeploy.adapter.files.base_files import base_tensors
 from loradeploy.errors import ExportError
 from loradeploy.export.graph.edit import constant_of
-from loradeploy.export.match.parts import Part, find_parts
+from loradeploy.export.match.whole.parts import Part, find_parts
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -9,9 +9,9 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
-from loradeploy.export.match.biases import fused_bias, hides_bias, separate_biases
 from loradeploy.export.match.linears import find_linears
 from loradeploy.export.match.operators import MICROSOFT
+from loradeploy.export.match.whole.biases import fused_bias, hides_bias, separate_biases
 from tests.export.graphs import Builder, numbers, run
 from tests.tolerances import tolerance
 
