@@ -39,10 +39,13 @@ _COLOR: Final = re.compile(r"\x1b\[\d*m")
 _COMPLEX: Final = (
     "its rotary embedding computes with complex numbers, which torch.onnx does not translate"
 )
-# Architectures by model type, and why torch.export or torch.onnx (2.13) refuses them.
+# Architectures by model type, and why torch.export or torch.onnx (2.13) refuses them, or a decoder
+# that generates token by token is not what they are.
 UNTRACEABLE: Final = {
     "deepseek_v2": _COMPLEX,
     "llama4_text": _COMPLEX,
+    "paligemma": "all tokens of a prompt attend to each other, which a decoder that continues from"
+    " a cache does not do",
     "xglm": "it extends its table of positions by the length of the text, which a trace cannot"
     " follow",
 }
@@ -79,7 +82,8 @@ def load_model(
     try:
         with quiet():
             config = from_pretrained(transformers.AutoConfig, directory, **changes)
-            _check_traceable(config.get_text_config().model_type, directory)
+            for own in (config, config.get_text_config()):
+                _check_traceable(own.model_type, directory)
             family_of(config.to_dict(), task)
             auto = getattr(transformers, auto_class(task, config.to_dict()))
             kind = tower_kind(config.to_dict(), task)

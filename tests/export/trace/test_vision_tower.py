@@ -18,7 +18,7 @@ import pytest
 from numpy.typing import NDArray
 
 import loradeploy as ld
-from loradeploy.errors import AdapterMismatchError, ExportError, UsageError
+from loradeploy.errors import AdapterMismatchError, ExportError, ModelError, UsageError
 from loradeploy.export.passes.tokens import embeds as passes
 from tests.conftest import once
 from tests.export.reference import difference
@@ -397,6 +397,15 @@ def test_embeddings_are_read_behind_the_scale_of_the_tokens(
         mask = torch.ones(ids.shape, dtype=torch.int64)
         expected = model(inputs_embeds=embeds, attention_mask=mask).logits.numpy()
     assert difference(found, expected) <= tolerance("torch-onnx-tiny")
+
+
+def test_paligemma_is_no_decoder_that_continues_from_a_cache(models: Any, tmp_path: Path) -> None:
+    import transformers
+
+    model = shutil.copytree(models("SmolVLM") / "model", tmp_path / "model")
+    transformers.PaliGemmaConfig().to_json_file(model / "config.json")
+    with pytest.raises(ModelError, match="paligemma.*all tokens of a prompt attend to each other"):
+        ld.export(model, tmp_path / "t", task="causal-lm")
 
 
 def test_other_families_are_refused_by_name(models: Any, tiny_llama: Path, tmp_path: Path) -> None:
