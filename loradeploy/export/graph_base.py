@@ -81,6 +81,7 @@ def from_graph(source: Source, options: Options) -> Base:
     if source.manifest is None:
         complete_outputs(graph.graph, check_opens(source.graph))
         refuse_side_inputs(graph)  # while they are inputs
+        _refuse_texts(graph)
         inline_functions(graph)
         refuse_adapter_layers(graph)
         graph = convert_opset(graph)
@@ -155,6 +156,19 @@ def from_graph(source: Source, options: Options) -> Base:
         other_part=() if source.manifest is None else source.manifest.other_part,
         ties_head=ties_head(settings_beside(source.directory, options.evidence.checkpoint)),
     )
+
+
+def _refuse_texts(graph: ir.Model) -> None:
+    """Raise ExportError for inputs and outputs of strings, which a bundle cannot have."""
+    import onnx_ir as ir
+
+    for what, values in (("input", graph.graph.inputs), ("output", graph.graph.outputs)):
+        for value in values:
+            if value.dtype == ir.DataType.STRING:
+                raise ExportError(
+                    f"the {what} {value.name} of the graph is of strings, and a bundle has numbers"
+                    " only: export the model without its tokenizer and its labels"
+                )
 
 
 def _submodels(source: Source, checkpoint: Path | None) -> tuple[Submodel, ...]:

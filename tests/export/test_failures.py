@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 from click.testing import CliRunner
@@ -144,6 +145,43 @@ def test_a_file_that_is_no_graph(tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_bytes(b"hello, I am no protobuf")
     with pytest.raises(ModelError, match="is not a readable ONNX model"):
         export(tmp_path / "m.onnx", tmp_path / "b")
+
+
+@pytest.mark.parametrize("place", ["initializer", "Constant"])
+def test_sparse_weights_are_refused_by_name(place: str, tmp_path: Path) -> None:
+    values = onnx.helper.make_tensor("w", onnx.TensorProto.FLOAT, [1], [1.0])
+    at = onnx.helper.make_tensor("at", onnx.TensorProto.INT64, [1, 2], [0, 0])
+    sparse = onnx.helper.make_sparse_tensor(values, at, [6, 4])
+    nodes = [onnx.helper.make_node("MatMul", ["x", "w"], ["y"])]
+    if place == "Constant":
+        nodes.insert(0, onnx.helper.make_node("Constant", [], ["w"], sparse_value=sparse))
+    x, y = (
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch", size])
+        for name, size in (("x", 6), ("y", 4))
+    )
+    stored = [sparse] if place == "initializer" else []
+    graph = onnx.helper.make_graph(nodes, "g", [x], [y], sparse_initializer=stored)
+    onnx.save(onnx.helper.make_model(graph), tmp_path / "m.onnx")
+    with pytest.raises(ModelError, match="the weight w is stored as a sparse tensor"):
+        export(tmp_path / "m.onnx", tmp_path / "b", task="feature-extraction")
+
+
+@pytest.mark.parametrize("what", ["input", "output"])
+def test_strings_are_refused_by_name(what: str, tmp_path: Path) -> None:
+    b = Builder()
+    x = b.input("x", ["batch", "sequence", 6])
+    y = b.node("MatMul", [x, b.weight("w", 6, 4)], ["batch", "sequence", 4], module="m")
+    texts = b.input("texts", ["batch"], ir.DataType.STRING)
+    if what == "output":
+        b.inputs.remove(texts)
+        labels = ir.StringTensor([b"yes", b"no"], shape=ir.Shape([2]), name="labels")
+        texts = ir.Value(name="labels", type=ir.TensorType(labels.dtype), const_value=labels)
+        b.constants.append(texts)
+    same = b.node("Identity", [texts], ["batch"], name="same")
+    same.type = ir.TensorType(ir.DataType.STRING)
+    ir.save(b.model(y, *([same] if what == "output" else [])), tmp_path / "m.onnx")
+    with pytest.raises(ExportError, match=f"the {what} \\w+ of the graph is of strings"):
+        export(tmp_path / "m.onnx", tmp_path / "b", task="feature-extraction")
 
 
 def test_several_graphs_in_a_directory(tmp_path: Path) -> None:

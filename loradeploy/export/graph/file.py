@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from loradeploy.bundle.manifest import TensorSpec
-from loradeploy.errors import BundleError, MissingDependencyError, ModelError, first_line
+from loradeploy.errors import (
+    BundleError,
+    MissingDependencyError,
+    ModelError,
+    first_line,
+    shortened,
+)
 from loradeploy.export.graph.sound import check_sound
 from loradeploy.files import MAX_GRAPH_BYTES, check_file, inside
 
@@ -38,14 +44,40 @@ def load_graph(file: Path) -> ir.Model:
     try:
         model = ir.load(file)
     except Exception as problem:  # errors of protobuf, and of reading a broken graph
+        _refuse_sparse(file)
         reason = first_line(problem)
         raise ModelError(f"{file} is not a readable ONNX model: {reason}") from None
     if not len(model.graph):
         raise ModelError(f"{file} is not a readable ONNX model: its graph is empty")
-    check_sound(model, file)
+    try:
+        check_sound(model, file)
+    except ModelError:
+        _refuse_sparse(file)
+        raise
     for tensor in _external_tensors(model):
         _check_external(file, tensor)
     return model
+
+
+def _refuse_sparse(file: Path) -> None:
+    """Raise ModelError if the graph has sparse weights, which onnx-ir does not read."""
+    import onnx
+
+    try:
+        graph = onnx.load(file, load_external_data=False).graph
+    except Exception:  # not readable at all
+        return
+    names = [tensor.values.name for tensor in graph.sparse_initializer]
+    names += [
+        node.output[0]
+        for node in graph.node
+        if node.output and any(a.HasField("sparse_tensor") for a in node.attribute)
+    ]
+    if names:
+        raise ModelError(
+            f"{file}: the weight {shortened(names[0])} is stored as a sparse tensor, which is not"
+            " supported: store it as a dense one"
+        )
 
 
 def graph_digest(model: ir.Model) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from loradeploy.export.match.products import OPERATORS, input_of
@@ -38,13 +39,40 @@ def drop_identities(model: ir.Model) -> None:
 
 
 def complete_shapes(model: ir.Model) -> None:
-    """Infer missing shapes, if products need them."""
+    """Infer missing shapes, if products need them.
+
+    Declared shapes that contradict the operators are dropped: onnxruntime follows the operators.
+    """
     from onnx_ir.passes.common import ShapeInferencePass
 
     inputs = (value for node in model.graph for value in _multiplied(node))
     if any(value is not None and value.shape is None for value in inputs):
         lift_constants(model)
-        ShapeInferencePass()(model)
+        failures = _Failures()
+        passes = logging.getLogger(ShapeInferencePass.__module__)
+        passes.addFilter(failures)
+        try:
+            ShapeInferencePass()(model)
+        finally:
+            passes.removeFilter(failures)
+        if failures.seen:
+            for value in (value for node in model.graph for value in node.outputs):
+                if not value.is_graph_output():
+                    value.shape = None
+            ShapeInferencePass(check_type=False, strict_mode=False)(model)
+
+
+class _Failures(logging.Filter):
+    """Keeps to itself what onnx-ir logs of a failure, with a traceback, instead of raising it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Note the record, and drop it."""
+        self.seen = True
+        return False
 
 
 def _multiplied(node: ir.Node) -> list[ir.Value | None]:

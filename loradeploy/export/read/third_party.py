@@ -7,6 +7,7 @@ in its genai_config.json.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from loradeploy.bundle.names import (
 )
 from loradeploy.errors import ExportError, ModelError, listed, listed_names
 from loradeploy.export.graph.edit import integer_of
+from loradeploy.export.match.feature_order import reordering_node, takes_pairs
 from loradeploy.export.match.identity import CheckpointWeights
 from loradeploy.export.match.linears import Findings, Linear, annotate_modules, find_linears
 from loradeploy.export.match.mapping import ModuleMap
@@ -113,15 +115,31 @@ def find_modules(
     findings = _without_own_factors(findings, _modules_of(adapters))
     if weights is None:
         findings = _without_scaled(findings, _modules_of(adapters))
+        if not proven:
+            findings = _without_reordered(findings, _modules_of(adapters))
+            _warn_of_names(findings)
     else:
         _compare(model.graph, findings, weights)
         for node in (node for linear in findings.linears.values() for node in linear.nodes):
             node.metadata_props.pop(SCALE, None)  # the numbers show that its weight is W
     annotate_modules(findings.linears)
-    if weights is None and not proven and _has_rows_in_doubt(model, directory):
+    if weights is None and not proven and _has_rows_in_doubt(model, directory, findings):
         _check_order_of_rows(adapters)
         return _without_rotated(findings)
     return findings
+
+
+def _warn_of_names(findings: Findings) -> None:
+    """Say what identified the layers if their weights do not prove it."""
+    found_by = Counter(linear.found_by for linear in findings.linears.values())
+    for evidence, count in found_by.items():
+        logger.warning(
+            "identified by %s alone: %d layers. Weights that were scaled, reordered or merged have"
+            " the same names: to prove them, give `checkpoint`, or compare the bundle with PyTorch"
+            " (loradeploy parity --model)",
+            evidence,
+            count,
+        )
 
 
 def settings_beside(directory: Path, checkpoint: Path | None) -> dict[str, Any]:
@@ -201,17 +219,22 @@ def padding_of(model: ir.Model) -> str:
     return LEFT if counted_by_input else NO_PADDING
 
 
-def _has_rows_in_doubt(model: ir.Model, directory: Path) -> bool:
+def _has_rows_in_doubt(model: ir.Model, directory: Path, findings: Findings) -> bool:
     """Whether the rows of q and k may be in another order than transformers' model has them.
 
     Meta's layout, which llama.cpp has too, interleaves the rows that transformers has in halves.
     """
-    interleaved = any(
+    model_type = settings_beside(directory, None).get("model_type")
+    if model_type is not None and model_type not in _HALVES:
+        return False
+    return any(
         node.op_type in _INTERLEAVED and integer_of(node, _INTERLEAVED[node.op_type])
         for node in model.graph.all_nodes()
+    ) or any(
+        takes_pairs(linear)
+        for module, linear in findings.linears.items()
+        if module.endswith(_ROTATED)
     )
-    model_type = settings_beside(directory, None).get("model_type")
-    return interleaved and (model_type is None or model_type in _HALVES)
 
 
 def _check_order_of_rows(adapters: Iterable[Adapter]) -> None:
@@ -250,6 +273,30 @@ def _without_scaled(findings: Findings, needed: Container[str]) -> Findings:
                 f"{module}: {node.name} multiplies its product by {alpha}, and names do not show"
                 " whether its weight is the checkpoint's or was divided by that: give `checkpoint`"
             )
+        del kept[module]
+        left.append(_described(linear))
+    return Findings(kept, tuple(left))
+
+
+def _without_reordered(findings: Findings, needed: Container[str]) -> Findings:
+    """The layers but for those whose features the graph puts into another order.
+
+    Raises:
+        ExportError: an adapter is for one of them.
+    """
+    kept, left = dict(findings.linears), list(findings.unidentified)
+    for module, linear in findings.linears.items():
+        node = reordering_node(linear)
+        if node is None:
+            continue
+        where = node.name or node.outputs[0].name
+        if module in needed:
+            raise ExportError(
+                f"{module}: {where} ({node.op_type}) puts its features into another order, so that"
+                " the rows of its weight are likely in another order too: give `checkpoint`, whose"
+                " numbers show it"
+            )
+        logger.warning("left without adapters, %s: %s reorders its features", module, where)
         del kept[module]
         left.append(_described(linear))
     return Findings(kept, tuple(left))

@@ -71,6 +71,20 @@ def test_shapes_are_inferred_where_a_product_lacks_its_own() -> None:
     assert [str(size) for size in product.inputs[0].shape] == ["batch", "3", str(IN)]
 
 
+@pytest.mark.parametrize("declared", [["batch", IN], ["batch", 3, IN + 1], []], ids=str)
+def test_declared_shapes_that_contradict_the_operators_are_dropped(
+    declared: list[int | str], caplog: pytest.LogCaptureFixture
+) -> None:
+    b = Builder()
+    x = b.input("x", ["batch", 3, IN])
+    h = b.node("Sigmoid", [b.node("Tanh", [x], declared, name="h")], None)
+    model = b.model(b.node("MatMul", [h, b.weight("w", IN, OUT)], None, module="m", name="y"))
+    complete_shapes(model)
+    product = next(node for node in model.graph if node.op_type == "MatMul")
+    assert [str(size) for size in product.inputs[0].shape] == ["batch", "3", str(IN)]
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("op", ["Conv", "MatMul"])
 def test_shapes_are_inferred_for_a_product_whose_weight_stands_in_front(op: str) -> None:
     """It is written as a product of x W only where the axes of x are known."""

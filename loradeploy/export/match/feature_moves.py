@@ -1,0 +1,201 @@
+"""What nodes that only move values do to an array: numpy functions by operator.
+
+An array stands for a value of the graph. Sizes that only a run would show come from the arrays
+that are known, or are those of the node's input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from loradeploy.export.graph.edit import constant_of, source_of
+from loradeploy.export.match.quantized import input_at
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from numpy.typing import NDArray
+
+Arrays = Mapping["ir.Value", "NDArray[np.int64]"]
+# A size, or None where it is not known.
+_Sizes = list[int | None]
+
+_CARRIERS: Final = ("Cast", "Identity")
+_MOST_PERMUTED: Final = 1 << 13  # features of a permutation matrix
+# Of "keep this axis" in a Reshape: those of the batch and the sequence.
+_KEPT: Final = 2
+
+
+class UnknownMoveError(Exception):
+    """Where a node moves values to is not known before it is run."""
+
+
+def moved(node: ir.Node, arrays: Arrays) -> list[NDArray[np.int64]]:
+    """The outputs of a node of `MOVES`.
+
+    Raises:
+        UnknownMoveError: they are not known.
+    """
+    x = node.inputs[0]
+    if x is None or x not in arrays:
+        raise UnknownMoveError
+    try:
+        return MOVES[node.op_type](node, arrays[x], arrays)
+    except (IndexError, TypeError, ValueError) as problem:
+        raise UnknownMoveError from problem
+
+
+def permutation_of(node: ir.Node) -> NDArray[np.int64] | None:
+    """Which inputs the outputs of a product with a permutation matrix are; None of another one."""
+    weight = input_at(node, 1)
+    if node.op_type != "MatMul" or weight is None or not _is_constant(weight):
+        return None
+    assert weight.const_value is not None
+    shape = weight.const_value.shape.numpy()
+    if len(shape) != 2 or shape[0] != shape[1] or not 1 < shape[0] <= _MOST_PERMUTED:
+        return None
+    matrix = constant_of(weight)
+    if np.count_nonzero(matrix[0]) != 1:
+        return None
+    used = matrix != 0
+    if (used.sum(0) != 1).any() or (used.sum(1) != 1).any() or (matrix[used] != 1).any():
+        return None
+    return np.asarray(used.argmax(0), np.int64)
+
+
+def _gather(node: ir.Node, x: NDArray[np.int64], arrays: Arrays) -> list[NDArray[np.int64]]:
+    return [x.take(_constant(node, 1), axis=_integer(node, "axis", 0))]
+
+
+def _concat(node: ir.Node, x: NDArray[np.int64], arrays: Arrays) -> list[NDArray[np.int64]]:
+    if any(value not in arrays for value in node.inputs):
+        raise UnknownMoveError
+    parts = [arrays[value] for value in node.inputs if value is not None]
+    return [np.concatenate(parts, axis=_integer(node, "axis", 0))]
+
+
+def _split(node: ir.Node, x: NDArray[np.int64], arrays: Arrays) -> list[NDArray[np.int64]]:
+    axis = _integer(node, "axis", 0)
+    if input_at(node, 1) is not None:
+        ends = np.cumsum(_constant(node, 1))[:-1]
+    else:
+        size = -(-x.shape[axis] // len(node.outputs))
+        ends = np.arange(1, len(node.outputs)) * size
+    return list(np.split(x, ends, axis=axis))
+
+
+def _slice(node: ir.Node, x: NDArray[np.int64], arrays: Arrays) -> list[NDArray[np.int64]]:
+    starts, ends = _constant(node, 1).tolist(), _constant(node, 2).tolist()
+    axes = range(len(starts)) if input_at(node, 3) is None else _constant(node, 3).tolist()
+    steps = [1] * len(starts) if input_at(node, 4) is None else _constant(node, 4).tolist()
+    where = [slice(None)] * x.ndim
+    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+        whole = step < 0 and end < -x.shape[axis]
+        where[axis] = slice(start, None if whole else end, step)
+    return [x[tuple(where)]]
+
+
+def _transpose(node: ir.Node, x: NDArray[np.int64], arrays: Arrays) -> list[NDArray[np.int64]]:
+    order = node.attributes.get("perm")
+    return [x.transpose(None if order is None else list(order.as_ints()))]
+
+
+def _unsqueeze(node: ir.Node, x: NDArray[np.int64], arrays: Arrays) -> list[NDArray[np.int64]]:
+    return [np.expand_dims(x, tuple(_constant(node, 1).tolist()))]
+
+
+def _squeeze(node: ir.Node, x: NDArray[np.int64], arrays: Arrays) -> list[NDArray[np.int64]]:
+    axes = None if input_at(node, 1) is None else tuple(_constant(node, 1).tolist())
+    return [x.squeeze(axes)]
+
+
+def _flatten(node: ir.Node, x: NDArray[np.int64], arrays: Arrays) -> list[NDArray[np.int64]]:
+    axis = _integer(node, "axis", 1) % (x.ndim + 1)
+    return [x.reshape(int(np.prod(x.shape[:axis])), -1)]
+
+
+def _reshape(node: ir.Node, x: NDArray[np.int64], arrays: Arrays) -> list[NDArray[np.int64]]:
+    sizes = _sizes(input_at(node, 1), arrays)
+    if sizes is None:
+        shape = node.outputs[0].shape
+        if shape is None:
+            raise UnknownMoveError
+        sizes = [dim if isinstance(dim, int) else None for dim in shape]
+    # What is not known is most likely that of the batch or the sequence, and is kept.
+    for axis in range(min(_KEPT, len(sizes), x.ndim)):
+        if sizes[axis] in (None, 0) and sizes.count(None) + sizes.count(-1) > 1:
+            sizes[axis] = x.shape[axis]
+    given = [x.shape[axis] if size == 0 else size for axis, size in enumerate(sizes)]
+    return [x.reshape([-1 if size is None else size for size in given])]
+
+
+# Operators that move values, and nothing else.
+MOVES: Final[
+    Mapping[str, Callable[[ir.Node, NDArray[np.int64], Arrays], list[NDArray[np.int64]]]]
+] = {
+    "Concat": _concat,
+    "Flatten": _flatten,
+    "Gather": _gather,
+    "Reshape": _reshape,
+    "Slice": _slice,
+    "Split": _split,
+    "Squeeze": _squeeze,
+    "Transpose": _transpose,
+    "Unsqueeze": _unsqueeze,
+}
+
+
+def _sizes(value: ir.Value | None, arrays: Arrays) -> _Sizes | None:
+    """The sizes that a value of the graph holds, such as the shape of a Reshape."""
+    if value is None:
+        return None
+    if _is_constant(value):
+        return [int(size) for size in constant_of(value).reshape(-1)]
+    node = value.producer()
+    if node is None:
+        return None
+    if node.op_type == "Concat":
+        parts = [_sizes(part, arrays) for part in node.inputs]
+        known = [part for part in parts if part is not None]
+        return list(chain.from_iterable(known)) if len(known) == len(parts) else None
+    if node.op_type in (*_CARRIERS, "Reshape", "Squeeze", "Unsqueeze"):
+        return _sizes(node.inputs[0], arrays)
+    if node.op_type == "Shape" and node.inputs[0] is not None:
+        shape = _shape_of(node.inputs[0], arrays)
+        end = node.attributes.get("end")
+        start = _integer(node, "start", 0)
+        return None if shape is None else shape[start : None if end is None else end.as_int()]
+    if node.op_type in ("Gather", "Slice"):
+        sizes = _sizes(node.inputs[0], arrays)
+        if sizes is None:  # one size, of what is not known
+            return [None] if node.op_type == "Gather" and _constant(node, 1).size == 1 else None
+        places = MOVES[node.op_type](node, np.arange(len(sizes)), {})[0].reshape(-1)
+        return [sizes[place] for place in places]
+    return [None] if node.op_type in ("Add", "Div", "Mul", "Sub") else None
+
+
+def _shape_of(value: ir.Value, arrays: Arrays) -> _Sizes | None:
+    if value in arrays:
+        return list(arrays[value].shape)
+    if value.shape is None:
+        return None
+    return [dim if isinstance(dim, int) else None for dim in value.shape]
+
+
+def _constant(node: ir.Node, index: int) -> NDArray[Any]:
+    value = source_of(input_at(node, index), _CARRIERS)
+    if value is None or not _is_constant(value):
+        raise UnknownMoveError
+    return constant_of(value)
+
+
+def _is_constant(value: ir.Value) -> bool:
+    return value.is_initializer() and not value.is_graph_input() and value.const_value is not None
+
+
+def _integer(node: ir.Node, name: str, default: int) -> int:
+    attribute = node.attributes.get(name)
+    return default if attribute is None else attribute.as_int()
