@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from loradeploy.export.graph.edit import constant_of, source_of
-from loradeploy.export.match.quantized import input_at
+from loradeploy.export.graph.edit import constant_of, input_at, source_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -124,12 +123,12 @@ def _reshape(node: ir.Node, x: NDArray[np.int64], arrays: Arrays) -> list[NDArra
         if shape is None:
             raise UnknownMoveError
         sizes = [dim if isinstance(dim, int) else None for dim in shape]
-    # What is not known is most likely that of the batch or the sequence, and is kept.
-    for axis in range(min(_KEPT, len(sizes), x.ndim)):
-        if sizes[axis] in (None, 0) and sizes.count(None) + sizes.count(-1) > 1:
-            sizes[axis] = x.shape[axis]
-    given = [x.shape[axis] if size == 0 else size for axis, size in enumerate(sizes)]
-    return [x.reshape([-1 if size is None else size for size in given])]
+    # What is not known is the size of the batch or the sequence, which stays where it is.
+    kept = [
+        x.shape[axis] if size == 0 or (size is None and axis < _KEPT) else size
+        for axis, size in enumerate(sizes)
+    ]
+    return [x.reshape([-1 if size is None else size for size in kept])]
 
 
 # Operators that move values, and nothing else.
@@ -145,6 +144,14 @@ MOVES: Final[
     "Squeeze": _squeeze,
     "Transpose": _transpose,
     "Unsqueeze": _unsqueeze,
+}
+
+
+_ARITHMETIC: Final = {
+    "Add": np.add,
+    "Div": np.floor_divide,
+    "Mul": np.multiply,
+    "Sub": np.subtract,
 }
 
 
@@ -174,7 +181,12 @@ def _sizes(value: ir.Value | None, arrays: Arrays) -> _Sizes | None:
             return [None] if node.op_type == "Gather" and _constant(node, 1).size == 1 else None
         places = MOVES[node.op_type](node, np.arange(len(sizes)), {})[0].reshape(-1)
         return [sizes[place] for place in places]
-    return [None] if node.op_type in ("Add", "Div", "Mul", "Sub") else None
+    if node.op_type in _ARITHMETIC:
+        one, other = (_sizes(value, arrays) for value in node.inputs)
+        if one is None or other is None or len(one) != 1 or None in (*one, *other):
+            raise UnknownMoveError  # a size that is not one of the batch or the sequence
+        return [int(size) for size in _ARITHMETIC[node.op_type](np.array(one), np.array(other))]
+    return None
 
 
 def _shape_of(value: ir.Value, arrays: Arrays) -> _Sizes | None:
