@@ -69,6 +69,12 @@ def _gather(node: ir.Node, x: NDArray[np.int64], arrays: Arrays) -> list[NDArray
     return [x.take(_constant(node, 1), axis=_integer(node, "axis", 0))]
 
 
+def _gather_nd(node: ir.Node, x: NDArray[np.int64], arrays: Arrays) -> list[NDArray[np.int64]]:
+    if _integer(node, "batch_dims", 0):
+        raise UnknownMoveError
+    return [x[tuple(np.moveaxis(_constant(node, 1), -1, 0))]]
+
+
 def _concat(node: ir.Node, x: NDArray[np.int64], arrays: Arrays) -> list[NDArray[np.int64]]:
     if any(value not in arrays for value in node.inputs):
         raise UnknownMoveError
@@ -138,6 +144,7 @@ MOVES: Final[
     "Concat": _concat,
     "Flatten": _flatten,
     "Gather": _gather,
+    "GatherND": _gather_nd,
     "Reshape": _reshape,
     "Slice": _slice,
     "Split": _split,

@@ -98,7 +98,18 @@ def _signed_rotation(b: Builder, y: ir.Value) -> ir.Value:
     return _rotated(b, y, negated=False)
 
 
-ORDINARY = [_alone, _heads, _dynamic_heads, _rotated, _signed_rotation, _halves]
+def _indexed(b: Builder, y: ir.Value) -> ir.Value:
+    """One part of each group, as torch.onnx writes y[:, :, :, 1]."""
+    groups = b.node("Reshape", [y, _ints(b, 0, 0, HEADS, 2, SIZE // 2)])
+    front = b.node("Transpose", [groups], perm=[3, 0, 1, 2, 4])
+    parts = [
+        b.node("GatherND", [front, b.constant(f"at_{at}", np.array([[at]], np.int64))])
+        for at in (0, 1)
+    ]
+    return b.node("Sub", parts)
+
+
+ORDINARY = [_indexed, _alone, _heads, _dynamic_heads, _rotated, _signed_rotation, _halves]
 REORDERED = [
     *(_gathered, _gathered_heads, _joined, _transposed, _multiplied),
     *(_behind_bias_and_activation, _then_rotated),
