@@ -27,7 +27,7 @@ from loradeploy.export.building.steps import (
 )
 from loradeploy.export.graph.edit import give_up
 from loradeploy.export.match.linears import Findings, find_linears
-from loradeploy.export.match.weights import to_bfloat16
+from loradeploy.export.match.modules.weights import to_bfloat16
 from loradeploy.export.match.whole.norm_forms import check_known
 from loradeploy.export.merge import merge_adapter
 from loradeploy.export.merge_error import Round, warn_of

@@ -16,7 +16,7 @@ import numpy as np
 from loradeploy.bundle.manifest import LoraTarget
 from loradeploy.bundle.names import lora_a_name, lora_b_name
 from loradeploy.export.graph.edit import constant_of
-from loradeploy.export.match.naming import module_of
+from loradeploy.export.match.modules.naming import module_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -16,7 +16,7 @@ from loradeploy.bundle.names import lora_a_name, lora_b_name
 from loradeploy.bundle.outputs import LOGITS_NAMES
 from loradeploy.errors import ExportError
 from loradeploy.export.graph.scopes import linear_scopes
-from loradeploy.export.match.naming import FUSED_MODULES, Named, Namer, by_graph
+from loradeploy.export.match.modules.naming import FUSED_MODULES, Named, Namer, by_graph
 from loradeploy.export.match.products import Product, bias_use, describe, products, value_of
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from loradeploy.adapter.tasks import LM_HEAD
 from loradeploy.export.graph.edit import only_user
-from loradeploy.export.match.naming import is_built, module_of
+from loradeploy.export.match.modules.naming import is_built, module_of
 from loradeploy.export.match.products import input_of, output_of
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from loradeploy.export.graph.edit import (
     replace_uses,
     source_of,
 )
-from loradeploy.export.match.naming import module_of
+from loradeploy.export.match.modules.naming import module_of
 from loradeploy.export.match.operators import check_operators
 
 if TYPE_CHECKING:

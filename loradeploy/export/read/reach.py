@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from loradeploy.errors import ExportError
 from loradeploy.export.match.linears import Findings
-from loradeploy.export.match.naming import module_of
+from loradeploy.export.match.modules.naming import module_of
 from loradeploy.export.read.subgraphs import enclosed_products
 
 if TYPE_CHECKING:

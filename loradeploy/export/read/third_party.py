@@ -25,10 +25,10 @@ from loradeploy.bundle.names import (
 from loradeploy.errors import ExportError, ModelError, listed, listed_names
 from loradeploy.export.graph.edit import integer_of
 from loradeploy.export.match.feature_order import reordering_node, takes_pairs
-from loradeploy.export.match.identity import CheckpointWeights
 from loradeploy.export.match.linears import Findings, Linear, annotate_modules, find_linears
-from loradeploy.export.match.mapping import ModuleMap
-from loradeploy.export.match.naming import Namer, by_graph, first_of, keeping_fused
+from loradeploy.export.match.modules.identity import CheckpointWeights
+from loradeploy.export.match.modules.mapping import ModuleMap
+from loradeploy.export.match.modules.naming import Namer, by_graph, first_of, keeping_fused
 from loradeploy.export.match.operators import GROUP_QUERY_ATTENTION, unreached_layers
 from loradeploy.export.match.own_factors import own_factor
 from loradeploy.export.read.normalize import SCALE

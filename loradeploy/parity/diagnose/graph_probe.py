@@ -40,7 +40,7 @@ from loradeploy.export.graph.names import (
     module_of_step,
 )
 from loradeploy.export.match.linears import find_linears
-from loradeploy.export.match.naming import module_of
+from loradeploy.export.match.modules.naming import module_of
 from loradeploy.export.passes.fuse import came_fused, products_of
 from loradeploy.export.passes.undo import remove_choices
 from loradeploy.export.read.regular import complete_shapes

@@ -11,9 +11,9 @@ import onnx_ir as ir
 import pytest
 from safetensors.numpy import save_file
 
-from loradeploy.export.match.identity import CheckpointWeights
 from loradeploy.export.match.linears import find_linears
-from loradeploy.export.match.naming import by_graph
+from loradeploy.export.match.modules.identity import CheckpointWeights
+from loradeploy.export.match.modules.naming import by_graph
 from loradeploy.export.passes.side_inputs.inject import inject_side_inputs
 from tests.export.graphs import IN, OUT, Builder, numbers, run
 from tests.tolerances import tolerance

@@ -11,9 +11,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from loradeploy.export.graph.edit import constant_of
-from loradeploy.export.match.identity import CheckpointWeights
 from loradeploy.export.match.linears import find_linears
-from loradeploy.export.match.naming import by_graph
+from loradeploy.export.match.modules.identity import CheckpointWeights
+from loradeploy.export.match.modules.naming import by_graph
 from loradeploy.export.match.operators import MICROSOFT
 from loradeploy.export.passes.side_inputs.inject import inject_side_inputs
 from loradeploy.export.read.attention import separate_projections

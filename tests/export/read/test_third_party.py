@@ -18,7 +18,7 @@ from loradeploy.adapter.files.peft import save_adapter
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.errors import AdapterMismatchError, ExportError, ModelError, UsageError
 from loradeploy.export.api import export
-from loradeploy.export.match.naming import FUSED_MODULES
+from loradeploy.export.match.modules.naming import FUSED_MODULES
 from loradeploy.export.match.operators import MICROSOFT
 from loradeploy.export.read.normalize import normalize_products
 from loradeploy.export.read.third_party import Evidence, complete_cache, find_modules

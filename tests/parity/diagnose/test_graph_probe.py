@@ -13,7 +13,7 @@ import pytest
 from loradeploy.bundle.manifest import BaseIdentity, Manifest, read_manifest
 from loradeploy.bundle.names import GRAPH_NAME, MANIFEST_NAME
 from loradeploy.export.match.linears import find_linears
-from loradeploy.export.match.naming import FUSED_MODULES
+from loradeploy.export.match.modules.naming import FUSED_MODULES
 from loradeploy.export.passes.side_inputs.inject import inject_side_inputs
 from loradeploy.parity.diagnose.graph_probe import ProbedGraph, probe_graph
 from loradeploy.parity.diagnose.torch_probe import Modules, Site

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from loradeploy.bundle.manifest import LoraTarget
 from loradeploy.bundle.names import lora_a_name, lora_b_name
-from loradeploy.export.match.naming import module_of
+from loradeploy.export.match.modules.naming import module_of
 from loradeploy.export.match.operators import MICROSOFT
 
 if TYPE_CHECKING:

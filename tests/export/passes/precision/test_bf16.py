@@ -12,7 +12,7 @@ import loradeploy as ld
 from loradeploy.export.api import export
 from loradeploy.export.graph.file import load_graph
 from loradeploy.export.match.linears import find_linears
-from loradeploy.export.match.weights import to_bfloat16
+from loradeploy.export.match.modules.weights import to_bfloat16
 from loradeploy.export.passes.precision.bf16 import compute_as_float32, store_as_bfloat16
 from loradeploy.runtime.session import AdapterSession
 from tests.conftest import MakeAdapter, once

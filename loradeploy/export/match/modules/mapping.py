@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from loradeploy.errors import UsageError
-from loradeploy.export.match.naming import Named
+from loradeploy.export.match.modules.naming import Named
 from loradeploy.export.match.products import Product, describe
 from loradeploy.files import read_json
 

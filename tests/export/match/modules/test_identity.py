@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from loradeploy.errors import ExportError
-from loradeploy.export.match.identity import CheckpointWeights
 from loradeploy.export.match.linears import Findings, find_linears
-from loradeploy.export.match.naming import by_graph
+from loradeploy.export.match.modules.identity import CheckpointWeights
+from loradeploy.export.match.modules.naming import by_graph
 from loradeploy.export.passes.precision.quantize import quantize
 from loradeploy.export.passes.side_inputs.inject import SideInputs
 from tests.export.graphs import Builder, manifest_of, numbers

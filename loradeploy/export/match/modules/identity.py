@@ -19,10 +19,10 @@ from loradeploy.adapter.files.base_files import weight_files
 from loradeploy.adapter.files.tensors import StoredTensor, map_tensors
 from loradeploy.adapter.tasks import LM_HEAD
 from loradeploy.errors import ExportError, ModelError, listed_names
-from loradeploy.export.match.mapping import FOUND_BY as GIVEN
-from loradeploy.export.match.naming import Named, Namer
+from loradeploy.export.match.modules.mapping import FOUND_BY as GIVEN
+from loradeploy.export.match.modules.naming import Named, Namer
+from loradeploy.export.match.modules.weights import Matrix, Sample, bias_difference, difference
 from loradeploy.export.match.products import Product, describe, products
-from loradeploy.export.match.weights import Matrix, Sample, bias_difference, difference
 from loradeploy.export.match.whole.biases import bias_numbers
 
 if TYPE_CHECKING:

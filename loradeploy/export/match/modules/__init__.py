@@ -1,0 +1,1 @@
+"""Which modules of the checkpoint a product is: by its names, a map of the user, its numbers."""
