@@ -324,6 +324,27 @@ def test_what_ends_in_a_saved_name_is_saved_as_in_peft(module: str, tmp_path: Pa
     assert set(adapter.saved) == {f"{module}.weight"}
 
 
+@pytest.mark.parametrize("prefix", ["", PREFIX])
+def test_a_value_head_of_trl_is_left_out_by_name(
+    prefix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from loradeploy.adapter.files import roles
+
+    roles._warn_of_value_head.cache_clear()
+    head = {f"{prefix}v_head.summary.weight": np.ones((1, 4), np.float32)}
+    right = load_adapter(write(tmp_path / "right", good_tensors()))
+    found = load_adapter(write(tmp_path / "adapter", {**good_tensors(), **head}))
+    assert found.digest == right.digest
+    assert not found.carried
+    assert f"{prefix}v_head.summary.weight: a value head of TRL" in caplog.text
+
+
+def test_a_value_head_that_is_of_the_model_is_kept(tmp_path: Path) -> None:
+    head = {f"{PREFIX}v_head.summary.weight": np.ones((1, 4), np.float32)}
+    place = write(tmp_path / "adapter", {**good_tensors(), **head}, modules_to_save=["v_head"])
+    assert "v_head.summary.weight" in load_adapter(place).saved
+
+
 @pytest.mark.parametrize("place", ["nowhere", "empty", "file.txt"])
 def test_a_place_without_an_adapter_says_so(place: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()

@@ -41,6 +41,8 @@ _FACTOR: Final = re.compile(
 )
 _ROWS: Final = re.compile(rf"(?P<module>.+){re.escape(TRAINED_ROWS)}(?:\.(?P<adapter>[^.]+))?")
 _SAVED: Final = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<rest>.+)")
+# What TRL keeps beside the adapter of a model with a value head.
+_VALUE_HEAD: Final = re.compile(r"v_head\.summary\.(?:weight|bias)")
 _BELOW: Final = (f".token_adapter{INNER}", INNER)
 
 
@@ -83,6 +85,11 @@ def read_keys(keys: Iterable[str]) -> dict[str, Key]:
             " each of them to a separate directory"
         )
     return {key: _key(name, adapters or {"default"}) for key, name in names.items()}
+
+
+def is_value_head(key: str) -> bool:
+    """Whether a tensor is of TRL's value head: it reads the states, and changes no logits."""
+    return _VALUE_HEAD.fullmatch(_BEFORE.sub("", _BETWEEN.sub("", key), count=1)) is not None
 
 
 def _key(name: str, adapters: Iterable[str]) -> Key:

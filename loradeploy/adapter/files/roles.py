@@ -7,6 +7,7 @@ rows      trained rows of a weight         carried   weights of the base that th
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Container, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,13 +17,16 @@ from loradeploy.adapter.adapter import Adapter, Factors, Kind, Rows
 from loradeploy.adapter.algebra.experts import expert_factors, parameters_below, with_targets
 from loradeploy.adapter.config import TOKENS, TYING, AdapterConfig
 from loradeploy.adapter.files.formats import other_tensors
-from loradeploy.adapter.files.keys import Key, read_keys
+from loradeploy.adapter.files.keys import Key, is_value_head, read_keys
 from loradeploy.adapter.modules.targets import is_saved, is_trained_bias, saved_by, untargeted
 from loradeploy.adapter.tasks import task_of_peft
 from loradeploy.errors import AdapterError, listed, listed_names, shown
+from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+logger = logger_of(__name__)
 
 MAGNITUDE: Final = "lora_magnitude_vector"
 # What A and B are called, by the kind of layer.
@@ -49,8 +53,10 @@ def tensors_by_role(
 ) -> tuple[AdapterConfig, dict[str, Any]]:
     """The tensors of the file by role, and the config with every fully trained module.
 
-    Every tensor is used or refused; one error names all that are refused.
+    Every tensor is used or refused; one error names all that are refused. Only a value head that is
+    not of modules_to_save is left out, with a warning.
     """
+    arrays = _without_value_head(arrays, config)
     try:
         keys = read_keys(arrays)
     except AdapterError as problem:
@@ -183,6 +189,26 @@ def _slots(
         if not np.array_equal(slots.setdefault((slot, name), values), values):
             problems.append(f"{key} differs from what the file has for {name} under another key")
     return slots, named
+
+
+def _without_value_head(
+    arrays: Mapping[str, NDArray[Any]], config: AdapterConfig
+) -> Mapping[str, NDArray[Any]]:
+    """`arrays` without TRL's value head, which PEFT does not load either."""
+    heads = [key for key in arrays if is_value_head(key)]
+    if not heads or "v_head" in config.modules_to_save:
+        return arrays
+    _warn_of_value_head(listed_names(heads))
+    return {key: values for key, values in arrays.items() if key not in heads}
+
+
+@functools.cache  # once, though an export reads an adapter several times
+def _warn_of_value_head(names: str) -> None:
+    logger.warning(
+        "%s: a value head of TRL is beside the adapter. It is left out, as in PEFT: the model's"
+        " outputs do not depend on it",
+        names,
+    )
 
 
 def _saved_as(parameter: str, saving: AdapterConfig) -> str:
