@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import loradeploy as ld
+from loradeploy.adapter.files.peft import load_adapter, save_adapter
 from loradeploy.bundle.graph_form import form_of
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.errors import (
@@ -23,6 +24,7 @@ from loradeploy.errors import (
     ModelError,
     UsageError,
 )
+from loradeploy.parity.checks.controls import wrong_adapter
 from tests.cli.calling import call
 from tests.inputs.towers import POSITIONS, TEXTS, make_adapter, make_clip, make_deit, make_siglip
 from tests.inputs.vit import IMAGES
@@ -112,6 +114,14 @@ def expected(place: Path, name: str, task: str, adapter: str | None, rows: Seque
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
+def make_wrong(adapter: Path, place: Path) -> Path:
+    """Another adapter of the same shapes."""
+    wrong = wrong_adapter(load_adapter(adapter))
+    assert wrong is not None
+    save_adapter(wrong, place)
+    return place
+
+
 def embedder(place: Path, name: str, task: str) -> Any:
     session = ld.AdapterSession(bundle(place, name, task))
     return ld.TextEmbedder(session) if task == TEXT_TASK else ld.ImageEmbedder(session)
@@ -156,6 +166,38 @@ def test_a_tower_is_proved_and_wrong_adapters_are_seen(place: Path, name: str, t
 
 
 @pytest.mark.breadth(2)
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_a_text_tower_is_scored_as_transformers_and_peft_do(
+    place: Path, name: str, tmp_path: Path
+) -> None:
+    first = ["a photo of a red cat", "the blue sea", "dog", "the sky"]
+    second, scores = ["the red cat", "a blue sky", "a photo of a dog", "red"], [0.9, 0.2, 0.6, 0.1]
+    data = tmp_path / "scored.jsonl"
+    lines = zip(first, second, scores, strict=True)
+    keys = ("text", "text_pair", "score")
+    data.write_text("\n".join(json.dumps(dict(zip(keys, line, strict=True))) for line in lines))
+    few: dict[str, Any] = {"model": place / name, "phases": ["padded batch"], "certificate": False}
+    report = ld.parity(bundle(place, name, TEXT_TASK), evaluate=data, **few)
+    assert report.passed, report.failures
+    found = {s.adapter: s for s in report.scores if s.metric == "pearson"}
+    for adapter in (None, "both"):
+        sides = [expected(place, name, TEXT_TASK, adapter, texts) for texts in (first, second)]
+        right = np.corrcoef((sides[0] * sides[1]).sum(axis=1), scores)[0, 1]
+        assert found[adapter].reference == pytest.approx(right, abs=1e-5)
+        assert found[adapter].value == pytest.approx(right, abs=1e-5)
+    assert abs(found["both"].value - found[None].value) > 0.01, "the adapter changed nothing"
+
+    adapters = {"both": place / f"{name}-both"}
+    wrong = make_wrong(adapters["both"], tmp_path / "wrong")
+    ld.export(place / name, tmp_path / "merged", adapters=[wrong], task=TEXT_TASK, merge=True)
+    report = ld.parity(
+        tmp_path / "merged", adapters=adapters, evaluate=data, backends=["onnx-merged"], **few
+    )
+    (score,) = [s for s in report.scores if s.metric == "pearson"]
+    assert abs(score.difference) > 0.01, "another adapter scores the same"
+    assert not report.passed
+
+
 @pytest.mark.parametrize(("name", "task"), [("clip", TEXT_TASK), ("siglip", IMAGE_TASK)])
 def test_an_adapter_is_merged_into_a_tower(
     place: Path, name: str, task: str, tmp_path: Path
