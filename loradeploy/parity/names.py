@@ -37,12 +37,13 @@ PERMUTED: Final = "permuted batch"
 DECODE: Final = "decode"
 REPEAT: Final = "repeat"
 EMBEDDED: Final = "embeddings"  # of decoders of images and text
+ENCODER: Final = "encoder"  # of encoder-decoders
 
 DECODER_PHASES: Final = (PREFILL, CHUNKED, PADDED_BATCH, PERMUTED, DECODE, REPEAT)
 ENCODER_PHASES: Final = (ONE_ROW, PADDED_BATCH, PERMUTED, REPEAT)
 # Of encoder-decoders, whose rows are targets.
-SEQ2SEQ_PHASES: Final = (PREFILL, PADDED_BATCH, PERMUTED, DECODE, REPEAT)
-ALL_PHASES: Final = tuple(dict.fromkeys((*DECODER_PHASES, EMBEDDED, *ENCODER_PHASES)))
+SEQ2SEQ_PHASES: Final = (ENCODER, PREFILL, PADDED_BATCH, PERMUTED, DECODE, REPEAT)
+ALL_PHASES: Final = tuple(dict.fromkeys((*DECODER_PHASES, EMBEDDED, *ENCODER_PHASES, ENCODER)))
 
 # Levels of graph optimization, and of their members in onnxruntime's GraphOptimizationLevel.
 LEVELS: Final = {

@@ -47,6 +47,75 @@ def test_every_task_passes_and_another_adapter_fails(name: str, tmp_path: Path) 
     assert {result.outcome for result in failed.results} == {"failed"}
 
 
+def changed(adapter: Path, place: Path, part: str) -> Path:
+    """A copy of the adapter whose factors of the modules with `part` in their names are doubled."""
+    right = load_adapter(adapter)
+    factors = {
+        module: dataclasses.replace(pair, B=pair.B * (2 if part in module else 1))
+        for module, pair in right.factors.items()
+    }
+    save_adapter(dataclasses.replace(right, factors=factors), place)
+    return place
+
+
+@pytest.mark.parametrize(
+    ("part", "fails"), [("encoder.", True), ("EncDecAttention.k", True), ("SelfAttention.q", False)]
+)
+def test_the_encoder_of_an_encoder_decoder_is_compared_by_itself(
+    part: str, fails: bool, tmp_path: Path
+) -> None:
+    model, adapters, _ = prepared(KINDS["t5"], tmp_path)
+    named = part if fails else f"decoder.block.0.layer.0.{part}"
+    wrong = changed(adapters["first"], tmp_path / "wrong", named)
+    ld.export(model, tmp_path / "merged", adapters={"first": wrong}, merge=True)
+    report = ld.parity(
+        tmp_path / "merged",
+        model=model,
+        adapters={"first": adapters["first"]},
+        phases=["encoder", "prefill"],
+        certificate=False,
+    )
+    found = {(result.backend, result.phase): result for result in report.results}
+    in_graph = found["onnx-merged", "encoder"]
+    assert (in_graph.outcome == "failed") == fails, in_graph.message
+    assert in_graph.effect is not None and in_graph.effect > 0.1
+    assert found["onnx-merged", "prefill"].outcome == "failed"
+    for backend in ("torch-merged", "peft"):
+        assert found[backend, "encoder"].outcome == "passed"
+        figures = found[backend, "encoder"].figures
+        assert figures is not None and figures.top1 is None, "keys and values are no logits"
+
+
+def test_an_encoder_without_the_adapter_is_caught(tmp_path: Path) -> None:
+    model, adapters, _ = prepared(KINDS["whisper"], tmp_path)
+    ld.export(model, tmp_path / "side", adapters=adapters)
+    report = ld.parity(
+        tmp_path / "side", model=model, controls=True, phases=["encoder"], certificate=False
+    )
+    assert report.passed, report.failures
+    own = [c for c in report.controls if c.name == "encoder without adapter"]
+    assert [(control.adapter, control.caught) for control in own] == [
+        ("first", True),
+        ("second", True),
+    ]
+    mixed = [result for result in report.results if result.backend == "onnx-mixed"]
+    assert {result.adapter for result in mixed} == {None, "first", "second"}
+
+
+@pytest.mark.breadth(2)
+@pytest.mark.parametrize(("name", "precision"), [("bart", "int8"), ("bart", "int4")])
+def test_the_limits_of_the_encoder_are_those_of_the_precision(
+    name: str, precision: str, tmp_path: Path
+) -> None:
+    model, adapters, _ = prepared(KINDS[name], tmp_path)
+    ld.export(model, tmp_path / "side", adapters=adapters, precision=precision)
+    report = ld.parity(
+        tmp_path / "side", model=model, controls=True, phases=["encoder"], certificate=False
+    )
+    assert report.passed, report.failures
+    assert all(control.caught for control in report.controls)
+
+
 def manifest(*inputs: TensorSpec) -> Manifest:
     base = BaseIdentity("base", None, "checkpoint")
     return Manifest("image-classification", "side-inputs", base, "fp32", 23, inputs, ())

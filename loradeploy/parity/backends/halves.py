@@ -28,6 +28,12 @@ class Halves:
     run: Run
     outputs: Sequence[str]
 
+    def encoded(
+        self, feeds: Mapping[str, NDArray[Any]], adapters: Sequence[str | None]
+    ) -> list[Any]:
+        """The keys and values of the source, in the order of the encoder's outputs."""
+        return list(self._encoded(feeds, adapters)[0].values())
+
     def whole(
         self, feeds: Mapping[str, NDArray[Any]], adapters: Sequence[str | None]
     ) -> Sequence[Any]:

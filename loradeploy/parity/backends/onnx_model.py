@@ -13,7 +13,7 @@ from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.names import ATTENTION_MASK, PAST, present_of
 from loradeploy.parity.backends.halves import Halves
 from loradeploy.parity.inputs.row_feeds import Known, plain_feeds
-from loradeploy.parity.phases.outputs import check_positions, joined, output_names
+from loradeploy.parity.phases.outputs import by_source, check_positions, joined, output_names
 from loradeploy.runtime.text.padding import pad
 
 if TYPE_CHECKING:
@@ -107,6 +107,13 @@ class OnnxModel:
         if self._manifest.task == CAUSAL_LM:
             check_positions(values[0], ids.shape[1])
         return joined(values), cache
+
+    def encode(
+        self, ids: NDArray[np.int64], mask: NDArray[np.int64], adapters: Sequence[str | None]
+    ) -> NDArray[Any]:
+        """See `phases.models.SourceModel`."""
+        given = self._halves().encoded(self._plain(ids, mask), adapters)
+        return by_source([_array(value) for value in given])
 
     def decode(
         self, ids: NDArray[np.int64], mask: NDArray[np.int64], adapters: Sequence[str | None]

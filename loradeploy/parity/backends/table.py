@@ -15,6 +15,7 @@ from loradeploy.parity.names import (
     CHUNKED,
     DECODE,
     EMBEDDED,
+    ENCODER,
     ONE_ROW,
     ONNX_GENAI,
     ONNX_MERGED,
@@ -30,8 +31,9 @@ from loradeploy.parity.names import (
     TORCH_MERGED,
 )
 from loradeploy.parity.phases.models import Model
+from loradeploy.parity.reference.model import TorchModel
 from loradeploy.parity.reference.peft import with_peft
-from loradeploy.parity.reference.pytorch import TorchModel, merged
+from loradeploy.parity.reference.pytorch import merged
 from loradeploy.parity.reference.quantized import QUANTIZED
 from loradeploy.parity.reference.tied import rows_of_tied, with_rows_of_tied
 
@@ -127,10 +129,10 @@ def _peft_lacks(context: CheckContext) -> str | None:
 
 
 _SIDE, _MERGED = "side-inputs", "merged"
-_ALONE: Final = (PREFILL, ONE_ROW)
+_IN_TORCH: Final = (ENCODER, PREFILL, ONE_ROW)
 _ALL: Final = (PREFILL, ONE_ROW, CHUNKED, PADDED_BATCH, PERMUTED, DECODE, REPEAT)
-_WITH_EMBEDS: Final = (*_ALL, EMBEDDED)
-_BATCHED: Final = (PADDED_BATCH, PERMUTED, DECODE, EMBEDDED)
+_IN_SESSIONS: Final = (*_ALL, EMBEDDED, ENCODER)
+_BATCHED: Final = (PADDED_BATCH, PERMUTED, DECODE, EMBEDDED, ENCODER)
 _ROW_BY_ROW: Final = (PREFILL, CHUNKED, DECODE)
 
 BACKENDS: Final[tuple[Backend, ...]] = (
@@ -138,7 +140,7 @@ BACKENDS: Final[tuple[Backend, ...]] = (
         TORCH_MERGED,
         "PyTorch merged",
         (_SIDE, _MERGED),
-        _ALONE,
+        _IN_TORCH,
         _torch_merged,
         on_torch=True,
     ),
@@ -146,7 +148,7 @@ BACKENDS: Final[tuple[Backend, ...]] = (
         PEFT,
         "PEFT",
         (_SIDE, _MERGED),
-        _ALONE,
+        _IN_TORCH,
         _peft,
         on_torch=True,
         needs="peft",
@@ -156,7 +158,7 @@ BACKENDS: Final[tuple[Backend, ...]] = (
         ONNX_MERGED,
         "ONNX merged",
         (_SIDE, _MERGED),
-        _WITH_EMBEDS,
+        _IN_SESSIONS,
         ort.merged_graph,
         on_onnxruntime=True,
         captured=True,
@@ -165,7 +167,7 @@ BACKENDS: Final[tuple[Backend, ...]] = (
         ONNX_SIDE_INPUTS,
         "ONNX side inputs",
         (_SIDE,),
-        _WITH_EMBEDS,
+        _IN_SESSIONS,
         ort.side_inputs,
         needs_adapter=False,
         on_onnxruntime=True,
@@ -175,7 +177,7 @@ BACKENDS: Final[tuple[Backend, ...]] = (
         ONNX_NATIVE,
         "ONNX Runtime adapter",
         (_SIDE,),
-        _WITH_EMBEDS,
+        _IN_SESSIONS,
         ort.native_adapter,
         on_onnxruntime=True,
     ),

@@ -59,9 +59,9 @@ class _Tallies:
 
     def of(self, adapter: str | None, phase: str) -> _Tally:
         if (adapter, phase) not in self.found:
-            comparison = Comparison(
-                scale=self.reference.scale_in(phase, adapter), logits=self.logits
-            )
+            reference = self.reference.of(phase)
+            logits = self.logits and not reference.states
+            comparison = Comparison(scale=reference.scale_in(phase, adapter), logits=logits)
             self.found[adapter, phase] = _Tally(comparison)
         return self.found[adapter, phase]
 
@@ -357,6 +357,7 @@ def _result(
     context: CheckContext,
     reference: Reference,
 ) -> Result:
+    reference = reference.of(phase)
     effect = None if adapter is None else reference.effect[adapter].largest
     limits = reference.limits_in(phase, adapter)
     verdict = judge(tally.comparison.figures(), limits, effect=effect)

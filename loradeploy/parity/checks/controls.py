@@ -22,7 +22,8 @@ from loradeploy.parity.figures.metrics import Comparison
 from loradeploy.parity.names import EMBEDDED
 from loradeploy.parity.phases.fed import Fed
 from loradeploy.parity.phases.outputs import has_logits
-from loradeploy.parity.reference.pytorch import TorchModel, as_reference_with, reference_rows
+from loradeploy.parity.reference.model import TorchModel
+from loradeploy.parity.reference.pytorch import as_reference_with, reference_rows
 from loradeploy.parity.report.results import Control
 from loradeploy.parity.verdict import judge
 
@@ -154,6 +155,10 @@ OFF_BY_ONE: Final = Mistake(
 )
 
 
+BASE_ENCODER: Final = Mistake(
+    "encoder without adapter", "the encoder gives what the base's gives", lambda _: None
+)
+
 # Which decoders a mistake with embeddings is of: all, those in which an image's positions attend to
 # each other, those that count positions in three dimensions.
 ALWAYS, BLOCKS, MROPE = "always", "blocks", "mrope"
@@ -199,8 +204,8 @@ def run_controls(context: CheckContext, reference: Reference, base: Base) -> Con
     found: list[Control] = []
     notes: list[str] = []
 
-    def add(mistake: Mistake, name: str, rows: Sequence[Row]) -> None:
-        control = judge_mistake(mistake, name, rows, context, reference)
+    def add(mistake: Mistake, name: str, rows: Sequence[Row], against: Reference) -> None:
+        control = judge_mistake(mistake, name, rows, context, against)
         if control is None:
             notes.append(
                 f"the control {mistake.name!r} of {name} was left out: every prompt has tokens that"
@@ -219,10 +224,13 @@ def run_controls(context: CheckContext, reference: Reference, base: Base) -> Con
                 # As the reference holds the right one, so that nothing but the mistake is between.
                 with as_reference_with(context, base, wrong) as model:
                     rows = reference_rows(context, model, tested.name, 0)
-                add(mistake, tested.name, rows)
+                add(mistake, tested.name, rows, reference)
         if context.manifest.mode != "merged":  # a merged graph has no mixed batches
-            add(OFF_BY_ONE, tested.name, reference.rows[before])
+            add(OFF_BY_ONE, tested.name, reference.rows[before], reference)
             before = tested.name
+        encoder = reference.encoder
+        if encoder is not None and encoder.effect[tested.name].largest:
+            add(BASE_ENCODER, tested.name, encoder.rows[None], encoder)
         found += _embeds_controls(context, reference, base, tested)
     return Controls(tuple(found), tuple(notes))
 
@@ -267,7 +275,8 @@ def judge_mistake(
     `right`: the rows that they are compared with, and the phase that these are of.
     """
     scale, effect = reference.scale_in(phase, name), reference.effect[name].largest
-    comparison = Comparison(scale=scale, logits=has_logits(context.manifest.task))
+    logits = has_logits(context.manifest.task) and not reference.states
+    comparison = Comparison(scale=scale, logits=logits)
     for own, wrong in zip(right or reference.rows[name], rows, strict=True):
         if own.prompt != wrong.prompt:
             continue  # a neighbor without its tokens

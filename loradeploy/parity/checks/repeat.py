@@ -13,7 +13,8 @@ from loradeploy.parity.names import ONE_ROW, PREFILL, REPEAT
 from loradeploy.parity.phases.choice import rows_of
 from loradeploy.parity.phases.outputs import has_logits
 from loradeploy.parity.phases.run import run_phases
-from loradeploy.parity.reference.pytorch import TorchModel, as_reference
+from loradeploy.parity.reference.model import TorchModel
+from loradeploy.parity.reference.pytorch import as_reference
 from loradeploy.parity.report.results import Result
 from loradeploy.parity.verdict import judge
 

@@ -27,8 +27,9 @@ from loradeploy.parity.names import (
     PEFT,
     TORCH_MERGED,
 )
+from loradeploy.parity.reference.model import TorchModel
 from loradeploy.parity.reference.peft import with_peft
-from loradeploy.parity.reference.pytorch import Base, TorchModel, as_reference, merged
+from loradeploy.parity.reference.pytorch import Base, as_reference, merged
 from loradeploy.parity.reference.rounding import Activations, rounded_activations
 from loradeploy.parity.reference.tied import with_rows_of_tied
 

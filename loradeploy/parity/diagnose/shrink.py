@@ -21,13 +21,14 @@ from loradeploy.parity.backends.table import Backend, open_backend
 from loradeploy.parity.checks.check import mixed_rows
 from loradeploy.parity.context import CheckContext
 from loradeploy.parity.figures.metrics import Comparison
-from loradeploy.parity.names import DECODE, EMBEDDED, PADDED_BATCH, PERMUTED, REPEAT
+from loradeploy.parity.names import DECODE, EMBEDDED, ENCODER, PADDED_BATCH, PERMUTED, REPEAT
 from loradeploy.parity.phases.choice import phases_of
 from loradeploy.parity.phases.models import Model
 from loradeploy.parity.phases.outputs import has_logits
 from loradeploy.parity.phases.rows import Row
 from loradeploy.parity.phases.run import run_phases
-from loradeploy.parity.reference.pytorch import TorchModel, as_reference
+from loradeploy.parity.reference.model import TorchModel
+from loradeploy.parity.reference.pytorch import as_reference
 from loradeploy.parity.report.results import BASE_LABEL, Counterexample, Result
 from loradeploy.parity.verdict import judge
 from loradeploy.printable import logger_of
@@ -148,7 +149,7 @@ def _failures(
     plainest: dict[tuple[str, str | None], Result] = {}
     for result in results:
         # A second run that differs does so on whatever is fed; embeddings are no tokens.
-        if result.outcome != "failed" or result.phase in (None, REPEAT, EMBEDDED):
+        if result.outcome != "failed" or result.phase in (None, REPEAT, EMBEDDED, ENCODER):
             continue
         if result.backend not in known:
             continue

@@ -14,6 +14,7 @@ from loradeploy.parity.names import (
     DECODE,
     DECODER_PHASES,
     EMBEDDED,
+    ENCODER,
     ENCODER_PHASES,
     PERMUTED,
     REPEAT,
@@ -66,6 +67,8 @@ def rows_of(phase: str, rows: Sequence[Row], *, batched: bool = True) -> Sequenc
         return rows[:_DECODED_ALONE]
     if phase == EMBEDDED:
         return [row for row in rows if row.fed is not None][:FED_ROWS]
+    if phase == ENCODER:
+        return [row for row in rows if row.encoded is not None]
     if phase not in _FEW:
         return rows
     few = [row for row in rows if not row.edge]

@@ -44,5 +44,8 @@ class EmbedsModel(Protocol):
 class SourceModel(Model, Protocol):
     """A backend of an encoder-decoder with a cache."""
 
+    def encode(self, ids: Ids, mask: Ids, adapters: Sequence[str | None]) -> NDArray[Any]:
+        """For sources `ids`, their keys and values → [rows, source, width]."""
+
     def decode(self, ids: Ids, mask: Ids, adapters: Sequence[str | None]) -> NDArray[Any]:
         """For sources `ids`, the target's tokens one a step → [rows, target, width]."""

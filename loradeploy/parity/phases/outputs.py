@@ -38,6 +38,12 @@ def joined(values: Sequence[NDArray[Any]]) -> NDArray[Any]:
     return np.concatenate([first, *(value[:, np.newaxis] for value in rest)], axis=1)
 
 
+def by_source(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """Keys and values of sources, [rows, heads, source, size] each, as [rows, source, width]."""
+    flat = [np.swapaxes(part, 1, 2).reshape(len(part), part.shape[2], -1) for part in parts]
+    return np.concatenate(flat, axis=-1)
+
+
 def check_shape(manifest: Manifest) -> None:
     """Raise UsageError where the graph's shapes show that not every token has an output."""
     if manifest.task != CAUSAL_LM:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from loradeploy.parity.names import DECODE, EMBEDDED, PADDED_BATCH, PERMUTED
+from loradeploy.parity.names import DECODE, EMBEDDED, ENCODER, PADDED_BATCH, PERMUTED
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,6 +27,7 @@ class Row:
     `target`: how many tokens of an encoder-decoder's target are decoded one by one on its cache.
     `about`: what is known of `expected`, which every backend is compared with.
     `fed`: embeddings in the places of some tokens of the prompt, of a decoder that takes them.
+    `encoded`: the keys and values of the source, [source, width], of an encoder-decoder.
     """
 
     case: int
@@ -39,6 +40,7 @@ class Row:
     target: int = 0
     about: Expected | None = None
     fed: Fed | None = None
+    encoded: NDArray[np.float32] | None = None
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -58,6 +60,8 @@ class Row:
         """How many positions the phase shows of this row."""
         if phase == EMBEDDED:
             return 0 if self.fed is None else len(self.prompt)
+        if phase == ENCODER:
+            return 0 if self.encoded is None else len(self.encoded)
         if phase == DECODE and self.target:
             return self.target
         if phase == DECODE:

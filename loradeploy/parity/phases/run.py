@@ -8,6 +8,7 @@ Decoders:  prefill           each prompt by itself, followed by the tokens that 
            repeat            a prompt a second time, compared with the first
            embeddings        of images and text: batches with embeddings in some tokens' places
 Encoder-decoders:
+           encoder           a few sources in batches: the encoder's own outputs
            prefill           each source by itself, with a whole target
            padded batch      the sources in batches, padded on the right
            permuted batch    one batch with its rows in another order
@@ -41,6 +42,7 @@ from loradeploy.parity.names import (
     CHUNKED,
     DECODE,
     EMBEDDED,
+    ENCODER,
     ONE_ROW,
     PADDED_BATCH,
     PERMUTED,
@@ -110,6 +112,11 @@ def _observations(
     batched: bool,
 ) -> Iterator[Observation]:
     """What `run_phases` gives, with all outputs of the graph."""
+    side = left and task == CAUSAL_LM
+    if ENCODER in phases and (sources := rows_of(ENCODER, rows)):
+        for some in batches(sources, most=MAX_ROWS if batched else 1):
+            for batch in of_one_length(some) if alike else [some]:
+                yield from _run_encoder(cast("SourceModel", model), batch, pad=pad)
     alone = PREFILL if task in (CAUSAL_LM, SEQ2SEQ_LM) else ONE_ROW
     again = rows_of(REPEAT, rows) if REPEAT in phases else ()
     for row in rows if alone in phases else again:
@@ -122,7 +129,6 @@ def _observations(
     if CHUNKED in phases and task == CAUSAL_LM:
         for row in rows_of(CHUNKED, rows):
             yield from _run_chunks(model, row)
-    side = left and task == CAUSAL_LM
     if PADDED_BATCH in phases or DECODE in phases:
         shown = rows if PADDED_BATCH in phases else rows_of(DECODE, rows, batched=batched)
         for some in batches(shown, most=MAX_ROWS if batched else 1):
@@ -192,6 +198,15 @@ def _run_embedded(
     values, _ = model.forward(ids, mask, None, adapters, embeds=embeds_feeds(fed, mask))
     for row, own, real, its in zip(batch, fed, mask.astype(bool), values, strict=True):
         yield Observation(EMBEDDED, row, 0, its[real], own.expected)
+
+
+def _run_encoder(model: SourceModel, batch: Sequence[Row], *, pad: int) -> Iterator[Observation]:
+    ids, mask = pad_rows([row.prompt for row in batch], pad, left=False)
+    values = model.encode(ids, mask, [row.adapter for row in batch])
+    for row, real, its in zip(batch, mask.astype(bool), values, strict=True):
+        assert row.encoded is not None
+        own = its if len(its) == len(row.encoded) else its[real]  # of a sound nothing is padding
+        yield Observation(ENCODER, row, 0, own, row.encoded)
 
 
 def _run_target(model: SourceModel, batch: Sequence[Row], *, pad: int) -> Iterator[Observation]:

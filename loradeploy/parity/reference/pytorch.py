@@ -5,7 +5,6 @@ The base model is loaded once; adapters are put in and taken out again.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -14,31 +13,22 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from loradeploy.adapter.tasks import CAUSAL_LM, CLASSIFICATIONS, TASK_TABLE
-from loradeploy.bundle.fitting.added_tokens import hidden_logit, with_all_tokens
-from loradeploy.bundle.manifest import Manifest
-from loradeploy.bundle.names import (
-    ATTENTION_MASK,
-    INPUT_IDS,
-    INPUTS_EMBEDS,
-    INPUTS_EMBEDS_MASK,
-    MROPE_POSITION_IDS,
-    POSITION_IDS,
-    TOKEN_TYPE_IDS,
-)
+from loradeploy.adapter.tasks import CLASSIFICATIONS
+from loradeploy.bundle.fitting.added_tokens import with_all_tokens
 from loradeploy.bundle.outputs import output_of
-from loradeploy.errors import MissingDependencyError, ModelError, first_line
+from loradeploy.errors import MissingDependencyError, first_line
 from loradeploy.parity.context import CheckContext
 from loradeploy.parity.figures.expected import Expected
 from loradeploy.parity.figures.tolerances import Limit, assumed, calibrated
-from loradeploy.parity.inputs.row_feeds import TARGET, Known, plain_feeds
-from loradeploy.parity.names import EMBEDDED
+from loradeploy.parity.inputs.row_feeds import TARGET
+from loradeploy.parity.names import EMBEDDED, ENCODER
 from loradeploy.parity.phases.batches import batch_size
-from loradeploy.parity.phases.fed import FED_ROWS, Fed, drawn, embeds_feeds
-from loradeploy.parity.phases.outputs import has_logits, joined, output_names
+from loradeploy.parity.phases.fed import FED_ROWS
+from loradeploy.parity.phases.outputs import has_logits
 from loradeploy.parity.phases.rows import Row
 from loradeploy.parity.phases.run import generate
 from loradeploy.parity.reference.calibrate import measure_gap
+from loradeploy.parity.reference.model import EncoderOf, TorchModel
 from loradeploy.parity.reference.quantized import (
     QUANTIZED,
     QuantizedWeight,
@@ -51,7 +41,6 @@ from loradeploy.parity.reference.quantized import (
 )
 from loradeploy.parity.reference.requantized import with_roundings
 from loradeploy.parity.reference.tied import with_rows_of_tied
-from loradeploy.runtime.text.padding import positions_of
 
 if TYPE_CHECKING:
     import torch
@@ -60,109 +49,8 @@ if TYPE_CHECKING:
     from loradeploy.adapter.adapter import Adapter
 
 
-# transformers' name for how many positions of logits are computed.
-_KEEP: Final = "logits_to_keep"
-
-
-class TorchModel:
-    """A PyTorch model as a backend; the adapter is what is in it at the time.
-
-    `known`: as `plain_feeds`. `last`: of a decoder only the last
-    position is asked for, where the model can leave the others out. `tokens`: how many tokens the
-    base and each adapter have, where the model has rows for more; the logits of others are hidden.
-    """
-
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        manifest: Manifest,
-        known: Known | None = None,
-        *,
-        tokens: Mapping[str | None, int] | None = None,
-        last: bool = False,
-    ) -> None:
-        self._known = known
-        self._tokens = tokens or {}
-        self._model = model
-        self._manifest = manifest
-        self._task = manifest.task
-        # The first is the task's own, which a graph may call something else than PyTorch does.
-        first, *rest = output_names(manifest)
-        self._outputs = (first if manifest.tower else TASK_TABLE[manifest.task].output, *rest)
-        self._taken = inspect.signature(model.forward).parameters
-        self._last = last and _KEEP in self._taken
-
-    def forward(
-        self,
-        ids: NDArray[np.int64],
-        mask: NDArray[np.int64],
-        cache: Any,
-        adapters: Sequence[str | None],
-        *,
-        embeds: Mapping[str, NDArray[Any]] | None = None,
-        blocks: bool = True,
-    ) -> tuple[NDArray[Any], Any]:
-        """See `phases.models`, `Model` and `EmbedsModel`; the cache is transformers' own.
-
-        `blocks`: whether the places of an image attend to each other where the bundle has it so.
-        """
-        import torch
-
-        if self._task != CAUSAL_LM:
-            made = plain_feeds(self._manifest, ids, mask, self._known)
-            feeds: dict[str, Any] = {n: _tensor(made[n]) for n in made if n in self._taken}
-        else:
-            feeds = {INPUT_IDS: torch.from_numpy(ids), ATTENTION_MASK: torch.from_numpy(mask)}
-            feeds |= {"past_key_values": cache, "use_cache": True}
-            if self._last:
-                feeds[_KEEP] = 1
-            if POSITION_IDS in self._taken:
-                feeds[POSITION_IDS] = torch.from_numpy(positions_of(mask, ids.shape[1]).copy())
-        with torch.inference_mode():
-            if embeds is not None:
-                own = self.embedding(feeds.pop(INPUT_IDS))
-                places = torch.from_numpy(embeds[INPUTS_EMBEDS_MASK])[..., None]
-                given = torch.from_numpy(embeds[INPUTS_EMBEDS]).to(own.dtype)
-                feeds[INPUTS_EMBEDS] = torch.where(places, given, own)
-                if blocks and self._manifest.image_blocks:
-                    feeds[TOKEN_TYPE_IDS] = places[..., 0].long()
-                if MROPE_POSITION_IDS in embeds:
-                    feeds[POSITION_IDS] = torch.from_numpy(embeds[MROPE_POSITION_IDS].copy())
-            result = self._model(**feeds)
-        values = []
-        for name in self._outputs:
-            value = getattr(result, name, None)
-            if value is None:
-                raise ModelError(f"the bundle gives {name}, which the PyTorch model does not give")
-            if value.dtype != torch.float64:  # calibration runs in that, too
-                value = value.float()
-            values.append(value.numpy())
-        hidden = hidden_logit(np.float32)
-        for row, adapter in enumerate(adapters if self._tokens else ()):
-            values[0][row, ..., self._tokens[adapter] :] = hidden
-        return joined(values), getattr(result, "past_key_values", None)
-
-    def embedding(self, ids: torch.Tensor) -> torch.Tensor:
-        """What the model reads of tokens: [rows, tokens, hidden]."""
-        find: Any = self._model.get_input_embeddings
-        result: torch.Tensor = find()(ids)
-        return result
-
-    def with_embeds(self, prompt: Sequence[int], fed: Fed | None = None) -> Fed:
-        """What the model gives for a prompt with embeddings, `fed` or drawn ones."""
-        import torch
-
-        ids = np.array([prompt], np.int64)
-        if fed is None:
-            with torch.inference_mode():
-                own = self.embedding(torch.from_numpy(ids)).double()
-            mrope = any(spec.name == MROPE_POSITION_IDS for spec in self._manifest.embeds)
-            size = float(own.square().mean().sqrt())
-            fed = drawn(prompt, own.shape[-1], size, mrope=mrope)
-        mask = np.ones_like(ids)
-        embeds = embeds_feeds([fed], mask)
-        values, _ = self.forward(ids, mask, None, [None], embeds=embeds, blocks=fed.blocks)
-        return replace(fed, expected=values[0].astype(np.float32, copy=False))
+# How many sources at least are kept as the encoder gives them: those of a sound are large.
+_ENCODED_ROWS: Final = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,6 +69,8 @@ class Reference:
     are of tokens; `embedded_scale` and `embedded_limits` are of embeddings in their places, where
     the model takes them: it rounds those by more or less. The rows' values are in files, mapped on
     reading. `notes`: what its reader must know.
+    `encoder`: the same of an encoder-decoder's encoder, whose rows are sources. `states`: whether
+    the values are such ones, and no logits.
     """
 
     rows: dict[str | None, tuple[Row, ...]]
@@ -190,6 +80,12 @@ class Reference:
     embedded_scale: Mapping[str | None, float] = field(default_factory=dict)
     embedded_limits: Mapping[str | None, Mapping[str, Limit]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    encoder: Reference | None = None
+    states: bool = False
+
+    def of(self, phase: str) -> Reference:
+        """What the values of `phase` are held against."""
+        return self.encoder if phase == ENCODER and self.encoder is not None else self
 
     def scale_in(self, phase: str | None, adapter: str | None) -> float:
         """The largest absolute value of what a phase shows."""
@@ -308,6 +204,9 @@ def make_reference(context: CheckContext, base: Base) -> Reference:
     limits: dict[str | None, Mapping[str, Limit]] = {}
     embedded_scale: dict[str | None, float] = {}
     embedded_limits: dict[str | None, Mapping[str, Limit]] = {}
+    sources: dict[str | None, tuple[Row, ...]] = {}
+    source_scale: dict[str | None, float] = {}
+    source_limits: dict[str | None, Mapping[str, Limit]] = {}
 
     def run(name: str | None, generated: int) -> None:
         rows[name] = own = reference_rows(context, base.model, name, generated)
@@ -316,6 +215,11 @@ def make_reference(context: CheckContext, base: Base) -> Reference:
         if fed := [row.reading(row.fed) for row in own if row.fed is not None]:
             size = embedded_scale[name] = _scale(fed)
             embedded_limits[name] = _limits(context, base, name, fed, size, notes, embeds=True)
+        if encoded := tuple(_source(row) for row in own if row.encoded is not None):
+            sources[name], size = encoded, _scale(encoded)
+            source_scale[name] = size
+            limits_of = _limits(context, base, name, encoded, size, notes, states=True)
+            source_limits[name] = limits_of
 
     # Of a merged bundle only the adapter is compared; its base is there to tell the effect.
     with as_reference(context, base, None):
@@ -323,15 +227,29 @@ def make_reference(context: CheckContext, base: Base) -> Reference:
     for tested in context.adapters:
         with as_reference(context, base, tested.name):
             run(tested.name, context.cases.generated)
+
+    def effects(each: Mapping[str | None, Sequence[Row]]) -> dict[str, Effect]:
+        return {tested.name: effect(each[None], each[tested.name]) for tested in context.adapters}
+
+    encoder = None
+    if sources:
+        encoder = Reference(sources, source_scale, effects(sources), source_limits, states=True)
     return Reference(
         rows=rows,
         scale=scale,
-        effect={s.name: effect(rows[None], rows[s.name]) for s in context.adapters},
+        effect=effects(rows),
         limits=limits,
+        encoder=encoder,
         embedded_scale=embedded_scale,
         embedded_limits=embedded_limits,
         notes=tuple(dict.fromkeys(notes)),
     )
+
+
+def _source(row: Row) -> Row:
+    """The source of `row` as a row of the encoder alone."""
+    assert row.encoded is not None
+    return replace(row, forced=(), target=0, expected=row.encoded, about=None)
 
 
 def as_reference(
@@ -369,18 +287,23 @@ def _limits(
     notes: list[str],
     *,
     embeds: bool = False,
+    states: bool = False,
 ) -> Mapping[str, Limit]:
-    """How far a deployment of what is in the model may be from `rows`, which may read `embeds`."""
+    """How far a deployment of what is in the model may be from `rows`.
+
+    `embeds`: whether they read embeddings. `states`: whether they are an encoder's.
+    """
     manifest = context.manifest
+    model = TorchModel(base.model, manifest, context.cases.known, tokens=context.tokens)
     try:
         gap = measure_gap(
             base.model,
-            TorchModel(base.model, manifest, context.cases.known, tokens=context.tokens),
+            EncoderOf(model) if states else model,
             rows,
             manifest.precision,
             activations_of(base.quantized),
             scale=scale,
-            logits=has_logits(manifest.task),
+            logits=has_logits(manifest.task) and not states,
             embeds=embeds,
         )
     except (RuntimeError, TypeError, ValueError) as problem:  # a model that mixes its own dtypes
@@ -445,6 +368,7 @@ def reference_rows(
             forced += generate(chooser, batch, count=steps, pad=cases.pad, adapter=adapter)
     rows = []
     target = TARGET if context.manifest.encoder is not None else 0
+    sources = max(_ENCODED_ROWS, len(context.adapters) + 1) if target else 0  # one of each at least
     for number, (prompt, follow) in enumerate(zip(cases.prompts, forced, strict=True)):
         ids = np.array([prompt + follow[:-1]], np.int64)
         values, _ = backend.forward(ids, np.ones_like(ids), None, [adapter])
@@ -457,16 +381,14 @@ def reference_rows(
         fed = None
         if context.manifest.embeds and number < FED_ROWS and not edge:
             fed = backend.with_embeds(prompt)
-        rows.append(Row(number, adapter, prompt, follow, kept, edge, own, target, about, fed))
+        encoded = None
+        if number < sources and not edge:
+            ids = np.array([prompt], np.int64)
+            encoded = _keep(context.scratch, backend.encode(ids, np.ones_like(ids), [adapter])[0])
+        rows.append(
+            Row(number, adapter, prompt, follow, kept, edge, own, target, about, fed, encoded)
+        )
     return tuple(rows)
-
-
-def _tensor(values: NDArray[Any]) -> torch.Tensor:
-    """The values for the reference, which is float32 whatever the graph takes."""
-    import torch
-
-    tensor = torch.from_numpy(values)
-    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def _keep(scratch: Path, values: NDArray[Any]) -> NDArray[np.float32]:

@@ -122,7 +122,7 @@ def score_reference(
     `model` has the weights that the adapters were trained on, whatever the bundle makes of them.
     """
     from loradeploy.lora.inject import adapted
-    from loradeploy.parity.reference.pytorch import TorchModel
+    from loradeploy.parity.reference.model import TorchModel
 
     tested: dict[str | None, AdapterUnderTest] = {one.name: one for one in context.adapters}
     found: dict[str | None, Answers] = {}

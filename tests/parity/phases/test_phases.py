@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from loradeploy.parity.names import (
     CHUNKED,
     DECODE,
+    ENCODER,
     ONE_ROW,
     PADDED_BATCH,
     PERMUTED,
@@ -81,6 +82,26 @@ def test_a_decoder_is_shown_alone_padded_and_decoding() -> None:
         (DECODE, 3, 1),
         (PERMUTED, 0, 2),
     ]
+
+
+def test_an_encoder_gives_what_is_of_each_source_without_its_padding() -> None:
+    class Encoder(Counter):
+        def encode(self, ids: Any, mask: Any, adapters: Any) -> Any:
+            self.adapters.append(list(adapters))
+            return np.where(mask == 1, ids, -1)[..., np.newaxis]
+
+    def source(prompt: tuple[int, ...], adapter: str | None) -> Row:
+        encoded = np.array(prompt, np.float32)[:, np.newaxis]
+        return dataclasses.replace(row(prompt, adapter=adapter), encoded=encoded)
+
+    model = Encoder()
+    rows = [source((1, 2, 3), None), source((4,), "a"), row((5, 6))]
+    seen = list(run_phases(model, rows, task="seq2seq-lm", pad=PAD, phases=[ENCODER]))
+    assert [observation.row for observation in seen] == rows[:2]
+    assert model.adapters == [[None, "a"]]
+    for observation in seen:
+        np.testing.assert_array_equal(observation.values, observation.expected)
+        assert len(observation.values) == observation.row.due(ENCODER)
 
 
 def test_an_output_for_the_whole_row_is_one_more_position() -> None:
