@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import loradeploy as ld
 from loradeploy.adapter.heads import TRAINED_PROBLEMS
 from loradeploy.adapter.tasks import EVALUATED_TASKS, TASK_TABLE, TASKS, TRAINED_TASKS
 from loradeploy.cli.run import _TASKS as COMMANDS
+from loradeploy.cli.run import _runner
 from loradeploy.errors import UsageError
 from loradeploy.parity.score.measures import KINDS, MEASURED
 from tests.cli.calling import call
@@ -169,6 +171,18 @@ def test_what_the_table_does_not_have_is_refused_by_name(name: str) -> None:
             ld.export("model", "nowhere", task=name)
     else:
         assert name in TASKS
+
+
+def test_a_vision_tower_is_neither_run_nor_served_and_what_runs_it_is_named() -> None:
+    pytest.importorskip("fastapi")
+    from loradeploy.serve.service import Service
+    from loradeploy.serve.settings import ServeLimits
+
+    session: Any = SimpleNamespace(path="tower", manifest=SimpleNamespace(task="vision-tower"))
+    with pytest.raises(UsageError, match="cannot run: use ImageTextGenerator with the bundle of"):
+        _runner(session)
+    with pytest.raises(UsageError, match="is not served, .*: run it with ImageTextGenerator"):
+        Service(session, limits=ServeLimits())
 
 
 def test_the_page_of_what_is_supported_has_the_table() -> None:

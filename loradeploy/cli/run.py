@@ -19,6 +19,7 @@ from loradeploy.adapter.tasks import (
     SEQ2SEQ_LM,
     SEQUENCE_CLASSIFICATION,
     TOKEN_CLASSIFICATION,
+    VISION_TOWER,
 )
 from loradeploy.cli.answers.audio import transcribe
 from loradeploy.cli.answers.encoders import (
@@ -249,9 +250,10 @@ def _runner(session: AdapterSession) -> tuple[Callable[..., None], str]:
     """What runs a bundle, and what it is for."""
     task = session.manifest.task
     if task not in _TASKS:
+        pair = "ImageTextGenerator with the bundle of the decoder, or "
         raise UsageError(
             f"{session.path} is a {task} bundle, which this command cannot run: use"
-            " AdapterSession.run"
+            f" {pair if task == VISION_TOWER else ''}AdapterSession.run"
         )
     if session.manifest.encoder is not None:
         from loradeploy.runtime.tasks.speech import takes_audio

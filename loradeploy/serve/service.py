@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Final
 
-from loradeploy.adapter.tasks import CAUSAL_LM, CLASSIFICATIONS, FEATURE_EXTRACTION
+from loradeploy.adapter.tasks import CAUSAL_LM, CLASSIFICATIONS, FEATURE_EXTRACTION, TASK_TABLE
 from loradeploy.errors import UsageError
 from loradeploy.runtime.engine.engine import Engine
 from loradeploy.runtime.session import AdapterSession
@@ -43,9 +43,11 @@ class Service:
         host: str = "127.0.0.1",
     ) -> None:
         if session.manifest.task not in _SERVED:
+            runner = TASK_TABLE[session.manifest.task].runner
+            use = f"`loradeploy run` or {runner}" if runner else "ImageTextGenerator"
             raise UsageError(
                 f"a bundle for {session.manifest.task} is not served, only one for"
-                f" {', '.join(_SERVED)}: run it with `loradeploy run` or the Python API"
+                f" {', '.join(_SERVED)}: run it with {use}"
             )
         self.session = session
         self.limits = limits
