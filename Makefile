@@ -60,7 +60,7 @@ check: $(STAMP)
 	$(BIN)/lint-imports
 
 bench: $(STAMP)
-	$(BIN)/python -m tools.bench.runtime
+	$(BIN)/python -m tools.bench_runtime
 
 clean:
 	rm -rf $(VENV) $(GENAI) build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache \

@@ -195,7 +195,7 @@ def latencies(bundle: Path, merged: Path) -> Table:
         "one token after 128",
         "ms",
         "× base (quartiles)",
-        title="Latency, batch 4; a glance: tools/bench/runtime.py measures",
+        title="Latency, batch 4; a glance: tools/bench_runtime.py measures",
     )
     for place in (bundle, merged):
         session = ld.AdapterSession(place)

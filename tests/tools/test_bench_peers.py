@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tools.bench.alternate import BUSY, NOISE
-from tools.bench.peers.__main__ import CONTROL, CONTROLLED, GOALS, summary
-from tools.bench.peers.agreement import NEAR, Parting, partings
-from tools.bench.peers.llama_files import _interleaved
-from tools.bench.peers.report import markdown
+from tools.bench_peers.__main__ import CONTROL, CONTROLLED, GOALS, summary
+from tools.bench_peers.agreement import NEAR, Parting, partings
+from tools.bench_peers.llama_files import _interleaved
+from tools.bench_peers.report import markdown
+from tools.timing.alternate import BUSY, NOISE
 
 SIDES = ("slots", "rows", "in place", "OpenVINO GenAI", "llama.cpp", CONTROL)
 ROUNDS = 4

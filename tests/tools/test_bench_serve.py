@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tools.bench.serve.__main__ import main
-from tools.bench.serve.costs import StepCost
-from tools.bench.serve.latency import Arrival, arrivals, offer
-from tools.bench.serve.report import markdown, summary
-from tools.bench.serve.sides import RunReport
+from tools.bench_serve.__main__ import main
+from tools.bench_serve.costs import StepCost
+from tools.bench_serve.latency import Arrival, arrivals, offer
+from tools.bench_serve.report import markdown, summary
+from tools.bench_serve.sides import RunReport
 
 REGISTERED = 40  # more adapters than there is room for
 

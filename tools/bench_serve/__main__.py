@@ -1,6 +1,6 @@
 """Serve many clients and adapters: tokens a second, time to the first token, time between tokens.
 
-    python -m tools.bench.serve --bundle fp32=DIR --bundle int4=DIR --output build/bench
+    python -m tools.bench_serve --bundle fp32=DIR --bundle int4=DIR --output build/bench
 
 A bundle is one of SmolLM2, as `loradeploy export --attention gqa --layout rows` makes it. Sixteen
 clients, each of which asks again once it has its answer, greedily and for a fixed length, so that
@@ -16,7 +16,7 @@ every side generates as many tokens of the same prompts:
     thousand          the engine, 1,000 registered small adapters by Zipf's law, room for 32
     eight small       the engine, eight of these
 
-The last two need environments of their own (`tools/bench/peers/engines.py`), and a bundle whose
+The last two need environments of their own (`tools/bench_peers/engines.py`), and a bundle whose
 name is its precision. Each side is a process; they take turns in random order, one at a time.
 Ratios are taken round by round. Nothing is concluded where the machine has other work, the control
 is not near 1, or a side of the same requests gives other texts.
@@ -44,8 +44,7 @@ from rich.console import Console
 from loradeploy.bundle.text.tokenizer import Tokenizer
 from loradeploy.conversion import convert
 from loradeploy.files import atomic_file, write_json
-from tools.bench.alternate import BUSY, Worker, busy
-from tools.bench.peers.engines import (
+from tools.bench_peers.engines import (
     PEERS,
     PRECISIONS,
     Pythons,
@@ -54,14 +53,15 @@ from tools.bench.peers.engines import (
     pythons_of,
     start_peer,
 )
-from tools.bench.serve.costs import cost_markdown, measure_costs
-from tools.bench.serve.latency import draw, load_markdown, measure_load
-from tools.bench.serve.load import traffic, zipf
-from tools.bench.serve.report import markdown, summary
-from tools.bench.serve.sides import RunReport
+from tools.bench_serve.costs import cost_markdown, measure_costs
+from tools.bench_serve.latency import draw, load_markdown, measure_load
+from tools.bench_serve.load import traffic, zipf
+from tools.bench_serve.report import markdown, summary
+from tools.bench_serve.sides import RunReport
 from tools.inputs import genai_builder
 from tools.inputs.made_adapters import make_adapters
 from tools.inputs.real_models import cache, smollm2
+from tools.timing.alternate import BUSY, Worker, busy
 
 console = Console(stderr=True, highlight=False)
 
@@ -279,11 +279,11 @@ def _arguments(
 def _start(side: str, given: Mapping[str, Any], pythons: Pythons) -> Worker:
     if side == "genai":
         return Worker(
-            "tools.bench.genai_sides", "genai_requests", given, python=str(genai_builder.PYTHON)
+            "tools.timing.genai_sides", "genai_requests", given, python=str(genai_builder.PYTHON)
         )
     if side in PEERS:
         return start_peer(side, "requests", given, pythons)
-    return Worker("tools.bench.serve.sides", "served", given)
+    return Worker("tools.bench_serve.sides", "served", given)
 
 
 if __name__ == "__main__":

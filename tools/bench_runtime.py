@@ -1,9 +1,9 @@
 """SmolLM2-135M: PyTorch, PEFT, onnxruntime-genai and every path of loradeploy, in one run.
 
-    python -m tools.bench.runtime [--starts 4] [--only decode] [--output build/bench]
+    python -m tools.bench_runtime [--starts 4] [--only decode] [--output build/bench]
 
-Writes runtime.json, runtime.md and runtime.svg. How it is timed is in `tools/bench/alternate.py`: a
-process for each side, turns in random order, ratios within a round, one side twice as the control.
+Writes runtime.json, runtime.md and runtime.svg. How it is timed is in `tools/timing/alternate.py`:
+process for each side, turns in random order, ratios within a round, one side twice as control.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from rich.console import Console
 import loradeploy as ld
 from loradeploy.files import atomic_file, write_json
 from loradeploy.runtime.timing import forward
-from tools.bench.alternate import Ratio, Side, Worker, in_processes, ratio, serve_worker
-from tools.bench.charts import bars, svg_axes
 from tools.inputs import genai_builder
 from tools.inputs.real_models import cache, smollm2
+from tools.timing.alternate import Ratio, Side, Worker, in_processes, ratio, serve_worker
+from tools.timing.charts import bars, svg_axes
 
 RANK = 16
 ADAPTERS = 8
@@ -297,12 +297,12 @@ def start(side: str, plan: Plan, prepared: Mapping[str, Any]) -> Worker:
     if side.startswith("genai"):
         given["bundle"] = bundles.get(side, bundles["slots"])
         given["native"] = f"{bundles['slots']}/adapters/a0.onnx_adapter"
-        return Worker("tools.bench.genai_sides", side, given, python=str(genai_builder.PYTHON))
+        return Worker("tools.timing.genai_sides", side, given, python=str(genai_builder.PYTHON))
     if side in SIDES:
-        return Worker("tools.bench.runtime", side, given)
+        return Worker("tools.bench_runtime", side, given)
     form, _, use = (side, "", "idle") if side in bundles else side.rpartition(" ")
     given.update(bundle=bundles[form], count=USES[use])
-    return Worker("tools.bench.runtime", "onnx", given)
+    return Worker("tools.bench_runtime", "onnx", given)
 
 
 def measure(plan: Plan, prepared: Mapping[str, Any], **turns: int) -> Any:

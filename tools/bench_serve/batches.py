@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tools.bench.alternate import Side
-from tools.bench.serve.load import Tokens, of_run
+from tools.bench_serve.load import Tokens, of_run
+from tools.timing.alternate import Side
 
 # Prompts, their adapter and the number of new tokens: the tokens of each.
 Batch = Callable[[Sequence[Tokens], str, int], list[Tokens]]

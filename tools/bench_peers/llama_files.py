@@ -1,7 +1,7 @@
 """GGUF files for llama.cpp's side of bench.peers, written in its own environment.
 
-    python -m tools.bench.peers.llama_files SOURCE.gguf TARGET.gguf F32|Q8_0
-    python -m tools.bench.peers.llama_files ADAPTER TARGET.gguf heads=9,3
+    python -m tools.bench_peers.llama_files SOURCE.gguf TARGET.gguf F32|Q8_0
+    python -m tools.bench_peers.llama_files ADAPTER TARGET.gguf heads=9,3
 
 SOURCE is a GGUF file of an architecture `llama`; ADAPTER a PEFT directory for such a model, whose
 adapter becomes one of llama.cpp (`general.type` adapter).

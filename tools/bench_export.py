@@ -1,6 +1,6 @@
 """What an export and a merge take: seconds, processor time and peak memory of the command.
 
-    python -m tools.bench.export [--layers 2] [--rounds 3] [--output build/bench]
+    python -m tools.bench_export [--layers 2] [--rounds 3] [--output build/bench]
 
 SmolLM2-135M, and a random Llama of `--layers` layers of Llama-2-7B's size in fp32 (`--layers 0`:
 without it): exported with side inputs, then the bundle with an adapter of rank 16 on all linear
@@ -120,7 +120,7 @@ def _large(layers: int) -> Path:
     """The random Llama, made once, by another process: a child's peak begins at its parent's."""
     place = cache() / f"llama-7b-width-{layers}"
     if not place.exists():
-        command = [sys.executable, "-m", "tools.bench.export", "--layers", str(layers)]
+        command = [sys.executable, "-m", "tools.bench_export", "--layers", str(layers)]
         subprocess.run([*command, "--make", str(place)], check=True)
     return place
 

@@ -14,8 +14,8 @@ from typing import Any, Final
 import onnxruntime
 
 import loradeploy as ld
-from tools.bench.alternate import Side, serve_worker
-from tools.bench.serve.load import Tokens, of_run
+from tools.bench_serve.load import Tokens, of_run
+from tools.timing.alternate import Side, serve_worker
 
 LAST: Final = -1
 Ask = Callable[[Tokens, str], AsyncIterator[str]]

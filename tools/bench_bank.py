@@ -1,6 +1,6 @@
 """What swapping adapters costs when there are more of them than memory: SmolLM2-135M, rank 16.
 
-    python -m tools.bench.bank [--output build/bench]
+    python -m tools.bench_bank [--output build/bench]
 
 Names are drawn at random from working sets below, at and above the bank's budget. A swap is the
 time from naming an adapter to its side inputs being bound; a mixed batch has eight rows with an
@@ -26,7 +26,7 @@ from rich.console import Console
 import loradeploy as ld
 from loradeploy.files import atomic_file, write_json
 from loradeploy.runtime.timing import sample_feeds
-from tools.bench.runtime import prepare
+from tools.bench_runtime import prepare
 
 ROOM: Final = 16  # adapters that the budget holds
 SETS: Final = (8, 16, 18, 24, 32)

@@ -21,9 +21,9 @@ import onnxruntime
 
 import loradeploy as ld
 from loradeploy.runtime.decoding.loop import DecodingBatch
-from tools.bench.alternate import Ratio, Side, Worker, serve_worker
-from tools.bench.serve.load import Tokens
-from tools.bench.serve.sides import Ask, ask_engine, ask_url, started_server
+from tools.bench_serve.load import Tokens
+from tools.bench_serve.sides import Ask, ask_engine, ask_url, started_server
+from tools.timing.alternate import Ratio, Side, Worker, serve_worker
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def costed(
 
     def call() -> dict[str, Any]:
         if http:
-            clients = [sys.executable, "-m", "tools.bench.serve.costs", "--clients"]
+            clients = [sys.executable, "-m", "tools.bench_serve.costs", "--clients"]
             subprocess.run(clients, input=given, text=True, check=True)
         else:
             asyncio.run(_all(ask, prompts, asked))
@@ -134,7 +134,7 @@ def measure_costs(
     for count in rows:
         own = {**given, "prompts": given["prompts"][:count], "asked": given["asked"][:count]}
         for side in ("engine", "http"):
-            worker = Worker("tools.bench.serve.costs", "costed", {**own, "http": side == "http"})
+            worker = Worker("tools.bench_serve.costs", "costed", {**own, "http": side == "http"})
             try:
                 taken = [StepCost(**one) for one in worker.results(rounds)]
             finally:

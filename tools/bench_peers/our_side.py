@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import loradeploy as ld
-from tools.bench.alternate import Side, serve_worker
-from tools.bench.peers.requests import Request, Tokens, measured
+from tools.bench_peers.requests import Request, Tokens, measured
+from tools.timing.alternate import Side, serve_worker
 
 
 class Ours:

@@ -1,6 +1,6 @@
 """A prefill with the logits of all positions, and of the last one: its time and its memory.
 
-    python -m tools.bench.prefill BUNDLE
+    python -m tools.bench_prefill BUNDLE
 
 Two processes of each side take turns; the second one of all positions is the control. Memory is
 what a run of eight prompts takes beyond what the process has before (Linux).
@@ -17,7 +17,7 @@ import numpy as np
 import loradeploy as ld
 from loradeploy.bundle.names import LOGITS_TO_KEEP
 from loradeploy.bundle.sample import Sample
-from tools.bench.alternate import Side, Worker, in_processes, ratio, serve_worker
+from tools.timing.alternate import Side, Worker, in_processes, ratio, serve_worker
 
 TOKENS = 512
 ROWS = 8  # of the run whose memory is taken
@@ -61,7 +61,7 @@ def main() -> None:
 
     def worker(rows: int, last: bool) -> Worker:
         given = {"bundle": str(arguments.bundle), "rows": rows, "last": last}
-        return Worker("tools.bench.prefill", "prefill", given)
+        return Worker("tools.bench_prefill", "prefill", given)
 
     sides = [lambda last=last: worker(1, last) for last in (False, False, True)]
     every, control, last = in_processes(

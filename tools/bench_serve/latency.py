@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import loradeploy as ld
-from tools.bench.alternate import Side, Worker, serve_worker
-from tools.bench.charts import svg_axes
-from tools.bench.serve.load import Tokens
-from tools.bench.serve.sides import Ask, ask_url, bytes_of, percentiles, started_server
+from tools.bench_serve.load import Tokens
+from tools.bench_serve.sides import Ask, ask_url, bytes_of, percentiles, started_server
+from tools.timing.alternate import Side, Worker, serve_worker
+from tools.timing.charts import svg_axes
 
 _COLORS: Final = ("#4c72b0", "#c44e52")
 _CAPACITY: Final = 3  # requests for each row, by whose time the most that is answered is known
@@ -105,7 +105,7 @@ def measure_load(
     """
     barred: dict[int | str, float] = dict.fromkeys(ends, -100.0)
     workers = {
-        side: Worker("tools.bench.serve.latency", "server", given) for side, given in sides.items()
+        side: Worker("tools.bench_serve.latency", "server", given) for side, given in sides.items()
     }
     number = 0
     try:

@@ -22,8 +22,8 @@ from rich.console import Console
 
 import loradeploy as ld
 from loradeploy.files import atomic_directory, atomic_file
-from tools.bench.alternate import Worker
 from tools.inputs.real_models import package_file
+from tools.timing.alternate import Worker
 
 console = Console(stderr=True, highlight=False)
 
@@ -115,14 +115,14 @@ def start(side: str, given: Mapping[str, Any], pythons: Pythons) -> Worker:
     """The process of a side."""
     if side in PEERS:
         return start_peer(side, "figures", given, pythons)
-    return Worker("tools.bench.peers.our_side", "loradeploy", given)
+    return Worker("tools.bench_peers.our_side", "loradeploy", given)
 
 
 def start_peer(side: str, work: str, given: Mapping[str, Any], pythons: Pythons) -> Worker:
     """A peer's process, in its environment. `work`: the figures, or the requests of clients."""
     module, python = {
-        OPENVINO: ("tools.bench.peers.openvino_side", pythons.openvino),
-        LLAMA: ("tools.bench.peers.llama_side", pythons.llama),
+        OPENVINO: ("tools.bench_peers.openvino_side", pythons.openvino),
+        LLAMA: ("tools.bench_peers.llama_side", pythons.llama),
     }[side]
     assert python is not None, "a side has its Python"
     return Worker(module, work, given, python=python)
@@ -149,7 +149,7 @@ def _made(file: Path, python: str, source: str | Path, how: str) -> Path:
     """A GGUF file, made once."""
     if not file.exists():
         with atomic_file(file) as temporary:
-            _run([python, "-m", "tools.bench.peers.llama_files", source, temporary, how])
+            _run([python, "-m", "tools.bench_peers.llama_files", source, temporary, how])
     return file
 
 

@@ -1,6 +1,6 @@
 """SmolLM2-135M in loradeploy, OpenVINO GenAI and llama.cpp, with and without adapters.
 
-    python -m tools.bench.peers --openvino-python OV/bin/python \\
+    python -m tools.bench_peers --openvino-python OV/bin/python \\
         --convert-python CONVERT/bin/python --llama-python LLAMA/bin/python
 
 How the environments are made is in `engines.py`, what is asked for in `requests.py`. Every engine
@@ -27,9 +27,8 @@ from typing import Any, Final
 
 import loradeploy as ld
 from loradeploy.files import atomic_file, write_json
-from tools.bench.alternate import BUSY, NOISE, busy, ratio
-from tools.bench.peers.agreement import NEAR, Parting, agreement, gap, partings
-from tools.bench.peers.engines import (
+from tools.bench_peers.agreement import NEAR, Parting, agreement, gap, partings
+from tools.bench_peers.engines import (
     FORMS,
     PEERS,
     PRECISIONS,
@@ -40,10 +39,11 @@ from tools.bench.peers.engines import (
     sides,
     start,
 )
-from tools.bench.peers.report import draw, markdown
-from tools.bench.peers.requests import SCALING, requests
+from tools.bench_peers.report import draw, markdown
+from tools.bench_peers.requests import SCALING, requests
 from tools.inputs.made_adapters import make_adapters
 from tools.inputs.real_models import bbc_news, cache, smollm2
+from tools.timing.alternate import BUSY, NOISE, busy, ratio
 
 ADAPTERS: Final = 8
 RANK: Final = 16  # on all linear layers, with an alpha of twice that

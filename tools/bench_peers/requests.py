@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Protocol
 
-from tools.bench.alternate import Side
+from tools.timing.alternate import Side
 
 Tokens = list[int]
 Request = tuple[Tokens, str | None]  # a prompt and its adapter's name

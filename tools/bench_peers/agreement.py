@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 import loradeploy as ld
-from tools.bench.peers.requests import Request, Tokens
+from tools.bench_peers.requests import Request, Tokens
 
 # Tokens whose logits are nearer than this are told apart by an engine's rounding of float32: of
 # logits around 20, more than the order of sums changes, and far less than an adapter does.

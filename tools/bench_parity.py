@@ -1,6 +1,6 @@
 """What comparing costs beside running: SmolLM2-135M, one adapter of rank 16, AdapterSession.
 
-    python -m tools.bench.parity [--rounds 5] [--output build/bench]
+    python -m tools.bench_parity [--rounds 5] [--output build/bench]
 
 *Running* takes PyTorch and ONNX Runtime along the same inputs, the base and the adapter, and throws
 away what they give. *Comparing* is what `loradeploy parity` does with it: the limits are measured,
@@ -37,9 +37,9 @@ from loradeploy.parity.reference.pytorch import (
     make_reference,
     reference_rows,
 )
-from tools.bench.alternate import ratio
-from tools.bench.runtime import random_adapters
+from tools.bench_runtime import random_adapters
 from tools.inputs.real_models import cache, smollm2
+from tools.timing.alternate import ratio
 
 _PROMPTS: Final = 6
 _TOKENS: Final = 16

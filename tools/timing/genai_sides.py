@@ -10,8 +10,8 @@ from typing import Any
 
 import onnxruntime_genai as og
 
-from tools.bench.alternate import WARM_UP, Side, serve_worker
-from tools.bench.serve.load import of_run
+from tools.bench_serve.load import of_run
+from tools.timing.alternate import WARM_UP, Side, serve_worker
 
 
 def genai_base(bundle: str, past: int, **_: Any) -> Side:

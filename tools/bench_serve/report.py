@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from tools.bench.alternate import BUSY, NOISE, Ratio, ratio
-from tools.bench.serve.sides import LAST, RunReport, percentiles
+from tools.bench_serve.sides import LAST, RunReport, percentiles
+from tools.timing.alternate import BUSY, NOISE, Ratio, ratio
 
 # Other engines, which round in another way: the part of texts that are equal is shown.
 _PEERS: Final = ("genai", "OpenVINO GenAI", "llama.cpp")

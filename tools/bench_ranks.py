@@ -1,6 +1,6 @@
 """A batch whose rows have adapters of different ranks, beside one of the same mean rank.
 
-    python -m tools.bench.ranks BUNDLE
+    python -m tools.bench_ranks BUNDLE
 
 A step of eight rows with eight adapters, behind 128 tokens. All factors of a batch are padded to
 its largest rank: what the padding costs is the ratio. Two processes of each side take turns; the
@@ -18,8 +18,8 @@ from typing import Final
 
 import loradeploy as ld
 from loradeploy.runtime.timing import forward
-from tools.bench.alternate import Side, Worker, in_processes, ratio, serve_worker
 from tools.inputs.made_adapters import make_adapters
+from tools.timing.alternate import Side, Worker, in_processes, ratio, serve_worker
 
 PAST: Final = 128
 # Ranks of the rows, and the rank that they have on average.
@@ -49,7 +49,7 @@ def main() -> None:
 
     def worker(ranks: Sequence[int]) -> Worker:
         given = {"bundle": str(arguments.bundle), "ranks": ranks}
-        return Worker("tools.bench.ranks", "step", given)
+        return Worker("tools.bench_ranks", "step", given)
 
     for name, (ranks, mean) in MIXTURES.items():
         equal = (mean,) * len(ranks)

@@ -10,9 +10,9 @@ import numpy as np
 import openvino
 import openvino_genai
 
-from tools.bench.alternate import Side, serve_worker
-from tools.bench.peers.requests import SCALING, Request, Tokens, measured
-from tools.bench.serve.batches import one_adapter_a_batch
+from tools.bench_peers.requests import SCALING, Request, Tokens, measured
+from tools.bench_serve.batches import one_adapter_a_batch
+from tools.timing.alternate import Side, serve_worker
 
 THREADS = 2
 

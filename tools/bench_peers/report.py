@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tools.bench.alternate import Ratio
-from tools.bench.charts import bars, svg_axes
+from tools.timing.alternate import Ratio
+from tools.timing.charts import bars, svg_axes
 
 _SHOWN = ("first 512 base", "first 512 one", "step 128 base", "step 128 one", "eight")
 

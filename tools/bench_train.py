@@ -1,11 +1,11 @@
 """Training on SmolLM2-135M: PEFT with transformers' Trainer against loradeploy, in one run.
 
-    python -m tools.bench.train [--rounds 9] [--output build/bench]
+    python -m tools.bench_train [--rounds 9] [--output build/bench]
 
 Both train the same adapter (rank 16, all linear layers, the same first values) on the same batches
 of BBC News in the same order, to write a story's headline; a call is one optimizer step. PEFT's
 side is what its users write: the Trainer's defaults, a padding collator, the model's own loss.
-Writes train.json and train.md. How it is timed is in `tools/bench/alternate.py`.
+Writes train.json and train.md. How it is timed is in `tools/timing/alternate.py`.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from loradeploy.files import atomic_file, write_json
-from tools.bench.alternate import WARM_UP, Side, Worker, alternate, ratio, serve_worker
 from tools.inputs.news_tasks import full_stories
 from tools.inputs.real_models import bbc_news, smollm2
+from tools.timing.alternate import WARM_UP, Side, Worker, alternate, ratio, serve_worker
 
 if TYPE_CHECKING:
     from loradeploy.lora.inject import Injection
@@ -251,7 +251,7 @@ def measure(plan: tuple[int, int, str, Any], first: Path, place: Path, rounds: i
         side = {**given, "width": width, "adapter": str(first)}
         records = [place / f"{width}-{max_length}-{name}-{n}.json" for n, name in enumerate(pair)]
         workers = [
-            Worker("tools.bench.train", name, {**side, "record": str(record)})
+            Worker("tools.bench_train", name, {**side, "record": str(record)})
             for name, record in zip(pair, records, strict=True)
         ]
         try:

@@ -1,6 +1,6 @@
 """A prompt of 512 tokens read in parts: processor time of one thread, over that of one run.
 
-    python -m tools.bench.parts BUNDLE ADAPTER [--rounds 3]
+    python -m tools.bench_parts BUNDLE ADAPTER [--rounds 3]
 
 All in one process, in random order, the whole prompt twice as the control.
 """
@@ -20,7 +20,7 @@ import loradeploy as ld
 from loradeploy.runtime.decoding.caches import parts
 from loradeploy.runtime.decoding.caches.rows import CachedRows
 from loradeploy.runtime.decoding.graph import DecoderGraph
-from tools.bench.alternate import ratio
+from tools.timing.alternate import ratio
 
 _TOKENS: Final = 512
 _PARTS: Final = {"whole": 512, "control": 512, "256": 256, "128": 128, "64": 64}

@@ -1,1 +1,0 @@
-"""The benchmarks: what each thing takes in time and memory, beside what others take for it."""
