@@ -188,6 +188,12 @@ def command(
         prompts = [request.audio or request.prompt for request in requests]
     elif any(request.audio and not request.prompt for request in requests):
         raise UsageError(f"audio: only for speech recognizers, {bundle} is for {kind}")
+    images = next((request.images for request in requests if request.images), None)
+    if session.manifest.embeds and images is not None:
+        raise UsageError(
+            f"{images}: this command only reads text, and {bundle} is the decoder of a"
+            " vision-language model: ImageTextGenerator runs it with the bundle of its vision tower"
+        )
     if run not in (generate, transcribe) and options:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in options)
         raise UsageError(f"{flags}: only for text generation, {bundle} is a {kind} bundle")

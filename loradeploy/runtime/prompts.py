@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 _FIELDS: Final = ("prompt", "messages", "text")
 # Fields by which other programs choose an adapter: adapters, adapter_name, lora, lora_request.
 _CHOICE: Final = re.compile(r"adapter|(?:^|_)lora", re.IGNORECASE)
+# Fields by which data of vision-language models names what a text is about.
+_IMAGES: Final = ("image", "images", "image_url", "pixel_values", "video", "videos")
 # What an object may set of its own generation; a function is nothing that JSON has.
 _SETTINGS: Final = (
     *(option.name for option in fields(GenerationOptions) if option.name != "allowed_tokens"),
@@ -39,12 +41,14 @@ class InputPrompt:
     `prompt`: a text, a pair of texts, or a conversation as a list of messages. `settings`:
     those of its generation that it has itself, by the names of `GenerationOptions`, and `seed`.
     `audio`: the path of a sound, which a speech recognizer takes in place of the prompt.
+    `images`: the field of the object that has images or a video, which are not read here.
     """
 
     prompt: str | tuple[str, str] | list[Any]
     adapter: AdapterSpec | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     audio: str | None = None
+    images: str | None = None
 
 
 def read_requests(
@@ -117,7 +121,8 @@ def request_of(
         raise DataError(f"{where}: adapter is an empty text: give a name, or null for the base")
     if (pair := values.get("text_pair")) is None:
         sound = audio if isinstance(audio, str) and audio else None
-        return InputPrompt(values[name], named, _settings(values), sound)
+        images = next((key for key in _IMAGES if values.get(key)), None)
+        return InputPrompt(values[name], named, _settings(values), sound, images)
     if name != "text" or not isinstance(pair, str):
         raise DataError(f"{where}: give a pair as two texts, text and text_pair")
     return InputPrompt((values[name], pair), named, _settings(values))

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 import loradeploy as ld
 from loradeploy.adapter import load_adapter
 from loradeploy.errors import UsageError
+from tests.cli.calling import call
 from tests.conftest import once
 from tests.export.reference import difference
 from tests.export.trace.test_vision_tower import (
@@ -153,6 +154,15 @@ def test_a_trained_projector_and_factors_answer_as_the_whole_model(made: Made) -
         results = generator.generate(prompts, given, name, max_new_tokens=NEW)
         assert [list(result.token_ids) for result in results] == own, name
         assert all(own != text for other, text in texts.items() if other != name), name
+
+
+def test_run_does_not_answer_a_row_without_its_image(made: Made, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "What is this?", "images": ["cat.png"]}))
+    with pytest.raises(UsageError, match="^images: this command only reads text.*ImageText"):
+        call("run", made.decoder, "--input", rows, "--max-new-tokens", 2)
+    rows.write_text(json.dumps({"prompt": "What is this?", "images": []}))
+    call("run", made.decoder, "--input", rows, "--max-new-tokens", 2)
 
 
 def test_parity_of_a_part_without_factors_leaves_peft_out(made: Made) -> None:
