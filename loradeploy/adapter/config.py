@@ -45,7 +45,7 @@ _NEUTRAL: Final = frozenset(
     }
 )
 
-# Of fields that say what saved the adapter: peft_version, unsloth_version, swift_version, …
+# Of fields with a text that says what saved the adapter: peft_version, unsloth_version, …
 _VERSION: Final = "_version"
 
 # Fields that change the numbers and are not supported, and what to do instead.
@@ -150,7 +150,8 @@ class AdapterConfig:
         for name, value in values.items():
             if name in known or name == "peft_type":
                 continue
-            if value and name not in _NEUTRAL and not name.endswith(_VERSION):
+            saved_by = name.endswith(_VERSION) and isinstance(value, str)
+            if value and name not in _NEUTRAL and not saved_by:
                 raise AdapterError(
                     f"adapter config: the field {name}={shown(value)} is unknown and may change the"
                     " numbers: merge the adapter with PEFT, or remove the field if it does not"

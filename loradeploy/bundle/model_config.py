@@ -67,7 +67,8 @@ def rotary_limit(config: Mapping[str, Any]) -> int | None:
             if kind not in _SWITCHING or each.get("short_factor") == each.get("long_factor"):
                 continue
             length = each.get(_ORIGINAL, texts.get(_ORIGINAL))
-            found += [length] if type(length) is int else []
+            if type(length) in (int, float) and float(length).is_integer():
+                found.append(int(length))
     return min(found, default=None)
 
 

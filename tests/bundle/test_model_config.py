@@ -29,6 +29,7 @@ _LONG: Final = {
     [
         ({"rope_parameters": {**_LONG, "original_max_position_embeddings": 8}}, 8),
         ({"rope_parameters": _LONG, "original_max_position_embeddings": 8}, 8),
+        ({"rope_parameters": _LONG, "original_max_position_embeddings": 8.0}, 8),
         ({"rope_scaling": {**_LONG, "rope_type": "su", "original_max_position_embeddings": 8}}, 8),
         (
             {

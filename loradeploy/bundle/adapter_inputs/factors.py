@@ -195,7 +195,8 @@ def _balanced(
     if (held | ~usable).all():
         return A, B
     ratio = np.divide(top_B, top_A, out=np.ones_like(top_A), where=usable & ~held)
-    powers = np.exp2(np.round(np.log2(ratio) / 2)).astype(np.float32)
+    # Halves are rounded up, as Math.round does in the JavaScript client.
+    powers = np.exp2(np.floor(np.log2(ratio) / 2 + 0.5)).astype(np.float32)
     return A * powers, B / powers[:, np.newaxis]
 
 
