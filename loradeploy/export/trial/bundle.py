@@ -6,6 +6,7 @@
     a merged graph              gives something else than its source; of a checkpoint, PyTorch's
     required.onnx               gives the same as model.onnx
     logits_to_keep              gives what all positions give there
+    logits of a decoder         are of every token, or of the last alone
     inputs_embeds               give what PyTorch gives, which takes them in its own way
 
 The limits catch what is wrong, not what is coarse: how close a bundle comes is parity's to tell.
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from loradeploy.adapter.tasks import CAUSAL_LM
 from loradeploy.bundle.names import (
     ENCODER_NAME,
     GRAPH_NAME,
@@ -50,6 +52,7 @@ _LIMITS: Final = {"fp32": 1e-2, "fp16": 0.1, "bf16": 0.1, "int8": 0.1, "int4": 0
 _PACKED_HERE: Final = {"int8": 0.5, "int4": 1.5, "bf16": 0.2}
 # Updates are compared by what they change, where the precision leaves that visible.
 _UPDATE_LIMITS: Final = {"fp32": 2e-2, "fp16": 0.2}
+_TOKENS_RANK: Final = 3  # of logits [batch, tokens, vocabulary]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -132,6 +135,7 @@ def _check(trial: Trial, original: Original, *, quantized_here: bool) -> None:
                 f"its output {name} is NaN or infinite on the CPU where the source's is finite"
                 f"{_overflow(trial.manifest.precision)}"
             )
+    _check_positions(trial, original.feeds, base)
     merged = trial.manifest.mode == "merged"
     adapted = None
     if not merged:
@@ -152,6 +156,26 @@ def _check(trial: Trial, original: Original, *, quantized_here: bool) -> None:
             logger.warning("the merged graph answers a sample as the base does")
     _check_update(trial, original, base)
     _check_kept(trial, original.feeds, base, adapted)
+
+
+def _check_positions(trial: Trial, feeds: Feeds, base: Outputs) -> None:
+    """The logits of a decoder are of every token, or of the last one: then it changes them."""
+    if trial.manifest.task != CAUSAL_LM or INPUT_IDS not in feeds:
+        return
+    name, ids = output_of(trial.manifest), feeds[INPUT_IDS]
+    logits, tokens = base[name], ids.shape[1]
+    positions = 1 if logits.ndim < _TOKENS_RANK else logits.shape[1]
+    if positions == tokens:
+        return
+    if positions != 1:
+        raise refused(f"its {name} are of {positions} of {tokens} tokens: export those of all")
+    other = ids.copy()
+    other[:, -1] += np.where(ids[:, -1] > 0, -1, 1)
+    changed = trial.run({**feeds, INPUT_IDS: other}, None)[name]
+    if logits.size and np.ptp(logits) and np.array_equal(changed, logits):
+        raise refused(
+            f"its {name} are of one token and do not depend on the last token: export those of all"
+        )
 
 
 def _check_update(trial: Trial, original: Original, base: Outputs) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from loradeploy.errors import ExportError
 from loradeploy.export.api import export
 from loradeploy.export.read.all_logits import keep_all_logits
 from loradeploy.runtime.session import AdapterSession
@@ -63,3 +64,52 @@ def test_positions_are_another_input() -> None:
     model = _decoder("logits_to_keep", ["batch", "kept"], ir.DataType.INT64)
     keep_all_logits(model.graph)
     assert [value.name for value in model.graph.inputs] == ["input_ids", "logits_to_keep"]
+
+
+def _picking(*positions: int) -> ir.Model:
+    """Logits of chosen tokens: an input's, or constant ones where they are given."""
+    b = Builder()
+    ids = b.input("input_ids", ["batch", "sequence"], ir.DataType.INT64)
+    x = b.node("Gather", [b.weight("words", WORDS, IN), ids], ["batch", "sequence", IN])
+    x = b.node("MatMul", [x, b.weight("w", IN, IN)], ["batch", "sequence", IN], module="proj")
+    kept = (
+        b.constant("kept", np.array(positions))
+        if positions
+        else b.input("logits_to_keep", ["kept"], ir.DataType.INT64)
+    )
+    x = b.node("Gather", [x, kept], ["batch", "kept", IN], axis=1)
+    size = ["batch", "kept", WORDS]
+    head = b.weight("head", IN, WORDS)
+    return b.model(b.node("MatMul", [x, head], size, name="logits", module="lm_head"))
+
+
+@pytest.mark.parametrize("cast", [False, True], ids=["as it is", "by a cast"])
+def test_a_list_of_positions_is_refused_by_name(cast: bool, tmp_path: Path) -> None:
+    """0 in it is the first token, whose logits would answer every prompt."""
+    model = _picking()
+    if cast:
+        gather = next(n for n in model.graph if n.attributes.get("axis") is not None)
+        to_int32 = ir.node("Cast", [gather.inputs[1]], attributes={"to": int(ir.DataType.INT32)})
+        model.graph.insert_before(gather, to_int32)
+        gather.replace_input_with(1, to_int32.outputs[0])
+    ir.save(model, tmp_path / "model.onnx")
+    with pytest.raises(ExportError, match="input logits_to_keep is not how many last tokens"):
+        export(tmp_path / "model.onnx", tmp_path / "b", task="causal-lm")
+
+
+@pytest.mark.parametrize(
+    ("positions", "why"),
+    [((0,), "do not depend on the last token"), ((0, 1), r"of 2 of \d+ tokens")],
+    ids=["the first", "some"],
+)
+def test_logits_that_are_not_of_the_last_token_are_refused(
+    positions: tuple[int, ...], why: str, tmp_path: Path
+) -> None:
+    ir.save(_picking(*positions), tmp_path / "model.onnx")
+    with pytest.raises(ExportError, match=why):
+        export(tmp_path / "model.onnx", tmp_path / "b", task="causal-lm")
+
+
+def test_logits_of_the_last_token_alone_are_taken(tmp_path: Path) -> None:
+    ir.save(_picking(-1), tmp_path / "model.onnx")
+    assert export(tmp_path / "model.onnx", tmp_path / "b", task="causal-lm").task == "causal-lm"
