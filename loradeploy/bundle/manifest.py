@@ -169,6 +169,8 @@ class Manifest:
     for them belong.
     `added_tokens`: the rows of the graph for tokens that adapters add to the base's; None if it has
     the base's vocabulary.
+    `traced`: whether loradeploy traced the graph from a checkpoint, which it did not where an ONNX
+    file was exported with `checkpoint` as evidence. Bundles of earlier versions do not tell.
     """
 
     task: str
@@ -207,6 +209,7 @@ class Manifest:
     other_part: tuple[str, ...] = ()
     tower: str | None = None
     added_tokens: AddedTokens | None = None
+    traced: bool = False
 
     @property
     def factors(self) -> tuple[str, ...]:

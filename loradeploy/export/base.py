@@ -61,6 +61,7 @@ class Base:
     `vocabulary`: how many tokens there are, where an adapter that is merged changed that.
     `ties_head`: of a graph, whether its config ties the output head to the embedding; None where no
     config tells.
+    `traced`: as in the manifest.
     """
 
     graph: ir.Model
@@ -87,6 +88,7 @@ class Base:
     image_blocks: bool = False
     other_part: tuple[str, ...] = ()
     ties_head: bool | None = None
+    traced: bool = False
 
 
 def modules_of(parameters: Iterable[str]) -> frozenset[str]:

@@ -166,6 +166,7 @@ def from_checkpoint(source: Source, options: Options) -> Base:
         weights=weights,
         source=TrialSource(original, quantized_here=precision not in (DEFAULT_PRECISION, "fp16")),
         own_weights=own_weights,
+        traced=True,
         submodels=known(submodels(model)),
         base_prefix=str(model.base_model_prefix),
         vocabulary=vocabulary,

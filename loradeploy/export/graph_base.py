@@ -154,6 +154,7 @@ def from_graph(source: Source, options: Options) -> Base:
         embeds=() if source.manifest is None else source.manifest.embeds,
         image_blocks=source.manifest is not None and source.manifest.image_blocks,
         other_part=() if source.manifest is None else source.manifest.other_part,
+        traced=source.manifest is not None and source.manifest.traced,
         ties_head=ties_head(settings_beside(source.directory, options.evidence.checkpoint)),
     )
 

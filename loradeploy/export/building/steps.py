@@ -153,6 +153,7 @@ def described(base: Base, mode: Any) -> Manifest:
         other_part=base.other_part,
         encoder=encoder_part(base),
         tower=base.tower,
+        traced=base.traced,
     )
 
 

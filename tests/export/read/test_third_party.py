@@ -22,6 +22,8 @@ from loradeploy.export.match.modules.naming import FUSED_MODULES
 from loradeploy.export.match.operators import MICROSOFT
 from loradeploy.export.read.normalize import normalize_products
 from loradeploy.export.read.third_party import Evidence, complete_cache, find_modules
+from loradeploy.runtime.decoding.caches.parts import parts_of
+from loradeploy.runtime.decoding.graph import DecoderGraph
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.generation import TextGenerator
 from tests.conftest import MakeAdapter, once
@@ -141,6 +143,22 @@ def test_a_bundle_of_a_foreign_graph_is_exported_again(
     adapted = onnx_output(again, IDS, side=factors(again, adapter))
     expected = torch_output(tiny_llama, IDS, adapter=adapter)
     assert difference(adapted, expected) < tolerance("torch-onnx-tiny")
+
+
+@needs_genai
+def test_a_prompt_is_read_in_parts_on_a_traced_graph_alone(
+    built: Graph, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """A foreign graph may read several tokens behind a past wrongly, whoever knows its weights."""
+    prompt = np.ones((1, 600), np.int64)
+    for source, checkpoint, count in ((built("fp32"), tiny_llama, 1), (tiny_llama, None, 3)):
+        first, again = (tmp_path / f"{count}-{name}" for name in ("first", "again"))
+        export(source, first, checkpoint=checkpoint)
+        export(first, again)
+        for bundle in (first, again):
+            session = AdapterSession(bundle)
+            assert session.manifest.base.kind == "checkpoint"
+            assert len(parts_of(DecoderGraph.of(session, 0), prompt)) == count
 
 
 @needs_genai

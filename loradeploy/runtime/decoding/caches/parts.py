@@ -28,8 +28,9 @@ def parts_of(graph: DecoderGraph, mask: NDArray[np.int64]) -> list[slice]:
     """The columns of what a run is to read, `mask` [rows, new], as those of one run or several.
 
     Several are of one row without padding on the CPU, in float32: nothing else was measured. Graphs
-    of others may turn to other rotations where a text is long (Phi-3's of onnxruntime-genai), by
-    the tokens that a run can see: they get it whole. So do embeddings in the places of tokens.
+    that loradeploy did not trace get it whole: they may turn to other rotations where a text is
+    long (Phi-3's of onnxruntime-genai), by the tokens that a run can see, or have a mask for one
+    token behind a past. So do embeddings in the places of tokens.
     """
     rows, new = mask.shape
     manifest = graph.session.manifest
@@ -40,7 +41,7 @@ def parts_of(graph: DecoderGraph, mask: NDArray[np.int64]) -> list[slice]:
         or bool(graph.embeds)
         or manifest.task != CAUSAL_LM
         or manifest.precision != "fp32"
-        or manifest.base.kind != "checkpoint"
+        or not manifest.traced
         or not on_host(graph.session)
     )
     count = 1 if whole else -(-new // TOKENS)
