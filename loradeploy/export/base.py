@@ -59,6 +59,7 @@ class Base:
     `called`: what a message about an adapter that does not fit calls it.
     `embeds`, `image_blocks`, `other_part`: as in the manifest.
     `vocabulary`: how many tokens there are, where an adapter that is merged changed that.
+    `problem_type`: of a graph, what its own probabilities show; the model's config has precedence.
     `ties_head`: of a graph, whether its config ties the output head to the embedding; None where no
     config tells.
     `traced`: as in the manifest.
@@ -87,6 +88,7 @@ class Base:
     embeds: tuple[TensorSpec, ...] = ()
     image_blocks: bool = False
     other_part: tuple[str, ...] = ()
+    problem_type: str | None = None
     ties_head: bool | None = None
     traced: bool = False
 

@@ -31,7 +31,7 @@ from loradeploy.export.read.channels_first import features_last, matrices_of
 from loradeploy.export.read.constant_weights import compute_weights
 from loradeploy.export.read.normalize import normalize_products
 from loradeploy.export.read.opsets import convert_opset
-from loradeploy.export.read.probabilities import give_logits
+from loradeploy.export.read.probabilities import Probabilities, give_logits
 from loradeploy.export.read.regular import (
     close_inputs,
     complete_outputs,
@@ -78,6 +78,7 @@ def from_graph(source: Source, options: Options) -> Base:
         else load_bundle_graph(source.graph.parent, source.manifest)
     )
     renamed: dict[str, str] = {}
+    probabilities: Probabilities | None = None
     if source.manifest is None:
         complete_outputs(graph.graph, check_opens(source.graph))
         refuse_side_inputs(graph)  # while they are inputs
@@ -93,7 +94,8 @@ def from_graph(source: Source, options: Options) -> Base:
         own = settings_beside(source.directory, options.evidence.checkpoint)
         take_branches(graph, source.graph.parent, own)
         check_mask(graph, renamed, source.graph.parent, own)
-        renamed |= give_logits(graph.graph)
+        probabilities = give_logits(graph.graph, options.task, own.get("problem_type"))
+        renamed |= {} if probabilities is None else probabilities.renamed
     current = precision_of(graph) if source.manifest is None else source.manifest.precision
     if source.manifest is None and current == BFLOAT16 and has_float32_weights(graph.graph):
         current = DEFAULT_PRECISION  # some of its weights are finer, and stay so
@@ -155,6 +157,7 @@ def from_graph(source: Source, options: Options) -> Base:
         image_blocks=source.manifest is not None and source.manifest.image_blocks,
         other_part=() if source.manifest is None else source.manifest.other_part,
         traced=source.manifest is not None and source.manifest.traced,
+        problem_type=None if probabilities is None else probabilities.problem_type,
         ties_head=ties_head(settings_beside(source.directory, options.evidence.checkpoint)),
     )
 

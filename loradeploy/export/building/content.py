@@ -12,7 +12,12 @@ from loradeploy.adapter.fitting.towers import tower_part
 from loradeploy.adapter.heads import LABELED, problem_of, stated_problem, usual_problem
 from loradeploy.adapter.modules.names import named_as
 from loradeploy.adapter.modules.renamings import renamings
-from loradeploy.adapter.tasks import CAUSAL_LM, CLASSIFICATIONS, SEQUENCE_CLASSIFICATION
+from loradeploy.adapter.tasks import (
+    CAUSAL_LM,
+    CLASSIFICATIONS,
+    IMAGE_CLASSIFICATION,
+    SEQUENCE_CLASSIFICATION,
+)
 from loradeploy.bundle.fitting.labels import output_count
 from loradeploy.bundle.graph_form import BFLOAT16, GQA, STANDARD, form_of
 from loradeploy.bundle.manifest import Manifest
@@ -114,6 +119,9 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
         },
     )
     settings = dict(base.config or settings_beside(source.directory, options.evidence.checkpoint))
+    per_row = base.task in (SEQUENCE_CLASSIFICATION, IMAGE_CLASSIFICATION)
+    if base.problem_type is not None and per_row and settings.get("problem_type") is None:
+        settings["problem_type"] = base.problem_type
     count = label_count(options.adapters) if base.task in CLASSIFICATIONS else None
     if count is not None:
         count = output_count(manifest, settings) or count

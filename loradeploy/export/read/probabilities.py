@@ -3,13 +3,17 @@
     logits = x W + b   →   Softmax, Sigmoid   →   the only output
 
 What runs a bundle makes probabilities of logits itself, by the problem type of each adapter's head,
-and would do it twice.
+and would do it twice. Where nothing states the base's, a Sigmoid shows it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from loradeploy.adapter.heads import MULTI_LABEL, REGRESSION
+from loradeploy.adapter.tasks import TASK_TABLE
 from loradeploy.bundle.names import IMAGE_EMBEDS, LOGITS, TEXT_EMBEDS
 from loradeploy.bundle.outputs import HIDDEN_NAMES, LOGITS_NAMES
 from loradeploy.printable import logger_of
@@ -24,23 +28,43 @@ _CARRIERS: Final = ("Cast", "Identity")
 _RANKS: Final = (2, 3)  # of logits of rows, and of tokens
 
 
-def give_logits(graph: ir.Graph) -> dict[str, str]:
-    """Add the logits behind a probability to the outputs; returns an output's name in the file.
+@dataclass(frozen=True)
+class Probabilities:
+    """What a graph gave before its logits.
 
-    It is by its new name, where it has one: what is called logits are the logits then.
+    `renamed`: an output's name in the file by its new name, where it has one: what is called logits
+    are the logits then. `problem_type`: what the operator shows that the outputs are, if anything.
     """
+
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    problem_type: str | None = None
+
+
+def give_logits(graph: ir.Graph, task: str | None, stated: str | None) -> Probabilities | None:
+    """Add the logits behind a probability to the outputs; None where the graph stays as it is.
+
+    `task`: what was asked for, if anything; only those whose models end in logits have them, and a
+    Sigmoid alone does not show such a task. `stated`: the problem type of the model's config: what
+    a regression ends in is no probability.
+    """
+    asked = None if task is None else TASK_TABLE.get(task)
+    if stated == REGRESSION or (asked is not None and asked.output != LOGITS):
+        return None
     names = {str(value.name) for value in graph.outputs}
-    found = {value: logits for value in graph.outputs if (logits := _logits_of(value)) is not None}
+    found = {value: node for value in graph.outputs if (node := _made_by(value)) is not None}
     if len(found) != 1 or not names.isdisjoint((*HIDDEN_NAMES, TEXT_EMBEDS, IMAGE_EMBEDS)):
-        return {}
-    ((value, logits),) = found.items()
-    own = str(value.name)
+        return None
+    ((value, node),) = found.items()
+    own, logits, sigmoid = str(value.name), node.inputs[0], node.op_type == "Sigmoid"
+    assert logits is not None
+    if task is None and sigmoid and own not in (*LOGITS_NAMES, _PROBABILITIES):
+        return None
     if logits.is_graph_output() or not names.isdisjoint(set(LOGITS_NAMES) - {own}):
-        return {}
+        return None
     taken = {str(v.name) for node in graph for v in node.outputs} | set(graph.initializers)
     called = own if own in LOGITS_NAMES else LOGITS
     if _PROBABILITIES in taken or (called != own and called in taken):
-        return {}
+        return None
     logger.info("%s of the graph are probabilities: the bundle gives their logits too", own)
     renamed = {}
     if called == own:
@@ -48,11 +72,11 @@ def give_logits(graph: ir.Graph) -> dict[str, str]:
     logits.name = called
     logits.shape, logits.type = logits.shape or value.shape, logits.type or value.type
     graph.outputs.append(logits)
-    return renamed
+    return Probabilities(renamed, MULTI_LABEL if sigmoid else None)
 
 
-def _logits_of(output: ir.Value) -> ir.Value | None:
-    """What the probabilities `output` are made of; None where it is something else."""
+def _made_by(output: ir.Value) -> ir.Node | None:
+    """What makes the probabilities `output` of logits; None where it is something else."""
     node = output.producer()
     while node is not None and node.op_type in _CARRIERS and node.inputs[0] is not None:
         node = node.inputs[0].producer()
@@ -63,4 +87,4 @@ def _logits_of(output: ir.Value) -> ir.Value | None:
     last = axis is None or axis.as_int() in (-1, rank - 1)
     made = node.op_type == "Sigmoid" or (node.op_type == "Softmax" and last)
     logits = node.inputs[0] if made else None
-    return None if logits is None or logits.producer() is None else logits
+    return None if logits is None or logits.producer() is None else node
