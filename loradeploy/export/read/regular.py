@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from loradeploy.export.match.products import OPERATORS, input_of
 
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     import onnx_ir as ir
+    from onnx_ir.passes.common import ShapeInferencePass
 
 
 def lift_constants(model: ir.Model) -> None:
@@ -42,37 +43,55 @@ def complete_shapes(model: ir.Model) -> None:
     """Infer missing shapes, if products need them.
 
     Declared shapes that contradict the operators are dropped: onnxruntime follows the operators.
+    What nothing else tells, as behind an operator that inference does not know, stays as declared.
     """
     from onnx_ir.passes.common import ShapeInferencePass
 
     inputs = (value for node in model.graph for value in _multiplied(node))
     if any(value is not None and value.shape is None for value in inputs):
         lift_constants(model)
-        failures = _Failures()
-        passes = logging.getLogger(ShapeInferencePass.__module__)
-        passes.addFilter(failures)
-        try:
-            ShapeInferencePass()(model)
-        finally:
-            passes.removeFilter(failures)
-        if failures.seen:
-            for value in (value for node in model.graph for value in node.outputs):
-                if not value.is_graph_output():
-                    value.shape = None
-            ShapeInferencePass(check_type=False, strict_mode=False)(model)
+        if not _inferred(ShapeInferencePass(), model):
+            known = [node for node in model.graph if node.domain in _INFERRED]
+            values = [value for node in known for value in node.outputs]
+            declared = {value: value.shape for value in values if not value.is_graph_output()}
+            for value in declared:
+                value.shape = None
+            _inferred(ShapeInferencePass(check_type=False, strict_mode=False), model)
+            for value, shape in declared.items():
+                if value.shape is None:
+                    value.shape = shape
+
+
+def _inferred(inference: ShapeInferencePass, model: ir.Model) -> bool:
+    """Whether shapes were inferred, which onnx-ir logs, with a traceback, where they were not."""
+    failures = _Failures()
+    passes = logging.getLogger(type(inference).__module__)
+    passes.addFilter(failures)
+    try:
+        inference(model)
+    finally:
+        passes.removeFilter(failures)
+    return not failures.seen
+
+
+# ONNX's own operators, whose shapes inference knows.
+_INFERRED: Final = ("", "ai.onnx")
+# How onnx-ir begins what it logs, with a traceback, of an inference that failed.
+_FAILED: Final = "Shape inference failed"
 
 
 class _Failures(logging.Filter):
-    """Keeps to itself what onnx-ir logs of a failure, with a traceback, instead of raising it."""
+    """Keeps to itself what onnx-ir logs of a failure instead of raising it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen = False
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Note the record, and drop it."""
-        self.seen = True
-        return False
+        """Note the record of a failure, and drop it."""
+        failed = str(record.msg).startswith(_FAILED)
+        self.seen = self.seen or failed
+        return not failed
 
 
 def _multiplied(node: ir.Node) -> list[ir.Value | None]:

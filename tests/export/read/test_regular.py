@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,9 @@ from loradeploy.errors import ExportError
 from loradeploy.export.api import export
 from loradeploy.export.graph.sound import check_opens
 from loradeploy.export.match.linears import find_linears
+from loradeploy.export.match.operators import MICROSOFT
 from loradeploy.export.read.regular import (
+    _Failures,
     close_inputs,
     complete_outputs,
     complete_shapes,
@@ -83,6 +86,33 @@ def test_declared_shapes_that_contradict_the_operators_are_dropped(
     product = next(node for node in model.graph if node.op_type == "MatMul")
     assert [str(size) for size in product.inputs[0].shape] == ["batch", "3", str(IN)]
     assert not caplog.records
+
+
+def test_a_shape_that_only_its_declaration_tells_stays_where_another_was_wrong(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Inference knows no FastGelu, so that nothing else tells the size behind it."""
+    b = Builder()
+    x = b.input("x", ["batch", IN])
+    wrong = b.node("MatMul", [x, b.weight("w1", IN, OUT)], ["batch", OUT + 5], name="wrong")
+    h = b.node("FastGelu", [wrong], ["batch", OUT], name="h", domain=MICROSOFT)
+    t = b.node("Tanh", [h], None)
+    y = b.node("MatMul", [t, b.weight("w2", OUT, IN)], None, module="m", name="y")
+    model = b.model(y)
+    model.graph.opset_imports[MICROSOFT] = 1
+    complete_shapes(model)
+    assert [str(value.shape) for value in (wrong, h, t)] == [f"[batch,{OUT}]"] * 3
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("message", "failed"), [("Shape inference failed: %s", True), ("x", False)]
+)
+def test_only_a_failed_inference_is_kept_quiet(message: str, failed: bool) -> None:
+    failures = _Failures()
+    record = logging.LogRecord("onnx_ir", logging.WARNING, "", 0, message, ("x",), None)
+    assert failures.filter(record) is not failed
+    assert failures.seen is failed
 
 
 @pytest.mark.parametrize("op", ["Conv", "MatMul"])
