@@ -263,6 +263,11 @@ def _weight_misfits(adapter: Adapter, base: AdaptableBase) -> list[str]:
 def _rows_problem(parameter: str, adapter: Adapter, base: AdaptableBase) -> str | None:
     """Why trained rows of `parameter` cannot be side inputs of `base`; None if they can."""
     rows, users = adapter.rows[parameter], base.row_users.get(parameter)
+    if users is None and parameter in (base.own_weights or ()):
+        return (
+            f"and it is not known whether another weight of {base.name} is tied to it: export the"
+            " ONNX model with `checkpoint`, the directory of the model that it was made from"
+        )
     if users is None:
         return f"and it is not known which modules of {base.name} use it: merge it instead"
     if len(rows.indices) > MOST_ROWS:

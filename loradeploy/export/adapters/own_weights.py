@@ -123,6 +123,7 @@ def settled_in_graph(
     vocabulary: Vocabulary | None,
     *,
     proven: bool,
+    ties_head: bool | None,
 ) -> Adapter:
     """The adapter, which is to be merged into a graph, without copies of the base's weights.
 
@@ -130,11 +131,11 @@ def settled_in_graph(
     a constant of its own in the graph.
 
     `own_weights`: as in the manifest. `proven`: equal ones are tied in the checkpoint.
-    `vocabulary`: where the graph has a row per token.
+    `vocabulary`: where the graph has a row per token. `ties_head`: as in `Base`.
 
     Raises:
-        AdapterMismatchError: what it has for a weight is for another that is tied to it in the
-            base, too, and that the graph holds quantized, or apart.
+        AdapterMismatchError: what it has for a weight is for another that is, or may be, tied to it
+            in the base, too, and that the graph holds quantized, or apart.
     """
     adapter = without_copies(adapter, lambda n, values: own_weights.get(n) == values_digest(values))
     users, brought = sharing(own_weights), {*adapter.rows, *adapter.carried, *adapter.saved}
@@ -157,6 +158,12 @@ def settled_in_graph(
                 raise AdapterMismatchError(head_alone(f"{module}.weight", name))
             if linear is None:
                 continue
+            if linear.quantized and not proven and ties_head is None:
+                raise AdapterMismatchError(
+                    f"{name} is in the adapter, and it is not known whether {module}, which is"
+                    " quantized in the graph, is tied to it: export the ONNX model with"
+                    " `checkpoint`, the directory of the model that it was made from"
+                )
             if linear.quantized or linear.slice is not None:
                 raise AdapterMismatchError(
                     f"{name} is in the adapter, and {module}, which is tied to it in the base, is"

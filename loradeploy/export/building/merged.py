@@ -61,6 +61,7 @@ def merged(
                 findings.linears,
                 vocabulary_in(base.graph, findings),
                 proven=base.before is not None and base.identity.kind == "checkpoint",
+                ties_head=base.ties_head,
             )
     check_brought(name, adapter, base.lacking)
     whole = {**adapter.carried, **adapter.saved}

@@ -27,10 +27,17 @@ from loradeploy.runtime.decoding.graph import DecoderGraph
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.generation import TextGenerator
 from tests.conftest import MakeAdapter, once
-from tests.export import others
+from tests.export import others, reference
 from tests.export.graphs import IN, OUT, Builder
 from tests.export.others import IDS, copy_of
-from tests.export.reference import apart, difference, factors, onnx_output, torch_output
+from tests.export.reference import (
+    apart,
+    difference,
+    factors,
+    onnx_output,
+    token_feeds,
+    torch_output,
+)
 from tests.tolerances import tolerance
 from tools.inputs import genai_builder
 
@@ -159,6 +166,32 @@ def test_a_prompt_is_read_in_parts_on_a_traced_graph_alone(
             session = AdapterSession(bundle)
             assert session.manifest.base.kind == "checkpoint"
             assert len(parts_of(DecoderGraph.of(session, 0), prompt)) == count
+
+
+@needs_genai
+@pytest.mark.parametrize("merge", [False, True], ids=["side inputs", "merged"])
+def test_trained_rows_wait_for_the_checkpoint_where_nothing_tells_whether_a_packed_head_is_tied(
+    merge: bool, built: Graph, tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    """The builder's directory has no config.json; the head is not tied."""
+    adapter = make_adapter(tiny_llama, scale=0.5, trainable_token_indices=[int(IDS[0, 0])])
+    form: dict[str, Any] = {"merge": True, "requantize": True} if merge else {}
+    graph, adapters = built("int4"), {"a": adapter}
+    for source in (graph, tmp_path / "bundle"):
+        if source != graph:
+            export(graph, source)
+        with pytest.raises(AdapterMismatchError, match="not known whether .*`checkpoint`") as found:
+            export(source, tmp_path / "out", adapters=adapters, **form)
+        assert "merge it" not in str(found.value)
+    export(graph, tmp_path / "base", checkpoint=tiny_llama)
+    export(graph, tmp_path / "out", adapters=adapters, checkpoint=tiny_llama, **form)
+    session = AdapterSession(tmp_path / "out")
+    feeds = token_feeds(reference.session(tmp_path / "base"), IDS)
+    (adapted,) = session.run(["logits"], feeds, None if merge else "a")
+    made = adapted - onnx_output(tmp_path / "base", IDS)
+    change = torch_output(tiny_llama, IDS, adapter=adapter) - torch_output(tiny_llama, IDS)
+    # The rest is the rounding to 4 bits, which the base has too.
+    assert np.linalg.norm(made - change) < np.linalg.norm(change)
 
 
 @needs_genai
