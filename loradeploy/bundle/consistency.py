@@ -49,6 +49,9 @@ def check_consistency(manifest: Manifest) -> None:
             )
     check_specs("inputs", manifest.inputs)
     check_specs("outputs", manifest.outputs)
+    given = manifest.probabilities
+    if given is not None and given not in {spec.name for spec in manifest.outputs}:
+        raise BundleError(f"{MANIFEST_NAME}: probabilities is {shown(given)}, which is no output")
     if manifest.encoder is not None:
         _check_encoder(manifest, manifest.encoder)
     for target in manifest.targets:

@@ -171,6 +171,8 @@ class Manifest:
     the base's vocabulary.
     `traced`: whether loradeploy traced the graph from a checkpoint, which it did not where an ONNX
     file was exported with `checkpoint` as evidence. Bundles of earlier versions do not tell.
+    `probabilities`: the output that is a Softmax or Sigmoid of the main one, where the graph of an
+    ONNX file gave that; None of other bundles.
     """
 
     task: str
@@ -210,6 +212,7 @@ class Manifest:
     tower: str | None = None
     added_tokens: AddedTokens | None = None
     traced: bool = False
+    probabilities: str | None = None
 
     @property
     def factors(self) -> tuple[str, ...]:

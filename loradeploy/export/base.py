@@ -62,7 +62,7 @@ class Base:
     `problem_type`: of a graph, what its own probabilities show; the model's config has precedence.
     `ties_head`: of a graph, whether its config ties the output head to the embedding; None where no
     config tells.
-    `traced`: as in the manifest.
+    `traced`, `probabilities`: as in the manifest.
     """
 
     graph: ir.Model
@@ -91,6 +91,7 @@ class Base:
     problem_type: str | None = None
     ties_head: bool | None = None
     traced: bool = False
+    probabilities: str | None = None
 
 
 def modules_of(parameters: Iterable[str]) -> frozenset[str]:

@@ -78,7 +78,7 @@ def from_graph(source: Source, options: Options) -> Base:
         else load_bundle_graph(source.graph.parent, source.manifest)
     )
     renamed: dict[str, str] = {}
-    probabilities: Probabilities | None = None
+    made: Probabilities | None = None
     if source.manifest is None:
         complete_outputs(graph.graph, check_opens(source.graph))
         refuse_side_inputs(graph)  # while they are inputs
@@ -94,8 +94,8 @@ def from_graph(source: Source, options: Options) -> Base:
         own = settings_beside(source.directory, options.evidence.checkpoint)
         take_branches(graph, source.graph.parent, own)
         check_mask(graph, renamed, source.graph.parent, own)
-        probabilities = give_logits(graph.graph, options.task, own.get("problem_type"))
-        renamed |= {} if probabilities is None else probabilities.renamed
+        made = give_logits(graph.graph, options.task, own.get("problem_type"))
+        renamed |= {} if made is None else made.renamed
     current = precision_of(graph) if source.manifest is None else source.manifest.precision
     if source.manifest is None and current == BFLOAT16 and has_float32_weights(graph.graph):
         current = DEFAULT_PRECISION  # some of its weights are finer, and stay so
@@ -105,10 +105,12 @@ def from_graph(source: Source, options: Options) -> Base:
         remove_choices(graph.graph, source.manifest)
         remove_side_inputs(graph, source.manifest)
         identity, task = source.manifest.base, source.manifest.task
+        probabilities = source.manifest.probabilities
         parameters = frozenset(saved.parameter for saved in source.manifest.saved)
         lacking = frozenset(s.parameter for s in source.manifest.saved if s.lacking)
         replaced = modules_of(parameters)
     else:
+        probabilities = None if made is None else made.output
         name_dimensions(graph)
         complete_cache(graph, source.directory, options.evidence.checkpoint)
         identity = _identity(source, graph, options.evidence.checkpoint)
@@ -157,7 +159,8 @@ def from_graph(source: Source, options: Options) -> Base:
         image_blocks=source.manifest is not None and source.manifest.image_blocks,
         other_part=() if source.manifest is None else source.manifest.other_part,
         traced=source.manifest is not None and source.manifest.traced,
-        problem_type=None if probabilities is None else probabilities.problem_type,
+        probabilities=probabilities,
+        problem_type=None if made is None else made.problem_type,
         ties_head=ties_head(settings_beside(source.directory, options.evidence.checkpoint)),
     )
 

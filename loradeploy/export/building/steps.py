@@ -154,6 +154,7 @@ def described(base: Base, mode: Any) -> Manifest:
         encoder=encoder_part(base),
         tower=base.tower,
         traced=base.traced,
+        probabilities=base.probabilities,
     )
 
 

@@ -32,10 +32,12 @@ _RANKS: Final = (2, 3)  # of logits of rows, and of tokens
 class Probabilities:
     """What a graph gave before its logits.
 
-    `renamed`: an output's name in the file by its new name, where it has one: what is called logits
-    are the logits then. `problem_type`: what the operator shows that the outputs are, if anything.
+    `output`: their name in the bundle. `renamed`: that in the file by it, where it is another: what
+    is called logits are the logits then. `problem_type`: what the operator shows that the outputs
+    are, if anything.
     """
 
+    output: str
     renamed: Mapping[str, str] = field(default_factory=dict)
     problem_type: str | None = None
 
@@ -72,7 +74,7 @@ def give_logits(graph: ir.Graph, task: str | None, stated: str | None) -> Probab
     logits.name = called
     logits.shape, logits.type = logits.shape or value.shape, logits.type or value.type
     graph.outputs.append(logits)
-    return Probabilities(renamed, MULTI_LABEL if sigmoid else None)
+    return Probabilities(str(value.name), renamed, MULTI_LABEL if sigmoid else None)
 
 
 def _made_by(output: ir.Value) -> ir.Node | None:

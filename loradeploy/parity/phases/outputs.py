@@ -24,10 +24,13 @@ def has_logits(task: str) -> bool:
 
 
 def output_names(manifest: Manifest) -> tuple[str, ...]:
-    """The outputs that are compared: the task's own, then what else there is but the cache."""
+    """The outputs that are compared: the task's own, then what else there is but the cache.
+
+    Probabilities that the graph makes of the first are left out: PyTorch gives none.
+    """
     first = output_of(manifest)
     named = [spec.name for spec in manifest.outputs if not spec.name.startswith(PRESENT)]
-    return (first, *(name for name in named if name != first))
+    return (first, *(name for name in named if name not in (first, manifest.probabilities)))
 
 
 def joined(values: Sequence[NDArray[Any]]) -> NDArray[Any]:
