@@ -24,6 +24,13 @@ if TYPE_CHECKING:
     from loradeploy.export.match.whole.parts import Part
 
 
+class QuantizedTieError(AdapterMismatchError):
+    """The adapter has values for two tied weights, and the graph holds one of them quantized.
+
+    Rows can be added to a quantized weight, as side inputs, and not replaced in it.
+    """
+
+
 def settled(
     model: torch.nn.Module, adapters: Mapping[str, Adapter], *, merge: bool
 ) -> dict[str, Adapter]:
@@ -165,7 +172,8 @@ def settled_in_graph(
                     " `checkpoint`, the directory of the model that it was made from"
                 )
             if linear.quantized or linear.slice is not None:
-                raise AdapterMismatchError(
+                refusal = QuantizedTieError if linear.quantized else AdapterMismatchError
+                raise refusal(
                     f"{name} is in the adapter, and {module}, which is tied to it in the base, is"
                     f" {'quantized' if linear.quantized else 'fused with others'} in the graph:"
                     " merge it into the unquantized checkpoint"

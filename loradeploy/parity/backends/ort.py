@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.names import ENCODER_NAME, NATIVE_SUFFIX
-from loradeploy.errors import AdapterMismatchError, ExportError, listed, listed_names
+from loradeploy.errors import ExportError, listed, listed_names
 from loradeploy.parity.backends.onnx_model import Feeds, NotRunError, OnnxModel, Replayed
 from loradeploy.parity.context import AdapterUnderTest, CheckContext
-from loradeploy.parity.reference.tied import rows_of_tied
 from loradeploy.parity.variants import session_options
 
 if TYPE_CHECKING:
@@ -206,6 +205,7 @@ def merged_bundle(context: CheckContext, tested: AdapterUnderTest) -> Iterator[P
     if context.merged:
         yield context.bundle
         return
+    from loradeploy.export.adapters.own_weights import QuantizedTieError
     from loradeploy.export.api import export
     from loradeploy.lora.quiet import unremarked
 
@@ -214,12 +214,8 @@ def merged_bundle(context: CheckContext, tested: AdapterUnderTest) -> Iterator[P
         try:
             with unremarked():  # what it says is of this merge, and reads as said of the bundle
                 export(context.bundle, path, adapters={tested.name: tested.path}, merge=True)
-        except (ExportError, AdapterMismatchError) as problem:
-            # It fits the graph: of quantized weights, rows can be added to and not replaced.
-            shared = rows_of_tied(tested.adapter, context.manifest)
-            if isinstance(problem, ExportError) or shared:
-                raise NotRunError(str(problem)) from None
-            raise
+        except (ExportError, QuantizedTieError) as problem:
+            raise NotRunError(str(problem)) from None
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +12,9 @@ import pytest
 import loradeploy as ld
 from loradeploy.adapter import load_adapter
 from loradeploy.bundle.manifest import read_manifest
+from loradeploy.errors import AdapterMismatchError
+from loradeploy.parity.backends.onnx_model import NotRunError
+from loradeploy.parity.backends.ort import merged_bundle
 from loradeploy.parity.reference.quantized import dequantize_into, quantized_weights
 from loradeploy.parity.reference.tied import with_rows_of_tied
 from tests.conftest import MakeAdapter
@@ -18,12 +23,14 @@ from tests.export.small import SMALL
 TOKENS = [7, 8, 9]
 
 
-def make_base(place: Path) -> Path:
+def make_base(place: Path, tokens: int = 64) -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(**SMALL, vocab_size=64, tie_word_embeddings=True, initializer_range=0.2)
+    config = LlamaConfig(
+        **SMALL, vocab_size=tokens, tie_word_embeddings=True, initializer_range=0.2
+    )
     LlamaForCausalLM(config).eval().save_pretrained(place)
     return place
 
@@ -74,3 +81,23 @@ def test_the_reference_adds_what_was_trained_to_the_rounded_rows(
         np.testing.assert_array_equal(inside[name], expected[name])
         np.testing.assert_array_equal(weight.detach().numpy(), before[name])
         assert np.abs(inside[name] - before[name]).max() > 0.1
+
+
+def test_only_a_merge_that_the_quantized_head_bars_is_not_run(
+    make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    """Any other adapter that cannot be merged is a failure, its rows notwithstanding."""
+    base = make_base(tmp_path / "base")
+    larger = make_base(tmp_path / "larger", tokens=80)
+    ld.export(base, tmp_path / "bundle", precision="int8", side_inputs=["tokens"])
+    context: Any = SimpleNamespace(merged=False, bundle=tmp_path / "bundle", scratch=tmp_path)
+    for model, tokens, expected in (
+        (base, TOKENS, NotRunError),
+        (larger, [7, 75], AdapterMismatchError),
+    ):
+        path = make_adapter(
+            model, out=tmp_path / f"of-{model.name}", trainable_token_indices=tokens
+        )
+        tested: Any = SimpleNamespace(name=model.name, path=path)
+        with pytest.raises(expected), merged_bundle(context, tested):
+            raise AssertionError("it was merged")
