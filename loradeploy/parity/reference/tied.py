@@ -51,8 +51,8 @@ def with_rows_of_tied(
         trained = rows[parameter] = adapter.rows[parameter]
         at = list(trained.indices)
         for other in others:
-            off = (parameters[other] - parameters[parameter])[at].detach().numpy()
-            rows[other] = Rows(trained.indices, trained.values + off)
+            theirs, own = (parameters[name].detach()[at] for name in (other, parameter))
+            rows[other] = Rows(trained.indices, trained.values + (theirs - own).numpy())
     done = overwrite(model, dataclasses.replace(adapter, carried={}, rows=rows))
     try:
         left = {name: own for name, own in adapter.rows.items() if name not in shared}

@@ -83,6 +83,31 @@ def test_the_reference_adds_what_was_trained_to_the_rounded_rows(
         assert np.abs(inside[name] - before[name]).max() > 0.1
 
 
+def test_the_rows_alone_are_taken_of_the_tables(make_adapter: MakeAdapter, tmp_path: Path) -> None:
+    """A difference of whole tables is one more of them, gigabytes of a large vocabulary."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from transformers import LlamaForCausalLM
+
+    base = make_base(tmp_path / "base")
+    adapter = make_adapter(base, out=tmp_path / "a", trainable_token_indices=TOKENS)
+    ld.export(base, tmp_path / "bundle", adapters={"a": adapter}, precision="int4")
+    manifest = read_manifest(tmp_path / "bundle")
+    model = LlamaForCausalLM.from_pretrained(base).eval()
+    subtracted = []
+
+    class Recording(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):  # type: ignore[no-untyped-def]
+            if "sub" in str(func):
+                subtracted.append(tuple(args[0].shape))
+            return func(*args, **(kwargs or {}))
+
+    given = load_adapter(adapter)
+    with torch.no_grad(), Recording(), with_rows_of_tied(model, given, manifest):
+        pass
+    assert subtracted == [(len(TOKENS), SMALL["hidden_size"])]
+
+
 def test_only_a_merge_that_the_quantized_head_bars_is_not_run(
     make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
