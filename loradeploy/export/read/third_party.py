@@ -293,8 +293,8 @@ def _without_reordered(findings: Findings, needed: Container[str]) -> Findings:
         if module in needed:
             raise ExportError(
                 f"{module}: {where} ({node.op_type}) puts its features into another order, so that"
-                " the rows of its weight are likely in another order too: give `checkpoint`, whose"
-                " numbers show it"
+                " the rows of its weight are likely in another order too, unless the model itself"
+                " orders them so: give `checkpoint`, whose numbers show it; a map does not"
             )
         logger.warning("left without adapters, %s: %s reorders its features", module, where)
         del kept[module]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,6 +75,14 @@ def _transposed(b: Builder, y: ir.Value) -> ir.Value:
     return b.node("Reshape", [turned, _ints(b, 0, 0, -1)])
 
 
+def _by_kind(b: Builder, y: ir.Value) -> ir.Value:
+    """The rows are q and k of each head, and become all q, then all k, as in Qwen3-Next."""
+    heads = b.node("Reshape", [y, _ints(b, 0, 0, HEADS, SIZE)])
+    parts = _parts(b, heads, (0, SIZE // 2), (SIZE // 2, SIZE))
+    flat = [b.node("Reshape", [part, _ints(b, 0, 0, -1)]) for part in parts]
+    return b.node("Concat", flat, axis=-1)
+
+
 def _multiplied(b: Builder, y: ir.Value) -> ir.Value:
     return b.node("MatMul", [y, b.constant("order", np.eye(WIDTH, dtype=np.float32)[::-1].copy())])
 
@@ -111,7 +120,7 @@ def _indexed(b: Builder, y: ir.Value) -> ir.Value:
 
 ORDINARY = [_indexed, _alone, _heads, _dynamic_heads, _rotated, _signed_rotation, _halves]
 REORDERED = [
-    *(_gathered, _gathered_heads, _joined, _transposed, _multiplied),
+    *(_gathered, _gathered_heads, _joined, _transposed, _by_kind, _multiplied),
     *(_behind_bias_and_activation, _then_rotated),
 ]
 
@@ -169,8 +178,18 @@ def test_heads_that_are_joined_before_a_layer_keep_their_order(
     assert (MODULE in found) != permuted
 
 
-def test_the_checkpoint_s_numbers_prove_the_order(tmp_path: Path) -> None:
-    model = _model(_gathered)
+def test_a_map_names_a_module_and_not_the_order_of_its_rows(tmp_path: Path) -> None:
+    (tmp_path / "map.json").write_text(json.dumps({"q": MODULE}))
+    evidence = Evidence(map=tmp_path / "map.json")
+    assert MODULE in find_modules(_model(_heads), tmp_path, evidence, [ADAPTER]).linears
+    message = "unless the model itself .*: give `checkpoint`, whose numbers show it; a map does not"
+    with pytest.raises(ExportError, match=message):
+        find_modules(_model(_gathered), tmp_path, evidence, [ADAPTER])
+
+
+@pytest.mark.parametrize("form", [_gathered, _by_kind], ids=_named)
+def test_the_checkpoint_s_numbers_prove_the_order(form: Form, tmp_path: Path) -> None:
+    model = _model(form)
     w = model.graph.initializers["w"].const_value.numpy()
     weights = {f"{MODULE}.weight": np.ascontiguousarray(w.T)}
     save_file(weights, tmp_path / "model.safetensors")
