@@ -267,7 +267,7 @@ def test_a_signature_is_verified_at_opening(bundle: Path, tmp_path: Path) -> Non
     AdapterSession(bundle, require_certificate=required)
     with pytest.raises(BundleError, match="is not a signature of parity"):
         AdapterSession(bundle, require_certificate=CertificateMinimum(public_key=others))
-    with pytest.raises(UsageError, match="no public ed25519 key"):
+    with pytest.raises(UsageError, match="not a public ed25519 key"):
         AdapterSession(bundle, require_certificate=CertificateMinimum(public_key=private))
     certificate = bundle / "parity.json"
     certificate.write_text(certificate.read_text().replace('"seed"', '"seed" '))
