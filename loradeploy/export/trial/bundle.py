@@ -35,7 +35,7 @@ from loradeploy.bundle.sample import Sample
 from loradeploy.export.graph.running import NotRunError, Outputs
 from loradeploy.export.trial.opened import Trial, refused
 from loradeploy.export.trial.original import Original, of_graph
-from loradeploy.export.trial.padding import padding_by_trial
+from loradeploy.export.trial.padding import padding_by_trial, reads_in_parts
 from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
@@ -96,6 +96,12 @@ def try_bundle(
     else:
         _check(trial, original, quantized_here=source.quantized_here)
     padding = padding_by_trial(trial, sample, pad)
+    if not manifest.traced and reads_in_parts(trial, sample, pad) is False:
+        logger.warning(
+            "the graph answers otherwise where several tokens are read behind others that it has"
+            " read: Engine and loradeploy serve, which read prompts in parts, answer wrongly with"
+            " it; use TextGenerator"
+        )
     return manifest if padding is None else dataclasses.replace(manifest, padding=padding)
 
 

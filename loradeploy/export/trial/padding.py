@@ -4,7 +4,8 @@
     right   rows are padded behind: GroupQueryAttention, and an encoder that heeds the mask
     none    rows of one length alone: whatever is padded changes the answer
 
-A decoder is tried with one step more on its cache, which shows what padding leaves there.
+A decoder is tried with one step more on its cache, which shows what padding leaves there, and with
+a row in two parts, which shows whether its mask is right for several tokens behind a past.
 """
 
 from __future__ import annotations
@@ -67,6 +68,18 @@ def padding_by_trial(trial: Trial, sample: Sample, pad: int) -> str | None:
     return _Rows(trial, sample, pad).padding(sides)
 
 
+def reads_in_parts(trial: Trial, sample: Sample, pad: int) -> bool | None:
+    """Whether a decoder gives the same where it reads a text in parts, each behind a cache.
+
+    None where it has no cache, or cannot be tried.
+    """
+    manifest = trial.manifest
+    cached = any(spec.name.startswith(PAST) for spec in manifest.inputs)
+    if manifest.task != CAUSAL_LM or not cached or not _can_be_tried(manifest, decoder=True):
+        return None
+    return _Rows(trial, sample, pad).in_parts()
+
+
 def _can_be_tried(manifest: Manifest, decoder: bool) -> bool:
     inputs = {spec.name: spec for spec in manifest.inputs}
     if INPUT_IDS not in inputs or (not decoder and manifest.task not in _ENCODERS):
@@ -107,6 +120,25 @@ class _Rows:
         if not all(np.isfinite(values).all() for values in alone):
             return None
         return next((side for side in sides if self._holds(side, alone)), NO_PADDING)
+
+    def in_parts(self) -> bool | None:
+        """Whether the longer row is read in two parts as whole; None where no row runs at all."""
+        ids, mask = self._long[np.newaxis], np.ones((1, _LONG), np.int64)
+        begin = _SHORT  # the rest is several tokens
+        try:
+            whole = self._trial.run(self._feeds(ids, mask, None), self._made)[self._scores]
+            short = self._answers(self._short[:1], mask[:, :_SHORT], [-1])
+            limit = self._limit(short)
+        except ExportError:
+            return None
+        try:
+            first = self._trial.run(self._feeds(ids[:, :begin], mask[:, :begin], None), self._made)
+            rest = self._trial.run(self._feeds(ids[:, begin:], mask, first), self._made)
+        except ExportError:
+            return False
+        found = rest[self._scores]
+        expected = whole if whole.ndim == 2 else whole[:, -found.shape[1] :]
+        return bool(_change(expected, found) <= limit)
 
     def _holds(self, side: str, alone: list[NDArray[Any]]) -> bool:
         try:
