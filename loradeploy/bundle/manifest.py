@@ -171,6 +171,8 @@ class Manifest:
     the base's vocabulary.
     `traced`: whether loradeploy traced the graph from a checkpoint, which it did not where an ONNX
     file was exported with `checkpoint` as evidence. Bundles of earlier versions do not tell.
+    `whole_prompts`: whether the graph of an ONNX file gave something else in the export's trial
+    where it read a prompt in parts, as `Engine` does: that refuses it.
     `probabilities`: the output that is a Softmax or Sigmoid of the main one, where the graph of an
     ONNX file gave that; None of other bundles.
     """
@@ -212,6 +214,7 @@ class Manifest:
     tower: str | None = None
     added_tokens: AddedTokens | None = None
     traced: bool = False
+    whole_prompts: bool = False
     probabilities: str | None = None
 
     @property

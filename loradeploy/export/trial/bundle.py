@@ -96,13 +96,15 @@ def try_bundle(
     else:
         _check(trial, original, quantized_here=source.quantized_here)
     padding = padding_by_trial(trial, sample, pad)
-    if not manifest.traced and reads_in_parts(trial, sample, pad) is False:
-        logger.warning(
-            "the graph answers otherwise where several tokens are read behind others that it has"
-            " read: Engine and loradeploy serve, which read prompts in parts, answer wrongly with"
-            " it; use TextGenerator"
-        )
-    return manifest if padding is None else dataclasses.replace(manifest, padding=padding)
+    if padding is not None:
+        manifest = dataclasses.replace(manifest, padding=padding)
+    if manifest.traced or reads_in_parts(trial, sample, pad) is not False:
+        return manifest
+    logger.warning(
+        "the graph answers otherwise where several tokens are read behind others that it has read:"
+        " Engine and loradeploy serve, which read prompts in parts, refuse it; use TextGenerator"
+    )
+    return dataclasses.replace(manifest, whole_prompts=True)
 
 
 def _given_by(source: Source, manifest: Manifest, sample: Sample) -> Original | None:

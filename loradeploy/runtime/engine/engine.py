@@ -46,7 +46,8 @@ class Engine:
     `observer`: called with what it measures, see `Moment`.
 
     Raises:
-        UsageError: as `TextGenerator`, or a number below 1.
+        UsageError: as `TextGenerator`, or a number below 1, or a graph that does not read prompts
+            in parts rightly.
     """
 
     def __init__(
@@ -76,6 +77,11 @@ class Engine:
             raise UsageError(f"prefix_budget is {prefix_budget!r}: give bytes, 0 for none")
         generator = bundle if isinstance(bundle, TextGenerator) else TextGenerator(bundle)
         self.session = generator.session
+        if self.session.manifest.whole_prompts:
+            raise UsageError(
+                f"{self.session.path} answers otherwise where a prompt is read in parts, as Engine"
+                " does: use TextGenerator, or export it from the checkpoint"
+            )
         self.tokenizer = generator.tokenizer
         statistics = EngineStatistics(slots=max_rows)
         self._requests = EngineRequests(statistics, max_waiting)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import shutil
 import threading
 import time
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -465,3 +468,16 @@ def test_max_new_tokens_that_nobody_named_is_what_a_row_has_room_for(
             engine.submit(prompt, "large", max_new_tokens=20).result(60)
         with pytest.raises(BudgetError):  # no room for a single token
             engine.submit(prompt + prompt, "large").result(60)
+
+
+def test_a_graph_that_reads_prompts_in_parts_wrongly_is_refused(
+    tiny_llama_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = shutil.copytree(tiny_llama_bundle, tmp_path / "bundle")
+    manifest = json.loads((bundle / "loradeploy.json").read_text())
+    manifest["whole_prompts"] = True
+    (bundle / "loradeploy.json").write_text(json.dumps(manifest))
+    with AdapterSession(bundle) as session:
+        with pytest.raises(UsageError, match="read in parts, as Engine does: use TextGenerator"):
+            Engine(session)
+        assert TextGenerator(session).generate(["A"], max_new_tokens=2)[0].token_ids
