@@ -45,7 +45,7 @@ def test_a_step_is_its_run_and_the_rest() -> None:
 
 
 def run_tool(monkeypatch: pytest.MonkeyPatch, *flags: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["bench.serve", *map(str, flags)])
+    monkeypatch.setattr(sys, "argv", ["bench_serve", *map(str, flags)])
     main()
 
 

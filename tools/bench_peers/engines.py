@@ -1,4 +1,4 @@
-"""The engines of bench.peers: what each needs made of SmolLM2 and the adapters, and its sides.
+"""The engines of bench_peers: what each needs made of SmolLM2 and the adapters, and its sides.
 
 Each peer has an environment of its own, given by its Python:
 

@@ -1,4 +1,4 @@
-"""GGUF files for llama.cpp's side of bench.peers, written in its own environment.
+"""GGUF files for llama.cpp's side of bench_peers, written in its own environment.
 
     python -m tools.bench_peers.llama_files SOURCE.gguf TARGET.gguf F32|Q8_0
     python -m tools.bench_peers.llama_files ADAPTER TARGET.gguf heads=9,3

@@ -1,4 +1,4 @@
-"""llama.cpp's side of bench.peers, through llama-cpp-python's bindings, in its own environment."""
+"""llama.cpp's side of bench_peers, through llama-cpp-python's bindings, in its own environment."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def llama_requests(
     tokens: int,
     **_: Any,
 ) -> Side:
-    """All requests of bench.serve's clients."""
+    """All requests of bench_serve's clients."""
     peer = Llama(model, precision, rows=sum(map(len, prompts)))
     for name, path in adapters.items():
         peer.load(name, path, SCALING)

@@ -1,4 +1,4 @@
-"""OpenVINO GenAI's side of bench.peers, for its own environment."""
+"""OpenVINO GenAI's side of bench_peers, for its own environment."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def openvino_requests(
     tokens: int,
     **_: Any,
 ) -> Side:
-    """All requests of bench.serve's clients."""
+    """All requests of bench_serve's clients."""
     peer = OpenVinoBatches(model, adapters, SCALING, precision)
     return one_adapter_a_batch(peer.generate, prompts, asked, tokens)
 

@@ -1,4 +1,4 @@
-"""loradeploy's side of bench.peers: TextGenerator on one of its bundles."""
+"""loradeploy's side of bench_peers: TextGenerator on one of its bundles."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tables and the chart of bench.peers."""
+"""The tables and the chart of bench_peers."""
 
 from __future__ import annotations
 

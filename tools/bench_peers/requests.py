@@ -1,4 +1,4 @@
-"""What every engine of bench.peers is asked for; read in each engine's own environment."""
+"""What every engine of bench_peers is asked for; read in each engine's own environment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the clients of bench.serve ask for; read in the peers' environments too."""
+"""What the clients of bench_serve ask for; read in the peers' environments too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What bench.serve found: figures of all sides, ratios to the goals, and the tables."""
+"""What bench_serve found: figures of all sides, ratios to the goals, and the tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sides of bench.serve that loradeploy runs: asyncio clients on an engine, or over HTTP."""
+"""The sides of bench_serve that loradeploy runs: asyncio clients on an engine, or over HTTP."""
 
 from __future__ import annotations
 

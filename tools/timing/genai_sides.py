@@ -1,4 +1,4 @@
-"""onnxruntime-genai's sides of bench.runtime and bench.serve, for its own environment."""
+"""onnxruntime-genai's sides of bench_runtime and bench_serve, for its own environment."""
 
 from __future__ import annotations
 
