@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -77,6 +77,14 @@ class Evidence:
     map: str | os.PathLike[str] | None = None
 
 
+@dataclass(frozen=True)
+class _Doubt:
+    """Why a layer takes no adapters; `warning`: what to say of it where none is for it."""
+
+    reason: str
+    warning: str | None = None
+
+
 def find_modules(
     model: ir.Model,
     directory: Path,
@@ -112,11 +120,12 @@ def find_modules(
     if mapped is not None:
         mapped.check_used()
     check_reached(model.graph, findings, adapters)
-    findings = _without_own_factors(findings, _modules_of(adapters))
+    needed = _modules_of(adapters)
+    findings = _without(findings, needed, _scaled_by_module)
     if weights is None:
-        findings = _without_scaled(findings, _modules_of(adapters))
+        findings = _without(findings, needed, _scaled)
         if not proven:
-            findings = _without_reordered(findings, _modules_of(adapters))
+            findings = _without(findings, needed, _reordered)
             _warn_of_names(findings)
     else:
         _compare(model.graph, findings, weights)
@@ -253,79 +262,67 @@ def _without_rotated(findings: Findings) -> Findings:
     return Findings(kept, findings.unidentified)
 
 
-def _without_scaled(findings: Findings, needed: Container[str]) -> Findings:
-    """The layers but for those with a factor of their own, which names alone do not explain.
+def _without(
+    findings: Findings, needed: Container[str], doubt: Callable[[Linear], _Doubt | None]
+) -> Findings:
+    """The layers but for those that take no adapters rightly by what `doubt` sees.
+
+    Raises:
+        ExportError: an adapter is for one of them.
+    """
+    kept, left = dict(findings.linears), list(findings.unidentified)
+    for module, linear in findings.linears.items():
+        if (found := doubt(linear)) is None:
+            continue
+        if module in needed:
+            raise ExportError(f"{module}: {found.reason}")
+        if found.warning:
+            logger.warning("left without adapters, %s: %s", module, found.warning)
+        del kept[module]
+        left.append(f"{linear.nodes[0].name} [{linear.in_features} → {linear.out_features}]")
+    return Findings(kept, tuple(left))
+
+
+def _scaled(linear: Linear) -> _Doubt | None:
+    """A factor of the product's own, which names alone do not explain.
 
     With y = α x W the adapter's part is scaled by α where W is the checkpoint's matrix, and is not
     where W was divided by α.
-
-    Raises:
-        ExportError: an adapter is for one of them.
     """
-    kept, left = dict(findings.linears), list(findings.unidentified)
-    for module, linear in findings.linears.items():
-        node = linear.nodes[0]
-        alpha = node.metadata_props.get(SCALE)
-        if alpha is None:
-            continue
-        if module in needed:
-            raise ExportError(
-                f"{module}: {node.name} multiplies its product by {alpha}, and names do not show"
-                " whether its weight is the checkpoint's or was divided by that: give `checkpoint`"
-            )
-        del kept[module]
-        left.append(_described(linear))
-    return Findings(kept, tuple(left))
+    node = linear.nodes[0]
+    alpha = node.metadata_props.get(SCALE)
+    if alpha is None:
+        return None
+    return _Doubt(
+        f"{node.name} multiplies its product by {alpha}, and names do not show"
+        " whether its weight is the checkpoint's or was divided by that: give `checkpoint`"
+    )
 
 
-def _without_reordered(findings: Findings, needed: Container[str]) -> Findings:
-    """The layers but for those whose features the graph puts into another order.
-
-    Raises:
-        ExportError: an adapter is for one of them.
-    """
-    kept, left = dict(findings.linears), list(findings.unidentified)
-    for module, linear in findings.linears.items():
-        node = reordering_node(linear)
-        if node is None:
-            continue
-        where = node.name or node.outputs[0].name
-        if module in needed:
-            raise ExportError(
-                f"{module}: {where} ({node.op_type}) puts its features into another order, so that"
-                " the rows of its weight are likely in another order too, unless the model itself"
-                " orders them so: give `checkpoint`, whose numbers show it; a map does not"
-            )
-        logger.warning("left without adapters, %s: %s reorders its features", module, where)
-        del kept[module]
-        left.append(_described(linear))
-    return Findings(kept, tuple(left))
+def _reordered(linear: Linear) -> _Doubt | None:
+    """Another order that the graph puts the layer's features into."""
+    node = reordering_node(linear)
+    if node is None:
+        return None
+    where = node.name or node.outputs[0].name
+    return _Doubt(
+        f"{where} ({node.op_type}) puts its features into another order, so that"
+        " the rows of its weight are likely in another order too, unless the model itself"
+        " orders them so: give `checkpoint`, whose numbers show it; a map does not",
+        warning=f"{where} reorders its features",
+    )
 
 
-def _without_own_factors(findings: Findings, needed: Container[str]) -> Findings:
-    """The layers but for those whose module scales more than the product that takes adapters.
-
-    Raises:
-        ExportError: an adapter is for one of them.
-    """
-    kept, left = dict(findings.linears), list(findings.unidentified)
-    for module, linear in findings.linears.items():
-        factor = own_factor(linear)
-        if factor is None:
-            continue
-        if module in needed:
-            raise ExportError(
-                f"{module}: its node {factor.name} scales the product {linear.nodes[0].name}, and"
-                " would scale what an adapter adds to it: give the graph of a module without a"
-                " factor of its own"
-            )
-        del kept[module]
-        left.append(_described(linear))
-    return Findings(kept, tuple(left))
-
-
-def _described(linear: Linear) -> str:
-    return f"{linear.nodes[0].name} [{linear.in_features} → {linear.out_features}]"
+def _scaled_by_module(linear: Linear) -> _Doubt | None:
+    """A module that scales more than the product that takes adapters."""
+    factor = own_factor(linear)
+    if factor is None:
+        return None
+    return _Doubt(
+        f"its node {factor.name} scales the product {linear.nodes[0].name}, and"
+        " would scale what an adapter adds to it: give the graph of a module without a"
+        " factor of its own"
+    )
 
 
 def _fused_projections(directory: Path, adapters: Iterable[Adapter]) -> set[str]:
