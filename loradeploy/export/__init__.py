@@ -1,1 +1,1 @@
-"""Model or ONNX file to bundle: tracing, graph surgery, graph merge."""
+"""Export a model or an ONNX file to a bundle: tracing, graph surgery, graph merge."""

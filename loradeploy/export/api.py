@@ -1,4 +1,4 @@
-"""`loradeploy.export`: from a model, and adapters for it, to a bundle."""
+"""`loradeploy.export`: write the bundle of a model and its adapters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The base that a bundle is made from, and what the user asked for."""
+"""The base graph that a bundle is made from, and the options of an export."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Options:
-    """What the user asked for: see `loradeploy.export`."""
+    """The options of an export: see `loradeploy.export`."""
 
     adapters: Mapping[str, Adapter]
     merge: bool
@@ -43,25 +43,26 @@ class Options:
 
 @dataclass(frozen=True, eq=False)
 class Base:
-    """A base graph and what is known of it.
+    """A base graph and its properties.
 
-    `adapters`: those of the options, without what the base has of them already.
-    `quantized`: the weights already are in the precision that is asked for.
-    `parameters`: names in the checkpoint, where there is one; `lacking`: those without values.
-    `replaced`: modules that are to be replaced whole, because the checkpoint lacks them or the
-    bundle has them so.
-    `before`: the manifest of a bundle.
-    `pad`: the padding token, where the graph depends on it.
-    `weights`: modules' weights [out, in] in fp32, where the graph's own are coarser.
-    `source`: what the bundle is to be compared with.
+    `adapters`: those of the options, without their copies of base weights.
+    `quantized`: the weights already have the requested precision.
+    `parameters`: names of the checkpoint's parameters, or of those that a bundle's adapters can
+    replace; `lacking`: those without values in the checkpoint.
+    `replaced`: modules whose weights adapters replace, because the checkpoint lacks them or because
+    the bundle already has side inputs for them.
+    `before`: the manifest of the bundle that is exported again.
+    `pad`: the padding token, if the graph depends on it.
+    `weights`: modules' weights [out, in] in fp32, if the graph's own are in fp16.
+    `source`: the outputs or the graph that the bundle is compared with.
     `own_weights`, `submodels`, `base_prefix`: as in the manifest.
-    `tower`: of a two-tower model, which; `config`: the tower's own configuration.
-    `called`: what a message about an adapter that does not fit calls it.
+    `tower`: the tower of a two-tower model; `config`: the tower's own configuration.
+    `called`: the base's name in messages about adapters that do not fit.
     `embeds`, `image_blocks`, `other_part`: as in the manifest.
-    `vocabulary`: how many tokens there are, where an adapter that is merged changed that.
-    `problem_type`: of a graph, what its own probabilities show; the model's config has precedence.
-    `ties_head`: of a graph, whether its config ties the output head to the embedding; None where no
-    config tells.
+    `vocabulary`: the number of tokens, if merging the adapter changed it.
+    `problem_type`: what the probabilities of an ONNX graph show; the model's config has precedence.
+    `ties_head`: whether the config of an ONNX graph ties the output head to the embedding; None if
+    no config says so.
     `traced`, `probabilities`: as in the manifest.
     """
 

@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint as the base of a bundle: traced, and checked."""
+"""Trace a Hugging Face checkpoint as the base of a bundle, and check the adapters for it."""
 
 from __future__ import annotations
 
@@ -73,10 +73,11 @@ logger = logger_of(__name__)
 
 
 def from_checkpoint(source: Source, options: Options) -> Base:
-    """The base of a Hugging Face checkpoint, traced.
+    """Trace a Hugging Face checkpoint.
 
     Raises:
-        ModelError: it is no model of the task. AdapterError: an adapter is refused or does not fit.
+        ModelError: the checkpoint is not a model for the task.
+        AdapterError: an adapter is refused or does not fit.
     """
     from loradeploy.export.trace import answers, load_model, trace
     from loradeploy.export.trace.image_text import counts_in_grids, has_image_blocks, other_part
@@ -91,7 +92,7 @@ def from_checkpoint(source: Source, options: Options) -> Base:
     task = choose_task(given, options.task, adapters.values())
     declared = options.task or any(adapter.config.task_type for adapter in adapters.values())
     if task == CAUSAL_LM and not declared and makes_vectors(source.directory):
-        task = FEATURE_EXTRACTION  # a decoder that became an embedder keeps its architecture's name
+        task = FEATURE_EXTRACTION  # embedding models keep the architecture name of their decoder
     kind = tower_kind(given, task)
     if kind is None:  # a tower's own vector is a text's
         check_recipe([source.directory, *options.directories.values()], task)
@@ -124,7 +125,7 @@ def from_checkpoint(source: Source, options: Options) -> Base:
         if before is not None and vocabulary is not None:
             say_resized(name, before.size, vocabulary)
     if zeroed:
-        # Of a base alone nobody else will tell.
+        # With adapters, `check_brought` reports it.
         level = logging.INFO if adapters else logging.WARNING
         message = "not in the checkpoint, zeros in the graph until an adapter replaces it: %s"
         logger.log(level, message, listed_names(zeroed))
@@ -147,7 +148,7 @@ def from_checkpoint(source: Source, options: Options) -> Base:
     _check_rank(outputs(graph), task, type(model).__name__)
     _annotate(graph, model)
     specs = static_specs(required_inputs(graph), options.fixed)
-    pad = getattr(config.get_text_config(), "pad_token_id", None)  # of an image there is none
+    pad = getattr(config.get_text_config(), "pad_token_id", None)  # image models have none
     feeds = Sample(specs, config.to_dict(), pad=pad).feeds()
     fed = sample_embeds(embeds, feeds[INPUT_IDS]) if embeds else None
     if fed is not None and turns:
@@ -187,10 +188,10 @@ def _fitting(
     labels: int | None,
     others: tuple[str, ...],
 ) -> Mapping[str, Adapter]:
-    """The adapters by the model's own names, without what is of `others`; each fits the model.
+    """The adapters with the model's module names and without the modules of `others`, checked.
 
     Raises:
-        AdapterMismatchError: one does not fit.
+        AdapterMismatchError: an adapter does not fit.
     """
     from loradeploy.export.trace import load_model
     from loradeploy.export.trace.image_text import vision_part
@@ -221,7 +222,7 @@ def _fitting(
 
 
 def _annotate(graph: ir.Model, model: Any) -> None:
-    """Note in the graph what only the model tells: forms of norms, parameters of experts."""
+    """Write what only the model shows into metadata: forms of norms, parameters of experts."""
     from loradeploy.lora.experts import expert_parameters
 
     norms = {name: p for name, p in model.named_parameters() if p.ndim == 1}
@@ -234,7 +235,7 @@ def _annotate(graph: ir.Model, model: Any) -> None:
 
 
 def _check_rank(given: Iterable[TensorSpec], task: str, model: str) -> None:
-    """Raise ExportError where the states of an image are maps, not one state a position."""
+    """Raise ExportError if the states of an image are feature maps, not one state per position."""
     for spec in given:
         if task == IMAGE_FEATURE_EXTRACTION and len(spec.shape) > 3:
             raise ExportError(
@@ -244,10 +245,10 @@ def _check_rank(given: Iterable[TensorSpec], task: str, model: str) -> None:
 
 
 def _with_own_head(labels: int, source: Source, adapters: Mapping[str, Adapter]) -> int:
-    """How many outputs a graph has for adapters of up to so many labels, and for the base's head.
+    """The number of outputs of the head, for adapters with up to `labels` labels and the base.
 
-    A head of other labels is no part of the model that is traced: it is kept where it is the
-    largest and the adapters' can be filled up to it, and else left out, which is said.
+    The base's head has to have as many outputs as the traced model. It is kept if it has the most
+    and the adapters' heads can be filled up to it; else it is left out, with a warning.
     """
     tensors = base_tensors(source.directory)
     own = max((t.shape[0] for name, t in tensors.items() if LABELED.fullmatch(name)), default=0)
@@ -265,7 +266,7 @@ def _with_own_head(labels: int, source: Source, adapters: Mapping[str, Adapter])
 
 
 def _float_weights(model: Any) -> dict[str, NDArray[Any]]:
-    """Every linear's weight [out, in] in fp32, before the model is cast."""
+    """The weights [out, in] of linear layers and embeddings in fp32, before the model is cast."""
     from transformers.pytorch_utils import Conv1D
 
     weights = {}

@@ -24,7 +24,7 @@ _KNOWN: Final = frozenset(
     )
 )
 
-_UNKNOWN_LENGTH: Final = 2048  # of a context, where config.json does not say
+_UNKNOWN_LENGTH: Final = 2048  # context length, if config.json has none
 _SEARCH: Final[Mapping[str, Any]] = {
     "diversity_penalty": 0.0,
     "do_sample": False,
@@ -44,11 +44,11 @@ _SEARCH: Final[Mapping[str, Any]] = {
 def genai_config(
     manifest: Manifest, config: Mapping[str, Any], generation: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-    """The config for the graph of `manifest`; None where no generator of theirs could run it.
+    """The config for the graph of `manifest`; None if onnxruntime-genai cannot run the graph.
 
-    The layers' caches may not differ in layout, nor be of a fixed size. `config` and `generation`
-    are the objects of config.json and generation_config.json. The cache's layout is read off the
-    graph.
+    It cannot if the layers' caches differ in layout or have a fixed size. `config` and `generation`
+    are the objects of config.json and generation_config.json. The cache's layout is that of the
+    graph's inputs.
     """
     keys = [spec for spec in manifest.inputs if spec.name.endswith(".key")]
     if not keys or any(spec.shape != keys[0].shape for spec in keys):

@@ -1,4 +1,4 @@
-"""The base that a bundle is made from, where it is an ONNX graph: a file's, or a bundle's."""
+"""Read an ONNX graph, of a file or a bundle, as the base of a bundle."""
 
 from __future__ import annotations
 
@@ -56,15 +56,15 @@ if TYPE_CHECKING:
 
 logger = logger_of(__name__)
 
-_LISTED: Final = 4  # of a graph's outputs, in a message
+_LISTED: Final = 4  # a graph's outputs in a message
 
 
 def from_graph(source: Source, options: Options) -> Base:
-    """The base of an ONNX file, or of a bundle without its side inputs.
+    """Read an ONNX file, or a bundle's graph without its side inputs.
 
     Raises:
-        ExportError: the graph has side inputs of unknown origin, or cannot be what is asked for.
-        UsageError: it is merged, or its task is not known.
+        ExportError: the graph has side inputs without a manifest, or does not support an option.
+        UsageError: the bundle is merged, or the task is not known.
     """
     assert source.graph is not None
     if source.manifest is not None and source.manifest.mode == "merged":
@@ -98,7 +98,7 @@ def from_graph(source: Source, options: Options) -> Base:
         renamed |= {} if made is None else made.renamed
     current = precision_of(graph) if source.manifest is None else source.manifest.precision
     if source.manifest is None and current == BFLOAT16 and has_float32_weights(graph.graph):
-        current = DEFAULT_PRECISION  # some of its weights are finer, and stay so
+        current = DEFAULT_PRECISION  # weights in float32 keep their precision
     compute_as_float32(graph.graph)
     complete_shapes(graph)
     if source.manifest is not None:
@@ -115,13 +115,13 @@ def from_graph(source: Source, options: Options) -> Base:
         complete_cache(graph, source.directory, options.evidence.checkpoint)
         identity = _identity(source, graph, options.evidence.checkpoint)
         if options.evidence.checkpoint is not None or options.evidence.map is not None:
-            separate_projections(graph.graph)  # they have no names in the graph
+            separate_projections(graph.graph)  # the graph has no names for them
         compute_weights(graph.graph)
         known = matrices_of(options.adapters.values(), options.evidence.checkpoint)
         features_last(graph.graph, known)
         normalize_products(graph.graph)
         refuse_adapter_products(graph.graph)
-        complete_shapes(graph)  # those behind what inference did not know before
+        complete_shapes(graph)  # after operators that inference did not know before
         warn_of_ranges(graph.graph)
         task = _task_of(source, graph, options.task, own)
         parameters = replaced = lacking = frozenset()
@@ -179,7 +179,7 @@ def _refuse_texts(graph: ir.Model) -> None:
 
 
 def _submodels(source: Source, checkpoint: Path | None) -> tuple[Submodel, ...]:
-    """What the bundle, or the configuration of a graph, tells of the models in it."""
+    """The submodels in the bundle's manifest, or the model of a graph's config.json."""
     if source.manifest is not None:
         return source.manifest.submodels
     config = settings_beside(source.directory, checkpoint)
@@ -202,7 +202,7 @@ def _task_of(source: Source, graph: ir.Model, asked: str | None, config: Mapping
         logits = shapes.get(main_output(task, ranks) or "")
         of_words = logits is not None and logits[-1] == config.get("vocab_size")
         if of_words and own_task(config) == CAUSAL_LM:
-            task = CAUSAL_LM  # it gives the last position's alone
+            task = CAUSAL_LM  # with the logits of the last position only
     if asked == TOKEN_CLASSIFICATION and task == CAUSAL_LM:
         task = asked  # the outputs have the ranks of a language model's
     if task is not None and main_output(task, ranks) is None:

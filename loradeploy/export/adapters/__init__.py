@@ -1,1 +1,1 @@
-"""The adapters of an export: read and held against the base, and the side inputs they need."""
+"""The adapters of an export: read them, check them, and choose the side inputs they need."""

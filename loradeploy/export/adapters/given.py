@@ -1,4 +1,4 @@
-"""The adapters that come with an export: read, named, and held against the model before tracing."""
+"""Find and read the adapters of an export, and check that they fit before the model is traced."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 def read_adapters(
     adapters: Mapping[str, str | os.PathLike[str]] | Iterable[str | os.PathLike[str]] | None,
 ) -> dict[str, Adapter]:
-    """Adapters by name, as `adapter_directories` finds them.
+    """Load the adapters that `adapter_directories` finds, by name.
 
     Raises:
         UsageError: as `adapter_directories`.
@@ -59,7 +59,9 @@ def read_adapters(
 def adapter_directories(
     adapters: Mapping[str, str | os.PathLike[str]] | Iterable[str | os.PathLike[str]] | None,
 ) -> dict[str, Path]:
-    """Where adapters are, by name, of a mapping or of `[NAME=]DIR`; a directory names itself.
+    """Return the adapters' directories by name, from a mapping or a list of `[NAME=]DIR`.
+
+    Without NAME, the name is that of the directory.
 
     Raises:
         UsageError: a name is used twice or cannot be the name of a file.
@@ -82,12 +84,13 @@ def adapter_directories(
 def found_in_bundle(
     directories: Mapping[str, Path], model: str | os.PathLike[str]
 ) -> dict[str, Path]:
-    """`directories`, of which some may be names of adapters of the bundle `model`.
+    """`directories`, with names of adapters of the bundle `model` replaced by their directories.
 
-    A name is what no directory has, or one with no adapter, such as the bundle of an export before.
+    A path is taken as a name if it does not exist, or is a directory without an adapter, such as
+    the bundle of an earlier export.
 
     Raises:
-        BundleError: the manifest is broken, or an adapter is another than came with the bundle.
+        BundleError: the manifest is invalid, or an adapter's digest is not the manifest's.
         AdapterError: an adapter of the bundle cannot be read.
     """
     bundle = Path(model).expanduser()
@@ -110,7 +113,7 @@ def found_in_bundle(
 
 
 def left_out(directories: Mapping[str, Path], bundle: Path, manifest: Manifest) -> list[str]:
-    """The adapters of a bundle that are not among those given for its export."""
+    """The names of the bundle's adapters that are not among `directories`."""
     given = {path.resolve() for path in directories.values()}
     return sorted(
         name
@@ -121,11 +124,11 @@ def left_out(directories: Mapping[str, Path], bundle: Path, manifest: Manifest) 
 
 
 def label_count(adapters: Mapping[str, Adapter]) -> int | None:
-    """The most labels that an adapter's head has; None where no adapter brings a head.
+    """The largest number of labels of the adapters' heads; None if no adapter has a head.
 
     Raises:
-        UsageError: they differ, and a head with fewer has no bias (see bundle/fitting/labels.py).
-        AdapterError: nothing declares what a head answers.
+        UsageError: a head has fewer labels and no bias to fill it up (bundle/fitting/labels.py).
+        AdapterError: an adapter's files do not declare its labels or problem type.
     """
     counts: dict[str, int] = {}
     without_bias = []
@@ -147,7 +150,7 @@ def label_count(adapters: Mapping[str, Adapter]) -> int | None:
 
 
 def label_names(adapters: Mapping[str, Adapter]) -> tuple[str, ...] | None:
-    """The label names that all adapters that know theirs agree on."""
+    """The label names, if all adapters that have label names agree; else None."""
     known = {adapter.labels for adapter in adapters.values() if adapter.labels is not None}
     return known.pop() if len(known) == 1 else None
 
@@ -160,10 +163,10 @@ def check_adapters(
     base: BaseIdentity,
     merge: bool,
 ) -> None:
-    """Check that every adapter fits `skeleton`, a model without values.
+    """Check that every adapter fits `skeleton`, a model on the meta device.
 
     Raises:
-        AdapterMismatchError: an adapter does not fit; its name and every misfit are in the message.
+        AdapterMismatchError: an adapter does not fit; the message has its name and all mismatches.
     """
     from loradeploy.lora.fit import adaptable
 
@@ -180,15 +183,15 @@ def check_adapters(
 
 @contextmanager
 def named(name: str) -> Iterator[None]:
-    """What is raised of an adapter inside begins with its name."""
+    """Prefix the message of an AdapterError that is raised inside with the adapter's name."""
     try:
         yield
-    except AdapterError as problem:  # which a mismatch is too
+    except AdapterError as problem:  # or its subclass AdapterMismatchError
         raise type(problem)(f"{name}: {problem}") from None
 
 
 def check_brought(name: str, adapter: Adapter, lacking: Iterable[str]) -> None:
-    """Raise AdapterMismatchError where `adapter` does not bring what its base lacks."""
+    """Raise AdapterMismatchError unless `adapter` has the parameters `lacking` of its base."""
     if problems := not_brought(adapter, lacking):
         raise AdapterMismatchError(f"{name}: {listed(problems, 1)}")
 
@@ -202,8 +205,8 @@ def _may_be_adapter(path: Path) -> bool:
 
 
 def _beside(model: AdaptableBase, adapter: Adapter, task: str) -> AdaptableBase:
-    """What of `model` can be given beside it, as side inputs of its graph, once that is traced."""
-    # Experts that the graph does not have as products of all of them are refused once it is traced.
+    """The layers and parameters of `model` that side inputs of its traced graph can adapt."""
+    # Experts that the graph does not compute in one product are refused after tracing.
     no_convolution = Layer("conv2d", (), 0, refusal=lambda rank, whole: _NO_CONVOLUTION)
     replaceable = {
         f"{module}.{part}"

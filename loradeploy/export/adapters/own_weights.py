@@ -25,25 +25,25 @@ if TYPE_CHECKING:
 
 
 class QuantizedTieError(AdapterMismatchError):
-    """The adapter has values for two tied weights, and the graph holds one of them quantized.
+    """The adapter has values for two tied weights, one of which is quantized in the graph.
 
-    Rows can be added to a quantized weight, as side inputs, and not replaced in it.
+    Side inputs can add to rows of a quantized weight, but a merge cannot replace them.
     """
 
 
 def settled(
     model: torch.nn.Module, adapters: Mapping[str, Adapter], *, merge: bool
 ) -> dict[str, Adapter]:
-    """The adapters without copies of weights of `model`, the base in float32.
+    """Return the adapters without copies of weights of `model`, the base in float32.
 
-    As side inputs, weights that differ from the model's in few rows are these rows.
+    For side inputs, a weight that differs from the model's in few rows is replaced by those rows.
 
     For a merge, the base weights and rows in the adapter overwrite those of `model` before it is
     traced, for all modules that share them.
 
     Raises:
-        AdapterMismatchError: two weights of the adapter are tied in the model, and differ; or it
-            has rows of an embedding whose head is tied by config.json alone.
+        AdapterMismatchError: two weights that are tied in the model differ in the adapter; or the
+            adapter has rows of an embedding whose head is tied by config.json alone.
     """
     from loradeploy.lora.base.vocabulary import refuse_rows_of_tied, vocabulary_of
     from loradeploy.lora.parameters import overwrite
@@ -74,11 +74,11 @@ def settled(
 
 
 def model_digests(model: torch.nn.Module) -> dict[str, str]:
-    """`Manifest.own_weights` of a model in PyTorch.
+    """`Manifest.own_weights` of a PyTorch model: digests of its embeddings and output head.
 
-    Of weights that are equal and not tied only the first is there: who reads the manifest takes
-    equal ones for one weight. Left out is an embedding that is tied by config.json alone, whose
-    rows PEFT puts into another weight too.
+    Of equal weights that are not tied only the first is listed, because equal digests in the
+    manifest mean one weight. An embedding that is tied by config.json alone is omitted, because
+    PEFT writes its trained rows into another weight too.
     """
     from loradeploy.lora.base.vocabulary import TABLES, table_of, tied_by_config_alone
 
@@ -107,10 +107,10 @@ def graph_digests(
 ) -> dict[str, str]:
     """`Manifest.own_weights` of a graph with the output head `head`.
 
-    A quantized head has the digest of the embedding that it is tied to, else none. As in
-    `model_digests` an embedding that is tied by config.json alone is left out.
+    A quantized head gets the digest of the embedding that it is tied to, or none. As in
+    `model_digests`, an embedding that is tied by config.json alone is omitted.
 
-    `vocabulary`: where the graph has a row per token. `ties_head`: as in `Base`.
+    `vocabulary`: of the graph, None if it is not known. `ties_head`: as in `Base`.
     """
     found = {name: values_digest(values) for name, values in _own(linears, parts, head)}
     if vocabulary is None or vocabulary.head is None or vocabulary.tied or ties_head is False:
@@ -132,17 +132,17 @@ def settled_in_graph(
     proven: bool,
     ties_head: bool | None,
 ) -> Adapter:
-    """The adapter, which is to be merged into a graph, without copies of the base's weights.
+    """Return the adapter without copies of the base's weights, for a merge into a graph.
 
-    What it has for an embedding it has for the output head that is tied to it, too, where that is
-    a constant of its own in the graph.
+    Its values for an embedding also become those of the output head that is tied to it, if the
+    graph stores the head as a separate constant.
 
-    `own_weights`: as in the manifest. `proven`: equal ones are tied in the checkpoint.
-    `vocabulary`: where the graph has a row per token. `ties_head`: as in `Base`.
+    `own_weights`: as in the manifest. `proven`: equal weights are tied in the checkpoint.
+    `vocabulary`: of the graph, None if it is not known. `ties_head`: as in `Base`.
 
     Raises:
-        AdapterMismatchError: what it has for a weight is for another that is, or may be, tied to it
-            in the base, too, and that the graph holds quantized, or apart.
+        AdapterMismatchError: the adapter has values for a weight that is, or may be, tied to
+            another one, and the graph has that one quantized, fused, or with other values.
     """
     adapter = without_copies(adapter, lambda n, values: own_weights.get(n) == values_digest(values))
     users, brought = sharing(own_weights), {*adapter.rows, *adapter.carried, *adapter.saved}

@@ -1,7 +1,7 @@
-"""Which layers get which kinds of side inputs: what the given adapters need, or what is asked for.
+"""Choose which layers get which kinds of side inputs.
 
-Low-rank factors of linear layers are always there. The other kinds cost time even when no adapter
-uses them, so that they are put in for adapters that need them, or for every layer when asked for.
+Linear layers always get low-rank factors. The other kinds take time even if no adapter uses them:
+they are added only for adapters that need them, or to every layer on request.
 """
 
 from __future__ import annotations
@@ -32,9 +32,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Needs:
-    """Modules by what they need. `everywhere`: kinds that every layer is to have.
+    """Modules by the side inputs that they need. `everywhere`: the kinds that every layer gets.
 
-    `tokens`: the embeddings and heads that take trained rows, as factors. `experts`: parameters.
+    `scaled`, `shifted`: modules whose outputs get a scale, an offset. `embeddings`: those that get
+    factors. `tokens`: embeddings and heads that get factors for trained rows. `experts`: parameters
+    of experts that get factors.
     """
 
     scaled: frozenset[str]
@@ -58,7 +60,7 @@ def needs_of(
     embeddings_of: Collection[str] = (),
     own_weights: Mapping[str, str] = MappingProxyType({}),
 ) -> Needs:
-    """What `adapters` need, what is `asked` for, and what the bundle had `before`.
+    """The needs of `adapters`, with the kinds in `asked` and those of the bundle `before`.
 
     `embeddings_of`: the embeddings of the graph. `own_weights`: as in the manifest.
     """
@@ -89,7 +91,7 @@ def needs_of(
 
 
 def choose_embeddings(graph: ir.Graph, parts: Mapping[str, Part], needs: Needs) -> list[Part]:
-    """The embeddings that take factors."""
+    """The embeddings that get factors."""
     return [
         part
         for module, part in parts.items()
@@ -102,7 +104,7 @@ def choose_embeddings(graph: ir.Graph, parts: Mapping[str, Part], needs: Needs) 
 
 
 def choose_experts(found: Mapping[str, Experts], needs: Needs) -> list[Experts]:
-    """The parameters of experts that take factors."""
+    """The parameters of experts that get factors."""
     every = EXPERTS in needs.everywhere
     return [each for name, each in found.items() if every or name in needs.experts]
 
@@ -115,12 +117,12 @@ def choose_changes(
     needs: Needs,
     parameters: Collection[str],
 ) -> list[Change]:
-    """The layers whose outputs take scales and offsets.
+    """The layers whose outputs get scales and offsets.
 
-    `parameters` are names in the checkpoint: a bias of zeros leaves no trace in a graph.
+    `parameters`: names in the checkpoint, because a graph does not show biases of zeros.
 
     Raises:
-        ExportError: a layer has a bias that the graph adds in a way that is not understood.
+        ExportError: the graph adds a layer's bias in an unknown way, or the layer is fused.
     """
     changes = []
     norms = [part for part in parts.values() if part.kind == "norm" and part.bias_input is not None]

@@ -1,1 +1,1 @@
-"""A bundle's content: the base graph with an adapter merged, or with side inputs."""
+"""Build a bundle's content: the base graph with a merged adapter, or with side inputs."""

@@ -1,4 +1,4 @@
-"""A base graph that is given side inputs, and the adapters that come with it."""
+"""Add side inputs to a base graph, and fit the adapters to them."""
 
 from __future__ import annotations
 
@@ -49,10 +49,12 @@ logger = logger_of(__name__)
 def with_side_inputs(
     base: Base, findings: Findings, options: Options
 ) -> tuple[Manifest, SideInputs, Mapping[str, Adapter], Mapping[str, Arrays]]:
-    """Give the base side inputs: its manifest, what was added, the adapters and their arrays.
+    """Add side inputs to the base graph.
+
+    Returns the manifest, the added side inputs, the fitted adapters, and the arrays of each.
 
     Raises:
-        AdapterError: an adapter does not fit. ExportError: nothing in the graph takes factors.
+        AdapterError: an adapter does not fit. ExportError: no layer of the graph takes factors.
     """
     parts = find_parts(base.graph)
     own_weights = own_weights_of(base, findings)
@@ -77,7 +79,7 @@ def with_side_inputs(
             "no linear layer of the graph was identified as a module of the checkpoint"
             + (f"; seen: {listed_names(unknown, 4)}" if (unknown := findings.unidentified) else "")
         )
-    # A bias of zeros leaves no trace in a graph.
+    # A graph does not show biases of zeros.
     known = base.parameters | {name for a in options.adapters.values() for name in a.saved}
     biased = [head.module for head in heads if f"{head.module}.bias" in known]
     layers = len(targets) + len(heads) + len(embeddings) + len(experts)
@@ -130,7 +132,7 @@ def with_side_inputs(
 
 
 def _check_form_of_halves(base: Base, options: Options) -> None:
-    """Refuse the forms that a graph in two halves does not have."""
+    """Raise UsageError for options that an encoder-decoder, which is two graphs, does not have."""
     for name, asked in (
         ("branches", options.branches),
         ("required_inputs", options.required_inputs),
@@ -142,7 +144,7 @@ def _check_form_of_halves(base: Base, options: Options) -> None:
 
 
 def _layout(base: Base, target: str | None) -> str:
-    """Rows where they are the default, and the graph can have them."""
+    """The default layout; slots if the graph cannot have rows."""
     layout: str = default_of("layout", base.precision, target)
     return layout if layout == SLOTS or has_rows(base.graph.graph) else SLOTS
 
@@ -150,9 +152,9 @@ def _layout(base: Base, target: str | None) -> str:
 def _split(
     base: Base, findings: Findings, adapters: Iterable[Adapter], tokens: Collection[str]
 ) -> tuple[list[Linear], list[Linear]]:
-    """The linears that take factors, and those that are replaced whole.
+    """The linear layers that get factors, and those whose whole weight is a side input.
 
-    `tokens`: those that take factors for trained rows.
+    `tokens`: modules that get factors for trained rows.
     """
     targeted = {*tokens, *(module for adapter in adapters for module in adapter.factors)}
     saved = base.replaced | {
@@ -165,10 +167,10 @@ def _split(
         if module not in targeted and (classifies or module in saved):
             heads.append(linear)
             continue
-        # A decoder's head is as large as the vocabulary: it takes factors only if one wants it.
+        # A decoder's head is as large as the vocabulary: it gets factors only if targeted.
         if module == head and base.task in (CAUSAL_LM, SEQ2SEQ_LM) and module not in targeted:
             continue
-        # Rows that are not the batch's take no factors: left alone, unless one wants them.
+        # Inputs whose rows are not the batch's cannot have factors: skipped unless targeted.
         problem = rows_problem(base.graph.graph, linear.nodes, linear.module)
         if problem is None:
             targets.append(linear)

@@ -1,4 +1,4 @@
-"""A base graph with rows for the tokens that adapters add, and without them again."""
+"""Add rows to a base graph for the tokens that adapters add, and remove them again."""
 
 from __future__ import annotations
 
@@ -37,22 +37,22 @@ logger = logger_of(__name__)
 def with_added_tokens(
     base: Base, findings: Findings, options: Options
 ) -> tuple[Findings, Options, AddedTokens | None]:
-    """Give the graph rows for the tokens that the adapters of the options add.
+    """Add rows to the graph for the tokens that the adapters of the options add.
 
-    There are as many as the adapter has that adds the most, or as the bundle had before. Tables of
-    the adapters become trained rows.
+    Their number is the largest that an adapter adds, or that the bundle had before. Whole
+    embeddings and heads of the adapters become trained rows.
 
     Raises:
-        AdapterMismatchError: they are too many, or differ from the base's in too many rows.
-        ExportError: the graph has not as many rows, and its output head is quantized, or fused
-            with other modules.
-        UsageError: tokens are added, and the layout is to be that of rows.
+        AdapterMismatchError: an adapter adds too many tokens, or changes too many of the base's
+            rows; or the graph's output head is unknown.
+        ExportError: the output head is quantized or fused, so that no rows can be added.
+        UsageError: tokens are added, and `layout="rows"` is requested.
     """
     before = None if base.before is None else base.before.added_tokens
     vocabulary = _vocabulary_of_base(base, findings)
     if vocabulary is None:
         return findings, options, None
-    if base.other_part or base.tower is not None:  # their halves would have other tokens
+    if base.other_part or base.tower is not None:  # the other graph would lack the tokens
         for name, adapter in options.adapters.items():
             with named(name):
                 refuse_resized(adapter, vocabulary)
@@ -71,7 +71,7 @@ def with_added_tokens(
                 if counts[name]
                 else adapter
             )
-            added_tokens(adapters[name], vocabulary, MOST_ROWS)  # both tables have the same ones
+            added_tokens(adapters[name], vocabulary, MOST_ROWS)  # checks that both tables have them
     count = max([*counts.values(), 0 if before is None else before.count])
     if not count:
         return findings, options, None
@@ -105,7 +105,7 @@ def with_added_tokens(
 
 
 def without_added_tokens(base: Base, findings: Findings) -> Findings:
-    """Take the rows of added tokens that a bundle's graph has out again, for a merge.
+    """Remove a bundle's rows for added tokens from its graph, for a merge.
 
     Raises:
         ExportError: the graph's output head is quantized.
@@ -124,7 +124,7 @@ def without_added_tokens(base: Base, findings: Findings) -> Findings:
 
 
 def _vocabulary_of_base(base: Base, findings: Findings) -> Vocabulary | None:
-    """Where the graph has a row per token, without those for added tokens that it has before."""
+    """The graph's vocabulary without the rows that a bundle has for added tokens."""
     found = vocabulary_in(base.graph, findings)
     added = None if base.before is None else base.before.added_tokens
     if added is None:

@@ -1,4 +1,4 @@
-"""A bundle's content, from each kind of source: found, checked, then operated on."""
+"""Build a bundle's content from a checkpoint, an ONNX graph or a bundle."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ logger = logger_of(__name__)
 
 
 def build(source: Source, options: Options) -> tuple[Manifest, Content]:
-    """The manifest and content of the bundle for `source`.
+    """Return the manifest and content of the bundle for `source`.
 
     Cheap checks come first: an adapter that does not fit is refused before anything is traced.
     """
@@ -160,7 +160,7 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
 
 
 def _with_wholes(adapters: Mapping[str, Adapter], wholes: Mapping[str, str]) -> dict[str, Adapter]:
-    """The parts of adapters with the digests that the whole had before it was renamed."""
+    """`adapters`, where `part_of` of each part is the whole's digest before it was renamed."""
     return {
         name: each if each.part_of is None else dataclasses.replace(each, part_of=wholes[name])
         for name, each in adapters.items()
@@ -170,7 +170,7 @@ def _with_wholes(adapters: Mapping[str, Adapter], wholes: Mapping[str, str]) -> 
 def _with_problem(
     manifest: Manifest, config: dict[str, Any], adapters: Mapping[str, Adapter]
 ) -> tuple[Manifest, dict[str, Any]]:
-    """What the outputs of a classifier's own head are, or of the merged adapter's."""
+    """Set the problem type of the classifier's head, or of the merged adapter's head."""
     stated = stated_problem(config, CONFIG_NAME, error=ModelError)
     count = output_count(manifest, config)
     if manifest.merged_adapter is None:
@@ -183,7 +183,7 @@ def _with_problem(
 
 
 def _choose_attention(base: Base, attention: str | None) -> None:
-    """Give the graph the attention that is asked for, where it has another."""
+    """Convert the graph to the requested attention, if it has another."""
     if attention == STANDARD and has_grouped_attention(base.graph):
         raise ExportError(
             '`attention="standard"`: the graph has GroupQueryAttention, which cannot be made'
@@ -196,7 +196,7 @@ def _choose_attention(base: Base, attention: str | None) -> None:
 
 
 def _attention_of_target(base: Base, target: str | None) -> str | None:
-    """The attention that the target chooses for a decoder with a cache."""
+    """The target's default attention for a decoder with a cache; None for other models."""
     cached = any(str(value.name).startswith(PAST) for value in base.graph.graph.inputs)
     if base.task != CAUSAL_LM or not cached:
         return None
@@ -205,7 +205,7 @@ def _attention_of_target(base: Base, target: str | None) -> str | None:
 
 
 def _observed_values(model: ir.Model, findings: Findings) -> Iterator[ir.Value]:
-    """The values whose rows tell whether side inputs can have rows of their own."""
+    """The values whose rows show whether side inputs can differ between rows of the batch."""
     for linear in findings.linears.values():
         for node in linear.nodes:
             yield output_of(node)

@@ -1,4 +1,4 @@
-"""A base graph with an adapter merged into it."""
+"""Merge an adapter into a base graph."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from loradeploy.export.building.steps import (
     with_quantized_weights,
     with_separate_biases,
 )
-from loradeploy.export.graph.edit import give_up
+from loradeploy.export.graph.edit import free_constants
 from loradeploy.export.match.linears import Findings, find_linears
 from loradeploy.export.match.modules.weights import to_bfloat16
 from loradeploy.export.match.whole.norm_forms import check_known
@@ -45,10 +45,10 @@ logger = logger_of(__name__)
 def merged(
     base: Base, findings: Findings, options: Options, digests: Mapping[str, str]
 ) -> Manifest:
-    """Merge the one adapter of the options into the base; the manifest of the merged graph.
+    """Merge the one adapter of the options into the base, and return the graph's manifest.
 
     Raises:
-        AdapterError: it does not fit.
+        AdapterError: the adapter does not fit.
     """
     ((name, given),) = options.adapters.items()
     adapter = given if base.before is None else with_all_labels(given, base.before.saved_shapes())
@@ -81,10 +81,10 @@ def merged(
         )
     warn_of(report.error, base.precision)
     for module in report.untied:
-        logger.info("%s shares its weight and got a copy of its own", module)
+        logger.info("%s shares its weight and got a separate copy", module)
     linears = find_linears(base.graph).linears.values()
     fuse_products(base.graph.graph, linears)
-    give_up(base.graph.graph, [linear.weight for linear in linears])
+    free_constants(base.graph.graph, [linear.weight for linear in linears])
     manifest = dataclasses.replace(
         described(base, "merged"),
         merged_adapter=AdapterEntry(
@@ -102,7 +102,7 @@ def merged(
 def with_resized_vocabulary(
     base: Base, findings: Findings, options: Options
 ) -> tuple[Base, Findings]:
-    """The base and its findings with the vocabulary of the adapter that is to be merged.
+    """Resize the base's vocabulary to that of the adapter to merge; return base and findings.
 
     Raises:
         AdapterMismatchError: rows of added tokens are in neither the base nor the adapter.
@@ -127,7 +127,7 @@ def with_resized_vocabulary(
 
 
 def _rounding(base: Base) -> dict[str, Round]:
-    """What becomes of merged weights once they are stored, by kind of layer."""
+    """How merged weights are rounded when they are stored, by kind of layer."""
     if base.precision == BFLOAT16:
         return dict.fromkeys(get_args(Kind), to_bfloat16)
     bits = PACKED_BITS.get(base.precision)

@@ -1,4 +1,4 @@
-"""What is done to a base graph whether an adapter is merged into it or given as side inputs."""
+"""Steps that a merge and an export with side inputs have in common."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ logger = logger_of(__name__)
 
 
 def modules_of(model: ir.Model, findings: Findings) -> set[str]:
-    """The names of all that an adapter may have factors for."""
+    """The names of all modules and parameters that an adapter may have factors for."""
     return {*findings.linears, *find_parts(model), *find_experts(model)}
 
 
@@ -79,7 +79,7 @@ def own_weights_of(base: Base, findings: Findings) -> Mapping[str, str]:
 def with_separate_biases(
     base: Base, findings: Findings, options: Options, changed: Iterable[str]
 ) -> Findings:
-    """The findings once the biases that adapters change are additions of their own."""
+    """Turn fused biases that adapters change into separate additions; return the findings."""
     modules = {*changed, *(m for m in findings.linears if is_head(m))}
     for adapter in options.adapters.values():
         modules |= {name.rpartition(".")[0] for name in adapter.saved}
@@ -90,19 +90,19 @@ def with_separate_biases(
 
 
 def keeping_logits(base: Base, manifest: Manifest, options: Options) -> Manifest:
-    """The manifest of the graph once the positions that get logits can be chosen.
+    """Add the input `logits_to_keep`, on request or by default, and return the manifest.
 
     Raises:
-        ExportError: that is asked for, and the graph cannot have it.
+        ExportError: it is requested, and the graph does not support it.
     """
     asked, graph = options.logits_to_keep, base.graph.graph
     if asked is None:
-        wanted = default_of("logits_to_keep", base.precision, options.target)
-        # A merged graph has no inputs but the model's own, unless it is asked for.
-        if base.task != CAUSAL_LM or options.fixed or not wanted or options.merge:
+        default = default_of("logits_to_keep", base.precision, options.target)
+        # A merged graph has only the model's inputs, unless others are requested.
+        if base.task != CAUSAL_LM or options.fixed or not default or options.merge:
             return manifest
         if (problem := logits_to_keep_problem(graph, manifest)) is not None:
-            logger.info("the logits are of all positions: %s", problem)
+            logger.info("logits are computed for all positions: %s", problem)
             return manifest
     elif not asked:
         return manifest
@@ -110,7 +110,7 @@ def keeping_logits(base: Base, manifest: Manifest, options: Options) -> Manifest
     return dataclasses.replace(manifest, logits_to_keep=True, outputs=outputs(base.graph))
 
 
-# What to do where a graph's names do not tell its modules.
+# Advice for a graph whose names do not identify its modules.
 _BY_NUMBERS: Final = (
     "layers without known names are found by their numbers: give `checkpoint`, the directory of the"
     " model that the graph was exported from"
@@ -119,7 +119,7 @@ _BY_NUMBERS: Final = (
 
 @contextmanager
 def checked(name: str, base: Base, findings: Findings) -> Iterator[None]:
-    """`named`, with what of the graph takes no adapters, or has no module, where one is refused."""
+    """As `named`; a mismatch also lists layers that take no adapters or have no known module."""
     try:
         with named(name):
             yield
@@ -137,7 +137,7 @@ def checked(name: str, base: Base, findings: Findings) -> Iterator[None]:
 
 
 def described(base: Base, mode: Any) -> Manifest:
-    """The manifest of the base as it is, for a bundle of this mode."""
+    """The manifest of the base graph in its current state, for a bundle of this mode."""
     return Manifest(
         task=base.task,
         mode=mode,
@@ -159,14 +159,14 @@ def described(base: Base, mode: Any) -> Manifest:
 
 
 def encoder_part(base: Base) -> EncoderGraph | None:
-    """The encoder's part of an encoder-decoder's graph, where it is a part of its own."""
+    """The inputs and outputs of an encoder-decoder's encoder; None if it is not a separate part."""
     if base.task != SEQ2SEQ_LM:
         return None
     return encoder_of(required_inputs(base.graph), outputs(base.graph))
 
 
 def with_quantized_weights(base: Base, manifest: Manifest) -> Manifest:
-    """The manifest with quantized weights, where they are to be and are not yet."""
+    """Quantize the weights if the precision requires it; return the manifest."""
     bits = PACKED_BITS.get(base.precision)
     if bits is None or base.quantized:
         return manifest

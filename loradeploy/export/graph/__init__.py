@@ -1,1 +1,1 @@
-"""Graphs as they are: read from files, run, changed in small steps."""
+"""Read, check, run, edit and write ONNX graphs."""

@@ -84,7 +84,7 @@ def add_constant(
 def add_tensor(
     graph: ir.Graph, tensor: ir.TensorProtocol, *, shape: list[int | str] | None = None
 ) -> ir.Value:
-    """As `add_constant`, of a tensor that may yet have to be computed, by its name."""
+    """As `add_constant`, for a tensor with a name, whose values may be computed later."""
     import onnx_ir as ir
 
     value = ir.Value(
@@ -174,10 +174,10 @@ def remove_unused(graph: ir.Graph) -> None:
     RemoveUnusedNodesPass()(ir.Model(graph, ir_version=_IR_VERSION))
 
 
-def give_up(graph: ir.Graph, constants: Iterable[ir.Value]) -> None:
-    """Free the numbers of those of `constants` that `graph` has no more and nothing uses.
+def free_constants(graph: ir.Graph, constants: Iterable[ir.Value]) -> None:
+    """Free the values of those `constants` that are no longer in `graph` and have no users.
 
-    Nodes and values that were removed refer to each other, which the collector alone would free.
+    Removed nodes and values refer to each other: only the garbage collector would free them.
     """
     for value in constants:
         if not value.uses() and graph.initializers.get(str(value.name)) is not value:

@@ -1,7 +1,7 @@
-"""The two graphs of an encoder-decoder's bundle, and the one that an export operates on.
+"""Split an encoder-decoder into the two graphs of a bundle, and join them for an export.
 
-Traced, found, quantized and merged as one, the model is a graph of two halves that share nothing
-but weights. A bundle has a file for each, encoder.onnx and model.onnx (the decoder), on the same
+An export works on one graph of two halves that share nothing but weights. A bundle has a file for
+each half, encoder.onnx and model.onnx (the decoder), with their weights in the same
 model.onnx.data; `join` makes one graph of them again.
 """
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def encoder_of(inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec]) -> EncoderGraph | None:
-    """The encoder's part of a traced graph's inputs and outputs; None of a graph in one piece."""
+    """The encoder's inputs and outputs; None if the graph has no cross-attention cache."""
     given = tuple(s.name for s in outputs if s.name.startswith(PRESENT) and f".{CROSS}" in s.name)
     taken = tuple(
         spec.name
@@ -45,7 +45,7 @@ def encoder_of(inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec]) -> E
 
 
 def write_halves(directory: Path, manifest: Manifest) -> None:
-    """Have model.onnx in `directory`, which has both halves, be the decoder beside encoder.onnx."""
+    """Split model.onnx in `directory`, which has both halves, into encoder.onnx and model.onnx."""
     import onnx_ir as ir
 
     assert manifest.encoder is not None
@@ -58,7 +58,7 @@ def write_halves(directory: Path, manifest: Manifest) -> None:
 
 
 def _half(file: Path, kept: Collection[str], sources: Collection[str], encoder: bool) -> ir.Model:
-    """The part of the graph in `file` that gives the outputs `kept`."""
+    """The part of the graph in `file` that computes the outputs `kept`."""
     import onnx_ir as ir
     from onnx_ir.passes import common
 
@@ -69,7 +69,7 @@ def _half(file: Path, kept: Collection[str], sources: Collection[str], encoder: 
     common.RemoveUnusedNodesPass()(model)
     given = set(graph.outputs)
     for value in list(graph.inputs):
-        # Side inputs stay in both halves, used or not: an adapter's file is fed to either.
+        # Both halves keep all side inputs, so that each takes an adapter's whole file.
         if not value.is_initializer() and (value.name in sources) is not encoder:
             graph.inputs.remove(value)
     for name, value in list(graph.initializers.items()):
@@ -80,7 +80,7 @@ def _half(file: Path, kept: Collection[str], sources: Collection[str], encoder: 
 
 
 def load_bundle_graph(directory: Path, manifest: Manifest) -> ir.Model:
-    """The graph of the bundle in `directory`, of an encoder-decoder with both of its halves.
+    """Load the graph of the bundle in `directory`; both halves of an encoder-decoder, joined.
 
     Raises: as `load_graph`.
     """
@@ -91,9 +91,10 @@ def load_bundle_graph(directory: Path, manifest: Manifest) -> ir.Model:
 
 
 def join(encoder: ir.Model, decoder: ir.Model, manifest: Manifest) -> ir.Model:
-    """`decoder` with the nodes of `encoder`, which is taken apart; inputs as in the manifest.
+    """Move the nodes of `encoder` into `decoder` and return it; `encoder` is left empty.
 
-    What has the same name in both was one thing in the graph that they are halves of.
+    Values with the same name were one value before the split. Inputs and outputs are in the order
+    of the manifest.
     """
     import onnx_ir as ir
 
@@ -146,7 +147,7 @@ def join(encoder: ir.Model, decoder: ir.Model, manifest: Manifest) -> ir.Model:
 
 
 def with_encoder_outputs(model: ir.Model, manifest: Manifest) -> Manifest:
-    """The manifest with all outputs of `model`, those that see the source being the encoder's."""
+    """The manifest with the outputs of `model`, those computed from the encoder's inputs as its."""
     if manifest.encoder is None:
         return dataclasses.replace(manifest, outputs=outputs_of(model))
     seen = {value for value in model.graph.inputs if value.name in manifest.encoder.inputs}

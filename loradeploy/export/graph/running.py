@@ -70,7 +70,7 @@ def open_unchanged(file: Path) -> onnxruntime.InferenceSession:
 def run_graph(
     session: onnxruntime.InferenceSession, feeds: Mapping[str, Any], names: Sequence[str]
 ) -> Outputs:
-    """The outputs `names`.
+    """Run the session and return the outputs `names`.
 
     Raises:
         NotRunError: onnxruntime does not run it.
@@ -86,7 +86,9 @@ def run_graphs(
     feeds: Mapping[str, Any],
     names: Sequence[str],
 ) -> Outputs:
-    """The outputs `names` of a graph that is in several files, each fed what it takes.
+    """Run the sessions of a graph in several files and return the outputs `names`.
+
+    Each session is fed the inputs that it has.
 
     Raises:
         NotRunError: onnxruntime does not run one of them.

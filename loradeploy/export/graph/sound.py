@@ -3,8 +3,8 @@
 tensors     have a known dtype, a plausible size, and as many bytes as their shape needs
 values      are defined before they are used: no cycles, no undefined values
 functions   do not call each other in a cycle, and have a limited size when inlined
-all else    (arities, attributes, contradicting types and shapes) is checked by onnxruntime, which
-            opens the file without running or changing it
+the rest    (arities, attributes, contradicting types and shapes) is checked by onnxruntime, which
+            opens the file without running or optimizing it
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ def check_sound(model: ir.Model, file: Path) -> None:
 
 
 def check_opens(file: Path) -> dict[str, list[int | str | None]]:
-    """The shapes of the outputs, by name, as onnxruntime finds them; empty where it lacks kernels.
+    """The shapes of the outputs by name, as onnxruntime infers them; empty if it lacks kernels.
 
     Raises:
         ModelError: onnxruntime refuses `file`.
     """
     try:
         outputs = open_unchanged(file).get_outputs()
-        # It says [] of a shape that it does not know.
+        # It gives [] for an unknown shape.
         return {node.name: list(node.shape) for node in outputs if node.shape}
     except NotRunError as problem:
         if not problem.lacking:
@@ -168,7 +168,7 @@ def _in_order(nodes: Iterable[ir.Node], known: set[ir.Value], outer: frozenset[i
 
 
 def _check_functions(model: ir.Model) -> None:
-    """The nodes of the graph with all functions written out are not too many."""
+    """Raise ModelError if a function calls itself, or the inlined graph has too many nodes."""
     sizes: dict[Any, int] = {}
     open_calls: set[Any] = set()
 

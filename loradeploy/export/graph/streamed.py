@@ -1,9 +1,7 @@
-"""Weights that are put together while they are written, some rows at a time.
+"""Write joined and transposed weights block by block, without a second copy in memory.
 
-    columns of several weights     q, k and v side by side: the product that is made one
-    a weight that is transposed    as most of a checkpoint's are; numpy writes it number by number
-
-So an export holds the source's weights and no second copy of them.
+joined columns       the weights of q, k and v side by side, for their fused product
+transposed weights   most of a checkpoint's, which numpy alone would write value by value
 """
 
 from __future__ import annotations
@@ -24,12 +22,12 @@ if TYPE_CHECKING:
 # Smaller constants stay in the graph's own file, where tools show them.
 _EXTERNAL_BYTES: Final = 1024
 _BLOCK_BYTES: Final = 1 << 23
-_PARTS: Final = "parts"  # the key under which a tensor has what it is joined of
-_BYTE: Final = 8  # bits; numbers of fewer are packed, which onnx-ir does
+_PARTS: Final = "parts"  # the key of a joined tensor's parts in its metadata
+_BYTE: Final = 8  # bits; onnx-ir packs types with fewer
 
 
 def joined(name: str, parts: Sequence[ir.TensorProtocol]) -> ir.TensorProtocol:
-    """The columns of `parts` side by side, [rows, columns]; computed again at each use."""
+    """The columns of `parts` side by side, [rows, columns]; computed anew at each use."""
     import onnx_ir as ir
 
     columns = sum(int(part.shape.numpy()[1]) for part in parts)
@@ -43,7 +41,7 @@ def joined(name: str, parts: Sequence[ir.TensorProtocol]) -> ir.TensorProtocol:
     return tensor
 
 
-@functools.cache  # a class is freed by the collector alone, and what it refers to with it
+@functools.cache  # one class: only the garbage collector frees classes and what they refer to
 def _joined_type() -> Any:
     import onnx_ir as ir
 
@@ -56,20 +54,20 @@ def _joined_type() -> Any:
 
 
 def _blocks(parts: Sequence[ir.TensorProtocol]) -> Iterator[NDArray[Any]]:
-    """Some rows of all `parts` at a time."""
+    """Blocks of rows of the joined `parts`."""
     arrays = [part.numpy() for part in parts]
     columns = sum(array.shape[1] for array in arrays)
     step = max(1, _BLOCK_BYTES // max(1, columns * arrays[0].itemsize))
-    for begin in range(0, max(1, len(arrays[0])), step):  # of no rows one empty block
+    for begin in range(0, max(1, len(arrays[0])), step):  # one empty block if there are no rows
         rows = [array[begin : begin + step] for array in arrays]
         block = np.empty((len(rows[0]), columns), arrays[0].dtype)
         yield np.concatenate(rows, axis=1, out=block)
 
 
 def save_graph(model: ir.Model, directory: Path) -> None:
-    """Write `model` and its weights to `directory`, and give up the weights in memory.
+    """Write `model` and its weights to `directory`, and free the weights in memory.
 
-    Of `model` only the nodes are of use afterwards.
+    Afterwards only the nodes of `model` can be used.
     """
     import onnx_ir as ir
 
@@ -90,7 +88,7 @@ def save_graph(model: ir.Model, directory: Path) -> None:
 
 
 def _is_transposed(tensor: ir.TensorProtocol) -> bool:
-    """Whether its numbers are in memory, a matrix that is not in the order of its rows."""
+    """Whether the tensor is a matrix in memory whose values are not in row-major order."""
     import onnx_ir as ir
 
     if isinstance(tensor, ir.LazyTensor | ir.ExternalTensor) or len(tensor.shape) != 2:

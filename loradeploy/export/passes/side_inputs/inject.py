@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from loradeploy.bundle.manifest import AddedTokens, LoraTarget, Manifest, OutputTarget, SavedTarget
 from loradeploy.errors import ExportError
-from loradeploy.export.graph.edit import Chain, give_up, remove_unused, replace_uses
+from loradeploy.export.graph.edit import Chain, free_constants, remove_unused, replace_uses
 from loradeploy.export.graph.names import LORA_ADD, call_label, step_name
 from loradeploy.export.match.experts import Experts
 from loradeploy.export.match.linears import Linear
@@ -142,7 +142,7 @@ def remove_side_inputs(model: ir.Model, manifest: Manifest) -> None:
         restore_head(model.graph, head, nodes)
     apart = separate_products(model.graph, manifest.targets)
     remove_unused(model.graph)
-    give_up(model.graph, apart)
+    free_constants(model.graph, apart)
     _remove_unused_inputs(model.graph)
 
 
