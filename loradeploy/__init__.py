@@ -44,7 +44,8 @@ from loradeploy.parity.api import parity
 from loradeploy.parity.assertion import assert_parity
 from loradeploy.train.api import train
 
-# `loradeploy.parity.assert_parity` is there whichever of the two `loradeploy.parity` is.
+# `loradeploy.parity` is the function or the package, depending on import order; both have
+# assert_parity.
 vars(parity)["assert_parity"] = assert_parity
 
 if TYPE_CHECKING:
@@ -194,7 +195,7 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
-    # numpy and onnxruntime take a third of a second to import, which `loradeploy --help` has not.
+    # Importing numpy and onnxruntime takes 0.3 s, too long for `loradeploy --help`.
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(_LAZY[name]), name)

@@ -1,4 +1,4 @@
-"""Convert adapters: to ONNX Runtime's format and back, of other libraries, to a lower rank."""
+"""Convert adapters: to and from ONNX Runtime's format, from other libraries, to a lower rank."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ StrPath = str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class Conversion:
-    """The adapter that was written. `reduction`: the errors of a lower rank."""
+    """The converted adapter. `reduction`: the errors of the rank reduction, if there was one."""
 
     adapter: Adapter
     reduction: RankReport | None = None

@@ -13,8 +13,8 @@
     │   └── TrainingInterruptedError    stopped by a signal, with a checkpoint
     ├── RunError                a run that failed in ONNX Runtime
     ├── EngineError             a request that an engine does not serve
-    │   ├── EngineFullError         as many wait as may: try again after `retry_after` seconds
-    │   ├── EngineClosedError       the engine is closed, or drains
+    │   ├── EngineFullError         the queue is full: try again after `retry_after` seconds
+    │   ├── EngineClosedError       the engine is closed or draining
     │   └── DeadlineError           the request's deadline passed before it ended
     ├── DeviceError             an execution provider whose results differ from the CPU's
     ├── BundleError             a bundle that is broken, or does not match its manifest

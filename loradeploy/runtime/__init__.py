@@ -1,1 +1,1 @@
-"""Bundle and adapters to numbers and text, on ONNX Runtime alone."""
+"""Run bundles with adapters: numbers and text from ONNX Runtime, without PyTorch."""

@@ -1,4 +1,4 @@
-"""What the methods of a session and the tasks are given, checked before anything is done."""
+"""Check the arguments of a session's methods and of the tasks before anything runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Adapters = AdapterSpec | Sequence[AdapterSpec | None] | None
 
 
 def check_adapters(adapters: object) -> None:
-    """Raise UsageError unless `adapters` names adapters: a set, say, has no order of rows."""
+    """Raise UsageError unless `adapters` is a valid choice; a set has no order, for example."""
     if adapters is None or isinstance(adapters, str | Mapping):
         return
     if not isinstance(adapters, Sequence) or isinstance(adapters, bytes):
@@ -30,21 +30,21 @@ def check_adapters(adapters: object) -> None:
 
 
 def check_count(name: str, value: object) -> None:
-    """Raise UsageError unless `value`, which the user calls `name`, is a whole number above 0."""
+    """Raise UsageError unless `value` is an integer of at least 1; `name` is for the message."""
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
     if not whole or value < 1:  # type: ignore[operator]
         raise UsageError(f"{name} is {shown(value)}: give 1 or more")
 
 
 def check_stride(value: object) -> None:
-    """Raise UsageError unless `value`, a stride, is a whole number from 0 on."""
+    """Raise UsageError unless the stride `value` is an integer of at least 0."""
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
     if not whole or value < 0:  # type: ignore[operator]
         raise UsageError(f"`stride` is {shown(value)}: give a number of tokens")
 
 
 def check_probability(name: str, value: object) -> None:
-    """Raise UsageError unless `value`, which the user calls `name`, is a number from 0 to 1."""
+    """Raise UsageError unless `value` is a number from 0 to 1; `name` is for the message."""
     number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
     if not number or not 0 <= value <= 1:  # type: ignore[operator]
         raise UsageError(f"`{name}` is {shown(value)}: give a probability, from 0 to 1")
@@ -54,7 +54,7 @@ def each_row(adapters: Adapters, rows: int) -> list[AdapterSpec | None]:
     """The adapter of each of `rows` rows.
 
     Raises:
-        UsageError: a sequence of another length, or what names no adapters.
+        UsageError: a sequence of another length, or not a valid choice of adapters.
     """
     check_adapters(adapters)
     if adapters is None or isinstance(adapters, str | Mapping):
@@ -70,10 +70,10 @@ def check_rows(adapters: int, rows: int) -> None:
 
 
 def requested_outputs(output_names: object, outputs: tuple[str, ...]) -> tuple[str, ...]:
-    """The names of the outputs to compute, which are of `outputs`: all of them for None.
+    """The names of the outputs to compute, which are in `outputs`; None or an empty list means all.
 
     Raises:
-        UsageError: no list of names, or a name that is none of them.
+        UsageError: not a list of names, or an unknown name.
     """
     if output_names is None:
         return outputs

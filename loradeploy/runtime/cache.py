@@ -1,7 +1,7 @@
-"""A decoder's keys and values from step to step.
+"""The key/value cache of a decoder, from step to step.
 
-A graph of ONNX's Attention gives the whole cache again at each step, one position longer. One of
-GroupQueryAttention writes into what it is given, a buffer with room for positions to come, so that
+A graph with ONNX's Attention returns the whole cache at each step, one position longer. A graph
+with GroupQueryAttention writes in place into a buffer with room for further positions, so that
 nothing is copied.
 """
 
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
     from loradeploy.bundle.manifest import Manifest, TensorSpec
     from loradeploy.runtime.capture.pool import BorrowedBuffers, CachePool
 
-# Positions that a buffer has room for beside those that are asked for; it grows by doubling.
+# Additional positions that are allocated for later tokens; buffers grow by doubling.
 _ROOM: Final = 256
 _DTYPES: Final = ("float32", "float16", "float64")
 
 
 def cache_inputs(manifest: Manifest) -> list[TensorSpec]:
-    """The inputs [batch, heads, past, size] that take the cache: none where a graph has no cache.
+    """The cache inputs [batch, heads, past, size] of the graph; empty if it has no cache.
 
     Raises:
-        UsageError: numpy has no such dtype, or heads or size are not known, so that no cache can be
-            allocated.
+        UsageError: numpy lacks the dtype, or the number of heads or the size is unknown, so that no
+            cache can be allocated.
     """
-    # An encoder-decoder's keys and values of the source are none that grow.
+    # The cross-attention cache of an encoder-decoder does not grow, and is not included.
     specs = [s for s in manifest.inputs if s.name.startswith(PAST) and not is_cross(s.name)]
     for spec in specs:
         if spec.dtype not in _DTYPES:
@@ -53,12 +53,12 @@ def cache_inputs(manifest: Manifest) -> list[TensorSpec]:
 
 
 class DecoderCache:
-    """What a decoder's graph takes and gives of its cache, for `batch` rows on `device`.
+    """The cache inputs and outputs of a decoder's graph, for `batch` rows on `device`.
 
-    `inputs`: past keys and values [batch, heads, past, size] by the graph's names, as they are
-    fed; at first of no tokens. `outputs`: the names of the present ones. `buffers`: where the graph
-    writes those; empty where it makes them again.
-    `pool`: where buffers that are written in place come from, so that they keep their addresses.
+    `inputs`: past keys and values [batch, heads, past, size] to feed, by input name; no positions
+    at first. `outputs`: the names of the present keys and values. `buffers`: OrtValues that the
+    graph writes them to; empty if the graph allocates its outputs.
+    `pool`: provides the buffers of a cache that is updated in place, with constant addresses.
     """
 
     def __init__(
@@ -79,16 +79,16 @@ class DecoderCache:
         self._pool = pool if self._in_place else None
         self._borrowed: BorrowedBuffers | None = None
         self._positions = 0
-        self._used = 0  # of them, those that were written
+        self._used = 0  # the positions that were written
         self.outputs = tuple(present_of(spec.name) for spec in self._specs)
         self.buffers: Mapping[str, onnxruntime.OrtValue] = {}
         self.inputs: dict[str, onnxruntime.OrtValue] = {}
         self._allocate(0)
 
     def make_room(self, positions: int, most: int | None = None) -> None:
-        """Have room for `positions` where the graph writes in place; call it before each run.
+        """Ensure room for `positions` if the graph writes in place; call it before each run.
 
-        `most`: how many there will be at most, where that is known.
+        `most`: the final number of positions, if it is known.
         """
         if self._in_place and positions > self._positions:
             room = max(positions + _ROOM, 2 * self._positions)
@@ -101,17 +101,17 @@ class DecoderCache:
         self._used = positions
 
     def keep(self, present: Sequence[onnxruntime.OrtValue]) -> None:
-        """Go on from what a run gave, in the order of `outputs`."""
+        """Use the outputs of a run, in the order of `outputs`, as the inputs of the next one."""
         self.inputs = dict(zip(self.inputs, present, strict=True))
 
     def take_rows(self, rows: Sequence[int]) -> None:
-        """Make the batch of these of its rows, in their order; one may come several times."""
+        """Select the rows of the batch, in this order; a row may be repeated."""
         self._allocate(self._positions, rows)
         if self._in_place:
             self.buffers = dict(zip(self.outputs, self.inputs.values(), strict=True))
 
     def fill(self, values: Sequence[NDArray[Any]]) -> None:
-        """Go on from keys and values [rows, heads, tokens, size], in the order of `inputs`."""
+        """Replace the contents by keys and values [rows, heads, tokens, size], one per input."""
         used = values[0].shape[2]
         room = used + _ROOM if self._in_place else used
         if self._pool is not None:
@@ -135,11 +135,11 @@ class DecoderCache:
         joining: Sequence[tuple[int, NDArray[np.intp]]],
         left: bool,
     ) -> None:
-        """Make the batch of these of its rows, and of the rows `joining` from `other`.
+        """Make a batch of the rows `rows` of this cache and the rows `joining` of `other`.
 
-        `width`: so many positions of the own rows are taken over. `joining`: each a row of `other`
-        with those of its positions that count. `left`: whether a row's tokens are its last
-        positions, with padding on the left, or its first. A failure leaves the cache as it was.
+        `width`: how many positions of this cache are kept. `joining`: pairs of a row of `other` and
+        its positions to copy. `left`: whether rows are padded on the left, so that tokens are at
+        the last positions. A failure leaves the cache unchanged.
         """
         most = max([width, *(len(positions) for _, positions in joining)])
         room = max(most, self._positions) if self._in_place else most
@@ -170,15 +170,16 @@ class DecoderCache:
             self.buffers = dict(zip(self.outputs, self.inputs.values(), strict=True))
 
     def _allocate(self, positions: int, rows: Sequence[int] | None = None) -> None:
-        """Buffers of `positions` that hold what was there, of all rows or of `rows`.
+        """Reallocate the inputs with `positions`, keeping the contents of all rows or of `rows`.
 
-        A failure leaves the cache as it was. Buffers in place that are of no pool move tensor by
-        tensor, to save memory: there a failure leaves it without some of its inputs, so that no
-        run takes it.
+        A failure leaves the cache unchanged. Only in-place buffers without a pool are replaced one
+        by one, to save memory: a failure then leaves the cache without some of its inputs, so that
+        runs refuse it.
         """
         batch = self._batch if rows is None else len(rows)
         moves = self._in_place and self._pool is None
-        # What a run gives of a buffer in `inputs` does not keep its memory: the buffer does.
+        # An OrtValue that a run returned for a buffer does not own its memory; the one in `buffers`
+        # does.
         old = dict(self.buffers)
         if moves:
             self.buffers = {}
@@ -203,13 +204,14 @@ class DecoderCache:
 
     @property
     def length(self) -> int | None:
-        """The positions of buffers that keep their addresses, which a mask has too; else None."""
+        """Positions of buffers with constant addresses and of their masks; None without them."""
         return None if self._pool is None else self._positions
 
     def step_mask(self, mask: NDArray[Any], new: int) -> NDArray[Any]:
-        """The mask [rows, tokens] that a run of `new` tokens is fed.
+        """The mask [rows, tokens] to feed to a run of `new` tokens.
 
-        A step on buffers that keep their addresses has one length, as a device has recorded it.
+        For buffers with constant addresses, a step's mask has a constant length, so that a captured
+        run can be replayed.
         """
         if self.length is None or new != 1:
             return mask
@@ -218,9 +220,9 @@ class DecoderCache:
     def _placing(
         self, rows: int, positions: int
     ) -> tuple[Callable[[str, NDArray[Any]], onnxruntime.OrtValue], BorrowedBuffers | None]:
-        """What makes values of this size of arrays, by an input's name, and where it puts them.
+        """Return a function (input name, array) → OrtValue, and the buffers that it writes to.
 
-        The buffers of before are read until all of these are written.
+        The current buffers remain readable until all the new ones are written.
         """
         if self._pool is None or not positions:
             make = onnxruntime.OrtValue.ortvalue_from_numpy
@@ -237,7 +239,7 @@ class DecoderCache:
 
 
 def span_of(positions: NDArray[np.intp]) -> NDArray[np.intp] | slice:
-    """Sorted positions as a slice, which reads them without a copy, where none is between them."""
+    """Sorted positions as a slice if they are consecutive, so that indexing makes no copy."""
     if not len(positions) or positions[-1] - positions[0] + 1 != len(positions):
         return positions
     return slice(int(positions[0]), int(positions[-1]) + 1)

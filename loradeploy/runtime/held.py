@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from loradeploy.runtime.adapters.resident import Resident
 
-    # Of a lease, output names, feeds, the device of new outputs, and buffers for some of them.
+    # (lease, output names, feeds, device of new outputs, buffers for some outputs) → outputs.
     Run = Callable[
         [
             Lease,
@@ -29,17 +29,17 @@ if TYPE_CHECKING:
         ],
         list[onnxruntime.OrtValue],
     ]
-    # Of rows of leases, and of the lease that is parted with for it.
+    # (rows of other leases, a lease that this one may reuse the memory of) → lease.
     Join = Callable[[Sequence[tuple[Lease, int]], Lease | None], Lease]
 
 HOST: Final = ("cpu", 0)
 
 
 class HeldAdapters:
-    """Adapters that stay as they are from run to run; `AdapterSession.hold` gives it.
+    """Adapters that are kept unchanged from run to run; made by `AdapterSession.hold`.
 
-    After its context other adapters may be where these were: a run is refused then. The context's
-    end waits for runs that other threads have begun.
+    Runs after the end of its context are refused, because other adapters may use the memory then.
+    The end of the context waits for running calls of other threads.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class HeldAdapters:
         self._run = run
         self._all = self._lease = lease
         self._join, self._part = join, part
-        self._past: list[Lease] = []  # of rows that were taken, which runs may be reading
+        self._past: list[Lease] = []  # earlier rows, which runs may still read
         self._device = device
         self._running = 0
         self._ended = False
@@ -61,19 +61,19 @@ class HeldAdapters:
 
     @property
     def lease(self) -> Lease:
-        """What runs read."""
+        """The lease that runs read from."""
         return self._lease
 
     def head(self, row: int) -> Head | None:
-        """What the answers of the adapter of `row` are; None of the base."""
+        """The head (labels, problem type) of the adapter of `row`; None for the base."""
         return self._lease.heads[row if self._lease.per_row else 0]
 
     def resident(self, number: int, /) -> Resident | None:
-        """The adapter of a row that was asked for, whatever was taken; None is the base."""
+        """The adapter of row `number` of the `hold`, regardless of `take_rows`; None: the base."""
         return self._all.rows[number if self._all.per_row else 0]
 
     def run(self, output_names: Sequence[str] | None, feeds: Feeds) -> list[NDArray[Any]]:
-        """As `AdapterSession.run` with the held adapters."""
+        """Like `AdapterSession.run`, with the held adapters."""
         with self._while_held():
             outputs = self._run(self._lease, output_names, feeds, HOST, {})
             return [value.numpy() for value in outputs]
@@ -85,9 +85,9 @@ class HeldAdapters:
         *,
         buffers: Mapping[str, onnxruntime.OrtValue] | None = None,
     ) -> list[onnxruntime.OrtValue]:
-        """As `AdapterSession.run_with_ort_values` with the held adapters.
+        """Like `AdapterSession.run_with_ort_values`, with the held adapters.
 
-        `buffers`: values that outputs are written to, by name, of their shapes and dtypes.
+        `buffers`: values to write outputs to, by name, with the outputs' shapes and dtypes.
 
         Raises:
             UsageError: as `AdapterSession.run`, or a buffer for an output that is not requested.
@@ -96,9 +96,9 @@ class HeldAdapters:
             return self._run(self._lease, output_names, feeds, self._device, buffers or {})
 
     def take_rows(self, rows: Sequence[int]) -> None:
-        """Run from now on with these of the held rows, in their order; one may come several times.
+        """Select the rows of later runs, in this order; a row may be repeated.
 
-        `rows` counts the rows that were asked for, whatever was taken of them before.
+        `rows` are numbers of the rows of the `hold`, regardless of earlier calls.
         """
         if not self._all.per_row:
             return
@@ -126,7 +126,7 @@ class HeldAdapters:
                 self._changed.notify_all()
 
     def end(self) -> None:
-        """Wait for the runs that have begun, and refuse others."""
+        """Wait for the running calls, and refuse later ones."""
         with self._changed:
             self._ended = True
             self._changed.wait_for(lambda: not self._running)
@@ -135,16 +135,16 @@ class HeldAdapters:
             self._part_with_past()
 
     def _part_with_past(self, but: int = 0) -> None:
-        """Let go of rows that no run reads, as there are but so many. `_changed` is held."""
+        """Release earlier rows if at most `but` runs are running. The caller holds `_changed`."""
         if self._running <= but:
             while self._past:
                 self._part(self._past.pop())
 
 
 class JoinedAdapters:
-    """The adapters of a batch whose rows come and go: each row's is that of a hold of its own.
+    """The adapters of a batch whose rows join and leave; each row's adapter has its own hold.
 
-    `AdapterSession.joined` gives it. A hold is for one row, and lasts from `enter` to `leave`.
+    Made by `AdapterSession.joined`. A hold has one row, and is used from `enter` to `leave`.
     """
 
     def __init__(
@@ -157,38 +157,38 @@ class JoinedAdapters:
         self._run, self._device = run, device
         self._join, self._part = join, part
         self._holds: dict[int, HeldAdapters] = {}
-        self._rows: tuple[Lease, ...] = ()  # of each row of the batch
+        self._rows: tuple[Lease, ...] = ()  # one for each row of the batch
         self._lease: Lease | None = None
 
     def enter(self, number: int, held: HeldAdapters) -> None:
-        """Call the first row of `held` by `number`."""
+        """Add a hold, whose first row is referred to by `number`."""
         self._holds[number] = held
 
     def leave(self, number: int) -> None:
-        """Let go of a hold; rows that have its number from now on are of no account."""
+        """Remove a hold. The outputs of rows that still refer to `number` are meaningless."""
         self._holds.pop(number, None)
 
     def resident(self, number: int, /) -> Resident | None:
-        """The adapter of a hold, by its number; None is the base."""
+        """The adapter of the hold `number`; None for the base."""
         return self._holds[number].resident(0)
 
     def take_rows(self, rows: Sequence[int]) -> None:
-        """Run from now on with the holds of these numbers, in their order.
+        """Select the holds of later runs, one for each row, in this order.
 
-        A row whose hold has gone runs with another's, one that is among the others if it can be:
-        so a batch whose rows all have one adapter is a batch of one adapter. Where this fails no
-        rows are taken, and a run is refused until they are.
+        A row whose hold was removed runs with its previous adapter if another row uses that one,
+        otherwise with the first row's: a batch in which all rows use one adapter stays unmixed. If
+        this fails, no rows are selected, and runs are refused until the next call.
         """
-        there = [self._holds[row].lease if row in self._holds else None for row in rows]
-        living = {lease.rows[0]: lease for lease in there if lease is not None}
-        if not living:
+        own_leases = [self._holds[row].lease if row in self._holds else None for row in rows]
+        by_adapter = {lease.rows[0]: lease for lease in own_leases if lease is not None}
+        if not by_adapter:
             self.close()
             return
-        first = next(iter(living.values()))
+        first = next(iter(by_adapter.values()))
         before = (*self._rows, *[first] * len(rows))
         chosen = tuple(
-            lease or living.get(old.rows[0], first)
-            for lease, old in zip(there, before, strict=False)
+            lease or by_adapter.get(old.rows[0], first)
+            for lease, old in zip(own_leases, before, strict=False)
         )
         same = len(chosen) == len(self._rows) and all(
             new.rows[0] is old.rows[0] for new, old in zip(chosen, self._rows, strict=True)
@@ -197,7 +197,7 @@ class JoinedAdapters:
             try:
                 lease = self._join([(lease, 0) for lease in chosen], self._lease)
             except BaseException:
-                self.close()  # the rows of before are not those of the batch
+                self.close()  # the previous rows are not those of the batch
                 raise
             old_lease, self._lease = self._lease, lease
             if old_lease is not None:
@@ -211,10 +211,10 @@ class JoinedAdapters:
         *,
         buffers: Mapping[str, onnxruntime.OrtValue] | None = None,
     ) -> list[onnxruntime.OrtValue]:
-        """As `HeldAdapters.run_with_ort_values` with the rows that were taken last.
+        """Like `HeldAdapters.run_with_ort_values`, with the rows of the last `take_rows`.
 
         Raises:
-            RunError: there are none, as the last `take_rows` failed.
+            RunError: no rows are selected, because the last `take_rows` failed.
         """
         if self._lease is None:
             raise RunError("the adapters of the batch's rows could not be joined: nothing is run")
@@ -226,7 +226,7 @@ class JoinedAdapters:
         return self._lease is not None and self._lease.stacked
 
     def close(self) -> None:
-        """Let go of all rows."""
+        """Release all rows."""
         self._rows = ()
         if self._lease is not None:
             self._part(self._lease)

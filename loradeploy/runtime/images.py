@@ -1,4 +1,4 @@
-"""Images as the feeds of a bundle's graph, each with its own adapter."""
+"""Batches of images as feeds of a bundle's graph, each image with its own adapter."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """Images of the numbers `rows`, their adapters held, and feeds for them.
+    """The images numbered `rows`, their leased adapters, and feeds for them.
 
     `adapters`: the adapter of each image.
     """
@@ -36,10 +36,10 @@ class ImageBatch:
 
 
 class ImageReader:
-    """Makes pixel values of images as the preprocessor_config.json of a session's bundle says.
+    """Computes pixel values as the preprocessor_config.json of a session's bundle describes.
 
     Raises:
-        BundleError: the bundle has none, or one that does not fit its graph.
+        BundleError: the bundle has no such file, or it does not fit the graph.
     """
 
     def __init__(self, session: AdapterSession) -> None:
@@ -57,7 +57,7 @@ class ImageReader:
     def batches(
         self, images: GivenImage | Sequence[GivenImage], adapters: Adapters, batch_size: int
     ) -> Iterator[ImageBatch]:
-        """The images in batches, in their order.
+        """Yield the images in batches, in their order.
 
         Raises:
             UsageError: no images, one that is not an image, or not one adapter for each.
@@ -90,7 +90,7 @@ class ImageReader:
 
 
 def check_finite(values: NDArray[Any], row: int) -> None:
-    """Raise RunError unless what the graph gave for the image `row` are finite numbers."""
+    """Raise RunError unless the graph's outputs `values` for the image `row` are finite."""
     if not np.isfinite(values).all():
         raise RunError(
             f"image {row + 1}: the graph gave numbers that are not finite: run"

@@ -1,4 +1,4 @@
-"""Batches of texts with their adapters held: both of one moment, however names are reloaded."""
+"""Pair batches of texts with their adapters, both of one version even if an adapter is reloaded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from loradeploy.runtime.session import AdapterSession
 
 
 class EncodedText(Protocol):
-    """A text as its adapter reads it."""
+    """A text, encoded with the tokenizer and template of its adapter."""
 
     @property
     def adapter(self) -> AdapterSpec | None:
@@ -20,7 +20,7 @@ class EncodedText(Protocol):
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """How often the adapter had changed when the text was read (`TextSides.counts`)."""
+        """`TextSides.counts` of the adapter when the text was encoded."""
 
 
 _Text = TypeVar("_Text", bound=EncodedText)
@@ -32,10 +32,11 @@ def leased_batches(
     rows: Callable[[Sequence[_Text]], Sequence[AdapterSpec | None]],
     again: Callable[[Sequence[_Text]], Iterable[Sequence[_Text]]],
 ) -> Iterator[tuple[Sequence[_Text], HeldAdapters]]:
-    """Each batch of texts with the adapters that they were read for.
+    """Yield each batch of texts with the adapters that the texts were encoded for.
 
-    `rows`: the adapters of a batch's rows; a batch without any is left out. `again`: the texts of a
-    batch read again, where an adapter was replaced between its texts and its factors.
+    `rows`: returns the adapters of a batch's rows; a batch without rows is skipped. `again`:
+    encodes the texts of a batch again, into batches; called if an adapter was replaced after its
+    texts were encoded and before its factors were leased.
     """
     waiting = deque(batches)
     while waiting:
@@ -44,8 +45,8 @@ def leased_batches(
         if not adapters:
             continue
         with session.hold(adapters) as held:
-            moved = any(session.texts.have_moved(text.adapter, text.counts) for text in batch)
-            if not moved:
+            replaced = any(session.texts.have_moved(text.adapter, text.counts) for text in batch)
+            if not replaced:
                 yield batch, held
-        if moved:
+        if replaced:
             waiting.extendleft(reversed(list(again(batch))))

@@ -1,7 +1,7 @@
-"""How long a session can be used, and where: until it is closed, in the process that opened it.
+"""The lifetime of a session: until it is closed, and only in the process that opened it.
 
-onnxruntime's threads do not live on in a forked process, where a run would wait for them forever;
-and locks may be held there by threads that are no more.
+ONNX Runtime's threads do not exist in a forked process, where a run would wait for them forever.
+Locks may also be held there by threads that do not exist.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ _CLOSED: Final = "this session is closed: open another one with AdapterSession(b
 
 
 class Lifetime:
-    """Counts what uses a session. Safe from several threads."""
+    """Counts the running uses of a session. Thread-safe."""
 
     def __init__(self) -> None:
         self._process = os.getpid()
         self._closed = False
-        self._users: list[int] = []  # threads, once for each use
+        self._users: list[int] = []  # thread ids, one for each use
         self._changed = threading.Condition()
 
     @contextmanager
     def use(self) -> Iterator[None]:
-        """The session stays open while the context lasts.
+        """Keep the session open during the context.
 
         Raises:
             UsageError: it is closed, or was opened in another process.
@@ -50,12 +50,10 @@ class Lifetime:
                 self._changed.notify_all()
 
     def end(self) -> bool:
-        """Refuse uses from now on, and wait for those that have begun.
-
-        False where an earlier call did so already.
+        """Refuse later uses, and wait for the running ones. Return False if this was done already.
 
         Raises:
-            UsageError: this thread is itself in the middle of one, or it is another process.
+            UsageError: this thread is in the middle of a use, or this is another process.
         """
         self._check_process()
         with self._changed:
@@ -78,7 +76,7 @@ class Lifetime:
 def while_open(
     method: Callable[Concatenate[Any, _Given], _Result],
 ) -> Callable[Concatenate[Any, _Given], _Result]:
-    """A method of a session that is refused once the session is closed, and in a forked process."""
+    """Decorator: refuse a session's method after the session is closed, and in a forked process."""
 
     @wraps(method)
     def checked(self: Any, /, *given: _Given.args, **named: _Given.kwargs) -> _Result:

@@ -1,4 +1,4 @@
-"""Prompts in files: one a line, or JSONL whose objects may name an adapter each."""
+"""Read prompts from files: one per line, or JSONL whose objects may choose an adapter each."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from loradeploy.runtime.decoding.choosing.options import GenerationOptions
 if TYPE_CHECKING:
     from loradeploy.runtime.adapters.resident import AdapterSpec
 
-# The first of these that an object has is the prompt.
+# The prompt is the first of these fields that an object has.
 _FIELDS: Final = ("prompt", "messages", "text")
 # Fields by which other programs choose an adapter: adapters, adapter_name, lora, lora_request.
 _CHOICE: Final = re.compile(r"adapter|(?:^|_)lora", re.IGNORECASE)
-# Fields by which data of vision-language models names what a text is about.
+# Fields that datasets for vision-language models use for images and videos.
 _IMAGES: Final = ("image", "images", "image_url", "pixel_values", "video", "videos")
-# What an object may set of its own generation; a function is nothing that JSON has.
+# Generation settings that an object may have; a function cannot be written in JSON.
 _SETTINGS: Final = (
     *(option.name for option in fields(GenerationOptions) if option.name != "allowed_tokens"),
     "seed",
@@ -36,12 +36,12 @@ _SETTINGS: Final = (
 
 @dataclass(frozen=True)
 class InputPrompt:
-    """A prompt and its adapter: a name, a path, several with weights, or None for the base.
+    """A prompt and its adapter: a name, a path, a mapping of names to weights, or None: the base.
 
-    `prompt`: a text, a pair of texts, or a conversation as a list of messages. `settings`:
-    those of its generation that it has itself, by the names of `GenerationOptions`, and `seed`.
-    `audio`: the path of a sound, which a speech recognizer takes in place of the prompt.
-    `images`: the field of the object that has images or a video, which are not read here.
+    `prompt`: a text, a pair of texts, or a conversation as a list of messages. `settings`: this
+    prompt's own generation settings, by the names in `GenerationOptions`, and `seed`.
+    `audio`: the path of an audio file, which a speech recognizer takes instead of a prompt.
+    `images`: the name of the object's field with images or videos, which are not read here.
     """
 
     prompt: str | tuple[str, str] | list[Any]
@@ -54,12 +54,12 @@ class InputPrompt:
 def read_requests(
     file: str | os.PathLike[str], adapter: AdapterSpec | None = None
 ) -> list[InputPrompt]:
-    """The prompts in a file, by its ending plain text or JSONL; see `parse_requests`.
+    """Read the prompts in a file, which is JSONL or plain text by its ending; see `parse_requests`.
 
     Raises:
-        DataError: the file is missing, empty or no UTF-8, or a line of JSONL cannot be used.
+        DataError: the file is missing, empty or not UTF-8, or a line of JSONL cannot be used.
     """
-    # Programs of Windows begin a file with a byte order mark, which is no part of its first line.
+    # Programs on Windows write a byte order mark, which is not part of the first line.
     content = read_text(file, error=DataError, limit=MAX_TEXT_BYTES, encoding="utf-8-sig")
     as_json = is_json_lines(file)
     return parse_requests(content, os.fspath(file), adapter, as_json=as_json)
@@ -68,12 +68,12 @@ def read_requests(
 def parse_requests(
     content: str, source: str, adapter: AdapterSpec | None = None, *, as_json: bool = False
 ) -> list[InputPrompt]:
-    """The prompts in `content`, one a line; blank lines are passed over.
+    """The prompts in `content`, one per line; blank lines are skipped.
 
-    With `as_json` a line is a JSON text, or an object with `prompt`, `messages`, `text` or the path
-    `audio`, perhaps `text_pair` beside `text`, and perhaps `adapter` in place of the one that all
-    others have, and settings of a generation.
-    `source`: its name in messages.
+    With `as_json`, each line is a JSON string or an object with `prompt`, `messages`, `text` or
+    `audio` (a path). An object may also have `text_pair` beside `text`, `adapter` instead of the
+    argument `adapter`, and generation settings.
+    `source`: the name of the content in messages.
 
     Raises:
         DataError: there are no prompts, or a line cannot be used.
@@ -99,10 +99,11 @@ def _request(line: str, where: str, adapter: AdapterSpec | None) -> InputPrompt:
 def request_of(
     values: Mapping[str, Any], where: str, adapter: AdapterSpec | None = None
 ) -> InputPrompt:
-    """The request of an object as a line of JSONL has it; see `parse_requests`.
+    """The request described by an object of a JSONL line; see `parse_requests`.
 
     Raises:
-        DataError: it has no prompt, something of another type, or names an adapter otherwise.
+        DataError: it has no prompt, a field of a wrong type, or chooses an adapter by another
+            field.
     """
     _check_choice(values, where)
     audio = values.get("audio")
@@ -129,9 +130,9 @@ def request_of(
 
 
 def _check_choice(values: Mapping[str, Any], where: str) -> None:
-    """Refuse a field that chooses an adapter elsewhere; passed over, the base would answer."""
+    """Refuse other programs' fields for an adapter: if they were ignored, the base would answer."""
     for name, value in values.items():
-        # Where the adapter is given, a model is what OpenAI's requests have beside it.
+        # Requests to OpenAI have a `model` too, which is harmless if `adapter` is set.
         chooses = name == "model" and "adapter" not in values
         if value is not None and name != "adapter" and (chooses or _CHOICE.search(name)):
             raise DataError(
@@ -141,7 +142,7 @@ def _check_choice(values: Mapping[str, Any], where: str) -> None:
 
 
 def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a generation that an object has; in JSON a token id is a text of digits."""
+    """The generation settings in an object. Token ids are strings of digits in JSON objects."""
     found = {name: values[name] for name in _SETTINGS if values.get(name) is not None}
     if isinstance(bias := found.get("logit_bias"), dict):
         found["logit_bias"] = {

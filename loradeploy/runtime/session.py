@@ -1,4 +1,4 @@
-"""A bundle on ONNX Runtime, its adapters swapped per call and per row of a batch."""
+"""Inference sessions on bundles, with adapters that can change per call and per row of a batch."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ class AdapterSession:
         )
         self._device = device_of(self._session)
         started = self._session.get_providers()
-        # A provider that was passed over may have had the graph opened without defaults.
+        # If a provider was skipped, the graph may still have been opened without defaults for it.
         feeds_all = any(known(name).feeds_all for name in started) or lacks_defaults(
             self.manifest, self._session
         )
@@ -185,7 +185,7 @@ class AdapterSession:
             self._bank = bank
 
     def _check_device(self, provider: KnownProvider, config: Mapping[str, Any]) -> None:
-        """Raise DeviceError unless a random adapter does here what it does on the CPU."""
+        """Raise DeviceError unless a random adapter has the same effect here as on the CPU."""
         options = onnxruntime.SessionOptions()
         options.add_session_config_entry(MAPPED, "1")
         with AdapterSession(self._place, [CPU], session_options=options) as host:
@@ -276,7 +276,7 @@ class AdapterSession:
             else partial(self._reader.given, name, given)
         )
         files = None if given is None else files_for_texts(given)
-        once = Once(read)  # before others are kept waiting
+        once = Once(read)  # read before taking the lock
         if files is not None and (changed := files.changed(strict=True)) is not None:
             raise AdapterError(
                 f"{files.directory / changed} was written to while the adapter was read: try again"
@@ -421,7 +421,7 @@ class AdapterSession:
                 held.end()
 
     def joined(self) -> JoinedAdapters:
-        """The rows of a batch that join and leave, each with its own hold on its adapter."""
+        """Return the adapters of a batch whose rows join and leave; each row has its own `hold`."""
         return JoinedAdapters(self._run, self._device, self._bank.join, self._bank.part)
 
     def close(self) -> None:

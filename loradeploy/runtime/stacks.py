@@ -1,4 +1,4 @@
-"""`Stacks` under its public name; it is one of the modules of `loradeploy.runtime.adapters`."""
+"""Public name of `loradeploy.runtime.adapters.stacks.Stacks`."""
 
 from loradeploy.runtime.adapters.stacks import Stacks
 

@@ -1,4 +1,4 @@
-"""How long a bundle takes: prefill, decode, swap and load, base and adapters side by side."""
+"""Time a bundle: prefill or decode, swaps and mixed batches, adapters and base in alternation."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ _WARM_UP = 2
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one thing, over all rounds, and its ratio to the base in the same rounds.
+    """Milliseconds of one case over all rounds, and its ratio to the base in the same rounds.
 
-    `control` is a second timing of the base: no ratio within its quartiles means anything.
+    `median`, `low`, `high`: the median and the quartiles. The case `base again (control)` times the
+    base a second time: ratios within its quartiles are not significant.
     """
 
     name: str
@@ -44,11 +45,10 @@ class Timing:
 def time_bundle(
     session: AdapterSession, *, batch: int = 1, length: int = 128, rounds: int = 15
 ) -> list[Timing]:
-    """Times of one forward pass: one new token after `length` for decoders, else `length` tokens.
+    """Time one forward pass: a new token after `length` for decoders, otherwise `length` tokens.
 
-    Sides are the base, the base again as the control, each adapter for all rows, a swap (another
-    adapter at each call), and where the batch has room a mixed batch. They take turns within each
-    round, in random order.
+    Cases: the base, the base again as a control, each adapter for all rows, a different adapter at
+    each call, and a mixed batch if `batch` > 1. They alternate within each round, in random order.
 
     Raises:
         UsageError: a size that is not positive.
@@ -76,7 +76,7 @@ def time_bundle(
 def forward(
     session: AdapterSession, batch: int, *, past: int, new: int
 ) -> Callable[[Adapters], object]:
-    """One pass of `new` tokens after `past` in the cache, which stays in place where it can."""
+    """A function that runs `new` tokens after `past` in the cache, in place if the graph can."""
     feeds: dict[str, Any] = {
         name: onnxruntime.OrtValue.ortvalue_from_numpy(values)
         for name, values in sample_feeds(session, batch, past=past, new=new).items()
@@ -134,5 +134,5 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 def sample_feeds(
     session: AdapterSession, batch: int, *, past: int, new: int
 ) -> dict[str, NDArray[Any]]:
-    """Feeds of `new` tokens after `past` in the cache; what they hold does not change the time."""
+    """Feeds of `new` tokens after `past` in the cache. The time does not depend on their values."""
     return Sample(session.manifest.inputs, model_config(session.path)).feeds(batch, new, past)

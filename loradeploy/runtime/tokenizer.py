@@ -1,4 +1,4 @@
-"""`Tokenizer` and `PieceDecoder` under their public names; they lie with what else is of texts."""
+"""Public names of `Tokenizer` and `PieceDecoder`."""
 
 from loradeploy.bundle.text.tokenizer import Tokenizer
 from loradeploy.runtime.text.pieces import PieceDecoder

@@ -1,1 +1,1 @@
-"""Adapters in memory: the bank, what is resident in it, and the tensors of mixed rows."""
+"""Adapters in memory: the bank, its entries, and the stacked tensors of mixed batches."""

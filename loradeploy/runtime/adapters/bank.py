@@ -1,12 +1,12 @@
-"""The adapter bank: names on disk, adapters' side inputs in memory.
+"""The adapter bank: the names of adapters, and their side inputs in memory.
 
-A name is cheap: what it stands for is read when a run first needs it, and let go when the budget
-wants room, the least recently used first; what a run uses, and what is pinned, stays. Of blends
-that no run uses a few stay. Memory is kept by content: two names of one adapter share it, and what
-is read again must be what it was.
-What the answers are called is no content: each name has the head that its own files declare.
+Registering a name reads nothing: its adapter is read when a run first needs it. If the memory
+exceeds the budget, the least recently used adapters are evicted, except those that are in use or
+pinned. A few unused blends are kept. Memory is shared by content: two names of equal adapters use
+it once, and an adapter that is read again must not have changed. Labels are not part of the
+content: each name has the head that its own files declare.
 
-What runs read of the adapters in memory is made by leases.py.
+leases.py makes the tensors that runs read.
 """
 
 from __future__ import annotations
@@ -40,21 +40,22 @@ if TYPE_CHECKING:
     from loradeploy.adapter.heads import Head
     from loradeploy.bundle.manifest import Manifest
 
-# Reads an adapter: its side inputs, its digest, its head.
+# Reads an adapter: returns its side inputs, digest and head.
 Read = Callable[[], "tuple[Arrays, str, Head]"]
 _MIB: Final = 1 << 20
-# Blends that no run uses, whatever the budget: there is no end of weights, and each is quickly made
-# again of its members.
+# Number of unused blends that are kept, regardless of the budget: the number of possible weights is
+# unlimited, and a blend is quickly computed again from its members.
 _IDLE_BLENDS: Final = 8
 
 
 @dataclass(frozen=True)
 class BankStatistics:
-    """What a bank holds and did.
+    """The contents of a bank and counts of its operations.
 
-    `registered`: names. `resident`: adapters and blends in host memory, `host_bytes` together.
-    `device_bytes`: of copies on the device and of stacks. `hits`, `misses`: uses of an adapter that
-    was, and was not, in memory. `evictions`: adapters and blends that went to make room.
+    `registered`: names. `resident`: adapters and blends in host memory, of `host_bytes` in total.
+    `device_bytes`: bytes of copies on the device and of stacks. `hits`, `misses`: uses of an
+    adapter that was in memory, or was not. `evictions`: adapters and blends that were removed to
+    free memory.
     """
 
     registered: int
@@ -68,10 +69,10 @@ class BankStatistics:
 
 @dataclass(eq=False)
 class _Entry:
-    """What a name stands for.
+    """A registered name.
 
-    `read`: how it is read again; `head` is None until it was once, and `digest` where nothing else
-    told it. `loading` is held by the one thread that reads it.
+    `read`: reads the adapter. `head`: None until it was read. `digest`: None until it was read, if
+    it was not given. `loading`: held by the thread that reads it.
     """
 
     name: str
@@ -83,16 +84,17 @@ class _Entry:
 
 
 class AdapterBank:
-    """The adapters of one session. Safe from several threads.
+    """The adapters of one session. Thread-safe.
 
-    `defaults`: what the base has where adapters replace whole parameters, by side input, [1, …].
-    `device`, `device_id`: where factors live, in onnxruntime's words.
-    `feeds_all`: whether side inputs that an adapter lacks are bound too, as what the base has, none
-    of rank 0.
-    `fixed`: whether runs copy adapters into slots of their own: none is kept on the device here.
+    `defaults`: the base's values of parameters that adapters replace, by side input, [1, …].
+    `device`, `device_id`: where factors are kept, in onnxruntime's terms.
+    `feeds_all`: whether side inputs that an adapter lacks are bound too, with the base's values and
+    a rank above 0.
+    `fixed`: whether runs copy adapters into their own slots, so that the bank keeps no copies on
+    the device.
     `host_budget`: bytes of adapters in host memory; `device_budget`: bytes of their copies on the
-    device, which on the CPU are the stacks of mixed batches. None is no limit. What runs use at one
-    time may take more for as long as they do.
+    device, which on the CPU are the stacks of mixed batches. None is no limit. Adapters that are in
+    use at the same time may exceed the budget temporarily.
     """
 
     def __init__(
@@ -116,7 +118,7 @@ class AdapterBank:
         self._entries: dict[str, _Entry] = {}
         self._residents: dict[str, Resident] = {}  # by digest, in the order of their last use
         self._users: dict[str, list[int]] = {}  # by digest: the threads, once for each use
-        self._leaving: set[str] = set()  # digests that no name stands for, still in use
+        self._leaving: set[str] = set()  # digests in use that no name refers to any more
         self._host_bytes = 0
         self._hits = self._misses = self._evictions = 0
         self._changed = threading.Condition()
@@ -138,14 +140,14 @@ class AdapterBank:
             return name in self._entries
 
     def digests(self) -> dict[str, str | None]:
-        """Every name, with the digest of its adapter where that is known already."""
+        """All names with the digests of their adapters, or None if the digest is not known yet."""
         with self._changed:
             return {name: entry.digest for name, entry in self._entries.items()}
 
     def register(
         self, name: str, read: Read, *, digest: str | None = None, replace: bool = False
     ) -> None:
-        """Let `name` stand for what `read` gives, once a run needs it.
+        """Register `name`; `read` is called when a run first needs the adapter.
 
         Raises:
             UsageError: the name is taken, and `replace` is not given.
@@ -163,11 +165,10 @@ class AdapterBank:
         *,
         replace: bool = False,
     ) -> Resident:
-        """Read an adapter now, and return what is in the bank under its name then.
+        """Read an adapter now, and return the bank's entry for its name.
 
-        The same adapter again changes nothing. Another one, or one whose answers are called
-        otherwise, takes the name only with `replace`: runs that have begun end with the old one,
-        runs that begin later use the new one.
+        Adding the same adapter again has no effect. Another adapter, or one with another head,
+        requires `replace`: running calls complete with the old one, later calls use the new one.
 
         Raises:
             UsageError: another adapter has this name, and `replace` is not given.
@@ -196,9 +197,9 @@ class AdapterBank:
         return resident
 
     def remove(self, name: str) -> None:
-        """Forget a name, and wait until the runs that use its adapter have ended.
+        """Remove a name, and wait until the runs that use its adapter have ended.
 
-        Runs that begin after the call do not find it.
+        Later runs cannot use it.
 
         Raises:
             UnknownAdapterError: there is no such name.
@@ -209,7 +210,7 @@ class AdapterBank:
             if entry is None:
                 raise self._unknown(name)
             resident = self._residents.get(entry.digest or "")
-            # Threads that wait hold nothing, so that they cannot wait for each other.
+            # A waiting thread uses no adapters, so that two threads cannot wait for each other.
             busy = any(threading.get_ident() in threads for threads in self._users.values())
             if busy and resident is not None:
                 raise UsageError(
@@ -221,7 +222,7 @@ class AdapterBank:
                 self._changed.wait_for(lambda: resident.digest not in self._users)
 
     def pin(self, name: str, *, pinned: bool = True) -> None:
-        """Load an adapter and keep it in memory whatever the budget, or no longer.
+        """Load an adapter and exempt it from eviction; with `pinned=False`, allow eviction again.
 
         Raises:
             UnknownAdapterError: there is no such name. BudgetError: as `add`.
@@ -236,7 +237,7 @@ class AdapterBank:
             self._load(entry)
 
     def statistics(self) -> BankStatistics:
-        """What the bank holds now and did so far."""
+        """The current contents, and the counts since the bank was created."""
         with self._leases.locked():
             return BankStatistics(
                 registered=len(self._entries),
@@ -252,7 +253,7 @@ class AdapterBank:
 
     @contextmanager
     def lease(self, adapters: AdapterSpec | Sequence[AdapterSpec | None] | None) -> Iterator[Lease]:
-        """What to bind for runs with `adapters`; it stays as it is while the context lasts.
+        """Yield what runs with `adapters` bind; it does not change during the context.
 
         Raises:
             UnknownAdapterError: a name that is not in the bank.
@@ -280,23 +281,23 @@ class AdapterBank:
                 self._leases.end(lease)
 
     def join(self, rows: Sequence[tuple[Lease, int]], instead: Lease | None) -> Lease:
-        """A lease of these rows of others, as the rows of one batch, until `part`.
+        """Make a lease of rows of other leases, as the rows of one batch; end it with `part`.
 
-        Those last longer than it does. `instead`: a lease of the caller's that no run reads, and
-        none will: what it reads may be changed for this one.
+        The other leases must last longer. `instead`: the caller's earlier lease, which no run reads
+        any more; its memory may be reused.
         """
         residents = tuple(lease.rows[row] for lease, row in rows)
         heads = tuple(lease.heads[row] for lease, row in rows)
         return self._leases.make(residents, heads, per_row=True, instead=instead)
 
     def part(self, lease: Lease) -> None:
-        """Let go of a lease that `join` made."""
+        """End a lease that `join` made."""
         self._leases.end(lease)
 
     def _find(
         self, weights: tuple[tuple[str, float], ...], held: list[Resident], thread: int
     ) -> tuple[Resident, Head]:
-        """The adapter or blend, in use by `thread` and noted in `held`, as are its members."""
+        """Return the adapter or blend; mark it and its members as used by `thread`, in `held`."""
         taken = {name: self._take(name, held, thread) for name, _ in weights}
         members = [(taken[name][0], weight) for name, weight in weights]
         if len(members) == 1 and members[0][1] == 1:
@@ -312,7 +313,7 @@ class AdapterBank:
             return self._use(self._admit(made), held, thread), head
 
     def _take(self, name: str, held: list[Resident], thread: int) -> tuple[Resident, Head]:
-        """The adapter `name`, read if it is not in memory, in use by `thread`, and its head."""
+        """Return the adapter `name` and its head, reading it if needed; mark it as used."""
         missed = False
         while True:
             with self._changed:
@@ -320,7 +321,7 @@ class AdapterBank:
                 if entry is None:
                     raise self._unknown(name)
                 resident = self._residents.get(entry.digest or "")
-                # Its like under another name may have another head.
+                # An equal adapter with another name may have another head.
                 if resident is not None and entry.head is not None:
                     self._hits += not missed
                     return self._use(resident, held, thread), entry.head
@@ -330,13 +331,13 @@ class AdapterBank:
                 arrays, digest, head = self._read(entry)
                 with self._changed:
                     if self._entries.get(name) is not entry:
-                        continue  # the name changed hands meanwhile
+                        continue  # the name was replaced or removed meanwhile
                     entry.digest, entry.head = digest, head
                     resident = self._admit(Resident(digest, arrays))
                     return self._use(resident, held, thread), head
 
     def _load(self, entry: _Entry) -> tuple[Resident, Head]:
-        """The adapter of `entry` in memory, and its head."""
+        """Load the adapter of `entry`; return it and its head."""
         held: list[Resident] = []
         thread = threading.get_ident()
         try:
@@ -345,7 +346,7 @@ class AdapterBank:
             self._release(held, thread)
 
     def _read(self, entry: _Entry) -> tuple[Arrays, str, Head]:
-        """What `entry` stands for, unless another thread has just read it."""
+        """Read the adapter of `entry`, unless another thread has just read it."""
         with self._changed:
             there = self._residents.get(entry.digest or "")
         if there is not None and entry.head is not None:
@@ -359,12 +360,12 @@ class AdapterBank:
         return self._in_order(arrays), digest, head
 
     def _in_order(self, arrays: Arrays) -> Arrays:
-        """The arrays in one block, in the order in which the graph reads them."""
+        """Copy the arrays into one block, in the order in which the graph reads them."""
         names = sorted(arrays, key=lambda name: self._order.get(name, len(self._order)))
         return in_one_block({name: arrays[name] for name in names})
 
     def _use(self, resident: Resident, held: list[Resident], thread: int) -> Resident:
-        """Note a use. `_changed` is held."""
+        """Mark as used, and as used last. The caller holds `_changed`."""
         self._residents[resident.digest] = self._residents.pop(resident.digest, resident)
         self._users.setdefault(resident.digest, []).append(thread)
         held.append(resident)
@@ -382,10 +383,10 @@ class AdapterBank:
             self._evict()
             self._changed.notify_all()
 
-    # -- memory; `_changed` is held ------------------------------------------------------------
+    # -- memory; the caller holds `_changed` ---------------------------------------------------
 
     def _admit(self, resident: Resident) -> Resident:
-        """Take an adapter in, unless its like is there; others go where the budget wants it."""
+        """Add an adapter unless an equal one exists; evict others if the budget is exceeded."""
         there = self._residents.get(resident.digest)
         if there is not None:
             return there
@@ -400,7 +401,7 @@ class AdapterBank:
         return resident
 
     def _evict(self, spare: Resident | None = None) -> None:
-        """Let go of what was not used the longest: of blends all but a few, else by the budget."""
+        """Evict the least recently used: idle blends beyond a few, then what exceeds the budget."""
         blends = [one for one in self._residents.values() if one.parts and one is not spare]
         idle = [one for one in blends if one.digest not in self._users]
         for resident in idle[: max(0, len(idle) - _IDLE_BLENDS)]:
@@ -418,7 +419,7 @@ class AdapterBank:
             self._evictions += 1
 
     def _drop_unnamed(self) -> None:
-        """Let go of adapters that no name stands for, and of blends of them."""
+        """Remove adapters that no name refers to, and blends of them."""
         named = {entry.digest for entry in self._entries.values()}
         self._leaving.clear()
         for resident in list(self._residents.values()):

@@ -1,9 +1,9 @@
-"""Arrays in one block of memory.
+"""Allocate arrays in one block of memory.
 
-A decode step reads every factor once, more bytes than caches hold. Hundreds of small arrays lie on
-as many pages of 4 KiB all over memory, and each page is waited for again; for one block of 4 MiB or
-more numpy asks the system for huge pages (Linux, transparent_hugepage). docs/performance.md tells
-what that is worth.
+A decode step reads every factor once, which is more than fits into the CPU's caches. Hundreds of
+small arrays are spread over as many pages of 4 KiB, and reading each page costs a TLB miss. For a
+block of 4 MiB or more, numpy requests huge pages (Linux, transparent_hugepage). docs/performance.md
+has measurements.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _LINE: Final = 64  # bytes; no two arrays share a cache line
-# From which size on numpy asks for huge pages, and how these are aligned.
+# numpy requests huge pages from this size on; the alignment of a huge page.
 _LARGE: Final = 1 << 22
 _HUGE_PAGE: Final = 1 << 21
 
 
 def empty_block(shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype[Any]) -> dict[str, Any]:
-    """Arrays of `shapes`, in their order one behind the other, not filled."""
+    """Uninitialized arrays of `shapes`, consecutive in memory in this order."""
     size = dtype.itemsize
     begins, end = {}, 0
     for name, shape in shapes.items():
@@ -40,7 +40,7 @@ def empty_block(shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype[Any]) -> 
 
 
 def in_one_block(arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """The same numbers, of one dtype, in one block."""
+    """Copy the arrays, all of one dtype, into one block."""
     if not arrays:
         return {}
     dtype = next(iter(arrays.values())).dtype

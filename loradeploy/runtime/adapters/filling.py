@@ -1,4 +1,4 @@
-"""Side inputs of several adapters in one array each: a slot for each, zeros up to one rank."""
+"""Fill arrays with the side inputs of several adapters: a slot for each, zero-padded in rank."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 class Filler:
-    """Makes arrays [slots, …] for the side inputs of a bundle, and writes adapters into them.
+    """Allocates arrays [slots, …] for the side inputs of a bundle, and writes adapters into them.
 
-    `defaults`: what the base has where adapters replace whole parameters, by side input, [1, …].
+    `defaults`: the base's values of parameters that adapters replace, by side input, [1, …].
     """
 
     def __init__(self, manifest: Manifest, defaults: Arrays) -> None:
@@ -30,9 +30,9 @@ class Filler:
         self.dtype = np.dtype(manifest.factor_dtype)
 
     def ranks(self, residents: Sequence[Resident], least: int) -> dict[str, int]:
-        """The largest rank of each target, by its first factor; `least` where none has factors.
+        """The largest rank of each target module, by name of lora_A; `least` without factors.
 
-        Of a mixture's experts it is rounded up to what they can have.
+        For the experts of a mixture it is rounded up to a rank that they can have.
         """
         return {
             target.lora_A: target.rank_from(
@@ -56,7 +56,7 @@ class Filler:
         return shapes | {n: (slots, len(own)) for n, own in self._changes.items()}
 
     def unfilled(self, slots: int, ranks: Mapping[str, int]) -> dict[str, NDArray[Any]]:
-        """The side inputs [slots, …], of which each slot has to be written before it is read."""
+        """Uninitialized side inputs [slots, …]; each slot must be written before it is read."""
         return empty_block(self.shapes(slots, ranks), self.dtype)
 
     def empty(self, slots: int, ranks: Mapping[str, int]) -> dict[str, NDArray[Any]]:
@@ -69,14 +69,15 @@ class Filler:
     def write(
         self, arrays: Mapping[str, NDArray[Any]], slot: int, resident: Resident | None
     ) -> None:
-        """Put an adapter, or the base, into a slot that may have held another."""
+        """Write an adapter, or the base, into a slot that may contain another adapter."""
         host: Arrays = {} if resident is None else resident.host
         for target in self._targets:
             A, B = arrays[target.lora_A][slot], arrays[target.lora_B][slot]
             rank = host[target.lora_A].shape[2] if target.lora_A in host else 0
             if rank:
                 A[:, :rank], B[:rank] = host[target.lora_A][0], host[target.lora_B][0]
-            # Zeros in B alone would do, but for what is not finite after them.
+            # Zeros in B alone would not suffice: the padding of A may contain values that are not
+            # finite.
             A[:, rank:], B[rank:] = 0, 0
         for saved in self._saved:
             arrays[saved.input][slot] = host.get(saved.input, self._defaults[saved.input])[0]

@@ -1,7 +1,7 @@
-"""Leases: what runs read of the adapters in memory, bound as they are or stacked, on the device.
+"""Leases: the tensors that runs read, of single adapters or of stacks, on the device.
 
-One adapter for a whole batch is bound as it is: swapping it for another resident one moves no
-bytes. A batch whose rows differ reads a stack of several (stacks.py).
+An adapter that all rows of a batch use is bound directly: swapping it for another resident one
+copies nothing. A batch of different adapters reads a stack of several (stacks.py).
 """
 
 from __future__ import annotations
@@ -28,13 +28,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Lease:
-    """What the rows of a run use, kept in the bank until the lease ends.
+    """The adapters of the rows of a run, kept in the bank until the lease ends.
 
-    `rows`: each row's adapter, None for the base; a single entry where it is one for all rows.
-    `heads`: what the answers of each of `rows` are, None for the base.
+    `rows`: the adapter of each row, None for the base; a single entry if all rows use the same.
+    `heads`: the head of each of `rows`, None for the base.
     `per_row`: whether `rows` has an entry for each row.
-    `adapter_ids`: int64 [rows], the slot of each row; None where all rows use slot 0.
-    `stacked`: whether it reads a stack of several adapters; `stack`: that one, where it is of rows.
+    `device`: the side inputs to bind.
+    `adapter_ids`: int64 [rows], the slot of each row; None if all rows use slot 0.
+    `stacked`: whether it reads a stack of several adapters. `stack`: the stack, in the layout with
+    a slot for each row.
     """
 
     rows: tuple[Resident | None, ...]
@@ -49,9 +51,9 @@ class Lease:
 class Leases:
     """Makes leases, and keeps the copies on the device that they read.
 
-    `defaults`, `device`, `feeds_all`, `fixed`: as the bank has them. `budget`: bytes of the copies
-    and the stacks; None is no limit.
-    `users`: the digests in use, which `changed`, the bank's lock, guards.
+    `defaults`, `device`, `feeds_all`, `fixed`: see `AdapterBank`. `budget`: bytes of the copies and
+    the stacks; None is no limit.
+    `users`: the digests in use, guarded by `changed`, the bank's lock.
     """
 
     def __init__(
@@ -68,7 +70,7 @@ class Leases:
     ) -> None:
         self._manifest = manifest
         self._device, self._budget, self._fixed = device, budget, fixed
-        # The graph's own defaults are the base.
+        # Without `feeds_all`, the defaults in the graph are the base.
         self._base = neutral(manifest, defaults, device) if feeds_all else Bindable({})
         self._bound: dict[Resident, Bindable] = {}  # in the order of their last use
         self._stacks = Stacks(manifest, defaults, device, budget, self._base)
@@ -81,19 +83,19 @@ class Leases:
         )
         self._stacked = 0  # leases that read a stack
         self._users, self._changed = users, changed
-        self._stacking = threading.Lock()  # taken before _changed, never within
+        self._stacking = threading.Lock()  # acquired before _changed, never inside it
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """With the bank's lock and that of the stacks, in the order in which they are taken."""
+        """Acquire the lock of the stacks, then the bank's."""
         with self._stacking, self._changed:
             yield
 
     @property
     def nbytes(self) -> int:
-        """The bytes of copies on the device and of stacks. Both locks are held.
+        """The bytes of copies on the device and of stacks. The caller holds both locks.
 
-        On the host the copies are views.
+        On the host, copies are views and are not counted.
         """
         copies = () if self._device[0] == HOST else self._bound
         stacks = self._stacks.nbytes + self._rows.nbytes
@@ -106,9 +108,9 @@ class Leases:
         per_row: bool,
         instead: Lease | None = None,
     ) -> Lease:
-        """What a run reads, of adapters that are in use until the lease ends (`end`).
+        """Make a lease of adapters that the caller keeps in use until `end`.
 
-        `instead`: as of `AdapterBank.join`.
+        `instead`: see `AdapterBank.join`.
         """
         members = used(rows)
         if not members:
@@ -134,7 +136,7 @@ class Leases:
         return Lease(rows, heads, per_row, device, adapter_ids, stacked=True)
 
     def end(self, lease: Lease) -> None:
-        """Let go of what `lease` read, whose adapters are no longer in use by it."""
+        """End a lease, whose adapters are no longer in use by it."""
         if lease.stacked:
             with self.locked():
                 self._stacked -= 1
@@ -143,7 +145,7 @@ class Leases:
                 self._trim()
 
     def drop(self, resident: Resident) -> None:
-        """Let go of the copy of an adapter that is not in use. `changed` is held."""
+        """Release the copy of an adapter that is not in use. The caller holds `changed`."""
         self._bound.pop(resident, None)
 
     def _bind(self, resident: Resident) -> Bindable:
@@ -161,7 +163,7 @@ class Leases:
         return made
 
     def _trim(self) -> None:
-        """Let go of what nobody reads on the device, as the budget wants. Both locks are held."""
+        """Release unused copies on the device beyond the budget. The caller holds both locks."""
         budget = self._budget
         for idle in [other for other in self._bound if other.digest not in self._users]:
             if budget is None or self.nbytes <= budget:

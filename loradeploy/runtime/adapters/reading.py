@@ -1,4 +1,4 @@
-"""An adapter's files as a bundle's side inputs: those that came with it, and those given to it."""
+"""Read adapters as side inputs of a bundle: those in the bundle, and others by path."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ from loradeploy.snapshot import ATTEMPTS, Snapshot
 
 # The side inputs, the digest and the head of an adapter that fits the graph.
 Read = tuple[Arrays, str, Head]
-# What an adapter is read from; a directory may have logs too, which someone writes.
+# The files that an adapter is read from; the directory may also have logs that are being written.
 _SUFFIXES: Final = frozenset({".json", ".safetensors", NATIVE_SUFFIX})
 
 
 @dataclass(frozen=True, eq=False)
 class AdapterReader:
-    """Reads adapters for the bundle in `directory`, which the user calls `path`.
+    """Reads adapters for the bundle in `directory`; `path` is its name in messages.
 
-    `certified`: the digests of the adapters that a session may run; None where it may run any.
-    `wholes`: where it is noted what the adapters that are given are parts of.
+    `certified`: the digests of the adapters that a session may run; None allows any.
+    `wholes`: records the complete adapters that split adapters are parts of.
     """
 
     path: Path
@@ -57,11 +57,11 @@ class AdapterReader:
     wholes: Wholes
 
     def own(self, name: str) -> Read:
-        """The adapter `name` of the bundle.
+        """Read the adapter `name` of the bundle.
 
         Raises:
-            UnknownAdapterError: it has none of this name. BundleError: it is another than came with
-                the bundle.
+            UnknownAdapterError: the bundle has no adapter of this name.
+            BundleError: the adapter's files have changed since the export.
         """
         entry = self.manifest.adapters.get(name)
         if entry is None or entry.path is None:
@@ -88,15 +88,17 @@ class AdapterReader:
         return arrays, digest, dataclasses.replace(head, problem_type=entry.problem_type)
 
     def _read(self, source: Path, given_as: str | None = None) -> Read:
-        """The side inputs, the digest and the head of an adapter that fits the graph.
+        """Read the side inputs, the digest and the head of an adapter that fits the graph.
 
-        What is given, as a name, is whole or says what it is a part of; an earlier bundle's is not.
+        `given_as`: the name of an adapter that is not the bundle's; its complete adapter is
+        recorded.
         """
         try:
             if source.suffix == NATIVE_SUFFIX:
                 arrays = read_onnx_adapter(source)
                 check_side_inputs(arrays, self.manifest)
-                # The file cannot say what a head in it answers; without one it is the base's.
+                # The file cannot declare labels or a problem type. Without a head in it, the base's
+                # apply.
                 undeclared = brings_head(arrays, self.manifest)
                 problem = UNDECLARED if undeclared else self.manifest.problem_type
                 return arrays, tensors_digest(arrays, {}), Head(None, problem)
@@ -110,7 +112,7 @@ class AdapterReader:
             raise AdapterMismatchError(f"{source}: {problem}") from None
 
     def given(self, name: str, source: Path) -> Read:
-        """The adapter at `source`, which the bundle came without, for `name` to stand for.
+        """Read the adapter at `source`, which is not the bundle's, to be loaded as `name`.
 
         Raises:
             AdapterError: it is refused, does not fit (AdapterMismatchError), is not certified, or
@@ -128,7 +130,7 @@ class AdapterReader:
         return arrays, digest, head
 
     def _computed(self, source: Path, native_digest: str) -> Read:
-        """As `_read`, of an adapter whose side inputs the export computed before it packed."""
+        """Like `_read`, for an adapter whose side inputs the export computed before packing."""
         file = source.with_name(f"{source.name}{NATIVE_SUFFIX}")
         if not file.is_file() or file_digest(file) != native_digest:
             raise BundleError(
@@ -139,11 +141,11 @@ class AdapterReader:
         return arrays, adapter.digest, self._head(adapter)
 
     def _head(self, adapter: Adapter) -> Head:
-        """What the answers of `adapter` are."""
+        """The labels and problem type of `adapter`."""
         return head_of(adapter, self.manifest, model_config(self.directory))
 
     def defaults(self) -> Arrays:
-        """What the base has where adapters replace whole parameters, by side input.
+        """Read the base's values of the parameters that adapters replace, by side input.
 
         Raises:
             BundleError: the file with them is not the bundle's.
@@ -167,9 +169,9 @@ class AdapterReader:
 
 
 def _of_one_version(source: Path, read: Callable[[], Read]) -> Read:
-    """What `read` gives of the files at `source`, none of which changed meanwhile.
+    """The result of `read`, during which none of the files at `source` changed.
 
-    A config of one version and weights of another may fit each other.
+    A config of one version might fit the weights of another.
 
     Raises:
         AdapterError: as `read`, or the files changed during each of several attempts.
@@ -192,6 +194,6 @@ def _states(source: Path) -> Snapshot:
     place = source if source.is_dir() else source.parent
     names = {source.name} if source != place else set()
     if source.suffix != NATIVE_SUFFIX:
-        with contextlib.suppress(OSError):  # it is gone
+        with contextlib.suppress(OSError):  # it was removed
             names |= {one.name for one in place.iterdir() if one.suffix in _SUFFIXES}
     return Snapshot.of(place, names)

@@ -1,4 +1,4 @@
-"""What an adapter bank holds: adapters' side inputs in memory, alone and as blends of several."""
+"""Entries of an adapter bank: side inputs in memory, of single adapters and of blends."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
     from loradeploy.bundle.manifest import Manifest
 
 Arrays = Mapping[str, "NDArray[Any]"]
-# What a user may name for a row: an adapter, or several with their weights.
+# The choice for a row: an adapter's name, or several names with weights.
 AdapterSpec = str | Mapping[str, float]
 
-# More runs at a time than this and some of them bind their side inputs again.
+# If more runs are concurrent, some of them bind their side inputs again.
 _SPARE_BINDINGS: Final = 16
 _LARGEST: Final = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, eq=False)
 class Bindable:
-    """Side inputs on the device, and spare IOBindings that hold them already.
+    """Side inputs on the device, and spare IOBindings in which they are bound.
 
-    Binding all side inputs of a large model takes longer than all else around a run. An IOBinding
-    serves one run at a time, so a run takes one out and puts it back. It is of one session: a
-    bundle's other graph has its own.
+    Binding all side inputs of a large model takes longer than the rest of a run's overhead. An
+    IOBinding serves one run at a time, so a run takes one and returns it. It belongs to one
+    onnxruntime session: a bundle's other graph has its own.
     """
 
     values: Mapping[str, onnxruntime.OrtValue]
@@ -46,7 +46,7 @@ class Bindable:
     )
 
     def take(self, session: onnxruntime.InferenceSession) -> onnxruntime.IOBinding:
-        """An IOBinding of `session` in which the side inputs are bound."""
+        """Take an IOBinding of `session` in which the side inputs are bound."""
         try:
             return self._spare[session].pop()
         except IndexError:
@@ -58,15 +58,15 @@ class Bindable:
     def put_back(
         self, binding: onnxruntime.IOBinding, session: onnxruntime.InferenceSession
     ) -> None:
-        """Keep `binding` of `session`, in which only the side inputs are bound, for another run."""
+        """Return `binding` of `session`, in which only side inputs are bound, for other runs."""
         self._spare[session].append(binding)
 
 
 @dataclass(frozen=True, eq=False)
 class Resident:
-    """An adapter's side inputs [1, …] in host memory; its digest is what it computes.
+    """An adapter's side inputs [1, …] in host memory, identified by their digest.
 
-    `parts`: the digests of the adapters that a blend is made of.
+    `parts`: the digests of a blend's members.
     """
 
     digest: str
@@ -75,11 +75,11 @@ class Resident:
 
     @cached_property
     def nbytes(self) -> int:
-        """The bytes of its side inputs."""
+        """The size of its side inputs in bytes."""
         return sum(values.nbytes for values in self.host.values())
 
     def computes(self, digest: str, arrays: Arrays) -> bool:
-        """Whether an adapter is this one, though it may come in another format."""
+        """Whether an adapter has the same side inputs; digests differ between file formats."""
         if self.digest == digest:
             return True
         return self.host.keys() == arrays.keys() and all(
@@ -88,7 +88,7 @@ class Resident:
 
 
 def used(rows: Sequence[Resident | None]) -> list[Resident]:
-    """The adapters in `rows`, each once."""
+    """The distinct adapters in `rows`."""
     return [resident for resident in dict.fromkeys(rows) if resident is not None]
 
 
@@ -96,14 +96,14 @@ def weights_of(spec: AdapterSpec) -> tuple[tuple[str, float], ...]:
     """The adapters that `spec` names, with their weights.
 
     Raises:
-        UsageError: no adapter, or a weight that is no finite number.
+        UsageError: no adapter, or a weight that is not a finite number.
     """
     if isinstance(spec, str):
         return ((spec, 1.0),)
     weights = []
     for name, weight in spec.items():
         known = isinstance(weight, int | float | np.integer | np.floating)
-        # float32 holds no larger one, and float() no integer without end.
+        # Larger weights do not fit into float32, and float() raises for very large integers.
         if isinstance(weight, bool) or not known or not -_LARGEST <= weight <= _LARGEST:
             raise UsageError(
                 f"the weight of {shown(name)} is {shown(weight)}: give a finite number"
@@ -117,10 +117,10 @@ def weights_of(spec: AdapterSpec) -> tuple[tuple[str, float], ...]:
 
 
 def blend(members: Sequence[tuple[Resident, float]], manifest: Manifest) -> Resident:
-    """Σ weight · adapter: the factors side by side, the weights in B.
+    """Σ weight · adapter: the factors concatenated, with the weights multiplied into B.
 
     Raises:
-        UsageError: a member has more than low-rank factors, which are all that adds up.
+        UsageError: a member has more than low-rank factors, which are all that can be added.
     """
     for resident, _ in members:
         if more := sorted(resident.host.keys() - set(manifest.factors)):
@@ -152,10 +152,10 @@ def blend(members: Sequence[tuple[Resident, float]], manifest: Manifest) -> Resi
 
 
 def blend_head(heads: Mapping[str, Head]) -> Head:
-    """What the answers of a blend are: what those of its members are, whose `heads` these are.
+    """The head of a blend, on which its members must agree.
 
     Raises:
-        UsageError: the members do not agree.
+        UsageError: the members declare different labels or problem types.
     """
     (first, head), *others = heads.items()
     for name, other in others:
@@ -168,12 +168,12 @@ def blend_head(heads: Mapping[str, Head]) -> Head:
 
 
 def blend_digest(members: Sequence[tuple[Resident, float]]) -> str:
-    """The identity of a blend: its members' and their weights."""
+    """The identity of a blend, from the digests and weights of its members."""
     return "blend:" + "+".join(f"{weight!r}*{resident.digest}" for resident, weight in members)
 
 
 class Once:
-    """A reader of an adapter that has read it already: the first call gives that, others read."""
+    """Reads an adapter immediately; the first call returns the result, later calls read again."""
 
     def __init__(self, read: Callable[[], tuple[Arrays, str, Head]]) -> None:
         self._read = read

@@ -1,9 +1,8 @@
-"""Side inputs in the order of a batch's rows, for a graph that takes a slot for each row.
+"""Stack side inputs in the order of a batch's rows, for graphs with a slot for each row.
 
-A batch whose rows come and go reads a stack again once its last lease has ended, and what has
-changed since is written into it: of a row that joins, its own factors. As long as a lease lasts its
-stack stays as it is, and another lease of the same rows reads it too. What lies on another device
-than the host is made again for other rows, fewer ones too.
+When the rows of a batch change, a stack whose last lease has ended is reused, and only the changed
+slots are written. While a lease lasts, its stack does not change, and other leases of the same rows
+share it. On a device other than the host, a stack is made again for any other rows, also for fewer.
 """
 
 from __future__ import annotations
@@ -20,18 +19,20 @@ if TYPE_CHECKING:
 
     from loradeploy.runtime.adapters.filling import Filler
 
-# Stacks that no lease reads: those of the last batch, and of the prompts read beside it.
+# Number of unused stacks that are kept: of the last batch, and of prompts read beside it.
 _IDLE: Final = 2
-# A stack of this many times the memory that its rows need is left for a smaller one.
+# An unused stack is not reused if it has more than this many times the required memory.
 _LARGER: Final = 2
 
 
 @dataclass(eq=False)
 class RowStack:
-    """`rows`: the digest of what each slot holds. `readers`: how many leases read it.
+    """A stack with one slot for each row.
 
-    `capacity`: the rows that fit in. `nbytes`: of the tensors that are bound. `arrays`: those
-    tensors on the host; none where what is bound is a copy on the device.
+    `arrays`: the tensors on the host; empty if the bound values are copies on the device. `ranks`:
+    the rank of each target module. `rows`: the digest in each slot, None for the base. `capacity`:
+    the number of slots. `nbytes`: the size of the tensors. `readers`: the number of leases that
+    read it. `views`: what runs bind, by number of rows.
     """
 
     arrays: Mapping[str, NDArray[Any]]
@@ -44,10 +45,10 @@ class RowStack:
 
 
 class RowStacks:
-    """Makes, keeps and changes them. Its user calls it from one thread at a time.
+    """Makes, reuses and caches stacks. Not thread-safe.
 
-    `bind`: makes arrays something that runs can bind. `on_host`: that this takes them as they are,
-    so that they may be written to later. `least_rank`, `budget`: as of `Stacks`.
+    `bind`: converts arrays to values that runs can bind. `on_host`: whether these share the arrays'
+    memory, which may then be written later. `least_rank`, `budget`: see `Stacks`.
     """
 
     def __init__(
@@ -71,9 +72,9 @@ class RowStacks:
     def take(
         self, rows: Sequence[Resident | None], instead: RowStack | None = None
     ) -> tuple[RowStack, Bindable]:
-        """A stack whose first slots are `rows`, and what to bind of it; until `leave`.
+        """Return a stack whose first slots are `rows`, and what to bind; release it with `leave`.
 
-        `instead`: one that its lease reads no more, though it has not ended.
+        `instead`: the stack of a lease that has not ended, but is not read any more.
         """
         key = [None if resident is None else resident.digest for resident in rows]
         stack = next((own for own in self._stacks if self._holds(own, key)), None)
@@ -91,21 +92,21 @@ class RowStacks:
         return stack, stack.views[len(rows)]
 
     def leave(self, stack: RowStack) -> None:
-        """A lease that reads `stack` has ended."""
+        """Release `stack` for a lease that has ended."""
         stack.readers -= 1
         self._trim(0)
 
     def _holds(self, stack: RowStack, key: list[str | None]) -> bool:
-        """Whether `key` can be read of `stack` as it is.
+        """Whether the rows `key` can be read from `stack` without changes.
 
-        On the host its first rows are a view. On a device they would be one more copy.
+        On the host, its first rows are a view; on a device they would be another copy.
         """
         return (stack.rows[: len(key)] if self._on_host else stack.rows) == key
 
     def _changed(
         self, rows: Sequence[Resident | None], key: list[str | None], instead: RowStack | None
     ) -> RowStack | None:
-        """The stack that nobody reads with the least to write for `rows`, which are written."""
+        """Rewrite the unused stack with the fewest differences to `rows`; None if none fits."""
         if not self._on_host:
             return None
         ranks = self._fill.ranks(used(rows), self._least_rank)
@@ -125,7 +126,7 @@ class RowStacks:
             return sum(there != own for there, own in zip(stack.rows, key, strict=False))
 
         stack = min(fitting, key=lambda own: others(own) + max(0, len(key) - len(own.rows)))
-        self._stacks.remove(stack)  # unless all of it is written
+        self._stacks.remove(stack)  # stays removed if a write fails
         for slot, (resident, digest) in enumerate(zip(rows, key, strict=True)):
             if slot >= len(stack.rows):
                 self._fill.write(stack.arrays, slot, resident)
@@ -139,7 +140,7 @@ class RowStacks:
         ranks = self._fill.ranks(used(rows), self._least_rank)
         each = self._bytes_of_row(ranks)
         capacity = len(rows)
-        if self._on_host:  # room for rows to come, whose memory is taken when they are written
+        if self._on_host:  # for later rows; unwritten pages take no memory
             capacity = 1 << (len(rows) - 1).bit_length()
             if self._budget is not None and capacity * each > self._budget:
                 capacity = len(rows)
@@ -154,7 +155,7 @@ class RowStacks:
         return numbers * self._fill.dtype.itemsize
 
     def _trim(self, more: int) -> None:
-        """Let go of stacks that nobody reads, where there are many, or `more` bytes too few."""
+        """Drop unused stacks beyond a few, or until `more` bytes fit into the budget."""
         idle = [stack for stack in self._stacks if not stack.readers]
         kept = _IDLE - (more > 0)
         while idle and (

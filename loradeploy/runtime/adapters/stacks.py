@@ -1,9 +1,9 @@
-"""Side inputs of several adapters in one tensor each, zero-padded to a common rank.
+"""Stack side inputs of several adapters in one tensor each, zero-padded to a common rank.
 
-Where the graph has `adapter_ids`, a stack has a slot for the base and one for each adapter, and
-serves every batch of them. It grows by doubling up to what it may take, and then the slot that was
-unused the longest changes hands. On the host that writes one adapter's factors; a device's copy is
-made again. Where the graph takes a slot for each row, the slots are the rows (row_stacks.py).
+In a graph with `adapter_ids`, a stack has a slot for the base and one for each adapter, and serves
+every batch of them. It doubles in size up to a limit; then the least recently used slot is
+replaced. On the host, this writes one adapter's factors; the copy on a device is made again. In a
+graph with a slot for each row, the slots are the rows (row_stacks.py).
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
     from loradeploy.bundle.manifest import Manifest
 
-# Slots of a stack that has no budget. More than a batch has rows only saves writing them again.
+# Maximum slots without a budget. Slots beyond the rows of a batch only save rewriting.
 _SLOTS: Final = 64
-HOST: Final = "cpu"  # onnxruntime's word for the host's memory
+HOST: Final = "cpu"  # onnxruntime's name of host memory
 
 
 @dataclass(eq=False)
 class Stack:
-    """`slots`: each member's place by its digest, the base has slot 0; the last used comes last."""
+    """A stack of adapters. `slots`: slot by digest, ordered by last use; slot 0 is the base."""
 
     arrays: dict[str, NDArray[Any]]
     device: Bindable
@@ -47,17 +47,17 @@ class Stack:
 
     @property
     def capacity(self) -> int:
-        """The adapters that fit in."""
+        """The maximum number of adapters."""
         return len(next(iter(self.arrays.values()))) - 1
 
 
 class Stacks:
-    """Makes and keeps what mixed batches read. Its user calls it from one thread at a time.
+    """Makes and caches the stack that mixed batches read. Not thread-safe.
 
-    `defaults`: what the base has where adapters replace whole parameters, by side input, [1, …].
-    `device`: where the tensors live, in onnxruntime's words. `budget`: their bytes at most, where a
-    batch does not need more by itself.
-    `base`: what is bound for the base; where that is something, no side input is of rank 0.
+    `defaults`: the base's values of parameters that adapters replace, by side input, [1, …].
+    `device`: where the tensors are, in onnxruntime's terms. `budget`: their maximum size in bytes,
+    unless a single batch needs more.
+    `base`: what is bound for the base; if it is not empty, side inputs must not have rank 0.
     """
 
     def __init__(
@@ -79,20 +79,21 @@ class Stacks:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of all that is kept."""
+        """The size of the stack in bytes."""
         return 0 if self._stack is None else self._stack.nbytes
 
     def clear(self) -> None:
-        """Let go of all that is kept. Nobody may be reading it."""
+        """Drop the stack, which no run may be reading."""
         self._stack = None
 
     def of(
         self, members: Sequence[Resident], busy: Collection[str]
     ) -> tuple[Bindable, Mapping[Resident, int]]:
-        """A stack's tensors that hold `members`, and their slots.
+        """Return tensors of a stack that contains `members`, and their slots.
 
-        The slots of the adapters in `busy`, digests, are left alone: runs may be reading them. One
-        that another thread begins to use after they were noted has not asked for its slot yet.
+        The slots of the adapters in `busy`, by digest, are not overwritten, because runs may read
+        them. An adapter that another thread starts to use after `busy` was determined has no slot
+        yet.
         """
         stack = self._stack
         if not self._fits_into(stack, members, busy):
@@ -127,7 +128,7 @@ class Stacks:
         return len(new) <= free + idle
 
     def _place(self, stack: Stack, member: Resident, busy: Collection[str]) -> int:
-        """Write `member` into a free slot, or that of an adapter that was idle the longest."""
+        """Write `member` into a free slot, or that of the least recently used idle adapter."""
         taken = set(stack.slots.values())
         free = next((slot for slot in range(1, stack.capacity + 1) if slot not in taken), None)
         if free is None:
@@ -137,7 +138,7 @@ class Stacks:
         return free
 
     def _larger(self, stack: Stack | None, members: Sequence[Resident]) -> Stack:
-        """A stack with room for `members` and, while there is some, for those of the last one."""
+        """Make a stack of `members` and, if there is room, of adapters in `stack`."""
         ranks = self._fill.ranks(members, self._least_rank)
         before = 0 if stack is None else stack.capacity
         if stack is not None:
@@ -161,7 +162,7 @@ class Stacks:
         return larger
 
     def _copy(self, old: Stack | None, new: Stack, needed: Collection[str]) -> None:
-        """Take over what is `needed` and, as long as there is room, what was used last."""
+        """Copy the adapters in `needed` and, if there is room, the most recently used others."""
         if old is None:
             return
         room = new.capacity - len(needed)
@@ -169,13 +170,14 @@ class Stacks:
         kept = others[max(0, len(others) - room) :] + [d for d in old.slots if d in needed]
         for slot, digest in enumerate(kept, start=1):
             for name, values in old.arrays.items():
-                # All that grows is the rank, the last axis of A and the first but one of B.
+                # Only the rank may be larger: the last axis of A, the second of B without the
+                # slots.
                 place = tuple(slice(size) for size in values.shape[1:])
                 new.arrays[name][slot][place] = values[old.slots[digest]]
             new.slots[digest] = slot
 
     def _most(self, slot_bytes: int) -> int:
-        """The slots that a stack may have, the base's left out."""
+        """The maximum number of slots, without the base's."""
         if self._budget is None:
             return _SLOTS
         return max(1, self._budget // max(slot_bytes, 1) - 1)
@@ -185,9 +187,9 @@ class Stacks:
 
 
 def neutral(manifest: Manifest, defaults: Arrays, device: tuple[str, int]) -> Bindable:
-    """Every side input of the graph as the base has it, the factors zeros of the least rank.
+    """Every side input of the graph with the base's values; factors are zeros of minimal rank.
 
-    `defaults`: as of `Stacks`.
+    `defaults`: see `Stacks`.
     """
     changes = change_inputs(manifest)
     ranks = {name: t.rank_from(1) for t in manifest.targets for name in t.factors}
@@ -199,7 +201,7 @@ def neutral(manifest: Manifest, defaults: Arrays, device: tuple[str, int]) -> Bi
         if numbers is None:
             numbers = np.zeros(shape, spec.dtype)
             numbers[...] = changes.get(spec.name, 0)
-        # What chooses slots and branches is read on the host.
+        # Inputs that choose slots and branches are read on the host.
         where = (HOST, 0) if spec.dtype == "int64" else device
         values[spec.name] = onnxruntime.OrtValue.ortvalue_from_numpy(numbers, *where)
     return Bindable(values)
@@ -208,10 +210,10 @@ def neutral(manifest: Manifest, defaults: Arrays, device: tuple[str, int]) -> Bi
 def bindable(
     arrays: Arrays, manifest: Manifest, device: tuple[str, int], base: Bindable
 ) -> Bindable:
-    """`arrays` on the device, with what chooses the graph's branch for them, where it has any.
+    """`arrays` on the device, and the input that chooses the graph's branch, if it has one.
 
-    On the host these are views, which keep their arrays alive. What is not among `arrays` is bound
-    as in `base`.
+    On the host, these are views that keep their arrays alive. Other side inputs are bound as in
+    `base`.
     """
     values = dict(base.values)
     for name, numbers in arrays.items():

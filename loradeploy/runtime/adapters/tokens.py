@@ -1,4 +1,4 @@
-"""Which tokens the rows of a run may hold: their adapters' own, where adapters add some."""
+"""Check tokens of rows against the vocabulary of their adapters, which may add tokens."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 
 def vocabulary_of_row(own: Resident | None, manifest: Manifest) -> int | None:
-    """How many tokens a row with an adapter has; None where the graph has no added ones.
+    """The vocabulary size of a row with the adapter `own`; None if no adapter adds tokens.
 
-    The row's logits behind these are of other adapters' tokens: they are cut off before anything is
-    chosen by them. `own`: None is the base.
+    Later logits of the row belong to tokens of other adapters; they are removed before a token is
+    chosen. `own` is None for the base.
     """
     added = manifest.added_tokens
     if added is None:

@@ -1,4 +1,4 @@
-"""The adapters that those of a session are parts of, where a model is exported in parts."""
+"""The complete adapters of a model that is exported in parts, one bundle for each part."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Whole:
-    """An adapter before its part for a bundle was taken: its digest.
+    """An adapter before it was split between bundles: its digest.
 
-    `split`: whether it changes what is in another bundle, too.
+    `split`: whether it also changes the part in another bundle.
     """
 
     digest: str
@@ -22,16 +22,17 @@ class Whole:
 
 
 def whole_of(entry: AdapterEntry | None) -> Whole | None:
-    """The whole adapter of a manifest's entry, where that tells it."""
+    """The complete adapter of a manifest's entry, if the entry has its digest."""
     if entry is None or entry.whole_digest is None:
         return None
     return Whole(entry.whole_digest, entry.split)
 
 
 class Wholes:
-    """What is known of the whole adapters: those that came with a bundle, and those read since.
+    """The known complete adapters: of those in the bundle, and of those read since.
 
-    Adapters that differ in the other part alone have one digest here: their names tell which.
+    Adapters that differ only in the other part have the same digest here, so they are identified by
+    their names too.
     """
 
     def __init__(self, manifest: Manifest) -> None:
@@ -42,11 +43,11 @@ class Wholes:
                 self._known[name, entry.digest] = whole
 
     def add(self, name: str, given: Adapter, own: Adapter) -> None:
-        """Note that `own`, which `name` is to stand for, is the bundle's part of `given`."""
+        """Record that `own`, to be loaded as `name`, is the bundle's part of `given`."""
         if self._in_parts:
             whole = Whole(given.whole_digest, own.part_of is not None)
             self._known[name, own.digest] = whole
 
     def of(self, name: str, digest: str | None) -> Whole | None:
-        """What `name` stands for while its part has this digest, where that is known."""
+        """The complete adapter of `name` while its part has this digest, if known."""
         return None if digest is None else self._known.get((name, digest))

@@ -1,1 +1,1 @@
-"""Runs that a device records once and replays: everything that they read and write stays put."""
+"""Record runs on a device and replay them, with inputs and outputs at constant addresses."""

@@ -1,7 +1,7 @@
-"""Buffers of decoders' caches that keep their addresses from one generation to the next.
+"""A pool of decoder cache buffers, which keep their addresses from one generation to the next.
 
-All buffers together, in use or not, take at most twice what was ever in use at one time. Beyond
-that those go which were unused the longest, and with them the recorded runs that read them.
+All buffers, used or free, take at most twice the memory that was ever in use at one time. Beyond
+that, the buffers that were free the longest are dropped, with the recorded runs that read them.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ import onnxruntime
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# Positions of the smallest buffers; larger ones have twice as many as those before.
+# Positions of the smallest buffers; larger sizes double.
 _LEAST: Final = 256
-# All buffers, in parts of what was in use at one time.
+# Maximum memory of all buffers, as a multiple of what was in use at one time.
 _KEPT: Final = 2
 
 
 @dataclass(eq=False)
 class _Buffers:
-    """The buffers of one cache, by name; `nbytes` of all together."""
+    """The buffers of one cache, by name; `nbytes` is their total size."""
 
     rows: int
     positions: int
@@ -35,10 +35,10 @@ class _Buffers:
 
 
 class CachePool:
-    """The buffers of one session.
+    """The cache buffers of one session.
 
-    `most`: positions of the model, None where unknown. `forget`: a method that is given the
-    addresses of buffers which go; its object is not kept alive.
+    `most`: the model's number of positions, None if unknown. `forget`: a method that is called with
+    the addresses of dropped buffers; its object is not kept alive.
     """
 
     def __init__(
@@ -46,8 +46,8 @@ class CachePool:
     ) -> None:
         self._most = most
         self._forget = None if forget is None else weakref.WeakMethod(forget)
-        self._free: list[_Buffers] = []  # the one that came back last is the last
-        # What came back: the garbage collector may give back in the midst of `borrow`.
+        self._free: list[_Buffers] = []  # ordered by return
+        # Returned buffers, which the garbage collector may return during `borrow`.
         self._returned: deque[_Buffers] = deque()
         self._used = self._most_used = 0  # bytes
         self._lock = threading.Lock()
@@ -59,9 +59,9 @@ class CachePool:
             return self._used + sum(own.nbytes for own in self._free)
 
     def room(self, needed: int, wanted: int) -> int:
-        """The positions of a buffer, of few sizes, so that they come again.
+        """The positions to allocate, rounded up to few sizes so that buffers are reused.
 
-        `wanted`: how many there may be; of them `needed` at least.
+        `wanted`: the desired number; `needed`: the minimum.
         """
         room = _LEAST
         while room < wanted:
@@ -69,7 +69,7 @@ class CachePool:
         return room if self._most is None else max(needed, min(room, self._most))
 
     def borrow(self, rows: int, positions: int, nbytes: int) -> BorrowedBuffers:
-        """Buffers of this size, `nbytes` together; of a size that none is free of, new ones."""
+        """Borrow buffers of this size, in total `nbytes`; new ones if none are free."""
         with self._lock:
             while self._returned:
                 back = self._returned.popleft()
@@ -88,7 +88,7 @@ class CachePool:
         return BorrowedBuffers(self, own)
 
     def _evicted(self) -> list[_Buffers]:
-        """What is not kept: those that were unused the longest."""
+        """Remove and return buffers beyond the limit: those that were free the longest."""
         kept = sum(own.nbytes for own in self._free)
         count = 0
         while self._used + kept > _KEPT * self._most_used:
@@ -98,18 +98,18 @@ class CachePool:
         return gone
 
     def give_back(self, buffers: _Buffers) -> None:
-        """Let buffers serve another cache. Takes no lock."""
+        """Return buffers to the pool. Acquires no lock."""
         self._returned.append(buffers)
 
 
 class BorrowedBuffers:
-    """Buffers that go back once nobody has them any more. What they hold at first is of others."""
+    """Buffers that return to the pool on deletion. Their initial contents are undefined."""
 
     def __init__(self, pool: CachePool, own: _Buffers) -> None:
         self._pool, self._own = pool, own
 
     def put(self, name: str, array: NDArray[Any], device: tuple[str, int]) -> onnxruntime.OrtValue:
-        """The buffer `name`, which holds `array` from now on."""
+        """Write `array` into the buffer `name` and return it."""
         values = self._own.values
         if name in values:
             values[name].update_inplace(array)

@@ -1,15 +1,15 @@
-"""Runs whose shapes come again: recorded by the device the second time, replayed from then on.
+"""Record runs on the device when their shapes occur a second time, and replay them afterwards.
 
 ONNX Runtime records a run (a CUDA graph) under the number in its option `gpu_graph_id`, and replays
-it on the addresses that were bound then. So what such a run reads and writes is in buffers that
-stay where they are: feeds and outputs in some of its own, adapters in fixed slots (slots.py), and a
-cache where the caller has it, whose address is part of what a recording is found by. The base is
-recorded by itself, without side inputs.
+it with the addresses that were bound then. Therefore everything that such a run reads and writes is
+in buffers with constant addresses: feeds and outputs in buffers of the recording, adapters in fixed
+slots (slots.py), and the cache in the caller's buffers, whose addresses are part of a recording's
+key. The base is recorded separately, without side inputs.
 
-Of a decoder the runs of one new token are recorded: those are many and short, so that launching
-their kernels takes a large part of the time. Prompts, of any length and few of each, would use up
-the recordings. Graphs without a cache have no other runs than whole inputs: those are recorded.
-Whatever else runs has the number −1: nothing is recorded.
+For a decoder, runs of one new token are recorded: they are many and short, so that launching
+kernels takes a large part of their time. Prompts have many different lengths, which would use up
+the recordings. For graphs without a cache, all runs are recorded. All other runs have the number
+−1, which records nothing.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ logger = logger_of(__name__)
 
 GRAPH_ID: Final = "gpu_graph_id"
 _NOT_RECORDED: Final = -1
-# ONNX Runtime keeps what it has recorded for as long as the session lasts.
+# ONNX Runtime keeps recordings until the session ends.
 MOST_RECORDINGS: Final = 64
-_REMEMBERED: Final = 1024  # shapes that came once
+_REMEMBERED: Final = 1024  # shapes that occurred once
 
 Values = Mapping[str, onnxruntime.OrtValue]
 _Key = tuple[object, ...]
-_Shaped = tuple[tuple[int, ...], int]  # a shape, and ONNX's number of a dtype
+_Shaped = tuple[tuple[int, ...], int]  # a shape, and ONNX's number of the dtype
 
 
 @dataclass(frozen=True)
 class CaptureStatistics:
-    """What a session that captures runs did.
+    """Counts of the captured runs of a session.
 
-    `recorded`: the recordings that there are. `made`: those that there ever were, 64 at most.
-    `replayed`: runs that the device replayed. `refused`: runs whose shapes came again, and that
-    were run as usual, as no further recording could be made.
+    `recorded`: existing recordings. `made`: recordings ever made, at most 64. `replayed`: runs that
+    the device replayed. `refused`: runs whose shapes were repeated, but that ran normally because
+    no further recording could be made.
     """
 
     recorded: int
@@ -65,9 +65,9 @@ class CaptureStatistics:
 
 @dataclass(eq=False)
 class _Recording:
-    """A run that was recorded as `number`, and the buffers of its own.
+    """A run recorded as `number`, with its own buffers.
 
-    `addresses`: of the buffers that are not its own.
+    `addresses`: the addresses of buffers that belong to the caller. `ids`: adapter_ids.
     """
 
     number: int
@@ -79,10 +79,10 @@ class _Recording:
 
 
 class Replays:
-    """The recorded runs of one session. Safe from several threads, whose runs take turns.
+    """The recorded runs of one session. Thread-safe; runs are serialized.
 
-    `defaults`, `device`, `budget`: as of `FixedSlots`. `feeds_all`: whether the provider wants
-    every side input, none of rank 0.
+    `defaults`, `device`, `budget`: see `FixedSlots`. `feeds_all`: whether the provider requires
+    every side input to be fed, with a rank above 0.
     """
 
     def __init__(
@@ -98,25 +98,25 @@ class Replays:
         self._session, self._device = session, device
         self._slots = FixedSlots(manifest, defaults, device, budget)
         self._base = dict(neutral(manifest, defaults, device).values) if feeds_all else {}
-        if ADAPTER_IDS in self._base:  # a copy from the host is no part of a recording
+        if ADAPTER_IDS in self._base:  # copies from the host are not recorded
             self._base[ADAPTER_IDS] = self._placed(np.zeros(1, np.int64))
         self._recordings: dict[_Key, _Recording] = {}
         self._seen: OrderedDict[_Key, dict[str, _Shaped]] = OrderedDict()
-        self._numbered = 0  # recordings that were ever made
+        self._numbered = 0  # recordings ever made
         self._replayed = self._refused = 0
         self._steps_alone = any(spec.name.startswith(PAST) for spec in manifest.inputs)
         self._turn = threading.Lock()
 
     @property
     def statistics(self) -> CaptureStatistics:
-        """What was recorded and replayed so far."""
+        """The counts so far."""
         with self._turn:
             return CaptureStatistics(
                 len(self._recordings), self._numbered, self._replayed, self._refused
             )
 
     def forget(self, addresses: Collection[int]) -> None:
-        """Drop the recordings that read or write at these, whose buffers they keep alive."""
+        """Drop the recordings with buffers at these addresses, which they keep alive."""
         with self._turn:
             for key, own in list(self._recordings.items()):
                 if not own.addresses.isdisjoint(addresses):
@@ -124,7 +124,7 @@ class Replays:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of the slots."""
+        """The size of the slots in bytes."""
         with self._turn:
             return self._slots.nbytes
 
@@ -137,40 +137,41 @@ class Replays:
         on_host: bool,
         buffers: Values,
     ) -> list[onnxruntime.OrtValue]:
-        """The outputs, those in `buffers` written there, the others as values of the caller's own.
+        """Run the graph; outputs in `buffers` are written there, others are copied.
 
-        `given`: the feeds that are the caller's own values, which on the device are read where they
-        are. `on_host`: whether the other outputs go to the host's memory.
+        `given`: feeds that are OrtValues of the caller; those on the device are read in place.
+        `on_host`: whether the other outputs are copied to host memory.
 
         Raises:
-            BudgetError: the adapters' slots do not fit in the budget. ONNX Runtime's errors.
+            BudgetError: the adapters' slots do not fit into the budget. Also ONNX Runtime's errors.
         """
         with self._turn:
             slotted = self._slots.write(lease)
-            there = {n: feeds[n] for n in given if feeds[n].device_name() == self._device[0]}
+            in_place = {n: feeds[n] for n in given if feeds[n].device_name() == self._device[0]}
             ids = None if slotted is None else slotted.ids
             key: _Key = (
                 None if slotted is None else slotted.size,
                 None if ids is None else len(ids),
                 tuple(
-                    (name, _shaped(value), _address(there, name)) for name, value in feeds.items()
+                    (name, _shaped(value), _address(in_place, name))
+                    for name, value in feeds.items()
                 ),
                 tuple((name, _address(buffers, name)) for name in requested),
             )
             sides = {**self._base, **({} if slotted is None else slotted.values)}
             recording = known = self._recordings.get(key)
-            comes_again = not self._steps_alone or _is_step(feeds)
-            if recording is None and comes_again and (outputs := self._seen.get(key)) is not None:
-                recording = self._begin(key, sides, feeds, there, ids, outputs, buffers)
+            recordable = not self._steps_alone or _is_step(feeds)
+            if recording is None and recordable and (outputs := self._seen.get(key)) is not None:
+                recording = self._begin(key, sides, feeds, in_place, ids, outputs, buffers)
             if recording is None:
                 found = self._unrecorded(sides, feeds, ids, requested, buffers)
-                if comes_again:
+                if recordable:
                     self._remember(key, requested, found, buffers)
             else:
                 found = self._recorded(key, recording, feeds, ids)
                 self._replayed += known is not None
-            # What a recording writes next is not what the caller has; and ONNX Runtime may have
-            # lent memory that a recording uses to what a run made by itself.
+            # Copied, because the next replay overwrites the outputs of a recording, and the memory
+            # of other outputs may belong to ONNX Runtime's arena, which recordings use too.
             return [
                 buffers[name] if name in buffers else self._copied(found[name], on_host)
                 for name in requested
@@ -190,7 +191,7 @@ class Replays:
         try:
             self._session.run_with_iobinding(recording.binding, _options(recording.number))
         except BaseException:
-            del self._recordings[key]  # nothing may have been recorded
+            del self._recordings[key]  # it may not have been recorded
             raise
         return recording.outputs
 
@@ -199,12 +200,12 @@ class Replays:
         key: _Key,
         sides: Values,
         feeds: Values,
-        there: Values,
+        in_place: Values,
         ids: NDArray[np.int64] | None,
         outputs: Mapping[str, _Shaped],
         buffers: Values,
     ) -> _Recording | None:
-        """Buffers for a run that comes again, bound; None where there are too many of these."""
+        """Bind buffers for a run to record; None if the limit of recordings is reached."""
         if self._numbered >= MOST_RECORDINGS:
             self._refused += 1
             if self._refused == 1:
@@ -213,13 +214,13 @@ class Replays:
                     MOST_RECORDINGS,
                 )
             return None
-        own = {n: self._placed(v.numpy().copy()) for n, v in feeds.items() if n not in there}
+        own = {n: self._placed(v.numpy().copy()) for n, v in feeds.items() if n not in in_place}
         own_ids = None if ids is None else self._placed(ids)
         made = {
             name: onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, dtype, *self._device)
             for name, (shape, dtype) in outputs.items()
         }
-        bound = {**sides, **there, **own}
+        bound = {**sides, **in_place, **own}
         if own_ids is not None:
             bound[ADAPTER_IDS] = own_ids
         binding = self._bound(bound)
@@ -227,7 +228,7 @@ class Replays:
             binding.bind_ortvalue_output(name, value)
         del self._seen[key]
         self._numbered += 1
-        addresses = frozenset(value.data_ptr() for value in (*there.values(), *buffers.values()))
+        addresses = frozenset(value.data_ptr() for value in (*in_place.values(), *buffers.values()))
         recording = _Recording(self._numbered, addresses, binding, own, own_ids, made)
         self._recordings[key] = recording
         return recording
@@ -268,7 +269,8 @@ class Replays:
         return onnxruntime.OrtValue.ortvalue_from_numpy(array, *self._device)
 
     def _copied(self, value: onnxruntime.OrtValue, on_host: bool) -> onnxruntime.OrtValue:
-        # In memory of onnxruntime's own: what a value of an array gives as an array ends with it.
+        # Allocated by onnxruntime: an array obtained from a value made from an array would outlive
+        # its memory.
         place = (HOST, 0) if on_host else self._device
         copy = onnxruntime.OrtValue.ortvalue_from_shape_and_type(*_shaped(value), *place)
         copy.update_inplace(value.numpy() if place[0] == HOST else value)
@@ -276,7 +278,7 @@ class Replays:
 
 
 def _is_step(feeds: Values) -> bool:
-    """Whether the feeds of a decoder are of one new token a row."""
+    """Whether the feeds have one new token in each row."""
     return INPUT_IDS in feeds and feeds[INPUT_IDS].shape()[1:] == [1]
 
 
@@ -285,7 +287,7 @@ def _shaped(value: onnxruntime.OrtValue) -> _Shaped:
 
 
 def _address(values: Values, name: str) -> int | None:
-    """Where the value of this name is, if it is among `values`."""
+    """The address of the value `name`, or None if it is not in `values`."""
     return values[name].data_ptr() if name in values else None
 
 

@@ -1,8 +1,8 @@
-"""Adapters in fixed slots of the device: buffers that keep their address, written at a swap.
+"""Copy adapters into fixed slots on the device, whose buffers keep their addresses.
 
-A graph that a device has recorded reads the addresses that were bound when it was recorded. So
-there is one set of buffers for a number of slots and a rank, which are rounded up so that few sets
-serve all batches, and the adapters of a run are copied into it.
+A recorded graph reads the addresses that were bound when it was recorded. There is one set of
+buffers for each number of slots and rank, which are rounded up so that few sets serve all batches.
+The adapters of a run are copied into a set.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from loradeploy.bundle.manifest import Manifest
 
-# The least rank of a set: kernels take multiples of 8.
+# The minimum rank of a set: kernels process multiples of 8.
 _LEAST_RANK: Final = 8
 _UNKNOWN: Final = "written in part"
 _MIB: Final = 1 << 20
@@ -36,10 +36,10 @@ Sized = tuple[int, int]  # slots and rank of a set
 
 @dataclass(eq=False)
 class SlotSet:
-    """The side inputs [slots, …, rank, …] on the device, and what their slots hold.
+    """The side inputs [slots, …] on the device, and the adapters in their slots.
 
-    `arrays`: the same on the host, which is what is copied. `members`: the digest of each slot's
-    adapter, None for the base.
+    `arrays`: copies on the host, from which the device's are updated. `members`: the digest of the
+    adapter in each slot, None for the base.
     """
 
     arrays: dict[str, NDArray[Any]]
@@ -48,16 +48,16 @@ class SlotSet:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of the buffers."""
+        """The size of the buffers in bytes."""
         return sum(values.nbytes for values in self.arrays.values())
 
 
 @dataclass(frozen=True, eq=False)
 class Slotted:
-    """The adapters of a run where it reads them.
+    """The buffers in which a run reads its adapters.
 
-    `size`: of the set, by which recordings differ. `values`: its buffers. `ids`: the slot of each
-    row, int64 [rows]; None where all rows use slot 0, or each its own.
+    `size`: the size of the set, part of a recording's key. `values`: its buffers. `ids`: the slot
+    of each row, int64 [rows]; None if all rows use slot 0, or each its own.
     """
 
     size: Sized
@@ -66,10 +66,10 @@ class Slotted:
 
 
 class FixedSlots:
-    """The sets of slots of one session. Its user calls it from one thread at a time.
+    """The slot sets of one session. Not thread-safe.
 
-    `defaults`: what the base has where adapters replace whole parameters, by side input, [1, …].
-    `device`: where the buffers live, in onnxruntime's words. `budget`: their bytes at most.
+    `defaults`: the base's values of parameters that adapters replace, by side input, [1, …].
+    `device`: where the buffers are, in onnxruntime's terms. `budget`: their maximum size in bytes.
     """
 
     def __init__(
@@ -82,16 +82,16 @@ class FixedSlots:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of all buffers."""
+        """The size of all buffers in bytes."""
         return sum(own.nbytes for own in self._sets.values())
 
     def write(self, lease: Lease) -> Slotted | None:
-        """Have the slots of a set hold the adapters of `lease`; None where it is the base's.
+        """Write the adapters of `lease` into the slots of a set; return None for the base.
 
-        What a slot holds already is not written again.
+        Slots that contain the right adapter already are not written.
 
         Raises:
-            BudgetError: the buffers do not fit in the budget.
+            BudgetError: the buffers do not fit into the budget.
         """
         members = used(lease.rows)
         if not members:
@@ -121,9 +121,9 @@ class FixedSlots:
         if not stale:
             return
         for slot in stale:
-            own.members[slot] = _UNKNOWN  # until all of it is there
+            own.members[slot] = _UNKNOWN  # until it is written completely
             self._filler.write(own.arrays, slot, wanted[slot])
-        if self._device[0] != HOST:  # there the buffers are the arrays
+        if self._device[0] != HOST:  # on the host, the buffers are the arrays
             for name, values in own.arrays.items():
                 own.values[name].update_inplace(values)
         for slot in stale:
@@ -154,9 +154,9 @@ class FixedSlots:
 
 
 def _assigned(held: Sequence[str | None], members: Sequence[Resident]) -> dict[str, int]:
-    """A slot for each of `members`, by digest: the one that it has, else one that none of them has.
+    """Assign a slot to each of `members`, by digest: its current one, or one not in use by them.
 
-    Slot 0 is the base's.
+    Slot 0 is the base.
     """
     digests = {member.digest for member in members}
     slots = {digest: slot for slot, digest in enumerate(held) if slot and digest in digests}
@@ -168,5 +168,5 @@ def _assigned(held: Sequence[str | None], members: Sequence[Resident]) -> dict[s
 
 
 def _power_of_two(number: int) -> int:
-    """The least power of two that is not below `number`."""
+    """The smallest power of two that is at least `number`."""
     return 1 << max(0, number - 1).bit_length()

@@ -1,1 +1,1 @@
-"""A bundle's files, read as one bundle and opened as a graph that is as its manifest says."""
+"""Read a bundle's files in one consistent state, and open its graph, checked by its manifest."""

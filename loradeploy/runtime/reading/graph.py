@@ -1,4 +1,4 @@
-"""Opening a bundle's graph, and holding it to its manifest."""
+"""Open a bundle's graph, and check it against the manifest."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ if TYPE_CHECKING:
 
 logger = logger_of(__name__)
 
-# Which provider runs which node is kept for `placement_of`.
+# ONNX Runtime's option to record which provider runs which node, for `placement_of`.
 _RECORD: Final = "session.record_ep_graph_assignment_info"
 _LISTED: Final = 3
-# ONNX Runtime's words where a session cannot record.
+# Part of ONNX Runtime's message when a graph cannot be captured.
 _NOT_CAPTURED: Final = "graph capture feature"
 
 
@@ -59,22 +59,23 @@ def open_graph(
     name: str = GRAPH_NAME,
     capture: bool = False,
 ) -> onnxruntime.InferenceSession:
-    """An inference session on the bundle's graph; on the CPU where `providers` is None.
+    """Open an inference session on the bundle's graph; on the CPU if `providers` is None.
 
-    A provider that is installed and does not start (no device, no driver) is passed over with a
-    logged warning where the CPU's stands in `providers` too, and is an error otherwise. `options`
-    may choose the providers instead (`add_provider_for_devices`); they may name another directory
-    for the graph's weights, as `WEIGHTS_AT`, or have the data file mapped, as `MAPPED`; else what
-    happens to the files afterwards changes nothing (weights.py).
-    Where a provider does not take inputs with defaults, the graph is opened without these, and
-    every side input has to be fed.
-    `manifest`: what the graph and its weights must be of. `name`: the graph's file.
-    `capture`: whether the first provider is to record runs.
+    A provider that is installed but does not start (no device, no driver) is skipped with a logged
+    warning if `providers` contains the CPU's too, and is an error otherwise. `options` may choose
+    the providers instead (`add_provider_for_devices`). They may name another directory of the
+    graph's weights (`WEIGHTS_AT`), or have the data file mapped (`MAPPED`); otherwise later changes
+    of the files have no effect (weights.py).
+    For a provider that does not support inputs with defaults, the graph is opened without the
+    defaults, and every side input must be fed.
+    `manifest`: what the graph and its weights are checked against. `name`: the graph's file.
+    `capture`: whether the first provider records runs.
 
     Raises:
-        UsageError: a provider that is not installed or does not start, or providers both here and
-            in the options; a provider or a graph of which no runs are captured.
-        BundleError: there is no graph, onnxruntime cannot read it, or it is not the manifest's.
+        UsageError: a provider that is not installed or does not start, providers in both arguments,
+            or a provider or graph whose runs cannot be captured.
+        BundleError: there is no graph, onnxruntime cannot read it, or it does not match the
+            manifest.
     """
     graph = bundle / name
     if not graph.is_file():
@@ -125,7 +126,7 @@ def open_graph(
 def _recording(
     bundle: Path, asked: Sequence[Resolved] | None, manifest: Manifest | None
 ) -> list[Resolved]:
-    """The providers `asked`, of which the first records runs of the bundle's graph."""
+    """The providers `asked`, with the first one set to record runs of the bundle's graph."""
     if asked is None:
         raise UsageError(
             "`capture_graphs` sets options of a provider: name it in providers, not in"
@@ -150,7 +151,7 @@ def open_encoder(
     options: onnxruntime.SessionOptions | None,
     manifest: Manifest,
 ) -> list[onnxruntime.InferenceSession]:
-    """As `open_graph`, of an encoder-decoder's encoder, checked; empty where there is none."""
+    """Open and check the encoder of an encoder-decoder; empty if there is none."""
     if manifest.encoder is None:
         return []
     session = open_graph(bundle, providers, options, manifest, ENCODER_NAME)
@@ -163,19 +164,19 @@ def open_file(
     providers: Sequence[Provider] | None,
     options: onnxruntime.SessionOptions | None,
 ) -> onnxruntime.InferenceSession:
-    """As `open_graph`, of any ONNX file, whose weights onnxruntime may map."""
+    """Open any ONNX file, whose weights onnxruntime may map; see `open_graph`."""
     asked = resolve(providers)
     return _open(graph, os.fspath(graph), asked, options or onnxruntime.SessionOptions())
 
 
 def _has_providers(options: onnxruntime.SessionOptions) -> bool:
     """Whether the options choose execution providers themselves."""
-    has = getattr(options, "has_providers", None)  # before 1.24 onnxruntime does not tell
+    has = getattr(options, "has_providers", None)  # onnxruntime 1.24 or later
     return has is not None and bool(has())
 
 
 def _all_fed(bundle: Path, manifest: Manifest | None, names: Sequence[str]) -> tuple[str, ...]:
-    """The optional inputs, where a provider of `names` wants them without defaults."""
+    """The optional inputs if a provider in `names` does not support defaults, otherwise none."""
     if all(known(name).takes_defaults for name in names):
         return ()
     return tuple(spec.name for spec in _optional(manifest or read_manifest(bundle)))
@@ -192,7 +193,7 @@ def _open(
     asked: Sequence[Resolved] | None,
     options: onnxruntime.SessionOptions,
 ) -> onnxruntime.InferenceSession:
-    """A session of the providers `asked`, which have started; None: those in the options."""
+    """Open a session on the providers `asked`; None means those in the options."""
     check_file(graph, error=BundleError, limit=MAX_GRAPH_BYTES)
     if options.log_severity_level == UNSET:
         options.log_severity_level = severity()
@@ -210,16 +211,16 @@ def _open(
             session = onnxruntime.InferenceSession(
                 source, options, providers=by_name, enable_fallback=0
             )
-    except Exception as problem:  # onnxruntime's own exceptions share no base but this
+    except Exception as problem:  # onnxruntime's exceptions have no other common base
         raise BundleError(f"onnxruntime cannot open {graph}: {first_line(problem)}") from None
     _check_started(session, [name for name, _ in by_name or ()], fallback=CPU in names)
     return session
 
 
 def _kept_off(provider: Resolved, content: bytes | None, graph: Path) -> Resolved:
-    """The provider with the option by which operators that it gets wrong stay on the CPU.
+    """The provider with an option that keeps the operators it computes incorrectly on the CPU.
 
-    `content`: of `graph`, where it has been read.
+    `content`: that of `graph`, if it was read already.
     """
     name, options = provider
     row = known(name)
@@ -235,7 +236,7 @@ def _kept_off(provider: Resolved, content: bytes | None, graph: Path) -> Resolve
 def _check_started(
     session: onnxruntime.InferenceSession, names: Sequence[str], *, fallback: bool
 ) -> None:
-    """Raise UsageError, or warn where there is a `fallback`, if one of `names` did not start."""
+    """Raise UsageError, or warn if there is a `fallback`, if one of `names` did not start."""
     started = session.get_providers()
     if missing := [name for name in names if name not in started]:
         message = f"{missing[0]} is installed but does not start here: no device, driver or library"
@@ -245,9 +246,9 @@ def _check_started(
 
 
 def placement_of(session: onnxruntime.InferenceSession) -> dict[str, dict[str, int]]:
-    """How many nodes of each operator every provider runs, after the graph's optimization.
+    """The number of nodes of each operator that each provider runs, after graph optimization.
 
-    Empty where onnxruntime does not tell (before 1.24).
+    Empty for onnxruntime before 1.24, which does not report it.
     """
     assignment = getattr(session, "get_provider_graph_assignment_info", None)
     if assignment is None:
@@ -266,10 +267,11 @@ def check_graph(
     *,
     encoder: bool = False,
 ) -> None:
-    """Raise BundleError unless the graph takes and gives what the manifest says, and runs right.
+    """Raise BundleError unless the graph's inputs and outputs match the manifest.
 
-    It may have been opened without the defaults of its side inputs. `encoder`: whether it is that
-    of encoder.onnx. Then each of the two has its part of inputs and outputs, and all side inputs.
+    Also raised for a form of graph that onnxruntime computes incorrectly. The graph may have been
+    opened without the defaults of its side inputs. `encoder`: whether it is encoder.onnx of an
+    encoder-decoder; each of its two graphs has some of the inputs and outputs, and all side inputs.
     """
     if manifest.branches and is_packed(manifest.precision) and manifest.factor_dtype == "float16":
         raise BundleError(
@@ -303,7 +305,7 @@ def check_graph(
 
 
 def lacks_defaults(manifest: Manifest, session: onnxruntime.InferenceSession) -> bool:
-    """Whether the graph was opened without the defaults of its inputs: all must be fed."""
+    """Whether the graph was opened without defaults, so that all inputs must be fed."""
     return bool(_optional(manifest)) and not session.get_overridable_initializers()
 
 
@@ -329,7 +331,7 @@ def _unknown(kind: str, specs: Sequence[TensorSpec], nodes: Mapping[str, Any]) -
 
 
 def _fits(actual: Sequence[int | str | None], declared: Sequence[int | str]) -> bool:
-    """Whether two shapes have one length and agree wherever both are numbers."""
+    """Whether two shapes have equal lengths, and equal sizes where both are numbers."""
     return len(actual) == len(declared) and all(
         a == t
         for a, t in zip(actual, declared, strict=True)

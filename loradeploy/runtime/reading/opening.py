@@ -1,8 +1,8 @@
-"""Opening a bundle as one: what is read first and what is read last are of the same files.
+"""Open a bundle in one consistent state, even if its files are being replaced.
 
-A directory may be replaced, or a file in it written to, while it is read. So its state is noted
-before the first file is read and compared after the last; where it moved, all is read again. A path
-that is a link is followed once. What a session reads later is compared with that state too.
+The state of the directory is recorded before the first file is read and compared after the last; if
+it changed, everything is read again. A link to the directory is resolved once. Files that the
+session reads later are compared with the recorded state too.
 """
 
 from __future__ import annotations
@@ -35,17 +35,18 @@ if TYPE_CHECKING:
     import onnxruntime
 
 _ATTEMPTS: Final = 3
-# What is read when a session opens, and never again.
+# Files that are read when a session opens, and never again.
 _AT_ONCE: Final = (GRAPH_NAME, ENCODER_NAME, MANIFEST_NAME, CERTIFICATE_NAME, SIGNATURE_NAME)
 _ADAPTERS: Final = f"{ADAPTERS_DIRECTORY}/"
 
 
 @dataclass(frozen=True)
 class OpenedBundle:
-    """A bundle, opened.
+    """An opened bundle.
 
-    `place`: its directory, no link. `certified`: digests of the adapters that may run; None where
-    any may. `running`: what runs the graph.
+    `place`: its directory, with links resolved. `certified`: the digests of the adapters that may
+    run; None allows any. `running`: the provider that runs the graph. `snapshot`: the state of its
+    files.
     """
 
     place: Path
@@ -56,9 +57,10 @@ class OpenedBundle:
     snapshot: Snapshot
 
     def check(self, folder: str | None = None) -> None:
-        """Raise BundleError where what is read later is not what was there at the opening.
+        """Raise BundleError if files that are read later changed since the bundle was opened.
 
-        `folder`: that part of it, such as adapters/NAME; else all but the adapters.
+        `folder`: the part of the bundle to check, such as adapters/NAME; by default all but the
+        adapters.
         """
 
         def wanted(name: str) -> bool:
@@ -70,7 +72,7 @@ class OpenedBundle:
         self._check(wanted)
 
     def check_data(self) -> None:
-        """As `check`, of the data file, which the base's weights are read from."""
+        """Like `check`, for the data file, from which weights of the base are read."""
         self._check(lambda name: name == GRAPH_DATA_NAME)
 
     def _check(self, wanted: Callable[[str], bool]) -> None:
@@ -89,7 +91,7 @@ def open_bundle(
     *,
     captured: bool = False,
 ) -> OpenedBundle:
-    """Open the bundle at `bundle` as one, its graph by `open_graph`.
+    """Open the bundle at `bundle` in one consistent state; `open_graph` opens its graph.
 
     `captured`: whether runs of the graph are captured.
 

@@ -1,14 +1,14 @@
-"""The bytes of a bundle's graph and weights, which no writer can change under a session.
+"""Read a bundle's graph and weights so that later writes to the files cannot affect a session.
 
-onnxruntime maps a graph's data file. A file that is written in place (cp, rsync --inplace) changes
-what a mapped session computes, and one that is shortened ends the process (SIGBUS). So the files
-are read into memory, checked, and given to onnxruntime from there; it copies what it needs. That
-takes memory for the file once more while the bundle is opened, and no sharing of its pages between
-processes. `MAPPED` is for those who have neither, and write no file in place.
+By default onnxruntime maps a graph's data file. If the file is then written in place (cp, rsync
+--inplace), the session's results change; if it is shortened, the process ends with SIGBUS.
+Therefore the files are read into memory, checked, and passed to onnxruntime, which copies what it
+needs. This takes the size of the file in additional memory while the bundle is opened, and
+processes do not share its pages. `MAPPED` avoids both costs, if no file is written in place.
 
-Options that a user gives are not changed: with them onnxruntime maps a private copy of the files in
-the system's directory for temporary files, and so it does before onnxruntime 1.24, which takes no
-files from memory. The copy has no name any more once the session is open.
+Options of the user are not modified: with them, onnxruntime maps a private copy of the files in the
+system's directory for temporary files. The same is done before onnxruntime 1.24, which cannot read
+weights from memory. The copy is unlinked once the session is open.
 """
 
 from __future__ import annotations
@@ -38,20 +38,21 @@ from loradeploy.runtime.reading.wire import without_defaults
 if TYPE_CHECKING:
     from loradeploy.bundle.manifest import Manifest
 
-# A session's option: "1" lets onnxruntime map the data file where it is.
+# Session option: "1" lets onnxruntime map the data file in the bundle.
 MAPPED: Final = "loradeploy.map_weights"
-# Where a graph's weights are, if not beside it; onnxruntime heeds it for graphs in memory alone.
+# Session option: the directory of the weights; onnxruntime ignores it unless the graph is in
+# memory.
 WEIGHTS_AT: Final = "session.model_external_initializers_file_folder_path"
 _FROM_MEMORY: Final = "add_external_initializers_from_files_in_memory"
 _BLOCK: Final = 1 << 26
-_LARGEST_HEAP_BLOCK: Final = (32 << 20) - (8 << 10)  # glibc's, less what it adds
-# A graph may name no data file but the bundle's: where there is none, it has no bytes.
+_LARGEST_HEAP_BLOCK: Final = (32 << 20) - (8 << 10)  # glibc's limit, without its overhead
+# Content if there is no data file: an empty file cannot be passed.
 _NOTHING: Final = b"\0"
 
 
 @dataclass(frozen=True)
 class Source:
-    """What onnxruntime is to open: a path, or a graph in memory, and with which options."""
+    """What onnxruntime opens, a path or a graph in memory, and the options."""
 
     graph: str | bytes
     options: onnxruntime.SessionOptions
@@ -65,28 +66,28 @@ def graph_source(
     without: Collection[str] = (),
     name: str = GRAPH_NAME,
 ) -> Iterator[Source]:
-    """The graph of `bundle` and its weights, to be opened within the context.
+    """Yield the graph of `bundle` and its weights, to be opened within the context.
 
-    `manifest`: what the files must be of. `without`: inputs whose defaults are left out. `name`:
-    the graph's file.
+    `manifest`: what the files are checked against. `without`: inputs whose defaults are removed.
+    `name`: the graph's file.
 
     Raises:
-        BundleError: they cannot be read, or are not those that the manifest declares.
-        OutputError: there is no room for a private copy.
+        BundleError: they cannot be read, or do not match the manifest.
+        OutputError: there is no space for a private copy.
     """
     given = options
     if options is None:
         options = onnxruntime.SessionOptions()
-    if entry(options, WEIGHTS_AT):  # the graph is another's, in a part of its file
+    if entry(options, WEIGHTS_AT):  # the weights are in another directory
         yield Source(_graph(bundle, manifest, without, name), options)
-    # Nobody writes to a mapped file on Windows.
+    # On Windows a mapped file cannot be written.
     elif (entry(options, MAPPED) == "1" or sys.platform == "win32") and not without:
         _check_file(bundle, manifest, name)
         yield Source(os.fspath(bundle / name), options)
     elif given is None and hasattr(options, _FROM_MEMORY):
         with _in_memory(bundle / GRAPH_DATA_NAME) as content:
             with memoryview(content) as view:
-                # The data file of a small graph is there, and empty.
+                # A small graph may have an empty data file.
                 found = fingerprint(view) if content is not _NOTHING else _of_empty_file(bundle)
             _check(bundle, manifest, found)
             getattr(options, _FROM_MEMORY)([GRAPH_DATA_NAME], [content], [len(content)])
@@ -105,19 +106,20 @@ def graph_source(
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep what onnxruntime frees while it opens a graph, for the next weight.
+    """Make the C library keep memory that onnxruntime frees while it opens a graph, for reuse.
 
-    glibc returns a freed block to the system at once, until a program has freed a larger one; then
-    every weight is laid out in pages that are new, and cleared. So the largest is freed first.
+    glibc returns a freed block to the system immediately, until a program has freed a larger one.
+    Every weight would then be copied into new pages, which the system has to clear. Therefore the
+    largest possible block is freed first.
     """
     if sys.platform == "linux":
         np.empty(_LARGEST_HEAP_BLOCK, np.uint8)
 
 
 def return_freed_memory() -> None:
-    """Return to the system what onnxruntime freed while it laid weights out for its kernels.
+    """Return memory to the system that onnxruntime freed while it packed weights for its kernels.
 
-    glibc keeps it otherwise: a fifth of the memory of a session on SmolLM2-135M in fp32.
+    glibc would keep it: a fifth of the memory of a session on SmolLM2-135M in fp32.
     """
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # not in every C library
@@ -126,10 +128,10 @@ def return_freed_memory() -> None:
 
 
 def entry(options: onnxruntime.SessionOptions, name: str) -> str:
-    """The entry `name` of a session's options; "" where there is none."""
+    """The entry `name` of a session's options; "" if there is none."""
     try:
         return str(options.get_session_config_entry(name))
-    except RuntimeError:  # its way to say that there is no such entry
+    except RuntimeError:  # raised if there is no such entry
         return ""
 
 
@@ -139,7 +141,7 @@ def _graph(
     without: Collection[str] = (),
     name: str = GRAPH_NAME,
 ) -> bytes:
-    """The bytes of the graph that the manifest declares, less the defaults of `without`."""
+    """The bytes of the graph, checked by the manifest, without the defaults of `without`."""
     content = read_bytes(bundle / name, error=BundleError, limit=MAX_GRAPH_BYTES)
     declares = manifest if name == GRAPH_NAME or manifest is None else manifest.encoder
     expected = None if declares is None else declares.graph_digest
@@ -153,7 +155,7 @@ def _graph(
 
 @contextmanager
 def _in_memory(file: Path) -> Iterator[mmap.mmap | bytes]:
-    """The bytes of `file`, in memory that goes back to the system with the context's end."""
+    """Yield the bytes of `file`, in memory that is returned to the system afterwards."""
     try:
         size = file.stat().st_size if file.is_file() else 0
         if not size:
@@ -169,12 +171,12 @@ def _in_memory(file: Path) -> Iterator[mmap.mmap | bytes]:
         _read(file, content, size)
         yield content
     finally:
-        with contextlib.suppress(BufferError):  # an error's traceback still looks at it
+        with contextlib.suppress(BufferError):  # the traceback of an error still refers to it
             content.close()
 
 
 def _of_empty_file(bundle: Path) -> str | None:
-    """The fingerprint of a data file without data; None where there is none."""
+    """The fingerprint of an empty data file; None if there is no file."""
     file = bundle / GRAPH_DATA_NAME
     return file_fingerprint(file) if file.is_file() else None
 
@@ -196,7 +198,7 @@ def _read(file: Path, content: mmap.mmap, size: int) -> None:
 def _check_file(
     directory: Path, manifest: Manifest | None, name: str, named: Path | None = None
 ) -> None:
-    """As `_check`, of files that onnxruntime opens itself."""
+    """Like `_check`, for files that onnxruntime opens itself."""
     file = directory / GRAPH_DATA_NAME
     found = file_fingerprint(file) if manifest is not None and file.is_file() else None
     _check(named or directory, manifest, found)
@@ -204,7 +206,7 @@ def _check_file(
 
 
 def _check(bundle: Path, manifest: Manifest | None, found: str | None) -> None:
-    """Raise BundleError unless the data file's fingerprint is the one that the manifest has."""
+    """Raise BundleError unless the data file's fingerprint matches the manifest."""
     if manifest is None or manifest.data_fingerprint in (None, found):
         return
     if found is None:

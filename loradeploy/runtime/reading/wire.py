@@ -1,8 +1,7 @@
-"""ONNX's file format, as far as some providers need another form of a graph or names in it.
+"""Edit and read serialized ONNX models without an ONNX library, for providers that need it.
 
-A default is an initializer that has the name of a graph input: without those entries every input
-has to be fed. All else stays byte for byte: no library of ONNX is needed, and the graph is the one
-whose digest was compared.
+A default is an initializer with the name of a graph input; without it, the input must be fed. All
+other bytes are unchanged, so that the graph is the one whose digest was compared.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ _LONGEST_VARINT: Final = 10
 
 
 def without_defaults(model: bytes, names: Collection[str]) -> bytes:
-    """The ONNX `model` with every initializer of the main graph left out that is in `names`.
+    """The ONNX `model` without the initializers of the main graph that are in `names`.
 
     Raises:
-        BundleError: it is no ONNX model.
+        BundleError: it is not an ONNX model.
     """
     left_out = set(names)
     view = memoryview(model)
@@ -49,10 +48,10 @@ def without_defaults(model: bytes, names: Collection[str]) -> bytes:
 
 
 def node_names(model: bytes, operators: Collection[str]) -> list[str]:
-    """The names of the nodes of `operators` in the ONNX `model`, those in branches included.
+    """The names of the nodes of `operators` in the ONNX `model`, including those in branches.
 
     Raises:
-        BundleError: it is no ONNX model, or one of the nodes has no name.
+        BundleError: it is not an ONNX model, or one of the nodes has no name.
     """
     found: list[str] = []
     for number, _, content in _fields(memoryview(model)):
@@ -81,13 +80,13 @@ def _add_names(graph: memoryview, operators: Collection[str], found: list[str]) 
 
 
 def _text(message: memoryview, field: int) -> str:
-    """The last value of a field of text, which is the one that counts; "" without one."""
+    """The last value of a string field, which is the one that counts; "" if there is none."""
     values = [v for number, _, v in _fields(message) if number == field and v is not None]
     return bytes(values[-1]).decode(errors="replace") if values else ""
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, memoryview, memoryview | None]]:
-    """The fields of a message: number, all bytes, and the content where it is bytes."""
+    """Yield the number, the bytes, and the content (if length-delimited) of a message's fields."""
     at = 0
     while at < len(message):
         begin = at

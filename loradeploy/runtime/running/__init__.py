@@ -1,1 +1,1 @@
-"""A run of a bundle's graphs: what it is fed, what feeds must be, and what is bound for it."""
+"""Run a bundle's graphs: check and convert the feeds, and bind them."""

@@ -1,7 +1,7 @@
-"""Values that a graph reads and writes at every run, bound once.
+"""Bind values once that a graph reads and writes at every run.
 
-A cache that is written in place is the same values from step to step. Binding all of them takes
-longer than everything else around a step of a small model.
+A cache that is updated in place consists of the same values at each step. Binding all of them takes
+longer than the rest of the overhead of a small model's step.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _Values = Mapping[str, onnxruntime.OrtValue]
 
 @dataclass(frozen=True, eq=False)
 class _Kept:
-    """An IOBinding, and what it was made for."""
+    """An IOBinding, and what it was made for: side inputs, session and outputs."""
 
     binding: onnxruntime.IOBinding
     device: weakref.ref[Bindable]
@@ -30,13 +30,12 @@ class _Kept:
 
 
 class FixedBuffers(dict[str, onnxruntime.OrtValue]):
-    """The outputs of a run that are written to the same values each time, with their inputs.
+    """Outputs that are written to the same OrtValues at every run, with inputs that do not change.
 
-    `inputs`: values that are fed as they are here, each time. It is for one run at a time, of a
-    graph on the host.
+    `inputs`: values that are fed at every run. Only for one run at a time, of a graph on the host.
 
-    The IOBinding of the last run is kept, and with it the side inputs that it read, as long as the
-    adapter bank keeps these.
+    The IOBinding of the last run is kept, with the side inputs bound in it, until the adapter bank
+    releases these.
     """
 
     def __init__(self, inputs: _Values, outputs: _Values) -> None:
@@ -45,7 +44,7 @@ class FixedBuffers(dict[str, onnxruntime.OrtValue]):
         self._kept: _Kept | None = None
 
     def are_in(self, feeds: Mapping[str, object]) -> bool:
-        """Whether the inputs are fed as they are here."""
+        """Whether `feeds` contains the same values as `inputs`."""
         return all(feeds.get(name) is value for name, value in self.inputs.items())
 
     def take(
@@ -55,22 +54,22 @@ class FixedBuffers(dict[str, onnxruntime.OrtValue]):
         requested: Sequence[str],
         nothing: onnxruntime.OrtValue,
     ) -> onnxruntime.IOBinding:
-        """An IOBinding in which the side inputs of `device` and all of this are bound.
+        """Return an IOBinding in which the side inputs of `device` and these values are bound.
 
-        The other outputs that are `requested` are bound by each run, in the places that they have
-        here. `nothing`: what is bound in place of values that are not to be kept.
+        Other `requested` outputs are only given their positions; each run binds them. `nothing`: a
+        placeholder to bind instead of values that must not be kept alive.
         """
         kept, self._kept = self._kept, None
         wanted = tuple(requested)
         if kept is not None:
-            there = kept.device()
-            if there is device and kept.session is session and kept.requested == wanted:
+            previous = kept.device()
+            if previous is device and kept.session is session and kept.requested == wanted:
                 return kept.binding
-            if there is not None:  # the side inputs in it may be wanted again
+            if previous is not None:  # its side inputs may be used again
                 kept.binding.clear_binding_outputs()
                 for name in self.inputs:
                     kept.binding.bind_ortvalue_input(name, nothing)
-                there.put_back(kept.binding, kept.session)
+                previous.put_back(kept.binding, kept.session)
         binding = device.take(session)
         for name, value in self.inputs.items():
             binding.bind_ortvalue_input(name, value)

@@ -1,4 +1,4 @@
-"""What a run is fed: arrays in the types and shapes that the graph takes, as OrtValues."""
+"""Convert the feeds of a run to OrtValues of the graph's dtypes, and check them."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def feed_values(
     limits: Limits,
     optional: Mapping[str, TensorSpec] | None = None,
 ) -> dict[str, onnxruntime.OrtValue]:
-    """The feeds as OrtValues, checked against `inputs` and `limits`; on the host, views of them.
+    """Check the feeds against `inputs` and `limits`, and return OrtValues; on the host, views.
 
     `optional`: inputs that may be fed too.
 
     Raises:
-        UsageError: a feed is missing, unknown, of a type or shape that the graph does not take, or
-            of numbers that it would answer wrongly.
+        UsageError: a feed is missing, unknown, of a wrong dtype or shape, or has values for which
+            the graph would silently give wrong outputs.
     """
     if not isinstance(feeds, Mapping):
         raise UsageError(f"the feeds are {shown(feeds)}: give a mapping of names to arrays")
@@ -48,7 +48,7 @@ def feed_values(
     numbers: dict[str, NDArray[Any]] = {}
     for name, feed in feeds.items():
         if isinstance(feed, onnxruntime.OrtValue):
-            values[name] = feed  # onnxruntime checks their types and shapes itself
+            values[name] = feed  # onnxruntime checks its dtype and shape
             looked_at = name in LOOKED_AT
             if looked_at or name in SIZED or name == limits.first_past:
                 shapes[name] = tuple(feed.shape())
@@ -75,21 +75,21 @@ def _array(name: str, feed: object) -> NDArray[Any]:
 
 
 def _in_type(spec: TensorSpec, array: NDArray[Any]) -> NDArray[Any]:
-    """Whole numbers and truth values in the type that the graph takes, where they all fit in it.
+    """Cast integers and bools to the graph's dtype if all values fit.
 
-    Floats stay as they are: another width would round them.
+    Floats are unchanged: a cast could round them.
     """
     if array.dtype.name == spec.dtype or array.dtype.kind not in "biu":
         return array
     if not spec.dtype.startswith(("int", "uint", "bool", "float")):
         return array
-    with np.errstate(over="ignore"):  # what does not fit is seen below
+    with np.errstate(over="ignore"):  # checked below
         cast = array.astype(spec.dtype)
     return cast if np.array_equal(cast, array) else array
 
 
 def _dtype_of(value: onnxruntime.OrtValue, spec: TensorSpec) -> str:
-    """numpy's name of its dtype where that is the input's, else onnxruntime's."""
+    """numpy's name of its dtype if it matches the input, otherwise onnxruntime's name."""
     own = str(value.data_type())
     return spec.dtype if NUMPY_NAMES.get(own) == spec.dtype else own
 

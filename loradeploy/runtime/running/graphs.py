@@ -1,11 +1,11 @@
-"""A bundle's graphs in onnxruntime, each run with what a lease holds of the adapters.
+"""The onnxruntime graphs of a bundle, run with the adapters of a lease.
 
-Most bundles have one. Those of encoder-decoders have two, and a run goes to where its feeds are:
+Most bundles have one graph. An encoder-decoder has two, and the feeds decide which of them run:
 
-    what the encoder takes          its outputs, the source's keys and values
-    what the decoder takes          its outputs: one step, on both caches
-    both, those keys and values     the encoder, then the decoder on what it gave: the whole model,
-    or an empty cache left out      as PyTorch runs it
+    inputs of the encoder           the encoder: its outputs, the cross-attention cache
+    inputs of the decoder           the decoder: one step, with both caches
+    both, without cross-attention   the encoder, then the decoder on its outputs: the whole model,
+    cache (or any cache)            as PyTorch runs it
 """
 
 from __future__ import annotations
@@ -43,9 +43,10 @@ Values = Mapping[str, onnxruntime.OrtValue]
 
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """One graph: what it takes, besides side inputs, and gives; `replays` where it is captured.
+    """One graph: its inputs, without side inputs, and its outputs.
 
-    `optional`: what it may be fed.
+    `optional`: inputs that need not be fed. `nothing`: a placeholder that is bound instead of
+    feeds. `replays`: set if its runs are captured.
     """
 
     path: Path
@@ -60,9 +61,9 @@ class Graph:
 
     @cached_property
     def _defaults(self) -> dict[str, onnxruntime.OrtValue]:
-        """What optional inputs have where they are not fed: no positions are all of them.
+        """The defaults of optional inputs; no positions for `logits_to_keep` means all.
 
-        They are bound at every run, as a binding keeps what it had.
+        They are bound at every run, because a binding keeps earlier values.
         """
         return {
             name: onnxruntime.OrtValue.ortvalue_from_numpy(default_of(spec))
@@ -82,7 +83,7 @@ class Graph:
         device: tuple[str, int],
         buffers: Values,
     ) -> list[onnxruntime.OrtValue]:
-        """The outputs, those in `buffers` written there, the others made on `device`.
+        """Run the graph; outputs in `buffers` are written there, others are allocated on `device`.
 
         Raises:
             UsageError: feeds that do not fit. RunError: onnxruntime cannot run it.
@@ -132,9 +133,9 @@ class Graph:
         device: tuple[str, int],
         fixed: FixedBuffers,
     ) -> list[onnxruntime.OrtValue]:
-        """As `run`, of values of which most are bound already.
+        """Like `run`, with most values already bound.
 
-        Of those, one that tells how many rows there are is checked with the other feeds.
+        A bound value whose shape has the number of rows is checked with the other feeds.
         """
         bound = fixed.inputs.keys() - {self.limits.first_past}
         fed = feed_values(
@@ -151,7 +152,7 @@ class Graph:
         if lease.adapter_ids is not None:
             binding.bind_ortvalue_input(ADAPTER_IDS, lease.adapter_ids)
         for name in requested:
-            if name not in fixed:  # another value than the last run's, which its caller has
+            if name not in fixed:  # the caller owns the last run's
                 binding.bind_output(name, *device)
         try:
             self.session.run_with_iobinding(binding)
@@ -165,9 +166,9 @@ class Graph:
         ]
 
     def _check_rows(self, lease: Lease, values: Values) -> None:
-        """Raise UsageError for other rows than those of `lease`, or tokens that one does not have.
+        """Raise UsageError for a number of rows other than the lease's, or tokens that a row lacks.
 
-        Tokens on a device are not read.
+        Tokens on a device are not checked.
         """
         if lease.per_row:
             check_rows(len(lease.rows), values[self._first].shape()[0])
@@ -179,7 +180,7 @@ class Graph:
 
 
 class Graphs:
-    """The graphs of a bundle as one; `encoder` is None where there is one."""
+    """The graphs of a bundle, run as one; `encoder` is None if there is one graph."""
 
     def __init__(self, decoder: Graph, encoder: Graph | None, manifest: Manifest) -> None:
         self._decoder, self._encoder = decoder, encoder
@@ -187,7 +188,7 @@ class Graphs:
 
     @property
     def inputs(self) -> Mapping[str, TensorSpec]:
-        """Those of the graph that gives the task's output."""
+        """The inputs of the graph that computes the task's output."""
         return self._decoder.inputs
 
     def run(
@@ -198,10 +199,10 @@ class Graphs:
         device: tuple[str, int],
         buffers: Values,
     ) -> list[onnxruntime.OrtValue]:
-        """See `Graph.run`; `output_names` None means all outputs of the graphs that run.
+        """See `Graph.run`; if `output_names` is None, all outputs of the graphs that run.
 
         Raises:
-            UsageError: as there, or outputs of a graph that is not fed.
+            UsageError: as `Graph.run`, or an output of a graph that is not fed.
         """
         requested = requested_outputs(output_names, self._outputs)
         if unknown := [name for name in buffers if name not in requested]:
@@ -259,7 +260,7 @@ class Graphs:
         return [found[name] for name in requested]
 
     def _empty(self, source: Feeds) -> dict[str, onnxruntime.OrtValue]:
-        """A self-attention cache of no tokens, for the rows of `source`."""
+        """An empty self-attention cache for the rows of `source`."""
         first = next(iter(source.values()))
         shape = first.shape() if isinstance(first, onnxruntime.OrtValue) else np.shape(first)
         rows = shape[0] if shape else 1
@@ -281,9 +282,9 @@ def open_graphs(
     encoder: onnxruntime.InferenceSession | None,
     replays: Replays | None,
 ) -> Graphs:
-    """The graphs of the bundle at `path`, opened as `session` and `encoder`.
+    """Wrap the graphs of the bundle at `path`, opened as `session` and `encoder`.
 
-    `replays`: those of `session`, where its runs are captured.
+    `replays`: the recorded runs of `session`, if runs are captured.
     """
     apart = manifest.encoder
     taken = () if apart is None else apart.inputs

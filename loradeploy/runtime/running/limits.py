@@ -1,12 +1,12 @@
-"""What feeds must be besides their types: what a graph takes silently and answers wrongly.
+"""Check values of feeds for which a graph would silently give wrong outputs.
 
-sizes       of one symbol are one; no rows and no tokens are refused, a cache may be empty
-tokens      are of the vocabulary: a negative one is taken for one of its end
-mask        zeros and ones, over the cache and the new tokens
-positions   are of the model, or as many tokens as it has positions
-numbers     of images and sounds are finite
+sizes       equal symbols have equal sizes; there are rows and tokens; a cache may be empty
+tokens      are in the vocabulary: a negative one would be counted from its end
+mask        zeros and ones, for the cache and the new tokens
+positions   are below the model's limit, or there are no more tokens than positions
+numbers     of images and audio are finite
 
-Only what is small is looked at: of a cache just the size.
+Only small inputs are read; of a cache, only the size.
 """
 
 from __future__ import annotations
@@ -43,26 +43,26 @@ if TYPE_CHECKING:
 
     from loradeploy.bundle.manifest import Manifest, TensorSpec
 
-# Inputs whose numbers are looked at: small ones, on the host.
+# Inputs whose values are checked, if they are on the host: small ones.
 LOOKED_AT: Final = (
     *(INPUT_IDS, DECODER_INPUT_IDS, ATTENTION_MASK, POSITION_IDS, TOKEN_TYPE_IDS),
     *(LOGITS_TO_KEEP, INPUTS_EMBEDS_MASK, MROPE_POSITION_IDS),
 )
-# Those of which the sizes are looked at alone.
+# Inputs of which only the sizes are checked.
 SIZED: Final = (INPUTS_EMBEDS,)
-# Models whose positions are differences, or slopes, which have no end.
+# Models with relative positions or ALiBi, which have no maximum length.
 ENDLESS: Final = ("bloom", "deberta-v2", "mpt", "mt5", "t5", "umt5", "xlnet")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a bundle's graph takes.
+    """The limits of the inputs of a bundle's graph.
 
-    `vocabulary`, `positions`, `types`: how many tokens, positions and token types there are; None
-    where nothing tells. `symbols`: by input, the axes whose sizes another input has too.
-    `mask_ends`: whether the attention mask is as long as the cache and the new tokens together.
-    `image_blocks`: as in the manifest.
-    `mrope`: whether it takes positions in three dimensions.
+    `vocabulary`, `positions`, `types`: the numbers of tokens, positions and token types; None if
+    unknown. `symbols`: for each input, the axes with symbols whose sizes must agree between inputs.
+    `first_past`: the name of a cache input. `mask_ends`: whether the attention mask must be as long
+    as the cache and the new tokens together. `image_blocks`: see `Manifest`. `mrope`: whether the
+    graph takes positions in three dimensions.
     """
 
     vocabulary: int | None
@@ -76,7 +76,7 @@ class Limits:
 
     @classmethod
     def of(cls, manifest: Manifest, config: Mapping[str, Any], file: Path) -> Limits:
-        """By the manifest and `config`, which was read from `file`.
+        """The limits by the manifest and `config`, which was read from `file`.
 
         Raises:
             BundleError: `config` has no position for a token.
@@ -88,14 +88,14 @@ class Limits:
             types=_size(config, "type_vocab_size"),
             symbols={spec.name: _shared(spec, manifest) for spec in manifest.inputs},
             first_past=past[0] if past else None,
-            # A cache that is written in place has room besides.
+            # A cache that is updated in place has room for more tokens.
             mask_ends=not manifest.cache_in_place,
             image_blocks=manifest.image_blocks,
             mrope=any(spec.name == MROPE_POSITION_IDS for spec in manifest.embeds),
         )
 
     def check_tokens(self, tokens: tuple[int, int], what: str) -> None:
-        """Raise UsageError unless `tokens` (least and largest) are of the vocabulary."""
+        """Raise UsageError unless `tokens` (smallest and largest) are in the vocabulary."""
         least, largest = tokens
         if least < 0:
             raise UsageError(
@@ -110,7 +110,7 @@ class Limits:
     def check(
         self, shapes: Mapping[str, tuple[int, ...]], numbers: Mapping[str, NDArray[Any]]
     ) -> None:
-        """Raise UsageError unless feeds of these `shapes`, some with `numbers`, make sense."""
+        """Raise UsageError unless the `shapes` and the available values of feeds are consistent."""
         sizes: dict[str, tuple[int, str]] = {}
         for name, shape in shapes.items():
             if name == LOGITS_TO_KEEP:
@@ -144,7 +144,7 @@ class Limits:
             _check_range(TOKEN_TYPE_IDS, types, self.types)
         mask = numbers.get(ATTENTION_MASK)
         if mask is not None and (mask.ndim != 2 or mask.dtype.kind not in "iu"):
-            mask = None  # one that is added to the scores, or of each pair of tokens
+            mask = None  # an additive mask, or one for pairs of tokens
         if mask is not None:
             _check_range(ATTENTION_MASK, mask, 2)
         self._check_lengths(shapes, numbers, mask)
@@ -189,7 +189,7 @@ class Limits:
 
 
 def check_finite(name: str, values: NDArray[Any]) -> None:
-    """Raise UsageError unless the floats that are fed as `name` are numbers; a cache's may be."""
+    """Raise UsageError unless a float feed is finite; the values of a cache are not checked."""
     if values.dtype.kind == "f" and not name.startswith(PAST) and not np.isfinite(values).all():
         raise UsageError(f"the feed {name} contains values that are not finite (NaN or infinite)")
 
@@ -202,7 +202,7 @@ def _check_empty(name: str, shape: tuple[int, ...]) -> None:
 
 
 def _check_embeds(name: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise UsageError unless there are embeddings for all tokens, and where they are read."""
+    """Raise UsageError unless embeddings and their mask are given for all tokens."""
     places = shapes[INPUT_IDS]
     for other in (INPUTS_EMBEDS, INPUTS_EMBEDS_MASK):
         if other not in shapes:
@@ -223,7 +223,7 @@ def _check_mrope(
     positions: NDArray[Any] | None,
     end: int | None,
 ) -> None:
-    """Raise UsageError unless there are three positions of the model for each token."""
+    """Raise UsageError unless there are three valid positions for each token."""
     if shape[1:] != tokens:
         raise UsageError(
             f"the feed {MROPE_POSITION_IDS} is {list(shape)} for {INPUT_IDS} {list(tokens)}: give"
@@ -236,7 +236,7 @@ def _check_mrope(
 def _check_kept(
     shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]], kept: NDArray[Any] | None
 ) -> None:
-    """Raise UsageError unless positions are of the tokens, for all rows or for each."""
+    """Raise UsageError unless the positions are of existing tokens, for all rows or for each."""
     ids = shapes.get(INPUT_IDS, ())
     if len(ids) != 2:
         return
@@ -263,7 +263,7 @@ def _check_range(name: str, values: NDArray[Any], end: int | None) -> None:
 
 
 def _vocabulary(manifest: Manifest, config: Mapping[str, Any]) -> int | None:
-    """The rows of the embedding: the logits may have fewer, and what config.json says too."""
+    """The size of the embedding, of which the logits and config.json may have fewer."""
     if manifest.added_tokens is not None:
         return manifest.added_tokens.size
     inner = config.get("text_config")
@@ -282,7 +282,7 @@ def _positions(manifest: Manifest, config: Mapping[str, Any], file: Path) -> int
         return None
     inputs = {spec.name for spec in manifest.inputs}
     if POSITION_IDS in inputs and config.get("model_type") in FROM_PADDING_ON:
-        return None  # they are counted from elsewhere
+        return None  # with an offset, see FROM_PADDING_ON
     return positions_of_model(config, file)
 
 
@@ -292,10 +292,10 @@ def _size(values: Mapping[str, Any], name: str) -> int | None:
 
 
 def _shared(spec: TensorSpec, manifest: Manifest) -> tuple[tuple[int, str], ...]:
-    """The axes of an input that have a symbol, where symbols mean something.
+    """The axes of an input whose symbols must have equal sizes in all inputs.
 
-    They do where loradeploy traced the graph. Other exporters may use one for different sizes, but
-    for that of the rows.
+    These are all named symbols if loradeploy traced the graph. Other exporters may use one symbol
+    for different sizes, except for the number of rows.
     """
     ours = manifest.base.kind == "checkpoint"
     return tuple(

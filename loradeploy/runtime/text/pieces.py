@@ -1,16 +1,15 @@
-"""Text from tokens that arrive one by one.
+"""Decode a stream of tokens to text, piece by piece.
 
-The pieces of a stream together are what the whole stream decodes to, bytes that are no UTF-8
-included. So a piece is given out only where nothing that may follow changes it, which depends on
-how the tokenizer makes text of tokens:
+The concatenated pieces equal the decoded stream, even if it is not valid UTF-8. A piece is returned
+only when later tokens cannot change it, which depends on the tokenizer's decoder:
 
-ByteLevel       (GPT-2, Llama 3, Qwen) the bytes of all tokens as UTF-8: up to three bytes wait
-ByteFallback    (Llama 2, Mistral, Gemma) bytes in a row are UTF-8 as a whole or a replacement
-                character each: they wait for the first token that is none
-one by one      (WordPiece, Metaspace) each token for itself; the first may be told otherwise
+ByteLevel       (GPT-2, Llama 3, Qwen) the bytes of all tokens are UTF-8: up to three bytes wait
+ByteFallback    (Llama 2, Mistral, Gemma) consecutive byte tokens are decoded as UTF-8 together, or
+                give a replacement character per byte: they wait for a token that is not a byte
+one by one      (WordPiece, Metaspace) each token is decoded alone; only the first may differ
 any other       the text waits for the end of the stream
 
-Every token is decoded a bounded number of times: a stream takes time linear in its length.
+Every token is decoded a bounded number of times: the time is linear in the length of the stream.
 """
 
 from __future__ import annotations
@@ -23,48 +22,48 @@ from typing import Any, Final, Protocol
 
 from loradeploy.bundle.text.tokenizer import Tokenizer
 
-# What the library's ByteFallback takes for a byte.
+# The tokens that ByteFallback of `tokenizers` takes for bytes.
 _BYTE: Final = re.compile(r"<0x[0-9A-Fa-f+][0-9A-Fa-f]>")
-# Each token for itself; the first one of a text may lose a space.
+# Each token is decoded alone; the first one of a text may lose a space.
 _ONE_BY_ONE: Final = ("Metaspace", "WordPiece")
-# Spaces that the beginning of a text may lose; what is decoded twice is as long.
+# Maximum spaces removed from the beginning of a text; the text that is decoded twice is as long.
 _STRIPPED: Final = 4
 
 
-class _Way(Protocol):
+class _Strategy(Protocol):
     def push(self, token: int, word: str) -> str:
-        """The text that is final with `token`, which is `word` in the vocabulary."""
+        """The text that later tokens cannot change; `word` is `token` in the vocabulary."""
 
     def pending(self) -> str:
-        """The rest, if the tokens ended here."""
+        """The remaining text, if no more tokens follow."""
 
     def close(self) -> str:
-        """The rest."""
+        """End the stream and return the remaining text."""
 
 
 class PieceDecoder:
-    """Text from tokens that arrive one by one; the pieces together are the whole text."""
+    """Decodes a stream of tokens; the concatenated pieces are the whole text."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._way = _way(tokenizer)
+        self._strategy = _strategy(tokenizer)
 
     def push(self, token: int) -> str:
-        """The text that is complete with `token`, perhaps none."""
+        """Add a token, and return the text that is complete with it, possibly empty."""
         word = self._tokenizer.word(token)
-        return "" if word is None else self._way.push(token, word)
+        return "" if word is None else self._strategy.push(token, word)
 
     def pending(self) -> str:
-        """The text that waits, as it is if no token follows; bytes of no character are left out."""
-        return self._way.pending()
+        """The remaining text if no token follows, without bytes of incomplete characters."""
+        return self._strategy.pending()
 
     def close(self) -> str:
-        """The text that was held back."""
-        return self._way.close()
+        """End the stream and return the remaining text."""
+        return self._strategy.close()
 
 
 class _Bytes:
-    """ByteLevel: the bytes of each token, decoded as they come."""
+    """ByteLevel: decodes the bytes of each token incrementally."""
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -72,7 +71,7 @@ class _Bytes:
     def push(self, token: int, word: str) -> str:
         try:
             data = bytes(_BYTE_OF[character] for character in word)
-        except KeyError:  # a word that was added as text
+        except KeyError:  # an added token
             data = word.encode("utf-8", "surrogatepass")
         return self._decoder.decode(data)
 
@@ -86,45 +85,45 @@ class _Bytes:
 
 
 class _Context:
-    """Tokens decoded twice, without and with the new ones; what they add to the text is told.
+    """Decodes recent tokens without and with the new ones; the difference is the new text.
 
-    `in_runs`: bytes in a row are decoded together. The tokens before the new ones are as many as
-    decode to some text, so that what is done to the beginning of a text is done to them.
+    `in_runs`: whether consecutive byte tokens are decoded together. Earlier tokens are kept until
+    those after them decode to some text, so that rules for the beginning of a text apply to them.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, in_runs: bool) -> None:
         self._tokenizer = tokenizer
         self._in_runs = in_runs
-        self._ids: list[int] = []  # from where decoding begins
-        self._told = 0  # the text of the tokens before this one was given out
-        self._next = 0  # where decoding may begin once what is told behind it has a text
+        self._ids: list[int] = []  # recent tokens
+        self._emitted = 0  # number of tokens whose text was returned
+        self._next = 0  # tokens to drop once those after it decode to some text
 
     def push(self, token: int, word: str) -> str:
         self._ids.append(token)
         return "" if self._in_runs and _BYTE.fullmatch(word) else self.close()
 
     def pending(self) -> str:
-        if self._told == len(self._ids):
+        if self._emitted == len(self._ids):
             return ""
-        before = self._tokenizer.decode(self._ids[: self._told])
+        before = self._tokenizer.decode(self._ids[: self._emitted])
         return self._tokenizer.decode(self._ids)[len(before) :]
 
     def close(self) -> str:
-        if self._told == len(self._ids):
+        if self._emitted == len(self._ids):
             return ""
-        before = self._tokenizer.decode(self._ids[: self._told])
+        before = self._tokenizer.decode(self._ids[: self._emitted])
         now = self._tokenizer.decode(self._ids)
-        told, self._told = self._told, len(self._ids)
+        emitted, self._emitted = self._emitted, len(self._ids)
         if self._next == 0:
-            self._next = told
+            self._next = emitted
         if self._next and self._tokenizer.decode(self._ids[self._next :]):
             del self._ids[: self._next]
-            self._told, self._next = len(self._ids), 0
+            self._emitted, self._next = len(self._ids), 0
         return now[len(before) :]
 
 
 class _Whole:
-    """A way of decoding that is not known: all of it at the end."""
+    """An unknown decoder: returns all text at the end."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -143,7 +142,7 @@ class _Whole:
         return text
 
 
-def _way(tokenizer: Tokenizer) -> _Way:
+def _strategy(tokenizer: Tokenizer) -> _Strategy:
     steps = _steps(tokenizer.decoder)
     kinds = [step.get("type") for step in steps]
     if kinds == ["ByteLevel"]:
@@ -154,17 +153,17 @@ def _way(tokenizer: Tokenizer) -> _Way:
 
 
 def _steps(decoder: str | None) -> list[Mapping[str, Any]]:
-    """The decoder's steps, in order; none where tokens are joined by spaces."""
+    """The decoder's steps, in order; empty if tokens are joined by spaces."""
     if decoder is None:
         return []
-    told = json.loads(decoder)
-    if told.get("type") != "Sequence":
-        return [told]
-    return [inner for step in told["decoders"] for inner in _steps(json.dumps(step))]
+    parsed = json.loads(decoder)
+    if parsed.get("type") != "Sequence":
+        return [parsed]
+    return [inner for step in parsed["decoders"] for inner in _steps(json.dumps(step))]
 
 
 def _is_local(steps: list[Mapping[str, Any]]) -> bool:
-    """Whether more tokens leave the text of those before as it is, but for bytes in a row."""
+    """Whether later tokens do not change earlier text, except for consecutive byte tokens."""
     fused = False
     to_come = [step.get("type") for step in steps]
     for step in steps:
@@ -175,7 +174,8 @@ def _is_local(steps: list[Mapping[str, Any]]) -> bool:
             if fused:
                 return False
         elif kind == "Replace":
-            # Of tokens: no byte is made of a word. Of the whole text: no pattern spans two tokens.
+            # Before Fuse, it must not turn a word into a byte; after it, its pattern must not span
+            # tokens.
             pattern, by = step["pattern"].get("String"), step["content"]
             if "ByteFallback" in to_come and (pattern is None or by != " "):
                 return False
@@ -190,7 +190,7 @@ def _is_local(steps: list[Mapping[str, Any]]) -> bool:
 
 
 def _byte_of() -> dict[str, int]:
-    """GPT-2's characters for bytes: those that can be seen are themselves."""
+    """GPT-2's characters for bytes: printable bytes are themselves."""
     seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = (byte for byte in range(256) if byte not in seen)
     return {chr(byte): byte for byte in seen} | {chr(256 + n): b for n, b in enumerate(others)}
