@@ -1,4 +1,4 @@
-"""Backends compared with each other, and the verdict."""
+"""Compares the outputs of backends (PyTorch, PEFT, ONNX Runtime) and reports a verdict."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`loradeploy.parity`: a bundle compared with PyTorch, and the verdict."""
+"""`loradeploy.parity`: compares a bundle with PyTorch."""
 
 from __future__ import annotations
 
@@ -44,26 +44,26 @@ def parity(
     baseline: str | os.PathLike[str] | None = None,
     trust_remote_code: bool = False,
 ) -> ParityReport:
-    """Compare every way to run `bundle` with PyTorch, and return the report.
+    """Compare every backend that can run `bundle` with PyTorch, and return the report.
 
-    The reference is the base model in PyTorch with the adapter as LoRA layers, float32. Whether
-    everything agrees is `ParityReport.passed`; a difference is no error.
+    The reference is the base model in PyTorch with the adapter as LoRA layers, in float32.
+    `ParityReport.passed` says whether everything agrees; a difference does not raise an error.
 
     Args:
         bundle: a directory that `loradeploy.export` wrote.
         model: the base model's directory; by default the one that the bundle names, if it is
             available.
-        adapters: by name, or a list of "[NAME=]DIR", in addition to those in the bundle; or the one
-            that is merged into a merged bundle.
+        adapters: adapters by name, or a list of "[NAME=]DIR", in addition to those in the bundle.
+            For a merged bundle: the one adapter that is merged into it.
         report: files to write, .json, .xml (JUnit), .md or .html.
         backends: names from the table of backends in docs/parity.md; by default all that the bundle
             has and that can run here.
         phases: names such as "prefill" or "chunked prefill"; by
             default all that the task has.
         prompts: a file (one prompt a line, or JSONL with `prompt`, `text`, `text` and `text_pair`,
-            or `messages`), or a list of texts, pairs of texts, and such objects.
+            or `messages`), or a list of texts, pairs of texts, and objects of the same form.
         tokens: number of generated tokens after each prompt; by default `prompts.GENERATED`.
-        seed: for random tokens: those of `fuzz`, and of a bundle without a tokenizer.
+        seed: seed of random tokens: those of `fuzz`, and those for a bundle without a tokenizer.
         fuzz: number of additional rows of random tokens.
         providers: execution providers as `AdapterSession` takes them, such as "cuda", "cuda:1" or
             ("cuda", {"use_tf32": 1}); the graphs run on each, with its fallback providers; task
@@ -75,11 +75,11 @@ def parity(
             certified for captured runs.
         genai_python: the Python interpreter that has onnxruntime-genai; by default this one, if it
             has it.
-        controls: make mistakes on purpose as well, and fail unless each is caught.
+        controls: also run negative controls (deliberate mistakes); fail unless each is caught.
         shrink: if a backend fails, search for the smallest input that still fails.
         evaluate: held-out data to compute the task metrics on (accuracy, F1, RMSE and correlations,
-            perplexity), in the forms of training data; or by adapter's name, a mapping or a list of
-            "NAME=DATA".
+            perplexity), in the formats of training data; or one per adapter, as a mapping by name
+            or a list of "NAME=DATA".
         examples: number of examples to sample from the data.
         localize: search for the first module that diverges, comparing values inside the model and
             the graph. None: if something failed; True: always; False: never.
@@ -93,12 +93,12 @@ def parity(
             names.
 
     Raises:
-        UsageError: options that do not go together, an unknown report ending, or a baseline of
-            something else.
+        UsageError: options that cannot be combined, an unknown report file extension, or a baseline
+            that is not comparable.
         ModelError: the model is missing or is not the bundle's base.
         AdapterError: an adapter is refused, or (AdapterMismatchError) does not fit.
         BundleError: the bundle is broken.
-        DataError: the prompts or the held-out data cannot be read, or it is of another task.
+        DataError: the prompts or the held-out data cannot be read, or are for another task.
         MissingDependencyError: torch or transformers is not installed.
     """
     from pathlib import Path

@@ -1,4 +1,4 @@
-"""`assert_parity`: a check as an assertion, in pytest or anywhere."""
+"""`assert_parity`: a parity check as an assertion, in pytest or elsewhere."""
 
 from __future__ import annotations
 
@@ -17,15 +17,14 @@ if TYPE_CHECKING:
 def assert_parity(
     candidate: Comparable, reference: Comparable | None = None, **options: Any
 ) -> ParityReport:
-    """Raise AssertionError, with the failures and the table, unless `candidate` computes the same.
+    """Raise AssertionError unless `candidate` computes the same as its reference.
 
-    A bundle without a `reference`, or with a checkpoint's directory as one, is compared with
-    PyTorch by `loradeploy.parity`; anything else with `reference` by `loradeploy.compare`.
-    `options` are those of the one or the other: `adapters`, `prompts`, `others`, …, or `inputs`,
-    `tolerances`, ….
+    If `candidate` is a bundle and `reference` is None or a checkpoint's directory, they are
+    compared by `loradeploy.parity`; otherwise by `loradeploy.compare`. `options` are passed on to
+    that function: `adapters`, `prompts`, `others`, …, or `inputs`, `tolerances`, ….
 
     Raises:
-        AssertionError: the check failed.
+        AssertionError: the check failed; its message has the failures and the table of figures.
         LoraDeployError: as `loradeploy.parity` and `loradeploy.compare`.
     """
     __tracebackhide__ = True
@@ -38,10 +37,10 @@ def assert_parity(
 def run_check(
     candidate: Comparable, reference: Comparable | None = None, **options: Any
 ) -> ParityReport:
-    """The report that `assert_parity` asserts of.
+    """Return the report of the comparison that `assert_parity` makes.
 
     Raises:
-        UsageError: what is no bundle has no reference.
+        UsageError: `candidate` is not a bundle and no `reference` is given.
     """
     from loradeploy.errors import UsageError
     from loradeploy.parity.api import parity
@@ -55,7 +54,7 @@ def run_check(
 
 
 def failure_text(report: ParityReport) -> str:
-    """The failures, a line each, and the table of figures."""
+    """Return the failures, one per line, and the table of figures."""
     from rich.console import Console
 
     from loradeploy.parity.report.table import print_report
@@ -73,7 +72,7 @@ def _is_bundle(given: object) -> bool:
 
 
 def _is_checkpoint(given: object) -> bool:
-    """A PyTorch model's directory; not a bundle, which has a config.json of its own."""
+    """Whether `given` is a PyTorch model's directory. Bundles also have a config.json."""
     if not isinstance(given, str | os.PathLike) or _is_bundle(given):
         return False
     path = Path(given)

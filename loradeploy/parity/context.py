@@ -1,4 +1,4 @@
-"""What a parity check works on: the bundle, the adapters, the inputs."""
+"""The subject of a parity check: the bundle, the base model, the adapters, the inputs."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ AdapterPlaces = Mapping[str, str | os.PathLike[str]] | Iterable[str | os.PathLik
 
 @dataclass(frozen=True, eq=False)
 class AdapterUnderTest:
-    """An adapter that is checked, with outputs for all labels of the bundle.
+    """An adapter to check, extended to all labels of the bundle.
 
-    `digest`: of the adapter at `path`, which has fewer labels where it is `widened`. `native`: its
-    .onnx_adapter file, where the bundle has one.
+    `digest`: the digest of the adapter at `path`. `widened`: whether `adapter` has more labels than
+    the one at `path`. `native`: its .onnx_adapter file, if the bundle has one.
     """
 
     name: str
@@ -52,13 +52,13 @@ class AdapterUnderTest:
 
 @dataclass(frozen=True, eq=False)
 class CheckContext:
-    """All that the backends need. `scratch` is a directory for temporary files.
+    """Everything that the backends need. `scratch` is a directory for temporary files.
 
-    `variants`: how onnxruntime is to run the graphs; a backend sees the one that is its turn, as
-    `variant`, and what its sessions are opened with as `providers`. `phases`: None is all.
-    `crashed`: by provider, how a process ended that ran the bundle on it.
+    `variants`: all variants in which onnxruntime runs the graphs; `variant` is the current one, and
+    `providers` are the providers to open its sessions with. `phases`: None means all.
+    `crashed`: how a trial process ended, by provider; only those that crashed.
     `genai_python`: the interpreter that has onnxruntime-genai.
-    `weights`: where those of the bundle's graph are, if not beside it.
+    `weights`: the directory of the graph's weights, if it is not the bundle.
     """
 
     bundle: Path
@@ -76,24 +76,24 @@ class CheckContext:
     weights: Path | None = None
 
     def at(self, variant: Variant) -> CheckContext:
-        """The same for one of the variants."""
+        """Return a copy whose current variant is `variant`."""
         return dataclasses.replace(
             self, variant=variant, providers=self.variants.chains[variant.provider]
         )
 
     @property
     def captured(self) -> bool:
-        """Whether the variant's runs are captured."""
+        """Whether the runs of the current variant are captured."""
         return self.variant.provider in self.variants.captured
 
     @property
     def merged(self) -> bool:
-        """Whether the bundle's graph claims to hold its one adapter itself."""
+        """Whether the manifest says that one adapter is merged into the graph."""
         return self.manifest.mode == "merged"
 
     @property
     def tokens(self) -> Mapping[str | None, int]:
-        """How many tokens the base and each adapter have, where the graph has more; else empty."""
+        """Vocabulary sizes of the base (None) and of each adapter; empty if the graph adds none."""
         added = self.manifest.added_tokens
         if added is None:
             return {}
@@ -103,7 +103,7 @@ class CheckContext:
         return {None: added.base, **known}
 
     def outputs_of(self, adapter: str | None) -> int | None:
-        """How many of the graph's outputs are the adapter's own; None of all."""
+        """Return how many of the graph's outputs, the first ones, are the adapter's; None: all."""
         added = self.manifest.added_tokens
         if added is not None and added.output is not None:
             return self.tokens[adapter]
@@ -116,14 +116,14 @@ class CheckContext:
 def find_model(
     bundle: Path, manifest: Manifest, model: str | os.PathLike[str] | None
 ) -> tuple[Path, str]:
-    """The directory of the base model, and its digest.
+    """Return the directory of the base model, and its digest.
 
-    Without `model` it is the one that the manifest names, in the working directory or beside the
-    bundle.
+    By default, the model that the manifest names is searched for in the working directory and
+    beside the bundle.
 
     Raises:
         UsageError: no model is given and none is found, or an ONNX file is given.
-        ModelError: it is missing, or it is not the base that the bundle was made from.
+        ModelError: the model is missing, or is not the base that the bundle was made from.
     """
     if model is None:
         name = manifest.base.name
@@ -155,10 +155,10 @@ def find_model(
 def find_adapters(
     bundle: Path, manifest: Manifest, adapters: AdapterPlaces | None
 ) -> tuple[AdapterUnderTest, ...]:
-    """The adapters to check: those in the bundle, then those given.
+    """Return the adapters to check: those in the bundle, then those in `adapters`.
 
     Raises:
-        UsageError: one name for two adapters, or not exactly one adapter for a merged bundle.
+        UsageError: two adapters have the same name, or a merged bundle has not exactly one.
         BundleError: an adapter in the bundle is not the one that was exported.
         AdapterError: an adapter cannot be read, or (AdapterMismatchError) does not fit the bundle.
     """
@@ -190,7 +190,7 @@ def find_adapters(
                 f'two adapters are named {name!r}: give them other names, `adapters=["NAME=DIR"]`'
             )
         beside = found[name].native if name in found else None
-        # Of one that the bundle has too, PEFT reads the files that are given.
+        # The adapter may also be in the bundle; PEFT then reads the files given here.
         found[name] = under_test(name, path, adapter, beside)
     if manifest.mode == "merged" and len(found) != 1:
         raise UsageError(
@@ -207,7 +207,7 @@ def find_adapters(
 
 
 def _head_shapes(adapter: Adapter, manifest: Manifest) -> Mapping[str, tuple[int, ...]]:
-    """Shapes of the weights by label that the bundle's graph has; a merged one has its own head."""
+    """Return the shapes of the graph's head; a merged graph's are known by its output size."""
     outputs = output_count(manifest, {})
     if manifest.mode != "merged" or not outputs:
         return manifest.saved_shapes()
@@ -215,7 +215,7 @@ def _head_shapes(adapter: Adapter, manifest: Manifest) -> Mapping[str, tuple[int
 
 
 def graph_digests(bundle: Path, manifest: Manifest) -> tuple[str, str | None]:
-    """Digests of the bundle's graph and of its data file, as they are.
+    """Return the digests of the bundle's graph file and of its data file (None if there is none).
 
     Raises:
         BundleError: a file is missing, or has changed since the export.

@@ -1,4 +1,4 @@
-"""Where a check ran, for its certificate."""
+"""The machine and package versions of a check, for its certificate."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PACKAGES: Final = (
 
 
 def environment(providers: tuple[ProviderFacts, ...]) -> Environment:
-    """This machine and its packages; `providers`: what the check ran on."""
+    """Describe this machine and its packages; `providers`: those that the check ran on."""
     versions = {"python": platform.python_version()}
     plugins = [row.plugin.package for row in KNOWN if row.plugin is not None]
     for package in (*_PACKAGES, *plugins):

@@ -1,4 +1,4 @@
-"""The order of a check: PyTorch first, once, then ONNX Runtime."""
+"""Runs a whole check in order: the PyTorch reference once, then the other backends."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from loradeploy.printable import logger_of
 
 logger = logger_of(__name__)
 
-# Bytes of a model that onnxruntime's sessions should not find beside them.
+# Size in bytes from which a PyTorch model is freed at once, before onnxruntime's sessions open.
 _LARGE: Final = 1 << 26
 
 
@@ -62,17 +62,20 @@ def run(
     localize: bool | None,
     asked: Sequence[str],
 ) -> ParityReport:
-    """The reference, then every backend. One PyTorch model at a time, and none beside ONNX's.
+    """Run the reference, then every backend, and return the report.
 
-    `digests`: of the bundle's graph and of its data file; `files`: of its others. `held_out`: what
-    is scored on what.
-    `shrink`, `localize`: see `loradeploy.parity`. `asked`: the backends that may not be left out.
+    At most one PyTorch model is in memory at a time, and none together with an ONNX session.
+
+    `digests`: those of the bundle's graph and of its data file; `files`: digests of its other
+    files, by name. `held_out`: the evaluation data of the base (None) and of each adapter.
+    `shrink`, `localize`: see `loradeploy.parity`. `asked`: backends that the user requested by
+    name; the check fails if one of them is not run.
     """
     started = time.monotonic()
     started_on = start(context.bundle, context.variants)
     context = dataclasses.replace(context, crashed=started_on.crashed)
     running = [one for one in context.variants.each if one.provider not in started_on.crashed]
-    if running:  # what runs once runs on the first
+    if running:  # whatever runs in one variant only uses the first
         context = context.at(running[0])
     logger.info("loading %s", context.model)
     model = load_model(context)
@@ -98,13 +101,13 @@ def run(
         results += run_backends(in_torch, context, reference, base.model, progress)
         large = size_of(model) > _LARGE
         del base, model
-        if large:  # it goes through all objects of the process, and waits for the next turn else
+        if large:  # a full collection is slow; small models may stay until the next automatic one
             gc.collect()
         in_onnx = [backend for backend in backends if not backend.on_torch]
         results += run_backends(in_onnx, context, reference, None, progress)
         if running:
             scores = score_backends(in_onnx, context, held_out, answered)
-        # Once more, for what failed, and only where something did.
+        # The base is loaded again only if the diagnosis of a failure needs it.
         again = functools.cache(lambda: load_base(context))
         if localize is not False:
             localized = localizations(
@@ -153,7 +156,7 @@ def run(
 
 
 def _notes(context: CheckContext, reference: Reference) -> list[str]:
-    """What the reader of the verdict must know too."""
+    """Return the limitations of this check that a reader of the report must know."""
     notes = list(reference.notes)
     manifest = context.manifest
     if manifest.precision in QUANTIZED:

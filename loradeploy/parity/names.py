@@ -1,6 +1,6 @@
-"""The names that a check is asked for by and reports with: backends, phases, levels.
+"""Names of backends, phases and optimization levels, as options and reports use them.
 
-They are listed here without what runs them, so that the command line can show them at once.
+This module imports nothing that runs them, so that the command line can list them quickly.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ ENCODER: Final = "encoder"  # of encoder-decoders
 
 DECODER_PHASES: Final = (PREFILL, CHUNKED, PADDED_BATCH, PERMUTED, DECODE, REPEAT)
 ENCODER_PHASES: Final = (ONE_ROW, PADDED_BATCH, PERMUTED, REPEAT)
-# Of encoder-decoders, whose rows are targets.
+# For encoder-decoders, whose rows are targets.
 SEQ2SEQ_PHASES: Final = (ENCODER, PREFILL, PADDED_BATCH, PERMUTED, DECODE, REPEAT)
 ALL_PHASES: Final = tuple(dict.fromkeys((*DECODER_PHASES, EMBEDDED, *ENCODER_PHASES, ENCODER)))
 
-# Levels of graph optimization, and of their members in onnxruntime's GraphOptimizationLevel.
+# Levels of graph optimization, and their members in onnxruntime's GraphOptimizationLevel.
 LEVELS: Final = {
     "disable": "ORT_DISABLE_ALL",
     "basic": "ORT_ENABLE_BASIC",

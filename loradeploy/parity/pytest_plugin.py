@@ -1,10 +1,10 @@
-"""The pytest plugin: the fixture `assert_parity`, its options, and what it found at the end.
+"""The pytest plugin: the fixture `assert_parity`, its options, and a summary at the end.
 
     def test_the_bundle(assert_parity):
         assert_parity("bundle", "SmolLM2-135M-Instruct", adapters=["adapters/sport"])
 
-pytest loads it wherever loradeploy is installed (`-p no:loradeploy` keeps it from that), so it
-imports nothing but pytest until the fixture is used.
+pytest loads it wherever loradeploy is installed (`-p no:loradeploy` disables it), so it imports
+only pytest until the fixture is used.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ _LONGEST_NAME: Final = 100
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """The options `--parity-…`."""
+    """Add the options `--parity-…`."""
     group = parser.getgroup("parity", "parity (loradeploy)")
     group.addoption(
         "--parity-report-dir",
         metavar="DIR",
-        help="write the reports of every assert_parity here, in every form there is",
+        help="write the report of every assert_parity here, in every report format",
     )
     group.addoption(
         "--parity-baseline",
         metavar="DIR",
-        help="fail on what got worse since the reports that --parity-update-baseline wrote here",
+        help="fail if a metric is worse than in the reports of --parity-update-baseline here",
     )
     group.addoption(
         "--parity-update-baseline",
         action="store_true",
-        help="write the reports of the checks that pass to --parity-baseline instead",
+        help="instead, write the reports of the checks that pass to --parity-baseline",
     )
     group.addoption(
         "--parity-seed",
         type=int,
         metavar="N",
-        help="for random tokens and made-up inputs, where the test gives none",
+        help="seed of random tokens and randomly generated inputs, if the test gives none",
     )
 
 
@@ -59,7 +59,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def assert_parity(request: pytest.FixtureRequest) -> Callable[..., ParityReport]:
-    """As `loradeploy.parity.assert_parity`, with the options of this run."""
+    """`loradeploy.parity.assert_parity` with the options of this pytest run."""
     calls = 0
 
     def check(candidate: Any, reference: Any = None, **options: Any) -> ParityReport:
@@ -72,7 +72,7 @@ def assert_parity(request: pytest.FixtureRequest) -> Callable[..., ParityReport]
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """One line for every check, with the place of its reports."""
+    """Print one line for every check, with the paths of its reports."""
     found = [
         (report.nodeid, json.loads(value))
         for reports in terminalreporter.stats.values()
@@ -129,7 +129,7 @@ def _check(
         lines.append(f"report {Path(directory) / name}")
     report = finish(report, baseline=earlier, files=files)
     shown = {"headline": headline(report), "passed": report.passed, "lines": lines}
-    # A report of pytest carries it from the worker that xdist ran the test in.
+    # Under xdist, pytest's test reports transfer user properties from the worker process.
     request.node.user_properties.append((_PROPERTY, json.dumps(shown)))
     if not report.passed:
         raise AssertionError(failure_text(report))
@@ -137,7 +137,7 @@ def _check(
 
 
 def _file_name(nodeid: str, number: int) -> str:
-    """The same for the same test, another one for another, and a name on every system."""
+    """Return a file name that is unique and stable for a test, and valid on every system."""
     digest = hashlib.sha256(nodeid.encode()).hexdigest()[:8]
     readable = re.sub(r"[^\w.]+", "-", nodeid).strip("-")[-_LONGEST_NAME:]
     return f"{readable}-{digest}" + (f"-{number}" if number > 1 else "")

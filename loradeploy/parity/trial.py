@@ -1,9 +1,9 @@
-"""A bundle opened on a provider in a process of its own, before it is opened in this one.
+"""Opens a bundle on a provider in a child process before the check opens it in this one.
 
-A provider with a wrong kernel may end its process, and a check that has ended proves nothing and
-reports nothing. So a provider that is not known to be right first opens the bundle in a child,
-where a session runs the base and a random adapter on it (`runtime.devices.effect`). A child that
-a signal ended, or that does not come to its end, is a failure with a name.
+A provider with a faulty kernel may crash its process, and a check that crashed reports nothing. A
+provider that is not known to be reliable therefore first opens the bundle in a child process,
+where a session runs the base and a random adapter on it (`runtime.devices.effect`). If the child
+is terminated by a signal or hangs, the check reports a failure of that provider.
 
     python -m loradeploy.parity.trial    reads {"bundle": PLACE, "providers": [[NAME, {…}], …],
                                               "captured": false}
@@ -23,21 +23,19 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from loradeploy.runtime.devices.providers import Resolved
 
-# Seconds that the trial may take. A few short runs take less on any device that is of use for the
-# whole check, which is hundreds of such runs.
+# Time limit of the trial, in seconds. A device on which a few short runs take longer is of no use
+# for the whole check, which makes hundreds of them.
 LONGEST: Final = 1800
-# Windows' exit codes of a process that an exception ended begin here.
+# On Windows, a process that an exception terminated has an exit code from here on.
 _EXCEPTIONS: Final = 0xC0000000
 
 
 def crash_of(bundle: Path, providers: Sequence[Resolved], *, captured: bool = False) -> str | None:
-    """How a process ended that ran `bundle` on `providers`; None where it came to its end.
+    """Run `bundle` on `providers` in a child process; return how it crashed, or None.
 
-    `captured`: whether its runs were to be captured.
+    `captured`: whether the runs are to be captured. A child that hangs is killed.
 
-    One that hangs is ended.
-
-    Whether the numbers are right is not asked here: that is what the check measures.
+    The numbers are not compared here: the check itself does that.
     """
     request = {"bundle": os.fspath(bundle), "providers": providers, "captured": captured}
     try:
@@ -63,7 +61,7 @@ def crash_of(bundle: Path, providers: Sequence[Resolved], *, captured: bool = Fa
 
 
 def main() -> None:
-    """Open the bundle that stdin names, and run it."""
+    """Open the bundle that the JSON object on stdin names, and run it."""
     from loradeploy.errors import LoraDeployError
     from loradeploy.runtime.session import AdapterSession
 
@@ -72,7 +70,7 @@ def main() -> None:
     try:
         AdapterSession(request["bundle"], providers, capture_graphs=request["captured"]).close()
     except LoraDeployError:
-        sys.exit(1)  # the check itself meets it again, and reports it
+        sys.exit(1)  # the check itself raises the same error again, and reports it
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How onnxruntime runs the graphs of a check: each provider at each level of optimization."""
+"""The variants in which onnxruntime runs the graphs: each provider at each optimization level."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _LISTED: Final = 4
 
 @dataclass(frozen=True)
 class Variants:
-    """The ways in which onnxruntime runs the graphs.
+    """The variants in which onnxruntime runs the graphs.
 
-    `chains`: by a variant's `provider`, what sessions are opened with. `captured`: those of them
-    whose runs are captured.
+    `chains`: the providers to open sessions with, by a variant's `provider`. `captured`: the keys
+    of `chains` whose runs are captured.
     """
 
     each: tuple[Variant, ...] = (DEFAULT,)
@@ -48,15 +48,15 @@ def choose_variants(
     *,
     capture_graphs: bool = False,
 ) -> Variants:
-    """Every provider at every level; on the CPU and at "all" where none is given.
+    """Return every provider at every level; by default the CPU at "all".
 
-    `capture_graphs`: those that capture runs once more, with their runs captured.
+    `capture_graphs`: add each provider that can capture runs a second time, with captured runs.
 
-    A provider is resolved as a session resolves it, so that the same providers stand behind it.
+    A provider is resolved as a session resolves it, so that it has the same fallback providers.
 
     Raises:
-        UsageError: a provider that this onnxruntime does not have, an unknown level, or no provider
-            that captures runs where they are to be captured.
+        UsageError: a provider that this onnxruntime does not have, an unknown level, or
+            `capture_graphs` without a provider that can capture runs.
     """
     from loradeploy.runtime.devices.facts import label_of
     from loradeploy.runtime.devices.providers import recording, resolve
@@ -76,7 +76,7 @@ def choose_variants(
         if capture_graphs and known(chain[0][0]).recording:
             captured[label + CAPTURED] = chain
     if capture_graphs and not captured:
-        recording(next(iter(chains.values())))  # which refuses it by name
+        recording(next(iter(chains.values())))  # raises an error that names the provider
     chains |= captured
     if unknown := [level for level in levels if level not in LEVELS]:
         raise UsageError(
@@ -91,7 +91,7 @@ def _shown(options: Mapping[str, object]) -> str:
 
 
 def session_options(variant: Variant) -> onnxruntime.SessionOptions:
-    """New options for a session of `variant`."""
+    """Return new session options for `variant`."""
     import onnxruntime
 
     from loradeploy.runtime.reading.weights import MAPPED
@@ -99,16 +99,16 @@ def session_options(variant: Variant) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     level = LEVELS[variant.optimization]
     options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
-    # A check ends by comparing the files with their digests: a copy for each is not needed.
+    # parity() verifies at the end that no file has changed, so the weights may be memory-mapped.
     options.add_session_config_entry(MAPPED, "1")
     return options
 
 
 @dataclass(frozen=True)
 class Started:
-    """What opening the bundle on every provider showed: the facts of each, and notes.
+    """The results of opening the bundle on every provider: facts of each provider, and notes.
 
-    `crashed`: by a variant's `provider`, how the process ended that ran the bundle on it.
+    `crashed`: how the trial process ended, by a variant's `provider`; only those that crashed.
     """
 
     providers: tuple[ProviderFacts, ...]
@@ -117,9 +117,10 @@ class Started:
 
 
 def start(bundle: Path, variants: Variants) -> Started:
-    """Open the bundle once in every variant; report which nodes a provider leaves to the CPU.
+    """Open the bundle once in every variant, and note which nodes fall back to the CPU.
 
-    A provider whose numbers are not taken for right runs the bundle in another process first.
+    A provider whose numbers are not trusted as the CPU's are (`like_cpu`) first runs the bundle in
+    another process (see `trial`).
 
     Raises:
         UsageError: a provider does not start.
@@ -147,7 +148,7 @@ def start(bundle: Path, variants: Variants) -> Started:
         on_cpu_alone = [name for name, _ in chain] == [CPU] and not captured
         if variant.provider in crashed or on_cpu_alone:
             continue
-        # onnxruntime puts the CPU's provider behind by itself, for nodes and not for the whole.
+        # onnxruntime itself appends the CPU provider, as a fallback for single nodes.
         session = AdapterSession(
             bundle,
             chain,

@@ -1,4 +1,4 @@
-"""The verdict on one comparison: its figures, each judged by its limit, and why it fails."""
+"""The verdict on one comparison: each figure checked against its limit, and why it fails."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LISTED = 3
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was measured, and what it comes to. `failure`: one line; None where all is well."""
+    """The figures of a comparison and their checks. `failure`: one line; None if it passed."""
 
     figures: Figures
     checks: tuple[Check, ...]
@@ -25,7 +25,7 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """Whether positions were compared and every figure keeps to its limit."""
+        """Whether positions were compared and every figure is within its limit."""
         return self.failure is None
 
     def result(
@@ -42,10 +42,10 @@ class Verdict:
         seconds: float = 0.0,
         variant: Variant | None = None,
     ) -> Result:
-        """The entry of a report.
+        """Return the verdict as an entry of a report.
 
-        `problem`: why it fails whatever the figures say. `remark`: the message where it passes.
-        Figures over no positions are left out.
+        `problem`: a reason to fail regardless of the figures. `remark`: the message if it passes.
+        Without compared positions, the entry has no figures.
         """
         failure = self.failure if problem is None else problem
         compared = self.figures.positions > 0
@@ -66,10 +66,10 @@ class Verdict:
 
 
 def judge(figures: Figures, limits: Mapping[str, Limit], *, effect: float | None) -> Verdict:
-    """Every figure that there is, by its limit.
+    """Check every figure that was computed against its limit.
 
-    `effect`: the adapter's largest effect; None for the base and for an adapter without one, where
-    there is nothing to compare the error with.
+    `effect`: the adapter's largest effect; None for the base and for an adapter without an effect,
+    where the error has nothing to be compared with.
     """
     checks = _checks(figures, limits, effect)
     return Verdict(figures, checks, _failure(figures, checks))

@@ -1,1 +1,1 @@
-"""What a check runs: the backends, the reference a second time, mistakes made on purpose."""
+"""The runs of a check: every backend, the reference a second time, and negative controls."""

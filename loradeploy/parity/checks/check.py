@@ -1,4 +1,4 @@
-"""The check itself: every backend run through the phases, and judged."""
+"""The check itself: runs every backend through the phases and judges its outputs."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ if TYPE_CHECKING:
 
 logger = logger_of(__name__)
 
-# Rows of all lengths that a backend is shown in PyTorch, of an adapter that is the same everywhere.
+# Number of rows that a PyTorch backend runs with an adapter that acts alike at every position.
 _ROWS_IN_TORCH: Final = 8
-# A linear layer of one expert of several.
-_OF_EXPERT: Final = re.compile(r"(?:^|\.)\w*experts?\.\d+(?:\.|$)")
-# From so many seconds on, a duration is given in minutes.
+# The name of a linear layer inside one of several experts.
+_EXPERT_LAYER: Final = re.compile(r"(?:^|\.)\w*experts?\.\d+(?:\.|$)")
+# Durations of this many seconds or more are shown in minutes.
 _MINUTES: Final = 100
 
 
 @dataclass
 class _Tally:
-    """What one adapter in one phase has come to so far. `due`: positions that must come yet."""
+    """The comparison of one adapter in one phase so far. `due`: number of missing positions."""
 
     comparison: Comparison
     due: int = 0
@@ -73,12 +73,12 @@ def run_backends(
     model: torch.nn.Module | None,
     progress: Progress,
 ) -> list[Result]:
-    """Run every backend on the reference's rows and judge what it gives.
+    """Run every backend on the reference's rows and judge its outputs.
 
     A backend on onnxruntime is run once for each variant.
 
     Raises:
-        LoraDeployError: an adapter or the bundle is bad input, rather than different numbers.
+        LoraDeployError: an adapter or the bundle is invalid. Different numbers do not raise.
     """
     results: list[Result] = []
     for backend in backends:
@@ -99,7 +99,7 @@ def run_backends(
 
 
 def _varied(backend: Backend, context: CheckContext) -> list[CheckContext]:
-    """The context of every variant that the backend runs in."""
+    """Return the context of every variant in which the backend runs."""
     if not backend.on_onnxruntime:
         return [context]
     every = [context.at(variant) for variant in context.variants.each]
@@ -107,7 +107,7 @@ def _varied(backend: Backend, context: CheckContext) -> list[CheckContext]:
 
 
 class Progress:
-    """Logs which run of how many begins, and how long those left take at the pace so far.
+    """Logs the start of each run, and an estimate of the time left from the runs so far.
 
     A run is one backend with one adapter.
     """
@@ -118,7 +118,7 @@ class Progress:
         self._start = time.monotonic()
 
     def begin(self, backend: Backend, adapter: str | None, context: CheckContext) -> None:
-        """Log the run that begins."""
+        """Log the start of a run."""
         done, self._begun = self._begun, self._begun + 1
         named = [backend.title, "mixed" if backend.mixed else adapter or BASE_LABEL]
         if len(context.variants.each) > 1 and backend.on_onnxruntime:
@@ -148,7 +148,7 @@ def _phases(backend: Backend, context: CheckContext) -> tuple[str, ...]:
 
 
 def adapter_facts(context: CheckContext, reference: Reference) -> tuple[AdapterFacts, ...]:
-    """What each adapter does to the reference; one without an effect must be an untrained one."""
+    """Return each adapter's effect in the reference; one without an effect must be untrained."""
     facts = []
     for tested in context.adapters:
         effect = reference.effect[tested.name]
@@ -169,7 +169,7 @@ def adapter_facts(context: CheckContext, reference: Reference) -> tuple[AdapterF
 
 
 def _without_effect(context: CheckContext, tested: AdapterUnderTest) -> tuple[bool, str]:
-    """Whether an adapter without an effect on the base's tokens fails for that, and what it is."""
+    """For an adapter without an effect: whether that is a failure, and the explanation."""
     adapter, added = tested.adapter, context.manifest.added_tokens
     if any(pair.B.any() for pair in adapter.factors.values()):
         return True, "the adapter has factors other than zero, yet it changes nothing in PyTorch"
@@ -201,7 +201,7 @@ def _run_backend(
             return
         except LoraDeployError:
             raise
-        except Exception as problem:  # a backend's own: it is the backend that fails, not we
+        except Exception as problem:  # any other error is a failure of the backend
             yield _broken(backend, context, kind_and_line(problem))
             return
         if entry is None:
@@ -225,9 +225,10 @@ def _as_captured(
     counts: Mapping[str, Replayed],
     context: CheckContext,
 ) -> Iterator[Result]:
-    """`results` of runs that were to be captured; what passed proves nothing of it if none was.
+    """Return `results` with the number of replays in the messages of those that passed.
 
-    `counts`: how many were replays, by phase, which is said beside what passed.
+    If no run was a replay, results that passed do not certify captured runs, and one "not run"
+    result replaces them. `counts`: numbers of runs and replays, by phase.
     """
     found = list(results)
     if not any(count.replays for count in counts.values()):
@@ -250,15 +251,15 @@ def _as_captured(
 
 
 def same_everywhere(adapters: Sequence[AdapterUnderTest], name: str | None) -> bool:
-    """Whether the adapter changes every position in the same way, whatever token is there.
+    """Whether the adapter acts at every position, whatever the token there is.
 
-    In PyTorch both sides share the base, and its phases: what such an adapter does wrong shows on
-    any row. A trained row of a vocabulary does where its token is, an expert where it is chosen.
+    In PyTorch both sides share the base model, so an error in such an adapter shows on any row. A
+    trained embedding row acts only at its token, and an expert only where the router selects it.
     """
     named = [tested.adapter for tested in adapters if tested.name == name]
     return all(
         all(
-            pair.kind == "linear" and _OF_EXPERT.search(module) is None
+            pair.kind == "linear" and _EXPERT_LAYER.search(module) is None
             for module, pair in adapter.factors.items()
         )
         and not (adapter.saved or adapter.carried or adapter.rows)
@@ -267,9 +268,9 @@ def same_everywhere(adapters: Sequence[AdapterUnderTest], name: str | None) -> b
 
 
 def mixed_rows(rows: Mapping[str | None, Sequence[Row]]) -> tuple[Row, ...]:
-    """A batch in which neighbors have different adapters, the base among them.
+    """Return a batch in which neighboring rows have different adapters; the base counts as one.
 
-    Each adapter has a usual row and one of an extreme length.
+    Each adapter has at least one usual row and one of an extreme length, if there are any.
     """
     adapters = list(rows)
     usual = [number for number, row in enumerate(rows[None]) if not row.edge]
@@ -292,7 +293,7 @@ def _run_rows(
     reference: Reference,
     counts: dict[str, Replayed],
 ) -> Iterator[Result]:
-    """Each adapter in each phase; `counts` is filled with what became of the runs, by phase."""
+    """Yield the result of each adapter in each phase; add the numbers of replays to `counts`."""
     task = context.manifest.task
     tallies = _Tallies(reference, logits=has_logits(task))
     for phase in phases:
@@ -320,12 +321,12 @@ def _run_rows(
                 counts.setdefault(seen.phase, Replayed()).take(model.replayed)
             tally = tallies.of(seen.row.adapter, seen.phase)
             _record(tally, seen)
-        except Exception as raised:  # whatever a backend raises is its failure
+        except Exception as raised:  # any error that a backend raises is its failure
             problem = kind_and_line(raised)
             break
         tally.seconds += time.perf_counter() - begin
     for (adapter, phase), tally in tallies.found.items():
-        # What it did not come to is as unproved as what it failed in.
+        # Positions that were not reached are unproved too, and fail.
         failure = problem if tally.due else None
         yield _result(backend, adapter, phase, tally, failure, context, reference)
     for phase in phases:

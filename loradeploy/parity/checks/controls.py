@@ -1,8 +1,8 @@
-"""Negative controls: mistakes made on purpose, which the check must see.
+"""Negative controls: deliberate mistakes that the check must catch.
 
-Each mistake is made to an adapter in PyTorch, and the result is compared with the reference as if a
-backend had given it. A mistake that passes means that these prompts and tolerances would not
-have noticed it in a deployment either.
+Each mistake is applied to an adapter in PyTorch, and its outputs are compared with the reference
+as if they were those of a backend. If a mistake passes, the same mistake in a deployment would not
+be noticed with these prompts and tolerances either.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _WRONG_ADAPTER_SEED: Final = 1
 
 @dataclass(frozen=True)
 class Mistake:
-    """A mistake. `make` gives the wrong adapter, or None where it cannot be made with this one."""
+    """A deliberate mistake. `make` returns the wrong adapter, or None if it does not apply."""
 
     name: str
     meaning: str
@@ -44,7 +44,7 @@ class Mistake:
 
 
 def wrong_adapter(adapter: Adapter) -> Adapter | None:
-    """Another adapter of the same shapes: each factor's own values, in another order."""
+    """Return another adapter of the same shapes: the values of each factor are shuffled."""
     if not adapter.factors and not adapter.rows:
         return None
     random = np.random.default_rng(_WRONG_ADAPTER_SEED)
@@ -60,7 +60,7 @@ def wrong_adapter(adapter: Adapter) -> Adapter | None:
 
 
 def doubled_alpha(adapter: Adapter) -> Adapter | None:
-    """s twice as large, which is B twice as large."""
+    """Return the adapter with its scaling doubled, by doubling B."""
     if not adapter.factors:
         return None
     return _with_factors(
@@ -70,7 +70,7 @@ def doubled_alpha(adapter: Adapter) -> Adapter | None:
 
 
 def swapped_factors(adapter: Adapter) -> Adapter | None:
-    """The factors of the first two modules of one shape, unless neither has an update, swapped."""
+    """Swap the factors of the first two modules of the same shape of which one has an update."""
     first: dict[tuple[tuple[int, ...], tuple[int, ...]], str] = {}
     for module, pair in sorted(adapter.factors.items()):
         other = first.setdefault((pair.A.shape, pair.B.shape), module)
@@ -82,7 +82,7 @@ def swapped_factors(adapter: Adapter) -> Adapter | None:
 
 
 def missing_target(adapter: Adapter) -> Adapter | None:
-    """The last module that has an update has none."""
+    """Remove the update of the last module that has one."""
     updated = [module for module in adapter.modules if adapter.factors[module].B.any()]
     if len(adapter.factors) < 2 or not updated:
         return None
@@ -98,7 +98,7 @@ def _updates(pair: Factors) -> bool:
 
 
 def ignored_magnitude(adapter: Adapter) -> Adapter | None:
-    """DoRA's factors as if they were plain ones."""
+    """Use DoRA's factors as plain LoRA factors, without the magnitude."""
     if not adapter.config.use_dora:
         return None
     return dataclasses.replace(
@@ -112,7 +112,7 @@ def ignored_magnitude(adapter: Adapter) -> Adapter | None:
 
 
 def ignored_bias(adapter: Adapter) -> Adapter | None:
-    """The base's own biases in place of the trained ones."""
+    """Leave out the trained biases: the base's biases stay."""
     if adapter.config.bias == "none" or not adapter.factors:
         return None
     kept = {n: values for n, values in adapter.saved.items() if is_saved(n, adapter.config)}
@@ -121,7 +121,7 @@ def ignored_bias(adapter: Adapter) -> Adapter | None:
 
 
 def ignored_tokens(adapter: Adapter) -> Adapter | None:
-    """The base's own rows of a vocabulary in place of the trained ones."""
+    """Leave out the trained embedding rows: the base's rows stay."""
     if not adapter.rows or not (adapter.factors or adapter.saved or adapter.carried):
         return None
     extra = {n: value for n, value in adapter.config.extra.items() if n != TOKENS}
@@ -130,7 +130,7 @@ def ignored_tokens(adapter: Adapter) -> Adapter | None:
 
 
 def swapped_tokens(adapter: Adapter) -> Adapter | None:
-    """Each trained token has the row of the next."""
+    """Give each trained token the embedding row of another trained token."""
     if all(len(rows.indices) < 2 for rows in adapter.rows.values()):
         return None
     rows = {
@@ -159,8 +159,8 @@ BASE_ENCODER: Final = Mistake(
     "encoder without adapter", "the encoder gives what the base's gives", lambda _: None
 )
 
-# Which decoders a mistake with embeddings is of: all, those in which an image's positions attend to
-# each other, those that count positions in three dimensions.
+# The decoders that a mistake with embeddings applies to: all, those in which an image's positions
+# attend to each other, those with three-dimensional positions (M-RoPE).
 ALWAYS, BLOCKS, MROPE = "always", "blocks", "mrope"
 EMBEDS_MISTAKES: Final = (
     (
@@ -193,14 +193,14 @@ EMBEDS_MISTAKES: Final = (
 
 @dataclass(frozen=True)
 class Controls:
-    """The mistakes that were made, and `notes` on those that could not be judged."""
+    """The results of the mistakes, and `notes` on those that could not be judged."""
 
     made: tuple[Control, ...] = ()
     notes: tuple[str, ...] = ()
 
 
 def run_controls(context: CheckContext, reference: Reference, base: Base) -> Controls:
-    """Make every mistake with every adapter that has an effect, and judge it."""
+    """Apply every mistake to every adapter that has an effect, and judge the outputs."""
     found: list[Control] = []
     notes: list[str] = []
 
@@ -221,7 +221,7 @@ def run_controls(context: CheckContext, reference: Reference, base: Base) -> Con
         for mistake in MISTAKES:
             wrong = mistake.make(tested.adapter)
             if wrong is not None:
-                # As the reference holds the right one, so that nothing but the mistake is between.
+                # Loaded as the reference loads the right one, so that only the mistake differs.
                 with as_reference_with(context, base, wrong) as model:
                     rows = reference_rows(context, model, tested.name, 0)
                 add(mistake, tested.name, rows, reference)
@@ -238,7 +238,7 @@ def run_controls(context: CheckContext, reference: Reference, base: Base) -> Con
 def _embeds_controls(
     context: CheckContext, reference: Reference, base: Base, tested: AdapterUnderTest
 ) -> Iterator[Control]:
-    """Mistakes with the embeddings that are read instead of tokens."""
+    """Apply the mistakes with embeddings that are fed in place of tokens."""
     right = [row for row in reference.rows[tested.name] if row.fed is not None]
     if not right:
         return
@@ -270,16 +270,16 @@ def judge_mistake(
     right: Sequence[Row] | None = None,
     phase: str | None = None,
 ) -> Control | None:
-    """Whether `rows`, with a mistake in them, fail; None where there is nothing to compare.
+    """Return whether `rows`, computed with a mistake, fail; None if no positions can be compared.
 
-    `right`: the rows that they are compared with, and the phase that these are of.
+    `right`: the correct rows, by default the reference's for the adapter `name`; `phase`: theirs.
     """
     scale, effect = reference.scale_in(phase, name), reference.effect[name].largest
     logits = has_logits(context.manifest.task) and not reference.states
     comparison = Comparison(scale=scale, logits=logits)
     for own, wrong in zip(right or reference.rows[name], rows, strict=True):
         if own.prompt != wrong.prompt:
-            continue  # a neighbor without its tokens
+            continue  # the neighbor's adapter does not have the tokens of this prompt
         count = len(own.prompt) if own.forced else len(own.expected)
         width = min(own.expected.shape[-1], wrong.expected.shape[-1])  # heads may differ
         expected, found = own.expected[:count, :width], wrong.expected[:count, :width]

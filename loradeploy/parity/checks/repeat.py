@@ -1,4 +1,4 @@
-"""Whether the reference gives the same twice: one that does not proves nothing."""
+"""Runs the reference a second time: nothing can be compared with a nondeterministic one."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 
 def second_run(context: CheckContext, reference: Reference, base: Base) -> Result | None:
-    """Run the base over a few rows again; the failure where it is beyond float32's rounding.
+    """Run the base on a few rows again; return a failure if it differs by more than rounding.
 
-    Inputs, weights and code are the same, so what differs is noise of the model's own: dropout
-    that is left on, a sample that is drawn, or a kernel that adds up in any order. The limits that
-    were measured would not tell: the noise is in them.
+    Inputs, weights and code are the same, so a difference is nondeterminism of the model: dropout
+    that is still active, random sampling, or a kernel that sums in varying order. The measured
+    limits would not show it, because they contain the same noise; assumed limits are used instead.
     """
     task = context.manifest.task
     scale = reference.scale[None]
@@ -40,7 +40,7 @@ def second_run(context: CheckContext, reference: Reference, base: Base) -> Resul
             comparison.add(seen.expected, seen.values, case=seen.row.case, about=seen.about)
     verdict = judge(comparison.figures(), assumed("fp32", scale=scale), effect=None)
     if verdict.figures.not_finite or verdict.passed:
-        return None  # values that are no numbers are every backend's failure, and said there
+        return None  # NaN and infinite values are reported as failures of every backend
     return verdict.result(
         backend="torch",
         title=REFERENCE_TITLE,

@@ -1,1 +1,1 @@
-"""How far two arrays are from each other, and how far they may be."""
+"""Error metrics of two arrays, and their tolerances."""

@@ -1,6 +1,6 @@
-"""Distances of two arrays, position by position, by formulas that do not cancel.
+"""Distances of two arrays at each position, by formulas without cancellation.
 
-Positions are [count, width]; what is of logits takes them as such.
+Arrays are [count, width]; divergences take logits, not probabilities.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
 
     Values = NDArray[np.floating[Any]]
 
-# Below this, exp(x) − 1 − x is taken from its series.
+# Below this, exp(x) − 1 − x is computed by its series.
 _SMALL: Final = 0.05
-# How much more a bound is than what it was computed as in float32.
+# Relative margin that is added to a bound for its own float32 rounding.
 _ROUNDED: Final = 1e-4
-# An actual vector that is so much shorter than the expected one cancels in ⟨e, d⟩.
+# If the actual vector is shorter than this share of the expected one, ⟨e, d⟩ cancels.
 _SHORT: Final = 0.01
 
 
 def cosine_distances(
     expected: Values, actual: Values, difference: Values, length: Values
 ) -> Values:
-    """1 − cosine of each position's vectors e and a; two zero vectors are one direction.
+    """Return 1 − cosine of the vectors e and a of each position; 0 for two zero vectors.
 
     1 − cos = (‖d‖² − (‖a‖ − ‖e‖)²) / 2 ‖a‖ ‖e‖ with d = a − e,
     and ‖a‖ − ‖e‖ = (2 ⟨e, d⟩ + ‖d‖²) / (‖a‖ + ‖e‖). `length` is ‖e‖.
@@ -55,7 +55,7 @@ def _cosine_distances(
 
 
 def lengths(vectors: Values) -> Values:
-    """‖v‖ of each position."""
+    """Return ‖v‖ of each position."""
     length: Values = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))
     return length
 
@@ -63,7 +63,7 @@ def lengths(vectors: Values) -> Values:
 def divergence_bounds(
     expected: Values, difference: Values, furthest: Values, log_sum: Values
 ) -> Values:
-    """What `divergences` is at most, for a fraction of its work.
+    """Return an upper bound of `divergences`, for a fraction of its cost.
 
     exp(x) − 1 − x ≤ x²/2 exp(|x|), so KL ≤ Var_p(d)/2 exp(2 max|d|). `furthest` is max|d| of each
     position, `log_sum` the logarithm of Σ exp(e).
@@ -76,7 +76,7 @@ def divergence_bounds(
         square = np.einsum("ij,ij->i", p, difference)
         variance = square * (1 + _ROUNDED) - mean * mean * (1 - _ROUNDED)
         bounds: Values = variance / 2 * np.exp(2 * furthest) * (1 + _ROUNDED)
-    # What float32 cannot bound is computed.
+    # An infinite bound makes the caller compute the divergence itself.
     return np.where(np.isfinite(bounds), bounds, np.inf)
 
 
@@ -88,18 +88,17 @@ def _probabilities(logits: Values) -> Values:
 
 
 def divergences(expected: Values, difference: Values) -> Values:
-    """KL(p ‖ q) of each position, for q's logits = p's logits + d.
+    """Return KL(p ‖ q) of each position, where q's logits are p's logits + d.
 
     Σ p (log p − log q) = log Σ p exp(d) − Σ p d. With d shifted by its mean under p, which changes
-    nothing, it is log1p(Σ p (exp(d) − 1 − d)): no term is negative, so nothing is lost where d is
-    small.
+    nothing, it is log1p(Σ p (exp(d) − 1 − d)): no term is negative, so small d do not cancel.
     """
     p = _probabilities(expected)
     d = difference - np.einsum("ij,ij->i", p, difference)[:, np.newaxis]
     small = d.max(axis=1) < 1
     near: Values = np.log1p(np.einsum("ij,ij->i", p, _excess(np.where(small[:, None], d, 0))))
     for row in np.flatnonzero(~small):
-        # exp overflows for large d; there the usual log-sum-exp loses nothing that matters.
+        # exp overflows for large d, where the usual log-sum-exp is accurate enough.
         log_p = np.asarray(expected[row], np.float64)
         log_p = log_p - log_p.max()
         log_p -= np.log(np.exp(log_p).sum())
@@ -109,7 +108,7 @@ def divergences(expected: Values, difference: Values) -> Values:
 
 
 def _excess(d: Values) -> Values:
-    """exp(d) − 1 − d, by its series where it would cancel."""
+    """Return exp(d) − 1 − d, by its series where the difference would cancel."""
     series = d * (1 / 120)
     for term in (1 / 24, 1 / 6, 1 / 2):
         series += term
@@ -121,7 +120,7 @@ def _excess(d: Values) -> Values:
 
 
 def symmetric_divergence(expected: Values, difference: Values) -> float:
-    """The Jensen–Shannon divergence of one position, in nats.
+    """Return the Jensen–Shannon divergence of one position, in nats.
 
     With q = p (1 + v) it is ½ Σ p ((1 + v) log1p(v) − (2 + v) log1p(v/2)); the bracket is v²/4 for
     small v.
@@ -131,5 +130,5 @@ def symmetric_divergence(expected: Values, difference: Values) -> float:
     v = np.divide(q - p, p, out=np.zeros_like(p), where=p > 0)
     exact = (1 + v) * np.log1p(np.maximum(v, -1 + 1e-16)) - (2 + v) * np.log1p(v / 2)
     terms = np.where(np.abs(v) < 1e-4, v * v / 4 * (1 - v / 2), exact)
-    lost = q[p == 0].sum() * np.log(2)  # what p has not at all
+    lost = q[p == 0].sum() * np.log(2)  # where p underflows to zero
     return float(0.5 * ((p * terms).sum() + lost))

@@ -1,4 +1,4 @@
-"""What the figures need of an expected position, computed once for all that is compared with it."""
+"""Facts of expected values that the metrics need, computed once for all backends."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ if TYPE_CHECKING:
     Values = NDArray[np.floating[Any]]
     Indices = NDArray[np.int64]
 
-# Choices are compared by the largest value, and by the five largest.
+# Agreement is measured by the largest value, and by this many of the largest.
 _TOP: Final = 5
-# So many of a position's largest values are known, so that the five largest of values near them
-# are among them.
+# Number of largest expected values that are kept at each position: enough that the five largest
+# actual values are usually among them.
 _LEADERS: Final = 32
 _STRIPES: Final = 64
 
 
 @dataclass(frozen=True, eq=False)
 class Expected:
-    """Facts of positions [count, width].
+    """Facts of expected values [count, width].
 
-    `length` [count]: of each as a vector. `log_sum` [count]: log Σ exp. `leaders` [count, up to
-    32]: indices of the largest values, in ascending order. `top` [count, up to 5]: the largest of
-    these, the largest first; `least` [count]: the smallest value of them. All but the first are of
-    logits alone.
+    `length` [count]: Euclidean norm of each position. `log_sum` [count]: log Σ exp. `leaders`
+    [count, up to 32]: indices of the largest values, in ascending order. `top` [count, up to 5]:
+    indices of the five largest values, the largest first. `least` [count]: the smallest value at
+    `leaders`. All but `length` are empty if the values are not logits.
     """
 
     length: Values
@@ -41,7 +41,7 @@ class Expected:
 
     @classmethod
     def of(cls, values: Values, *, logits: bool) -> Expected:
-        """The facts of `values` [count, width]; of what is not finite they mean nothing."""
+        """Compute the facts of `values` [count, width]; undefined where values are not finite."""
         if not logits or not values.size:
             none = np.zeros((len(values), 0))
             no_index = none.astype(np.int64)
@@ -70,9 +70,10 @@ class Expected:
 
 
 def largest_of(values: Values, among: Indices) -> Indices:
-    """The indices of the five largest `values` [count, width] that are in `among` [count, some].
+    """Return the indices of the five largest `values` [count, width] among `among` [count, some].
 
-    `among` is in ascending order. The largest comes first, of equal ones the first index.
+    `among`: indices in ascending order. The largest value comes first; of equal values, the one
+    with the lowest index.
     """
     rows = np.arange(len(values))[:, np.newaxis]
     order = np.argsort(-values[rows, among], axis=1, kind="stable")[:, :_TOP]
@@ -81,10 +82,10 @@ def largest_of(values: Values, among: Indices) -> Indices:
 
 
 def leaders(actual: Values, furthest: Values, about: Expected) -> Indices:
-    """The indices of the five largest `actual` values, as `largest_of` gives them.
+    """Return the indices of the five largest `actual` values, in the order of `largest_of`.
 
-    An actual value is at most `furthest` [count] from the expected one. So where the fifth largest
-    of the known leaders is beyond what any other can reach, nothing else is looked at.
+    An actual value is at most `furthest` [count] from the expected one. If the fifth largest value
+    among the expected leaders is above what any other can reach, no other value is looked at.
     """
     found = largest_of(actual, about.leaders)
     width = actual.shape[1]
@@ -100,7 +101,10 @@ def leaders(actual: Values, furthest: Values, about: Expected) -> Indices:
 
 
 def _leading(values: Values) -> Indices:
-    """The indices [count, up to 32] of the largest `values`, of equal ones the first, ascending."""
+    """Return the indices [count, up to 32] of the largest `values`, in ascending order.
+
+    Of equal values, those with the lowest indices are chosen.
+    """
     count, width = values.shape
     if width <= _LEADERS:
         return np.tile(np.arange(width), (count, 1))
@@ -114,9 +118,9 @@ def _leading(values: Values) -> Indices:
 
 
 def _largest(values: Values, count: int) -> Indices:
-    """The indices of the `count` largest values, the first indices of equal ones.
+    """Return the indices of the `count` largest values; of equal values, the lowest indices.
 
-    The largest of each of many parts give a bound, which leaves few candidates of a vocabulary.
+    The maxima of many parts give a lower bound, which leaves few candidates in a vocabulary.
     """
     columns = len(values) // _STRIPES
     if columns > count:

@@ -1,4 +1,4 @@
-"""Largest, mean, percentiles and distribution of numbers that come in parts."""
+"""Largest, mean, percentiles and distribution of numbers, accumulated over parts."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _BINS: Final = 1 << (31 - _DROPPED_BITS)
 _LARGEST: Final = 0x7F7FFFFF  # float32's largest number, above which bins have no edge
 # Half decades of a distribution: all errors below 1e-12 count as that.
 _SMALLEST_HALF: Final = -24
-_ZERO: Final = _SMALLEST_HALF - 1  # stands for no error at all
+_ZERO: Final = _SMALLEST_HALF - 1  # the values without any error
 
 
 class Histogram:
-    """Largest, mean and percentiles of non-negative numbers, as they come."""
+    """Accumulates the largest, the mean and percentiles of non-negative numbers."""
 
     def __init__(self) -> None:
         self.largest = self._sum = 0.0
@@ -31,7 +31,7 @@ class Histogram:
         self._histogram = np.zeros(_BINS, np.int64)
 
     def add(self, values: Values, largest: float) -> None:
-        """Take in `values` [positions, width]; `largest` is the largest of them."""
+        """Add `values` [positions, width]; `largest` is the largest of them."""
         self.largest = max(self.largest, largest)
         with np.errstate(over="ignore"):
             # Pairwise in the values' own dtype within a position, in float64 across positions.
@@ -41,7 +41,7 @@ class Histogram:
             self._sum += total
             bits = values.astype(np.float32, copy=False).view(np.uint32) >> _DROPPED_BITS
         self._count += values.size
-        # What bincount has to cast itself takes it twice as long.
+        # bincount takes twice as long if it has to cast its input.
         counts = np.bincount(bits.ravel().astype(np.intp))
         self._histogram[: len(counts)] += counts
 
@@ -50,16 +50,16 @@ class Histogram:
         return self._sum / max(1, self._count)
 
     def percentile(self, share: float) -> float:
-        """The upper edge of the bin in which the percentile lies."""
+        """Return the upper edge of the bin that contains the percentile."""
         if not self._count:
             return 0.0
         index = int(np.searchsorted(np.cumsum(self._histogram), share * self._count))
-        if index == 0:  # zeros and what float32 cannot tell from them
+        if index == 0:  # zeros, and numbers that float32 rounds to zero
             return 0.0
         return min(float(_upper_edges(np.array([index]))[0]), self.largest)
 
     def distribution(self) -> tuple[tuple[float, int], ...]:
-        """Upper edges and counts, in half decades (`Figures`)."""
+        """Return the upper edges and counts in half decades (see `Figures.distribution`)."""
         bins = np.flatnonzero(self._histogram)
         halves = np.ceil(2 * np.log10(_upper_edges(bins))).astype(int)
         halves = np.where(bins == 0, _ZERO, np.maximum(halves, _SMALLEST_HALF))
@@ -73,7 +73,7 @@ class Histogram:
 
 
 def _upper_edges(bins: NDArray[np.int64]) -> NDArray[np.float64]:
-    """The largest number that each bin of a histogram holds."""
+    """Return the largest number in each bin."""
     codes = np.minimum((bins + 1) << _DROPPED_BITS, _LARGEST).astype(np.int32)
     edges: NDArray[np.float64] = codes.view(np.float32).astype(np.float64)
     return edges

@@ -1,7 +1,7 @@
-"""How far two arrays are from each other, accumulated as the arrays come.
+"""Error metrics of two arrays, accumulated over parts.
 
-Everything is computed in the wider of the two sides' dtypes, float32 at least, by formulas that do
-not cancel; sums are kept in float64.
+Everything is computed in the wider of the two dtypes, at least float32, by formulas without
+cancellation; sums are accumulated in float64.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 
     Values = NDArray[np.floating[Any]]
 
-# Relative errors are taken against no less than this share of the largest expected value: next to
-# an expected zero, a rounding error is as large as one likes to say.
+# The denominator of relative errors is at least this share of the largest expected value: relative
+# to an expected value near zero, any rounding error would be arbitrarily large.
 RELATIVE_GUARD: Final = 0.01
 
-# Positions are compared in blocks that stay in the processor's cache.
+# Positions are compared in blocks that fit into the processor's cache.
 _BLOCK: Final = 1 << 16
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where an error is the largest: `index` is that of the token, label or feature."""
+    """The place of the largest error. `index`: that of the token, label or feature."""
 
     case: int
     position: int
@@ -46,10 +46,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Divergence:
-    """A position at which the largest value is not where it is expected.
+    """A position at which another index has the largest value than expected.
 
-    `margin`: by how much the expected token leads the chosen one in the reference. `step`: how many
-    tokens were generated before, None within the prompt.
+    `expected`, `actual`: the two indices. `margin`: the difference of their values in the
+    reference. `step`: number of tokens generated before; None within the prompt.
     """
 
     case: int
@@ -62,20 +62,20 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Figures:
-    """What a comparison came to.
+    """The error metrics of a comparison.
 
-    Relative errors are guarded (`RELATIVE_GUARD`), `max_ulp` is the largest of them in units of
-    the last place of float32. `cosine_distance` (1 − cosine), `kl` (nats, reference ‖ other) and
-    `js` (Jensen–Shannon, where `kl` is the largest) are the worst position's. `top1` is the share
-    of positions with the same largest value, `top5` of the five largest that both sides have,
-    `greedy` of generated tokens that are the same. What needs logits is None where there are none,
-    `greedy` where nothing was generated.
-    `margin`: the largest margin of all divergences, 0 where there is none.
-    `not_finite`: positions with a value, on either side, that is no finite number; they are in no
-    other figure.
-    `distribution`: how many values have an absolute error up to each upper edge and above the one
-    half a decade before. Edges begin at 1e-12, and are good to 1 %; 0 counts the values without any
-    error. What holds no values is left out.
+    Relative errors are guarded (`RELATIVE_GUARD`); `max_ulp` is the largest of them in units in
+    the last place of float32. `cosine_distance` (1 − cosine), `kl` (nats, reference ‖ actual) and
+    `js` (Jensen–Shannon, at the position of the largest `kl`) are those of the worst position.
+    `top1` is the share of positions with the same index of the largest value, `top5` the share of
+    the five largest that both sides have, `greedy` the share of equal generated tokens. Metrics of
+    logits are None if the values are not logits, `greedy` if nothing was generated.
+    `margin`: the largest margin of all divergences, 0 if there is none.
+    `not_finite`: number of positions with NaN or infinite values on either side; they are excluded
+    from all other metrics.
+    `distribution`: histogram of absolute errors in half decades, as (upper edge, count). Edges
+    begin at 1e-12 and are accurate to 1 %; edge 0 counts the values without any error. Empty bins
+    are left out.
     """
 
     positions: int
@@ -102,8 +102,8 @@ class Figures:
 class Comparison:
     """Accumulates the differences between expected and actual values.
 
-    `scale`: the largest absolute value that is expected anywhere, for the relative error's guard.
-    `logits`: whether a position holds logits, whose distribution and largest value mean something.
+    `scale`: the largest absolute expected value, for the guard of relative errors.
+    `logits`: whether the values are logits, which also have a distribution and a largest index.
     """
 
     def __init__(self, *, scale: float, logits: bool) -> None:
@@ -127,11 +127,11 @@ class Comparison:
         first_step: int | None = None,
         about: Expected | None = None,
     ) -> None:
-        """Take in consecutive positions of a case, both arrays [positions, width].
+        """Add consecutive positions of a case, both arrays [positions, width].
 
-        `first` is the number of the first of these positions in the case, `first_step` the number
-        of the position whose values choose the first generated token. `about`: what is known of
-        the expected positions, where they are compared more than once.
+        `first`: index of the first of these positions in the case. `first_step`: index of the
+        position whose values choose the first generated token. `about`: precomputed facts of the
+        expected positions, if they are compared more than once.
 
         Raises:
             ValueError: the shapes differ.
@@ -153,7 +153,7 @@ class Comparison:
             )
 
     def figures(self) -> Figures:
-        """The figures of all that was added."""
+        """Return the figures of everything that was added."""
         seen = max(1, self._compared)
         absolute, relative, logits = self._absolute, self._relative, self._logits
         return Figures(
@@ -246,8 +246,8 @@ class Comparison:
         self, expected: Values, difference: Values, furthest: Values, about: Expected
     ) -> None:
         bounds = divergence_bounds(expected, difference, furthest, about.log_sum)
-        # Bounds of rounding are within a few parts of the divergence itself: the largest one's
-        # leaves nearly no other to be computed.
+        # For small differences a bound is close to the divergence itself, so computing the row with
+        # the largest bound first rules out nearly all others.
         for rows in (np.argmax(bounds, keepdims=True), slice(None)):
             rows = np.arange(len(bounds))[rows]
             rows = rows[bounds[rows] > self._max_kl]
@@ -269,13 +269,13 @@ class Comparison:
         numbers: NDArray[np.int64],
         first_step: int | None,
     ) -> None:
-        wanted = about.top  # [positions, up to 5]
-        found = leaders(actual, furthest, about)
-        expected_top, actual_top = wanted[:, 0], found[:, 0]
+        expected_five = about.top  # [positions, up to 5]
+        actual_five = leaders(actual, furthest, about)
+        expected_top, actual_top = expected_five[:, 0], actual_five[:, 0]
         agree = expected_top == actual_top
         self._agree += int(agree.sum())
-        both = (wanted[:, :, np.newaxis] == found[:, np.newaxis, :]).sum()
-        self._shared += int(both) / wanted.shape[1]
+        both = (expected_five[:, :, np.newaxis] == actual_five[:, np.newaxis, :]).sum()
+        self._shared += int(both) / expected_five.shape[1]
         if first_step is not None:
             generated = numbers >= first_step
             self._steps += int(generated.sum())
@@ -297,6 +297,6 @@ class Comparison:
 
 
 def _order(divergence: Divergence) -> tuple[bool, int, int]:
-    """Generated tokens before the prompt's, early ones before late ones."""
+    """Sort key: generated tokens before the prompt's, early ones before late ones."""
     step = divergence.step
     return (step is None, divergence.position if step is None else step, divergence.case)

@@ -1,13 +1,14 @@
-"""How far a deployment may be from its reference, and why: measured on the spot, not guessed.
+"""Tolerances: how far a deployment may be from its reference, measured and not guessed.
 
-PyTorch itself does not give *the* numbers: float32 is off from float64, float16 from float32, and
-products of quantized weights round what they multiply. How much that comes to on the inputs of a
-check, the *gap*, is measured in PyTorch (calibrate.py), where nothing but rounding is in it. A
-deployment in the same precision rounds as often, in another order, so it is as far off in another
-direction: its distance from the reference is up to two gaps, and `ROOM` is twice that. An adapter
-that is wrong is off by its effect instead, which the last metric compares with the error.
+PyTorch's own numbers have rounding errors: float32 differs from float64, float16 from float32, and
+products of quantized weights round their activations. The size of these errors on the inputs of a
+check, the *gap*, is measured in PyTorch (calibrate.py), where nothing but rounding contributes. A
+deployment in the same precision rounds as often but in another order, so its own error is of the
+same size but independent: its distance from the reference is up to two gaps, and `ROOM` is twice
+that. A wrong adapter has an error of the size of its effect instead; the last metric compares the
+two.
 
-Where there is no PyTorch model to measure in, `assumed` has limits from what others came to.
+Without a PyTorch model to measure, `assumed` returns limits derived from other measurements.
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ from loradeploy.parity.figures.metrics import RELATIVE_GUARD
 if TYPE_CHECKING:
     from loradeploy.parity.figures.metrics import Figures
 
-# What a linear figure may be of the gap's; a quadratic one (cosine, KL) of its square.
+# A figure may be this many times the gap's; a quadratic one (cosine, KL) the square of it.
 ROOM: Final = 4.0
-# Roundings of the largest value that are allowed at least: a gap may be nothing at all, by luck or
-# in a small model. In half precision they are large, and a gap is more than luck.
+# The least that is always allowed, in rounding errors of the largest value: in a small model the
+# measured gap may happen to be zero. In half precision fewer are needed, since each is large.
 LEAST: Final[Mapping[str, int]] = {"fp32": 64, "fp16": 16, "bf16": 16, "int8": 64, "int4": 64}
-# Roundings that are allowed where nothing was measured: twice what SmolLM2-135M's thirty layers
-# came to. In half precision sums are in float32, so that fewer of the larger ones add up.
+# Allowed if nothing was measured, in rounding errors: twice the error of SmolLM2-135M's thirty
+# layers. In half precision sums are in float32, so that fewer of the larger errors accumulate.
 ASSUMED: Final[Mapping[str, int]] = {"fp32": 112, "fp16": 16, "bf16": 16}
-# The largest relative error of one rounding. Packed weights are multiplied in float32.
+# The largest relative error of one rounding. Quantized weights are multiplied in float32.
 UNIT: Final[Mapping[str, float]] = {
     "fp32": 2**-24, "fp16": 2**-11, "bf16": 2**-8, "int8": 2**-24, "int4": 2**-24,
 }  # fmt: skip
-# What the gap of a precision is, in words.
+# The reason for a limit that was measured: which rounding the gap of a precision consists of.
 GAPS: Final[Mapping[str, str]] = {
     "fp32": "PyTorch's float32 is off from its float64",
     "fp16": "PyTorch's float16 is off from its float32",
@@ -46,11 +47,11 @@ GAPS: Final[Mapping[str, str]] = {
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure that is judged.
+    """A figure that has a limit.
 
-    `order`: 1 where it grows as the error does, 2 where as its square, 0 where it is no measure of
-    rounding. `absolute`: it is of errors as they are, not of their share of the values. `usual`:
-    how it stands to the largest error (or that error's share of the largest value) in rounding.
+    `order`: 1 if it is linear in the error, 2 if quadratic, 0 if it does not measure rounding.
+    `absolute`: whether it depends on absolute errors, not on relative ones. `usual`: its usual
+    ratio, for rounding errors, to the largest error (or to that error over the largest value).
     """
 
     name: str
@@ -88,15 +89,16 @@ METRICS: Final[tuple[Metric, ...]] = (
 )
 _TIE: Final = "two logits that may each be off by the largest error are a tie"
 _HIDES: Final = "an error that is not far below the effect hides the adapter"
-# The largest error's share of the adapter's largest effect. Coarse precisions come closer: of a
-# slight adapter's, 0.08 was measured on SmolLM2-135M in float16.
+# The largest allowed ratio of the largest error to the adapter's largest effect. Coarse precisions
+# have larger ratios: for an adapter with a small effect, 0.08 was measured on SmolLM2-135M in
+# float16.
 EFFECT_SHARE: Final[Mapping[str, float]] = {
     "fp32": 0.1, "fp16": 0.2, "bf16": 0.2, "int8": 0.2, "int4": 0.2,
 }  # fmt: skip
 
 
 def calibrated(precision: str, gap: Figures, *, scale: float) -> dict[str, Limit]:
-    """The limits for a deployment in `precision`, by the gap that was measured on its inputs.
+    """Return the limits for a deployment in `precision`, from the gap measured on its inputs.
 
     `scale`: the largest absolute value in the reference.
     """
@@ -116,10 +118,10 @@ def calibrated(precision: str, gap: Figures, *, scale: float) -> dict[str, Limit
 
 
 def assumed(precision: str, *, scale: float) -> dict[str, Limit]:
-    """The limits where nothing can be measured: `ASSUMED` roundings of the largest value.
+    """Return limits without a measurement: `ASSUMED` roundings of the largest value, `scale`.
 
     Raises:
-        UsageError: nothing is known of that precision.
+        UsageError: there are no assumed limits for `precision`.
     """
     if precision not in ASSUMED:
         raise UsageError(
@@ -141,6 +143,6 @@ def _limits(precision: str, limit: Callable[[Metric], Limit]) -> dict[str, Limit
 
 
 def _roundings(metric: Metric, precision: str, count: int, scale: float) -> float:
-    """What so many roundings of values that reach `scale` come to in a metric."""
+    """Return the value of a metric for `count` rounding errors of values up to `scale`."""
     error = metric.usual * count * UNIT[precision] * (scale if metric.absolute else 1.0)
     return error if metric.order == 1 else error**2 / 2

@@ -1,1 +1,1 @@
-"""What every backend is led through: rows in phases, and what it shows of them."""
+"""The phases that every backend runs, and the outputs that are observed in them."""

@@ -1,4 +1,4 @@
-"""Rows in batches: of one length, of so many steps, of bounded size."""
+"""Groups rows into batches: by length, by number of steps, and of bounded size."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from loradeploy.parity.phases.rows import Row
 
-# Rows of one batch, and the size of one output that a batch may have.
+# The largest number of rows in a batch, and the largest size of one output of a batch.
 MAX_ROWS: Final = 16
 _MAX_OUTPUT: Final = 1 << 26  # values
 
 
 def of_one_length(rows: Sequence[Row]) -> list[list[Row]]:
-    """`rows` by the length of their prompts."""
+    """Group `rows` by the length of their prompts."""
     groups: dict[int, list[Row]] = {}
     for row in rows:
         groups.setdefault(len(row.prompt), []).append(row)
@@ -23,18 +23,18 @@ def of_one_length(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def batch_size(longest: int, width: int, most: int = MAX_ROWS) -> int:
-    """How many rows of `longest` tokens with `width` values for each make one batch."""
+    """Return the batch size for rows of `longest` tokens with `width` output values for each."""
     return min(most, max(2, min(MAX_ROWS, _MAX_OUTPUT // (longest * width))))
 
 
 def batches(rows: Sequence[Row], *, most: int) -> Iterator[Sequence[Row]]:
-    """`rows` in their order; those of one batch are followed for as many steps."""
+    """Yield `rows` in batches, in order; the rows of a batch have equally many forced tokens."""
     for _, group in groupby(rows, lambda row: (row.edge, len(row.forced))):
         alike = list(group)
         longest = max(len(row.prompt) for row in alike)
         count = batch_size(longest, alike[0].expected.shape[-1], most)
         starts = list(range(0, len(alike), count))
-        # No batch of one row at the end: it would be no batch.
+        # A single last row joins the batch before: alone it would not test batching.
         if most > 1 and len(starts) > 1 and len(alike) - starts[-1] == 1:
             starts.pop()
         for start, stop in zip(starts, [*starts[1:], len(alike)], strict=True):
@@ -42,7 +42,7 @@ def batches(rows: Sequence[Row], *, most: int) -> Iterator[Sequence[Row]]:
 
 
 def evenly(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
-    """`rows` in their order, in as few batches of bounded size as can be, none of them of one."""
+    """Yield `rows` in order, in the fewest batches of bounded size that have at least two rows."""
     longest = max(len(row.prompt) for row in rows)
     count = batch_size(longest, rows[0].expected.shape[-1])
     turns = max(1, min(-(-len(rows) // count), len(rows) // 2))

@@ -1,4 +1,4 @@
-"""The phases that a task has, and the rows that each is shown of."""
+"""The phases of each task, and the rows that each phase runs."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from loradeploy.parity.phases.fed import FED_ROWS
 if TYPE_CHECKING:
     from loradeploy.parity.phases.rows import Row
 
-# How many rows a phase is shown of, where it is not all.
+# Number of rows that a phase runs, if not all.
 _FEW: Final = {CHUNKED: 4, PERMUTED: 4, REPEAT: 2}
-# The same for decoding row by row, which takes long.
+# Number of rows for decoding row by row, which takes long.
 _DECODED_ALONE: Final = 4
-# With fewer tokens no chunk after the first has two, and a mask that is wrong there shows nothing.
+# With fewer tokens, no chunk after the first has two, and a wrong mask there would have no effect.
 _TO_CHUNK: Final = 4
 
 _PHASES: Final = {CAUSAL_LM: DECODER_PHASES, SEQ2SEQ_LM: SEQ2SEQ_PHASES}
 
 
 def phases_of(task: str, *, embeds: bool = False) -> tuple[str, ...]:
-    """The phases that a task has; `embeds`: of a decoder that takes embeddings."""
+    """Return the phases of a task; `embeds`: whether the decoder takes embeddings."""
     known = _PHASES.get(task, ENCODER_PHASES)
     return (*known, EMBEDDED) if embeds else known
 
@@ -44,10 +44,10 @@ def phases_of(task: str, *, embeds: bool = False) -> tuple[str, ...]:
 def choose_phases(
     task: str, asked: Sequence[str] | None, *, embeds: bool = False
 ) -> tuple[str, ...]:
-    """The phases of a task, or those asked for; their words may be joined by dashes.
+    """Return the phases of a task, or those of them in `asked` (with spaces or dashes).
 
     Raises:
-        UsageError: a name that is no phase, or none of this task.
+        UsageError: `asked` is empty, or has a name that is not a phase of this task.
     """
     known = phases_of(task, embeds=embeds)
     if asked is None:
@@ -62,7 +62,7 @@ def choose_phases(
 
 
 def rows_of(phase: str, rows: Sequence[Row], *, batched: bool = True) -> Sequence[Row]:
-    """Those of `rows` that a phase is shown of; see `run_phases`."""
+    """Return those of `rows` that a phase runs; see `run_phases`."""
     if phase == DECODE and not batched:
         return rows[:_DECODED_ALONE]
     if phase == EMBEDDED:
@@ -76,21 +76,21 @@ def rows_of(phase: str, rows: Sequence[Row], *, batched: bool = True) -> Sequenc
         few = [row for row in few if len(row.tokens) >= _TO_CHUNK]
     if phase != PERMUTED:
         return few[: _FEW[phase]]
-    # Of a mixed batch every adapter has a row: a stack that mixes up the last ones must show.
+    # Of a mixed batch, every adapter keeps a row, so that a mix-up of the last ones shows.
     first = {row.adapter: place for place, row in reversed(list(enumerate(few)))}
     few = [row for i, row in enumerate(few) if i < _FEW[phase] or i == first[row.adapter]]
     return () if len(few) < 2 else few
 
 
 def left_out(phase: str, rows: Sequence[Row], *, batched: bool = True) -> list[str | None]:
-    """The adapters of `rows` that a phase is shown no row of, though it is shown others'."""
+    """Return the adapters of `rows` without a row in the phase, if the phase has other rows."""
     shown = {row.adapter for row in rows_of(phase, rows, batched=batched)}
     every = dict.fromkeys(row.adapter for row in rows)
     return [adapter for adapter in every if shown and adapter not in shown]
 
 
 def spread(rows: Sequence[Row], count: int) -> list[Row]:
-    """`count` of `rows`, of all lengths: the longest, whose errors add up the most, among them."""
+    """Return `count` of `rows` spread over all lengths, the longest (largest error) included."""
     ordered = sorted(rows, key=lambda row: len(row.tokens))
     picks = np.unique(np.linspace(0, len(ordered) - 1, count).astype(int))
     return [ordered[pick] for pick in picks]

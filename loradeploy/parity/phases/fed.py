@@ -1,8 +1,8 @@
-"""Rows in which a decoder of images and text reads embeddings in the places of some tokens.
+"""Rows in which an image-text decoder is fed embeddings in place of some tokens.
 
-Which places, and what is read there, is drawn from a row's tokens, as large as the model's own
-embeddings. What the reference gives for it is computed by PyTorch's own `inputs_embeds`. A decoder
-that counts positions in three dimensions is fed random ones, as PyTorch's own `position_ids`.
+The places and the embeddings are random, seeded by the row's tokens, and of the magnitude of the
+model's embeddings. The reference feeds them to PyTorch as `inputs_embeds`. A decoder with
+three-dimensional positions (M-RoPE) is fed random ones, which PyTorch gets as `position_ids`.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float32]
 
-# How many rows are shown with embeddings.
+# Number of rows that are fed with embeddings.
 FED_ROWS: Final = 6
 
 
 @dataclass(frozen=True, eq=False)
 class Fed:
-    """What a row reads: `values` [tokens, hidden] where `places` [tokens] is true.
+    """The embeddings of a row: `values` [tokens, hidden], used where `places` [tokens] is true.
 
-    `expected`: what the reference gives then, [tokens, width].
-    `blocks`: whether the places of an image attend to each other where the model has it so.
-    `positions` [3, tokens]: where it counts them in three dimensions.
+    `expected`: the reference's outputs for them, [tokens, width].
+    `blocks`: whether the positions of an image attend to each other, if the model does that.
+    `positions`: [3, tokens], if the decoder has three-dimensional positions.
     """
 
     values: Floats
@@ -40,35 +40,36 @@ class Fed:
     positions: NDArray[np.int64] | None = None
 
     def shifted(self) -> Fed:
-        """The same with each place one token further."""
+        """Return a copy with each place one token further."""
         return replace(self, values=np.roll(self.values, 1, 0), places=np.roll(self.places, 1))
 
     def exchanged(self) -> Fed:
-        """The same places with each other's embeddings."""
+        """Return a copy in which the places have each other's embeddings."""
         values = self.values.copy()
         values[self.places] = np.roll(values[self.places], 1, 0)
         return replace(self, values=values)
 
     def causal(self) -> Fed:
-        """The same with each place attending to what is before it alone."""
+        """Return a copy with causal attention in images too."""
         return replace(self, blocks=False)
 
     def flat(self) -> Fed:
-        """The same with the positions of a text."""
+        """Return a copy with the positions of plain text."""
         assert self.positions is not None
         text = np.arange(self.positions.shape[1], dtype=np.int64)
         return replace(self, positions=np.broadcast_to(text, self.positions.shape))
 
     def turned(self) -> Fed:
-        """The same with rows and columns exchanged."""
+        """Return a copy with the positions' rows and columns exchanged."""
         assert self.positions is not None
         return replace(self, positions=self.positions[[0, 2, 1]])
 
 
 def drawn(tokens: Sequence[int], hidden: int, size: float, *, mrope: bool = False) -> Fed:
-    """Places and embeddings of `size` for a row of `tokens`, of numbers that float16 holds too.
+    """Return random places and embeddings for a row of `tokens`.
 
-    `mrope`: with positions in three dimensions.
+    The embeddings have the standard deviation `size`, and are exact in float16. `mrope`: add
+    three-dimensional positions.
     """
     random = np.random.default_rng(list(tokens))
     places = random.random(len(tokens)) < 0.5
@@ -80,7 +81,7 @@ def drawn(tokens: Sequence[int], hidden: int, size: float, *, mrope: bool = Fals
 
 
 def embeds_feeds(fed: Sequence[Fed], mask: NDArray[np.int64]) -> dict[str, NDArray[np.generic]]:
-    """The feeds of a batch; `mask` [rows, tokens] has as many tokens of each row as it is fed."""
+    """Return the feeds of a batch; `mask` [rows, tokens] is 1 at the tokens of each row."""
     places = np.zeros(mask.shape, np.bool_)
     values = np.zeros((*mask.shape, fed[0].values.shape[-1]), np.float32)
     for row, own in enumerate(fed):

@@ -1,4 +1,4 @@
-"""What a backend is, once it is open: what the phases call."""
+"""The interfaces of an open backend, which the phases call."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ if TYPE_CHECKING:
 
 
 class Model(Protocol):
-    """A backend, opened."""
+    """An open backend."""
 
     def forward(
         self, ids: Ids, mask: Ids, cache: Any, adapters: Sequence[str | None]
     ) -> tuple[NDArray[Any], Any]:
-        """`ids` [rows, new tokens] and `mask` [rows, all tokens] → values and the next cache.
+        """Map `ids` [rows, new tokens] and `mask` [rows, all tokens] to values and the next cache.
 
-        The values are [rows, new tokens, width], with one more position where there is an output
-        for the whole row, or [rows, labels] of a classifier. `cache` is None at first, then what
-        the call before returned. `adapters` names each row's adapter.
+        The values are [rows, new tokens, width], with one more position if there is an output for
+        the whole row; a classifier's are [rows, labels]. `cache` is None at first, then the one
+        that the previous call returned. `adapters` names each row's adapter; None is the base.
         """
 
 
@@ -38,14 +38,14 @@ class EmbedsModel(Protocol):
         *,
         embeds: Mapping[str, NDArray[Any]] | None = None,
     ) -> tuple[NDArray[Any], Any]:
-        """See `Model.forward`; `embeds`: the manifest's `embeds`, by name."""
+        """See `Model.forward`; `embeds`: the feeds for the manifest's `embeds`, by name."""
 
 
 class SourceModel(Model, Protocol):
     """A backend of an encoder-decoder with a cache."""
 
     def encode(self, ids: Ids, mask: Ids, adapters: Sequence[str | None]) -> NDArray[Any]:
-        """For sources `ids`, their keys and values → [rows, source, width]."""
+        """Return the keys and values of the sources `ids` [rows, source]: [rows, source, width]."""
 
     def decode(self, ids: Ids, mask: Ids, adapters: Sequence[str | None]) -> NDArray[Any]:
-        """For sources `ids`, the target's tokens one a step → [rows, target, width]."""
+        """Decode the targets of the sources `ids` one token per step: [rows, target, width]."""

@@ -1,4 +1,4 @@
-"""The outputs of a graph that are compared, and which positions of them."""
+"""The outputs of a graph that are compared, and the positions in them that are not padding."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 
 def has_logits(task: str) -> bool:
-    """Whether a position of the first output is a distribution over tokens or labels."""
+    """Whether the first output of the task holds logits of tokens or labels."""
     return task not in (*FEATURES, VISION_TOWER)
 
 
 def output_names(manifest: Manifest) -> tuple[str, ...]:
-    """The outputs that are compared: the task's own, then what else there is but the cache.
+    """Return the names of the outputs to compare: the task's main output, then the others.
 
-    Probabilities that the graph makes of the first are left out: PyTorch gives none.
+    Cache outputs are left out, and so are probabilities, which PyTorch does not return.
     """
     first = output_of(manifest)
     named = [spec.name for spec in manifest.outputs if not spec.name.startswith(PRESENT)]
@@ -34,7 +34,7 @@ def output_names(manifest: Manifest) -> tuple[str, ...]:
 
 
 def joined(values: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    """The outputs as one array: what is given for a row as a whole becomes its last positions."""
+    """Return the outputs as one array; an output per row becomes one more position at its end."""
     first, *rest = values
     if not rest:
         return first
@@ -42,13 +42,13 @@ def joined(values: Sequence[NDArray[Any]]) -> NDArray[Any]:
 
 
 def by_source(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    """Keys and values of sources, [rows, heads, source, size] each, as [rows, source, width]."""
+    """Return the keys and values, [rows, heads, source, size] each, as [rows, source, width]."""
     flat = [np.swapaxes(part, 1, 2).reshape(len(part), part.shape[2], -1) for part in parts]
     return np.concatenate(flat, axis=-1)
 
 
 def check_shape(manifest: Manifest) -> None:
-    """Raise UsageError where the graph's shapes show that not every token has an output."""
+    """Raise UsageError if a decoder's shapes show that not every token has an output."""
     if manifest.task != CAUSAL_LM:
         return
     for spec in manifest.outputs:
@@ -57,7 +57,7 @@ def check_shape(manifest: Manifest) -> None:
 
 
 def check_positions(values: NDArray[Any], tokens: int) -> None:
-    """Raise UsageError unless a decoder's `values` are of all of the `tokens` that it was fed."""
+    """Raise UsageError unless a decoder's `values` have a position for each of `tokens` tokens."""
     if values.ndim != 3 or values.shape[1] != tokens:
         raise _not_all(values.shape)
 
@@ -70,18 +70,18 @@ def _not_all(shape: Sequence[int | str]) -> UsageError:
 
 
 def real_positions(values: NDArray[Any], real: NDArray[np.bool_], task: str) -> NDArray[Any]:
-    """One row's values without the padding's, [positions, width].
+    """Return the values of one row without those of padding, [positions, width].
 
-    One answer for the whole row, as a classifier's, is one position.
+    A single output for the whole row, such as a classifier's, becomes one position.
     """
     if values.ndim == 1:
         return values[np.newaxis]
     if task == SEQ2SEQ_LM or task in IMAGES:
-        return values  # the target's, or an image's
+        return values  # a target or an image has no padding
     whole_row = np.ones(max(0, len(values) - len(real)), bool)
     chosen = np.concatenate([real, whole_row])
     places = np.flatnonzero(chosen)
-    # Padding on one side leaves a part as it lies: a vocabulary's logits are not copied.
+    # With padding on one side, a slice is enough: large logits are not copied.
     if len(chosen) == len(values) and len(places) and np.ptp(places) + 1 == len(places):
         return values[places[0] : places[-1] + 1]
     kept: NDArray[Any] = values[chosen]

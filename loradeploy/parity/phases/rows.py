@@ -1,4 +1,4 @@
-"""The rows that the phases feed, and what they see of them."""
+"""The rows that the phases feed, and the observed outputs."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One prompt with one adapter, and what the reference gives for it.
+    """One prompt with one adapter, and the reference's outputs for it.
 
-    `forced`: the tokens that the reference generated. `expected`: [positions, width]; positions
-    are those of the prompt and of the forced tokens but the last, or one of a classifier.
-    `edge`: it is of an extreme length, and shares batches with its like alone.
-    `outputs`: how many of the graph's outputs are its adapter's, the first ones; None of all. The
-    others are constants so large that they would hide what the adapter does.
-    `target`: how many tokens of an encoder-decoder's target are decoded one by one on its cache.
-    `about`: what is known of `expected`, which every backend is compared with.
-    `fed`: embeddings in the places of some tokens of the prompt, of a decoder that takes them.
-    `encoded`: the keys and values of the source, [source, width], of an encoder-decoder.
+    `forced`: the tokens that the reference generated. `expected`: [positions, width], with a
+    position for each token of the prompt and each forced token but the last; a classifier has one
+    position. `edge`: whether the row is of an extreme length; such rows share no batch with others.
+    `outputs`: how many of the graph's outputs, the first ones, are the adapter's; None: all. The
+    rest are constants so large that they would hide the adapter's effect.
+    `target`: number of target tokens that an encoder-decoder decodes one by one, with its cache.
+    `about`: precomputed facts of `expected`, reused for every backend.
+    `fed`: embeddings in place of some tokens of the prompt, for a decoder that takes embeddings.
+    `encoded`: the source's keys and values of an encoder-decoder, [source, width].
     """
 
     case: int
@@ -44,20 +44,20 @@ class Row:
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        """All that is fed, in one row."""
+        """The tokens that are fed: the prompt and the forced tokens but the last."""
         return self.prompt + self.forced[:-1]
 
     def reading(self, fed: Fed) -> Row:
-        """The prompt alone with `fed` in its tokens' places, and what the reference gives then."""
+        """Return the row with the prompt alone, fed the embeddings `fed`."""
         return replace(self, forced=(), expected=fed.expected, about=None, fed=fed)
 
     @property
     def first_step(self) -> int | None:
-        """The position that chooses the first generated token."""
+        """The position whose logits choose the first generated token; None if there is none."""
         return len(self.prompt) - 1 if self.forced else None
 
     def due(self, phase: str) -> int:
-        """How many positions the phase shows of this row."""
+        """Return how many positions of this row the phase observes."""
         if phase == EMBEDDED:
             return 0 if self.fed is None else len(self.prompt)
         if phase == ENCODER:
@@ -72,10 +72,10 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class Observation:
-    """Consecutive positions of a row as a backend sees them: `values` [positions, width].
+    """A backend's outputs at consecutive positions of a row: `values` [positions, width].
 
-    `before`: what the backend gave the first time, where it is that and not the reference that the
-    values are compared with.
+    `before`: the backend's outputs of its first run, if the values are to be compared with these
+    and not with the reference.
     """
 
     phase: str
@@ -86,13 +86,13 @@ class Observation:
 
     @property
     def expected(self) -> NDArray[Any]:
-        """What the values should be, of the same shape."""
+        """The expected values, of the same shape."""
         if self.before is not None:
             return self.before
         return self.row.expected[self.first : self.first + len(self.values)]
 
     @property
     def about(self) -> Expected | None:
-        """What is known of the expected values."""
+        """The precomputed facts of the expected values, if there are any."""
         known = None if self.before is not None else self.row.about
         return None if known is None else known[self.first : self.first + len(self.values)]

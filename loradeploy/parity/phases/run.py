@@ -1,32 +1,32 @@
-"""The way every backend takes through the inputs, and what it shows on it.
+"""Runs a backend through the phases and yields the outputs that it returns.
 
 Decoders:  prefill           each prompt by itself, followed by the tokens that the reference chose
-           chunked prefill   the same in two or three pieces, each on the cache of those before
-           padded batch      the prompts in batches, padded on the side that the graph wants
+           chunked prefill   the same in two or three chunks, each with the cache of those before
+           padded batch      the prompts in batches, padded on the side that the graph requires
            permuted batch    one batch with its rows in another order
-           decode            from the batch's cache on, the reference's tokens one a step
+           decode            from the batch's cache on, the reference's tokens, one per step
            repeat            a prompt a second time, compared with the first
-           embeddings        of images and text: batches with embeddings in some tokens' places
+           embeddings        image-text decoders: batches with embeddings in place of some tokens
 Encoder-decoders:
            encoder           a few sources in batches: the encoder's own outputs
            prefill           each source by itself, with a whole target
            padded batch      the sources in batches, padded on the right
            permuted batch    one batch with its rows in another order
-           decode            the target one token a step, on the caches
+           decode            the target, one token per step, with the caches
            repeat
 Encoders:  one row           each text by itself
            padded batch      the texts in batches, padded on the right
            permuted batch, repeat
 
-Some phases are shown of the first few rows alone (`rows_of`): their defects show on any row.
+Some phases run only the first few rows (`rows_of`): what they test shows on any row.
 
-Since every backend is fed the tokens that the reference chose, its own greedy choice can be held
-against the reference's at every step; up to the first difference it is what it would generate.
+Every backend is fed the tokens that the reference chose, so its greedy choice can be compared with
+the reference's at every step. Up to the first difference, it is what the backend would generate.
 
-Of an image, a sound and an encoder-decoder's target, which the tokens of a row stand for (see
-`feeds`), nothing is padded: a batch of them is just a batch.
+Images, sounds and the targets of encoder-decoders, which the tokens of a row stand for (see
+`feeds`), are not padded.
 
-What an encoder gives for a text as a whole (`pooler_output`) counts as one more position.
+An encoder's output for a whole text (`pooler_output`) counts as one more position.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ if TYPE_CHECKING:
 
     Ids = NDArray[np.int64]
 
-# Outputs that are not an adapter's are smaller, so that their probability is 0.
+# The outputs that do not belong to an adapter must be at most this, so that their probability is 0.
 _HIDDEN: Final = -1e3
 
 
@@ -79,11 +79,11 @@ def run_phases(
     alike: bool = False,
     batched: bool = True,
 ) -> Iterator[Observation]:
-    """Take `model` through `rows`; phases that the task does not have are left out.
+    """Run `model` on `rows` in `phases`; phases that the task does not have are left out.
 
-    `left`: whether a decoder's batches are padded there. `alike`: whether rows of one length alone
-    share a batch, because the graph takes no padding. `batched`: whether the model takes more
-    than one row; one that does not decodes row by row.
+    `left`: whether a decoder's batches are padded on the left. `alike`: whether a batch has only
+    rows of equal length, because the graph does not support padding. `batched`: whether the model
+    takes more than one row at a time.
     """
     for seen in _observations(
         model, rows, task=task, pad=pad, phases=phases, left=left, alike=alike, batched=batched
@@ -94,7 +94,7 @@ def run_phases(
             continue
         before = None if seen.before is None else seen.before[..., :own]
         values = seen.values[..., :own]
-        # What is not the adapter's could be chosen; NaN, too, is not hidden.
+        # Otherwise an output that is not the adapter's could be chosen. NaN fails this test too.
         if not (seen.values[..., own:] <= _HIDDEN).all():
             values = np.full_like(values, np.nan)
         yield replace(seen, values=values, before=before)
@@ -111,7 +111,7 @@ def _observations(
     alike: bool,
     batched: bool,
 ) -> Iterator[Observation]:
-    """What `run_phases` gives, with all outputs of the graph."""
+    """Yield the observations of `run_phases`, with all outputs of the graph."""
     side = left and task == CAUSAL_LM
     if ENCODER in phases and (sources := rows_of(ENCODER, rows)):
         for some in batches(sources, most=MAX_ROWS if batched else 1):
@@ -124,7 +124,7 @@ def _observations(
         if alone in phases:
             yield Observation(alone, row, 0, values)
         if row in again:
-            before = np.array(values)  # a copy: a backend may give its own buffer each time
+            before = np.array(values)  # a copy: a backend may return the same buffer each time
             yield Observation(REPEAT, row, 0, _forward_alone(model, row, task), before)
     if CHUNKED in phases and task == CAUSAL_LM:
         for row in rows_of(CHUNKED, rows):
@@ -205,7 +205,7 @@ def _run_encoder(model: SourceModel, batch: Sequence[Row], *, pad: int) -> Itera
     values = model.encode(ids, mask, [row.adapter for row in batch])
     for row, real, its in zip(batch, mask.astype(bool), values, strict=True):
         assert row.encoded is not None
-        own = its if len(its) == len(row.encoded) else its[real]  # of a sound nothing is padding
+        own = its if len(its) == len(row.encoded) else its[real]  # a sound has no padding
         yield Observation(ENCODER, row, 0, own, row.encoded)
 
 
@@ -235,10 +235,7 @@ def _observe_batch(
 def generate(
     model: Model, prompts: Sequence[Sequence[int]], *, count: int, pad: int, adapter: str | None
 ) -> list[tuple[int, ...]]:
-    """The `count` tokens that `model` finds the most likely one after the other, for each prompt.
-
-    The prompts are one batch.
-    """
+    """Generate `count` tokens greedily after each prompt; all prompts are one batch."""
     ids, mask = pad_rows(prompts, pad, left=True)
     adapters = [adapter] * len(prompts)
     if not count:

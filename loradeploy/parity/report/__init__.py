@@ -1,1 +1,1 @@
-"""What a check found, and the files and tables that show it."""
+"""The report of a check, and its output as tables and files."""

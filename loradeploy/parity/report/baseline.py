@@ -1,16 +1,17 @@
-"""A report compared with an earlier one: what got worse since, though it may be within its limits.
+"""Compares a report with an earlier one (the baseline) and lists regressions.
 
-A figure is a regression where it is more than `FACTOR` times what it was, and above a floor that is
-a share of its limit. Rounding is no constant of a model: kernels of another processor or release
-and the order of a sum change which roundings meet. On SmolLM2-135M the largest error differs by 6 %
-between onnxruntime's optimization levels, by nothing between numbers of threads, and by 40 %
-between two correct graphs of one adapter (side inputs and merged); `FACTOR` is above all of these.
-What is quadratic in the error has the square of it. Below the floor an error is a tenth of what is
-allowed, and twice as much of it tells nothing.
+A figure can be a regression although it is within its limit. It is one if it is more than `FACTOR`
+times its baseline and above a floor that is a share of its limit. Rounding errors vary between
+correct runs: kernels differ by processor and release, and so does the order of sums. On
+SmolLM2-135M the largest error differs by 6 % between onnxruntime's optimization levels, does not
+differ between numbers of threads, and differs by 40 % between two correct graphs of one adapter
+(side inputs and merged); `FACTOR` is above all of these, and squared for figures that are quadratic
+in the error. An error below the floor is less than a tenth of its limit, where changes by a factor
+mean nothing.
 
-An agreement (top-1, greedy) is a regression where more than `FACTOR` times as many positions
-disagree, and by more than `AGREEMENT_FLOOR` or one position, which may be a tie. A score is one
-where its difference from the reference has left the confidence interval that it had.
+An agreement (top-1, greedy) is a regression if more than `FACTOR` times as many positions disagree,
+and by more than `AGREEMENT_FLOOR` or one position, which may be a tie. A score is a regression if
+its difference from the reference is outside the baseline's confidence interval.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ _QUADRATIC: Final = ("kl", "cosine_distance")
 FLOOR: Final = 0.1  # of the figure's limit
 AGREEMENT_FLOOR: Final = 0.01
 
-# What two reports must have alike to be comparable.
+# The facts that must be equal for two reports to be comparable.
 _ALIKE: Final = ("task", "mode", "precision")
 _AGREEMENTS: Final = {"top1": "top-1", "greedy": "greedy"}
 
@@ -49,7 +50,7 @@ Key = tuple[str, ...]
 
 @dataclass(frozen=True)
 class _Entry:
-    """A result as far as it is compared: `figures` and `limits` by metric, shares by their name."""
+    """The compared part of a result: `figures` and `limits` by metric, `shares` by name."""
 
     where: str
     outcome: str
@@ -84,10 +85,11 @@ class Baseline:
 
 
 def read_baseline(file: str | os.PathLike[str]) -> Baseline:
-    """The report in the JSON file `file`, to compare a later one with.
+    """Read the report in the JSON file `file`, to compare a later one with it.
 
     Raises:
-        UsageError: it is missing, too large, no parity report, or of another schema version.
+        UsageError: the file is missing, too large, not a parity report, or of another schema
+            version.
     """
     path = Path(file)
     values = read_json(path, error=UsageError)
@@ -113,7 +115,7 @@ def read_baseline(file: str | os.PathLike[str]) -> Baseline:
 def check_comparable(
     baseline: Baseline, *, base: str, base_digest: str | None, **now: str | None
 ) -> None:
-    """Raise UsageError unless the baseline is of the same thing; `now`: task, mode, precision."""
+    """Raise UsageError unless base, task, mode and precision (in `now`) are the baseline's."""
     before = baseline.facts
     differ = [name for name in _ALIKE if before[name] != now[name]]
     if differ:
@@ -135,10 +137,10 @@ def check_comparable(
 
 
 def compare_with_baseline(report: ParityReport, baseline: Baseline) -> ParityReport:
-    """`report` with what got worse since `baseline`; any of it fails the verdict.
+    """Return `report` with its regressions since `baseline`, each of which is a failure.
 
     Raises:
-        UsageError: the baseline is of something else.
+        UsageError: the baseline is not comparable.
     """
     check_comparable(
         baseline,
@@ -220,7 +222,7 @@ def _score_regressions(before: _Score, now: _Score | None) -> Iterator[Regressio
         return
     higher = before.metric not in LOWER_IS_BETTER
     kept = now.difference >= before.low if higher else now.difference <= before.high
-    if not kept:  # which no number is not either
+    if not kept:  # NaN is not kept either
         yield Regression(
             before.where,
             before.metric,
@@ -254,7 +256,7 @@ def _baseline(path: str, values: Mapping[str, Any]) -> Baseline:
 
 
 def _key(entry: Mapping[str, Any]) -> Key:
-    """What tells a result, or a score, from the others of its report."""
+    """Return the key that identifies a result, or a score, within its report."""
     variant = entry.get("variant") or {}
     parts = [entry["backend"], entry["adapter"], _part(entry), *map(variant.get, _VARIANT)]
     return tuple("" if part is None else str(part) for part in parts)
@@ -292,7 +294,7 @@ def _where(entry: Mapping[str, Any]) -> str:
 
 
 def _part(entry: Mapping[str, Any]) -> str | None:
-    """The phase, or what of two models was compared."""
+    """Return the phase, or the aspect if two models were compared."""
     return entry.get("phase") or entry.get("aspect")
 
 

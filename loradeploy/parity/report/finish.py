@@ -1,4 +1,4 @@
-"""How every check ends: the comparison with an earlier report, the certificate, the files."""
+"""The end of every check: compare with a baseline, write the certificate and the report files."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ def finish(
     files: Sequence[Path],
     bundle: Path | None = None,
 ) -> ParityReport:
-    """`report` with what got worse since `baseline`, written to `files`.
+    """Add the regressions since `baseline` to `report`, write it to `files`, and return it.
 
-    Its JSON is also written into `bundle`, as its certificate; a bundle that cannot be written to
-    gets none, and the report says so.
+    Its JSON is also written into `bundle` as its certificate. If the bundle is not writable, a note
+    in the report says so.
 
     Raises:
-        UsageError: the baseline is of something else, or a file cannot be written.
+        UsageError: the baseline is not comparable, or a file cannot be written.
     """
     if baseline is not None:
         report = compare_with_baseline(report, baseline)
     if bundle is not None:
         try:
-            (bundle / SIGNATURE_NAME).unlink(missing_ok=True)  # of an earlier one
+            (bundle / SIGNATURE_NAME).unlink(missing_ok=True)  # that of an earlier certificate
             write_json(bundle / CERTIFICATE_NAME, report.to_json())
         except OSError as problem:
             note = f"no certificate was written: {problem.strerror or problem}"

@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing else: no network, no script, no other file."""
+"""The report as one self-contained HTML page: no network access, no script, no other files."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
     from loradeploy.parity.report.results import Check, ParityReport, Result
 
 TEMPLATE: Final = Path(__file__).with_name("report.html.jinja")
-# What is said of a figure elsewhere than in the list of all of them.
+# Fields of `Figures` that have their own section, and are not in the list of figures.
 _OWN_PLACE: Final = ("worst", "first_divergence", "distribution")
-_MOST_FAILURES: Final = 5  # that are shown at the top; the others are folded away
-_FEW_RESULTS: Final = 15  # up to here those that passed are not folded away either
+_MOST_FAILURES: Final = 5  # shown at the top; the others are folded away
+_FEW_RESULTS: Final = 15  # with at most this many, passed results are not folded away
 
 
 @dataclass(frozen=True)
 class Worst:
-    """A backend with one adapter, at its worst over phases and variants.
+    """The worst figures of a backend with one adapter, over all phases and variants.
 
-    `limit`: of `max_abs`, None where nothing was judged.
+    `limit`: the limit of `max_abs`, None if it was not checked.
     """
 
     title: str
@@ -43,13 +43,13 @@ class Worst:
 
     @property
     def agrees(self) -> bool:
-        """Whether the same token or label comes out on top everywhere."""
+        """Whether the same token or label has the largest value at every position."""
         return self.top1 == 1 and self.greedy in (None, 1)
 
 
 @dataclass(frozen=True)
 class MetricRow:
-    """A metric over all results: its limits from the lowest to the highest, and the worst value."""
+    """A metric over all results: its lowest and highest limit, and the worst value."""
 
     title: str
     meaning: str
@@ -61,7 +61,7 @@ class MetricRow:
 
 
 def html(report: ParityReport) -> str:
-    """The report as a page. Whatever is shown in it is escaped: names come from users."""
+    """Return the report as an HTML page. All values are escaped, since names come from users."""
     from jinja2 import Environment, StrictUndefined
 
     from loradeploy.parity.report import plots
@@ -104,7 +104,7 @@ def html(report: ParityReport) -> str:
 
 
 def share(value: float | None) -> str:
-    """A share in per cent; 100 % only where it is all of them."""
+    """Format a share as a percentage; 100 % only if the share is exactly 1."""
     if value is None:
         return "–"
     if not math.isfinite(value):
@@ -113,7 +113,7 @@ def share(value: float | None) -> str:
 
 
 def groups(report: ParityReport) -> list[tuple[str, list[Result]]]:
-    """The results that ran, by adapter, in their order."""
+    """Group the results that ran by adapter, in order."""
     found: dict[str, list[Result]] = {}
     for result in report.results:
         if result.outcome != "not run":
@@ -122,7 +122,7 @@ def groups(report: ParityReport) -> list[tuple[str, list[Result]]]:
 
 
 def worst_by_backend(report: ParityReport) -> list[Worst]:
-    """Every backend with every adapter, one row for all phases and variants."""
+    """Return a row for every backend with every adapter, over all phases and variants."""
     found: dict[tuple[str, str], list[Result]] = {}
     for result in report.results:
         if result.figures is not None:
@@ -147,7 +147,7 @@ def worst_by_backend(report: ParityReport) -> list[Worst]:
 
 
 def distributions(report: ParityReport) -> list[tuple[str, list[tuple[float, int]]]]:
-    """The distribution of every backend's absolute errors, all adapters and phases together."""
+    """Return the distribution of each backend's absolute errors over all adapters and phases."""
     found: dict[str, Counter[float]] = {}
     for result in report.results:
         if result.figures is not None and result.figures.distribution:
@@ -156,7 +156,7 @@ def distributions(report: ParityReport) -> list[tuple[str, list[tuple[float, int
 
 
 def metric_rows(report: ParityReport) -> list[MetricRow]:
-    """What was judged, metric by metric, in the order of the table of tolerances."""
+    """Return a row for every metric that was checked."""
     meanings = {metric.name: metric.meaning for metric in METRICS}
     found: dict[str, list[Check]] = {}
     for result in report.results:
@@ -177,9 +177,9 @@ def metric_rows(report: ParityReport) -> list[MetricRow]:
 
 
 def divergences(report: ParityReport) -> list[tuple[Result, bool]]:
-    """The results in which another token was chosen, and whether each was only a tie.
+    """Return the results in which another token was chosen, and whether each was only a tie.
 
-    For each backend and adapter the one that matters most: the one with the largest margin.
+    There is one for each backend and adapter: the one with the largest margin.
     """
     found: dict[tuple[str, str], Result] = {}
     for result in sorted(report.results, key=_margin, reverse=True):
@@ -192,7 +192,7 @@ def divergences(report: ParityReport) -> list[tuple[Result, bool]]:
 
 
 def figures_of(result: Result) -> list[tuple[str, Any]]:
-    """The numbers of a result by name, but for those that have a place of their own."""
+    """Return the figures of a result by name, without those that have their own section."""
     if result.figures is None:
         return []
     return [

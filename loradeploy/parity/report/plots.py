@@ -1,8 +1,8 @@
 """The plots of the HTML report, as inline SVG.
 
-They are as wide as what holds them: x is in per cent and y in pixels, so that text and strokes keep
-their size on a phone. Colors are classes of the page's stylesheet. Every plot says in words what
-it shows, and no color stands alone.
+Plots are as wide as their container: x is in percent and y in pixels, so that text and strokes keep
+their size on a phone. Colors are classes of the page's stylesheet. Every plot has a caption in
+words, and nothing is shown by color alone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _LAYERS: Final = 240
 _AXIS: Final = 18
 _CELL: Final = 15
 _TICKS: Final = 6
-# More rows or columns than this and several become one, the worst of them.
+# With more rows or columns than this, neighbors are merged into the worst of them.
 _MOST_ROWS: Final = 96
 _MOST_COLUMNS: Final = 96
 _MOST_LABELS: Final = 8
@@ -34,14 +34,14 @@ _NO_NUMBER: Final = "not finite"
 
 @dataclass(frozen=True)
 class LogScale:
-    """Powers of ten from 10^low to 10^high on 0 to 100 per cent."""
+    """A logarithmic scale: maps 10^low to 10^high to 0 to 100 percent."""
 
     low: int
     high: int
 
     @classmethod
     def over(cls, values: Iterable[float | None]) -> LogScale:
-        """The scale that holds all `values` but those that are not positive numbers."""
+        """Return the scale that contains all finite positive `values`."""
         logs = [math.log10(v) for v in values if v is not None and math.isfinite(v) and v > 0]
         if not logs:
             return cls(-6, 0)
@@ -49,7 +49,7 @@ class LogScale:
         return cls(low, max(high, low + 1))
 
     def at(self, value: float) -> float:
-        """Where `value` is, in per cent; zero is at the left, what is no number at the right."""
+        """Return the position of `value` in percent: 0 for zero, 100 if it is not finite."""
         if not math.isfinite(value):
             return 100.0
         if value <= 0:
@@ -59,12 +59,12 @@ class LogScale:
 
     @property
     def ticks(self) -> range:
-        """The exponents that get a line, at most seven or so."""
+        """The exponents that get a grid line, about seven at most."""
         return range(self.low, self.high + 1, max(1, math.ceil((self.high - self.low) / _TICKS)))
 
 
 def number(value: float | None) -> str:
-    """Two digits of a number, or a word where it is none."""
+    """Format a number with two digits; "–" for None, and words for NaN and infinity."""
     if value is None:
         return "–"
     return f"{value:.2g}" if math.isfinite(value) else _NO_NUMBER
@@ -73,7 +73,7 @@ def number(value: float | None) -> str:
 def error_bar(
     value: float, limit: float | None, effect: float | None, scale: LogScale, *, passed: bool
 ) -> Markup:
-    """An error as a bar, its limit as a line, the adapter's effect as a diamond."""
+    """Draw an error as a bar, its limit as a line, the adapter's effect as a diamond."""
     caption = f"error {number(value)}"
     parts = [_track(), _rect(0, scale.at(value), 4, 8, "ok" if passed else "bad")]
     if effect:
@@ -86,7 +86,7 @@ def error_bar(
 
 
 def axis(scale: LogScale) -> Markup:
-    """The powers of ten below a column of bars."""
+    """Draw the labels of the powers of ten below a column of bars."""
     parts = []
     for exponent in scale.ticks:
         x = scale.at(10.0**exponent)
@@ -96,14 +96,14 @@ def axis(scale: LogScale) -> Markup:
 
 
 def share_bar(share: float, *, passed: bool) -> Markup:
-    """A share as a bar from 0 to 100 per cent."""
+    """Draw a share as a bar from 0 to 100 percent."""
     length = round(100 * min(1.0, max(0.0, share)), 2) if math.isfinite(share) else 0.0
     bar = _rect(0, length, 4, 8, "ok" if passed else "bad")
     return _svg(f"{length:g} per cent", _BAR, [_track(), bar])
 
 
 def histogram(distribution: Sequence[tuple[float, int]], scale: LogScale) -> Markup:
-    """How many values have which error: a bar for every half decade, its height the share.
+    """Draw a histogram of errors, with a bar for every half decade.
 
     `distribution`: upper edges and counts (`metrics.Figures`).
     """
@@ -126,7 +126,7 @@ def histogram(distribution: Sequence[tuple[float, int]], scale: LogScale) -> Mar
 
 
 def error_by_layer(found: Localization) -> Markup:
-    """The relative error of every module on the way through the model, on a logarithmic scale."""
+    """Draw the relative error of every module, in order of execution, on a logarithmic scale."""
     steps = found.steps
     scale = LogScale.over(step.share for step in steps)
     bottom = _LAYERS - _AXIS
@@ -154,7 +154,7 @@ def error_by_layer(found: Localization) -> Markup:
 
 
 def heatmap_labels(modules: Sequence[str]) -> Markup:
-    """The names beside a heatmap's rows, their ends, which tell them apart."""
+    """Draw the names of a heatmap's rows; long names are shortened to their distinctive ends."""
     parts = [
         _text(100, _CELL * row + 11, name if len(name) < 25 else f"…{name[-23:]}", "tick", "end")
         for row, name in enumerate(modules)
@@ -163,7 +163,7 @@ def heatmap_labels(modules: Sequence[str]) -> Markup:
 
 
 def heatmap_cells(heatmap: Heatmap) -> Markup:
-    """Relative error by module and position: the darker, the larger; hatched is no number."""
+    """Draw relative errors by module and position: darker is larger, hatched is not finite."""
     scale = heat_scale(heatmap)
     columns = max(1, len(heatmap.positions))
     width = 100 / columns
@@ -184,23 +184,23 @@ def heatmap_cells(heatmap: Heatmap) -> Markup:
 
 
 def heat_scale(heatmap: Heatmap) -> LogScale:
-    """The scale that the heatmap's shades are from."""
+    """Return the scale of the heatmap's shades."""
     return LogScale.over(value for row in heatmap.values for value in row)
 
 
 def shade(value: float, scale: LogScale) -> int:
-    """The shade of a value, 0 to HEAT − 1."""
+    """Return the shade of a value, from 0 to HEAT − 1."""
     return min(HEAT - 1, int(scale.at(value) / 100 * HEAT))
 
 
 def shade_edges(scale: LogScale) -> list[tuple[int, float]]:
-    """Every shade, and the value from which on it is used."""
+    """Return every shade and the lowest value that has it."""
     span = scale.high - scale.low
     return [(step, 10 ** (scale.low + span * step / HEAT)) for step in range(HEAT)]
 
 
 def condensed(heatmap: Heatmap) -> Heatmap:
-    """A heatmap of a size that can be examined: neighbors are joined, the worst of them kept."""
+    """Reduce a heatmap to a readable size: neighboring cells are merged into the worst of them."""
     rows = math.ceil(len(heatmap.modules) / _MOST_ROWS) or 1
     columns = math.ceil(len(heatmap.positions) / _MOST_COLUMNS) or 1
     if rows == columns == 1:
@@ -220,7 +220,7 @@ def condensed(heatmap: Heatmap) -> Heatmap:
 
 
 def interval(low: float, value: float, high: float, limit: float, *, passed: bool) -> Markup:
-    """A difference and its confidence interval around zero, the limits dashed on both sides."""
+    """Draw a difference and its confidence interval around zero, with dashed limits."""
     reach = 1.1 * max((abs(v) for v in (low, value, high, limit) if math.isfinite(v)), default=1.0)
 
     def at(number_: float) -> float:
@@ -240,7 +240,7 @@ def interval(low: float, value: float, high: float, limit: float, *, passed: boo
 
 
 def _bands(steps: Sequence[Step], bottom: int) -> Iterable[Markup]:
-    """Every other layer shaded, and the layers' numbers below as far as there is room."""
+    """Shade every other layer, and put the layers' numbers below as far as there is room."""
     layers = list(dict.fromkeys(step.layer for step in steps if step.layer is not None))
     every = max(1, math.ceil(len(layers) / _MOST_LABELS))
     half = 50 / max(1, len(steps))
@@ -256,7 +256,7 @@ def _bands(steps: Sequence[Step], bottom: int) -> Iterable[Markup]:
 
 
 def _along(index: int, count: int) -> float:
-    """The x of a step; room is left for the numbers on the left."""
+    """Return the x of a step in percent; the axis labels have room on the left."""
     return round(9 + 90 * (index + 0.5) / max(1, count), 2)
 
 
@@ -300,7 +300,7 @@ def _point(x: float, y: float, radius: int, style: str, caption: str) -> Markup:
 
 
 def _diamond(x: float) -> Markup:
-    """A square on its corner: an inner SVG, since a path knows no per cent."""
+    """Draw a diamond in an inner SVG, since the coordinates of a path cannot be percentages."""
     return Markup(
         '<svg x="{}%" y="8" overflow="visible"><path class="effect" d="M0-6L6 0L0 6L-6 0Z"></path>'
         "</svg>"

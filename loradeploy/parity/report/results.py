@@ -1,4 +1,4 @@
-"""What a parity check found: nouns, and their JSON form."""
+"""The report of a parity check as dataclasses, and its JSON form."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from loradeploy.parity.figures.metrics import Figures
 from loradeploy.parity.names import REPEAT
 
 BASE_LABEL: Final = "base"
-# The mode of a report on two models that were compared with each other, and its backends.
+# The mode of a report on two models that were compared with each other, and its two sides.
 COMPARED: Final = "compared"
 REFERENCE, CANDIDATE = "reference", "candidate"
 
@@ -22,13 +22,13 @@ Outcome = Literal["passed", "failed", "not run"]
 
 
 def outcome_of(failure: str | None) -> Outcome:
-    """Passed where there is no reason to fail."""
+    """Return "passed" if `failure` is None, else "failed"."""
     return "passed" if failure is None else "failed"
 
 
 @dataclass(frozen=True)
 class Check:
-    """One figure compared with its limit. `reason` is the limit's."""
+    """One figure compared with its limit. `reason`: why the limit is what it is."""
 
     metric: str
     title: str
@@ -42,7 +42,7 @@ class Check:
 class Variant:
     """How onnxruntime runs a graph: the execution provider, and how far the graph is optimized.
 
-    `provider`: the name on the command line; the report's environment has an entry of this name.
+    `provider`: its name as in the report's environment, such as "cuda" or "cuda:1".
     `optimization`: onnxruntime's level, one of "disable", "basic", "extended", "all".
     """
 
@@ -55,12 +55,13 @@ class Variant:
 
 @dataclass(frozen=True)
 class Result:
-    """One backend, with one adapter (None is the base), in one phase, or of two models one aspect.
+    """The result of one backend with one adapter in one phase, or of one aspect of two models.
 
-    A backend that was not opened has no phase. Of two models that are compared there is neither
-    adapter nor phase; `aspect` is an output's name, "runs", "label map" or "vocabulary".
-    `message` is one line: why it failed or was not run, or a remark. `figures` are None where
-    nothing could be compared. `variant` is None where onnxruntime has no part in it.
+    `adapter`: None is the base. `phase`: None if the backend was not opened. When two models are
+    compared, there is neither adapter nor phase, and `aspect` is an output's name, "runs", "label
+    map" or "vocabulary".
+    `message`: one line, why it failed or was not run, or a remark. `figures`: None if nothing could
+    be compared. `variant`: None if the backend does not use onnxruntime.
     """
 
     backend: str
@@ -78,23 +79,23 @@ class Result:
 
     @property
     def adapter_label(self) -> str:
-        """The adapter's name, or a word for the base; nothing where neither was run."""
+        """The adapter's name, or "base"; empty if nothing was run."""
         if self.phase is None:
             return ""
         return BASE_LABEL if self.adapter is None else self.adapter
 
     @property
     def part(self) -> str:
-        """The phase, or the aspect; nothing where there is neither."""
+        """The phase or the aspect; empty if there is neither."""
         return self.phase or self.aspect or ""
 
 
 @dataclass(frozen=True)
 class AdapterFacts:
-    """An adapter and what it does to the reference.
+    """An adapter and its effect on the reference's outputs.
 
-    `effect`: max abs |adapter − base| over the prompts' outputs, `mean_effect` the mean.
-    `message`: a failure where `failed`, else a remark, else None.
+    `effect`: the largest |adapter − base| over the outputs of all prompts; `mean_effect`: the mean.
+    `message`: the failure if `failed`, otherwise a remark or None.
     """
 
     name: str
@@ -107,7 +108,7 @@ class AdapterFacts:
 
 @dataclass(frozen=True)
 class Control:
-    """A mistake that was made on purpose, and whether the check saw it."""
+    """A negative control: a deliberate mistake, and whether the check caught it."""
 
     name: str
     meaning: str
@@ -119,13 +120,13 @@ class Control:
 
 @dataclass(frozen=True)
 class Step:
-    """A module's output on both sides, on the way through the model.
+    """The output of one module inside the model, compared on both sides.
 
-    `module`: its path in the PyTorch model; what it gives on to a module within it counts too.
-    `layer`: the number of the block that it is in, None outside of all. `node`, `op`: the graph's
-    node that gives it; of a backend in PyTorch, none and the module's class. `error`: largest
-    absolute difference at the position where it is worst, of values that reach `scale` there.
-    `share`: error / scale.
+    `module`: its path in the PyTorch model; values it passes to its submodules are included.
+    `layer`: the number of its transformer block, None outside of all blocks. `node`, `op`: the
+    graph's node that computes the output; for a backend in PyTorch, `node` is empty and `op` is the
+    module's class. `error`: the largest absolute difference at the worst position. `scale`: the
+    largest absolute value there. `share`: error / scale.
     """
 
     module: str
@@ -141,7 +142,7 @@ class Step:
 class Heatmap:
     """Largest relative error (error / scale) by module and position: `values` [modules, positions].
 
-    NaN stands where one of the sides is not finite.
+    NaN where one of the sides is not finite.
     """
 
     modules: tuple[str, ...]
@@ -151,12 +152,12 @@ class Heatmap:
 
 @dataclass(frozen=True)
 class Localization:
-    """Where a backend parts from the reference, on one case.
+    """Where a backend diverges from the reference, for one prompt.
 
-    `steps`: the blocks, what is outside of them, and the modules inside the first block that
-    diverges, in the order of execution. `first`: the first that diverges, None where none does.
-    `before`: the last that agrees ahead of it. `offenders`: those at which the error grows most,
-    the worst first. `unmatched`: modules without a counterpart.
+    `steps`: the blocks, the modules outside of them, and the modules inside the first block that
+    diverges, in order of execution. `first`: the first step that diverges, if any. `before`: the
+    last step before it that agrees. `offenders`: the steps at which the error grows most, the worst
+    first. `unmatched`: modules without a counterpart in the backend.
     """
 
     backend: str
@@ -175,10 +176,10 @@ class Localization:
 
 @dataclass(frozen=True)
 class Counterexample:
-    """The smallest input that was found to fail still.
+    """The smallest input found that still fails.
 
-    `tokens`: the ids, `text` what they are where there is a tokenizer. `error`: the largest there.
-    `tried`: how many inputs were tried on the way; `length`: of the input that it came from.
+    `tokens`: token ids. `text`: the decoded tokens, if there is a tokenizer. `error`: the largest
+    error on this input. `tried`: number of inputs tried. `length`: tokens of the original input.
     """
 
     backend: str
@@ -192,17 +193,17 @@ class Counterexample:
     tried: int
 
 
-# The task metrics of which less is better.
+# The task metrics for which lower is better.
 LOWER_IS_BETTER: Final = ("perplexity", "rmse", "wer")
 
 
 @dataclass(frozen=True)
 class Score:
-    """A task metric on held-out data, on both sides.
+    """A task metric on held-out data, of a backend and of the reference.
 
-    `metric`: one of `score.measures.MEASURES`, such as "accuracy". `difference`: value − reference,
-    and its 95 % confidence interval [low, high] over the examples, paired. `limit`: how much worse
-    it may be.
+    `metric`: one of `score.measures.MEASURES`, such as "accuracy". `difference`: value − reference.
+    `low`, `high`: its 95 % confidence interval over the examples, paired. `limit`: by how much the
+    value may be worse than the reference.
     """
 
     backend: str
@@ -222,7 +223,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Regression:
-    """Something that an earlier report had better: a figure, or a backend that was not run."""
+    """A figure that is worse than in the baseline, or a result that is missing now."""
 
     where: str
     metric: str
@@ -233,7 +234,7 @@ class Regression:
 
 @dataclass(frozen=True)
 class Environment:
-    """Where the check ran: package versions, the machine, the execution providers."""
+    """The environment of the check: package versions, the machine, the execution providers."""
 
     versions: Mapping[str, str]
     platform: Mapping[str, str]
@@ -242,11 +243,11 @@ class Environment:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What was fed: enough to feed the same again.
+    """The inputs of the check, with everything needed to reproduce them.
 
-    `fuzz`: rows of random tokens, `edges`: rows of extreme lengths and of tokens that adapters
-    trained, both besides the `prompts`.
-    `prompt_tokens`: of all rows together.
+    `fuzz`: number of rows of random tokens. `edges`: number of rows of extreme lengths and of
+    tokens that adapters trained. Both are in addition to `prompts`. `prompt_tokens`: number of
+    prompt tokens of all rows.
     """
 
     source: str
@@ -260,13 +261,13 @@ class Inputs:
 
 @dataclass(frozen=True)
 class ParityReport:
-    """The verdict on a bundle, or on two models that were compared, with all of its evidence.
+    """The verdict on a bundle, or on two models that were compared, and its evidence.
 
-    `task`: None of two models, whose `mode` is COMPARED: `bundle` is the candidate then and `base`
-    the reference.
-    `graph_digest`, `data_digest`, and `files` by name: of the bundle's files as they were checked.
-    `baseline`: the earlier report that `regressions` are from. `asked`: the backends that were
-    asked for by name, and may not be left out.
+    When two models are compared, `task` is None, `mode` is COMPARED, `bundle` is the candidate and
+    `base` the reference.
+    `graph_digest`, `data_digest`, `files` (by name): digests of the bundle's files at the check.
+    `baseline`: the earlier report that `regressions` refer to. `asked`: the backends that the user
+    requested by name; the check fails if one of them is not run.
     """
 
     bundle: str
@@ -299,17 +300,17 @@ class ParityReport:
 
     @property
     def passed(self) -> bool:
-        """Whether everything that ran agrees with the reference, and anything ran."""
+        """Whether something ran and everything that ran agrees with the reference."""
         return not self.failures
 
     @property
     def mutation_score(self) -> float | None:
-        """The fraction of the deliberate mistakes that was caught; None if none were made."""
+        """The fraction of the negative controls that were caught; None if none were run."""
         caught = sum(control.caught for control in self.controls)
         return caught / len(self.controls) if self.controls else None
 
     def to_json(self) -> dict[str, Any]:
-        """The report as a JSON object; numbers that are not finite become null."""
+        """Return the report as a JSON object; numbers that are not finite become null."""
         head = {
             "format": FORMAT,
             "schema_version": SCHEMA_VERSION,
@@ -343,13 +344,13 @@ def _failures(report: ParityReport) -> list[str]:
         for control in report.controls
         if not control.caught
     ]
-    # A second run that equals the first is no agreement with the reference.
+    # The phase "repeat" compares a backend with itself, not with the reference.
     if not any(r.outcome == "passed" and r.phase != REPEAT for r in report.results):
         found.append("nothing was found to agree with the reference")
     return found
 
 
 def _where(result: Result) -> str:
-    """The backend, the adapter, the phase or aspect, and the variant, as far as there are."""
+    """Return the backend, adapter, phase or aspect, and variant of a result, if present."""
     variant = None if result.variant is None else str(result.variant)
     return ", ".join(filter(None, (result.title, result.adapter_label, result.part, variant)))

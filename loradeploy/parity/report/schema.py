@@ -1,6 +1,6 @@
-"""The JSON Schema of a report, made from the nouns themselves.
+"""The JSON Schema of a report, generated from its dataclasses.
 
-schema.json beside this file is what `python -m loradeploy.parity.report.schema` prints.
+schema.json beside this file is the output of `python -m loradeploy.parity.report.schema`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _PLAIN: Final[dict[Any, dict[str, Any]]] = {
 
 
 def report_schema() -> dict[str, Any]:
-    """The schema of `ParityReport.to_json()`, of this version."""
+    """Return the schema of `ParityReport.to_json()` in this version."""
     nouns: dict[str, Any] = {}
     report = _object(ParityReport, nouns)
     head = {
@@ -64,7 +64,7 @@ def _schema(hint: Any, nouns: dict[str, Any]) -> dict[str, Any]:
     if dataclasses.is_dataclass(hint):
         assert isinstance(hint, type)
         if hint.__name__ not in nouns:
-            nouns[hint.__name__] = {}  # a place, should it hold itself
+            nouns[hint.__name__] = {}  # reserves the name, in case the class refers to itself
             nouns[hint.__name__] = _object(hint, nouns)
         return {"$ref": f"#/$defs/{hint.__name__}"}
     origin, inner = typing.get_origin(hint), typing.get_args(hint)

@@ -1,4 +1,4 @@
-"""A report as rows of text, and as a table on a terminal."""
+"""The report as rows of text, and as a table on a terminal."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _COLORS: Final = {"passed": "green", "failed": "red", "not run": "yellow"}
 
 
 def headline(report: ParityReport) -> str:
-    """The verdict in one line."""
+    """Return the verdict in one line."""
     verdict = "passed" if report.passed else "FAILED"
     if report.mode == COMPARED:
         return f"parity {verdict}: {report.bundle} ({report.precision}) against {report.base}"
@@ -37,7 +37,7 @@ def headline(report: ParityReport) -> str:
 
 
 def rows(report: ParityReport) -> Iterator[tuple[str, ...]]:
-    """The results as rows of text, the header first."""
+    """Yield the results as rows of text, the header first."""
     varied = has_variants(report)
     yield (*_NAMED, *((_VARIANT,) if varied else ()), *_FIGURES, "verdict")
     for result in report.results:
@@ -50,7 +50,7 @@ def has_variants(report: ParityReport) -> bool:
 
 
 def adapter_lines(report: ParityReport) -> list[str]:
-    """The adapters, the controls, and the check itself, a line each."""
+    """Return lines about the providers, the adapters, the controls, the inputs, and the notes."""
     lines = [f"ran on {facts.provider}: {facts}" for facts in report.environment.providers]
     for facts in report.adapters:
         text = "" if facts.message is None else f": {facts.message}"
@@ -68,7 +68,7 @@ def adapter_lines(report: ParityReport) -> list[str]:
 
 
 def inputs_line(report: ParityReport) -> str:
-    """How much was fed."""
+    """Return the numbers of prompts, additional rows and tokens in one line."""
     inputs = report.inputs
     unit = "cases" if report.mode == COMPARED else "prompts"
     parts = [f"{inputs.prompts} {unit}"]
@@ -80,7 +80,7 @@ def inputs_line(report: ParityReport) -> str:
 
 
 def score_lines(report: ParityReport) -> list[str]:
-    """Each score with its confidence interval."""
+    """Return a line for each score, with its confidence interval."""
     return [
         f"{score.metric} of {score.title}, {score.adapter or BASE_LABEL}: {score.value:.4g} for"
         f" PyTorch's {score.reference:.4g}, {score.difference:+.2g}"
@@ -90,7 +90,7 @@ def score_lines(report: ParityReport) -> list[str]:
 
 
 def diagnosis_lines(report: ParityReport) -> list[str]:
-    """Where errors begin, and the smallest inputs that show them."""
+    """Return lines about the modules where errors begin, and the smallest inputs that fail."""
     lines = [
         f"{found.title}, {found.adapter or BASE_LABEL}, prompt {found.case + 1}:"
         f" {_localization(found)}"
@@ -109,7 +109,7 @@ def diagnosis_lines(report: ParityReport) -> list[str]:
 
 
 def print_report(report: ParityReport, console: Console) -> None:
-    """Print the verdict, the table, and why it failed."""
+    """Print the table, the diagnosis, the failures, and the verdict."""
     from rich.table import Table
 
     header, *body = rows(report)
@@ -119,7 +119,7 @@ def print_report(report: ParityReport, console: Console) -> None:
     for result, cells in zip(report.results, body, strict=True):
         verdict = _text(cells[-1], style=_COLORS[result.outcome])
         table.add_row(*map(_text, cells[:-1]), verdict)
-    # Off a terminal nobody can widen the window: let the table be as wide as it is.
+    # Without a terminal there is no window to widen, so the table is not truncated.
     if console.is_terminal:
         console.print(table)
     else:
@@ -179,7 +179,7 @@ def _number(value: float | None) -> str:
 
 
 def _share(value: float | None) -> str:
-    """A share in per cent; 100 % only where it is all of them."""
+    """Format a share as a percentage; 100% only if the share is exactly 1."""
     if value is None:
         return ""
     return "100%" if value == 1 else f"{min(99.9, 100 * value):.1f}%"

@@ -1,4 +1,4 @@
-"""Reports on disk: JSON, JUnit XML, Markdown and HTML, chosen by the file's ending."""
+"""Writes reports to files: JSON, JUnit XML, Markdown and HTML, chosen by the file extension."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from loradeploy.printable import as_markdown, printable
 if TYPE_CHECKING:
     from loradeploy.parity.report.results import ParityReport, Result
 
-# Of Markdown: rows that are shown unfolded, and failures that are listed.
+# In Markdown: the most rows that are not folded away, and the most failures that are listed.
 _LONG: Final = 10
 _MOST_FAILURES: Final = 20
 
 
 def check_reports(files: Iterable[str | os.PathLike[str]]) -> tuple[Path, ...]:
-    """The report files, every one of a kind that can be written.
+    """Return the paths of the report files, after checking that each can be a report.
 
     Raises:
-        UsageError: an ending that is unknown, or a directory.
+        UsageError: an unknown file extension, or a directory.
     """
     paths = tuple(map(Path, files))
     for path in paths:
@@ -46,7 +46,7 @@ def check_reports(files: Iterable[str | os.PathLike[str]]) -> tuple[Path, ...]:
 
 
 def write_report(report: ParityReport, file: Path) -> None:
-    """Write `report` to `file` in the form that its ending names, atomically.
+    """Write `report` to `file` atomically, in the format of its file extension.
 
     Raises:
         UsageError: the file cannot be written.
@@ -58,7 +58,7 @@ def write_report(report: ParityReport, file: Path) -> None:
 
 
 def junit(report: ParityReport) -> str:
-    """The report as JUnit XML: a test case for each backend, adapter and phase."""
+    """Return the report as JUnit XML, with a test case for each backend, adapter and phase."""
     suite = ET.Element(
         "testsuite",
         name=f"loradeploy parity {printable(report.bundle)}",
@@ -114,7 +114,7 @@ def junit(report: ParityReport) -> str:
 
 
 def markdown(report: ParityReport) -> str:
-    """The report for a pull request comment: what matters, and the long table folded away."""
+    """Return the report as Markdown for a pull request comment; a long table is folded away."""
     mark = "✅" if report.passed else "❌"
     lines = [f"### {mark} {as_markdown(headline(report))}", ""]
     if report.failures:
