@@ -1,4 +1,4 @@
-"""Models, adapters and bundles that the specifications share; each is made once a session."""
+"""Fixtures shared by all tests: models, adapters and bundles, each created once per test run."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from filelock import FileLock
 
 from tests.inputs.adapters import random_adapter
 from tests.inputs.tiny import make_tiny, make_tiny_whisper
-from tests.traces import remembered
+from tests.traces import cached
 from tools.inputs import real_models
 
 ROOT = Path(__file__).parent.parent
 MakeAdapter = Callable[..., Path]
 
-# Of how many rows of a test marked breadth one runs, where the mark does not say.
+# Of a test marked breadth, one in this many cases runs by default; the mark can set another number.
 _ONE_IN = 3
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--all`: every row of every test."""
-    parser.addoption("--all", action="store_true", help="run every row of tests marked breadth")
+    """Add `--all`: run every parametrized case of every test."""
+    parser.addoption("--all", action="store_true", help="run every case of tests marked breadth")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out breadth, unless all is asked for, and what needs a GPU; what is slow first."""
+    """Deselect breadth cases (without --all), skip tests that need a GPU, run slow tests first."""
     if not config.getoption("--all"):
         _thin(config, items)
-    # One worker begins with these, in one run: no other one waits while the bundle is made.
+    # One worker starts with these, in a row: no other worker waits while the bundle is exported.
     items.sort(key=lambda item: "smollm2_bundle" not in getattr(item, "fixturenames", ()))
     on_gpu = [item for item in items if "gpu" in item.keywords]
     if on_gpu and not _cuda_works():
@@ -49,7 +49,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _thin(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep one in so many rows of each test marked breadth, the same ones every time."""
+    """Keep one in N cases of each test marked breadth, the same cases in every run."""
     seen: dict[str, int] = {}
     left_out = []
     for item in items:
@@ -66,7 +66,7 @@ def _thin(config: pytest.Config, items: list[pytest.Item]) -> None:
 
 
 def _cuda_works() -> bool:
-    # The provider is listed wherever its package is installed; a session that keeps it counts.
+    # The provider is listed wherever its package is installed; only a session shows that it works.
     import onnx
     import onnxruntime
 
@@ -86,12 +86,12 @@ def _cuda_works() -> bool:
 
 
 def once(place: Path, make: Callable[[Path], object]) -> Path:
-    """The directory `place`, whole: made by the first process that asks, awaited by the others."""
+    """Return the directory `place`, complete: the first process creates it, the others wait."""
     place.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{place}.lock"):
         if not place.exists():
             partial = place.with_name(f"{place.name}.partial")
-            shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+            shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
             make(partial)
             partial.rename(place)
     return place
@@ -99,7 +99,7 @@ def once(place: Path, make: Callable[[Path], object]) -> Path:
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory that all processes of this test run share."""
+    """A directory shared by all processes of this test run."""
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
     return shared / "shared"
@@ -107,17 +107,17 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def traces(shared: Path) -> Iterator[None]:
-    """Exports of one tiny model share its trace; `tests.traces` says which models are the same."""
+    """Exports of equal tiny models reuse one trace; `tests.traces` defines what is equal."""
     from loradeploy.export import trace
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trace, "trace", remembered(trace.trace, shared / "traces"))
+        patch.setattr(trace, "trace", cached(trace.trace, shared / "traces"))
         yield
 
 
 @pytest.fixture(scope="session", autouse=True)
 def waiting_threads_sleep() -> Iterator[None]:
-    """onnxruntime's threads do not spin while they wait: test processes share the processors."""
+    """Turn off spinning of onnxruntime's idle threads: the test processes share the CPU cores."""
     import onnxruntime
 
     class Sleeping(onnxruntime.SessionOptions):
@@ -147,7 +147,7 @@ def minilm() -> Path:
 
 @pytest.fixture(scope="session")
 def bbc() -> Path:
-    """BBC News: a folder of class folders."""
+    """BBC News: a directory with one subdirectory per topic."""
     return real_models.bbc_news()
 
 
@@ -160,31 +160,31 @@ def _tiny(name: str, shared: Path, news: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_llama(shared: Path, bbc: Path) -> Path:
-    """A random Llama of two layers: grouped-query attention, untied head."""
+    """A two-layer Llama with random weights: grouped-query attention, untied head."""
     return _tiny("llama", shared, bbc)
 
 
 @pytest.fixture(scope="session")
 def tiny_gpt2(shared: Path, bbc: Path) -> Path:
-    """A random GPT-2 of two layers: Conv1D, learned positions, tied head."""
+    """A two-layer GPT-2 with random weights: Conv1D, learned positions, tied head."""
     return _tiny("gpt2", shared, bbc)
 
 
 @pytest.fixture(scope="session")
 def tiny_t5(shared: Path, bbc: Path) -> Path:
-    """A random T5 of one layer a side: relative positions, tied head."""
+    """A T5 with one encoder and one decoder layer, random: relative positions, tied head."""
     return _tiny("t5", shared, bbc)
 
 
 @pytest.fixture(scope="session")
 def tiny_whisper(shared: Path, bbc: Path) -> Path:
-    """A random Whisper whose windows are a second long: two languages, two tasks, timestamps."""
+    """A random Whisper with one-second windows, two languages, two tasks and timestamps."""
     return once(shared / "tiny-whisper", lambda place: make_tiny_whisper(place, bbc))
 
 
 @pytest.fixture(scope="session")
 def tiny_bert(shared: Path, bbc: Path) -> Path:
-    """A random BERT encoder of two layers, without a classifier head."""
+    """A two-layer BERT encoder with random weights and no classifier head."""
     return _tiny("bert", shared, bbc)
 
 
@@ -193,7 +193,7 @@ def tiny_bert(shared: Path, bbc: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def make_adapter(shared: Path) -> MakeAdapter:
-    """A function (model, *, r, seed, alpha, target_modules, …) → PEFT directory, made by PEFT."""
+    """A function (model, *, r, seed, alpha, target_modules, …) → PEFT directory written by PEFT."""
 
     def make(model: Path, *, out: Path | None = None, **options: Any) -> Path:
         if out is not None:
@@ -208,7 +208,7 @@ def make_adapter(shared: Path) -> MakeAdapter:
 
 @pytest.fixture(scope="session")
 def smollm2_adapters(smollm2: Path, shared: Path) -> dict[str, Path]:
-    """Two adapters for SmolLM2, rank 16 on all linear layers, random, large enough to be seen."""
+    """Two random adapters for SmolLM2, rank 16 on all linear layers, with a clear effect."""
     return {
         name: once(
             shared / f"smollm2-{name}",
@@ -222,9 +222,9 @@ def smollm2_adapters(smollm2: Path, shared: Path) -> dict[str, Path]:
 
 @dataclass(frozen=True)
 class Topics:
-    """An adapter of MiniLM that learned the topics of the news, and stories that it has not seen.
+    """An adapter trained on MiniLM to classify news by topic, and held-out stories.
 
-    `result`: what `train` returned, by name. `held_out`: JSONL with `text` and `label`.
+    `result`: the fields of the result of `train`. `held_out`: JSONL with `text` and `label`.
     """
 
     adapter: Path
@@ -261,7 +261,7 @@ def _learn_topics(minilm: Path, bbc: Path, place: Path) -> None:
 
 @pytest.fixture(scope="session")
 def topics_of_news(minilm: Path, bbc: Path, shared: Path) -> Topics:
-    """MiniLM trained for 40 steps on the topics of 150 stories, 50 for validation."""
+    """MiniLM trained for 40 steps on the topics of 150 stories; 50 more are for validation."""
     place = once(shared / "topics", lambda partial: _learn_topics(minilm, bbc, partial))
     result = json.loads((place / "result.json").read_text(encoding="utf-8"))
     return Topics(place / "topic", result, place / "held-out.jsonl")
@@ -278,25 +278,25 @@ def _export(model: Path, place: Path, **options: Any) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_llama_bundle(tiny_llama: Path, shared: Path) -> Path:
-    """The tiny Llama with side inputs and no adapter."""
+    """The tiny Llama exported with side inputs and without an adapter."""
     return _export(tiny_llama, shared / "bundle-llama")
 
 
 @pytest.fixture(scope="session")
 def tiny_gpt2_bundle(tiny_gpt2: Path, shared: Path) -> Path:
-    """The tiny GPT-2 with side inputs and no adapter."""
+    """The tiny GPT-2 exported with side inputs and without an adapter."""
     return _export(tiny_gpt2, shared / "bundle-gpt2")
 
 
 @pytest.fixture(scope="session")
 def tiny_bert_bundle(tiny_bert: Path, shared: Path) -> Path:
-    """The tiny BERT as a classifier with side inputs and no adapter."""
+    """The tiny BERT exported as a classifier with side inputs and without an adapter."""
     return _export(tiny_bert, shared / "bundle-bert", task="sequence-classification")
 
 
 @pytest.fixture(scope="session")
 def smollm2_bundle(smollm2: Path) -> Path:
-    """SmolLM2 with side inputs and no adapter, kept while the code that makes it is the same."""
+    """SmolLM2 with side inputs and no adapter, cached until the code that exports it changes."""
     made_by = hashlib.sha256()
     for package in ("adapter", "bundle", "export"):
         for file in sorted((ROOT / "loradeploy" / package).rglob("*.py")):
@@ -310,15 +310,15 @@ def smollm2_bundle(smollm2: Path) -> Path:
     cache = real_models.cache() / "bundles"
     bundle = _export(smollm2, cache / f"smollm2-{made_by.hexdigest()[:12]}")
     bundle.touch()
-    # Half a gigabyte each: what earlier states of the code left goes, but for the last two.
+    # Half a gigabyte each: keep this bundle and the two most recent ones before it.
     kept = [path for path in cache.glob("smollm2-*") if not path.suffix]
     for path in sorted(kept, key=lambda path: path.stat().st_mtime)[:-3]:
         shutil.rmtree(path, ignore_errors=True)
     return bundle
 
 
-def following(bundle: Path, tokens: int) -> int | None:
-    """How many tokens parity is told to generate: `tokens` by a decoder, else nothing is said."""
+def generated_tokens(bundle: Path, tokens: int) -> int | None:
+    """The `tokens` option of a parity check: `tokens` for a decoder, None for other tasks."""
     from loradeploy.bundle.manifest import read_manifest
 
     return tokens if read_manifest(bundle).task == "causal-lm" else None
@@ -327,14 +327,14 @@ def following(bundle: Path, tokens: int) -> int | None:
 def export_and_check(
     model: Path, place: Path, *, adapters: dict[str, Path], merge: bool = False, **options: Any
 ) -> Path:
-    """A bundle in the directory `place` with the certificate of a check that passed."""
+    """Export to the directory `place` and check parity, which writes the certificate."""
     import loradeploy as ld
 
     def make(partial: Path) -> None:
         ld.export(model, partial, adapters=adapters, merge=merge, **options)
         prompts = ["The capital of", "Shares fell"]
         claimed = adapters if merge else None
-        tokens = following(partial, 3)
+        tokens = generated_tokens(partial, 3)
         report = ld.parity(partial, model=model, adapters=claimed, prompts=prompts, tokens=tokens)
         assert report.passed, report.failures
 
@@ -343,7 +343,7 @@ def export_and_check(
 
 @pytest.fixture(scope="session")
 def tiny_llama_fp16_bundle(tiny_llama: Path, shared: Path) -> Path:
-    """The tiny Llama in fp16."""
+    """The tiny Llama exported in fp16."""
     import loradeploy as ld
 
     return once(shared / "bundle-llama-fp16", lambda p: ld.export(tiny_llama, p, precision="fp16"))
@@ -351,14 +351,14 @@ def tiny_llama_fp16_bundle(tiny_llama: Path, shared: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def certified_bundle(tiny_llama: Path, shared: Path, make_adapter: MakeAdapter) -> Path:
-    """The tiny Llama with an adapter `one` in it, and its certificate."""
+    """A bundle of the tiny Llama with the adapter `one` and a parity certificate."""
     adapters = {"one": make_adapter(tiny_llama)}
     return export_and_check(tiny_llama, shared / "bundle-certified", adapters=adapters)
 
 
 @pytest.fixture
 def recording(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU's provider counts as one that records runs."""
+    """Treat the CPU provider as one that can record runs and replay them (as CUDA graphs do)."""
     from loradeploy.runtime.devices import table
 
     row = replace(table.BY_FULL_NAME[table.CPU], recording={"records": "1"})

@@ -1,4 +1,4 @@
-"""What the tests of devices need on the machine: skipped without it, unless it was to be there."""
+"""Requirements of the device tests: without them tests are skipped, or fail if CI demands them."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import pytest
 
 from loradeploy.runtime.devices.table import SOFTWARE_ADAPTER
 
-# Where Chromium keeps SwiftShader's driver, by distribution.
+# Where Chromium installs SwiftShader's driver, by distribution.
 _DRIVERS = ("/usr/lib/chromium", "/usr/lib/chromium-browser", "/opt/google/chrome")
 DRIVER = "VK_ICD_FILENAMES"
 
 
 def unavailable(reason: str) -> NoReturn:
-    """Skip the test, unless this machine was set up so that it can run."""
+    """Skip the test, or fail it where LORADEPLOY_DEVICES=required says that it must run."""
     if os.environ.get("LORADEPLOY_DEVICES") == "required":
         pytest.fail(reason)
     pytest.skip(reason)
 
 
 def swiftshader() -> dict[str, str]:
-    """The environment in which WebGPU finds SwiftShader; skips, or fails, where it is not there."""
+    """Return environment variables with which WebGPU finds SwiftShader, or call `unavailable`."""
     files = [Path(place) / "vk_swiftshader_icd.json" for place in _DRIVERS]
     driver = os.environ.get(DRIVER) or next((str(f) for f in files if f.exists()), None)
     missing = [

@@ -1,4 +1,4 @@
-"""What keeps a file from being written is told in one line that names it, and nothing is lost."""
+"""Errors of the disk become one line that names the file; existing files are never lost."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ NUMBERS = ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS")
 
 @pytest.mark.parametrize("name", NUMBERS)
 @pytest.mark.parametrize("named", [True, False])
-def test_an_error_of_the_disk_names_what_could_not_be_written_and_what_to_do(
+def test_a_disk_error_names_the_file_that_could_not_be_written_and_what_to_do(
     name: str, named: bool, tmp_path: Path
 ) -> None:
     number = getattr(errno, name)
-    with pytest.raises(OutputError) as told, atomic_file(tmp_path / "f") as temporary:
+    with pytest.raises(OutputError) as error, atomic_file(tmp_path / "f") as temporary:
         raise OSError(number, os.strerror(number), *([str(temporary)] if named else []))
-    said = str(told.value)
-    assert said.startswith(f"{tmp_path / 'f'} cannot be written: {os.strerror(number)}: ")
-    assert (told.value.errno, told.value.filename) == (number, str(tmp_path / "f"))
-    assert isinstance(told.value, LoraDeployError) and isinstance(told.value, OSError)
-    assert str(pickle.loads(pickle.dumps(told.value))) == said
+    message = str(error.value)
+    assert message.startswith(f"{tmp_path / 'f'} cannot be written: {os.strerror(number)}: ")
+    assert (error.value.errno, error.value.filename) == (number, str(tmp_path / "f"))
+    assert isinstance(error.value, LoraDeployError) and isinstance(error.value, OSError)
+    assert str(pickle.loads(pickle.dumps(error.value))) == message
     assert os.listdir(tmp_path) == []
 
 
-def test_a_file_within_a_directory_is_told_as_the_directory(tmp_path: Path) -> None:
+def test_an_error_of_a_file_within_an_output_directory_names_the_directory(tmp_path: Path) -> None:
     with (
-        pytest.raises(OutputError) as told,
+        pytest.raises(OutputError) as error,
         atomic_directory(tmp_path / "d", marker="m") as place,
         atomic_file(place / "inner"),
     ):
         raise OSError(errno.ENOSPC, "full")
-    assert str(told.value).startswith(f"{tmp_path / 'd'} cannot be written: full")
+    assert str(error.value).startswith(f"{tmp_path / 'd'} cannot be written: full")
 
 
 @pytest.mark.parametrize(
@@ -61,18 +61,18 @@ def test_a_file_within_a_directory_is_told_as_the_directory(tmp_path: Path) -> N
         ZeroDivisionError("a slip"),
     ],
 )
-def test_what_is_no_error_of_the_disk_comes_out_as_it_is(
+def test_an_error_that_is_not_of_the_output_disk_is_not_changed(
     problem: Exception, tmp_path: Path
 ) -> None:
-    with pytest.raises(type(problem)) as told, atomic_file(tmp_path / "f"):
+    with pytest.raises(type(problem)) as error, atomic_file(tmp_path / "f"):
         raise problem
-    assert told.value is problem
+    assert error.value is problem
 
 
-def test_a_library_that_does_not_say_why_it_failed_is_asked_the_disk_about(
+def test_the_disk_is_probed_where_the_error_of_a_library_does_not_say_why_it_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torch's text is a line of C++, numpy's two numbers, tokenizers' an error without a number."""
+    """torch reports a line of C++, numpy two numbers, and tokenizers an error without errno."""
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     monkeypatch.setattr("loradeploy.disk._probe", lambda directory: full)
     for problem in (RuntimeError("unexpected pos 64 vs 0"), OSError("4 requested and 0 written")):
@@ -93,7 +93,7 @@ def test_a_file_in_the_way_of_a_directory_is_named(place: str, tmp_path: Path) -
         pass
 
 
-def test_a_scratch_directory_is_told_by_the_place_that_the_system_keeps_for_such(
+def test_an_error_in_a_scratch_directory_names_the_systems_temporary_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -107,7 +107,7 @@ def test_a_scratch_directory_is_told_by_the_place_that_the_system_keeps_for_such
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is full")
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
-def test_a_stream_that_is_full_ends_as_bad_input_does(stream: str, tmp_path: Path) -> None:
+def test_a_full_output_stream_ends_the_command_with_status_2(stream: str, tmp_path: Path) -> None:
     arguments = ["doctor", "--help"] if stream == "stdout" else ["inspect", str(tmp_path)]
     with open("/dev/full", "w") as full:
         done = subprocess.run(
@@ -122,7 +122,7 @@ def test_a_stream_that_is_full_ends_as_bad_input_does(stream: str, tmp_path: Pat
 
 
 def unshared() -> list[str]:
-    """A command that gives a process mounts of its own, or a skip that says why there is none."""
+    """A command prefix that gives a process its own mount namespace; skips where not permitted."""
     mount = "mount -t tmpfs -o size=1m tmpfs /mnt"
     for options in ([], ["--user", "--map-root-user"]):
         line = ["unshare", *options, "--mount"]
@@ -135,7 +135,7 @@ def unshared() -> list[str]:
 
 @pytest.fixture(scope="module")
 def on_a_full_disk(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
-    """A function that runs lines of the command, in one process, on a disk that fills up."""
+    """A function that runs command lines, in one process, on a disk that fills up."""
     line = unshared()
 
     def ask(requests: list[dict[str, Any]], disk: Path) -> Any:
@@ -153,14 +153,14 @@ def on_a_full_disk(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., An
     return ask
 
 
-def test_on_a_full_disk_every_command_says_so_in_one_line_and_leaves_what_was_there(
+def test_on_a_full_disk_every_command_reports_it_in_one_line_and_keeps_existing_files(
     on_a_full_disk: Callable[..., Any],
     tiny_llama: Path,
     tiny_llama_bundle: Path,
     make_adapter: MakeAdapter,
     tmp_path: Path,
 ) -> None:
-    """Adapters converted, a bundle merged: where half of what they take is free, and nearly all."""
+    """Adapters converted, a bundle merged: with half or nearly all of the needed space free."""
     adapter, disk = str(make_adapter(tiny_llama)), tmp_path / "disk"
     disk.mkdir()
     bundle = str(tiny_llama_bundle)
@@ -179,9 +179,9 @@ def test_on_a_full_disk_every_command_says_so_in_one_line_and_leaves_what_was_th
     ]
     for name, results in zip(lines, on_a_full_disk(requests, disk), strict=True):
         for result in results:
-            told = one_line(result["said"])
-            assert result["status"] == 2, told
-            assert f"{disk / name} cannot be written: No space left on device" in told
+            message = one_line(result["stderr"])
+            assert result["status"] == 2, message
+            assert f"{disk / name} cannot be written: No space left on device" in message
             assert result["kept"], f"{name} was lost"
             assert not [left for left in result["left"] if left.startswith(".")]
 
@@ -202,17 +202,17 @@ def test_training_on_a_full_disk_keeps_the_last_checkpoint_and_names_it(
     (results,) = on_a_full_disk([request], disk)
     kept = set()
     for result in results:
-        told = one_line(result["said"])
-        assert result["status"] == 2 and f"{disk / 'a'}" in told, told
-        assert " cannot be written: No space left on device: free some space there" in told
+        message = one_line(result["stderr"])
+        assert result["status"] == 2 and f"{disk / 'a'}" in message, message
+        assert " cannot be written: No space left on device: free some space there" in message
         assert "a" not in result["left"]
-        kept.add("is intact: continue from it with --resume" in told)
-        assert ("a-checkpoints" in result["left"]) == ("is intact" in told)
+        kept.add("is intact: continue from it with --resume" in message)
+        assert ("a-checkpoints" in result["left"]) == ("is intact" in message)
     assert kept == {True, False}, "both before the first checkpoint and after it"
 
 
 @pytest.mark.parametrize("ending", [".json", ".xml", ".md", ".html"])
-def test_a_report_that_cannot_be_written_is_named_and_the_old_one_is_left(
+def test_a_report_that_cannot_be_written_is_named_and_the_old_one_is_kept(
     ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / f"report{ending}"
@@ -228,10 +228,12 @@ def test_a_report_that_cannot_be_written_is_named_and_the_old_one_is_left(
     assert (os.listdir(tmp_path), file.read_text()) == ([file.name], "old")
 
 
-def test_a_place_of_the_same_name_elsewhere_is_not_taken_for_ours(tmp_path: Path) -> None:
+def test_an_error_at_a_path_of_the_same_name_elsewhere_is_not_taken_for_the_outputs(
+    tmp_path: Path,
+) -> None:
     with (
-        pytest.raises(OSError, match="elsewhere") as told,
+        pytest.raises(OSError, match="elsewhere") as error,
         explained(tmp_path / "f", tmp_path / ".f.partial"),
     ):
         raise OSError(errno.ENOSPC, "full", "/elsewhere/.f.partial")
-    assert not isinstance(told.value, OutputError)
+    assert not isinstance(error.value, OutputError)

@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, and no path leaves its directory."""
+"""Reading files: no path leaves its directory, and JSON is bounded and strict."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from loradeploy.files import inside, json_values, read_json
 
 
 @pytest.mark.parametrize("escape", ["/etc/passwd", "../secret", "a/../../secret", "link/secret"])
-def test_a_path_that_leads_out_is_refused(escape: str, tmp_path: Path) -> None:
+def test_a_path_that_leads_out_of_its_directory_is_refused(escape: str, tmp_path: Path) -> None:
     (tmp_path / "root").mkdir()
     (tmp_path / "secret").write_text("x")
     (tmp_path / "root" / "link").symlink_to(tmp_path)
@@ -43,7 +43,7 @@ def test_json_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     assert read_json(tmp_path / "file.json", error=BundleError) == {"r": 8}
 
 
-def test_json_is_bounded(tmp_path: Path) -> None:
+def test_json_that_is_too_large_is_refused(tmp_path: Path) -> None:
     (tmp_path / "deep.json").write_text("[" * 100_000)
     (tmp_path / "large.json").write_text(" " * 2000 + "{}")
     with pytest.raises(BundleError, match="not readable as JSON"):

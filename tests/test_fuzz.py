@@ -1,6 +1,6 @@
-"""Whatever is broken ends in one typed line, or works: a fixed number of tries of each reader.
+"""Fuzzing: whatever a broken file contains, each reader works or raises a typed one-line error.
 
-`python -m tools.fuzz` tries more, and one of these again by its index.
+A fixed number of tries of each reader; `python -m tools.fuzz` runs more, or repeats one by index.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ TRIES = {
 def seeds(
     tiny_llama: Path, certified_bundle: Path, make_adapter: MakeAdapter, shared: Path
 ) -> Seeds:
-    """The tiny Llama's bundle with its certificate, an adapter for it, an encoder in ONNX."""
+    """The tiny Llama's bundle with its certificate, an adapter for it, and an ONNX encoder."""
     native = certified_bundle / "adapters" / "one.onnx_adapter"
     adapter = make_adapter(tiny_llama)
     return Seeds(adapter, certified_bundle, native, make_graph(shared / "fuzzed-graph"))
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_what_is_broken_is_refused_in_one_typed_line(
+def test_broken_files_are_refused_with_a_typed_one_line_error(
     name: str, seeds: Seeds, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("RUST_BACKTRACE", "0")  # of a panic of the tokenizers library
+    monkeypatch.setenv("RUST_BACKTRACE", "0")  # the tokenizers library may panic
     reader = READERS[name](seeds, tmp_path)
     found = [f for index in range(TRIES[name]) if (f := attempt(reader, name, 0, index))]
-    told = "\n".join(f"--index {f.index}: {f.what}: {f.ended}" for f in found)
-    assert not found, f"python -m tools.fuzz --reader {name} --seed 0 finds\n{told}"
+    message = "\n".join(f"--index {f.index}: {f.what}: {f.ended}" for f in found)
+    assert not found, f"python -m tools.fuzz --reader {name} --seed 0 finds\n{message}"
 
 
 class Careless(Reader):
-    """Raises what no reader should."""
+    """A reader that raises an error that no reader should raise."""
 
     problem: BaseException = ValueError("invalid literal")
 
@@ -69,7 +69,7 @@ def test_an_error_that_is_not_typed_is_a_finding(
     assert type(problem).__name__ in finding.ended
 
 
-def test_a_try_depends_on_its_seed_alone(seeds: Seeds) -> None:
+def test_a_try_depends_only_on_its_seed(seeds: Seeds) -> None:
     content = (seeds.adapter / "adapter_config.json").read_bytes()
     graph = seeds.graph.read_bytes()
 

@@ -1,4 +1,4 @@
-"""The layers hold where it matters: on a machine that has no PyTorch, transformers or onnx."""
+"""The import layers: the serving packages import without PyTorch, transformers or onnx."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HEAVY = {
     "transformers",
 }
 
-# Any import of what is blocked fails, from whatever module and however late.
+# Any import of a blocked package fails, whichever module imports it and whenever.
 BLOCK = f"""
 import sys
 
@@ -34,12 +34,12 @@ class Blocked:
 sys.meta_path.insert(0, Blocked())
 """
 
-# What is imported only where its own extra is asked for.
+# Modules that need a package of another extra.
 OF_EXTRAS = {"loradeploy.serve.replicas"}
 
 
 def run(code: str) -> str:
-    """What `code` prints in a fresh interpreter."""
+    """Run `code` in a fresh interpreter and return its output."""
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
@@ -64,7 +64,7 @@ def test_a_serving_machine_can_import_every_module(package: str) -> None:
     run(BLOCK + "".join(f"import {module}\n" for module in found))
 
 
-def test_the_package_itself_imports_the_standard_library_alone() -> None:
+def test_importing_loradeploy_imports_only_the_standard_library() -> None:
     foreign = run(
         "import sys; before = set(sys.modules); import loradeploy\n"
         "new = {name.partition('.')[0] for name in set(sys.modules) - before}\n"

@@ -1,6 +1,6 @@
-"""A refusal is read by people: one line that names the first offender and counts the others.
+"""Error messages are one line that names the first wrong item and counts the others.
 
-An adapter of a thousand modules is spoilt in every way, and met by everything that takes adapters.
+An adapter of a thousand modules is broken in many ways and given to everything that takes adapters.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from loradeploy.export.match.linears import Linear, find_linears
 from loradeploy.export.merge import merge_adapter
 from tests.export.graphs import Builder
 
-LONGEST = 320  # characters of a message, paths apart
+LONGEST = 320  # characters of a message, without paths
 COUNT, SIZE, RANK = 1000, 4, 2
 MODULES = [f"model.layers.{i}.self_attn.projection_of_queries_and_keys" for i in range(COUNT)]
 PREFIX = "base_model.model."
@@ -54,7 +54,7 @@ def good() -> Tensors:
 
 
 def one_refusal(refused: Callable[[], object], *, place: Path | None = None) -> str:
-    """The message of what `refused` raises, which is one line that people read."""
+    """Call `refused` and return the message of its error, which must be one short readable line."""
     with pytest.raises(LoraDeployError) as refusal:
         refused()
     message = str(refusal.value).replace(str(place), "")
@@ -134,7 +134,7 @@ def nothing_of_lora(tensors: Tensors) -> None:
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_spoilt_tensors_are_told_by_the_first(
+def test_broken_tensors_are_reported_by_the_first_one(
     spoil: Callable[[Tensors], None], offender: str, tmp_path: Path
 ) -> None:
     tensors = good()
@@ -170,14 +170,14 @@ def test_spoilt_tensors_are_told_by_the_first(
     ],
     ids=lambda fields: next(iter(fields)),
 )
-def test_a_field_of_thousands_of_characters_is_told_by_its_beginning(
+def test_a_field_of_thousands_of_characters_is_reported_by_its_beginning(
     fields: dict[str, Any],
 ) -> None:
-    told = one_refusal(lambda: AdapterConfig.from_peft({**CONFIG, **fields}))
-    assert next(iter(fields)) in told
+    message = one_refusal(lambda: AdapterConfig.from_peft({**CONFIG, **fields}))
+    assert next(iter(fields)) in message
 
 
-# -- held against a model ------------------------------------------------------------------------
+# -- compared with a model -----------------------------------------------------------------------
 
 
 def adapter_of(
@@ -224,7 +224,7 @@ BASE = BaseIdentity("somebody/base", "sha256:" + "a" * 64, "checkpoint")
 
 @pytest.fixture(scope="module")
 def manifest() -> Manifest:
-    """Of a bundle with a target for each of the modules."""
+    """The manifest of a bundle with a target for each of the modules."""
     targets = [
         LoraTarget(m, SIZE, SIZE, f"{m}.lora_A", f"{m}.lora_B", f"{m}.weight", True, "checkpoint")
         for m in MODULES
@@ -234,7 +234,7 @@ def manifest() -> Manifest:
 
 @pytest.fixture(scope="module")
 def graph() -> tuple[ir.Model, dict[str, Linear]]:
-    """A graph of all the modules one after the other."""
+    """A graph of all the modules in sequence."""
     model = chain(MODULES)
     return model, dict(find_linears(model).linears)
 
@@ -251,7 +251,7 @@ def chain(modules: list[str] | None) -> ir.Model:
 
 @pytest.fixture(scope="module")
 def torch_model() -> Iterator[Any]:
-    """A model of all the modules in PyTorch."""
+    """A PyTorch model of all the modules."""
     import torch
 
     layer = torch.nn.ModuleDict
@@ -269,7 +269,7 @@ def torch_model() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("misfit", [*MISFITS, "DoRA", "another base"])
-def test_side_inputs_are_refused_by_the_first_that_does_not_fit(
+def test_the_refusal_of_side_inputs_names_the_first_module_that_does_not_fit(
     misfit: str, manifest: Manifest
 ) -> None:
     more = {
@@ -282,7 +282,9 @@ def test_side_inputs_are_refused_by_the_first_that_does_not_fit(
     one_refusal(lambda: side_inputs(adapter, manifest))
 
 
-def test_native_side_inputs_are_refused_by_the_first_that_does_not_fit(manifest: Manifest) -> None:
+def test_the_refusal_of_native_side_inputs_names_the_first_module_that_does_not_fit(
+    manifest: Manifest,
+) -> None:
     arrays = {f"{m}.lora_A": ones(1, 9, RANK) for m in MODULES}
     one_refusal(lambda: check_side_inputs(arrays, manifest))
     others = {f"{m}.other": ones(1, 9, RANK) for m in MODULES}
@@ -290,7 +292,7 @@ def test_native_side_inputs_are_refused_by_the_first_that_does_not_fit(manifest:
 
 
 @pytest.mark.parametrize("misfit", [m for m in MISFITS if m != "one module"])
-def test_a_merge_is_refused_by_the_first_that_does_not_fit(
+def test_the_refusal_of_a_merge_names_the_first_module_that_does_not_fit(
     misfit: str, graph: tuple[ir.Model, dict[str, Linear]]
 ) -> None:
     model, linears = graph
@@ -298,14 +300,16 @@ def test_a_merge_is_refused_by_the_first_that_does_not_fit(
 
 
 @pytest.mark.parametrize("misfit", MISFITS)
-def test_pytorch_refuses_by_the_first_that_does_not_fit(misfit: str, torch_model: Any) -> None:
+def test_the_refusal_of_an_injection_in_pytorch_names_the_first_module_that_does_not_fit(
+    misfit: str, torch_model: Any
+) -> None:
     from loradeploy.lora.inject import load
 
     one_refusal(lambda: load(torch_model, MISFITS[misfit]()))
 
 
 @pytest.mark.parametrize("method", ["cat", "linear"])
-def test_adapters_that_do_not_combine_are_told_by_the_first(method: str) -> None:
+def test_adapters_that_cannot_be_combined_are_reported_by_the_first_module(method: str) -> None:
     for other in (adapter_of(size=9), with_dora(), adapter_of(base_digest="sha256:" + "b" * 64)):
         one = adapter_of(base_digest="sha256:" + "a" * 64)
         one_refusal(lambda one=one, other=other: ld.combine({one: 1.0, other: 1.0}, method))  # type: ignore[misc]
@@ -314,22 +318,22 @@ def test_adapters_that_do_not_combine_are_told_by_the_first(method: str) -> None
 # -- graphs and checkpoints ----------------------------------------------------------------------
 
 
-def test_products_without_a_module_are_told_in_one_line(
+def test_products_without_a_module_are_reported_in_one_line(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     ir.save(chain(None), tmp_path / "m.onnx")
     with caplog.at_level(logging.WARNING, logger="loradeploy"):
-        told = one_refusal(
+        message = one_refusal(
             lambda: ld.export(tmp_path / "m.onnx", tmp_path / "b", task="feature-extraction"),
             place=tmp_path,
         )
-    assert "y0" in told
+    assert "y0" in message
     (record,) = caplog.records
     assert "y0" in record.getMessage() and "more" in record.getMessage()
     assert len(record.getMessage()) <= LONGEST
 
 
-def test_weights_that_a_checkpoint_lacks_are_told_by_the_first(tmp_path: Path) -> None:
+def test_weights_missing_from_a_checkpoint_are_reported_by_the_first(tmp_path: Path) -> None:
     import transformers
 
     from loradeploy.export.trace import load_model
@@ -341,11 +345,11 @@ def test_weights_that_a_checkpoint_lacks_are_told_by_the_first(tmp_path: Path) -
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(tmp_path)
     write_arrays(tmp_path / "model.safetensors", {"lm_head.weight": ones(16, 8)}, {"format": "pt"})
-    told = one_refusal(lambda: load_model(tmp_path, "causal-lm"), place=tmp_path)
-    assert "model.embed_tokens.weight" in told and "more" in told
+    message = one_refusal(lambda: load_model(tmp_path, "causal-lm"), place=tmp_path)
+    assert "model.embed_tokens.weight" in message and "more" in message
 
 
-# -- the words -----------------------------------------------------------------------------------
+# -- wording -------------------------------------------------------------------------------------
 
 
 def test_lists_begin_with_the_first_and_count_the_others() -> None:

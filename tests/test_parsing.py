@@ -1,4 +1,4 @@
-"""JSON of others has one meaning, and nothing in it that later steps stumble over."""
+"""Untrusted JSON is read strictly: ambiguous or non-standard JSON is refused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from loradeploy.parsing import MAX_DEPTH, parse_json
 
-# What JSON holds without a doubt: numbers of 64 bits, texts without halves of surrogate pairs.
+# Values that JSON represents without ambiguity: 64-bit numbers, text without lone surrogates.
 PLAIN = st.recursive(
     st.none()
     | st.booleans()
@@ -25,17 +25,17 @@ PLAIN = st.recursive(
 
 @given(PLAIN)
 @settings(derandomize=True, database=None, deadline=None, max_examples=100)
-def test_what_json_holds_is_read_as_it_was_written(value: Any) -> None:
+def test_values_are_read_from_json_as_they_were_written(value: Any) -> None:
     for ascii_only in (True, False):
         text = json.dumps(value, ensure_ascii=ascii_only)
         read = parse_json(text.encode())
         assert read == value
-        assert json.dumps(read) == json.dumps(value)  # 1 is no 1.0, and no True
+        assert json.dumps(read) == json.dumps(value)  # tells 1 from 1.0 and from True
 
 
 @given(st.text() | st.binary())
 @settings(derandomize=True, database=None, deadline=None, max_examples=200)
-def test_what_is_no_json_is_a_value_error(text: str | bytes) -> None:
+def test_text_that_is_not_json_is_a_value_error(text: str | bytes) -> None:
     try:
         parse_json(text)
     except ValueError as problem:
@@ -43,7 +43,7 @@ def test_what_is_no_json_is_a_value_error(text: str | bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("[" * 100_000, "nested"),
         ("[" * (MAX_DEPTH + 2) + "]" * (MAX_DEPTH + 2), "nested"),
@@ -60,17 +60,17 @@ def test_what_is_no_json_is_a_value_error(text: str | bytes) -> None:
     ],
     ids=lambda value: repr(value)[:20],
 )
-def test_json_of_two_meanings_or_of_none_is_refused(text: str | bytes, told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_ambiguous_or_non_standard_json_is_refused(text: str | bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         parse_json(text)
 
 
-def test_what_is_unusual_and_clear_is_read() -> None:
+def test_unusual_but_unambiguous_json_is_read() -> None:
     assert parse_json('{"a": 1, "a": 1}') == {"a": 1}
     assert parse_json('"\\ud83d\\ude00"') == "😀"
     assert parse_json("[" * MAX_DEPTH + "]" * MAX_DEPTH)
     assert parse_json("9223372036854775807") == 2**63 - 1
-    # Tokenizers have 10³⁰ as a length: a float, as other languages read it.
+    # Some tokenizers have 10³⁰ as their maximum length: read as a float, as other languages do.
     limit = parse_json("1000000000000000019884624838656")
     assert (limit, type(limit)) == (1e30, float)
     assert parse_json("[Infinity]", finite=False) == [float("inf")]

@@ -1,4 +1,4 @@
-"""What others wrote reaches a terminal or a page without acting on it or hiding in it."""
+"""Untrusted text reaches terminals and pages without control characters or hidden characters."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from loradeploy.errors import (
 from loradeploy.printable import as_json, as_markdown, logger_of, one_line, printable, readable
 
 PACKAGE = Path(__file__).parent.parent / "loradeploy"
-# A terminal's title and clipboard, C1's form of ESC [, an overwritten line, a turned order, what
-# shows nothing, a line of a log, a byte of a file name that is no UTF-8, what XML cannot hold.
+# Escapes that set a terminal's title and clipboard, the C1 form of ESC [, an overwritten line,
+# reversed text, invisible characters, a forged log line, a file name byte that is not UTF-8,
+# characters that XML cannot contain.
 ACTIVE = [
     "\x1b]0;title\x07", "\x1b]52;c;QQ==\x07", "\x9b2J", "\rok", "\x08\x08", "\x7f", "\0",
     "\u202egnp", "\u2066", "\u200b", "\u2060", "\ufeff", "\u00ad", "\u3164", "\u2800", "\ufe0f",
@@ -28,7 +29,7 @@ ACTIVE = [
     "\udcff", "\ufffe", "\uffff", "\U0001ffff",
 ]  # fmt: skip
 VISIBLE = ["plain", "Füße", "東京", "🦙", "a b", "\u00a0", "\u3000", "«a|b»", "\\x1b", "e\u0301"]
-# Format characters that are drawn: signs of Arabic, Syriac and Kaithi before a number.
+# Format characters that are visible: signs before a number in Arabic, Syriac and Kaithi.
 DRAWN = {*range(0x600, 0x606), 0x6DD, 0x70F, 0x890, 0x891, 0x8E2, 0x110BD, 0x110CD}
 
 
@@ -41,7 +42,7 @@ def test_every_control_and_format_character_is_escaped() -> None:
 
 
 @pytest.mark.parametrize("text", ACTIVE, ids=ascii)
-def test_what_acts_or_hides_is_escaped_and_the_rest_stays(text: str) -> None:
+def test_control_and_invisible_characters_are_escaped_and_the_rest_is_kept(text: str) -> None:
     shown = printable(f"a{text}b")
     assert shown != f"a{text}b" and shown[0] + shown[-1] == "ab"
     assert printable(shown) == shown
@@ -51,11 +52,11 @@ def test_what_acts_or_hides_is_escaped_and_the_rest_stays(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", VISIBLE)
-def test_what_is_seen_stays_as_it_is(text: str) -> None:
+def test_visible_characters_are_not_changed(text: str) -> None:
     assert printable(text) == readable(text) == one_line(text) == text
 
 
-def test_texts_keep_what_scripts_and_emoji_need() -> None:
+def test_generated_text_keeps_the_format_characters_that_scripts_and_emoji_need() -> None:
     kept = "می\u200cخواهم ❤\ufe0f 👩\u200d🔬 \u200fשלום\tx\ny"
     assert readable(kept) == kept
     acting = [text for text in ACTIVE if unicodedata.category(text[0]) != "Cf" and text[0] != "\n"]
@@ -63,17 +64,17 @@ def test_texts_keep_what_scripts_and_emoji_need() -> None:
         assert readable(text) != text
 
 
-def test_one_line_has_one_line_for_every_reader() -> None:
+def test_one_line_is_a_single_line_for_every_reader() -> None:
     text = "a\nb\rc\x0bd\x0ce\x1cf\x85g\u2028h\u2029i"
     assert len(one_line(text).splitlines()) == 1
-    assert one_line("\x1b[1mtext") == "\x1b[1mtext"  # who reads it through a pipe gets the rest
+    assert one_line("\x1b[1mtext") == "\x1b[1mtext"  # only line breaks are escaped
 
 
 @pytest.mark.parametrize("text", ACTIVE, ids=ascii)
-def test_json_hides_nothing_and_loses_nothing(text: str) -> None:
-    told = as_json({text: [text]}, indent=2)
-    assert printable(told, lines=True) == told
-    assert json.loads(told) == {text: [text]}
+def test_json_escapes_hidden_characters_and_loses_nothing(text: str) -> None:
+    message = as_json({text: [text]}, indent=2)
+    assert printable(message, lines=True) == message
+    assert json.loads(message) == {text: [text]}
 
 
 def test_markdown_shows_names_as_they_are() -> None:
@@ -91,8 +92,8 @@ def test_messages_of_errors_are_printable_and_one_line(text: str) -> None:
     problems.append(OutputError(f"/a{text}", "full"))
     for problem in problems:
         assert printable(str(problem)) == str(problem)
-    told = first_line(ValueError(f"\x1b[31mred\x1b[0m {text}"))
-    assert told.startswith("red") and printable(told) == told
+    message = first_line(ValueError(f"\x1b[31mred\x1b[0m {text}"))
+    assert message.startswith("red") and printable(message) == message
 
 
 def test_lines_of_logs_are_printable(caplog: pytest.LogCaptureFixture) -> None:
@@ -103,7 +104,7 @@ def test_lines_of_logs_are_printable(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.messages == ["left out: \\x1b[2J\\nINFO fine, 100 %"]
 
 
-# What writes past the rule: the functions that are allowed it, and why.
+# Files that may call these functions directly, and why.
 ALLOWED = {
     "printable.py": {"getLogger"},
     "lora/quiet.py": {"getLogger"},  # levels of other libraries' loggers
@@ -116,8 +117,8 @@ ALLOWED = {
 }
 
 
-def test_nothing_writes_to_a_terminal_past_the_rule() -> None:
-    """`logging.getLogger(__name__)` and `click.echo` have their printable forms."""
+def test_nothing_else_writes_to_a_terminal_directly() -> None:
+    """`logging.getLogger(__name__)` and `click.echo` have replacements that escape."""
     found = set()
     for file in PACKAGE.rglob("*.py"):
         place = file.relative_to(PACKAGE).as_posix()

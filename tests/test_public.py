@@ -1,4 +1,4 @@
-"""The names that users import: adding one is a decision, taking one away breaks them."""
+"""The public names: adding one is a decision, removing one breaks users."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_the_public_names_are_these() -> None:
     assert sorted(ld.__all__) == PUBLIC
 
 
-def test_every_public_name_is_there_with_its_docstring() -> None:
+def test_every_public_name_exists_and_has_a_docstring() -> None:
     assert [name for name in PUBLIC if not getattr(ld, name).__doc__] == []
     assert set(PUBLIC) <= set(dir(ld))
 
@@ -97,8 +97,8 @@ def test_the_page_of_the_api_has_the_names_and_signatures_of_the_code() -> None:
     assert PAGE.read_text(encoding="utf-8") == page(), "run python -m tools.api_docs"
 
 
-def test_a_verb_is_a_function_though_a_package_has_its_name() -> None:
-    # Whoever imports something out of the package must not turn the verb into the package.
+def test_a_verb_is_a_function_even_where_a_package_has_the_same_name() -> None:
+    # Importing something from the package must not replace the verb by the package.
     for module in ("export.merge", "parity.verdict", "train.config"):
         importlib.import_module(f"loradeploy.{module}")
     assert callable(ld.train)
@@ -106,7 +106,7 @@ def test_a_verb_is_a_function_though_a_package_has_its_name() -> None:
     assert callable(ld.parity)
 
 
-def test_parity_asserts_whether_it_is_the_verb_or_the_package() -> None:
+def test_assert_parity_is_found_on_the_verb_and_on_the_package() -> None:
     from loradeploy.parity import assert_parity
 
     assert ld.parity.assert_parity is assert_parity is ld.assert_parity  # type: ignore[attr-defined]
@@ -138,5 +138,5 @@ def test_the_version_is_that_of_the_distribution() -> None:
         ("runtime.tokenizer", "Tokenizer"),
     ],
 )
-def test_what_programs_import_from_modules_stays_there(module: str, name: str) -> None:
+def test_names_that_programs_import_from_modules_stay_importable(module: str, name: str) -> None:
     assert hasattr(importlib.import_module(f"loradeploy.{module}"), name)

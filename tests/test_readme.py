@@ -1,4 +1,4 @@
-"""What the documents tell a user to type works, in the order in which it stands there."""
+"""The commands and programs of the documentation work, run in the order of the page."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tests.tolerances import tolerance
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
-# How many commands and programs each document has, what its programs print first on a line, and
-# what is there in the end.
+# For each document: how many commands and programs it has, what its programs print at the start
+# of a line, and which files exist at the end.
 DOCUMENTS = {
     "README.md": (8, {"headline", "sport"}, "parity.html"),
     "docs/adapters.md": (2, set(), "adapters/both"),
@@ -55,7 +55,7 @@ assert min(effects[0], effects[2]) > 100 * {tolerance}, effects
 
 @pytest.fixture
 def desk(tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path) -> Path:
-    """A directory with the files that the README speaks of, on a tiny model."""
+    """A directory with the files that the README mentions, for a tiny model."""
     (tmp_path / "SmolLM2-135M-Instruct").symlink_to(tiny_llama)
     lessons = [{"prompt": f"Story {n}:", "completion": f" headline {n % 3}"} for n in range(99)]
     write_lines(tmp_path / "headlines.jsonl", lessons)
@@ -72,12 +72,12 @@ def write_lines(file: Path, lines: list[dict[str, str]]) -> None:
 
 
 def run(command: list[str]) -> None:
-    """A `loradeploy` command in this process: imports and traces of the tests are there already."""
+    """Run a `loradeploy` command in this process, which has all imports and cached traces."""
     assert exit_status(*command) == 0, command
 
 
 def printed_by(program: str, directory: Path) -> str:
-    # glibc overwrites memory that is given back: who reads it all the same gets other numbers.
+    # glibc overwrites freed memory, so that a program that reads it anyway gets other numbers.
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=directory,
@@ -121,7 +121,7 @@ def test_the_command_is_installed_beside_python() -> None:
     assert done.stdout.startswith("loradeploy, version")
 
 
-def test_the_readme_names_make_targets_and_rooms_that_exist() -> None:
+def test_the_readme_names_make_targets_and_directories_that_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"^\$ make (\w+)", README, re.MULTILINE):
         assert f"\n{target}:" in makefile

@@ -1,4 +1,4 @@
-"""What docstrings and comments of the package refer to is where they say."""
+"""Files and modules that docstrings and comments refer to exist."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 
 PACKAGE = ROOT / "loradeploy"
 FILES = sorted(PACKAGE.rglob("*.py"))
-# Lower-case paths of the package; one that begins elsewhere (a URL, site-packages) is another's.
+# Lower-case paths within the package, not paths of URLs or of other packages.
 PATH = re.compile(r"(?<![\w./-])(?:[a-z_]\w*/)+\w+\.py\b")
 DOTTED = re.compile(r"`((?:[a-z_]\w*\.)+\w+)`")
 PACKAGES = {each.parent.name for each in PACKAGE.glob("*/__init__.py")}
@@ -23,7 +23,7 @@ DATA = {"yaml", "json", "onnx", "safetensors"}  # `train.yaml` is a file
 
 
 def prose(file: Path) -> Iterator[str]:
-    """The comments and docstrings of a file."""
+    """Yield the comments and docstrings of a file."""
     source = file.read_text(encoding="utf-8")
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
@@ -34,12 +34,12 @@ def prose(file: Path) -> Iterator[str]:
 
 
 def has_path(file: Path, path: str) -> bool:
-    """Whether `path` is a file below one of the folders that `file` is in."""
+    """Whether `path` is a file relative to one of the parent directories of `file`."""
     return any((folder / path).is_file() for folder in file.parents if folder.is_relative_to(ROOT))
 
 
 def has_name(name: str) -> bool:
-    """Whether `name`, below the package, is a module, or a name that stands in one."""
+    """Whether `name`, relative to the package, is a module or a name defined in one."""
     place, rest = PACKAGE, name.removeprefix("loradeploy.").split(".")
     while rest and (place / rest[0]).is_dir():
         place /= rest.pop(0)
@@ -52,7 +52,7 @@ def has_name(name: str) -> bool:
 
 
 def missing(file: Path, text: str) -> list[str]:
-    """What `text`, which stands in `file`, names that is not there."""
+    """Return the references in `text`, a comment or docstring of `file`, that do not exist."""
     names = [
         name
         for name in DOTTED.findall(text)
@@ -62,7 +62,7 @@ def missing(file: Path, text: str) -> list[str]:
     return paths + [name for name in names if not has_name(name)]
 
 
-def test_files_and_modules_that_are_named_are_there() -> None:
+def test_files_and_modules_that_are_named_exist() -> None:
     found = {file: missing(file, "\n".join(prose(file))) for file in FILES}
     assert not {file.relative_to(ROOT): names for file, names in found.items() if names}
 
@@ -78,5 +78,5 @@ def test_files_and_modules_that_are_named_are_there() -> None:
         ("`loradeploy.adapter.fitting.nowhere`", False),
     ],
 )
-def test_what_was_moved_is_noticed(text: str, there: bool) -> None:
+def test_a_reference_to_something_that_was_moved_is_found(text: str, there: bool) -> None:
     assert (missing(PACKAGE / "adapter" / "config.py", text) == []) is there

@@ -31,6 +31,6 @@ def test_every_guarantee_names_a_test() -> None:
     assert [row for row in ROWS if "::test_" not in row] == []
 
 
-def test_the_page_is_found_from_the_readme_and_from_contributing() -> None:
+def test_the_readme_and_contributing_link_to_the_page() -> None:
     for name in ("README.md", "CONTRIBUTING.md"):
         assert "docs/security.md" in (ROOT / name).read_text(encoding="utf-8"), name

@@ -1,4 +1,4 @@
-"""Every row of the table of tasks: trained, exported, run and proved, or refused by name."""
+"""Every row of the task table is trained, exported, run and checked for parity, or is refused."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def scored(file: Path) -> Path:
     return write_lines(file, rows)
 
 
-# By task: adapters that share a bundle, each with the maker of its data and what it is trained by.
+# By task: adapters that share a bundle, each with the writer of its data and its settings.
 ROWS: dict[str, dict[str, tuple[Callable[[Path], Path], dict[str, Any]]]] = {
     "sequence-classification": {
         "single": (single_label, CLASSIFIER),
@@ -70,7 +70,7 @@ ROWS: dict[str, dict[str, tuple[Callable[[Path], Path], dict[str, Any]]]] = {
 
 
 def seen(task: str, values: dict[str, Any]) -> Any:
-    """What of the answer to a text tells adapters apart."""
+    """Return the part of a result for one text that depends on the adapter."""
     keys = {
         "sequence-classification": "scores",
         "token-classification": "entities",
@@ -84,7 +84,7 @@ def seen(task: str, values: dict[str, Any]) -> Any:
 
 @pytest.mark.breadth(3)
 @pytest.mark.parametrize("task", ROWS)
-def test_a_task_goes_from_training_to_proof(
+def test_a_task_can_be_trained_exported_run_and_checked_for_parity(
     task: str, tiny_bert: Path, tiny_llama: Path, tiny_t5: Path, tmp_path: Path
 ) -> None:
     model = {"causal-lm": tiny_llama, "seq2seq-lm": tiny_t5}.get(task, tiny_bert)
@@ -115,7 +115,7 @@ def test_a_task_goes_from_training_to_proof(
     scored = {} if task not in EVALUATED_TASKS else {"evaluate": data, "examples": 24}
     phases = ["padded batch"]
     few: dict[str, Any] = {"certificate": False, **scored}
-    if not sees:  # images are drawn from a seed
+    if not sees:  # parity draws its images from a seed
         few["prompts"] = [text, "Hi"]
     report = ld.parity(bundle, model=model, controls=True, phases=phases, **few)
     assert report.passed, report.failures
@@ -158,7 +158,7 @@ def test_a_task_goes_from_training_to_proof(
 
 
 @pytest.mark.parametrize("name", TASK_TABLE)
-def test_what_the_table_does_not_have_is_refused_by_name(name: str) -> None:
+def test_a_task_that_is_not_in_the_table_is_refused_by_name(name: str) -> None:
     task = TASK_TABLE[name]
     assert (name in ROWS) == task.trained == (name in TRAINED_TASKS)
     assert (name in COMMANDS) == (task.runner is not None)
@@ -173,7 +173,7 @@ def test_what_the_table_does_not_have_is_refused_by_name(name: str) -> None:
         assert name in TASKS
 
 
-def test_a_vision_tower_is_neither_run_nor_served_and_what_runs_it_is_named() -> None:
+def test_a_vision_tower_is_neither_run_nor_served_and_the_refusal_names_what_runs_it() -> None:
     pytest.importorskip("fastapi")
     from loradeploy.serve.service import Service
     from loradeploy.serve.settings import ServeLimits

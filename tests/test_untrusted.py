@@ -1,4 +1,4 @@
-"""What others wrote runs no code, is opened in one way, and is not waited for."""
+"""Untrusted files run no code, are opened by one function, and never block (FIFOs, devices)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.conftest import ROOT, MakeAdapter
 # -- the code --------------------------------------------------------------------------------------
 
 SOURCES = sorted(p for part in ("loradeploy", "tools") for p in (ROOT / part).rglob("*.py"))
-# Who reads what is no file of someone else: the system's, the package's own, what it just wrote.
+# Functions that read trusted files: of the system, of the package, or just written by it.
 OWN_READERS = {
     "loradeploy/adapter/modules/renamings.py",
     "loradeploy/files.py",
@@ -46,7 +46,7 @@ def parsed(file: Path) -> ast.Module:
 
 
 def calls(file: Path) -> Iterator[tuple[str, str, dict[str, ast.expr], int]]:
-    """Every call in `file`: what of, the name, its arguments (by name or number) and the line."""
+    """Yield every call in `file`: owner, name, arguments (by name or position) and line number."""
     for node in ast.walk(parsed(file)):
         if isinstance(node, ast.Call):
             options = {word.arg: word.value for word in node.keywords if word.arg}
@@ -66,7 +66,7 @@ PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "she
 
 
 def unpickles(file: Path) -> bool:
-    """Whether `file` imports what reads pickles: all but the error, which torch raises too."""
+    """Whether `file` imports a pickle reader; the error class, which torch raises too, is none."""
     for node in ast.walk(parsed(file)):
         if isinstance(node, ast.Import):
             if PICKLES & {alias.name.partition(".")[0] for alias in node.names}:
@@ -88,11 +88,11 @@ def test_no_pickle_is_read_and_no_code_of_a_model_is_run_unasked() -> None:
             if owner == "torch" and name == "load":
                 assert says(options, "weights_only", True), where
             if owner in ("np", "numpy") and name == "load":
-                # Both forms that read no pickle: numpy's default, or said.
+                # Neither reads pickles: numpy's default, or the explicit False.
                 assert "allow_pickle" not in options or says(options, "allow_pickle", False), where
             at_hand = name == "from_config" and "tools" in file.relative_to(ROOT).parts
             if owner and name in ("from_pretrained", "from_config", "load_dataset") and not at_hand:
-                # These run no code of a model's own, and have no such argument.
+                # These run no code of a model, and do not have the argument.
                 data = owner.endswith(("PeftModel", "GenerationConfig"))
                 assert data or "trust_remote_code" in options, where
             assert owner or name not in ("pipeline", "eval", "exec"), where
@@ -128,7 +128,7 @@ def link_to_a_fifo(place: Path) -> None:
 
 def unix_socket(place: Path) -> None:
     with tempfile.TemporaryDirectory() as short, socket.socket(socket.AF_UNIX) as made:
-        made.bind(f"{short}/s")  # a socket's path has a hundred characters at most
+        made.bind(f"{short}/s")  # the path of a socket has at most about 100 characters
         shutil.move(f"{short}/s", place)
 
 
@@ -143,7 +143,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no 
 
 @pytest.fixture(params=SPECIAL)
 def special(request: pytest.FixtureRequest) -> Callable[[Path], str]:
-    """A function that puts such a file in the place of another, and tells what will be said."""
+    """A function that replaces a file by a special file and returns the expected error message."""
 
     def put(place: Path) -> str:
         place.unlink(missing_ok=True)
@@ -168,13 +168,13 @@ def test_only_regular_files_are_opened(
 
 def test_a_size_is_known_before_a_byte_is_read(tmp_path: Path) -> None:
     with open(tmp_path / "f", "wb") as file:
-        file.truncate(1 << 40)  # a hole: it takes no room
+        file.truncate(1 << 40)  # a sparse file: it takes no space
     with pytest.raises(ModelError, match="1,099,511,627,776 bytes, more than the"):
         read_text(tmp_path / "f", error=ModelError)
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-def test_an_adapter_is_not_waited_for(
+def test_a_special_file_in_an_adapter_is_refused_without_blocking(
     name: str,
     special: Callable[[Path], str],
     tiny_llama: Path,
@@ -200,7 +200,7 @@ def test_an_adapter_is_not_waited_for(
         ("model.onnx.data", lambda place: check_directory(place, error=LoraDeployError)),
     ],
 )
-def test_a_bundle_is_not_waited_for(
+def test_a_special_file_in_a_bundle_is_refused_without_blocking(
     name: str,
     read: Callable[[Path], object],
     special: Callable[[Path], str],
@@ -213,18 +213,18 @@ def test_a_bundle_is_not_waited_for(
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "other"])
-def test_a_model_is_not_waited_for(
+def test_a_special_file_in_a_model_is_refused_without_blocking(
     name: str, special: Callable[[Path], str], tiny_llama: Path, tmp_path: Path
 ) -> None:
     from loradeploy.lora.base.checkpoint import find_checkpoint
 
     place = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
-    said = special(place / name)
-    with pytest.raises(ModelError, match=said):
+    message = special(place / name)
+    with pytest.raises(ModelError, match=message):
         find_checkpoint(place)
 
 
-def test_weights_and_data_are_not_waited_for(
+def test_special_files_as_weights_or_data_are_refused_without_blocking(
     special: Callable[[Path], str], tmp_path: Path
 ) -> None:
     from loradeploy.export.graph.file import load_graph

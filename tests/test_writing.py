@@ -1,4 +1,4 @@
-"""Files and directories are written whole or not at all, and never over someone else's."""
+"""Files and directories are written completely or not at all, never over other files of a user."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def write_bundle(place: Path, text: str) -> None:
         (temporary / MARKER).write_text(text)
 
 
-def test_a_directory_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
+def test_a_directory_replaces_the_old_one(tmp_path: Path) -> None:
     for text in ("old", "new"):
         write_bundle(tmp_path / "b", text)
     assert (tmp_path / "b" / MARKER).read_text() == "new"
@@ -81,7 +81,7 @@ def test_a_kill_keeps_the_old_directory_and_the_next_writer_tidies_up(
     assert os.listdir(tmp_path) == ["b"]
 
 
-def test_somebodys_files_are_never_replaced(tmp_path: Path) -> None:
+def test_directories_with_other_files_are_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.txt").write_text("years of work")
     with pytest.raises(UsageError, match="not empty and has no loradeploy.json"):
@@ -91,7 +91,7 @@ def test_somebodys_files_are_never_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "home" / "thesis.txt").read_text() == "years of work"
 
 
-def test_a_file_is_replaced_whole_or_kept(tmp_path: Path) -> None:
+def test_a_file_is_replaced_completely_or_kept(tmp_path: Path) -> None:
     write_json(tmp_path / "f.json", {"a": 1})
     with (
         pytest.raises(ZeroDivisionError),
@@ -103,7 +103,7 @@ def test_a_file_is_replaced_whole_or_kept(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["f.json"]
 
 
-def test_two_writers_of_one_place_both_leave_a_whole_directory(tmp_path: Path) -> None:
+def test_two_concurrent_writers_of_one_directory_leave_a_complete_one(tmp_path: Path) -> None:
     program = (
         "import sys\n"
         "from loradeploy.files import atomic_directory\n"
@@ -149,7 +149,7 @@ def test_a_file_that_no_writer_of_the_kind_wrote_keeps_its_directory(
     assert os.listdir(target) == [MARKER]
 
 
-def test_a_file_that_comes_while_the_directory_is_written_is_kept_too(tmp_path: Path) -> None:
+def test_a_file_that_appears_while_the_directory_is_written_is_kept_too(tmp_path: Path) -> None:
     write_bundle(tmp_path / "b", "old")
     with (
         pytest.raises(UsageError, match=r"also has notes\.txt"),
@@ -161,7 +161,7 @@ def test_a_file_that_comes_while_the_directory_is_written_is_kept_too(tmp_path: 
     assert os.listdir(tmp_path) == ["b"]
 
 
-def test_a_link_is_refused_and_what_it_leads_to_stays(tmp_path: Path) -> None:
+def test_a_link_is_refused_and_its_target_is_kept(tmp_path: Path) -> None:
     write_bundle(tmp_path / "b", "old")
     (tmp_path / "current").symlink_to(tmp_path / "b")
     with pytest.raises(UsageError, match="is a link"):
@@ -188,7 +188,9 @@ def test_an_output_that_is_or_holds_an_input_is_refused(given: str, tmp_path: Pa
     check_keeps_inputs(tmp_path / "b/onnx", [tmp_path / "b", "an/id-of-the-hub"])
 
 
-def test_what_a_killed_writer_of_a_file_left_is_removed_by_the_next(tmp_path: Path) -> None:
+def test_the_temporary_file_of_a_killed_writer_is_removed_by_the_next_writer(
+    tmp_path: Path,
+) -> None:
     program = (
         "import os, signal, sys\n"
         "from loradeploy.writing import atomic_file\n"
@@ -224,7 +226,7 @@ def test_a_signal_before_the_first_byte_leaves_nothing(
     assert not os.listdir(tmp_path)
 
 
-def test_a_writer_leaves_another_targets_and_a_living_writers_files_alone(tmp_path: Path) -> None:
+def test_temporary_files_of_other_targets_and_of_running_writers_are_kept(tmp_path: Path) -> None:
     (tmp_path / ".b.c.0123456789abcdef.partial").write_text("of the target b.c")
     with atomic_file(tmp_path / "b") as first:
         first.write_text("first")

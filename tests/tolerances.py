@@ -1,4 +1,4 @@
-"""Every tolerance of the tests, with its reason. A test that needs another adds a row."""
+"""All numeric tolerances of the tests, each with its reason. New tolerances are added here."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from typing import Final
 
 @dataclass(frozen=True)
 class Tolerance:
-    """The largest absolute difference that counts as equal, and why."""
+    """The largest difference that counts as equal, and the reason for its size.
+
+    The difference is absolute unless the reason says "relative to the largest value" or
+    "1 − cosine".
+    """
 
     absolute: float
     reason: str
@@ -16,44 +20,57 @@ class Tolerance:
 
 TOLERANCES: Final = {
     "same-torch": Tolerance(
-        1e-5, "the same float32 products in the same library, summed in another order"
+        1e-5, "float32 in one library on both sides; only the order of the sums differs"
     ),
     "torch-onnx-tiny": Tolerance(
-        1e-4, "float32 in two libraries over two layers; logits of these models reach 10"
+        1e-4, "float32 in two libraries, two layers; the logits of these models reach 10"
     ),
     "torch-onnx-smollm2": Tolerance(
         5e-4,
-        "float32 in two libraries over thirty layers; logits reach 30. The sums' order is the"
-        " processor's: 1.1e-4 to 2.2e-4 are seen",
+        "float32 in two libraries, thirty layers; the logits reach 30. The order of the sums"
+        " depends on the processor: differences of 1.1e-4 to 2.2e-4 were measured",
     ),
     "merged-torch": Tolerance(
-        3e-5, "as same-torch, and each merged weight is rounded to float32 once more"
+        3e-5, "like same-torch, plus one more rounding of each merged weight to float32"
     ),
     "bf16-rounding": Tolerance(
-        1e-2, "of the largest value: bfloat16 keeps 8 bits, and sums are rounded at other places"
+        1e-2,
+        "relative to the largest value: bfloat16 has 8 bits of precision, and the two sides round"
+        " their sums at different places",
     ),
     "fp16-rounding": Tolerance(
-        2e-3, "of the largest value: float16 keeps 11 bits, and two builds sum in other orders"
+        2e-3,
+        "relative to the largest value: float16 has 11 bits of precision, and two builds of"
+        " onnxruntime sum in different orders",
     ),
-    "log-mel": Tolerance(1e-5, "float64 on both sides, stored as float32; 1.2e-7 is seen"),
+    "log-mel": Tolerance(1e-5, "float64 on both sides, rounded to float32; 1.2e-7 was measured"),
     "log-mel-torch": Tolerance(
         1e-4,
-        "torch's float32 transforms: of a tone, bands of 8 decades less power carry its rounding;"
-        " 5.8e-5 is seen, and 1e-5 of noise",
+        "torch computes the transform in float32. For a pure tone, the rounding error shows in the"
+        " bands whose power is 8 decades lower: 5.8e-5 was measured, and 1e-5 for noise",
     ),
     "rows": Tolerance(
-        2e-5, "one graph, but a batch and a single row take different matrix kernels"
+        2e-5, "float32 in one graph, but a batch and a single row use different matrix kernels"
     ),
     "webgpu-cpu": Tolerance(
-        1e-4, "float32 in two providers over two layers; 1.3e-5 is seen, logits reach 10"
+        1e-4, "float32 in two providers, two layers; the logits reach 10, 1.3e-5 was measured"
     ),
-    "export-fp16": Tolerance(1e-4, "1 − cosine of the logits: 11 bits of every number are kept"),
-    "export-bf16": Tolerance(1e-3, "1 − cosine of the logits: 8 bits of every weight are kept"),
-    "export-int8": Tolerance(2e-3, "1 − cosine: weights and activations in 8 bits, blocks of 32"),
-    "export-int4": Tolerance(0.15, "1 − cosine: 16 levels hold random weights badly; 0.06 is seen"),
+    "export-fp16": Tolerance(
+        1e-4, "1 − cosine of the logits: all numbers have 11 bits of precision"
+    ),
+    "export-bf16": Tolerance(
+        1e-3, "1 − cosine of the logits: all weights have 8 bits of precision"
+    ),
+    "export-int8": Tolerance(
+        2e-3, "1 − cosine of the logits: weights and activations in 8 bits, blocks of 32"
+    ),
+    "export-int4": Tolerance(
+        0.15,
+        "1 − cosine of the logits: 16 levels represent random weights poorly; 0.06 was measured",
+    ),
 }
 
 
 def tolerance(name: str) -> float:
-    """The largest absolute difference of the row `name`."""
+    """Return the largest allowed difference of the entry `name` of TOLERANCES."""
     return TOLERANCES[name].absolute

@@ -1,4 +1,4 @@
-"""Traces of tiny models, made once a test run: torch.export takes ten seconds for two layers."""
+"""A cache of traced tiny models: torch.export takes ten seconds for two layers."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 _TINY: Final = 2**26  # bytes of parameters
 
 
-def remembered(trace: Trace, directory: Path) -> Trace:
-    """`trace`, with the graphs of tiny models kept in `directory` for all processes of the run.
+def cached(trace: Trace, directory: Path) -> Trace:
+    """Return `trace` with a cache in `directory`, shared by all processes of the test run.
 
-    A model is the same where its class, its configuration and all its values are. Only models of
-    transformers are kept: a class that a test defines may compute anything.
+    Two models are equal if their classes, configurations and all parameters and buffers are. Only
+    models of transformers are cached: a class that a test defines may compute anything.
     """
 
     def traced(model: Any, task: str) -> ir.Model:

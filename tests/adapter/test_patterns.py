@@ -139,7 +139,7 @@ def test_no_pattern_takes_for_ever(pattern: str, field: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "said"),
+    ("pattern", "message"),
     [
         ("(", "not a regular expression"),
         ("[[:alpha:]]", "not a regular expression"),  # a set of other letters to each library
@@ -147,12 +147,12 @@ def test_no_pattern_takes_for_ever(pattern: str, field: str) -> None:
         ("(?:" * 1000 + ")" * 1000, "not a regular expression"),
     ],
 )
-def test_what_cannot_be_matched_is_refused_by_name(pattern: str, said: str) -> None:
+def test_what_cannot_be_matched_is_refused_by_name(pattern: str, message: str) -> None:
     for field in ("target_modules", "exclude_modules", "layers_pattern"):
-        with pytest.raises(AdapterError, match=rf"{field} has .*{said}"):
+        with pytest.raises(AdapterError, match=rf"{field} has .*{message}"):
             AdapterConfig(**{field: pattern})  # type: ignore[arg-type]
     for field in ("rank_pattern", "alpha_pattern"):
-        with pytest.raises(AdapterError, match=rf"{field} has .*{said}"):
+        with pytest.raises(AdapterError, match=rf"{field} has .*{message}"):
             AdapterConfig(**{field: {pattern: 1}})  # type: ignore[arg-type]
     with pytest.raises(AdapterError, match="more than 1,000 regular expressions"):
         AdapterConfig(rank_pattern={f"x{number}*": 1 for number in range(1001)})

@@ -379,8 +379,8 @@ def test_a_converted_adapter_computes_what_its_library_computes(name: str, tmp_p
     if case.needs_base:
         model_of(case).save_pretrained(tmp_path / "base")  # type: ignore[operator]
         options += ["--model", str(tmp_path / "base")]
-    said = json.loads(call("convert", source, "--output", output, *options, "--json"))
-    assert said["targets"] == len(case.right) == len(load_adapter(output).factors)
+    result = json.loads(call("convert", source, "--output", output, *options, "--json"))
+    assert result["targets"] == len(case.right) == len(load_adapter(output).factors)
 
     found = outputs(PeftModel.from_pretrained(model_of(case), output).eval())
     right = with_weights(case, case.right)

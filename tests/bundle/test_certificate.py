@@ -106,7 +106,7 @@ def failed_check(values: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda v: v.update(passed=False), "its verdict is not that it passed"),
         (lambda v: v.update(passed="yes"), "its verdict is not that it passed"),
@@ -127,15 +127,15 @@ def failed_check(values: dict[str, Any]) -> None:
     ],
 )  # fmt: skip
 def test_a_certificate_must_say_that_it_passed_in_every_entry(
-    bundle: Path, change: Edit, said: str
+    bundle: Path, change: Edit, message: str
 ) -> None:
     edit(bundle / "parity.json", change)
-    with pytest.raises(BundleError, match=said):
+    with pytest.raises(BundleError, match=message):
         check(bundle)
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (None, r"has no certificate \(parity\.json\): run `loradeploy parity"),
         ("", "not readable as JSON"),
@@ -151,11 +151,11 @@ def test_a_certificate_must_say_that_it_passed_in_every_entry(
     ids=["none", "empty", "cut off", "list", "object", "another", "1", "3", "bare", "oversized"],
 )
 def test_what_is_no_certificate_is_refused_in_one_line(
-    bundle: Path, content: str | None, said: str
+    bundle: Path, content: str | None, message: str
 ) -> None:
     file = bundle / "parity.json"
     file.unlink() if content is None else file.write_text(content)
-    with pytest.raises(BundleError, match=said) as refused:
+    with pytest.raises(BundleError, match=message) as refused:
         check(bundle)
     assert "\n" not in str(refused.value)
 

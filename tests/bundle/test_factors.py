@@ -199,5 +199,5 @@ def test_dora_without_a_scale_and_biases_without_an_offset_are_refused_by_name()
     adapter = an_adapter(config=config, factors=pairs, saved={"l.q.bias": ones})
     with pytest.raises(AdapterMismatchError) as refusal:
         side_inputs(adapter, a_manifest())
-    for told in ("DoRA", "l.k and 1 more have no scale", "l.q.bias (a trained bias)"):
-        assert told in str(refusal.value)
+    for message in ("DoRA", "l.k and 1 more have no scale", "l.q.bias (a trained bias)"):
+        assert message in str(refusal.value)

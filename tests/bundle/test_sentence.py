@@ -33,8 +33,8 @@ def write(place: Path, *modules: tuple[str, str, dict[str, Any] | None], **files
     encoder = {"idx": 0, "name": "0", "path": "", "type": f"{OLD}Transformer"}
     entries = [encoder]
     for index, (kind, path, config) in enumerate(modules, start=1):
-        told = kind if "." in kind else OLD + kind
-        entries.append({"idx": index, "name": str(index), "path": path, "type": told})
+        message = kind if "." in kind else OLD + kind
+        entries.append({"idx": index, "name": str(index), "path": path, "type": message})
         if config is not None:
             (place / path).mkdir()
             (place / path / "config.json").write_text(json.dumps(config))

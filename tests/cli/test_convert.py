@@ -64,9 +64,9 @@ def test_an_adapter_survives_the_way_to_onnx_adapter_and_back(
     source = make_adapter(model, r=4, alpha=12, **options)
     native, back = tmp_path / "a.onnx_adapter", tmp_path / "back"
     call("convert", source, "--bundle", bundle, "--output", native)
-    said = json.loads(call("convert", native, "--bundle", bundle, "--output", back, "--json"))
-    assert said["digest"] == load_adapter(back).digest
-    assert said["targets"] == len(load_adapter(source).factors)
+    result = json.loads(call("convert", native, "--bundle", bundle, "--output", back, "--json"))
+    assert result["digest"] == load_adapter(back).digest
+    assert result["targets"] == len(load_adapter(source).factors)
     assert json.loads(call("inspect", native, "--json"))["kind"] == "ONNX Runtime adapter"
 
     before, after = logits(model, source, kind), logits(model, back, kind)
@@ -92,18 +92,20 @@ def test_a_lower_rank_is_written_with_its_error(
     tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     source, lower = make_adapter(tiny_llama, r=8), tmp_path / "lower"
-    said = json.loads(call("convert", source, "--rank", 3, "--output", lower, "--json"))
+    result = json.loads(call("convert", source, "--rank", 3, "--output", lower, "--json"))
     reduced, report = reduce_rank(load_adapter(source), 3)
     written = load_adapter(lower)
     assert {pair.rank for pair in written.factors.values()} == {3}
-    assert said["digest"] == written.digest == reduced.digest
-    assert said["error"] == pytest.approx(report.total)
+    assert result["digest"] == written.digest == reduced.digest
+    assert result["error"] == pytest.approx(report.total)
     assert (
-        said["worst_error"] == said["errors"][said["worst_module"]] == max(said["errors"].values())
+        result["worst_error"]
+        == result["errors"][result["worst_module"]]
+        == max(result["errors"].values())
     )
-    assert 0 < said["error"] < 1
-    told = call("convert", source, "--rank", 3, "--output", lower)
-    assert f"relative error of the update: {report.total:.3g} in total" in told
+    assert 0 < result["error"] < 1
+    message = call("convert", source, "--rank", 3, "--output", lower)
+    assert f"relative error of the update: {report.total:.3g} in total" in message
 
 
 @pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"]], ids=["q", "head too"])

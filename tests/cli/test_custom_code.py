@@ -62,8 +62,8 @@ def test_code_of_a_models_own_is_refused_by_every_verb(
         ("parity", tiny_llama_bundle, "--model", with_code, "--phases", "prefill"),
         ("convert", pissa, "--model", with_code, "--output", output),
     ):
-        status, _, said = run(*arguments)
-        assert (status, "--trust-remote-code" in one_line(said)) == (2, True), arguments
+        status, _, message = run(*arguments)
+        assert (status, "--trust-remote-code" in one_line(message)) == (2, True), arguments
         assert not (tmp_path / "ran").exists(), arguments
 
 

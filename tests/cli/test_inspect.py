@@ -37,8 +37,8 @@ def test_inspect_tells_what_an_adapter_lies_beside(
     for name in ("config.json", "model.safetensors"):
         shutil.copy(tiny_llama / name, tmp_path / "both")
     assert "beside" not in json.loads(call("inspect", adapter, "--json"))
-    told = json.loads(call("inspect", tmp_path / "both", "--json"))["beside"]
-    assert told == "a base model (model.safetensors), which is loaded without the adapter"
+    result = json.loads(call("inspect", tmp_path / "both", "--json"))["beside"]
+    assert result == "a base model (model.safetensors), which is loaded without the adapter"
 
 
 def test_inspect_tells_which_adapter_a_part_is_of(checked: Path, tmp_path: Path) -> None:

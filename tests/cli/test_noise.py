@@ -51,8 +51,8 @@ def test_what_libraries_log_and_warn_of_is_kept_from_the_user() -> None:
 
 def test_with_debug_all_is_shown() -> None:
     _, err = called("--debug", "noise", code=NOISY)
-    for told in ("gemm_4bit_forward", "a remark", "deprecated", "what matters"):
-        assert told in err
+    for message in ("gemm_4bit_forward", "a remark", "deprecated", "what matters"):
+        assert message in err
 
 
 def test_a_good_parity_says_nothing_on_stderr(

@@ -68,16 +68,18 @@ def test_errors_show_them_escaped(run: Run, write: Callable[..., Path], tmp_path
         assert err.count("\n") == 1 and printable(err, lines=True) == err
 
 
-@pytest.mark.parametrize(("terminal", "told"), [(True, "a\\x1b[2J\\u202e❤\ufe0f"), (False, None)])
+@pytest.mark.parametrize(
+    ("terminal", "message"), [(True, "a\\x1b[2J\\u202e❤\ufe0f"), (False, None)]
+)
 def test_what_a_model_says_acts_on_no_terminal(
-    terminal: bool, told: str | None, monkeypatch: pytest.MonkeyPatch
+    terminal: bool, message: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = "a\x1b[2J\u202e❤\ufe0f"
     out = io.StringIO()
     monkeypatch.setattr(out, "isatty", lambda: terminal)
     monkeypatch.setattr("sys.stdout", out)
     say_text(text, end="")
-    assert out.getvalue() == (told or text)  # whoever reads a pipe gets it as it is
+    assert out.getvalue() == (message or text)  # whoever reads a pipe gets it as it is
 
 
 # -- reports -----------------------------------------------------------------------------------

@@ -66,8 +66,8 @@ def test_node_takes_the_tokens_that_a_rows_own_adapter_adds(
     expected = generator.generate(prompts, rows["adapters"], max_new_tokens=COUNT)
     assert [row["tokenIds"] for row in good["value"]] == [list(row.token_ids) for row in expected]
     assert [row["text"] for row in good["value"]] == [row.text for row in expected]
-    for (_, _, last), told in zip(wrong, refused, strict=True):
-        assert f"the vocabulary ends at {last}" in told["message"]
+    for (_, _, last), message in zip(wrong, refused, strict=True):
+        assert f"the vocabulary ends at {last}" in message["message"]
 
 
 def test_node_refuses_bundles_by_name(
@@ -92,13 +92,13 @@ def test_node_refuses_bundles_by_name(
         no_data: "no valid safetensors file",
         tmp_path / "none": "loradeploy.json does not exist",
     }
-    for (bundle, what), told in zip(
+    for (bundle, what), message in zip(
         refused.items(), node([{"bundle": bundle} for bundle in refused]), strict=True
     ):
-        assert told.get("error") == "BundleError", (bundle, told)
-        assert what in told["message"], told
-    (told,) = node([{"bundle": good, "backend": "cuda"}])
-    assert told["error"] == "UsageError"
+        assert message.get("error") == "BundleError", (bundle, message)
+        assert what in message["message"], message
+    (message,) = node([{"bundle": good, "backend": "cuda"}])
+    assert message["error"] == "UsageError"
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
@@ -129,12 +129,12 @@ def test_node_samples_by_seed_and_refuses_wrong_options(node: Node, required: Re
     ]
     given = [*sampled, *(options for options, _ in WRONG)]
     (result,) = node([{"bundle": bundle, "calls": [["generate", options] for options in given]}])
-    told = result["value"]["answers"]
-    batch, alone, other, most, mass, greedy = (call["value"] for call in told[: len(sampled)])
+    message = result["value"]["answers"]
+    batch, alone, other, most, mass, greedy = (call["value"] for call in message[: len(sampled)])
     assert batch[0]["tokenIds"] == alone["tokenIds"] != other["tokenIds"]
     assert batch[0]["tokenIds"] != batch[1]["tokenIds"]
     assert most["tokenIds"] == mass["tokenIds"] == greedy["tokenIds"] != alone["tokenIds"]
-    for (options, what), call in zip(WRONG, told[len(sampled) :], strict=True):
+    for (options, what), call in zip(WRONG, message[len(sampled) :], strict=True):
         assert call.get("error") in ("UsageError", "AdapterError"), (options, call)
         assert what in call["message"], call
 
@@ -181,18 +181,18 @@ def test_node_blends_adapters_as_python_does(
         bundle = required(form)
         job = {"bundle": bundle, "add": {"again": other}, "calls": [["generate", options], *calls]}
         (result,) = node([job])
-        told = result["value"]["answers"]
+        reported = result["value"]["answers"]
         session = AdapterSession(bundle)
         session.load("again", other)
         ours = TextGenerator(session).generate(
             [TOKENS] * len(rows), adapters=rows, max_new_tokens=COUNT
         )
-        found = [answer["tokenIds"] for answer in told[0]["value"]]
+        found = [answer["tokenIds"] for answer in reported[0]["value"]]
         assert found == [list(answer.token_ids) for answer in ours], form
         assert found[3] == found[4]  # a blend of one adapter with weight 1 is that adapter
         assert len({tuple(ids) for ids in found}) == 4
-        assert told[0]["value"][0]["adapter"] == rows[0]
-        for message, call in zip(wrong, told[1:], strict=True):
+        assert reported[0]["value"][0]["adapter"] == rows[0]
+        for message, call in zip(wrong, reported[1:], strict=True):
             assert message in call["message"], call
 
 
@@ -223,11 +223,11 @@ def test_node_embeds_each_text_by_its_adapter(
     ]
     jobs += [{"bundle": pooled_otherwise(weighted, tmp_path / str(n), own)} for n, own in OTHERWISE]
     results = node(jobs)
-    for (number, own), told in zip(OTHERWISE, results[2:], strict=True):
+    for (number, own), reported in zip(OTHERWISE, results[2:], strict=True):
         place = tmp_path / str(number)
         with pytest.raises(BundleError) as refused:
             RecipeReader(place).pooling("1_Pooling")
-        for message in (str(refused.value), told["message"]):
+        for message in (str(refused.value), reported["message"]):
             assert f"{place}" in message and "pooling_mode is" in message, own
     first, second = (result["value"]["answers"] for result in results[:2])
     session = AdapterSession(weighted)

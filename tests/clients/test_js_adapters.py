@@ -192,14 +192,14 @@ def test_node_refuses_adapters_by_name(
     places: dict[str, Any] = {
         name: peft_directory(tmp_path / name, like, **how) for name, (how, _) in SPOILT.items()
     }
-    said = {name: what for name, (_, what) in SPOILT.items()}
+    message = {name: what for name, (_, what) in SPOILT.items()}
 
     def spoil(name: str, file: Path, content: bytes, what: str) -> None:
         if file.name == "adapter_model.safetensors":
             peft_directory(tmp_path / name, like)
             file = tmp_path / name / file.name
         file.write_bytes(content)
-        places[name], said[name] = file, what
+        places[name], message[name] = file, what
 
     weights = (like / "adapter_model.safetensors").read_bytes()
     native = (bundle / "adapters" / "all.onnx_adapter").read_bytes()
@@ -214,13 +214,13 @@ def test_node_refuses_adapters_by_name(
     spoil("a pickle", alone / "a.bin", b"", "is refused")
     of_texts = client_adapters["few"]
     places |= {"own texts": of_texts, "nothing": tmp_path / "nothing"}
-    said |= {"own texts": "chat_template.jinja is not the base's", "nothing": "does not exist"}
+    message |= {"own texts": "chat_template.jinja is not the base's", "nothing": "does not exist"}
     lost = [["generate", {"prompt": TOKENS, "adapter": "DoRA"}]]
     (result,) = node([{"bundle": bundle, "add": places, "calls": lost}])
-    for name, what in said.items():
-        told = result["value"]["added"][name]
-        assert told.get("error") == "AdapterError", (name, told)
-        assert what in told["message"], (name, told)
-        assert "\n" not in told["message"]
+    for name, what in message.items():
+        reported = result["value"]["added"][name]
+        assert reported.get("error") == "AdapterError", (name, reported)
+        assert what in reported["message"], (name, reported)
+        assert "\n" not in reported["message"]
     assert sorted(result["value"]["adapters"]) == ["all", "few"]  # what is refused is not there
     assert "no adapter is loaded as" in result["value"]["answers"][0]["message"]

@@ -65,9 +65,9 @@ def test_each_row_of_the_mixed_batch_is_as_alone(bundle: Path) -> None:
 def test_every_row_writes_json_of_the_schema(bundle: Path) -> None:
     pytest.importorskip("llguidance", reason="the example's own requirement")
     output = example("json_schema.py", bundle, "Good morning")
-    said = answers(output)
-    assert set(said) == {"base", "first", "second"}
-    for text in said.values():
+    message = answers(output)
+    assert set(message) == {"base", "first", "second"}
+    for text in message.values():
         values = json.loads(text)
         assert set(values) == {"topic", "important"}
         assert values["topic"] in ("business", "sport", "tech")
@@ -109,8 +109,8 @@ def test_sounds_are_learnt_proved_and_transcribed(tiny_whisper: Path, tmp_path: 
     given = ("--steps", 80, "--learning-rate", 1e-2, "--audio", new)
     output = example("speech.py", tiny_whisper, data, tmp_path / "out", *given)
     assert "parity passed" in output
-    said = answers(output)
-    assert said["clinic"] == "a middle tone" != said["base"]
+    message = answers(output)
+    assert message["clinic"] == "a middle tone" != message["base"]
     assert "wer of clinic: 0.00, PyTorch 0.00\n" in output
     base = re.search(r"^wer of base: (\S+), PyTorch (\S+)$", output, re.MULTILINE)
     assert base is not None and float(base[1]) == float(base[2]) > 0.5

@@ -226,7 +226,7 @@ def test_external_data_elsewhere_is_refused(location: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("told", "message"),
+    ("expected", "message"),
     [
         ({"offset": -8}, "is not a readable ONNX model"),
         ({"offset": "x"}, "is not a readable ONNX model"),
@@ -240,7 +240,7 @@ def test_external_data_elsewhere_is_refused(location: str, tmp_path: Path) -> No
     ids=str,
 )
 def test_external_data_at_a_bad_place_is_refused(
-    told: dict[str, object], message: str, tmp_path: Path
+    expected: dict[str, object], message: str, tmp_path: Path
 ) -> None:
     import onnx
 
@@ -253,7 +253,7 @@ def test_external_data_at_a_bad_place_is_refused(
     (weight,) = model.graph.initializer
     weight.ClearField("raw_data")
     weight.data_location = onnx.TensorProto.EXTERNAL
-    for key, value in {"location": "w.bin", "offset": 0, "length": 96, **told}.items():
+    for key, value in {"location": "w.bin", "offset": 0, "length": 96, **expected}.items():
         weight.external_data.add(key=key, value=str(value))
     onnx.save(model, place / "m.onnx")
     with pytest.raises(ModelError, match=message):
@@ -534,6 +534,8 @@ def test_an_adapter_for_a_task_that_cannot_be_exported_is_refused_by_name(peft_n
         AdapterConfig(r=1, target_modules=("q",), task_type=peft_name),
         {"q": Factors(np.ones((1, 2), np.float32), np.ones((2, 1), np.float32))},
     )
-    told = rf"task_type is .{peft_name}., and .* BertForTokenClassification: give `task=.token-cl"
-    with pytest.raises(UsageError, match=told):
+    message = (
+        rf"task_type is .{peft_name}., and .* BertForTokenClassification: give `task=.token-cl"
+    )
+    with pytest.raises(UsageError, match=message):
         choose_task({"architectures": ["BertForTokenClassification"]}, None, [adapter])

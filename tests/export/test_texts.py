@@ -326,11 +326,11 @@ def test_a_difference_from_the_base_is_said_in_a_line(
 ) -> None:
     with caplog.at_level(logging.WARNING):
         export(worded_bundle, tmp_path / "b", adapters=worded_adapters)
-    said = {r.message.partition(":")[0]: r.message for r in caplog.records}
-    assert said["template"] == "template: with its own chat template in place of the base's"
-    assert "tokenizer (new words: '<|end|>') and end tokens (2, 60)" in said["word"]
-    assert "end tokens (7, 8) and generation settings" in said["settings"]
-    assert "plain" not in said and len(caplog.records) == 4
+    reported = {r.message.partition(":")[0]: r.message for r in caplog.records}
+    assert reported["template"] == "template: with its own chat template in place of the base's"
+    assert "tokenizer (new words: '<|end|>') and end tokens (2, 60)" in reported["word"]
+    assert "end tokens (7, 8) and generation settings" in reported["settings"]
+    assert "plain" not in reported and len(caplog.records) == 4
 
 
 def test_the_manifest_tells_what_an_adapter_brings(worded_bundle: Path) -> None:

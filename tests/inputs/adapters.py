@@ -1,4 +1,4 @@
-"""Random adapters by PEFT, large enough to be seen."""
+"""Random adapters written by PEFT, with factors large enough to have a clear effect."""
 
 from __future__ import annotations
 

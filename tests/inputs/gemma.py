@@ -1,4 +1,4 @@
-"""A tiny Gemma 3 of images and text with its processor, and adapters by PEFT for each part."""
+"""A tiny Gemma 3 for images and text, its processor, and PEFT adapters for each part of it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from tests.export.small import SMALL
 
-IMAGE, BEGIN, END = 117, 118, 119  # the tokens
-TOKENS: Final = 4  # of an image
+IMAGE, BEGIN, END = 117, 118, 119  # token ids
+TOKENS: Final = 4  # tokens per image
 SIZE: Final = 28
 _WORDS: Final = 120
 _SPECIAL: Final = {
@@ -20,7 +20,7 @@ _SPECIAL: Final = {
     "boi_token": "<start_of_image>",
     "eoi_token": "<end_of_image>",
 }
-# What comes before an image in a chat is a newline, which joins with the processor's own.
+# The template puts a newline before an image, which merges with the newlines of the processor.
 _TEMPLATE: Final = (
     "{{ bos_token }}{% for message in messages %}{{ message['role'] }}{{ '\n' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -33,7 +33,7 @@ _TEXT: Final = {
     "vocab_size": _WORDS,
     "num_hidden_layers": 3,
     "head_dim": 8,
-    # Smaller than an image, between layers that see everything.
+    # Smaller than an image; the other layers have full attention.
     "sliding_window": 3,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     "initializer_range": 0.3,
@@ -50,13 +50,13 @@ _VISION: Final = {
     "patch_size": 7,
     "initializer_range": 0.3,
 }
-FACTORS: Final = ("text", "vision", "all")  # adapters with factors for these parts
-RECIPE: Final = "recipe"  # the projector trained whole, and factors on the decoder
+FACTORS: Final = ("text", "vision", "all")  # adapters with low-rank factors on these parts
+RECIPE: Final = "recipe"  # a fully trained projector, and low-rank factors on the decoder
 _TARGETS: Final = r".*(q_proj|down_proj|fc1)"
 
 
 def write_processor(place: Path) -> None:
-    """A processor whose words are split at spaces, and runs of newlines are tokens of their own."""
+    """Write a processor that splits words at spaces and makes each run of newlines one token."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
     from transformers import Gemma3ImageProcessor, Gemma3Processor, PreTrainedTokenizerFast
 
@@ -96,14 +96,14 @@ def write_processor(place: Path) -> None:
 
 
 def make(place: Path) -> None:
-    """The checkpoint in `model`, and the adapters."""
+    """Write the checkpoint to `place / "model"`, and the adapters beside it."""
     import peft
     import torch
     import transformers
 
     torch.manual_seed(0)
     config = transformers.Gemma3Config(
-        tie_word_embeddings=False,  # a tiny one would say its last token again and again
+        tie_word_embeddings=False,  # a tied tiny model would repeat its last token
         text_config=_TEXT,
         vision_config=_VISION,
         mm_tokens_per_image=TOKENS,
@@ -113,7 +113,7 @@ def make(place: Path) -> None:
     )
     model = transformers.Gemma3ForConditionalGeneration(config).eval()
     projector = model.model.multi_modal_projector
-    with torch.no_grad():  # a fresh one is zeros
+    with torch.no_grad():  # a new projector is all zeros
         projector.mm_input_projection_weight.normal_()
         projector.mm_soft_emb_norm.weight.normal_(std=0.2)
     model.save_pretrained(place / "model")
@@ -126,7 +126,7 @@ def make(place: Path) -> None:
             for name, parameter in made.named_parameters():
                 if parameter.requires_grad:
                     own = "vision" if "vision_tower" in name else "text"
-                    # Training leaves zeros in the head, which is behind the features.
+                    # Training would leave zeros in the head, which comes after the features.
                     used = part in ("all", own) and "vision_tower.head" not in name
                     size = 0.3 if used or "lora_A" in name else 0.0
                     parameter.copy_(torch.randn_like(parameter) * size)
@@ -156,13 +156,13 @@ def _train_projector(place: Path) -> None:
 
 
 def pictures(count: int, seed: int = 0) -> NDArray[np.float32]:
-    """Pixel values [count, 3, height, width]."""
+    """Return random pixel values [count, 3, height, width]."""
     values = np.random.default_rng(seed).standard_normal((count, 3, SIZE, SIZE))
     return values.astype(np.float32)
 
 
 def processed(model: Path, prompt: Any, images: int) -> list[int]:
-    """The tokens of a prompt or a chat with `images`, as transformers' own processor makes them."""
+    """Tokenize a prompt or a chat with `images` images by transformers' processor."""
     from PIL import Image
     from transformers import AutoProcessor
 
@@ -176,7 +176,7 @@ def processed(model: Path, prompt: Any, images: int) -> list[int]:
 
 
 def whole(model: Path, adapter: Path | None) -> Any:
-    """The checkpoint in transformers, with an adapter by PEFT."""
+    """Load the checkpoint in transformers, with the adapter applied by PEFT."""
     import peft
     from transformers import AutoModelForImageTextToText
 
@@ -185,7 +185,7 @@ def whole(model: Path, adapter: Path | None) -> Any:
 
 
 def given(ids: Sequence[int], images: NDArray[np.float32]) -> dict[str, Any]:
-    """What transformers' model is given for tokens with images."""
+    """Return the inputs of transformers' model for tokens and images."""
     import torch
 
     tokens = torch.tensor([list(ids)])
@@ -197,7 +197,7 @@ def given(ids: Sequence[int], images: NDArray[np.float32]) -> dict[str, Any]:
 
 
 def logits(model: Any, ids: Sequence[int], images: NDArray[np.float32]) -> NDArray[np.float32]:
-    """transformers' logits [tokens, vocabulary]."""
+    """Return transformers' logits [tokens, vocabulary]."""
     import torch
 
     with torch.no_grad():
@@ -205,7 +205,7 @@ def logits(model: Any, ids: Sequence[int], images: NDArray[np.float32]) -> NDArr
 
 
 def greedy(model: Any, ids: Sequence[int], images: NDArray[np.float32], new: int) -> list[int]:
-    """The tokens that transformers' greedy generation adds."""
+    """Return the tokens that transformers' greedy generation appends."""
     feeds = given(ids, images)
     out = model.generate(**feeds, max_new_tokens=new, do_sample=False)
     return list(map(int, out[0, len(ids) :]))

@@ -1,4 +1,4 @@
-"""Tokenizers with special tokens around pairs of texts, which the tiny models' own have not."""
+"""Adds special tokens around pairs of texts to the tokenizers of the tiny models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BERT: Final = processors.BertProcessing(("<|im_end|>", 2), ("<|im_start|>", 1))
 
 
 def give_rules(place: Path, around: Any = BERT, **settings: Any) -> Path:
-    """Have the tokenizer in `place` put the special tokens `around` texts, with `settings`."""
+    """Change the tokenizer in `place` to put the special tokens `around` texts, with `settings`."""
     if around is not None:
         tokenizer = FastTokenizer.from_file(str(place / "tokenizer.json"))
         tokenizer.post_processor = around

@@ -1,4 +1,4 @@
-"""A tiny Qwen-VL with adapters, and what transformers and PEFT give for texts with images."""
+"""A tiny Qwen-VL with adapters, and the outputs of transformers and PEFT for text with images."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from tests.export.small import SMALL
 from tests.export.test_texts import _tokenizer as write_tokenizer
 
-START, END, IMAGE, VIDEO = 106, 107, 110, 111  # tokens
-SIDE: Final = 2  # patches that are merged into one token, on a side
-VALUES: Final = 3 * 2 * 4 * 4  # of a patch
-NEW: Final = 6  # tokens that are generated
+START, END, IMAGE, VIDEO = 106, 107, 110, 111  # token ids
+SIDE: Final = 2  # a square of this many patches per side is merged into one token
+VALUES: Final = 3 * 2 * 4 * 4  # values per patch
+NEW: Final = 6  # generated tokens
 PARTS: Final = ("text", "vision", "projector", "all")
-# Prompts of words that the tokenizer has.
+# Prompts of words in the vocabulary.
 TEXTS: Final = (
     "w5 w17 w3 w60 w61 w9",
     "w8",
@@ -56,7 +56,7 @@ Grid = tuple[int, int]  # rows and columns of tokens
 
 
 def make(family: str, place: Path) -> None:
-    """The checkpoint, an adapter for each part, and one of all three."""
+    """Write the checkpoint, an adapter for each part, and one for all three parts."""
     import peft
     import torch
     import transformers
@@ -88,20 +88,20 @@ def make(family: str, place: Path) -> None:
 
 
 def part_of(name: str) -> str:
-    """The part of the model that a module or a parameter is of."""
+    """Return the part of the model that a module or parameter belongs to."""
     if ".merger." in name:
         return "projector"
     return "vision" if "visual" in name else "text"
 
 
 def image(grid: Grid, seed: int = 0) -> NDArray[np.float32]:
-    """An image in patches, [rows, columns, merged, values]."""
+    """Return an image as patches [rows, columns, merged patches, values]."""
     random = np.random.default_rng([seed, *grid])
     return random.standard_normal((*grid, SIDE**2, VALUES)).astype(np.float32)
 
 
 def processed(images: Sequence[NDArray[np.float32]]) -> dict[str, Any]:
-    """The images as transformers' processor gives them."""
+    """Return the images in the form of transformers' processor."""
     import torch
 
     if not images:
@@ -112,7 +112,7 @@ def processed(images: Sequence[NDArray[np.float32]]) -> dict[str, Any]:
 
 
 def tokens_of(words: Sequence[int | Grid]) -> list[int]:
-    """A prompt of tokens and images, with the tokens that the processor writes around these."""
+    """Return the tokens of a prompt, with the tokens that the processor puts around images."""
     made: list[int] = []
     for word in words:
         if isinstance(word, int):
@@ -123,7 +123,7 @@ def tokens_of(words: Sequence[int | Grid]) -> list[int]:
 
 
 class Whole:
-    """transformers' model with an adapter of PEFT, or without one."""
+    """transformers' model, with an adapter applied by PEFT or without one."""
 
     def __init__(self, place: Path, adapter: str | None = None) -> None:
         import peft
@@ -147,7 +147,7 @@ class Whole:
         }
 
     def logits(self, ids: list[int], images: Sequence[NDArray[np.float32]]) -> NDArray[Any]:
-        """Of one text, [tokens, vocabulary]."""
+        """Return the logits [tokens, vocabulary] of one text."""
         import torch
 
         with torch.no_grad():
@@ -157,7 +157,7 @@ class Whole:
     def positions(
         self, rows: Sequence[list[int]], images: Sequence[NDArray[np.float32]]
     ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-        """Positions [3, rows, tokens], deltas [rows] and the mask [rows, tokens], padded left."""
+        """Return positions [3, rows, tokens], deltas [rows], mask [rows, tokens], padded left."""
         given = self._given(rows, images)
         mask = given["attention_mask"].numpy()
         given = {name: value for name, value in given.items() if name != "pixel_values"}
@@ -165,6 +165,6 @@ class Whole:
         return positions.numpy(), deltas.numpy()[:, 0], mask
 
     def generated(self, ids: list[int], images: Sequence[NDArray[np.float32]]) -> list[int]:
-        """What is added to one text greedily."""
+        """Return the tokens that greedy generation appends to one text."""
         out = self.model.generate(**self._given([ids], images), max_new_tokens=NEW, do_sample=False)
         return [token for token in out[0, len(ids) :].tolist() if token != _TEXT["eos_token_id"]]

@@ -1,4 +1,4 @@
-"""Keys for signatures of certificates, as openssl writes them."""
+"""Key pairs that sign certificates, in the files that openssl writes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def key_pair(folder: Path, name: str) -> tuple[Path, Path]:
-    """The files of a new private key and of its public half."""
+    """Create a key pair and return the files of the private and of the public key."""
     from cryptography.hazmat.primitives import serialization as form
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 

@@ -13,7 +13,7 @@ RATE = 16_000
 
 
 def tone(hertz: float, seconds: float, *, noise: float = 0.0, seed: int = 0) -> NDArray[Any]:
-    """A tone that rises a little, with noise, as float32 samples."""
+    """Return float32 samples of a tone that rises slightly, plus noise."""
     times = np.arange(round(RATE * seconds)) / RATE
     random = np.random.default_rng(seed)
     sound = 0.4 * np.sin(2 * np.pi * hertz * times * (1 + 0.3 * times))
@@ -31,7 +31,7 @@ def wav(
     extensible: bool = False,
     frame: int | None = None,
 ) -> Path:
-    """Write a WAV file of these bytes; `code`: 1 is PCM, 3 floats. `frame`: nBlockAlign."""
+    """Write a WAV file of the samples `data`. `code`: 1 PCM, 3 float. `frame`: nBlockAlign."""
     size = bits // 8 * channels if frame is None else frame
     form = struct.pack(
         "<HHIIHH", 0xFFFE if extensible else code, channels, rate, rate * size, size, bits
@@ -46,5 +46,5 @@ def wav(
 
 
 def save(file: Path, samples: NDArray[Any]) -> Path:
-    """Write float32 samples."""
+    """Write float32 samples to a WAV file."""
     return wav(file, samples.astype("<f4").tobytes(), code=3, bits=32)

@@ -1,11 +1,11 @@
-"""Tiny random models with a tokenizer that is trained on the news."""
+"""Tiny models with random weights and a tokenizer trained on BBC News."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-# A chat template in the manner of ChatML, for the tiny models.
+# A chat template in the style of ChatML.
 _CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -67,7 +67,7 @@ def _tiny_config(name: str) -> Any:
             initializer_factor=1.5,
             **tokens,
         )
-    if name == "whisper":  # windows of a second, 8 bands
+    if name == "whisper":  # windows of one second, 8 mel bands
         return WhisperConfig(
             d_model=32,
             encoder_layers=1,
@@ -95,7 +95,7 @@ def _tiny_config(name: str) -> Any:
     )
 
 
-# What Whisper's vocabulary has behind the words, timestamps of a second last.
+# Special tokens after the words of Whisper's vocabulary; timestamps within one second come last.
 _SPEECH_WORDS = (
     *("<|end|>", "<|startoftranscript|>", "<|en|>", "<|de|>", "<|translate|>"),
     *("<|transcribe|>", "<|startofprev|>", "<|nospeech|>", "<|notimestamps|>"),
@@ -104,7 +104,7 @@ _SPEECH_WORDS = (
 
 
 def make_tiny_whisper(place: Path, news: Path) -> None:
-    """A random Whisper with the settings that a released one has."""
+    """Write a Whisper with random weights and the settings of a released checkpoint."""
     import torch
     from tokenizers import AddedToken
     from transformers import (

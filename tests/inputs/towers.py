@@ -1,4 +1,4 @@
-"""Tiny models of texts and images (CLIP, SigLIP, …), their processors, and adapters by PEFT."""
+"""Tiny text-image models (CLIP, SigLIP, …), their processors, and PEFT adapters for them."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def _tokenizer(place: Path, *, siglip: bool) -> None:
 
 
 def make_clip(place: Path, kind: str = "CLIP") -> Path:
-    """A CLIP model with random weights, its tokenizer and its processor of images.
+    """Write a CLIP model with random weights, its tokenizer and its image processor.
 
-    `kind`: how the names of transformers' classes begin, of a model that is built alike.
+    `kind` is the prefix of the class names in transformers: models of CLIP's structure work too.
     """
     import torch
     import transformers
@@ -63,7 +63,7 @@ def make_clip(place: Path, kind: str = "CLIP") -> Path:
 
 
 def make_siglip(place: Path, kind: str = "Siglip") -> Path:
-    """The same of SigLIP, whose texts are padded to the full length."""
+    """Write the same for SigLIP, which pads texts to the full length."""
     import torch
     import transformers
 
@@ -82,7 +82,7 @@ def make_siglip(place: Path, kind: str = "Siglip") -> Path:
 
 
 def make_deit(place: Path) -> Path:
-    """A DeiT model, which has one tower, with random weights and its processor of images."""
+    """Write a DeiT model (one tower) with random weights, and its image processor."""
     import torch
     import transformers
 
@@ -95,7 +95,7 @@ def make_deit(place: Path) -> Path:
 
 
 def make_adapter(model: Any, place: Path, seed: int, **settings: Any) -> Path:
-    """An adapter of random factors on `model`, by PEFT."""
+    """Write an adapter with random factors for `model`, by PEFT."""
     import peft
     import torch
 
@@ -103,7 +103,7 @@ def make_adapter(model: Any, place: Path, seed: int, **settings: Any) -> Path:
     generator = torch.Generator().manual_seed(seed)
     for key, values in adapted.named_parameters():
         if values.requires_grad:
-            unused = "head.attention" in key  # which reads the weight itself, without the factors
+            unused = "head.attention" in key  # reads the weight without the factors
             size = 0.0 if unused else 0.1
             values.data = torch.randn(values.shape, generator=generator) * size
     adapted.save_pretrained(place)

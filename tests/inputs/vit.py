@@ -1,4 +1,4 @@
-"""A tiny ViT with its processor, and images of two colors to train it on."""
+"""A tiny ViT with its image processor, and images of two colors to train it on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ IMAGES = [np.random.default_rng(n).integers(0, 256, (24, 30, 3), np.uint8) for n
 
 
 def make_vit(place: Path) -> Path:
-    """The model with random weights and three labels in the directory `place`."""
+    """Write the model, with random weights and three labels, to the directory `place`."""
     import torch
     import transformers
 
@@ -34,7 +34,7 @@ def make_vit(place: Path) -> Path:
 
 
 def color_folders(place: Path, count: int = 6) -> Path:
-    """A folder of images for each color, which differ by noise."""
+    """Write one directory of images per color; images of one color differ by noise."""
     from PIL import Image
 
     draw = np.random.default_rng(0)

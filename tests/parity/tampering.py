@@ -29,14 +29,14 @@ def change_graph(bundle: Path, change: Callable[[onnx.GraphProto], None]) -> Non
 def see_the_future_in_chunks(graph: onnx.GraphProto) -> None:
     """No causal mask where there is a past: right for one new token, wrong for more."""
     (compare,) = (node for node in graph.node if node.op_type == "LessOrEqual")
-    (told,) = compare.output
+    (greater,) = compare.output
     for node in graph.node:
-        node.input[:] = [f"{told}.wrong" if name == told else name for name in node.input]
+        node.input[:] = [f"{greater}.wrong" if name == greater else name for name in node.input]
     past = "past_key_values.0.key"
     added = [
         helper.make_node("Shape", [past], ["past_length"], start=2, end=3),
         helper.make_node("Greater", ["past_length", "no_past"], ["has_past"]),
-        helper.make_node("Or", [told, "has_past"], [f"{told}.wrong"]),
+        helper.make_node("Or", [greater, "has_past"], [f"{greater}.wrong"]),
     ]
     _insert_after(graph, compare, added)
     graph.initializer.append(numpy_helper.from_array(np.array([0]), "no_past"))

@@ -23,7 +23,7 @@ from loradeploy.parity.checks.controls import MISTAKES, Mistake
 from loradeploy.parity.report.results import ParityReport
 from loradeploy.runtime.session import AdapterSession
 from tests.cli.calling import exit_status
-from tests.conftest import MakeAdapter, following
+from tests.conftest import MakeAdapter, generated_tokens
 from tests.parity.conftest import PROMPTS
 
 # The mistakes that can be made with an adapter of plain factors.
@@ -37,7 +37,7 @@ def parity() -> Parity:
     quick = {"prompts": PROMPTS, "certificate": False, "shrink": False}
 
     def run(bundle: Path, **options: Any) -> ParityReport:
-        given = {**quick, "tokens": following(bundle, 5), **options}
+        given = {**quick, "tokens": generated_tokens(bundle, 5), **options}
         return ld.parity(bundle, **given)
 
     return run
@@ -319,16 +319,16 @@ def test_the_certificate_tells_what_was_checked(
     tiny_llama: Path, bundle: Path, adapter: Path, parity: Parity
 ) -> None:
     parity(bundle, model=tiny_llama, backends=["onnx-native"], certificate=True)
-    told = json.loads((bundle / "parity.json").read_text())
+    result = json.loads((bundle / "parity.json").read_text())
     manifest = read_manifest(bundle)
-    assert told["passed"] is True
-    assert told["base_digest"] == manifest.base.digest
-    assert (told["graph_digest"], told["data_digest"]) == (
+    assert result["passed"] is True
+    assert result["base_digest"] == manifest.base.digest
+    assert (result["graph_digest"], result["data_digest"]) == (
         manifest.graph_digest,
         manifest.data_digest,
     )
-    assert [facts["digest"] for facts in told["adapters"]] == [load_adapter(adapter).digest]
-    assert told["environment"]["versions"]["torch"]
+    assert [facts["digest"] for facts in result["adapters"]] == [load_adapter(adapter).digest]
+    assert result["environment"]["versions"]["torch"]
 
 
 # -- bad input ---------------------------------------------------------------------------------
@@ -365,7 +365,7 @@ def test_a_merged_bundle_needs_its_one_adapter(
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"report": ["r.pdf"]}, "a report ends in one of"),
         ({"backends": ["tensorrt"]}, "no backend is named 'tensorrt'"),
@@ -381,9 +381,9 @@ def test_a_merged_bundle_needs_its_one_adapter(
     ],
 )
 def test_options_that_cannot_work_are_refused(
-    options: dict[str, Any], said: str, tiny_llama: Path, tiny_llama_bundle: Path, parity: Parity
+    options: dict[str, Any], message: str, tiny_llama: Path, tiny_llama_bundle: Path, parity: Parity
 ) -> None:
-    with pytest.raises(LoraDeployError, match=said):
+    with pytest.raises(LoraDeployError, match=message):
         parity(tiny_llama_bundle, model=tiny_llama, **options)
 
 
@@ -434,8 +434,8 @@ def test_the_command_prints_json(
 ) -> None:
     only = ("--backends", "onnx-native,onnx-mixed", "--prompts", prompts, "--json")
     assert exit_status("parity", bundle, "--model", tiny_llama, *only) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert {result["backend"] for result in told["results"]} == {"onnx-native", "onnx-mixed"}
+    printed = json.loads(capsys.readouterr().out)
+    assert {result["backend"] for result in printed["results"]} == {"onnx-native", "onnx-mixed"}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES[:2], ids=lambda mistake: mistake.name)
@@ -460,7 +460,7 @@ def test_the_command_exits_with_2_and_one_line_on_bad_input(
     tiny_llama: Path, bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert exit_status("parity", bundle, "--model", tiny_llama, "--report", "r.pdf") == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err.startswith("Error: r.pdf")
-    assert said.err.count("\n") == 1
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("Error: r.pdf")
+    assert output.err.count("\n") == 1

@@ -75,8 +75,8 @@ def test_reports_are_written_for_every_check_from_workers_too(place: Path) -> No
     _, out = run(place, "--parity-report-dir", "reports", "--parity-seed", "7", "-n", "2")
     assert "report reports/test_it.py-test_same-" in out
     reports = sorted((place / "reports").glob("*.json"))
-    told = [json.loads(report.read_text()) for report in reports]
-    assert {(t["bundle"], t["passed"], t["inputs"]["seed"]) for t in told} == {
+    result = [json.loads(report.read_text()) for report in reports]
+    assert {(t["bundle"], t["passed"], t["inputs"]["seed"]) for t in result} == {
         ("same.onnx", True, 7),
         ("off.onnx", False, 7),
     }

@@ -147,8 +147,8 @@ def cached_positions_count_the_padding(graph: ir.Graph) -> None:
 
 
 def _positions(graph: ir.Graph, *, cached_only: bool) -> None:
-    told = inputs_of(graph)["position_ids"]
-    users = [(node, index) for node, index in told.uses() if node.op_type != "Shape"]
+    message = inputs_of(graph)["position_ids"]
+    users = [(node, index) for node, index in message.uses() if node.op_type != "Shape"]
     at = next(node for node in graph if any(node is user for user, _ in users))
     last = insert(
         graph,
@@ -157,13 +157,13 @@ def _positions(graph: ir.Graph, *, cached_only: bool) -> None:
         [size(graph, at, "attention_mask", 1), add_constant(graph, "one", np.array([1]))],
     )
     counted = insert(graph, at, "Add", [query_positions(graph), last])
-    like = insert(graph, at, "Shape", [told])
+    like = insert(graph, at, "Shape", [message])
     positions = insert(graph, at, "Expand", [counted, like])
     if cached_only:
         past = size(graph, at, "past_key_values.0.key", 2)
         zero = add_constant(graph, "no_past", np.array(0))
         cached = insert(graph, at, "Greater", [past, zero])
-        positions = insert(graph, at, "Where", [cached, positions, told])
+        positions = insert(graph, at, "Where", [cached, positions, message])
     for node, index in users:
         node.replace_input_with(index, positions)
     graph.sort()

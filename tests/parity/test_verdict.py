@@ -50,10 +50,10 @@ def test_rounding_passes() -> None:
 
 
 def test_an_error_beyond_the_tolerance_fails_and_says_where() -> None:
-    said = verdict(figures(1e-2))
-    assert said is not None
-    assert f"max abs 0.01 > {ROOM * GAP:.2g}" in said
-    assert "prompt 1, position 0" in said
+    message = verdict(figures(1e-2))
+    assert message is not None
+    assert f"max abs 0.01 > {ROOM * GAP:.2g}" in message
+    assert "prompt 1, position 0" in message
 
 
 def test_an_error_that_is_not_far_below_the_effect_fails() -> None:

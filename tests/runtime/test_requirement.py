@@ -34,8 +34,8 @@ def bundle(certified_bundle: Path, tmp_path: Path) -> Path:
 
 
 def test_every_file_of_the_export_is_covered(bundle: Path) -> None:
-    told = json.loads((bundle / "parity.json").read_text())["files"]
-    assert {*told, "model.onnx", "model.onnx.data"} >= set(read_manifest(bundle).files)
+    result = json.loads((bundle / "parity.json").read_text())["files"]
+    assert {*result, "model.onnx", "model.onnx.data"} >= set(read_manifest(bundle).files)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ COVERAGE = Coverage(frozenset({"decode"}), (ON_CPU,), frozenset(), 2, 9, 3)
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"),
+    ("asked", "message"),
     [
         ("prompts=3", "2 prompts, 3 are required"),
         ("generated=4,prompts=1", "3 generated, 4"),
@@ -72,10 +72,10 @@ COVERAGE = Coverage(frozenset({"decode"}), (ON_CPU,), frozenset(), 2, 9, 3)
         ("precision=int8", "precision is fp32"),
     ],
 )
-def test_a_narrower_check_is_told(asked: str, said: str) -> None:
-    told = CertificateMinimum.parse(asked).lacking(COVERAGE, "fp32")
-    assert told is not None
-    assert said.replace("'?", "") in told
+def test_a_narrower_check_is_told(asked: str, message: str) -> None:
+    reported = CertificateMinimum.parse(asked).lacking(COVERAGE, "fp32")
+    assert reported is not None
+    assert message.replace("'?", "") in reported
 
 
 @pytest.mark.parametrize(

@@ -231,12 +231,12 @@ def test_sigterm_ends_it_when_what_it_has_begun_is_answered(certified_bundle: Pa
         while not lines or not lines[-1].startswith("}"):
             lines.append(process.stdout.readline())
             assert lines[-1], process.communicate()[1]
-        told = json.loads("".join(lines))
-        assert list(told["adapters"]) == ["one"]
+        result = json.loads("".join(lines))
+        assert list(result["adapters"]) == ["one"]
         body = {"model": "one", "prompt": "The", "temperature": 0, "max_tokens": 120}
         body["logit_bias"] = {"2": -1000}  # the token that ends a text
-        whole = httpx.post(f"{told['url']}/v1/completions", json=body, timeout=60).json()
-        host = told["url"].removeprefix("http://")
+        whole = httpx.post(f"{result['url']}/v1/completions", json=body, timeout=60).json()
+        host = result["url"].removeprefix("http://")
         asked = http.client.HTTPConnection(host, timeout=60)
         headers = {"Content-Type": "application/json"}
         content = json.dumps({**body, "stream": True})

@@ -16,18 +16,18 @@ from tests.train.conftest import write_lines
 
 @pytest.mark.slow
 def test_smollm2s_template_shows_what_the_assistant_says(smollm2: Path, tmp_path: Path) -> None:
-    said = ["Paris.", "Rome, of course."]
+    message = ["Paris.", "Rome, of course."]
     messages = [
         {"role": "user", "content": "What is the capital of France?"},
-        {"role": "assistant", "content": said[0]},
+        {"role": "assistant", "content": message[0]},
         {"role": "user", "content": "And of Italy?"},
-        {"role": "assistant", "content": said[1]},
+        {"role": "assistant", "content": message[1]},
     ]
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     file = write_lines(tmp_path / "chat.jsonl", [{"messages": messages}])
     (feature,) = conversation_features(read_conversations(Source(file)), tokenizer, 512).features
     learnt = [label for label in feature["labels"] if label != IGNORED]
-    assert tokenizer.decode(learnt) == "".join(f"{text}<|im_end|>" for text in said)
+    assert tokenizer.decode(learnt) == "".join(f"{text}<|im_end|>" for text in message)
     assert tokenizer.decode(feature["input_ids"]).startswith("<|im_start|>system\n")
 
 

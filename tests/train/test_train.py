@@ -241,7 +241,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_the_old_adapter_stays(
 
 
 @pytest.mark.parametrize(
-    ("message", "told"),
+    ("message", "expected"),
     [
         ("DefaultCPUAllocator: can't allocate memory: you tried to allocate", True),
         ("mat1 and mat2 shapes cannot be multiplied", False),
@@ -249,7 +249,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_the_old_adapter_stays(
 )
 def test_memory_that_runs_out_is_told_and_other_errors_are_not_hidden(
     message: str,
-    told: bool,
+    expected: bool,
     tiny_llama: Path,
     lessons: Path,
     tmp_path: Path,
@@ -260,9 +260,11 @@ def test_memory_that_runs_out_is_told_and_other_errors_are_not_hidden(
         raise RuntimeError(message)
 
     monkeypatch.setattr(AdapterTrainer, "training_step", fail)
-    with pytest.raises(TrainingError if told else RuntimeError, match="memory|shapes") as problem:
+    with pytest.raises(
+        TrainingError if expected else RuntimeError, match="memory|shapes"
+    ) as problem:
         quick(tiny_llama, lessons, tmp_path / "adapter")
-    assert ("lower `batch_size`" in str(problem.value)) == told
+    assert ("lower `batch_size`" in str(problem.value)) == expected
 
 
 def test_a_full_disk_is_told_the_old_adapter_stays_and_the_new_one_is_kept_elsewhere(
@@ -283,11 +285,11 @@ def test_a_full_disk_is_told_the_old_adapter_stays_and_the_new_one_is_kept_elsew
     monkeypatch.setattr(tempfile, "tempdir", str(elsewhere))
     with pytest.raises(
         TrainingError, match="adapter cannot be written: No space left on device"
-    ) as told:
+    ) as error:
         quick(tiny_llama, lessons, tmp_path / "adapter", seed=1)
     assert load_adapter(tmp_path / "adapter").digest == good.digest
     (kept,) = elsewhere.iterdir()
-    assert f"; the trained adapter is in {kept}: " in str(told.value)
+    assert f"; the trained adapter is in {kept}: " in str(error.value)
     elsewhere.rename(tmp_path / "moved")
     monkeypatch.undo()
     again = quick(tiny_llama, lessons, tmp_path / "adapter", seed=1)

@@ -93,14 +93,14 @@ def test_the_loss_is_shown_wherever_the_merged_bundle_is(
 ) -> None:
     adapter, place = make_adapter(tiny_llama, r=4, seed=1, scale=0.1), tmp_path / "merged"
     given = ("--model", tiny_llama, "--output", place, "--adapter", adapter, "--merge")
-    said = call("export", *given, "--precision", "fp16")
+    message = call("export", *given, "--precision", "fp16")
     error = read_manifest(place).merge_error
     assert error is not None
     line = f"kept {error.kept:g}, noise {error.noise:g}"
-    assert re.search(rf"merge error +{line}\n", said)
+    assert re.search(rf"merge error +{line}\n", message)
     assert re.search(rf"merge error +{line}\n", call("inspect", place))
-    told = json.loads(call("inspect", place, "--json"))["merge_error"]
-    assert told == {"kept": error.kept, "noise": error.noise}
+    result = json.loads(call("inspect", place, "--json"))["merge_error"]
+    assert result == {"kept": error.kept, "noise": error.noise}
     report = parity(place, model=tiny_llama, adapters=[adapter], prompts=["Hi"], tokens=2)
     assert any(f"fp16 kept {error.kept:.1%} of the merged update" in note for note in report.notes)
 

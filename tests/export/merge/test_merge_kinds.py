@@ -153,12 +153,12 @@ def test_all_that_cannot_be_found_is_in_one_error() -> None:
     )
     with pytest.raises(AdapterMismatchError) as refusal:
         _merge(linear(), adapter)
-    for told in (
+    for message in (
         "embed is not an embedding of this graph",
         "patch is not a convolution of this graph",
         "norm.bias (a trained bias) is not a parameter of this graph",
     ):
-        assert told in str(refusal.value)
+        assert message in str(refusal.value)
 
 
 def test_factors_of_another_size_are_told_with_both_sizes() -> None:

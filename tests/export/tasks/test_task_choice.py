@@ -75,9 +75,9 @@ def test_a_task_that_contradicts_the_model_is_refused_with_the_one_that_would_do
     config, adapter = config_of(architecture), adapter_for(task_type)
     with pytest.raises(
         UsageError, match=f"task_type.*{architecture}: give `task=.{task}.`"
-    ) as told:
+    ) as error:
         choose_task(config, None, [adapter])
-    assert len(str(told.value)) <= LONGEST
+    assert len(str(error.value)) <= LONGEST
     assert choose_task(config, task, [adapter]) == task, "what is asked for wins"
 
 
@@ -125,8 +125,8 @@ def test_an_error_that_says_nothing_is_told_with_where_it_was_raised(
 
     monkeypatch.setattr(torch.export, "export", refuses_the_model)
     kind = type(problem).__name__
-    said = f"BertModel cannot be traced .*{kind}.* in refuses_the_model of .*: give an ONNX file"
-    with pytest.raises(ExportError, match=said):
+    message = f"BertModel cannot be traced .*{kind}.* in refuses_the_model of .*: give an ONNX file"
+    with pytest.raises(ExportError, match=message):
         trace(model, "feature-extraction")
 
 

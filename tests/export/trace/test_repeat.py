@@ -221,8 +221,8 @@ def test_where_a_program_cannot_be_changed_the_model_is_traced_whole(
             one.setattr(where, name, broken)
             program, _, _ = module._program(model, kind)
         assert program is made[DEPTH][0], why
-        (said,) = [text for text in caplog.messages if text.startswith("traced whole: ")]
-        assert why in said
+        (message,) = [text for text in caplog.messages if text.startswith("traced whole: ")]
+        assert why in message
         assert alike_layers(model) == before, "the model is as it was"
     assert set(made) == {repeat.TRACED, DEPTH}
 
@@ -275,7 +275,7 @@ def test_layers_with_the_weights_of_each_other_are_refused(
         return moved(self, path, {4: 5, 5: 4}.get(layer, layer))
 
     monkeypatch.setattr(repeat._Repeated, "_in", wrong)
-    monkeypatch.setattr(trace, "trace", module.trace)  # of this run: none is remembered
+    monkeypatch.setattr(trace, "trace", module.trace)  # of this run, without a cache of traces
     with pytest.raises(ExportError, match="away from the source's"):
         export(tmp_path / "model", tmp_path / "bundle", task=CAUSAL_LM)
     assert not (tmp_path / "bundle").exists()

@@ -99,8 +99,8 @@ BROKEN: dict[str, tuple[Change, str]] = {
 
 @pytest.mark.parametrize("what", BROKEN)
 def test_a_file_that_is_no_graph_is_refused(what: str, file: Path) -> None:
-    change, told = BROKEN[what]
-    with pytest.raises(ModelError, match=told) as raised:
+    change, message = BROKEN[what]
+    with pytest.raises(ModelError, match=message) as raised:
         load_graph(changed(file, change))
     assert "\n" not in str(raised.value)
 

@@ -38,9 +38,9 @@ def test_adapters_that_are_left_out_are_named(
 ) -> None:
     with caplog.at_level(logging.WARNING, logger="loradeploy.export"):
         ld.export(bundle, tmp_path / "again", adapters=given, precision="int4")
-    said = [text for text in caplog.messages if "are not in" in text]
-    assert len(said) == (missing is not None)
-    assert missing is None or f"again: {missing}; to keep one, give its name" in said[0]
+    message = [text for text in caplog.messages if "are not in" in text]
+    assert len(message) == (missing is not None)
+    assert missing is None or f"again: {missing}; to keep one, give its name" in message[0]
 
 
 def test_an_adapter_of_the_bundle_is_given_by_its_name(bundle: Path, tmp_path: Path) -> None:

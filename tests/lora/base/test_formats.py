@@ -53,16 +53,16 @@ def refusal_of(place: Path, **options: Any) -> str:
 @pytest.mark.parametrize("inner", [False, True])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_quantizer_is_named_with_the_way_out(name: str, inner: bool, tmp_path: Path) -> None:
-    settings, told, advice = CONFIGS[name]
+    settings, message, advice = CONFIGS[name]
     config: dict[str, Any] = {"quantization_config": settings}
     place = write_base(tmp_path / "base", **({"text_config": config} if inner else config))
-    with pytest.raises(ModelError, match=f"{told}.*{advice}"):
+    with pytest.raises(ModelError, match=f"{message}.*{advice}"):
         check_unquantized(place)
     refusal_of(place)
 
 
 @pytest.mark.parametrize(
-    ("tensor", "told"),
+    ("tensor", "message"),
     [
         ("model.layers.0.self_attn.q_proj.weight.absmax", "bitsandbytes"),
         ("model.layers.0.self_attn.q_proj.SCB", "bitsandbytes"),
@@ -72,23 +72,23 @@ def test_the_quantizer_is_named_with_the_way_out(name: str, inner: bool, tmp_pat
     ],
 )
 def test_the_tensors_tell_it_where_the_config_does_not(
-    tensor: str, told: str, tmp_path: Path
+    tensor: str, message: str, tmp_path: Path
 ) -> None:
-    assert told in refusal_of(write_base(tmp_path / "base", tensor))
+    assert message in refusal_of(write_base(tmp_path / "base", tensor))
 
 
-@pytest.mark.parametrize(("dtype", "told"), [(np.int8, "stores integers"), (np.float16, None)])
+@pytest.mark.parametrize(("dtype", "message"), [(np.int8, "stores integers"), (np.float16, None)])
 def test_weights_of_integers_are_quantized_whatever_they_are_called(
-    dtype: Any, told: str | None, tmp_path: Path
+    dtype: Any, message: str | None, tmp_path: Path
 ) -> None:
     """Without their scales transformers loads them as numbers."""
     place = write_base(tmp_path / "base")
     weights = {"model.layers.0.self_attn.q_proj.weight": np.ones((2, 2), dtype)}
     write_arrays(place / "model.safetensors", weights, {})
-    if told is None:
+    if message is None:
         check_unquantized(place)
     else:
-        assert told in refusal_of(place)
+        assert message in refusal_of(place)
 
 
 def test_a_model_of_mlx_in_few_bits_is_named(tmp_path: Path) -> None:

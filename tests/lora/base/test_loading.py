@@ -112,9 +112,9 @@ def test_an_adapter_beside_is_told_unless_it_is_given(
     warn_of_unused_files(copy, "give it with --adapter", given=[copy / ".." / copy.name])
     assert not caplog.messages
     warn_of_unused_files(copy, "give it with --adapter", given=[copy.parent])
-    (told,) = caplog.messages
-    assert told.endswith("is not loaded: give it with --adapter")
-    assert str(copy) in told
+    (message,) = caplog.messages
+    assert message.endswith("is not loaded: give it with --adapter")
+    assert str(copy) in message
 
 
 @pytest.mark.parametrize("beside", [(), ("config.json", "tokenizer.json")], ids=["alone", "config"])
@@ -226,9 +226,9 @@ def test_layers_that_the_config_leaves_out_are_told(
     (copy / "config.json").write_text(json.dumps(config))
     with caplog.at_level(logging.WARNING):
         for_export(copy)
-    (told,) = caplog.messages
-    assert "model.layers.1." in told
-    assert "does not use" in told
+    (message,) = caplog.messages
+    assert "model.layers.1." in message
+    assert "does not use" in message
 
 
 def test_a_tied_head_is_not_missing(tiny_gpt2: Path) -> None:

@@ -67,10 +67,12 @@ def test_both_ways_to_run_are_compared_and_certified(
     assert {(r.backend, r.phase) for r in decoded} >= {("onnx-side-inputs", "decode")}
     # The base and the adapter were recorded, and replayed.
     assert set(numbers) == {-1, 1, 2} and min(numbers.count(1), numbers.count(2)) > 2
-    said = {r.phase: r.message for r in decoded if r.adapter == "one"}
+    reported = {r.phase: r.message for r in decoded if r.adapter == "one"}
     # Decoding begins with the prompts, which are not recorded.
-    assert re.fullmatch(r"[1-9]\d* of [1-9]\d* runs were replays", said["decode"] or ""), said
-    assert re.fullmatch(r"0 of [1-9]\d* runs were replays", said["prefill"] or ""), said
+    assert re.fullmatch(r"[1-9]\d* of [1-9]\d* runs were replays", reported["decode"] or ""), (
+        reported
+    )
+    assert re.fullmatch(r"0 of [1-9]\d* runs were replays", reported["prefill"] or ""), reported
     facts = {own.provider: own for own in report.environment.providers}
     assert facts[CAPTURED].captured and not facts["cpu"].captured
     for capture in (False, True):

@@ -115,7 +115,7 @@ def test_a_worker_that_fails_is_a_failure_in_its_own_words(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    program, said = WORKERS[kind]
+    program, reported = WORKERS[kind]
     worker = tmp_path / "worker.py"
     worker.write_text(program)
     monkeypatch.setattr(genai, "_WORKER", worker)
@@ -124,5 +124,5 @@ def test_a_worker_that_fails_is_a_failure_in_its_own_words(
     begin = time.monotonic()
     report = check(llama_with_adapter, genai_python=sys.executable, phases=["prefill"], **ONLY)
     assert {result.outcome for result in report.results} == {"failed"}
-    assert said in str(report.results[0].message)
+    assert reported in str(report.results[0].message)
     assert time.monotonic() - begin < 60

@@ -73,7 +73,7 @@ def test_a_variant_has_the_providers_of_a_session_that_is_given_the_same(
 
 
 @pytest.mark.parametrize(
-    ("providers", "levels", "said"),
+    ("providers", "levels", "message"),
     [
         (["nonsense"], None, "no 'nonsense'"),
         ([], None, "nothing would be run"),
@@ -82,9 +82,9 @@ def test_a_variant_has_the_providers_of_a_session_that_is_given_the_same(
     ],
 )
 def test_a_variant_that_there_is_not_is_refused(
-    providers: list[str] | None, levels: list[str] | None, said: str
+    providers: list[str] | None, levels: list[str] | None, message: str
 ) -> None:
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         choose_variants(providers, levels)
 
 
@@ -288,20 +288,20 @@ def test_a_bundle_in_which_nothing_but_a_repetition_was_seen_is_not_proved(
 
 
 @pytest.mark.parametrize(
-    ("share", "outcome", "said"),
+    ("share", "outcome", "expected"),
     [
         (0.1, "failed", "two runs differ: max abs 0.1 > "),
         (3e-7, "passed", "two runs differ by up to"),
     ],
 )
 def test_a_graph_that_draws_at_random_is_caught_or_told(
-    share: float, outcome: str, said: str, llama_bundle: Path, check: Check
+    share: float, outcome: str, expected: str, llama_bundle: Path, check: Check
 ) -> None:
     change_graph(llama_bundle, leave_dropout_on(share))
     report = check(llama_bundle, backends=["onnx-side-inputs"])
     repeated = [result for result in report.results if result.phase == "repeat"]
     assert {result.outcome for result in repeated} == {outcome}
-    assert all(said in str(result.message) for result in repeated), repeated
+    assert all(expected in str(result.message) for result in repeated), repeated
 
 
 def test_a_graph_that_gives_the_same_twice_is_told_to(

@@ -249,8 +249,8 @@ def test_what_cannot_be_is_refused_before_anything_runs(
     case: str, bundle: Path, tmp_path: Path, check: Callable[..., ParityReport]
 ) -> None:
     (tmp_path / "broken.onnx").write_text("x")
-    given, error, said = REFUSED[case]
-    with pytest.raises(error, match=said):
+    given, error, message = REFUSED[case]
+    with pytest.raises(error, match=message):
         check([str(other) for other in given(bundle, tmp_path)])
 
 

@@ -189,8 +189,8 @@ def test_another_label_map_fails_though_the_numbers_agree(tmp_path: Path) -> Non
     for place, labels in zip(places, (("sport", "tech"), ("tech", "sport")), strict=True):
         named = {str(number): label for number, label in enumerate(labels)}
         (place / "config.json").write_text(json.dumps({"id2label": named}))
-    said = failure_of(ld.compare(*places))
-    assert "label map is another one, in 2 places: '0' is 'sport' in the reference" in said
+    message = failure_of(ld.compare(*places))
+    assert "label map is another one, in 2 places: '0' is 'sport' in the reference" in message
 
 
 def test_another_vocabulary_fails_though_its_size_is_the_same(
@@ -216,9 +216,9 @@ def test_values_that_are_not_finite_fail_on_both_sides_too(wrong: float, referen
 
     inputs = [{"input_ids": np.ones((2, 3), np.int64)}]
     assert "1 of 6 positions" in failure_of(ld.compare(reference, spoilt, inputs))
-    said = failure_of(ld.compare(spoilt, spoilt, inputs))
-    assert "1 of 6 positions hold NaN or infinite" in said
-    assert ("NaN on both sides proves nothing" in said) == np.isnan(wrong)
+    message = failure_of(ld.compare(spoilt, spoilt, inputs))
+    assert "1 of 6 positions hold NaN or infinite" in message
+    assert ("NaN on both sides proves nothing" in message) == np.isnan(wrong)
 
 
 @pytest.mark.parametrize("role", ["reference", "candidate"])
@@ -229,8 +229,8 @@ def test_a_model_that_differs_from_itself_is_told(role: str, reference: Path) ->
         return {"logits": in_numpy(feeds)["logits"] + np.float32(next(calls) // 6 * 0.25)}
 
     sides = (drifting, reference) if role == "reference" else (reference, drifting)
-    said = failure_of(ld.compare(*sides))
-    assert f"the {role} is nondeterministic by itself: two runs differ by 0.25 at output" in said
+    message = failure_of(ld.compare(*sides))
+    assert f"the {role} is nondeterministic by itself: two runs differ by 0.25 at output" in message
 
 
 def test_dropout_that_is_left_on_is_told() -> None:
@@ -263,9 +263,9 @@ def test_a_function_that_raises_fails_in_one_line(problem: BaseException, refere
         return in_numpy(feeds)
 
     report = ld.compare(reference, raising)
-    said = failure_of(report)
-    assert f"raised on case 2 (input_ids [1, 1]): {type(problem).__name__}: " in said
-    assert "\n" not in said
+    message = failure_of(report)
+    assert f"raised on case 2 (input_ids [1, 1]): {type(problem).__name__}: " in message
+    assert "\n" not in message
     assert result(report, "logits").outcome == "passed", "of the cases that it did run"
 
 
@@ -378,13 +378,13 @@ def test_bad_input_is_refused(case: str, tmp_path: Path) -> None:
         (tmp_path / name).write_text("x")
     np.savez(tmp_path / "pickle.npz", x=np.array([{}], dtype=object))
     token_model(tmp_path / "good.onnx")
-    given, error, said = BAD_INPUT[case]
-    with pytest.raises(error, match=said):
+    given, error, message = BAD_INPUT[case]
+    with pytest.raises(error, match=message):
         ld.compare(*given(tmp_path))
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"cases": 0}, "give 1 or more"),
         ({"tolerances": "int3"}, "int3"),
@@ -395,9 +395,9 @@ def test_bad_input_is_refused(case: str, tmp_path: Path) -> None:
     ],
 )
 def test_options_that_cannot_work_are_refused(
-    options: dict[str, Any], said: str, reference: Path
+    options: dict[str, Any], message: str, reference: Path
 ) -> None:
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         ld.compare(reference, in_numpy, **options)
 
 
@@ -437,7 +437,7 @@ def test_the_command_imports_a_function_of_the_working_directory(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (
             ["--against", "{reference}", "--tokens", "3"],
@@ -460,11 +460,11 @@ def test_the_command_imports_a_function_of_the_working_directory(
     ],
 )
 def test_the_command_exits_with_2_and_one_line_on_wrong_usage(
-    arguments: list[str], said: str, reference: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, reference: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = [argument.format(reference=reference) for argument in arguments]
     assert exit_status("parity", reference, *given) == 2
-    told = capsys.readouterr()
-    assert told.out == ""
-    (line,) = told.err.splitlines()
-    assert said in line
+    output = capsys.readouterr()
+    assert output.out == ""
+    (line,) = output.err.splitlines()
+    assert message in line

@@ -27,7 +27,7 @@ from loradeploy.parity.report.results import Localization, ParityReport
 from loradeploy.parity.report.table import diagnosis_lines
 from loradeploy.parity.report.writers import markdown
 from tests.cli.calling import exit_status
-from tests.conftest import MakeAdapter, following
+from tests.conftest import MakeAdapter, generated_tokens
 from tests.parity.spoil import Change, attribute, operator, reads, spoiled, weight
 
 TOKENS = (5, 17, 301, 44, 260, 9, 77, 130, 12)
@@ -401,7 +401,7 @@ def run(model: torch.nn.Module) -> None:
 def parity(tiny_llama: Path) -> Callable[..., ParityReport]:
     def run(bundle: Path, **options: Any) -> ParityReport:
         given: dict[str, Any] = {"prompts": ["The capital of France", "Hi"], "certificate": False}
-        given |= {"model": tiny_llama, "tokens": following(bundle, 3), **options}
+        given |= {"model": tiny_llama, "tokens": generated_tokens(bundle, 3), **options}
         return ld.parity(bundle, **given)
 
     return run

@@ -186,10 +186,10 @@ def test_the_distribution_agrees_with_sorting() -> None:
     errors = 10 ** np.random.default_rng(0).uniform(-9, 2, 5000)
     comparison = Comparison(scale=1.0, logits=False)
     comparison.add(np.zeros((5, 1000)), errors.reshape(5, 1000))
-    told = comparison.figures().distribution
-    assert sum(count for _, count in told) == len(errors)
+    message = comparison.figures().distribution
+    assert sum(count for _, count in message) == len(errors)
     below = 0
-    for edge, count in told:
+    for edge, count in message:
         below += count
         # The histogram's bins are 0.8 % wide: that many may be on the other side of an edge.
         low, high = ((errors <= edge * factor).sum() for factor in (0.99, 1.01))

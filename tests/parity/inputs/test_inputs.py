@@ -107,8 +107,8 @@ def test_a_file_of_lines_is_a_prompt_a_line(tiny_llama: Path, tmp_path: Path) ->
 
 def test_jsonl_holds_prompts_texts_and_conversations(tiny_llama: Path, tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
-    said = [{"role": "user", "content": "Hi"}]
-    lines = [{"prompt": "Hi"}, {"text": "Hi"}, {"messages": said}]
+    message = [{"role": "user", "content": "Hi"}]
+    lines = [{"prompt": "Hi"}, {"text": "Hi"}, {"messages": message}]
     file.write_text("\n".join(map(json.dumps, lines)))
     plain, text, chat, *_ = cases(tiny_llama, prompts=file).prompts
     assert plain == text
@@ -116,7 +116,7 @@ def test_jsonl_holds_prompts_texts_and_conversations(tiny_llama: Path, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("missing.txt", None, "does not exist"),
         ("empty.txt", "\n", "has no prompts"),
@@ -126,11 +126,11 @@ def test_jsonl_holds_prompts_texts_and_conversations(tiny_llama: Path, tmp_path:
     ],
 )
 def test_prompts_that_cannot_be_read_are_refused(
-    tiny_llama: Path, tmp_path: Path, name: str, content: str | bytes | None, said: str
+    tiny_llama: Path, tmp_path: Path, name: str, content: str | bytes | None, message: str
 ) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         cases(tiny_llama, prompts=tmp_path / name)
 
 

@@ -223,9 +223,9 @@ def test_packed_weights_of_another_model_are_refused(
     turned = numpy_helper.to_array(scales)[::-1].copy() * 2
     scales.CopyFrom(numpy_helper.from_array(turned, scales.name))
     onnx.save(graph, tmp_path / "b/model.onnx", save_as_external_data=False)
-    told = json.loads((tmp_path / "b/loradeploy.json").read_text())
-    told["graph_digest"] = file_digest(tmp_path / "b/model.onnx")
-    (tmp_path / "b/loradeploy.json").write_text(json.dumps(told))
+    result = json.loads((tmp_path / "b/loradeploy.json").read_text())
+    result["graph_digest"] = file_digest(tmp_path / "b/model.onnx")
+    (tmp_path / "b/loradeploy.json").write_text(json.dumps(result))
     with pytest.raises(BundleError, match=r"down_proj is not the base's: a row is off by \d+%"):
         parity(tmp_path / "b", tiny_llama, adapter)
 

@@ -184,8 +184,8 @@ WORSE: dict[str, tuple[ParityReport, str]] = {
 
 @pytest.mark.parametrize("what", WORSE)
 def test_what_got_worse_fails(what: str, since: Since) -> None:
-    now, said = WORSE[what]
-    assert any(said in regression.message for regression in since(now))
+    now, reported = WORSE[what]
+    assert any(reported in regression.message for regression in since(now))
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "perplexity"])
@@ -253,10 +253,10 @@ BROKEN = {
 
 @pytest.mark.parametrize("how", BROKEN)
 def test_a_broken_baseline_is_refused(how: str, tmp_path: Path) -> None:
-    text, said = BROKEN[how]
+    text, message = BROKEN[how]
     if text is not None:
         (tmp_path / "old.json").write_text(text)
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         read_baseline(tmp_path / "old.json")
 
 

@@ -162,7 +162,7 @@ def numbers(report: ParityReport) -> set[str]:
 
 def test_every_number_is_on_the_page() -> None:
     text = Page(html(FULL)).text
-    missing = {told for told in numbers(FULL) if told not in text}
+    missing = {message for message in numbers(FULL) if message not in text}
     assert missing == set()
     assert "50.0 %" in text  # the mutation score
 
@@ -277,9 +277,9 @@ def framed(text: str, width: int, place: Path) -> Path:
 
 
 def width_of(browse: Browse, text: str, width: int, place: Path) -> int:
-    told = re.search(r'data-width="(\d+)"', browse(framed(text, width, place), "--dump-dom"))
-    assert told is not None
-    return int(told[1])
+    message = re.search(r'data-width="(\d+)"', browse(framed(text, width, place), "--dump-dom"))
+    assert message is not None
+    return int(message[1])
 
 
 @pytest.mark.parametrize("width", [390, 1200])

@@ -81,11 +81,11 @@ def test_a_report_fails_with(change: dict[str, object]) -> None:
 
 def test_json_tells_its_schema_the_verdict_and_the_figures(tmp_path: Path) -> None:
     write_report(FAILED, tmp_path / "r.json")
-    told = json.loads((tmp_path / "r.json").read_text())
-    assert (told["format"], told["schema_version"]) == ("loradeploy-parity", SCHEMA_VERSION)
-    assert told["passed"] is False
-    assert told["results"][2]["figures"]["max_abs"] == pytest.approx(0.1)
-    assert told["results"][2]["checks"][0]["reason"]
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert (result["format"], result["schema_version"]) == ("loradeploy-parity", SCHEMA_VERSION)
+    assert result["passed"] is False
+    assert result["results"][2]["figures"]["max_abs"] == pytest.approx(0.1)
+    assert result["results"][2]["checks"][0]["reason"]
 
 
 def test_json_holds_no_numbers_that_json_does_not_have(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ FORMS = pytest.mark.parametrize("form", [table_of, markdown, junit], ids=["table
 
 @FORMS
 @pytest.mark.parametrize(
-    "told",
+    "message",
     [
         "model.layers.6.self_attn.q_proj (MatMul) is the first to diverge",
         "model.layers.6.mlp.down_proj",
@@ -170,8 +170,8 @@ FORMS = pytest.mark.parametrize("form", [table_of, markdown, junit], ids=["table
         "cpu, disable",
     ],
 )
-def test_every_form_tells(form: Callable[[ParityReport], str], told: str) -> None:
-    assert told in form(FULL).replace("\\", "")
+def test_every_form_tells(form: Callable[[ParityReport], str], message: str) -> None:
+    assert message in form(FULL).replace("\\", "")
 
 
 @pytest.mark.parametrize("form", [table_of, markdown], ids=["table", "md"])

@@ -23,7 +23,7 @@ from loradeploy.parity.report.results import ParityReport, Score, Variant
 from loradeploy.parity.score.heldout import Example, read_held_out
 from loradeploy.parity.score.scores import SCORE_LIMITS, Answers, _loss, judge_score
 from tests.cli.calling import exit_status
-from tests.conftest import MakeAdapter, Topics, following, once
+from tests.conftest import MakeAdapter, Topics, generated_tokens, once
 from tests.train.conftest import WORDS, write_lines
 
 ANY = BACKENDS[0]
@@ -37,7 +37,7 @@ def parity() -> Parity:
 
     def run(bundle: Path, **options: Any) -> ParityReport:
         given = {"prompts": PROMPTS, "certificate": False, "examples": 40}
-        return ld.parity(bundle, **{**given, "tokens": following(bundle, 2), **options})
+        return ld.parity(bundle, **{**given, "tokens": generated_tokens(bundle, 2), **options})
 
     return run
 
@@ -183,8 +183,8 @@ def test_the_perplexity_is_that_of_the_models_own_loss(
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     with torch.no_grad():
         loss = model(**Collator(tokenizer.pad_token_id)(features)).loss
-    told = scores(report)["onnx-side-inputs", None].reference
-    assert told == pytest.approx(float(loss.exp()), rel=1e-4)
+    message = scores(report)["onnx-side-inputs", None].reference
+    assert message == pytest.approx(float(loss.exp()), rel=1e-4)
 
 
 def test_the_same_seed_draws_the_same_examples_and_another_seed_others(
@@ -425,13 +425,13 @@ def test_the_command_shows_the_scores_and_exits_with_2_on_other_labels(
     (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("accuracy of")]
     assert "ONNX merged, it" in line
     assert line.endswith("on 30 examples")
-    told = json.loads((bundles["accuracy"] / "parity.json").read_text())
-    assert told["scores"][0]["metric"] == "accuracy"
+    result = json.loads((bundles["accuracy"] / "parity.json").read_text())
+    assert result["scores"][0]["metric"] == "accuracy"
     others = write_lines(tmp_path / "o.jsonl", [{"text": "rain", "label": "weather"}] * 3)
     assert command("--evaluate", others) == 2
-    said = capsys.readouterr()
-    assert (said.out, said.err.count("\n")) == ("", 1)
-    assert "'weather'" in said.err
+    output = capsys.readouterr()
+    assert (output.out, output.err.count("\n")) == ("", 1)
+    assert "'weather'" in output.err
 
 
 @pytest.mark.slow

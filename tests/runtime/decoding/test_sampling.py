@@ -45,10 +45,10 @@ def test_scores_are_those_of_transformers(settings: dict[str, Any], made: list[i
     tiny = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
     config = LlamaConfig(num_hidden_layers=1, vocab_size=VOCABULARY, **tiny)
     model = LlamaForCausalLM(config)
-    told = GenerationConfig(**settings, eos_token_id=list(ENDS), pad_token_id=0, max_length=64)
-    told._eos_token_tensor = torch.tensor(ENDS)
+    message = GenerationConfig(**settings, eos_token_id=list(ENDS), pad_token_id=0, max_length=64)
+    message._eos_token_tensor = torch.tensor(ENDS)
     processors = model._get_logits_processor(
-        generation_config=told,
+        generation_config=message,
         input_ids_seq_length=len(PROMPT),
         encoder_input_ids=torch.tensor([PROMPT]),
         prefix_allowed_tokens_fn=None,
@@ -99,8 +99,8 @@ def test_a_prompt_may_have_tokens_that_the_head_has_no_logits_for() -> None:
 )
 def test_what_is_not_applied_is_named(name: str, harmless: Any, telling: Any) -> None:
     assert read_settings({name: harmless}, "s") == GenerationSettings()
-    told = read_settings({name: telling}, "s")
-    assert told == dataclasses.replace(GenerationSettings(), ignored=(name,))
+    message = read_settings({name: telling}, "s")
+    assert message == dataclasses.replace(GenerationSettings(), ignored=(name,))
 
 
 def test_a_model_may_bring_its_stop_strings_and_its_least_share() -> None:

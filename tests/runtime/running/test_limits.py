@@ -65,8 +65,8 @@ REFUSED: dict[str, tuple[Callable[[Feeds], Any], str]] = {
 def test_a_feed_that_would_be_answered_wrongly_is_refused(
     what: str, session: AdapterSession
 ) -> None:
-    change, told = REFUSED[what]
-    with pytest.raises(UsageError, match=told):
+    change, message = REFUSED[what]
+    with pytest.raises(UsageError, match=message):
         session.run(["logits"], change(good(session)))
     assert np.isfinite(session.run(["logits"], good(session))[0]).all()
 

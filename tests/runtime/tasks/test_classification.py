@@ -254,14 +254,14 @@ def test_the_command_prints_labels_and_numbers(
 ) -> None:
     classify = TextClassifier(AdapterSession(typed_bundle))
     several, numbers = classify([TEXTS[1]] * 2, ["several", "numbers"])
-    said = call("run", typed_bundle, TEXTS[1], "--adapter", "several", "--threshold", "0")
+    message = call("run", typed_bundle, TEXTS[1], "--adapter", "several", "--threshold", "0")
     first = max(several.scores, key=lambda label: several.scores[label])
-    assert said.split("\t")[:2] == [first, f"{several.scores[first]:.4f}"]
-    assert len(said.split("\t")) == 8
+    assert message.split("\t")[:2] == [first, f"{several.scores[first]:.4f}"]
+    assert len(message.split("\t")) == 8
     none = call("run", typed_bundle, TEXTS[1], "--adapter", "several", "--threshold", "1")
     assert none == "(no label)\n"
-    said = call("run", typed_bundle, TEXTS[1], "--adapter", "numbers")
-    assert said == "\t".join(f"{v:.6g}" for v in numbers.scores.values()) + "\n"
+    message = call("run", typed_bundle, TEXTS[1], "--adapter", "numbers")
+    assert message == "\t".join(f"{v:.6g}" for v in numbers.scores.values()) + "\n"
     values = json.loads(call("run", typed_bundle, TEXTS[1], "--adapter", "numbers", "--json"))
     assert values["scores"] == pytest.approx(numbers.scores)
     assert (values["problem_type"], values["labels"]) == ("regression", [])

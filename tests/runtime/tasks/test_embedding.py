@@ -308,8 +308,8 @@ def test_what_is_used_where_nothing_tells_is_said_once(
     (tmp_path / "told" / "modules.json").unlink()
     with caplog.at_level(logging.WARNING):
         export(tmp_path / "told", tmp_path / "b")
-    (said,) = [record.message for record in caplog.records if "pooling" in record.message]
-    assert "is the mean of its tokens' states, scaled to length 1" in said
+    (reported,) = [record.message for record in caplog.records if "pooling" in record.message]
+    assert "is the mean of its tokens' states, scaled to length 1" in reported
 
 
 def test_a_module_of_an_unknown_kind_is_refused_at_export(

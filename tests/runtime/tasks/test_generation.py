@@ -198,15 +198,15 @@ def test_a_classifier_generates_no_text(tiny_bert_bundle: Path) -> None:
 
 
 def test_streamed_pieces_are_the_text_of_their_row(generator: TextGenerator) -> None:
-    told: dict[int, list[str]] = {0: [], 1: [], 2: []}
+    message: dict[int, list[str]] = {0: [], 1: [], 2: []}
     results = generator.generate(
         PROMPTS,
         ["small", None, "large"],
-        on_text=lambda row, piece: told[row].append(piece),
+        on_text=lambda row, piece: message[row].append(piece),
         batch_size=2,
     )
-    assert ["".join(pieces) for pieces in told.values()] == [result.text for result in results]
-    assert all(len(pieces) > 1 for pieces in told.values())
+    assert ["".join(pieces) for pieces in message.values()] == [result.text for result in results]
+    assert all(len(pieces) > 1 for pieces in message.values())
 
 
 def test_an_adapter_replaced_in_the_middle_does_not_change_the_text(

@@ -252,11 +252,11 @@ def test_what_cannot_be_tagged_is_refused(
 
 def test_the_command_prints_entities(classify: TokenClassifier, tagged_bundle: Path) -> None:
     (result,) = classify(TEXTS[0], "pieces")
-    said = call("run", tagged_bundle, TEXTS[0], "--adapter", "pieces")
+    message = call("run", tagged_bundle, TEXTS[0], "--adapter", "pieces")
     first = result.entities[0]
     text = TEXTS[0][first.start : first.end]
-    assert said.startswith(f"{text} ({first.label}, {first.score:.4f})")
-    assert said.count("; ") == len(result.entities) - 1
+    assert message.startswith(f"{text} ({first.label}, {first.score:.4f})")
+    assert message.count("; ") == len(result.entities) - 1
     given = ("--aggregation", "none", "--json")
     values = json.loads(call("run", tagged_bundle, TEXTS[0], "--adapter", "pieces", *given))
     (tokens,) = classify(TEXTS[0], "pieces", aggregation="none")

@@ -263,9 +263,9 @@ def test_the_part_of_the_other_tower_is_named(
     session = ld.AdapterSession(bundle(place, "clip", IMAGE_TASK))
     with caplog.at_level(logging.WARNING):
         session.load("late", place / "clip-both")
-    (said,) = (record.message for record in caplog.records)
-    assert "only the adapter's part for the image tower is used: text_model." in said
-    assert "and 12 more are for the text tower" in said
+    (reported,) = (record.message for record in caplog.records)
+    assert "only the adapter's part for the image tower is used: text_model." in reported
+    assert "and 12 more are for the text tower" in reported
     embed = ld.ImageEmbedder(session)
     np.testing.assert_array_equal(embed(IMAGES, "late"), embed(IMAGES, "both"))
 

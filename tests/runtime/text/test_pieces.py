@@ -169,6 +169,6 @@ def test_the_time_of_a_stream_is_linear_in_its_length(
             continue
         ids = [token] * 300
         decoded.clear()
-        told = _pieces(tokenizer, ids)
+        message = _pieces(tokenizer, ids)
         assert sum(decoded) <= 20 * len(ids), f"{word!r}: {sum(decoded)} tokens were decoded"
-        assert "".join(told) == decode(tokenizer, ids)
+        assert "".join(message) == decode(tokenizer, ids)

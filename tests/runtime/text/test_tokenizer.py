@@ -240,8 +240,8 @@ def test_pieces_together_are_the_whole_text(model: Path) -> None:
     for text in TEXTS:
         ids = tokenizer.encode(text, special_tokens=False)
         pieces = PieceDecoder(tokenizer)
-        told = [pieces.push(token) for token in ids] + [pieces.close()]
-        assert "".join(told) == tokenizer.decode(ids)
+        message = [pieces.push(token) for token in ids] + [pieces.close()]
+        assert "".join(message) == tokenizer.decode(ids)
 
 
 def test_half_a_character_is_held_back_until_the_rest_comes(smollm2: Path) -> None:

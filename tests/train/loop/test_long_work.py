@@ -205,9 +205,9 @@ def test_runs_that_are_killed_at_any_moment_are_resumed_to_the_same_adapter(
         cwd=ROOT,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    told = json.loads(done.stdout)
-    assert (told["runs"], told["findings"]) == (3, [])
-    assert [told["kills"][kind] for kind in ("file", "time", "term")] == [1, 1, 1]
+    result = json.loads(done.stdout)
+    assert (result["runs"], result["findings"]) == (3, [])
+    assert [result["kills"][kind] for kind in ("file", "time", "term")] == [1, 1, 1]
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, step: int, value: float) -> None:

@@ -148,7 +148,7 @@ def make_a_pipe(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "damage", "said"),
+    ("file", "damage", "message"),
     [
         ("optimizer.pt", flip, "other bytes in optimizer.pt"),
         ("adapter_model.safetensors", flip, "other bytes in adapter_model.safetensors"),
@@ -162,7 +162,7 @@ def make_a_pipe(file: Path) -> None:
 def test_of_a_damaged_checkpoint_nothing_is_read_and_the_one_before_is_taken(
     file: str,
     damage: Callable[[Path], None],
-    said: str,
+    message: str,
     interrupted: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -171,10 +171,10 @@ def test_of_a_damaged_checkpoint_nothing_is_read_and_the_one_before_is_taken(
     record = json.loads((checkpoints.directory / "run.json").read_text())
     with checkpoints.begun(record, resume=True) as begin:
         assert begin == checkpoint_of(interrupted, 2)
-    (told,) = caplog.messages
-    assert "checkpoint-4 is damaged" in told and said in told
-    assert told.endswith(f"resuming from {begin}")
-    assert "\n" not in told
+    (reported,) = caplog.messages
+    assert "checkpoint-4 is damaged" in reported and message in reported
+    assert reported.endswith(f"resuming from {begin}")
+    assert "\n" not in reported
 
 
 def test_a_run_whose_last_checkpoint_is_damaged_ends_at_the_same_adapter(
@@ -225,9 +225,9 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_does_not(
     digest = "sha256:" + hashlib.sha256(content).hexdigest()
     record["files"][file] = {"bytes": len(content), "digest": digest}
     (place / "checkpoint.json").write_text(json.dumps(record))
-    with pytest.raises(UsageError, match=r"checkpoint-4 .* code, .*remove it, and resume") as told:
+    with pytest.raises(UsageError, match=r"checkpoint-4 .* code, .*remove it, and resume") as error:
         quick(tiny_llama, lessons, interrupted, resume=True, **SETTINGS)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
     assert not (tmp_path / "trace").exists()
 
 
@@ -347,12 +347,12 @@ def test_what_keeps_a_checkpoint_from_being_written_is_told_with_its_path_and_th
 ) -> None:
     number = getattr(errno, name)
     checkpoints = Checkpoints(interrupted)
-    with pytest.raises(OutputError) as told, checkpoints.writing(6, {}) as place:
+    with pytest.raises(OutputError) as error, checkpoints.writing(6, {}) as place:
         (place / "optimizer.pt").write_bytes(b"half")
         raise OSError(number, os.strerror(number), str(place / "optimizer.pt"))
     target = checkpoint_of(interrupted, 6)
-    assert str(told.value).startswith(f"{target} cannot be written: {os.strerror(number)}")
-    assert (told.value.errno, told.value.filename) == (number, str(target))
+    assert str(error.value).startswith(f"{target} cannot be written: {os.strerror(number)}")
+    assert (error.value.errno, error.value.filename) == (number, str(target))
     assert checkpoints.newest() == checkpoint_of(interrupted, 4)
     left = sorted(path.name for path in target.parent.iterdir())
     assert left == ["checkpoint-2", "checkpoint-4", "run.json"]
@@ -379,16 +379,16 @@ def test_a_run_that_a_full_disk_ends_says_from_where_to_go_on(
         patch.setattr(torch, "save", save)
         if place == "adapter":
             patch.setattr(job, "write_curve", lambda *_: _raise(OSError(errno.ENOSPC, reason)))
-        with pytest.raises(TrainingError) as told:
+        with pytest.raises(TrainingError) as error:
             quick(tiny_llama, lessons, tmp_path / "adapter", **settings)
-    said = str(told.value)
+    message = str(error.value)
     unwritten = tmp_path / "adapter"
     last = checkpoint_of(unwritten, 4)
     if place == "checkpoint-4":
         unwritten, last = last, checkpoint_of(unwritten, 2)
-    assert said.startswith(f"{unwritten} cannot be written: {reason}: free some space there, ")
-    assert said.endswith(f"; {last} is intact: continue from it with `resume`")
-    assert "\n" not in said
+    assert message.startswith(f"{unwritten} cannot be written: {reason}: free some space there, ")
+    assert message.endswith(f"; {last} is intact: continue from it with `resume`")
+    assert "\n" not in message
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter-checkpoints", lessons.name]
     assert quick(tiny_llama, lessons, tmp_path / "adapter", resume=True, **settings).steps == 4
 

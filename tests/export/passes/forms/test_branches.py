@@ -88,8 +88,8 @@ def test_every_use_gives_what_the_graph_without_branches_gives_bit_for_bit(
     model, adapters = kinds[kind]
     plain = AdapterSession(model)
     session = AdapterSession(_exported(model, tmp_path / "branched", adapters, form))
-    told = session.manifest
-    assert {"layout": told.layout, "branches": told.branches} == form
+    message = session.manifest
+    assert {"layout": message.layout, "branches": message.branches} == form
     base = logits(plain, IDS)
     for use in (None, "small", "large", MIXED, [None] * 4, MIXED[::-1], MIXED):
         got = logits(session, IDS, use)
