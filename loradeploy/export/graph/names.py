@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 LORA_ADD: Final = "lora_add"  # y + (x A) B, of a product and of an embedding
 SCALE_MUL: Final = "scale_mul"
 OFFSET_ADD: Final = "offset_add"
-SCALE_FRONT: Final = "unflatten"  # before the scale: the batch's rows in front
-SCALE_BACK: Final = "flatten"  # behind the offset: the rows as they were
+SCALE_FRONT: Final = "unflatten"  # before the scale: moves the batch axis to the front
+SCALE_BACK: Final = "flatten"  # after the offset: moves it back
 HEAD_UNSQUEEZE: Final = "head_unsqueeze"
 HEAD_PRODUCT: Final = "head_matmul"
 HEAD_ADD: Final = "head_add"

@@ -81,7 +81,7 @@ def save_graph(model: ir.Model, directory: Path) -> None:
         external_data=GRAPH_DATA_NAME,
         size_threshold_bytes=_EXTERNAL_BYTES,
     )
-    # onnx-ir 1.1 keeps what once was an input, as every weight of a trace was, and joined ones are.
+    # onnx-ir 1.1 keeps references to former inputs: every weight of a trace, also joined ones.
     once = getattr(model.graph.inputs, "_ref_counter", ())
     for value in (*model.graph.initializers.values(), *once):
         value.const_value = None

@@ -1,1 +1,1 @@
-"""Which node of a graph is which module of the checkpoint, and by what evidence."""
+"""Identify the modules of a checkpoint that the nodes of a graph compute, with the evidence."""

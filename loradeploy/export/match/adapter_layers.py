@@ -1,6 +1,6 @@
-"""Refuse graphs that compute an adapter themselves: another of the same would be added twice.
+"""Refuse graphs that already contain an adapter, which would be applied twice.
 
-By names, as those of PEFT's layers; and by what is computed, where the names are gone:
+Adapters are recognized by names such as those of PEFT's layers, or by their products:
 
     x W (+ b) + s · (x A) B        with A [in, rank], B [rank, out] of a rank below both
 """
@@ -19,8 +19,8 @@ from loradeploy.export.match.products import Product, describe, input_of, output
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-_SEPARATORS: Final = re.compile(r"[/'\", \[\]]+")  # of the parts of a path, and of several paths
-# What a value passes between products: constants are added to it, or it is scaled by them.
+_SEPARATORS: Final = re.compile(r"[/'\", \[\]]+")  # between parts of a path, and between paths
+# Operators between products, which add or multiply constants.
 _CARRIERS: Final = ("Add", "Cast", "Div", "Dropout", "Identity", "Mul", "Reshape")
 _REMEDY: Final = (
     "export the model without it (PEFT: unload(), or merge_and_unload() to keep it;"
@@ -29,7 +29,7 @@ _REMEDY: Final = (
 
 
 def refuse_adapter_layers(model: ir.Model) -> None:
-    """Raise ExportError where the graph computes an adapter as layers of its own, as PEFT does."""
+    """Raise ExportError if the graph has names of an adapter's layers, as PEFT gives them."""
     names: list[str | None] = list(model.graph.initializers)
     for node in model.graph.all_nodes():
         names += [node.name, node.metadata_props.get(NAME_SCOPES)]
@@ -42,7 +42,7 @@ def refuse_adapter_layers(model: ir.Model) -> None:
 
 
 def refuse_adapter_products(graph: ir.Graph) -> None:
-    """Raise ExportError where two products of a low rank are added to another of the same input."""
+    """Raise ExportError if a low-rank update is added to a product of the same input."""
     made = {output_of(product.node): product for product in products(graph)}
     for node in graph:
         if node.op_type != "Add" or node.domain != "":
@@ -61,7 +61,7 @@ def refuse_adapter_products(graph: ir.Graph) -> None:
 
 
 def _adapts(base: Product, A: Product, B: Product) -> bool:
-    """Whether B(A(x)) is an update of a low rank of the product `base` of x."""
+    """Whether B(A(x)) is a low-rank update of the product `base` of x."""
     if A.out_features != B.in_features or B.out_features != base.out_features:
         return False
     low = A.out_features < min(base.in_features, base.out_features)
@@ -69,7 +69,7 @@ def _adapts(base: Product, A: Product, B: Product) -> bool:
 
 
 def _before(value: ir.Value | None) -> ir.Value | None:
-    """The value that `value` is of another type or shape."""
+    """The value before the casts and reshapes that lead to `value`."""
     while value is not None and (node := value.producer()) is not None:
         if node.op_type not in ("Cast", "Dropout", "Identity", "Reshape"):
             return value
@@ -78,7 +78,7 @@ def _before(value: ir.Value | None) -> ir.Value | None:
 
 
 def _product_behind(value: ir.Value | None, made: Mapping[ir.Value, Product]) -> Product | None:
-    """The product that `value` is of, with constants added or multiplied."""
+    """The product that `value` is computed from by adding or multiplying constants only."""
     while value is not None and value not in made:
         node = value.producer()
         if node is None or node.op_type not in _CARRIERS or node.domain != "":

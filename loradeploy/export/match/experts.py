@@ -1,8 +1,8 @@
-"""Find the products of a mixture's experts, each by the parameter that its weight is.
+"""Find the products of a mixture's experts by parameter.
 
-The trace computes all experts in one product, [1 or experts, tokens, in] times the constant
-[experts, in, out]. Which parameter of the checkpoint a constant is, is found by its values while
-the checkpoint is available, and written into the metadata of the product, which bundles keep.
+A traced graph computes all experts in one product, [1 or experts, tokens, in] times the constant
+[experts, in, out]. The parameter of a constant is found by its values while the checkpoint is
+available, and written into the metadata of the product, which bundles keep.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Experts:
 def annotate_experts(model: ir.Model, parameters: Mapping[str, NDArray[Any]]) -> None:
     """Write the parameter of each product of experts into its metadata.
 
-    `parameters`: the checkpoint's, of three dimensions, as the model has them.
+    `parameters`: the model's parameters of experts, with three dimensions.
     """
     for node, weight in _products(model):
         values, found = constant_of(weight), module_of(node)

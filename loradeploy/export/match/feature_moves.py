@@ -1,7 +1,7 @@
-"""What nodes that only move values do to an array: numpy functions by operator.
+"""Apply nodes that only move values to numpy arrays, with a function for each operator.
 
-An array stands for a value of the graph. Sizes that only a run would show come from the arrays
-that are known, or are those of the node's input.
+Each array represents a value of the graph. Sizes that are unknown without a run are taken from the
+arrays, or are those of the node's input.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ _Sizes = list[int | None]
 
 _CARRIERS: Final = ("Cast", "Identity")
 _MOST_PERMUTED: Final = 1 << 13  # features of a permutation matrix
-# Of "keep this axis" in a Reshape: those of the batch and the sequence.
+# Leading axes, of batch and sequence, that a Reshape to unknown sizes is assumed to keep.
 _KEPT: Final = 2
 
 
 class UnknownMoveError(Exception):
-    """Where a node moves values to is not known before it is run."""
+    """Where a node moves its values is not known without a run."""
 
 
 def moved(node: ir.Node, arrays: Arrays) -> list[NDArray[np.int64]]:
-    """The outputs of a node of `MOVES`.
+    """The arrays of the outputs of a node of `MOVES`.
 
     Raises:
-        UnknownMoveError: they are not known.
+        UnknownMoveError: the graph does not show where the values are moved.
     """
     x = node.inputs[0]
     if x is None or x not in arrays:
@@ -48,7 +48,7 @@ def moved(node: ir.Node, arrays: Arrays) -> list[NDArray[np.int64]]:
 
 
 def permutation_of(node: ir.Node) -> NDArray[np.int64] | None:
-    """Which inputs the outputs of a product with a permutation matrix are; None of another one."""
+    """The input of each output of a product with a permutation matrix; None for other products."""
     weight = input_at(node, 1)
     if node.op_type != "MatMul" or weight is None or not _is_constant(weight):
         return None
@@ -129,7 +129,7 @@ def _reshape(node: ir.Node, x: NDArray[np.int64], arrays: Arrays) -> list[NDArra
         if shape is None:
             raise UnknownMoveError
         sizes = [dim if isinstance(dim, int) else None for dim in shape]
-    # What is not known is the size of the batch or the sequence, which stays where it is.
+    # Unknown sizes are those of the batch and the sequence, whose axes stay in place.
     kept = [
         x.shape[axis] if size == 0 or (size is None and axis < _KEPT) else size
         for axis, size in enumerate(sizes)
@@ -137,7 +137,7 @@ def _reshape(node: ir.Node, x: NDArray[np.int64], arrays: Arrays) -> list[NDArra
     return [x.reshape([-1 if size is None else size for size in kept])]
 
 
-# Operators that move values, and nothing else.
+# Operators that only move values.
 MOVES: Final[
     Mapping[str, Callable[[ir.Node, NDArray[np.int64], Arrays], list[NDArray[np.int64]]]]
 ] = {
@@ -163,7 +163,7 @@ _ARITHMETIC: Final = {
 
 
 def _sizes(value: ir.Value | None, arrays: Arrays) -> _Sizes | None:
-    """The sizes that a value of the graph holds, such as the shape of a Reshape."""
+    """The sizes in a value of the graph, such as the shape of a Reshape; None if unknown."""
     if value is None:
         return None
     if _is_constant(value):
@@ -184,14 +184,14 @@ def _sizes(value: ir.Value | None, arrays: Arrays) -> _Sizes | None:
         return None if shape is None else shape[start : None if end is None else end.as_int()]
     if node.op_type in ("Gather", "Slice"):
         sizes = _sizes(node.inputs[0], arrays)
-        if sizes is None:  # one size, of what is not known
+        if sizes is None:  # one unknown size
             return [None] if node.op_type == "Gather" and _constant(node, 1).size == 1 else None
         places = MOVES[node.op_type](node, np.arange(len(sizes)), {})[0].reshape(-1)
         return [sizes[place] for place in places]
     if node.op_type in _ARITHMETIC:
         one, other = (_sizes(value, arrays) for value in node.inputs)
         if one is None or other is None or len(one) != 1 or None in (*one, *other):
-            raise UnknownMoveError  # a size that is not one of the batch or the sequence
+            raise UnknownMoveError  # the result is not the size of the batch or the sequence
         return [int(size) for size in _ARITHMETIC[node.op_type](np.array(one), np.array(other))]
     return None
 

@@ -1,17 +1,17 @@
-"""Whether a graph puts a layer's features into another order, beside the layer.
+"""Find nodes before or after a layer that change the order of its features.
 
     y[..., order]                   a Gather, or a product with a permutation matrix
     Concat(y[..., 8:], y[..., :8])  a Split or Slices, and a Concat
     [b, s, 2, 8] → [b, s, 8, 2]     a Reshape and a Transpose
 
-Then the rows of the layer's weight, or its columns where its input is reordered, are most likely
-in another order than in the checkpoint. A name does not show that, and an adapter's rows would be
+Then the rows of the layer's weight, or its columns if its input is reordered, are most likely in
+another order than in the checkpoint. A name does not show that, and an adapter's rows would be
 added in the wrong order.
 
 The features are numbered, and the numbers are moved as the graph moves the values, up to the nodes
-that compute with several of them. In heads, halves and slices the numbers still ascend. A rotation
-takes the features in two orders, of which one is their own: only those count that nothing uses in
-their own order.
+that compute with several features. In heads, halves and slices the numbers still ascend. A rotary
+embedding reads the features in two orders, one of which is the original: a reordering counts only
+for features that no node uses in the original order.
 """
 
 from __future__ import annotations
@@ -31,12 +31,11 @@ if TYPE_CHECKING:
 
     from loradeploy.export.match.linears import Linear
 
-# What axes of unknown size get, by their place, and how much is numbered at most.
-_SIZES: Final = (2, 3, 5)
-_MOST: Final = 1 << 24
+_SIZES: Final = (2, 3, 5)  # assumed for axes of unknown size, by position
+_MOST: Final = 1 << 24  # numbered elements of a value
 _ROWS: Final = 2  # axes of the batch and the sequence
 
-# What leaves each feature in its place, whatever its other inputs are.
+# Operators that leave each feature in its place, whatever their other inputs are.
 _IN_PLACE: Final = frozenset(
     (
         *("Abs", "BiasGelu", "Cast", "Clip", "DequantizeLinear", "Dropout", "Elu", "Erf", "Exp"),
@@ -46,9 +45,9 @@ _IN_PLACE: Final = frozenset(
         *("Softsign", "Sqrt", "Swish", "Tanh"),
     )
 )
-# What does so with a constant: else it joins what other layers give too.
+# Operators that do so with a constant; otherwise they combine the outputs of several layers.
 _WITH_CONSTANT: Final = ("Add", "Div", "Max", "Min", "Mul", "Pow", "Sub")
-# What gives the same whatever the order, besides Reduce….
+# Operators whose result does not depend on the order, besides Reduce….
 _ORDERLESS: Final = ("Shape", "Size")
 
 
@@ -56,7 +55,7 @@ _ORDERLESS: Final = ("Shape", "Size")
 class _Numbered:
     """A value of the graph, whose elements are the numbers row · `width` + feature.
 
-    `moved_by`: the first node that gave the features another order.
+    `moved_by`: the first node that changed the order of the features.
     """
 
     numbers: NDArray[np.int64]
@@ -64,7 +63,7 @@ class _Numbered:
     moved_by: ir.Node | None = None
 
     def features(self) -> list[NDArray[np.int64]]:
-        """The features of each row, in the order in which they are there now."""
+        """The features of each row, in their current order."""
         numbers = self.numbers.reshape(-1)
         rows = numbers // self.width
         order = np.argsort(rows, kind="stable")
@@ -86,7 +85,7 @@ def reordering_node(linear: Linear) -> ir.Node | None:
 
 
 def takes_pairs(linear: Linear) -> bool:
-    """Whether something computes with every second of the layer's features, as of pairs."""
+    """Whether a node computes with every second feature of the layer, as for interleaved pairs."""
     for node in linear.nodes:
         for use in _uses_of_outputs(node, linear):
             steps = [step for row in use.features() for step in np.diff(_own(row, linear))]
@@ -108,7 +107,7 @@ def _behind(node: ir.Node, linear: Linear) -> ir.Node | None:
 
 
 def _own(features: NDArray[np.int64], linear: Linear) -> NDArray[np.int64]:
-    """Those of the features that are the module's, in a fused product."""
+    """The features of the layer's own module, in a fused product."""
     if linear.slice is None:
         return features
     begin, end = linear.slice
@@ -125,7 +124,7 @@ def _uses_of_outputs(node: ir.Node, linear: Linear) -> list[_Numbered]:
 
 
 def _width(node: ir.Node, linear: Linear) -> int:
-    """The outputs of the product, which may be those of several modules."""
+    """The number of outputs of the product, which may be those of several modules."""
     if linear.slice is None:
         return linear.out_features
     if "N" in node.attributes:
@@ -135,7 +134,7 @@ def _width(node: ir.Node, linear: Linear) -> int:
 
 
 def _before(node: ir.Node, linear: Linear) -> ir.Node | None:
-    """The node that reorders what the product takes, behind the last that computes it."""
+    """The node that reorders the product's input, after the last node that computes it."""
     x = input_of(node)
     pending: list[ir.Value] = [] if x is None else [x]
     sources, seen = set(), set(pending)
@@ -155,7 +154,7 @@ def _before(node: ir.Node, linear: Linear) -> ir.Node | None:
 
 
 def _taken(node: ir.Node | None) -> list[ir.Value]:
-    """What a node moves, or changes in its place; nothing where it computes."""
+    """The inputs that a node moves or changes in place; empty if it combines features."""
     given = [] if node is None else [value for value in node.inputs if value is not None]
     if node is None or not given:
         return []
@@ -169,20 +168,20 @@ def _taken(node: ir.Node | None) -> list[ir.Value]:
 
 
 def _adds_constant(node: ir.Node) -> bool:
-    """Whether a node adds a constant to a value, or the like, and joins no two values."""
+    """Whether a node combines one value with constants only, as in adding a bias."""
     others = [value for value in node.inputs if value is not None and not value.is_initializer()]
     return node.op_type in _WITH_CONSTANT and len(others) == 1
 
 
 def _of_source(source: ir.Value, size: int) -> _Numbered | None:
-    """The features of what a product takes in the end: the last axis, or those of known size."""
+    """Number the features of `source`: the last axis, or all axes of known size."""
     shape: Sequence[Any] = [None, None, size] if source.shape is None else list(source.shape)
     if len(shape) <= _ROWS + 1:
         known = bool(shape) and isinstance(shape[-1], int)
         return _numbered(_sizes(shape), len(shape) - 1) if known else None
     rows = [axis for axis, dim in enumerate(shape) if not isinstance(dim, int) or dim == 1]
     if len(rows) < _ROWS:
-        return None  # which axis is the sequence's is not known
+        return None  # the axis of the sequence is not known
     order = [*rows, *(axis for axis in range(len(shape)) if axis not in rows)]
     sizes = _sizes(shape)
     start = _numbered([sizes[axis] for axis in order], len(rows))
@@ -199,7 +198,7 @@ def _sizes(shape: Sequence[Any]) -> list[int]:
 
 
 def _numbered(sizes: Sequence[int], rows: int) -> _Numbered | None:
-    """Numbers of a value whose first `rows` axes are rows; None where they are too many."""
+    """Number a value whose first `rows` axes are rows; None if it has too many elements."""
     count = int(np.prod(sizes, dtype=np.float64))
     if not 0 < count <= _MOST:
         return None
@@ -210,7 +209,7 @@ def _numbered(sizes: Sequence[int], rows: int) -> _Numbered | None:
 def _follow(
     start: ir.Value, numbered: _Numbered, within: Container[ir.Value] | None = None
 ) -> dict[ir.Value, _Numbered]:
-    """Where the numbers are moved to, by value; `within`: to none but these."""
+    """The values that the numbers are moved to; only those in `within`, if it is given."""
     known = {start: numbered}
     pending = [start]
     while pending:
@@ -223,7 +222,7 @@ def _follow(
 
 
 def _through(node: ir.Node, known: Mapping[ir.Value, _Numbered]) -> Iterator[_Arrived]:
-    """What a node gives of the numbers; nothing where it computes with them."""
+    """The outputs of a node that moves the numbers; empty if it computes with them."""
     before = [known[value] for value in node.inputs if value is not None and value in known]
     arrays = [before[0].numbers]
     if node.op_type in MOVES:
@@ -242,7 +241,7 @@ def _through(node: ir.Node, known: Mapping[ir.Value, _Numbered]) -> Iterator[_Ar
 
 
 def _uses(known: dict[ir.Value, _Numbered]) -> list[_Numbered]:
-    """The values that are not only moved: a node computes with them, or they are results."""
+    """The values that are not only moved: a node computes with them, or they are graph outputs."""
     used = []
     for value, numbered in known.items():
         users = [use.node for use in value.uses()]

@@ -1,10 +1,10 @@
-"""The scales behind a MatMulInteger, by which its sums become the numbers of the layer.
+"""Find the scales after a MatMulInteger, which turn its integer sums into the layer's output.
 
     y = Cast(MatMulInteger(Quantize(x), W)) · scale of x · scale of W
 
 The factors may come in any order: multiplied with each other first, as onnxruntime's quantizer
-writes them, or with the sums one by one. What is behind all of them is the layer's output, to which
-an adapter's update is added; what is between them is of another size.
+writes them, or with the sums one by one. The layer's output, to which an adapter's update is added,
+has all of them; a value between them is scaled differently.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _CARRIERS: Final = ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze")
 
 @dataclass(frozen=True, eq=False)
 class Scaling:
-    """`output`: the sums times all scales. `weight`: the scales of the weight; constants."""
+    """`output`: the sums times all scales. `weight`: the constant scales of the weight."""
 
     output: ir.Value
     weight: tuple[ir.Value, ...]
 
 
 def scaling_of(node: ir.Node) -> Scaling | None:
-    """What is behind the MatMulInteger `node`; None where it is not known to be all of its scales.
+    """The scaling after the MatMulInteger `node`; None unless all of its scales are found.
 
-    The scales of x and W may be one constant: then `weight` is empty, as nothing tells them apart.
+    If the scales of x and W are one constant, `weight` is empty, because they are not separable.
     """
     of_x = _scale_of_input(node)
     cast = only_user(node.outputs[0])
@@ -49,7 +49,7 @@ def scaling_of(node: ir.Node) -> Scaling | None:
             return Scaling(y, tuple(each for each in found if each is not of_x))
     if len(found) != 1:
         return None
-    # One factor: of both in one constant, or of x alone where the weight's scale is 1.
+    # One factor: both scales in one constant, or that of x alone if the weight's scale is 1.
     whole = _is_constant(of_x) if found[0] is not of_x else mul is None
     return Scaling(y, ()) if whole else None
 
@@ -69,7 +69,7 @@ def _next_product(value: ir.Value) -> ir.Node | None:
 
 
 def _factors(value: ir.Value | None) -> list[ir.Value]:
-    """What is multiplied to `value`; itself where it is no product."""
+    """The factors of `value`; itself if it is not a product."""
     factors, waiting = [], [value]
     while waiting:
         each = waiting.pop()

@@ -1,4 +1,4 @@
-"""Find the linear layers of a graph, and the modules of the checkpoint that they are.
+"""Find the linear layers of a graph by module of the checkpoint.
 
 products.py finds products, naming.py identifies their modules.
 """
@@ -39,7 +39,7 @@ class Linear:
     `quantized`: the weight is quantized, and cannot be replaced by float values.
     `slice`: the module's range of outputs in a fused product; `weight`, and a `bias` that is added
     to the full product, are then those of all modules.
-    `unseen_bias`: the checkpoint has a bias for it that was not found in the graph.
+    `unseen_bias`: the checkpoint has a bias for the module that was not found in the graph.
     """
 
     module: str
@@ -55,7 +55,7 @@ class Linear:
     unseen_bias: bool = False
 
     def target(self) -> LoraTarget:
-        """The layer as a manifest tells of it."""
+        """The layer as a target of the manifest."""
         return LoraTarget(
             module=self.module,
             in_features=self.in_features,
@@ -78,7 +78,7 @@ class Findings:
 
 
 def find_linears(model: ir.Model, namer: Namer = by_graph) -> Findings:
-    """Every product with a constant two-dimensional weight in the main graph, by its module."""
+    """Find every product with a constant two-dimensional weight in the main graph, by module."""
     grouped: dict[tuple[tuple[str, int], ...], list[tuple[Product, Named]]] = {}
     unidentified = []
     for product in products(model.graph):
@@ -92,7 +92,7 @@ def find_linears(model: ir.Model, namer: Namer = by_graph) -> Findings:
         first, named = calls[0]
         taken = any(module in linears for module, _ in modules)
         if taken or any(other.weight is not first.weight for other, _ in calls[1:]):
-            # One module with two weights: an attention written as bare products, say.
+            # One module with two weights, such as an attention written as bare products.
             unidentified += [describe(product) for product, _ in calls]
             continue
         for linear in _linears(calls[0][0], tuple(product.node for product, _ in calls), named):
@@ -126,7 +126,7 @@ def _linears(product: Product, nodes: tuple[ir.Node, ...], named: Named) -> list
 
 
 def annotate_modules(linears: Mapping[str, Linear]) -> None:
-    """Write into the nodes which modules they are, for whoever reads the graph again."""
+    """Write the modules into the nodes' metadata, for a later export of the graph."""
     for linear in linears.values():
         packed = [other for other in linears.values() if other.nodes[0] is linear.nodes[0]]
         for node in linear.nodes:
@@ -138,7 +138,7 @@ def annotate_modules(linears: Mapping[str, Linear]) -> None:
 
 
 def output_head(model: ir.Model, findings: Findings) -> str | None:
-    """The module whose product the graph's logits are."""
+    """The module whose product gives the graph's logits; None if it is not known."""
     producers = {node: module for module, lin in findings.linears.items() for node in lin.nodes}
     value = next((output for output in model.graph.outputs if output.name in LOGITS_NAMES), None)
     while value is not None and (node := value.producer()) is not None:
@@ -153,13 +153,13 @@ def output_head(model: ir.Model, findings: Findings) -> str | None:
 def is_head(module: str) -> bool:
     """Whether `module` is a classifier's head, or a part of one.
 
-    As in PEFT 0.21 a name counts that ends so: DistilBERT's `pre_classifier` is a part too.
+    As in PEFT 0.21, names are compared by their ends: DistilBERT's `pre_classifier` counts too.
     """
     return any(part.endswith(CLASSIFIER_HEADS) for part in module.split("."))
 
 
 def refuse_side_inputs(model: ir.Model) -> None:
-    """Raise ExportError where the graph already has side inputs but no manifest that tells them."""
+    """Raise ExportError if the graph already has side inputs, which need a manifest."""
     taken = [
         v.name for v in model.graph.inputs if v.name and v.name.endswith((".lora_A", ".lora_B"))
     ]

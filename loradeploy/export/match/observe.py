@@ -1,13 +1,13 @@
-"""Where the rows of the batch are in a graph's values, seen by running it.
+"""Run a graph to find the axis of its values that has the rows of the batch.
 
-The shapes that a graph states may be missing behind operators that are not ONNX's own, and their
-symbols be new names for old sizes. So a small batch is run, and run again with its rows in another
-order: the axis along which a value's rows have changed their places likewise is the batch's. Sizes
-of a second run tell it from an axis that has the same size by chance.
+A graph may lack shapes after operators that are not ONNX's, and may have new symbols for known
+sizes. So a small batch is run, and run again with its rows permuted: the batch axis of a value is
+the one along which the value is permuted too. Runs with other sizes rule out axes that have the
+same size by chance.
 
-    FRONT       [batch, …, size]                 its first axis
-    SECOND      [sequence, batch, size]          its second
-    FLATTENED   [batch · …, …, size]             its first, each row of the batch in one block
+    FRONT       [batch, …, size]                 the first axis
+    SECOND      [sequence, batch, size]          the second axis
+    FLATTENED   [batch · …, …, size]             the first axis, with a block for each row
 """
 
 from __future__ import annotations
@@ -39,28 +39,28 @@ FRONT, SECOND, FLATTENED = "front", "second", "flattened"
 
 _SEEN: Final = "loradeploy.rows"
 _NOT_RUN: Final = "loradeploy.not_run"
-# Rows, positions and those in the cache: sizes that differ, and so do their products.
+# Rows, new positions and cached positions of each run: the sizes and their products all differ.
 _SIZES: Final = ((3, 5, 0), (2, 7, 0))
-# With something in the cache, for graphs that do not take an empty one.
+# With cached positions, for graphs that do not accept an empty cache.
 _SIZES_PAST: Final = ((3, 5, 4), (2, 7, 3))
-# What is left of the effect of a permutation where a value follows it, but for rounding.
+# Allowed deviation from the expected permutation, relative to its effect, and to the value.
 _LEFT: Final = 0.02
 _ROUNDING: Final = 1e-5
-# More than this in memory does not go into one protobuf message.
+# Larger models in memory do not fit into one protobuf message.
 _MOST_BYTES: Final = 1 << 30
 _FOLDER_OPTION: Final = "session.model_external_initializers_file_folder_path"
 
 
 @dataclass(frozen=True, eq=False)
 class _Tried:
-    """Feeds, and the inputs among them whose first axis is that of the `batch` rows."""
+    """Feeds, and the inputs among them whose first axis has the `batch` rows."""
 
     feeds: Feeds
     batched: frozenset[str]
     batch: int
 
     def permuted(self, order: Sequence[int]) -> Feeds:
-        """The feeds with the rows of the batch in another order."""
+        """The feeds with the rows of the batch in this order."""
         return {
             name: values[list(order)] if name in self.batched else values
             for name, values in self.feeds.items()
@@ -69,9 +69,9 @@ class _Tried:
 
 @dataclass(frozen=True)
 class Seen:
-    """What was seen of a value: where the rows of the batch are; `rows` is None for nowhere.
+    """The observation of a value. `rows`: where the rows of the batch are, None if it has none.
 
-    `shape`: that of the first run, which had `batch` rows.
+    `shape`: its shape in the first run, which had `batch` rows.
     """
 
     shape: tuple[int, ...]
@@ -82,16 +82,15 @@ class Seen:
 def observe(
     model: ir.Model, values: Iterable[ir.Value], directory: Path, config: Mapping[str, Any]
 ) -> None:
-    """Run the graph, and note at each of `values` of the main graph where its rows are.
+    """Run the graph, and record for each of `values` of the main graph where its rows are.
 
-    Types and shapes that the graph does not state, or states wrongly, are filled in. `directory`:
-    that of the graph's external data. `config`: that of the model. A graph that cannot be run is
-    noted as such: see `not_run`.
+    Missing types, and missing or wrong shapes, are filled in. `directory`: that of the graph's
+    external data. `config`: that of the model. If the graph cannot be run, `not_run` says why.
     """
     observed = list({value: None for value in values if not value.is_initializer()})
     try:
         seen = _run(model, observed, directory, config)
-    except Exception as problem:  # onnxruntime's own errors, of many kinds
+    except Exception as problem:  # onnxruntime's exceptions have no common base class
         model.graph.meta[_NOT_RUN] = first_line(problem).rpartition("] : ")[2]
         return
     for value in observed:
@@ -104,13 +103,13 @@ def observe(
 
 
 def seen_at(value: ir.Value) -> Seen | None:
-    """What `observe` saw of the value; None where it was not looked at."""
+    """The observation of the value by `observe`; None if there is none."""
     seen: Seen | None = value.meta.get(_SEEN)
     return seen
 
 
 def not_run(graph: ir.Graph) -> str | None:
-    """Why `observe` could not run the graph; None where it could, or did not try."""
+    """Why `observe` could not run the graph; None if it could, or did not try."""
     problem: str | None = graph.meta.get(_NOT_RUN)
     return problem
 
@@ -137,7 +136,7 @@ def open_model(model: ir.Model, directory: Path) -> onnxruntime.InferenceSession
 def _run(
     model: ir.Model, values: Sequence[ir.Value], directory: Path, config: Mapping[str, Any]
 ) -> list[tuple[_Tried, list[Feeds]]]:
-    """The values in each run, by size and order of the rows."""
+    """The values of each run, by size and order of the rows."""
     specs = required_inputs(model)
     given = {value for value in values if value.is_graph_input()}
     asked = [value for value in values if value not in given]
@@ -170,13 +169,13 @@ def _run(
 
 
 def sample_of(model: ir.Model, config: Mapping[str, Any]) -> Sample:
-    """What makes feeds for the graph; `config` is that of the model."""
+    """A generator of feeds for the graph; `config` is that of the model."""
     pad = config.get("pad_token_id")
     return Sample(required_inputs(model), config, pad=pad if isinstance(pad, int) else None)
 
 
 def _tried(specs: Sequence[TensorSpec], feeds: Feeds) -> _Tried:
-    """The feeds, and which of them have the batch in front: as the first input has it."""
+    """The feeds, and the names of those with the batch axis in front, as in the first input."""
     first = specs[0].shape[0] if specs and specs[0].shape else 1
     batch = feeds[specs[0].name].shape[0] if specs and specs[0].shape else 1
     batched = {
@@ -190,7 +189,7 @@ def _tried(specs: Sequence[TensorSpec], feeds: Feeds) -> _Tried:
 
 
 def _orders(batch: int) -> list[list[int]]:
-    """Orders of the rows: the first two changed, and all moved on by one."""
+    """Orders of the rows: the first two swapped, and all rotated by one."""
     rows = list(range(batch))
     if batch < 2:
         return []
@@ -199,11 +198,11 @@ def _orders(batch: int) -> list[list[int]]:
 
 
 def _kinds(tried: _Tried, runs: Sequence[NDArray[Any]]) -> set[str]:
-    """Where the rows may be, by the shape of a value and by how it follows the batch's order."""
+    """Where the rows may be, by the shape of a value and by how it follows permutations."""
     first, batch = runs[0], tried.batch
     if first.ndim < 2 or any(run.shape != first.shape for run in runs):
         return set()
-    if batch == 1:  # all rows are the one's: any but a matrix takes its factors along the front
+    if batch == 1:  # nothing to permute: only a matrix of several rows is flattened
         return {FRONT} if first.ndim > 2 or len(first) == 1 else {FLATTENED}
     orders = _orders(batch)
     kinds = set()
@@ -220,7 +219,7 @@ def _kinds(tried: _Tried, runs: Sequence[NDArray[Any]]) -> set[str]:
 def _moved(
     values: NDArray[Any], kind: str, batch: int, order: Sequence[int]
 ) -> NDArray[Any] | None:
-    """The values with their rows in another order; None where they are not so many."""
+    """The values with their rows permuted; None if the shape does not have `batch` rows there."""
     if kind == FRONT:
         return values[order] if len(values) == batch else None
     if kind == SECOND:
@@ -232,14 +231,14 @@ def _moved(
 
 
 def _follows(before: NDArray[Any], after: NDArray[Any], expected: NDArray[Any]) -> bool:
-    """Whether `after` is as `expected`, as far as the change is more than rounding."""
+    """Whether `after` is `expected`, up to rounding."""
     a, b, e = (np.nan_to_num(values.astype(np.float64)) for values in (before, after, expected))
     wrong, effect = float(np.linalg.norm(b - e)), float(np.linalg.norm(e - a))
     return wrong <= _LEFT * effect or wrong <= _ROUNDING * float(np.linalg.norm(a))
 
 
 def _complete(value: ir.Value, runs: Sequence[NDArray[Any]]) -> None:
-    """Fill in what the graph does not state of a value, or states wrongly."""
+    """Fill in the value's type and shape if they are missing, or if the shape is wrong."""
     import onnx_ir as ir
 
     shapes = [run.shape for run in runs]

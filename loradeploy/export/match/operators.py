@@ -1,11 +1,11 @@
-"""What becomes of every input and attribute of the operators that an export rewrites or reads.
+"""The treatment of every input and attribute of the operators that an export reads or rewrites.
 
-A node is changed, or numbers are read from it, only where all that it has is in this table: an
-input or attribute that is not, such as one of a later version of the operator, is refused by name.
+A node is rewritten, or its weight read, only if all of its inputs and attributes are in this table.
+Others, such as those of a later version of the operator, are refused by name.
 
-CARRIED    stays at the node, or goes to the one that takes its place
-HONORED    its value is taken into account, and may be another afterwards
-REFUSED    where it is given, and is not the value in `refused`, the node is refused by name
+CARRIED    stays at the node, or moves to the node that replaces it
+HONORED    is taken into account, and may change
+REFUSED    the node is refused by name if it has this, unless with the value in `refused`
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ GROUP_QUERY_ATTENTION: Final = "GroupQueryAttention"
 
 
 class Treatment(Enum):
-    """What becomes of an input or attribute."""
+    """The treatment of an input or attribute."""
 
     CARRIED = "carried over"
     HONORED = "honored"
@@ -38,10 +38,9 @@ CARRIED, HONORED, REFUSED = Treatment
 
 @dataclass(frozen=True)
 class Operator:
-    """The inputs of an operator, in their order, and its attributes.
+    """The inputs of an operator, in order, and its attributes.
 
-    `refused`: values of refused attributes that say what leaving them out says; of others any is
-    too much.
+    `refused`: accepted values of refused attributes, which mean the same as leaving them out.
     """
 
     inputs: Mapping[str, Treatment]
@@ -71,7 +70,7 @@ OPERATORS: Final[Mapping[tuple[str, str], Operator]] = MappingProxyType(
     {
         # -- products (products.py, merge.py, quantize.py, fuse.py, heads.py) ------------------
         ("", "MatMul"): _MATMUL,
-        # scaled and turned ones are made plain first (normalize.py)
+        # scaled and transposed ones are rewritten first (normalize.py)
         ("", "Gemm"): Operator(
             {"A": CARRIED, "B": HONORED, "C": HONORED},
             dict.fromkeys(("alpha", "beta", "transA", "transB"), HONORED),
@@ -93,7 +92,7 @@ OPERATORS: Final[Mapping[tuple[str, str], Operator]] = MappingProxyType(
             },
             {"transBatchA": 0, "transBatchB": 0},
         ),
-        # g_idx is read, and gone once a weight is packed again, in blocks of its own
+        # g_idx is read; a weight that is packed again has none
         (MICROSOFT, "MatMulNBits"): Operator(
             {
                 "A": CARRIED,
@@ -133,7 +132,7 @@ OPERATORS: Final[Mapping[tuple[str, str], Operator]] = MappingProxyType(
                 "bias": HONORED,
             }
         ),
-        # -- what stands between a weight and its product --------------------------------------
+        # -- between a weight and its product --------------------------------------------------
         ("", "DequantizeLinear"): _DEQUANTIZE,
         (MICROSOFT, "DequantizeLinear"): _DEQUANTIZE,
         ("", "Cast"): Operator(
@@ -141,7 +140,7 @@ OPERATORS: Final[Mapping[tuple[str, str], Operator]] = MappingProxyType(
         ),
         ("", "Identity"): Operator({"input": HONORED}),
         ("", "Transpose"): Operator({"data": HONORED}, {"perm": HONORED}),
-        # -- layers that are no products (parts.py) --------------------------------------------
+        # -- layers that are not products (parts.py) -------------------------------------------
         ("", "Gather"): Operator({"data": HONORED, "indices": HONORED}, {"axis": HONORED}),
         ("", "Conv"): _CONV,
         ("", "LayerNormalization"): _norm("X", "Scale", "B", **_AXIS_AND_TYPE),
@@ -157,7 +156,7 @@ OPERATORS: Final[Mapping[tuple[str, str], Operator]] = MappingProxyType(
         ),
         (MICROSOFT, "SkipLayerNormalization"): _norm("input", "skip", "gamma", "beta", "bias"),
         (MICROSOFT, "SkipSimplifiedLayerNormalization"): _norm("input", "skip", "gamma", "bias"),
-        # -- attention, where GroupQueryAttention takes its place (gqa.py) ----------------------
+        # -- attention that GroupQueryAttention replaces (gqa.py) ------------------------------
         ("", "Attention"): Operator(
             {
                 **dict.fromkeys(("Q", "K", "V", "attn_mask"), HONORED),
@@ -165,7 +164,7 @@ OPERATORS: Final[Mapping[tuple[str, str], Operator]] = MappingProxyType(
             },
             {
                 **dict.fromkeys(("scale", "softcap"), CARRIED),
-                # sizes are read off the values, which have their heads apart
+                # sizes are read from the values, which have an axis of heads
                 **dict.fromkeys(("q_num_heads", "kv_num_heads"), HONORED),
                 **dict.fromkeys(
                     ("is_causal", "qk_matmul_output_mode", "softmax_precision"), REFUSED
@@ -190,7 +189,7 @@ OPERATORS: Final[Mapping[tuple[str, str], Operator]] = MappingProxyType(
     }
 )
 
-# Operators that have the weights of layers, and take no adapters: nothing of them is rewritten.
+# Operators that have the weights of layers, but take no adapters.
 UNREACHED: Final = frozenset(
     {
         ("", "ConvInteger"),
@@ -214,12 +213,12 @@ UNREACHED: Final = frozenset(
 
 
 def operator_of(node: ir.Node) -> Operator | None:
-    """The row of the table that `node` is of, where it has one."""
+    """The row of the table for `node`, or None."""
     return OPERATORS.get((_domain(node), node.op_type))
 
 
 def problem_of(node: ir.Node) -> str | None:
-    """What `node` has that is not in the table, or is refused there; None where nothing is."""
+    """The first unknown or refused input or attribute of `node`; None if there is none."""
     operator = operator_of(node)
     if operator is None:
         return f"{node.op_type} is no operator that can be rewritten"
@@ -241,7 +240,7 @@ def problem_of(node: ir.Node) -> str | None:
 
 
 def check_operators(module: str, nodes: Iterable[ir.Node]) -> None:
-    """Raise ExportError where one of `nodes`, which compute `module`, has what is not known."""
+    """Raise ExportError if one of `nodes`, which compute `module`, has a `problem_of`."""
     for node in nodes:
         problem = problem_of(node)
         if problem is not None:
@@ -252,7 +251,7 @@ def check_operators(module: str, nodes: Iterable[ir.Node]) -> None:
 
 
 def unreached(graph: ir.Graph) -> dict[str, int]:
-    """How many nodes there are of each operator that has layers' weights and takes no adapters."""
+    """The number of nodes of each operator that has layers' weights but takes no adapters."""
     found: dict[str, int] = {}
     for node in graph:
         if (_domain(node), node.op_type) in UNREACHED:
@@ -261,7 +260,7 @@ def unreached(graph: ir.Graph) -> dict[str, int]:
 
 
 def unreached_layers(graph: ir.Graph) -> str | None:
-    """What to say of them where a module was not found; None where there are none."""
+    """The hint about such operators if a module was not found; None if there are none."""
     found = [f"{op} ({count})" for op, count in unreached(graph).items()]
     if not found:
         return None

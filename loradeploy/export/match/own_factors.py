@@ -1,10 +1,10 @@
-"""Factors that a layer has of its own, beside its product.
+"""Find constant factors in a layer's module, before or after its product.
 
-    y = s · (x W + b)      a layer that scales what it gives; or W was divided by s, to be quantized
+    y = s · (x W + b)      a layer that scales its output; or W was divided by s for quantization
     y = (s · x) W + b      SmoothQuant, which divides the rows of W by s
 
-The node of the factor is in the layer's own scope, by its name or metadata, so that it is a part of
-the module to which PEFT adds an update. What is added to the product would be scaled with it.
+The node of the factor is in the layer's scope, by its name or metadata: it is part of the module to
+whose output PEFT adds an update. An update that is added to the product would be scaled with it.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 
 _SCALES: Final = ("Div", "Mul")
 _CARRIERS: Final = ("Cast", "DequantizeLinear", "Identity", "QuantizeLinear")
-# What a norm divides by, or multiplies with, is the result of one of these.
+# The operators that compute a norm's divisor or factor.
 _OF_SIZE: Final = ("Clip", "Div", "Max", "Pow", "Reciprocal", "ReduceL2", "Rsqrt", "Sqrt")
 
 
 def own_factor(linear: Linear) -> ir.Node | None:
-    """The node that scales the input or output of `linear` inside of its module, if there is one.
+    """The node that scales the input or output of `linear` inside its module, if there is one.
 
-    Quantizers may name the nodes that they add otherwise: where a scale for each feature stands
-    directly in front of the product, and its name tells no module, it is theirs unless a norm's.
-    onnxruntime-genai's builder writes factors of the logits into the scope of the head: these are
-    the model's.
+    Nodes that quantizers add may lack a module name: a node that scales each feature directly
+    before the product counts, unless its name has a module or it is a norm's weight.
+    onnxruntime-genai's builder names factors of the logits after the head, but they belong to the
+    model.
     """
     for product in linear.nodes:
         own = module_of(product)
@@ -52,7 +52,7 @@ def own_factor(linear: Linear) -> ir.Node | None:
 
 
 def _beside(product: ir.Node) -> tuple[list[ir.Node], list[ir.Node]]:
-    """The nodes that scale what the product takes, and what it gives with or without its bias."""
+    """The nodes that scale the product's input, and its output before or after its bias."""
     x, y = input_of(product), output_of(product)
     before = None if x is None else x.producer()
     behind = [only_user(y)]
@@ -66,7 +66,7 @@ def _scales(nodes: Sequence[ir.Node | None]) -> list[ir.Node]:
 
 
 def _scales_features(node: ir.Node, size: int) -> bool:
-    """Whether each of `size` features has a constant of its own, and none is normalized before."""
+    """Whether `node` has a constant for each of `size` features, and the input is not a norm's."""
     for value, other in (node.inputs, reversed(node.inputs)):
         if _is_constant(value) and size > 1:
             tensor = None if value is None else value.const_value
@@ -75,7 +75,7 @@ def _scales_features(node: ir.Node, size: int) -> bool:
 
 
 def _is_normalized(value: ir.Value | None) -> bool:
-    """Whether `value` is divided by its size: a norm's own weight is multiplied to it."""
+    """Whether `value` is normalized, so that a factor of it is a norm's weight."""
     node = None if value is None else value.producer()
     while node is not None and node.op_type in _CARRIERS:
         value = node.inputs[0]

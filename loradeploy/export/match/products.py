@@ -1,14 +1,14 @@
-"""Products with a constant weight in a graph, in whatever form an exporter or quantizer wrote them.
+"""Find products with a constant weight, in all forms that exporters and quantizers write.
 
-MatMul, Gemm            the weight as it is, or through Cast, Identity, Transpose
-… of DequantizeLinear   QDQ, its input and output may be quantized too
+MatMul, Gemm            the weight directly, or through Cast, Identity, Transpose
+… of DequantizeLinear   QDQ; input and output may be quantized too
 MatMulNBits             packed in blocks
-MatMulInteger           dynamically quantized, its scales behind it (integer_scales.py)
-DynamicQuantizeMatMul   the same in one operator of onnxruntime's
-MatMulIntegerToFloat    the same, its input quantized before
+MatMulInteger           dynamically quantized, with the scales after it (integer_scales.py)
+DynamicQuantizeMatMul   the same in one operator of onnxruntime
+MatMulIntegerToFloat    the same, with the input quantized before
 
-Products with a scale or a transposed input become MatMul and Add first (normalize.py). What becomes
-of each input and attribute is in operators.py, the numbers of quantized weights in quantized.py.
+Products with a scale or a transposed input become MatMul and Add first (normalize.py). The
+treatment of each input and attribute is in operators.py, dequantization in quantized.py.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ if TYPE_CHECKING:
 _DEQUANTIZE: Final = "DequantizeLinear"
 # All operators that may be products.
 OPERATORS: Final = ("Gemm", "MatMul", MATMUL_NBITS, INTEGER, *TO_FLOAT)
-# Where products have a bias of their own.
+# The index of the bias input, for products that have one.
 _BIAS_INPUT: Final = {"Gemm": 2, MATMUL_NBITS: 5, **{op: at[2] for op, at in TO_FLOAT.items()}}
-# What a weight may pass through on its way from its initializer to the product.
+# Operators that may be between a weight's initializer and the product.
 _CARRIERS: Final = ("Cast", "Identity")
 
-# onnxruntime's operators that add the bias of the product before them, and which input it is.
+# onnxruntime's operators that add the bias of the product before them, and its input index.
 ADDS_BIAS: Final = {
     **dict.fromkeys(("BiasAdd", "BiasDropout", "BiasGelu", "BiasSplitGelu", "FastGelu"), 1),
     "MultiHeadAttention": 3,
@@ -57,10 +57,10 @@ ADDS_BIAS: Final = {
 class Product:
     """y = x W at one node.
 
-    `weight`: the initializer; it is [out, in] where `transposed`, else [in, out].
-    `quantized`: the weight is packed or of integers, and cannot be replaced by other numbers.
-    `scaled`: the DequantizeLinear that its numbers come from, where there is one.
-    `transposed_first`: they are transposed before they come to it.
+    `weight`: the initializer, [out, in] if `transposed`, else [in, out].
+    `quantized`: the weight is packed or of integers, and cannot be replaced by float values.
+    `scaled`: the DequantizeLinear of the weight, if there is one.
+    `transposed_first`: the weight is transposed before the DequantizeLinear.
     """
 
     node: ir.Node
@@ -73,12 +73,12 @@ class Product:
     transposed_first: bool = False
 
     def rows(self, picks: list[int]) -> NDArray[np.float32] | None:
-        """The weights [picks, in] of some outputs, unpacked; None where they cannot be read.
+        """The weights [picks, in] of some outputs, dequantized; None if they cannot be read.
 
-        Integers of a MatMulInteger come without their scale.
+        Those of a MatMulInteger are without their scale.
 
         Raises:
-            ExportError: the node has an input or attribute that is not known.
+            ExportError: the node has an unknown input or attribute.
         """
         check_operators(describe(self), [self.node])
         if self.node.op_type == MATMUL_NBITS:
@@ -92,9 +92,9 @@ class Product:
         return dequantized_rows(self, numbers, picks)
 
     def steps(self, picks: list[int]) -> NDArray[np.float32] | None:
-        """How far apart the numbers are that a quantized weight can have, beside those of `rows`.
+        """The distance between neighboring values of a quantized weight, for those of `rows`.
 
-        [picks, in] or what broadcasts to it; None where they cannot be read.
+        [picks, in] or a shape that broadcasts to it; None if it cannot be read.
         """
         if self.node.op_type == MATMUL_NBITS:
             return steps_of_blocks(self.node, picks)
@@ -107,7 +107,7 @@ class Product:
 
 
 def products(graph: ir.Graph) -> Iterator[Product]:
-    """Every product of the graph whose weight is a constant of two dimensions."""
+    """Every product of the graph with a constant two-dimensional weight."""
     for node in graph:
         if node.op_type in ("MatMul", "Gemm") and node.domain == "":
             product = _plain(node)
@@ -153,7 +153,7 @@ def precision_of(model: ir.Model) -> str:
 
 
 def input_of(node: ir.Node) -> ir.Value | None:
-    """What the product `node` multiplies, before it is quantized for it."""
+    """The input x of the product `node`, before it is quantized."""
     x = node.inputs[0]
     producer = None if x is None else x.producer()
     if producer is None:
@@ -169,9 +169,9 @@ def input_of(node: ir.Node) -> ir.Value | None:
 
 
 def output_of(node: ir.Node) -> ir.Value:
-    """What the product `node` gives, once it is scaled and no longer quantized.
+    """The output of the product `node`, after it is scaled and dequantized.
 
-    An update that is added here is not rounded to the base's few steps.
+    An update that is added here is not rounded to quantization steps.
     """
     y = node.outputs[0]
     if node.op_type == INTEGER:
@@ -186,7 +186,7 @@ def output_of(node: ir.Node) -> ir.Value:
 
 
 def repeated_for_rows(y: ir.Value) -> ir.Value | None:
-    """What an Expand gives of `y`, to which only constants are added before; None without one."""
+    """The output of an Expand of `y`, or of `y` plus constants; None if there is no Expand."""
     after = only_user(y)
     while after is not None and after.op_type == "Add" and any(map(_is_constant, after.inputs)):
         after = only_user(after.outputs[0])
@@ -194,9 +194,9 @@ def repeated_for_rows(y: ir.Value) -> ir.Value | None:
 
 
 def bias_use(node: ir.Node, size: int) -> tuple[ir.Node, int] | None:
-    """Where the constant [size] that is added to the product `node` is used: a node's input.
+    """The node and input index at which a constant [size] is added to the product `node`.
 
-    It may have more axes, of 1. A product that has a bias of its own has no other.
+    The constant may have additional axes of 1. A product with a bias input has no other bias.
     """
     own = own_bias(node)
     if own is not None:
@@ -217,7 +217,7 @@ def bias_use(node: ir.Node, size: int) -> tuple[ir.Node, int] | None:
 
 
 def own_bias(node: ir.Node) -> int | None:
-    """Which input of the product `node` is added to it; None where it has none."""
+    """The index of the bias input of the product `node`; None if it has no bias there."""
     index = _BIAS_INPUT.get(node.op_type)
     if index is None or len(node.inputs) <= index or node.inputs[index] is None:
         return None
@@ -227,7 +227,7 @@ def own_bias(node: ir.Node) -> int | None:
 def adds_unclear(node: ir.Node, size: int) -> bool:
     """Whether a constant is added to the product `node` that `bias_use` does not find.
 
-    Whether it is the layer's bias is not known then, and it can neither be replaced nor scaled.
+    It may or may not be the layer's bias, so that it can neither be replaced nor scaled.
     """
     if bias_use(node, size) is not None:
         return False
@@ -249,7 +249,7 @@ def value_of(use: tuple[ir.Node, int]) -> ir.Value | None:
 
 
 def describe(product: Product) -> str:
-    """The product as a message names it."""
+    """The product's name in messages."""
     node = product.node
     return f"{node.name or node.outputs[0].name} [{product.in_features} → {product.out_features}]"
 
@@ -261,7 +261,7 @@ def _plain(node: ir.Node) -> Product | None:
     transposed, scaled, transposed_first = False, None, False
     if node.op_type == "Gemm":
         transposed = integer_of(node, "transB")
-        # Other scales and a transposed x are no linear layer as adapters know it.
+        # With scales or a transposed x it is not a linear layer.
         scales = number_of(node, "alpha"), number_of(node, "beta")
         if integer_of(node, "transA") or scales != (1, 1):
             return None
@@ -299,7 +299,7 @@ def _packed(node: ir.Node) -> Product | None:
 def _integer_product(node: ir.Node) -> Product | None:
     weight = node.inputs[1]
     shape = None if weight is None else _constant_shape(weight)
-    # Without the scaling behind it there are no numbers yet that an update could be added to.
+    # Without scales after it there is no float value to which an update could be added.
     if weight is None or shape is None or output_of(node) is node.outputs[0]:
         return None
     return Product(node, weight, False, *shape, quantized=True)
@@ -314,7 +314,7 @@ def _to_float(node: ir.Node) -> Product | None:
 
 
 def _undoes(dequantize: ir.Node, quantize: ir.Node) -> bool:
-    """Whether a DequantizeLinear gives what a QuantizeLinear took, but for its rounding."""
+    """Whether a DequantizeLinear restores the input of a QuantizeLinear, up to rounding."""
     if dequantize.op_type != _DEQUANTIZE or quantize.op_type != "QuantizeLinear":
         return False
     return all(_same(input_at(dequantize, at), input_at(quantize, at)) for at in (1, 2))
@@ -329,7 +329,7 @@ def _same(one: ir.Value | None, other: ir.Value | None) -> bool:
 
 
 def _is_constant(value: ir.Value | None) -> bool:
-    """Whether a value is a constant, however it is carried."""
+    """Whether a value is a constant, possibly cast, transposed or dequantized."""
     while value is not None and (node := value.producer()) is not None:
         if node.op_type not in (*_CARRIERS, "Transpose", _DEQUANTIZE):
             return False

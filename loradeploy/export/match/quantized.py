@@ -28,7 +28,7 @@ _GROUPED_BITS: Final = 4
 def dequantized_rows(
     product: Product, integers: NDArray[np.generic], picks: list[int]
 ) -> NDArray[np.float32] | None:
-    """The weights [picks, in] of integers; None where their scales cannot be read."""
+    """The weights [picks, in] of integers; None if their scales cannot be read."""
     node, scale, zero, along, block = product.node, None, None, 1, 0
     if product.scaled is not None:
         node = product.scaled
@@ -56,7 +56,7 @@ def dequantized_rows(
 
 
 def _given(node: ir.Node, index: int) -> NDArray[np.generic] | None:
-    """The constant at a node's input, 0 where it has none; None where it is no constant."""
+    """The constant at a node's input, 0 if the input is missing; None if it is not a constant."""
     value = input_at(node, index)
     if value is None:
         return np.zeros((), np.float32)
@@ -66,9 +66,9 @@ def _given(node: ir.Node, index: int) -> NDArray[np.generic] | None:
 def _spread(
     values: NDArray[np.generic], shape: tuple[int, ...], along: int, block: int
 ) -> NDArray[np.generic] | None:
-    """Scales or zero points beside each number of a matrix of `shape`; None where none fit.
+    """Scales or zero points for each value of a matrix of `shape`; None if they do not fit.
 
-    They are one, or one for each index of the axis `along`, or for each block of that axis.
+    There is one for all, or one for each index, or each block, of the axis `along`.
     """
     if values.size == 1:
         return np.broadcast_to(values.reshape(()), shape)
@@ -82,7 +82,7 @@ def _spread(
 
 
 def unpacked_rows(node: ir.Node, picks: list[int]) -> NDArray[np.float32] | None:
-    """The weights [picks, in] of a MatMulNBits; None where they cannot be read."""
+    """The weights [picks, in] of a MatMulNBits; None if they cannot be read."""
     packed, scales = _constant(node, 1), _constant(node, 2)
     zeros, groups = _constant(node, 3), _constant(node, 4)
     given = [input_at(node, index) is not None for index in (3, 4)]
@@ -99,7 +99,7 @@ def unpacked_rows(node: ir.Node, picks: list[int]) -> NDArray[np.float32] | None
 
 
 def steps_of_blocks(node: ir.Node, picks: list[int]) -> NDArray[np.float32] | None:
-    """How far apart the numbers of a MatMulNBits are, [picks, in]; None as `unpacked_rows`."""
+    """The quantization steps of a MatMulNBits, [picks, in]; None if they cannot be read."""
     scales, groups = _constant(node, 2), _constant(node, 4)
     if scales is None or (groups is None) != (input_at(node, 4) is None):
         return None
@@ -111,7 +111,7 @@ def steps_of_blocks(node: ir.Node, picks: list[int]) -> NDArray[np.float32] | No
 def _blocks_of_inputs(
     inputs: int, size: int, groups: NDArray[np.generic] | None
 ) -> NDArray[np.int64]:
-    """The block [in] whose scale and zero point each input of a packed weight has."""
+    """The block [in] of each input of a packed weight, which has its scale and zero point."""
     return (
         np.arange(inputs) // size
         if groups is None
@@ -122,7 +122,7 @@ def _blocks_of_inputs(
 def _check_groups(
     node: ir.Node, attributes: Mapping[str, int], groups: NDArray[np.generic]
 ) -> None:
-    """Raise ExportError where g_idx does not name a block for each input of a 4-bit product."""
+    """Raise ExportError unless g_idx has a valid block for each input of a 4-bit product."""
     bits, inputs = attributes.get("bits", 4), attributes["K"]
     blocks = -(-inputs // attributes["block_size"])
     named = groups.reshape(-1)[:inputs].astype(np.int64)
@@ -147,11 +147,11 @@ def unpacked(
     picks: list[int],
     groups: NDArray[np.generic] | None = None,
 ) -> NDArray[np.float32] | None:
-    """The weights [picks, in] of a MatMulNBits of com.microsoft; None for bits it does not have.
+    """The weights [picks, in] of a MatMulNBits of com.microsoft; None for unsupported `bits`.
 
     Blocks are along the input, the low bits come first, and without zero points the middle of the
-    range is zero. `groups` [in] tells the block whose scale and zero point each input has, where it
-    is not the one that it stands in.
+    range is zero. `groups` [in]: the block with the scale and zero point of each input, if it is
+    not the one that the input is in.
     """
     inputs, out, size = attributes["K"], attributes["N"], attributes["block_size"]
     bits = attributes.get("bits", 4)

@@ -1,1 +1,1 @@
-"""Which modules of the checkpoint a product is: by its names, a map of the user, its numbers."""
+"""Identify the modules of a product by node names, by a map of the user, or by its weight."""

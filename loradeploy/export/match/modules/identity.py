@@ -1,9 +1,9 @@
-"""A product's modules by the numbers of its weight: the matrices that a checkpoint has too.
+"""Identify a product's modules by comparing its weight with the matrices of a checkpoint.
 
-Names may differ, and a packed weight be made of several matrices side by side. A product is a
-module only where the whole weight is the checkpoint's (see weights.py), and its bias, where the
-graph adds one, too. Numbers that fit two modules prove nothing until a name tells them apart; a
-name that they contradict is an error.
+Names may differ, and a fused weight can be several matrices side by side. A product is identified
+only if its whole weight is the checkpoint's (see weights.py), and its bias too, if the graph adds
+one. A weight that fits two modules identifies neither unless a name decides; a name that the weight
+contradicts is an error.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 FOUND_BY: Final = "weight identity"
-# Embeddings are no linear layers, but an output head may be tied to them.
+# Embeddings are not linear layers, but an output head may be tied to them.
 _EMBEDDINGS: Final = re.compile(r"(.*\.)?(wte|wpe|[a-z_]*embed(dings|_tokens|_positions|_in)?)")
 
-# The matrices that a product's outputs consist of, in their order.
+# The matrices of a product's outputs, in order.
 _Matrices = tuple[Matrix, ...]
 
 
 @dataclass(frozen=True)
 class _Reason:
-    """Why a product that resembles `modules` is none of them, and what to do.
+    """Why a product that resembles `modules` is not identified as them, and what to do.
 
-    `padded`: it is them, with more outputs behind.
+    `padded`: the product has their outputs, followed by others.
     """
 
     modules: tuple[str, ...]
@@ -50,12 +50,12 @@ class _Reason:
 
 
 class CheckpointWeights:
-    """The matrices of the checkpoint in a directory, to be found again in a graph.
+    """The matrices of the checkpoint in a directory, to be found in a graph.
 
-    `needed`: the modules that adapters are there for, which have to be found or refused.
+    `needed`: the modules that adapters change, which have to be found or refused.
 
     Raises:
-        ModelError: the directory holds no readable safetensors.
+        ModelError: the directory has no readable safetensors.
     """
 
     def __init__(self, directory: Path, needed: Iterable[str] = ()) -> None:
@@ -77,17 +77,16 @@ class CheckpointWeights:
 
     def _add(self, module: str, stored: StoredTensor, bias: StoredTensor | None) -> None:
         self._modules[module] = stored
-        # transformers' Conv1D holds [in, out].
+        # transformers' Conv1D stores [in, out].
         for transposed in (False, True):
             matrix = Matrix(module, stored, transposed, bias)
             self._by_inputs.setdefault(matrix.inputs, []).append(matrix)
 
     def namer(self, names: Namer) -> Namer:
-        """What the numbers prove, told apart by `names` where they fit more than one module.
+        """A namer by weights, which uses `names` if a weight fits more than one module.
 
-        The namer raises ExportError where a product is named after a module of the checkpoint whose
-        numbers it does not have, or where its numbers resemble those of a `needed` module without
-        being them.
+        It raises ExportError if a product is named after a module of the checkpoint but does not
+        have its weight, or if its weight resembles that of a `needed` module without being equal.
         """
 
         calls_of: Counter[ir.Value] = Counter()
@@ -113,7 +112,7 @@ class CheckpointWeights:
                     raise self._contradiction(product, named, fitting, reasons)
                 return self._proved(product, chosen[0], named.found_by)
             if named is not None and named.found_by == GIVEN:
-                return named  # a module that the checkpoint has no matrix of
+                return named  # the checkpoint has no matrix for the module
             if product.weight not in calls_of and product.node.graph is not None:
                 calls_of.update(each.weight for each in products(product.node.graph))
             calls = calls_of[product.weight]
@@ -124,7 +123,7 @@ class CheckpointWeights:
                 if len(fitting) == 1 and calls == 1:
                     return self._proved(product, fitting[0], named.found_by)
             if len(fitting) == 1:
-                # Tied modules are stored once, and look like one that is called several times.
+                # Tied modules are stored once, like one module that is called several times.
                 modules = tuple(matrix.module for matrix in fitting[0])
                 text = (
                     f"its weight, that of {listed_names(modules)}, is also that of"
@@ -141,7 +140,7 @@ class CheckpointWeights:
         return name
 
     def _ending(self, fitting: list[_Matrices], named: Named) -> list[_Matrices]:
-        """Those of the modules that the named paths end with: a wrapper's names are longer."""
+        """Those of `fitting` whose paths end the named ones: a wrapper's names are longer."""
         return [
             matrices
             for matrices in fitting
@@ -153,14 +152,14 @@ class CheckpointWeights:
         ]
 
     def missing(self) -> tuple[str, ...]:
-        """The modules with a matrix that no product was found to have, embeddings left out."""
+        """The modules whose matrix was not found in any product, except embeddings."""
         return tuple(
             sorted(m for m in self._modules if m not in self._found and not _is_embedding(m))
         )
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """Why products that resemble modules were not taken for them."""
+        """Why products that resemble modules were not identified as them."""
         return tuple(self._reasons)
 
     def _proved(self, product: Product, matrices: _Matrices, found_by: str) -> Named:
@@ -169,7 +168,7 @@ class CheckpointWeights:
             return Named(((LM_HEAD, product.out_features),), f"{found_by}, tied")
         unseen: frozenset[str] = frozenset()
         if bias_numbers(product.node, product.out_features) is None:
-            # Of zeros an exporter leaves no trace.
+            # Exporters drop biases of zeros.
             unseen = frozenset(
                 m.module for m in matrices if m.bias is not None and m.bias.array().any()
             )
@@ -179,17 +178,17 @@ class CheckpointWeights:
         return tuple((self._name(matrix.module), matrix.outputs) for matrix in matrices)
 
     def _name(self, stored: str) -> str:
-        """What adapters call a module of the checkpoint."""
+        """The adapters' name of a module of the checkpoint."""
         strip, add = self._prefix
         return add + stored.removeprefix(strip)
 
     def _stored(self, module: str) -> str:
-        """What the checkpoint calls a module that adapters and graphs call so."""
+        """The checkpoint's name of a module of adapters and graphs."""
         strip, add = self._prefix
         return strip + module.removeprefix(add) if module.startswith(add) else module
 
     def _fitting(self, product: Product) -> tuple[list[_Matrices], list[_Reason]]:
-        """Every way to make the product of matrices, and how others that resemble it differ."""
+        """Every sequence of matrices that is the product's weight, and how similar ones differ."""
         reasons: list[_Reason] = []
         found: list[_Matrices] = []
         partial: list[tuple[int, _Matrices]] = [(0, ())]
@@ -241,18 +240,18 @@ class CheckpointWeights:
     def _contradiction(
         self, product: Product, named: Named, fitting: list[_Matrices], reasons: list[_Reason]
     ) -> ExportError:
-        told = listed_names(module for module, _ in named.modules)
+        modules = listed_names(module for module, _ in named.modules)
         if fitting:
             seen = f"its weight is that of {listed_names(m.module for m in fitting[0])}"
         else:
-            seen = reasons[0].text if reasons else f"its numbers are not those of {told}.weight"
+            seen = reasons[0].text if reasons else f"its numbers are not those of {modules}.weight"
         return ExportError(
-            f"{describe(product)} is named after {told} ({named.found_by}), but {seen}: give the"
+            f"{describe(product)} is named after {modules} ({named.found_by}), but {seen}: give the"
             f" checkpoint that the graph was made from in place of {self._directory}"
         )
 
     def _note(self, product: Product, reasons: list[_Reason]) -> None:
-        """Note why the product is no module; an error where an adapter is for one it resembles."""
+        """Record why the product is not identified; raise if it resembles a needed module."""
         if not reasons:
             return
         self._reasons.append(f"{describe(product)}: {reasons[0].text}")
@@ -264,10 +263,10 @@ class CheckpointWeights:
 
 
 def _prefix(needed: Iterable[str], modules: Iterable[str]) -> tuple[str, str]:
-    """What to take from the front of the checkpoint's names, and to add, to have the adapters'.
+    """The prefixes to remove from and to add to the checkpoint's names, to get the adapters'.
 
-    A checkpoint may be saved from the bare model (h.0.attn) where adapters are of the one with a
-    head (transformer.h.0.attn), and the other way round. All adapters' modules have to agree.
+    A checkpoint may be saved from the bare model (h.0.attn) while adapters are for the one with a
+    head (transformer.h.0.attn), or the reverse. All modules of the adapters have to agree.
     """
     known = set(modules)
     unknown = [name for name in needed if name not in known and name != LM_HEAD]
@@ -283,10 +282,9 @@ def _prefix(needed: Iterable[str], modules: Iterable[str]) -> tuple[str, str]:
 
 
 def _distinct(found: list[_Matrices]) -> list[_Matrices]:
-    """Each way once, and no embedding where a linear layer has the same numbers.
+    """`found` without duplicates, and without embeddings if a linear layer has the same weight.
 
-    A square matrix is there twice, as it is and transposed, which are the same where it is
-    symmetric.
+    A square matrix is compared as stored and transposed; if it is symmetric, both fit.
     """
     ways = list({tuple(matrix.module for matrix in one): one for one in found}.values())
     layers = [one for one in ways if not any(_is_embedding(m.module) for m in one)]

@@ -30,7 +30,7 @@ _BUILDER: Final = (
     (re.compile(r"(.*)\.layers\.\d+\.final_norm_layernorm"), r"\1.norm"),
 )
 _FUSED_QKV: Final = re.compile(r"(.*)\.qkv_proj")
-# What onnxruntime's optimizer makes of a node's name: "fused /fc1/Gemm",
+# Changes of node names by onnxruntime's optimizer: "fused /fc1/Gemm",
 # "/fc1/MatMul/MatMulAddFusion_quant".
 _FUSED: Final = "fused "
 _FUSION: Final = re.compile(r"(?:Gemm|Mat[Mm]ul)[A-Za-z]*Fusion(?:_[^/]*)?")
@@ -62,7 +62,7 @@ def first_of(namers: Sequence[Namer]) -> Namer:
 
 
 def by_graph(product: Product) -> Named | None:
-    """Name by the graph only: its metadata, then its node names."""
+    """Name a product by the graph only: by its metadata, else by its node names."""
     node = product.node
     fused = node.metadata_props.get(FUSED_MODULES)
     if fused:
@@ -106,7 +106,7 @@ def module_of(node: ir.Node) -> tuple[str, str] | None:
 
 
 def _as_exported(name: str) -> str:
-    """The name of a node before onnxruntime's optimizer; "" of one too long to be a path."""
+    """The name of a node before onnxruntime's optimizer; "" if it is too long to be a path."""
     if len(name) > _LONGEST:
         return ""
     while name.startswith(_FUSED):

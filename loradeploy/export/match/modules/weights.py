@@ -22,7 +22,7 @@ from loradeploy.export.match.quantized import INTEGER, MATMUL_NBITS
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# Rows that are read at a time: a full output head in fp32 can be half of a model.
+# Rows to read at a time: a full output head in fp32 can be half of a model.
 _CHUNK: Final = 1024
 # 1 − cosine of two rows, below which the full matrices are compared.
 _SIMILAR_FLOAT: Final = 1e-2
@@ -155,7 +155,7 @@ def bias_difference(matrix: Matrix, actual: NDArray[np.float32] | None) -> str |
 def _read(
     product: Product, picks: list[int]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None] | None:
-    """Some rows and, of a quantized weight, the steps of their numbers; None if one is not read."""
+    """Some rows and, for a quantized weight, its quantization steps; None if not readable."""
     rows = product.rows(picks)
     if rows is None or not product.quantized:
         return None if rows is None else (rows, None)
@@ -171,7 +171,7 @@ def _read(
 
 
 def _scale_behind(product: Product, picks: list[int]) -> NDArray[np.float32] | None:
-    """The scale [picks, 1] of a MatMulInteger's weight, which its result is multiplied by."""
+    """The scale [picks, 1] of a MatMulInteger's weight, by which its result is multiplied."""
     scaling = scaling_of(product.node)
     found = () if scaling is None else scaling.weight
     scale = np.ones((1, 1), np.float32)
@@ -206,11 +206,11 @@ def _same(
 
 
 def _nearest_all(rows: NDArray[np.float32], expected: NDArray[np.float32]) -> NDArray[np.float32]:
-    """|rows − expected|, of all the expected ones that exporters may have rounded through."""
+    """|rows − expected| with the best of the dtypes that an exporter may have rounded through."""
     errors = [np.abs(rows - expected)]
     for name in _ROUNDED_THROUGH:
         errors.append(np.abs(rows - _rounded(expected, name)))
-        # The checkpoint may be the coarser one of the two.
+        # The checkpoint may be the less precise of the two.
         errors.append(np.abs(_rounded(rows, name) - expected))
     # One rounding applies to all values, not the best one for each.
     best: NDArray[np.float32] = min(errors, key=lambda error: float(error.max(initial=0)))
@@ -270,7 +270,7 @@ def _order(
 
 
 def _distance(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
-    """1 − cosine, row by row; two rows of zeros are alike, one is like no other."""
+    """1 − cosine, row by row: 0 for two rows of zeros, 1 for a row of zeros and another."""
     lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     both = ~a.any(axis=1) & ~b.any(axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -1,1 +1,1 @@
-"""Biases, norms, embeddings and convolutions of a checkpoint, and where they are in a graph."""
+"""Find biases, norms, embeddings and convolutions in a graph, and replace whole parameters."""

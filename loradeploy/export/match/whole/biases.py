@@ -1,11 +1,11 @@
-"""Biases that stand in another operator than the product's own addition, and what may hide one.
+"""Find biases that are fused into another operator, and operators that may hide a bias.
 
-onnxruntime's optimizer moves a layer's bias into what follows it:
+onnxruntime's optimizer moves a layer's bias into the operator after it:
 
     x W → BiasGelu(·, b)                          x W → SkipLayerNormalization(·, skip, γ, β, b)
 
-Such a bias is found, and made an addition again where an adapter changes it. A bias that is behind
-an unknown operator cannot be distinguished from none.
+Such a bias becomes a separate addition again if an adapter changes it. A bias after an unknown
+operator cannot be distinguished from none.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Operator:
-    """Which inputs an operator adds its bias to; the bias itself is the input `ADDS_BIAS`.
+    """The inputs to which an operator adds its bias, which is its input number `ADDS_BIAS`.
 
-    `plain`: the operator that does the same without a bias; None where the input is optional.
-    `joint`: the bias is those of all `inputs`, one behind the other.
+    `plain`: the operator that does the same without a bias; None if the bias is optional.
+    `joint`: the bias is the concatenation of those of all `inputs`.
     """
 
     inputs: tuple[int, ...]
@@ -56,13 +56,13 @@ _FUSED: Final[Mapping[str, _Operator]] = {
     "SkipSimplifiedLayerNormalization": _Operator((0, 1)),
     "MultiHeadAttention": _Operator((0, 1, 2), joint=True),
 }
-# Operators of onnxruntime's that add nothing to what they take.
+# onnxruntime's operators that add no bias to their inputs.
 _ADD_NOTHING: Final = (
     *("DynamicQuantizeMatMul", "FusedMatMul", "Gelu", "GroupQueryAttention", "MatMulNBits"),
     *("MatMulIntegerToFloat", "QuickGelu", "RotaryEmbedding", "PagedAttention", "SparseAttention"),
     *("LinearAttention", "QMoE", "MoE", "DequantizeLinear", "QuantizeLinear"),
 )
-# What moves the numbers of a product's output, or scales them, and nothing else.
+# Operators that only move or scale the values of a product's output.
 _CARRIERS: Final = (
     *("Cast", "DequantizeLinear", "Div", "Dropout", "Flatten", "Identity", "Mul"),
     *("QuantizeLinear", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"),
@@ -80,7 +80,7 @@ class FusedBias:
 
 
 def fused_bias(product: ir.Node, size: int) -> FusedBias | None:
-    """The bias that the one user of the product adds to it; None where there is none such."""
+    """The bias that the only user of the product adds to it; None if there is none."""
     if own_bias(product) is not None:
         return None
     value = output_of(product)
@@ -92,7 +92,7 @@ def fused_bias(product: ir.Node, size: int) -> FusedBias | None:
     if known is None or at not in known.inputs or len(user.inputs) <= ADDS_BIAS[user.op_type]:
         return None
     if not known.joint and any(_is_product(user.inputs[i]) for i in known.inputs if i != at):
-        return None  # it may be the other's
+        return None  # it may be the other product's
     bias = user.inputs[ADDS_BIAS[user.op_type]]
     if bias is None or not bias.is_initializer() or bias.const_value is None:
         return None
@@ -107,7 +107,7 @@ def fused_bias(product: ir.Node, size: int) -> FusedBias | None:
 
 
 def bias_numbers(product: ir.Node, size: int) -> NDArray[np.generic] | None:
-    """The constant [out] that is added to the product, wherever it is; None where none is seen."""
+    """The constant [out] that is added to the product, fused or not; None if none is found."""
     use = bias_use(product, size)
     value = None if use is None else value_of(use)
     if value is not None:
@@ -117,10 +117,10 @@ def bias_numbers(product: ir.Node, size: int) -> NDArray[np.generic] | None:
 
 
 def hides_bias(product: ir.Node, size: int) -> bool:
-    """Whether a bias of the product may be somewhere that it is not seen.
+    """Whether the product may have a bias that is not found.
 
-    It is where a constant is added once the output was reshaped, split or scaled, or where an
-    operator takes the output that is not known.
+    It may if a constant is added after the output is reshaped, split or scaled, or if an unknown
+    operator takes the output.
     """
     if bias_numbers(product, size) is not None:
         return False
@@ -128,7 +128,7 @@ def hides_bias(product: ir.Node, size: int) -> bool:
 
 
 def has_unclear_bias(linear: Linear) -> bool:
-    """Whether the layer has, or may have, a bias that is not seen: it cannot be replaced then."""
+    """Whether the layer has, or may have, a bias that is not found and cannot be replaced."""
     if linear.unseen_bias and linear.bias is None:
         return True
     size = linear.out_features
@@ -138,7 +138,7 @@ def has_unclear_bias(linear: Linear) -> bool:
 def separate_biases(
     graph: ir.Graph, linears: Mapping[str, Linear], modules: Iterable[str]
 ) -> dict[str, Linear]:
-    """`linears`, where the fused biases of `modules` are additions behind their products again.
+    """Turn the fused biases of `modules` into separate additions, and return the new `linears`.
 
     Raises:
         ExportError: a module that is called several times has a bias at some calls.
@@ -154,14 +154,14 @@ def separate_biases(
             raise ExportError(f"{module} is called several times, with biases that differ")
         for each in found:
             assert each is not None
-            # Before the first is taken apart: a joint bias is that of several products.
+            # All are in `found` before the first is separated: products may share a joint bias.
             if each.node.op_type in _FUSED:
                 _separate(graph, each.node, each.at)
     return {module: _with_bias(linear) for module, linear in linears.items()}
 
 
 def _with_bias(linear: Linear) -> Linear:
-    """`linear` with the bias that is an addition now, if only with another layer's."""
+    """`linear` with the bias that is a separate addition now, possibly through another layer."""
     if linear.bias is not None or linear.slice is not None:
         return linear
     use = bias_use(linear.nodes[0], linear.out_features)
@@ -169,13 +169,13 @@ def _with_bias(linear: Linear) -> Linear:
 
 
 def _separate(graph: ir.Graph, node: ir.Node, at: int) -> None:
-    """Add the bias of `node` to its input `at`, or to all that it is of, in front of it."""
+    """Add the bias of `node` before it to its input `at`, or a joint bias to all its inputs."""
     import onnx_ir as ir
 
     known, last = _FUSED[node.op_type], ADDS_BIAS[node.op_type]
     bias = node.inputs[last]
     if bias is None:
-        return  # it was, for another of its products
+        return  # separated for another of its products
     numbers, begin = constant_of(bias).reshape(-1), 0
     for index in known.inputs if known.joint else (at,):
         x = node.inputs[index]

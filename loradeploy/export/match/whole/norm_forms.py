@@ -53,18 +53,18 @@ def annotate_forms(model: ir.Model, own: Callable[[str], NDArray[Any] | None]) -
 
 
 def form_of(part: Part) -> str | None:
-    """The form that was noted; None where none was."""
+    """The form in the metadata; None if there is none."""
     return part.nodes[0].metadata_props.get(_FORM)
 
 
 def vectors_in(checkpoint: Path) -> dict[str, NDArray[Any]]:
-    """The parameters of one axis that the checkpoint's files have, norms' weights among them."""
+    """The one-dimensional parameters in the checkpoint's files, including norms' weights."""
     tensors = base_tensors(checkpoint)
     return {name: stored.array() for name, stored in tensors.items() if len(stored.shape) == 1}
 
 
 def check_known(model: ir.Model, parameters: Collection[str]) -> None:
-    """Raise ExportError where a norm whose form only a checkpoint could tell is to be replaced."""
+    """Raise ExportError if `parameters` has a norm's weight whose form only a checkpoint shows."""
     for module, part in find_parts(model).items():
         unknown = part.nodes[0].op_type in _MAY_ADD and form_of(part) is None
         if f"{module}.weight" in parameters and unknown:

@@ -1,6 +1,6 @@
-"""Where a checkpoint's parameters are in a graph, and how their numbers are put there.
+"""Find a checkpoint's parameters in a graph, and replace their values.
 
-A constant that something else uses too is never changed: its user gets one of its own.
+A replaced constant that other nodes use too is not changed: the module gets a separate copy.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from numpy.typing import NDArray
 
-# What a weight passes through on its way to its user.
+# Operators between a weight and its user.
 _CARRIERS = ("Cast", "Identity", "Transpose")
-# Parameters [in, out] that modules multiply by themselves, as a linear layer does: Gemma 3's
-# projector. In the graph they are the module's weight.
+# Parameters [in, out] by which modules multiply without a linear layer: Gemma 3's projector. In the
+# graph they are the module's weight.
 _MATRICES = ("mm_input_projection_weight",)
 
 
@@ -45,7 +45,7 @@ class Layers:
     parts: Mapping[str, Part]
 
     def shape_of(self, parameter: str) -> tuple[int, ...] | None:
-        """The shape of the checkpoint's `parameter`; None where the graph does not have it."""
+        """The shape of the checkpoint's `parameter`; None if the graph does not have it."""
         module, _, name = parameter.rpartition(".")
         linear, part = self.linears.get(module), self.parts.get(module)
         if linear is not None and name == "weight":
@@ -62,7 +62,7 @@ class Layers:
         return None if value is None else tuple(constant_of(value).shape)
 
     def problem_with(self, parameter: str) -> str | None:
-        """Why the checkpoint's `parameter` cannot be replaced in the graph; None where it can."""
+        """Why the checkpoint's `parameter` cannot be replaced in the graph; None if it can."""
         module, _, name = parameter.rpartition(".")
         value = self.graph.initializers.get(parameter)
         linear, part = self.linears.get(module), self.parts.get(module)
@@ -84,7 +84,7 @@ class Layers:
         return None
 
     def replace(self, parameter: str, values: NDArray[Any]) -> bool:
-        """Put the checkpoint's `parameter` in its place; whether it had to be untied.
+        """Replace the checkpoint's `parameter` by `values`; return whether it had to be untied.
 
         Raises:
             ExportError: the values do not fit into the graph's dtype.
@@ -115,7 +115,7 @@ class Layers:
         return False
 
     def values_of(self, parameter: str) -> NDArray[Any]:
-        """The checkpoint's weight `parameter`, as that has it; it is in the graph, not packed."""
+        """The unpacked weight `parameter` of the graph, in the layout of the checkpoint."""
         module, _, name = parameter.rpartition(".")
         layer = self._layer(module) if name == "weight" else None
         if layer is None:
@@ -126,18 +126,18 @@ class Layers:
     def overwrite(
         self, parameter: str, values: NDArray[Any], *, others: Collection[str] = ()
     ) -> None:
-        """Put the checkpoint's `parameter` in its place for every user of the same constant.
+        """Replace the checkpoint's `parameter` by `values` for every user of the same constant.
 
-        `others`: parameters that are given likewise.
+        `others`: parameters that are overwritten too.
 
         Raises:
-            ExportError: another layer has the same numbers as a constant of its own, so that it
-                is unknown whether it shares them; or the values do not fit into the dtype.
+            ExportError: another layer has the same values in a separate constant, so that it is
+                unknown whether they are tied; or the values do not fit into the dtype.
         """
         module, _, name = parameter.rpartition(".")
         layer = self._layer(module) if name == "weight" else None
         if layer is None or (isinstance(layer, Part) and layer.kind == "norm"):
-            self.replace(parameter, values)  # in the form that the graph holds it in
+            self.replace(parameter, values)  # in the graph's form, such as 1 + w
             return
         twins: Mapping[str, Part | Linear] = (
             self.linears if isinstance(layer, Part) else self.parts  # an embedding and the head
@@ -161,7 +161,7 @@ class Layers:
         return mine.weight is theirs.weight or self._same(mine, theirs)
 
     def _same(self, one: Linear | Part, other: Linear | Part) -> bool:
-        """Whether two layers that can be read have the same numbers."""
+        """Whether two layers have the same weight; False if one is quantized or fused."""
         layers = (one, other)
         if any(isinstance(x, Linear) and (x.quantized or x.slice is not None) for x in layers):
             return False
@@ -172,11 +172,11 @@ class Layers:
         return self.linears.get(module) or self.parts.get(module)
 
     def replace_weight(self, layer: Linear | Part, values: NDArray[Any]) -> bool:
-        """Put `values`, as the graph holds them, in the place of the weight; whether untied."""
+        """Replace the weight by `values`, in the graph's layout; return whether it was untied."""
         if _users(layer.weight) <= set(layer.nodes):
             set_constant(layer.weight, values)
             return False
-        # The copy is fed past whatever stands between the shared weight and its user.
+        # The copy bypasses the operators between the shared weight and its user.
         own: dict[bool, ir.Value] = {}
         for node in layer.nodes:
             transposed = isinstance(layer, Linear) and layer.transposed != _transposes(node)
@@ -186,13 +186,13 @@ class Layers:
                 oriented = np.ascontiguousarray(values.T) if transposed else values
                 name = free_name(self.graph, f"{layer.module}.weight")
                 if kind is not None and oriented.dtype != kind.numpy():
-                    oriented = cast(oriented, kind.numpy(), name)  # as the Cast passed by gave it
+                    oriented = cast(oriented, kind.numpy(), name)  # as the bypassed Cast did
                 own[transposed] = add_constant(self.graph, name, oriented)
             node.replace_input_with(index, own[transposed])
         return True
 
     def _replace_linear_bias(self, linear: Linear, values: NDArray[Any]) -> None:
-        """Every call's bias; one of zeros leaves no trace in a graph, and is added."""
+        """Replace the bias of every call, or add it: a graph does not show biases of zeros."""
         import onnx_ir as ir
 
         own = self._own_bias(linear.module, values, _bias_dtype(linear))
@@ -216,7 +216,7 @@ class Layers:
             node.replace_input_with(part.bias_input, own)
 
     def _shaped_as(self, use: tuple[ir.Node, int], own: ir.Value) -> ir.Value:
-        """A bias [out] with the axes, of 1, of the one that is used now: the sum has as many."""
+        """The bias `own` [out] with the axes of the one in use, so that the sum keeps its rank."""
         old = value_of(use)
         assert old is not None
         shape, numbers = constant_of(old).shape, constant_of(own)
@@ -238,7 +238,7 @@ def _bias_dtype(linear: Linear) -> np.dtype[Any]:
         return constant_of(linear.bias).dtype
     if not linear.quantized:
         return constant_of(linear.weight).dtype
-    # A packed weight has no dtype of numbers; what goes in has, and so have its scales.
+    # A packed weight has no float dtype, but the input, the scales and the output have.
     node = linear.nodes[0]
     values = [input_of(node), *node.inputs[2:3], output_of(node)]
     kinds = (v.dtype for v in values if v is not None and v.dtype is not None)
@@ -262,7 +262,7 @@ def cast(values: NDArray[Any], dtype: np.dtype[Any], label: str) -> NDArray[Any]
 
 
 def _users(value: ir.Value) -> set[ir.Node]:
-    """The nodes that use `value`, seen through whatever only carries or turns it."""
+    """The nodes that use `value`, directly or through operators that cast or transpose it."""
     users: set[ir.Node] = set()
     for node, _ in value.uses():
         users |= _users(node.outputs[0]) if node.op_type in _CARRIERS else {node}
