@@ -34,11 +34,11 @@ class Factors:
     linear      `A` [rank, in], `B` [out, rank]
     embedding   `A` [rank, vocabulary], `B` [size, rank]
     conv2d      `A` [rank, in, height, width], `B` [out, rank / groups, 1, 1]
-    experts     `A` [rank · experts, in], `B` [out, rank · experts]: ΔW of each expert is that of
-                its entries, which follow one another: rank first, then expert
+    experts     `A` [rank · experts, in], `B` [out, rank · experts]; the axis of rank · experts is
+                ordered by rank, then by expert, and ΔW of an expert uses its own entries
 
-    `experts`: how many experts the parameter has; 1 for other kinds. `magnitude`: DoRA's m [out]
-    (of an embedding [size]), None without DoRA. All arrays have a floating-point dtype.
+    `experts`: the number of experts of the parameter; 1 for other kinds. `magnitude`: DoRA's m
+    [out] (of an embedding [size]), None without DoRA. All arrays have a floating-point dtype.
     """
 
     A: NDArray[Any]
@@ -80,20 +80,21 @@ class Adapter:
 
     `factors`: the low-rank factors by target module, with the base model's module names.
     `saved`: fully trained parameters by the base's names (`classifier.weight` [out, in], …): those
-    of modules_to_save and the trained biases. Other modules tied to such a weight keep the base's.
-    `carried`: weights of the base model that are in the adapter's file, by the base's names
-    (embeddings below LoRA or of a resized vocabulary). They equal the base's, or replace them in
-    every module that shares them, before the factors are applied.
-    `rows`: individually trained rows of the base's weights, by parameter; they too replace the
-    base's in every module that shares the weight.
+    of modules_to_save and the trained biases. Other modules that are tied to such a weight keep the
+    base's weight.
+    `carried`: weights of the base model that the adapter's file includes, by the base's names
+    (embeddings that LoRA adapts, or with a resized vocabulary). If they differ from the base's,
+    they replace them in every module that shares the weight, before the factors are applied.
+    `rows`: individually trained rows of the base's weights, by parameter. They, too, replace the
+    base's rows in every module that shares the weight.
     `base_digest`: digest of the base model it was trained on, if known
     (`adapter.files.digest.base_digest`).
     `labels`: label names of a classifier in the order of its outputs, if known.
-    `problem_type`: what the outputs of a sequence classifier are (`heads.PROBLEM_TYPES`), if known;
-    of any classifier `heads.UNDECLARED`, if its head is one whose answers nothing declares.
+    `problem_type`: the problem type of a sequence classifier (one of `heads.PROBLEM_TYPES`), if
+    known; `heads.UNDECLARED` for any classifier whose files do not declare what its outputs mean.
     `base_class`: the class of the model that PEFT wrapped, if its config names it.
-    `part_of`: digest of the whole adapter, if this is its part for one bundle of a model that is
-    exported in parts, and what was left out changes another one (`fitting.parts`).
+    `part_of`: digest of the complete adapter, if this is its part for one bundle of a model that is
+    exported as several bundles, and the omitted tensors change another bundle (`fitting.parts`).
 
     Raises:
         AdapterError: the adapter is empty, or the shape of a factor contradicts its rank.
@@ -116,7 +117,7 @@ class Adapter:
         problems = [
             f"{module}: {problem}"
             for module, pair in self.factors.items()
-            for problem in _misfits(
+            for problem in _mismatches(
                 pair,
                 self.config.rank_of(module) * pair.experts,
                 self.config.use_dora and pair.kind != "experts",
@@ -157,7 +158,7 @@ class Adapter:
 
     @property
     def whole_digest(self) -> str:
-        """The digest of the whole adapter: of the one that this is a part of, or its own."""
+        """The digest of the complete adapter: `part_of` if this is a part of one, else `digest`."""
         return self.part_of or self.digest
 
     @cached_property
@@ -185,8 +186,8 @@ class Adapter:
         return tensors_digest(tensors, numbers)
 
 
-def _misfits(pair: Factors, rank: int, dora: bool) -> list[str]:
-    """What contradicts `rank` (of all experts) and `dora`, which the config has for the module."""
+def _mismatches(pair: Factors, rank: int, dora: bool) -> list[str]:
+    """Messages for contradictions between `pair` and the config's rank (times experts) and DoRA."""
     A, B = pair.A.shape, pair.B.shape
     if pair.kind == "conv2d":
         shaped = len(A) == 4 and len(B) == 4 and B[2:] == (1, 1)

@@ -19,9 +19,9 @@ from loradeploy.errors import AdapterError, shown
 
 CONFIG_NAME: Final = "adapter_config.json"
 
-# Modules that are tied in the base have the same factors, or the same trained weight.
+# The field for modules that are tied in the base to share their factors or their trained weight.
 TYING: Final = "ensure_weight_tying"
-# The ids of tokens whose rows were trained, by the modules that have them.
+# The field with the ids of tokens whose rows were trained: a list, or lists by module.
 TOKENS: Final = "trainable_token_indices"
 
 # Fields that cannot change the numbers of a finished adapter.
@@ -29,7 +29,7 @@ _NEUTRAL: Final = frozenset(
     {
         "auto_mapping",
         "corda_config",
-        *("lora_dtype", "lorap_emb_lr", "lorap_lr_ratio"),  # of ms-swift: how it was trained
+        *("lora_dtype", "lorap_emb_lr", "lorap_lr_ratio"),  # of ms-swift, only used in training
         TYING,  # the file has the shared tensors once for each tied module
         "eva_config",
         "inference_mode",
@@ -45,7 +45,7 @@ _NEUTRAL: Final = frozenset(
     }
 )
 
-# Of fields with a text that says what saved the adapter: peft_version, unsloth_version, …
+# The ending of fields that record which version saved the adapter: peft_version, unsloth_version, …
 _VERSION: Final = "_version"
 
 # Fields that change the numbers and are not supported, and what to do instead.
@@ -73,7 +73,7 @@ _BASE_CHANGING_INIT: Final = re.compile(r"pissa(_niter_[1-9]\d*)?|olora")
 
 BIASES: Final = ("none", "all", "lora_only")
 
-# No rank is as large. Numbers must fit float32, in which factors are scaled.
+# Limits: ranks fit int32, and other numbers fit float32, in which factors are scaled.
 _MAX_RANK: Final = 2**31 - 1
 _MAX_NUMBER: Final = 3.4e38
 
@@ -230,7 +230,7 @@ class AdapterConfig:
 
     @cached_property
     def saved_expressions(self) -> tuple[str, ...]:
-        """Those of `modules_to_save` that can match several parts of a dotted name.
+        """The entries of `modules_to_save` that can match several parts of a dotted name.
 
         PEFT uses them as regular expressions, in which a dot matches any character.
         """
@@ -283,7 +283,7 @@ def _problems(config: AdapterConfig) -> list[str]:
         return isinstance(value, tuple) and all(isinstance(v, str) for v in value)
 
     def number(value: object) -> bool:
-        # Not isfinite alone: it raises for an integer that no float holds.
+        # math.isfinite would raise an error for an integer that is too large for a float.
         known = isinstance(value, int | float) and not isinstance(value, bool)
         return known and -_MAX_NUMBER <= value <= _MAX_NUMBER  # type: ignore[operator]
 

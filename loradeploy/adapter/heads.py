@@ -1,4 +1,4 @@
-"""What a classifier's head answers: how many labels, their names, and what its numbers mean."""
+"""Classifier heads: the number of labels, their names, and the problem type."""
 
 from __future__ import annotations
 
@@ -20,33 +20,34 @@ SINGLE_LABEL: Final = "single_label_classification"
 MULTI_LABEL: Final = "multi_label_classification"
 REGRESSION: Final = "regression"
 PROBLEM_TYPES: Final = (SINGLE_LABEL, MULTI_LABEL, REGRESSION)
-# In their place: there is a head, and nothing declares its labels or its problem type.
+# Used instead of these for a head whose labels and problem type no file declares.
 UNDECLARED: Final = "undeclared"
-# The names of the setting of training.
+# The values of the training setting `problem_type`, with transformers' names.
 TRAINED_PROBLEMS: Final[Mapping[str, str]] = {
     "single-label": SINGLE_LABEL,
     "multi-label": MULTI_LABEL,
     "regression": REGRESSION,
 }
 
-# Of the metadata of an adapter's file of weights, which PEFT ignores.
+# Keys in the metadata of an adapter's weight file. PEFT ignores them.
 LABELS_KEY: Final = "loradeploy.labels"
 PROBLEM_KEY: Final = "loradeploy.problem_type"
 _SETTINGS_NAME: Final = "train.yaml"
 _SETTING: Final = re.compile(r"^problem_type: *(\S+) *$", re.MULTILINE)
 
-# The parameter of a head whose first dimension is the number of labels, at the end of its name.
+# The head parameters whose first dimension is the number of labels.
 LABELED: Final = re.compile(r"(.*\.)?(classifier|score|classifier\.out_proj)\.weight")
 
 
 @dataclass(frozen=True)
 class Head:
-    """What the answers of an adapter, or of the base, are.
+    """The meaning of a classifier's outputs, for an adapter or for the base model.
 
-    `labels`: their names in the order of the outputs, None where they are the base's.
-    `problem_type`: one of PROBLEM_TYPES, of a sequence classifier; UNDECLARED of a classifier of
-    either kind whose files cannot say what its answers are; else None.
-    `outputs`: how many of the graph's are its own, the first ones; None of all.
+    `labels`: the label names in the order of the outputs; None for the base's labels.
+    `problem_type`: one of PROBLEM_TYPES for a sequence classifier; UNDECLARED for a sequence or
+    token classifier whose files do not declare what its outputs mean; else None.
+    `outputs`: the number of the graph's outputs, from the first, that belong to this head; None if
+    all do.
     """
 
     labels: tuple[str, ...] | None = None
@@ -55,39 +56,40 @@ class Head:
 
     @property
     def declared(self) -> bool:
-        """Whether it is known what the answers are."""
+        """Whether the meaning of the outputs is known."""
         return self.problem_type != UNDECLARED
 
 
 def label_parameters(adapter: Adapter) -> tuple[str, ...]:
-    """The weights of the adapter's heads by label."""
+    """The names of the adapter's head weights that have one row per label."""
     return tuple(name for name in sorted(adapter.saved) if LABELED.fullmatch(name))
 
 
 def label_count(adapter: Adapter) -> int | None:
-    """How many outputs the adapter's own head has; None where it brings none."""
+    """The number of outputs of the adapter's own head; None if it has no head."""
     counts = [int(adapter.saved[name].shape[0]) for name in label_parameters(adapter)]
     return counts[0] if counts else None
 
 
 def usual_problem(outputs: int) -> str:
-    """What transformers trains a head of so many outputs for, where nothing says."""
+    """The problem type that transformers trains a head of `outputs` for, if none is stated."""
     return REGRESSION if outputs == 1 else SINGLE_LABEL
 
 
 def head_beside(
     directory: Path, metadata: Mapping[str, str], outputs: int | None, *, sequences: bool
 ) -> Head:
-    """What the files of an adapter declare of its head, which has so many `outputs`.
+    """The head that the files of an adapter in `directory` declare; it has `outputs` outputs.
 
-    `metadata`: of its file of weights. Where that is silent, a config.json beside it has the names
-    and the type, as trainers save the model's; and the settings of loradeploy's own training, which
-    did not write the type into the weights always. `sequences`: whether it classifies sequences,
-    which alone have a problem type. Where the metadata marks the head as UNDECLARED, it is until
-    such a file states the type, or of token classification the names.
+    `metadata`: the metadata of the weight file. What it lacks is read from a config.json beside it,
+    where trainers save the model's labels and problem type, and then from the settings of
+    loradeploy's own training, because its earlier versions did not write the problem type into the
+    metadata. `sequences`: whether the adapter classifies sequences; other heads have no problem
+    type. A head that the metadata marks as UNDECLARED remains so unless one of these files states
+    its problem type or, for token classification, its label names.
 
     Raises:
-        AdapterError: the files are broken, or name another number of labels than the head has.
+        AdapterError: the files are invalid, or do not have one label name per output.
     """
     labels, problem = _labels(metadata), metadata.get(PROBLEM_KEY)
     undeclared = problem == UNDECLARED
@@ -131,7 +133,7 @@ def _labels(metadata: Mapping[str, str]) -> tuple[str, ...] | None:
 
 
 def check_declared(adapter: Adapter) -> None:
-    """Raise AdapterError if nothing declares what the answers of the adapter's head are."""
+    """Raise AdapterError if no file declares what the outputs of the adapter's head mean."""
     if adapter.problem_type == UNDECLARED:
         raise AdapterError(
             "its files do not declare what its head answers, because it was converted from an"
@@ -142,13 +144,13 @@ def check_declared(adapter: Adapter) -> None:
 def problem_of(adapter: Adapter, stated: str | None, outputs: int) -> str:
     """The problem type of `adapter`: its own, else the base's if `stated`, else the usual one.
 
-    `outputs`: how many the base's head has, for an adapter that brings no head.
+    `outputs`: the number of outputs of the base's head, for an adapter without a head.
 
     Raises:
-        AdapterError: its head is one that nothing declares.
+        AdapterError: no file declares what the outputs of its head mean.
     """
     check_declared(adapter)
-    # One that was given outputs for all of a graph's labels names its own alone.
+    # A head that was padded to all of a graph's outputs has names for its own labels only.
     own = len(adapter.labels) if adapter.labels else label_count(adapter)
     return adapter.problem_type or stated or usual_problem(own or outputs)
 
@@ -156,10 +158,10 @@ def problem_of(adapter: Adapter, stated: str | None, outputs: int) -> str:
 def stated_problem(
     config: Mapping[str, Any], where: str, *, error: type[LoraDeployError]
 ) -> str | None:
-    """The `problem_type` of a config.json; None where it has none.
+    """The `problem_type` in a config.json; None if it has none.
 
     Raises:
-        `error`: it is none of PROBLEM_TYPES.
+        `error`: it is not one of PROBLEM_TYPES.
     """
     value = config.get("problem_type")
     if value is not None and value not in PROBLEM_TYPES:
@@ -172,10 +174,10 @@ def stated_problem(
 def config_labels(
     config: Mapping[str, Any], where: str, *, error: type[LoraDeployError]
 ) -> tuple[str, ...] | None:
-    """The names of a classifier's outputs in a config.json; None where it has none.
+    """The label names in a config.json, in the order of the outputs; None if it has none.
 
     Raises:
-        `error`: its id2label is broken.
+        `error`: the keys of its id2label are not numbers.
     """
     names = config.get("id2label")
     if not isinstance(names, Mapping):
@@ -187,5 +189,5 @@ def config_labels(
 
 
 def placeholders(count: int) -> tuple[str, ...]:
-    """transformers' names of labels that have none."""
+    """The names that transformers gives to labels without names."""
     return tuple(f"LABEL_{number}" for number in range(count))

@@ -32,8 +32,8 @@ def with_ranks(
         module: scalings[module] * (math.sqrt(rank) if config.use_rslora else rank)
         for module, rank in ranks.items()
     }
-    r = _commonest(ranks, config.r)
-    alpha = _commonest(alphas, config.lora_alpha)
+    r = _most_common(ranks, config.r)
+    alpha = _most_common(alphas, config.lora_alpha)
     return dataclasses.replace(
         config,
         r=int(r),
@@ -43,10 +43,10 @@ def with_ranks(
     )
 
 
-def _commonest(values: Mapping[str, float], default: float) -> float:
+def _most_common(values: Mapping[str, float], default: float) -> float:
     return Counter(values.values()).most_common(1)[0][0] if values else default
 
 
 def _only(module: str) -> str:
-    # ^ makes the pattern match the full name; PEFT matches others with its ending too.
+    # Without ^, PEFT would also match longer names with this ending.
     return f"^{re.escape(module)}"

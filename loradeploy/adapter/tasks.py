@@ -29,7 +29,7 @@ class Task:
     `trained_head`: whether PEFT trains the head in full for this task, even if modules_to_save does
     not name it. `cached`: whether the model has a KV cache. `exported`: whether export supports it,
     with side inputs and merged, and parity checks it. `trained`: whether `train` supports it.
-    `runner`: the class that runs its bundles, as `loradeploy run` does too; None if only
+    `runner`: the class that runs its bundles, which `loradeploy run` uses too; None if only
     `AdapterSession.run` does. `evaluated`: whether parity computes its metrics on held-out data.
     """
 
@@ -133,15 +133,15 @@ TASK_TABLE: Final[Mapping[str, Task]] = {
 
 # Tasks that export supports.
 TASKS: Final = tuple(name for name, task in TASK_TABLE.items() if task.exported)
-# Those that `train` supports.
+# Tasks that `train` supports.
 TRAINED_TASKS: Final = tuple(name for name, task in TASK_TABLE.items() if task.trained)
-# Those with metrics on held-out data.
+# Tasks with metrics on held-out data.
 EVALUATED_TASKS: Final = tuple(name for name, task in TASK_TABLE.items() if task.evaluated)
-# Their models end in a classifier head, which adapters replace.
+# Tasks whose models end in a classifier head, which adapters replace.
 CLASSIFICATIONS: Final = tuple(n for n in TASKS if TASK_TABLE[n].heads == CLASSIFIER_HEADS)
-# Their rows are images.
+# Tasks whose inputs are images.
 IMAGES: Final = (IMAGE_CLASSIFICATION, IMAGE_FEATURE_EXTRACTION, VISION_TOWER)
-# Their models end in vectors.
+# Tasks whose models return vectors.
 FEATURES: Final = (FEATURE_EXTRACTION, IMAGE_FEATURE_EXTRACTION)
 # PEFT's task_type in an adapter's config, by which PEFT selects the class that wraps a model.
 PEFT_TASKS: Final = {n: peft for n in TASKS if (peft := TASK_TABLE[n].peft) is not None}

@@ -1,4 +1,4 @@
-"""Combine adapters of one base into one: weighted sums, and differences by negative weights."""
+"""Combine adapters of one base into one adapter: weighted sums, or differences."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def combine(
     method: str = "cat",
     rank: int | None = None,
 ) -> Adapter:
-    """The adapter Σ weight · adapter; a negative weight subtracts one.
+    """Return the adapter Σ weight · adapter. A negative weight subtracts its adapter.
 
-    `weights`: by adapter, or by the path of one. `method`, as in PEFT's add_weighted_adapter:
+    `weights`: by adapter or by the path of an adapter. `method`, as in PEFT's add_weighted_adapter:
 
     cat      exact: factors are concatenated, ranks add up
     svd      the best adapter of `rank` (None: the highest rank of the adapters), by `reduce_rank`
@@ -45,8 +45,8 @@ def combine(
              but the result is near the sum only for similar adapters; needs equal ranks
 
     A module counts as zero in an adapter that lacks it. Fully trained parameters (modules_to_save,
-    biases, rows of tokens) cannot be added: they are copied from the one adapter that has them.
-    Weights of the base in an adapter's file are kept if all adapters have the same.
+    biases, rows of tokens) cannot be added: they are copied from the adapter that has them.
+    Weights of the base in an adapter's file are kept if all adapters have equal ones.
 
     Raises:
         UsageError: no adapters, an unknown method, a weight that is not finite, or `rank` without
@@ -87,11 +87,11 @@ def combine(
         config=dataclasses.replace(config, extra={**config.extra, **tokens}),
         factors=factors,
         saved=_saved(adapters),
-        base_digest=_one("different bases", [a.base_digest for a in found], short),
-        labels=_one("different labels", [a.labels for a in found], str),
+        base_digest=_common("different bases", [a.base_digest for a in found], short),
+        labels=_common("different labels", [a.labels for a in found], str),
         carried=_carried(adapters),
         rows=rows,
-        problem_type=_one("problem types of their own", [a.problem_type for a in found], str),
+        problem_type=_common("different problem types", [a.problem_type for a in found], str),
         part_of=_whole(adapters, method),
     )
     if method != "svd":
@@ -101,7 +101,7 @@ def combine(
 
 
 def _whole(adapters: Sequence[tuple[str, Adapter, float]], method: str) -> str | None:
-    """What parts of adapters make a part of: the same in each bundle, where it is made alike."""
+    """`part_of` of a combination of parts: equal in all bundles that combine them in one way."""
     if all(adapter.part_of is None for _, adapter, _ in adapters):
         return None
     terms = {f"{place}:{a.whole_digest}": w for place, (_, a, w) in enumerate(adapters)}
@@ -110,7 +110,7 @@ def _whole(adapters: Sequence[tuple[str, Adapter, float]], method: str) -> str |
 
 def _cat(module: str, terms: Sequence[Term]) -> Factors:
     shape = terms[0][0]
-    if shape.kind == "experts":  # rank first, then expert: of all experts the ranks add up
+    if shape.kind == "experts":  # the axis is ordered by rank, then expert, so the ranks add up
         A = np.concatenate([np.float32(s) * pair.A.astype(np.float32) for pair, s in terms])
         B = np.concatenate([pair.B.astype(np.float32) for pair, _ in terms], axis=1)
         return dataclasses.replace(shape, A=A, B=B)
@@ -190,7 +190,7 @@ def _saved(adapters: Sequence[tuple[str, Adapter, float]]) -> dict[str, Any]:
 def _rows(
     adapters: Sequence[tuple[str, Adapter, float]],
 ) -> tuple[Mapping[str, Rows], dict[str, Any]]:
-    """The trained rows, of the one adapter that has any, and the config's field for them."""
+    """The trained rows of the adapters, which must be equal, and the config's field for them."""
     having = [entry for entry in adapters if entry[1].rows]
     if not having:
         return {}, {}
@@ -219,7 +219,7 @@ def _same_rows(one: Adapter, other: Adapter) -> bool:
 
 
 def _carried(adapters: Sequence[tuple[str, Adapter, float]]) -> Mapping[str, NDArray[Any]]:
-    """The base weights that the files of all adapters have."""
+    """The base weights in the adapters' files, which must be equal in all of them."""
     first, one, _ = adapters[0]
     for name, adapter, _ in adapters[1:]:
         for parameter in sorted({*one.carried, *adapter.carried}):
@@ -234,9 +234,10 @@ def _carried(adapters: Sequence[tuple[str, Adapter, float]]) -> Mapping[str, NDA
     return one.carried
 
 
-def _one(
+def _common(
     what: str, values: Sequence[_Value | None], describe: Callable[[_Value], str]
 ) -> _Value | None:
+    """The value that all adapters with a value share; AdapterError if they have several."""
     known = list(dict.fromkeys(value for value in values if value is not None))
     if len(known) > 1:
         raise AdapterError(

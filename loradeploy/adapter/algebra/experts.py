@@ -1,15 +1,17 @@
-"""Factors of the experts of a mixture: PEFT's `target_parameters`.
+"""Factors of the experts in a mixture of experts: PEFT's `target_parameters`.
 
-PEFT wraps the module that owns the parameters, once for each, the first registered innermost:
+PEFT wraps the module that owns the parameters once per parameter. The parameter that was registered
+first has the innermost wrapper:
 
-    M.lora_A.weight              [experts · rank, in]   of the last parameter: expert, then rank
-    M.lora_B.weight              [out, rank · experts]                         rank, then expert
-    M.base_layer.lora_A.weight   …                      of the one before it
+    M.lora_A.weight              [experts · rank, in]   the last parameter; ordered expert, rank
+    M.lora_B.weight              [out, rank · experts]                      ordered rank, expert
+    M.base_layer.lora_A.weight   …                      the parameter before it
 
-    W[e] ← W[e] + s · B_e A_e        with s = α / rank, as of a linear layer
+    W[e] ← W[e] + s · B_e A_e        with s = α / rank, as for a linear layer
 
-The keys do not have the parameter's name, which follows from the order in transformers' modules.
-Here the factors are by parameter, `M.gate_up_proj`, and A has the order of B.
+The keys do not contain the parameter's name. It follows from the order of registration in
+transformers' modules. loradeploy stores the factors by parameter, `M.gate_up_proj`, and orders A
+like B: rank, expert.
 """
 
 from __future__ import annotations
@@ -29,22 +31,23 @@ if TYPE_CHECKING:
 
 TARGETS: Final = "target_parameters"
 _VERSION: Final = "peft_version"
-_ORIENTED: Final = (0, 19)
+# The first version of PEFT that does not swap input and output dimensions.
+_UNSWAPPED: Final = (0, 19)
 # In the order of registration in transformers' modules of experts.
 _ORDER: Final = ("gate_up_proj", "up_proj", "down_proj")
-# The ending of the modules in transformers that own parameters of experts.
+# The ending of the names of transformers' modules that own parameters of experts.
 _MODULE: Final = ".experts"
 _WRAPPER: Final = ".base_layer"
 
 
 def target_parameters(config: AdapterConfig) -> tuple[str, ...]:
-    """`target_parameters` of the config: parameters, or endings of their names."""
+    """`target_parameters` of the config: names of parameters, or endings of them."""
     listed = config.extra.get(TARGETS)
     return tuple(listed) if isinstance(listed, list | tuple) else ()
 
 
 def targeted(parameters: Iterable[str], config: AdapterConfig) -> list[str]:
-    """Those of `parameters` that `target_parameters` names, in full or by the ending."""
+    """The `parameters` that `target_parameters` lists, by full name or by ending."""
     names = frozenset(target_parameters(config))
     return [parameter for parameter in parameters if not names.isdisjoint(_endings(parameter))]
 
@@ -55,9 +58,9 @@ def _endings(name: str) -> list[str]:
 
 
 def parameters_below(modules: Iterable[str], config: AdapterConfig) -> dict[str, str] | str:
-    """The parameter that each of `modules`, with factors in a file, stands for; or the problem.
+    """Map each of `modules`, which have factors in a file, to its parameter; or return the problem.
 
-    Modules that `target_parameters` does not concern are left out.
+    Modules without an entry in `target_parameters` are left out.
     """
     depths: dict[str, set[int]] = {}
     for module in modules:
@@ -68,11 +71,10 @@ def parameters_below(modules: Iterable[str], config: AdapterConfig) -> dict[str,
         owner, _, own = name.rpartition(".")
         owners.setdefault(owner, set()).add(own)
     found: dict[str, str] = {}
-    for module, there in depths.items() if owners else ():
+    for module, levels in depths.items() if owners else ():
         owned = set().union(*(owners.get(end, ()) for end in _endings(module)))
-        if module.endswith(
-            _MODULE
-        ):  # the parameter alone, as PEFT converts linear layers of experts
+        # PEFT writes names without a module when it converts linear layers of experts.
+        if module.endswith(_MODULE):
             owned |= owners.get("", set())
         if not owned:
             continue
@@ -81,9 +83,9 @@ def parameters_below(modules: Iterable[str], config: AdapterConfig) -> dict[str,
                 f"{module} has factors of {', '.join(sorted(owned))}, whose order is not known:"
                 " merge it with PEFT and export the merged model"
             )
-        if there != set(range(len(owned))):
+        if levels != set(range(len(owned))):
             return (
-                f"{module} has factors of {len(there)} parameters, target_parameters {len(owned)}"
+                f"{module} has factors of {len(levels)} parameters, target_parameters {len(owned)}"
             )
         ordered = sorted(owned, key=lambda n: _ORDER.index(n) if n in _ORDER else 0, reverse=True)
         for depth, name in enumerate(ordered):
@@ -94,10 +96,10 @@ def parameters_below(modules: Iterable[str], config: AdapterConfig) -> dict[str,
 def expert_factors(
     A: NDArray[Any], B: NDArray[Any], rank: int, config: AdapterConfig
 ) -> Factors | str:
-    """The factors of PEFT's A [experts · rank, in] and B [out, rank · experts]; or the problem.
+    """The factors from PEFT's A [experts · rank, in] and B [out, rank · experts]; or the problem.
 
-    Before 0.19 PEFT took the in and out of most parameters for each other. Where the two differ
-    such factors do not fit; where they are equal nothing but the version tells.
+    Before 0.19, PEFT swapped the input and output dimensions of most parameters. If they differ,
+    such factors do not fit the base; if they are equal, only PEFT's version shows the swap.
     """
     if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or A.shape[0] % rank:
         return f"has factors {list(A.shape)} and {list(B.shape)} of experts, of rank {rank}"
@@ -107,23 +109,23 @@ def expert_factors(
             "is no parameter of several experts (a router?), and is refused as a target parameter:"
             " merge it with PEFT and export the merged model"
         )
-    if A.shape[1] == B.shape[0] and _version(config) < _ORIENTED:
+    if A.shape[1] == B.shape[0] and _version(config) < _UNSWAPPED:
         return (
             f"has factors of experts of {A.shape[1]} inputs and as many outputs, saved by PEFT"
-            f" {config.extra.get(_VERSION) or 'of an unknown version'}: before 0.19 it took one for"
-            " the other. Merge it with that PEFT and export the merged model"
+            f" {config.extra.get(_VERSION) or 'of an unknown version'}: before 0.19 it swapped the"
+            " two. Merge it with that PEFT and export the merged model"
         )
     return Factors(A=_reordered(A, experts), B=B, kind="experts", experts=experts)
 
 
 def _version(config: AdapterConfig) -> tuple[int, ...]:
-    """PEFT's version that saved an adapter, (0,) where unknown."""
+    """The version of PEFT that saved the adapter; (0,) if it is unknown."""
     found = re.match(r"(\d+)\.(\d+)", str(config.extra.get(_VERSION) or ""))
     return (0,) if found is None else tuple(map(int, found.groups()))
 
 
 def peft_tensors(factors: Mapping[str, Factors]) -> dict[str, NDArray[Any]]:
-    """PEFT's tensors, by key, of those of `factors` that are of experts."""
+    """PEFT's tensors, by key, for the factors of experts in `factors`."""
     tensors = {}
     modules: dict[str, list[str]] = {}
     for parameter, pair in factors.items():

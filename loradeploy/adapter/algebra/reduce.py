@@ -1,4 +1,4 @@
-"""Rank reduction: the best adapter of a lower rank, by the singular values of each update."""
+"""Rank reduction: the best adapter of a lower rank, from the singular values of each update."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def _shortened(
     rank: int,
 ) -> Factors:
     rank = min(rank, len(S))
-    root = np.sqrt(S[:rank])  # the root in both keeps their magnitudes alike, for float16
+    root = np.sqrt(S[:rank])  # √S in both keeps their magnitudes similar, for float16
     A = (root[:, None] * Vh[:rank]).astype(np.float32)
     B = (U[:, :rank] * root).astype(np.float32)
     return dataclasses.replace(

@@ -1,1 +1,1 @@
-"""Adapter and base model files: found, recognized, read and written."""
+"""Find, recognize, read and write the files of adapters and base models."""

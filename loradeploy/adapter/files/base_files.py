@@ -118,7 +118,7 @@ def stray_weights(directory: Path) -> str | None:
 
 
 def peft_parts(names: Collection[str]) -> list[str]:
-    """Those of `names`, of modules or tensors, that belong to modules of PEFT."""
+    """The `names`, of modules or tensors, that belong to PEFT's own modules."""
     return sorted(name for name in names if _PEFT_PART.search(name))
 
 
@@ -166,7 +166,7 @@ def _shards(index: Path) -> tuple[Path, ...]:
 
 
 def _within(directory: Path, name: str, source: Path) -> Path:
-    # Links are not resolved: a snapshot of the hub consists of links to another folder.
+    # Links are not resolved: a snapshot from the hub consists of links to another folder.
     if os.path.isabs(name) or ".." in Path(name).parts:
         raise ModelError(
             f"{source} names {name!r}, which is outside {directory}: only files inside it are read"

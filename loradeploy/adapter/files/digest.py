@@ -43,7 +43,7 @@ def base_digest(model: str | Path) -> str:
     Sharding and other files of the directory do not affect it.
 
     Raises:
-        ModelError: the directory holds no readable safetensors.
+        ModelError: the directory has no readable safetensors files.
     """
     tensors = base_tensors(Path(model))
     digest = hashlib.sha256()
@@ -64,7 +64,7 @@ def file_digest(path: str | Path) -> str:
 
 
 def bytes_digest(content: bytes) -> str:
-    """Digest of bytes, as `file_digest` of a file that holds them."""
+    """Digest of bytes, equal to the `file_digest` of a file with these contents."""
     return _PREFIX + hashlib.sha256(content).hexdigest()
 
 

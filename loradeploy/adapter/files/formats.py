@@ -1,7 +1,6 @@
 """Recognize adapters of other libraries by their content, and suggest what to do with them.
 
-Every function returns the rest of a sentence that begins with the path ("… is an adapter of
-mlx-lm: fuse it …"), or None if it recognizes nothing.
+Messages continue a sentence that begins with the path ("… is an adapter of mlx-lm: fuse it …").
 """
 
 from __future__ import annotations
@@ -79,7 +78,7 @@ _OF_DEEPSPEED: Final = (
 )
 _NAMED: Final = re.compile(r"\.lora_(?:embedding_)?[AB]\.(?!weight$|bias$)(?P<name>[^.]+)(\.|$)")
 
-# A LoRA of AdapterHub's library, and a stack of adapters of jina-embeddings-v3.
+# Keys of a LoRA of AdapterHub's library, and of jina-embeddings-v3's stacked adapters.
 _LORAS: Final = re.compile(r"\.loras\.[^.]+\.lora_[AB]$")
 _STACKED: Final = ".parametrizations.weight.0.lora_"
 
@@ -87,7 +86,7 @@ _DIFFUSED: Final = re.compile(
     r"(unet|text_encoder(_\d)?|transformer\.(single_)?transformer_blocks)\..*lora"
 )
 
-# All that torchtune writes for PEFT, and use_dora, which it leaves out.
+# The fields that torchtune writes for PEFT, and use_dora, which it omits.
 _TUNE_FIELDS: Final = frozenset(
     {"base_model_name_or_path", "lora_alpha", "peft_type", "r", "target_modules", "use_dora"}
 )
@@ -98,7 +97,7 @@ _MISORDERED: Final = (
     " a copy of adapter_config.json, and run loradeploy convert DIR --model BASE"
 )
 
-# Types of PEFT that learn inputs instead of weights: they cannot be merged.
+# Values of peft_type for methods that learn inputs instead of weights: they cannot be merged.
 _PROMPTS: Final = (
     *("ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING"),
     *("P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING"),
@@ -106,7 +105,7 @@ _PROMPTS: Final = (
 
 
 def other_peft_type(peft_type: object) -> str:
-    """What to do with an adapter of a type of PEFT other than LORA."""
+    """Advice for an adapter whose peft_type is not LORA."""
     if peft_type in _PROMPTS:
         return "it learns inputs, not weights, and cannot be exported: train a LoRA instead"
     if peft_type == "ALORA":
@@ -117,18 +116,18 @@ def other_peft_type(peft_type: object) -> str:
 
 
 def other_config(values: Mapping[str, Any]) -> str | None:
-    """What an adapter_config.json with these `values`, which is not PEFT's, belongs to."""
+    """Message for an adapter_config.json of another library, None if it may be PEFT's."""
     form = form_of_config(values)
     return None if form is None else form.message
 
 
 def form_of(values: Mapping[str, Any] | None, shapes: Mapping[str, tuple[int, ...]]) -> Form | None:
-    """The form of an adapter with these settings and tensors, if it is one of another library."""
+    """The form of an adapter of another library, from its settings and tensors; else None."""
     return form_of_tensors(shapes) or (None if values is None else form_of_config(values))
 
 
 def form_of_config(values: Mapping[str, Any]) -> Form | None:
-    """The form, other than PEFT's, whose adapter_config.json has these `values`."""
+    """The form, other than PEFT's, whose adapter_config.json has these `values`; else None."""
     if "peft_type" in values:
         return None
     if "lora_parameters" in values or "fine_tune_type" in values:
@@ -143,7 +142,7 @@ def form_of_config(values: Mapping[str, Any]) -> Form | None:
 
 
 def form_of_tensors(shapes: Mapping[str, tuple[int, ...]]) -> Form | None:
-    """The form, other than PEFT's, whose tensors have these names."""
+    """The form, other than PEFT's, whose tensors have these names; else None."""
     if any(key.startswith(("lora_unet_", "lora_te")) for key in shapes):
         return KOHYA
     if any(_STACKED in key for key in shapes):
@@ -162,7 +161,7 @@ def form_of_tensors(shapes: Mapping[str, tuple[int, ...]]) -> Form | None:
 
 
 def other_tensors(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """What has tensors with these names, unless they are a complete PEFT adapter."""
+    """Message for tensors with these names that are not a complete PEFT adapter; else None."""
     empty = [key for key, shape in shapes.items() if 0 in shape]
     if empty:
         return (
@@ -187,11 +186,12 @@ def other_tensors(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
 def misordered_export(
     directory: Path, values: Mapping[str, Any], keys: Iterable[str]
 ) -> str | None:
-    """What an adapter with PEFT's names is whose rows torchtune has put in a wrong order.
+    """Message for an adapter with PEFT's names whose rows torchtune misordered; else None.
 
     `values`, `keys`: the contents of adapter_config.json and the names of the tensors. torchtune's
-    export permutes B of query and key for every model, also for those that need no permutation, and
-    never DoRA's magnitude. Only the files beside it tell it from PEFT's own.
+    export permutes B of query and key for every model, even if the model needs no permutation, and
+    never permutes DoRA's magnitude. Only the other files in the directory distinguish such an
+    adapter from one that PEFT saved.
     """
     if not values.keys() <= _TUNE_FIELDS or not (directory / _TUNE_PICKLE).is_file():
         return None
@@ -205,7 +205,7 @@ def misordered_export(
 
 
 def other_directory(directory: Path) -> str | None:
-    """What `directory`, which is not a PEFT adapter, is."""
+    """Message for a directory that is not a PEFT adapter, None if it is not recognized."""
     if inner := _adapters_inside(directory):
         newest = newest_checkpoint(inner)
         if newest is not None:
@@ -249,7 +249,7 @@ def other_directory(directory: Path) -> str | None:
 
 
 def other_file(file: Path) -> str | None:
-    """What `file`, which has no adapter_config.json beside it, is."""
+    """Message for a file without adapter_config.json beside it, None if it is not recognized."""
     with contextlib.suppress(OSError, AdapterError), open_file(file, error=AdapterError) as opened:
         if opened.read(4) == b"GGUF":
             return _GGUF

@@ -19,8 +19,8 @@ from typing import Final, Literal
 from loradeploy.errors import AdapterError
 
 PREFIX: Final = "base_model.model."
-# Between a module and what PEFT's wrappers hold of it: the base's own, the weight that
-# modules_to_save replaced, and trained rows.
+# PEFT's wrappers insert these after a module's name: for the layer of the base, for the original of
+# a module in modules_to_save, and for trained rows.
 INNER: Final = ".base_layer."
 ORIGINAL: Final = ".original_module."
 TRAINED_ROWS: Final = ".token_adapter.trainable_tokens_delta"
@@ -41,7 +41,7 @@ _FACTOR: Final = re.compile(
 )
 _ROWS: Final = re.compile(rf"(?P<module>.+){re.escape(TRAINED_ROWS)}(?:\.(?P<adapter>[^.]+))?")
 _SAVED: Final = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<rest>.+)")
-# What TRL keeps beside the adapter of a model with a value head.
+# The tensors that TRL saves with the adapter of a model with a value head.
 _VALUE_HEAD: Final = re.compile(r"v_head\.summary\.(?:weight|bias)")
 _BELOW: Final = (f".token_adapter{INNER}", INNER)
 
@@ -88,7 +88,7 @@ def read_keys(keys: Iterable[str]) -> dict[str, Key]:
 
 
 def is_value_head(key: str) -> bool:
-    """Whether a tensor is of TRL's value head: it reads the states, and changes no logits."""
+    """Whether `key` is of TRL's value head, which reads the hidden states and changes no logits."""
     return _VALUE_HEAD.fullmatch(_BEFORE.sub("", _BETWEEN.sub("", key), count=1)) is not None
 
 

@@ -13,12 +13,12 @@
     <module>.lora_magnitude_vector    [out]                DoRA; of a convolution [1, out, 1, 1]
     <module>.base_layer.bias          [out]                a target's trained bias
     <parameter>                                            other trained biases, modules_to_save
-    <module>.base_layer.weight, …     a weight of the base, which PEFT saves for embeddings
+    <module>.base_layer.weight, …     a weight of the base that PEFT saves for embeddings
     <module>.token_adapter.trainable_tokens_delta [tokens, size]   rows of a weight
 
-`adapter.files.keys` parses other forms of keys. Data without a field in PEFT (the digest of the
-base model, that of the adapter of which this is a part, the labels and the problem type of a
-classifier) is in the metadata of the safetensors file, which PEFT ignores.
+`adapter.files.keys` parses other forms of keys. Data for which PEFT has no field (the digest of the
+base model, the digest of the complete adapter if this is a part of one, the labels and the problem
+type of a classifier) is in the metadata of the safetensors file, which PEFT ignores.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def load_adapter(path: str | os.PathLike[str]) -> Adapter:
 def _read_config(weights: Path) -> tuple[Mapping[str, Any], AdapterConfig]:
     """The config beside `weights`, as read and parsed.
 
-    The error names the library of another format's adapter.
+    For an adapter of another library, the error names that library.
     """
     file = weights.parent / CONFIG_NAME
     if not file.exists() and (found := other_file(weights)) is not None:
@@ -116,7 +116,7 @@ def _read_config(weights: Path) -> tuple[Mapping[str, Any], AdapterConfig]:
 
 
 def _base_class(config: Mapping[str, Any]) -> str | None:
-    """The class of the model that was wrapped, which PEFT writes where no task_type says it."""
+    """The class of the wrapped model, which PEFT writes if there is no task_type."""
     mapping = config.get("auto_mapping")
     name = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
     return name if isinstance(name, str) else None
@@ -225,7 +225,7 @@ def _parts(pair: Factors) -> dict[str, NDArray[Any]]:
 
 
 def _key(parameter: str, adapter: Adapter) -> str:
-    # PEFT wraps target modules, so that their biases are below base_layer.
+    # PEFT wraps target modules, so their biases are below base_layer.
     module, _, last = parameter.rpartition(".")
     wrapped = module in adapter.factors and not is_saved(parameter, adapter.config)
     return f"{module}{INNER}{last}" if wrapped else parameter

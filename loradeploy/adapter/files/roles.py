@@ -1,7 +1,7 @@
-"""The tensors of a PEFT file by their roles: every one is used, or refused by its key.
+"""Sort the tensors of a PEFT file by role. Each tensor is used, or refused by its key.
 
-factors   of the update of a module        saved     parameters that were trained as a whole
-rows      trained rows of a weight         carried   weights of the base that the file has too
+factors   of the update of a module        saved     fully trained parameters
+rows      trained rows of a weight         carried   weights of the base that the file includes
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 logger = logger_of(__name__)
 
 MAGNITUDE: Final = "lora_magnitude_vector"
-# What A and B are called, by the kind of layer.
+# The names of A and B by the kind of layer.
 PARTS: Final[Mapping[Kind, tuple[str, str]]] = {
     "linear": ("lora_A.weight", "lora_B.weight"),
     "embedding": ("lora_embedding_A", "lora_embedding_B"),
@@ -39,7 +39,7 @@ PARTS: Final[Mapping[Kind, tuple[str, str]]] = {
 
 
 def adapter_from_arrays(arrays: Mapping[str, NDArray[Any]], config: AdapterConfig) -> Adapter:
-    """The adapter that PEFT's tensors `arrays`, by their keys, and `config` are.
+    """Build an adapter from PEFT's tensors `arrays`, by key, and its `config`.
 
     Raises:
         AdapterError: as `load_adapter`, for tensors.
@@ -51,10 +51,10 @@ def adapter_from_arrays(arrays: Mapping[str, NDArray[Any]], config: AdapterConfi
 def tensors_by_role(
     arrays: Mapping[str, NDArray[Any]], config: AdapterConfig
 ) -> tuple[AdapterConfig, dict[str, Any]]:
-    """The tensors of the file by role, and the config with every fully trained module.
+    """The config with every fully trained module, and the tensors of the file by role.
 
-    Every tensor is used or refused; one error names all that are refused. Only a value head that is
-    not of modules_to_save is left out, with a warning.
+    Each tensor is used or refused; one error lists all refused tensors. The exception is a value
+    head that modules_to_save does not list: it is left out, with a warning.
     """
     arrays = _without_value_head(arrays, config)
     try:
@@ -113,7 +113,7 @@ def tensors_by_role(
 def _all_factors(
     parts: Mapping[str, Mapping[str, NDArray[Any]]], config: AdapterConfig, problems: list[str]
 ) -> dict[str, Factors]:
-    """The factors by module, of experts by parameter; what are none is put to `problems`."""
+    """The factors by module (of experts by parameter). Refusals are added to `problems`."""
     factors: dict[str, Factors] = {}
     below = parameters_below(parts, config)
     if isinstance(below, str):
@@ -134,7 +134,7 @@ def _all_factors(
 def _targeted(
     factors: Mapping[str, Factors], config: AdapterConfig, problems: list[str]
 ) -> AdapterConfig:
-    """`config` with tied modules as targets; factors that PEFT would ignore go to `problems`."""
+    """`config` with tied modules as targets. Factors that PEFT ignores are added to `problems`."""
     working = [
         n
         for n, pair in factors.items()
@@ -159,7 +159,7 @@ def _slots(
     config: AdapterConfig,
     problems: list[str],
 ) -> tuple[dict[tuple[str, str], NDArray[Any]], set[str]]:
-    """What no factors are, by role and name; the fully trained modules that `config` lacks."""
+    """Tensors other than factors by role and name; fully trained modules missing in `config`."""
     task = task_of_peft(config.task_type)
     heads = task.heads if task is not None and task.trained_head else ()
     saving = dataclasses.replace(config, modules_to_save=(*config.modules_to_save, *heads))
@@ -202,7 +202,7 @@ def _without_value_head(
     return {key: values for key, values in arrays.items() if key not in heads}
 
 
-@functools.cache  # once, though an export reads an adapter several times
+@functools.cache  # warns once, although an export reads an adapter several times
 def _warn_of_value_head(names: str) -> None:
     logger.warning(
         "%s: a value head of TRL is beside the adapter. It is left out, as in PEFT: the model's"
@@ -241,9 +241,9 @@ def _rows(module: str, values: NDArray[Any], config: AdapterConfig) -> Rows | st
 
 
 def _tied(factors: Mapping[str, Factors], config: AdapterConfig) -> set[str]:
-    """The layers whose factors are those of an embedding, transposed: `ensure_weight_tying`.
+    """The linear layers whose factors are an embedding's, transposed (`ensure_weight_tying`).
 
-    PEFT takes them out of `target_modules`, and adapts them all the same.
+    PEFT removes them from `target_modules`, but adapts them.
     """
     if not config.extra.get(TYING):
         return set()
@@ -257,9 +257,9 @@ def _tied(factors: Mapping[str, Factors], config: AdapterConfig) -> set[str]:
 
 
 def _untied(config: AdapterConfig, factors: Mapping[str, Factors]) -> AdapterConfig:
-    """`config` with the modules of `factors` as targets, each with its own.
+    """`config` without weight tying, and with exactly the modules of `factors` as targets.
 
-    Whatever left a tied one out of the targets is left out itself.
+    The settings that excluded tied modules are removed.
     """
     extra = {name: value for name, value in config.extra.items() if name != TYING}
     return with_targets(dataclasses.replace(config, extra=extra), factors)

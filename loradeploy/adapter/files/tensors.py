@@ -56,7 +56,7 @@ class StoredTensor:
     raw: NDArray[np.uint8]
 
     def take(self, picks: list[int], axis: int) -> NDArray[Any]:
-        """The values at the indices `picks` of one axis, as `array`; the others are not read."""
+        """The values of `array` at the indices `picks` of one axis. Only these are read."""
         return self._widened(self._values().take(picks, axis))
 
     def array(self) -> NDArray[Any]:

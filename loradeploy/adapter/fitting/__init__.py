@@ -1,1 +1,1 @@
-"""An adapter against a base model: what fits, what is a copy, what belongs to another part."""
+"""Fit an adapter to a base: check it, remove copies of weights, select its part for a bundle."""

@@ -1,7 +1,7 @@
 """Check whether an adapter fits a base model, in any form of the base.
 
-A bundle, an ONNX graph and a PyTorch model are each described as an `AdaptableBase`, from which
-the check works.
+A bundle, an ONNX graph and a PyTorch model are each described by an `AdaptableBase`, which is all
+that the check reads.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ logger = logger_of(__name__)
 Shape = tuple[int, ...]
 
 _LISTED: Final = 6
-# Of trained rows of a weight as side inputs: each of them takes as many values as the vocabulary.
+# The maximum number of trained rows of a weight as side inputs: each of them takes as many values
+# as the vocabulary has tokens.
 MOST_ROWS: Final = 64
 _HUB_ID: Final = re.compile(r"[\w.-]+/(?P<name>[\w.-]+)", re.ASCII)
 _A_LAYER: Final[Mapping[str, str]] = {
@@ -52,7 +53,7 @@ class Layer:
 
     `inputs`: the shape of A after the rank: [in], [vocabulary], or [in, height, width].
     `outputs`: the length of B. `groups`: the number of groups of a convolution. `experts`: the
-    number of experts that the parameter is of.
+    number of experts of the parameter.
     `scaled`: whether DoRA's scale can be applied to its output.
     `refusal`: called with a rank and whether the weight is needed as one matrix; returns why the
     layer does not take such factors, or None.
@@ -83,7 +84,7 @@ class AdaptableBase:
     `row_users`: the modules that use a weight, by parameter, for trained rows of it.
     `lacking`: parameters that get their values from an adapter.
     `digest`: digest of the checkpoint, if known. `model`: its id on the hub, or another name.
-    `remedy`: what to do where a module is missing that the base may have, behind a message.
+    `remedy`: advice at the end of a message about a missing module that the base model may have.
     """
 
     name: str
@@ -105,11 +106,12 @@ def check_fit(adapter: Adapter, base: AdaptableBase) -> None:
     """Raise AdapterMismatchError unless `adapter` fits `base`.
 
     One message lists the first mismatches and counts the others. The adapter's modules must have
-    the names of the base (`names.named_as`).
+    the names of the base (`names.named_as`). If the digests of the bases cannot be compared,
+    different names on the hub cause a warning.
 
-    Where no digests can be compared, a base of another name on the hub is a warning.
-
-    AdapterError: the factors apply to a base that the initialization changed.
+    Raises:
+        AdapterMismatchError: the adapter does not fit.
+        AdapterError: the factors apply to a base that the initialization changed.
     """
     adapter.check_plain()
     trained_on = adapter.config.base_model_name_or_path
@@ -118,11 +120,11 @@ def check_fit(adapter: Adapter, base: AdaptableBase) -> None:
     refuse(
         [
             *_other_base(adapter, base),
-            *_factor_misfits(adapter, base),
-            *_parameter_misfits(adapter, base),
+            *_factor_mismatches(adapter, base),
+            *_parameter_mismatches(adapter, base),
             *not_brought(adapter, base.lacking),
-            *_weight_misfits(adapter, base),
-            *_scale_misfits(adapter, base),
+            *_weight_mismatches(adapter, base),
+            *_scale_mismatches(adapter, base),
             *_missing(adapter, base),
         ],
         base.name,
@@ -152,7 +154,7 @@ def _other_base(adapter: Adapter, base: AdaptableBase) -> list[str]:
     return [f"it was trained on another base{_trained_on(adapter)} ({found})"]
 
 
-@functools.cache  # once, though an export and a run check an adapter several times
+@functools.cache  # warns once, although an export and a run check an adapter several times
 def _warn_of_name(trained_on: str, model: str) -> None:
     theirs, ours = _HUB_ID.fullmatch(trained_on), _HUB_ID.fullmatch(model)
     if theirs is None or ours is None or os.path.exists(trained_on):
@@ -171,7 +173,7 @@ def _trained_on(adapter: Adapter) -> str:
     return f", {shortened(name, 60)}" if isinstance(name, str) and name else ""
 
 
-def _factor_misfits(adapter: Adapter, base: AdaptableBase) -> list[str]:
+def _factor_mismatches(adapter: Adapter, base: AdaptableBase) -> list[str]:
     linear = all(pair.kind == "linear" for pair in adapter.factors.values())
     if len(adapter.factors) > 1 and linear and base.layers.keys().isdisjoint(adapter.factors):
         others = len(adapter.factors) - 1
@@ -181,7 +183,7 @@ def _factor_misfits(adapter: Adapter, base: AdaptableBase) -> list[str]:
     return [
         problem
         for module, pair in sorted(adapter.factors.items())
-        for problem in _layer_misfits(module, pair, base)
+        for problem in _layer_mismatches(module, pair, base)
     ]
 
 
@@ -191,7 +193,7 @@ def _absent(kind: Kind, base: AdaptableBase) -> str:
     return f"not {_A_LAYER[kind]} of {base.name}"
 
 
-def _layer_misfits(module: str, pair: Factors, base: AdaptableBase) -> list[str]:
+def _layer_mismatches(module: str, pair: Factors, base: AdaptableBase) -> list[str]:
     layer = base.layers.get(module)
     if layer is None or (layer.kind != pair.kind and base.side_inputs):
         remedy = base.remedy if layer is None and pair.kind == "linear" else ""
@@ -215,7 +217,7 @@ def _layer_misfits(module: str, pair: Factors, base: AdaptableBase) -> list[str]
     return problems
 
 
-def _parameter_misfits(adapter: Adapter, base: AdaptableBase) -> list[str]:
+def _parameter_mismatches(adapter: Adapter, base: AdaptableBase) -> list[str]:
     problems = []
     for parameter, values in sorted(adapter.saved.items()):
         shape = base.parameters.get(parameter)
@@ -240,9 +242,9 @@ def _no_parameter(parameter: str, saved: bool, base: AdaptableBase) -> str:
     return f"{named} is not a side input of {base.name}: {remedy}"
 
 
-def _weight_misfits(adapter: Adapter, base: AdaptableBase) -> list[str]:
+def _weight_mismatches(adapter: Adapter, base: AdaptableBase) -> list[str]:
     """Messages for base weights, and rows of them, that the adapter contains with other values."""
-    problems = [] if base.weights is None else _shape_misfits(adapter, base.weights)
+    problems = [] if base.weights is None else _shape_mismatches(adapter, base.weights)
     problems += [base.refused[n] for n in (*adapter.carried, *adapter.rows) if n in base.refused]
     if not base.side_inputs:
         return problems
@@ -278,7 +280,7 @@ def _rows_problem(parameter: str, adapter: Adapter, base: AdaptableBase) -> str 
     for module in sorted(users):
         own, pair, layer = f"{module}.weight", adapter.factors.get(module), base.layers.get(module)
         if own in adapter.saved:
-            continue  # the module has a weight of its own
+            continue  # the adapter replaces the weight of this module
         if own in adapter.rows and not same_values(adapter.rows[own], rows):
             return (
                 f"and other rows of {own}, which is tied to it in {base.name}: give the base"
@@ -311,7 +313,7 @@ def _rows_problem(parameter: str, adapter: Adapter, base: AdaptableBase) -> str 
     return None
 
 
-def _shape_misfits(adapter: Adapter, shapes: Mapping[str, Shape]) -> list[str]:
+def _shape_mismatches(adapter: Adapter, shapes: Mapping[str, Shape]) -> list[str]:
     problems = []
     for name, values in sorted(adapter.carried.items()):
         shape = shapes.get(name)
@@ -337,7 +339,7 @@ def _shape_misfits(adapter: Adapter, shapes: Mapping[str, Shape]) -> list[str]:
     return problems
 
 
-def _scale_misfits(adapter: Adapter, base: AdaptableBase) -> list[str]:
+def _scale_mismatches(adapter: Adapter, base: AdaptableBase) -> list[str]:
     """Messages for DoRA modules whose outputs cannot be scaled in the base."""
     unscaled = [
         module
@@ -358,9 +360,9 @@ def _missing(adapter: Adapter, base: AdaptableBase) -> list[str]:
     modules = [name for name, layer in base.layers.items() if layer.kind != "experts"]
     targeted = match_targets(modules, adapter.config, linear_names=tuple(adapter.factors))
     experts = [name for name, layer in base.layers.items() if layer.kind == "experts"]
-    wanting = [*targeted, *targeted_parameters(experts, adapter.config)]
+    expected = [*targeted, *targeted_parameters(experts, adapter.config)]
     return [
-        *(f"{m} is targeted and has no tensors" for m in wanting if m not in adapter.factors),
+        *(f"{m} is targeted and has no tensors" for m in expected if m not in adapter.factors),
         *(
             f"{name} is in modules_to_save and has no tensors"
             for name in sorted(base.parameters)

@@ -1,4 +1,4 @@
-"""An adapter of a model that is exported in parts: each bundle takes the factors of its own."""
+"""Split an adapter of a model that is exported as several bundles: each takes its own modules."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ def own_part(
 ) -> Adapter:
     """`adapter` without the tensors of the modules `others`, which are in another bundle.
 
-    What is left out is said, unless it is zero, and what is kept is `part_of` the whole then. Older
-    names count as what `rules` make of them.
+    If the omitted tensors have an effect, a warning names their modules, and `part_of` of the
+    result is the digest of the complete adapter. Names are compared as they are and as renamed by
+    `rules`, so that older names are recognized.
 
     Raises:
-        AdapterMismatchError: nothing is left.
+        AdapterMismatchError: no tensors are left.
     """
     names, of_others = tensor_names(adapter), _of_others(others, rules)
     left_out = list(filter(of_others, names))
@@ -46,7 +47,8 @@ def own_part(
         )
         adapter = dataclasses.replace(adapter, part_of=adapter.whole_digest)
     excluded = adapter.config.exclude_modules
-    if excluded is None or isinstance(excluded, tuple):  # a model that has them lacks no tensors
+    # Excluded modules count as not targeted, so a model that has them does not miss their tensors.
+    if excluded is None or isinstance(excluded, tuple):
         modules = [name for name in left_out if name in adapter.factors]
         config = dataclasses.replace(adapter.config, exclude_modules=(*(excluded or ()), *modules))
         adapter = dataclasses.replace(adapter, config=config)
@@ -54,7 +56,7 @@ def own_part(
 
 
 def without(adapter: Adapter, left_out: Collection[str]) -> Adapter:
-    """`adapter` without the tensors of these names, and without what its config saves of them."""
+    """`adapter` without the tensors `left_out`, and without modules_to_save that have no others."""
     kept = {
         group: {name: value for name, value in values.items() if name not in left_out}
         for group, values in _groups(adapter).items()
@@ -68,7 +70,7 @@ def without(adapter: Adapter, left_out: Collection[str]) -> Adapter:
 def saving_without(
     config: AdapterConfig, left_out: Collection[str], kept: Collection[str]
 ) -> AdapterConfig:
-    """`config` without the modules_to_save of which tensors are `left_out`, and none is `kept`."""
+    """`config` without the modules_to_save that have tensors in `left_out` and none in `kept`."""
     saved = tuple(
         module
         for module in config.modules_to_save
@@ -78,12 +80,12 @@ def saving_without(
 
 
 def tensor_names(adapter: Adapter) -> list[str]:
-    """What all of the adapter's tensors are of, each group's by itself."""
+    """The modules and parameters of all of the adapter's tensors, group by group."""
     return [name for group in _groups(adapter).values() for name in group]
 
 
 def changes(pair: Factors) -> bool:
-    """Whether factors change the base's outputs: neither is zero, or DoRA has a magnitude."""
+    """Whether factors can change the base's outputs: neither is zero, or there is a magnitude."""
     return pair.magnitude is not None or bool(np.any(pair.A) and np.any(pair.B))
 
 
@@ -98,7 +100,7 @@ def has_part(
 def _of_others(
     others: Collection[str], rules: Callable[[], Sequence[Renaming]]
 ) -> Callable[[str], bool]:
-    """Whether a name, or what `rules` make of it, is of the modules `others`."""
+    """Return a predicate: whether a name, as is or renamed, is in one of the modules `others`."""
     known = rules() if others else ()
 
     def is_of(name: str) -> bool:
@@ -111,12 +113,12 @@ def _of_others(
 
 
 def _names_any(module: str, names: Collection[str]) -> bool:
-    """Whether `module` of PEFT's `modules_to_save` is a part of one of `names`."""
+    """Whether `module`, an entry of `modules_to_save`, is a part of one of `names`."""
     return any(f".{module}." in f".{name}." for name in names)
 
 
 def _groups(adapter: Adapter) -> dict[str, Mapping[str, Any]]:
-    """All of the adapter's tensors, by the field that has them."""
+    """All of the adapter's tensors, by the field of `Adapter` that contains them."""
     return {
         "factors": adapter.factors,
         "saved": adapter.saved,

@@ -43,15 +43,15 @@ def with_rows(
     most: int,
     tables: Collection[str] = (),
 ) -> Adapter:
-    """`adapter` with weights of few other rows than the base's as trained rows.
+    """`adapter` with trained rows in place of weights that differ from the base's in few rows.
 
-    `values_of`: the base's values of a parameter, None where they are not known. `most`: so many
-    rows of a weight may differ; rows behind the base's are among them. PEFT saves the whole
-    embedding where words were added in its spare rows, or behind them. `tables`: the fully trained
-    weights that may be such rows too.
+    PEFT saves the whole embedding if words were added in its spare rows, or after them.
+    `values_of`: the base's values of a parameter, or None if they are unknown. `most`: the maximum
+    number of rows that may differ, including rows after the base's last one. `tables`: the fully
+    trained weights that may be replaced too.
 
     Raises:
-        AdapterMismatchError: a weight that has more rows than the base's differs in more of them.
+        AdapterMismatchError: a weight with more rows than the base's differs in more than `most`.
     """
     found: dict[str, Sequence[int]] = {}
     given = {**adapter.carried, **{n: v for n, v in adapter.saved.items() if n in tables}}
@@ -63,9 +63,9 @@ def with_rows(
             continue
         shared = values[: len(own)].astype(np.float32)
         changed = np.flatnonzero((own.astype(np.float32) != shared).any(axis=1))
-        apart = [*changed.tolist(), *range(len(own), len(values))]
-        if 0 < len(apart) <= most:
-            found[name] = apart
+        different = [*changed.tolist(), *range(len(own), len(values))]
+        if 0 < len(different) <= most:
+            found[name] = different
         elif len(values) > len(own):
             raise AdapterMismatchError(
                 f"{name} has {len(values)} rows, {len(values) - len(own)} more than the base's, and"
@@ -76,10 +76,11 @@ def with_rows(
 
 
 def rows_in_place_of(adapter: Adapter, indices: Mapping[str, Sequence[int]]) -> Adapter:
-    """`adapter` with rows of its weights, carried or saved ones, in place of the whole weights.
+    """`adapter` with only some rows of its carried or saved weights, in place of the whole weights.
 
-    `indices`: the rows, by parameter. Where rows were trained besides, which replace those of the
-    whole weight, it goes if these are all of them, and else it stays.
+    `indices`: the rows, by parameter. If the adapter already has trained rows of a weight, these
+    take precedence over the whole weight, which is removed if they include all of `indices`, and
+    kept otherwise.
     """
     covered = [
         name
@@ -101,7 +102,7 @@ def rows_in_place_of(adapter: Adapter, indices: Mapping[str, Sequence[int]]) -> 
 
 
 def with_rows_for(adapter: Adapter, names: Collection[str], rows: Mapping[str, Rows]) -> Adapter:
-    """`adapter` with these `rows`, and without the weights `names`, carried or saved ones."""
+    """`adapter` with these `rows`, and without the carried or saved weights `names`."""
     if not names:
         return adapter
     saved = {n: values for n, values in adapter.saved.items() if n not in names}
@@ -128,7 +129,7 @@ def without_idle(adapter: Adapter, modules: Container[str]) -> Adapter:
     """`adapter` without the zero factors of modules that are not in `modules`.
 
     Endings such as q_proj also match modules of a vision tower, whose factors stay zero if training
-    saw only text. With DoRA zero factors can still scale outputs, and are kept.
+    saw only text. With DoRA, zero factors can still scale outputs, so they are kept.
     """
     idle = [
         name
@@ -144,6 +145,7 @@ def without_idle(adapter: Adapter, modules: Container[str]) -> Adapter:
     )
     factors = {name: pair for name, pair in adapter.factors.items() if name not in idle}
     config, excluded = adapter.config, adapter.config.exclude_modules
-    if excluded is None or isinstance(excluded, tuple):  # a model that has them lacks no tensors
+    # Excluded modules count as not targeted, so a model that has them does not miss their tensors.
+    if excluded is None or isinstance(excluded, tuple):
         config = dataclasses.replace(config, exclude_modules=(*(excluded or ()), *idle))
     return dataclasses.replace(adapter, factors=factors, config=config)

@@ -1,7 +1,8 @@
 """The part of an adapter for one tower of a two-tower model (CLIP, SigLIP).
 
-A bundle is of one tower; PEFT may have trained both at once, or one as a model of its own. Modules
-are named as in the whole model: `text_model.encoder.layers.0.…`, `vision_model.encoder.layers.0.…`.
+A bundle contains one tower. An adapter may have been trained on both towers, or on the model of one
+tower. Here modules are named as in the full model: `text_model.encoder.layers.0.…`,
+`vision_model.encoder.layers.0.…`.
 """
 
 from __future__ import annotations
@@ -20,28 +21,28 @@ logger = logger_of(__name__)
 
 TEXT: Final = "text"
 IMAGE: Final = "image"
-# The modules of the whole model that are a tower: its body, and its projection where it has one.
+# The modules of each tower in the full model: its body, and its projection if it has one.
 TOWERS: Final[Mapping[str, tuple[str, ...]]] = {
     TEXT: ("text_model", "text_projection"),
     IMAGE: ("vision_model", "visual_projection"),
 }
 TOWER_TASKS: Final[Mapping[str, str]] = {TEXT: FEATURE_EXTRACTION, IMAGE: IMAGE_FEATURE_EXTRACTION}
-# The endings of the classes of transformers that are the body alone.
+# The endings of the names of transformers' classes for the body of a tower.
 _BODIES: Final = {"TextModel": TEXT, "VisionModel": IMAGE}
 
 
 def tower_part(adapter: Adapter, tower: str | None) -> Adapter:
-    """`adapter` without what it has for the other tower than `tower`; None is no such model.
+    """Return `adapter` without its modules of the other tower, named as in the full model.
 
-    What was trained of the other tower is named in a warning. An adapter of a tower's body alone
-    has its modules named as in the whole model.
+    `tower` is None for models without towers. A warning lists the trained modules of the other
+    tower.
 
     Raises:
-        AdapterMismatchError: nothing in it is for the tower, or nothing shows its tower.
+        AdapterMismatchError: no module is of `tower`, or the tower of the modules is unknown.
     """
     if tower is None:
         return adapter
-    adapter = _in_the_whole(adapter, tower)
+    adapter = _with_full_names(adapter, tower)
     other = IMAGE if tower == TEXT else TEXT
     names = set(tensor_names(adapter))
     left = {name for name in names if _is_of(name, other)}
@@ -63,11 +64,11 @@ def tower_part(adapter: Adapter, tower: str | None) -> Adapter:
 
 
 def is_body(adapter: Adapter) -> bool:
-    """Whether an adapter's modules are named as in a tower's body, not as in the whole model."""
+    """Whether an adapter's modules are named as in a tower's body, not as in the full model."""
     return not any(_is_of(name, tower) for name in tensor_names(adapter) for tower in TOWERS)
 
 
-def _in_the_whole(adapter: Adapter, tower: str) -> Adapter:
+def _with_full_names(adapter: Adapter, tower: str) -> Adapter:
     if not is_body(adapter):
         return adapter
     known = adapter.base_class or ""
@@ -87,6 +88,6 @@ def _is_of(name: str, tower: str) -> bool:
 
 
 def _is_trained(adapter: Adapter, name: str) -> bool:
-    """Whether what is called `name` changes the base; copies of its weights do not."""
+    """Whether the tensors of `name` change the base, unlike copies of its weights."""
     pair = adapter.factors.get(name)
     return changes(pair) if pair is not None else name in adapter.saved or name in adapter.rows

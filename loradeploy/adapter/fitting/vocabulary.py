@@ -1,9 +1,9 @@
-"""Adapters that were trained on a base with another vocabulary: tokens were added, or rows cut.
+"""Adapters trained with a resized vocabulary: tokens were added to the base's, or rows removed.
 
 `resize_token_embeddings` changes the number of rows of the embedding and of the output head, and
 PEFT saves both matrices with the adapter (`save_embedding_layers`, `modules_to_save`), or trained
-rows of them (`trainable_token_indices`). Such an adapter is merged into the base of its size. As
-side inputs added tokens are trained rows behind the base's.
+rows of them (`trainable_token_indices`). A merge gives the base the size of the adapter's
+vocabulary. With side inputs, added tokens are trained rows after the base's.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ logger = logger_of(__name__)
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Where a base has a row per token.
+    """The modules of a base that have one row per token.
 
-    `size`: the number of rows. `embedding`, `head`: the modules; None where there is none, or it is
-    not known. `tied`: whether they share one weight. `biased`: whether the head has a bias.
+    `size`: the number of rows. `embedding`, `head`: the modules; `head` is None if there is none or
+    it is unknown. `tied`: whether they share one weight. `biased`: whether the head has a bias.
     """
 
     size: int
@@ -43,21 +43,21 @@ class Vocabulary:
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """The embedding and the head, where there is one."""
+        """The embedding and, if it is known, the head."""
         return (self.embedding,) if self.head is None else (self.embedding, self.head)
 
     @property
     def weights(self) -> tuple[str, ...]:
-        """The weights of both, which are tables with a row per token."""
+        """The weights of these modules: tables with one row per token."""
         return tuple(f"{module}.weight" for module in self.modules)
 
 
 def resized_vocabulary(adapter: Adapter, base: Vocabulary) -> int | None:
-    """The size of the adapter's vocabulary; None where it is that of the base.
+    """The size of the adapter's vocabulary; None if it is that of the base.
 
     Raises:
         AdapterMismatchError: rows of added tokens are in neither the base nor the adapter, or the
-            adapter is for fewer tokens and does not have them whole.
+            adapter is for fewer tokens and does not contain the whole tables.
     """
     size = _size(adapter, base)
     if size is None or size == base.size:
@@ -81,7 +81,7 @@ def resized_vocabulary(adapter: Adapter, base: Vocabulary) -> int | None:
 def refuse_resized(adapter: Adapter, base: Vocabulary) -> None:
     """Raise AdapterMismatchError for an adapter whose vocabulary is not that of the base.
 
-    Where added tokens are no side inputs.
+    For bundles whose side inputs do not include added tokens.
     """
     size = resized_vocabulary(adapter, base)
     if size is not None:
@@ -92,11 +92,11 @@ def refuse_resized(adapter: Adapter, base: Vocabulary) -> None:
 
 
 def added_tokens(adapter: Adapter, base: Vocabulary, most: int) -> int:
-    """How many tokens `adapter` adds to the base's, as side inputs at `most`.
+    """The number of tokens that `adapter` adds to the base's, for side inputs.
 
     Raises:
-        AdapterMismatchError: as `resized_vocabulary`, or it adds more, or has fewer than the base,
-            or its output head has a bias for them.
+        AdapterMismatchError: as `resized_vocabulary`; or it adds more than `most`, or has fewer
+            tokens than the base, or the base's output head has a bias.
     """
     size = resized_vocabulary(adapter, base)
     if size is None:
@@ -118,18 +118,19 @@ def added_tokens(adapter: Adapter, base: Vocabulary, most: int) -> int:
 
 
 def token_tables(adapter: Adapter, base: Vocabulary) -> tuple[str, ...]:
-    """The fully trained tables of the adapter that trained rows can stand for.
+    """The fully trained tables of the adapter that trained rows can replace.
 
-    Of tied ones PEFT trains a copy each, so that both are there or none: rows are of both.
+    Rows apply to both of two tied tables, and PEFT trains a copy of each: they can be replaced only
+    if the adapter has both.
     """
     saved = tuple(name for name in base.weights if name in adapter.saved)
     return saved if len(saved) == len(base.weights) or not base.tied else ()
 
 
 def without_added(adapter: Adapter, base: Vocabulary) -> Adapter:
-    """What an adapter that adds tokens has for the base's own, without tables of all of them.
+    """`adapter` without its added tokens, and without its whole tables.
 
-    It fits where the adapter does, before the base's tables are there to be compared with.
+    It fits the same bases as `adapter`. This can be checked before the base's tables are read.
     """
     if resized_vocabulary(adapter, base) is None:
         return adapter
@@ -144,9 +145,9 @@ def without_added(adapter: Adapter, base: Vocabulary) -> Adapter:
 
 
 def with_factors_for(adapter: Adapter, base: Vocabulary, size: int) -> Adapter:
-    """`adapter` with factors of the embedding and the head for `size` tokens: cut, or with zeros.
+    """`adapter` with the embedding's and the head's factors cut or zero-padded to `size` tokens.
 
-    DoRA's stay as they are, as they scale rows of the base too.
+    DoRA's factors are unchanged, because they scale rows of the base, too.
     """
     factors = dict(adapter.factors)
     for module in base.modules:
@@ -168,7 +169,7 @@ def _resized(table: NDArray[Any], size: int) -> NDArray[Any]:
 
 
 def _size(adapter: Adapter, base: Vocabulary) -> int | None:
-    """How many tokens the adapter's tensors are for; None where none of them shows it."""
+    """The number of tokens that the adapter's tensors are for; None if no tensor shows it."""
     for module in base.modules:
         weight = f"{module}.weight"
         for brought in (adapter.saved, adapter.carried):
@@ -192,7 +193,7 @@ def head_alone(embedding: str, head: str) -> str:
 
 
 def say_resized(name: str, before: int, size: int) -> None:
-    """Say that the vocabulary of the merged bundle is that of the adapter `name`."""
+    """Warn that the merged bundle has the vocabulary of the adapter `name`."""
     logger.warning("%s: the vocabulary has %d tokens in place of the base's %d", name, size, before)
 
 
@@ -202,13 +203,13 @@ def _tables(base: Vocabulary) -> list[str]:
 
 
 def _has(weight: str, adapter: Adapter, base: Vocabulary) -> bool:
-    """Whether the adapter has the whole weight, or the one that it is tied to."""
+    """Whether the adapter has the whole weight, or a whole weight that is tied to it."""
     shared = base.weights if base.tied else [weight]
     return weight in adapter.saved or any(name in adapter.carried for name in shared)
 
 
 def _brought(parameter: str, adapter: Adapter, base: Vocabulary, size: int) -> bool:
-    """Whether the rows beyond the base's have values."""
+    """Whether the adapter has values for the rows of `parameter` beyond the base's."""
     if size < base.size or parameter in adapter.saved or parameter in adapter.carried:
         return True
     if parameter.endswith(".bias"):

@@ -1,1 +1,1 @@
-"""Module names: of other versions and classes, and the patterns that choose them."""
+"""Module names: renaming between versions and classes, and the patterns that select modules."""

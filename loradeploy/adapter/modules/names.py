@@ -41,8 +41,8 @@ def named_as(
 
     Unknown names are first renamed by transformers' `renamings`. If no name is known then, and one
     change of prefix maps all names to modules of the base, that change is applied. Names that
-    remain unknown are kept; the check of fit refuses them. Ranks and scalings are those that the
-    config has for the old names (PEFT would match its patterns with the new ones).
+    remain unknown are kept; `check_fit` refuses them. Ranks and scalings are those that the config
+    has for the old names (PEFT would match its patterns with the new ones).
 
     Raises:
         AdapterMismatchError: several changes of prefix are possible, or two names become equal.
@@ -60,14 +60,14 @@ def named_as(
     old = {**owners, **parameters}
 
     def module_of(name: str, called: str) -> str:
-        """The module that `name` of the adapter belongs to if the base has it as `called`."""
+        """The module of `name`, a module or parameter of the adapter, if the base's is `called`."""
         return called if name in owners else called.rpartition(".")[0]
 
     final = {}
     for name, module in old.items():
         is_new = module not in known and module_of(name, new[name]) in known
         final[name] = new[name] if is_new else name
-    working = [name for name in owners if _does_something(adapter, name)]
+    working = [name for name in owners if _has_effect(adapter, name)]
     # If some names are known, the others belong to another part of the model, not to a wrapper.
     unmatched = [] if any(final[name] in known for name in working) else working
     prefixes = _prefixes(unmatched, known)
@@ -101,7 +101,7 @@ def _renamed(name: str, rules: Sequence[Renaming]) -> str:
     return name
 
 
-def _does_something(adapter: Adapter, module: str) -> bool:
+def _has_effect(adapter: Adapter, module: str) -> bool:
     pair = adapter.factors[module]
     return pair.magnitude is not None or bool(np.any(pair.A) and np.any(pair.B))
 
@@ -109,7 +109,7 @@ def _does_something(adapter: Adapter, module: str) -> bool:
 def _prefixes(names: Sequence[str], known: Collection[str]) -> set[Prefixes]:
     """Every change of prefix that maps all `names` to modules of the base.
 
-    Only prefixes that are added, removed or extended count, in their shortest form.
+    Only changes that add, remove or extend a prefix are included, in their shortest form.
     """
     endings: dict[str, list[str]] = defaultdict(list)
     for module in known:
@@ -152,7 +152,7 @@ def _spelled(name: str, prefixes: Prefixes) -> str:
 
 
 def with_names(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
-    """`adapter` with its modules and parameters renamed; `names` has all of them."""
+    """`adapter` with its modules and parameters renamed. `names` must include all of them."""
 
     def renamed(values: Mapping[str, _Value]) -> dict[str, _Value]:
         return {names[name]: value for name, value in values.items()}

@@ -103,7 +103,7 @@ class Ends:
         self._keys = tuple(keys)
         self._matcher = matcher
         self._expressions = [n for n, key in enumerate(self._keys) if not is_name(key)]
-        # By length and positions of dots: the other characters, and the first key with them.
+        # length → positions of dots → (full name only, other characters) → first key.
         self._tables: dict[int, dict[tuple[int, ...], dict[tuple[bool, str], int]]] = {}
         for number, key in enumerate(self._keys):
             if is_name(key):

@@ -24,7 +24,7 @@ def match_targets(
 
 
 def untargeted(names: Iterable[str], config: AdapterConfig) -> list[str]:
-    """Those of `names`, modules with factors in a file, that `config` leaves out.
+    """The `names`, of modules with factors in a file, that `config` does not target.
 
     PEFT ignores their factors. A regular expression may be for other names than the file's (of a
     renamed or wrapped model), so it counts only if it matches some of them.

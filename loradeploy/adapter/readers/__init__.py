@@ -1,1 +1,1 @@
-"""Read adapters of other libraries: `table` has a row for each form, the others its equation."""
+"""Read adapters of other libraries: one module per library, and the `table` that selects it."""

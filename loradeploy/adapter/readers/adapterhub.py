@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _NAMED: Final = re.compile(r"(?P<module>.+)\.loras\.(?P<name>[^.]+)(?P<half>\.lora_[AB])")
 _ENDINGS: Final = {".lora_A": "A", ".lora_B": "B"}
 _ADVICE: Final = "merge it there (model.merge_adapter), save the model and export that"
-# Settings that change the equation, and the value that leaves it as it is.
+# Settings that change the equation, and their values that do not.
 _NEUTRAL: Final = {
     "composition_mode": "add",
     "use_gating": False,
@@ -45,7 +45,7 @@ logger = logger_of(__name__)
 
 
 def read(source: Source) -> Adapter:
-    """The adapter by the names of the modules in transformers."""
+    """The adapter, with the module names of transformers."""
     outer = source.settings("its rank and alpha")
     inner = outer.get("config")
     config: Mapping[str, Any] = inner if isinstance(inner, Mapping) else outer
@@ -86,13 +86,13 @@ def read(source: Source) -> Adapter:
 
 
 def _block_diagonal(B: NDArray[Any], parts: list[str], module: str) -> NDArray[Any]:
-    """B [n · out/3, rank] as [out, n · rank]: the rows of each part read its own columns of A."""
+    """B [n · out/3, rank] as [out, n · rank]: the rows of each part use that part's rows of A."""
     if B.ndim != 2 or not parts or len(B) % len(parts):
         raise AdapterError(f"{module}: lora_B is {list(B.shape)}, with {len(parts)} attn_matrices")
     size, rank = len(B) // len(parts), B.shape[1]
     whole = np.zeros((3 * size, len(parts) * rank), B.dtype)
-    for number_, part in enumerate(parts):
+    for index, part in enumerate(parts):
         row = size * "qkv".index(part)
-        columns = slice(number_ * rank, (number_ + 1) * rank)
-        whole[row : row + size, columns] = B[number_ * size : (number_ + 1) * size]
+        columns = slice(index * rank, (index + 1) * rank)
+        whole[row : row + size, columns] = B[index * size : (index + 1) * size]
     return whole

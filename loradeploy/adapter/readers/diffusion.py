@@ -4,8 +4,8 @@ lora_te_<module, dots as underscores>.lora_down.weight|lora_up.weight|alpha     
 text_encoder.<module>.lora_linear_layer.down.weight|up.weight                   diffusers, older
 text_encoder.<module>.lora_A.weight|lora_B.weight, and alpha                    diffusers; _2, _3
 
-s = alpha / rank, 1 without alpha; diffusers states PEFT's config in the header (`header`). Which
-module a name with underscores means, the base says.
+s = alpha / rank, or 1 without alpha. diffusers stores PEFT's config in the header (`header`). Names
+with underscores are resolved with the module names of the base.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ def _component(chosen: str) -> str:
 def _scaling(
     source: Source, config: AdapterConfig | None, module: str, rank: int, alpha: float | None
 ) -> float:
-    """s of `module`, by the header's `config` and by `alpha`, its tensor. They must agree."""
-    # sd-scripts takes no alpha, and an alpha of 0, for the rank.
+    """s of `module`, from the header's `config` and from the tensor `alpha`. They must agree."""
+    # sd-scripts uses the rank if alpha is missing or 0.
     of_tensor = (alpha or rank) / rank
     if config is not None:
         if config.rank_of(module) != rank:
@@ -103,7 +103,7 @@ def _scaling(
                 f" {config.rank_of(module)}"
             )
         s = scaling(config, module)
-        # alpha may be stored with the 8 bits of bfloat16.
+        # alpha may be stored as bfloat16, with 8 bits of precision.
         if alpha is not None and not math.isclose(s, of_tensor, rel_tol=2**-8):
             raise AdapterError(
                 f"{module}: its alpha of {alpha:g} scales by {of_tensor:g}, the config in its"
@@ -126,7 +126,7 @@ def _matrix(values: NDArray[Any], module: str) -> NDArray[Any]:
 
 
 def _in_base(source: Source, written: list[str]) -> dict[str, str]:
-    """The base's modules by the names in the file, each exactly one."""
+    """Map each name in the file to the one module of the base that it stands for."""
     base = source.needs_base("the names in the file have underscores for dots")
     spelled: dict[str, list[str]] = {}
     for module in base.modules:
@@ -143,5 +143,5 @@ def _in_base(source: Source, written: list[str]) -> dict[str, str]:
 
 
 def _spelled(module: str) -> str:
-    # transformers 5 has CLIP's text encoder without this prefix.
+    # transformers 5 names the modules of CLIP's text encoder without this prefix.
     return module.replace(".", "_").removeprefix("text_model_")

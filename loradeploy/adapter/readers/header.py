@@ -1,7 +1,7 @@
-"""What the header of a safetensors file states about a LoRA, in its metadata.
+"""LoRA settings in the metadata of a safetensors file's header.
 
-lora_adapter_metadata   diffusers (0.34 and later): PEFT's config as JSON, each field with its
-                        component in front, as text_encoder.lora_alpha
+lora_adapter_metadata   diffusers (0.34 and later): PEFT's config as JSON; the component precedes
+                        the name of each field, as in text_encoder.lora_alpha
 ss_network_alpha        kohya's sd-scripts: alpha, which its loaders read from the tensors instead
 lora_alpha              alpha, of other programs
 """
@@ -19,12 +19,12 @@ from loradeploy.parsing import parse_json
 
 _CONFIG: Final = "lora_adapter_metadata"
 _ALPHAS: Final = ("ss_network_alpha", "lora_alpha")
-# What sd-scripts writes for a training without alpha.
+# The values that sd-scripts writes if alpha is not set.
 _UNSET: Final = ("", "None")
 
 
 def config_in(header: Mapping[str, str], component: str) -> AdapterConfig | None:
-    """PEFT's config of `component` ("text_encoder"), None where `header` has none.
+    """PEFT's config of `component`, such as "text_encoder"; None if `header` has none.
 
     Raises:
         AdapterError: it is not JSON, or has a field that changes the numbers and is not supported.
@@ -64,7 +64,7 @@ def alpha_in(header: Mapping[str, str]) -> tuple[str, float] | None:
     """The name and the value of the alpha that `header` states for the whole file, if any.
 
     Raises:
-        AdapterError: it is not a finite number, or two are stated that differ.
+        AdapterError: it is not a finite number, or two different values are stated.
     """
     stated: dict[str, float] = {}
     for name in _ALPHAS:

@@ -1,10 +1,10 @@
-"""The adapters in a checkpoint of jina-embeddings-v3: one of each task, stacked in one parameter.
+"""Adapters in a checkpoint of jina-embeddings-v3: one per task, stacked in one parameter.
 
 <module>.parametrizations.weight.0.lora_A   [tasks, rank, in]; embedding [tasks, vocabulary, rank]
 <module>.parametrizations.weight.0.lora_B   [tasks, out, rank]; embedding [tasks, rank, size]
 
-The modules get the names of transformers' own jina_embeddings_v3, whose query, key and value are
-modules of their own.
+Modules are renamed as in transformers' jina_embeddings_v3, which has separate modules for query,
+key and value.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Adapters of mlx-lm: y = W x + scale · (x a) b, a [in, rank] and b [rank, out].
 
-The names of the modules are those of mlx's model, which are transformers' for most architectures.
+Modules have the names of mlx's model, which are those of transformers for most architectures.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from loradeploy.adapter.readers.source import Source, adapter_of, check_complete
 from loradeploy.errors import AdapterError, listed_names
 
 _ENDINGS: Final = {".lora_a": "A", ".lora_b": "B", ".m": "magnitude"}
-# An adapted embedding of mlx also changes the tied output head, which PEFT's does not.
+# LoRA on an embedding in mlx also changes the tied output head; in PEFT it does not.
 _EMBEDDINGS: Final = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in")
 
 
 def read(source: Source) -> Adapter:
-    """The adapter as PEFT has it: A = aᵀ, B = bᵀ, s = scale."""
+    """The adapter in PEFT's convention: A = aᵀ, B = bᵀ, s = scale."""
     config = source.settings("its scale")
     kind = config.get("fine_tune_type", "lora")
     if kind not in ("lora", "dora"):

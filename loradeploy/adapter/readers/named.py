@@ -1,4 +1,4 @@
-"""A model's state_dict() with PEFT's layers in it: adapters' names in the keys, perhaps several."""
+"""Adapters in the state_dict() of a model with PEFT's layers: the keys contain their names."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _OTHERS: Final = (".base_layer.", ".original_module.")
 
 
 def read(source: Source) -> Adapter:
-    """The chosen adapter. Its config is in a folder of its name, or beside the file.
+    """The chosen adapter. Its config is in a folder with the adapter's name, or beside the file.
 
-    Copies of the base's weights are left out: PEFT loads them from the base.
+    Copies of the base's weights are left out, because PEFT loads them from the base.
     """
     found = {key: _NAMED.fullmatch(key) for key in source.shapes}
     chosen = source.choose(match["name"] for match in found.values() if match)

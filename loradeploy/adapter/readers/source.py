@@ -1,4 +1,4 @@
-"""What a reader is given: the files of another library's adapter, and the base model if given."""
+"""The input of a reader: the files of another library's adapter, and optionally its base model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Base:
-    """The checkpoint in `directory`, as far as readers need it."""
+    """The base model's checkpoint in `directory`."""
 
     directory: Path
 
@@ -42,10 +42,10 @@ class Base:
 class Source:
     """An adapter of another library.
 
-    `config`: the contents of the JSON file that describes it, or None. `chosen`: which of several
-    adapters in the file to read, or None. `base`: the base model, None if it is not given.
-    `header`: the metadata in the header of the file. `asked`: which of `name` (`chosen`) and
-    `model` (`base`) a reader has asked for.
+    `config`: the contents of the JSON file that describes it, or None. `chosen`: the name of the
+    adapter to read if the file has several, or None. `base`: the base model, or None. `header`: the
+    metadata in the header of the file. `asked`: the options that a reader has used, of `name`
+    (`chosen`) and `model` (`base`).
     """
 
     file: Path
@@ -67,7 +67,7 @@ class Source:
         return values
 
     def settings(self, what: str) -> Mapping[str, Any]:
-        """The contents of the adapter's JSON file, which has `what`."""
+        """The contents of the adapter's JSON file; the error says that it contains `what`."""
         if self.config is None:
             raise AdapterError(
                 f"there is no adapter_config.json beside it, which has {what}: copy it from the"
@@ -76,17 +76,17 @@ class Source:
         return self.config
 
     def needs_base(self, why: str) -> Base:
-        """The base model, or a UsageError that says `why` it is needed."""
+        """The base model. Raises a UsageError with the reason `why` if it is not given."""
         self.asked.add("model")
         if self.base is None:
             raise UsageError(f"{self.file}: give its base as `model`: {why}")
         return self.base
 
     def choose(self, names: Iterable[str]) -> str:
-        """The adapter to read of those in the file: the only one, or the one that is chosen.
+        """The name of the adapter to read: the chosen one, or the only one in the file.
 
         Raises:
-            UsageError: there are several and none is chosen, or there is none of this name.
+            UsageError: the file has several and none is chosen, or none with the chosen name.
         """
         self.asked.add("name")
         known = sorted(set(names))
@@ -110,9 +110,9 @@ def number(values: Mapping[str, Any], name: str) -> float:
 
 
 def check_rank(module: str, B: NDArray[Any], stated: float) -> None:
-    """Raise AdapterError if B [out, rank] of `module` has another rank than the config states.
+    """Raise AdapterError if the rank of B [out, rank] is not the one `stated` in the config.
 
-    s = α/r is of the stated rank: such a config is that of another adapter.
+    s = α/r uses the stated rank; a config with a different rank is that of another adapter.
     """
     if B.shape[1:] != (stated,):
         raise AdapterError(
@@ -124,7 +124,7 @@ def check_rank(module: str, B: NDArray[Any], stated: float) -> None:
 def halves(
     keys: Iterable[str], endings: Mapping[str, str]
 ) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """The keys by module and half, and those that have none of `endings` (half by ending)."""
+    """The keys by module and half, and the other keys. `endings`: the half by ending of the key."""
     found: dict[str, dict[str, str]] = {}
     others = []
     for key in sorted(keys):
@@ -158,7 +158,7 @@ def adapter_of(
     task_type: str | None = None,
     base_name: object = None,
 ) -> Adapter:
-    """The adapter with these factors and scalings s, by the base's module names."""
+    """The adapter with these factors and scalings s, by module name of the base."""
     ranks = {module: pair.rank for module, pair in factors.items()}
     plain = AdapterConfig(
         target_modules=tuple(sorted(factors)),

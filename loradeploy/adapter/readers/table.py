@@ -1,4 +1,4 @@
-"""The table of readers, and the one function that chooses from it, by what a file has."""
+"""The table of readers, and the function that selects one by the content of a file."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ READERS: Final[Mapping[Form, Callable[[Source], Adapter]]] = {
     TORCHTUNE: torchtune.read,
 }
 
-# Names that the libraries give their files; a directory's only .safetensors needs none of them.
+# File names that the libraries use. If a directory has one .safetensors file, any name will do.
 _FILES: Final = (
     WEIGHTS_NAME,
     "adapters.safetensors",
@@ -57,7 +57,7 @@ _FILES: Final = (
 
 
 def other_form(path: str | os.PathLike[str]) -> Form | None:
-    """The form of the adapter at `path` if it is one of the table's, None for everything else."""
+    """The form of the adapter at `path` if the table has a reader for it, else None."""
     try:
         source = _open(Path(path))
     except LoraDeployError:
@@ -75,16 +75,16 @@ def read_other(
     """The adapter of another library at `path`, a directory or a .safetensors file.
 
     Args:
-        path: what the library wrote.
-        name: which adapter to read of a file that has several.
+        path: the file or directory that the library wrote.
+        name: the name of the adapter to read, if the file has several.
         base: the base model, for the forms that need it.
 
     Raises:
-        UsageError: the form needs the base or a name, or has no adapter of that name; or it needs
-            none, and one is given.
-        AdapterError: it is none of these forms, a tensor or a setting is not supported, or the
-            settings are missing; the message names it.
-        ModelError: the base cannot be read, or is none that the form is for.
+        UsageError: the form needs the base or a name, or has no adapter with that name; or the base
+            or a name is given and the form does not use it.
+        AdapterError: the form is unknown, a tensor or a setting is not supported, or the settings
+            are missing; the message names the cause.
+        ModelError: the base cannot be read, or its architecture is not supported for the form.
     """
     source = _open(Path(path), name=name, base=base)
     form = None if source is None else form_of(source.config, source.shapes)
@@ -103,7 +103,7 @@ def read_other(
 
 
 def _open(path: Path, **given: Any) -> Source | None:
-    """The adapter's tensors and settings, None if `path` has no safetensors."""
+    """The adapter's tensors and settings; None if `path` has no safetensors."""
     directory = path if path.is_dir() else path.parent
     file = _weights(path) if path.is_dir() else path
     if file is None or file.suffix != ".safetensors" or not file.is_file():

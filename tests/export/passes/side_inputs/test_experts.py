@@ -150,7 +150,7 @@ def test_factors_that_peft_may_have_the_other_way_round_are_refused(
     config = AdapterConfig(r=2, extra={"peft_version": version})
     found = expert_factors(np.ones((6, 6)), np.ones((outputs, 6)), 2, config)
     assert isinstance(found, str) == refused
-    assert not refused or "before 0.19 it took one for the other" in str(found)
+    assert not refused or "before 0.19 it swapped the two" in str(found)
 
 
 @pytest.mark.breadth(2)
