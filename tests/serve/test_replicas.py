@@ -50,6 +50,12 @@ SIGNED = {"Authorization": "Bearer a-key-0123456789abcdef"}
 LONG = {"max_tokens": 110, "logit_bias": {"2": -1000}}
 IN_A_ROW = 8  # answers of one replica, of two, by which an adapter is known to be with it
 PATIENCE = 300  # seconds, for what comes sooner or later on any machine
+# Ray's router gives up on replicas that respond slowly, as all of them do on a busy machine.
+PATIENT_ROUTER = {
+    "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "60",
+    "RAY_SERVE_MAX_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "60",
+    "RAY_SERVE_MULTIPLEXED_MODEL_ID_MATCHING_TIMEOUT_S": "60",
+}
 
 Texts = dict[str, tuple[str, str]]  # the short and the long one by adapter
 
@@ -99,22 +105,23 @@ def url(
     keys.write_text(json.dumps(KEYS))
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    ray.init(
-        num_cpus=2, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False
+    spec = ServiceSpec(
+        str(tiny_llama_bundle),
+        adapters={name: str(path) for name, path in serve_adapters.items()},
+        api_keys=str(keys),
     )
-    try:
-        spec = ServiceSpec(
-            str(tiny_llama_bundle),
-            adapters={name: str(path) for name, path in serve_adapters.items()},
-            api_keys=str(keys),
+    with pytest.MonkeyPatch.context() as patched:
+        for name, seconds in PATIENT_ROUTER.items():  # read by the processes that Ray starts
+            patched.setenv(name, seconds)
+        patched.setattr(replicas, "Replica", held_by(stop))
+        ray.init(
+            num_cpus=2, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False
         )
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(replicas, "Replica", held_by(stop))
-            url = run(spec, Scale(2, 2, cpus=0.5), port)
-        yield url
-    finally:
-        serve.shutdown()
-        ray.shutdown()
+        try:
+            yield run(spec, Scale(2, 2, cpus=0.5), port)
+        finally:
+            serve.shutdown()
+            ray.shutdown()
 
 
 @pytest.fixture(scope="module")
