@@ -94,7 +94,7 @@ def from_checkpoint(source: Source, options: Options) -> Base:
     if task == CAUSAL_LM and not declared and makes_vectors(source.directory):
         task = FEATURE_EXTRACTION  # embedding models keep the architecture name of their decoder
     kind = tower_kind(given, task)
-    if kind is None:  # a tower's own vector is a text's
+    if kind is None:  # towers compute the vector themselves, without pooling
         check_recipe([source.directory, *options.directories.values()], task)
     for name, adapter in adapters.items():
         with named(name):

@@ -261,7 +261,7 @@ def adaptable(
     name: str,
     digest: str | None = None,
 ) -> AdaptableBase:
-    """The layers of a graph, and the parameters of it that `adapter` changes, for the check of fit.
+    """Describe the graph's layers, and the parameters that `adapter` changes, for `check_fit`.
 
     `name`: the name of the graph in messages. `digest`: that of the checkpoint, if known.
     """

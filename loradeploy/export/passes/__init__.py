@@ -1,1 +1,1 @@
-"""Graph surgery: a pass changes one thing of a graph; what undoes it is in the same file."""
+"""Graph surgery: each pass changes one aspect of a graph; its inverse is in the same file."""

@@ -1,10 +1,10 @@
-"""Products of the same input made one: q, k and v; gate and up.
+"""Fuse products of the same input: q, k and v; gate and up.
 
     x W_q, x W_k, x W_v   →   Split(x [W_q W_k W_v])
 
 A decoder at batch 1 spends much of its time between products, so that fewer and larger ones are
-faster. Each member keeps factors of its own: a joint B would be block diagonal, its zeros read at
-every step like any other number.
+faster. Each member keeps separate factors: a joint B would be block diagonal, and its zeros would
+be read at every step.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Fused:
-    """One product called `label`, and the `members` whose outputs it gives, in their order.
+    """One product with the name `label`, and the `members` that it computes, in order.
 
     A linear that shares its input with no other is the only member of its product.
-    `outputs`: the members' own, where the graph takes the product's output apart; None where it
-    does not, as in graphs that come with fused products.
+    `outputs`: the members' outputs, if the graph splits the product's output; None if it does not,
+    as in graphs that come with fused products.
     """
 
     label: str
@@ -53,10 +53,10 @@ class Fused:
 def fuse_products(
     graph: ir.Graph, linears: Iterable[Linear], *, apart: Collection[str] = ()
 ) -> list[Fused]:
-    """Make one product of those linears of one module that take the same input.
+    """Fuse linears with the same parent module and the same input into one product.
 
-    Modules in `apart` stay as they are, and so does a linear that is called twice, whose weight
-    something else uses, or is quantized or transposed. The order of the linears is kept.
+    Modules in `apart` are not fused, nor are linears that are called twice, or whose weight is
+    quantized, transposed or used elsewhere. The order of the linears is kept.
     """
     groups: dict[object, list[Linear]] = {}
     for linear in linears:
@@ -66,10 +66,10 @@ def fuse_products(
 
 
 def separate_products(graph: ir.Graph, targets: Iterable[LoraTarget]) -> list[ir.Value]:
-    """Undo `fuse_products`, once the graph's side inputs are out; the constants taken apart.
+    """Undo `fuse_products` after the side inputs are removed; return the constants of fused nodes.
 
     Raises:
-        ExportError: the graph does not have the products that the targets tell of.
+        ExportError: the graph does not have the products of the targets.
     """
     nodes = {str(node.name): node for node in graph}
     apart: list[ir.Value] = []
@@ -80,7 +80,7 @@ def separate_products(graph: ir.Graph, targets: Iterable[LoraTarget]) -> list[ir
 
 
 def products_of(targets: Iterable[LoraTarget]) -> list[tuple[str, list[LoraTarget]]]:
-    """The products that the targets are of, by label, members in the order of their outputs."""
+    """The products of the targets, with their labels; members in the order of their outputs."""
     grouped: dict[object, list[LoraTarget]] = {}
     for target in targets:
         grouped.setdefault(target if target.slice is None else target.weight, []).append(target)
@@ -92,14 +92,14 @@ def products_of(targets: Iterable[LoraTarget]) -> list[tuple[str, list[LoraTarge
 
 
 def came_fused(label: str, members: Sequence[LoraTarget]) -> bool:
-    """Whether the product came with the graph: the weight of one fused here is called after it."""
+    """Whether the product came with the graph: weights fused here are named after the label."""
     return members[0].slice is not None and not members[0].weight.startswith(
         fused_weight_name(label)
     )
 
 
 def _key(linear: Linear) -> object:
-    """What linears that can be fused have in common; None where this one cannot."""
+    """The key that linears must share to be fused; None if this one cannot be fused."""
     if linear.slice is not None:
         return linear.nodes
     (node, *more) = linear.nodes
@@ -108,7 +108,7 @@ def _key(linear: Linear) -> object:
         return None
     if node.inputs[1] is not weight or len(list(weight.uses())) > 1 or x is None:
         return None
-    if repeated_for_rows(node.outputs[0]) is not None:  # its update is added before it is repeated
+    if repeated_for_rows(node.outputs[0]) is not None:  # the update is added before the Expand
         return None
     return x, linear.module.rpartition(".")[0], weight.dtype
 
@@ -123,7 +123,7 @@ def _product(graph: ir.Graph, members: list[Linear]) -> Fused:
 
 
 def _taken_apart(label: str, members: Sequence[Linear]) -> tuple[ir.Value, ...] | None:
-    """The members' own outputs where the product was fused here before, as in a merged graph."""
+    """The members' outputs if an earlier export fused the product, as in a merged graph."""
     users = [use.node for use in output_of(members[0].nodes[0]).uses()]
     if [node.name for node in users] != [step_name(label, FUSED_SPLIT)]:
         return None
@@ -131,7 +131,7 @@ def _taken_apart(label: str, members: Sequence[Linear]) -> tuple[ir.Value, ...] 
 
 
 def _check_complete(label: str, members: Sequence[Linear]) -> None:
-    """Raise ExportError unless the members are all of a fused product."""
+    """Raise ExportError unless `members` are all modules of the fused product."""
     slices = [member.slice or (0, 0) for member in members]
     begins, ends = [begin for begin, _ in slices], [end for _, end in slices]
     shape = output_of(members[0].nodes[0]).shape
@@ -150,7 +150,7 @@ def _fuse(graph: ir.Graph, label: str, members: Sequence[Linear]) -> Fused:
     tensors = [each for member in members if (each := member.weight.const_value) is not None]
     weight = joined(fused_weight_name(label), tensors)
     nodes = [member.nodes[0] for member in members]
-    # The input is there before any of them; which comes first, only the graph tells.
+    # The fused product goes before the first of them in the graph.
     first = next(node for node in graph if node in nodes)
     x, y = first.inputs[0], first.outputs[0]
     assert x is not None
@@ -228,8 +228,8 @@ def _separate(
 def _outputs(
     numbers: NDArray[np.generic], begin: int, end: int, outputs: int, op_type: str
 ) -> NDArray[np.generic]:
-    """The part of a product's constant that makes its outputs from `begin` to `end`."""
+    """The part of a product's constant for its outputs from `begin` to `end`."""
     if op_type == "MatMul":
         return numbers[:, begin:end]
-    # MatMulNBits has everything in the order of the outputs, its scales flat in older versions.
+    # MatMulNBits orders its constants by output; in older versions its scales are flat.
     return numbers.reshape(outputs, -1)[begin:end].reshape(-1, *numbers.shape[1:])

@@ -1,15 +1,15 @@
-"""A decoder's attention as onnxruntime's GroupQueryAttention, which can keep its cache in place.
+"""Replace a decoder's attention by GroupQueryAttention, which can update its cache in place.
 
     k = Concat(past_k, new_k), v likewise   →   y, k, v = GroupQueryAttention(q, new_k, new_v,
     y = Attention(q, k, v, mask)                              past_k, past_v, last, total)
 
-q, the new keys and values, and y are [batch, sequence, heads · size], rotated before as they were.
-`last` int32 [batch] is the number of a row's tokens less one, and `total` int32 that of all
-positions, both read off `attention_mask`. So a row's tokens stand at its beginning, and padding
-behind them. Where past_k and k are one buffer of all positions that there can be, nothing is copied
-from step to step (onnxruntime-genai's past_present_share_buffer; on CUDA a must for CUDA graphs).
+q, the new keys and values, and y are [batch, sequence, heads · size]; rotary embeddings stay before
+it. `last` int32 [batch] is the number of a row's tokens minus one, `total` int32 the number of all
+positions; both are computed from `attention_mask`. So a row's tokens come first, and its padding
+last. If past_k and k are one buffer for the largest number of positions, nothing is copied between
+steps (onnxruntime-genai's past_present_share_buffer; required for CUDA graphs).
 
-It fits where the mask is causal, and nothing else: no window, no bias.
+The mask has to be causal only: no window, no bias.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ _HEADS_FIRST: Final = (
     1,
     3,
 )  # [batch, sequence, heads, size] ↔ [batch, heads, sequence, size]
-# What compares positions in a causal mask: a key's with a query's, and, so that no row is empty, a
-# token with itself. A window or chunks take more.
+# The comparisons of positions in a causal mask: a key's with a query's, and, so that no row is
+# empty, a token's with its own. A window or chunks need more.
 _CAUSAL: Final = Counter({"LessOrEqual": 1, "Equal": 1})
 _COMPARING: Final = ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Mod", "Where")
 
 
 @dataclass(frozen=True, eq=False)
 class _Cached:
-    """New keys or values, the past ones, and where both together are given."""
+    """New keys or values, the past ones, and the output with both."""
 
     new: ir.Value
     past: ir.Value
@@ -58,10 +58,10 @@ class _Cached:
 
 
 def group_queries(model: ir.Model) -> None:
-    """Compute every attention over the cache by GroupQueryAttention.
+    """Replace every attention over the cache by GroupQueryAttention.
 
     Raises:
-        ExportError: an attention that is not causal alone, or is written in another way.
+        ExportError: an attention is not only causal, or has an unknown form.
     """
     graph = model.graph
     if any(node.op_type == GROUP_QUERY_ATTENTION for node in graph):
@@ -89,9 +89,9 @@ def has_grouped_attention(model: ir.Model) -> bool:
 
 
 def keeps_cache(model: ir.Model) -> bool:
-    """Whether one buffer may be the past and the present of every key and value.
+    """Whether one buffer can be the past and the present of every key and value.
 
-    GroupQueryAttention, and nothing else, reads the past ones, and it gives the present ones.
+    It can if only a GroupQueryAttention reads the past, and the same node computes the present.
     """
     graph = model.graph
     outputs = {value.name: value for value in graph.outputs}
@@ -160,7 +160,7 @@ def _check_mask(node: ir.Node, mask: ir.Value) -> None:
 
 
 def _operators_behind(value: ir.Value) -> list[str]:
-    """The operators of all nodes that `value` comes of, each node once."""
+    """The operators of all nodes that `value` is computed from, each node once."""
     seen: dict[ir.Node, None] = {}
     waiting = [value]
     while waiting:
@@ -172,7 +172,7 @@ def _operators_behind(value: ir.Value) -> list[str]:
 
 
 def _cached(node: ir.Node, value: ir.Value | None) -> _Cached:
-    """The halves of what a layer's cache and its new keys or values are together."""
+    """A layer's cached and new keys or values, which `value` concatenates."""
     concat = None if value is None else value.producer()
     if concat is None or concat.op_type != "Concat" or len(concat.inputs) != 2:
         raise _unfit(node, "does not take its cache and what is new side by side")
@@ -188,7 +188,7 @@ def _cached(node: ir.Node, value: ir.Value | None) -> _Cached:
 
 
 def _sizes(node: ir.Node, value: ir.Value) -> tuple[int, int]:
-    """Heads and their size of a value [batch, heads, sequence, size]."""
+    """The number of heads and their size, of a value [batch, heads, sequence, size]."""
     shape = value.shape
     if shape is None or len(shape) != 4:
         raise _unfit(node, "does not specify the number of its heads")
@@ -236,7 +236,7 @@ def _flat(graph: ir.Graph, node: ir.Node, value: ir.Value) -> ir.Value:
 def _placed(
     graph: ir.Graph, before: ir.Node, made: ir.Node, like: ir.Value, shape: ir.Shape
 ) -> ir.Value:
-    """The output of a new node, of the type of `like`."""
+    """Insert the node `made` and return its output, with the type of `like`."""
     output = made.outputs[0]
     output.name, output.type, output.shape = made.name, like.type, shape
     graph.insert_before(before, made)
@@ -244,7 +244,7 @@ def _placed(
 
 
 def _unsplit(value: ir.Value) -> ir.Value | None:
-    """What was split into the heads of `value` by a Reshape and a Transpose, where it was."""
+    """The value that a Reshape and a Transpose split into the heads of `value`, if any."""
     transpose = value.producer()
     if transpose is None or not _swaps_heads(transpose):
         return None
@@ -255,11 +255,11 @@ def _unsplit(value: ir.Value) -> ir.Value | None:
 
 
 def _merged_heads(node: ir.Node) -> ir.Value:
-    """What becomes of the attention's heads: [batch, sequence, heads · size]."""
+    """The value [batch, sequence, heads · size] that the attention's heads are merged into."""
     value = node.outputs[0]
     transpose = only_user(value)
     if transpose is not None and transpose.op_type == "Reshape":
-        same = transpose.outputs[0]  # some exporters say the shape that is there already
+        same = transpose.outputs[0]  # some exporters reshape to the same shape
         if value.shape is not None and same.shape == value.shape:
             transpose = only_user(same)
     if transpose is not None and _swaps_heads(transpose):
@@ -276,7 +276,7 @@ def _swaps_heads(node: ir.Node) -> bool:
 
 
 def _lengths(graph: ir.Graph) -> tuple[ir.Value, ir.Value]:
-    """`last` and `total`, at the beginning of the graph."""
+    """Compute `last` and `total` at the beginning of the graph."""
     import onnx_ir as ir
 
     mask = next((value for value in graph.inputs if value.name == ATTENTION_MASK), None)

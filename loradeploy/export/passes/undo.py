@@ -1,4 +1,4 @@
-"""What an export adds last is taken away first, wherever a bundle's graph is read again."""
+"""Undo the last passes of an export, before the graph of a bundle is changed again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def remove_choices(graph: ir.Graph, manifest: Manifest) -> None:
-    """Undo what lets a run choose a branch, and the positions that get logits.
+    """Remove the branches and the input `logits_to_keep`, if the manifest lists them.
 
     Raises:
         ExportError: the graph lacks what its manifest lists.

@@ -1,1 +1,1 @@
-"""The forms of a graph that clients and devices need: its layout, branches, inputs, shapes."""
+"""Passes for forms that clients and devices need: layout, branches, required inputs, shapes."""

@@ -1,13 +1,13 @@
 """One graph, two branches over the same weights: the base, and the base with an adapter.
 
-    If adapter_mode = 0   base      no side input is looked at: the graph without them
-                    = 1   adapted   the graph with them, as its layout says
+    If adapter_mode = 0   base      the graph without side inputs
+                    = 1   adapted   the graph with side inputs, in its layout
 
 Hundreds of small nodes cost an idle graph 2 to 18 % of a decode step, and gathering factors costs
-an active one as much again; an `If` costs nothing that can be measured. The branches share the
-initializers. ONNX Runtime shares packed weights of 8 and 4 bits between them too, but lays float
-weights out again for each. It does neither in a branch of a branch, where a step takes 20 times as
-long: there are never more than two. A CUDA graph cannot capture an `If`.
+an active one as much again; an `If` has no measurable cost. The branches share the initializers.
+ONNX Runtime shares packed weights of 8 and 4 bits between them too, but packs float weights again
+for each branch. In a branch inside a branch it does neither, and a step takes 20 times as long, so
+that branches are never nested. A CUDA graph cannot capture an `If`.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 _ADAPTED: Final = "adapted"
-_SCALES: Final = 2  # of a MatMulNBits
+_SCALES: Final = 2  # the index of the scales of a MatMulNBits
 
 
 def branches_problem(graph: ir.Graph) -> str | None:
-    """Why ONNX Runtime would not run the graph with branches; None where it does.
+    """Why ONNX Runtime (1.31) would not run the graph with branches; None if it would.
 
-    Packed weights that two branches share are wrong on the CPU where the rest is in fp16 (1.31).
-    Of a DequantizeLinear and the product behind it it makes a MatMulNBits, and in a branch (1.31)
-    it does not find the weights that all branches share. Where the other factor is dequantized too
-    it makes something else, which works.
+    On the CPU it computes wrong results with packed weights that two branches share, if the rest is
+    in fp16. It fuses a DequantizeLinear and the product after it into a MatMulNBits, and in a
+    branch it does not find the shared weight for it. If the other factor is dequantized too, it
+    makes another fusion, which works.
     """
     import onnx_ir as ir
 
@@ -75,7 +75,7 @@ def add_branches(graph: ir.Graph) -> None:
         raise ExportError(
             "the graph has branches or loops of its own: export with `branches=False`"
         )
-    # Where the base's own numbers are side inputs, they are the only slot.
+    # The base branch has one slot, whose side inputs are the base's own values: nothing to gather.
     base = _copy(nodes, outputs, BASE, {**gathered_slots(graph), **_without_factors(nodes)})
     other = _copy(nodes, outputs, _ADAPTED, {})
     types = [(value.name, value.type, value.shape) for value in outputs]
@@ -95,7 +95,7 @@ def add_branches(graph: ir.Graph) -> None:
 
 
 def remove_branches(graph: ir.Graph) -> None:
-    """Undo `add_branches`: the branch with an adapter is the graph again.
+    """Undo `add_branches`: the adapted branch becomes the graph again.
 
     Raises:
         ExportError: the graph does not have the branches.
@@ -132,7 +132,7 @@ def _name_outputs(
 
 
 def _without_factors(nodes: Sequence[ir.Node]) -> dict[ir.Value, ir.Value]:
-    """What each sum of a product and its factors' is without the factors."""
+    """For each sum of a product and its low-rank update, the product."""
     sums = (node for node in nodes if is_step(node, LORA_ADD))
     return {node.outputs[0]: base for node in sums if (base := node.inputs[0]) is not None}
 
@@ -143,7 +143,7 @@ def _copy(
     name: str,
     instead: Mapping[ir.Value, ir.Value],
 ) -> ir.Graph:
-    """A branch that computes `outputs`, some values `instead` of others."""
+    """A branch that computes `outputs`, with each key of `instead` replaced by its value."""
     import onnx_ir as ir
 
     def seen(value: ir.Value) -> ir.Value:
@@ -178,7 +178,7 @@ def _needed(
     outputs: Sequence[ir.Value],
     seen: Callable[[ir.Value], ir.Value],
 ) -> list[ir.Node]:
-    """The nodes that `outputs` come of, in their order."""
+    """The nodes that compute `outputs`, in order."""
     needed = {seen(value) for value in outputs}
     kept = []
     for node in reversed(nodes):

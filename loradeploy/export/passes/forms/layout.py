@@ -1,9 +1,9 @@
-"""How the side inputs' first dimension is laid out: slots that are named, or the rows themselves.
+"""The layout of the side inputs' first dimension: slots that rows select, or the rows themselves.
 
-Surgery makes slots: a Gather in front of every side input takes those that `adapter_ids` names.
-In rows slot i belongs to row i, or the only slot to all rows, and nothing is gathered, which costs
-an active adapter a third less. The price is on the caller's side: a batch's factors are put in the
-order of its rows.
+Surgery makes slots: a Gather before every side input takes those that `adapter_ids` selects. In the
+layout of rows, slot i belongs to row i, or the only slot to all rows, and nothing is gathered,
+which reduces the cost of an active adapter by a third. In return the caller has to put a batch's
+factors in the order of its rows.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 
 def has_rows(graph: ir.Graph) -> bool:
-    """Whether `adapter_ids` serves to gather slots alone, which rows do without."""
+    """Whether the graph can have the layout of rows: `adapter_ids` is used to gather slots only."""
     ids = graph.initializers[ADAPTER_IDS]
     return len(gathered_slots(graph)) == len(ids.uses())
 
 
 def use_row_layout(graph: ir.Graph) -> None:
-    """Take the side inputs as they are fed, slot i for row i, and drop `adapter_ids`.
+    """Use the side inputs as they are fed, slot i for row i, and remove `adapter_ids`.
 
     Raises:
-        ExportError: something else needs the numbers of slots (see `has_rows`).
+        ExportError: other nodes need the slot numbers (see `has_rows`).
     """
     if not has_rows(graph):
         raise ExportError('factors of embeddings need slot numbers: export with `layout="slots"`')
@@ -41,7 +41,7 @@ def use_row_layout(graph: ir.Graph) -> None:
 
 
 def gathered_slots(graph: ir.Graph) -> dict[ir.Value, ir.Value]:
-    """The side input behind each gathering of its slots; none where they are rows already."""
+    """The side input of each Gather of slots, by the Gather's output; empty for rows."""
     ids = graph.initializers.get(ADAPTER_IDS)
     if ids is None:
         return {}

@@ -1,10 +1,10 @@
-"""The graph once more for clients that feed required inputs alone.
+"""Write a second graph for clients that feed required inputs only.
 
-Some bindings of ONNX Runtime pass on only what the graph cannot do without: onnxruntime-node drops
-feeds named after inputs that have defaults, silently, and answers as the base. For them
-`required.onnx` has the side inputs without defaults, beside model.onnx and on the same weights.
-`required.safetensors` holds what they are for the base, `adapters/NAME.safetensors` for an adapter:
-every side input of the graph, so that a client feeds one file as it is.
+Some bindings of ONNX Runtime feed only inputs without defaults: onnxruntime-node silently drops
+feeds for the others, and computes the base model. For them `required.onnx` has the side inputs
+without defaults, beside model.onnx and with the same weights. `required.safetensors` has the base's
+values of all side inputs, `adapters/NAME.safetensors` those of an adapter, so that a client feeds
+one file as it is.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from loradeploy.bundle.manifest import Manifest
 
-# No client has to know of these: all positions, as always, of text alone.
+# Inputs that keep their defaults: logits of all positions, and text only.
 _LEFT_OUT: Final = (LOGITS_TO_KEEP, INPUTS_EMBEDS, INPUTS_EMBEDS_MASK, MROPE_POSITION_IDS)
 BASE_INPUTS_NAME: Final = "required.safetensors"
 
@@ -45,7 +45,7 @@ def write_required(
 ) -> None:
     """Write the files into the bundle of `manifest` in `directory`.
 
-    `adapters` are side inputs by adapter and name.
+    `adapters`: side inputs by adapter and name.
     """
     import onnx_ir as ir
 
@@ -72,7 +72,7 @@ def write_required(
 def of_least_rank(
     arrays: Mapping[str, NDArray[Any]], manifest: Manifest
 ) -> dict[str, NDArray[Any]]:
-    """Factors of rank 0 as zeros of the least rank (of experts one each): the same product."""
+    """Replace factors of rank 0 by zeros of the least rank: 1, or the number of experts."""
     ranks = {name: t.rank_from(1) for t in manifest.targets for name in t.factors}
     return {
         name: values

@@ -1,8 +1,8 @@
-"""Dimensions of the inputs and outputs as numbers, for providers that compile a graph for them.
+"""Fix the dimensions of a graph, for providers that compile it for its shapes.
 
-    batch, sequence, past, …   →   the numbers that are given; total is past + sequence
+    batch, sequence, past, …   →   the given sizes; total is past + sequence
 
-Nodes stay as they are, and the sizes of side inputs open: a merged graph is fixed throughout.
+Nodes do not change, and the sizes of side inputs stay dynamic: only a merged graph is fully static.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _PAST, _SEQUENCE, _TOTAL = "past", "sequence", "total"
 
 
 def use_static_shapes(graph: ir.Graph, sizes: Mapping[str, int]) -> None:
-    """Put `sizes` in place of the symbols that the inputs and outputs have for their dimensions.
+    """Replace the symbols of dimensions by `sizes`, in all values of the graph.
 
     Raises:
         UsageError: no input has a dimension of that name, or the sizes contradict each other.
@@ -50,7 +50,7 @@ def use_static_shapes(graph: ir.Graph, sizes: Mapping[str, int]) -> None:
 
 
 def static_specs(specs: Sequence[TensorSpec], sizes: Mapping[str, int]) -> tuple[TensorSpec, ...]:
-    """`specs` as they are once their dimensions are fixed; names that they lack change nothing."""
+    """`specs` with fixed dimensions; sizes whose names they lack are ignored."""
     known = {str(size): None for spec in specs for size in spec.shape if isinstance(size, str)}
     whole = _complete(sizes, known) if sizes else {}
     return tuple(
@@ -65,7 +65,7 @@ def static_specs(specs: Sequence[TensorSpec], sizes: Mapping[str, int]) -> tuple
 
 
 def _complete(sizes: Mapping[str, int], known: Mapping[str, None]) -> dict[str, int]:
-    """`sizes` with the third of past, sequence and total where two are given."""
+    """`sizes` with the third of past, sequence and total, if two are given."""
     result = dict(sizes)
     if not {_PAST, _SEQUENCE, _TOTAL} <= known.keys():
         return result

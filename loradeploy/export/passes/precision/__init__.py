@@ -1,1 +1,1 @@
-"""Weights in the precision that a bundle stores them in."""
+"""Convert weights to the precision in which a bundle stores them."""

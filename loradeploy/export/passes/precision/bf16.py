@@ -1,10 +1,10 @@
-"""Weights stored as bfloat16, computed with as float32.
+"""Store weights in bfloat16 and compute in float32.
 
     W [float32]     →     W [bfloat16] → Cast → [float32]
 
-The file is half as large. Of a checkpoint that was published in bfloat16 it holds every number as
-it is. onnxruntime (1.31) has no product of bfloat16 matrices on the CPU and folds the casts when it
-loads a graph: weights take the memory of float32 then.
+The file is half as large, and exact for a checkpoint that was published in bfloat16. onnxruntime
+(1.31) has no product of bfloat16 matrices on the CPU and folds the casts when it loads a graph: in
+memory the weights are float32.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from loradeploy.export.graph.edit import source_of
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-# Where weights are used: operators and the index of their input. A product's first input is data,
-# or a table of its own, such as a rotary embedding's, which has to be exact.
+# The operators that use weights, and the index of that input. A product's first input is data, or a
+# table that has to be exact, such as a rotary embedding's.
 _USES: Final = (("MatMul", 1), ("Gemm", 1), ("Gather", 0), ("Conv", 1))
 _CARRIERS: Final = ("Identity", "Transpose")
 
 
 def store_as_bfloat16(graph: ir.Graph) -> None:
-    """Hold every float32 weight of two dimensions and more as bfloat16, cast where it is used."""
+    """Store float32 weights of two or more dimensions in bfloat16, and cast them for their uses."""
     import onnx_ir as ir
 
     to_float = {"to": int(ir.DataType.FLOAT)}
@@ -44,7 +44,7 @@ def has_float32_weights(graph: ir.Graph) -> bool:
 
 
 def compute_as_float32(graph: ir.Graph) -> None:
-    """Undo `store_as_bfloat16`: the weights are float32 again, as they were rounded."""
+    """Undo `store_as_bfloat16`: store the rounded weights in float32."""
     import onnx_ir as ir
 
     for value in list(graph.initializers.values()):
@@ -58,7 +58,7 @@ def compute_as_float32(graph: ir.Graph) -> None:
 
 
 def _cast_weight(value: ir.Value, dtype: ir.DataType) -> None:
-    """Let an initializer be of `dtype`; its numbers are cast when they are read."""
+    """Change an initializer's dtype; its values are cast when they are read."""
     import onnx_ir as ir
 
     tensor = value.const_value

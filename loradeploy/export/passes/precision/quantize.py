@@ -1,8 +1,8 @@
-"""Weights quantized to 8 or 4 bits by onnxruntime's own quantizer, after surgery or merge.
+"""Quantize weights to 8 or 4 bits with onnxruntime's quantizer, after surgery or merge.
 
-Only products of the base are quantized: factors and heads are no constants of theirs. The quantizer
-gets each weight in a model of its own, so that the whole graph never is in memory twice and its
-other nodes stay as they are.
+Only products of the base are quantized: factors and heads are not constants. The quantizer gets
+each weight in a separate model, so that the whole graph is never in memory twice and its other
+nodes do not change.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ _BLOCK: Final = 32
 _HEAD_BITS: Final = 8
 # Activations are multiplied as int8, block by block: onnxruntime-genai's own choice on CPU.
 _ACCURACY_LEVEL: Final = 4
-# Where a MatMulNBits has its zero points, and its g_idx.
+# The indices of the zero points and the g_idx of a MatMulNBits.
 _ZEROS, _GROUPS = 3, 4
 
 
 def quantize(model: ir.Model, manifest: Manifest, bits: int) -> Manifest:
-    """Quantize every product with a constant weight; the manifest with the new names.
+    """Quantize every product with a constant weight; return the manifest with the new names.
 
     Weights are quantized to `bits` bits, symmetrically, in blocks of 32 along the input; the output
-    head, which suffers most, to 8 bits at least. Embeddings, and products that add a bias of their
-    own (Gemm), stay as they are.
+    head, which loses most, to at least 8 bits. Embeddings, and products with a bias input (Gemm),
+    are not quantized.
 
     Raises:
         ExportError: nothing can be quantized. MissingDependencyError: onnx is not installed.
@@ -49,7 +49,7 @@ def quantize(model: ir.Model, manifest: Manifest, bits: int) -> Manifest:
     for module, linear in findings.linears.items():
         name = str(linear.weight.name)
         if name in renamed:
-            continue  # of several modules
+            continue  # shared by several modules
         if not linear.quantized and all(node.op_type == "MatMul" for node in linear.nodes):
             own = max(bits, _HEAD_BITS) if module == head else bits
             renamed[name] = _quantize_linear(model.graph, linear, own)
@@ -69,7 +69,7 @@ def quantize(model: ir.Model, manifest: Manifest, bits: int) -> Manifest:
 
 
 def rounded(weight: NDArray[np.float32], bits: int, block: int = _BLOCK) -> NDArray[np.float32]:
-    """A weight [out, in] as it is once quantized and read again."""
+    """A weight [out, in] after quantization and dequantization."""
     node, constants = _quantized(np.ascontiguousarray(weight.T), bits, block)
     attributes = {attribute.name: attribute.i for attribute in node.attribute}
     packed, scales = (constants[name] for name in node.input[1:3])
@@ -79,13 +79,13 @@ def rounded(weight: NDArray[np.float32], bits: int, block: int = _BLOCK) -> NDAr
 
 
 def requantize_product(product: ir.Node, graph: ir.Graph, weight: NDArray[np.float32]) -> None:
-    """Give the MatMulNBits `product` another weight [out, in], in its own bits and blocks.
+    """Replace the weight [out, in] of the MatMulNBits `product`, in the same bits and blocks.
 
-    Where it has zero points it has some again, in their form, packed or as floats. A g_idx goes:
-    the new blocks are of inputs that stand side by side. Its bias and the rest stay.
+    If it has zero points, it gets new ones in the same form, packed or as floats. A g_idx is
+    removed: the new blocks are of consecutive inputs. The bias and the rest do not change.
 
     Raises:
-        ExportError: it has an input or attribute that is not known.
+        ExportError: the node has an unknown input or attribute.
     """
     check_operators(str(product.name or product.outputs[0].name), [product])
     bits = product.attributes["bits"].as_int() if "bits" in product.attributes else 4
@@ -111,7 +111,7 @@ def requantize_product(product: ir.Node, graph: ir.Graph, weight: NDArray[np.flo
 
 
 def _quantize_linear(graph: ir.Graph, linear: Linear, bits: int) -> str:
-    """Replace the linear's products by quantized ones; the name of the new weight."""
+    """Replace the linear's products by quantized ones; return the name of the new weight."""
     import onnx_ir as ir
 
     numbers = constant_of(linear.weight)
@@ -146,7 +146,7 @@ def _quantize_linear(graph: ir.Graph, linear: Linear, bits: int) -> str:
 def _quantized(
     weight: NDArray[Any], bits: int, block: int = _BLOCK, *, symmetric: bool = True
 ) -> tuple[onnx.NodeProto, dict[str, NDArray[Any]]]:
-    """The node and constants that onnxruntime makes of x `weight`, [in, out]."""
+    """Quantize the product x `weight`, [in, out], with onnxruntime; return node and constants."""
     try:
         from onnx import TensorProto, helper, numpy_helper
     except ImportError:

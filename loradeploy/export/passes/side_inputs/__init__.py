@@ -1,1 +1,1 @@
-"""Low-rank factors, heads and scales of outputs as inputs of a graph, and their removal."""
+"""Make low-rank factors, heads and output scales inputs of a graph, and remove them again."""

@@ -1,4 +1,4 @@
-"""The base's numbers that side inputs are computed from: in the graph, then in the bundle."""
+"""The base's weights from which side inputs are computed, in the graph and in the bundle."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _READABLE: Final = ("float32", "float16", "bfloat16")
 
 
 class GraphWeights:
-    """The base in a graph under surgery; `biases` by their names in the base."""
+    """The base's weights in a graph during surgery; `biases`: by parameter name in the base."""
 
     def __init__(self, graph: ir.Graph, biases: Mapping[str, NDArray[np.float32]]) -> None:
         self._graph = graph
         self._biases = biases
 
     def weight(self, target: LoraTarget) -> NDArray[np.float32] | None:
-        """See `bundle.adapter_inputs.base.BaseValues`; None where the weight is packed."""
+        """See `bundle.adapter_inputs.base.BaseValues`; None if the weight is packed."""
         return _weight(self._graph, target)
 
     def bias(self, module: str) -> NDArray[np.float32] | None:
@@ -39,9 +39,9 @@ class GraphWeights:
 def store_weights(
     directory: Path, manifest: Manifest
 ) -> tuple[Manifest, dict[str, NDArray[np.float32]]]:
-    """Where the bundle's data file holds the weights that DoRA and trained rows need.
+    """Record in the manifest where the data file has the weights that DoRA and trained rows need.
 
-    Weights that are too small for that file are the second value, [out, in] by `M.weight`.
+    Also returns the weights that are too small for that file, [out, in] by `M.weight`.
     """
     import onnx_ir as ir
 
@@ -71,7 +71,7 @@ def _stored(tensor: ir.ExternalTensor) -> StoredWeight | None:
 
 
 def _weight(graph: ir.Graph, target: LoraTarget) -> NDArray[np.float32] | None:
-    """[out, in]; None where the weight is packed."""
+    """The weight [out, in]; None if it is packed."""
     numbers: NDArray[Any] = constant_of(graph.initializers[target.weight])
     if numbers.dtype.name not in _READABLE:
         return None

@@ -1,7 +1,7 @@
 """LoRA on an embedding as side inputs: y = W[ids] + A[adapter_ids, ids] B[adapter_ids].
 
 `M.lora_A` [adapters, vocabulary, rank] and `M.lora_B` [adapters, rank, size]: only the rows of A
-that the tokens name are read, so that no table is copied for a row of the batch.
+for the tokens are read, so that no row of the batch needs a copy of the whole table.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def has_token_rows(graph: ir.Graph, part: Part) -> bool:
-    """Whether the embedding's ids are [batch, sequence], so that rows can have their own table."""
+    """Whether the embedding's ids are [batch, sequence], so that factors can differ by row."""
     first = first_input(graph)
     if first is None or not first.shape:
         return False
@@ -43,7 +43,7 @@ def add_embedding_factors(surgery: Surgery, part: Part) -> LoraTarget:
     """y = W[ids] → y = W[ids] + A[ids] B, at every call of the embedding.
 
     Raises:
-        ExportError: its ids are not the batch's tokens.
+        ExportError: the ids are not [batch, sequence].
     """
     if not has_token_rows(surgery.graph, part):
         raise ExportError(

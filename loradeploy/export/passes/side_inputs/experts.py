@@ -1,11 +1,11 @@
 """LoRA on the experts of a mixture as side inputs.
 
-y [experts, tokens, out] = x W becomes, with the batch's rows apart,
+y [experts, tokens, out] = x W becomes, with tokens split into batch and sequence,
 
     y + (x A[adapter_ids]) B[adapter_ids]
 
 `M.lora_A` [adapters, in, rank · experts] and `M.lora_B` [adapters, rank · experts, out] have the
-entries of all experts, rank first, then expert: so zeros behind them are a higher rank.
+entries of all experts, ordered by rank, then by expert: zeros after them make a higher rank.
 """
 
 from __future__ import annotations

@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 
 
 def replace_head(surgery: Surgery, linear: Linear, *, with_bias: bool) -> list[SavedTarget]:
-    """Make the weight and bias of `linear` side inputs; a bias of zeros `with_bias` if it has none.
+    """Make the weight and bias of `linear` side inputs.
+
+    `with_bias`: add a bias of zeros if the graph has none.
 
     Raises:
         ExportError: the module is called several times, is quantized, or its rows are not known.
@@ -135,14 +137,14 @@ def _parameter(surgery: Surgery, name: str, default: NDArray[Any]) -> ir.Value:
 
 
 def _free(graph: ir.Graph, constant: ir.Value) -> None:
-    """Let the initializer go by another name: its own is wanted, and others may still use it."""
+    """Rename the initializer: its name is needed, and other nodes may still use it."""
     graph.initializers.pop(str(constant.name))
     constant.name = f"{constant.name}/replaced"
     graph.register_initializer(constant)
 
 
 def _last_of(linear: Linear) -> ir.Node:
-    """The node that gives the linear's result: its product, or the addition of its bias."""
+    """The node that computes the linear's output: its product, or the addition of its bias."""
     node = linear.nodes[0]
     if linear.bias is None or node.op_type == "Gemm":
         return node

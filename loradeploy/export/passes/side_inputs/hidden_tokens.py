@@ -1,10 +1,10 @@
-"""Logits of tokens that a row's adapter does not have, made so small that nothing chooses them.
+"""Hide tokens that a row's adapter does not have: their logits are made too small to be chosen.
 
     logits = logits + offset[adapter_ids]
 
-`logits.offset` [adapters, tokens] has zeros for the tokens of an adapter. The default is the
-base's: all tokens that adapters add are hidden. It stands behind all else that makes the logits,
-such as a cap, which would bring them back.
+`logits.offset` [adapters, tokens] has zeros for the tokens of an adapter. The default, for the
+base, hides all tokens that adapters add. The offset is added after all other operations on the
+logits, such as a soft cap, which would bring the logits back into range.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _ALL: Final = "all"
 
 
 def hide_tokens(surgery: Surgery, added: AddedTokens) -> OutputTarget:
-    """Let a side input hide the added tokens that an adapter does not have.
+    """Add the side input that hides the added tokens which an adapter does not have.
 
     Raises:
-        ExportError: the graph does not give logits [batch, sequence, tokens].
+        ExportError: the graph's logits are not [batch, sequence, tokens].
     """
     assert added.output is not None
     logits = next(value for value in surgery.graph.outputs if value.name == added.output)

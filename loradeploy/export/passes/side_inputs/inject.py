@@ -1,13 +1,14 @@
-"""Graph surgery: low-rank factors become inputs of the graph, and are taken out again.
+"""Add low-rank factors to a graph as side inputs, and remove them again.
 
 Per target module M, y = x W becomes
 
     y = x W + (x A[adapter_ids]) B[adapter_ids]
 
 with `M.lora_A` [adapters, in, rank], `M.lora_B` [adapters, rank, out] and `adapter_ids` [batch] or
-[1]. All are initializers that are also inputs: left out, their defaults hold, which have rank 0, so
-that the graph computes the base model. Embeddings (embeddings.py) and the outputs that DoRA and
-trained biases change (output_scale.py) take more; heads are replaced, not added to (heads.py).
+[1]. All are initializers that are also inputs. The default factors have rank 0, so that the graph
+computes the base model if none are fed. Embeddings (embeddings.py) and outputs that DoRA and
+trained biases change (output_scale.py) have other side inputs; those of heads replace the weights
+instead of adding to them (heads.py).
 """
 
 from __future__ import annotations
@@ -53,11 +54,11 @@ Arrays = Mapping[str, "NDArray[Any]"]
 
 @dataclass(frozen=True, eq=False)
 class SideInputs:
-    """What surgery added.
+    """The side inputs that were added.
 
     `targets`, `saved`, `changed`: for the manifest. `defaults`: of the replaced parameters, by
-    input name. `biases`: those that are in the outputs of `changed`, by their names in the base.
-    `dtype`: numpy's name of the side inputs' dtype.
+    input name. `biases`: those in the outputs of `changed`, by parameter name in the base. `dtype`:
+    numpy's name of the side inputs' dtype.
     """
 
     targets: tuple[LoraTarget, ...]
@@ -79,19 +80,19 @@ def inject_side_inputs(
     changes: Sequence[Change] = (),
     added: AddedTokens | None = None,
 ) -> SideInputs:
-    """Give `targets`, `embeddings` and `experts` low-rank side inputs; `heads` become side inputs.
+    """Add low-rank side inputs to `targets`, `embeddings` and `experts`; make `heads` side inputs.
 
-    `biased` names heads with a bias in the checkpoint that the graph lacks because it is zero.
-    The outputs of `changes` take scales and offsets besides, and the logits one that hides the
-    `added` tokens that an adapter does not have.
+    `biased`: heads with a bias in the checkpoint that the graph lacks because it is zero. The
+    outputs of `changes` also get scales and offsets, and the logits get an offset that hides the
+    `added` tokens which an adapter does not have.
 
     Raises:
         ExportError: a name is taken, or the rows of an input cannot be determined from the graph.
     """
     layers = [*targets, *heads, *(c.layer for c in changes if isinstance(c.layer, Linear))]
     surgery = Surgery(model.graph, _factor_type(layers))
-    held = {c.layer.module: bias for c in changes if (bias := c.bias()) is not None}
-    # First: what is added to a product later is scaled with it.
+    biases = {c.layer.module: bias for c in changes if (bias := c.bias()) is not None}
+    # First, so that the updates that are added to products later are scaled too.
     changed = tuple(change_output(surgery, change) for change in changes)
     with_bias = set(biased)
     saved = [
@@ -115,15 +116,15 @@ def inject_side_inputs(
         defaults=surgery.defaults,
         dtype=surgery.dtype.numpy().name,
         changed=changed,
-        biases={f"{module}.bias": bias for module, bias in held.items()},
+        biases={f"{module}.bias": bias for module, bias in biases.items()},
     )
 
 
 def remove_side_inputs(model: ir.Model, manifest: Manifest) -> None:
-    """Undo `inject_side_inputs`: the graph computes the base model and takes no side inputs.
+    """Undo `inject_side_inputs`: the graph computes the base model and has no side inputs.
 
     Raises:
-        ExportError: the graph does not have the nodes that the manifest tells of.
+        ExportError: the graph does not have the nodes for the manifest's side inputs.
     """
     nodes = {str(node.name): node for node in model.graph}
     for label in _updated(manifest.targets):
@@ -147,7 +148,7 @@ def remove_side_inputs(model: ir.Model, manifest: Manifest) -> None:
 
 
 def _remove_unused_inputs(graph: ir.Graph) -> None:
-    """Drop the inputs that have a default and that nothing uses any more."""
+    """Remove the inputs that have a default and are no longer used."""
     for value in list(graph.inputs):
         if value.is_initializer() and not value.uses() and not value.is_graph_output():
             graph.inputs.remove(value)
@@ -155,7 +156,7 @@ def _remove_unused_inputs(graph: ir.Graph) -> None:
 
 
 def _updated(targets: Iterable[LoraTarget]) -> Iterator[str]:
-    """Where updates are added: to what each module gives, or to all of a fused product."""
+    """The labels of added updates: each module, or the whole of a product that came fused."""
     for label, members in products_of(targets):
         if came_fused(label, members):
             yield label
@@ -164,7 +165,7 @@ def _updated(targets: Iterable[LoraTarget]) -> Iterator[str]:
 
 
 def _add_factors(surgery: Surgery, product: Fused) -> None:
-    """y = x W → y = x W + (x A) B, at every call of the product, for each member its own."""
+    """y = x W → y = x W + (x A) B, at every call of the product, with factors for each member."""
     factors = [
         surgery.factors(member.module, member.in_features, member.out_features)
         for member in product.members
@@ -194,9 +195,7 @@ def _add_factors_at(
         low = chain.add("MatMul", "lora_A_matmul", [x, a])  # [batch, sequence, rank]
         updates.append(chain.add("MatMul", "lora_B_matmul", [low, b]))  # [batch, sequence, out]
     sizes = [member.out_features for member in product.members]
-    if len(outputs) < len(
-        updates
-    ):  # fused in the graph itself: what follows takes all members together
+    if len(outputs) < len(updates):  # came fused: the next node uses the output of all members
         chain.label = label
         updates = [chain.add("Concat", "lora_concat", updates, axis=-1)]
         labels, sizes = [label], [sum(sizes)]
@@ -208,7 +207,7 @@ def _add_factors_at(
 def _add(
     surgery: Surgery, chain: Chain, rows: Rows, y: ir.Value, update: ir.Value, size: int
 ) -> None:
-    """Let the users of `y` have y + `update`, which is [batch, sequence, size]."""
+    """Replace `y` for its users by y + `update`, which is [batch, sequence, size]."""
     if rows.no_sequence:
         update = chain.add("Squeeze", "lora_squeeze", [update, surgery.sequence_axis])
     update = rows.back(surgery, chain, update, y, size, "lora_flatten")

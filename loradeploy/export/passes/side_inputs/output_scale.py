@@ -1,7 +1,7 @@
-"""Outputs as side inputs change them: y becomes scale[adapter_ids] ⊙ y + offset[adapter_ids].
+"""Scale and shift outputs by side inputs: y becomes scale[adapter_ids] ⊙ y + offset[adapter_ids].
 
-`M.scale` and `M.offset` [adapters, out] default to ones and zeros. They stand behind the layer's
-bias where the graph adds a known one, else directly behind its product; see
+`M.scale` and `M.offset` [adapters, out] default to ones and zeros. They are applied after the
+layer's bias if the graph adds a known one, else directly after its product; see
 `bundle.adapter_inputs.changes`.
 """
 
@@ -40,7 +40,7 @@ _LAST: Final = (SCALE_BACK, OFFSET_ADD, SCALE_MUL)
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """A layer whose output is to take a scale, an offset, or both."""
+    """A layer whose output gets a scale, an offset, or both."""
 
     layer: Linear | Part
     scale: bool
@@ -48,11 +48,11 @@ class Change:
 
     @property
     def size(self) -> int:
-        """The numbers of one row of the output."""
+        """The number of features of the output."""
         return self.layer.out_features if isinstance(self.layer, Linear) else self.layer.outputs
 
     def ends(self) -> Sequence[tuple[ir.Node, ir.Node]]:
-        """Each call's own node, and the node that gives its result, bias included."""
+        """The node of each call, and the node that computes its result, bias included."""
         if isinstance(self.layer, Part):
             return [(node, node) for node in self.layer.nodes]
         uses = [bias_use(node, self.size) for node in self.layer.nodes]
@@ -68,7 +68,7 @@ class Change:
 
 
 def change_output(surgery: Surgery, change: Change) -> OutputTarget:
-    """Let side inputs scale and shift the output of every call of the layer.
+    """Add side inputs that scale and shift the output of every call of the layer.
 
     Raises:
         ExportError: the rows of the output cannot be determined from the graph.
@@ -97,7 +97,7 @@ def change_output(surgery: Surgery, change: Change) -> OutputTarget:
 
 
 def undo_output_scale(graph: ir.Graph, module: str, nodes: Mapping[str, ir.Node]) -> bool:
-    """Undo `change_output`; whether there was anything to undo."""
+    """Undo `change_output`; return whether there was anything to undo."""
     call = 0
     while (last := _last(nodes, label := call_label(module, call))) is not None:
         first = next(

@@ -1,4 +1,4 @@
-"""Where a product has the rows of a batch, each of which can have an adapter of its own."""
+"""Find the rows of the batch in a product's input, each of which can have another adapter."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from loradeploy.export.graph.edit import Chain
     from loradeploy.export.passes.side_inputs.surgery import Surgery
 
-# What gives each row of its result from the same row of its (first) input.
+# Operators that compute each row of their result from the same row of their (first) input.
 _ROW_BY_ROW: Final = (
     *("Add", "Cast", "Clip", "Div", "Dropout", "Elu", "Erf", "Gelu", "Identity"),
     *("LayerNormalization", "Mul", "RMSNormalization", "Relu", "Sigmoid"),
@@ -26,17 +26,16 @@ _ROW_BY_ROW: Final = (
     *PRODUCTS,
 )
 
-# Of what onnxruntime says about a graph that it does not run.
-_SHOWN: Final = 120
+_SHOWN: Final = 120  # characters of onnxruntime's message in an error
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Where a product's rows are, so that each row of a batch can have its own adapter.
+    """The layout of a product's input, in which each row of the batch can have another adapter.
 
-    `x`: [batch, sequence, in]; [batch, in] where there is `no_sequence`; where it is `flattened`,
-    [batch · sequence, in], or of more axes with the batch's rows one block behind the other;
-    [sequence, batch, in] where the `sequence_first`. `rank`: its number of axes.
+    `x`: [batch, sequence, in]; [batch, in] if `no_sequence`; [sequence, batch, in] if
+    `sequence_first`; if `flattened`, [batch · sequence, in], or a value of more axes with
+    consecutive blocks for the rows of the batch. `rank`: its number of axes.
     """
 
     x: ir.Value
@@ -47,11 +46,11 @@ class Rows:
 
     @property
     def moved(self) -> bool:
-        """Whether the rows have to be put in front, and back again."""
+        """Whether the rows have to be moved to the front, and back."""
         return self.flattened or self.sequence_first
 
     def front(self, surgery: Surgery, chain: Chain, x: ir.Value, size: int, name: str) -> ir.Value:
-        """[batch, sequence, `size`] of `x`, which is as the product's input or output."""
+        """`x`, in the layout of the product's input or output, as [batch, sequence, `size`]."""
         if self.flattened:
             return chain.add("Reshape", name, [x, surgery.unflattened(size)])
         if self.sequence_first:
@@ -61,7 +60,7 @@ class Rows:
     def back(
         self, surgery: Surgery, chain: Chain, x: ir.Value, like: ir.Value, size: int, name: str
     ) -> ir.Value:
-        """`x` [batch, sequence, `size`] with its rows where `like`, of the product, has them."""
+        """`x` [batch, sequence, `size`] in the layout of `like`, a value of the product."""
         if self.flattened and self.rank == 2:
             return chain.add("Reshape", name, [x, surgery.integers(f"flat_{size}", [-1, size])])
         if self.flattened:
@@ -72,7 +71,7 @@ class Rows:
 
 
 def rows_problem(graph: ir.Graph, nodes: Sequence[ir.Node], module: str) -> ExportError | None:
-    """Why the rows of the module's calls are not the batch's; None where they are."""
+    """Why the rows of the module's calls are not the batch's; None if they are."""
     try:
         for node in nodes:
             rows_of(graph, node, module)
@@ -82,16 +81,16 @@ def rows_problem(graph: ir.Graph, nodes: Sequence[ir.Node], module: str) -> Expo
 
 
 def rows_of(graph: ir.Graph, node: ir.Node, module: str) -> Rows:
-    """The rows of the product `node`.
+    """The layout of the input of the product `node`.
 
     Raises:
-        ExportError: its input does not have the batch in front, or the graph does not tell.
+        ExportError: its rows are not those of the batch, or the graph does not show them.
     """
     return _rows(graph, input_of(node), output_of(node), module)
 
 
 def rows_of_output(graph: ir.Graph, value: ir.Value, module: str) -> Rows:
-    """The rows of what the module gives, as `rows_of`."""
+    """The layout of the module's output, as `rows_of`."""
     return _rows(graph, value, value, module)
 
 
@@ -123,7 +122,7 @@ def _rows(graph: ir.Graph, x: ir.Value | None, y: ir.Value, module: str) -> Rows
 def _serves_all_rows(graph: ir.Graph, x: ir.Value, y: ir.Value) -> bool:
     """Whether a product [1, sequence, in] → `y` is computed once, and then repeated for each row.
 
-    So are DeBERTa's relative positions. An update [batch, sequence, out] is added before that.
+    DeBERTa's relative positions are. An update [batch, sequence, out] is added before that.
     """
     repeated = repeated_for_rows(y)
     if repeated is None:
@@ -139,7 +138,7 @@ def _serves_all_rows(graph: ir.Graph, x: ir.Value, y: ir.Value) -> bool:
 
 
 def _seen_rows(x: ir.Value, seen: Seen, module: str) -> Rows:
-    """The rows of `x` as they were seen where the graph ran."""
+    """The layout of `x` as observed in a run of the graph."""
     rank = len(seen.shape)
     if seen.rows == FRONT and rank in (2, 3):
         return Rows(x, no_sequence=rank == 2, rank=rank)
@@ -155,9 +154,9 @@ def _seen_rows(x: ir.Value, seen: Seen, module: str) -> Rows:
 
 
 def _is_batch(graph: ir.Graph, shape: ir.Shape, *, exactly: bool) -> bool:
-    """Whether the first dimension is the batch's, as the graph's first input has it.
+    """Whether the first dimension is the batch's, which is that of the graph's first input.
 
-    A symbol that no input has may be the same number, unless it has to be `exactly` the batch's.
+    A symbol that no input has may be the same size, unless `exactly` the batch's is required.
     """
     first = first_input(graph)
     if first is None or not first.shape:
@@ -170,7 +169,7 @@ def _is_batch(graph: ir.Graph, shape: ir.Shape, *, exactly: bool) -> bool:
 
 
 def _is_flattened(graph: ir.Graph, value: ir.Value) -> bool:
-    """Whether `value` [rows, …] comes of reshaping [batch, sequence, …], row by row."""
+    """Whether `value` [rows, …] is computed, row by row, from a reshaped [batch, sequence, …]."""
     current: ir.Value | None = value
     while current is not None and (node := current.producer()) is not None:
         if node.op_type == "Reshape":
@@ -184,7 +183,7 @@ def _is_flattened(graph: ir.Graph, value: ir.Value) -> bool:
 
 
 def _mixes_rows(node: ir.Node) -> bool:
-    """Whether a row of the node's result comes of several, which `_ROW_BY_ROW` cannot tell."""
+    """Whether a row of the node's result depends on several rows, despite `_ROW_BY_ROW`."""
     if node.op_type in PRODUCTS:
         transposed = node.attributes.get("transA")
         data = node.inputs[0]

@@ -1,4 +1,4 @@
-"""What side inputs of every kind share: the graph under the knife."""
+"""The state of graph surgery that all kinds of side inputs share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Surgery:
-    """The graph under the knife, its `adapter_ids`, and the defaults of what was replaced."""
+    """The graph that is changed, its `adapter_ids`, and the defaults of replaced parameters."""
 
     def __init__(self, graph: ir.Graph, dtype: ir.DataType) -> None:
         self.graph = graph
@@ -29,11 +29,11 @@ class Surgery:
 
     @property
     def sequence_axis(self) -> ir.Value:
-        """The constant [1]: where a sequence axis is put in and taken out."""
+        """The constant [1]: the index at which a sequence axis is inserted and removed."""
         return self.integers("sequence_axis", [1])
 
     def integers(self, name: str, numbers: list[int]) -> ir.Value:
-        """A constant of the surgery's own, made once."""
+        """An int64 constant of the surgery, added once."""
         if name not in self._constants:
             self._constants[name] = add_constant(
                 self.graph, f"side_inputs.{name}", np.array(numbers, np.int64)
@@ -41,7 +41,7 @@ class Surgery:
         return self._constants[name]
 
     def unflattened(self, features: int) -> ir.Value:
-        """The shape [batch, -1, features], the batch read off the graph's first input."""
+        """The shape [batch, -1, features], with the batch size of the graph's first input."""
         import onnx_ir as ir
 
         if self._sizes is None:
@@ -61,7 +61,7 @@ class Surgery:
         return self._unflattened[features]
 
     def side_input(self, name: str, shape: list[int | str], default: NDArray[Any]) -> ir.Value:
-        """A graph input of `shape` that is `default` where nothing is fed."""
+        """Add a graph input of `shape` with the value `default` if nothing is fed."""
         if name in self.graph.initializers or any(v.name == name for v in self.graph.inputs):
             raise ExportError(f"the graph already has a value named {name}")
         value = add_constant(self.graph, name, default, shape=shape)
@@ -71,7 +71,7 @@ class Surgery:
     def factors(self, module: str, into: int, out: int) -> tuple[ir.Value, ir.Value]:
         """`M.lora_A` [adapters, in, rank] and `M.lora_B` [adapters, rank, out], of rank 0."""
         dtype = self.dtype.numpy()
-        # A symbol of its own: ONNX Runtime takes equal ones for equal sizes, and adapters differ.
+        # A separate symbol: for ONNX Runtime equal symbols are equal sizes, but ranks may differ.
         rank = f"{module}.rank"
         A = self.side_input(
             lora_a_name(module), ["adapters", into, rank], np.zeros((1, into, 0), dtype)
@@ -82,7 +82,7 @@ class Surgery:
         return A, B
 
     def chain(self, node: ir.Node, label: str, dtype: ir.DataType | None = None) -> Chain:
-        """New nodes behind `node`, of the side inputs' type where no other is given."""
+        """New nodes after `node`, by default with the dtype of the side inputs."""
         return Chain(self.graph, node, label, self.dtype if dtype is None else dtype)
 
 

@@ -1,1 +1,1 @@
-"""What a graph has a row of per token: its vocabulary, its embeddings, its logits."""
+"""Passes that change a graph's vocabulary, embeddings, positions and logits."""

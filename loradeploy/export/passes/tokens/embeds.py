@@ -1,14 +1,14 @@
-"""Embeddings instead of tokens: what a decoder reads of an image beside its text.
+"""Add inputs for embeddings that replace those of tokens, such as the features of an image.
 
     embedding(input_ids) → layers     becomes     Where(mask, inputs_embeds, embedding) → layers
 
     inputs_embeds       [1, 1, hidden] zeros    the default
                         [batch, sequence, hidden]
     inputs_embeds_mask  [1, 1] False            the default: every token is embedded
-                        [batch, sequence]       True where `inputs_embeds` is read instead
+                        [batch, sequence]       True where `inputs_embeds` is used instead
 
-What the embedding's module computes behind its table, such as Gemma's scale, is a part of it:
-`inputs_embeds` are read as PyTorch's are, behind all that.
+As in PyTorch, `inputs_embeds` replace the output of the embedding's module, including what it
+computes after its table, such as Gemma's scale.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 
 
 def add_inputs_embeds(model: ir.Model) -> tuple[TensorSpec, ...]:
-    """Give the graph of a decoder the optional inputs `inputs_embeds` and `inputs_embeds_mask`.
+    """Add the optional inputs `inputs_embeds` and `inputs_embeds_mask` to a decoder's graph.
 
     Raises:
-        ExportError: its embedding of tokens is not found, is called several times, or has several
+        ExportError: the embedding of tokens is not found, is called several times, or has several
             outputs.
     """
     import onnx_ir as ir
@@ -77,9 +77,9 @@ def add_inputs_embeds(model: ir.Model) -> tuple[TensorSpec, ...]:
 def sample_embeds(
     specs: Sequence[TensorSpec], ids: NDArray[np.int64]
 ) -> dict[str, NDArray[np.generic]]:
-    """Embeddings in the places of two of four tokens of `ids` [batch, sequence], for a trial.
+    """Random embeddings for two of every four tokens of `ids` [batch, sequence], for a trial.
 
-    `specs`: those of `add_inputs_embeds`, first.
+    `specs`: begins with those of `add_inputs_embeds`.
     """
     given = specs[0]
     values = np.random.default_rng(0).standard_normal((*ids.shape, int(given.shape[-1])))
@@ -88,7 +88,7 @@ def sample_embeds(
 
 
 def _end_of(module: str, value: ir.Value) -> ir.Value:
-    """What `module` gives, which computes `value` on the way: the last of its nodes' outputs."""
+    """The output of `module`, which computes `value` and may continue with further nodes."""
     while own := [node for node, _ in value.uses() if module_path(node) == module]:
         if len(own) > 1 or len(own[0].outputs) > 1:
             raise ExportError(f"{module} has no single output that images could replace")

@@ -1,11 +1,11 @@
-"""The positions of one image attend to each other in both directions, as Gemma 3 reads them.
+"""Let the positions of one image attend to each other in both directions, as in Gemma 3.
 
-    key ≤ query        becomes     (key ≤ query) or (query is of an image, and key of the same one)
+    key ≤ query        becomes     (key ≤ query) or (query and key are of the same image)
 
-An image is a run of positions where `inputs_embeds_mask` is true, which text before and after it
-tells from the next one. Where a sliding window or padding narrow what was causal, they narrow this
-too, as in transformers (`create_masks_for_vision_model` of Gemma 3). What is in the cache is before
-all queries: an image has to be read as a whole in one run.
+An image is a run of positions where `inputs_embeds_mask` is true; text separates it from the next
+image. Sliding windows and padding restrict this mask like the causal one, as in transformers
+(`create_masks_for_vision_model` of Gemma 3). Cached positions are before all queries: an image has
+to be read as a whole in one run.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
 
 _BLOCKS = "image_blocks"
 _CAUSAL, _ATTENTION, _MASK = "LessOrEqual", "Attention", 3
-# What a mask of booleans is put together with.
+# Operators that combine boolean masks.
 _COMBINES = ("And", "Or", "Unsqueeze", "Expand")
 
 
 def join_image_blocks(model: ir.Model) -> None:
-    """Let the positions of an image see each other in every attention of a decoder's graph.
+    """Change the mask of every attention of a decoder's graph, which has `inputs_embeds_mask`.
 
-    It has the inputs of `add_inputs_embeds`. Without a feed for them every mask is as it was.
+    Without a feed for that input, the masks are causal as before.
 
     Raises:
-        ExportError: an attention whose mask is not one of booleans with one causal comparison.
+        ExportError: an attention's mask is not a boolean one with a single causal comparison.
     """
     import onnx_ir as ir
 
@@ -62,7 +62,7 @@ def join_image_blocks(model: ir.Model) -> None:
 
 
 def _comparisons(attention: ir.Node) -> list[ir.Node]:
-    """The causal comparisons that the mask of an attention is put together from, each once."""
+    """The causal comparisons that are combined in the mask of an attention, each once."""
     found: dict[ir.Node, None] = {}
     mask = attention.inputs[_MASK] if len(attention.inputs) > _MASK else None
     waiting = [mask]
@@ -79,10 +79,11 @@ def _comparisons(attention: ir.Node) -> list[ir.Node]:
 
 
 def _same_image(graph: ir.Graph, before: ir.Node) -> ir.Value:
-    """Whether a query is of an image, and a key of the same: bool [batch, 1, sequence, total].
+    """Whether query and key are of the same image: bool [batch, 1, sequence, total].
 
-    With as many positions of text before both, all between them are of the image, or the key is
-    before the query, where nothing has to be added. Keys of the cache have a number of no query.
+    Each position is numbered by the text positions up to it. If a query of an image and a key have
+    the same number, all positions between them are of that image, or the key is before the query,
+    which the causal mask allows anyway. Cached keys get a number that no query has.
     """
     import onnx_ir as ir
 
@@ -133,7 +134,7 @@ def _same_image(graph: ir.Graph, before: ir.Node) -> ir.Value:
 
 
 def _give_rows(value: ir.Value, seen: ir.Shape | None, same: ir.Shape | None) -> None:
-    """Give `value`, and the masks of booleans that are made of it, a shape with rows."""
+    """Set the shape of `value`, and of the boolean masks computed from it, to one with a batch."""
     import onnx_ir as ir
 
     assert same is not None

@@ -1,15 +1,16 @@
-"""Logits of chosen positions alone: a prefill computes a row of the vocabulary, not one a token.
+"""Compute the logits of selected positions only, such as the last one of a prefill.
 
     hidden [batch, sequence, size] → head    becomes    kept [batch, kept, size] → head
 
-    logits_to_keep [1, 0]            the default: every position, kept is hidden
+    logits_to_keep [1, 0]            the default: all positions, kept is hidden
                    [1, kept]         these positions of every row; -1 is the last
-                   [batch, kept]     positions of each row's own, for rows of different lengths
+                   [batch, kept]     other positions for each row, for rows of different lengths
 
     kept = Concat(GatherND(hidden, Expand(logits_to_keep, [batch, 1])), hidden[:, kept · 2⁴⁰:])
 
-One of the two parts is empty: no position is listed, or the slice begins behind the last. What is
-computed from sizes is read on the host alone, so that no node copies from a device and back.
+One of the two parts is empty: either no position is listed, or the slice begins after the last one.
+Values computed from sizes are used on the host only, so that nothing is copied to the device or
+back.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ if TYPE_CHECKING:
     from loradeploy.bundle.manifest import Manifest
 
 _NODE: Final = step_name(LOGITS_TO_KEEP, "kept")
-# A listed position moves the slice's beginning so far; no product of it overflows an int64.
+# Each listed position moves the begin of the slice by this; the product does not overflow int64.
 _BEHIND_ALL: Final = 1 << 40
-# The opset from which on Shape gives a part of a shape.
+# The first opset in which Shape has a start and an end.
 _SHAPE_OF_AXES: Final = 15
-# What gives a position of its result from that position of its inputs.
+# Operators whose result at a position depends on that position of their inputs only.
 _BY_POSITION: Final = (
     *("Add", "Cast", "Div", "FusedMatMul", "Gemm", "Identity", "MatMul", "MatMulNBits", "Mul"),
     *("Neg", "Sub", "Tanh"),
@@ -43,16 +44,16 @@ _BY_POSITION: Final = (
 
 
 def logits_to_keep_problem(graph: ir.Graph, manifest: Manifest) -> str | None:
-    """Why the graph of `manifest` cannot have the input; None where it can."""
+    """Why the graph of `manifest` cannot have the input `logits_to_keep`; None if it can."""
     found = _head_input(graph, output_of(manifest))
     return found if isinstance(found, str) else None
 
 
 def add_logits_to_keep(graph: ir.Graph, manifest: Manifest) -> None:
-    """Give the graph of a decoder's `manifest` the input `logits_to_keep`.
+    """Add the input `logits_to_keep` to the graph of a decoder's `manifest`.
 
     Raises:
-        ExportError: it cannot have it, see `logits_to_keep_problem`.
+        ExportError: the graph does not support it, see `logits_to_keep_problem`.
     """
     import onnx_ir as ir
 
@@ -122,7 +123,7 @@ def remove_logits_to_keep(graph: ir.Graph, manifest: Manifest) -> None:
 
 
 def _head_input(graph: ir.Graph, name: str) -> ir.Value | str:
-    """What the output head is computed from, of every position; or why it cannot be cut there."""
+    """The output head's input, of all positions; or why positions cannot be selected there."""
     output, ids = next((v for v in graph.outputs if v.name == name), None), _ids(graph)
     if output is None or ids is None:
         return "the graph has no logits, or takes no input_ids"
@@ -133,7 +134,7 @@ def _head_input(graph: ir.Graph, name: str) -> ir.Value | str:
     if LOGITS_TO_KEEP in graph.initializers or any(v.name == LOGITS_TO_KEEP for v in graph.inputs):
         return f"the graph has a value named {LOGITS_TO_KEEP}"
     weights = {product.node for product in products(graph)}
-    behind: set[ir.Node] = set()  # from the head on
+    behind: set[ir.Node] = set()  # the head and the nodes after it
     value: ir.Value | None = output
     while value is not None and (node := value.producer()) is not None:
         behind.add(node)
@@ -155,7 +156,7 @@ def _head_input(graph: ir.Graph, name: str) -> ir.Value | str:
 
 
 def _is_cut(hidden: ir.Value) -> bool:
-    """Whether `hidden` is a part of the positions already, from a constant begin on."""
+    """Whether `hidden` is a slice of the positions already, with a constant begin."""
     node = hidden.producer()
     if node is None or node.op_type != "Slice" or len(node.inputs) < 2:
         return False
@@ -166,7 +167,7 @@ def _is_cut(hidden: ir.Value) -> bool:
 
 
 def _crossing(graph: ir.Graph, hidden: ir.Value, logits: ir.Value) -> str | None:
-    """What keeps the part of the graph between `hidden` and `logits` from a choice of positions."""
+    """Why positions cannot be selected between `hidden` and `logits`; None if they can."""
     side_inputs = {value for value in graph.inputs if value.is_initializer()}
     between = {node for node in _after(hidden) if _leads_to(node, logits)}
     outer: list[ir.Value] = []
@@ -178,7 +179,7 @@ def _crossing(graph: ir.Graph, hidden: ir.Value, logits: ir.Value) -> str | None
             if used or any(user not in between for user, _ in value.uses()):
                 return f"{node.name or node.op_type} of the output head gives another output too"
         outer += [v for v in node.inputs if v is not None and v is not hidden]
-    # What else goes in there comes of weights and side inputs, which have no positions.
+    # Their other inputs may come from weights and side inputs only, which have no positions.
     seen: set[ir.Value] = set()
     while outer:
         value = outer.pop()
@@ -205,7 +206,7 @@ def _after(value: ir.Value) -> set[ir.Node]:
 
 
 def _leads_to(node: ir.Node, value: ir.Value) -> bool:
-    """Whether `value` is computed from what `node` gives."""
+    """Whether `value` is computed from the outputs of `node`."""
     return value in node.outputs or any(
         value in later.outputs for output in node.outputs for later in _after(output)
     )

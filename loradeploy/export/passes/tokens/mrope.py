@@ -1,4 +1,4 @@
-"""Positions in three dimensions: where a decoder of images and text reads an image's patches.
+"""Add an input for positions in three dimensions, which decoders use for an image's patches.
 
     rotary(Unsqueeze(position_ids))    becomes    rotary(Where(mrope < 0, Unsqueeze(…), mrope))
 
@@ -30,10 +30,10 @@ _CARRIERS: Final = ("Unsqueeze", "Expand", "Slice")  # of position_ids to its th
 
 
 def add_mrope_positions(model: ir.Model) -> TensorSpec:
-    """Give the graph of a decoder the optional input `mrope_position_ids`.
+    """Add the optional input `mrope_position_ids` to a decoder's graph.
 
     Raises:
-        ExportError: its positions are not read once, as a tensor [1 or 3, batch, sequence].
+        ExportError: the graph does not use positions once, as a tensor [1 or 3, batch, sequence].
     """
     import onnx_ir as ir
 
@@ -59,7 +59,7 @@ def add_mrope_positions(model: ir.Model) -> TensorSpec:
 
 
 def _axes_of(graph: ir.Graph) -> ir.Value | None:
-    """`position_ids` as the rotary embedding reads them, [1 or 3, batch, sequence]."""
+    """`position_ids` in the form that the rotary embedding uses, [1 or 3, batch, sequence]."""
     value = next((value for value in graph.inputs if value.name == POSITION_IDS), None)
     found = None
     while value is not None:
@@ -74,6 +74,6 @@ def _axes_of(graph: ir.Graph) -> ir.Value | None:
 
 
 def sample_positions(ids: NDArray[np.int64]) -> dict[str, NDArray[np.generic]]:
-    """Three positions for each token of `ids` [batch, sequence], for a trial."""
+    """Random positions in three dimensions for `ids` [batch, sequence], for a trial."""
     random = np.random.default_rng(1)
     return {MROPE_POSITION_IDS: random.integers(0, 8, (AXES, *ids.shape))}

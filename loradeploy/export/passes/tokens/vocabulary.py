@@ -1,7 +1,7 @@
-"""Give a graph another vocabulary: the rows of its embedding and of its output head.
+"""Resize a graph's vocabulary: the rows of its embedding and of its output head.
 
-The new rows are zeros until an adapter's own take their place; rows beyond a smaller vocabulary are
-cut off. The shapes of the logits follow.
+New rows are zeros until an adapter's rows replace them; rows beyond a smaller vocabulary are
+removed. The shapes of the logits follow.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from numpy.typing import NDArray
 
-# What ids pass through on their way to the embedding, and a weight on its way to a product.
+# Operators between ids and the embedding, and between a weight and its product.
 _ID_CARRIERS: Final = ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze")
 _WEIGHT_CARRIERS: Final = ("Cast", "Identity", "Transpose")
 
 
 def vocabulary_in(model: ir.Model, findings: Findings) -> Vocabulary | None:
-    """Where the graph has a row per token; None where its embedding of tokens is not known."""
+    """The graph's vocabulary; None if its embedding of tokens is not known."""
     embedding, head = embedding_of(model), _head(model, findings)
     if embedding is None or any(v.name == DECODER_INPUT_IDS for v in model.graph.inputs):
-        return None  # an encoder-decoder has tables of its own for each half
+        return None  # the halves of an encoder-decoder have separate tables
     size, name = embedding.shape[0], embedding.module
     if head is None or head.out_features != size:
         return Vocabulary(size, name)
@@ -43,7 +43,7 @@ def vocabulary_in(model: ir.Model, findings: Findings) -> Vocabulary | None:
 
 
 def tables_in(model: ir.Model, findings: Findings) -> dict[str, NDArray[np.generic]]:
-    """The weights with a row per token [tokens, size], by parameter, but quantized ones."""
+    """The unquantized weights with a row per token [tokens, size], by parameter."""
     embedding, head = embedding_of(model), _head(model, findings)
     found = {}
     if embedding is not None:
@@ -54,9 +54,9 @@ def tables_in(model: ir.Model, findings: Findings) -> dict[str, NDArray[np.gener
 
 
 def resize_vocabulary(model: ir.Model, findings: Findings, size: int, why: str) -> Findings:
-    """Change the graph's vocabulary to `size` tokens; the findings with the resized output head.
+    """Resize the graph's vocabulary to `size` tokens; return the findings with the new head.
 
-    `why` is said where it cannot be, with what to do.
+    `why`: the reason for resizing, and what to do instead, for the message of the error.
 
     Raises:
         ExportError: the head is quantized, or fused with other modules.
@@ -118,7 +118,7 @@ def _set(value: ir.Value, numbers: NDArray[np.generic]) -> None:
 
 
 def _forget_shapes(value: ir.Value | None) -> None:
-    """Forget the shapes of what a weight becomes on its way to the product."""
+    """Clear the shapes of the values between a weight and its product."""
     while (
         value is not None
         and (node := value.producer()) is not None
@@ -129,7 +129,7 @@ def _forget_shapes(value: ir.Value | None) -> None:
 
 
 def _resize_outputs(value: ir.Value, before: int, size: int) -> None:
-    """Let the last dimension of the logits, and of all that they pass through, be `size`."""
+    """Set the last dimension to `size` from the head's output `value` to the logits."""
     import onnx_ir as ir
 
     if value.shape is not None and value.shape[-1] == before:
