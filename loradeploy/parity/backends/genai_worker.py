@@ -1,13 +1,13 @@
-"""A program for the interpreter that has onnxruntime-genai: it gives logits for tokens.
+"""A program for the interpreter that has onnxruntime-genai: it computes the logits of tokens.
 
     python genai_worker.py BUNDLE FILE [NAME=ADAPTER.onnx_adapter]…
 
-It needs numpy and onnxruntime_genai, and nothing of loradeploy. Each line of its input is a JSON
-object, {"tokens": [id, …], "first": bool, "adapter": NAME or null, "room": tokens}: `first` starts
-a new sequence for at most `room` tokens, with an adapter or without; else the tokens follow those
-before. For each it writes the logits of these tokens, [tokens, vocabulary], to FILE (.npy) and a
-line of JSON: {"tokens": how many}, or {"error": one line}. A line {"tokens": 0} says that the
-bundle is open.
+It needs numpy and onnxruntime_genai, but not loradeploy. Each line of stdin is a JSON object,
+{"tokens": [id, …], "first": bool, "adapter": NAME or null, "room": int}: if `first`, the tokens
+start a new sequence of at most `room` tokens, with or without an adapter; otherwise they continue
+the current one. For each line it writes the logits of these tokens, [tokens, vocabulary], to FILE
+(.npy) and prints a JSON line, {"tokens": count} or {"error": one line}. The line {"tokens": 0} is
+printed once when the bundle is open.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ def main(bundle: str, file: str, *named: str) -> None:
         request = json.loads(line)
         try:
             if request["first"]:
-                del generator  # its cache, before there is another
+                del generator  # frees its cache before the next one is allocated
                 generator = _start(model, adapters, request["adapter"], request["room"])
             generator.append_tokens(np.array(request["tokens"], np.int32))
             logits = np.asarray(generator.get_output("logits"))[0]  # [tokens, vocabulary]
             np.save(file, logits)
-        except Exception as problem:  # one sequence's failure; the next may do
+        except Exception as problem:  # this sequence failed; the next one may succeed
             generator = None
             _say(answers, error=f"{type(problem).__name__}: {problem}".splitlines()[0])
             continue
@@ -57,7 +57,7 @@ def _start(model: Any, adapters: Any, adapter: str | None, room: int) -> Any:
 
 
 def _claim_stdout() -> TextIO:
-    """Stdout for the answers alone: what the library prints goes to stderr."""
+    """Return stdout for the answers only; what the library prints goes to stderr from now on."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     return answers

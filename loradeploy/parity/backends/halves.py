@@ -1,4 +1,4 @@
-"""An encoder-decoder's two graphs as a backend: the encoder, then the decoder on what it gave."""
+"""The two graphs of an encoder-decoder as one backend: the encoder, then the decoder."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Halves:
-    """The graphs of `manifest`, by a `run` that finds the one whose outputs it is asked for.
+    """The encoder and the decoder of `manifest`.
 
-    `outputs`: what is compared.
+    `run`: runs the graph that has the requested outputs. `outputs`: the outputs to compare.
     """
 
     manifest: Manifest
@@ -31,13 +31,13 @@ class Halves:
     def encoded(
         self, feeds: Mapping[str, NDArray[Any]], adapters: Sequence[str | None]
     ) -> list[Any]:
-        """The keys and values of the source, in the order of the encoder's outputs."""
+        """Return the keys and values of the source, in the order of the encoder's outputs."""
         return list(self._encoded(feeds, adapters)[0].values())
 
     def whole(
         self, feeds: Mapping[str, NDArray[Any]], adapters: Sequence[str | None]
     ) -> Sequence[Any]:
-        """The outputs of a whole target, on an empty cache."""
+        """Return the outputs of a whole target, decoded in one run with an empty cache."""
         source, target = self._encoded(feeds, adapters)
         ids = feeds[DECODER_INPUT_IDS]
         fed = {**source, **self._empty(len(ids)), **target, DECODER_INPUT_IDS: ids}
@@ -46,7 +46,7 @@ class Halves:
     def one_by_one(
         self, feeds: Mapping[str, NDArray[Any]], adapters: Sequence[str | None]
     ) -> list[Sequence[Any]]:
-        """The outputs of a target's tokens, one a step: each on the cache of those before."""
+        """Return the outputs of a target decoded one token per step, with a cache."""
         source, target = self._encoded(feeds, adapters)
         ids = feeds[DECODER_INPUT_IDS]
         cache: dict[str, Any] = self._empty(len(ids))
@@ -62,7 +62,7 @@ class Halves:
     def _encoded(
         self, feeds: Mapping[str, NDArray[Any]], adapters: Sequence[str | None]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The keys and values of the source, and what else the decoder is fed but the cache."""
+        """Return the source's keys and values, and the decoder's other feeds except the cache."""
         encoder = self.manifest.encoder
         assert encoder is not None
         given = self.run(encoder.outputs, {name: feeds[name] for name in encoder.inputs}, adapters)

@@ -1,1 +1,1 @@
-"""Two models of anybody's compared as they are."""
+"""Compares any two models: ONNX files, bundles, PyTorch modules, Python functions."""

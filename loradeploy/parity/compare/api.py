@@ -1,4 +1,4 @@
-"""`loradeploy.compare`: any two models compared with each other, as they are."""
+"""`loradeploy.compare`: compares any two models with each other."""
 
 from __future__ import annotations
 
@@ -62,27 +62,28 @@ def compare(
 ) -> ParityReport:
     """Compare `candidate` with `reference`, output by output, and return the report.
 
-    Either is an ONNX file, a bundle (its base, or what is merged into it), a `torch.nn.Module`, a
-    function of feeds (numpy arrays by name) that returns outputs (by name, or as a sequence in the
-    order of the other side's), or "module:function" of one. Outputs are matched by name. The
-    comparison fails for an output of only one side, different shapes, values that are not finite, a
-    side that raises, and a side that gives different results when the first case is run again.
+    Each is an ONNX file, a bundle (its base, or the merged model), a `torch.nn.Module`, a function
+    that maps feeds (numpy arrays by name) to outputs (by name, or a sequence in the order of the
+    other side's outputs), or the name "module:function" of such a function. Outputs are matched by
+    name. The comparison fails for an output of only one side, different shapes, values that are not
+    finite, a side that raises, and a side that returns different results when the first case is run
+    again.
 
     Args:
         inputs: feeds, one mapping of names to arrays for each case; an .npz file or a directory of
             them; None generates them at random for the inputs that an ONNX side declares.
-        cases: how many are generated; the second has 1 for every dynamic dimension.
-        seed: for those.
-        tolerances: a precision whose limits are taken, or limits by metric in place of those of
-            the candidate's precision; by default the latter.
+        cases: number of generated cases; the second has 1 for every dynamic dimension.
+        seed: seed of the generated cases.
+        tolerances: a precision whose limits to use, or limits by metric, which replace those of the
+            candidate's precision; by default the limits of the candidate's precision.
         names: the candidate's names of the reference's inputs and outputs, where they differ.
         providers: onnxruntime's execution providers, the CPU's by default.
         report: files to write, as in `loradeploy.parity`.
         baseline: an earlier report (JSON); the check fails if a metric got worse.
 
     Raises:
-        UsageError: a side that is not a model, missing inputs, unknown tolerances, a baseline of
-            something else.
+        UsageError: a side that is not a model, missing inputs, unknown tolerances, or a baseline
+            that is not comparable.
         ModelError, BundleError: a file that cannot be opened.
         DataError: inputs that cannot be read.
     """
@@ -90,7 +91,7 @@ def compare(
     earlier = None if baseline is None else read_baseline(baseline)
     started = time.monotonic()
     expected, actual = open_side(reference, providers), open_side(candidate, providers)
-    _limits(actual.precision, tolerances)  # refused before anything runs
+    _limits(actual.precision, tolerances)  # raises before anything runs
     renamed = dict(names or {})
     fed = _feeds(expected, actual, renamed, inputs, cases, seed)
     with scratch_directory("loradeploy-compare-") as scratch:
@@ -193,7 +194,7 @@ def _feeds(
 
 
 def _unused_inputs(expected: Side, actual: Side, fed: Fed, renamed: Mapping[str, str]) -> list[str]:
-    """Inputs that only one of two graphs takes: a function may do with them what it likes."""
+    """Return a note for each fed input that an ONNX side does not take."""
     notes = []
     for side, own in ((expected, {}), (actual, renamed)):
         if side.inputs is not None:
@@ -204,13 +205,13 @@ def _unused_inputs(expected: Side, actual: Side, fed: Fed, renamed: Mapping[str,
 
 
 def _limits(precision: str | None, given: Tolerances | None) -> LimitsOf:
-    """The limits to judge by, for values of a `scale`.
+    """Return the function that maps the `scale` of values to their limits.
 
     Raises:
-        UsageError: an unknown metric, or a precision that nothing is known of.
+        UsageError: an unknown metric, or a precision without known limits.
     """
     if isinstance(given, str):
-        assumed(given, scale=1.0)  # refuses what is no precision
+        assumed(given, scale=1.0)  # raises for an unknown precision
         return partial(assumed, given)
     own = dict(given or {})
     known = [metric.name for metric in METRICS]
@@ -234,7 +235,7 @@ def _limits(precision: str | None, given: Tolerances | None) -> LimitsOf:
 
 
 def _same_meaning(expected: Side, actual: Side) -> list[Result]:
-    """Whether ids and labels mean the same, where both sides tell: numbers alone do not show it."""
+    """Compare label names and vocabularies, if both sides have them: numbers do not show those."""
     maps: list[tuple[str, Mapping[str, Any], Mapping[str, Any]]] = []
     if expected.labels is not None and actual.labels is not None:
         maps.append(("label map", expected.labels, actual.labels))

@@ -1,10 +1,10 @@
-"""What two models are fed where they are compared as they are: given arrays, or made ones.
+"""The inputs of `compare`: given arrays, or randomly generated ones.
 
-Made arrays follow the inputs that an ONNX side tells of. Dimensions of one name are one size in a
-case; the sizes differ from case to case, and the second case has 1 for all of them. What an input
-means is told by its name (`MEANINGS`), and every assumption is told with the inputs. A cache is
-what the model makes of random tokens: random numbers in its place are nothing that it ever sees,
-and are ten times as hard on the rounding of SmolLM2-135M.
+Generated arrays follow the inputs that an ONNX side declares. Dimensions of the same name have the
+same size within a case; sizes differ from case to case, and the second case has 1 for all of them.
+The meaning of an input is inferred from its name (`MEANINGS`), and every assumption is reported. A
+cache is computed by the model from random tokens: random numbers would not be realistic, and cause
+ten times the rounding error in SmolLM2-135M.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ if TYPE_CHECKING:
 Feed = dict[str, "NDArray[Any]"]
 FeedsPlace = str | os.PathLike[str] | Sequence[Mapping[str, Any]]
 
-# Ids stay below this where the size of the vocabulary is unknown.
+# Ids stay below this if the size of the vocabulary is unknown.
 UNKNOWN_VOCABULARY: Final = 64
-_LARGEST: Final = 24  # of the sizes that are drawn
+_LARGEST: Final = 24  # the largest random size
 _BATCHES: Final = 4
-# Sizes of the first cases: (batch, the others, the cache); of the rest, one for each name is drawn.
+# Sizes of the first cases: (batch, other dimensions, cache). Those of later cases are random.
 _FIRST: Final = ((2, (7, 5, 3), 3), (1, (1,), 0), (1, (16, 9), 16), (3, (1,), 9))
 
 
 @dataclass(frozen=True, eq=False)
 class Fed:
-    """The feeds of every case, where they are from, and what was assumed to make them."""
+    """The feeds of every case. `source`: where they come from; `notes`: assumptions about them."""
 
     cases: tuple[Feed, ...]
     source: str
@@ -51,7 +51,7 @@ class Fed:
 
 @dataclass(frozen=True)
 class _Making:
-    """What a maker of arrays may know besides the shape."""
+    """What generators of arrays need besides the shape."""
 
     random: np.random.Generator
     vocabulary: int
@@ -63,7 +63,7 @@ _Maker = Callable[[tuple[int, ...], _Making], "NDArray[Any]"]
 
 @dataclass(frozen=True)
 class Meaning:
-    """Values for inputs of some names or kinds. `assumption`: that they make, or None."""
+    """Generates values for the inputs it applies to. `assumption`: what they assume, or None."""
 
     applies: Callable[[TensorSpec], bool]
     make: _Maker
@@ -78,7 +78,7 @@ def _ids(shape: tuple[int, ...], making: _Making) -> NDArray[Any]:
     return making.random.integers(0, making.vocabulary, shape)
 
 
-# The first that applies is taken.
+# The first that applies is used.
 MEANINGS: Final[tuple[Meaning, ...]] = (
     Meaning(lambda s: "mask" in s.name, lambda shape, _: np.ones(shape), "nothing masked"),
     Meaning(lambda s: s.name == POSITION_IDS, _positions),
@@ -99,11 +99,12 @@ MEANINGS: Final[tuple[Meaning, ...]] = (
 
 
 def read_feeds(given: FeedsPlace) -> Fed:
-    """The user's own: an .npz file, a directory of them (a case each), or a sequence of feeds.
+    """Read feeds from an .npz file, a directory of them (a case each), or a sequence of mappings.
 
     Raises:
-        DataError: a file is missing, is no .npz, or holds pickled objects; there is none.
-        UsageError: a feed is no mapping of names to arrays.
+        DataError: a file is missing, not an .npz file or contains pickled objects; the directory
+            has no .npz file.
+        UsageError: a feed is not a mapping of names to arrays, or the sequence is empty.
     """
     if not isinstance(given, str | os.PathLike):
         if isinstance(given, Mapping) or not all(isinstance(feed, Mapping) for feed in given):
@@ -127,7 +128,7 @@ def make_feeds(
     vocabulary: int | None,
     run: Callable[[Feed], Given],
 ) -> Fed:
-    """`count` cases for the inputs `specs`; `run` gives a cache, of a model that keeps one.
+    """Generate `count` cases for the inputs `specs`; `run` runs the model, to compute a cache.
 
     Raises:
         UsageError: a count below 1, or an input whose values cannot be generated.
@@ -167,7 +168,7 @@ def _feed(specs: Sequence[TensorSpec], sizes: _Sizes, making: _Making) -> Feed:
 
 
 def _cache(feed: Feed, before: Feed, run: Callable[[Feed], Given]) -> Feed:
-    """The cache of `feed`, as it is after `before`; nothing where the model does not give one."""
+    """Return the cache for `feed`, as the model returns it for `before`; empty if it does not."""
     try:
         given = run(before)
     except Exception:  # the check itself reports it
@@ -183,7 +184,7 @@ def _cache(feed: Feed, before: Feed, run: Callable[[Feed], Given]) -> Feed:
 
 
 def shapes(feed: Mapping[str, NDArray[Any]]) -> str:
-    """The shapes of a case, short: a cache's tensors count as one."""
+    """Return a short text of the shapes of a case, with one entry for all tensors of a cache."""
     tensors = [f"{name} {list(v.shape)}" for name, v in feed.items() if not name.startswith(PAST)]
     cache = [f"past {list(v.shape)}" for name, v in feed.items() if name.startswith(PAST)]
     return ", ".join(tensors + cache[:1])
@@ -200,7 +201,7 @@ def _read(file: Path) -> Feed:
             raise ValueError(f"unpacked it has {unpacked:,} bytes, more than are read")
         with np.load(file, allow_pickle=False) as arrays:
             feed = {name: arrays[name] for name in arrays.files}
-    except Exception as problem:  # zipfile, zlib and numpy each have their own
+    except Exception as problem:  # zipfile, zlib and numpy have their own exception classes
         raise DataError(f"{file} is not readable as .npz: {first_line(problem)}") from None
     if not feed:
         raise DataError(f"{file} has no arrays")
@@ -212,7 +213,7 @@ def _read(file: Path) -> Feed:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """The size of every symbol in one case, and how long the cache and what is new are."""
+    """The sizes of one case, by symbol. `past`: length of the cache; `new`: count of new tokens."""
 
     of: Mapping[str, int]
     past: int
@@ -222,7 +223,7 @@ class _Sizes:
         return tuple(self._size(spec, axis) for axis in range(len(spec.shape)))
 
     def before(self, specs: Sequence[TensorSpec]) -> _Sizes:
-        """The same rows with the tokens that the cache is of, and none before them."""
+        """Return the sizes of the run that computes the cache: `past` new tokens, no cache."""
         pasts = _symbols(spec.shape[2:3] for spec in specs if _is_past(spec))
         news = _symbols(spec.shape[1:2] for spec in specs if spec.name == INPUT_IDS)
         of = {**self.of, **dict.fromkeys(pasts, 0), **dict.fromkeys(news, self.past)}
@@ -233,13 +234,13 @@ class _Sizes:
         if isinstance(dimension, int):
             return dimension
         if spec.name == ATTENTION_MASK and axis == 1 and self.new:
-            return self.past + self.new  # whatever the graph calls it
+            return self.past + self.new  # whatever the symbol of this dimension is
         parts = [part.strip() for part in dimension.split("+")]
         return sum(int(part) if part.isdigit() else self.of[part] for part in parts)
 
 
 def _sizes(specs: Sequence[TensorSpec], number: int, random: np.random.Generator) -> _Sizes:
-    """The sizes of the case `number`; the cache is empty in the second."""
+    """Return the sizes of the case `number`; in the second, number 1, the cache is empty."""
     batches = _symbols(spec.shape[:1] for spec in specs)
     pasts = _symbols(spec.shape[2:3] for spec in specs if _is_past(spec))
     others = [s for s in _symbols(spec.shape[1:] for spec in specs) if s not in batches]
@@ -259,7 +260,7 @@ def _sizes(specs: Sequence[TensorSpec], number: int, random: np.random.Generator
 
 
 def _symbols(shapes: Iterable[Sequence[int | str]]) -> list[str]:
-    """The symbols of shapes, each once; a dimension may be a sum, as in "past + sequence"."""
+    """Return the distinct symbols in shapes; a dimension may be a sum, as "past + sequence"."""
     parts = [
         part.strip()
         for shape in shapes
@@ -275,7 +276,7 @@ def _is_past(spec: TensorSpec) -> bool:
 
 
 def _kind(spec: TensorSpec) -> str:
-    """numpy's kind of the dtype; V, as of bytes, where numpy does not have it."""
+    """Return numpy's kind of the dtype; "V" for dtypes that numpy does not have."""
     try:
         return np.dtype(spec.dtype).kind
     except TypeError:

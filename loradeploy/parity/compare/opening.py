@@ -1,10 +1,10 @@
-"""Models to be compared, opened: ONNX files, bundles, Python callables, PyTorch modules.
+"""Opens the models to compare: ONNX files, bundles, Python callables, PyTorch modules.
 
 side = open_side("model.onnx")              an ONNX file, or a directory with one
-side = open_side("bundle")                  a bundle: the base, or what is merged into it
-side = open_side("package.module:function") a callable by name, imported as Python would here
+side = open_side("bundle")                  a bundle: the base, or the merged model
+side = open_side("package.module:function") a callable by name, importable from here
 side = open_side(function)                  feeds → outputs, both numpy arrays by name
-side = open_side(module)                    a torch.nn.Module, as it is
+side = open_side(module)                    a torch.nn.Module, in its current state
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def open_side(
     """Open a model to be compared; `providers` are onnxruntime's, the CPU's by default.
 
     Raises:
-        UsageError: a text that names nothing of the kind, or what is no model.
+        UsageError: a path or name that does not exist, or an object that is not a model.
         ModelError: onnxruntime cannot open the file.
         BundleError: the bundle is broken.
     """
@@ -143,7 +143,7 @@ def _graph(path: Path) -> Path:
 
 
 def _specs(nodes: Sequence[Any]) -> tuple[TensorSpec, ...]:
-    """What an onnxruntime session tells; a dimension without a name gets the tensor's."""
+    """Return the specs of a session's nodes; an unnamed dimension is named after its tensor."""
     return tuple(
         TensorSpec(
             node.name,
@@ -158,20 +158,20 @@ def _specs(nodes: Sequence[Any]) -> tuple[TensorSpec, ...]:
 
 
 def _taken(inputs: Sequence[TensorSpec], feeds: Feeds) -> dict[str, NDArray[Any]]:
-    """Those of the feeds that a graph takes, in its width of integers and floats."""
+    """Return the feeds that a graph takes, cast to its dtypes within integers or floats."""
     taken = {}
     for spec in inputs:
         value = np.asarray(feeds[spec.name])
         try:
             dtype = np.dtype(spec.dtype)
         except TypeError:
-            dtype = value.dtype  # one that numpy does not have: onnxruntime will say so
+            dtype = value.dtype  # numpy does not have this dtype; onnxruntime raises the error
         taken[spec.name] = value.astype(dtype) if dtype.kind == value.dtype.kind else value
     return taken
 
 
 def _precision(graph: Path, specs: Sequence[TensorSpec]) -> str | None:
-    """The precision of the weights, or, where onnx_ir is not installed, of inputs and outputs."""
+    """Return the precision of the weights; without onnx_ir, that of the inputs and outputs."""
     if importlib.util.find_spec("onnx_ir") is None:
         return "fp16" if any(spec.dtype == "float16" for spec in specs) else None
     import onnx_ir as ir
@@ -183,7 +183,7 @@ def _precision(graph: Path, specs: Sequence[TensorSpec]) -> str | None:
 
 
 def _beside(path: Path, outputs: Sequence[TensorSpec]) -> dict[str, Any]:
-    """What the files beside a graph say of ids and labels."""
+    """Return the vocabulary size, labels and tokenizer from the files beside a graph."""
     config = model_config(path, error=DataError)
     vocabulary = config.get("vocab_size")
     if not isinstance(vocabulary, int):
@@ -205,11 +205,11 @@ def _is_dotted(text: str) -> bool:
 
 
 def _imported(module: str, attribute: str) -> Any:
-    """`module:attribute`, with the working directory on the path as `python -m` has it."""
+    """Import `module:attribute` with the working directory on the path, as `python -m` does."""
     with _working_directory():
         try:
             found: Any = importlib.import_module(module)
-        except (Exception, SystemExit) as problem:  # the module's own, whatever it is
+        except (Exception, SystemExit) as problem:  # anything that the user's module raises
             raise UsageError(
                 f"{module}:{attribute} cannot be imported: {kind_and_line(problem)}"
             ) from None
@@ -244,17 +244,16 @@ def _open_object(given: Any, title: str) -> Side:
         )
 
     def run(feeds: Feeds) -> Given:
-        # Its own copies: what it does to them must not reach the other side.
+        # Copies, so that a function that changes its inputs does not affect the other side.
         return arrays_of(given({name: np.array(value) for name, value in feeds.items()}))
 
     return Side(title, short_title(title), run)
 
 
 def _open_module(module: torch.nn.Module, title: str) -> Side:
-    """A module in the state that it is in; float64 if its weights are, on the device they are on.
+    """Open a module in its current state, on the device and in the float dtype of its weights.
 
-    Feeds go to the parameters of `forward` by name where it knows any of the names, by their order
-    otherwise.
+    Feeds are passed to `forward` by name if it has any of the names, otherwise in order.
     """
     import torch
 
@@ -291,7 +290,7 @@ def _open_module(module: torch.nn.Module, title: str) -> Side:
 
 
 def _cache(given: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """transformers' cache of the feeds `past_key_values.{i}.key` and `.value`, if there are any."""
+    """Return arguments with transformers' cache made of `past_key_values.{i}.key` and `.value`."""
     layers = sum(name.startswith(PAST) and name.endswith(".key") for name in given)
     if not layers:
         return {}
@@ -307,7 +306,7 @@ def _title(given: Any) -> str:
 
 
 def short_title(title: str) -> str:
-    """A file's name of its path, a function's of module:function."""
+    """Return the file name of a path, or the function's name of "module:function"."""
     if os.path.exists(title) or os.sep in title:
         return Path(title).name
     return title.rpartition(":")[2].rpartition(".")[2]

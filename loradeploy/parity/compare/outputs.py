@@ -1,4 +1,4 @@
-"""What two sides gave, matched by name and compared."""
+"""Matches the outputs of two sides by name and compares them."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class LimitsOf(Protocol):
 
 _LISTED: Final = 5
 _CACHE: Final = PRESENT.rstrip(".")
-_ALL: Final = "outputs"  # what a problem with all of them stands under
+_ALL: Final = "outputs"  # the aspect of a problem that concerns no single output
 
 
 @dataclass
 class _Output:
-    """What an output, or a cache, has come to. `problems`: why it fails; the first is reported."""
+    """The comparison of one output, or of a cache. `problems`: why it fails; the first is shown."""
 
     comparison: Comparison
     scale: float
@@ -44,7 +44,7 @@ class _Output:
 
 
 class Outputs:
-    """What both sides gave, matched by name; `kept` is what the reference gave for each case."""
+    """The outputs of both sides, matched by name; `kept`: the reference's outputs of each case."""
 
     def __init__(self, kept: Sequence[Given | None], fed: Fed) -> None:
         self._kept = list(kept)
@@ -54,11 +54,11 @@ class Outputs:
 
     @property
     def precision(self) -> str:
-        """Inferred from the candidate's outputs."""
+        """The candidate's precision, inferred from its outputs."""
         return "fp16" if self._halves else "fp32"
 
     def add(self, number: int, given: Given | None) -> None:
-        """Add what the candidate gave for a case."""
+        """Add the candidate's outputs for a case; None if it raised."""
         kept = self._kept[number]
         if kept is None or given is None:
             return
@@ -66,7 +66,7 @@ class Outputs:
         if problem is not None:
             self._of(_ALL).problems.append(problem)
             return
-        if isinstance(kept, list):  # all of them have their names from here on
+        if isinstance(kept, list):  # from now on, all cases have the candidate's names
             self._kept = [
                 its if its is None or _unmatched(its, given, REFERENCE) else named(its, given)
                 for its in self._kept
@@ -85,7 +85,7 @@ class Outputs:
                 self._compare(name, expected[name], actual[name], number, case)
 
     def results(self, name: str, limits: LimitsOf) -> list[Result]:
-        """One for each output, judged."""
+        """Judge every output and return its result."""
         results = []
         if not self._found:
             self._of(_ALL).problems.append("there is none that both sides gave")
@@ -138,7 +138,7 @@ class Outputs:
 
 
 def named(given: Given, like: Given) -> dict[str, NDArray[Any]]:
-    """Outputs by name: those of `like` for what has none."""
+    """Return outputs by name; those without names get the names of `like`, in order."""
     if isinstance(given, dict):
         return given
     names = list(like) if isinstance(like, dict) else [f"output {n}" for n in range(len(given))]
@@ -146,12 +146,12 @@ def named(given: Given, like: Given) -> dict[str, NDArray[Any]]:
 
 
 def _family(name: str) -> str:
-    """What is judged together: a cache has a tensor for each layer and part."""
+    """Return the aspect of an output; all tensors of a cache have the same one."""
     return _CACHE if name.startswith(PRESENT) else name
 
 
 def _unmatched(given: Given, like: Given, who: str) -> str | None:
-    """Why outputs without names cannot have those of `like`."""
+    """Return why outputs without names cannot get the names of `like`; None if they can."""
     if not isinstance(given, list) or not isinstance(like, dict) or len(given) == len(like):
         return None
     return (
@@ -161,14 +161,14 @@ def _unmatched(given: Given, like: Given, who: str) -> str | None:
 
 
 def is_logits(name: str) -> bool:
-    """Whether the values are logits, by the output's name: a distribution over the last axis."""
+    """Whether an output holds logits over its last axis, judging by its name."""
     return name.endswith(LOGITS)
 
 
 def positions(name: str, values: NDArray[Any]) -> NDArray[Any]:
-    """`values` as [positions, width]: of logits each position's own, of others a row's of a batch.
+    """Reshape `values` to [positions, width]: a position for each vector of logits, else each row.
 
-    A direction or a distribution means nothing for one value, so columns of one are one position.
+    Cosine and divergence need vectors: an array with a single value per row is one position.
     """
     if values.dtype.kind == "b":
         values = values.astype(np.int8)
@@ -179,7 +179,7 @@ def positions(name: str, values: NDArray[Any]) -> NDArray[Any]:
 
 
 def scale_of(given: Sequence[NDArray[Any]]) -> float:
-    """The largest finite absolute value; 0 for integers, which are the same or are not."""
+    """Return the largest finite absolute value; 0 for integers, which must be equal."""
     return max(
         (
             float(np.max(np.abs(values), where=np.isfinite(values), initial=0.0))

@@ -1,4 +1,4 @@
-"""A side run over all cases, and whether it is the same twice."""
+"""Runs one side on all cases, and checks that it is deterministic."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ if TYPE_CHECKING:
 
 logger = logger_of(__name__)
 
-# Larger arrays of the reference wait in files until the candidate has been run.
+# Larger arrays of the reference are kept in files until the candidate has been run.
 _IN_MEMORY: Final = 1 << 20  # values
 
 
 @dataclass
 class Runs:
-    """One side over all cases, then over the first once more.
+    """Runs one side on all cases, and then on the first successful one again.
 
-    Iterating runs it, and gives for each case what it gave, or None where it raised.
+    Iterating runs the model and yields its outputs for each case, or None if it raised.
     """
 
     side: Side
@@ -66,7 +66,7 @@ class Runs:
             self.twice = None if again is None else (first[1], _copied(again))
 
     def result(self, limits: LimitsOf) -> Result:
-        """Whether it ran, and gave the same twice."""
+        """Return the result: whether all cases ran, and the repeated case gave the same outputs."""
         message = None
         if self.problems:
             message = f"the {self.role} raised {listed(self.problems, 1)}"
@@ -87,7 +87,7 @@ class Runs:
         begin = time.perf_counter()
         try:
             given = self.side.run({self.renamed.get(n, n): value for n, value in feed.items()})
-        except (Exception, SystemExit) as problem:  # theirs; sys.exit(0) must not end us as passed
+        except (Exception, SystemExit) as problem:  # a user's sys.exit(0) must not count as passed
             reason = kind_and_line(problem)
             self.problems.append(f"on case {number + 1} ({shapes(feed)}): {reason}")
             return None
@@ -125,7 +125,7 @@ class Runs:
 
 
 def kept_in(given: Given | None, scratch: Path) -> Given | None:
-    """What the reference gave, its own copy: the large arrays in files, mapped."""
+    """Return a copy of the reference's outputs, with large arrays in memory-mapped files."""
     if given is None:
         return None
 

@@ -1,4 +1,4 @@
-"""What is compared with something else: a model that takes arrays by name and gives arrays."""
+"""One side of a comparison: a model that maps arrays by name to arrays."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Feeds = Mapping[str, NDArray[Any]]
-    # By name, or without names in the order that the other side gives them.
+    # By name, or without names in the order of the other side's outputs.
     Given = dict[str, NDArray[Any]] | list[NDArray[Any]]
 
-_NUMBERS: Final = "biuf"  # numpy's kinds of them
+_NUMBERS: Final = "biuf"  # numpy's dtype kinds of numbers
 
 
 @dataclass(frozen=True, eq=False)
 class Side:
     """One of two models that are compared.
 
-    `title`: as it was given; `name`: short, for tables.
-    `inputs`: what it takes, None where it does not tell. `precision`: of its weights, None where it
-    is only seen by what it gives. `vocabulary`: the number of ids that it knows, `labels` their
-    names by number, `tokenizer` the file of its tokenizer: None where that is unknown. `provider`:
-    what runs it, None where that is not onnxruntime here. `hint`: what to think of first where it
-    differs from itself.
+    `title`: as the user gave it; `name`: a short name for tables.
+    `inputs`: the declared inputs, None if unknown. `precision`: that of its weights; None if it can
+    only be inferred from its outputs. `vocabulary`: number of token ids; `labels`: label names by
+    number; `tokenizer`: its tokenizer file; each is None if unknown. `provider`: the execution
+    provider, None if this onnxruntime does not run it. `hint`: likely cause, appended to the
+    message if two runs differ.
     """
 
     title: str
@@ -50,13 +50,13 @@ class Side:
 
 
 def arrays_of(result: Any) -> Given:
-    """What a callable or module returned, as numpy arrays.
+    """Convert the return value of a callable or module to numpy arrays.
 
-    A mapping stays one by name (a transformers output is one; its cache becomes `present.{i}.key`
-    and `present.{i}.value`), a sequence stays without names, a single array is a sequence of one.
+    A mapping, such as a transformers output, becomes arrays by name (its cache `present.{i}.key`
+    and `present.{i}.value`), a sequence a list without names, a single array a list of one.
 
     Raises:
-        TypeError: something in it is no array of numbers.
+        TypeError: a value is not an array of numbers.
     """
     if isinstance(result, Mapping):
         named: dict[str, NDArray[Any]] = {}
@@ -70,16 +70,16 @@ def arrays_of(result: Any) -> Given:
 
 
 def labels_of(given: Any) -> dict[str, str] | None:
-    """Names of labels by number; None where they are transformers' placeholders."""
+    """Return label names by number; None if they are unknown or transformers' placeholders."""
     if not isinstance(given, Mapping):
         return None
     labels = {str(number): str(name) for number, name in given.items()}
-    made_up = all(name == f"LABEL_{number}" for number, name in labels.items())
-    return None if made_up else labels
+    placeholders = all(name == f"LABEL_{number}" for number, name in labels.items())
+    return None if placeholders else labels
 
 
 def _flat(name: str, value: Any) -> dict[str, NDArray[Any]]:
-    """One entry of a mapping: an array, a cache, or a tuple of arrays (all hidden states)."""
+    """Return the arrays of one entry: an array, a cache, or a tuple of arrays (hidden states)."""
     if hasattr(value, "layers") and hasattr(value, "get_seq_length"):
         return {
             f"{PRESENT}{number}.{part}": _array(name, tensor)

@@ -1,1 +1,1 @@
-"""The PyTorch side: the reference, and what is compared with it in PyTorch."""
+"""The reference in PyTorch, its rounding errors, and PEFT in the same model."""

@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from loradeploy.parity.phases.models import EmbedsModel
     from loradeploy.parity.phases.rows import Row
 
-# Prompts, of all lengths, that are computed once more: of float64, which takes twice as long and
-# has each weight cast, so many that the longest and the shortest are among them. What is not
-# measured on a row can only make the limit of a largest figure smaller.
+# Number of prompts, spread over all lengths, that are computed again. In float64, which is slower
+# and casts each weight, just enough to include the shortest and the longest. Measuring fewer rows
+# can only make the limit of a largest error smaller.
 _CASES: Final = 6
-_EXACT: Final = 3
+_CASES_IN_FLOAT64: Final = 3
 _FLOAT64: Final = DTYPES["fp32"]
-# Figures of all values together: of few rows the longest has most of them, and errors grow with the
-# length. They are no larger than the rows' own on average, where each row counts as much.
+# Figures over all values together. Of few rows, the longest has most of the values and the largest
+# errors, so these figures are limited to the average over rows, in which all rows count equally.
 _POOLED: Final = ("mean_abs", "p99_abs")
 
 
@@ -43,24 +43,24 @@ def measure_gap(
     logits: bool,
     embeds: bool = False,
 ) -> Figures:
-    """How far PyTorch is off by the rounding of `precision` alone, on some of `rows`.
+    """Measure the error that the rounding of `precision` alone causes in PyTorch, on some `rows`.
 
-    `forward` runs `model`, whose adapter is in it; the rows hold what it gives in float32.
-    `activations` are the modules whose inputs quantized weights round. `embeds`: whether the rows
-    read their embeddings (`Row.reading`).
+    `forward` runs `model`, which has the rows' adapter in it; `rows` have its outputs in float32.
+    `activations`: the modules whose inputs are rounded, because their weights are quantized.
+    `embeds`: whether the rows are fed embeddings (`Row.reading`).
     """
     gap = Comparison(scale=scale, logits=logits)
     of_rows: list[Figures] = []
     rounded_products = precision in QUANTIZED and bool(activations)
     exactly = not rounded_products and DTYPES.get(precision, _FLOAT64) == _FLOAT64
     with _less_exact(model, precision, activations):
-        for row in spread(rows, _EXACT if exactly else _CASES):
+        for row in spread(rows, _CASES_IN_FLOAT64 if exactly else _CASES):
             ids = np.array([row.tokens], np.int64)
             mask = np.ones_like(ids)
             fed = embeds_feeds([row.fed], mask) if embeds and row.fed is not None else None
             values, _ = forward.forward(ids, mask, None, [row.adapter], embeds=fed)
             values = values[..., : row.outputs].reshape(row.expected.shape)
-            # float64 is the more exact side, any other the less exact one.
+            # Computed in float64, the values are the more exact side; otherwise the less exact one.
             exact, rounded = row.expected, values
             if values.dtype == np.float64:
                 exact, rounded = rounded, exact
@@ -72,7 +72,7 @@ def measure_gap(
 
 
 def evened(pooled: Figures, of_rows: Sequence[Figures]) -> Figures:
-    """`pooled`, of all rows together, with no figure larger than the average of the rows' own."""
+    """Return `pooled` with its mean and p99 no larger than the averages over `of_rows`."""
     averages = {name: float(np.mean([getattr(f, name) for f in of_rows])) for name in _POOLED}
     least = {name: min(getattr(pooled, name), average) for name, average in averages.items()}
     changed: dict[str, Any] = {**least}

@@ -1,4 +1,4 @@
-"""A PyTorch model as a backend: what a decoder, an encoder or both of them give in PyTorch."""
+"""A PyTorch model as a backend: decoders, encoders and encoder-decoders."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-# transformers' name for how many positions of logits are computed.
+# transformers' argument for the number of positions whose logits are computed.
 _KEEP: Final = "logits_to_keep"
 
 
 class TorchModel:
-    """A PyTorch model as a backend; the adapter is what is in it at the time.
+    """A PyTorch model as a backend, with whatever adapter is currently in it.
 
-    `known`: as `plain_feeds`. `last`: of a decoder only the last
-    position is asked for, where the model can leave the others out. `tokens`: how many tokens the
-    base and each adapter have, where the model has rows for more; the logits of others are hidden.
+    `known`: as in `plain_feeds`. `last`: compute a decoder's logits of the last position only, if
+    the model supports it. `tokens`: vocabulary sizes of the base and of each adapter, if the model
+    has more rows; the logits of the other tokens are hidden.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class TorchModel:
         self._model = model
         self._manifest = manifest
         self._task = manifest.task
-        # The first is the task's own, which a graph may call something else than PyTorch does.
+        # The first is the task's main output, whose name in the graph may differ from PyTorch's.
         first, *rest = output_names(manifest)
         self._outputs = (first if manifest.tower else TASK_TABLE[manifest.task].output, *rest)
         self._taken = inspect.signature(model.forward).parameters
@@ -78,7 +78,7 @@ class TorchModel:
     ) -> tuple[NDArray[Any], Any]:
         """See `phases.models`, `Model` and `EmbedsModel`; the cache is transformers' own.
 
-        `blocks`: whether the places of an image attend to each other where the bundle has it so.
+        `blocks`: whether the positions of an image attend to each other, if the bundle has that.
         """
         import torch
 
@@ -108,7 +108,7 @@ class TorchModel:
             value = getattr(result, name, None)
             if value is None:
                 raise ModelError(f"the bundle gives {name}, which the PyTorch model does not give")
-            if value.dtype != torch.float64:  # calibration runs in that, too
+            if value.dtype != torch.float64:  # calibration also runs in float64
                 value = value.float()
             values.append(value.numpy())
         hidden = hidden_logit(np.float32)
@@ -119,7 +119,7 @@ class TorchModel:
     def encode(
         self, ids: NDArray[np.int64], mask: NDArray[np.int64], adapters: Sequence[str | None]
     ) -> NDArray[Any]:
-        """See `phases.models.SourceModel`: what is in transformers' own cache of the source."""
+        """See `phases.models.SourceModel`; keys and values are read from transformers' cache."""
         import torch
 
         assert self._manifest.encoder is not None
@@ -135,13 +135,13 @@ class TorchModel:
         return by_source([found[name] for name in self._manifest.encoder.outputs])
 
     def embedding(self, ids: torch.Tensor) -> torch.Tensor:
-        """What the model reads of tokens: [rows, tokens, hidden]."""
+        """Return the input embeddings of `ids` [rows, tokens]: [rows, tokens, hidden]."""
         find: Any = self._model.get_input_embeddings
         result: torch.Tensor = find()(ids)
         return result
 
     def with_embeds(self, prompt: Sequence[int], fed: Fed | None = None) -> Fed:
-        """What the model gives for a prompt with embeddings, `fed` or drawn ones."""
+        """Return `fed`, by default random embeddings, with the model's outputs for `prompt`."""
         import torch
 
         ids = np.array([prompt], np.int64)
@@ -159,7 +159,7 @@ class TorchModel:
 
 @dataclass(frozen=True, eq=False)
 class EncoderOf:
-    """An encoder-decoder's encoder as a model of its own: it gives the source's keys and values."""
+    """The encoder of an encoder-decoder as a model that returns the source's keys and values."""
 
     model: TorchModel
 
@@ -177,7 +177,7 @@ class EncoderOf:
 
 
 def _tensor(values: NDArray[Any]) -> torch.Tensor:
-    """The values for the reference, which is float32 whatever the graph takes."""
+    """Return the values as a tensor, floats as float32: the reference runs in float32."""
     import torch
 
     tensor = torch.from_numpy(values)

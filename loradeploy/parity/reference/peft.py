@@ -1,6 +1,6 @@
-"""PEFT in the reference's model: what PEFT itself reads from the adapter's own files.
+"""PEFT in the reference's model: PEFT itself reads the adapter's own files.
 
-Nothing that loradeploy read, left out or wrote again goes in here, so that a mistake of its reader
+Nothing that loradeploy has read or rewritten is used here, so that an error of loradeploy's reader
 shows as a difference.
 """
 
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def with_peft(model: torch.nn.Module, tested: AdapterUnderTest) -> Iterator[None]:
-    """`model` with the adapter as PEFT reads it from its directory while the block lasts."""
+    """Let PEFT load the adapter from its directory into `model`; removed when the block ends."""
     from loradeploy.lora.quiet import quiet
 
-    with quiet():  # it imports bitsandbytes, which has remarks
+    with quiet():  # peft imports bitsandbytes, which prints warnings
         import peft
 
     root = _wrapped(model, tested)
@@ -55,7 +55,7 @@ def with_peft(model: torch.nn.Module, tested: AdapterUnderTest) -> Iterator[None
             parameters[name].data.copy_(values)
             versions[name] = parameters[name]._version
     changed = [name for name, version in versions.items() if parameters[name]._version != version]
-    if changed:  # what is compared after this must be the base
+    if changed:  # later comparisons need the original base
         raise AdapterError(
             f"the adapter {tested.name!r}: PEFT writes over the base's {shortened(changed[0])},"
             " so that what is compared next would be another base: give `backends` without peft"
@@ -63,7 +63,7 @@ def with_peft(model: torch.nn.Module, tested: AdapterUnderTest) -> Iterator[None
 
 
 def _wrapped(model: torch.nn.Module, tested: AdapterUnderTest) -> Any:
-    """What PEFT wrapped as the adapter was trained: of a tower it may be the body alone."""
+    """Return the module that PEFT wrapped in training: the model, or only the body of a tower."""
     kind = getattr(model, "tower_kind", None)
     if kind is None or not is_body(load_adapter(tested.path)):
         return model
@@ -72,10 +72,10 @@ def _wrapped(model: torch.nn.Module, tested: AdapterUnderTest) -> Any:
 
 @contextmanager
 def _directory_for_peft(tested: AdapterUnderTest) -> Iterator[Path]:
-    """A PEFT directory with the adapter's own files.
+    """Yield a PEFT directory with the adapter's own files.
 
-    Where the bundle has more labels than the adapter, the tensors of its head are those that are
-    compared; all others are the file's.
+    If the bundle has more labels than the adapter, the tensors of the head are loradeploy's padded
+    ones; all others are those of the file.
     """
     config, weights = adapter_files(tested.path)
     if not tested.widened and weights.name == WEIGHTS_NAME:
@@ -104,10 +104,10 @@ def _write_widened(tested: AdapterUnderTest, weights: Path, output: Path) -> Non
 def _may_be_written(
     weights: Path, parameters: Mapping[str, torch.nn.Parameter]
 ) -> dict[str, torch.Tensor]:
-    """Copies of the base's parameters that a tensor of the file could be loaded into.
+    """Return copies of the base's parameters that PEFT may overwrite with a tensor of the file.
 
-    PEFT writes trained biases, and the embeddings that come with an adapter, over the base's own.
-    Names differ by what PEFT wraps and transformers renamed: ending and shape do not.
+    PEFT overwrites the base's parameters with trained biases and embeddings. Full names depend on
+    what PEFT wraps and transformers renamed, so parameters are matched by last name part and shape.
     """
     tensors = read_tensors(weights, error=AdapterError)[0]
     shapes = {(name.rpartition(".")[2], tensor.shape) for name, tensor in tensors.items()}
@@ -123,7 +123,7 @@ def _restore(
     modules: Mapping[str, torch.nn.Module],
     parameters: Mapping[str, torch.nn.Parameter],
 ) -> None:
-    """Put every module and parameter back where it was."""
+    """Put every module and parameter back into its place."""
     for name, module in modules.items():
         if name and model.get_submodule(name) is not module:
             parent, _, child = name.rpartition(".")

@@ -1,6 +1,6 @@
-"""The PyTorch side: the reference, and the backends that are compared with it in PyTorch.
+"""The reference: the base model in PyTorch, with each adapter in turn.
 
-The base model is loaded once; adapters are put in and taken out again.
+The base model is loaded once; adapters are inserted and removed again.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ if TYPE_CHECKING:
     from loradeploy.adapter.adapter import Adapter
 
 
-# How many sources at least are kept as the encoder gives them: those of a sound are large.
+# Number of rows whose encoder outputs are kept; few, since those of sounds are large.
 _ENCODED_ROWS: Final = 3
 
 
 @dataclass(frozen=True, eq=False)
 class Effect:
-    """What an adapter changes in the reference: |adapter − base| over the prompts' outputs."""
+    """The effect of an adapter in the reference: |adapter − base| over the prompts' outputs."""
 
     largest: float
     mean: float
@@ -63,14 +63,13 @@ class Effect:
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """What PyTorch gives, by adapter name; None is the base.
+    """The outputs of PyTorch, by adapter name; None is the base.
 
-    `scale`: the largest absolute value of each. `limits`: how far a deployment may be off. Both
-    are of tokens; `embedded_scale` and `embedded_limits` are of embeddings in their places, where
-    the model takes them: it rounds those by more or less. The rows' values are in files, mapped on
-    reading. `notes`: what its reader must know.
-    `encoder`: the same of an encoder-decoder's encoder, whose rows are sources. `states`: whether
-    the values are such ones, and no logits.
+    `scale`: the largest absolute value. `limits`: the tolerances of a deployment.
+    `embedded_scale`, `embedded_limits`: the same for rows that are fed embeddings, which have other
+    rounding errors. The rows' values are in memory-mapped files. `notes`: for the report.
+    `encoder`: the reference of an encoder-decoder's encoder, whose rows are sources. `states`:
+    whether this is such a reference, whose values are not logits.
     """
 
     rows: dict[str | None, tuple[Row, ...]]
@@ -84,23 +83,23 @@ class Reference:
     states: bool = False
 
     def of(self, phase: str) -> Reference:
-        """What the values of `phase` are held against."""
+        """Return the reference that the values of `phase` are compared with."""
         return self.encoder if phase == ENCODER and self.encoder is not None else self
 
     def scale_in(self, phase: str | None, adapter: str | None) -> float:
-        """The largest absolute value of what a phase shows."""
+        """Return the largest absolute value of an adapter in a phase."""
         return (self.embedded_scale if phase == EMBEDDED else self.scale)[adapter]
 
     def limits_in(self, phase: str | None, adapter: str | None) -> Mapping[str, Limit]:
-        """How far a deployment may be off in a phase."""
+        """Return the tolerances for an adapter in a phase."""
         return (self.embedded_limits if phase == EMBEDDED else self.limits)[adapter]
 
 
 @dataclass(frozen=True, eq=False)
 class Base:
-    """The base model in PyTorch, float32, and the weights that the graph holds quantized.
+    """The base model in PyTorch, float32, and the quantized weights of the graph.
 
-    `notes`: what a reader of the report must know of them.
+    `notes`: remarks on these weights for the report.
     """
 
     model: torch.nn.Module
@@ -109,12 +108,12 @@ class Base:
 
 
 def load_model(context: CheckContext) -> torch.nn.Module:
-    """The base model of `context` with the bundle's head, float32.
+    """Load the base model of `context` with the bundle's head, in float32.
 
     Raises:
         MissingDependencyError: torch or transformers is not installed.
         ModelError: transformers cannot load the model.
-        AdapterMismatchError: an adapter does not bring what the model lacks.
+        AdapterMismatchError: an adapter does not have parameters that the model lacks.
     """
     try:
         import torch  # noqa: F401
@@ -147,12 +146,12 @@ def load_model(context: CheckContext) -> torch.nn.Module:
 
 
 def size_of(model: torch.nn.Module) -> int:
-    """The bytes of the model's parameters."""
+    """Return the size of the model's parameters in bytes."""
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
 def take_weights(context: CheckContext, model: torch.nn.Module) -> Base:
-    """`model` as the base, with the graph's own weights where those are quantized.
+    """Return `model` as the base, with the graph's quantized weights where it has them.
 
     Raises:
         BundleError: the graph's quantized weights cannot be read, or are not the base's.
@@ -170,7 +169,7 @@ def take_weights(context: CheckContext, model: torch.nn.Module) -> Base:
 def _requantized(
     context: CheckContext, model: torch.nn.Module, quantized: Mapping[str, QuantizedWeight]
 ) -> Base:
-    """The base with what the packings before and after the merge rounded, where it is no more."""
+    """Return the base with the rounding errors of a merged graph, if they are nothing else."""
 
     def weights() -> dict[str, NDArray[np.float32]]:
         return {name: weight_of(layer).copy() for name, layer in layers_of(model, quantized)}
@@ -185,7 +184,7 @@ def _requantized(
 
 
 def load_base(context: CheckContext) -> Base:
-    """The base model of `context`, with the graph's own weights where those are quantized.
+    """Load the base model of `context`, with the graph's quantized weights where it has them.
 
     Raises: as `load_model` and `take_weights`.
     """
@@ -221,7 +220,7 @@ def make_reference(context: CheckContext, base: Base) -> Reference:
             limits_of = _limits(context, base, name, encoded, size, notes, states=True)
             source_limits[name] = limits_of
 
-    # Of a merged bundle only the adapter is compared; its base is there to tell the effect.
+    # Of a merged bundle only the adapter is compared; the base is run to measure the effect.
     with as_reference(context, base, None):
         run(None, 0 if context.merged else context.cases.generated)
     for tested in context.adapters:
@@ -247,7 +246,7 @@ def make_reference(context: CheckContext, base: Base) -> Reference:
 
 
 def _source(row: Row) -> Row:
-    """The source of `row` as a row of the encoder alone."""
+    """Return the source of `row` as a row of the encoder."""
     assert row.encoded is not None
     return replace(row, forced=(), target=0, expected=row.encoded, about=None)
 
@@ -255,7 +254,7 @@ def _source(row: Row) -> Row:
 def as_reference(
     context: CheckContext, base: Base, name: str | None
 ) -> AbstractContextManager[torch.nn.Module]:
-    """The model as the reference for the adapter `name`, None is the base, while it lasts."""
+    """Insert the adapter `name` (None: the base) into the reference while the block lasts."""
     adapters = {tested.name: tested.adapter for tested in context.adapters}
     return as_reference_with(context, base, None if name is None else adapters[name])
 
@@ -264,7 +263,7 @@ def as_reference(
 def as_reference_with(
     context: CheckContext, base: Base, adapter: Adapter | None
 ) -> Iterator[torch.nn.Module]:
-    """The same for any adapter that fits the model, in place of the context's own."""
+    """Like `as_reference`, with any adapter that fits the model."""
     from loradeploy.lora.inject import adapted
 
     with ExitStack() as stack:
@@ -289,9 +288,9 @@ def _limits(
     embeds: bool = False,
     states: bool = False,
 ) -> Mapping[str, Limit]:
-    """How far a deployment of what is in the model may be from `rows`.
+    """Return the tolerances of a deployment of the model, with its current adapter, on `rows`.
 
-    `embeds`: whether they read embeddings. `states`: whether they are an encoder's.
+    `embeds`: whether the rows are fed embeddings. `states`: whether they are an encoder's.
     """
     manifest = context.manifest
     model = TorchModel(base.model, manifest, context.cases.known, tokens=context.tokens)
@@ -317,11 +316,11 @@ def _limits(
 
 
 def effect(base: Sequence[Row], adapted: Sequence[Row]) -> Effect:
-    """How far `adapted` is from `base` over the prompts."""
+    """Measure how far the outputs `adapted` are from `base` over the prompts."""
     largest, total, values = 0.0, 0.0, 0
     for one, other in zip(base, adapted, strict=True):
         if one.prompt != other.prompt:
-            continue  # it has tokens that the base does not have
+            continue  # the adapter's prompt has tokens that the base does not have
         count = min(len(one.expected), len(other.expected))
         if one.forced or other.forced:
             count = len(one.prompt)
@@ -331,7 +330,7 @@ def effect(base: Sequence[Row], adapted: Sequence[Row]) -> Effect:
             with np.errstate(invalid="ignore", over="ignore"):
                 changed = np.abs(after - before)
             if not np.isfinite(before).all() or not np.isfinite(after).all():
-                continue  # such positions fail by themselves
+                continue  # positions that are not finite fail anyway
             largest = max(largest, float(changed.max()))
             total += float(changed.sum())
             values += changed.size
@@ -340,7 +339,7 @@ def effect(base: Sequence[Row], adapted: Sequence[Row]) -> Effect:
 
 @contextmanager
 def merged(model: torch.nn.Module, adapter: Adapter) -> Iterator[None]:
-    """`model` with `adapter` folded into its weights while the block lasts."""
+    """Merge `adapter` into the weights of `model` while the block lasts."""
     from loradeploy.lora.inject import load
 
     injection = load(model, adapter)
@@ -354,7 +353,7 @@ def merged(model: torch.nn.Module, adapter: Adapter) -> Iterator[None]:
 def reference_rows(
     context: CheckContext, model: torch.nn.Module, adapter: str | None, count: int
 ) -> tuple[Row, ...]:
-    """The rows of what is in `model`, an adapter or the base, with `count` tokens generated."""
+    """Run `model`, which has `adapter` in it, and return its rows with `count` generated tokens."""
     cases = context.cases.of(context.tokens.get(adapter))
     backend = TorchModel(model, context.manifest, context.cases.known, tokens=context.tokens)
     chooser = TorchModel(model, context.manifest, tokens=context.tokens, last=True)
@@ -368,7 +367,7 @@ def reference_rows(
             forced += generate(chooser, batch, count=steps, pad=cases.pad, adapter=adapter)
     rows = []
     target = TARGET if context.manifest.encoder is not None else 0
-    sources = max(_ENCODED_ROWS, len(context.adapters) + 1) if target else 0  # one of each at least
+    sources = max(_ENCODED_ROWS, len(context.adapters) + 1) if target else 0  # one of each adapter
     for number, (prompt, follow) in enumerate(zip(cases.prompts, forced, strict=True)):
         ids = np.array([prompt + follow[:-1]], np.int64)
         values, _ = backend.forward(ids, np.ones_like(ids), None, [adapter])
@@ -392,7 +391,7 @@ def reference_rows(
 
 
 def _keep(scratch: Path, values: NDArray[Any]) -> NDArray[np.float32]:
-    """The values in a file of their own, mapped: a vocabulary's logits are large."""
+    """Return the values as a memory-mapped file, since logits over a vocabulary are large."""
     file = scratch / f"reference-{len(list(scratch.glob('reference-*')))}.npy"
     np.save(file, values.astype(np.float32, copy=False))
     mapped: NDArray[np.float32] = np.load(file, mmap_mode="r")
@@ -400,7 +399,7 @@ def _keep(scratch: Path, values: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def _scale(rows: Sequence[Row]) -> float:
-    """The largest absolute value; values that are no numbers are left out."""
+    """Return the largest finite absolute value."""
     return max(_largest(row.expected) for row in rows)
 
 

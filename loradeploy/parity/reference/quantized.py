@@ -1,13 +1,14 @@
-"""The reference for quantized weights: PyTorch with the numbers that the graph has, dequantized.
+"""The reference for quantized weights: PyTorch with the dequantized weights of the graph.
 
-What rounding to 8 or 4 bits does to the model is the choice of whoever quantized it; parity asks
-whether the weights are the base's but for that rounding, and whether the deployment computes what
-they say, adapters on top. What is left between the two is the activations, which onnxruntime rounds
-to 8 bits where it multiplies quantized weights.
+The effect of rounding weights to 8 or 4 bits is the decision of whoever quantizes a model. Parity
+checks that the weights are the base's apart from that rounding, and that the deployment computes
+the same as PyTorch with these weights and with adapters. The remaining difference is in the
+activations, which onnxruntime rounds to 8 bits where it multiplies quantized weights.
 
-A merged graph packs base and adapter in one. There the reference is the merge in PyTorch, rounded
-as loradeploy's own export rounds: nothing of the graph is in it but how many bits it packs to. Of a
-base that was quantized before the merge, both roundings are taken from the graph (requantized.py).
+A merged graph has base and adapter in the same weights. Its reference is the merge in PyTorch,
+rounded as loradeploy's export rounds it; only the number of bits and the block size are taken from
+the graph. If the base was quantized before the merge, the errors of both roundings are taken from
+the graph (requantized.py).
 """
 
 from __future__ import annotations
@@ -35,23 +36,23 @@ if TYPE_CHECKING:
 logger = logger_of(__name__)
 
 QUANTIZED: Final = ("int8", "int4")
-# What rounding may change of a row of a weight, ‖difference‖ / ‖row‖. With s steps to each side of
-# zero, normal numbers in blocks of 32 lose 0.6 / s: 0.5 % and 9 %; outliers make it more.
+# The largest relative error of a weight's row by rounding, ‖difference‖ / ‖row‖. With s steps to
+# each side of zero, normal numbers in blocks of 32 have 0.6 / s: 0.5 % and 9 %; outliers more.
 _MOST_OFF: Final = {"int8": 0.05, "int4": 0.3}
-# Rows smaller than this share of the usual one are taken for as large.
+# Rows smaller than this share of the RMS row size are treated as if they had that size.
 _SMALL_ROW: Final = 0.1
-# onnxruntime's accuracy_level of products that round what they multiply to int8.
+# onnxruntime's accuracy_level of products that round their activations to int8.
 _INT8_ACTIVATIONS: Final = 4
 
 
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
-    """A quantized weight of a graph: its numbers [out, in] dequantized, its bits, and its blocks.
+    """A quantized weight of a graph.
 
-    Of several modules that share a product, all have the numbers of the whole.
-
-    `activations`: how the product rounds what it multiplies; None where it does not.
-    `rounding`: what rounding did to a merged weight, [out, in], where that is read from the graph.
+    `values`: the dequantized weight [out, in]; modules that share a product all have the values of
+    the whole product. `bits`, `block`: bits and block size of the quantization.
+    `activations`: how the product rounds its activations; None if it does not.
+    `rounding`: the rounding error of a merged weight, [out, in], if it is read from the graph.
     """
 
     values: NDArray[np.float32]
@@ -62,10 +63,10 @@ class QuantizedWeight:
 
 
 def quantized_weights(bundle: Path, manifest: Manifest) -> Mapping[str, QuantizedWeight]:
-    """The quantized weights of the bundle's graph, by module.
+    """Return the quantized weights of the bundle's graph, by module.
 
     Raises:
-        BundleError: a weight is quantized in a way that is not understood.
+        BundleError: a weight is quantized in an unsupported way.
     """
     from loradeploy.export.graph.halves import load_bundle_graph
     from loradeploy.export.graph.names import called_after
@@ -86,14 +87,14 @@ def quantized_weights(bundle: Path, manifest: Manifest) -> Mapping[str, Quantize
         product = at[linear.nodes[0]]
         begin, end = linear.slice or (0, linear.out_features)
         values = product.rows(list(range(begin, end)))
-        # The integers of a MatMulInteger are scaled behind the product.
+        # The scale of a MatMulInteger is applied after the product.
         if values is None or product.node.op_type == INTEGER:
             raise BundleError(
                 f"{bundle}: parity cannot read the {product.node.op_type} weight of {name}: compare"
                 " the graph with the PyTorch model instead (`reference`)"
             )
         weight = _quantized_weight(product, values)
-        # A merged graph keeps q, k and v as one product; blocks are within a module's own rows.
+        # A merged graph may have q, k and v in one product; no block spans two modules.
         found |= dict.fromkeys(called_after(name), weight)
     return found
 
@@ -101,10 +102,10 @@ def quantized_weights(bundle: Path, manifest: Manifest) -> Mapping[str, Quantize
 def dequantize_into(
     model: torch.nn.Module, weights: Mapping[str, QuantizedWeight], manifest: Manifest
 ) -> None:
-    """Give the linear layers of `model` a graph's quantized weights.
+    """Replace weights of linear layers in `model` by the dequantized ones of a graph.
 
     Raises:
-        BundleError: a weight is not that of the base but for its rounding.
+        BundleError: a weight differs from the base's by more than rounding.
     """
     most = _MOST_OFF[manifest.precision]
     for name, module in layers_of(model, weights):
@@ -122,7 +123,7 @@ def dequantize_into(
 
 @contextmanager
 def rounded_as(model: torch.nn.Module, weights: Mapping[str, QuantizedWeight]) -> Iterator[None]:
-    """`model` with its weights as they are, merged or not, rounded as `weights` are."""
+    """Round the current weights of `model`, merged or not, as `weights` are, in this block."""
     from loradeploy.export.passes.precision.quantize import rounded
 
     kept = []
@@ -142,18 +143,18 @@ def rounded_as(model: torch.nn.Module, weights: Mapping[str, QuantizedWeight]) -
 
 
 def activations_of(weights: Mapping[str, QuantizedWeight]) -> dict[str, Activations]:
-    """How the products round what they multiply, by module, where they do."""
+    """Return how products round their activations, by module; only those that do."""
     return {name: w.activations for name, w in weights.items() if w.activations is not None}
 
 
 def weight_of(module: Any) -> NDArray[np.float32]:
-    """The weight [out, in] of a linear layer."""
+    """Return the weight [out, in] of a linear layer."""
     values: NDArray[np.float32] = _like(module, module.weight.detach().numpy()).numpy()
     return values
 
 
 def _off(weight: torch.Tensor, own: torch.Tensor) -> float:
-    """‖difference‖ / ‖own‖ of the row [in] that is off most; infinite where the shapes differ."""
+    """Return the largest ‖difference‖ / ‖own‖ of a row [in]; infinity if the shapes differ."""
     if weight.shape != own.shape:
         return math.inf
     size = own.norm(dim=1).clamp_min(own.norm() / len(own) ** 0.5 * _SMALL_ROW)
@@ -163,7 +164,7 @@ def _off(weight: torch.Tensor, own: torch.Tensor) -> float:
 def layers_of(
     model: torch.nn.Module, weights: Mapping[str, QuantizedWeight]
 ) -> Iterator[tuple[str, Any]]:
-    """The layers of `model` whose weights are quantized; of adapted ones, the base's."""
+    """Yield the layers of `model` whose weights are quantized; of adapted layers, the base's."""
     modules: dict[str, Any] = dict(model.named_modules())
     for name in weights:
         if name in modules:
@@ -171,7 +172,7 @@ def layers_of(
 
 
 def _like(module: Any, values: NDArray[np.float32]) -> torch.Tensor:
-    """[out, in] as `module` holds it, and back: transformers' Conv1D holds weights turned."""
+    """Convert a weight between [out, in] and the layout of `module`: Conv1D has [in, out]."""
     import torch
 
     weight = torch.from_numpy(values)
@@ -179,7 +180,7 @@ def _like(module: Any, values: NDArray[np.float32]) -> torch.Tensor:
 
 
 def _give(module: Any, weight: torch.Tensor) -> None:
-    """A parameter of its own: an output head may be tied to embeddings, which are not quantized."""
+    """Set the weight as a new parameter, since a head may be tied to unquantized embeddings."""
     import torch
 
     module.weight = torch.nn.Parameter(weight, requires_grad=False)

@@ -1,18 +1,19 @@
 """The reference for a graph whose weights were dequantized, merged into and quantized again.
 
-How the base was quantized before the merge is not in the graph any more: the merge in PyTorch,
-rounded once, is another model: by the rounding that came first. What both roundings did, together,
-is in the graph: with V its weight, W the base's and Δ the adapter's update
+The graph no longer shows how the base was quantized before the merge, so a merge in PyTorch that is
+rounded once differs from it by the first rounding. The error of both roundings together can be read
+from the graph: with V its weight, W the base's and Δ the adapter's update, it is
 
     E = V − (W + Δ)
 
-and the reference is W + Δ + E, but only where E is rounding and nothing else:
+The reference is W + Δ + E, but only if E is nothing but rounding error:
 
-    as small      no row of E is larger than two roundings in blocks of these bits leave
-    as aimless    E has no part along Δ: 1 + ⟨E, Δ⟩ / ‖Δ‖² is the share of the adapter that is there
+    small         no row of E is larger than two roundings in blocks of these bits can cause
+    undirected    E has no component along Δ: the share of the adapter in V, 1 + ⟨E, Δ⟩ / ‖Δ‖², is 1
 
-A weight that was not the base's fails the first, an adapter that is missing, doubled, or another
-fails the second; the reference is then the merge, rounded as an export rounds, and shows it.
+A weight that is not the base's fails the first test; an adapter that is missing, doubled or another
+one fails the second. The reference is then the merge, rounded as an export rounds it, so that the
+difference shows.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ if TYPE_CHECKING:
 
     from loradeploy.parity.reference.quantized import QuantizedWeight
 
-# A rounding is off by 1 / √12 of a step on average, two by √2 of that. Quantizers that look at
-# activations (GPTQ) leave more than the nearest step would.
+# One rounding has an RMS error of 1 / √12 of a step, two of √2 times that. Quantizers that consider
+# activations (GPTQ) have larger errors than rounding to the nearest step.
 _ROOM: Final = 3.0
-# The share of the adapter that may be missing or too much; rounding to few bits swallows some.
+# By how much the share of the adapter may differ from 1: rounding to few bits loses some of it.
 _SHARE: Final = 0.25
-# Standard errors of a share that is estimated from numbers that were rounded.
+# Number of standard errors allowed for the share, which is estimated from rounded numbers.
 _SURE: Final = 6.0
-# Rows smaller than this share of the usual one are taken for as large.
+# Rows smaller than this share of the RMS row size are treated as if they had that size.
 _SMALL_ROW: Final = 0.1
 
 Weights = Callable[[str], "NDArray[np.float32] | None"]
@@ -45,7 +46,7 @@ Weights = Callable[[str], "NDArray[np.float32] | None"]
 
 @dataclass
 class _Along:
-    """How much of E lies along Δ: sums over one weight, or over all."""
+    """The component of E along Δ, as sums over one weight or over all weights."""
 
     product: float = 0.0
     update: float = 0.0
@@ -60,7 +61,7 @@ class _Along:
 
     @property
     def share(self) -> float:
-        """The share of the update that is there."""
+        """The share of the update that the weights contain."""
         return 1 + self.product / self.update if self.update else 1.0
 
     @property
@@ -75,9 +76,9 @@ class _Along:
 def with_roundings(
     quantized: Mapping[str, QuantizedWeight], base: Weights, merged: Weights
 ) -> tuple[dict[str, QuantizedWeight], tuple[str, ...]]:
-    """The quantized weights with E where it is rounding alone, and why it is not of the others.
+    """Return the quantized weights, with E where it is only rounding, and the problems of others.
 
-    `base` and `merged` give a module's weight [out, in] without and with the adapter.
+    `base` and `merged` return a module's weight [out, in] without and with the adapter.
     """
     found: dict[str, QuantizedWeight] = {}
     total, problems = _Along(), []
@@ -106,7 +107,7 @@ def _problem(
     merged_weight: NDArray[np.float32],
     along: _Along,
 ) -> str | None:
-    """Why E is more than rounding; adds to `along` in any case."""
+    """Return why E is more than rounding, or None; fills in `along` in any case."""
     if weight.values.shape != merged_weight.shape:
         return "has another shape than the base's"
     rounding = weight.values.astype(np.float64) - merged_weight
@@ -114,7 +115,7 @@ def _problem(
     along.product = float((rounding * update).sum())
     along.update, along.rounding = float((update**2).sum()), float((rounding**2).sum())
     along.size = rounding.size
-    # In float32 an update that is nothing but the order of a sum is none.
+    # An update within float32's rounding error counts as zero.
     if along.update <= (np.finfo(np.float32).eps ** 2) * float((own.astype(np.float64) ** 2).sum()):
         along.product = along.update = 0.0
     off = np.sqrt((rounding**2).sum(axis=1))
@@ -129,7 +130,7 @@ def _problem(
 
 
 def _most(weight: QuantizedWeight, merged_weight: NDArray[np.float32]) -> NDArray[np.float64]:
-    """‖E‖ of each row [out] that two roundings may leave."""
+    """Return the largest ‖E‖ of each row [out] that two roundings can cause."""
     out, into = merged_weight.shape
     blocks = np.pad(np.abs(merged_weight), ((0, 0), (0, -into % weight.block)))
     largest = blocks.reshape(out, -1, weight.block).max(axis=2).astype(np.float64)

@@ -1,7 +1,7 @@
-"""The reference model computed in other numbers: what rounding alone does to it.
+"""Runs the reference model in another dtype or with rounded activations, to measure rounding.
 
-Weights are cast as their module runs and given back afterwards, so that one module of each shape is
-held twice at most, whatever the size of the model.
+Weights are cast while their module runs and restored afterwards, so that the additional memory is
+at most one module of each shape.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     import torch
 
-# What a precision's gap is taken to. float32 is compared with float64: both are in PyTorch, so that
-# nothing but rounding is between them.
+# The dtype that float32 is compared with to measure the gap of a precision. Both run in PyTorch, so
+# that they differ by rounding only.
 DTYPES: Final[Mapping[str, str]] = {"fp32": "float64", "fp16": "float16", "bf16": "bfloat16"}
-# The largest weight, in values, whose memory is used again for the next of its shape.
+# The largest weight, in values, whose memory is reused for the next one of its shape.
 _KEPT: Final = 1 << 24
 
 
 @dataclass(frozen=True)
 class Activations:
-    """How a product rounds what it multiplies: to 8 bits, in blocks of `block` or all at once."""
+    """How a product rounds its activations to 8 bits: in blocks of `block`, or whole (None)."""
 
     block: int | None
 
 
 @contextmanager
 def in_dtype(model: torch.nn.Module, name: str) -> Iterator[None]:
-    """`model` with its parameters and, from its embeddings on, its activations in another dtype.
+    """Run `model` with its parameters and its activations in another dtype while the block lasts.
 
-    Embeddings of images and sounds are convolutions, which cast what they are given. What a model
-    computes in float32 by its own decision (norms, rotations) stays so.
+    Embeddings cast their outputs, convolutions (of images and sounds) their inputs. What the model
+    itself computes in float32 (norms, rotary embeddings) stays in float32.
     """
     import torch
 
@@ -66,7 +66,7 @@ def in_dtype(model: torch.nn.Module, name: str) -> Iterator[None]:
     with ExitStack() as hooks:
         for module in model.modules():
             if type(module) is torch.nn.Embedding and module.max_norm is None:
-                # The rows that are looked up, in place of a whole vocabulary's.
+                # Cast the selected rows, not the weights of a whole vocabulary.
                 hooks.callback(module.register_forward_hook(cast_output).remove)
             elif any(True for _ in module.parameters(recurse=False)):
                 hooks.callback(module.register_forward_pre_hook(cast).remove)
@@ -82,10 +82,10 @@ def _to(dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 class _Room:
-    """Memory for the cast weights of linear layers, which are of few shapes, one for each.
+    """Buffers for the cast weights of linear layers, one for each shape.
 
-    Their outputs never share it, as those of other modules may, and writing where something was
-    written before is several times as fast as in memory that is new.
+    The outputs of linear layers never alias their weights, as those of other modules may. Writing
+    into a used buffer is several times as fast as into newly allocated memory.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -93,18 +93,18 @@ class _Room:
         self._free: dict[torch.Size, torch.Tensor] = {}
 
     def cast(self, values: torch.Tensor) -> torch.Tensor:
-        """`values` in the other dtype, until they are given back."""
+        """Return `values` in the other dtype, in a buffer that `give_back` returns."""
         import torch
 
         made = self._free.pop(values.shape, None)
         if made is None:
-            with torch.inference_mode(False):  # what is made inside it cannot be written outside
+            with torch.inference_mode(False):  # inference tensors cannot be written outside of it
                 made = torch.empty_like(values, dtype=self._dtype)
         with torch.no_grad():
             return made.copy_(values)
 
     def give_back(self, values: torch.Tensor) -> None:
-        """Take back what `cast` gave; what is large, as a head of a vocabulary, is not kept."""
+        """Keep a buffer of `cast` for reuse, unless it is large, such as that of an output head."""
         if values.numel() <= _KEPT:
             self._free[values.shape] = values
 
@@ -113,12 +113,12 @@ class _Room:
 def rounded_activations(
     model: torch.nn.Module, activations: Mapping[str, Activations]
 ) -> Iterator[None]:
-    """`model` with the inputs of some modules rounded to 8 bits, as quantized products do it."""
+    """Round the inputs of some modules to 8 bits, as quantized products do, in this block."""
     modules: dict[str, Any] = dict(model.named_modules())
     with ExitStack() as hooks:
         for name, how in activations.items():
             module = modules[name]
-            # An adapted module's own update is computed from what was not rounded.
+            # The update of an adapted module is computed from its inputs before rounding.
             base = getattr(module, "base", module)
             hooks.callback(base.register_forward_pre_hook(_rounding(how)).remove)
         yield
@@ -132,7 +132,7 @@ def _rounding(how: Activations) -> Callable[[torch.nn.Module, Any], Any]:
 
 
 def round_to_8_bits(x: torch.Tensor, block: int | None) -> torch.Tensor:
-    """`x` [..., size] on 255 levels around zero: of each block of the last axis, or of all."""
+    """Round `x` [..., size] to 255 levels around zero, per block of the last axis or per tensor."""
     import torch
 
     size = x.shape[-1]

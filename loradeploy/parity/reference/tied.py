@@ -1,7 +1,7 @@
-"""Trained rows of an embedding whose output head is tied to it, and quantized in the graph.
+"""Trained embedding rows whose output head is tied to the embedding, and quantized in the graph.
 
-The graph adds what was trained, v − W[i], to the head's own row, which is rounded: the rounding of
-W[i] stays in it, as in all other rows. The reference does the same, with a head of its own.
+The graph adds the trained difference v − W[i] to the head's quantized row, so the rounding error of
+W[i] stays in it, as in all other rows. The reference does the same, with a separate head.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def rows_of_tied(adapter: Adapter, manifest: Manifest) -> Mapping[str, tuple[str, ...]]:
-    """The parameters of trained rows that other weights, quantized, share: these, by parameter."""
+    """Return, for each parameter with trained rows, the quantized weights that are tied to it."""
     if manifest.mode == "merged" or manifest.precision not in QUANTIZED:
         return {}
     found = {}
@@ -38,7 +38,7 @@ def rows_of_tied(adapter: Adapter, manifest: Manifest) -> Mapping[str, tuple[str
 def with_rows_of_tied(
     model: torch.nn.Module, adapter: Adapter, manifest: Manifest
 ) -> Iterator[Adapter]:
-    """`model` with these rows while the block lasts; the adapter without them."""
+    """Write such rows into `model` while the block lasts; yield the adapter without them."""
     from loradeploy.lora.parameters import overwrite
 
     shared = rows_of_tied(adapter, manifest)
