@@ -1,4 +1,4 @@
-"""What the specifications of a whole check share."""
+"""Fixtures shared by the tests of whole parity checks."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import loradeploy as ld
 from loradeploy.parity.report.results import ParityReport
 from tests.conftest import MakeAdapter, once
 
-# Few enough to be quick, of different lengths so that a batch is padded.
+# Few, to be fast, and of different lengths, so that a batch is padded.
 PROMPTS = ["The capital of France is", "Hi", "def f(x):\n    return x +", "Shares fell as 日本"]
 Check = Callable[..., ParityReport]
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-# Where CUDA is compiled in and does not start.
+# For tests of builds of onnxruntime that have CUDA, on machines where it does not start.
 without_cuda = pytest.mark.skipif(
     CUDA not in onnxruntime.get_available_providers()
     or any(Path(device).exists() for device in ("/dev/nvidia0", "/dev/dxg")),
@@ -30,7 +30,7 @@ without_cuda = pytest.mark.skipif(
 def llama_with_adapter(
     tiny_llama_bundle: Path, tiny_llama: Path, make_adapter: MakeAdapter, shared: Path
 ) -> Path:
-    """The tiny Llama's bundle with the adapter "one" in it."""
+    """The tiny Llama's bundle with the adapter "one"."""
     adapter = make_adapter(tiny_llama, seed=1)
     return once(
         shared / "bundle-llama-one",
@@ -40,13 +40,13 @@ def llama_with_adapter(
 
 @pytest.fixture
 def llama_bundle(llama_with_adapter: Path, tmp_path: Path) -> Path:
-    """A copy of it, to be tampered with."""
+    """A copy of `llama_with_adapter` that a test may modify."""
     return Path(shutil.copytree(llama_with_adapter, tmp_path / "bundle"))
 
 
 @pytest.fixture
 def check(tiny_llama: Path) -> Check:
-    """`loradeploy.parity` of a tiny Llama's bundle, with few prompts and few tokens."""
+    """A function that runs `loradeploy.parity` on a bundle of the tiny Llama, with few prompts."""
 
     def run(bundle: Path, **options: Any) -> ParityReport:
         quick = {"prompts": PROMPTS, "tokens": 3, "certificate": False, "shrink": False}

@@ -1,4 +1,4 @@
-"""ONNX models of two nodes, and the same in numpy: what anybody may want to compare."""
+"""Two-node ONNX models, and the same computation in numpy, for tests of comparisons."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ VOCABULARY, HIDDEN, LABELS = 40, 8, 6
 def weights(
     labels: int = LABELS, vocabulary: int = VOCABULARY
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """An embedding [vocabulary, hidden] and a head [hidden, labels]."""
+    """Return an embedding [vocabulary, hidden] and a head [hidden, labels]."""
     random = np.random.default_rng(5)
     embedding = random.standard_normal((vocabulary, HIDDEN)).astype(np.float32)
     return embedding, random.standard_normal((HIDDEN, labels)).astype(np.float32)
@@ -31,10 +31,10 @@ def token_model(
     names: Sequence[str] = ("input_ids", "logits"),
     extra: bool = False,
 ) -> Path:
-    """ids [batch, sequence] → logits [batch, sequence, labels], and the hidden states if `extra`.
+    """Write a model: ids [batch, sequence] → logits [batch, sequence, labels].
 
-    `error` is added to one weight; the weights are kept as `dtype`, inputs and outputs stay float32
-    (as onnxruntime's converter to float16 leaves them).
+    With `extra`, the hidden states are an output too. `error` is added to one weight. Weights are
+    stored as `dtype`; inputs and outputs stay float32, as onnxruntime's converter to float16 does.
     """
     import onnx
     from onnx import TensorProto, helper, numpy_helper
@@ -67,6 +67,6 @@ def token_model(
 
 
 def in_numpy(feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """The same as `token_model`."""
+    """Compute the logits of `token_model` in numpy."""
     E, W = weights()
     return {"logits": E[feeds["input_ids"]] @ W}

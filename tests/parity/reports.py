@@ -1,4 +1,4 @@
-"""Reports that were never measured, with everything that a report can hold."""
+"""Synthetic reports with everything that a report can contain."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def result(
     error: float = 2e-6,
     variant: Variant | None = ALL,
 ) -> Result:
-    """A backend whose values are `error` off, at random."""
+    """Return the result of a backend with random errors of size `error`."""
     random = np.random.default_rng(0)
     expected = random.normal(size=(20, 64)) * 6
     comparison = Comparison(scale=20.0, logits=True)
@@ -63,7 +63,7 @@ def result(
 
 
 def _steps() -> tuple[Step, ...]:
-    """Modules of which the second half diverges."""
+    """Return localization steps of modules of which the second half diverges."""
     made = []
     for layer in range(LAYERS):
         for part in ("self_attn.q_proj", "mlp.down_proj"):

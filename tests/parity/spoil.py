@@ -1,4 +1,4 @@
-"""Bundles with one thing wrong inside."""
+"""Copies of bundles with one deliberate fault in the graph."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Change = Callable[[ir.Graph], None]
 
 
 def spoiled(bundle: Path, place: Path, change: Change) -> Path:
-    """A copy of `bundle` whose graph is changed, and whose manifest holds the graph for its own."""
+    """Copy `bundle` with a changed graph, and update the digest in its manifest."""
     shutil.copytree(bundle, place)
     model = ir.load(place / GRAPH_NAME)
     change(model.graph)
@@ -33,7 +33,7 @@ def spoiled(bundle: Path, place: Path, change: Change) -> Path:
 def weight(
     name: str, *, columns: slice = slice(None), by: float = 1.5, plus: float = 0.0
 ) -> Change:
-    """The initializer `name`, or some of its last axis, times `by` and `plus` that."""
+    """Multiply the initializer `name`, or some columns of its last axis, by `by` and add `plus`."""
 
     def change(graph: ir.Graph) -> None:
         value = graph.initializers[name]
@@ -45,7 +45,7 @@ def weight(
 
 
 def reads(operator: str, value: str) -> Callable[[ir.Node], bool]:
-    """Whether a node is an `operator` that reads a value whose name ends so."""
+    """A predicate: is a node an `operator` that reads a value whose name ends in `value`?"""
 
     def reads(node: ir.Node) -> bool:
         names = [str(each.name) for each in node.inputs if each is not None]
@@ -55,7 +55,7 @@ def reads(operator: str, value: str) -> Callable[[ir.Node], bool]:
 
 
 def attribute(node: Callable[[ir.Node], bool], name: str, number: float) -> Change:
-    """The attribute `name` of the one node that `node` picks."""
+    """Set the attribute `name` of the one node that `node` selects to `number`."""
 
     def change(graph: ir.Graph) -> None:
         (found,) = (each for each in graph if node(each))
@@ -65,7 +65,7 @@ def attribute(node: Callable[[ir.Node], bool], name: str, number: float) -> Chan
 
 
 def operator(output: Callable[[ir.Node], bool], other: str) -> Change:
-    """Another operator in the place of the one node that `output` picks."""
+    """Replace the operator of the one node that `output` selects by `other`."""
 
     def change(graph: ir.Graph) -> None:
         (found,) = (each for each in graph if output(each))

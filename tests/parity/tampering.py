@@ -1,4 +1,4 @@
-"""Bundles whose graph or weights are changed behind the manifest's back, its digests fixed."""
+"""Changes of a bundle's graph or weights that also update the digests in its manifest."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ DATA = "model.onnx.data"
 
 
 def change_graph(bundle: Path, change: Callable[[onnx.GraphProto], None]) -> None:
-    """Let `change` alter the graph in place."""
+    """Apply `change` to the graph of the bundle in place."""
     model = onnx.load(bundle / GRAPH, load_external_data=False)
     change(model.graph)
     (bundle / GRAPH).write_bytes(model.SerializeToString())
-    _mend(bundle, graph_digest=file_digest(bundle / GRAPH))
+    _update_digests(bundle, graph_digest=file_digest(bundle / GRAPH))
 
 
 def see_the_future_in_chunks(graph: onnx.GraphProto) -> None:
-    """No causal mask where there is a past: right for one new token, wrong for more."""
+    """Remove the causal mask where there is a past: correct for one new token, wrong for more."""
     (compare,) = (node for node in graph.node if node.op_type == "LessOrEqual")
     (greater,) = compare.output
     for node in graph.node:
@@ -43,7 +43,7 @@ def see_the_future_in_chunks(graph: onnx.GraphProto) -> None:
 
 
 def leave_dropout_on(share: float) -> Callable[[onnx.GraphProto], None]:
-    """`share` more in a random half of the logits; of a dropout only the mask is used."""
+    """Add `share` to a random half of the logits, selected by the mask of a Dropout node."""
 
     def change(graph: onnx.GraphProto) -> None:
         (last,) = (node for node in graph.node if "logits" in node.output)
@@ -64,7 +64,7 @@ def leave_dropout_on(share: float) -> Callable[[onnx.GraphProto], None]:
 
 
 def change_embedding(bundle: Path, token: int) -> None:
-    """Other numbers for one token, float32."""
+    """Change the float32 embedding of one token."""
     model = onnx.load(bundle / GRAPH, load_external_data=False)
     (weight,) = (t for t in model.graph.initializer if t.name == "model.embed_tokens.weight")
     place = {entry.key: entry.value for entry in weight.external_data}
@@ -73,7 +73,7 @@ def change_embedding(bundle: Path, token: int) -> None:
         file.seek(int(place["offset"]) + token * width * 4)
         file.write(np.linspace(-1, 1, width, dtype=np.float32).tobytes())
     data = bundle / DATA
-    _mend(bundle, data_digest=file_digest(data), data_fingerprint=file_fingerprint(data))
+    _update_digests(bundle, data_digest=file_digest(data), data_fingerprint=file_fingerprint(data))
 
 
 def _insert_after(graph: onnx.GraphProto, node: onnx.NodeProto, added: list[Any]) -> None:
@@ -83,6 +83,6 @@ def _insert_after(graph: onnx.GraphProto, node: onnx.NodeProto, added: list[Any]
     graph.node.extend(nodes)
 
 
-def _mend(bundle: Path, **digests: str) -> None:
+def _update_digests(bundle: Path, **digests: str) -> None:
     file = bundle / "loradeploy.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **digests}))

@@ -1,4 +1,4 @@
-"""Parity on architectures that differ in what matters to it, with random weights."""
+"""Parity of architectures that differ in features that matter to it, with random weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.export.trace.test_architectures import ARCHITECTURES, TARGETS, make_m
 
 pytestmark = [pytest.mark.slow, pytest.mark.breadth(5)]
 
-# One of each feature that moves a path; the export's own specification has the others.
+# One per feature that changes a code path of parity; the tests of the export have the others.
 CHOSEN: Final = (
     "mistral: a sliding window",
     "gemma2: capped logits, eager attention",

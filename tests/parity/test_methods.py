@@ -1,4 +1,4 @@
-"""DoRA, trained biases and embeddings: every path agrees, and what leaves them out is caught."""
+"""DoRA, trained biases and embeddings: every path agrees, and graphs without them fail."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from loradeploy.parity.reference.rounding import DTYPES, in_dtype
 from tests.conftest import MakeAdapter, once
 
 PROMPTS = ["The capital of France is", "Hi", "Shares fell as 日本"]
-# What may be left out, and the adapter that has it.
+# Parts that a mistake can omit, and the adapter fixture that has them.
 IGNORED = [
     (mistake, "tokens" if mistake.name == "ignored tokens" else "whole")
     for mistake in MISTAKES
@@ -27,7 +27,7 @@ IGNORED = [
 
 @pytest.fixture(scope="session")
 def adapter(tiny_gpt2: Path, make_adapter: MakeAdapter) -> Path:
-    """DoRA with all biases and the embedding, on the tiny GPT-2."""
+    """A DoRA adapter with all biases and the embedding, for the tiny GPT-2."""
     return make_adapter(
         tiny_gpt2,
         use_dora=True,
@@ -44,7 +44,7 @@ def plain(tiny_gpt2: Path, make_adapter: MakeAdapter) -> Path:
 
 @pytest.fixture(scope="session")
 def tokens(tiny_gpt2: Path, make_adapter: MakeAdapter) -> Path:
-    """Two tokens that are in no prompt, trained individually, and a projection."""
+    """An adapter of two trained tokens that occur in no prompt, and of a projection."""
     indices = {"target_modules": ["c_attn"], "trainable_token_indices": [301, 17]}
     return make_adapter(tiny_gpt2, seed=5, **indices)
 
@@ -59,7 +59,7 @@ def shared_bundle(tiny_gpt2: Path, adapter: Path, plain: Path, tokens: Path, sha
 
 @pytest.fixture
 def bundle(shared_bundle: Path, tmp_path: Path) -> Path:
-    """A copy, to be tampered with."""
+    """A copy that a test may modify."""
     import shutil
 
     shutil.copytree(shared_bundle, tmp_path / "bundle")
@@ -98,7 +98,7 @@ def test_every_path_agrees_and_every_mistake_is_caught(
 
 @pytest.mark.parametrize("dtype", DTYPES.values())
 @pytest.mark.parametrize("method", ["adapter", "plain", "tokens"])
-def test_every_method_is_computed_in_the_numbers_of_the_limits(
+def test_every_method_can_be_computed_in_the_dtypes_of_the_limits(
     method: str, dtype: str, tiny_gpt2: Path, request: pytest.FixtureRequest
 ) -> None:
     import torch
@@ -124,7 +124,7 @@ def test_every_method_is_computed_in_the_numbers_of_the_limits(
 
 
 @pytest.mark.parametrize(("mistake", "of"), IGNORED, ids=[mistake.name for mistake, _ in IGNORED])
-def test_a_merge_that_leaves_something_out_fails(
+def test_a_merge_that_omits_a_part_of_the_adapter_fails(
     mistake: Mistake, of: str, tiny_gpt2: Path, bundle: Path, tmp_path: Path
 ) -> None:
     right = bundle / "adapters" / of
@@ -147,7 +147,7 @@ def test_a_merge_that_leaves_something_out_fails(
 
 
 @pytest.mark.parametrize(("mistake", "of"), IGNORED, ids=[mistake.name for mistake, _ in IGNORED])
-def test_side_inputs_that_leave_something_out_fail(
+def test_side_inputs_that_omit_a_part_of_the_adapter_fail(
     mistake: Mistake, of: str, tiny_gpt2: Path, bundle: Path
 ) -> None:
     wrong = mistake.make(load_adapter(bundle / "adapters" / of))

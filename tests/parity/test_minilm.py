@@ -1,4 +1,4 @@
-"""MiniLM's own weights, as an embedder and as a classifier with its own head, held to PyTorch."""
+"""Parity of the real MiniLM, as a sentence encoder and as a classifier with its own head."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CLASSIFIER = {
 @pytest.mark.parametrize(
     "options", [{"task": "feature-extraction"}, CLASSIFIER], ids=["embedder", "classifier"]
 )
-def test_minilm_computes_what_it_computes_in_pytorch(
+def test_minilm_agrees_with_pytorch(
     options: dict[str, Any], minilm: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     adapters = {

@@ -1,4 +1,4 @@
-"""What can be asked for by name is listed once, and the documentation lists all of it."""
+"""Names of backends, phases, metrics, …: defined once, and all listed in the documentation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_the_table_has_a_row_for_each_backend() -> None:
 
 
 @pytest.mark.parametrize("name", [*BACKEND_NAMES, *PHASES, *LEVELS])
-def test_the_help_and_the_documentation_list_it(name: str) -> None:
+def test_the_help_and_the_documentation_list_the_names(name: str) -> None:
     options = " ".join(str(getattr(o, "help", "")) for o in command("parity").params)
     assert name in options
     text = DOCUMENTATION.read_text(encoding="utf-8")

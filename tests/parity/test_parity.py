@@ -1,4 +1,4 @@
-"""The whole check on tiny models: it passes what agrees, and fails what does not."""
+"""The whole parity check on tiny models: correct bundles pass, wrong ones fail."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from tests.cli.calling import exit_status
 from tests.conftest import MakeAdapter, generated_tokens
 from tests.parity.conftest import PROMPTS
 
-# The mistakes that can be made with an adapter of plain factors.
+# The controls that apply to an adapter with only low-rank factors.
 OF_ANY = [m for m in MISTAKES if not m.name.startswith("ignored") and m.name != "swapped tokens"]
 Parity = Callable[..., ParityReport]
 
 
 @pytest.fixture
 def parity() -> Parity:
-    """`loradeploy.parity` with few prompts, leaving shared bundles as they are."""
+    """A function that runs `loradeploy.parity` with few prompts and writes no certificate."""
     quick = {"prompts": PROMPTS, "certificate": False, "shrink": False}
 
     def run(bundle: Path, **options: Any) -> ParityReport:
@@ -50,19 +50,19 @@ def adapter(tiny_llama: Path, make_adapter: MakeAdapter) -> Path:
 
 @pytest.fixture
 def other(tiny_llama: Path, make_adapter: MakeAdapter) -> Path:
-    """Of another rank, and of some of the layers."""
+    """An adapter of another rank that covers some of the layers."""
     return make_adapter(tiny_llama, seed=2, r=8, target_modules=["q_proj", "v_proj"])
 
 
 @pytest.fixture
 def bundle(tiny_llama_bundle: Path, adapter: Path, tmp_path: Path) -> Path:
-    """The tiny Llama with side inputs and one adapter in it, to be tampered with."""
+    """A bundle of the tiny Llama with side inputs and one adapter; tests may modify it."""
     ld.export(tiny_llama_bundle, tmp_path / "bundle", adapters={"one": adapter})
     return tmp_path / "bundle"
 
 
 def change(adapter: Path, place: Path, make: Callable[[Adapter], Adapter | None]) -> Path:
-    """A copy of the adapter directory with what `make` makes of it."""
+    """Write the adapter that `make` returns for the adapter in the directory `adapter`."""
     changed = make(load_adapter(adapter))
     assert changed is not None
     save_adapter(changed, place)
@@ -70,7 +70,7 @@ def change(adapter: Path, place: Path, make: Callable[[Adapter], Adapter | None]
 
 
 def outcomes(report: ParityReport) -> set[tuple[str, str]]:
-    """By backend, of what was held against the reference rather than against a first run."""
+    """Return (backend, outcome) of all results except those of repeated runs."""
     return {(r.backend, r.outcome) for r in report.results if r.phase != "repeat"}
 
 
@@ -96,7 +96,7 @@ def test_every_path_of_a_bundle_agrees_with_pytorch(
         for path in ("onnx-side-inputs", "onnx-mixed", "onnx-reference")
         for adapter in (None, "r2", "r8")
     }
-    # An adapter that changes nothing would agree with anything.
+    # Without an effect of the adapter the agreement would prove nothing.
     assert all(facts.effect > 0.1 for facts in report.adapters)
 
 
@@ -169,7 +169,7 @@ def test_an_adapter_that_changes_nothing_though_it_is_trained_fails(
     assert "changes nothing" in str(report.adapters[0].message)
 
 
-# -- what does not -----------------------------------------------------------------------------
+# -- what does not agree -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mistake", OF_ANY, ids=lambda mistake: mistake.name)
@@ -204,7 +204,7 @@ def test_a_native_adapter_with_a_mistake_fails(
     assert outcomes(report) == {("onnx-native", "failed"), ("onnx-side-inputs", "passed")}
 
 
-def test_rows_that_have_their_neighbors_adapter_fail(
+def test_rows_with_the_adapter_of_their_neighbor_fail(
     tiny_llama: Path,
     bundle: Path,
     other: Path,
@@ -255,7 +255,7 @@ def test_values_that_are_not_finite_fail(
     assert not report.passed
 
 
-def test_a_backend_that_raises_fails_and_the_others_go_on(
+def test_a_backend_that_raises_fails_and_the_others_continue(
     tiny_llama: Path, bundle: Path, parity: Parity, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = AdapterSession.run_with_ort_values
@@ -292,7 +292,7 @@ def test_an_output_that_is_missing_fails(
 def test_peft_that_is_not_installed_is_named(
     tiny_llama: Path, bundle: Path, parity: Parity, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "peft", None)  # as if there were none
+    monkeypatch.setitem(sys.modules, "peft", None)  # makes `import peft` fail
     report = parity(bundle, model=tiny_llama)
     assert report.passed, report.failures
     (result,) = (r for r in report.results if r.backend == "peft")
@@ -301,7 +301,7 @@ def test_peft_that_is_not_installed_is_named(
     assert asked.failures == ("PEFT was asked for and not run: peft is not installed",)
 
 
-def test_controls_are_caught_and_leave_the_verdict_as_it_is(
+def test_controls_fail_and_do_not_change_the_verdict(
     tiny_llama: Path, bundle: Path, parity: Parity
 ) -> None:
     report = parity(bundle, model=tiny_llama, backends=["onnx-native"], controls=True)
@@ -315,7 +315,7 @@ def test_controls_are_caught_and_leave_the_verdict_as_it_is(
 # -- the certificate ---------------------------------------------------------------------------
 
 
-def test_the_certificate_tells_what_was_checked(
+def test_the_certificate_records_what_was_checked(
     tiny_llama: Path, bundle: Path, adapter: Path, parity: Parity
 ) -> None:
     parity(bundle, model=tiny_llama, backends=["onnx-native"], certificate=True)
@@ -346,7 +346,7 @@ def test_another_base_is_refused(
         parity(bundle, model=tmp_path / "changed")
 
 
-def test_the_model_is_found_beside_the_bundle_or_asked_for(
+def test_the_model_is_found_beside_the_bundle_or_must_be_given(
     bundle: Path, tiny_llama: Path, parity: Parity
 ) -> None:
     with pytest.raises(UsageError, match=r"give it as `model`.*made from tiny-llama"):
@@ -380,7 +380,7 @@ def test_a_merged_bundle_needs_its_one_adapter(
         ({"providers": ["NoSuchProvider"]}, "NoSuchProvider"),
     ],
 )
-def test_options_that_cannot_work_are_refused(
+def test_impossible_options_are_refused(
     options: dict[str, Any], message: str, tiny_llama: Path, tiny_llama_bundle: Path, parity: Parity
 ) -> None:
     with pytest.raises(LoraDeployError, match=message):
@@ -424,7 +424,7 @@ def test_the_command_exits_with_0_where_all_agree(
     out = capsys.readouterr().out
     assert code == 0, out
     assert out.splitlines()[-1].startswith("parity passed")
-    assert "permuted batch" in out and "…" not in out  # no cell is cut in what is no terminal
+    assert "permuted batch" in out and "…" not in out  # no truncation where not a terminal
     assert all(report.stat().st_size for report in reports)
     assert (bundle / "parity.json").read_bytes() == reports[0].read_bytes()
 

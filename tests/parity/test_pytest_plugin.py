@@ -1,4 +1,4 @@
-"""The pytest plugin, in pytest runs of their own, and the assertion without it."""
+"""The pytest plugin, tested in separate pytest runs, and `assert_parity` without it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_off(assert_parity):
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """A directory with models and a test file."""
+    """A directory with two models and a test file."""
     for name, error in (("reference", 0.0), ("same", 0.0), ("off", 0.01)):
         token_model(tmp_path / f"{name}.onnx", error=error)
     (tmp_path / "test_it.py").write_text(SUITE)
@@ -37,8 +37,8 @@ def place(tmp_path: Path) -> Path:
 
 
 def run(place: Path, *arguments: str) -> tuple[int, str]:
-    """The status and output of a pytest run of its own that has the plugin once."""
-    # Blocked by its name in case that loradeploy is installed with its entry point, then loaded.
+    """Run pytest in `place` with the plugin loaded once; return exit status and output."""
+    # Block the entry point, in case loradeploy is installed, then load the plugin.
     plugin = ("-p", "no:loradeploy", "-p", "loradeploy.parity.pytest_plugin")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *plugin, *arguments],
@@ -83,31 +83,31 @@ def test_reports_are_written_for_every_check_from_workers_too(place: Path) -> No
     assert {file.suffix for file in (place / "reports").iterdir()} == set(WRITERS)
 
 
-def test_baselines_are_written_once_and_hold_what_follows(place: Path) -> None:
+def test_baselines_are_written_once_and_later_runs_are_compared_with_them(place: Path) -> None:
     only = ("-k", "test_same", "--parity-baseline", "baselines")
     status, out = run(place, *only)
     assert status == FAILED
     assert "does not exist: run once with --parity-update-baseline" in out
     assert run(place, *only, "--parity-update-baseline")[0] == PASSED
-    # Within the limits of a check alone, and worse than what the baseline has.
+    # Within the limits of a check, but worse than the baseline.
     token_model(place / "same.onnx", error=1.5e-5)
     status, out = run(place, *only)
     assert status == FAILED
     assert re.search("max_abs was .*, now", out), out
 
 
-def test_a_check_that_fails_is_no_baseline(place: Path) -> None:
+def test_a_failing_check_is_not_written_as_a_baseline(place: Path) -> None:
     assert run(place, "--parity-baseline", "kept", "--parity-update-baseline")[0] == FAILED
     assert [name.split("-")[1] for name in os.listdir(place / "kept")] == ["test_same"]
 
 
-def test_updating_without_a_place_is_wrong_usage(place: Path) -> None:
+def test_updating_baselines_without_a_directory_is_a_usage_error(place: Path) -> None:
     status, out = run(place, "--parity-update-baseline")
     assert status == USAGE
     assert "--parity-update-baseline needs --parity-baseline DIR" in out
 
 
-# Run in an interpreter of its own; pytest itself is there already.
+# Runs in a separate interpreter that has imported pytest.
 IMPORTED = """
 import sys, pytest
 before = set(sys.modules)
@@ -126,7 +126,7 @@ def test_the_plugin_imports_nothing_until_it_is_used() -> None:
 # -- without the plugin ------------------------------------------------------------------------
 
 
-def test_the_assertion_holds_a_bundle_against_pytorch(
+def test_the_assertion_compares_a_bundle_with_pytorch(
     tiny_llama: Path, tiny_llama_bundle: Path, make_adapter: MakeAdapter
 ) -> None:
     given = {"prompts": ["Hi", "Good morning"], "tokens": 2, "certificate": False}
@@ -146,6 +146,6 @@ def test_the_assertion_compares_anything_else(tmp_path: Path) -> None:
         )
 
 
-def test_the_assertion_needs_a_reference_for_what_is_no_bundle(tmp_path: Path) -> None:
+def test_the_assertion_needs_a_reference_for_anything_but_a_bundle(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="give the reference"):
         assert_parity(token_model(tmp_path / "reference.onnx"))

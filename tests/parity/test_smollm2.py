@@ -1,4 +1,4 @@
-"""The promise on a real model: every path gives PEFT's logits, and the same greedy tokens."""
+"""Parity on a real model: every path has PEFT's logits and the same greedy tokens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ONNX_PATHS = {"onnx-merged", "onnx-side-inputs", "onnx-native", "onnx-mixed"}
 
 @pytest.fixture(scope="module")
 def width(request: pytest.FixtureRequest) -> tuple[int, int]:
-    """Prompts and generated tokens: more with --all."""
+    """The number of prompts and of generated tokens: more with --all."""
     return (len(PROMPTS), 32) if request.config.getoption("--all") else (4, 4)
 
 
@@ -49,7 +49,7 @@ def test_every_path_agrees(report: ParityReport) -> None:
 
 @pytest.mark.slow
 def test_every_onnx_path_is_close_to_peft(report: ParityReport) -> None:
-    # Both sides were held against loradeploy's LoRA: their distance is at most the sum.
+    # Both were compared with loradeploy's LoRA: their difference is at most the sum of the errors.
     errors = {
         (result.backend, result.adapter_label, result.phase): result.figures.max_abs
         for result in report.results

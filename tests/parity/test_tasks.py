@@ -1,4 +1,4 @@
-"""Parity of bundles that take or give something else than text: images, sound, targets."""
+"""Parity of bundles with other inputs or outputs than text: images, audio, target sequences."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_every_task_passes_and_another_adapter_fails(name: str, tmp_path: Path) 
 
 
 def changed(adapter: Path, place: Path, part: str) -> Path:
-    """A copy of the adapter whose factors of the modules with `part` in their names are doubled."""
+    """Copy the adapter with doubled factors of all modules that have `part` in their names."""
     right = load_adapter(adapter)
     factors = {
         module: dataclasses.replace(pair, B=pair.B * (2 if part in module else 1))
@@ -61,7 +61,7 @@ def changed(adapter: Path, place: Path, part: str) -> Path:
 @pytest.mark.parametrize(
     ("part", "fails"), [("encoder.", True), ("EncDecAttention.k", True), ("SelfAttention.q", False)]
 )
-def test_the_encoder_of_an_encoder_decoder_is_compared_by_itself(
+def test_the_encoder_of_an_encoder_decoder_is_compared_separately(
     part: str, fails: bool, tmp_path: Path
 ) -> None:
     model, adapters, _ = prepared(KINDS["t5"], tmp_path)
@@ -86,7 +86,7 @@ def test_the_encoder_of_an_encoder_decoder_is_compared_by_itself(
         assert figures is not None and figures.top1 is None, "keys and values are no logits"
 
 
-def test_an_encoder_without_the_adapter_is_caught(tmp_path: Path) -> None:
+def test_an_encoder_without_the_adapter_fails(tmp_path: Path) -> None:
     model, adapters, _ = prepared(KINDS["whisper"], tmp_path)
     ld.export(model, tmp_path / "side", adapters=adapters)
     report = ld.parity(
@@ -124,7 +124,7 @@ def manifest(*inputs: TensorSpec) -> Manifest:
 IMAGE = TensorSpec("pixel_values", "float32", ("batch", 3, 4, 4))
 
 
-def test_a_row_of_tokens_is_the_same_image_alone_and_in_a_padded_batch() -> None:
+def test_a_row_has_the_same_random_image_alone_and_in_a_padded_batch() -> None:
     ids = np.array([[5, 6, 7], [8, 0, 0]])
     mask = np.array([[1, 1, 1], [1, 0, 0]])
     both = plain_feeds(manifest(IMAGE), ids, mask)["pixel_values"]
@@ -135,7 +135,7 @@ def test_a_row_of_tokens_is_the_same_image_alone_and_in_a_padded_batch() -> None
     assert np.array_equal(both, both.astype(np.float16)), "float16 rounds it"
 
 
-def test_a_target_is_the_rows_own_tokens_whatever_its_padding() -> None:
+def test_a_target_sequence_does_not_depend_on_the_padding() -> None:
     spec = TensorSpec("decoder_input_ids", "int64", ("batch", "target"))
     ids, mask = np.array([[5, 6, 0], [7, 8, 9]]), np.array([[1, 1, 0], [1, 1, 1]])
     target = plain_feeds(manifest(spec), ids, mask)["decoder_input_ids"]
@@ -150,13 +150,13 @@ def test_a_target_is_the_rows_own_tokens_whatever_its_padding() -> None:
     ],
     ids=["an image of any size", "an unknown input"],
 )
-def test_what_cannot_be_fed_is_refused_by_name(spec: TensorSpec) -> None:
+def test_an_unsupported_input_is_refused_by_name(spec: TensorSpec) -> None:
     with pytest.raises(UsageError, match=rf"cannot feed .* {spec.name} \[batch"):
         check_inputs(manifest(spec))
 
 
 @pytest.mark.parametrize("shape", [(1, "sequence"), ("batch", 8)], ids=str)
-def test_rows_of_any_length_and_number_need_free_sizes(shape: tuple[int | str, ...]) -> None:
+def test_parity_needs_dynamic_batch_and_sequence_sizes(shape: tuple[int | str, ...]) -> None:
     free = TensorSpec("input_ids", "int64", ("batch", "sequence"))
     check_inputs(manifest(free))
     with pytest.raises(UsageError, match=r"takes input_ids \[.*\], and parity feeds rows of many"):

@@ -1,7 +1,7 @@
-"""Bugs that exports are known for, made on purpose: what is right passes, what has the bug fails.
+"""Known bugs of exporters and runtimes, reproduced: correct graphs pass, buggy ones fail.
 
-Each trap changes the graph of a tiny bundle as little as the bug does. Where a bug shows in some
-phases alone, the test says in which: one that holds single prompts against each other misses it.
+Each trap makes the same small change to the graph of a tiny bundle as the bug. If a bug affects
+only some phases, the test lists them: a comparison of single prompts would miss it.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ BATCHED = {"padded batch", "permuted batch"}
 CACHED = {"chunked prefill", "decode"}
 ALL = {"prefill", *BATCHED, *CACHED}
 Change = Callable[[ir.Graph], None]
-# (bundle, model, change) → the phases in which the base fails once the graph is changed.
+# (bundle, model, change) → the phases in which the changed graph fails for the base model.
 Phases = Callable[[Path, Path, Change], set[str | None]]
 
 
 def changed(bundle: Path, place: Path, change: Change) -> Path:
-    """A copy of `bundle` with another graph, whose digest its manifest tells."""
+    """Copy `bundle` with a changed graph, and update the digest in its manifest."""
     shutil.copytree(bundle, place)
     graph = place / GRAPH_NAME
     model = ir.load(graph)
@@ -52,7 +52,7 @@ def changed(bundle: Path, place: Path, change: Change) -> Path:
 
 
 def failing(report: ParityReport) -> set[str | None]:
-    """The phases in which something fails."""
+    """Return the phases that have a failure."""
     assert {result.outcome for result in report.results} <= {"passed", "failed"}
     return {result.phase for result in report.results if result.outcome == "failed"}
 
@@ -85,7 +85,7 @@ def nodes(graph: ir.Graph, op: str) -> list[ir.Node]:
 
 
 def insert(graph: ir.Graph, before: ir.Node, op: str, inputs: list[Any], **attributes: Any) -> Any:
-    """The output of a new node ahead of `before`."""
+    """Insert a node ahead of `before` and return its output."""
     node = ir.node(op, inputs, attributes=attributes)
     graph.insert_before(before, node)
     return node.outputs[0]
@@ -96,13 +96,13 @@ def inputs_of(graph: ir.Graph) -> dict[str | None, ir.Value]:
 
 
 def query_positions(graph: ir.Graph) -> ir.Value:
-    """1 - n, …, 0: the places of the queries among the keys, counted from the last one."""
+    """Return the positions of the queries relative to the last key: 1 - n, …, 0."""
     (node,) = (node for node in graph if node.name == "positions.sequence/from_the_end")
     return node.outputs[0]
 
 
 def size(graph: ir.Graph, before: ir.Node, name: str, axis: int) -> ir.Value:
-    """The size of an axis of an input, [1]."""
+    """Return the size of an axis of an input, as a value of shape [1]."""
     shape: ir.Value = insert(
         graph, before, "Shape", [inputs_of(graph)[name]], start=axis, end=axis + 1
     )
@@ -110,14 +110,14 @@ def size(graph: ir.Graph, before: ir.Node, name: str, axis: int) -> ir.Value:
 
 
 def untouched(graph: ir.Graph) -> None:
-    """No change."""
+    """Change nothing (the control)."""
 
 
 # -- the traps ---------------------------------------------------------------------------------
 
 
 def causal_from_the_top_left(graph: ir.Graph) -> None:
-    """Query i sees keys 0 … i, whatever is in the cache."""
+    """Let query i attend to keys 0 … i, ignoring the length of the cache."""
     places = query_positions(graph)
     users = list(places.uses())
     at = next(node for node in graph if any(node is user for user, _ in users))
@@ -127,22 +127,22 @@ def causal_from_the_top_left(graph: ir.Graph) -> None:
         node.replace_input_with(index, first)
 
 
-def test_a_causal_mask_that_forgets_the_cache_is_caught_where_there_is_one(
+def test_a_causal_mask_that_ignores_the_cache_fails_in_the_phases_with_a_cache(
     tiny_llama: Path, tiny_llama_bundle: Path, phases: Phases
 ) -> None:
     """Attention's `is_causal` with fewer queries than keys and no past: onnxruntime's CPU provider
-    took the diagonal from the bottom right, its CUDA provider from the top left
+    aligned the mask to the bottom right, its CUDA provider to the top left
     (microsoft/onnxruntime#29020)."""
     assert phases(tiny_llama_bundle, tiny_llama, causal_from_the_top_left) == CACHED
 
 
-def positions_count_the_padding(graph: ir.Graph) -> None:
-    """Positions are 0, 1, 2, … in every row, its padding included."""
+def positions_include_padding(graph: ir.Graph) -> None:
+    """Number positions 0, 1, 2, … in every row, including padding."""
     _positions(graph, cached_only=False)
 
 
-def cached_positions_count_the_padding(graph: ir.Graph) -> None:
-    """As above, once there is a cache; the prompt's positions are right."""
+def cached_positions_include_padding(graph: ir.Graph) -> None:
+    """Include padding in the positions of decode steps only; those of the prompt are correct."""
     _positions(graph, cached_only=True)
 
 
@@ -169,27 +169,27 @@ def _positions(graph: ir.Graph, *, cached_only: bool) -> None:
     graph.sort()
 
 
-def test_learned_positions_that_count_the_padding_are_caught_in_batches(
+def test_learned_positions_that_include_padding_fail_in_batches(
     tiny_gpt2: Path, tiny_gpt2_bundle: Path, phases: Phases
 ) -> None:
-    """Decoders exported without `position_ids`, or run without, place left-padded rows wrongly:
-    optimum computed them in its generation tests alone (huggingface/optimum#2326)."""
-    found = phases(tiny_gpt2_bundle, tiny_gpt2, positions_count_the_padding)
+    """Decoders exported or run without `position_ids` number left-padded rows wrongly: optimum
+    computed them only in its generation tests (huggingface/optimum#2326)."""
+    found = phases(tiny_gpt2_bundle, tiny_gpt2, positions_include_padding)
     assert found == {*BATCHED, "decode"}
 
 
-def test_rotations_that_count_the_padding_only_with_a_cache_are_caught_in_decoding(
+def test_rotary_positions_that_include_padding_only_with_a_cache_fail_in_decoding(
     tiny_llama: Path, tiny_llama_bundle: Path, phases: Phases
 ) -> None:
-    """RoPE sees distances alone, so that a row may be shifted as a whole. What breaks it is a
-    prompt counted without its padding and new tokens counted with it: unsloth's generation for
-    left-padded batches (unslothai/unsloth#3795)."""
-    found = phases(tiny_llama_bundle, tiny_llama, cached_positions_count_the_padding)
+    """RoPE depends only on distances, so shifting all positions of a row changes nothing. It
+    breaks if positions of the prompt exclude padding and those of new tokens include it: unsloth's
+    generation for left-padded batches (unslothai/unsloth#3795)."""
+    found = phases(tiny_llama_bundle, tiny_llama, cached_positions_include_padding)
     assert found == {"decode"}
 
 
-def heads(order: list[int]) -> Change:
-    """Keys and values have a head for every query's, in `order`."""
+def repeat_heads(order: list[int]) -> Change:
+    """Repeat the key and value heads to one per query head, in `order`."""
 
     def change(graph: ir.Graph) -> None:
         chosen = add_constant(graph, "heads", np.array(order))
@@ -206,23 +206,23 @@ def heads(order: list[int]) -> Change:
     [([0, 0, 1, 1], set()), ([0, 1, 0, 1], ALL)],
     ids=["interleaved", "tiled"],
 )
-def test_key_heads_that_are_tiled_are_caught_and_interleaved_ones_are_right(
+def test_tiled_key_heads_fail_and_interleaved_ones_pass(
     order: list[int],
     expected: set[str | None],
     tiny_llama: Path,
     tiny_llama_bundle: Path,
     phases: Phases,
 ) -> None:
-    """Query heads 0 and 1 share the first key head. ONNX's own function for Attention repeated
-    them with Tile, which gives 0 the first and 1 the second (onnx/onnx#7274)."""
-    assert phases(tiny_llama_bundle, tiny_llama, heads(order)) == expected
+    """Query heads 0 and 1 share the first key head. The function body of ONNX's Attention
+    repeated key heads with Tile, so that head 1 used the second key head (onnx/onnx#7274)."""
+    assert phases(tiny_llama_bundle, tiny_llama, repeat_heads(order)) == expected
 
 
 # -- tied weights ------------------------------------------------------------------------------
 
 
-def embedding_takes_the_heads_weight(graph: ir.Graph) -> None:
-    """The input embedding becomes what the output head was merged to."""
+def embedding_uses_the_merged_head(graph: ir.Graph) -> None:
+    """Replace the input embedding by the merged output head."""
     table = nodes(graph, "Gather")[0].inputs[0]
     head = graph.outputs[0].producer().inputs[1]
     merged = head.producer().inputs[0] if head.producer() is not None else head
@@ -233,7 +233,7 @@ def embedding_takes_the_heads_weight(graph: ir.Graph) -> None:
 
 @pytest.fixture(scope="module")
 def tied_head(tiny_gpt2: Path, make_adapter: MakeAdapter, shared: Path) -> tuple[Path, Path]:
-    """An adapter of the tiny GPT-2's tied head, and the bundle that it is merged into."""
+    """An adapter for the tied head of the tiny GPT-2, and a bundle with it merged."""
     adapter = make_adapter(tiny_gpt2, target_modules=["lm_head", "c_attn"])
     bundle = once(
         shared / "tied-head",
@@ -243,16 +243,16 @@ def tied_head(tiny_gpt2: Path, make_adapter: MakeAdapter, shared: Path) -> tuple
 
 
 @pytest.mark.parametrize(
-    ("change", "expected"), [(untouched, set()), (embedding_takes_the_heads_weight, ALL)]
+    ("change", "expected"), [(untouched, set()), (embedding_uses_the_merged_head, ALL)]
 )
-def test_an_adapter_merged_into_a_tied_head_that_changes_the_embedding_is_caught(
+def test_a_merge_into_a_tied_head_that_also_changes_the_embedding_fails(
     change: Change,
     expected: set[str | None],
     tiny_gpt2: Path,
     tied_head: tuple[Path, Path],
     tmp_path: Path,
 ) -> None:
-    """PEFT merges an adapter of `lm_head` into the weight that the embedding shares
+    """PEFT merges an adapter of `lm_head` into the weight shared with the embedding
     (huggingface/peft#2018)."""
     adapter, bundle = tied_head
     report = ld.parity(
@@ -271,9 +271,9 @@ def test_an_adapter_merged_into_a_tied_head_that_changes_the_embedding_is_caught
 
 
 def attention_in_float32(graph: ir.Graph, *, masks_own: bool = False) -> None:
-    """Attention as products and a softmax in float32, masked with -inf.
+    """Replace Attention by float32 matrix products and a softmax, masked with -inf.
 
-    `masks_own`: a padded position does not see even itself.
+    With `masks_own`, a padded position does not attend even to itself.
     """
     first = nodes(graph, "Attention")[0]
     visible = first.inputs[3]  # [batch, 1, sequence, total]
@@ -305,33 +305,33 @@ def attention_in_float32(graph: ir.Graph, *, masks_own: bool = False) -> None:
 
 
 @pytest.mark.parametrize(("masks_own", "expected"), [(False, set()), (True, {*BATCHED, "decode"})])
-def test_rows_that_are_masked_with_infinity_alone_are_caught_in_batches(
+def test_fully_masked_rows_fail_in_batches(
     masks_own: bool,
     expected: set[str | None],
     tiny_llama: Path,
     tiny_llama_bundle: Path,
     phases: Phases,
 ) -> None:
-    """A padded position that sees nothing gives NaN, and the next layer multiplies it by zero,
-    which is NaN too: torch.onnx's translation of attention masked with -inf until
+    """A padded position that attends to nothing is NaN, and the next layer multiplies it by
+    zero, which is NaN too: torch.onnx's translation of attention masked with -inf until
     microsoft/onnxscript#2654."""
     change = partial(attention_in_float32, masks_own=masks_own)
     assert phases(tiny_llama_bundle, tiny_llama, change) == expected
 
 
-def make_loud(weight: Any, bias: Any, size: int) -> None:
-    """Change what gives queries and keys [in, 3 × in], so that all attention scores are 75,000.
+def raise_scores(weight: Any, bias: Any, size: int) -> None:
+    """Change the projection of queries and keys [in, 3 × in] so that all scores are about 75,000.
 
-    A softmax does not see what all of its inputs have in common, so float32 computes it as usual.
+    A softmax ignores a common offset of its inputs, so the result in float32 does not change.
     """
-    for start in range(0, 2 * len(weight), size):  # a feature of each query and key head
+    for start in range(0, 2 * len(weight), size):  # one feature per query and key head
         weight[:, start] = 0
         bias[start] = 512  # 512² / √12 = 75,674
 
 
 @pytest.fixture(scope="module")
-def loud_gpt2(tiny_gpt2: Path, shared: Path) -> Path:
-    """The tiny GPT-2 with attention scores of 75,000, the same for all keys."""
+def large_scores_gpt2(tiny_gpt2: Path, shared: Path) -> Path:
+    """The tiny GPT-2 with attention scores of about 75,000, the same for all keys."""
 
     def make(place: Path) -> None:
         import torch
@@ -341,7 +341,7 @@ def loud_gpt2(tiny_gpt2: Path, shared: Path) -> Path:
         with torch.no_grad():
             for block in model.transformer.h:
                 layer = block.attn.c_attn
-                make_loud(layer.weight, layer.bias, model.config.n_embd // model.config.n_head)
+                raise_scores(layer.weight, layer.bias, model.config.n_embd // model.config.n_head)
         model.save_pretrained(place)
         AutoTokenizer.from_pretrained(tiny_gpt2).save_pretrained(place)
 
@@ -349,8 +349,8 @@ def loud_gpt2(tiny_gpt2: Path, shared: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def loud_half_bundle(tiny_gpt2: Path, loud_gpt2: Path, shared: Path) -> Path:
-    """`loud_gpt2` in float16, as export refuses to make it: tiny GPT-2 with the other's weights."""
+def large_scores_fp16_bundle(tiny_gpt2: Path, large_scores_gpt2: Path, shared: Path) -> Path:
+    """`large_scores_gpt2` in float16, built from a tiny GPT-2 bundle because export refuses it."""
     half = once(shared / "half-gpt2", lambda place: ld.export(tiny_gpt2, place, precision="fp16"))
 
     def loud(graph: ir.Graph) -> None:
@@ -360,14 +360,14 @@ def loud_half_bundle(tiny_gpt2: Path, loud_gpt2: Path, shared: Path) -> Path:
                 for name in ("weight", "bias")
             )
             values = constant_of(weight).copy(), constant_of(bias).copy()
-            make_loud(*values, size=12)
+            raise_scores(*values, size=12)
             set_constant(weight, values[0])
             set_constant(bias, values[1])
 
     def make(place: Path) -> None:
         bundle = changed(half, place, loud)
         manifest = json.loads((bundle / MANIFEST_NAME).read_text())
-        manifest["base"]["digest"] = base_digest(loud_gpt2)
+        manifest["base"]["digest"] = base_digest(large_scores_gpt2)
         (bundle / MANIFEST_NAME).write_text(json.dumps(manifest))
 
     return once(shared / "loud-half", make)
@@ -378,32 +378,32 @@ def loud_half_bundle(tiny_gpt2: Path, loud_gpt2: Path, shared: Path) -> Path:
     [(attention_in_float32, set()), (untouched, {*ALL, "repeat"})],
     ids=["fp32", "fp16"],
 )
-def test_scores_that_overflow_float16_are_caught_and_attention_in_float32_is_right(
+def test_scores_that_overflow_float16_fail_and_attention_in_float32_passes(
     change: Change,
     expected: set[str | None],
-    loud_gpt2: Path,
-    loud_half_bundle: Path,
+    large_scores_gpt2: Path,
+    large_scores_fp16_bundle: Path,
     phases: Phases,
 ) -> None:
-    """Float16 ends at 65504. OPT's attention in float16 gave NaN until its softmax was computed in
-    float32 (huggingface/transformers#17437); onnxruntime's Attention on the CPU takes the products
-    of float16 queries and keys in float16."""
-    assert phases(loud_half_bundle, loud_gpt2, change) == expected
+    """The largest float16 is 65504. OPT's attention in float16 gave NaN until its softmax was
+    computed in float32 (huggingface/transformers#17437); onnxruntime's Attention on the CPU
+    multiplies float16 queries and keys in float16."""
+    assert phases(large_scores_fp16_bundle, large_scores_gpt2, change) == expected
 
 
 def test_an_export_whose_scores_overflow_float16_is_refused(
-    loud_gpt2: Path, tmp_path: Path
+    large_scores_gpt2: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ExportError, match=r"logits is NaN or infinite .*`precision=.fp32.`"):
-        ld.export(loud_gpt2, tmp_path / "half", precision="fp16")
+        ld.export(large_scores_gpt2, tmp_path / "half", precision="fp16")
     assert not (tmp_path / "half").exists()
 
 
 # -- fusions -----------------------------------------------------------------------------------
 
 
-def residual_is_the_normalized(graph: ir.Graph) -> None:
-    """A sum and its normalization become one node, whose outputs are taken for each other."""
+def residual_reads_the_normalized_output(graph: ir.Graph) -> None:
+    """Fuse a sum and its normalization into one node and exchange its two outputs."""
     norm = nodes(graph, "RMSNormalization")[1]
     total = norm.inputs[0]
     for node, index in list(total.uses()):
@@ -413,7 +413,7 @@ def residual_is_the_normalized(graph: ir.Graph) -> None:
 
 
 def gelu_without_tanh(graph: ir.Graph) -> None:
-    """The chain of GELU's approximation by tanh becomes the exact GELU: nearly the same."""
+    """Replace the tanh approximation of GELU by the exact GELU, which is nearly the same."""
     for tanh in nodes(graph, "Tanh"):
         (end,) = (node for node, _ in next(iter(tanh.outputs[0].uses()))[0].outputs[0].uses())
         (half,) = (v for v in end.inputs if v.producer().op_type == "Mul")
@@ -424,13 +424,14 @@ def gelu_without_tanh(graph: ir.Graph) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "change"), [("llama", residual_is_the_normalized), ("gpt2", gelu_without_tanh)]
+    ("name", "change"),
+    [("llama", residual_reads_the_normalized_output), ("gpt2", gelu_without_tanh)],
 )
-def test_a_wrong_fusion_is_caught_everywhere(
+def test_a_wrong_fusion_fails_in_every_phase(
     name: str, change: Change, request: pytest.FixtureRequest, phases: Phases
 ) -> None:
-    """Optimizers replace chains of nodes by one that computes something else: onnxruntime's fusion
-    of a sum and a LayerNormalization (microsoft/onnxruntime#17689)."""
+    """Optimizers replaced chains of nodes by a node that computes something else: onnxruntime's
+    fusion of a sum and a LayerNormalization (microsoft/onnxruntime#17689)."""
     model = request.getfixturevalue(f"tiny_{name}")
     bundle = request.getfixturevalue(f"tiny_{name}_bundle")
     assert phases(bundle, model, change) == ALL
@@ -438,8 +439,8 @@ def test_a_wrong_fusion_is_caught_everywhere(
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_the_levels_of_optimization_agree(name: str, request: pytest.FixtureRequest) -> None:
-    """ORT_ENABLE_ALL has given other outputs than ORT_DISABLE_ALL (microsoft/onnxruntime#20321):
-    of these graphs it does not."""
+    """ORT_ENABLE_ALL has given other outputs than ORT_DISABLE_ALL (microsoft/onnxruntime#20321);
+    it does not for these graphs."""
     bundle = request.getfixturevalue(f"tiny_{name}_bundle")
     outputs = []
     for level in (GraphOptimizationLevel.ORT_DISABLE_ALL, GraphOptimizationLevel.ORT_ENABLE_ALL):

@@ -1,4 +1,4 @@
-"""The verdict and the table that it rests on."""
+"""The verdict on a comparison, and the table of limits that it uses."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ GAP = 5e-5
 
 
 def figures(error: float) -> Figures:
-    """Of values that are off by `error` in one place."""
+    """Return figures of values with `error` in one place."""
     comparison = Comparison(scale=10.0, logits=True)
     actual = EXPECTED.copy()
     actual[0, 0] += error
@@ -37,7 +37,7 @@ def figures(error: float) -> Figures:
 
 
 def limits(gap: float = GAP) -> dict[str, Limit]:
-    """Of a float32 whose rounding comes to `gap` in the same place."""
+    """Return float32 limits calibrated with a rounding error of `gap` in the same place."""
     return calibrated("fp32", figures(gap), scale=10.0)
 
 
@@ -62,21 +62,21 @@ def test_an_error_that_is_not_far_below_the_effect_fails() -> None:
 
 
 @pytest.mark.parametrize("effect", [None, 0.0])
-def test_where_there_is_no_effect_the_error_is_judged_alone(effect: float | None) -> None:
+def test_without_an_effect_only_the_error_is_judged(effect: float | None) -> None:
     assert verdict(figures(1e-5), effect=effect) is None
     assert verdict(figures(1e-2), effect=effect) is not None
 
 
-def test_limits_are_a_multiple_of_what_was_measured_and_say_so() -> None:
+def test_limits_are_a_multiple_of_the_measured_error_and_state_it() -> None:
     for name in ("max_abs", "p99_abs"):
         measured, limit = getattr(figures(GAP), name), limits()[name]
         assert limit.value == pytest.approx(ROOM * measured), name
         assert f"{measured:.1e}, which PyTorch's float32 is off" in limit.reason
-    wide = limits(gap=1e-2)["kl"].value  # it goes with the square
+    wide = limits(gap=1e-2)["kl"].value  # proportional to the square of the gap
     assert wide == pytest.approx(ROOM**2 * float(figures(1e-2).kl or 0))
 
 
-def test_a_gap_by_luck_of_nothing_leaves_room_for_a_few_roundings() -> None:
+def test_a_measured_error_of_zero_still_allows_a_few_roundings() -> None:
     found = limits(gap=0.0)
     assert found["max_abs"].value == LEAST["fp32"] * UNIT["fp32"] * 10.0
     assert "are always allowed" in found["max_abs"].reason
@@ -90,7 +90,7 @@ def test_limits_that_are_assumed_grow_with_the_values() -> None:
     assert ten["max_rel"].value == one["max_rel"].value
 
 
-def test_another_token_by_a_hair_is_a_tie_and_by_more_a_failure() -> None:
+def test_another_greedy_token_by_a_small_margin_is_a_tie_and_by_more_a_failure() -> None:
     for lead, passes in ((1e-5, True), (1e-2, False)):
         comparison = Comparison(scale=1.0, logits=True)
         comparison.add(np.array([[1.0, 1.0 - lead]]), np.array([[1.0, 1.0 + 1e-6]]))
@@ -101,7 +101,7 @@ def test_another_token_by_a_hair_is_a_tie_and_by_more_a_failure() -> None:
         assert margin.passed is passes, margin
 
 
-def test_values_that_are_not_finite_fail_whatever_the_figures() -> None:
+def test_values_that_are_not_finite_fail_regardless_of_the_figures() -> None:
     found = dataclasses.replace(figures(0.0), not_finite=1)
     assert "NaN or infinite" in str(verdict(found))
 
@@ -111,7 +111,7 @@ def test_a_figure_that_is_not_a_number_fails() -> None:
     assert "max abs nan" in str(verdict(found))
 
 
-def test_nothing_compared_is_no_agreement() -> None:
+def test_a_comparison_of_nothing_does_not_pass() -> None:
     assert verdict(Comparison(scale=1.0, logits=True).figures()) == "no positions were compared"
 
 
@@ -123,6 +123,6 @@ def test_every_precision_has_a_limit_and_a_reason_for_every_metric(precision: st
     assert found["effect_share"].value == EFFECT_SHARE[precision]
 
 
-def test_what_cannot_be_assumed_is_refused_by_name() -> None:
+def test_a_precision_without_assumed_limits_is_refused_by_name() -> None:
     with pytest.raises(UsageError, match=f"int4, only for {', '.join(ASSUMED)}"):
         assumed("int4", scale=1.0)

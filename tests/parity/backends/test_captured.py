@@ -1,7 +1,7 @@
-"""A check through captured runs: what it covers, and that it sees a replay that is wrong.
+"""Parity of recorded and replayed runs: what the certificate covers, and that wrong replays fail.
 
-The CPU's provider records nothing. With its row of the table changed, its runs go the whole way of
-captured ones (tests/runtime/test_capture.py).
+The CPU provider cannot record runs. The fixture `recording` changes its row in the provider table,
+so that its runs take the code path of recorded ones (tests/runtime/test_capture.py).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CAPTURED = "cpu captured"
 
 @pytest.fixture
 def bundle(llama_with_adapter: Path, shared: Path, tmp_path: Path) -> Path:
-    """A decoder whose cache stays in place, with an adapter, to be certified."""
+    """A decoder bundle with a cache of fixed size and an adapter, not yet certified."""
     made = once(
         shared / "bundle-llama-one-in-place",
         lambda place: ld.export(
@@ -65,10 +65,10 @@ def test_both_ways_to_run_are_compared_and_certified(
     assert {r.variant.provider for r in report.results if r.variant} == {"cpu", CAPTURED}
     decoded = [r for r in report.results if r.variant and r.variant.provider == CAPTURED]
     assert {(r.backend, r.phase) for r in decoded} >= {("onnx-side-inputs", "decode")}
-    # The base and the adapter were recorded, and replayed.
+    # Runs of the base and of the adapter were recorded and replayed.
     assert set(numbers) == {-1, 1, 2} and min(numbers.count(1), numbers.count(2)) > 2
     reported = {r.phase: r.message for r in decoded if r.adapter == "one"}
-    # Decoding begins with the prompts, which are not recorded.
+    # The decode phase begins with the prompts, whose runs are not recorded.
     assert re.fullmatch(r"[1-9]\d* of [1-9]\d* runs were replays", reported["decode"] or ""), (
         reported
     )
@@ -78,7 +78,7 @@ def test_both_ways_to_run_are_compared_and_certified(
     for capture in (False, True):
         session = AdapterSession(bundle, ["cpu"], capture_graphs=capture, require_certificate=True)
         assert session.provider.captured is capture
-    # Of one that only captured ones were checked for, as of one that only others were.
+    # A certificate of only recorded runs, like one of only ordinary runs, covers only those.
     written = bundle / "parity.json"
     values = json.loads(written.read_text(encoding="utf-8"))
     values["results"] = [r for r in values["results"] if r["variant"]["provider"] == CAPTURED]
@@ -88,11 +88,11 @@ def test_both_ways_to_run_are_compared_and_certified(
 
 
 @pytest.mark.parametrize("limit", ["prompts alone", "no recording left"])
-def test_runs_of_which_none_was_replayed_certify_no_captured_ones(
+def test_a_check_in_which_no_run_was_replayed_does_not_certify_captured_runs(
     bundle: Path, check: Check, recording: None, monkeypatch: pytest.MonkeyPatch, limit: str
 ) -> None:
     phases = ["prefill"] if limit == "prompts alone" else ["prefill", "decode"]
-    if limit == "no recording left":  # but for the base's
+    if limit == "no recording left":  # except the one for the base
         monkeypatch.setattr(replays, "MOST_RECORDINGS", 1)
     report = check(
         bundle,
@@ -115,7 +115,7 @@ def test_runs_of_which_none_was_replayed_certify_no_captured_ones(
         AdapterSession(bundle, ["cpu"], capture_graphs=True, require_certificate=True)
 
 
-def test_a_certificate_of_other_runs_does_not_cover_captured_ones(
+def test_a_certificate_of_ordinary_runs_does_not_cover_captured_runs(
     certified_bundle: Path, recording: None
 ) -> None:
     message = (
@@ -126,7 +126,7 @@ def test_a_certificate_of_other_runs_does_not_cover_captured_ones(
         AdapterSession(certified_bundle, ["cpu"], capture_graphs=True, require_certificate=True)
 
 
-def test_a_replay_of_what_was_fed_before_fails_the_check(
+def test_a_replay_with_the_previous_inputs_fails_the_check(
     bundle: Path, quick: Check, recording: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorded = replays.Replays._recorded
@@ -144,13 +144,13 @@ def test_a_replay_of_what_was_fed_before_fails_the_check(
     assert failed == {(CAPTURED, "decode")}
 
 
-def test_providers_that_capture_nothing_are_refused_unless_another_does() -> None:
+def test_capture_is_refused_where_no_provider_can_record() -> None:
     message = "CPUExecutionProvider captures no runs here: give one of cuda, webgpu"
     with pytest.raises(UsageError, match=message):
         choose_variants(["cpu"], None, capture_graphs=True)
 
 
-def test_captured_runs_of_one_provider_are_another_way_to_run_it() -> None:
+def test_captured_runs_are_a_variant_of_their_provider() -> None:
     usual = ProviderFacts("cpu", (table.CPU,))
     captured = dataclasses.replace(usual, provider=CAPTURED, captured=True)
     assert usual.difference(captured) == "its runs are captured"

@@ -1,4 +1,4 @@
-"""onnxruntime-genai as a backend, in the interpreter that has it."""
+"""onnxruntime-genai as a parity backend, run in a separate interpreter that has it installed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ with_genai = pytest.mark.skipif(not GENAI.exists(), reason="make setup makes .ve
 
 
 @with_genai
-def test_the_base_and_an_adapter_agree_in_every_phase_it_has(
+def test_the_base_and_an_adapter_agree_in_every_phase_of_the_backend(
     llama_with_adapter: Path, check: Check
 ) -> None:
     report = check(
@@ -38,7 +38,7 @@ def test_the_base_and_an_adapter_agree_in_every_phase_it_has(
 
 
 @with_genai
-def test_a_merged_bundle_is_run_without_an_adapter(
+def test_a_merged_bundle_runs_without_an_adapter(
     tiny_llama: Path,
     tiny_llama_bundle: Path,
     make_adapter: MakeAdapter,
@@ -74,7 +74,7 @@ def test_a_wrong_adapter_and_a_wrong_mask_fail(
 @pytest.mark.skipif(
     importlib.util.find_spec("onnxruntime_genai") is not None, reason="it is installed here"
 )
-def test_where_it_is_not_installed_that_is_said_if_it_is_asked_for(
+def test_a_missing_installation_is_reported_if_the_backend_is_requested(
     llama_with_adapter: Path, check: Check
 ) -> None:
     (result,) = check(llama_with_adapter, **ONLY).results
@@ -86,7 +86,7 @@ def test_where_it_is_not_installed_that_is_said_if_it_is_asked_for(
     assert "onnx-genai" not in {result.backend for result in silent.results}
 
 
-def test_an_encoder_is_not_run(tiny_bert: Path, tiny_bert_bundle: Path) -> None:
+def test_an_encoder_is_not_run_by_this_backend(tiny_bert: Path, tiny_bert_bundle: Path) -> None:
     report = ld.parity(
         tiny_bert_bundle,
         model=tiny_bert,
@@ -108,7 +108,7 @@ WORKERS = {
 
 
 @pytest.mark.parametrize("kind", WORKERS)
-def test_a_worker_that_fails_is_a_failure_in_its_own_words(
+def test_a_failing_worker_process_is_a_failure_with_its_own_message(
     kind: str,
     llama_with_adapter: Path,
     check: Check,

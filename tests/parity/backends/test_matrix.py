@@ -1,4 +1,4 @@
-"""The columns of a check: providers, levels of optimization, phases, and runs that repeat."""
+"""The variants of a parity check: providers, optimization levels, phases, and repeated runs."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from tests.parity.tampering import change_graph, leave_dropout_on, see_the_futur
 
 
 def failed(report: ParityReport) -> set[str | None]:
-    """The phases in which something failed."""
+    """Return the phases that have a failure."""
     return {result.phase for result in report.results if result.outcome == "failed"}
 
 
 # -- providers and levels ----------------------------------------------------------------------
 
 
-def test_a_check_runs_on_the_cpu_at_the_highest_level_unless_told() -> None:
+def test_a_check_runs_by_default_on_the_cpu_at_the_highest_optimization_level() -> None:
     assert choose_variants(None, None).each == (Variant("cpu", "all"),)
 
 
@@ -63,7 +63,7 @@ def test_every_provider_runs_at_every_level_once() -> None:
     ],
     ids=str,
 )
-def test_a_variant_has_the_providers_of_a_session_that_is_given_the_same(
+def test_a_variant_has_the_same_provider_list_as_a_session(
     provider: Any, label: str, chain: list[str]
 ) -> None:
     found = choose_variants([provider], None)
@@ -81,19 +81,19 @@ def test_a_variant_has_the_providers_of_a_session_that_is_given_the_same(
         (None, ["O3"], "'O3' is not a level of optimization: there are disable, basic"),
     ],
 )
-def test_a_variant_that_there_is_not_is_refused(
+def test_an_unknown_variant_is_refused(
     providers: list[str] | None, levels: list[str] | None, message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
         choose_variants(providers, levels)
 
 
-def test_each_level_is_another_of_onnxruntime() -> None:
+def test_each_level_is_a_different_level_of_onnxruntime() -> None:
     options = [session_options(Variant("cpu", level)) for level in LEVELS]
     assert len({option.graph_optimization_level for option in options}) == len(LEVELS)
 
 
-def test_every_level_is_a_column_of_its_own(llama_with_adapter: Path, check: Check) -> None:
+def test_every_level_is_a_separate_column(llama_with_adapter: Path, check: Check) -> None:
     report = check(
         llama_with_adapter,
         optimization=["disable", "all"],
@@ -109,7 +109,7 @@ def test_every_level_is_a_column_of_its_own(llama_with_adapter: Path, check: Che
     }
 
 
-def test_a_level_at_which_the_numbers_change_fails_alone(
+def test_only_the_level_at_which_the_numbers_change_fails(
     llama_with_adapter: Path, check: Check, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = AdapterSession.__init__
@@ -145,7 +145,7 @@ def test_a_provider_that_does_not_start_is_refused_rather_than_replaced(
 
 
 @pytest.mark.gpu
-def test_cuda_is_a_column_and_the_nodes_it_leaves_to_the_cpu_are_told(
+def test_cuda_is_a_column_and_the_nodes_it_leaves_to_the_cpu_are_reported(
     llama_with_adapter: Path, check: Check
 ) -> None:
     report = check(llama_with_adapter, providers=["cuda", "cpu"], backends=["onnx-side-inputs"])
@@ -154,7 +154,7 @@ def test_cuda_is_a_column_and_the_nodes_it_leaves_to_the_cpu_are_told(
     assert [facts.provider for facts in report.environment.providers] == ["cuda", "cpu"]
 
 
-def test_of_the_cpu_nothing_is_told(llama_with_adapter: Path) -> None:
+def test_the_placement_of_nodes_is_not_reported_for_the_cpu(llama_with_adapter: Path) -> None:
     started = start(llama_with_adapter, choose_variants(["cpu"], None))
     assert started.notes == ()
     (facts,) = started.providers
@@ -219,7 +219,7 @@ FACTORS: Final = Factors(np.ones((2, 4)), np.ones((4, 2)))
         "an expert of every token",
     ],
 )
-def test_an_adapter_that_looks_at_tokens_is_run_on_all_rows_in_pytorch(
+def test_an_adapter_that_depends_on_token_ids_runs_on_all_rows_in_pytorch(
     changed: dict[str, Any], same: bool
 ) -> None:
     factors = {"q": FACTORS}
@@ -235,7 +235,7 @@ def test_an_adapter_that_looks_at_tokens_is_run_on_all_rows_in_pytorch(
 # -- phases ------------------------------------------------------------------------------------
 
 
-def test_a_decoder_shows_every_phase(llama_with_adapter: Path, check: Check) -> None:
+def test_a_decoder_is_compared_in_every_phase(llama_with_adapter: Path, check: Check) -> None:
     report = check(llama_with_adapter, backends=["onnx-side-inputs"])
     assert report.passed, report.failures
     assert {result.phase for result in report.results} == set(phases_of("causal-lm"))
@@ -263,7 +263,7 @@ def test_a_mask_that_is_wrong_past_the_cache_fails_in_chunks_alone(
     assert failed(check(llama_bundle, backends=["onnx-side-inputs"])) == {"chunked prefill"}
 
 
-def test_adapters_that_stay_in_their_places_fail_once_the_rows_change_theirs(
+def test_adapter_ids_of_an_earlier_batch_fail_in_the_permuted_batch(
     llama_with_adapter: Path, check: Check, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = AdapterSession.run_with_ort_values
@@ -276,7 +276,7 @@ def test_adapters_that_stay_in_their_places_fail_once_the_rows_change_theirs(
     assert failed(check(llama_with_adapter, backends=["onnx-mixed"])) == {"permuted batch"}
 
 
-def test_a_bundle_in_which_nothing_but_a_repetition_was_seen_is_not_proved(
+def test_a_check_of_the_repeat_phase_alone_does_not_certify(
     llama_with_adapter: Path, check: Check
 ) -> None:
     report = check(llama_with_adapter, backends=["onnx-side-inputs"], phases=["repeat"])
@@ -294,7 +294,7 @@ def test_a_bundle_in_which_nothing_but_a_repetition_was_seen_is_not_proved(
         (3e-7, "passed", "two runs differ by up to"),
     ],
 )
-def test_a_graph_that_draws_at_random_is_caught_or_told(
+def test_a_nondeterministic_graph_fails_or_is_reported(
     share: float, outcome: str, expected: str, llama_bundle: Path, check: Check
 ) -> None:
     change_graph(llama_bundle, leave_dropout_on(share))
@@ -304,15 +304,13 @@ def test_a_graph_that_draws_at_random_is_caught_or_told(
     assert all(expected in str(result.message) for result in repeated), repeated
 
 
-def test_a_graph_that_gives_the_same_twice_is_told_to(
-    llama_with_adapter: Path, check: Check
-) -> None:
+def test_a_deterministic_graph_is_reported_as_such(llama_with_adapter: Path, check: Check) -> None:
     report = check(llama_with_adapter, backends=["onnx-side-inputs"])
     messages = {result.message for result in report.results if result.phase == "repeat"}
     assert messages == {"bit for bit equal"}
 
 
-def test_a_reference_that_is_nondeterministic_is_the_one_failure(
+def test_a_nondeterministic_reference_is_the_only_failure(
     tiny_gpt2: Path, tiny_gpt2_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = job.load_model
@@ -337,7 +335,7 @@ def test_every_adapter_of_a_bundle_is_in_the_permuted_batch(
     report = check(tiny_llama_bundle, phases=["permuted batch"], **options)
     assert report.passed, report.failures
     assert {result.adapter for result in report.results} == {None, *given}
-    for module in (choice, run, checking):  # as if it were shown of the first four rows alone
+    for module in (choice, run, checking):  # without it, only the first four rows would be permuted
         monkeypatch.setattr(module, "rows_of", lambda phase, rows, batched=True: rows[:4])
     report = check(tiny_llama_bundle, phases=["permuted batch"], **options)
     skipped = {r.adapter: r.message for r in report.results if r.outcome == "not run"}

@@ -1,4 +1,4 @@
-"""Backends of the user's own, held against PyTorch on the way that the bundle's go."""
+"""User-defined backends (`others`), compared with PyTorch like the backends of the bundle."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def merged(bundle: Path, adapter: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def check(bundle: Path, tiny_llama: Path) -> Callable[..., ParityReport]:
-    """`loradeploy.parity` with some others and one backend that is quick."""
+    """A function that runs `loradeploy.parity` with `others` and one fast backend."""
 
     def run(others: Any, place: Path = bundle, **options: Any) -> ParityReport:
         given = {"prompts": PROMPTS, "tokens": 4, "certificate": False, **options}
@@ -62,7 +62,7 @@ def check(bundle: Path, tiny_llama: Path) -> Callable[..., ParityReport]:
 
 @pytest.fixture(scope="module")
 def session(bundle: Path) -> Function:
-    """The bundle's base as someone's function, with a cache."""
+    """The base model of the bundle as a user's function, with a cache."""
     runtime = ld.AdapterSession(bundle)
     names = [spec.name for spec in runtime.manifest.outputs]
     return lambda feeds: dict(zip(names, runtime.run(names, feeds), strict=True))
@@ -70,7 +70,7 @@ def session(bundle: Path) -> Function:
 
 @pytest.fixture(scope="module")
 def whole(bundle: Path, session: Function) -> Function:
-    """The same without a cache: it takes ids and mask, and gives logits."""
+    """The same without a cache: it takes ids and mask and returns logits."""
     manifest = ld.AdapterSession(bundle).manifest
     empty = {s.name: (s.shape[1], s.shape[3]) for s in manifest.inputs if "past" in s.name}
 
@@ -84,7 +84,7 @@ def whole(bundle: Path, session: Function) -> Function:
     return run
 
 
-def own(report: ParityReport, title: str) -> list[Result]:
+def results_of(report: ParityReport, title: str) -> list[Result]:
     return [result for result in report.results if result.backend == f"other:{title}"]
 
 
@@ -100,7 +100,7 @@ def agreeing(
     whole: Function,
     tiny_llama: Path,
 ) -> ParityReport:
-    """What is right, in one check."""
+    """One check of several correct functions."""
     from transformers import AutoModelForCausalLM
 
     return check(
@@ -115,7 +115,7 @@ def agreeing(
     )
 
 
-def test_models_of_all_kinds_agree(agreeing: ParityReport) -> None:
+def test_functions_and_models_of_all_kinds_agree(agreeing: ParityReport) -> None:
     assert agreeing.passed, agreeing.failures
 
 
@@ -130,20 +130,20 @@ def test_models_of_all_kinds_agree(agreeing: ParityReport) -> None:
         ("transformers", None, CACHED),
     ],
 )
-def test_a_model_is_shown_every_phase_that_it_has(
+def test_a_model_is_compared_in_every_phase_that_it_supports(
     title: str, claim: str | None, phases: list[str], agreeing: ParityReport
 ) -> None:
-    results = own(agreeing, title)
+    results = results_of(agreeing, title)
     assert [(r.adapter, r.phase) for r in results] == [(claim, phase) for phase in phases]
     assert all(("no cache" in r.title) == (phases == WHOLE) for r in results)
 
 
-def test_an_onnx_file_stands_for_what_a_merged_bundle_holds(
+def test_an_onnx_file_can_be_compared_as_a_merged_model(
     merged: Path, check: Callable[..., ParityReport], adapter: Path
 ) -> None:
     report = check([f"{merged}/model.onnx"], place=merged, adapters={"one": adapter})
     assert report.passed, report.failures
-    assert {r.adapter for r in own(report, "model.onnx")} == {"one"}
+    assert {r.adapter for r in results_of(report, "model.onnx")} == {"one"}
 
 
 @without_cuda
@@ -182,7 +182,7 @@ BROKEN: dict[str, tuple[Callable[[Feeds, Any], Any], str]] = {
 def failing(
     check: Callable[..., ParityReport], session: Function, whole: Function, bundle: Path
 ) -> ParityReport:
-    """What is wrong, in one check."""
+    """One check of several broken functions."""
 
     def broken(spoil: Callable[[Feeds, Any], Any]) -> Function:
         return lambda feeds: spoil(feeds, session(feeds))
@@ -195,30 +195,30 @@ def failing(
 
 
 @pytest.mark.parametrize("how", BROKEN)
-def test_a_function_that_is_broken_fails_and_says_how(how: str, failing: ParityReport) -> None:
-    results = own(failing, how)
+def test_a_broken_function_fails_and_the_message_says_how(how: str, failing: ParityReport) -> None:
+    results = results_of(failing, how)
     assert results
     assert {r.outcome for r in results} == {"failed"}
     assert BROKEN[how][1] in str(results[0].message)
 
 
 def test_outputs_without_names_are_counted(failing: ParityReport) -> None:
-    (message, *_) = (r.message for r in own(failing, "one too many"))
+    (message, *_) = (r.message for r in results_of(failing, "one too many"))
     assert "gives 2 outputs without names, not 1: logits" in str(message)
 
 
-def test_a_claim_that_is_not_so_fails(failing: ParityReport) -> None:
-    results = [r for r in own(failing, "wrong claim") if r.phase != "repeat"]
+def test_a_false_claim_about_the_adapter_fails(failing: ParityReport) -> None:
+    results = [r for r in results_of(failing, "wrong claim") if r.phase != "repeat"]
     assert {(r.outcome, r.adapter) for r in results} == {("failed", "one")}
 
 
-def test_a_function_that_differs_from_itself_is_told_to(failing: ParityReport) -> None:
-    (twice,) = (r for r in own(failing, "another each time") if r.phase == "repeat")
+def test_a_nondeterministic_function_is_reported(failing: ParityReport) -> None:
+    (twice,) = (r for r in results_of(failing, "another each time") if r.phase == "repeat")
     assert twice.outcome == "failed"
     assert str(twice.message).startswith("two runs differ: ")
 
 
-def test_those_that_are_right_pass_beside_them(failing: ParityReport) -> None:
+def test_correct_functions_pass_beside_broken_ones(failing: ParityReport) -> None:
     assert {r.outcome for r in failing.results if r.backend == "onnx-side-inputs"} == {"passed"}
 
 
@@ -245,7 +245,7 @@ REFUSED: dict[str, tuple[Callable[[Path, Path], Any], type[LoraDeployError], str
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_is_refused_before_anything_runs(
+def test_impossible_arguments_are_refused_before_anything_runs(
     case: str, bundle: Path, tmp_path: Path, check: Callable[..., ParityReport]
 ) -> None:
     (tmp_path / "broken.onnx").write_text("x")

@@ -1,4 +1,4 @@
-"""ONNX's reference evaluator as a backend: for small graphs of the standard's operators."""
+"""ONNX's reference evaluator as a parity backend, for small graphs of standard operators."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from tests.parity.tampering import change_graph, see_the_future_in_chunks
 ONLY = {"backends": ["onnx-reference"]}
 
 
-def test_a_decoder_agrees_with_the_standard(llama_with_adapter: Path, check: Check) -> None:
+def test_a_decoder_agrees_with_the_reference_evaluator(
+    llama_with_adapter: Path, check: Check
+) -> None:
     report = check(llama_with_adapter, **ONLY)
     assert report.passed, report.failures
     assert {result.adapter for result in report.results} == {None, "one"}
     assert all(result.variant is None for result in report.results)
 
 
-def test_an_adapter_in_a_branch_is_chosen(
+def test_the_adapter_of_a_branch_is_selected(
     tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path, check: Check
 ) -> None:
     adapter = make_adapter(tiny_llama, seed=1)
@@ -32,14 +34,16 @@ def test_an_adapter_in_a_branch_is_chosen(
     assert report.passed, report.failures
 
 
-def test_a_classifier_agrees_with_the_standard(tiny_bert: Path, tiny_bert_bundle: Path) -> None:
+def test_a_classifier_agrees_with_the_reference_evaluator(
+    tiny_bert: Path, tiny_bert_bundle: Path
+) -> None:
     report = ld.parity(
         tiny_bert_bundle, model=tiny_bert, prompts=PROMPTS, certificate=False, **ONLY
     )
     assert report.passed, report.failures
 
 
-def test_a_mask_that_is_wrong_is_wrong_by_the_standard_too(
+def test_a_wrong_mask_fails_in_the_reference_evaluator_too(
     llama_bundle: Path, check: Check
 ) -> None:
     change_graph(llama_bundle, see_the_future_in_chunks)
@@ -47,7 +51,7 @@ def test_a_mask_that_is_wrong_is_wrong_by_the_standard_too(
     assert failed == {"chunked prefill"}
 
 
-def test_a_graph_that_takes_long_is_run_if_asked_for_and_not_spoken_of_else(
+def test_a_slow_graph_runs_only_on_request_and_is_not_mentioned_otherwise(
     llama_with_adapter: Path, check: Check, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(evaluator, "_QUICK", 1)
@@ -65,9 +69,7 @@ def test_a_graph_that_is_too_large_is_not_run(
     assert "the graph is too large for it (" in str(result.message)
 
 
-def test_an_operator_that_the_standard_does_not_have_is_named(
-    llama_bundle: Path, check: Check
-) -> None:
+def test_an_operator_outside_the_standard_is_named(llama_bundle: Path, check: Check) -> None:
     def foreign(graph: onnx.GraphProto) -> None:
         node = next(node for node in graph.node if node.op_type == "MatMul")
         node.op_type, node.domain = "FusedMatMul", "com.microsoft"

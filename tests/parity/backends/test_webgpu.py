@@ -1,6 +1,6 @@
-"""A check on a provider with its own memory: WebGPU, on a GPU in software where there is no other.
+"""Parity on a provider with its own memory: WebGPU, on a software GPU where there is no other.
 
-What a provider does that ends its process is a failure with a name.
+A provider that ends its process (a crash) is reported as a failure by name.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ with_plugin = pytest.mark.skipif(
 
 @pytest.fixture
 def webgpu(llama_with_adapter: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The provider's name, where it starts."""
+    """The name of the WebGPU provider; skips where it does not start."""
     for name, value in swiftshader().items():
         monkeypatch.setenv(name, value)
     try:
@@ -68,7 +68,7 @@ def test_a_check_on_webgpu_passes_and_its_certificate_is_for_webgpu(
         ("onnx-mixed", "one"),
         ("onnx-mixed", "part"),
     }
-    # With zeros of rank 0 for what the adapter lacks, the plugin ends the process.
+    # The plugin crashes on rank-0 inputs, which an adapter has for modules that it does not change.
     (left_out,) = (r for r in report.results if r.outcome == "not run")
     assert "part has no factors for" in str(left_out.message)
     assert "rank 0" in str(left_out.message)
@@ -94,7 +94,7 @@ def test_a_check_on_webgpu_passes_and_its_certificate_is_for_webgpu(
 
 @pytest.fixture
 def killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process of a trial is ended by a signal, as by a wrong access to memory."""
+    """End the process of each trial run by a signal, as a segmentation fault does."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(
         "import os, signal, sys\n"
@@ -104,7 +104,7 @@ def killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path / "site")
 
 
-def test_a_trial_that_does_not_end_is_ended(
+def test_a_trial_that_takes_too_long_is_killed(
     llama_with_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text("import time\ntime.sleep(600)\n")
@@ -113,15 +113,15 @@ def test_a_trial_that_does_not_end_is_ended(
     assert crash_of(llama_with_adapter, [(CPU, {})]) == "it had not ended after 1 seconds"
 
 
-def test_a_trial_that_comes_to_its_end_is_no_crash(llama_with_adapter: Path) -> None:
+def test_a_trial_that_finishes_is_not_a_crash(llama_with_adapter: Path) -> None:
     assert crash_of(llama_with_adapter, [(CPU, {})]) is None
-    # Refusals are for the check itself to report.
+    # Refusals are reported by the check itself.
     assert crash_of(llama_with_adapter / "missing", [(CPU, {})]) is None
 
 
 @with_plugin
 @pytest.mark.usefixtures("killed")
-def test_a_provider_that_ends_its_process_fails_by_name_and_the_check_goes_on(
+def test_a_provider_that_crashes_fails_by_name_and_the_check_continues(
     llama_with_adapter: Path, check: Check, tmp_path: Path
 ) -> None:
     bundle = shutil.copytree(llama_with_adapter, tmp_path / "bundle")

@@ -1,4 +1,4 @@
-"""A mistake made on purpose is judged on what both sides were fed, and on nothing else."""
+"""Negative controls (deliberate mistakes) are judged only on rows that both sides were fed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def row(adapter: str | None, prompt: tuple[int, ...], value: float) -> Row:
 
 
 def reference(*prompts: tuple[int, ...]) -> Reference:
-    """The base is fed other prompts than the adapter in place of those that end in 9."""
+    """A reference whose base rows differ from the adapter's for prompts that end in 9."""
     known = [p if p[-1] != 9 else (*p[:-1], 1) for p in prompts]
     return Reference(
         rows={
@@ -46,7 +46,7 @@ def reference(*prompts: tuple[int, ...]) -> Reference:
     )
 
 
-def test_a_neighbors_rows_are_judged_where_it_was_fed_the_same() -> None:
+def test_a_control_is_judged_only_on_rows_with_the_same_inputs() -> None:
     given = reference((1, 2), (3, 9))
     control = judge_mistake(OFF_BY_ONE, "a", given.rows[None], CONTEXT, given)
     assert control is not None and control.caught
@@ -68,7 +68,7 @@ def test_a_control_with_nothing_to_compare_is_left_out_by_name(
 
 
 def adapter_of(updates: dict[str, float]) -> Adapter:
-    """An adapter whose modules have updates of so much; 0 is none."""
+    """Return an adapter whose modules have updates of this size; 0 is no update."""
     factors = {
         module: Factors(np.full((2, 4), number + 1.0), np.full((4, 2), size))
         for number, (module, size) in enumerate(updates.items())
@@ -76,7 +76,7 @@ def adapter_of(updates: dict[str, float]) -> Adapter:
     return Adapter(AdapterConfig(r=2, target_modules=tuple(updates)), factors)
 
 
-def test_a_mistake_is_made_with_modules_that_have_an_update() -> None:
+def test_a_mistake_uses_modules_that_have_an_update() -> None:
     adapter = adapter_of({"a": 0.0, "b": 0.0, "c": 1.0, "d": 2.0, "e": 0.0})
     swapped, lacking = swapped_factors(adapter), missing_target(adapter)
     assert swapped is not None and lacking is not None

@@ -1,4 +1,4 @@
-"""Two models of anybody's, held against each other as they are."""
+"""`loradeploy.compare`: two models of any kind, compared as they are."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ CANDIDATES: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("candidate", CANDIDATES)
-def test_what_computes_the_same_agrees_whatever_it_is(
+def test_models_that_compute_the_same_agree_in_any_form(
     candidate: str, reference: Path, tmp_path: Path
 ) -> None:
     report = ld.compare(reference, CANDIDATES[candidate](tmp_path))
@@ -82,7 +82,7 @@ def test_what_computes_the_same_agrees_whatever_it_is(
 
 
 @pytest.mark.parametrize("candidate", CANDIDATES)
-def test_the_sides_may_change_places(candidate: str, reference: Path, tmp_path: Path) -> None:
+def test_the_two_sides_can_be_exchanged(candidate: str, reference: Path, tmp_path: Path) -> None:
     report = ld.compare(CANDIDATES[candidate](tmp_path), reference)
     assert report.passed, report.failures
 
@@ -98,7 +98,7 @@ def test_a_bundle_is_compared_with_transformers_cache_included(
     assert {r.aspect for r in report.results if r.backend == "compared"} == {"logits", "present"}
 
 
-def test_half_precision_is_told_by_the_weights_and_has_its_tolerances(
+def test_half_precision_is_detected_by_the_weights_and_has_its_own_tolerances(
     reference: Path, tmp_path: Path
 ) -> None:
     half = token_model(tmp_path / "half.onnx", dtype="float16")
@@ -108,13 +108,13 @@ def test_half_precision_is_told_by_the_weights_and_has_its_tolerances(
     assert not ld.compare(reference, half, tolerances="fp32").passed
 
 
-def test_names_that_differ_can_be_told(reference: Path, tmp_path: Path) -> None:
+def test_different_names_can_be_mapped(reference: Path, tmp_path: Path) -> None:
     other = token_model(tmp_path / "other.onnx", names=("tokens", "scores"))
     names = {"input_ids": "tokens", "logits": "scores"}
     assert ld.compare(reference, other, names=names).passed
 
 
-def test_a_candidate_that_spoils_its_feeds_does_not_spoil_those_of_the_next_run(
+def test_a_candidate_that_overwrites_its_inputs_does_not_change_those_of_the_next_run(
     reference: Path,
 ) -> None:
     def spoil(feeds: Feeds) -> Feeds:
@@ -126,7 +126,7 @@ def test_a_candidate_that_spoils_its_feeds_does_not_spoil_those_of_the_next_run(
     assert ld.compare(spoil, reference).passed
 
 
-def test_a_precision_that_nothing_is_known_of_needs_tolerances(
+def test_a_precision_without_default_limits_needs_tolerances(
     reference: Path, tmp_path: Path
 ) -> None:
     from tests.export.others import quantise_dynamically
@@ -139,7 +139,7 @@ def test_a_precision_that_nothing_is_known_of_needs_tolerances(
     assert report.precision == "int8"
 
 
-# -- what does not -----------------------------------------------------------------------------
+# -- what does not agree -----------------------------------------------------------------------
 
 
 def test_an_error_in_one_weight_fails(reference: Path, tmp_path: Path) -> None:
@@ -148,9 +148,7 @@ def test_an_error_in_one_weight_fails(reference: Path, tmp_path: Path) -> None:
     assert "max abs" in failure_of(report)
 
 
-def test_limits_that_are_given_replace_those_of_the_precision(
-    reference: Path, tmp_path: Path
-) -> None:
+def test_given_limits_replace_those_of_the_precision(reference: Path, tmp_path: Path) -> None:
     off = token_model(tmp_path / "off.onnx", error=1e-3)
     wide = dict.fromkeys(("max_abs", "p99_abs", "mean_abs", "max_rel", "cosine_distance", "kl"), 1)
     assert ld.compare(reference, off, tolerances=wide).passed
@@ -177,14 +175,14 @@ def test_no_outputs_at_all_fail(reference: Path) -> None:
 
 
 @pytest.mark.parametrize("labels", [LABELS - 1, LABELS + 1])
-def test_another_number_of_labels_fails_and_is_told(
+def test_a_different_number_of_labels_fails_and_is_reported(
     labels: int, reference: Path, tmp_path: Path
 ) -> None:
     report = ld.compare(reference, token_model(tmp_path / "other.onnx", labels=labels))
     assert "another vocabulary, or another number of labels" in failure_of(report)
 
 
-def test_another_label_map_fails_though_the_numbers_agree(tmp_path: Path) -> None:
+def test_a_different_label_map_fails_though_the_numbers_agree(tmp_path: Path) -> None:
     places = [token_model(tmp_path / side / "model.onnx").parent for side in "ab"]
     for place, labels in zip(places, (("sport", "tech"), ("tech", "sport")), strict=True):
         named = {str(number): label for number, label in enumerate(labels)}
@@ -193,9 +191,7 @@ def test_another_label_map_fails_though_the_numbers_agree(tmp_path: Path) -> Non
     assert "label map is another one, in 2 places: '0' is 'sport' in the reference" in message
 
 
-def test_another_vocabulary_fails_though_its_size_is_the_same(
-    tiny_llama: Path, tmp_path: Path
-) -> None:
+def test_a_different_vocabulary_of_the_same_size_fails(tiny_llama: Path, tmp_path: Path) -> None:
     places = [token_model(tmp_path / side / "model.onnx").parent for side in "ab"]
     text = (tiny_llama / "tokenizer.json").read_text(encoding="utf-8")
     tokenizer = json.loads(text)
@@ -208,7 +204,7 @@ def test_another_vocabulary_fails_though_its_size_is_the_same(
 
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf])
-def test_values_that_are_not_finite_fail_on_both_sides_too(wrong: float, reference: Path) -> None:
+def test_values_that_are_not_finite_on_both_sides_fail(wrong: float, reference: Path) -> None:
     def spoilt(feeds: Feeds) -> Feeds:
         logits = in_numpy(feeds)["logits"]
         logits[0, 0, 0] = wrong
@@ -222,7 +218,7 @@ def test_values_that_are_not_finite_fail_on_both_sides_too(wrong: float, referen
 
 
 @pytest.mark.parametrize("role", ["reference", "candidate"])
-def test_a_model_that_differs_from_itself_is_told(role: str, reference: Path) -> None:
+def test_a_nondeterministic_model_is_reported(role: str, reference: Path) -> None:
     calls = itertools.count()
 
     def drifting(feeds: Feeds) -> Feeds:
@@ -233,8 +229,8 @@ def test_a_model_that_differs_from_itself_is_told(role: str, reference: Path) ->
     assert f"the {role} is nondeterministic by itself: two runs differ by 0.25 at output" in message
 
 
-def test_dropout_that_is_left_on_is_told() -> None:
-    # So wide that no two runs drop the same.
+def test_active_dropout_is_reported() -> None:
+    # So wide that two runs never drop the same values.
     layers = torch.nn.Linear(4, 64), torch.nn.Dropout(), torch.nn.Linear(64, 4)
     model = torch.nn.Sequential(*layers).train()
     inputs = [{"x": np.ones((2, 4), np.float32)}]
@@ -244,7 +240,7 @@ def test_dropout_that_is_left_on_is_told() -> None:
     assert any("training mode: call .eval()" in failure for failure in report.failures)
 
 
-def test_a_difference_from_itself_within_the_limits_is_a_note(reference: Path) -> None:
+def test_nondeterminism_within_the_limits_is_a_note(reference: Path) -> None:
     calls = itertools.count()
 
     def jittering(feeds: Feeds) -> Feeds:
@@ -269,12 +265,12 @@ def test_a_function_that_raises_fails_in_one_line(problem: BaseException, refere
     assert result(report, "logits").outcome == "passed", "of the cases that it did run"
 
 
-def test_outputs_that_are_no_numbers_fail(reference: Path) -> None:
+def test_outputs_that_are_not_numeric_fail(reference: Path) -> None:
     report = ld.compare(reference, lambda feeds: {"logits": [["sport"]]})
     assert "logits is not an array of numbers" in report.failures[0]
 
 
-def test_integers_are_the_same_or_are_not() -> None:
+def test_integers_must_be_equal() -> None:
     inputs = [{"x": np.array([[200_000]])}]
     assert ld.compare(lambda f: f["x"], lambda f: f["x"], inputs).passed
     assert not ld.compare(lambda f: f["x"], lambda f: f["x"] + 1, inputs).passed
@@ -283,7 +279,7 @@ def test_integers_are_the_same_or_are_not() -> None:
 # -- inputs ------------------------------------------------------------------------------------
 
 
-def test_made_inputs_have_several_sizes_and_ones_among_them(reference: Path) -> None:
+def test_generated_inputs_have_several_sizes_including_1(reference: Path) -> None:
     seen: list[Feeds] = []
     report = ld.compare(reference, lambda feeds: (seen.append(feeds), in_numpy(feeds))[1], cases=8)
     shapes = [feeds["input_ids"].shape for feeds in seen[:-1]]
@@ -294,7 +290,7 @@ def test_made_inputs_have_several_sizes_and_ones_among_them(reference: Path) -> 
     assert max(int(feeds["input_ids"].max()) for feeds in seen) < 40
 
 
-def test_the_seed_decides_what_is_made(reference: Path) -> None:
+def test_generated_inputs_depend_on_the_seed(reference: Path) -> None:
     def fed(seed: int) -> list[NDArray[Any]]:
         seen: list[NDArray[Any]] = []
         ld.compare(
@@ -309,7 +305,7 @@ def test_the_seed_decides_what_is_made(reference: Path) -> None:
     assert not np.array_equal(first[0], other[0])
 
 
-def test_a_cache_is_made_to_fit_and_empty_once(tiny_llama_bundle: Path) -> None:
+def test_generated_caches_fit_the_other_inputs_and_one_is_empty(tiny_llama_bundle: Path) -> None:
     seen: list[Feeds] = []
 
     def watch(feeds: Feeds) -> Feeds:
@@ -325,11 +321,11 @@ def test_a_cache_is_made_to_fit_and_empty_once(tiny_llama_bundle: Path) -> None:
     assert [feeds["past_key_values.0.key"].shape[2] > 0 for feeds in seen] == [True, False, True]
 
 
-def test_a_made_cache_is_one_that_the_model_gives(tiny_llama_bundle: Path) -> None:
+def test_a_generated_cache_was_computed_by_the_model(tiny_llama_bundle: Path) -> None:
     seen: list[Feeds] = []
     ld.compare(tiny_llama_bundle, lambda feeds: seen.append(feeds), cases=1)
-    made = seen[0]["past_key_values.0.key"][0, :, 0]  # of the first token, [heads, head_dim]
-    # The first layer's keys of each token there is, at the first position.
+    made = seen[0]["past_key_values.0.key"][0, :, 0]  # first token, [heads, head_dim]
+    # The first layer's keys of every token of the vocabulary, at the first position.
     ids = np.arange(512)[:, None]
     given = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": ids * 0}
     empty = {n: np.repeat(v[:1, :, :0], 512, axis=0) for n, v in seen[0].items() if "past" in n}
@@ -394,7 +390,7 @@ def test_bad_input_is_refused(case: str, tmp_path: Path) -> None:
         ({"providers": ["NoSuchProvider"]}, "NoSuchProvider"),
     ],
 )
-def test_options_that_cannot_work_are_refused(
+def test_impossible_options_are_refused(
     options: dict[str, Any], message: str, reference: Path
 ) -> None:
     with pytest.raises(UsageError, match=message):
@@ -424,7 +420,7 @@ def test_the_command_takes_tolerances(reference: Path, tmp_path: Path) -> None:
     assert exit_status("parity", off, "--against", reference, "--tolerances", "max_abs=1") == 1
 
 
-def test_the_command_imports_a_function_of_the_working_directory(
+def test_the_command_imports_a_function_from_the_working_directory(
     reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "mine_of_here.py").write_text(

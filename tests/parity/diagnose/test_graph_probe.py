@@ -1,4 +1,4 @@
-"""The values of the smallest graphs that are told to be a module's."""
+"""Which values of a graph are taken for the outputs of which modules, on minimal graphs."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def names(found: ProbedGraph) -> dict[str, tuple[str | None, str]]:
     return {probe.module: (probe.value.name, probe.op) for probe in found.probes}
 
 
-def test_a_module_gives_the_last_value_that_leaves_it(tmp_path: Path) -> None:
+def test_the_output_of_a_module_is_the_last_value_that_leaves_it(tmp_path: Path) -> None:
     b = Builder()
     x = b.input("x", [*BATCH, IN])
     y = b.node("MatMul", [x, b.weight("w", IN, OUT)], [*BATCH, OUT], module="m.proj", name="y")
@@ -60,7 +60,7 @@ def test_a_module_gives_the_last_value_that_leaves_it(tmp_path: Path) -> None:
     assert found.upstream() == [0b0, 0b1]
 
 
-def test_a_layer_with_side_inputs_gives_what_is_behind_the_update(tmp_path: Path) -> None:
+def test_the_output_of_a_layer_with_side_inputs_includes_the_update(tmp_path: Path) -> None:
     b = Builder()
     x = b.input("x", [*BATCH, IN])
     q, k = (
@@ -76,13 +76,13 @@ def test_a_layer_with_side_inputs_gives_what_is_behind_the_update(tmp_path: Path
     assert [(probe.module, probe.value.name, probe.op) for probe in found.probes] == [
         ("m.q", "m.q/lora_add", "MatMul"),  # parts of one fused product
         ("m.k", "m.k/lora_add", "MatMul"),
-        ("m", "sum", "Add"),  # what m itself computes, before it is taken by m.o
+        ("m", "sum", "Add"),  # computed by m itself, an input of m.o
         ("m.o", "m.o/lora_add", "MatMul"),
     ]
     assert found.upstream() == [0b0, 0b0, 0b11, 0b111]
 
 
-def test_a_packed_projection_is_looked_at_in_parts(tmp_path: Path) -> None:
+def test_a_packed_projection_is_split_into_its_parts(tmp_path: Path) -> None:
     b = Builder()
     x = b.input("x", [*BATCH, IN])
     y = b.node("MatMul", [x, b.weight("w", IN, 2 * OUT)], [*BATCH, 2 * OUT], name="/m/qkv/MatMul")
@@ -95,8 +95,8 @@ def test_a_packed_projection_is_looked_at_in_parts(tmp_path: Path) -> None:
     ]
 
 
-def test_one_value_is_not_taken_for_two_modules(tmp_path: Path) -> None:
-    # The block's own sum is in no node of the graph: its last value is not it.
+def test_one_value_is_not_assigned_to_two_modules(tmp_path: Path) -> None:
+    # No node computes the sum of the block, so the last value is not the output of the block.
     b = Builder()
     x = b.input("x", [*BATCH, IN])
     y = b.node("MatMul", [x, b.weight("w", IN, OUT)], [*BATCH, OUT], module="l.0.o", name="y")
@@ -105,7 +105,7 @@ def test_one_value_is_not_taken_for_two_modules(tmp_path: Path) -> None:
     assert found.unmatched == ("l.0",)
 
 
-def test_of_a_module_that_is_called_twice_the_last_call_counts(tmp_path: Path) -> None:
+def test_the_last_call_counts_for_a_module_that_is_called_twice(tmp_path: Path) -> None:
     b = Builder()
     w = b.weight("w", OUT, OUT)
     value = b.input("x", [*BATCH, OUT])
@@ -117,14 +117,14 @@ def test_of_a_module_that_is_called_twice_the_last_call_counts(tmp_path: Path) -
     assert names(found) == {"m": ("into2", "Relu"), "m.o": ("out2", "MatMul")}
 
 
-def test_a_value_of_another_size_is_not_the_modules(tmp_path: Path) -> None:
+def test_a_value_of_another_size_is_not_assigned_to_a_module(tmp_path: Path) -> None:
     b = Builder()
     x = b.input("x", [*BATCH, IN])
     y = b.node("MatMul", [x, b.weight("w", IN, OUT)], [*BATCH, OUT], module="m.o", name="y")
     assert probed(b.model(y), tmp_path, [out("m.o", size=OUT + 1)]).unmatched == ("m.o",)
 
 
-def test_the_probed_graph_gives_the_values_too_and_the_bundle_stays(
+def test_the_probed_graph_also_outputs_the_values_and_the_bundle_is_not_changed(
     tiny_llama_bundle: Path, tmp_path: Path
 ) -> None:
     manifest = read_manifest(tiny_llama_bundle)
@@ -138,7 +138,7 @@ def test_the_probed_graph_gives_the_values_too_and_the_bundle_stays(
 
 
 @pytest.mark.parametrize("op", ["SkipSimplifiedLayerNormalization", "SkipLayerNormalization"])
-def test_a_norm_that_adds_first_gives_the_sum_too(op: str, tmp_path: Path) -> None:
+def test_a_norm_with_a_fused_residual_sum_outputs_the_sum_too(op: str, tmp_path: Path) -> None:
     b = Builder()
     x, s = b.input("x", [*BATCH, OUT]), b.input("s", [*BATCH, OUT])
     node = ir.Node(

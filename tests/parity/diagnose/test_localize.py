@@ -1,4 +1,4 @@
-"""Whatever is wrong inside a graph or an adapter, the module where it begins is named."""
+"""Localization: for any fault in a graph or an adapter, the module where it begins is named."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _BERT_QKV = "bert.encoder.layer.1.attention.self.query+key+value.weight"
 
 @pytest.fixture
 def locate(tmp_path: Path) -> Locate:
-    """`localize` on a bundle, its adapters and those given."""
+    """A function that runs `localize` on a bundle with its own adapters and additional ones."""
 
     def run(
         bundle: Path,
@@ -80,7 +80,7 @@ def first_of(found: Localization) -> tuple[str, str]:
 
 # -- something is wrong in the graph -----------------------------------------------------------
 
-# Modules that no node computes: a constant, and a value that the module below has made.
+# Modules that no node computes: a constant, and an output that is computed in a submodule.
 WITHOUT_A_NODE = {"llama": ("model.rotary_emb",), "gpt2": ("transformer",)}
 
 WRONG: list[tuple[str, str, Change, str, str]] = [
@@ -131,7 +131,7 @@ WRONG: list[tuple[str, str, Change, str, str]] = [
 @pytest.mark.parametrize(
     ("name", "change", "module", "op"), [row[1:] for row in WRONG], ids=[row[0] for row in WRONG]
 )
-def test_what_is_wrong_in_a_graph_is_named(
+def test_the_faulty_module_of_a_graph_is_named(
     name: str,
     change: Change,
     module: str,
@@ -150,7 +150,7 @@ def test_what_is_wrong_in_a_graph_is_named(
     assert found.offenders[0] == found.first
 
 
-def test_what_comes_before_agrees_and_what_follows_is_not_blamed(
+def test_modules_before_the_fault_agree_and_modules_after_it_are_not_blamed(
     tiny_llama: Path, tiny_llama_bundle: Path, tmp_path: Path, locate: Locate
 ) -> None:
     wrong = weight("model.layers.0.mlp.down_proj.weight")
@@ -175,7 +175,7 @@ def test_two_faults_are_both_among_the_offenders(
     assert {"model.layers.0.input_layernorm", "model.layers.0.mlp.down_proj"} <= named
 
 
-def test_values_that_are_no_numbers_show_in_the_heatmap(
+def test_nan_values_are_shown_in_the_heatmap(
     tiny_llama: Path, tiny_llama_bundle: Path, tmp_path: Path, locate: Locate
 ) -> None:
     wrong = weight("model.layers.1.mlp.down_proj.weight", by=np.inf)
@@ -192,13 +192,13 @@ def test_values_that_are_no_numbers_show_in_the_heatmap(
     assert np.isnan(rows["model.layers.1"]).all()
 
 
-def test_an_error_at_one_position_shows_there(
+def test_an_error_at_one_position_is_shown_at_that_position(
     tiny_gpt2: Path, tiny_gpt2_bundle: Path, tmp_path: Path, locate: Locate
 ) -> None:
     def change(graph: Any) -> None:
         weight("transformer.wpe.weight")(graph)
         numbers = graph.initializers["transformer.wpe.weight"].const_value.numpy()
-        numbers[:6] /= 1.5  # all but the last three of the row's positions as they were
+        numbers[:6] /= 1.5  # restores all but the last three positions of the row
 
     bundle = spoiled(tiny_gpt2_bundle, tmp_path / "wrong", change)
     found = locate(bundle, tiny_gpt2, adapter=None)
@@ -207,12 +207,12 @@ def test_an_error_at_one_position_shows_there(
     assert max(row[:6]) < 1e-5 < 1e-3 < min(row[6:])
 
 
-@pytest.mark.breadth(4)  # each model and each form in one of them
+@pytest.mark.breadth(4)  # one in 4 still covers each model and each form
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
 @pytest.mark.parametrize(
     "options", [{}, {"layout": "rows"}, {"branches": True}], ids=["slots", "rows", "branches"]
 )
-def test_where_nothing_is_wrong_nothing_is_named(
+def test_a_correct_graph_has_no_faulty_module(
     options: dict[str, Any],
     name: str,
     request: pytest.FixtureRequest,
@@ -233,7 +233,7 @@ def test_where_nothing_is_wrong_nothing_is_named(
 
 
 @pytest.mark.parametrize("options", [{"layout": "rows"}, {"branches": True}], ids=str)
-def test_every_layout_is_looked_into(
+def test_faults_are_found_in_every_layout(
     options: dict[str, Any],
     tiny_llama: Path,
     tiny_llama_bundle: Path,
@@ -249,7 +249,7 @@ def test_every_layout_is_looked_into(
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
-def test_coarser_precisions_are_told_from_faults(
+def test_the_rounding_of_coarser_precisions_is_not_taken_for_a_fault(
     precision: str,
     tiny_llama: Path,
     tiny_llama_bundle: Path,
@@ -257,14 +257,14 @@ def test_coarser_precisions_are_told_from_faults(
     tmp_path: Path,
     locate: Locate,
 ) -> None:
-    # Of half precision the checkpoint is exported, other graphs are packed as they are.
+    # fp16 is exported from the checkpoint; the packed precisions from the fp32 graph.
     source = tiny_llama if precision == "fp16" else tiny_llama_bundle
     adapter = make_adapter(tiny_llama, seed=1)
     place = tmp_path / "bundle"
     ld.export(source, place, adapters={"one": adapter}, precision=precision)
     backends = ("onnx-side-inputs", "onnx-native", "torch-merged")
     assert [locate(place, tiny_llama, backend).first for backend in backends] == [None] * 3
-    # Rounding to 8 bits moves the tiny model's second layer by a twentieth: so much is hidden.
+    # Rounding to 8 bits changes the tiny model's second layer by 1/20, which hides smaller faults.
     wrong = weight("model.layers.1.post_attention_layernorm.weight", by=-1.0)
     found = locate(spoiled(place, tmp_path / "wrong", wrong), tiny_llama)
     assert first_of(found)[0] == "model.layers.1.post_attention_layernorm"
@@ -279,7 +279,7 @@ ONE_FACTOR = "model.layers.1.self_attn.v_proj"
 def bundle(
     tiny_llama: Path, tiny_llama_bundle: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> Path:
-    """The tiny Llama with one adapter in it."""
+    """A bundle of the tiny Llama with one adapter."""
     adapter = make_adapter(tiny_llama, seed=1)
     ld.export(tiny_llama_bundle, tmp_path / "bundle", adapters={"one": adapter})
     return tmp_path / "bundle"
@@ -287,7 +287,7 @@ def bundle(
 
 @pytest.fixture
 def wrong(bundle: Path) -> Adapter:
-    """The bundle's adapter, one factor of it other than it should be."""
+    """The adapter of the bundle with one wrong factor."""
     adapter = load_adapter(bundle / "adapters/one")
     pair = adapter.factors[ONE_FACTOR]
     factors = {**adapter.factors, ONE_FACTOR: dataclasses.replace(pair, B=pair.B * 1.2)}
@@ -330,7 +330,7 @@ def test_a_wrong_factor_in_pytorch_is_named_without_a_graph(
 # -- what cannot be examined --------------------------------------------------------------------
 
 
-def test_a_graph_that_cannot_be_read_is_a_message(
+def test_a_graph_that_cannot_be_read_is_reported(
     tiny_llama: Path, bundle: Path, locate: Locate
 ) -> None:
     (bundle / "model.onnx").write_bytes(b"no graph")
@@ -339,13 +339,13 @@ def test_a_graph_that_cannot_be_read_is_a_message(
     assert str(found.message).startswith("it could not be examined: ")
 
 
-def test_a_backend_without_a_way_inside_is_a_message(
+def test_a_backend_that_cannot_be_probed_is_reported(
     tiny_llama: Path, bundle: Path, locate: Locate
 ) -> None:
     assert "of a-callable" in str(locate(bundle, tiny_llama, "a-callable").message)
 
 
-def test_looking_inside_leaves_bundle_and_scratch_as_they_were(
+def test_localization_changes_neither_the_bundle_nor_the_scratch_directory(
     tiny_llama: Path, bundle: Path, tmp_path: Path, locate: Locate
 ) -> None:
     def files() -> dict[Path, tuple[int, int, int]]:
@@ -364,7 +364,7 @@ def test_looking_inside_leaves_bundle_and_scratch_as_they_were(
 # -- PyTorch's side ----------------------------------------------------------------------------
 
 
-def test_modules_that_hand_on_one_tensor_are_one_site(tiny_llama: Path) -> None:
+def test_modules_that_return_the_same_tensor_are_one_site(tiny_llama: Path) -> None:
     model, _ = load_model(tiny_llama, "causal-lm")
     sites = sites_of(model, Modules.of(model), lambda: run(model))
     givers = {site.given_by for site in sites}
@@ -373,7 +373,7 @@ def test_modules_that_hand_on_one_tensor_are_one_site(tiny_llama: Path) -> None:
     assert block.taken_by == ("model.layers.1.input_layernorm",)
 
 
-def test_disturbing_a_model_moves_it_by_its_rounding_and_leaves_it_as_it_was(
+def test_perturbing_a_model_changes_it_by_its_rounding_error_and_restores_it(
     tiny_llama: Path,
 ) -> None:
     model, _ = load_model(tiny_llama, "causal-lm")
@@ -407,7 +407,7 @@ def parity(tiny_llama: Path) -> Callable[..., ParityReport]:
     return run
 
 
-def test_a_check_that_fails_tells_where(
+def test_a_check_that_fails_reports_the_faulty_module(
     bundle: Path, tmp_path: Path, parity: Callable[..., ParityReport]
 ) -> None:
     wrong = weight("model.layers.1.mlp.down_proj.weight")
@@ -430,7 +430,7 @@ def test_a_check_that_fails_tells_where(
     assert never.localizations == ()
 
 
-def test_a_classifier_is_looked_into_on_the_whole_row(
+def test_a_classifier_is_localized_on_the_whole_row(
     tiny_bert: Path,
     tiny_bert_bundle: Path,
     make_adapter: MakeAdapter,
@@ -447,7 +447,7 @@ def test_a_classifier_is_looked_into_on_the_whole_row(
     assert found.tokens > 1
 
 
-def test_a_check_that_passes_looks_inside_on_request_alone(
+def test_a_check_that_passes_is_localized_only_on_request(
     bundle: Path, parity: Callable[..., ParityReport]
 ) -> None:
     assert parity(bundle, backends=["onnx-native"]).localizations == ()
@@ -460,7 +460,7 @@ def test_a_check_that_passes_looks_inside_on_request_alone(
     assert "no module diverges" in diagnosis_lines(report)[0]
 
 
-def test_the_command_prints_where(
+def test_the_command_prints_the_faulty_module(
     tiny_llama: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wrong = weight("model.layers.0.mlp.gate_proj+up_proj.weight", columns=slice(96, 192))

@@ -1,4 +1,4 @@
-"""What counts as the first divergence, on values that are made up."""
+"""The search for the first divergent module, on synthetic values."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from loradeploy.parity.diagnose.torch_probe import Site
 UNIT = 2.0**-24
 LIMIT = 16.0
 TOKENS, WIDTH = 3, 4
-# Two blocks of a chain, and a head. Each takes what the one before gives.
+# Two blocks in sequence, and a head. Each takes the output of the one before.
 NAMES = ("embed", "layers.0.a", "layers.0.b", "layers.0", "layers.1.a", "layers.1", "head")
 
 
@@ -37,7 +37,7 @@ def chain(
     upstream: Sequence[int] | None = None,
     asked: list[list[str]] | None = None,
 ) -> Found:
-    """Search points whose errors are `excess` times what rounding does, which is `UNIT`."""
+    """Search points whose errors are `excess` times the rounding error `UNIT`."""
     made = points(names)
     ones = np.ones((1, TOKENS, WIDTH), np.float64)
 
@@ -64,7 +64,7 @@ def test_errors_within_the_limit_are_rounding() -> None:
     assert [step.module for step in found.steps] == ["embed", "layers.0", "layers.1", "head"]
 
 
-def test_the_leap_is_named_and_not_what_inherits_it() -> None:
+def test_the_module_where_the_error_jumps_is_named_and_not_the_modules_after_it() -> None:
     found = chain([0, 1, 1, 1, 900, 950, 1000])
     assert found.first is not None
     assert found.before is not None
@@ -73,19 +73,19 @@ def test_the_leap_is_named_and_not_what_inherits_it() -> None:
     assert found.offenders == (found.first,)
 
 
-def test_a_fault_outside_of_the_blocks_is_named() -> None:
+def test_a_fault_outside_the_blocks_is_named() -> None:
     assert getattr(chain([500] * 7).first, "module", None) == "embed"
     assert getattr(chain([1, 1, 1, 1, 1, 1, 500]).first, "module", None) == "head"
 
 
-def test_an_error_that_grows_little_by_little_has_no_first() -> None:
+def test_an_error_that_grows_gradually_has_no_first_module() -> None:
     found = chain([4, 8, 15, 16, 30, 60, 200])
     assert found.first is None
     assert found.largest == pytest.approx(200)
     assert [step.module for step in found.offenders] == ["layers.1", "head"]
 
 
-def test_a_value_whose_error_is_gone_again_was_none_of_the_modules() -> None:
+def test_an_error_that_disappears_in_later_modules_is_not_a_fault_of_its_module() -> None:
     found = chain([1, 1, 1, 800, 1, 1, 1])
     assert found.first is None
     assert found.lost == ("layers.0",)
@@ -93,20 +93,20 @@ def test_a_value_whose_error_is_gone_again_was_none_of_the_modules() -> None:
 
 
 def test_parallel_modules_do_not_clear_each_other() -> None:
-    # q and k both take the embedding, the block takes both: an error in q is not k's to undo.
+    # q and k both read the embedding, and the block reads both: k cannot undo an error in q.
     upstream = [0b0, 0b1, 0b1, 0b111, 0b1111]
     names = ("embed", "layers.0.q", "layers.0.k", "layers.0", "head")
     found = chain([0, 400, 1, 300, 300], names, upstream)
     assert getattr(found.first, "module", None) == "layers.0.q"
 
 
-def test_only_the_block_that_diverges_is_looked_into() -> None:
+def test_only_the_divergent_block_is_searched() -> None:
     asked: list[list[str]] = []
     chain([0, 1, 1, 1, 900, 950, 1000], asked=asked)
     assert asked == [["embed", "layers.0", "layers.1", "head"], ["layers.1.a"]]
 
 
-def test_no_more_values_are_held_than_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_in_memory_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "HELD", 2 * 4 * TOKENS * WIDTH)
     asked: list[list[str]] = []
     found = chain([0, 900, 950, 950, 950, 950, 950], asked=asked)
@@ -114,19 +114,19 @@ def test_no_more_values_are_held_than_fit(monkeypatch: pytest.MonkeyPatch) -> No
     assert getattr(found.first, "module", None) == "layers.0.a"
 
 
-def test_a_value_that_is_no_number_diverges() -> None:
+def test_nan_diverges() -> None:
     found = chain([0, 1, np.nan, np.nan, np.nan, np.nan, np.nan])
     assert getattr(found.first, "module", None) == "layers.0.b"
     assert found.heatmap is not None
     assert np.isnan(found.heatmap.values[1]).all()
 
 
-def test_groups_hold_what_they_may_and_one_that_is_larger_by_itself() -> None:
+def test_groups_stay_within_the_limit_and_a_larger_value_is_a_group_alone() -> None:
     sizes = enumerate([3, 3, 3, 20, 1, 1])
     assert list(groups(sizes, 6)) == [[0, 1], [2], [3], [4, 5]]
 
 
-def test_an_error_is_measured_by_the_position_it_is_at() -> None:
+def test_an_error_is_measured_per_position() -> None:
     expected = np.array([[[100.0, 1.0], [2.0, 1.0], [0.0, 0.0]]], np.float32)
     actual = expected + np.array([[[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]], np.float32)
     error, scale, share = measure(expected, actual, True)
@@ -136,6 +136,6 @@ def test_an_error_is_measured_by_the_position_it_is_at() -> None:
 
 
 @pytest.mark.parametrize("precision", module.ROUNDINGS)
-def test_the_limits_leave_room_for_what_was_seen(precision: str) -> None:
+def test_the_limits_are_above_the_measured_rounding(precision: str) -> None:
     rounding = module.ROUNDINGS[precision]
     assert rounding.limit >= 2 * rounding.seen

@@ -1,4 +1,4 @@
-"""The smallest input that fails: as small as it can be, and never in the way of the verdict."""
+"""Shrinking a failing input to a minimal counterexample, without affecting the verdict."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Tokens = tuple[int, ...]
 
 
 def holding(*needed: int) -> Callable[[Tokens], Fault | None]:
-    """Fails where all of `needed` are among the tokens."""
+    """Return a predicate that fails where all of `needed` are among the tokens."""
     return lambda tokens: Fault("x", 1.0) if set(needed) <= set(tokens) else None
 
 
@@ -33,7 +33,7 @@ def holding(*needed: int) -> Callable[[Tokens], Fault | None]:
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("at", [0, 1, 100, 198, 199])
-def test_one_token_that_fails_is_found_wherever_it_stands(at: int, causal: bool) -> None:
+def test_a_single_failing_token_is_found_at_any_position(at: int, causal: bool) -> None:
     found = shrink(tuple(range(200)), holding(at), causal=causal)
     assert found is not None
     assert found[0] == (at,)
@@ -52,7 +52,7 @@ def test_tokens_that_do_not_fail_are_not_shrunk() -> None:
     tries=st.integers(1, 60),
 )
 @settings(deadline=None)
-def test_what_is_found_fails_and_nothing_is_tried_too_often(
+def test_the_result_fails_and_the_number_of_tries_is_limited(
     tokens: Tokens, needed: set[int], causal: bool, tries: int
 ) -> None:
     calls: list[Tokens] = []
@@ -74,7 +74,9 @@ def test_what_is_found_fails_and_nothing_is_tried_too_often(
 
 @given(needed=st.sets(st.integers(0, 30), min_size=1, max_size=4), causal=st.booleans())
 @settings(deadline=None)
-def test_with_tries_enough_no_token_is_left_that_could_go(needed: set[int], causal: bool) -> None:
+def test_with_enough_tries_no_token_of_the_result_can_be_removed(
+    needed: set[int], causal: bool
+) -> None:
     found = shrink(tuple(range(31)), holding(*needed), causal=causal, tries=1000)
     assert found is not None
     assert set(found[0]) == needed
@@ -85,7 +87,7 @@ def test_with_tries_enough_no_token_is_left_that_could_go(needed: set[int], caus
 
 @pytest.fixture
 def rare(llama_with_adapter: Path) -> int:
-    """A token that the random rows hold and the prompts do not."""
+    """A token that occurs in the random rows and in no prompt."""
     cases = make_cases(
         llama_with_adapter,
         read_manifest(llama_with_adapter),
@@ -117,13 +119,13 @@ def test_one_wrong_embedding_is_found_by_fuzz_and_shrinks_to_its_token(
     assert example.length > len(example.tokens)
 
 
-def test_what_agrees_has_no_counterexample(llama_with_adapter: Path, check: Check) -> None:
+def test_a_check_that_passes_has_no_counterexample(llama_with_adapter: Path, check: Check) -> None:
     report = check(llama_with_adapter, backends=["onnx-side-inputs"], shrink=True)
     assert report.passed
     assert report.counterexamples == ()
 
 
-def test_a_failure_in_chunks_shrinks_to_the_fewest_tokens_that_have_chunks(
+def test_a_failure_in_chunked_prefill_shrinks_to_the_fewest_tokens_that_make_two_chunks(
     llama_bundle: Path, check: Check
 ) -> None:
     change_graph(llama_bundle, see_the_future_in_chunks)
@@ -181,7 +183,7 @@ def test_a_backend_that_raises_has_a_counterexample(
     assert found == {(5, "prefill: RuntimeError: too long")}
 
 
-def test_of_many_failures_a_few_are_shrunk_and_the_rest_counted(
+def test_a_few_of_many_failures_are_shrunk_and_the_rest_are_counted(
     llama_with_adapter: Path, check: Check, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from loradeploy.parity.backends.onnx_model import OnnxModel
@@ -198,7 +200,7 @@ def test_of_many_failures_a_few_are_shrunk_and_the_rest_counted(
     assert any("was searched for in 3 of " in note for note in report.notes)
 
 
-def test_what_goes_wrong_in_the_search_is_a_remark_and_the_verdict_stands(
+def test_an_error_in_the_search_is_a_remark_and_the_verdict_is_kept(
     llama_bundle: Path, check: Check, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(context: object) -> None:

@@ -1,4 +1,4 @@
-"""The figures, against numbers worked out by hand."""
+"""The error figures, compared with numbers computed by hand."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_absolute_errors_are_those_of_the_values() -> None:
     assert (figures.worst.position, figures.worst.index) == (1, 1)
 
 
-def test_a_relative_error_next_to_zero_is_taken_against_the_guard() -> None:
+def test_a_relative_error_near_zero_is_relative_to_the_guard() -> None:
     # 0.01 of the scale 8 is the guard: 0.004 / 0.08, not 0.004 / 0.
     figures = compare([[8.0, 0.0]], [[8.0, 0.004]], scale=8.0)
     assert figures.max_rel == pytest.approx(0.05)
@@ -53,19 +53,19 @@ def test_the_cosine_is_that_of_the_worst_position() -> None:
 
 
 @pytest.mark.parametrize("other, distance", [([0.0, 0.0], 0.0), ([1.0, 0.0], 1.0)])
-def test_two_zero_vectors_are_one_direction_and_one_is_none(
+def test_the_cosine_distance_of_two_zero_vectors_is_0_and_of_one_zero_vector_1(
     other: list[float], distance: float
 ) -> None:
     assert compare([[0.0, 0.0]], [other]).cosine_distance == distance
 
 
-def test_a_small_turn_is_half_the_square_of_its_angle() -> None:
-    # 1 − cos would be lost: 1 − 5e-13 is 1 in float32.
+def test_the_cosine_distance_of_a_small_angle_is_half_its_square() -> None:
+    # Computing 1 − cos would lose it: 1 − 5e-13 is 1 in float32.
     turned = compare([[1.0, 0.0]], [[math.cos(1e-6), math.sin(1e-6)]]).cosine_distance
     assert turned == pytest.approx(0.5e-12, rel=1e-3)
 
 
-def test_the_divergence_of_two_coins_is_the_textbook_one() -> None:
+def test_the_divergence_of_two_bernoulli_distributions_is_the_textbook_value() -> None:
     p, q = np.array([0.75, 0.25]), np.array([0.5, 0.5])
     figures = compare([np.log(p)], [np.log(q)])
     assert figures.kl == pytest.approx(float((p * np.log(p / q)).sum()), rel=1e-6)
@@ -77,7 +77,7 @@ def test_the_divergence_does_not_depend_on_a_common_shift() -> None:
 
 
 def test_a_small_divergence_is_half_the_variance_of_the_error() -> None:
-    # Far below what a difference of two float64 logarithms of sums would leave.
+    # Far below the rounding error of a difference of two logarithms in float64.
     figures = compare([[0.0, 0.0]], [[1e-6, -1e-6]])
     assert figures.kl == pytest.approx(0.5e-12, rel=1e-3)
 
@@ -87,7 +87,7 @@ def test_a_large_divergence_stays_finite() -> None:
     assert figures.kl == pytest.approx(2000.0)
 
 
-def test_the_symmetric_divergence_of_two_coins_is_the_textbook_one() -> None:
+def test_the_symmetric_divergence_of_two_bernoulli_distributions_is_the_textbook_value() -> None:
     p, q = np.array([0.75, 0.25]), np.array([0.5, 0.5])
     m = (p + q) / 2
     expected = 0.5 * float((p * np.log(p / m)).sum() + (q * np.log(q / m)).sum())
@@ -101,7 +101,7 @@ def test_the_symmetric_divergence_of_two_coins_is_the_textbook_one() -> None:
 
 
 @pytest.mark.parametrize("size", [3, 5, 130, 5000])
-def test_the_five_largest_are_those_of_a_sort(size: int) -> None:
+def test_the_five_largest_values_are_those_of_a_sort(size: int) -> None:
     random = np.random.default_rng(size)
     expected = random.permutation(size).astype(np.float32)
     actual = expected + 1.5 * random.standard_normal(size).astype(np.float32)
@@ -110,14 +110,14 @@ def test_the_five_largest_are_those_of_a_sort(size: int) -> None:
     assert compare([expected], [actual]).top5 == pytest.approx(len(both) / count)
 
 
-def test_an_error_of_one_unit_in_the_last_place_is_one() -> None:
+def test_an_error_of_one_ulp_is_1() -> None:
     value = np.float32(3.0)
     figures = compare([[value]], [[np.nextafter(value, np.float32(4))]], scale=3.0)
     assert figures.max_ulp == 1.0
     assert figures.max_rel == pytest.approx(np.spacing(value) / value)
 
 
-def test_what_float64_tells_apart_is_told_apart() -> None:
+def test_float64_values_that_differ_have_an_error() -> None:
     comparison = Comparison(scale=1.0, logits=True)
     comparison.add(np.array([[1.0, 0.0]]), np.array([[1.0 + 1e-12, 0.0]]))
     assert comparison.figures().max_abs == pytest.approx(1e-12, rel=1e-3)
@@ -132,7 +132,7 @@ def test_the_margin_is_the_lead_of_the_expected_token() -> None:
     assert (first.case, first.position, first.expected, first.actual) == (4, 7, 1, 2)
 
 
-def test_greedy_agreement_counts_the_generated_positions_alone() -> None:
+def test_greedy_agreement_counts_only_generated_positions() -> None:
     expected = [[0.0, 1.0]] * 4
     actual = [[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0]]
     figures = compare(expected, actual, first_step=1)
@@ -142,7 +142,7 @@ def test_greedy_agreement_counts_the_generated_positions_alone() -> None:
     assert figures.first_divergence.step == 1
 
 
-def test_values_without_a_distribution_have_no_divergence_and_no_choice() -> None:
+def test_values_that_are_not_logits_have_no_divergence_and_no_greedy_token() -> None:
     comparison = Comparison(scale=1.0, logits=False)
     comparison.add(np.ones((1, 2)), np.ones((1, 2)))
     assert (comparison.figures().kl, comparison.figures().top1) == (None, None)
@@ -150,7 +150,7 @@ def test_values_without_a_distribution_have_no_divergence_and_no_choice() -> Non
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("side", ["expected", "actual", "both"])
-def test_positions_that_are_not_finite_are_counted_and_spoil_nothing(
+def test_positions_that_are_not_finite_are_counted_and_change_no_other_figure(
     wrong: float, side: str
 ) -> None:
     good, bad = [[1.0, 2.0], [3.0, 4.0]], [[1.0, 2.0], [3.0, wrong]]
@@ -159,12 +159,12 @@ def test_positions_that_are_not_finite_are_counted_and_spoil_nothing(
     assert (figures.positions, figures.not_finite, figures.max_abs) == (2, 1, 0.0)
 
 
-def test_shapes_that_differ_are_refused() -> None:
+def test_different_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\[1, 3\] where \[1, 2\] is expected"):
         compare([[1.0, 2.0]], [[1.0, 2.0, 3.0]])
 
 
-def test_blocks_do_not_show() -> None:
+def test_figures_do_not_depend_on_the_block_size() -> None:
     random = np.random.default_rng(0)
     expected = random.standard_normal((7, 30_000))
     actual = expected + 1e-4 * random.standard_normal(expected.shape)
@@ -191,7 +191,7 @@ def test_the_distribution_agrees_with_sorting() -> None:
     below = 0
     for edge, count in message:
         below += count
-        # The histogram's bins are 0.8 % wide: that many may be on the other side of an edge.
+        # The bins are 0.8 % wide: values that close to an edge may be on either side.
         low, high = ((errors <= edge * factor).sum() for factor in (0.99, 1.01))
         assert low <= below <= high, (edge, below, low, high)
 
@@ -204,15 +204,15 @@ def test_an_error_beyond_float32_has_a_place_in_the_distribution() -> None:
     assert 1e38 < large < math.inf
 
 
-# -- what is known of the expected side --------------------------------------------------------
+# -- precomputed figures of the expected side --------------------------------------------------
 
 
 @pytest.mark.parametrize("width", [2, 33, 512, 5000])
 @pytest.mark.parametrize("size", [0.0, 1e-6, 0.3, 30.0])
-def test_what_is_known_beforehand_changes_no_figure(width: int, size: float) -> None:
+def test_precomputed_figures_change_no_result(width: int, size: float) -> None:
     random = np.random.default_rng(width)
     expected = (5 * random.standard_normal((20, width))).astype(np.float32)
-    expected[3] = expected[4] = 0.0  # all of them equal: the first is chosen
+    expected[3] = expected[4] = 0.0  # all equal: the greedy token is the first
     actual = (expected + size * random.standard_normal(expected.shape)).astype(np.float32)
     known = Expected.of(expected, logits=True)
     found = []
@@ -229,7 +229,7 @@ def test_what_is_known_beforehand_changes_no_figure(width: int, size: float) -> 
 
 
 @pytest.mark.parametrize("size", [1e-6, 1e-2, 0.5, 20.0])
-def test_no_divergence_is_beyond_its_bound_and_the_largest_is_the_figure(size: float) -> None:
+def test_no_divergence_exceeds_its_bound_and_the_figure_is_the_largest(size: float) -> None:
     random = np.random.default_rng(1)
     expected = (4 * random.standard_normal((60, 300))).astype(np.float32)
     actual = expected + size * random.standard_normal(expected.shape).astype(np.float32)
@@ -239,11 +239,11 @@ def test_no_divergence_is_beyond_its_bound_and_the_largest_is_the_figure(size: f
     furthest = np.abs(difference).max(axis=1)
     bounds = divergence_bounds(expected, difference, furthest, known.log_sum)
     assert (exact <= bounds).all()
-    if size <= 1e-2:  # rounding: so close that few are computed
+    if size <= 1e-2:  # like rounding errors: the bounds leave few positions to compute
         assert np.median(bounds / exact) < 1.1
     assert compare(expected, actual).kl == exact.max()
 
 
-def test_vectors_whose_squares_overflow_are_as_far_apart_as_they_are() -> None:
+def test_the_distance_of_vectors_whose_squares_overflow_is_correct() -> None:
     assert compare([[3e37, 1e37]], [[-3e37, -1e37]]).cosine_distance == pytest.approx(2.0)
     assert compare([[3e30, 0.0]], [[0.0, 3e30]]).cosine_distance == pytest.approx(1.0)

@@ -1,4 +1,4 @@
-"""What a check is fed, and what it refuses to be fed."""
+"""The inputs of a parity check: prompts, random tokens, and what is refused."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ CLASSIFIER = dataclasses.replace(DECODER, task="sequence-classification")
 @pytest.mark.parametrize(
     "pair", [("a cup", "a bank"), ["a cup", "a bank"], {"text": "a cup", "text_pair": "a bank"}]
 )
-def test_a_pair_of_texts_is_fed_as_one(pair: object, tiny_bert: Path) -> None:
+def test_a_pair_of_texts_is_one_input(pair: object, tiny_bert: Path) -> None:
     from transformers import AutoTokenizer
 
     expected = AutoTokenizer.from_pretrained(tiny_bert)("a cup", "a bank")["input_ids"]
@@ -68,16 +68,16 @@ def test_a_pair_of_texts_is_fed_as_one(pair: object, tiny_bert: Path) -> None:
         ),
     ],
 )
-def test_a_prompt_that_is_none_is_named(prompt: object, message: str, tiny_bert: Path) -> None:
+def test_an_invalid_prompt_is_named(prompt: object, message: str, tiny_bert: Path) -> None:
     with pytest.raises(LoraDeployError, match=message):
         cases(tiny_bert, CLASSIFIER, prompts=["a text", prompt])
 
 
-def test_the_built_in_prompts_are_enough_and_each_its_own() -> None:
+def test_the_built_in_prompts_are_enough_and_all_different() -> None:
     assert len(set(PROMPTS)) == len(PROMPTS) == 16
 
 
-def test_a_decoder_is_fed_the_built_in_prompts_and_generates(tiny_llama: Path) -> None:
+def test_a_decoder_gets_the_built_in_prompts_and_generates(tiny_llama: Path) -> None:
     found = cases(tiny_llama)
     assert (len(found.prompts) - found.edges, found.generated) == (len(PROMPTS), GENERATED)
 
@@ -88,7 +88,7 @@ def test_an_encoder_generates_nothing(tiny_bert: Path) -> None:
         cases(tiny_bert, ENCODER, generated=4)
 
 
-def test_prompts_leave_the_generated_tokens_their_positions(tiny_llama: Path) -> None:
+def test_prompts_leave_positions_for_the_generated_tokens(tiny_llama: Path) -> None:
     found = cases(tiny_llama, generated=100)
     assert max(map(len, found.prompts)) == 128 - 100
 
@@ -98,14 +98,16 @@ def test_too_many_generated_tokens_are_refused(tiny_llama: Path) -> None:
         cases(tiny_llama, generated=128)
 
 
-def test_a_file_of_lines_is_a_prompt_a_line(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_text_file_has_one_prompt_per_line(tiny_llama: Path, tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("one\n\ntwo\n")
     found = cases(tiny_llama, prompts=file)
     assert len(found.prompts) - found.edges == 2
 
 
-def test_jsonl_holds_prompts_texts_and_conversations(tiny_llama: Path, tmp_path: Path) -> None:
+def test_jsonl_can_contain_prompts_texts_and_conversations(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
     file = tmp_path / "prompts.jsonl"
     message = [{"role": "user", "content": "Hi"}]
     lines = [{"prompt": "Hi"}, {"text": "Hi"}, {"messages": message}]
@@ -135,12 +137,12 @@ def test_prompts_that_cannot_be_read_are_refused(
 
 
 @pytest.mark.parametrize("options", [{"prompts": []}, {"generated": 0}])
-def test_nothing_to_feed_is_refused(tiny_llama: Path, options: dict[str, object]) -> None:
+def test_no_inputs_at_all_are_refused(tiny_llama: Path, options: dict[str, object]) -> None:
     with pytest.raises(UsageError):
         cases(tiny_llama, **options)
 
 
-def test_without_a_tokenizer_the_tokens_are_random_by_the_seed(
+def test_without_a_tokenizer_the_tokens_are_random_and_depend_on_the_seed(
     tiny_llama: Path, tmp_path: Path
 ) -> None:
     shutil.copy(tiny_llama / "config.json", tmp_path)
@@ -151,19 +153,21 @@ def test_without_a_tokenizer_the_tokens_are_random_by_the_seed(
         cases(tmp_path, prompts=["Hi"])
 
 
-def test_the_last_cases_are_one_token_and_as_many_as_the_model_takes(tiny_llama: Path) -> None:
+def test_the_last_cases_are_a_single_token_and_the_longest_possible_input(tiny_llama: Path) -> None:
     found = cases(tiny_llama, generated=100)
     assert found.edges == 2
     assert [len(row) for row in found.prompts[-2:]] == [1, 128 - 100]
 
 
-def test_few_tokens_follow_the_cases_of_extreme_lengths(tiny_llama: Path) -> None:
+def test_few_tokens_are_generated_after_inputs_of_extreme_lengths(tiny_llama: Path) -> None:
     (usual, after), (edges, after_edges) = cases(tiny_llama).groups
     assert (len(usual), after) == (len(PROMPTS), GENERATED)
     assert (len(edges), after_edges) == (2, 2)
 
 
-def test_fuzz_is_random_tokens_of_varied_lengths_by_the_seed(tiny_llama: Path) -> None:
+def test_fuzz_inputs_are_random_tokens_of_varied_lengths_and_depend_on_the_seed(
+    tiny_llama: Path,
+) -> None:
     def fuzz(**options: int) -> tuple[tuple[int, ...], ...]:
         found = cases(tiny_llama, **options)
         return found.prompts[len(PROMPTS) : -found.edges]
@@ -176,7 +180,7 @@ def test_fuzz_is_random_tokens_of_varied_lengths_by_the_seed(tiny_llama: Path) -
     assert len({token for row in first for token in row}) > 200
 
 
-def test_trained_tokens_are_fed_though_no_prompt_has_them(tiny_llama: Path) -> None:
+def test_trained_tokens_are_inputs_though_no_prompt_has_them(tiny_llama: Path) -> None:
     found = cases(tiny_llama, prompts=["The capital of France is"], trained=[301, 17])
     assert not {301, 17} & set(found.prompts[0])
     short, long = found.prompts[-found.edges :]
@@ -185,7 +189,7 @@ def test_trained_tokens_are_fed_though_no_prompt_has_them(tiny_llama: Path) -> N
 
 
 @pytest.mark.parametrize("longest", [127, 9])
-def test_all_trained_tokens_are_fed_up_to_a_bound_in_rows_of_their_own(
+def test_all_trained_tokens_are_inputs_up_to_a_limit_in_separate_rows(
     longest: int, tiny_llama: Path
 ) -> None:
     def fed(trained: range) -> Cases:
@@ -201,7 +205,7 @@ def test_all_trained_tokens_are_fed_up_to_a_bound_in_rows_of_their_own(
     assert fed(range(MOST_TRAINED + 3)).unfed == 3
 
 
-def test_rows_of_a_whole_table_that_differ_from_the_models_are_trained_ones(
+def test_rows_of_a_saved_embedding_that_differ_from_the_models_count_as_trained(
     tiny_llama: Path, tiny_gpt2: Path
 ) -> None:
     def trained(table: str, model: Path, *, saved: bool = False) -> tuple[int, ...]:

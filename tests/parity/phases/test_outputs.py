@@ -1,4 +1,4 @@
-"""Which outputs of a bundle are compared with PyTorch's."""
+"""The choice of the bundle outputs that are compared with PyTorch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.parity.conftest import Check
 
 @pytest.fixture(scope="module")
 def probable(shared: Path, tiny_llama: Path) -> Path:
-    """A decoder of another exporter whose only output is a Softmax of its logits."""
+    """A decoder from another exporter whose only output is the softmax of its logits."""
 
     def make(out: Path) -> None:
         others.export_decoder(tiny_llama, out, cache=False)
@@ -36,7 +36,7 @@ def probable(shared: Path, tiny_llama: Path) -> Path:
     return once(shared / "decoder-of-probabilities", make)
 
 
-def test_parity_compares_logits_beside_which_there_are_their_probabilities(
+def test_parity_compares_the_logits_where_probabilities_are_an_output_too(
     probable: Path, tiny_llama: Path, make_adapter: MakeAdapter, check: Check, tmp_path: Path
 ) -> None:
     right, wrong = (make_adapter(tiny_llama, seed=seed) for seed in (1, 2))

@@ -1,4 +1,4 @@
-"""The way through the inputs, with a model small enough to be read."""
+"""The phases of a check: how rows are batched and fed, with a model simple enough to read."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PAD = 9
 
 
 class Counter:
-    """Gives [token, sum of the row's real tokens so far, 0, 0, 0] for each new token."""
+    """A model whose output per new token is [token, sum of unpadded tokens so far, 0, 0, 0]."""
 
     def __init__(self) -> None:
         self.adapters: list[list[str | None]] = []
@@ -56,7 +56,7 @@ def row(prompt: tuple[int, ...], forced: tuple[int, ...] = (), adapter: str | No
 
 
 @pytest.mark.parametrize("task", ["causal-lm", "feature-extraction"])
-def test_every_phase_shows_what_stands_at_its_positions(task: str) -> None:
+def test_every_phase_returns_the_values_of_its_positions(task: str) -> None:
     forced = (4, 1, 2) if task == "causal-lm" else ()
     rows = [row((3, 1), forced), row((2, 2, 2, 2), forced), row((7,), forced)]
     seen = list(run_phases(Counter(), rows, task=task, pad=PAD, phases=phases_of(task)))
@@ -66,7 +66,7 @@ def test_every_phase_shows_what_stands_at_its_positions(task: str) -> None:
         np.testing.assert_array_equal(observation.values, expected, observation.phase)
 
 
-def test_a_decoder_is_shown_alone_padded_and_decoding() -> None:
+def test_a_decoder_runs_with_single_rows_padded_batches_and_decode_steps() -> None:
     rows = [row((3, 1), (4, 1, 2)), row((2,), (4, 1, 2))]
     seen = list(
         run_phases(Counter(), rows, task="causal-lm", pad=PAD, phases=phases_of("causal-lm"))
@@ -84,7 +84,7 @@ def test_a_decoder_is_shown_alone_padded_and_decoding() -> None:
     ]
 
 
-def test_an_encoder_gives_what_is_of_each_source_without_its_padding() -> None:
+def test_an_encoder_returns_the_states_of_each_source_without_padding() -> None:
     class Encoder(Counter):
         def encode(self, ids: Any, mask: Any, adapters: Any) -> Any:
             self.adapters.append(list(adapters))
@@ -104,7 +104,7 @@ def test_an_encoder_gives_what_is_of_each_source_without_its_padding() -> None:
         assert len(observation.values) == observation.row.due(ENCODER)
 
 
-def test_an_output_for_the_whole_row_is_one_more_position() -> None:
+def test_an_output_per_row_is_one_additional_position() -> None:
     class Pooling(Counter):
         def forward(self, ids: Any, mask: Any, cache: Any, adapters: Any) -> Any:
             values, cache = super().forward(ids, mask, cache, adapters)
@@ -117,14 +117,14 @@ def test_an_output_for_the_whole_row_is_one_more_position() -> None:
         assert (seen.values[-1] == 100.0).all()
 
 
-def test_every_row_is_run_with_its_own_adapter() -> None:
+def test_every_row_runs_with_its_own_adapter() -> None:
     model = Counter()
     rows = [row((1, 2), adapter=None), row((3,), adapter="a"), row((4,), adapter="b")]
     list(run_phases(model, rows, task="feature-extraction", pad=PAD, phases=[PADDED_BATCH]))
     assert model.adapters == [[None, "a", "b"]]
 
 
-def test_no_batch_of_many_rows_ends_in_a_batch_of_one() -> None:
+def test_splitting_rows_into_batches_leaves_no_batch_of_one() -> None:
     model = Counter()
     list(
         run_phases(model, [row((1,))] * 17, task="feature-extraction", pad=0, phases=[PADDED_BATCH])
@@ -132,7 +132,7 @@ def test_no_batch_of_many_rows_ends_in_a_batch_of_one() -> None:
     assert [len(adapters) for adapters in model.adapters] == [17]
 
 
-def test_a_prompt_in_chunks_has_more_than_one_new_token_on_the_cache() -> None:
+def test_chunked_prefill_feeds_several_new_tokens_to_a_nonempty_cache() -> None:
     class Chunks(Counter):
         shapes: list[tuple[int, int]]
 
@@ -156,7 +156,7 @@ def test_no_row_of_a_permuted_batch_keeps_its_place() -> None:
 
 
 @pytest.mark.parametrize("count", [2, 4, 5, 9, 16, 17, 33])
-def test_every_adapter_of_a_mixed_batch_is_permuted_in_batches_of_bounded_size(count: int) -> None:
+def test_every_adapter_of_a_mixed_batch_is_permuted_in_batches_of_limited_size(count: int) -> None:
     model = Counter()
     rows = [row((number,), adapter=str(number % count)) for number in range(2 * count)]
     seen = list(run_phases(model, rows, task="feature-extraction", pad=PAD, phases=[PERMUTED]))
@@ -166,7 +166,7 @@ def test_every_adapter_of_a_mixed_batch_is_permuted_in_batches_of_bounded_size(c
     assert not left_out(PERMUTED, rows)
 
 
-def test_of_one_adapter_a_few_rows_are_permuted() -> None:
+def test_a_few_rows_of_a_single_adapter_are_permuted() -> None:
     assert len(rows_of(PERMUTED, [row((1,), adapter="it")] * 9)) == 4
 
 
@@ -174,10 +174,10 @@ def test_an_adapter_without_a_row_in_a_phase_is_named() -> None:
     rows = [row((1, 2, 3, 4), adapter=name) for name in ("a", "b")] + [row((1,), adapter="c")]
     assert left_out(CHUNKED, rows) == ["c"]
     assert left_out(PADDED_BATCH, rows) == []
-    assert left_out(CHUNKED, rows[2:]) == []  # what no adapter is shown in is no gap of one
+    assert left_out(CHUNKED, rows[2:]) == []  # a phase without any adapter is no gap of one adapter
 
 
-def test_a_repeated_row_is_held_against_its_first_run() -> None:
+def test_a_repeated_row_is_compared_with_its_first_run() -> None:
     class Drifting(Counter):
         runs = 0
 
@@ -193,7 +193,7 @@ def test_a_repeated_row_is_held_against_its_first_run() -> None:
 @pytest.mark.parametrize(
     ("hidden", "passes"), [(-1e18, True), (-np.inf, True), (0.0, False), (np.nan, False)]
 )
-def test_an_output_that_is_not_the_adapters_must_be_hidden(hidden: float, passes: bool) -> None:
+def test_a_logit_beyond_the_adapters_vocabulary_must_be_hidden(hidden: float, passes: bool) -> None:
     class Wider(Counter):
         def forward(self, ids: Any, mask: Any, cache: Any, adapters: Any) -> Any:
             values, cache = super().forward(ids, mask, cache, adapters)
@@ -209,7 +209,7 @@ def test_an_output_that_is_not_the_adapters_must_be_hidden(hidden: float, passes
 
 @pytest.mark.parametrize("mask", ["0011", "1100", "1111", "1011", "0110", "0000"])
 @pytest.mark.parametrize("whole_row", [0, 1])
-def test_what_is_compared_of_a_row_is_what_its_mask_has_and_what_is_the_whole_rows(
+def test_the_unmasked_positions_and_the_per_row_outputs_are_compared(
     mask: str, whole_row: int
 ) -> None:
     real = np.array([digit == "1" for digit in mask])
@@ -220,7 +220,7 @@ def test_what_is_compared_of_a_row_is_what_its_mask_has_and_what_is_the_whole_ro
     )
 
 
-def test_a_row_of_fewer_positions_than_tokens_is_an_error() -> None:
+def test_an_output_with_fewer_positions_than_tokens_is_an_error() -> None:
     with pytest.raises(IndexError):
         real_positions(np.zeros((3, 2)), np.array([False, True, True, True]), "causal-lm")
 
@@ -233,7 +233,7 @@ def test_rows_of_extreme_lengths_share_no_batch_with_others() -> None:
     assert [len(adapters) for adapters in model.adapters] == [2, 2]
 
 
-def test_a_model_of_one_row_decodes_a_few_rows_alone() -> None:
+def test_a_model_of_batch_size_one_decodes_a_few_rows_separately() -> None:
     model = Counter()
     rows = [row((1, 2), (3, 4))] * 6
     seen = list(run_phases(model, rows, task="causal-lm", pad=PAD, phases=[DECODE], batched=False))
@@ -241,7 +241,7 @@ def test_a_model_of_one_row_decodes_a_few_rows_alone() -> None:
     assert {len(adapters) for adapters in model.adapters} == {1}
 
 
-def test_what_is_generated_is_the_likeliest_token_of_each_step() -> None:
+def test_the_generated_token_of_each_step_is_the_likeliest() -> None:
     class Successor(Counter):
         def forward(self, ids: Any, mask: Any, cache: Any, adapters: Any) -> Any:
             return np.eye(WIDTH)[(ids + 1) % WIDTH], ids
@@ -250,12 +250,12 @@ def test_what_is_generated_is_the_likeliest_token_of_each_step() -> None:
     assert found == [(2, 3, 4), (4, 0, 1)]
 
 
-def test_padding_on_the_left_takes_no_positions() -> None:
+def test_left_padding_takes_no_positions() -> None:
     mask = np.array([[0, 0, 1, 1], [1, 1, 1, 1]])
     assert positions_of(mask, 2).tolist() == [[0, 1], [2, 3]]
 
 
-def test_rows_of_all_lengths_are_chosen_the_longest_among_them() -> None:
+def test_rows_of_all_lengths_are_chosen_including_the_longest() -> None:
     rows = [row((1,) * length, (2,)) for length in (3, 9, 1, 30, 5, 7, 2)]
     assert [len(one.prompt) for one in spread(rows, 3)] == [1, 5, 30]
     assert [len(one.prompt) for one in spread(rows, 2)] == [1, 30]

@@ -1,4 +1,4 @@
-"""The limits come from PyTorch's own rounding on the inputs of the check."""
+"""Calibration: the limits come from PyTorch's own rounding errors on the inputs of the check."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
-def test_a_model_in_other_numbers_is_what_pytorch_casts_and_leaves_no_trace(
+def test_a_run_in_another_dtype_equals_a_cast_model_and_restores_the_model(
     dtype: str, model: torch.nn.Module, tiny_llama: Path
 ) -> None:
     from transformers import AutoModelForCausalLM
@@ -59,18 +59,18 @@ def test_a_model_in_other_numbers_is_what_pytorch_casts_and_leaves_no_trace(
     assert not torch.equal(here.double(), before.double())
 
 
-def test_a_second_run_in_other_numbers_is_the_first_again(model: torch.nn.Module) -> None:
+def test_a_second_run_in_another_dtype_repeats_the_first(model: torch.nn.Module) -> None:
     with in_dtype(model, "float64"):
         first = logits(model)
         with torch.inference_mode():
             other = model(input_ids=IDS.flip(1)).logits
         assert torch.equal(logits(model), first)
-        with torch.no_grad():  # memory that was made in one mode is used again in the other
+        with torch.no_grad():  # memory allocated in one mode is reused in the other
             assert torch.equal(model(input_ids=IDS).logits, first)
     assert not torch.equal(other, first)
 
 
-def test_a_run_that_fails_in_other_numbers_leaves_no_trace(model: torch.nn.Module) -> None:
+def test_a_run_that_fails_in_another_dtype_restores_the_model(model: torch.nn.Module) -> None:
     def fail(module: torch.nn.Module, inputs: object, output: object) -> None:
         raise ValueError
 
@@ -99,9 +99,9 @@ def test_images_are_cast_where_a_convolution_embeds_them() -> None:
         assert torch.equal(tower(images), before)
 
 
-def test_rounding_to_8_bits_is_off_by_half_a_step_of_its_block() -> None:
+def test_the_error_of_rounding_to_8_bits_is_at_most_half_a_step_of_the_block() -> None:
     x = torch.randn(5, 70, generator=torch.Generator().manual_seed(0))
-    x[:, 40] *= 100  # an outlier costs its own block alone
+    x[:, 40] *= 100  # an outlier affects only its own block
     off = (round_to_8_bits(x, 32) - x).abs()
     steps = torch.stack([x[:, begin : begin + 32].abs().amax(1) / 127 for begin in (0, 32, 64)], 1)
     assert (off <= steps.repeat_interleave(32, 1)[:, :70] * 0.5001).all()
@@ -110,7 +110,7 @@ def test_rounding_to_8_bits_is_off_by_half_a_step_of_its_block() -> None:
     assert torch.equal(round_to_8_bits(torch.zeros(2, 3), 32), torch.zeros(2, 3))
 
 
-def test_rounded_activations_change_the_products_named_alone(model: torch.nn.Module) -> None:
+def test_rounded_activations_change_only_the_named_products(model: torch.nn.Module) -> None:
     before = logits(model)
     with rounded_activations(model, {"model.layers.1.mlp.down_proj": Activations(32)}):
         rounded = logits(model)
@@ -118,7 +118,7 @@ def test_rounded_activations_change_the_products_named_alone(model: torch.nn.Mod
     assert torch.equal(logits(model), before)
 
 
-def test_a_long_row_that_is_off_the_most_does_not_weigh_more_in_a_mean() -> None:
+def test_a_long_row_with_the_largest_error_has_no_greater_weight_in_a_mean() -> None:
     def figures(*rows: tuple[int, float]) -> Figures:
         found = Comparison(scale=1.0, logits=False)
         for positions, error in rows:
@@ -231,7 +231,7 @@ def test_packed_weights_of_another_model_are_refused(
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_a_merged_packed_bundle_holds_the_merge_rounded(
+def test_a_merged_packed_bundle_contains_the_rounded_merge(
     precision: str,
     tiny_llama: Path,
     tiny_llama_bundle: Path,
@@ -256,7 +256,7 @@ def test_a_merged_packed_bundle_holds_the_merge_rounded(
     assert outcomes == {"failed"}
 
 
-def test_nothing_but_the_mistake_is_between_a_control_and_a_merged_packed_reference(
+def test_a_control_differs_from_a_merged_packed_reference_only_by_its_mistake(
     tiny_llama: Path,
     tiny_llama_bundle: Path,
     adapter: Path,
@@ -281,7 +281,7 @@ def test_limits_follow_the_precision_of_the_bundle(
     assert limit(half, "max_abs") > 100 * limit(whole, "max_abs")
 
 
-def test_where_nothing_can_be_measured_limits_are_assumed_and_the_report_says_so(
+def test_limits_that_cannot_be_measured_are_assumed_and_the_report_says_so(
     tiny_llama: Path,
     tiny_llama_bundle: Path,
     adapter: Path,
@@ -290,7 +290,7 @@ def test_where_nothing_can_be_measured_limits_are_assumed_and_the_report_says_so
     from transformers.models.llama.modeling_llama import LlamaMLP
 
     def mixes(self: LlamaMLP, x: torch.Tensor) -> torch.Tensor:
-        x = x.float()  # what float64 weights refuse to multiply
+        x = x.float()  # float64 weights cannot be multiplied with it
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
     monkeypatch.setattr(LlamaMLP, "forward", mixes)
@@ -299,6 +299,6 @@ def test_where_nothing_can_be_measured_limits_are_assumed_and_the_report_says_so
     assumed = [note for note in report.notes if note.startswith("the limits are assumed")]
     one, other = sorted(assumed, key=len)
     name = report.adapters[0].name
-    assert f"with {name} cannot be computed" not in one  # the base itself mixes them
+    assert f"with {name} cannot be computed" not in one  # the base itself mixes dtypes
     assert f"with {name} cannot be computed" in other
     assert np.isfinite(limit(report, "max_abs"))

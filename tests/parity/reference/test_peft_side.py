@@ -1,4 +1,4 @@
-"""PEFT judges by the adapter's own files: what loradeploy's reader leaves out is found."""
+"""PEFT as an independent reference: it reads the adapter's own files, so reader bugs are found."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def adapter(tiny_llama: Path, make_adapter: MakeAdapter) -> Path:
 
 @pytest.fixture
 def dropping(monkeypatch: pytest.MonkeyPatch) -> None:
-    """loradeploy's reader takes one tensor of every adapter for zeros."""
+    """Break loradeploy's reader: it replaces one tensor of every adapter by zeros."""
     read = reader.read_arrays
 
     def drop(*given: Any, **options: Any) -> Any:
@@ -58,11 +58,11 @@ def dropping(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader, "read_arrays", drop)
 
 
-# -- what a check finds ----------------------------------------------------------------------------
+# -- errors that a check finds ---------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("dropping")
-def test_a_tensor_that_the_reader_leaves_out_fails_the_check(
+def test_a_tensor_that_the_reader_omits_fails_the_check(
     adapter: Path, tiny_llama_bundle: Path, tmp_path: Path, check: Check
 ) -> None:
     ld.export(tiny_llama_bundle, tmp_path / "bundle", adapters={"one": adapter})
@@ -70,7 +70,7 @@ def test_a_tensor_that_the_reader_leaves_out_fails_the_check(
     report = check(tmp_path / "bundle", backends=backends, phases=["prefill"], localize=False)
     assert not report.passed
     failed = {result.backend for result in report.results if result.outcome == "failed"}
-    assert failed == {"peft"}  # the others share the omission
+    assert failed == {"peft"}  # the other backends use the broken reader too
     assert any(result.outcome == "passed" for result in report.results)
 
 
@@ -88,7 +88,9 @@ def test_a_graph_that_lacks_a_tensor_of_the_adapter_fails_the_check(
     assert check(tmp_path / "merged", adapters=[less], **options).passed
 
 
-def test_peft_is_asked_unless_it_is_not_installed(llama_with_adapter: Path, check: Check) -> None:
+def test_peft_is_compared_unless_it_is_not_installed(
+    llama_with_adapter: Path, check: Check
+) -> None:
     report = check(llama_with_adapter, phases=["prefill"])
     outcomes = {r.outcome for r in report.results if r.backend == "peft"}
     assert outcomes == {"passed"}
@@ -97,7 +99,7 @@ def test_peft_is_asked_unless_it_is_not_installed(llama_with_adapter: Path, chec
 # -- which files PEFT reads ------------------------------------------------------------------------
 
 
-def test_a_bundle_holds_the_adapter_s_own_files(
+def test_peft_reads_the_adapters_own_files_in_the_bundle(
     llama_with_adapter: Path, tiny_llama: Path, make_adapter: MakeAdapter
 ) -> None:
     own = make_adapter(tiny_llama, seed=1)
@@ -106,7 +108,7 @@ def test_a_bundle_holds_the_adapter_s_own_files(
         assert held.read_bytes() == (own / name).read_bytes()
 
 
-def test_an_adapter_that_is_given_is_read_where_it_is(
+def test_an_adapter_given_as_an_argument_is_read_from_its_directory(
     llama_with_adapter: Path, adapter: Path
 ) -> None:
     manifest = read_manifest(llama_with_adapter)
@@ -117,10 +119,10 @@ def test_an_adapter_that_is_given_is_read_where_it_is(
     assert given.native == held.native is not None
 
 
-def test_a_file_of_another_name_is_the_one_that_peft_reads(
+def test_an_adapter_file_of_another_name_is_the_one_that_peft_reads(
     adapter: Path, tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
-    """Not the adapter_model.safetensors beside it."""
+    """The adapter_model.safetensors beside it is another adapter."""
     save_adapter(load_adapter(make_adapter(tiny_llama, seed=7)), tmp_path)
     shutil.copyfile(adapter / FILES[1], tmp_path / "best.safetensors")
     model = llama(tiny_llama)
@@ -132,15 +134,15 @@ def test_a_file_of_another_name_is_the_one_that_peft_reads(
         assert not torch.allclose(found, logits(model))
 
 
-# -- what is left of PEFT in the model -------------------------------------------------------------
+# -- the model after PEFT --------------------------------------------------------------------------
 
 
 def biased(place: Path) -> None:
-    """Nothing to add: the adapter's biases are written over the base's."""
+    """Change nothing: PEFT itself overwrites the base's biases with the adapter's."""
 
 
 def with_embeddings(place: Path) -> None:
-    """The base's embedding and head come with the adapter, with rows of their own."""
+    """Add copies of the base's embedding and head to the adapter, with changed rows."""
     tensors = load_file(place / FILES[1])
     generator = torch.Generator().manual_seed(5)
     for module in ("model.embed_tokens", "lm_head"):
@@ -158,7 +160,7 @@ def with_embeddings(place: Path) -> None:
     ],
     ids=["embeddings", "head", "dora"],
 )
-def test_the_base_is_itself_again_after_peft(
+def test_the_base_model_is_restored_after_peft(
     options: dict[str, Any],
     change: Callable[[Path], None],
     tiny_llama: Path,
@@ -184,7 +186,9 @@ def test_the_base_is_itself_again_after_peft(
     assert torch.equal(logits(model), base)
 
 
-def test_a_base_that_was_written_over_is_told_by_name(tiny_llama: Path, adapter: Path) -> None:
+def test_a_base_model_that_was_not_restored_is_reported_by_name(
+    tiny_llama: Path, adapter: Path
+) -> None:
     model = llama(tiny_llama)
     with (
         pytest.raises(AdapterError, match=r"writes over the base's model\.norm\.weight"),

@@ -1,4 +1,4 @@
-"""A merge into packed weights passes where it is right, whatever both packings rounded."""
+"""Merges into packed weights: a correct one passes despite the rounding of both packings."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from tests.export import others
 from tests.parity.tampering import change_graph
 
 Change = Callable[[onnx.GraphProto], None]
-KINDS = {"int8": (8, True), "int4": (4, False)}  # 4 bits with zero points
+KINDS = {"int8": (8, True), "int4": (4, False)}  # bits, symmetric: int4 has zero points
 
 
 @pytest.fixture(scope="session")
 def bert(tiny_bert: Path, shared: Path) -> Path:
-    """The tiny BERT with biases, which are zeros there."""
+    """The tiny BERT with biases that are not zero."""
 
     def make(place: Path) -> None:
         shutil.copytree(tiny_bert, place)
@@ -42,7 +42,7 @@ def bert(tiny_bert: Path, shared: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def merged(bert: Path, make_adapter: MakeAdapter, shared: Path) -> Callable[[str], Path]:
-    """A BERT of torch's older exporter, packed by onnxruntime, an adapter merged into it."""
+    """A function that exports BERT with torch's older exporter, packs it, and merges an adapter."""
 
     def make(kind: str) -> Path:
         plain = shared / "packed-bert" / "plain"
@@ -82,7 +82,7 @@ def _check(bundle: Path, model: Path, adapter: Path, **options: object) -> ld.Pa
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_right_merge_passes_and_mistakes_would_not(
+def test_a_correct_merge_passes_and_the_controls_fail(
     kind: str, merged: Callable[[str], Path], bert: Path, make_adapter: MakeAdapter
 ) -> None:
     bundle = merged(kind)
@@ -109,7 +109,7 @@ def test_another_adapter_than_the_merged_one_fails(
 
 
 def _without(index: int) -> Change:
-    """The first product with an input `index` loses it."""
+    """Remove the input `index` of the first product that has it."""
 
     def change(graph: onnx.GraphProto) -> None:
         products = [node for node in graph.node if node.op_type == "MatMulNBits"]
@@ -120,7 +120,7 @@ def _without(index: int) -> Change:
 
 
 def _exchange(graph: onnx.GraphProto) -> None:
-    """The first two products of one shape have each other's weights."""
+    """Exchange the weights of the first two products of the same shape."""
     first, other = [node for node in graph.node if node.op_type == "MatMulNBits"][:2]
     for index in (1, 2, 3):
         if len(first.input) > index:
@@ -128,7 +128,7 @@ def _exchange(graph: onnx.GraphProto) -> None:
 
 
 def _in_other_blocks(graph: onnx.GraphProto) -> None:
-    """A product reads its scales in another order, as where a g_idx was lost."""
+    """Reorder the scales of a product, as if its g_idx were lost."""
     node = next(node for node in graph.node if node.op_type == "MatMulNBits")
     (scales,) = (value for value in graph.initializer if value.name == node.input[2])
     turned = numpy_helper.to_array(scales).reshape(-1)[::-1].reshape(tuple(scales.dims))
@@ -145,7 +145,7 @@ def _in_other_blocks(graph: onnx.GraphProto) -> None:
         pytest.param("int4", _in_other_blocks, id="blocks"),
     ],
 )
-def test_a_merge_that_lost_something_fails(
+def test_a_merge_with_a_damaged_graph_fails(
     kind: str,
     change: Change,
     merged: Callable[[str], Path],
@@ -159,7 +159,7 @@ def test_a_merge_that_lost_something_fails(
     assert not report.passed
 
 
-# -- what is rounding, in numbers --------------------------------------------------------------
+# -- telling rounding from updates -------------------------------------------------------------
 
 BLOCK = 32
 
@@ -176,7 +176,7 @@ def _rounded(weight: np.ndarray, bits: int) -> np.ndarray:
     [(1, 0, True), (0, 0, False), (2, 0, False), (0.5, 0, False), (1, 1, False)],
     ids=["right", "missing", "doubled", "halved", "on-top-of-another"],
 )
-def test_rounding_has_no_part_along_the_adapter(
+def test_a_wrong_update_in_packed_weights_is_told_from_rounding(
     share: float, extra: float, right: bool, bits: int
 ) -> None:
     generator = np.random.default_rng(0)

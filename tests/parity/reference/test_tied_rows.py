@@ -1,4 +1,4 @@
-"""Trained tokens of a base whose output head is tied to the embedding, and quantized."""
+"""Trained token rows of a base whose output head is tied to the embedding and quantized."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_parity_compares_the_rows_of_a_quantized_head_that_is_tied(
     assert "is quantized in the graph" in str(skipped["onnx-merged"])
 
 
-def test_the_reference_adds_what_was_trained_to_the_rounded_rows(
+def test_the_reference_adds_the_trained_change_to_the_rounded_rows(
     make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     from transformers import LlamaForCausalLM
@@ -83,8 +83,10 @@ def test_the_reference_adds_what_was_trained_to_the_rounded_rows(
         assert np.abs(inside[name] - before[name]).max() > 0.1
 
 
-def test_the_rows_alone_are_taken_of_the_tables(make_adapter: MakeAdapter, tmp_path: Path) -> None:
-    """A difference of whole tables is one more of them, gigabytes of a large vocabulary."""
+def test_only_the_trained_rows_of_the_tables_are_read(
+    make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    """The difference of whole tables would be another table: gigabytes for a large vocabulary."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
     from transformers import LlamaForCausalLM
@@ -111,7 +113,7 @@ def test_the_rows_alone_are_taken_of_the_tables(make_adapter: MakeAdapter, tmp_p
 def test_only_a_merge_that_the_quantized_head_bars_is_not_run(
     make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
-    """Any other adapter that cannot be merged is a failure, its rows notwithstanding."""
+    """Any other adapter that cannot be merged is a failure, even if it has trained rows."""
     base = make_base(tmp_path / "base")
     larger = make_base(tmp_path / "larger", tokens=80)
     ld.export(base, tmp_path / "bundle", precision="int8", side_inputs=["tokens"])

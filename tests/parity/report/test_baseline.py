@@ -1,4 +1,4 @@
-"""A report held against an earlier one: worse than before fails, though it is within the limits."""
+"""Baselines: a result worse than an earlier report fails, even within the limits."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ ERROR = 6e-5  # above the floor, below the limit
 
 
 def result(error: float = ERROR, *, other: int = 0, backend: str = "onnx", **more: Any) -> Result:
-    """One with `error` in a position, and another largest value in `other` positions, all ties."""
+    """A result with `error` at one position and another greedy token at `other` positions."""
     expected = np.tile(np.array([[1.0, 0.0]]), (POSITIONS, 1))
     expected[:other] = [1.0, 1.0 - 1e-5]
     actual = expected.copy()
@@ -95,7 +95,7 @@ def with_first(first: Result | None) -> ParityReport:
 
 @pytest.fixture
 def since(tmp_path: Path) -> Callable[..., tuple[Regression, ...]]:
-    """What got worse in a report since `REPORT`, or another."""
+    """A function that returns the regressions of a report since `REPORT` or another one."""
 
     def compare(now: ParityReport, before: ParityReport = REPORT) -> tuple[Regression, ...]:
         write_json(tmp_path / "old.json", before.to_json())
@@ -115,11 +115,11 @@ def test_the_same_report_has_no_regressions(since: Since) -> None:
 
 
 @pytest.mark.parametrize("factor", [0.1, 1.0, FACTOR * 0.95])
-def test_what_is_better_or_as_noisy_as_before_is_none(factor: float, since: Since) -> None:
+def test_a_better_or_equally_noisy_result_is_no_regression(factor: float, since: Since) -> None:
     assert since(with_first(result(ERROR * factor))) == ()
 
 
-def test_an_error_that_has_grown_is_told_with_both_figures(since: Since) -> None:
+def test_a_larger_error_is_reported_with_both_figures(since: Since) -> None:
     now = with_first(result(ERROR * FACTOR * 1.05))
     assert now.passed, "the limits alone would let it through"
     found = {regression.metric: regression for regression in since(now)}
@@ -134,7 +134,7 @@ def test_an_error_far_below_its_limit_may_grow(since: Since) -> None:
     assert since(with_first(result(0.0)), with_first(result(0.0))) == ()
 
 
-def test_tokens_that_no_longer_agree_are_told_and_one_tie_is_none(since: Since) -> None:
+def test_tokens_that_no_longer_agree_are_reported_and_a_single_tie_is_not(since: Since) -> None:
     assert since(with_first(result(other=1))) == ()
     found = {regression.metric for regression in since(with_first(result(other=5)))}
     assert {"top1", "greedy"} <= found
@@ -183,13 +183,13 @@ WORSE: dict[str, tuple[ParityReport, str]] = {
 
 
 @pytest.mark.parametrize("what", WORSE)
-def test_what_got_worse_fails(what: str, since: Since) -> None:
+def test_every_kind_of_regression_is_reported(what: str, since: Since) -> None:
     now, reported = WORSE[what]
     assert any(reported in regression.message for regression in since(now))
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "perplexity"])
-def test_a_score_within_its_interval_or_better_is_none(metric: str, since: Since) -> None:
+def test_a_score_within_its_interval_or_better_is_no_regression(metric: str, since: Since) -> None:
     within = score(metric, -0.019 if metric == "accuracy" else 0.09, -1, 1)
     better = score(metric, 0.5 if metric == "accuracy" else -0.5, -1, 1)
     for other in (within, better):
@@ -197,11 +197,11 @@ def test_a_score_within_its_interval_or_better_is_none(metric: str, since: Since
         assert since(changed(scores=scores)) == ()
 
 
-def test_what_failed_before_is_no_regression(since: Since) -> None:
+def test_a_result_that_failed_before_is_no_regression(since: Since) -> None:
     assert since(with_first(result(1.0)), with_first(result(1.0))) == ()
 
 
-def test_a_figure_that_is_no_number_any_more_is_told(since: Since) -> None:
+def test_a_figure_that_became_nan_is_reported(since: Since) -> None:
     spoilt = dataclasses.replace(
         result(), checks=(dataclasses.replace(result().checks[0], value=np.nan),)
     )
@@ -220,12 +220,14 @@ def test_a_figure_that_is_no_number_any_more_is_told(since: Since) -> None:
         ("base_digest", "sha256:" + "2" * 64),
     ],
 )
-def test_a_baseline_of_something_else_is_refused(field: str, value: str, since: Since) -> None:
+def test_a_baseline_of_another_bundle_or_check_is_refused(
+    field: str, value: str, since: Since
+) -> None:
     with pytest.raises(UsageError, match="is not comparable"):
         since(changed(**{field: value}))
 
 
-def test_without_digests_the_names_decide(since: Since) -> None:
+def test_without_digests_the_names_are_compared(since: Since) -> None:
     unknown = changed(base_digest=None)
     assert since(unknown, unknown) == ()
     with pytest.raises(UsageError, match="it is against tiny, not other"):
@@ -303,7 +305,7 @@ def test_a_bundle_is_refused_before_anything_runs(
         ld.parity(tiny_llama_bundle, model=tiny_llama, baseline=tmp_path / "old.json")
 
 
-def test_a_baseline_is_comparable_with_its_own_kind_alone(tmp_path: Path) -> None:
+def test_a_baseline_can_only_be_compared_with_a_report_of_its_kind(tmp_path: Path) -> None:
     write_json(tmp_path / "old.json", REPORT.to_json())
     baseline = read_baseline(tmp_path / "old.json")
     same = {"task": REPORT.task, "mode": REPORT.mode, "precision": REPORT.precision}

@@ -1,4 +1,4 @@
-"""The HTML report: whole, safe, complete, and readable on a phone."""
+"""The HTML report: self-contained, escaped, complete, and readable on a phone."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ WHATEVER_IS_TOLD = pytest.mark.parametrize("report", REPORTS.values(), ids=REPOR
 
 
 class Page(HTMLParser):
-    """A page's elements, and what of it is shown; fails where elements are not closed in turn."""
+    """The elements and the visible text of a page; fails if elements are not properly nested."""
 
     VOID = ("meta", "br")
 
@@ -92,7 +92,7 @@ class Page(HTMLParser):
 
 
 @WHATEVER_IS_TOLD
-def test_the_page_is_well_formed_and_needs_nothing_else(report: ParityReport) -> None:
+def test_the_page_is_well_formed_and_self_contained(report: ParityReport) -> None:
     text = html(report)
     assert text.startswith("<!doctype html>")
     page = Page(text)
@@ -111,7 +111,7 @@ def test_the_page_is_well_formed_and_needs_nothing_else(report: ParityReport) ->
     assert not re.search(r"https?://", text)
 
 
-def test_names_are_shown_as_they_are_and_never_run() -> None:
+def test_names_are_shown_literally_and_never_executed() -> None:
     page = Page(html(NAMED_BADLY))
     assert "<script>alert('x')</script>" in page.text
     assert "{{ 7 * 7 }}" in page.text
@@ -130,7 +130,7 @@ def test_the_verdict_comes_first_with_the_failures_in_words(report: ParityReport
 
 
 def numbers(report: ParityReport) -> set[str]:
-    """Every number of the report as the page should show it."""
+    """Return every number of the report as the page should show it."""
     found = {report.inputs.prompt_tokens, report.inputs.seed, report.seconds}
     texts = {str(value) for value in found} | {report.created}
     for result in report.results:
@@ -181,7 +181,7 @@ def test_every_plot_says_in_words_what_it_shows(report: ParityReport) -> None:
     assert len(shown) > 5 or not report.results
 
 
-def test_variants_have_a_column_only_where_there_is_more_than_one() -> None:
+def test_variants_have_a_column_only_if_there_are_several() -> None:
     assert "cpu, disable" in Page(html(FULL)).text
     assert f"Ran on cpu {ON_CPU}" in Page(html(FULL)).text
     assert "Variant" not in Page(html(PASSED)).text
@@ -194,17 +194,17 @@ def test_variants_have_a_column_only_where_there_is_more_than_one() -> None:
     ("value", "place"),
     [(1e-6, 0), (1e-3, 50), (1.0, 100), (0.0, 0), (1e9, 100), (float("nan"), 100)],
 )
-def test_a_logarithmic_scale_has_a_place_for_every_number(value: float, place: float) -> None:
+def test_a_logarithmic_scale_has_a_position_for_every_number(value: float, place: float) -> None:
     assert LogScale(-6, 0).at(value) == pytest.approx(place)
 
 
-def test_a_scale_over_nothing_is_a_scale() -> None:
+def test_a_scale_without_values_is_valid() -> None:
     assert LogScale.over([]).at(1.0) == 100
     assert LogScale.over([0.0, None, float("inf")]).ticks
     assert LogScale.over([1.0, 1.0]).low < LogScale.over([1.0, 1.0]).high
 
 
-def test_a_heatmap_that_is_too_large_keeps_its_worst() -> None:
+def test_a_heatmap_that_is_too_large_keeps_its_worst_rows() -> None:
     modules, positions = 500, 300
     rows = [[1e-7] * positions for _ in range(modules)]
     rows[321][77], rows[12][299] = 0.5, float("nan")
@@ -224,7 +224,7 @@ def test_a_larger_error_never_has_a_lighter_shade() -> None:
     assert {*shades} >= {0, 6}
 
 
-def test_a_single_module_is_a_plot_too() -> None:
+def test_a_single_module_can_be_plotted() -> None:
     place = FULL.localizations[0]
     one = dataclasses.replace(place, steps=place.steps[:1], heatmap=None, offenders=())
     text = html(dataclasses.replace(FULL, localizations=(one, empty())))
@@ -243,7 +243,7 @@ Browse = Callable[..., str]
 
 @pytest.fixture(scope="session")
 def browse(tmp_path_factory: pytest.TempPathFactory) -> Browse:
-    """A function that opens a page in headless Chromium, with more of its options."""
+    """A function that opens a page in headless Chromium with additional options."""
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
     if found is None:
         pytest.skip(f"none of {', '.join(BROWSERS)} is installed")
@@ -261,9 +261,9 @@ def browse(tmp_path_factory: pytest.TempPathFactory) -> Browse:
 
 
 def framed(text: str, width: int, place: Path) -> Path:
-    """A page that shows `text` in a frame, since a browser's window is never as narrow as a phone.
+    """Write a page that shows `text` in a frame: browser windows are never as narrow as a phone.
 
-    It notes how wide the page is that it shows, all of it unfolded.
+    The page records the width of the framed page with all its details unfolded.
     """
     place.write_text(
         f'<body style="margin:0"><iframe style="border:0;width:{width}px;height:844px"'
@@ -290,12 +290,12 @@ def test_the_page_is_no_wider_than_the_window(
     assert width_of(browse, html(REPORTS[name]), width, tmp_path / "frame.html") == width
 
 
-def test_a_page_that_is_too_wide_would_be_seen(browse: Browse, tmp_path: Path) -> None:
+def test_a_page_that_is_too_wide_is_detected(browse: Browse, tmp_path: Path) -> None:
     wide = html(PASSED).replace("<main>", '<main><div style="width:700px;height:9px"></div>')
     assert width_of(browse, wide, 390, tmp_path / "frame.html") > 390
 
 
-def test_the_page_shows_something(browse: Browse, tmp_path: Path) -> None:
+def test_the_rendered_page_is_not_blank(browse: Browse, tmp_path: Path) -> None:
     from PIL import Image
 
     write_report(FULL, tmp_path / "report.html")

@@ -57,7 +57,7 @@ REPORT = ParityReport(
 FAILED = dataclasses.replace(REPORT, results=(*REPORT.results, result(0.1)))
 
 
-def test_a_report_passes_where_everything_that_ran_does() -> None:
+def test_a_report_passes_if_everything_that_ran_passed() -> None:
     assert REPORT.passed
     assert REPORT.failures == ()
 
@@ -79,7 +79,7 @@ def test_a_report_fails_with(change: dict[str, object]) -> None:
     assert report.failures
 
 
-def test_json_tells_its_schema_the_verdict_and_the_figures(tmp_path: Path) -> None:
+def test_json_has_its_schema_version_the_verdict_and_the_figures(tmp_path: Path) -> None:
     write_report(FAILED, tmp_path / "r.json")
     result = json.loads((tmp_path / "r.json").read_text())
     assert (result["format"], result["schema_version"]) == ("loradeploy-parity", SCHEMA_VERSION)
@@ -88,7 +88,7 @@ def test_json_tells_its_schema_the_verdict_and_the_figures(tmp_path: Path) -> No
     assert result["results"][2]["checks"][0]["reason"]
 
 
-def test_json_holds_no_numbers_that_json_does_not_have(tmp_path: Path) -> None:
+def test_json_has_no_nan_or_infinity(tmp_path: Path) -> None:
     facts = dataclasses.replace(REPORT.adapters[0], effect=float("nan"))
     write_report(dataclasses.replace(REPORT, adapters=(facts,)), tmp_path / "r.json")
     assert json.loads((tmp_path / "r.json").read_text())["adapters"][0]["effect"] is None
@@ -106,13 +106,13 @@ def test_junit_counts_what_failed_and_what_was_not_run(tmp_path: Path) -> None:
     assert "max abs 0.1" in str(failed.get("message"))
 
 
-def test_junit_stays_xml_whatever_a_name_holds(tmp_path: Path) -> None:
+def test_junit_is_valid_xml_for_any_name(tmp_path: Path) -> None:
     report = dataclasses.replace(REPORT, bundle="a\x00<b>\x1b", results=(result(),))
     write_report(report, tmp_path / "r.xml")
     assert "<b>" in str(ET.parse(tmp_path / "r.xml").getroot().get("name"))
 
 
-def test_markdown_keeps_its_table_whatever_a_name_holds() -> None:
+def test_markdown_keeps_its_table_for_any_name() -> None:
     text = markdown(FAILED)
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert {line.replace(r"\|", "").count("|") for line in table} == {13}
@@ -149,7 +149,7 @@ def table_of(report: ParityReport) -> str:
     return out.getvalue()
 
 
-# -- what a report may hold besides ----------------------------------------------------------------
+# -- optional parts of a report --------------------------------------------------------------------
 
 FORMS = pytest.mark.parametrize("form", [table_of, markdown, junit], ids=["table", "md", "junit"])
 
@@ -170,12 +170,14 @@ FORMS = pytest.mark.parametrize("form", [table_of, markdown, junit], ids=["table
         "cpu, disable",
     ],
 )
-def test_every_form_tells(form: Callable[[ParityReport], str], message: str) -> None:
+def test_every_form_contains(form: Callable[[ParityReport], str], message: str) -> None:
     assert message in form(FULL).replace("\\", "")
 
 
 @pytest.mark.parametrize("form", [table_of, markdown], ids=["table", "md"])
-def test_people_read_scores_with_their_intervals(form: Callable[[ParityReport], str]) -> None:
+def test_forms_for_people_show_scores_with_their_intervals(
+    form: Callable[[ParityReport], str],
+) -> None:
     text = form(FULL).replace("\\", "")
     assert "0.9145 for PyTorch's 0.912, +0.0025 [95 %: -0.006 to +0.011] on 400 examples" in text
     assert "controls: 1 of 2 mistakes caught, mutation score 50.0%" in text
@@ -183,14 +185,14 @@ def test_people_read_scores_with_their_intervals(form: Callable[[ParityReport], 
 
 
 @pytest.mark.parametrize("form", [table_of, markdown], ids=["table", "md"])
-def test_variants_are_a_column_where_there_is_more_than_one(
+def test_variants_are_a_column_if_there_are_several(
     form: Callable[[ParityReport], str],
 ) -> None:
     assert "variant" in form(FULL)
     assert "variant" not in form(PASSED)
 
 
-def test_a_comment_folds_a_long_table_away() -> None:
+def test_a_comment_folds_a_long_table() -> None:
     assert "<details>" not in markdown(PASSED)
     long = dataclasses.replace(PASSED, results=PASSED.results * 3)
     text = markdown(long)
@@ -205,7 +207,7 @@ def test_a_comment_stays_short_however_much_fails() -> None:
     assert len(text) < 65_536  # GitHub's limit, of 50 results and more
 
 
-def test_a_score_and_a_regression_are_cases_of_their_own(tmp_path: Path) -> None:
+def test_a_score_and_a_regression_are_separate_junit_cases(tmp_path: Path) -> None:
     write_report(FULL, tmp_path / "r.xml")
     suite = ET.parse(tmp_path / "r.xml").getroot()
     cases = {(c.get("classname"), c.get("name")): c for c in suite.iter("testcase")}

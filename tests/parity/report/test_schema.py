@@ -1,4 +1,4 @@
-"""The JSON report keeps to its schema, and the schema is the nouns'."""
+"""JSON reports conform to their schema, and the schema matches the dataclasses."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ VALIDATOR = jsonschema.Draft202012Validator(report_schema())
 
 
 def problems(value: Any) -> list[str]:
-    """What is wrong with a report, a line each: where, and what."""
+    """Return the schema violations of a report, each as one line: where and what."""
     return [f"{error.json_path}: {error.message}" for error in VALIDATOR.iter_errors(value)]
 
 
 def as_read(report: ParityReport) -> Any:
-    """The report as a reader of its JSON has it."""
+    """Return the report as parsed from its JSON."""
     return json.loads(json.dumps(report.to_json()))
 
 
-def test_the_shipped_schema_is_that_of_the_nouns() -> None:
+def test_the_shipped_schema_is_that_of_the_dataclasses() -> None:
     assert json.loads(SCHEMA_FILE.read_text(encoding="utf-8")) == report_schema(), (
         f"run python -m loradeploy.parity.report.schema > {SCHEMA_FILE.name}"
     )
     assert report_schema()["title"].endswith("schema version 3")
 
 
-def test_the_schema_is_one_of_its_dialect() -> None:
+def test_the_schema_is_valid_in_its_dialect() -> None:
     jsonschema.Draft202012Validator.check_schema(report_schema())
 
 
 @pytest.mark.parametrize("report", [PASSED, FULL], ids=["passed", "with everything"])
-def test_a_report_keeps_to_it(report: ParityReport) -> None:
+def test_a_report_conforms_to_the_schema(report: ParityReport) -> None:
     assert problems(as_read(report)) == []
 
 
-def test_a_certificate_keeps_to_it(certified_bundle: Path) -> None:
+def test_a_certificate_conforms_to_the_schema(certified_bundle: Path) -> None:
     assert problems(json.loads((certified_bundle / "parity.json").read_text())) == []
 
 
@@ -62,7 +62,7 @@ def test_a_certificate_keeps_to_it(certified_bundle: Path) -> None:
         (lambda v: v.update(passed=1), "$.passed: 1 is not of type 'boolean'"),
     ],
 )
-def test_what_is_no_report_does_not(change: Any, problem: str) -> None:
+def test_invalid_reports_violate_the_schema(change: Any, problem: str) -> None:
     value = as_read(FULL)
     change(value)
     found = problems(value)

@@ -1,4 +1,4 @@
-"""The confidence intervals of the scores, against published values and what must hold."""
+"""The confidence intervals of the scores, compared with published values and known properties."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from loradeploy.parity.score.intervals import mean_interval, proportions_interva
         (0, 10, 10, 0.95, (-1.0, -0.444934), 6),
     ],
 )
-def test_the_interval_of_paired_proportions_is_tangos(
+def test_the_interval_of_paired_proportions_is_tangos_score_interval(
     gained: int,
     lost: int,
     pairs: int,
@@ -33,7 +33,7 @@ def test_the_interval_of_paired_proportions_is_tangos(
 
 
 @pytest.mark.parametrize(("gained", "lost"), [(0, 0), (0, 1), (1, 0), (3, 3), (0, 50), (50, 0)])
-def test_it_has_a_width_that_holds_the_difference_and_turns_with_the_sides(
+def test_the_interval_contains_the_difference_and_is_mirrored_if_the_sides_are_exchanged(
     gained: int, lost: int
 ) -> None:
     low, high = proportions_interval(gained, lost, 50)
@@ -46,23 +46,25 @@ def test_it_has_a_width_that_holds_the_difference_and_turns_with_the_sides(
     ("freedom", "expected"),
     [(1, 12.7062), (2, 4.30265), (3, 3.18245), (5, 2.57058), (10, 2.22814), (99, 1.98422)],
 )
-def test_the_quantile_is_the_one_of_the_tables(freedom: int, expected: float) -> None:
+def test_the_quantile_of_students_t_is_that_of_published_tables(
+    freedom: int, expected: float
+) -> None:
     assert t_quantile(0.975, freedom) == pytest.approx(expected, rel=3e-3)
 
 
-def test_the_interval_of_a_mean_is_students_where_examples_are_as_long() -> None:
+def test_the_interval_of_a_mean_is_students_for_examples_of_equal_length() -> None:
     # 1, 2, 3, 4: mean 2.5, deviation 1.29099, times 3.18245 / √4.
     low, high = mean_interval(np.array([1.0, 2.0, 3.0, 4.0]), np.ones(4))
     assert (low, high) == pytest.approx((2.5 - 2.0543, 2.5 + 2.0543), abs=0.01)
 
 
-def test_long_examples_count_for_as_many_tokens() -> None:
+def test_long_examples_are_weighted_by_their_tokens() -> None:
     # The same difference for each token: no spread between examples, whatever their lengths.
     counts = np.array([1, 10, 100])
     assert mean_interval(0.5 * counts, counts) == pytest.approx((0.5, 0.5))
 
 
-def test_it_holds_the_true_mean_as_often_as_it_says() -> None:
+def test_the_interval_contains_the_true_mean_at_its_confidence_level() -> None:
     random = np.random.default_rng(0)
     held = 0
     for _ in range(2000):

@@ -1,4 +1,4 @@
-"""The figures of tasks, on examples whose figures are known."""
+"""The metrics of tasks, on examples with known values."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ B, INSIDE, PLACE, OUT = "B-PER", "I-PER", "I-LOC", "O"
     [
         ([OUT, B, INSIDE, OUT], {("PER", 1, 2)}),
         ([B, B, INSIDE], {("PER", 0, 0), ("PER", 1, 2)}),
-        ([B, PLACE, PLACE], {("PER", 0, 0), ("LOC", 1, 2)}),  # I- of another kind begins one
+        ([B, PLACE, PLACE], {("PER", 0, 0), ("LOC", 1, 2)}),  # I- of another type begins an entity
         ([INSIDE, INSIDE, OUT, INSIDE], {("PER", 0, 1), ("PER", 3, 3)}),
         (["S-PER", "B-PER", "E-PER", "E-PER"], {("PER", 0, 0), ("PER", 1, 2), ("PER", 3, 3)}),
         (["person", "person", OUT, "place"], {("person", 0, 1), ("place", 3, 3)}),
@@ -58,17 +58,17 @@ def test_the_f1_of_entities_is_that_of_seqevals_own_example() -> None:
     assert micro_f1(np.stack(counts)) == 0.5
 
 
-def test_f1_of_labels_over_all_and_by_label() -> None:
+def test_micro_and_per_label_f1() -> None:
     logits = np.array([[2.0, -1.0, 0.5], [-1.0, -2.0, 3.0], [0.0, -0.1, -1.0]])
     truth = [[1.0, 0.0, 0.0], [0.0, 1.0, 1.0], [1.0, 0.0, 1.0]]
     counts = np.stack([label_counts(*row) for row in zip(logits, truth, strict=True)])
-    # By label: 2 right of 2; 1 missed; 1 right, 1 too many, 1 missed.
+    # By label: 2 of 2 correct; 1 missed; 1 correct, 1 false positive, 1 missed.
     assert micro_f1(counts) == pytest.approx(2 * 3 / (2 * 3 + 1 + 2))
     assert macro_f1(counts) == pytest.approx((1 + 0 + 0.5) / 3)
     assert micro_f1(np.zeros((2, 3, 3))) == 0.0
 
 
-def test_errors_and_correlations_of_numbers() -> None:
+def test_errors_and_correlations_of_regression_values() -> None:
     truth = [1.0, 2.0, 3.0, 4.0, 5.0]
     values = [2.0, 1.0, 4.0, 3.0, 7.0]
     pairs = np.stack([number_pairs(np.array([v]), [t]) for v, t in zip(values, truth, strict=True)])
@@ -81,16 +81,16 @@ def test_errors_and_correlations_of_numbers() -> None:
 
 
 @pytest.mark.parametrize("kind", MEASURED)
-def test_every_kind_of_task_has_figures(kind: str) -> None:
+def test_every_kind_of_task_has_metrics(kind: str) -> None:
     assert all(name in MEASURES for name in MEASURED[kind])
 
 
-def test_what_is_no_number_is_counted_as_none() -> None:
+def test_nan_values_are_counted_as_invalid() -> None:
     assert np.isnan(label_counts(np.array([np.nan, 1.0]), [1.0, 0.0])).all()
     assert np.isnan(entity_counts(np.array([[np.inf, 0.0]]), [0], ["O", "B-X"], -100)).all()
 
 
-def test_the_interval_has_the_difference_and_none_where_both_are_the_same() -> None:
+def test_the_interval_contains_the_difference_and_has_no_width_for_equal_sides() -> None:
     random = np.random.default_rng(0)
     truth = random.normal(size=(60, 1))
     near = np.stack([truth + random.normal(size=truth.shape) * 0.1, truth], axis=2)
@@ -125,6 +125,6 @@ def test_ranks_of_documents_are_those_of_sentence_transformers() -> None:
     assert 0 < ours[1] < ours[2] < 1
 
 
-def test_vectors_that_are_all_alike_find_nothing() -> None:
+def test_vectors_that_are_all_equal_retrieve_nothing() -> None:
     assert retrieval_counts(np.ones(20), [3]).tolist() == [1 / 20, 0, 0]
     assert np.isnan(retrieval_counts(np.array([np.nan, 1.0]), [0])).all()

@@ -1,4 +1,4 @@
-"""The task metric on held-out data: right bundles keep it, wrong ones are told."""
+"""Task metrics on held-out data: correct bundles keep the score, wrong ones fail."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Parity = Callable[..., ParityReport]
 
 @pytest.fixture
 def parity() -> Parity:
-    """`loradeploy.parity` with next to nothing but the scores."""
+    """A function that runs `loradeploy.parity` with scores and little else."""
 
     def run(bundle: Path, **options: Any) -> ParityReport:
         given = {"prompts": PROMPTS, "certificate": False, "examples": 40}
@@ -44,7 +44,7 @@ def parity() -> Parity:
 
 @pytest.fixture(scope="module")
 def topics(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sixty texts of words that belong to one of three topics, with the topic."""
+    """Sixty labeled texts of words of three topics."""
     generator = random.Random(0)
     return write_lines(
         tmp_path_factory.mktemp("topics") / "topics.jsonl",
@@ -58,7 +58,7 @@ def topics(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def lessons(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Prompts of different lengths, each with the completion that belongs to it."""
+    """Prompts of different lengths, each with a fixed completion."""
     lines = [
         {"prompt": f"Question {'!' * (n % 7)} {n}:", "completion": f" answer {n % 3}."}
         for n in range(30)
@@ -68,7 +68,7 @@ def lessons(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def classifier(shared: Path, tiny_bert: Path, topics: Path) -> Path:
-    """An adapter that was trained to tell the topics on the tiny BERT."""
+    """An adapter for the tiny BERT, trained to classify the topics."""
     return _trained(
         shared / "topics-adapter", tiny_bert, topics, task="sequence-classification", max_steps=60
     )
@@ -76,7 +76,7 @@ def classifier(shared: Path, tiny_bert: Path, topics: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def speaker(shared: Path, tiny_llama: Path, lessons: Path) -> Path:
-    """An adapter that was trained to answer the lessons on the tiny Llama."""
+    """An adapter for the tiny Llama, trained on the prompts and completions of `lessons`."""
     return _trained(shared / "lessons-adapter", tiny_llama, lessons, max_steps=40)
 
 
@@ -121,12 +121,12 @@ def test_a_classifier_keeps_its_accuracy(
     for score in found.values():
         assert (score.metric, score.examples) == ("accuracy", 40)
         assert score.value == score.reference > 0.9, "the adapter learnt nothing"
-        # Forty examples that all agree leave room for doubt, and say so by their interval.
+        # Forty examples that all agree still leave an interval of this width.
         assert (score.low, score.high) == pytest.approx((-0.0876, 0.0876), abs=1e-3)
     assert f"scores: 40 of 60 examples in {topics}" in report.notes
 
 
-def test_scores_are_those_of_the_first_provider_where_one_has_two_settings(
+def test_scores_are_those_of_the_first_of_two_settings_of_one_provider(
     bundles: dict[str, Path], tiny_bert: Path, topics: Path, parity: Parity
 ) -> None:
     report = parity(
@@ -198,7 +198,7 @@ def test_the_same_seed_draws_the_same_examples_and_another_seed_others(
     assert first == again != other
 
 
-def test_adapters_have_data_of_their_own(
+def test_each_adapter_can_have_its_own_data(
     tiny_llama: Path,
     bundles: dict[str, Path],
     lessons: Path,
@@ -219,7 +219,7 @@ def test_adapters_have_data_of_their_own(
 
 
 @pytest.mark.parametrize(("precision", "merge"), [("int8", False), ("int4", False), ("int8", True)])
-def test_a_packed_bundle_is_held_to_the_weights_before_they_were_packed(
+def test_a_packed_bundle_is_scored_against_the_weights_before_packing(
     precision: str,
     merge: bool,
     tiny_llama: Path,
@@ -242,7 +242,7 @@ def test_a_packed_bundle_is_held_to_the_weights_before_they_were_packed(
     assert packed.limit == pytest.approx(SCORE_LIMITS[precision].perplexity * packed.reference)
 
 
-# -- what does not -----------------------------------------------------------------------------
+# -- what does not agree -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "perplexity"])
@@ -285,7 +285,7 @@ def answers(*sums: float, counts: int = 1) -> Answers:
 
 @pytest.mark.parametrize("precision", SCORE_LIMITS)
 @pytest.mark.parametrize("examples", [2, 20, 100, 1000, 10_000])
-def test_answers_that_are_the_same_pass_however_few(precision: str, examples: int) -> None:
+def test_equal_answers_pass_for_any_number_of_examples(precision: str, examples: int) -> None:
     limits = SCORE_LIMITS[precision]
     right = np.resize([1.0, 1.0, 1.0, 0.0], examples)
     losses = np.random.default_rng(0).gamma(2.0, 2.0, examples)
@@ -298,7 +298,7 @@ def test_answers_that_are_the_same_pass_however_few(precision: str, examples: in
 
 @pytest.mark.parametrize("turned", [1, 2])
 @pytest.mark.parametrize("examples", [20, 100, 1000, 5000, 8300, 20_000])
-def test_a_tie_that_turned_does_not_fail(turned: int, examples: int) -> None:
+def test_a_few_changed_ties_do_not_fail(turned: int, examples: int) -> None:
     expected = np.ones(examples)
     actual = expected.copy()
     actual[:turned] = 0
@@ -307,11 +307,11 @@ def test_a_tie_that_turned_does_not_fail(turned: int, examples: int) -> None:
     assert score.passed, score.message
 
 
-def test_a_loss_that_enough_examples_cannot_exclude_fails_and_too_few_say_so() -> None:
+def test_a_possible_loss_fails_and_too_few_examples_to_exclude_it_are_reported() -> None:
     def score(examples: int) -> Score:
         expected = np.ones(examples)
         actual = expected.copy()
-        actual[: round(0.009 * examples)] = 0  # 0.9 % are lost, 1 % may be
+        actual[: round(0.009 * examples)] = 0  # 0.9 % are lost, 1 % is allowed
         ones = np.ones(examples, np.int64)
         return judge_score(
             ANY, "it", "accuracy", Answers(expected, ones), Answers(actual, ones), 0.01
@@ -326,22 +326,20 @@ def test_a_loss_that_enough_examples_cannot_exclude_fails_and_too_few_say_so() -
 
 @pytest.mark.parametrize("metric", ["accuracy", "perplexity"])
 @pytest.mark.parametrize(("reference", "other"), [(1.0, np.nan), (np.nan, 1.0), (np.nan, np.nan)])
-def test_what_is_no_number_fails_on_whichever_side(
-    metric: str, reference: float, other: float
-) -> None:
+def test_nan_fails_on_either_side(metric: str, reference: float, other: float) -> None:
     expected, actual = answers(1.0, reference), answers(1.0, other)
     score = judge_score(ANY, None, metric, expected, actual, 0.1)
     assert not score.passed
     assert ("PyTorch" if np.isnan(reference) else "it gives") in str(score.message)
 
 
-def test_the_loss_of_logits_is_the_cross_entropy_behind_each_labeled_token() -> None:
+def test_the_loss_of_logits_is_the_cross_entropy_of_each_labeled_token() -> None:
     logits = np.log(np.array([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7], [0.3, 0.3, 0.4]]))
     total, count = _loss(logits, Example((0, 1, 2), (-100, 1, 2)))
     assert (total, count) == (pytest.approx(-np.log(0.25) - np.log(0.7)), 2)
 
 
-def test_every_precision_that_can_be_proved_has_its_limits() -> None:
+def test_every_precision_that_parity_supports_has_score_limits() -> None:
     assert SCORE_LIMITS.keys() == UNIT.keys()
     assert all(limit.reason for limit in SCORE_LIMITS.values())
 
@@ -360,7 +358,7 @@ def test_every_precision_that_can_be_proved_has_its_limits() -> None:
         ("perplexity", [{"prompt": "a " * 200, "completion": "b"}] * 2, "no tokens of the loss"),
     ],
 )
-def test_data_that_cannot_be_scored_is_told_in_one_line(
+def test_data_that_cannot_be_scored_is_reported_in_one_line(
     metric: str,
     lines: list[Any],
     message: str,
@@ -386,7 +384,7 @@ def test_data_that_cannot_be_scored_is_told_in_one_line(
         ({"evaluate": ["x.jsonl", "y.jsonl"]}, "two data sets to evaluate base on"),
     ],
 )
-def test_options_that_do_not_go_together_are_told_in_one_line(
+def test_contradictory_options_are_reported_in_one_line(
     options: dict[str, Any],
     message: str,
     tiny_llama: Path,
@@ -407,7 +405,7 @@ def test_a_task_without_a_metric_is_refused_by_name(
         read_held_out(bundle, other, tiny_bert, (), topics, examples=10, seed=0)
 
 
-# -- what is shown -----------------------------------------------------------------------------
+# -- output ------------------------------------------------------------------------------------
 
 
 def test_the_command_shows_the_scores_and_exits_with_2_on_other_labels(
@@ -435,7 +433,7 @@ def test_the_command_shows_the_scores_and_exits_with_2_on_other_labels(
 
 
 @pytest.mark.slow
-def test_minilm_that_learnt_the_topics_of_the_news_keeps_its_accuracy(
+def test_minilm_trained_on_news_topics_keeps_its_accuracy(
     minilm: Path, topics_of_news: Topics, tmp_path: Path, parity: Parity
 ) -> None:
     topic = topics_of_news.adapter
