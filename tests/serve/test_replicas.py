@@ -76,7 +76,7 @@ def held_by(stop: Path) -> type[Replica]:
 
             def held(worker: Worker) -> None:
                 with contextlib.suppress(FileNotFoundError):
-                    if worker._going:
+                    if worker._active:
                         stop.unlink()
                         threading.Event().wait()
                 step(worker)

@@ -1,1 +1,1 @@
-"""The engine: requests that come one by one, generated together, each with its own adapter."""
+"""Continuous batching: requests that arrive at any time share a batch, each with its adapter."""

@@ -1,7 +1,7 @@
-"""Ends that no step makes: of requests that nothing was read of, and after a defect.
+"""End requests outside of a step: before their prompt was processed, and after a defect.
 
-A defect is an error in a thread of the engine that belongs to no request. All requests fail with
-it, and further ones are refused.
+A defect is an error in a thread of the engine that no request caused. All requests fail with it,
+and later ones are refused.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ logger = logger_of(__name__)
 
 
 def ended_by_defect(problem: BaseException) -> EngineClosedError:
-    """The error of whoever asks an engine that `problem` ended."""
+    """The error of later calls to an engine that `problem` ended."""
     return EngineClosedError(
         f"the engine was ended by a defect ({type(problem).__name__}: {shown(str(problem))}):"
         " make another one, and see the log"
@@ -38,13 +38,16 @@ def abandon(
     for one in rest:
         try:
             one.close()
-        except BaseException:  # the others are to end too
+        except BaseException:  # the others must be failed too
             logger.exception("a request's adapter stays in use")
         fail(one.submission, problem)
 
 
 def end_unread(submission: Submission) -> int:
-    """End a request, cancelled before its prompt was read; how many texts that ends."""
+    """End a request that was cancelled before its prompt was processed.
+
+    Returns the number of its texts that this ends.
+    """
     choices, ended = submission.call.options[0].n, 0
     for choice in range(choices):
         nothing = Generation("", (), "cancelled", submission.adapter, 0, choice=choice)
@@ -54,7 +57,7 @@ def end_unread(submission: Submission) -> int:
 
 
 def guarded(observer: Observer | None) -> Observer:
-    """`observer`, whose errors are logged and hurt no request."""
+    """Wrap `observer` so that its errors are logged and affect no request."""
 
     def observe(moment: Moment, seconds: float, submission: Submission | None) -> None:
         try:

@@ -1,4 +1,4 @@
-"""The engine: requests that come one by one are generated together, each with its adapter."""
+"""The engine: batches requests as they arrive, each with its own adapter."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from loradeploy.runtime.decoding.choosing.options import GenerationFlags
 
-# Characters of a text for a token, to weigh requests by before they are read.
+# Characters per token, to estimate the cost of a prompt before it is tokenized.
 _CHARACTERS: Final = 4
 
 
@@ -46,8 +46,8 @@ class Engine:
     `observer`: called with what it measures, see `Moment`.
 
     Raises:
-        UsageError: as `TextGenerator`, or a number below 1, or a graph that does not read prompts
-            in parts rightly.
+        UsageError: as `TextGenerator`, or a number below 1, or a graph with incorrect results for
+            prompts that are processed in parts.
     """
 
     def __init__(
@@ -103,8 +103,7 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """Whether the engine processes requests: False after it was closed, or ended by a
-        defect."""
+        """Whether the engine processes requests: False once it is closed or ended by a defect."""
         return not self._requests.closed
 
     def start(self) -> Engine:
@@ -189,9 +188,9 @@ class Engine:
         instead of raising a BudgetError; always so if `max_new_tokens` is not given.
 
         Raises:
-            UsageError: as `TextGenerator.generate`, but for what needs the adapter or the prompt's
-                tokens, which the submission raises, and UnknownAdapterError, AdapterError and
-                BudgetError with it.
+            UsageError: as `TextGenerator.generate`. Errors that depend on the adapter or the
+                prompt's tokens are raised by the submission instead, also UnknownAdapterError,
+                AdapterError and BudgetError.
             EngineFullError: `max_waiting` requests are waiting; has `retry_after`.
             EngineClosedError: the engine is closed or draining, or was ended by a defect.
         """
@@ -201,7 +200,7 @@ class Engine:
         until = deadline_of(deadline)
         call = Call.of([prompt], [adapter], seed, chat, None, None, options)
         own = call.options[0]
-        # Blends of the same adapters are one flow, whatever their weights are.
+        # Blends of the same adapters share a flow, whatever their weights are.
         names = () if adapter is None else tuple(name for name, _ in weights_of(adapter))
         length = len(prompt) // _CHARACTERS if isinstance(prompt, str) else len(prompt)
         cost = 1 + length + own.max_new_tokens * max(own.n, own.num_beams)
@@ -257,8 +256,8 @@ class Engine:
                     one = requests.ready.popleft()
                     requests.running[one.number] = one
                     self._worker.admit(one)
-                    requests.changed.notify_all()  # the loader has room for another one
-                if not requests.running:  # what is ready is being read, or nothing goes on
+                    requests.changed.notify_all()  # the loader can prepare another one
+                if not requests.running:  # nothing to run
                     requests.changed.wait(0.05)
                     continue
-            requests.let_go(self._worker.advance())
+            requests.release(self._worker.advance())

@@ -1,4 +1,4 @@
-"""The thread of an engine that reads adapters and prompts of requests that wait."""
+"""The thread of an engine that loads adapters and tokenizes prompts of waiting requests."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from loradeploy.runtime.engine.worker import Worker
     from loradeploy.runtime.session import AdapterSession
 
-# Requests whose adapters are read while they wait for rows: for half of the rows, or these.
+# Requests that are prepared in advance: half the number of rows, but at least this many.
 _AHEAD: Final = 4
 
 
 class Loader:
-    """Has requests ready for the rows of `worker`, in the order in which their turns come."""
+    """Prepares requests for the rows of `worker`, in the order of the queue."""
 
     def __init__(self, session: AdapterSession, requests: EngineRequests, worker: Worker) -> None:
         self._session, self._requests, self._worker = session, requests, worker
@@ -29,7 +29,7 @@ class Loader:
         self._ahead = max(_AHEAD, worker.slots // 2)
 
     def run(self) -> None:
-        """Work until the engine is closed, or ended by a defect."""
+        """Run until the engine is closed, or ended by a defect."""
         try:
             self._run()
         except BaseException as problem:
@@ -45,7 +45,7 @@ class Loader:
                     lambda: (
                         requests.closed or (requests.queue and len(requests.ready) < self._ahead)
                     ),
-                    self._patience(),
+                    self._timeout(),
                 )
                 if requests.closed and not requests.queue:
                     return
@@ -62,11 +62,11 @@ class Loader:
                 self._prepare(taken)
 
     def _has_room(self) -> bool:
-        """Whether one that waits may be prepared. `changed` is held."""
+        """Whether another request may be prepared. The caller holds `changed`."""
         return bool(self._requests.queue) and len(self._requests.ready) < self._ahead
 
-    def _patience(self) -> float | None:
-        """Seconds until the next deadline of those that wait. `changed` is held."""
+    def _timeout(self) -> float | None:
+        """Seconds until the next deadline of a waiting request. The caller holds `changed`."""
         requests = self._requests
         ends = [one.deadline for one in requests.queue if one.deadline is not None]
         return max(0.0, min(ends) - time.monotonic()) if ends else None
@@ -83,7 +83,7 @@ class Loader:
                     self._worker.budget,
                     self._worker.positions,
                 )
-        except BaseException as problem:  # a panic of a tokenizer is no Exception
+        except BaseException as problem:  # a panic of a Rust tokenizer is not an Exception
             requests.fail(submission, problem)
         else:
             if running is None:

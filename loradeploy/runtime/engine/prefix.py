@@ -1,7 +1,7 @@
-"""Keys and values of beginnings of prompts, so that what prompts share is computed once.
+"""Prefix cache: keys and values of prompt prefixes, computed once for prompts that share them.
 
-They are kept in blocks of tokens. A block belongs to an adapter, by its digest, to a scope, and to
-all tokens before it: what another adapter computed, or was asked in another scope, is never found.
+They are stored in blocks of tokens. A block belongs to an adapter (by digest), a scope, and all
+tokens before it: blocks of another adapter or scope are never used.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# Tokens of a block: what two prompts share beyond their last common block is computed twice.
+# Tokens per block. Shared tokens beyond the last common block are computed again.
 BLOCK: Final = 16
 
-# Whose a prompt is: the digest of its adapter, None for the base, and its scope.
+# The digest of a prompt's adapter, None for the base, and its scope.
 Owner = tuple[str | None, str | None]
-# An owner, the block before, its tokens.
+# An owner, the previous block, the block's tokens.
 _Key = tuple[Owner, "_Block | None", tuple[int, ...]]
 
 
 @dataclass(eq=False)
 class _Block:
-    """`values`: of each tensor, [heads, BLOCK, size]. `followers`: blocks behind it."""
+    """A block. `values`: [heads, BLOCK, size] per tensor. `followers`: number of next blocks."""
 
     key: _Key
     values: list[NDArray[Any]]
@@ -37,9 +37,9 @@ class _Block:
 
 
 class PrefixCache:
-    """Blocks of at most `budget` bytes together; those that were not used the longest go.
+    """Blocks of at most `budget` bytes in total; the least recently used are evicted.
 
-    Its user calls it from one thread. `evictions`: how many went.
+    Not thread-safe. `evictions`: number of evicted blocks.
     """
 
     def __init__(self, budget: int) -> None:
@@ -52,22 +52,22 @@ class PrefixCache:
         return len(self._blocks)
 
     def find(self, owner: Owner, ids: Sequence[int]) -> list[list[NDArray[Any]]]:
-        """The blocks that `ids` begin with, each as its values; the last token is never in them.
+        """The values of the blocks that `ids` begin with, without the block of the last token.
 
-        Somebody has to read that one for its logits.
+        The last token must always be processed, for its logits.
         """
         found = self._chain(owner, ids, (len(ids) - 1) // BLOCK)
         return [block.values for block in found]
 
     def shares(self, one: Sequence[int], other: Sequence[int], found: int) -> bool:
-        """Whether prompts of one owner have a block in common behind the `found` tokens kept."""
+        """Whether prompts of one owner share another block after the `found` cached tokens."""
         end = found + BLOCK
         return min(len(one), len(other)) > end and list(one[:end]) == list(other[:end])
 
     def keep(self, owner: Owner, ids: Sequence[int], values: Sequence[NDArray[Any]]) -> None:
-        """Keep the whole blocks of `ids`, whose keys and values are `values` [heads, ≥ ids, size].
+        """Store the complete blocks of `ids`; `values` are their keys and values [heads, ≥ ids, size].
 
-        As many as there is room for beside each other.
+        Stops when the budget has no room for further blocks.
         """
         whole = len(ids) // BLOCK
         chain = self._chain(owner, ids, whole)
@@ -87,7 +87,7 @@ class PrefixCache:
         self._touch(chain)
 
     def clear(self) -> None:
-        """Let go of all blocks."""
+        """Remove all blocks."""
         self._blocks.clear()
         self.nbytes = 0
 
@@ -103,12 +103,12 @@ class PrefixCache:
         return chain
 
     def _touch(self, chain: Sequence[_Block]) -> None:
-        # The last one first: no block is older than those behind it.
+        # From the last to the first, so that no block is older than those after it.
         for block in reversed(chain):
             self._blocks.move_to_end(block.key)
 
     def _make_room(self, nbytes: int, spared: set[_Block]) -> bool:
-        """Let go of the oldest blocks but those in `spared`; whether there is room now."""
+        """Evict old blocks, but none in `spared`; return whether there is room."""
         while self.nbytes + nbytes > self._budget:
             oldest = next(
                 (

@@ -1,14 +1,15 @@
-"""Who is next: scopes take turns, and in a scope its adapters, by the work that they ask for.
+"""Choose the next request fairly: scopes take turns, and so do adapters in a scope, by cost.
 
-Fair queueing by start times (FQS, Greenberg and Madras 1992), twice: among scopes, and in each
-scope among its adapters. A flow's clock goes on by the cost of each item it is served, and the
-waiting flow with the earliest clock is next. `now` goes on by the cost of each item divided by the
-number of flows that wait, as the clock of each would if all were served at once.
+Fair queueing by start times (FQS, Greenberg and Madras 1992), at two levels: among scopes, and
+among the adapters of each scope. A flow's clock advances by the cost of each item that is served,
+and the waiting flow with the earliest clock is next. `now` advances by the cost of each item
+divided by the number of waiting flows, as each flow's clock would if all were served
+simultaneously.
 
-A flow that was idle begins at `now`, so that nobody saves turns up, or at its own clock where that
-is later: nobody comes back without a debt. Invariant: `now` grows with every item, so a flow that
-waits is served at last, however many others begin again, and a debt ends. What is kept of an idle
-flow is its debt alone: one whose clock is `now` or earlier is forgotten.
+A flow that was idle starts at `now`, so that idle time earns no credit, or at its own clock if that
+is later, so that its debt remains. Invariant: `now` advances with every item, so a waiting flow is
+eventually served, however many others become active, and every debt ends. Only the debt of an idle
+flow is stored: a flow whose clock is at most `now` is removed.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _Item = TypeVar("_Item")
 
 @dataclass(eq=False)
 class _Flow(Generic[_Item]):
-    """What waits of one adapter in one scope, with what it costs."""
+    """The waiting items of one adapter in one scope, with their costs."""
 
     clock: float
     items: list[tuple[_Item, float]] = field(default_factory=list)
@@ -33,7 +34,7 @@ class _Flow(Generic[_Item]):
 
 @dataclass(eq=False)
 class _Scope(Generic[_Item]):
-    """What waits in one scope, by adapter. `now`: where an adapter that was idle begins."""
+    """The waiting items of one scope, by adapter. `now`: the start of adapters that were idle."""
 
     clock: float
     now: float = 0.0
@@ -44,7 +45,7 @@ class _Scope(Generic[_Item]):
 
 
 class FairQueue(Generic[_Item]):
-    """Items by scope and adapter. Its user calls it from one thread at a time."""
+    """Items by scope and adapter. Not thread-safe."""
 
     def __init__(self) -> None:
         self._scopes: dict[Hashable, _Scope[_Item]] = {}
@@ -60,7 +61,7 @@ class FairQueue(Generic[_Item]):
                     yield item
 
     def push(self, item: _Item, scope: Hashable, adapter: Hashable, cost: float) -> None:
-        """Have `item` wait behind those of its scope and adapter. `cost`: the work it asks for."""
+        """Append `item` to the flow of its scope and adapter. `cost`: estimated work."""
         own = self._scopes.setdefault(scope, _Scope(self._now))
         flow = own.flows.setdefault(adapter, _Flow(own.now))
         if not len(own):
@@ -70,7 +71,7 @@ class FairQueue(Generic[_Item]):
         flow.items.append((item, cost))
 
     def pop(self) -> _Item:
-        """The next item."""
+        """Remove and return the next item."""
         scopes = [one for one in self._scopes.values() if len(one)]
         scope = min(scopes, key=lambda one: one.clock)
         flows = [one for one in scope.flows.values() if len(one)]
@@ -84,7 +85,7 @@ class FairQueue(Generic[_Item]):
         return item
 
     def remove(self, item: _Item) -> bool:
-        """Let go of an item; False where it does not wait."""
+        """Remove an item; False if it is not in the queue."""
         for scope in self._scopes.values():
             for flow in scope.flows.values():
                 for at, (waiting, _) in enumerate(flow.items):
@@ -94,9 +95,10 @@ class FairQueue(Generic[_Item]):
         return False
 
     def shed(self, scope: Hashable) -> _Item | None:
-        """The newest item of the scope that most wait of, if it has more than `scope` and one.
+        """Remove and return the newest item of the scope with the most items, or None.
 
-        It is let go of: the queue is full, and `scope` has less than its share.
+        Only if it has at least two items more than `scope`: for a full queue, when `scope` has less
+        than its share.
         """
         own = self._scopes.get(scope)
         most = max(self._scopes.values(), key=len, default=None)
@@ -106,7 +108,7 @@ class FairQueue(Generic[_Item]):
         return flow.items.pop()[0]
 
     def _forget(self) -> None:
-        """Let go of flows that are idle and without a debt."""
+        """Remove flows that are idle and without debt."""
         for name, scope in list(self._scopes.items()):
             for adapter, flow in list(scope.flows.items()):
                 if not flow.items and flow.clock <= scope.now:

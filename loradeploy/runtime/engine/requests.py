@@ -1,16 +1,16 @@
-"""Where the requests of an engine are, and what ends them outside of a step.
+"""The requests of an engine by state, and how they end outside of a step.
 
 A request is in one of these states; `changed` guards all of them.
 
-    State      Where             Goes on to
-    waits      `queue`           prepared, by the loader; shed, late or cancelled: ended
-    prepared   `preparing`       ready, with its adapter in use; refused or cancelled: ended
-    ready      `ready`           runs, where there are rows; late or cancelled: ended
-    runs       `running`         ended: with its last text, failed, late or cancelled
-    ended      nowhere           its adapter is no longer in use
+    State      Where             Next
+    waiting    `queue`           preparing, by the loader; shed, late or cancelled: ended
+    preparing  `preparing`       ready, with its adapter in use; refused or cancelled: ended
+    ready      `ready`           running, when there are rows; late or cancelled: ended
+    running    `running`         ended: with its last text, failed, late or cancelled
+    ended      -                 its adapter is no longer in use
 
-A defect of one of the engine's threads ends it (`defect`): what waits, is prepared or ready ends
-with its error at once, what runs when the thread that runs it has seen it.
+A defect of one of the engine's threads ends the engine (`defect`): waiting, preparing and ready
+requests fail immediately, running ones when the thread that runs them detects it.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ logger = logger_of(__name__)
 
 
 class EngineRequests:
-    """The requests of one engine. `most`: how many may wait.
+    """The requests of one engine. `most`: the maximum number of waiting requests.
 
-    `draining`: no more are taken. `closed`: nothing is done but to end those that there are.
-    `broken`: the defect that ended the engine.
+    `draining`: no more requests are accepted. `closed`: existing requests are only ended. `broken`:
+    the defect that ended the engine.
     """
 
     def __init__(self, statistics: EngineStatistics, most: int) -> None:
@@ -51,18 +51,18 @@ class EngineRequests:
         self.running: dict[int, Running] = {}
         self.draining = self.closed = False
         self.broken: BaseException | None = None
-        self._pace = 0.0  # seconds from one request's end to the next one's, of late
+        self._pace = 0.0  # moving average of seconds between ends
         self._last_end: float | None = None
 
     def check_open(self) -> None:
-        """Raise EngineClosedError where no more requests are taken. `changed` is held."""
+        """Raise EngineClosedError if no more requests are accepted. The caller holds `changed`."""
         if self.broken is not None:
             raise ended_by_defect(self.broken)
         if self.draining:
             raise EngineClosedError("the engine takes no more requests: it is closed, or drains")
 
     def full(self) -> EngineFullError:
-        """The error of a request that there is no room for."""
+        """The error of a request when the queue is full."""
         waiting = self.most
         after = min(max(self._pace * (waiting + 1) / 2, 0.1), 60.0)
         return EngineFullError(
@@ -71,7 +71,7 @@ class EngineRequests:
         )
 
     def unfinished(self) -> list[Submission]:
-        """All requests that have not ended. `changed` is held."""
+        """All requests that have not ended. The caller holds `changed`."""
         preparing = [] if self.preparing is None else [self.preparing]
         prepared = [one.submission for one in (*self.ready, *self.running.values())]
         return [*self.queue, *preparing, *prepared]
@@ -89,7 +89,7 @@ class EngineRequests:
             )
 
     def cancel(self, submission: Submission) -> None:
-        """End a request that waits; the threads see to those that they have."""
+        """End a waiting request; the threads end those that they process."""
         with self.changed:
             waited = self.queue.remove(submission)
             self.changed.notify_all()
@@ -97,7 +97,7 @@ class EngineRequests:
             self.end_unread(submission)
 
     def end_unread(self, submission: Submission) -> None:
-        """The end of a request that was cancelled before its prompt was read."""
+        """End a request that was cancelled before its prompt was processed."""
         choices = end_unread(submission)
         with self.changed:
             if choices:
@@ -105,7 +105,7 @@ class EngineRequests:
             self.changed.notify_all()
 
     def fail(self, submission: Submission, problem: BaseException) -> None:
-        """End a request with an error, unless it has ended: a defect may have been before."""
+        """Fail a request, unless it has ended already, for example by a defect."""
         error = submission.fail(problem)
         with self.changed:
             if error is not None:
@@ -113,9 +113,9 @@ class EngineRequests:
             self.changed.notify_all()
 
     def defect(self, problem: BaseException) -> None:
-        """The end by a defect in one of the threads: nobody may wait forever.
+        """End the engine after a defect in one of its threads, so that nobody waits forever.
 
-        What runs is let go of by the thread that runs it.
+        Running requests are failed by the thread that runs them.
         """
         logger.error("a defect ends the engine", exc_info=problem)
         with self.changed:
@@ -134,7 +134,7 @@ class EngineRequests:
         abandon(ready, problem, self.fail)
 
     def drop_ready(self) -> None:
-        """Let go of requests that were cancelled, or are late, before there were rows for them."""
+        """End requests that were cancelled or became late before there were rows for them."""
         now = time.monotonic()
         with self.changed:
             late = [one for one in self.ready if one.submission.late(now)]
@@ -150,8 +150,8 @@ class EngineRequests:
         for one in idle:
             self.end_unread(one.submission)
 
-    def let_go(self, ended: Sequence[tuple[Running, BaseException | None]]) -> None:
-        """Let go of what has ended in a round of the worker."""
+    def release(self, ended: Sequence[tuple[Running, BaseException | None]]) -> None:
+        """Release the requests that ended in a round of the worker."""
         for one, problem in ended:
             one.close()
             if problem is not None:

@@ -1,4 +1,4 @@
-"""A request whose adapter and prompt are read, until its texts have ended."""
+"""A request with its adapter and prompt, from its preparation until its texts have ended."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Running:
-    """A request with its adapter, which is in use until `close`.
+    """A request whose adapter is in use until `close`.
 
-    `rows`: how many it takes at most. `most`: the positions of each. `reading`: its row while its
-    prompt is read, with how much of it was. `blocks`: what the prefix cache has of it. `told`: of
-    each text, the tokens that were handed out.
+    `rows`: its maximum number of rows. `holding`: releases the adapter. `reading`: its row while
+    its prompt is processed. `read`: how many tokens were processed. `blocks`: its blocks in the
+    prefix cache. `emitted`: for each text, how many tokens were emitted. `ended`: the texts that
+    have ended. `generated`: tokens of ended texts.
     """
 
     submission: Submission
@@ -42,34 +43,34 @@ class Running:
     reading: Reading | None = None
     read: int = 0
     blocks: list[list[NDArray[Any]]] = field(default_factory=list)
-    told: dict[int, int] = field(default_factory=dict)
+    emitted: dict[int, int] = field(default_factory=dict)
     ended: set[int] = field(default_factory=set)
     generated: int = 0
     last_token: float = 0.0
 
     @property
     def number(self) -> int:
-        """What it is called by in the batch."""
+        """Its number in the batch."""
         return self.submission.number
 
     @property
     def most(self) -> int:
-        """The positions that each of its rows takes at most."""
+        """The maximum number of positions of each of its rows."""
         return len(self.request.ids) + self.request.limit
 
     @property
     def owner(self) -> Owner:
-        """Whose its keys and values are."""
+        """The owner of its keys and values in the prefix cache."""
         resident = self.held.lease.rows[0]
         return None if resident is None else resident.digest, self.submission.scope
 
     @property
     def choices(self) -> int:
-        """How many texts it has."""
+        """The number of its texts."""
         return self.submission.call.options[0].n
 
-    def tell(self, statistics: EngineStatistics, observer: Observer) -> bool:
-        """Hand out what is new; whether all texts have ended."""
+    def emit(self, statistics: EngineStatistics, observer: Observer) -> bool:
+        """Emit new tokens and texts; return whether all texts have ended."""
         sequences = self.request.sequences
         texts: dict[int, str] = {}
         for choice, text in sequences.pieces():
@@ -80,19 +81,19 @@ class Running:
             if choice in self.ended:
                 continue
             ids, logprobs = sequences.made(choice)
-            told = self.told.get(choice, 0)
+            emitted = self.emitted.get(choice, 0)
             over = choice in ended
-            if len(ids) > told or over or texts.get(choice):
+            if len(ids) > emitted or over or texts.get(choice):
                 events.append(
                     GenerationEvent(
                         choice=choice,
                         text=texts.get(choice, ""),
-                        token_ids=tuple(ids[told:]),
-                        logprobs=None if logprobs is None else tuple(logprobs[told:]),
+                        token_ids=tuple(ids[emitted:]),
+                        logprobs=None if logprobs is None else tuple(logprobs[emitted:]),
                         generation=generation_of(self.request, choice) if over else None,
                     )
                 )
-                self.told[choice] = len(ids)
+                self.emitted[choice] = len(ids)
             if over:
                 self.ended.add(choice)
         for event in events:
@@ -121,16 +122,16 @@ class Running:
         self.last_token = now
 
     def cancel(self) -> bool:
-        """End its texts where they are; whether it can leave at once.
+        """End its texts; return whether it can leave immediately.
 
-        A beam search that has begun ends with the next step.
+        A beam search that has started ends with the next step.
         """
         for choice in range(self.choices):
             self.request.sequences.cancel(choice)
         return len(self.request.sequences.ended()) == self.choices
 
     def close(self) -> None:
-        """Let go of its adapter."""
+        """Release its adapter."""
         if self.reading is not None:
             self.reading.close()
             self.reading = None
@@ -145,14 +146,14 @@ def prepare(
     budget: int | None,
     positions: int | None,
 ) -> Running:
-    """Read a request's adapter and its prompt, both of one moment.
+    """Load a request's adapter and tokenize its prompt, both of the same version.
 
-    Where the caller named no max_new_tokens, it gets those that its rows have room for.
+    If the caller gave no max_new_tokens, it is limited to the room of a row.
 
     Raises:
         UsageError: the prompt, or settings that do not fit it, or more rows than `slots`.
-        UnknownAdapterError, AdapterError: its adapter.
-        BudgetError: it takes more than `budget` bytes by itself, or a row more than `positions`.
+        UnknownAdapterError, AdapterError: the adapter cannot be loaded.
+        BudgetError: it needs more than `budget` bytes, or a row needs more than `positions`.
     """
     options = submission.call.options[0]
     rows = max(options.n, options.num_beams)
@@ -161,7 +162,7 @@ def prepare(
             f"the request takes {rows} rows (n or num_beams), the engine has {slots}: give fewer,"
             " or the engine more `max_rows`"
         )
-    each = rows * position_bytes(session)  # bytes of a position
+    each = rows * position_bytes(session)  # bytes per position
     fitting = budget // each if budget is not None and each else None
     room = min((size for size in (positions, fitting) if size is not None), default=None)
     while True:

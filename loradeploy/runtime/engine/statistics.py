@@ -1,4 +1,4 @@
-"""What an engine did and has available: figures for a page of metrics."""
+"""Statistics of an engine, for a metrics page."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from loradeploy.runtime.engine.submission import Submission
 
-# What an observer is told of, each with its seconds.
+# Durations in seconds that an observer is called with.
 Moment = Literal[
-    "queue",  # from the call of submit until the request takes part in steps
-    "first_token",  # from the call of submit until its first token
-    "inter_token",  # from a token of a text to its next
-    "request",  # from the call of submit until its end, when it was well
-    "step",  # one run of the graph that decodes
-    "prefill",  # one run of the graph that reads a part of a prompt, or several prompts
+    "queue",  # from submit until the request is admitted
+    "first_token",  # from submit until its first token
+    "inter_token",  # from an event with tokens to the next one
+    "request",  # from submit until its end, if it succeeded
+    "step",  # one decoding run of the graph
+    "prefill",  # one run of the graph on a part of a prompt, or on several prompts
 ]
-# Called in the engine's thread: it should be quick. The submission is None for
-# "step", and for "prefill" where several prompts are read.
+# Called in the engine's thread, so it should be fast. The submission is None for "step", and for
+# "prefill" of several prompts.
 Observer = Callable[[Moment, float, "Submission | None"], None]
 
 
@@ -29,7 +29,7 @@ class EngineStatistics:
     """Statistics of an engine since it was started.
 
     Args:
-        waiting: requests that wait.
+        waiting: requests that are waiting.
         running: requests that are decoding or whose prompt is being processed.
         rows: rows of the next step.
         slots: maximum number of rows.
@@ -38,14 +38,14 @@ class EngineStatistics:
         finished: requests that completed, by finish_reason of each text.
         failed: requests that failed, by the name of their error.
         prompt_tokens: processed prompt tokens, including those found in the prefix cache.
-        cached_tokens: those that were found there.
+        cached_tokens: prompt tokens that were found there.
         generated_tokens: tokens that were generated.
-        steps: runs of the graph that decoded.
-        one_adapter_steps: those in which all rows had the same adapter, or the base.
+        steps: decoding runs of the graph.
+        one_adapter_steps: steps in which all rows had the same adapter, or the base.
         batch_sizes: number of steps by number of active rows.
         prefills: runs of the graph that processed a part of a prompt, or several prompts.
         prefix_entries: blocks of tokens in the prefix cache.
-        prefix_bytes: their bytes.
+        prefix_bytes: size of these blocks.
         prefix_evictions: blocks that were evicted.
         cache_bytes: maximum size of the rows' keys and values.
     """

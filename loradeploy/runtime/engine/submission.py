@@ -1,4 +1,4 @@
-"""A request of an engine, and what becomes of it: for a thread, or for an asyncio loop."""
+"""A submitted request of an engine and its results, for threads and for asyncio."""
 
 from __future__ import annotations
 
@@ -93,8 +93,8 @@ class Submission:
         self.number = number
         self.call = call
         self.scope = scope
-        self.deadline = deadline  # of time.monotonic
-        self.limited = limited  # max_new_tokens was named: no fewer will do
+        self.deadline = deadline  # by time.monotonic
+        self.limited = limited  # max_new_tokens was given, and must not be reduced
         self.created = time.monotonic()
         self.prompt_tokens: int | None = None
         self.cached_tokens = 0
@@ -124,7 +124,7 @@ class Submission:
         return self._cancelled
 
     def late(self, now: float) -> bool:
-        """Whether its deadline has passed, at `now` of time.monotonic."""
+        """Whether its deadline has passed at `now`, by time.monotonic."""
         return self.deadline is not None and self.deadline <= now
 
     def cancel(self) -> None:
@@ -137,7 +137,7 @@ class Submission:
 
         Raises:
             TimeoutError: it has not ended after `timeout` seconds; it continues.
-            LoraDeployError: why it failed.
+            LoraDeployError: the request failed.
         """
         with self._changed:
             if not self._changed.wait_for(lambda: self.done, timeout):
@@ -145,7 +145,7 @@ class Submission:
         return self._completion()
 
     async def completion(self) -> Completion:
-        """As `result`, for asyncio."""
+        """Like `result`, for asyncio."""
         await self._until(lambda: self.done)
         return self._completion()
 
@@ -223,16 +223,16 @@ class Submission:
     # -- the engine's side ---------------------------------------------------------------------
 
     def start(self, prompt_tokens: int, cached_tokens: int = 0) -> None:
-        """Say that it takes part; the engine calls it."""
+        """Mark it as started; called by the engine."""
         with self._changed:
             self.prompt_tokens, self.cached_tokens = prompt_tokens, cached_tokens
             self._started = True
             self._wake()
 
     def put(self, event: GenerationEvent) -> bool:
-        """Hand out an event; the engine calls it. One with a usage is the last.
+        """Add an event; called by the engine. An event with a usage is the last.
 
-        False where it had ended before.
+        Returns False if the request had ended already.
         """
         with self._changed:
             if self.done:
@@ -245,10 +245,10 @@ class Submission:
         return True
 
     def fail(self, problem: BaseException) -> Exception | None:
-        """Say that it failed, with the error that its reader gets; the engine calls it.
+        """Fail it with `problem`, or a RunError caused by it; called by the engine.
 
-        None where it had ended before. What is no Exception, such as a panic of a library in Rust,
-        is the cause of a RunError.
+        Returns the error that readers get, or None if the request had ended already. What is not an
+        Exception, such as a panic of a Rust library, becomes the cause of a RunError.
         """
         if isinstance(problem, Exception):
             error = problem
@@ -263,16 +263,16 @@ class Submission:
         return error if first else None
 
     def _wake(self) -> None:
-        """Wake who waits. `_changed` is held."""
+        """Wake all waiting threads and tasks. The caller holds `_changed`."""
         self._changed.notify_all()
         waiting, self._waiting = self._waiting, []
         for loop, woken in waiting:
-            with contextlib.suppress(RuntimeError):  # a loop that was closed waits for nothing
+            with contextlib.suppress(RuntimeError):  # the loop was closed
                 loop.call_soon_threadsafe(_set, woken)
 
 
 def too_late() -> DeadlineError:
-    """The error of a request that is `late`."""
+    """The error of a request whose deadline passed."""
     return DeadlineError("the request's deadline passed before it ended")
 
 
@@ -282,10 +282,10 @@ def _set(woken: asyncio.Future[None]) -> None:
 
 
 def deadline_of(seconds: object) -> float | None:
-    """The time of time.monotonic that is so many seconds from now.
+    """The time, by time.monotonic, that is `seconds` from now; None for None.
 
     Raises:
-        UsageError: it is no number above 0.
+        UsageError: it is not a number above 0.
     """
     if seconds is None:
         return None

@@ -1,4 +1,4 @@
-"""What the engine's thread does between two looks at the queue: a chunk of prompts, and a step."""
+"""The work of the engine's thread in one round: a chunk of prompts, and a decode step."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ if TYPE_CHECKING:
 
 logger = logger_of(__name__)
 
-_POSITIONS: Final = 4096  # of a row, where the model has no end
+_POSITIONS: Final = 4096  # of a row, if the model has no maximum
 Ended = tuple["Running", "BaseException | None"]
 
 
 class Worker:
-    """The requests that take part in steps, and those whose prompt is read.
+    """The requests that are decoding, and those whose prompt is being processed.
 
-    `slots`: how many rows there are. `chunk`: tokens of prompts that are read between two steps.
-    `budget`: bytes of the rows' cache, None where nothing limits it. `prefixes`: bytes of the
-    prefix cache, 0 for none.
+    `slots`: maximum number of rows. `chunk`: prompt tokens that are processed between two steps.
+    `budget`: bytes of the rows' cache, None for no limit. `prefixes`: bytes of the prefix cache, 0
+    for none.
     """
 
     def __init__(
@@ -59,28 +59,28 @@ class Worker:
         self._observer = observer
         self.slots = slots
         self._chunk = chunk
-        # Rows of different lengths cannot share a run where padding changes answers. A cache whose
-        # keys may have their columns for positions cannot be padded later.
+        # Rows of different lengths cannot share a run if padding changes results. If a graph
+        # derives positions from cache columns, its cache cannot be padded later.
         columns = self._graph.cached and self._graph.left and not self._graph.takes_positions
         self._alone = session.manifest.padding == NO_PADDING or columns
         available = memory_for_rows(session, budget)
         self.budget = available if budget is not None or available is None else available // 2
         statistics.cache_bytes = self.budget or 0
         self._adapters = session.joined()
-        self._readers = session.joined()  # of prompts that are read together
+        self._readers = session.joined()  # for prompts that are processed together
         rows, self._beside, self.positions = self._make_rows()
         self._batch = DecodingBatch(self._graph, self._adapters, rows, self._failed)
         self._prefixes = PrefixCache(prefixes) if prefixes and self._graph.cached else None
-        self._going: dict[int, Running] = {}  # in the batch
-        self._reading: list[Running] = []  # in the order in which they came
-        self._long = False  # the last run read a chunk of a long prompt
+        self._active: dict[int, Running] = {}  # by number, in the batch
+        self._reading: list[Running] = []  # in order of arrival
+        self._long = False  # whether the last run processed a chunk of a long prompt
         self._ended: list[Ended] = []
-        self._broken: BaseException | None = None  # what hindered rows from being moved
+        self._broken: BaseException | None = None  # an error that occurred while rows were moved
 
     def _make_rows(self) -> tuple[Rows, RowsBeside | None, int | None]:
-        """The rows as the graph's cache wants them, and the positions of one where it is fixed.
+        """Return the rows for the graph's kind of cache, and the fixed number of positions of each.
 
-        The second are the same rows, where prompts are read beside them.
+        The second value is the same rows if prompts are processed beside them, otherwise None.
         """
         if not self._graph.cached:
             return UncachedRows(self._graph, 0), None, None
@@ -94,52 +94,52 @@ class Worker:
         return slots, slots, most
 
     def fits(self, one: Running) -> bool:
-        """Whether there are rows and memory for a request now."""
-        others = [*self._going.values(), *self._reading]
+        """Whether there are rows and memory for the request now."""
+        others = [*self._active.values(), *self._reading]
         if not others:
             return True
         rows = one.rows + sum(other.rows for other in others)
         if self._alone or rows > self.slots:
             return False
         if self.positions is not None:
-            return True  # every slot has its memory
+            return True  # each slot has its own memory
         longest = max(other.most for other in (one, *others))
         taken = rows * longest * position_bytes(self._session)
         return self.budget is None or taken <= self.budget
 
     def admit(self, one: Running) -> None:
-        """Begin with a request."""
+        """Start processing a request."""
         self._reading.append(one)
         self._statistics.prompt_tokens += len(one.request.ids)
         self._observer("queue", time.monotonic() - one.submission.created, one.submission)
 
     def advance(self) -> Sequence[Ended]:
-        """A chunk of prompts and a step of all others; the requests that have ended with it."""
-        for act in (self._heed, self._read, self._step):
+        """Process a chunk of prompts and run a step; return the requests that ended."""
+        for act in (self._end_cancelled, self._read, self._step):
             act()
-            if self._broken is not None:  # what the rows are is not known
+            if self._broken is not None:  # the state of the rows is unknown
                 self._fail_all(self._broken)
         self._statistics.rows = self._batch.rows
         ended, self._ended = self._ended, []
         return ended
 
     def close(self) -> None:
-        """Let go of the batch."""
+        """Release the adapters of the batch."""
         self._readers.close()
         self._adapters.close()
 
-    def _heed(self) -> None:
-        """End what was cancelled, and what is late."""
+    def _end_cancelled(self) -> None:
+        """End requests that were cancelled or whose deadline passed."""
         now = time.monotonic()
-        for one in [*self._going.values(), *self._reading]:
+        for one in [*self._active.values(), *self._reading]:
             if one.submission.late(now):
                 self._end(one, too_late())
             elif one.submission.cancelled and one.cancel():
-                one.tell(self._statistics, self._observer)
+                one.emit(self._statistics, self._observer)
                 self._end(one)
 
     def _read(self) -> None:
-        """Read a chunk of a prompt, or several prompts; behind its last token one takes part."""
+        """Process a chunk of a prompt, or several prompts; completed ones join the batch."""
         if not self._reading:
             return
         beside = self._beside
@@ -147,63 +147,64 @@ class Worker:
             for one in list(self._reading):
                 self._enter(one)
             return
-        group = self._together()
+        group = self._next_prompts()
         try:
             self._run_prompts(beside, group)
-        except BaseException as problem:  # a panic of a mask's library is no Exception
+        except BaseException as problem:  # a panic of a Rust library is not an Exception
             for one in group:
-                if one in self._reading or one.number in self._going:
+                if one in self._reading or one.number in self._active:
                     self._end(one, problem)
 
     def _enter(self, one: Running) -> None:
-        """Have a request take part that is read from its beginning at every step."""
+        """Add a request to the batch of a graph without a cache, where no prompt is processed first."""
         one.submission.start(len(one.request.ids))
         try:
-            self._take_part(one)
+            self._activate(one)
             self._batch.enter(one.number, one.request.sequences)
         except BaseException as problem:
             self._end(one, problem)
 
-    def _take_part(self, one: Running) -> None:
+    def _activate(self, one: Running) -> None:
         self._reading.remove(one)
         self._adapters.enter(one.number, one.held)
-        self._going[one.number] = one
+        self._active[one.number] = one
 
-    def _together(self) -> list[Running]:
-        """The requests whose prompts are read next: one, whose prompt is long, or several.
+    def _next_prompts(self) -> list[Running]:
+        """Choose the requests whose prompts are processed next: one long prompt, or short ones.
 
-        Together they are no more than a chunk, padding included, or where nobody waits for the next
-        step a chunk each. Of those that begin alike one is read first, for the others to find.
+        Several are at most a chunk in total, padding included, or a chunk each if no request is
+        decoding. Of prompts with a common prefix, one is processed first, so that the others find
+        it in the cache.
         """
         for one in self._reading:
             if one.reading is None:
                 one.blocks = self._find(one)
-        short = [one for one in self._reading if one.reading is None and self._left(one)]
+        short = [one for one in self._reading if one.reading is None and self._short_rest(one)]
         first = self._reading[0]
         if first not in short and not (self._long and short):
             self._long = True
             return [first]
         self._long = False
-        most = self._chunk * (1 if self._going else self.slots)
+        most = self._chunk * (1 if self._active else self.slots)
         group: list[Running] = []
         for one in short:
-            size = max(self._left(other) for other in (*group, one))
+            size = max(self._short_rest(other) for other in (*group, one))
             fits = (len(group) + 1) * size <= most and not any(
-                self._alike(one, other) for other in group
+                self._shares_prefix(one, other) for other in group
             )
-            # Behind cached tokens a row's padding would lie between its tokens, where a sliding
-            # window counts it; and rows that end at different positions begin at one.
+            # After cached tokens, a row's padding would be between its tokens, where a sliding
+            # window counts it; and rows that end at different positions must begin at the same one.
             if not group or (fits and not (one.blocks or group[0].blocks)):
                 group.append(one)
         return group
 
-    def _left(self, one: Running) -> int:
-        """The tokens of a prompt that are still to be read, where a chunk has them all; else 0."""
+    def _short_rest(self, one: Running) -> int:
+        """The number of remaining tokens of a prompt, if they fit in one chunk; otherwise 0."""
         rest = len(one.request.ids) - len(one.blocks) * BLOCK
         return rest if rest <= self._chunk else 0
 
-    def _alike(self, one: Running, other: Running) -> bool:
-        """Whether two prompts share tokens that the prefix cache could hold, and does not yet."""
+    def _shares_prefix(self, one: Running, other: Running) -> bool:
+        """Whether two prompts share a block that is not in the prefix cache yet."""
         if self._prefixes is None or one.owner != other.owner:
             return False
         found = max(len(one.blocks), len(other.blocks)) * BLOCK
@@ -213,7 +214,7 @@ class Worker:
         reading = group[0].reading
         if reading is None:
             reading = beside.begin(len(group))
-            del group[reading.count :]  # the others are read later
+            del group[reading.count :]  # the others are processed later
             self._begin(reading, group)
         began = time.monotonic()
         prompts = [one.request.ids[one.read : one.read + self._chunk] for one in group]
@@ -231,7 +232,7 @@ class Worker:
             for row, one in enumerate(group):
                 self._keep(one, reading, row)
                 one.reading = None
-                self._take_part(one)
+                self._activate(one)
                 entrants.append(Entrant(one.number, one.request.sequences, row))
             failures = self._batch.join(reading, entrants, logits)
         finally:
@@ -240,12 +241,12 @@ class Worker:
             if one.number in failures:
                 self._end(one, failures[one.number])
             else:
-                self._tell(one)
+                self._emit(one)
 
     def _begin(self, reading: Reading, group: Sequence[Running]) -> None:
-        """Begin behind what the prefix cache has of a prompt, which is then read by itself."""
+        """Start each prompt after its cached prefix; a prompt with one is processed alone."""
         for row, one in enumerate(group):
-            # What reads several prompts reads them whole, and is closed with that.
+            # Several prompts are processed completely in one run, which closes `reading` then.
             one.reading = reading if row == 0 else None
             one.read = len(one.blocks) * BLOCK
             if one.blocks:
@@ -257,7 +258,7 @@ class Worker:
 
     @contextmanager
     def _adapters_of(self, group: Sequence[Running]) -> Iterator[RowAdapters]:
-        """The adapters that the prompts of a group are read with, a row each."""
+        """Yield the adapters of a group's prompts, one row for each."""
         if len(group) == 1:
             yield group[0].held
             return
@@ -272,13 +273,13 @@ class Worker:
                 self._readers.leave(one.number)
 
     def _find(self, one: Running) -> list[list[NDArray[Any]]]:
-        """The blocks that the prefix cache has of a prompt."""
+        """The blocks of a prompt in the prefix cache."""
         if self._prefixes is None:
             return []
         return self._prefixes.find(one.owner, one.request.ids)
 
     def _keep(self, one: Running, reading: Reading, row: int) -> None:
-        """Keep what a prompt was read to."""
+        """Store a processed prompt in the prefix cache."""
         if self._prefixes is None or len(one.request.ids) < BLOCK:
             return
         self._prefixes.keep(one.owner, one.request.ids, reading.past(row))
@@ -287,14 +288,15 @@ class Worker:
         self._statistics.prefix_evictions = self._prefixes.evictions
 
     def _step(self) -> None:
-        # A prompt that could not join may have broken the rows, though nobody else is in them.
-        if not self._going and self._batch.whole:
+        # A prompt that failed to join may have broken the rows, even if the batch is empty
+        # otherwise.
+        if not self._active and self._batch.whole:
             return
         began = time.monotonic()
         rows = self._batch.rows
         try:
             self._batch.step()
-        except BaseException as problem:  # the run itself, or rows that could not be moved
+        except BaseException as problem:  # of the run, or of moving rows
             self._fail_all(problem)
             return
         statistics = self._statistics
@@ -302,13 +304,13 @@ class Worker:
         statistics.one_adapter_steps += not self._adapters.mixed
         statistics.batch_sizes[rows] += 1
         self._observer("step", time.monotonic() - began, None)
-        for one in list(self._going.values()):
-            self._tell(one)
+        for one in list(self._active.values()):
+            self._emit(one)
 
-    def _tell(self, one: Running) -> None:
+    def _emit(self, one: Running) -> None:
         try:
-            whole = one.tell(self._statistics, self._observer)
-        except BaseException as problem:  # of its tokenizer
+            whole = one.emit(self._statistics, self._observer)
+        except BaseException as problem:  # in its tokenizer
             self._end(one, problem)
             return
         if whole:
@@ -316,14 +318,14 @@ class Worker:
             self._end(one)
 
     def _failed(self, number: int, problem: BaseException) -> None:
-        """A request that cannot go on; the batch has let go of it, or will."""
-        self._end(self._going[number], problem, left=True)
+        """End a request that failed; the batch removes it."""
+        self._end(self._active[number], problem, left=True)
 
     def _end(self, one: Running, problem: BaseException | None = None, left: bool = False) -> None:
         self._ended.append((one, problem))
         if one in self._reading:
             self._reading.remove(one)
-        if self._going.pop(one.number, None) is None:
+        if self._active.pop(one.number, None) is None:
             return
         try:
             if not left:
@@ -335,9 +337,9 @@ class Worker:
             self._broken = fault
 
     def _fail_all(self, problem: BaseException) -> None:
-        """End whatever takes part in steps, and begin with no rows."""
-        ended = list(self._going.values())
-        self._going.clear()
+        """End all active requests, and clear the batch."""
+        ended = list(self._active.values())
+        self._active.clear()
         self._broken = None
         self._batch.clear()
         for one in ended:

@@ -355,7 +355,7 @@ def test_a_defect_of_a_thread_fails_every_request(
         assert reading.wait(60)
         if thread == "loader":
             monkeypatch.setattr(engine._loader, "_prepare", defect)
-            monkeypatch.setattr(engine._loader, "_patience", defect)
+            monkeypatch.setattr(engine._loader, "_timeout", defect)
             go_on.set()
         for one in (waits, slow_one, going):
             with pytest.raises(RunError, match="a defect"):
