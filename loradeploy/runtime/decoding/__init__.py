@@ -1,1 +1,1 @@
-"""Decoding: how the rows of a batch go on from logits, token by token."""
+"""Decoding: choosing the next token of each row from the logits, step by step."""

@@ -1,4 +1,4 @@
-"""What a decoding loop feeds a graph, and reads of it."""
+"""The inputs and the output of a graph that a decoding loop uses."""
 
 from __future__ import annotations
 
@@ -33,16 +33,17 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FED: Final = (INPUT_IDS, ATTENTION_MASK, POSITION_IDS, TOKEN_TYPE_IDS)
-# Of an encoder-decoder's decoder, whose rows are of one length and have no mask.
+# For an encoder-decoder's decoder, whose rows have one length and no mask.
 FED_WITH_SOURCE: Final = (DECODER_INPUT_IDS, ENCODER_ATTENTION_MASK)
 
 
 @dataclass(frozen=True, eq=False)
 class TokenEmbeds:
-    """Embeddings that are read instead of a token: what a prompt has of its images.
+    """Embeddings that replace those of a token: the images of a prompt.
 
-    `values` [places, hidden]: one for each `token` of the prompt, in their order. `grids`: the rows
-    and columns of each image's embeddings, where the decoder counts positions in three dimensions.
+    `values` [places, hidden]: one for each occurrence of `token` in the prompt, in order. `grids`:
+    the rows and columns of each image's embeddings, if the decoder's positions have three
+    dimensions.
     """
 
     token: int
@@ -52,15 +53,15 @@ class TokenEmbeds:
 
 @dataclass(frozen=True)
 class DecoderGraph:
-    """What a loop feeds a session's graph and reads of it.
+    """What a loop feeds to a session's graph and reads from it.
 
-    `inputs`: their names. `output`: that of the logits. `cached`: whether it takes a cache. `left`:
-    on which side shorter prompts are padded, with `pad_id`. `keeps`: whether it can give the
-    logits of some positions alone. `embeds`: of each row that is read first, the embeddings that
-    are read instead of tokens; None where there are none.
+    `inputs`: names of inputs. `output`: name of the logits. `cached`: whether it has a cache.
+    `left`: whether shorter prompts are padded on the left, with `pad_id`. `keeps`: whether it can
+    return the logits of selected positions. `embeds`: for each row of the first run, the embeddings
+    that replace tokens; None without any.
 
     Raises:
-        UsageError: the graph takes something besides tokens and a cache.
+        UsageError: the graph has an input other than tokens and a cache.
     """
 
     session: AdapterSession
@@ -74,7 +75,7 @@ class DecoderGraph:
 
     @classmethod
     def of(cls, session: AdapterSession, pad_id: int, *, source: bool = False) -> DecoderGraph:
-        """That of `session`; of an encoder-decoder the decoder's, for rows that have a `source`."""
+        """The graph of `session`; with `source`, the decoder of an encoder-decoder."""
         manifest = session.manifest
         names = [spec.name for spec in manifest.inputs]
         known: tuple[str, ...] = FED
@@ -106,16 +107,16 @@ class DecoderGraph:
 
     @property
     def takes_positions(self) -> bool:
-        """Whether positions are fed; else the graph may count them by the cache."""
+        """Whether positions are fed; otherwise the graph may derive them from the cache."""
         return POSITION_IDS in self.inputs
 
     @property
     def counts_in_grids(self) -> bool:
-        """Whether the tokens of an image have positions in three dimensions."""
+        """Whether tokens of images have positions in three dimensions."""
         return any(spec.name == MROPE_POSITION_IDS for spec in self.session.manifest.embeds)
 
     def shifts(self, rows: int) -> NDArray[np.int64]:
-        """What is added to the positions behind each prompt, [rows]: its images take fewer."""
+        """Offsets of positions after each prompt, [rows]: images take fewer than their tokens."""
         shifts = np.zeros(rows, np.int64)
         if self.counts_in_grids:
             for row, own in enumerate(self.embeds or ()):
@@ -130,10 +131,10 @@ class DecoderGraph:
         ends: NDArray[np.int64] | None = None,
         shifts: NDArray[np.int64] | None = None,
     ) -> dict[str, Any]:
-        """What a step is fed besides the cache: ids [rows, new], mask [rows, all tokens].
+        """The feeds of a step besides the cache: ids [rows, new], mask [rows, all tokens].
 
-        `ends` [rows]: where the graph can, it gives each row's logits there alone, [rows, 1, …].
-        `shifts` [rows]: what is added to positions behind the prompts.
+        `ends` [rows]: if the graph can, it returns only each row's logits there, [rows, 1, …].
+        `shifts` [rows]: offsets of positions after the prompts.
         """
         made: dict[str, Callable[[], NDArray[Any]]] = {
             INPUT_IDS: lambda: ids,
@@ -145,14 +146,14 @@ class DecoderGraph:
         values = {name: make() for name, make in made.items() if name in self.inputs}
         if ends is not None and self.keeps and ids.shape[1] > 1:
             values[LOGITS_TO_KEEP] = ends.astype(np.int64)[:, np.newaxis]
-        if self.embeds is not None and ids.shape == mask.shape:  # nothing was read before
+        if self.embeds is not None and ids.shape == mask.shape:  # the first run
             values |= self._embedded(ids, mask)
         elif shifts is not None and shifts.any() and POSITION_IDS in values:
             values[POSITION_IDS] = values[POSITION_IDS] + shifts[:, np.newaxis]
         return values
 
     def with_embeds(self, embeds: Sequence[TokenEmbeds | None]) -> DecoderGraph:
-        """The graph for prompts, in their order, with embeddings instead of tokens."""
+        """The graph with embeddings that replace tokens of the prompts, in their order."""
         return dataclasses.replace(self, embeds=tuple(embeds)) if any(embeds) else self
 
     def _embedded(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
@@ -170,7 +171,7 @@ class DecoderGraph:
         return feeds
 
     def _positions(self, places: NDArray[np.bool_], mask: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Three positions of each token, [3, rows, tokens]; of padding the first."""
+        """The three positions of each token, [3, rows, tokens]; 0 for padding."""
         positions = np.zeros((3, *mask.shape), np.int64)
         for row, own in enumerate(self.embeds or ()):
             real = mask[row] == 1
@@ -181,7 +182,7 @@ class DecoderGraph:
     def padded(
         self, tokens: Sequence[Sequence[int]]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Whole rows: ids and mask [rows, longest], and where each row has its last token."""
+        """Pad complete rows: ids, mask [rows, longest], and the index of each row's last token."""
         ids, mask = pad(tokens, self.pad_id, left=self.left)
         ends = np.full(len(tokens), -1) if self.left else mask.sum(axis=1) - 1
         return ids, mask, ends
@@ -190,9 +191,10 @@ class DecoderGraph:
 def check_embeds(
     graph: DecoderGraph, ids: Sequence[int], embeds: TokenEmbeds | None, number: int
 ) -> None:
-    """Raise UsageError unless a prompt has as many places as there are embeddings for them.
+    """Raise UsageError unless a prompt has one embedding for each occurrence of their token.
 
-    A graph without a cache reads prompts again at each step, when other rows may have ended.
+    A graph without a cache is refused: it processes prompts again at each step, when other rows may
+    have ended.
     """
     if embeds is None:
         return

@@ -1,4 +1,4 @@
-"""The decoding loop: a graph, rows with a cache, and sequences that come and go between steps."""
+"""The decoding loop: a graph, rows with a cache, and sequences that join and leave."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
     from loradeploy.runtime.decoding.caches.source import EncodedSource
 
-_NOBODY: Final = -1  # owns a row that no prompt had yet
+_NOBODY: Final = -1  # the owner of a row that no prompt used yet
 
 
 @dataclass(eq=False)
 class _Member:
-    """Sequences of a batch, and the rows that they go on in with the token that each is fed.
+    """A prompt's sequences in a batch, with their rows and the next token of each row.
 
-    `vocabulary`: how many tokens their adapter has; None is all of the graph.
+    `vocabulary`: the vocabulary size of their adapter; None for the graph's.
     """
 
     sequences: Sequences
@@ -38,13 +38,13 @@ class _Member:
     tokens: list[int]
 
     def advance(self, logits: NDArray[Any]) -> list[Row]:
-        """Choose by the logits of the rows that they have, those of their own tokens alone."""
+        """Choose tokens by the logits of their rows, limited to their vocabulary."""
         return self.sequences.advance(logits[:, : self.vocabulary])
 
 
 @dataclass(frozen=True, eq=False)
 class Entrant:
-    """A prompt that was read: its number in the batch, and its row of what read it."""
+    """A prompt that was processed: its number in the batch, and its row in the reading."""
 
     number: int
     sequences: Sequences
@@ -54,9 +54,9 @@ class Entrant:
 class DecodingBatch:
     """Sequences that are generated together, each prompt with its adapter.
 
-    `adapters` knows each prompt's by the number that it has here. Prompts may `join` and `leave`
-    between steps. `on_failure` gets the number of a prompt that cannot go on, and why; without it
-    the batch fails.
+    `adapters`: the adapters by the numbers that prompts have here. Prompts can `join` and `leave`
+    between steps. `on_failure`: called with the number of a prompt that fails, and its error;
+    without it, the batch fails.
     """
 
     def __init__(
@@ -71,8 +71,8 @@ class DecodingBatch:
         self._adapters = adapters
         self._rows = rows
         self._members: dict[int, _Member] = {}
-        self._owners: list[int] = []  # of each row, the number of its prompt
-        self._whole = True  # no change of the rows was broken off
+        self._owners: list[int] = []  # the number of each row's prompt
+        self._whole = True  # every change of the rows was completed
 
     @classmethod
     def of(
@@ -82,10 +82,10 @@ class DecodingBatch:
         sequences: Sequence[Sequences],
         source: EncodedSource | None = None,
     ) -> DecodingBatch:
-        """A batch of these prompts, which are read in one run; their numbers are 0, 1, …
+        """A batch of these prompts, which are processed in one run; their numbers are 0, 1, …
 
-        `source`: of an encoder-decoder, whose prompts are what its decoder begins with, all of one
-        length: the decoder takes no mask.
+        `source`: of an encoder-decoder. Its prompts are the start tokens of the decoder, which must
+        have one length, because the decoder takes no mask.
         """
         prompts = [own.prompt for own in sequences]
         most = max(map(len, prompts)) + max(own.limit for own in sequences)
@@ -100,35 +100,35 @@ class DecodingBatch:
         return batch
 
     def __len__(self) -> int:
-        """How many prompts go on."""
+        """The number of prompts that have not ended."""
         return len(self._members)
 
     @property
     def rows(self) -> int:
-        """How many rows go on."""
+        """The number of rows that have not ended."""
         return sum(len(member.rows) for member in self._members.values())
 
     @property
     def whole(self) -> bool:
-        """Whether no change of the rows was broken off; else `clear` them."""
+        """Whether every change of the rows was completed; otherwise call `clear`."""
         return self._whole
 
     @property
     def owners(self) -> Sequence[int]:
-        """Of each row that a run reads, the number of its prompt, or of one that has left."""
+        """For each row of a run, the number of its prompt, or of one that has left."""
         return self._owners
 
     def steps(self) -> Iterator[None]:
-        """Run step by step until no row goes on; the sequences know what became of them."""
+        """Run step by step until all rows have ended."""
         while self._members:
             self.step()
             yield
 
     def step(self) -> None:
-        """One run of the graph, after which every prompt's sequences go on.
+        """Run the graph once, and advance the sequences of every prompt.
 
         Raises:
-            RunError: a change of the rows failed, and it is unknown whose they are: `clear` them.
+            RunError: a change of the rows failed, so that their owners are unknown: call `clear`.
         """
         self._check_whole()
         logits = self._rows.read(self._adapters, *self._feeds())
@@ -149,7 +149,7 @@ class DecodingBatch:
         self._settle({number: len(rows) for number, rows in going.items()}, parents)
 
     def enter(self, number: int, sequences: Sequences) -> None:
-        """Have a prompt, which nothing was read of, take part in steps: without a cache alone."""
+        """Add a prompt that was not processed yet; only for graphs without a cache."""
         self._check_whole()
         self._members[number] = self._member(number, sequences, [])
         counts = {known: len(member.rows) for known, member in self._members.items()}
@@ -159,10 +159,10 @@ class DecodingBatch:
     def join(
         self, reading: Reading, entrants: Sequence[Entrant], logits: NDArray[Any]
     ) -> dict[int, BaseException]:
-        """Have prompts whose last token was read take part in steps.
+        """Add prompts that were processed completely.
 
-        `logits`: of the rows of `reading` [rows, vocabulary]. What came of those that do not, by
-        their numbers.
+        `logits`: those of the rows of `reading`, [rows, vocabulary]. Returns the errors of prompts
+        that could not join, by number.
         """
         self._check_whole()
         counts = {known: len(member.rows) for known, member in self._members.items()}
@@ -193,26 +193,26 @@ class DecodingBatch:
         return _Member(sequences, vocabulary_of_row(own, self._graph.session.manifest), rows, [])
 
     def leave(self, number: int) -> None:
-        """Let a prompt's rows go before they have ended."""
+        """Remove a prompt before it has ended."""
         if self._members.pop(number, None) is not None and self._whole:
             counts = {known: len(member.rows) for known, member in self._members.items()}
             self._settle(counts, [row for member in self._members.values() for row in member.rows])
 
     def _settle(self, counts: dict[int, int], parents: list[int]) -> None:
-        """Go on with rows that follow `parents`, so many of each prompt."""
+        """Replace the rows by successors of `parents`; `counts`: the rows of each prompt."""
         with self._changing():
             owners = self._placed(counts, self._rows.move(parents))
         self._own(owners)
 
     def clear(self) -> None:
-        """Let all prompts' rows go, whatever became of them."""
+        """Remove all prompts, even after a failed change."""
         self._members, self._owners = {}, []
         self._rows.move([])
         self._whole = True
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        """A change of the rows: where it fails no step is made any more."""
+        """Mark the rows as changing; if the change fails, no further step is possible."""
         self._whole = False
         yield
         self._whole = True
@@ -224,7 +224,7 @@ class DecodingBatch:
             )
 
     def _placed(self, counts: dict[int, int], rows: list[int]) -> list[int]:
-        """Note where the rows of each prompt are; whose each row is."""
+        """Record the rows of each prompt, and return the owner of each row."""
         owners = [*self._owners, *[_NOBODY] * self._rows.count][: self._rows.count]
         waiting = iter(rows)
         for number, count in counts.items():
@@ -236,16 +236,16 @@ class DecodingBatch:
         return owners
 
     def _own(self, owners: list[int]) -> None:
-        """Have the rows run with the adapters of `owners`."""
+        """Set the rows' adapters to those of `owners`."""
         if not self._members:
             self._owners = []
         elif owners != self._owners:
-            self._owners = []  # of no row, where this fails
+            self._owners = []  # stays so if this fails
             self._adapters.take_rows(owners)
             self._owners = owners
 
     def _feeds(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Ids, mask and ends of what the next run reads: whole prompts, or a token a row."""
+        """Ids, mask and ends of the next run: complete prompts, or one token per row."""
         members = self._members.values()
         started = all(member.tokens for member in members)
         if not started or not self._graph.cached:
@@ -263,6 +263,6 @@ class DecodingBatch:
 
 
 def _of_rows(logits: NDArray[Any], rows: list[int]) -> NDArray[Any]:
-    """Those of some rows; of one row a view, as a vocabulary is large."""
+    """The logits of `rows`; a view for a single row, because a vocabulary is large."""
     own: NDArray[Any] = logits[rows[0] : rows[0] + 1] if len(rows) == 1 else logits[rows]
     return own

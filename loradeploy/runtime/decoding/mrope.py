@@ -1,10 +1,10 @@
-"""Positions in three dimensions of a prompt's tokens: time, row and column.
+"""Three-dimensional positions (M-RoPE) of a prompt's tokens: time, row and column.
 
-    text         t, t + 1, …                       the same in all three
-    an image     (t, t + row, t + column)          of each of its rows × columns tokens, row by row
-    behind it    t + max(rows, columns), …         which is less than its tokens: a shift
+    text         t, t + 1, …                       equal in all three dimensions
+    an image     (t, t + row, t + column)          for its rows × columns tokens, row by row
+    after it     t + max(rows, columns), …         fewer positions than its tokens: a shift
 
-As transformers' `get_rope_index` counts them (Qwen2-VL, https://arxiv.org/abs/2409.12191, 2.1).
+Same as transformers' `get_rope_index` (Qwen2-VL, https://arxiv.org/abs/2409.12191, 2.1).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ Grid = tuple[int, int]  # an image's rows and columns of tokens
 
 
 def grid_positions(places: NDArray[np.bool_], grids: Sequence[Grid]) -> NDArray[np.int64]:
-    """Positions int64 [3, tokens] where images of `grids` are read in `places` [tokens]."""
-    steps = np.ones(len(places), np.int64)  # from one token's position to the next one's
-    inside = np.zeros((3, len(places)), np.int64)  # from where an image begins
+    """Positions int64 [3, tokens], with images of `grids` at `places` bool [tokens]."""
+    steps = np.ones(len(places), np.int64)  # to the next token's position
+    inside = np.zeros((3, len(places)), np.int64)  # relative to the image's first token
     for start, (rows, columns) in _placed(places, grids):
         own = slice(start, start + rows * columns)
         steps[own] = 0
@@ -37,14 +37,15 @@ def grid_positions(places: NDArray[np.bool_], grids: Sequence[Grid]) -> NDArray[
 
 
 def shift_of(grids: Sequence[Grid]) -> int:
-    """How far the position of a token behind images of `grids` is from how many are before it."""
+    """The position of a token after images of `grids`, minus the number of tokens before it."""
     return sum(max(rows, columns) - rows * columns for rows, columns in grids)
 
 
 def check_grids(places: NDArray[np.bool_], grids: Sequence[Grid] | None, what: str) -> None:
-    """Raise UsageError unless each image of `grids` has its tokens one behind the other.
+    """Raise UsageError unless the tokens of each image of `grids` are consecutive.
 
-    `places` [tokens]: where a prompt, called `what`, has the token of an image.
+    `places` bool [tokens]: where a prompt has the token of an image. `what`: the prompt's name in
+    messages.
     """
     if grids is None:
         raise UsageError(
@@ -68,7 +69,7 @@ def _shown(grid: Grid) -> str:
 
 
 def _placed(places: NDArray[np.bool_], grids: Sequence[Grid]) -> list[tuple[int, Grid]]:
-    """Where each image begins."""
+    """The first token and the grid of each image."""
     tokens = np.flatnonzero(places)
     counts = [0, *np.cumsum([rows * columns for rows, columns in grids])[:-1]]
     return [(int(tokens[count]), grid) for count, grid in zip(counts, grids, strict=False)]

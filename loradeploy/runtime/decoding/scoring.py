@@ -1,4 +1,4 @@
-"""How likely given texts are to a model."""
+"""Score given texts by their probability."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ def scores_of(
     numbers: Sequence[int],
     most: int,
 ) -> list[TextScore]:
-    """The scores of `texts`, token ids, with the top `most` tokens of each position.
+    """Score `texts`, token ids, with the top `most` tokens of each position.
 
-    `numbers`: what messages call them by.
+    `numbers`: the texts' numbers in messages.
 
     Raises:
-        UsageError: the graph gives the logits of the last position alone.
-        RunError: it gives logits that are not finite.
+        UsageError: the graph returns only the logits of the last position.
+        RunError: it returns logits that are not finite.
     """
     ids, mask, _ = graph.padded(texts)
     cache = graph.session.empty_cache(len(texts))
@@ -95,7 +95,7 @@ def _score(
     tokenizer: Tokenizer,
     most: int,
 ) -> TextScore:
-    """That of one text, by its logits [tokens, vocabulary]."""
+    """The score of one text, by its logits [tokens, vocabulary]."""
     if most:
         logprobs = tuple(
             token_logprob(values, token, most, tokenizer)

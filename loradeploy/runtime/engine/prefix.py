@@ -65,7 +65,7 @@ class PrefixCache:
         return min(len(one), len(other)) > end and list(one[:end]) == list(other[:end])
 
     def keep(self, owner: Owner, ids: Sequence[int], values: Sequence[NDArray[Any]]) -> None:
-        """Store the complete blocks of `ids`; `values` are their keys and values [heads, ≥ ids, size].
+        """Store the complete blocks of `ids`, whose keys and values are [heads, ≥ ids, size].
 
         Stops when the budget has no room for further blocks.
         """

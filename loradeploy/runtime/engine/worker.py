@@ -156,7 +156,7 @@ class Worker:
                     self._end(one, problem)
 
     def _enter(self, one: Running) -> None:
-        """Add a request to the batch of a graph without a cache, where no prompt is processed first."""
+        """Add a request to the batch of a graph without a cache: no prompt is processed before."""
         one.submission.start(len(one.request.ids))
         try:
             self._activate(one)

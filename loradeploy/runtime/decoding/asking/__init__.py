@@ -1,1 +1,1 @@
-"""What a call asks for: prompts and their adapters, read and put into batches."""
+"""Prompts of a call: their arguments, tokens, adapters and batches."""

@@ -1,4 +1,4 @@
-"""Which texts share a run, and the adapters that they are run with."""
+"""Batches of texts that can share a run, with their adapters."""
 
 from __future__ import annotations
 
@@ -17,19 +17,21 @@ _T = TypeVar("_T", bound=ReadText)
 def batches(
     session: AdapterSession, texts: Sequence[_T], size: int, again: Callable[[int], _T]
 ) -> Iterator[tuple[Sequence[_T], HeldAdapters]]:
-    """Texts that may share a run, with their adapters; `again` reads one whose adapter was
-    replaced between its texts and its factors."""
+    """Yield texts that can share a run, with their adapters.
+
+    `again`: encodes a text again if its adapter was replaced after the text was encoded.
+    """
     for start in range(0, len(texts), size):
         yield from leased_batches(
             session,
-            _together(session, texts[start : start + size]),
+            _shareable(session, texts[start : start + size]),
             lambda together: [text.adapter for text in together],
-            lambda together: _together(session, [again(text.number) for text in together]),
+            lambda together: _shareable(session, [again(text.number) for text in together]),
         )
 
 
-def _together(session: AdapterSession, texts: Sequence[_T]) -> list[list[_T]]:
-    """The texts that may share a run: those of one length, where padding changes answers."""
+def _shareable(session: AdapterSession, texts: Sequence[_T]) -> list[list[_T]]:
+    """Group texts that can share a run: those of equal length, if padding changes results."""
     if session.manifest.padding != NO_PADDING:
         return [list(texts)]
     by_length: dict[int, list[_T]] = {}

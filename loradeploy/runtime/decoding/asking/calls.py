@@ -1,4 +1,4 @@
-"""What a call of the generator asks for, as it was given."""
+"""The arguments of a call of the generator."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from loradeploy.runtime.arguments import Adapters, check_count, each_row
 from loradeploy.runtime.decoding.choosing.options import GenerationOptions
 from loradeploy.runtime.decoding.graph import TokenEmbeds
 
-# A text, a conversation, or tokens.
+# A text, a conversation, or token ids.
 Prompt = str | Sequence[Message] | Sequence[int]
 LISTS: Final = (list, tuple, np.ndarray)
 
 
 @dataclass(frozen=True)
 class Call:
-    """What a call asks for, checked but for what needs its adapters.
+    """The arguments of a call, checked except for what depends on adapters.
 
-    `firsts`: of each prompt, the number of its first text among the results. `embeds`: of each
-    prompt, what is read instead of tokens.
+    `firsts`: for each prompt, the index of its first text among the results. `embeds`: for each
+    prompt, embeddings that replace tokens.
     """
 
     prompts: Sequence[Prompt]
@@ -53,7 +53,7 @@ class Call:
         """A call of `TextGenerator.generate` with these arguments.
 
         Raises:
-            UsageError: as `generate`, but for what needs adapters.
+            UsageError: as `generate`, except for errors that depend on adapters.
         """
         common = GenerationOptions.of(options)
         if batch_size is not None:
@@ -101,7 +101,7 @@ class Call:
 
 
 def listed(given: str | Sequence[Prompt], what: str) -> Sequence[Prompt]:
-    """The prompts or texts of a call."""
+    """The prompts or texts of a call, as a list."""
     listed: Sequence[Prompt] = [given] if isinstance(given, str) else given
     if not isinstance(listed, LISTS):
         raise UsageError(f"the {what} are {shown(given)}: give a text, or a list")

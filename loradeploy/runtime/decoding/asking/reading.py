@@ -1,4 +1,4 @@
-"""Prompts and texts as their adapters read them: tokens, checked against the model."""
+"""Encode prompts and texts with their adapters' tokenizers, and check the tokens."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _OTHER_MEDIA: Final = ("video", "video_url", "audio", "audio_url", "input_audio"
 
 @dataclass(frozen=True, eq=False)
 class ReadText:
-    """A text as its adapter reads it. `counts`: of the adapter's changes when it was read."""
+    """A text as tokens of its adapter. `counts`: `TextSides.counts` when it was encoded."""
 
     number: int
     ids: list[int]
@@ -34,11 +34,11 @@ class ReadText:
 
 
 class PromptReader:
-    """Reads prompts and texts for a session.
+    """Encodes prompts and texts for a session.
 
-    `write`: what is to become of a text, that of a chat included, before it is split into tokens.
-    `images`: whether the images of a chat are given separately. Otherwise they are refused: the
-    chat template writes a token for each, and the answer would be one without the image.
+    `write`: changes a text, or the text of a chat, before it is tokenized. `images`: whether the
+    images of a chat are given separately. Otherwise they are refused: the chat template writes a
+    token for each, and the model would answer without the image.
     """
 
     def __init__(
@@ -56,13 +56,13 @@ class PromptReader:
     def read(
         self, number: int, prompt: Prompt, adapter: AdapterSpec | None, chat: bool, what: str
     ) -> ReadText:
-        """A prompt or a text, which messages call `what`."""
+        """Encode a prompt or a text, called `what` in messages."""
         counts = self._session.texts.counts(adapter)
         side = self._session.texts.of(adapter)
         return ReadText(number, self._encode(side, prompt, chat, what), adapter, side, counts)
 
     def check_length(self, tokens: int, new: int, what: str) -> int:
-        """How many of `new` tokens there are positions for; one at least, where any is needed."""
+        """The number of `new` tokens that there are positions for; at least 1 if `new` is not 0."""
         positions = self._positions
         if positions is None:
             return new
@@ -74,7 +74,7 @@ class PromptReader:
         return min(new, positions - tokens)
 
     def _encode(self, side: TextSide, prompt: Prompt, chat: bool, what: str) -> list[int]:
-        """The tokens of a prompt, which messages call `what`."""
+        """The tokens of a prompt, called `what` in messages."""
         if isinstance(prompt, str):
             if not prompt:
                 return []
@@ -97,7 +97,7 @@ class PromptReader:
         return ids
 
     def _check_media(self, messages: Sequence[Any], what: str) -> None:
-        """Raise UsageError if a message of a chat has a part that is not read."""
+        """Raise UsageError if a message of a chat has a part that is not supported."""
         for message in messages:
             content = message.get("content") if isinstance(message, Mapping) else None
             for part in content if isinstance(content, list | tuple) else ():

@@ -1,4 +1,4 @@
-"""What a prompt of a call asks for: its tokens, and the texts that its settings make of it."""
+"""A prompt of a call: its tokens, and the sequences that its settings generate."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Request(ReadText):
-    """A prompt, and what becomes of it. `first`: the number of its first text among all."""
+    """A prompt and its sequences. `first`: the index of its first text among the results."""
 
     first: int
     limit: int
@@ -37,9 +37,9 @@ def read_request(
     *,
     room: int | None = None,
 ) -> Request:
-    """A prompt of `call` as its adapter reads it now; it is the source of a `target` where given.
+    """Encode a prompt of `call` with its adapter; with `target`, it is the encoder's source.
 
-    `room`: the positions that a row has, where its new tokens may be fewer than asked for.
+    `room`: the positions of a row, if its new tokens may be fewer than requested.
 
     Raises:
         UsageError: it is empty or fills the model's positions, or settings that do not fit it.
@@ -73,7 +73,7 @@ def sequences_of(
     what: str,
     rule: LogitsRule | None = None,
 ) -> Samples | BeamSearch:
-    """What `options` make of a prompt, with the settings of its own generation_config.json."""
+    """The sequences of a prompt, by `options` and the settings in generation_config.json."""
     own, tokenizer = side.settings, side.tokenizer
     processors = Processors.of(options, own, tokenizer, side.ends, what, limit, rule)
     stops = own.stop_strings if options.stop is None else options.stops

@@ -1,1 +1,1 @@
-"""What the rows of a batch have read: caches that grow, slots of one buffer, a source."""
+"""Caches of the rows of a batch: growing caches, slots of one buffer, an encoder's source."""

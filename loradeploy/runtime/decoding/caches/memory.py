@@ -1,4 +1,4 @@
-"""How much memory a batch takes, and how much there is: refused before anything is allocated."""
+"""Compare the memory that a batch needs with what is available, before it is allocated."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def check_memory(
     sequences: Sequence[int],
     new: Sequence[int],
 ) -> None:
-    """Raise BudgetError where a batch takes more than `limit` bytes.
+    """Raise BudgetError if a batch needs more than `limit` bytes.
 
-    None is what the machine has available, where it says so (Linux, on the CPU).
-    `prompts`, `sequences`, `new`: of each prompt or source, its tokens, its texts or beams, and the
-    most tokens that each of these gets.
+    If `limit` is None, the available memory of the machine is used, if known (Linux, on the CPU).
+    `prompts`, `sequences`, `new`: for each prompt or source, its number of tokens, its number of
+    texts or beams, and the maximum number of new tokens of each.
     """
     available = memory_for_rows(session, limit)
     if available is None:
@@ -41,10 +41,10 @@ def check_memory(
     longest = max(prompts) + max(new)  # shorter prompts are padded
     rows = sum(sequences)
     cache = rows * longest * row_bytes(manifest)
-    # Without a cache every step reads the rows from their beginning.
+    # Without a cache, every step processes complete rows.
     read = len(prompts) * max(prompts) if cache else rows * longest
     if manifest.logits_to_keep and max(new):
-        read = max(len(prompts), rows)  # of the last tokens alone
+        read = max(len(prompts), rows)  # only those of the last tokens
     logits = read * (vocabulary or 0) * 4
     cache += rows * _source_bytes(manifest, max(prompts))
     if cache + logits > available:
@@ -57,35 +57,35 @@ def check_memory(
 
 
 def memory_for_rows(session: AdapterSession, limit: int | None) -> int | None:
-    """The bytes that rows may take: `limit`, or what the machine has, None where unknown."""
+    """The bytes that rows may use: `limit`, or the available memory; None if unknown."""
     return limit if limit is not None or not on_host(session) else available_memory()
 
 
 def on_host(session: AdapterSession) -> bool:
-    """Whether the cache lies in the host's memory."""
+    """Whether the cache is in host memory."""
     return session.providers[:1] == ("CPUExecutionProvider",)
 
 
 def position_bytes(session: AdapterSession) -> int:
-    """The bytes that one position of one row takes: of the cache, or without one of the logits.
+    """The bytes of one position of one row: of the cache, or without one, of the logits.
 
-    0 where the vocabulary is not known either.
+    0 if the vocabulary size is unknown too.
     """
     return row_bytes(session.manifest) or (session.limits.vocabulary or 0) * 4
 
 
 def row_bytes(manifest: Manifest) -> int:
-    """The bytes that one position of one row takes while a run goes on.
+    """The bytes of one position of one row during a run.
 
-    A cache that grows is written again by the graph while the last one is read; one in place moves
-    tensor by tensor where it grows.
+    A graph writes a growing cache again while it reads the last one. Buffers of a cache in place
+    are moved one by one when they grow.
     """
     sizes = _position_bytes(manifest)
     return sum(sizes) + (max(sizes, default=0) if manifest.cache_in_place else sum(sizes))
 
 
 def _position_bytes(manifest: Manifest) -> list[int]:
-    """The bytes of each tensor of the cache for one token of one row."""
+    """The bytes of one position of one row, for each tensor of the cache."""
     return [
         int(spec.shape[1]) * int(spec.shape[3]) * np.dtype(spec.dtype).itemsize
         for spec in cache_inputs(manifest)
@@ -93,9 +93,9 @@ def _position_bytes(manifest: Manifest) -> list[int]:
 
 
 def _source_bytes(manifest: Manifest, tokens: int) -> int:
-    """The bytes of an encoder-decoder's keys and values of one row's source.
+    """The bytes of the cross-attention cache of one row.
 
-    `tokens`: of the source, where the encoder takes any number of them.
+    `tokens`: of the source, if the encoder takes any number of them.
     """
     found = 0
     for spec in manifest.inputs:
@@ -107,9 +107,9 @@ def _source_bytes(manifest: Manifest, tokens: int) -> int:
 
 
 def available_memory(root: Path | None = None) -> int | None:
-    """The bytes that this process may still take, by the system and its container.
+    """The bytes that this process can still allocate, by the system and its container.
 
-    `root`: the directory that paths of the machine start from.
+    `root`: the root directory of the machine's files.
     """
     root = machine_root() if root is None else root
     found = [_of_system(root), free_memory(root)]

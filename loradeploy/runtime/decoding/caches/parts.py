@@ -1,9 +1,9 @@
-"""A long prompt in parts, which the CPU reads faster than the whole.
+"""Process a long prompt in parts, which is faster on the CPU.
 
-A run computes every product of its tokens' queries with the keys of all of them, those that come
-later too, which are masked. In parts most of these are not computed, and what a layer makes of a
-part stays in the processor's cache: a prompt of 512 tokens of SmolLM2 takes 0.87 of the time
-(docs/performance.md). Parity's phase of chunked prefill compares a bundle that reads so.
+A run computes the products of all queries with all keys, including later keys, which are masked. In
+parts, most masked products are not computed, and a layer's results for a part stay in the CPU's
+caches: a prompt of 512 tokens of SmolLM2 takes 0.87 of the time (docs/performance.md). Parity's
+phase of chunked prefill checks bundles that do this.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ if TYPE_CHECKING:
 
     from loradeploy.runtime.decoding.graph import DecoderGraph
 
-# Tokens of a part at most; of 64 each has too few for the matrix products, and nothing is gained.
+# Maximum tokens of a part; with 64, matrix products are too small, and nothing is gained.
 TOKENS: Final = 256
 
 
 def parts_of(graph: DecoderGraph, mask: NDArray[np.int64]) -> list[slice]:
-    """The columns of what a run is to read, `mask` [rows, new], as those of one run or several.
+    """Split the columns of `mask` [rows, new] into those of one run or several.
 
-    Several are of one row without padding on the CPU, in float32: nothing else was measured. Graphs
-    that loradeploy did not trace get it whole: they may turn to other rotations where a text is
-    long (Phi-3's of onnxruntime-genai), by the tokens that a run can see, or have a mask for one
-    token behind a past. So do embeddings in the places of tokens.
+    Several only for one row without padding on the CPU in float32: nothing else was measured.
+    Graphs that loradeploy did not trace get the whole prompt: they may choose other rotary
+    embeddings for long texts (Phi-3's of onnxruntime-genai) by the number of tokens in a run, or
+    support only one token after a past. Embeddings that replace tokens also require the whole
+    prompt.
     """
     rows, new = mask.shape
     manifest = graph.session.manifest

@@ -1,6 +1,7 @@
-"""What a decoding loop and an engine ask of the rows of a batch, whatever keeps their cache.
+"""Protocols of the rows of a batch, for a decoding loop and an engine, with any kind of cache.
 
-A run reads `ids` [rows, new]; in each row those count whose `mask` is 1, the last of them at `end`.
+A run processes `ids` [rows, new]. In each row, the tokens whose `mask` is 1 are real; the last of
+them is at `ends`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from loradeploy.runtime.running.feeds import Feeds
 
 
-# The keys and values of a row, of each tensor of the cache [heads, tokens, size].
+# The keys and values of a row, [heads, tokens, size] for each tensor of the cache.
 Past = Sequence["NDArray[Any]"]
 
 
@@ -25,10 +26,10 @@ class RowAdapters(Protocol):
     """The adapters of the rows of a batch."""
 
     def take_rows(self, rows: Sequence[int], /) -> None:
-        """Run from now on with the adapters of these numbers, one a row."""
+        """Use the adapters of these numbers in later runs, one for each row."""
 
     def resident(self, number: int, /) -> Resident | None:
-        """The adapter of a number; None is the base."""
+        """The adapter of a number; None for the base."""
 
     def run_with_ort_values(
         self,
@@ -37,15 +38,15 @@ class RowAdapters(Protocol):
         *,
         buffers: Mapping[str, onnxruntime.OrtValue] | None = None,
     ) -> list[onnxruntime.OrtValue]:
-        """As `AdapterSession.run_with_ort_values`."""
+        """Like `AdapterSession.run_with_ort_values`."""
 
 
 class Readers(Protocol):
-    """Rows, each with what it has read."""
+    """Rows, each with the tokens that it has processed."""
 
     @property
     def count(self) -> int:
-        """How many rows a run reads, those that nobody goes on with among them."""
+        """The number of rows of a run, including unused ones."""
 
     def read(
         self,
@@ -54,40 +55,40 @@ class Readers(Protocol):
         mask: NDArray[np.int64],
         ends: NDArray[np.int64],
     ) -> NDArray[Any]:
-        """Read `ids`: each row's logits at its last token, [rows, vocabulary]."""
+        """Process `ids` and return each row's logits at its last token, [rows, vocabulary]."""
 
 
 class Rows(Readers, Protocol):
-    """Rows of a batch."""
+    """The rows of a batch."""
 
     def move(self, parents: Sequence[int]) -> list[int]:
-        """Go on with rows that follow the rows `parents`; where each of them is now.
+        """Replace the rows by successors of the rows `parents`, and return where each of them is.
 
-        A row may be followed by several, or by none.
+        A row may have several successors, or none.
         """
 
 
 class Reading(Readers, Protocol):
-    """Prompts that are read beside a batch, a row each, until they `join` it."""
+    """Prompts that are processed beside a batch, one per row, until they `join` it."""
 
     def load(self, past: Past, /) -> None:
-        """Have the one row hold this before it reads anything."""
+        """Load keys and values into the only row, before it processes anything."""
 
     def past(self, row: int, /) -> Past:
-        """What a row has read."""
+        """The keys and values of a row."""
 
     def join(self, rows: Sequence[int], joining: Sequence[int], /) -> list[int]:
-        """Have the batch go on with its `rows`, and with the rows `joining` of these.
+        """Continue the batch with its `rows` and with the rows `joining` of this reading.
 
-        Where they are now. A row of these may join several times.
+        Returns where they are. A row of the reading may join several times.
         """
 
     def close(self) -> None:
-        """Let go of the rows that have not joined."""
+        """Release the rows that have not joined."""
 
 
 class RowsBeside(Protocol):
-    """Rows of a batch beside which prompts can be read."""
+    """Rows of a batch beside which prompts can be processed."""
 
     def begin(self, count: int, /) -> Reading:
-        """Begin to read so many prompts, or fewer where so many cannot be read in one run."""
+        """Start a reading of `count` prompts, or of fewer if these do not fit in one run."""

@@ -1,6 +1,7 @@
-"""What the rows of a batch have read: their cache, and how a run reads more.
+"""Rows of a batch: their cache, and the runs that extend it.
 
-A run reads `ids` [rows, new]; in each row those count whose `mask` is 1, the last of them at `end`.
+A run processes `ids` [rows, new]. In each row, the tokens whose `mask` is 1 are real; the last of
+them is at `ends`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class UncachedRows:
-    """Rows of a graph without a cache: every run reads them from their beginning."""
+    """Rows of a graph without a cache, which every run processes from the first token."""
 
     def __init__(self, graph: DecoderGraph, rows: int) -> None:
         self._graph = graph
@@ -38,24 +39,24 @@ class UncachedRows:
         mask: NDArray[np.int64],
         ends: NDArray[np.int64],
     ) -> NDArray[Any]:
-        """As `Rows.read`, of whole rows."""
+        """See `Rows.read`; the rows are complete."""
         (logits,) = adapters.run_with_ort_values(
             (self._graph.output,), self._graph.feeds(ids, mask, ends), buffers={}
         )
         return logits_at(logits, ends)
 
     def move(self, parents: Sequence[int]) -> list[int]:
-        """As `Rows.move`."""
+        """See `Rows.move`."""
         self.count = len(parents)
         return list(range(self.count))
 
 
 class CachedRows:
-    """Rows whose cache each run gives again, or writes into buffers of the batch.
+    """Rows with a cache that each run returns, or updates in place.
 
-    A row that nobody goes on with may be read as padding meanwhile, which takes no position, as
-    moving the cache costs more than one such row. `most`: how many positions a row has at most,
-    where that is known. `source`: of an encoder-decoder, what the encoder made for the rows.
+    An ended row may stay and be fed padding, which takes no position, because moving the cache
+    costs more than running such a row. `most`: maximum number of positions of a row, if known.
+    `source`: for an encoder-decoder, the encoder's outputs for the rows.
     """
 
     def __init__(
@@ -70,11 +71,11 @@ class CachedRows:
         self._source = source
         self._cache = graph.session.empty_cache(max(rows, 1))
         self._mask = np.zeros((rows, 0), np.int64)
-        self._shifts = graph.shifts(rows)  # of positions, behind images
+        self._shifts = graph.shifts(rows)  # of positions after images
 
     @property
     def count(self) -> int:
-        """As `Rows.count`."""
+        """See `Rows.count`."""
         return len(self._mask)
 
     def read(
@@ -84,9 +85,9 @@ class CachedRows:
         mask: NDArray[np.int64],
         ends: NDArray[np.int64],
     ) -> NDArray[Any]:
-        """As `Rows.read`; a long prompt in several runs."""
+        """See `Rows.read`; a long prompt is processed in several runs."""
         *earlier, last = parts_of(self._graph, mask)
-        if earlier:  # room for all of it at once, since a buffer that grows is copied
+        if earlier:  # allocate once, since growing a buffer copies it
             self._cache.make_room(self._mask.shape[1] + mask.shape[1], self._most)
             ends = np.full_like(ends, -1)
         for part in earlier:
@@ -100,7 +101,7 @@ class CachedRows:
         mask: NDArray[np.int64],
         ends: NDArray[np.int64],
     ) -> NDArray[Any]:
-        """One run, whose tokens are in the cache from then on."""
+        """Run once, and add the tokens to the cache."""
         self._mask = np.concatenate([self._mask, mask], axis=1)
         cache = self._cache
         cache.make_room(self._mask.shape[1], self._most)
@@ -123,7 +124,7 @@ class CachedRows:
         return feeds
 
     def move(self, parents: Sequence[int]) -> list[int]:
-        """As `Rows.move`."""
+        """See `Rows.move`."""
         if not parents:
             self._cache = self._graph.session.empty_cache(1)
             self._mask, self._shifts = np.zeros((0, 0), np.int64), np.zeros(0, np.int64)
@@ -139,24 +140,24 @@ class CachedRows:
         return list(parents)
 
     def begin(self, count: int) -> CachedReading:
-        """As `RowsBeside.begin`."""
+        """See `RowsBeside.begin`."""
         return CachedReading(self, CachedRows(self._graph, count))
 
     def load(self, past: Past) -> None:
-        """Have the one row hold this, as if it had read the tokens."""
+        """Load keys and values into the only row, as if it had processed the tokens."""
         self._cache.fill([part[np.newaxis] for part in past])
         self._mask = np.ones((1, past[0].shape[1]), np.int64)
         self._shifts = np.zeros(1, np.int64)
 
     def past(self, row: int) -> Past:
-        """What a row holds."""
+        """The keys and values of a row."""
         positions = span_of(np.flatnonzero(self._mask[row]))
         return [value.numpy()[row][:, positions] for value in self._cache.inputs.values()]
 
     def take(self, rows: Sequence[int], other: CachedRows, joining: Sequence[int]) -> list[int]:
-        """Go on with `rows`, and with the rows `joining` of `other`; where they are now.
+        """Continue with `rows` and the rows `joining` of `other`; return where they are.
 
-        Positions that no row uses go with it.
+        Positions that no row uses are dropped.
         """
         mine = self._mask[list(rows)].sum(axis=1)
         theirs = [np.flatnonzero(other._mask[row]) for row in joining]
@@ -173,22 +174,22 @@ class CachedRows:
 
 
 class CachedReading:
-    """Prompts that are read in rows of their own, until they are copied into those of a batch."""
+    """Prompts that are processed in separate rows, and then copied into those of a batch."""
 
     def __init__(self, into: CachedRows, own: CachedRows) -> None:
         self._into, self._own = into, own
 
     @property
     def count(self) -> int:
-        """As `Reading.count`."""
+        """See `Reading.count`."""
         return self._own.count
 
     def load(self, past: Past) -> None:
-        """As `Reading.load`."""
+        """See `Reading.load`."""
         self._own.load(past)
 
     def past(self, row: int) -> Past:
-        """As `Reading.past`."""
+        """See `Reading.past`."""
         return self._own.past(row)
 
     def read(
@@ -198,23 +199,23 @@ class CachedReading:
         mask: NDArray[np.int64],
         ends: NDArray[np.int64],
     ) -> NDArray[Any]:
-        """As `Rows.read`."""
+        """See `Rows.read`."""
         return self._own.read(adapters, ids, mask, ends)
 
     def join(self, rows: Sequence[int], joining: Sequence[int]) -> list[int]:
-        """As `Reading.join`."""
+        """See `Reading.join`."""
         return self._into.take(rows, self._own, joining)
 
     def close(self) -> None:
-        """As `Reading.close`: what was read goes with the rows."""
+        """See `Reading.close`; the rows are released with this object."""
 
 
 def logits_at(logits: onnxruntime.OrtValue, ends: NDArray[np.int64]) -> NDArray[Any]:
-    """Of logits [rows, tokens, vocabulary], or of the last tokens alone, those at `ends`."""
+    """The logits at `ends`, from [rows, tokens, vocabulary] or those of the last tokens only."""
     scores = logits.numpy()
     if scores.ndim == 2:
         scores = scores[:, np.newaxis]
-    if scores.shape[1] == 1:  # of a step, or of a graph that gives the last position alone
+    if scores.shape[1] == 1:  # a step, or a graph that returns only the last position
         only: NDArray[Any] = scores[:, 0]
         return only
     last: NDArray[Any] = scores[np.arange(len(scores)), ends]

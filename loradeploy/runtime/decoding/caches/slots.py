@@ -1,9 +1,8 @@
 """Rows in slots of one buffer, for a graph that writes its cache in place.
 
-A slot is a row of the cache, from its beginning on, as long as it is; a row that joins, ends or is
-read beside the others moves nothing of them, and no shorter row is padded. A run reads the slots up
-to the last one in use. A slot among them in which no row goes on reads one token behind what it
-holds, which nobody reads after it.
+A slot is one row of the cache, filled from position 0. Rows that join, end or are processed beside
+others move nothing, and shorter rows are not padded. A run uses the slots up to the last one in
+use. An unused slot among them processes one token after its contents, which is never read.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def keeps_slots(graph: DecoderGraph) -> bool:
-    """Whether rows of a graph may be in slots: it writes in place, in the host's memory."""
+    """Whether a graph supports slots: its cache is updated in place, in host memory."""
     manifest = graph.session.manifest
     past = [spec for spec in manifest.inputs if spec.name.startswith(PAST)]
     free = all(len(spec.shape) == 4 and not isinstance(spec.shape[2], int) for spec in past)
@@ -39,7 +38,7 @@ def keeps_slots(graph: DecoderGraph) -> bool:
 class SlotRows:
     """Rows in `slots` slots of `positions` each.
 
-    The memory of a position is taken when it is first written.
+    Memory is allocated when a position is first written.
     """
 
     def __init__(self, graph: DecoderGraph, slots: int, positions: int) -> None:
@@ -55,11 +54,11 @@ class SlotRows:
         self.positions = positions
         self._lengths = np.zeros(slots, np.int64)
         self._used: set[int] = set()
-        self._reading: set[int] = set()  # of those in use, where a prompt is read
+        self._reading: set[int] = set()  # the slots in use whose prompt is being processed
 
     @property
     def count(self) -> int:
-        """As `Rows.count`."""
+        """See `Rows.count`."""
         return max(self._used - self._reading, default=-1) + 1
 
     def read(
@@ -69,7 +68,7 @@ class SlotRows:
         mask: NDArray[np.int64],
         ends: NDArray[np.int64],
     ) -> NDArray[Any]:
-        """As `Rows.read`, of one token a row."""
+        """See `Rows.read`; one token per row."""
         count = len(ids)
         logits = self._run(adapters, ids, mask, 0, ends)
         self._lengths[:count] += mask[:, 0]
@@ -83,9 +82,10 @@ class SlotRows:
         first: int,
         ends: NDArray[np.int64],
     ) -> NDArray[Any]:
-        """Read `ids` [rows, new] in the slots from `first` on; several rows from their beginning.
+        """Run `ids` [rows, new] in consecutive slots from `first` on.
 
-        Or one token each. Rows without a token, and padding, are read behind what a slot holds.
+        Several rows start at position 0, or have one token each. Rows without a token, and padding,
+        are written after a slot's contents.
         """
         count, new = ids.shape
         lengths = self._lengths[first : first + count]
@@ -97,13 +97,13 @@ class SlotRows:
         logits, *_ = adapters.run_with_ort_values(
             (self._graph.output, *self._outputs),
             {**self._graph.feeds(ids, mask, ends), **fixed.inputs},
-            # A prompt is read in one run, or few: what is bound for it is not kept.
+            # A prompt is processed in one run, or few, so its bindings are not kept.
             buffers=fixed if new == 1 else dict(fixed),
         )
         return logits_at(logits, ends)
 
     def _view(self, first: int, count: int) -> FixedBuffers:
-        """The slots as a run reads and writes them."""
+        """The slots as inputs and outputs of a run."""
         if (first, count) not in self._views:
             values = [
                 onnxruntime.OrtValue.ortvalue_from_numpy(array[first : first + count])
@@ -116,34 +116,34 @@ class SlotRows:
         return self._views[first, count]
 
     def move(self, parents: Sequence[int]) -> list[int]:
-        """As `Rows.move`: the first that follows a row keeps its slot, others get copies."""
+        """See `Rows.move`; the first successor of a row keeps its slot, others get copies."""
         for slot in self._used - self._reading - set(parents):
             self._free(slot)
         found: list[int] = []
         for parent in parents:
             found.append(parent if parent not in found else self._copy(parent, self._take()))
         if len(set(parents)) == len(parents) and 2 * len(found) <= self.count:
-            found = [self._down(slot) for slot in found]
+            found = [self._lowered(slot) for slot in found]
         return found
 
     def begin(self, count: int) -> SlotReading:
-        """As `RowsBeside.begin`: in slots that are free and beside each other."""
-        slots = self._beside(count)
+        """See `RowsBeside.begin`; uses free slots that are adjacent."""
+        slots = self._adjacent(count)
         for slot in slots:
             self._use(slot)
         self._reading.update(slots)
         return SlotReading(self, slots)
 
     def join(self, rows: Sequence[int], joining: Sequence[int]) -> list[int]:
-        """Go on with `rows`, and with the slots `joining`, where prompts were read."""
+        """Continue with `rows` and the slots `joining`, whose prompts were processed."""
         found = list(rows)
-        self._reading -= set(joining)  # whatever becomes of them, they are the batch's
+        self._reading -= set(joining)  # owned by the batch from now on, even if this fails
         for slot in joining:
             found.append(slot if slot not in found else self._copy(slot, self._take()))
         return found
 
-    def _beside(self, count: int) -> list[int]:
-        """The first `count` free slots in a row, or as many as there are."""
+    def _adjacent(self, count: int) -> list[int]:
+        """The first `count` adjacent free slots, or the longest run of fewer."""
         best: list[int] = []
         run: list[int] = []
         for slot in range(len(self._lengths)):
@@ -168,14 +168,14 @@ class SlotRows:
         self._lengths[slot] = 0
 
     def _copy(self, source: int, slot: int) -> int:
-        """Have `slot` hold what `source` does."""
+        """Copy the contents of `source` to `slot`."""
         length = self._lengths[slot] = self._lengths[source]
         for array in self._arrays.values():
             array[slot, :, :length] = array[source, :, :length]
         return slot
 
-    def _down(self, slot: int) -> int:
-        """The row of `slot` in a slot before it, where one is free."""
+    def _lowered(self, slot: int) -> int:
+        """Move the row of `slot` to a lower free slot, if any, and return its slot."""
         lower = next((free for free in range(slot) if free not in self._used), None)
         if lower is None:
             return slot
@@ -185,7 +185,7 @@ class SlotRows:
 
 
 class SlotReading:
-    """Slots in a row, in which prompts are read. What has joined the batch is the batch's."""
+    """Adjacent slots in which prompts are processed; joined slots belong to the batch."""
 
     def __init__(self, rows: SlotRows, slots: list[int]) -> None:
         self._rows = rows
@@ -194,11 +194,11 @@ class SlotReading:
 
     @property
     def count(self) -> int:
-        """As `Reading.count`."""
+        """See `Reading.count`."""
         return len(self._slots)
 
     def load(self, past: Past) -> None:
-        """As `Reading.load`."""
+        """See `Reading.load`."""
         slot, length = self._slots[0], past[0].shape[1]
         for array, part in zip(self._rows._arrays.values(), past, strict=True):
             array[slot, :, :length] = part
@@ -211,24 +211,24 @@ class SlotReading:
         mask: NDArray[np.int64],
         ends: NDArray[np.int64],
     ) -> NDArray[Any]:
-        """As `Rows.read`; several prompts from their beginning, shorter ones padded behind."""
+        """See `Rows.read`; several prompts start at position 0, padded on the right."""
         logits = self._rows._run(adapters, ids, mask, self._slots[0], ends)
         self._rows._lengths[self._slots] += mask.sum(axis=1)
         return logits
 
     def past(self, row: int) -> Past:
-        """As `Reading.past`."""
+        """See `Reading.past`."""
         slot = self._slots[row]
         length = self._rows._lengths[slot]
         return [array[slot, :, :length] for array in self._rows._arrays.values()]
 
     def join(self, rows: Sequence[int], joining: Sequence[int]) -> list[int]:
-        """As `Reading.join`."""
+        """See `Reading.join`."""
         self._joined.update(joining)
         return self._rows.join(rows, [self._slots[row] for row in joining])
 
     def close(self) -> None:
-        """As `Reading.close`."""
+        """See `Reading.close`."""
         for row, slot in enumerate(self._slots):
             if row not in self._joined:
                 self._rows._free(slot)

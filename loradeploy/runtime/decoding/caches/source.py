@@ -1,4 +1,4 @@
-"""The source of an encoder-decoder: what its decoder begins with, and is given at every step."""
+"""Encoder-decoders: the encoder's outputs for the decoder, and the decoder's first tokens."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Target:
-    """What a decoder begins with, and how far it goes.
+    """The start token and the limits of an encoder-decoder.
 
-    `start`: the token that begins a target, where generation_config.json names none. `positions`:
-    how many the decoder has, `sources` the encoder; None where there is no end.
+    `start`: the token that a target starts with, if generation_config.json has none. `positions`:
+    the decoder's number of positions; `sources`: the encoder's. None for no limit.
     """
 
     start: int | None
@@ -44,10 +44,10 @@ class Target:
 
     @classmethod
     def of(cls, session: AdapterSession) -> Target:
-        """That of an encoder-decoder's bundle.
+        """The target of an encoder-decoder's bundle.
 
         Raises:
-            BundleError: config.json has sizes or a token that are none.
+            BundleError: config.json has invalid sizes or tokens.
         """
         config = model_config(session.path)
         start = config.get("decoder_start_token_id")
@@ -66,7 +66,7 @@ class Target:
         """The decoder's first tokens for `what`.
 
         Raises:
-            UsageError: nothing names one.
+            UsageError: no configuration has a start token.
         """
         start = settings.decoder_start_token_id
         start = self.start if start is None else start
@@ -78,19 +78,19 @@ class Target:
         return [start]
 
     def check_source(self, tokens: int, what: str) -> None:
-        """Raise UsageError where a source has more tokens than the encoder has positions."""
+        """Raise UsageError if a source has more tokens than the encoder has positions."""
         if self.sources is not None and tokens > self.sources:
             raise UsageError(
                 f"{what} has {tokens} tokens, the encoder has {self.sources} positions: shorten it"
             )
 
     def room(self, first: int, new: int) -> int:
-        """How many of `new` tokens there are positions for, behind the `first`."""
+        """The number of `new` tokens that there are positions for, after the `first` ones."""
         return new if self.positions is None else max(1, min(new, self.positions - first))
 
 
 class EncodedSource:
-    """The keys and values of the sources of a batch, and their mask: `inputs` of the decoder."""
+    """The cross-attention cache of a batch and its mask: `inputs` of the decoder."""
 
     def __init__(self, inputs: Mapping[str, onnxruntime.OrtValue | NDArray[Any]]) -> None:
         self.inputs = dict(inputs)
@@ -103,7 +103,7 @@ class EncodedSource:
         tokens: Sequence[Sequence[int]],
         pad_id: int,
     ) -> EncodedSource:
-        """Of texts, each with its row's adapter; shorter ones are padded behind."""
+        """Encode texts, each with its row's adapter; shorter ones are padded on the right."""
         ids, mask = pad(tokens, pad_id, left=False)
         feeds = {INPUT_IDS: ids, ATTENTION_MASK: mask}
         taken = {spec.name for spec in session.manifest.inputs}
@@ -118,7 +118,7 @@ class EncodedSource:
         feeds: Mapping[str, NDArray[Any]],
         besides: Mapping[str, NDArray[Any]],
     ) -> EncodedSource:
-        """Of what the encoder is fed; the decoder is given `besides` too."""
+        """Run the encoder on `feeds`; the decoder is fed `besides` too."""
         encoder = session.manifest.encoder
         assert encoder is not None
         own = {name: values for name, values in feeds.items() if name in encoder.inputs}
@@ -127,7 +127,7 @@ class EncodedSource:
         return cls({**dict(named), **besides})
 
     def take_rows(self, rows: Sequence[int]) -> None:
-        """Have these of the rows, in their order; one may come several times."""
+        """Select rows, in this order; a row may be repeated."""
         for name, values in self.inputs.items():
             if isinstance(values, np.ndarray):
                 self.inputs[name] = values[list(rows)]

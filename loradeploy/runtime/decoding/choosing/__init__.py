@@ -1,1 +1,1 @@
-"""How the next token is chosen: samples and beams, their settings, and where a text ends."""
+"""Choosing the next token: sampling and beam search, their settings, and stopping."""

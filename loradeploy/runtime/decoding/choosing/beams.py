@@ -1,4 +1,4 @@
-"""Beam search, as transformers defines it: the same candidates, penalties and end."""
+"""Beam search as in transformers: the same candidates, penalties and stopping rule."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Beam:
-    """A beginning of a text with the sum of its tokens' log-probabilities.
+    """A partial or ended text with the sum of its tokens' log-probabilities.
 
-    `row`: the row of the last step that it goes on from. An ended one has a `reason`, and its
-    `score` is divided by its length to the power of the length penalty; `length` counts the token
-    that ended it.
+    `row`: the row of the last step that it continues. An ended beam has a `reason`, and its `score`
+    is divided by its length to the power of the length penalty; `length` includes the end token.
     """
 
     ids: tuple[int, ...]
@@ -39,11 +38,12 @@ class _Beam:
 class BeamSearch:
     """The `n` best of `num_beams` beams of one prompt.
 
-    A step's candidates are the best (1 + ends) · num_beams continuations, at least twice as many as
-    beams; of these the num_beams best that have not ended go on, and those that ended are kept
-    where they are among the num_beams best. `early_stopping`: True ends the search once there are
-    num_beams ended ones; False once the best running beam would be worse at its length than the
-    worst ended one; "never" once it would be at the largest length (with a length_penalty above 0).
+    The candidates of a step are the best (1 + ends) · num_beams continuations, at least twice as
+    many as beams. The num_beams best that have not ended continue; those that ended are kept if
+    they are among the num_beams best. `early_stopping`: True ends the search when num_beams beams
+    have ended; False, when the best running beam would be worse at its current length than the
+    worst ended one; "never", when it would be at the maximum length (with a length_penalty above
+    0).
     """
 
     def __init__(
@@ -72,20 +72,20 @@ class BeamSearch:
         self._ended: list[_Beam] = []
         self._improvable = True
         self._cancelled = False
-        self._told = False
+        self._returned = False
 
     def advance(self, logits: NDArray[Any]) -> list[Row]:
-        """The beams that go on, by the logits [rows, vocabulary] of those that there are."""
+        """Continue the running beams by logits [rows, vocabulary]; return the rows to continue."""
         check_logits(logits, self._process.what)
         if self._cancelled:
             self._keep([self._end(beam, "cancelled", None) for beam in self._running])
-            # A mask may have allowed fewer beginnings so far; every text of a prompt has an end.
+            # A mask may have allowed fewer beams so far, but every text must have a result.
             missing = self._n - len(self._ended)
             self._ended += [_Beam((), -np.inf, reason="cancelled")] * missing
             self._running = []
             return []
         candidates = [self._judged(beam) for beam in self._candidates(logits)]
-        length = len(self._running[0].ids) + 1  # the token that ends a beam is none of its ids
+        length = len(self._running[0].ids) + 1  # includes the end token, which is not in `ids`
         best = candidates[: self._num_beams]
         if self._improvable and not (self._full and self._early_stopping is True):
             self._keep([beam for beam in best if beam.reason is not None])
@@ -99,7 +99,7 @@ class BeamSearch:
                 f" {'mask allows' if self._process.allowed_tokens else 'settings allow'}"
                 f" {len(self._ended)}: give a smaller n"
             )
-        # In the order of their rows: where no beam is doubled the cache stays as it is.
+        # Ordered by row: if no beam is duplicated, the cache does not change.
         self._running = sorted(going, key=lambda beam: beam.row)
         return [Row(beam.row, beam.ids[-1]) for beam in self._running]
 
@@ -108,7 +108,7 @@ class BeamSearch:
         return len(self._ended) == self._num_beams
 
     def _candidates(self, logits: NDArray[Any]) -> list[_Beam]:
-        """The best continuations, the best first."""
+        """The best continuations, in descending order."""
         scores = np.stack(
             [
                 self._process(log_softmax(values), self.prompt, beam.ids) + beam.score
@@ -127,7 +127,7 @@ class BeamSearch:
         return found
 
     def _judged(self, beam: _Beam) -> _Beam:
-        """`beam`, ended where its last token ends it."""
+        """Return `beam`, ended if its last token ends it."""
         token = beam.ids[-1]
         if token in self._process.ends:
             return self._end(beam, "stop", token)
@@ -148,7 +148,7 @@ class BeamSearch:
         self._ended = ranked[: self._num_beams]
 
     def _can_improve(self, going: list[_Beam], length: int) -> bool:
-        """Whether the best of the running beams may become better than the worst ended one."""
+        """Whether the best running beam may become better than the worst ended one."""
         if not going:
             return False
         if not self._full:
@@ -159,31 +159,31 @@ class BeamSearch:
         return best > self._ended[-1].score
 
     def tokens(self) -> list[Sequence[int]]:
-        """What was generated in each beam that goes on."""
+        """The generated tokens of each running beam."""
         return [beam.ids for beam in self._running]
 
     def made(self, choice: int) -> tuple[Sequence[int], Sequence[TokenLogprob] | None]:
-        """The tokens of a text that has ended; before that none is final."""
+        """The tokens of an ended text; empty before, because none is final."""
         return (() if self._running else self._ended[choice].ids), None
 
     def pieces(self) -> list[tuple[int, str]]:
-        """The texts, whole, once all have ended: before that none is final."""
-        if self._running or self._told:
+        """The complete texts, once, when all have ended: before, none is final."""
+        if self._running or self._returned:
             return []
-        self._told = True
+        self._returned = True
         texts = [(rank, self.result(rank).text) for rank in self.ended()]
         return [(rank, text) for rank, text in texts if text]
 
     def cancel(self, choice: int) -> None:
-        """Have the search end where it is, with the next step: its texts end together."""
+        """End the search at the next step, with all its texts."""
         self._cancelled = True
 
     def ended(self) -> list[int]:
-        """The ranks of the best texts, once the search has ended."""
+        """The ranks of the best texts, when the search has ended."""
         return [] if self._running else list(range(self._n))
 
     def result(self, choice: int) -> Finished:
-        """The text of a rank."""
+        """The ended text of a rank."""
         beam = self._ended[choice]
         assert beam.reason is not None
         text = self._tokenizer.decode(beam.ids)

@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens: the model's own, before any setting changes them."""
+"""Log-probabilities of tokens by the model, before generation settings are applied."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class TokenLogprob:
 
 
 def check_logits(logits: NDArray[Any], what: str) -> None:
-    """Raise RunError where a position of logits [..., vocabulary] has NaN, +inf, or -inf alone.
+    """Raise RunError if a position of logits [..., vocabulary] has NaN or +inf, or only -inf.
 
-    -inf bars a token, which a graph may do. `what`: whose they are.
+    A graph may exclude single tokens by -inf. `what`: the name of the logits in messages.
     """
     if not np.isfinite(logits.max(axis=-1)).all():
         raise RunError(
@@ -50,7 +50,7 @@ def log_softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
 def token_logprob(
     logits: NDArray[Any], token: int, most: int, tokenizer: Tokenizer
 ) -> TokenLogprob:
-    """That of `token` by logits [vocabulary], with the top `most`."""
+    """The log-probability of `token` by logits [vocabulary], with the top `most` tokens."""
     values = log_softmax(logits)
     most = min(most, values.size)
     best = np.argpartition(-values, most - 1)[:most] if most else np.array([], np.int64)

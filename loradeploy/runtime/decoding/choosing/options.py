@@ -1,4 +1,4 @@
-"""The settings of a generation, each checked before anything runs."""
+"""Generation settings, each checked before anything runs."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from loradeploy.runtime.decoding.choosing.sampling import Sampling
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# Of the tokens generated so far: the tokens that may follow, as bool [vocabulary]; None is all.
+# From the generated tokens to the allowed next tokens, bool [vocabulary]; None allows all.
 AllowedTokens = Callable[[tuple[int, ...]], "NDArray[np.bool_] | None"]
-# The length of any text to this power is a number, and so is a score divided by it.
+# A text's length to this power is finite, and so is a score divided by it.
 _MOST_PENALTY: Final = 20
 Number: Final = (int, float, np.integer, np.floating)
 
 
 class GenerationFlags(TypedDict, total=False):
-    """The fields of `GenerationOptions`, each of which the methods take by its name."""
+    """The fields of `GenerationOptions`, as keyword arguments."""
 
     max_new_tokens: int
     temperature: float
@@ -190,7 +190,7 @@ class GenerationOptions:
                 f" {_MOST_PENALTY}"
             )
         early = self.early_stopping
-        kind = isinstance(early, bool | str | None)  # 1 is no True, which `in` takes it for
+        kind = isinstance(early, bool | str | None)  # `in` would accept 1 for True
         if not kind or early not in (None, True, False, "never"):
             raise UsageError(
                 f'early_stopping is {shown(self.early_stopping)}: give True, False or "never"'
@@ -207,7 +207,7 @@ def _check_bias(bias: object) -> None:
             raise UsageError(
                 f"logit_bias names {shown(token)}: give token ids, or texts that are one token"
             )
-        if not _number(value) or not value < float("inf"):  # -inf bars a token
+        if not _number(value) or not value < float("inf"):  # -inf excludes a token
             raise UsageError(
                 f"logit_bias of {shown(token)} is {shown(value)}: give a number, or -inf to"
                 " exclude it"

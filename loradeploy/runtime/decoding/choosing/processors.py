@@ -1,20 +1,20 @@
-"""How logits are changed before a token is chosen.
+"""Change logits before a token is chosen.
 
-In this order, that of transformers' logits processors, with vLLM's penalties behind its first:
+In the order of transformers' logits processors, with vLLM's penalties after the first one:
 
 logit_bias              is added
-repetition_penalty      divides what is above 0, multiplies what is below, of tokens seen before
-frequency_penalty       is subtracted as often as the token is in the text
-presence_penalty        is subtracted once, where the token is in the text
-no_repeat_ngram_size    bars what would end a run of tokens that was there before
-min_new_tokens          bars the ends of a text
-bad_words_ids           bars what would end one of these runs of tokens
-min_length              bars the ends of a text, what it follows counted too
-forced_bos_token_id     bars all else behind a single token
-forced_eos_token_id     bars all else where a text may have but one token more
-allowed_tokens          bars what its mask leaves out
-suppress_tokens         bars them, and begin_suppress_tokens at the first token
-rule                    bars what else may not follow, such as timestamps in a transcript
+repetition_penalty      divides positive, multiplies negative logits of tokens in prompt or text
+frequency_penalty       is subtracted once for each occurrence in the text
+presence_penalty        is subtracted once if the token is in the text
+no_repeat_ngram_size    excludes tokens that would repeat a sequence of this many tokens
+min_new_tokens          excludes end tokens until there are this many generated tokens
+bad_words_ids           excludes tokens that would complete one of these sequences
+min_length              excludes end tokens until prompt and text have this length
+forced_bos_token_id     excludes all other tokens after a prompt of a single token
+forced_eos_token_id     excludes all other tokens at the last position of a text
+allowed_tokens          excludes tokens outside its mask
+suppress_tokens         excludes these, begin_suppress_tokens only at the first token
+rule                    excludes by another rule, such as timestamps in a transcript
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from loradeploy.runtime.decoding.choosing.options import AllowedTokens, Generati
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    # Of logits [vocabulary] and the tokens generated so far: the logits as a rule changes them.
+    # (logits [vocabulary], generated tokens) → changed logits.
     LogitsRule = Callable[[NDArray[np.floating], Sequence[int]], NDArray[np.floating]]
 
 
 @dataclass(frozen=True)
 class Processors:
-    """What is done to the logits of one row.
+    """The changes to the logits of one row.
 
-    `own`: the settings of its generation_config.json, with what was given in their place. `ends`:
-    the tokens that end its text. `bias`: what is added, by token. `what`: its name in messages.
-    `limit`: how many tokens it may have. `rule`: what is done to them last.
+    `own`: the settings in generation_config.json, overridden by the given ones. `ends`: the end
+    tokens. `bias`: logit_bias by token id. `what`: the prompt's name in messages. `limit`: maximum
+    number of generated tokens. `rule`: applied last.
     """
 
     own: GenerationSettings
@@ -67,10 +67,10 @@ class Processors:
         limit: int | None = None,
         rule: LogitsRule | None = None,
     ) -> Processors:
-        """Those that `options` ask for.
+        """The processors for `options`.
 
         Raises:
-            UsageError: `logit_bias` names a text that is not one token, or none of the vocabulary.
+            UsageError: `logit_bias` has a text that is not one token, or not in the vocabulary.
         """
         given = {
             name: value
@@ -95,11 +95,11 @@ class Processors:
         ruled = self.allowed_tokens or self.rule
         return not (changing or ruled or self.own.changes_scores)
 
-    @np.errstate(over="ignore", invalid="ignore")  # what overflows is refused below
+    @np.errstate(over="ignore", invalid="ignore")  # overflows are refused below
     def __call__(
         self, logits: NDArray[np.floating], prompt: Sequence[int], made: Sequence[int]
     ) -> NDArray[np.floating]:
-        """`logits` [vocabulary] as they are changed behind `prompt` and the tokens `made` since.
+        """Return changed `logits` [vocabulary], after `prompt` and the generated tokens `made`.
 
         Raises:
             UsageError: no token is left, a logit is infinite, or a mask or a token that does not
@@ -118,7 +118,7 @@ class Processors:
         before = np.array([*prompt, *made], np.int64)
         if own.repetition_penalty != 1:
             seen = np.unique(before)
-            seen = seen[(seen >= 0) & (seen < scores.size)]  # a prompt may have others
+            seen = seen[(seen >= 0) & (seen < scores.size)]  # a prompt may contain others
             values, penalty = scores[seen], np.float32(own.repetition_penalty)
             scores[seen] = np.where(values < 0, values * penalty, values / penalty)
         if made and (self.presence_penalty or self.frequency_penalty):
@@ -175,7 +175,7 @@ class Processors:
 
 
 def _force(scores: NDArray[np.float32], tokens: Sequence[int]) -> None:
-    """Bar all tokens but these, which are as likely as can be."""
+    """Exclude all other tokens, and set the logits of `tokens` to 0."""
     scores[:] = -np.inf
     scores[[token for token in tokens if token < scores.size]] = 0.0
 
@@ -183,7 +183,7 @@ def _force(scores: NDArray[np.float32], tokens: Sequence[int]) -> None:
 def _bad(
     words: Sequence[Sequence[int]], before: NDArray[np.int64], ends: Collection[int]
 ) -> list[int]:
-    """The tokens that would end one of `words` behind `before`; an end of the text is none."""
+    """The tokens that would complete one of `words` after `before`; not single end tokens."""
     return [
         word[-1]
         for word in words
@@ -194,7 +194,7 @@ def _bad(
 
 
 def _bar_repeated(scores: NDArray[np.float32], before: NDArray[np.int64], size: int) -> None:
-    """Bar the tokens that would end a run of `size` tokens that is in `before` already."""
+    """Exclude tokens that would repeat a sequence of `size` tokens in `before`."""
     if not size or len(before) + 1 < size:
         return
     last = before[len(before) - size + 1 :]

@@ -1,4 +1,4 @@
-"""Texts that go their own ways: greedy, or `n` samples of one prompt."""
+"""Independent texts of one prompt: greedy, or `n` samples."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class _Sample:
-    """One text while it is generated."""
+    """One text that is being generated."""
 
     def __init__(self, random: np.random.Generator, transcript: Transcript) -> None:
         self.random = random
@@ -35,9 +35,9 @@ class _Sample:
 
 
 class Samples:
-    """`n` texts of one prompt, each with random numbers of its own.
+    """`n` texts of one prompt, each with its own random numbers.
 
-    The first has those of `seed` alone, so that it is what it would be with n = 1.
+    The first uses those of `seed` alone, so that it is the same as with n = 1.
     """
 
     def __init__(
@@ -66,16 +66,16 @@ class Samples:
             )
             for number in range(n)
         ]
-        self._going: list[int] | None = None  # the sample of each row; None before the first step
+        self._active: list[int] | None = None  # the sample of each row; None before the first step
         self._pieces: list[tuple[int, str]] = []
 
     def advance(self, logits: NDArray[Any]) -> list[Row]:
-        """Choose each text's next token, by the logits [rows, vocabulary]."""
+        """Choose each text's next token by logits [rows, vocabulary]; return rows to continue."""
         check_logits(logits, self._process.what)
-        first = self._going is None
+        first = self._active is None
         rows = []
-        going: list[int] = []
-        for row, number in enumerate(range(len(self._samples)) if first else self._going or ()):
+        active: list[int] = []
+        for row, number in enumerate(range(len(self._samples)) if first else self._active or ()):
             parent = 0 if first else row
             sample = self._samples[number]
             if sample.reason is None:
@@ -83,9 +83,9 @@ class Samples:
                 if piece:
                     self._pieces.append((number, piece))
             if sample.reason is None:
-                going.append(number)
+                active.append(number)
                 rows.append(Row(parent, sample.ids[-1]))
-        self._going = going
+        self._active = active
         return rows
 
     def _choose(self, sample: _Sample, logits: NDArray[Any]) -> str:
@@ -103,21 +103,21 @@ class Samples:
         return piece + sample.end("length") if len(sample.ids) >= self.limit else piece
 
     def tokens(self) -> list[Sequence[int]]:
-        """What was generated in each row that goes on."""
-        return [self._samples[number].ids for number in self._going or ()]
+        """The generated tokens of each running row."""
+        return [self._samples[number].ids for number in self._active or ()]
 
     def made(self, choice: int) -> tuple[Sequence[int], Sequence[TokenLogprob] | None]:
-        """The tokens of a text so far, with their log-probabilities where these were asked for."""
+        """The tokens of a text so far, with their log-probabilities if requested."""
         sample = self._samples[choice]
         return sample.ids, None if self._top is None else sample.logprobs
 
     def pieces(self) -> list[tuple[int, str]]:
-        """The text that became final since the last call, with the number of its sample."""
+        """New final text since the last call, as pairs of a sample's number and a piece."""
         pieces, self._pieces = self._pieces, []
         return pieces
 
     def cancel(self, choice: int) -> None:
-        """Have a text end where it is, with the next step."""
+        """End a text as it is; its row is dropped at the next step."""
         sample = self._samples[choice]
         if sample.reason is None and (piece := sample.end("cancelled")):
             self._pieces.append((choice, piece))

@@ -1,4 +1,4 @@
-"""How the next token is chosen from logits."""
+"""Sampling: choosing the next token from logits."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Greedy at `temperature` 0; else sampled from the `top_k` tokens and the `top_p` mass.
+    """Greedy at `temperature` 0; otherwise samples from the `top_k` tokens and the `top_p` mass.
 
-    Of these, tokens below `min_p` times the most likely one's probability are left out. `top_k` 0,
-    `top_p` 1 and `min_p` 0 keep all tokens.
+    Tokens with a probability below `min_p` times the highest one are excluded. `top_k` 0, `top_p` 1
+    and `min_p` 0 keep all tokens.
 
     Raises:
-        UsageError: a value out of its range, or one that would have no effect.
+        UsageError: a value out of range, or one that would have no effect.
     """
 
     temperature: float = 0.0
@@ -61,7 +61,7 @@ class Sampling:
         min_p: float | None,
         own: GenerationSettings,
     ) -> Sampling:
-        """What is asked for; a sampled row takes the rest from its own settings."""
+        """The given settings; when sampling, missing ones are those of `own`."""
         if temperature > 0:
             top_k = own.top_k if top_k is None else top_k
             top_p = own.top_p if top_p is None else top_p
@@ -69,10 +69,10 @@ class Sampling:
         return cls(temperature, top_k or 0, 1.0 if top_p is None else top_p, min_p or 0.0)
 
     def choose(self, logits: NDArray[np.floating], random: np.random.Generator) -> int:
-        """The next token, by logits [vocabulary]; one number of `random` is used, or none.
+        """Choose the next token by logits [vocabulary], with at most one number of `random`.
 
-        The cumulated weights are in token order, not sorted: logits that differ by rounding (in
-        another batch, on another device) then give the same token for nearly every number.
+        The cumulative weights are in token order, not sorted: logits that differ by rounding (in
+        another batch, on another device) then give the same token for nearly every random number.
         """
         if self.temperature == 0:
             return int(logits.argmax())
@@ -85,6 +85,6 @@ class Sampling:
             mass = np.cumsum(weights[order])
             weights[order[np.searchsorted(mass, self.top_p * mass[-1]) + 1 :]] = 0
         if self.min_p:
-            weights[weights < self.min_p] = 0  # the most likely one's is 1
+            weights[weights < self.min_p] = 0  # the highest weight is 1
         mass = np.cumsum(weights)
         return int(np.searchsorted(mass, random.random() * mass[-1], side="right"))

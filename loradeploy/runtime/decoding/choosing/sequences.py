@@ -1,8 +1,8 @@
-"""What a decoding loop goes on with: the sequences of one prompt, in rows of the batch.
+"""The sequences of one prompt in a batch, as a decoding loop sees them.
 
-A prompt's sequences begin as one row, the prompt, and become as many as they need: samples go
-their own ways, beams are dropped and doubled. After each step they say which rows go on, and with
-which token; the loop moves the cache accordingly and knows nothing else of them.
+A prompt's sequences start as one row, the prompt, and become as many rows as needed: samples are
+independent, beams are dropped and duplicated. After each step they return the rows to continue,
+each with its next token. The loop moves the cache accordingly, and knows nothing else of them.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 @dataclass(frozen=True)
 class Row:
-    """A row that goes on: the row of the last step (counted in its prompt's) that it follows, and
-    the token that it is fed."""
+    """A row of the next step: the row of the last step that it continues, among its prompt's rows,
+    and its next token.
+    """
 
     parent: int
     token: int
@@ -30,10 +31,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Finished:
-    """A sequence that has ended.
+    """An ended sequence.
 
-    `ids`: without the token that ended it. `stop_reason`: that token, or the stop string. `score`:
-    of a beam.
+    `ids`: without the end token. `stop_reason`: the end token, or the stop string. `score`: of a
+    beam.
     """
 
     ids: tuple[int, ...]
@@ -46,28 +47,28 @@ class Finished:
 
 
 class Sequences(Protocol):
-    """The sequences of one prompt. `limit`: the most tokens that each of them gets."""
+    """The sequences of one prompt. `limit`: maximum number of new tokens of each."""
 
     prompt: list[int]
     limit: int
 
     def advance(self, logits: NDArray[Any]) -> list[Row]:
-        """The rows that go on, by the logits [rows, vocabulary] of those that there are."""
+        """Choose tokens by logits [rows, vocabulary]; return the rows to continue."""
 
     def tokens(self) -> list[Sequence[int]]:
-        """What was generated in each row that goes on."""
+        """The generated tokens of each running row."""
 
     def made(self, choice: int) -> tuple[Sequence[int], Sequence[TokenLogprob] | None]:
-        """The final tokens of a sequence so far, and their log-probabilities if asked for."""
+        """The final tokens of a sequence so far, and their log-probabilities if requested."""
 
     def pieces(self) -> list[tuple[int, str]]:
-        """The text that became final since the last call, with the number of its sequence."""
+        """New final text since the last call, as pairs of a sequence's number and a piece."""
 
     def cancel(self, choice: int) -> None:
-        """Have a sequence end with the next step."""
+        """End a sequence at the next step."""
 
     def ended(self) -> list[int]:
         """The numbers of the sequences that have ended."""
 
     def result(self, choice: int) -> Finished:
-        """A sequence that has ended."""
+        """The result of an ended sequence."""

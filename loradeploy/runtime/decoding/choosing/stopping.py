@@ -1,4 +1,4 @@
-"""Where a text ends before its tokens do: stop strings, across the borders of tokens."""
+"""Stop strings, which may begin and end inside tokens."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from loradeploy.runtime.text.pieces import PieceDecoder
 
 
 class Transcript:
-    """The text of tokens that come one by one, up to the first stop string.
+    """The text of a stream of tokens, up to the first stop string.
 
-    `stopped_by`: the stop string that was found; of several with one token, the one that begins
-    first. The pieces that `push` and `close` give out are `text` together: an end of the text that
-    may be the beginning of a stop string waits.
+    `stopped_by`: the stop string that was found; if one token completes several, the one that
+    begins first. The concatenated results of `push` and `close` are `text`: the end of a text that
+    may be the beginning of a stop string is held back.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
         self._pieces = PieceDecoder(tokenizer)
         self._stops = tuple(stops)
         self._longest = max(map(len, self._stops), default=0)
-        self._given = 0
+        self._released = 0
         self.text = ""
         self.stopped_by: str | None = None
 
     def push(self, token: int) -> str:
-        """The text that is final with `token`, perhaps none."""
+        """Add a token, and return the text that is final with it, possibly empty."""
         searched = max(0, len(self.text) - self._longest + 1)
         self.text += self._pieces.push(token)
         if self._stops:
@@ -34,21 +34,21 @@ class Transcript:
             if found is not None:
                 begin, self.stopped_by = found
                 self.text = known[:begin]
-                return self._give(begin)
-        return self._give(len(self.text) - self._waiting())
+                return self._release(begin)
+        return self._release(len(self.text) - self._held_back())
 
     def close(self) -> str:
-        """The rest of the text."""
+        """End the stream, and return the remaining text."""
         if self.stopped_by is None:
             self.text += self._pieces.close()
-        return self._give(len(self.text))
+        return self._release(len(self.text))
 
-    def _give(self, end: int) -> str:
-        piece, self._given = self.text[self._given : end], end
+    def _release(self, end: int) -> str:
+        piece, self._released = self.text[self._released : end], end
         return piece
 
-    def _waiting(self) -> int:
-        """How much of the end of the text is the beginning of a stop string."""
+    def _held_back(self) -> int:
+        """The number of characters at the end that may begin a stop string."""
         return max(
             (
                 size
@@ -61,6 +61,6 @@ class Transcript:
 
 
 def first_stop(text: str, stops: Sequence[str], start: int = 0) -> tuple[int, str] | None:
-    """Where the first of `stops` in `text` begins, looked for from `start` on, and which it is."""
+    """The position and the string of the first of `stops` in `text` from `start` on."""
     found = [(at, stop) for stop in stops if (at := text.find(stop, start)) >= 0]
     return min(found, key=lambda hit: (hit[0], -len(hit[1])), default=None)
