@@ -1,1 +1,1 @@
-"""What is compared with the reference: ONNX Runtime's ways to run a bundle, and other engines."""
+"""The backends that are compared with the reference: ONNX Runtime, PEFT, and other engines."""

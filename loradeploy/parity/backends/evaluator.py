@@ -1,4 +1,4 @@
-"""ONNX's reference evaluator as a backend: numpy, operator by operator, as the standard says."""
+"""ONNX's reference evaluator as a backend: the standard's operators in numpy."""
 
 from __future__ import annotations
 
@@ -17,28 +17,29 @@ from loradeploy.parity.context import CheckContext
 if TYPE_CHECKING:
     import onnx
 
-# Nodes times parameters. MiniLM (6 layers, 22 million parameters) is below the largest, and takes
-# 7 s for each adapter on a core; what is quick takes less than a second.
+# Limits of nodes × parameters: to run at all, and to run without being requested. MiniLM (6 layers,
+# 22 million parameters) is below the first and takes 7 s per adapter on one core; graphs below the
+# second take less than a second.
 _LARGEST: Final = 10**10
 _QUICK: Final = 10**9
 _STANDARD: Final = ("", "ai.onnx")
 
 
 def lacks(context: CheckContext) -> str | None:
-    """Why the evaluator cannot run the bundle's graph; None where it can be tried."""
+    """Return why the evaluator cannot run the bundle's graph; None if it may be able to."""
     if context.manifest.encoder is not None:
         return "it runs one graph, and an encoder-decoder has two"
     return _lacks(context, _LARGEST)
 
 
 def is_quick(context: CheckContext) -> bool:
-    """Whether the evaluator is there, and runs the bundle's graph in little time."""
+    """Whether the evaluator is installed and runs the bundle's graph in little time."""
     one = context.manifest.encoder is None
     return one and importlib.util.find_spec("onnx") is not None and _lacks(context, _QUICK) is None
 
 
 def evaluator(context: CheckContext) -> Iterator[tuple[str | None, OnnxModel]]:
-    """The base and each adapter as feeds; of a merged bundle, the graph as it is.
+    """Yield the base, and each adapter as feeds; for a merged bundle, the graph itself.
 
     Raises:
         NotRunError: the evaluator does not have one of the graph's operators.
@@ -51,7 +52,7 @@ def evaluator(context: CheckContext) -> Iterator[tuple[str | None, OnnxModel]]:
     graph = context.bundle / GRAPH_NAME
     try:
         made = ReferenceEvaluator(os.fspath(graph), new_ops=[_gather_elements()])
-    except Exception as problem:  # of several kinds, all for want of an operator
+    except Exception as problem:  # several exception classes, all for a missing operator
         raise NotRunError(f"the evaluator cannot run the graph: {first_line(problem)}") from None
     manifest, known = context.manifest, context.cases.known
     if context.merged:
@@ -66,7 +67,7 @@ def evaluator(context: CheckContext) -> Iterator[tuple[str | None, OnnxModel]]:
 
 
 def _gather_elements() -> type:
-    """GatherElements of the standard. onnx 1.23's refuses the axis -1, and more than 32 choices."""
+    """Return a full GatherElements: onnx 1.23's refuses axis -1 and axes longer than 32."""
     import numpy as np
     from onnx.reference.op_run import OpRun
 
@@ -103,7 +104,7 @@ def _lacks(context: CheckContext, largest: int) -> str | None:
 
 
 def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    """The graph and those of its branches."""
+    """Yield the graph and its subgraphs."""
     yield graph
     for node in graph.node:
         for attribute in node.attribute:

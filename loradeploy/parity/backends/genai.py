@@ -1,8 +1,8 @@
-"""onnxruntime-genai as a backend, in an interpreter of its own.
+"""onnxruntime-genai as a backend, in a separate Python interpreter.
 
-Its onnxruntime and the one that loradeploy runs on overwrite each other in one environment, so a
-worker program (genai_worker.py) is started with the interpreter that has it. It is sent tokens in
-lines of JSON, and gives logits in a file.
+Its onnxruntime and the one that loradeploy uses overwrite each other's files in one environment, so
+a worker program (genai_worker.py) is started with the interpreter that has onnxruntime-genai. It
+receives tokens as lines of JSON and returns logits in a file.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ if TYPE_CHECKING:
 
 _PACKAGE: Final = "onnxruntime_genai"
 _WORKER: Final = Path(__file__).with_name("genai_worker.py")
-# Seconds until an answer must be there: to open a bundle of gigabytes, to run a prompt.
+# Timeouts in seconds: to open a bundle of gigabytes, and to run a prompt.
 _OPEN_TIMEOUT: Final = 300.0
 _RUN_TIMEOUT: Final = 120.0
 
 
 class GenaiError(Exception):
-    """The worker failed, ended or did not answer; the message is one line."""
+    """The worker failed, exited or did not answer; the message is one line."""
 
 
 class GenaiModel:
-    """A sequence of tokens in onnxruntime-genai, one row at a time, with one adapter or none."""
+    """onnxruntime-genai with one adapter or none, as a backend that takes one row at a time."""
 
     def __init__(self, worker: Worker, adapter: str | None, room: int) -> None:
         self._worker = worker
@@ -56,7 +56,7 @@ class GenaiModel:
         cache: Any,
         adapters: Sequence[str | None],
     ) -> tuple[NDArray[Any], Any]:
-        """See `phases.models.Model`; the cache is the worker's own, of the sequence last begun."""
+        """See `phases.models.Model`; the worker has the cache of the sequence begun last."""
         values = self._worker.ask(
             tokens=ids[0].tolist(), first=cache is None, adapter=self._adapter, room=self._room
         )
@@ -64,10 +64,10 @@ class GenaiModel:
 
 
 def find_interpreter(python: str | os.PathLike[str] | None) -> Path | None:
-    """The interpreter that was named, as a path that holds from anywhere.
+    """Return the absolute path of the interpreter `python`; None if `python` is None.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is no such program.
     """
     if python is None:
         return None
@@ -77,11 +77,11 @@ def find_interpreter(python: str | os.PathLike[str] | None) -> Path | None:
             f"{os.fspath(python)} is not a program: give the Python of an environment"
             " with onnxruntime-genai"
         )
-    return Path(found).absolute()  # not resolved: that would leave its environment
+    return Path(found).absolute()  # not resolved: a link's target is outside of its environment
 
 
 def lacks(context: CheckContext) -> str | None:
-    """Why onnxruntime-genai cannot run the bundle; None where it can be tried."""
+    """Return why onnxruntime-genai cannot run the bundle; None if it may be able to."""
     if context.manifest.task != CAUSAL_LM:
         return "it only runs decoders"
     if not (context.bundle / GENAI_CONFIG_NAME).is_file():
@@ -92,7 +92,7 @@ def lacks(context: CheckContext) -> str | None:
 
 
 def genai(context: CheckContext) -> Iterator[tuple[str | None, GenaiModel]]:
-    """The base and each adapter, as an .onnx_adapter file, in one worker.
+    """Yield the base and each adapter, as an .onnx_adapter file, in one worker.
 
     Raises:
         GenaiError: the worker does not start.
@@ -112,7 +112,7 @@ def genai(context: CheckContext) -> Iterator[tuple[str | None, GenaiModel]]:
 
 
 class Worker:
-    """The worker program, started. `stderr` is the file that its complaints go to."""
+    """The running worker program. `stderr`: the file that its error messages go to."""
 
     def __init__(self, process: subprocess.Popen[str], logits: Path, stderr: Path) -> None:
         self._process = process
@@ -120,16 +120,16 @@ class Worker:
         self._stderr = stderr
 
     def ask(self, **request: object) -> NDArray[Any]:
-        """The logits of the tokens of `request`, [tokens, vocabulary]; see genai_worker.py.
+        """Return the logits of the tokens in `request`, [tokens, vocabulary]; see genai_worker.py.
 
         Raises:
-            GenaiError: onnxruntime-genai failed, or the worker ended or did not answer in time.
+            GenaiError: onnxruntime-genai failed, or the worker exited or did not answer in time.
         """
         assert self._process.stdin is not None
         try:
             print(json.dumps(request), file=self._process.stdin, flush=True)
         except OSError:
-            raise GenaiError(self._last_words()) from None
+            raise GenaiError(self._exit_message()) from None
         self.answer(_RUN_TIMEOUT)
         values: NDArray[Any] = np.load(self._logits, allow_pickle=False)
         return values
@@ -149,11 +149,11 @@ class Worker:
             late = not timer.is_alive()
             timer.cancel()
         if not line:
-            raise GenaiError(f"no answer in {timeout:.0f} s" if late else self._last_words())
+            raise GenaiError(f"no answer in {timeout:.0f} s" if late else self._exit_message())
         if "error" in (reply := json.loads(line)):
             raise GenaiError(reply["error"])
 
-    def _last_words(self) -> str:
+    def _exit_message(self) -> str:
         self._process.wait()
         lines = self._stderr.read_text(encoding="utf-8", errors="replace").splitlines()
         last = next((line.strip() for line in reversed(lines) if line.strip()), "no message")
@@ -165,14 +165,14 @@ def _started(context: CheckContext, adapters: dict[str, Path]) -> Iterator[Worke
     logits, stderr = context.scratch / "genai.npy", context.scratch / "genai.stderr"
     python = context.genai_python or Path(sys.executable)
     named = [f"{name}={file}" for name, file in adapters.items()]
-    # The worker's folder holds modules of loradeploy's, which are no business of its interpreter.
+    # Without this, the worker could import loradeploy's modules from its own directory.
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
-    with stderr.open("w", encoding="utf-8") as complaints:
+    with stderr.open("w", encoding="utf-8") as messages:
         process = subprocess.Popen(
             [python, _WORKER, context.bundle, logits, *named],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=complaints,
+            stderr=messages,
             env=environment,
             text=True,
             encoding="utf-8",

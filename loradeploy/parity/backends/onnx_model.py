@@ -1,4 +1,4 @@
-"""A graph as a backend: tokens and a cache in, values out, whatever runs it."""
+"""An ONNX graph as a backend, independent of the engine that runs it."""
 
 from __future__ import annotations
 
@@ -23,35 +23,35 @@ if TYPE_CHECKING:
     from loradeploy.runtime.session import AdapterSession
 
 Feeds = Mapping[str, Any]
-# Runs a graph: output names, feeds, and each row's adapter → values in the order of the names; for
-# a model with a `cache`, and buffers of outputs by the keyword `buffers`.
+# Runs a graph: (output names, feeds, each row's adapter) → values in the order of the names. For a
+# model with a `cache`, the keyword `buffers` gives the buffers of outputs.
 Run = Callable[..., Sequence[Any]]
 
 
 class NotRunError(Exception):
-    """A backend that cannot be run here, and why."""
+    """A backend cannot be run here; the message is the reason."""
 
 
 @dataclass
 class Replayed:
-    """Of the runs of a session that captures them: how many were made, and were replays."""
+    """Number of runs of a session that captures runs, and how many of them were replays."""
 
     runs: int = 0
     replays: int = 0
 
     def take(self, other: Replayed) -> None:
-        """Count what `other` counted, which begins again."""
+        """Add the counts of `other`, and reset it."""
         self.runs, self.replays = self.runs + other.runs, self.replays + other.replays
         other.runs = other.replays = 0
 
 
 class OnnxModel:
-    """A graph as a backend; `run` may give arrays or OrtValues.
+    """A graph as a backend. `run` may return arrays or OrtValues.
 
-    `cache` makes an empty cache of so many rows, which the graph may write in place. Without it the
-    graph's present outputs are the next past, as they come. `known`: as `plain_feeds`. `session`:
-    what the graph is open in, where it holds one adapter.
-    `replayed`: what became of the runs, where they are captured.
+    `cache`: makes an empty cache for a number of rows, which the graph may update in place. Without
+    it, the graph's present outputs are fed back as the next past. `known`: as in `plain_feeds`.
+    `session`: the session of the graph, if all rows have the same adapter.
+    `replayed`: counts of runs and replays, if runs are captured.
     """
 
     def __init__(
@@ -135,9 +135,9 @@ class OnnxModel:
         before: NDArray[np.int64] | None,
         adapters: Sequence[str | None],
     ) -> tuple[NDArray[Any], Any]:
-        """All tokens again, what is new in the end: each row's from its beginning, padding behind.
+        """Run all tokens again and return the values of the new ones; rows are padded on the right.
 
-        `before`: the tokens so far, in place of a cache.
+        `before`: the previous tokens, in place of a cache.
         """
         tokens = ids if before is None else np.concatenate([before, ids], axis=1)
         real = mask.astype(bool)
@@ -160,20 +160,20 @@ class OnnxModel:
     def values(
         self, names: Sequence[str], ids: NDArray[np.int64], adapter: str | None
     ) -> list[NDArray[Any]]:
-        """The outputs `names` for `ids` [rows, tokens], all of them real and without a cache."""
+        """Return the outputs `names` for `ids` [rows, tokens], without padding and cache."""
         feeds = self.feeds(ids, np.ones_like(ids), None)
         return [_array(value) for value in self._run(names, feeds, [adapter] * len(ids))]
 
     def feeds(self, ids: NDArray[np.int64], mask: NDArray[np.int64], cache: Any) -> dict[str, Any]:
-        """What the graph is fed for `ids` and `mask`; a `cache` of None is one of no tokens."""
+        """Return the graph's feeds for `ids` and `mask`; a `cache` of None is an empty one."""
         feeds: dict[str, Any] = self._plain(ids, mask)
         if self._manifest.encoder is not None:
-            return feeds  # `AdapterSession` runs the halves on them
+            return feeds  # `AdapterSession` runs the encoder and the decoder on them
         past = self._empty(len(ids)) if cache is None else cache
         return feeds | dict(zip((spec.name for spec in self._past), past, strict=True))
 
     def _empty(self, rows: int) -> list[NDArray[Any]]:
-        """A cache of no tokens: [rows, heads, 0, head_dim] for each of a layer's parts."""
+        """Return an empty cache: [rows, heads, 0, head_dim] for each key and value."""
         shapes = [(rows, int(s.shape[1]), 0, int(s.shape[3])) for s in self._past]
         return [np.zeros(shape, s.dtype) for shape, s in zip(shapes, self._past, strict=True)]
 

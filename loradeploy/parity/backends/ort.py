@@ -1,4 +1,4 @@
-"""The ONNX Runtime side: bundles and plain sessions, opened as backends."""
+"""The backends on ONNX Runtime: bundles in `AdapterSession`, and plain sessions."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from loradeploy.runtime.arguments import Adapters
     from loradeploy.runtime.session import AdapterSession
 
-# A run is made once by itself, recorded the second time, and replayed from then on.
+# The first run is a plain one, the second is recorded, and later ones are replays.
 _BEFORE_A_REPLAY: Final = 2
 
 
 def side_inputs(context: CheckContext) -> Iterator[tuple[str | None, OnnxModel]]:
-    """The base and each adapter by itself, through `AdapterSession`."""
+    """Yield the base and each adapter by itself, in an `AdapterSession`."""
     session = _open(context, context.bundle)
     _load(session, context.adapters)
     for name in (None, *(tested.name for tested in context.adapters)):
@@ -37,7 +37,7 @@ def side_inputs(context: CheckContext) -> Iterator[tuple[str | None, OnnxModel]]
 
 
 def mixed_batch(context: CheckContext) -> Iterator[tuple[str | None, OnnxModel]]:
-    """All adapters and the base at once, through `AdapterSession`: each row has its own."""
+    """Yield one model of mixed batches in an `AdapterSession`: each row has its own adapter."""
     session = _open(context, context.bundle)
     _load(session, context.adapters)
     replayed = Replayed()
@@ -54,12 +54,13 @@ def mixed_batch(context: CheckContext) -> Iterator[tuple[str | None, OnnxModel]]
 
 
 def native_adapter(context: CheckContext) -> Iterator[tuple[str | None, OnnxModel]]:
-    """Each adapter as an .onnx_adapter file, activated in an onnxruntime session.
+    """Yield each adapter as an .onnx_adapter file, activated in an onnxruntime session.
 
-    What an adapter lacks is then the graph's default, of rank 0.
+    Side inputs that an adapter does not have keep the graph's defaults of rank 0.
 
     Raises:
-        NotRunError: a provider does not take such defaults, after all adapters that lack nothing.
+        NotRunError: the provider does not support such defaults; raised after the adapters that do
+            not need them.
     """
     import onnxruntime
 
@@ -102,12 +103,12 @@ def native_adapter(context: CheckContext) -> Iterator[tuple[str | None, OnnxMode
 
 
 def _lacking(tested: AdapterUnderTest, manifest: Manifest) -> list[str]:
-    """The modules that have side inputs in the bundle and no factors in the adapter."""
+    """Return the target modules of the bundle for which the adapter has no factors."""
     return [t.module for t in manifest.targets if t.module not in tested.adapter.factors]
 
 
 def native_file(context: CheckContext, tested: AdapterUnderTest, base: BaseValues) -> Path:
-    """The adapter as an .onnx_adapter file: the bundle's own, or one written for the check."""
+    """Return the adapter's .onnx_adapter file: the bundle's, or one written for the check."""
     from loradeploy.bundle.adapter_inputs.native import write_onnx_adapter
 
     if tested.native is not None:
@@ -119,7 +120,7 @@ def native_file(context: CheckContext, tested: AdapterUnderTest, base: BaseValue
 
 
 def merged_graph(context: CheckContext) -> Iterator[tuple[str | None, OnnxModel]]:
-    """Each adapter folded into the graph: the merged bundle itself, or a merge made for the check.
+    """Yield each adapter merged into the graph: the merged bundle, or one made for the check.
 
     Raises:
         NotRunError: the graph cannot be merged into.
@@ -132,7 +133,7 @@ def merged_graph(context: CheckContext) -> Iterator[tuple[str | None, OnnxModel]
 
 
 def _with_one(context: CheckContext, session: AdapterSession, name: str | None) -> OnnxModel:
-    """`session` as a backend, with the adapter `name` in all rows."""
+    """Return `session` as a backend with the adapter `name` for all rows."""
     replayed = Replayed()
     return OnnxModel(
         session.manifest,
@@ -165,10 +166,10 @@ def _each_row(
     adapters: Adapters,
     buffers: Mapping[str, onnxruntime.OrtValue] | None = None,
 ) -> Sequence[Any]:
-    """Run an AdapterSession; where it captures runs, so often that the device replays this one.
+    """Run an AdapterSession; if it captures runs, repeat the run so that the last one is a replay.
 
-    Whether it did is noted: prompts of a decoder are not captured, nor what comes after the last
-    recording that there can be.
+    `replayed` counts whether it was: a decoder's prompts are not captured, nor are runs beyond the
+    largest number of recordings.
     """
     for _ in range(0 if session.capture_statistics is None else _BEFORE_A_REPLAY):
         session.run_with_ort_values(outputs, feeds, adapters, buffers=buffers)
@@ -183,10 +184,7 @@ def _each_row(
 def _activated(
     sessions: Sequence[Any], active: Any, outputs: Sequence[str], feeds: Feeds, adapters: object
 ) -> Sequence[Any]:
-    """Run a plain session with the adapter that its run options have activated.
-
-    Of `sessions`, the one that gives the outputs.
-    """
+    """Run the one of `sessions` that has the outputs, with the adapter active in its options."""
     session, *others = sessions
     for other in others:
         if outputs[0] in {node.name for node in other.get_outputs()}:
@@ -197,7 +195,7 @@ def _activated(
 
 @contextmanager
 def merged_bundle(context: CheckContext, tested: AdapterUnderTest) -> Iterator[Path]:
-    """The context's merged bundle, or one that is made for the check.
+    """Yield the context's merged bundle, or one made for the check.
 
     Raises:
         NotRunError: the graph cannot be merged into.
@@ -212,7 +210,7 @@ def merged_bundle(context: CheckContext, tested: AdapterUnderTest) -> Iterator[P
     path = context.scratch / f"merged-{tested.name}"
     try:
         try:
-            with unremarked():  # what it says is of this merge, and reads as said of the bundle
+            with unremarked():  # its log lines are about this merge, not about the user's bundle
                 export(context.bundle, path, adapters={tested.name: tested.path}, merge=True)
         except (ExportError, QuantizedTieError) as problem:
             raise NotRunError(str(problem)) from None
@@ -243,7 +241,7 @@ def _options(context: CheckContext) -> onnxruntime.SessionOptions:
 
 
 def _load(session: AdapterSession, adapters: Sequence[AdapterUnderTest]) -> None:
-    """Load what did not come with the bundle; the session finds the others itself."""
+    """Load the adapters that are not in the bundle; the session knows the others."""
     for tested in adapters:
         if tested.name not in session.adapters:
             session.load(tested.name, tested.path)

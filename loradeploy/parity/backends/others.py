@@ -1,14 +1,14 @@
-"""Backends of the user's own, compared with PyTorch on the same way as ours.
+"""User-defined backends, compared with PyTorch in the same phases as the bundle's.
 
-    model.onnx              an ONNX file, by whatever exporter, with inputs of the usual names
+    model.onnx              an ONNX file of any exporter, with inputs of the usual names
     package.module:function feeds → outputs, numpy arrays by the names of the bundle's graph
-    …@sport                 it claims to compute what the adapter `sport` makes of the base
-    name=…                  what the report calls it
+    …@sport                 compared with the reference with the adapter `sport`
+    name=…                  its name in the report
 
-Without an adapter it claims to be what the bundle's own graph is: the base, or, where an adapter is
-merged into the bundle, that. A decoder that keeps a cache takes `past_key_values.{i}.key` and
-`.value`, empty at first, and gives `present.{i}.key` and `.value` beside `logits`. One without a
-cache is shown whole prompts alone and in batches, not in chunks, and does not decode.
+Without "@", a backend is compared with what the bundle's graph is: the base, or the merged model. A
+decoder with a cache takes `past_key_values.{i}.key` and `.value`, empty at first, and returns
+`present.{i}.key` and `.value` beside `logits`. A decoder without a cache runs whole prompts, alone
+and in batches, but neither the chunked prefill nor decoding.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from loradeploy.parity.compare.sides import Feeds, Given
     from loradeploy.runtime.devices.providers import Provider
 
-    # By title: the model, or the model and the adapter that it claims to have. Or texts as above.
+    # By title: the model, or the model and its adapter's name. Or texts as above.
     Others = Mapping[str, Comparable | tuple[Comparable, str]] | Iterable[str]
 
 _WITHOUT_CACHE: Final = (PREFILL, ONE_ROW, PADDED_BATCH, PERMUTED, REPEAT)
@@ -68,14 +68,14 @@ def other_backends(
     adapters: Sequence[AdapterUnderTest],
     providers: Sequence[Provider] | None = None,
 ) -> tuple[Backend, ...]:
-    """A backend for each of `others`.
+    """Return a backend for each of `others`.
 
-    Each is opened here, so that what cannot be is refused before anything runs, and let go again.
+    Each is opened once and closed again, so that errors are raised before anything runs.
 
     Raises:
-        UsageError: what is no model, an adapter that is not compared, an input that is not fed, or
-            one title for two.
-        ModelError: a file that onnxruntime cannot open.
+        UsageError: something that is not a model, an unknown adapter, an input that is not fed, or
+            two backends of the same title.
+        ModelError: onnxruntime cannot open a file.
     """
     known = [tested.name for tested in adapters]
     found: dict[tuple[str, str | None], Backend] = {}
@@ -119,10 +119,10 @@ def _model(
 
 
 def _inputs(side: Side, manifest: Manifest) -> tuple[TensorSpec, ...]:
-    """What the side is fed; the sizes of a cache are the bundle's.
+    """Return the inputs of the side; the shapes of a cache are the bundle's.
 
     Raises:
-        UsageError: a graph takes something that is not fed.
+        UsageError: a graph has an input that the check does not feed.
     """
     if side.inputs is None:
         return manifest.inputs if _keeps_cache(side, manifest) else _without_cache(manifest.inputs)
@@ -139,10 +139,10 @@ def _inputs(side: Side, manifest: Manifest) -> tuple[TensorSpec, ...]:
 
 
 def _keeps_cache(side: Side, manifest: Manifest) -> bool:
-    """Whether a callable gives a cache for one token.
+    """Whether a callable returns a cache for one token.
 
-    One that raises with a cache and not without has none; where it raises always, the check will
-    report it.
+    If it raises with a cache but not without, it has none. If it always raises, the check reports
+    the error.
     """
     given = _given(side, manifest.inputs, manifest)
     if given is None:
@@ -153,7 +153,7 @@ def _keeps_cache(side: Side, manifest: Manifest) -> bool:
 
 
 def _given(side: Side, inputs: tuple[TensorSpec, ...], manifest: Manifest) -> Given | None:
-    """What it gives for one token; None where it raises."""
+    """Return the side's outputs for one token; None if it raises."""
     one = np.ones((1, 1), np.int64)
     try:
         return side.run(_model(side, inputs, manifest).feeds(one, one, None))
@@ -168,14 +168,15 @@ def _without_cache(specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
 def _run(
     side: Side, manifest: Manifest, names: Sequence[str], feeds: Feeds, adapters: object
 ) -> list[NDArray[Any]]:
-    """The outputs `names`, in their order.
+    """Run the side and return the outputs `names`, in order.
 
     Raises:
-        ValueError: an output is missing, or not of the shape that the bundle gives.
+        ValueError: an output is missing, or has another shape than the bundle's.
+        RuntimeError: the callable called sys.exit.
     """
     try:
         given = side.run(feeds)
-    except SystemExit as problem:  # sys.exit(0) must not end the check as one that passed
+    except SystemExit as problem:  # sys.exit(0) must not end the check with the status of a pass
         raise RuntimeError(f"it called sys.exit({problem.code})") from None
     if isinstance(given, list):
         if len(given) != len(names):
@@ -199,7 +200,7 @@ def _run(
 
 
 def _sizes(inputs: Sequence[TensorSpec], feeds: Feeds) -> dict[int | str, int]:
-    """What the symbols of the bundle's shapes stand for in `feeds`, which get all their logits."""
+    """Return the sizes of the symbols in the bundle's shapes, from `feeds`; all logits are kept."""
     fed = [(spec, feeds[spec.name]) for spec in inputs if spec.name in feeds]
     every: dict[int | str, int] = {KEPT: feeds[INPUT_IDS].shape[1]} if INPUT_IDS in feeds else {}
     return every | {
@@ -229,7 +230,7 @@ def _parsed(others: Others) -> Iterator[_Other]:
 
 
 def _of_text(text: str) -> _Other:
-    """[NAME=]MODEL[@ADAPTER]; what exists as a file is a model as it stands."""
+    """Parse [NAME=]MODEL[@ADAPTER]; a text that is an existing path is not split."""
     title, equals, model = text.partition("=")
     if not equals or Path(text).exists():
         title, model = "", text

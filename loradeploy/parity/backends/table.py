@@ -1,4 +1,4 @@
-"""The backends, one row each: what is compared with the reference, and what it needs."""
+"""The table of backends that are compared with the reference, and their requirements."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ from loradeploy.parity.reference.tied import rows_of_tied, with_rows_of_tied
 if TYPE_CHECKING:
     import torch
 
-# Opens a backend with one adapter after the other (None is the base); a model is closed when the
-# next one is asked for.
+# A backend opened with each adapter in turn (None is the base); requesting the next model closes
+# the previous one.
 Opened = Iterator[tuple[str | None, Model]]
 
 REFERENCE_TITLE: Final = "PyTorch, loradeploy's LoRA"
@@ -49,15 +49,16 @@ REFERENCE_TITLE: Final = "PyTorch, loradeploy's LoRA"
 
 @dataclass(frozen=True)
 class Backend:
-    """A way to compute what the reference computes.
+    """A way to run the model that is compared with the reference.
 
-    `needs_adapter`: it means nothing for the base alone. `mixed`: every row has its own adapter.
-    `modes`: the kinds of bundle that have it. `needs`: a package that is not always there.
-    `on_torch`: it opens the reference's PyTorch model; the others open ONNX files.
-    `on_onnxruntime`: it runs in this process's onnxruntime, once for each of the check's variants.
-    `captured`: it runs in an `AdapterSession`, which captures runs where a variant says so.
-    `batched`: it takes more than one row. `lacks`: why it cannot be run otherwise. `unasked`:
-    whether it is run where it is not requested by name; where it is not, it is not mentioned.
+    `needs_adapter`: it does not run the base alone. `mixed`: every row has its own adapter.
+    `modes`: the kinds of bundle that it applies to. `needs`: an optional package that it requires.
+    `on_torch`: it uses the reference's PyTorch model; other backends open ONNX files.
+    `on_onnxruntime`: it runs in this process's onnxruntime, once for each variant of the check.
+    `captured`: it runs in an `AdapterSession`, which can capture runs.
+    `batched`: it takes more than one row. `lacks`: returns any other reason why it cannot be run.
+    `unasked`: returns whether it runs without being requested by name; if it does not, the report
+    does not mention it.
     """
 
     name: str
@@ -76,7 +77,7 @@ class Backend:
     unasked: Callable[[CheckContext], bool] | None = None
 
     def missing(self, context: CheckContext) -> str | None:
-        """Why it cannot be run here; None where it can."""
+        """Return why the backend cannot be run here; None if it can."""
         if self.needs is not None and importlib.util.find_spec(self.needs) is None:
             return f"{self.needs} is not installed"
         if self.needs_adapter and not context.adapters:
@@ -106,9 +107,10 @@ def _peft(context: CheckContext, model: torch.nn.Module) -> Opened:
 
 
 def _peft_lacks(context: CheckContext) -> str | None:
-    """Why PEFT cannot load an adapter: it has no factors, or the model has rows for more tokens.
+    """Return why PEFT cannot load an adapter as the graph does; None if it can.
 
-    Or it would replace rows that the graph changes: those of a quantized head that is tied.
+    The adapter has no factors, or the model has rows for more tokens, or PEFT would replace rows of
+    a tied quantized head, which the graph only changes.
     """
     for tested in context.adapters:
         own = tested.adapter.factors
@@ -217,10 +219,10 @@ BACKENDS: Final[tuple[Backend, ...]] = (
 
 
 def choose_backends(mode: str, asked: Sequence[str] | None) -> tuple[Backend, ...]:
-    """The backends that a bundle of `mode` has, or those asked for.
+    """Return the backends for a bundle of `mode`, or those of them named in `asked`.
 
     Raises:
-        UsageError: an unknown name, or one that this kind of bundle does not have.
+        UsageError: an unknown name, or a backend that does not apply to this kind of bundle.
     """
     known = {backend.name: backend for backend in BACKENDS}
     for name in asked or ():
@@ -238,7 +240,7 @@ def choose_backends(mode: str, asked: Sequence[str] | None) -> tuple[Backend, ..
 def default_backends(
     backends: Sequence[Backend], context: CheckContext, asked: Collection[str]
 ) -> tuple[Backend, ...]:
-    """`backends` without those that were not requested by name and that do not run unasked."""
+    """Return `backends` without those that only run by request and are not in `asked`."""
     return tuple(
         backend
         for backend in backends
@@ -247,5 +249,5 @@ def default_backends(
 
 
 def open_backend(backend: Backend, context: CheckContext, model: Any) -> Opened:
-    """Open `backend`; `model` is the reference's PyTorch model, for those that run in it."""
+    """Open `backend`; `model` is the reference's PyTorch model, for backends in PyTorch."""
     return backend.open(context, model) if backend.on_torch else backend.open(context)

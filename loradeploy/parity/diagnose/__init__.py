@@ -1,1 +1,1 @@
-"""Where a backend that fails parts from the reference, and on how little."""
+"""Diagnoses failures: the first module that diverges, and the smallest input that fails."""

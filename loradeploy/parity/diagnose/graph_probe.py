@@ -1,10 +1,10 @@
-"""Which values of a graph the modules of the PyTorch model give and take, and a way to see them.
+"""Finds the inputs and outputs of the PyTorch model's modules in a graph, and exposes them.
 
-The evidence is what finds layers for adapters: the nodes' metadata, then node names (naming.py),
-and the names that surgery gives to its own nodes. A module gives the last value that is computed
-within it and used outside of it, so that of a layer with side inputs it is the one behind the
-low-rank update; it takes the value that is computed elsewhere and used within it. Of a module that
-is called several times, the last call counts.
+Nodes are assigned to modules by the same evidence as for adapters: the nodes' metadata, then their
+names (naming.py), and the names that surgery gives to its own nodes. The output of a module is the
+last value that is computed inside it and used outside; for a layer with side inputs, this is the
+value after the low-rank update. The input of a module is a value that is computed elsewhere and
+used inside it. If a module is called several times, the last call counts.
 """
 
 from __future__ import annotations
@@ -51,18 +51,18 @@ if TYPE_CHECKING:
 
     from loradeploy.parity.diagnose.torch_probe import Modules, Site
 
-# A norm that adds what it skips first: its last output is what a norm alone would take.
+# A norm fused with the residual addition before it: its last output is the input of the norm.
 _SKIPPING: Final = ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization")
 _SUM: Final = 3
-# What only rearranges numbers: the operator that made them stands before it.
+# Operators that only rearrange values, which another operator has computed.
 _LAYOUT: Final = ("Cast", "Identity", "Reshape", "Split", "Squeeze", "Transpose", "Unsqueeze")
 
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """A site in the graph: `value`, or the `part` of its last axis.
+    """A site in the graph: `value`, or the slice `part` of its last axis.
 
-    `module`, `node`, `op`: whose computation it is, and the operator that makes it.
+    `module`: the module that computes it; `node`, `op`: the node and operator that compute it.
     """
 
     site: Site
@@ -75,9 +75,9 @@ class Probe:
 
 @dataclass(frozen=True, eq=False)
 class ProbedGraph:
-    """A bundle's graph, loaded, with the probes that were found in it.
+    """The loaded graph of a bundle, with the probes that were found in it.
 
-    `unmatched`: the modules that nothing in the graph could be identified as.
+    `unmatched`: the modules that were not found in the graph.
     """
 
     bundle: Path
@@ -87,7 +87,7 @@ class ProbedGraph:
     unmatched: tuple[str, ...]
 
     def upstream(self) -> list[int]:
-        """For each probe the probes that its value is computed from, as bits."""
+        """Return, for each probe, a bit set of the probes that its value is computed from."""
         numbers: dict[ir.Value, int] = {}
         for number, probe in enumerate(self.probes):
             numbers[probe.value] = numbers.get(probe.value, 0) | 1 << number
@@ -101,10 +101,10 @@ class ProbedGraph:
         return [behind.get(probe.value, 0) for probe in self.probes]
 
     def write(self, path: Path) -> Manifest:
-        """Write the bundle to `path`, its graph giving the probes' values too; its manifest.
+        """Write the bundle to `path`, with the probes as graph outputs, and return its manifest.
 
-        The graph's weights stay where they are: onnxruntime refuses those behind a symbolic link,
-        and onnx-ir a file that has hard links. Only what DoRA reads them for gets a copy.
+        The graph's weights are not copied, unless DoRA targets read them from the bundle. They
+        cannot be linked: onnxruntime refuses symbolic links, and onnx-ir files with hard links.
         """
         import onnx_ir as ir
 
@@ -132,10 +132,11 @@ class ProbedGraph:
 def probe_graph(
     bundle: Path, manifest: Manifest, sites: Sequence[Site], modules: Modules
 ) -> ProbedGraph:
-    """Find `sites` in the bundle's graph. Of a graph with branches it is the one with an adapter.
+    """Find `sites` in the bundle's graph; of a graph with branches, in the branch with an adapter.
 
     Raises:
-        ModelError: the graph cannot be read. ExportError: it lacks the branches it should have.
+        ModelError: the graph cannot be read.
+        ExportError: it does not have the branches that its manifest names.
     """
     model = load_bundle_graph(bundle, manifest)
     remove_choices(model.graph, manifest)
@@ -168,7 +169,7 @@ def probe_graph(
 
 
 class _Graph:
-    """The values of a graph by the modules that they are of."""
+    """The values of a graph, by the modules that compute them."""
 
     def __init__(self, model: ir.Model, manifest: Manifest) -> None:
         self._scopes: dict[ir.Node, str | None] = {}
@@ -185,7 +186,7 @@ class _Graph:
                 self._nodes.setdefault(path, []).append(node)
 
     def scope_of(self, value: ir.Value) -> str | None:
-        """The module that computes `value`."""
+        """Return the module that computes `value`."""
         node = value.producer()
         if node is None:
             return None
@@ -196,7 +197,7 @@ class _Graph:
     def candidates(
         self, site: Site, modules: Modules
     ) -> Iterator[tuple[ir.Value, tuple[int, int] | None]]:
-        """What may be `site`, by the best evidence first: modules without others inside."""
+        """Yield values that may be `site`, the best evidence first: modules without submodules."""
         own = [name for name in site.given_by if name in modules.leaves]
         for name in own:
             yield from self._given(name)
@@ -207,7 +208,7 @@ class _Graph:
                 yield from self._given(name)
 
     def _given(self, module: str) -> Iterator[tuple[ir.Value, tuple[int, int] | None]]:
-        """What leaves `module`, the last first."""
+        """Yield the outputs of `module`, the last first."""
         if module in self._parts:
             whole, part = self._parts[module]
             yield from ((value, part) for value, _ in self._given(whole))
@@ -223,7 +224,7 @@ class _Graph:
         return value.is_graph_output() or any(not _within(scope, module) for scope in users)
 
     def _taken(self, module: str) -> Iterator[ir.Value]:
-        """What comes from elsewhere into `module`, into its last call first."""
+        """Yield the inputs of `module`, those of its last call first."""
         scope = module if module in self._nodes else self._whole.get(module, module)
         for node in reversed(self._nodes.get(scope, [])):
             if node.op_type in _SKIPPING:
@@ -236,15 +237,15 @@ class _Graph:
                     yield value
 
     def _take_apart(self, scope: str | None) -> None:
-        """Note which modules a scope like parent.q_proj+k_proj+v_proj is of."""
+        """Record the modules of a fused scope such as parent.q_proj+k_proj+v_proj."""
         modules = called_after(scope) if scope else []
         if len(modules) > 1:
             self._whole.update(dict.fromkeys(modules, str(scope)))
 
     def _find_fused(self, model: ir.Model, manifest: Manifest) -> dict[str, str]:
-        """Note the parts of products that are fused in the graph itself; surgery's labels of them.
+        """Record the slices of products that are fused in the graph itself.
 
-        The labels are mapped to the scopes of the products.
+        Return surgery's labels of such products, mapped to the scopes of the products.
         """
         for linear in find_linears(model).linears.values():
             scope = _scope(linear.nodes[0]) if linear.slice is not None else None
@@ -259,7 +260,7 @@ class _Graph:
 
 
 def _scope(node: ir.Node) -> str | None:
-    """The module path of a node, or what surgery called it after."""
+    """Return the module path of a node, for nodes of surgery by their names."""
     found = module_of(node)
     if found is not None:
         return found[0]
@@ -267,7 +268,7 @@ def _scope(node: ir.Node) -> str | None:
 
 
 def _paths(scope: str | None) -> Iterator[str]:
-    """`scope` and all that it is in."""
+    """Yield `scope` and all of its parents."""
     while scope:
         yield scope
         scope = scope.rpartition(".")[0]
@@ -278,7 +279,7 @@ def _within(scope: str | None, module: str) -> bool:
 
 
 def _fits(value: ir.Value, part: tuple[int, int] | None, shape: Sequence[int]) -> bool:
-    """Whether `value` may be numbers of `shape`, its first axes laid out in one or not."""
+    """Whether `value` may have `shape`, possibly with its first two axes flattened."""
     if value.dtype is None or not value.dtype.is_floating_point() or value.shape is None:
         return False
     if len(value.shape) != len(shape) and (len(value.shape), len(shape)) != (2, 3):
@@ -289,7 +290,7 @@ def _fits(value: ir.Value, part: tuple[int, int] | None, shape: Sequence[int]) -
 
 
 def _maker(value: ir.Value) -> ir.Node:
-    """The node that makes the numbers of `value`: past layout, updates and constants added."""
+    """Return the node that computes `value`, skipping layout changes, updates and constants."""
     node = value.producer()
     assert node is not None
     while (source := _source(node)) is not None and (before := source.producer()) is not None:
@@ -298,7 +299,7 @@ def _maker(value: ir.Value) -> ir.Node:
 
 
 def _source(node: ir.Node) -> ir.Value | None:
-    """What `node` only carries on: rearranged, with an update or a constant."""
+    """Return the input that `node` only rearranges or adds an update or constant to, if any."""
     inputs: list[ir.Value] = [value for value in node.inputs if value is not None]
     if node.op_type in _LAYOUT or is_step(node, LORA_ADD, SCALE_MUL):
         return inputs[0]
@@ -311,7 +312,7 @@ def _source(node: ir.Node) -> ir.Value | None:
 
 
 def _computing(scope: str | None, taker: str, modules: Modules) -> str:
-    """The module that computes what `taker` takes: by the graph, or the one that `taker` is in."""
+    """Return the module that computes the input of `taker`, or the one that contains `taker`."""
     if scope in modules.names and scope != taker:
         return str(scope)
     around = (path for path in _paths(taker.rpartition(".")[0]) if path in modules.names)

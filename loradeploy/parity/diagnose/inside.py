@@ -1,4 +1,4 @@
-"""Both sides of one row, opened: PyTorch's modules, and what a backend has of them."""
+"""The values inside both sides for one row: PyTorch's modules, and their counterparts."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     InTorch = Callable[[CheckContext, Base, AdapterUnderTest], AbstractContextManager[None]]
 
-# How a backend's graph is opened; the others run in PyTorch, where modules have their own names.
+# The functions that open a backend's graph. Other backends run in PyTorch, where modules are named.
 GRAPHS: Final[Mapping[str, Callable[[CheckContext], Opened]]] = {
     ONNX_SIDE_INPUTS: ort.side_inputs,
     ONNX_MIXED: ort.side_inputs,
@@ -69,7 +69,7 @@ MODELS: Final[Mapping[str, InTorch]] = {TORCH_MERGED: _merged, PEFT: _with_peft}
 
 
 class TorchRow:
-    """One row of tokens, alone and without a cache, and the model that it goes through."""
+    """One row of tokens, without batch or cache, and the PyTorch model that runs it."""
 
     def __init__(
         self, context: CheckContext, base: Base, adapter: str | None, tokens: Sequence[int]
@@ -85,27 +85,27 @@ class TorchRow:
 
     @property
     def name(self) -> str | None:
-        """The adapter's; None is the base."""
+        """The adapter's name; None is the base."""
         return None if self.tested is None else self.tested.name
 
     def run(self) -> None:
-        """Take the row through the model as it is."""
+        """Run the row through the model in its current state."""
         self._forward.forward(self.ids, np.ones_like(self.ids), None, [self.name])
 
     def sites(self) -> tuple[Site, ...]:
-        """The tensors on the way through the reference."""
+        """Return the tensors inside the reference."""
         with self.reference():
             return sites_of(self.base.model, self.modules, self.run)
 
     def reference(self) -> AbstractContextManager[object]:
-        """The model as the reference while the block lasts."""
+        """Make the model the reference while the block lasts."""
         return as_reference(self.context, self.base, self.name)
 
     @contextmanager
     def disturbed(
         self, unit: float, activations: Mapping[str, Activations], seed: int
     ) -> Iterator[None]:
-        """The same, as far off as rounding brings it: by `unit`, and `activations` to 8 bits."""
+        """Make the model the reference, perturbed by `unit` and with `activations` rounded."""
         model = self.base.model
         with (
             self.reference(),
@@ -119,7 +119,7 @@ class TorchRow:
         points: Sequence[Point],
         holding: Callable[[], AbstractContextManager[object]],
     ) -> Values:
-        """The values at `points` of the model while it is `holding` something."""
+        """Return the values at `points` of the model in the state that `holding` gives it."""
 
         def values(numbers: Sequence[int]) -> Sequence[NDArray[np.float32]]:
             with holding():
@@ -130,7 +130,7 @@ class TorchRow:
 
 @dataclass(frozen=True, eq=False)
 class OtherSide:
-    """What a backend shows of the reference's sites; see `search.Sides`."""
+    """A backend's values at the reference's sites; see `search.Sides`."""
 
     points: Sequence[Point]
     values: Values
@@ -140,10 +140,10 @@ class OtherSide:
 
 @contextmanager
 def other_side(row: TorchRow, backend: str, sites: Sequence[Site]) -> Iterator[OtherSide]:
-    """The backend, opened with the row's adapter.
+    """Open the backend with the row's adapter.
 
     Raises:
-        ValueError: it has no inside that is known, or does not run the base alone.
+        ValueError: the backend's inner values are not accessible, or it does not run the base.
         LoraDeployError: its graph cannot be read or opened.
     """
     if backend in GRAPHS:
@@ -168,7 +168,7 @@ def _scratch(row: TorchRow) -> AbstractContextManager[str]:
 
 @contextmanager
 def _bundle_of(row: TorchRow, backend: str) -> Iterator[Path]:
-    """The bundle that the backend runs."""
+    """Yield the bundle that the backend runs."""
     if backend == ONNX_MERGED and row.tested is not None:
         with ort.merged_bundle(row.context, row.tested) as bundle:
             yield bundle
@@ -180,12 +180,12 @@ def _bundle_of(row: TorchRow, backend: str) -> Iterator[Path]:
 def _graph_values(
     row: TorchRow, backend: str, probed: ProbedGraph, scratch: str
 ) -> Iterator[Values]:
-    """The probed graph, opened as the backend opens its own, with the one adapter."""
+    """Open the probed graph as the backend opens its own, with the row's adapter only."""
     path = Path(scratch) / "probed"
     manifest = probed.write(path)
     tested = row.tested
     if tested is not None and tested.native is not None and probed.manifest.branches:
-        native = path / tested.native.name  # the same, without a choice of the branch
+        native = path / tested.native.name  # the same adapter, without a choice of the branch
         write_side_inputs(read_onnx_adapter(tested.native), manifest, native)
         tested = dataclasses.replace(tested, native=native)
     opened = GRAPHS[backend](
@@ -215,10 +215,10 @@ def _graph_values(
         return found
 
     yield values
-    del opened  # until here it holds what the session needs
+    del opened  # keeps the session's resources alive until here
 
 
 def _torch_point(model: torch.nn.Module, site: Site) -> Point:
-    """A site as a step of PyTorch's: the class of the module that computes it."""
+    """Return a site as a point of a PyTorch backend, whose `op` is the module's class."""
     module = site.given_by[0] if site.given_by else site.taken_by[0].rpartition(".")[0]
     return Point(site, module, "", type(model.get_submodule(module)).__name__)

@@ -1,4 +1,4 @@
-"""Failures of a check, localized: both sides opened with their inner values, and searched."""
+"""Localizes failures of a check: compares values inside both sides, module by module."""
 
 from __future__ import annotations
 
@@ -26,19 +26,20 @@ if TYPE_CHECKING:
 
 logger = logger_of(__name__)
 
-# How many failures are examined, the first of each backend and adapter.
+# Number of failures that are examined, the first of each backend and adapter.
 AT_MOST: Final = 3
-# Where large values cancel, an error is that of one number, and one draw may hardly move it.
+# Number of random perturbations. Where large values cancel, the error is that of a single number,
+# and one perturbation may hardly change it.
 _DRAWS: Final = 3
-# With few positions there are few numbers to tell rounding by.
+# With fewer positions there are too few values to measure rounding.
 _LEAST_TOKENS: Final = 8
 
 
 @dataclass(frozen=True)
 class _Request:
-    """What is to be examined, on `case` up to `position`, or all of it.
+    """A failure to examine, on `case` up to `position`, or on the whole case.
 
-    `variant`: how onnxruntime ran it; None is as it does by itself.
+    `variant`: the variant in which onnxruntime ran it; None is the context's current one.
     """
 
     backend: str
@@ -58,10 +59,9 @@ def localizations(
     *,
     always: bool,
 ) -> tuple[Localization, ...]:
-    """Examine what failed of `results`, at most `AT_MOST` of it; `load` gives the base for it.
+    """Examine failures in `results`, at most `AT_MOST`; `load` loads the base if it is needed.
 
-    With `always` and nothing failed, the base and the first adapter are examined with one of
-    `backends`.
+    `always`: if nothing failed, examine the base and the first adapter with one of `backends`.
     """
     requests = _failures(context, reference, results)
     failed = bool(requests)
@@ -72,7 +72,7 @@ def localizations(
     logger.info("searching for the first module that diverges" if failed else "comparing modules")
     try:
         base = load()
-    except Exception as problem:  # it was loaded before: memory, or a file that is gone
+    except Exception as problem:  # it loaded before: out of memory, or a file was removed
         logger.warning("nothing can be examined: %s", first_line(problem))
         return ()
     found = []
@@ -96,13 +96,13 @@ def localize(
     *,
     failed: bool = True,
 ) -> Localization:
-    """Where `backend` with `adapter` (None is the base) parts from PyTorch on one row of `tokens`.
+    """Find where `backend` with `adapter` (None: the base) diverges from PyTorch on `tokens`.
 
-    `failed`: whether the backend is known to fail, so that nothing found is worth a word. What goes
-    wrong is the localization's message, never an error.
+    `failed`: whether the backend is known to fail; if so, a message explains an empty result.
+    Errors become the message of the localization and are never raised.
     """
     nothing = Localization(backend, backend, adapter, 0, len(tokens), ())
-    # What runs in PyTorch is float32, whatever the graph is.
+    # Backends in PyTorch run in float32, whatever the precision of the graph.
     rounding = ROUNDINGS["fp32" if backend in MODELS else context.manifest.precision]
     activations = {} if backend in MODELS else activations_of(base.quantized)
     try:
@@ -123,7 +123,7 @@ def localize(
                 upstream=other.upstream,
             )
             found = search(sides, tokens=len(tokens))
-    except Exception as problem:  # whatever a broken graph sets off must not hide the verdict
+    except Exception as problem:  # an error of a broken graph must not hide the verdict
         message = f"it could not be examined: {first_line(problem)}"
         return dataclasses.replace(nothing, message=message)
     return dataclasses.replace(
@@ -141,11 +141,11 @@ def localize(
 def _failures(
     context: CheckContext, reference: Reference, results: Sequence[Result]
 ) -> list[_Request]:
-    """The first failure of each backend and adapter, where it is worst.
+    """Return the first failure of each backend and adapter, at its worst position.
 
-    Where that is not known, as of values that are not finite, the longest case is as good as any.
+    If that is unknown, for example because values are not finite, the longest case is used.
     """
-    # Only there do positions not see what comes after them.
+    # Only with causal attention may the case be cut after the worst position.
     causal = context.manifest.task == CAUSAL_LM
     requests: dict[tuple[str, str | None], _Request] = {}
     for result in results:
@@ -169,7 +169,7 @@ def _failures(
 
 
 def _samples(context: CheckContext, backends: Sequence[Backend]) -> list[_Request]:
-    """The base and the first adapter, with one backend that has a graph, for both if there is."""
+    """Return requests for the base and the first adapter, with one backend that has a graph."""
     able = [b for b in backends if b.name in GRAPHS and not b.missing(context)]
     if not able:
         return []

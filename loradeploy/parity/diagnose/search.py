@@ -1,18 +1,18 @@
-"""Where a backend parts from PyTorch: the first module whose output is off, on one row of tokens.
+"""Finds the first module whose output diverges from PyTorch's, on one row of tokens.
 
-Values inside both sides are compared a few at a time: first the blocks and what is outside of them,
-then what is between the last that agrees and the first that does not. What a value may be off by is
-measured on the same tokens: PyTorch's own modules are disturbed by the precision's unit roundoff
-(`torch_probe.rounded`), or round what quantized weights multiply (rounding.py), and how far each
-value moves by that is what rounding does to it here, at this depth. An error is counted in
-multiples of it, its excess. A module diverges where
+Values inside both sides are compared a few at a time: first the blocks and the modules outside of
+them, then those between the last that agrees and the first that does not. The error that rounding
+may cause in a value is measured on the same tokens: PyTorch's modules are perturbed by the unit
+roundoff of the precision (`torch_probe.rounded`), or their activations are rounded as in quantized
+products (rounding.py), and the change of each value is its rounding error at this depth. An error
+divided by this rounding error is called its excess. A module diverges if
 
-    excess > limit                            more than rounding was seen to come to (`ROUNDINGS`)
-    excess > GROWTH · the largest excess of what it is computed from       it did not inherit it
-    one of the values that are computed from it exceeds the limit too      it has consequences
+    excess > limit                                   more than observed rounding (`ROUNDINGS`)
+    excess > GROWTH · largest excess of its inputs   the error is not inherited
+    a value computed from it exceeds the limit too   the error has consequences
 
-The first two tell a leap from rounding that adds up. The last rules out a value of the graph that
-was taken for a module's by mistake.
+The first two distinguish a jump from accumulated rounding. The last excludes values of the graph
+that were matched to a module by mistake.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     Array = NDArray[np.float32]
 
 GROWTH: Final = 4.0
-# How much one side's values may take at a time.
+# The largest size of one side's values that are in memory at a time.
 HELD: Final = 1 << 26  # bytes
 _OFFENDERS: Final = 5
 _LAYER: Final = re.compile(r"(?:.*?\.)??(\d+)(?=\.|$)")
@@ -43,10 +43,11 @@ _LAYER: Final = re.compile(r"(?:.*?\.)??(\d+)(?=\.|$)")
 
 @dataclass(frozen=True)
 class Rounding:
-    """The unit roundoff of a precision, and the excess that is more than rounding.
+    """The unit roundoff of a precision, and the largest excess that may be rounding.
 
-    `limit` is at least twice the largest `seen` where nothing was wrong: in 423 values inside of
-    SmolLM2-135M on rows of 10 to 25 tokens, with and without an adapter, and in three tiny models.
+    `limit` is at least twice `seen`, the largest excess observed in correct models: in 423 values
+    inside SmolLM2-135M on rows of 10 to 25 tokens, with and without an adapter, and in three tiny
+    models.
     """
 
     unit: float
@@ -55,7 +56,8 @@ class Rounding:
 
 
 ROUNDINGS: Final[Mapping[str, Rounding]] = {
-    # Sums of many terms, in another order. In a single token 10 was seen: few numbers tell little.
+    # Long sums in another order. On a single token an excess of 10 was observed: few values are a
+    # poor measure of rounding.
     "fp32": Rounding(2.0**-24, limit=12.0, seen=4.0),
     "fp16": Rounding(2.0**-11, limit=6.0, seen=1.8),
     "bf16": Rounding(2.0**-8, limit=6.0, seen=1.8),  # not measured: as fp16
@@ -67,7 +69,7 @@ ROUNDINGS: Final[Mapping[str, Rounding]] = {
 
 @dataclass(frozen=True, eq=False)
 class Point:
-    """A value that both sides have: see `report.Step`."""
+    """A value that both sides have; see `report.Step`."""
 
     site: Site
     module: str
@@ -76,13 +78,13 @@ class Point:
 
     @property
     def layer(self) -> int | None:
-        """The number of the block that it is in."""
+        """The number of its block; None outside of all blocks."""
         found = _block(self.module)
         return None if found is None else int(found.rpartition(".")[2])
 
     @property
     def block(self) -> str | None:
-        """The module that it is examined for first: a block, or one outside of all blocks."""
+        """The block whose output it is, or its module outside of all blocks; these come first."""
         given = self.site.given_by
         blocks = [name for name in given if _block(name) == name]
         if blocks:
@@ -91,17 +93,17 @@ class Point:
         return None if within else self.module
 
 
-# The values at the numbered points, in the sites' shapes; None where there is none of that size.
+# Returns the values at the numbered points, in the sites' shapes; None if the size differs.
 Values = Callable[[Sequence[int]], Sequence["Array | None"]]
 
 
 @dataclass(frozen=True, eq=False)
 class Sides:
-    """What is compared: `points` in the order of execution, and the values of each side there.
+    """The compared sides: `points` in order of execution, and the values of each side there.
 
-    `disturbed`: the reference's as `rounding` moves them, drawn several times. `upstream`: for each
-    point those it is computed from, as bits; None where that is unknown, and each is taken to be
-    computed from the one before.
+    `disturbed`: the reference's values with several random perturbations of the size of `rounding`.
+    `upstream`: for each point, a bit set of the points it is computed from; None if unknown, and
+    each point is taken to be computed from the previous one.
     """
 
     points: Sequence[Point]
@@ -114,9 +116,9 @@ class Sides:
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """What `search` found: see `report.Localization`; `lost`: points that turned out to be none.
+    """The result of `search`; see `report.Localization`.
 
-    `largest`: the largest excess of all steps.
+    `lost`: modules that turned out to have no counterpart. `largest`: the largest excess.
     """
 
     steps: tuple[Step, ...]
@@ -130,7 +132,7 @@ class Found:
 
 @dataclass(frozen=True, eq=False)
 class _Seen:
-    """A point that was examined; `shares`: of its positions, or its only one."""
+    """An examined point. `shares`: the relative error of each position; empty without positions."""
 
     step: Step
     shares: tuple[float, ...]
@@ -138,7 +140,7 @@ class _Seen:
 
 
 def search(sides: Sides, *, tokens: int) -> Found:
-    """Find the first point that diverges. `tokens`: how many positions the row has."""
+    """Find the first point that diverges. `tokens`: the length of the row."""
     search = _Search(sides, tokens)
     coarse = [n for n, point in enumerate(sides.points) if point.block is not None]
     search.at(coarse)
@@ -155,9 +157,10 @@ def search(sides: Sides, *, tokens: int) -> Found:
 
 
 def measure(expected: Array, actual: Array, positions: bool) -> tuple[Array, Array, Array]:
-    """Error, scale and error / scale, each [positions], of values [1, positions, …].
+    """Return error, scale and error / scale, each [positions], of values [1, positions, …].
 
-    Without `positions` all values are one position's. A position of zeros has the scale of all.
+    If `positions` is false, all values count as one position. A position that is all zeros has the
+    scale of the whole tensor.
     """
     rows = expected.shape[1] if positions else 1
     one, other = expected.reshape(rows, -1), actual.reshape(rows, -1)
@@ -170,7 +173,7 @@ def measure(expected: Array, actual: Array, positions: bool) -> tuple[Array, Arr
 
 
 def groups(sizes: Iterable[tuple[int, int]], limit: int) -> Iterator[list[int]]:
-    """Numbers in groups whose sizes come to `limit` at most, one that is larger by itself."""
+    """Group numbers so that the sizes of a group sum to at most `limit`; a larger one is alone."""
     group: list[int] = []
     total = 0
     for number, size in sizes:
@@ -184,7 +187,7 @@ def groups(sizes: Iterable[tuple[int, int]], limit: int) -> Iterator[list[int]]:
 
 
 class _Search:
-    """The points that were examined so far, by number."""
+    """The search, with the points that were examined so far, by number."""
 
     def __init__(self, sides: Sides, tokens: int) -> None:
         self._sides = sides
@@ -194,7 +197,7 @@ class _Search:
         self.seen: dict[int, _Seen] = {}
 
     def at(self, numbers: Iterable[int]) -> None:
-        """Examine the points that were not examined yet, a group at a time."""
+        """Examine those of the points that were not examined yet, a group at a time."""
         points = self._sides.points
         new = (n for n in numbers if n not in self.seen and n not in self._lost)
         sizes = ((n, 4 * math.prod(points[n].site.shape)) for n in new)
@@ -212,11 +215,11 @@ class _Search:
                     self.seen[number] = self._compare(points[number], one, other, by)
 
     def first(self) -> int | None:
-        """The first point that diverges, of those that were examined."""
+        """Return the first examined point that diverges."""
         return next((n for n in sorted(self.seen) if self._diverges(n)), None)
 
     def found(self, first: int | None) -> Found:
-        """All that was seen, `first` being the first that diverges."""
+        """Return the result, with `first` as the first point that diverges."""
         seen = dict(sorted(self.seen.items()))
         agreeing = [
             n for n, each in seen.items() if each.excess <= self._limit and n < (first or 0)
@@ -241,7 +244,7 @@ class _Search:
     def _shares(
         self, group: Sequence[int], expected: Sequence[Array | None], moved: Sequence[Array | None]
     ) -> list[float]:
-        """The largest share by which each point was moved, 0 where that is unknown."""
+        """Return the largest relative change of each point; 0 if it is unknown."""
         return [
             0.0
             if one is None or other is None
@@ -258,7 +261,7 @@ class _Search:
 
     def _compare(self, point: Point, expected: Array, actual: Array, rounding: float) -> _Seen:
         error, scale, shares = self._measure(point, expected, actual)
-        # NaN is the largest there is.
+        # argmax treats NaN as the largest value.
         worst = int(np.argmax(shares))
         share = float(shares[worst])
         step = Step(
@@ -279,21 +282,21 @@ class _Search:
         return leaps and not self._is_stray(number)
 
     def _is_stray(self, number: int) -> bool:
-        """Whether the point is off and all that is computed from it is not."""
+        """Whether the point exceeds the limit but nothing that is computed from it does."""
         if self._sides.upstream is None or self.seen[number].excess <= self._limit:
             return False
         after = [n for n in self.seen if number in self._inputs(n)]
         return bool(after) and all(self.seen[n].excess <= self._limit for n in after)
 
     def _growth(self, number: int) -> float:
-        """The excess over that of what the point is computed from, 1 at least."""
+        """Return the ratio of the point's excess to its inputs' largest (taken as 1 at least)."""
         before = max((self.seen[n].excess for n in self._inputs(number)), default=1.0)
         if math.isinf(before):
             return 1.0
         return self.seen[number].excess / max(before, 1.0)
 
     def _inputs(self, number: int) -> list[int]:
-        """The nearest points, of those that were examined, that `number` is computed from."""
+        """Return the nearest examined points that the point `number` is computed from."""
         if self._sides.upstream is None:
             return sorted(n for n in self.seen if n < number)[-1:]
         upstream = self._sides.upstream
@@ -315,6 +318,6 @@ class _Search:
 
 
 def _block(module: str) -> str | None:
-    """The block that `module` is in or is: its path up to the first number."""
+    """Return the block that contains or is `module`: its path up to the first number."""
     found = _LAYER.match(module)
     return None if found is None else found[0]

@@ -1,8 +1,8 @@
-"""The smallest input that fails still: what is left of a prompt once all that can go is gone.
+"""Shrinks a failing prompt to the smallest input that still fails.
 
-A failing row is cut after the place where it fails, where the model looks back only; then tokens
-are left out, by halves and one by one, as long as what is left fails in the same phase by the same
-limits. A row that fails in a batch has a row of the prompts beside it.
+If the model is causal, a failing row is first cut after the position where it fails. Then tokens
+are removed, by halves and one by one, as long as the rest fails in the same phase by the same
+limits. A row that fails in a batch is run in a batch with another prompt's row.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ logger = logger_of(__name__)
 
 Tokens = tuple[int, ...]
 
-# How many failures are made smaller, and how many inputs are tried for one.
+# Number of failures that are shrunk, and number of inputs that are tried for each.
 MOST: Final = 3
 TRIES: Final = 40
-# How many rows are tried for the failure to be seen again.
+# Number of rows that are tried to reproduce a failure.
 _ROWS: Final = 4
 _BESIDE: Final = (PADDED_BATCH, PERMUTED, DECODE)
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Why an input fails, and the largest error there."""
+    """Why an input fails, and its largest error."""
 
     message: str
     error: float
@@ -65,10 +65,10 @@ def shrink(
     causal: bool,
     tries: int = TRIES,
 ) -> tuple[Tokens, Fault, int] | None:
-    """The smallest part of `tokens` that was found to fail, its fault, and how many were tried.
+    """Return the smallest part of `tokens` found to fail, its fault, and the number of tries.
 
-    None where `tokens` themselves do not fail. `causal`: what follows a token changes nothing at
-    it, so that the shortest beginning that fails is found by halving.
+    None if `tokens` themselves do not fail. `causal`: later tokens do not affect earlier ones, so
+    the shortest failing prefix is found by bisection.
     """
     tried = 0
     found: Fault | None = None
@@ -97,7 +97,7 @@ def shrink(
                 tokens, smaller = candidate, True
             else:
                 start += size
-        # One by one until none can go; then nothing can.
+        # Single tokens are removed again until none can be removed.
         size = size if size == 1 and smaller and tried < tries else size // 2
         size = min(size, len(tokens) // 2) if size > 1 else size
     assert found is not None
@@ -111,10 +111,10 @@ def shrink_failures(
     results: Sequence[Result],
     load: Callable[[], Base],
 ) -> tuple[tuple[Counterexample, ...], tuple[str, ...]]:
-    """A counterexample for each backend and adapter that failed, a few at most, and remarks.
+    """Return counterexamples for failed backends and adapters, `MOST` at most, and remarks.
 
-    `backends` are those that do not run in the reference's model; `load` gives the base in PyTorch
-    where there is something to do. What goes wrong meanwhile is a remark, and no verdict.
+    `backends`: those that do not run in PyTorch. `load`: loads the base in PyTorch if it is needed.
+    Errors of the search become remarks and do not affect the verdict.
     """
     failed = _failures(backends, context.manifest.task, results)
     if not failed:
@@ -135,7 +135,7 @@ def shrink_failures(
                 )
             else:
                 found.append(example)
-    except Exception as problem:  # of whatever kind: the verdict stands without it
+    except Exception as problem:  # an error of the search must not hide the verdict
         remarks.append(f"the search for the smallest failing input ended: {kind_and_line(problem)}")
     return tuple(found), tuple(remarks)
 
@@ -143,12 +143,12 @@ def shrink_failures(
 def _failures(
     backends: Sequence[Backend], task: str, results: Sequence[Result]
 ) -> list[tuple[Backend, Result]]:
-    """The plainest failure of each backend with each adapter: by itself before in a batch."""
+    """Return the simplest failure of each backend and adapter, in the order of the phases."""
     known = {backend.name: backend for backend in backends}
     order = {phase: number for number, phase in enumerate(phases_of(task))}
     plainest: dict[tuple[str, str | None], Result] = {}
     for result in results:
-        # A second run that differs does so on whatever is fed; embeddings are no tokens.
+        # "repeat" does not depend on the input, and embeddings and sources cannot be shrunk.
         if result.outcome != "failed" or result.phase in (None, REPEAT, EMBEDDED, ENCODER):
             continue
         if result.backend not in known:
@@ -196,14 +196,14 @@ def _smallest(
 def _opened(
     backend: Backend, adapter: str | None, context: CheckContext
 ) -> Generator[Model, None, None]:
-    """The backend with the one adapter; open until the iterator is closed."""
+    """Yield the backend with one adapter; it is open until the iterator is closed."""
     for name, model in open_backend(backend, context, None):
         if backend.mixed or name == adapter:
             yield model
 
 
 def _likeliest(rows: Sequence[Row], result: Result) -> list[Row]:
-    """The rows of the failing adapter, that with the largest error first."""
+    """Return rows of the failing adapter, the one with the largest error first."""
     worst = None if result.figures is None else result.figures.worst
     case = None if worst is None else worst.case
     own = [row for row in rows if row.adapter == result.adapter]
@@ -212,7 +212,7 @@ def _likeliest(rows: Sequence[Row], result: Result) -> list[Row]:
 
 @dataclass(frozen=True, eq=False)
 class _Trial:
-    """One backend in one phase, to be tried on any tokens."""
+    """One backend in one phase, which can be run on any tokens."""
 
     backend: Backend
     model: Model
@@ -223,11 +223,11 @@ class _Trial:
     rows: Sequence[Row]
 
     def on(self, row: Row) -> Callable[[Tokens], Fault | None]:
-        """Decides whether tokens in place of `row` fail."""
+        """Return the function that runs tokens in place of `row` and returns their fault."""
         return lambda tokens: self._fault(tokens, row)
 
     def beside(self, row: Row) -> str:
-        """Which row the tokens share their batch with, in words."""
+        """Return a text about the other row in the batch; empty if there is none."""
         other = self._other(row)
         if other is None:
             return ""
@@ -259,7 +259,7 @@ class _Trial:
             ):
                 if seen.row is tried:
                     comparison.add(seen.expected, seen.values, first=seen.first)
-        except Exception as problem:  # whatever a backend raises is its failure
+        except Exception as problem:  # any error that a backend raises is its failure
             return Fault(kind_and_line(problem), float("nan"))
         figures = comparison.figures()
         if not figures.positions:
@@ -270,7 +270,7 @@ class _Trial:
         return None if failure is None else Fault(failure, figures.max_abs)
 
     def _row(self, tokens: Tokens, adapter: str | None, steps: int) -> Row:
-        """The tokens with what PyTorch gives for them; the last `steps` of them are decoded."""
+        """Return a row with PyTorch's outputs for the tokens; the last `steps` are decoded."""
         manifest = self.context.manifest
         ids = np.array([tokens], np.int64)
         reference = TorchModel(
@@ -283,11 +283,13 @@ class _Trial:
         values = values[..., :own]
         if not steps:
             return Row(0, adapter, tokens, (), values, outputs=own)
-        # The last of the forced tokens is one that nobody is fed.
+        # The last forced token is never fed, so any value will do.
         return Row(0, adapter, tokens[:-steps], (*tokens[-steps:], 0), values, outputs=own)
 
     def _other(self, row: Row) -> Row | None:
-        """A row to share the batch with, of another adapter where each row has its own."""
+        """Return another row for the batch, if the phase needs one; in a mixed batch, of another
+        adapter.
+        """
         if self.result.phase not in _BESIDE or not self.backend.batched:
             return None
         others = [other for other in self.rows if other is not row and other.edge == row.edge]
@@ -297,7 +299,7 @@ class _Trial:
 
 
 def _shortened(row: Row, steps: int) -> Row:
-    """`row` followed for `steps` steps, as one that may share a batch with any."""
+    """Return `row` with `steps` decoding steps, and able to share a batch with any row."""
     forced = row.forced[: steps + 1] if steps else ()
     return dataclasses.replace(row, forced=forced, edge=False)
 

@@ -1,7 +1,7 @@
-"""What the modules of a PyTorch model give and take on one input, by hooks.
+"""Records the inputs and outputs of a PyTorch model's modules on one input, by hooks.
 
-A site is a tensor on the way through the model. Modules that hand on the same tensor are of one
-site: an attention that ends in its `o_proj`, the norm that takes what the block before gave.
+A site is a tensor inside the model. Modules that pass on the same tensor share a site: an attention
+module and its last submodule `o_proj`, a block and the norm that takes its output.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Site:
-    """A tensor of `shape`.
+    """A tensor of `shape` inside the model.
 
-    `given_by`: the modules that give it, the innermost first. `taken_by`: those without modules of
-    their own that take it. One of the two may be empty.
+    `given_by`: the modules that return it, the innermost first. `taken_by`: the modules without
+    submodules that take it as input. One of the two may be empty.
     """
 
     given_by: tuple[str, ...]
@@ -36,23 +36,23 @@ class Site:
 
 @dataclass(frozen=True)
 class Modules:
-    """The modules of a model before anything was put into it: all, and those without children."""
+    """The names of the base model's modules, before an adapter: all, and those without children."""
 
     names: tuple[str, ...]
     leaves: frozenset[str]
 
     @classmethod
     def of(cls, model: torch.nn.Module) -> Modules:
-        """The modules of `model`, in the order of their registration."""
+        """Return the modules of `model`, in order of registration."""
         named = {name: module for name, module in model.named_modules() if name}
         leaves = (name for name, module in named.items() if not any(module.children()))
         return cls(tuple(named), frozenset(leaves))
 
 
 def sites_of(model: torch.nn.Module, modules: Modules, run: Run) -> tuple[Site, ...]:
-    """The sites of one `run` of `model`, in the order in which they come to be.
+    """Return the sites of one `run` of `model`, in order of computation.
 
-    Of a module that is called several times, the last call counts.
+    If a module is called several times, the last call counts.
     """
     found: list[_Found] = []
     known: dict[int, tuple[weakref.ref[Any], _Found]] = {}
@@ -80,7 +80,7 @@ def sites_of(model: torch.nn.Module, modules: Modules, run: Run) -> tuple[Site, 
 
 
 def values_at(model: torch.nn.Module, sites: Sequence[Site], run: Run) -> list[NDArray[np.float32]]:
-    """The values at `sites` in one `run` of `model`, float32 and in the sites' shapes."""
+    """Return the values at `sites` in one `run` of `model`, as float32 in the sites' shapes."""
     places = {_label(site.given_by, site.taken_by): number for number, site in enumerate(sites)}
     values: dict[int, NDArray[np.float32]] = {}
 
@@ -100,11 +100,10 @@ def values_at(model: torch.nn.Module, sites: Sequence[Site], run: Run) -> list[N
 
 @contextmanager
 def rounded(model: torch.nn.Module, modules: Modules, unit: float, seed: int) -> Iterator[None]:
-    """Disturb `model` by as much as rounding would, while the block lasts.
+    """Perturb `model` by as much as rounding would, while the block lasts.
 
-    What modules without children take and give is multiplied by 1 + `unit` · ξ, ξ uniform in
-    [−1, 1]. How far the model's values move by it is how ill-conditioned they are (Monte Carlo
-    arithmetic).
+    Inputs and outputs of modules without children are multiplied by 1 + `unit` · ξ, ξ uniform in
+    [−1, 1]. The resulting change of a value measures its conditioning (Monte Carlo arithmetic).
     """
     import torch
 
@@ -132,7 +131,7 @@ def rounded(model: torch.nn.Module, modules: Modules, unit: float, seed: int) ->
 
 @dataclass(eq=False)
 class _Found:
-    """A site while a run goes on."""
+    """A site under construction during a run."""
 
     shape: tuple[int, ...]
     given_by: list[str] = field(default_factory=list)
@@ -143,7 +142,7 @@ class _Found:
 
 
 def _label(given_by: Sequence[str], taken_by: Sequence[str]) -> tuple[str, str]:
-    """The hook by which a site is seen."""
+    """Return the hook that records a site: ("out" or "in", module)."""
     return ("out", given_by[0]) if given_by else ("in", taken_by[0])
 
 
@@ -155,7 +154,7 @@ def _hooked(
     taken: Callable[[str, torch.Tensor], None],
     given: Callable[[str, torch.Tensor], None],
 ) -> Iterator[None]:
-    """Tell of the first tensor of numbers that each module takes and gives."""
+    """Call `taken` and `given` with the first float tensor that modules take and return."""
 
     def before(name: str) -> Callable[..., None]:
         def hook(_: object, positional: tuple[Any, ...], named: Mapping[str, Any]) -> None:
@@ -189,7 +188,7 @@ def _first(value: Any) -> torch.Tensor | None:
         tensor: torch.Tensor = value
         return tensor
     parts: Any = ()
-    if isinstance(value, Mapping):  # transformers' outputs are
+    if isinstance(value, Mapping):  # such as transformers' outputs
         parts = value.values()
     elif isinstance(value, tuple | list):
         parts = value

@@ -1,1 +1,1 @@
-"""What the backends are fed."""
+"""The inputs that the backends are fed: prompts, token rows, and other inputs of a row."""

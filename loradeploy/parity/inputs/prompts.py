@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Final
 
-# How many tokens a decoder is followed for after each prompt.
+# Number of tokens that are generated after each prompt.
 GENERATED: Final = 16
-# How many inputs are generated for two models that are compared directly.
+# Number of cases that `loradeploy.compare` generates.
 CASES: Final = 6
-# How many held-out examples the task metric is taken on.
+# Number of held-out examples for the task metrics.
 EXAMPLES: Final = 100
 
 PROMPTS: Final[tuple[str, ...]] = (

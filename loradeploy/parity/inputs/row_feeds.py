@@ -1,7 +1,7 @@
-"""What a model is fed for rows of tokens, by the name of the input: the same on both sides.
+"""The inputs of a model for rows of tokens, by name: the same for PyTorch and all graphs.
 
-What is no text is drawn from the tokens instead: an image or a sound is noise that they seed, and a
-target is they themselves, so that a row of tokens stands for all that is fed in it.
+A row of tokens determines all of its inputs: an image or a sound is noise seeded by the tokens, and
+the target of an encoder-decoder consists of the same tokens.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ if TYPE_CHECKING:
     Ids = NDArray[np.int64]
 
 Tokens = tuple[int, ...]
-# Token types of pairs of texts, by the row's tokens.
+# The token types of pairs of texts, by the row's tokens.
 Types = Mapping[Tokens, Tokens]
 
 
 @dataclass(frozen=True)
 class Picture:
-    """The file of an image that a row of tokens stands for, and how it becomes pixel values."""
+    """The image file that a row of tokens stands for, and the settings of its preprocessing."""
 
     file: Path
     settings: PixelSettings
 
     def values(self) -> NDArray[np.float32]:
-        """[3, height, width]; raises DataError where the file cannot be read."""
+        """Return pixel values [3, height, width]; raise DataError if the file cannot be read."""
         return self.settings.values(self.file)
 
 
-# What rows of these tokens are fed besides: the types of a pair, or an image.
+# Additional inputs of rows, by their tokens: the token types of a pair, or an image.
 Known = Mapping[Tokens, Tokens | Picture]
 
 # Tokens of an encoder-decoder's target, for a source of any length.
@@ -63,9 +63,10 @@ TARGET: Final = 8
 def plain_feeds(
     manifest: Manifest, ids: Ids, mask: Ids, known: Known | None = None
 ) -> dict[str, NDArray[Any]]:
-    """The graph's inputs but for the cache, of `ids` [rows, new tokens], `mask` [rows, tokens].
+    """Return the inputs except the cache for `ids` [rows, new tokens] and `mask` [rows, tokens].
 
-    `known`: of rows, by their tokens; other rows have the types 0, and noise for an image.
+    `known`: token types or images of rows, by their tokens; other rows have token types 0, and
+    noise as their image.
     """
     feeds = {
         spec.name: _MAKERS[spec.name](ids, mask, spec).astype(spec.dtype, copy=False)
@@ -82,7 +83,7 @@ def plain_feeds(
 
 
 def types_of(rows: Iterable[tuple[Tokens, Tokens | None]]) -> Types:
-    """The token types of `rows` by their tokens, of (tokens, types or None where all are 0).
+    """Return token types by tokens, for `rows` of (tokens, types or None if all types are 0).
 
     Raises:
         DataError: two rows of the same tokens have different types.
@@ -98,7 +99,7 @@ def types_of(rows: Iterable[tuple[Tokens, Tokens | None]]) -> Types:
 
 
 def check_inputs(manifest: Manifest) -> None:
-    """Raise UsageError where the graph takes something that cannot be made of tokens."""
+    """Raise UsageError if the graph has an input that cannot be derived from tokens."""
     for spec in manifest.inputs:
         sized = spec.name not in _DRAWN or all(isinstance(size, int) for size in _sizes(spec))
         if (spec.name not in _MAKERS and not spec.name.startswith(PAST)) or not sized:
@@ -111,7 +112,7 @@ def check_inputs(manifest: Manifest) -> None:
 
 
 def _check_sizes(manifest: Manifest) -> None:
-    """Raise UsageError where the graph takes no rows of any length and number."""
+    """Raise UsageError unless batch size and length of the graph's inputs are dynamic."""
     for spec in manifest.inputs:
         free = 1 if manifest.tower is not None or spec.name not in _TOKENS else 2
         if any(isinstance(size, int) for size in spec.shape[:free]):
@@ -124,29 +125,29 @@ def _check_sizes(manifest: Manifest) -> None:
 
 
 def _noise(ids: Ids, mask: Ids, spec: TensorSpec) -> NDArray[np.float32]:
-    """Normal noise [rows, …] that each row's tokens seed, of numbers that float16 holds too."""
+    """Return normal noise [rows, …], exact in float16 and seeded by each row's tokens."""
     sizes = [int(size) for size in _sizes(spec)]
     drawn = [np.random.default_rng(row).standard_normal(sizes) for row in _real(ids, mask)]
     return np.stack(drawn).astype(np.float16).astype(np.float32)
 
 
 def _sizes(spec: TensorSpec) -> tuple[int | str, ...]:
-    """Those of an image or a sound; one in patches has rows and columns that fill no window."""
+    """Return the shape of one image or sound; an image in patches gets the grid `GRID`."""
     return (*GRID, *spec.shape[3:]) if in_patches(spec) else spec.shape[1:]
 
 
 def _target(ids: Ids, mask: Ids, spec: TensorSpec) -> Ids:
-    """Each row's own tokens, again and again: [rows, TARGET]."""
+    """Return targets [rows, TARGET] that repeat the tokens of each row."""
     return np.stack([np.resize(row, TARGET) for row in _real(ids, mask)])
 
 
 def _real(ids: Ids, mask: Ids) -> list[Ids]:
-    """The rows' tokens without the padding."""
+    """Return the tokens of each row without padding."""
     return [row[real] for row, real in zip(ids, mask.astype(bool), strict=True)]
 
 
 _DRAWN: Final = (PIXEL_VALUES, INPUT_FEATURES)
-# [rows, tokens].
+# The inputs of shape [rows, tokens].
 _TOKENS: Final = (
     *(INPUT_IDS, ATTENTION_MASK, POSITION_IDS, TOKEN_TYPE_IDS),
     *(DECODER_INPUT_IDS, ENCODER_ATTENTION_MASK),

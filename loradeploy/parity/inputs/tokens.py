@@ -1,4 +1,4 @@
-"""What the backends are fed: token rows, from prompts, from a seed, and of extreme lengths."""
+"""The token rows that the backends are fed: prompts, random rows, and rows of extreme lengths."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ from loradeploy.runtime.prompts import InputPrompt, read_requests, request_of
 if TYPE_CHECKING:
     from loradeploy.bundle.text.tokenizer import Tokenizer
 
-# What a prompt is cut to, so that a text file of long articles does not make a check of hours.
+# Prompts are truncated to this length, so that a file of long articles does not take hours.
 MAX_PROMPT_TOKENS: Final = 256
 # A text, a pair of texts, or a conversation as a list of messages.
 Prompt = str | tuple[str, str] | list[Any]
-# A file of them, or they themselves, each also as an object of a JSONL file.
+# A file of prompts, or a sequence of prompts or of objects as in a JSONL file.
 Prompts = str | os.PathLike[str] | Sequence[Prompt | Mapping[str, Any]]
 
-_SEEDS: Final = 1 << 16  # where the tokens are no model's own
+_SEEDS: Final = 1 << 16  # number of different tokens if they only seed other inputs
 _RANDOM_LENGTHS: Final = (5, 24, 1, 13, 40, 2, 9, 30)
 # The longest row of random tokens.
 _FUZZ_LENGTH: Final = 48
-# The longest row that is always fed; a prompt may be twice as long.
+# The length of the long row that is always fed; a prompt may be twice as long.
 _LONGEST_EDGE: Final = 128
-# So many tokens whose rows of a vocabulary adapters changed are fed at most, and in one row.
+# The most tokens with changed embedding or head rows that are fed, in all and in the long row.
 MOST_TRAINED: Final = 512
 _TRAINED_IN_ROW: Final = 48
-# Tokens that follow a row of an extreme length: one step past its cache is enough.
+# Number of generated tokens after a row of extreme length: one step with its cache is enough.
 _AFTER_EDGES: Final = 2
 
 Rows = tuple[tuple[int, ...], ...]
@@ -49,13 +49,13 @@ Rows = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True, eq=False)
 class Cases:
-    """All that is fed, as tokens.
+    """All rows that are fed, as tokens.
 
-    `prompts`: token ids, one row a case: the prompts, then `fuzz` random rows, then `edges` of
-    extreme lengths. `generated`: how many tokens follow each; 0 where the model generates nothing.
-    `pad`: id that fills rows up. `source`: where the prompts are from. `left`: whether a decoder's
-    rows are filled up on the left. `known`: as `plain_feeds`. `alike`: whether
-    rows of one length alone share a batch. `unfed`: how many tokens were trained and are in no row.
+    `prompts`: token ids, one row per case: the prompts, then `fuzz` random rows, then `edges` rows
+    of extreme lengths. `generated`: number of tokens generated after each; 0 if the model does not
+    generate. `pad`: the padding id. `source`: where the prompts come from. `left`: whether a
+    decoder's rows are padded on the left. `known`: as in `plain_feeds`. `alike`: whether a batch
+    has only rows of equal length. `unfed`: number of trained tokens that are in no row.
     """
 
     prompts: Rows
@@ -70,7 +70,10 @@ class Cases:
     unfed: int = 0
 
     def of(self, tokens: int | None) -> Cases:
-        """The cases of an adapter that has so many tokens, None all: others are the first one's."""
+        """Return the cases for a vocabulary of `tokens` (None: all).
+
+        Tokens outside of it are replaced by the first token of the first prompt.
+        """
         if tokens is None or all(token < tokens for row in self.prompts for token in row):
             return self
         first = self.prompts[0][0]
@@ -79,7 +82,7 @@ class Cases:
 
     @property
     def groups(self) -> tuple[tuple[Rows, int], ...]:
-        """The cases in their order as (rows, tokens that follow each): the edges are the last."""
+        """The cases in order, as (rows, number of generated tokens): usual rows, then edges."""
         usual = len(self.prompts) - self.edges
         after = min(self.generated, _AFTER_EDGES)
         return (self.prompts[:usual], self.generated), (self.prompts[usual:], after)
@@ -95,18 +98,18 @@ def make_cases(
     fuzz: int = 0,
     trained: Sequence[int] = (),
 ) -> Cases:
-    """The cases for a bundle.
+    """Make the cases for a bundle.
 
-    `prompts` is a file (one prompt a line, or JSONL with `prompt`, `text`, `text` and `text_pair`,
-    or `messages`), a list of texts, pairs and such objects, or None for the built-in ones. A bundle
-    without a tokenizer is fed random tokens. `fuzz` rows of random tokens come too, and one row
-    each of the least and of the largest length, with the tokens that are `trained` in them, up to
-    `MOST_TRAINED`, and as many rows more as these take.
+    `prompts`: a file (one prompt per line, or JSONL with `prompt`, `text`, `text` and `text_pair`,
+    or `messages`), a list of texts, pairs of texts and objects of the same form, or None for the
+    built-in prompts. A bundle without a tokenizer is fed random tokens. `fuzz`: number of
+    additional rows of random tokens. Edge rows are added too: one of a single token and a long one.
+    They contain the `trained` tokens, up to `MOST_TRAINED`, in as many further rows as needed.
 
     Raises:
-        DataError: the file is missing, empty, or has a broken line.
-        UsageError: texts for a bundle without a tokenizer, no room for a prompt, no vocabulary to
-            draw random tokens from, or tokens to generate by what is no decoder.
+        DataError: the file is missing, empty, or has a malformed line.
+        UsageError: texts for a bundle without a tokenizer, no room for a prompt, an unknown
+            vocabulary size, or `generated` for a model that is not a decoder.
     """
     if fuzz < 0:
         raise UsageError(f"{fuzz} random rows: give 0 or more")
@@ -141,7 +144,7 @@ def make_cases(
 
 
 def fixed_length(manifest: Manifest) -> int | None:
-    """The length that every text has in the graph of a tower, None where it is free."""
+    """Return the fixed text length of a tower's graph; None if it is dynamic."""
     if manifest.tower is None:
         return None
     sizes = [spec.shape[1] for spec in manifest.inputs if spec.name == INPUT_IDS]
@@ -149,7 +152,7 @@ def fixed_length(manifest: Manifest) -> int | None:
 
 
 def filled(row: tuple[int, ...], length: int, pad: int) -> tuple[int, ...]:
-    """`row` with padding behind it, as a graph of a fixed length sees it."""
+    """Return `row` padded on the right to `length`, as a graph of a fixed length requires."""
     return row + (pad,) * (length - len(row))
 
 
@@ -159,7 +162,7 @@ def _tokenized(
     prompts: Prompts | None,
     longest: int,
 ) -> tuple[Rows, Types, int, str]:
-    """The prompts as tokens, their types, the id that fills rows up, and where they are from."""
+    """Return the prompts as tokens, their token types, the padding id, and their source."""
     from loradeploy.bundle.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer(bundle)
@@ -197,7 +200,7 @@ def _without_audio(request: InputPrompt, where: str) -> Prompt:
 
 
 def _given(prompt: Prompt | Mapping[str, Any], number: int) -> Prompt:
-    """A prompt that is given in Python; raises UsageError where it is none."""
+    """Return a prompt that was given in Python; raise UsageError if it is not a prompt."""
     if isinstance(prompt, str):
         return prompt
     if isinstance(prompt, Mapping):
@@ -216,7 +219,7 @@ def _given(prompt: Prompt | Mapping[str, Any], number: int) -> Prompt:
 def _encode(
     tokenizer: Tokenizer, text: Prompt, longest: int, *, typed: bool
 ) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
-    """The tokens of a prompt, and their types where it is a pair that has some."""
+    """Return the tokens of a prompt, and their types if it is a pair and the model takes types."""
     if isinstance(text, tuple):
         row = pair_tokens(tokenizer, *text, max_length=longest, typed=typed)
         return tuple(row.ids), None if row.types is None else tuple(row.types)
@@ -226,7 +229,7 @@ def _encode(
 
 
 def _longest(config: dict[str, Any], generated: int) -> int:
-    """How long a prompt may be so that the generated tokens still have positions."""
+    """Return the largest prompt length that leaves positions for the generated tokens."""
     positions = context_length(config)
     most = MAX_PROMPT_TOKENS + generated
     room = (most if positions is None else min(positions, most)) - generated
@@ -255,12 +258,12 @@ def _vocabulary(manifest: Manifest, config: dict[str, Any], bundle: Path) -> int
 
 
 def _edge_rows(rows: Rows, longest: int, trained: Sequence[int]) -> Rows:
-    """A row of one token, and a long one, as long as the model takes up to a bound; beside it the
-    first is nearly all padding.
+    """Return a row of one token, a long row, and further rows for `trained` tokens.
 
-    Their tokens are the prompts', one prompt after the other and round again. Tokens whose rows of
-    a vocabulary an adapter trained may be in no prompt: they follow the long row's first token, one
-    of them is the short row, and rows of their own have those that the long one has no room for.
+    The long row has up to `_LONGEST_EDGE` tokens; in a batch with it, the short row is nearly all
+    padding. Their tokens are those of the prompts, repeated. `trained` tokens may be in no prompt:
+    the first of them is the short row, the long row has them after its first token, and those that
+    do not fit are in further rows.
     """
     first, *others = [token for row in rows for token in row]
     length = min(longest, _LONGEST_EDGE)
@@ -273,7 +276,7 @@ def _edge_rows(rows: Rows, longest: int, trained: Sequence[int]) -> Rows:
 
 
 def _fuzz_rows(vocabulary: int, longest: int, seed: int, count: int) -> Rows:
-    """`count` rows of random tokens, of random lengths."""
+    """Return `count` rows of random tokens and random lengths."""
     random = np.random.default_rng([seed, count])
     lengths = random.integers(1, min(longest, _FUZZ_LENGTH) + 1, count)
     return tuple(tuple(random.integers(0, vocabulary, size).tolist()) for size in lengths)

@@ -1,4 +1,4 @@
-"""The tokens whose rows of a vocabulary adapters changed: no prompt may have them."""
+"""The tokens whose embedding or head rows adapters changed, which may be in no prompt."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _COMPARED: Final = 4096  # rows of two tables at a time
 
 
 def trained_tokens(adapters: Sequence[Adapter], base: Path) -> tuple[int, ...]:
-    """The tokens whose rows of a vocabulary the adapters changed, one of each adapter in turn.
+    """Return the tokens whose embedding or head rows the adapters changed, in turn by adapter.
 
-    Those are the rows that were trained individually, the rows that an adapter added to those of
-    the model in `base`, and of a table that it has whole those that differ from the model's, the
-    furthest ones first.
+    These are the rows that were trained individually; and, of whole tables in an adapter, the rows
+    beyond those of the model in `base`, and the rows that differ from the model's, the most
+    different first.
 
     Raises:
         ModelError: the files of the model cannot be read.
@@ -53,9 +53,9 @@ def _of(adapter: Adapter, base: Path) -> list[int]:
 def _tables(
     whole: Mapping[str, NDArray[Any]], stored: Mapping[str, StoredTensor], size: int
 ) -> list[tuple[NDArray[Any], StoredTensor]]:
-    """The adapter's tables with a row per token, each with the model's own of `size` rows.
+    """Pair each table of the adapter that has a row per token with the model's, of `size` rows.
 
-    A head that is tied to the embedding is not stored: its own is the embedding.
+    A head that is tied to the embedding is not stored, and is paired with the embedding.
     """
     ends: dict[str, list[StoredTensor]] = {}
     for name, tensor in stored.items():
@@ -71,12 +71,12 @@ def _tables(
 
 
 def _end(name: str) -> str:
-    """The module's own name and the parameter's: what is before differs between classes."""
+    """Return the last two parts of a parameter's name; the prefix differs between model classes."""
     return ".".join(name.split(".")[-2:])
 
 
 def _changed(values: NDArray[Any], own: StoredTensor) -> list[int]:
-    """The rows that both have and that differ, the furthest ones first."""
+    """Return the numbers of rows that differ, the most different first."""
     shared = min(len(values), own.shape[0])
     apart = np.zeros(shared, np.float32)
     for first in range(0, shared, _COMPARED):
@@ -89,7 +89,7 @@ def _changed(values: NDArray[Any], own: StoredTensor) -> list[int]:
 
 
 def _vocabulary(base: Path) -> int | None:
-    """How many tokens the model in `base` has."""
+    """Return the vocabulary size of the model in `base`; None if its config does not have it."""
     config = model_config(base, error=ModelError)
     inner = config.get("text_config")
     for settings in (config, inner if isinstance(inner, Mapping) else {}):

@@ -1,1 +1,1 @@
-"""How well a deployment does its task on held-out data."""
+"""Task metrics of a deployment on held-out data, compared with PyTorch's."""

@@ -1,8 +1,8 @@
-"""Held-out data of an embedder: its texts, and what their vectors are compared for.
+"""Held-out data of an embedder: its texts, and the task that their vectors are scored on.
 
-Pairs of an anchor and a positive are scored as a retrieval: each distinct anchor is a query, and
-all positives and negatives that were drawn are the documents. Pairs with a score are scored by the
-cosine of their vectors.
+Pairs of an anchor and a positive are scored as retrieval: each distinct anchor is a query, and all
+sampled positives and negatives are the documents. Pairs with a score are scored by the correlation
+of the cosine of their vectors with that score.
 """
 
 from __future__ import annotations
@@ -23,13 +23,16 @@ if TYPE_CHECKING:
 
     Counts = NDArray[np.float64]
 
-# A text: its tokens, and how many of them are a prompt that is not pooled.
+# A text: its tokens, and the number of leading tokens of a prompt that is excluded from pooling.
 Text = tuple[tuple[int, ...], int]
 
 
 @dataclass(frozen=True)
 class Retrieval:
-    """`queries` and `documents` are numbers of texts; `relevant`: of each query, places in them."""
+    """A retrieval task. `queries`, `documents`: indices of texts.
+
+    `relevant`: for each query, the indices of its relevant documents in `documents`.
+    """
 
     queries: tuple[int, ...]
     documents: tuple[int, ...]
@@ -40,7 +43,7 @@ class Retrieval:
         return len(self.queries)
 
     def counts(self, vectors: NDArray[Any]) -> Counts:
-        """[queries, 3], of `vectors` [texts, size] at length 1: reciprocal rank, the recalls."""
+        """Return reciprocal rank and recalls, [queries, 3], of unit `vectors` [texts, size]."""
         similar = vectors[list(self.queries)] @ vectors[list(self.documents)].T
         rows = zip(similar, self.relevant, strict=True)
         return np.stack([retrieval_counts(row, relevant) for row, relevant in rows])
@@ -48,7 +51,7 @@ class Retrieval:
 
 @dataclass(frozen=True)
 class Similarity:
-    """`pairs` are numbers of texts; `scores`: how similar they are."""
+    """A similarity task. `pairs`: indices of texts; `scores`: the similarity of each pair."""
 
     pairs: tuple[tuple[int, int], ...]
     scores: tuple[float, ...]
@@ -58,23 +61,23 @@ class Similarity:
         return len(self.pairs)
 
     def counts(self, vectors: NDArray[Any]) -> Counts:
-        """[pairs, 1, 2], of `vectors` [texts, size] at length 1: the cosine, and the score."""
+        """Return cosine and score, [pairs, 1, 2], of unit `vectors` [texts, size]."""
         first, second = (vectors[list(side)] for side in zip(*self.pairs, strict=True))
         return np.stack([(first * second).sum(axis=1), np.array(self.scores)], axis=1)[:, None]
 
 
 @dataclass(frozen=True, eq=False)
 class Embedded:
-    """Texts that become vectors by `recipe`, and what these are compared for."""
+    """Texts, the `recipe` that makes vectors of them, and the task they are scored on."""
 
     texts: tuple[Text, ...]
     compared: Retrieval | Similarity
     recipe: SentenceRecipe
 
     def vector(self, values: NDArray[Any], number: int) -> Any:
-        """The vector [size], at length 1, of what the graph gives for the text of this number.
+        """Return the unit vector [size] of the text `number` from the graph's output.
 
-        `values`: its tokens' states [tokens, hidden], or one vector [hidden].
+        `values`: the states of its tokens, [tokens, hidden], or one vector, [hidden].
         """
         if values.ndim == 1:
             return normalize(self.recipe.scaled(values[None]).astype(np.float64))[0]
@@ -87,10 +90,10 @@ class Embedded:
 def embedded(
     features: Sequence[dict[str, Any]], recipe: SentenceRecipe, *, scored: bool
 ) -> Embedded:
-    """The tokenized examples of `train.tasks.embedding.features`.
+    """Make held-out data of tokenized examples (`train.tasks.embedding.features`).
 
     Raises:
-        DataError: there is one document alone, or one score.
+        DataError: there is only one document, or all scores are equal.
     """
     texts: dict[Text, int] = {}
 

@@ -1,7 +1,7 @@
-"""Held-out data of an encoder-decoder: sources, and how near what is generated is to the targets.
+"""Held-out data of an encoder-decoder: scores of generated texts against target texts.
 
-Both sides generate greedily. Texts of texts are scored by chrF (sacrebleu), the mean over examples,
-and transcripts by the word error rate (jiwer), the errors of all by the words of all targets.
+Both sides generate greedily. Texts generated from texts are scored by chrF (sacrebleu), averaged
+over examples; transcripts by the word error rate (jiwer), all errors divided by all target words.
 """
 
 from __future__ import annotations
@@ -31,16 +31,13 @@ if TYPE_CHECKING:
 
 # The libraries of the metrics.
 _LIBRARIES: Final = {TRANSLATION: "sacrebleu", TRANSCRIPTION: "jiwer"}
-# How much longer than the longest target a text may become, in tokens.
+# By how many tokens a generated text may exceed the longest target.
 _ROOM: Final = 8
 
 
 @dataclass(frozen=True)
 class GeneratedTexts:
-    """What is read and what should be written: as many `targets` as `examples`.
-
-    `most`: how many tokens a text may have.
-    """
+    """The sources, with their target texts. `most`: the largest number of generated tokens."""
 
     kind: str
     examples: tuple[Translation | SpokenText, ...]
@@ -48,11 +45,11 @@ class GeneratedTexts:
 
     @property
     def targets(self) -> list[str]:
-        """What should be written."""
+        """The expected text of each example."""
         return [example.target for example in self.examples]
 
     def counts(self, texts: Sequence[str]) -> NDArray[np.float64]:
-        """How `texts` are counted: [examples, 1], the chrF, or [examples, 2], errors and words."""
+        """Return the chrF of `texts`, [examples, 1], or their errors and words, [examples, 2]."""
         library: Any = import_module(_LIBRARIES[self.kind])
         pairs = zip(texts, self.targets, strict=True)
         if self.kind == TRANSLATION:
@@ -70,7 +67,7 @@ class GeneratedTexts:
 def generated_texts(
     drawn: Sequence[Translation | SpokenText], features: Sequence[dict[str, Any]], *, audio: bool
 ) -> GeneratedTexts:
-    """The examples that were drawn; `features`: their tokens.
+    """Make held-out data of the sampled examples `drawn`; `features`: their tokens.
 
     Raises:
         MissingDependencyError: the library of the metric is not installed.
@@ -88,7 +85,7 @@ def generated_texts(
 
 
 def of_session(session: AdapterSession, data: GeneratedTexts, adapter: str | None) -> list[str]:
-    """What a bundle writes with an adapter."""
+    """Return the texts that a bundle generates with an adapter."""
     from loradeploy.runtime.tasks.generation import TextGenerator
     from loradeploy.runtime.tasks.speech import SpeechRecognizer
 
@@ -118,10 +115,10 @@ def of_session(session: AdapterSession, data: GeneratedTexts, adapter: str | Non
 def of_torch(
     model: Any, data: GeneratedTexts, bundle: Path, adapter: Path | None = None
 ) -> list[str]:
-    """What transformers writes with the PyTorch model, whose adapter is in it.
+    """Return the texts that transformers generates with the PyTorch model and its current adapter.
 
-    The tokenizer and the generation_config.json are those beside `adapter`, else the bundle's, as a
-    session has them.
+    The tokenizer and the generation_config.json are those beside `adapter`, if there are any, else
+    the bundle's, as in a session.
     """
     import torch
     from transformers import GenerationConfig
@@ -146,7 +143,7 @@ def of_torch(
                 found = model.generate(
                     input_ids=ids, attention_mask=mask, generation_config=settings
                 )
-                texts.append(tokenizer.decode(found[0].tolist()[1:]))  # behind the start
+                texts.append(tokenizer.decode(found[0].tolist()[1:]))  # without the start token
                 continue
             features = feature_settings(bundle)
             if features is None:
@@ -166,7 +163,7 @@ def of_torch(
 
 
 def _within(most: int, bundle: Path) -> int:
-    """`most` tokens, or as many as a transcript has positions for behind its first ones."""
+    """Return `most`, limited to the positions that the decoder has after its first tokens."""
     from loradeploy.bundle.model_config import model_config
 
     positions = model_config(bundle).get("max_target_positions")

@@ -1,7 +1,7 @@
-"""Held-out data as a model reads it: token ids, and labels where answers are scored.
+"""Held-out data as a model reads it: token ids, and the labels that answers are scored by.
 
-It is read, rendered and labeled as data to train on is (see `loradeploy.train.data.examples`): the
-score of an adapter is of the very task that it was trained for.
+It is read, rendered and labeled like training data (see `loradeploy.train.data.examples`), so that
+an adapter is scored on exactly the task that it was trained for.
 """
 
 from __future__ import annotations
@@ -63,15 +63,15 @@ if TYPE_CHECKING:
 Data = str | os.PathLike[str]
 DataByAdapter = Data | Mapping[str, Data] | Iterable[Data]
 
-_SPLIT: Final = "test"  # of a dataset that has splits
-_DIGITS: Final = 15  # of a digest in hexadecimal, which 63 bits hold
+_SPLIT: Final = "test"  # the split of a dataset with splits
+_DIGITS: Final = 15  # hexadecimal digits of a digest that fit into 63 bits
 
 
 @dataclass(frozen=True)
 class Example:
-    """An example of `tokens`; `labels` are as many, or the one class of a text, or its numbers.
+    """An example. `labels`: one for each token, or the class of a text, or its numbers.
 
-    `types`: the token types of a pair of texts. `picture`: an image, which the tokens stand for.
+    `types`: the token types of a pair of texts. `picture`: the image that the tokens stand for.
     """
 
     tokens: tuple[int, ...]
@@ -82,11 +82,12 @@ class Example:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What one adapter, or the base, is scored on.
+    """The examples that one adapter, or the base, is scored on.
 
-    `kind`: of `measures.MEASURED`. `source`: where the data is from, `available` how many there
-    are, `taken` how many of them were drawn. `labels`: the names of the outputs. `embedded`: of an
-    embedder, whose `examples` are texts. `generated`: of an encoder-decoder, which has no others.
+    `kind`: a key of `measures.MEASURED`. `source`: the file or dataset; `available`: number of
+    examples in it; `taken`: number of examples sampled. `labels`: the names of the outputs.
+    `embedded`: the data of an embedder, whose `examples` are texts. `generated`: the data of an
+    encoder-decoder, which has no `examples`.
     """
 
     kind: str
@@ -100,7 +101,7 @@ class HeldOut:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """The figures that are taken."""
+        """The metrics that are computed."""
         return MEASURED[self.kind]
 
 
@@ -114,16 +115,16 @@ def read_held_out(
     examples: int,
     seed: int,
 ) -> dict[str | None, HeldOut]:
-    """What is scored on what, by adapter name (None is the base); nothing without `evaluate`.
+    """Read the held-out data, by adapter name (None is the base); empty without `evaluate`.
 
-    `evaluate` is one source of data for all, or `[NAME=]DATA` or a mapping for adapters with tasks
-    of their own. `examples` of it are drawn, as `seed` decides. A classifier's base is scored only
-    where no adapter is, since it rarely has a head of its own.
+    `evaluate`: one data source for all, or a mapping or a list of `[NAME=]DATA` for adapters of
+    different tasks. `examples` examples are sampled from each with `seed`. A classifier's base is
+    scored only if there are no adapters, since it rarely has a trained head.
 
     Raises:
-        UsageError: a task without a metric, an unknown name, or no examples are asked for.
-        DataError: the data cannot be read, is of another task, or has labels that are not known.
-        MissingDependencyError: what reads training data is not installed.
+        UsageError: a task without a metric, an unknown adapter name, or fewer than 2 `examples`.
+        DataError: the data cannot be read, is for another task, or has unknown labels.
+        MissingDependencyError: a package that reads training data is not installed.
     """
     if evaluate is None:
         return {}
@@ -134,7 +135,7 @@ def read_held_out(
     if examples < 2:
         raise UsageError(f"{examples} examples to evaluate on: give 2 or more")
     names: list[str | None] = [tested.name for tested in adapters]
-    # In a merged bundle there is no base; a classifier's rarely has a head of its own.
+    # A merged bundle has no base, and a classifier's base rarely has a trained head.
     if manifest.mode != "merged" and (manifest.task not in CLASSIFICATIONS or not names):
         names.insert(0, None)
     try:
@@ -197,10 +198,10 @@ def read_held_out(
 
 
 def with_types(cases: Cases, held_out: Mapping[str | None, HeldOut]) -> Cases:
-    """`cases` that know the token types of the held-out pairs of texts too, and the images.
+    """Add the token types of held-out pairs of texts, and held-out images, to `cases.known`.
 
     Raises:
-        DataError: a text has the tokens of a pair.
+        DataError: a text has the same tokens as a pair of texts.
     """
     prompts = cases.prompts[: len(cases.prompts) - cases.fuzz - cases.edges]
     examples = [example for data in held_out.values() for example in data.examples]
@@ -214,7 +215,7 @@ def with_types(cases: Cases, held_out: Mapping[str | None, HeldOut]) -> Cases:
 def _data_by_adapter(
     evaluate: DataByAdapter, names: Sequence[str | None]
 ) -> dict[str | None, Data]:
-    """The data of every one of `names`, or of those that `evaluate` names."""
+    """Return the data by adapter, for all `names` or for those that `evaluate` names."""
     known = {name or BASE_LABEL: name for name in names}
     given: list[tuple[str, Data]] = []
     if isinstance(evaluate, Mapping):
@@ -240,12 +241,12 @@ def _data_by_adapter(
 
 
 def _draw(task: Task, data: Data, count: int, seed: int) -> tuple[list[Any], int]:
-    """`count` examples of the data in `data`, and how many there are."""
+    """Sample `count` examples from `data`; return them, and how many there are."""
     from loradeploy.train.data.sources import Source, rows
 
     source = Source(data, _SPLIT)
     if task.name == CAUSAL_LM:
-        # A text with a label would do as a text.
+        # Otherwise a labeled text would be accepted as plain text.
         where, row = next(rows(source), ("", {}))
         if "label" in row:
             raise DataError(
@@ -265,7 +266,7 @@ def _coded(
     checkpoint: Checkpoint,
     longest: int,
 ) -> tuple[Example, ...]:
-    """The examples as tokens."""
+    """Return the examples as tokens."""
     features = checkpoint.encode(task, drawn, names, longest).features
     return tuple(
         Example(
@@ -280,7 +281,7 @@ def _coded(
 
 
 def _numbered(drawn: Sequence[Any], names: Sequence[str], kind: str) -> Sequence[str]:
-    """The `names` of the outputs; their numbers where the labels of `drawn` are all numbers."""
+    """Return the `names` of the outputs, or their numbers if all labels in `drawn` are numbers."""
     if kind != SINGLE_LABEL:
         return names
     given = {example.label for example in drawn}
@@ -295,7 +296,7 @@ def _pictures(
     checkpoint: Checkpoint,
     manifest: Manifest,
 ) -> tuple[Example, ...]:
-    """The examples of images; each one's token is of the digest of its file."""
+    """Return the examples of images; the token of each is derived from the digest of its file."""
     settings = pixel_settings(checkpoint.directory)
     assert settings is not None  # or the task would not have been made
     (taken,) = (spec.shape[1:] for spec in manifest.inputs if spec.name == PIXEL_VALUES)
@@ -312,7 +313,7 @@ def _pictures(
 
 
 def _embedder(data: Data, base: Path, adapter: Path | None) -> Task:
-    """How texts of `data` are trained with what is saved beside `adapter`, else in `base`."""
+    """Return the task for texts of `data`, with the settings beside `adapter`, else in `base`."""
     from loradeploy.train.config import RANKING_LOSSES, SCORED_LOSSES, TrainConfig
     from loradeploy.train.data.sources import Source, rows
     from loradeploy.train.tasks.embedding.data import is_scored
@@ -344,7 +345,7 @@ def _embedded(
 def _label_names(
     bundle: Path, manifest: Manifest, adapters: Sequence[AdapterUnderTest]
 ) -> dict[str | None, tuple[str, ...]]:
-    """The names of a classifier's outputs: the adapter's, else the bundle's, else numbers."""
+    """Return the label names of a classifier: the adapter's, else the bundle's, else LABEL_i."""
     if manifest.task not in CLASSIFICATIONS:
         return {None: (), **{tested.name: () for tested in adapters}}
     config = model_config(bundle)
@@ -360,7 +361,7 @@ def _label_names(
 def _kinds(
     bundle: Path, manifest: Manifest, adapters: Sequence[AdapterUnderTest]
 ) -> dict[str | None, str]:
-    """What each adapter's answers, and the base's, are measured as."""
+    """Return the kind of task of the base and of each adapter, a key of `MEASURED`."""
     if manifest.task == IMAGE_CLASSIFICATION:
         return _kinds_of_images(bundle, manifest, adapters)
     if manifest.task != SEQUENCE_CLASSIFICATION:
@@ -377,7 +378,7 @@ def _kinds(
 def _kinds_of_images(
     bundle: Path, manifest: Manifest, adapters: Sequence[AdapterUnderTest]
 ) -> dict[str | None, str]:
-    """The same of images, which are trained and scored by one label each."""
+    """Return the kinds for images, which must have a single label each."""
     stated = stated_problem(model_config(bundle), CONFIG_NAME, error=BundleError) or SINGLE_LABEL
     found: dict[str | None, str] = {None: manifest.problem_type or stated}
     found |= {tested.name: tested.adapter.problem_type or stated for tested in adapters}

@@ -1,7 +1,7 @@
-"""95 % confidence intervals of a paired difference: of two proportions, and of two mean losses.
+"""95 % confidence intervals of paired differences: of two proportions, and of two mean losses.
 
-Both sides answer the same examples, so the interval is of the differences example by example: what
-the sides have in common, which is nearly all, cancels (Miller 2024, "Adding Error Bars to Evals",
+Both sides are evaluated on the same examples, so the interval is that of the difference per
+example, in which the large common part cancels (Miller 2024, "Adding Error Bars to Evals",
 arXiv:2411.00640, section 4).
 """
 
@@ -22,11 +22,12 @@ LEVEL: Final = 0.95
 def proportions_interval(
     gained: int, lost: int, pairs: int, *, level: float = LEVEL
 ) -> tuple[float, float]:
-    """The interval of (gained − lost) / pairs: Tango's score interval for paired proportions.
+    """Return the interval of (gained − lost) / pairs: Tango's score interval, paired proportions.
 
-    `gained` pairs are right on the other side alone, `lost` on the first alone. It is all values
-    that a score test does not reject (Tango 1998, Statistics in Medicine 17, 891–908). Unlike the
-    one from a standard error it has a width where no pair differs: ± z² / (pairs + z²).
+    `gained`: pairs that are right on the second side only; `lost`: on the first side only. The
+    interval consists of all values that a score test does not reject (Tango 1998, Statistics in
+    Medicine 17, 891–908). Unlike a standard error's, it has a width even if no pair differs:
+    ± z² / (pairs + z²).
     """
     z = NormalDist().inv_cdf(0.5 + level / 2)
     found = (gained - lost) / pairs
@@ -38,14 +39,14 @@ def proportions_interval(
 
 
 def mean_interval(differences: NDArray[np.float64], counts: NDArray[Any]) -> tuple[float, float]:
-    """The interval of Σ differences / Σ counts: t's, with the variance of a ratio.
+    """Return the t interval of Σ differences / Σ counts, with the variance of a ratio estimator.
 
-    Of each example `differences` [examples] is a sum over `counts` [examples] tokens. The tokens of
-    an example are no independent draws, so examples are what varies (Cochran 1977, Sampling
-    Techniques, section 6.3): residuals d − mean · n, and one degree of freedom less than examples.
+    `differences` [examples]: the sum of each example over its `counts` [examples] tokens. The
+    tokens of an example are not independent, so the sampling unit is the example (Cochran 1977,
+    Sampling Techniques, section 6.3): residuals d − mean · n, with examples − 1 degrees of freedom.
 
     Raises:
-        ValueError: less than two examples.
+        ValueError: fewer than two examples.
     """
     examples = len(differences)
     if examples < 2:
@@ -58,9 +59,9 @@ def mean_interval(differences: NDArray[np.float64], counts: NDArray[Any]) -> tup
 
 
 def t_quantile(p: float, freedom: int) -> float:
-    """The quantile of Student's t, to within 0.3 %.
+    """Return the quantile of Student's t distribution, to within 0.3 %.
 
-    Exact for one and two degrees of freedom, else the expansion about the normal quantile
+    Exact for one and two degrees of freedom, otherwise the expansion about the normal quantile
     (Abramowitz & Stegun 26.7.5).
     """
     if freedom == 1:
@@ -79,13 +80,13 @@ def t_quantile(p: float, freedom: int) -> float:
 
 
 def _score(gained: int, lost: int, pairs: int, difference: float) -> float:
-    """Tango's statistic: how far the counts are from a true `difference`, in standard errors."""
-    # The most likely probability that a pair is lost, given the difference: a quadratic's root.
+    """Return Tango's statistic: how far the counts are from `difference`, in standard errors."""
+    # q: the maximum likelihood probability of a lost pair given the difference, a quadratic's root.
     a = 2 * pairs
     b = -gained - lost + (2 * pairs - gained + lost) * difference
     c = -lost * difference * (1 - difference)
     root = math.sqrt(max(b * b - 4 * a * c, 0.0))
-    q = -2 * c / (b + root) if b > 0 else (root - b) / (2 * a)  # no difference of equals
+    q = -2 * c / (b + root) if b > 0 else (root - b) / (2 * a)  # avoids cancellation
     variance = pairs * (2 * q + difference * (1 - difference))
     distance = gained - lost - pairs * difference
     if variance <= 0:
@@ -94,7 +95,7 @@ def _score(gained: int, lost: int, pairs: int, difference: float) -> float:
 
 
 def _edge(inside: float, outside: float, rejected: Callable[[float], bool]) -> float:
-    """Where rejection begins on the way from `inside` to `outside`, by bisection."""
+    """Return the value between `inside` and `outside` where rejection begins, by bisection."""
     if not rejected(outside):
         return outside
     for _ in range(60):

@@ -1,14 +1,14 @@
-"""The figures of each task: what they are of the examples, and how the answers are counted.
+"""The metrics of each task.
 
-Of a kind of task an answer is counted as
+The answer of a model to one example is reduced to an array of counts, by kind of task:
 
-    several labels   true and false positives and false negatives of each label, [labels, 3]
-    numbers          the number and the right one, for each of them, [numbers, 2]
-    entities         true and false positives and false negatives, [1, 3]
-    retrieval        the reciprocal rank of a query, and its recall at 1 and at 10, [3]
-    similarity       the cosine of a pair and its score, [1, 2]
+    several labels   true positives, false positives, false negatives of each label, [labels, 3]
+    numbers          the answer and the expected number, for each number, [numbers, 2]
+    entities         true positives, false positives, false negatives, [1, 3]
+    retrieval        reciprocal rank of a query, recall at 1, recall at 10, [3]
+    similarity       cosine of a pair and its score, [1, 2]
 
-and a figure is a function of these over examples, [examples, …].
+A metric is a function of the counts of all examples, [examples, …].
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ _RESAMPLES: Final = 999
 
 @dataclass(frozen=True)
 class Measure:
-    """A figure of a task. `limit`: the field of its limit.
+    """A metric of a task. `limit`: the field of `ScoreLimit` with its limit.
 
-    `of`: what it is of the counts; None where it has a formula and an interval of its own.
+    `of`: computes it from the counts; None for accuracy and perplexity, which `scores` computes.
     """
 
     name: str
@@ -51,43 +51,43 @@ class Measure:
 
     @property
     def higher(self) -> bool:
-        """Whether more of it is better."""
+        """Whether higher is better."""
         return self.name not in LOWER_IS_BETTER
 
 
 def micro_f1(counts: Counts) -> float:
-    """2 tp / (2 tp + fp + fn) over all labels of [examples, labels, 3]; 0 where there are none."""
+    """Return 2 tp / (2 tp + fp + fn) over all labels of [examples, labels, 3]; 0 without any."""
     return float(_f1(counts.sum(axis=(0, 1))))
 
 
 def macro_f1(counts: Counts) -> float:
-    """The mean of each label's F1, of [examples, labels, 3]."""
+    """Return the mean of the labels' F1, of [examples, labels, 3]."""
     return float(np.mean(_f1(counts.sum(axis=0))))
 
 
 def rmse(pairs: Counts) -> float:
-    """The root of the mean squared error, of [examples, numbers, 2]."""
+    """Return the root mean squared error, of [examples, numbers, 2]."""
     return float(np.sqrt(np.mean((pairs[..., 0] - pairs[..., 1]) ** 2)))
 
 
 def pearson(pairs: Counts) -> float:
-    """Pearson's correlation, of [examples, numbers, 2], the mean over numbers."""
+    """Return Pearson's correlation of [examples, numbers, 2], averaged over numbers."""
     return float(np.mean([_correlation(*column.T) for column in pairs.swapaxes(0, 1)]))
 
 
 def spearman(pairs: Counts) -> float:
-    """Spearman's correlation: Pearson's of the ranks, equal values sharing theirs."""
+    """Return Spearman's correlation: Pearson's of the ranks, with tied values sharing a rank."""
     ranked = [[_ranks(side) for side in column.T] for column in pairs.swapaxes(0, 1)]
     return float(np.mean([_correlation(*sides) for sides in ranked]))
 
 
 def mean_of(column: int) -> Callable[[Counts], float]:
-    """The mean over examples of a column of [examples, columns]."""
+    """Return the function that averages a column of [examples, columns]."""
     return lambda counts: float(counts[:, column].mean())
 
 
 def error_rate(counts: Counts) -> float:
-    """The errors by the words of [examples, 2]."""
+    """Return errors / words, over all examples of [examples, 2]."""
     errors, words = counts.sum(axis=0)
     return float(errors / words)
 
@@ -110,16 +110,16 @@ MEASURES: Final[Mapping[str, Measure]] = {
         Measure("wer", "perplexity", error_rate),
     )
 }
-# What an embedder is measured as, by its data.
+# The kinds of task of an embedder, which depend on its data.
 RETRIEVAL: Final = "retrieval"
 SIMILARITY: Final = "similarity"
-# What an encoder-decoder is measured as, by its source.
+# The kinds of task of an encoder-decoder, which depend on its source.
 TRANSLATION: Final = "translation"
 TRANSCRIPTION: Final = "transcription"
 _RECALLS: Final = (1, 10)
 
-# By kind of task: the problem type of a sequence classifier, what an embedder is measured as, else
-# the task.
+# The metrics by kind of task: a sequence classifier's problem type, one of the kinds above, or the
+# task itself.
 MEASURED: Final[Mapping[str, tuple[str, ...]]] = {
     CAUSAL_LM: ("perplexity",),
     SINGLE_LABEL: ("accuracy",),
@@ -131,7 +131,7 @@ MEASURED: Final[Mapping[str, tuple[str, ...]]] = {
     TRANSLATION: ("chrf",),
     TRANSCRIPTION: ("wer",),
 }
-# The kinds of the tasks that have several.
+# The kinds of each task that is measured by kind.
 KINDS: Final[Mapping[str, tuple[str, ...]]] = {
     IMAGE_CLASSIFICATION: (SINGLE_LABEL,),
     SEQUENCE_CLASSIFICATION: (SINGLE_LABEL, MULTI_LABEL, REGRESSION),
@@ -141,7 +141,7 @@ KINDS: Final[Mapping[str, tuple[str, ...]]] = {
 
 
 def label_counts(logits: NDArray[Any], truth: Sequence[float]) -> Counts:
-    """[labels, 3] of one text: a label holds from a probability of 0.5 on, a logit of 0."""
+    """Return [labels, 3] of one text; a label is predicted if its logit is at least 0."""
     if not np.isfinite(logits).all():
         return np.full((len(logits), 3), np.nan)
     found, right = logits >= 0, np.array(truth) > 0
@@ -149,14 +149,14 @@ def label_counts(logits: NDArray[Any], truth: Sequence[float]) -> Counts:
 
 
 def number_pairs(values: NDArray[Any], truth: Sequence[float]) -> Counts:
-    """[numbers, 2] of one text."""
+    """Return [numbers, 2] of one text."""
     return np.stack([values.astype(np.float64), np.array(truth, np.float64)], axis=1)
 
 
 def entity_counts(
     logits: NDArray[Any], truth: Sequence[int], labels: Sequence[str], ignored: int
 ) -> Counts:
-    """[1, 3] of one text, of `logits` [tokens, labels] where `truth` [tokens] is not `ignored`."""
+    """Return [1, 3] of one text; `logits` [tokens, labels] count where `truth` is not `ignored`."""
     at = np.flatnonzero(np.array(truth) != ignored)
     if not np.isfinite(logits[at]).all():
         return np.full((1, 3), np.nan)
@@ -167,10 +167,9 @@ def entity_counts(
 
 
 def retrieval_counts(similarities: NDArray[Any], relevant: Sequence[int]) -> Counts:
-    """[3] of a query, of its `similarities` [documents]; `relevant` are numbers of documents.
+    """Return [3] of a query with `similarities` [documents] and `relevant` indices of documents.
 
-    A document as similar as a relevant one is ranked before it: vectors that are all alike find
-    nothing.
+    A document as similar as a relevant one is ranked before it, so that equal vectors do not score.
     """
     if not np.isfinite(similarities).all():
         return np.full(1 + len(_RECALLS), np.nan)
@@ -183,10 +182,10 @@ def retrieval_counts(similarities: NDArray[Any], relevant: Sequence[int]) -> Cou
 
 
 def entity_spans(tags: Sequence[str]) -> set[tuple[str, int, int]]:
-    """The entities of a text's `tags` as (kind, first, last), as seqeval finds them by default.
+    """Return the entities in the `tags` of a text as (kind, first, last), like seqeval by default.
 
-    B- begins one, I- goes on with one of its kind and else begins one. E- ends one, S- is one. A
-    tag without a prefix is a kind of its own.
+    B- begins an entity. I- continues one of its kind, otherwise begins one. E- ends an entity, and
+    S- is a single-token entity. A tag without a prefix is treated as I- of that kind.
     """
     spans, kind, first, before = set(), "", 0, "O"
     for index, tag in enumerate([*tags, "O"]):
@@ -205,10 +204,10 @@ def entity_spans(tags: Sequence[str]) -> set[tuple[str, int, int]]:
 def resampled_interval(
     measure: Callable[[Counts], float], expected: Counts, actual: Counts
 ) -> tuple[float, float]:
-    """The 95 % interval of the measure's difference, actual − expected, by the paired bootstrap.
+    """Return the 95 % interval of the metric's difference, actual − expected, by paired bootstrap.
 
-    The same examples are drawn again for both sides, always the same draws (Efron & Tibshirani
-    1993, An Introduction to the Bootstrap, section 13.3).
+    The same examples are resampled for both sides, with a fixed seed (Efron & Tibshirani 1993, An
+    Introduction to the Bootstrap, section 13.3).
     """
     draws = np.random.default_rng(0).integers(0, len(expected), (_RESAMPLES, len(expected)))
     found = [measure(actual[draw]) - measure(expected[draw]) for draw in draws]

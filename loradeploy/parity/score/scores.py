@@ -1,15 +1,16 @@
-"""The task metric on held-out data: how well a deployment does what the adapter was trained for.
+"""Task metrics on held-out data: how well a deployment performs the adapter's task.
 
-Accuracy for classifiers, F1 of several labels and of entities, errors and correlations of numbers,
-ranks of an embedder's documents, perplexity for causal language models (`measures`), of the float32
-PyTorch model with the adapter and of every ONNX path that can hold it, on the same examples. For a
-bundle in fewer bits it is the figure that says most: rounding moves every logit, and what matters
-is the answers.
+The metrics (`measures`) are accuracy for classifiers, F1 for several labels and entities, errors
+and correlations for numbers, ranks of documents for embedders, perplexity for causal language
+models, and chrF or word error rate for generated texts. They are computed for the float32 PyTorch
+model with the adapter and for every scored ONNX backend, on the same examples. For a bundle of
+lower precision they are the most informative figures: rounding changes every logit, but what
+matters is the answers.
 
-A score is judged as a non-inferiority trial is: it fails where a loss of more than the limit is
-certain, all of the interval being beyond it, and where such a loss cannot be excluded although the
-examples are enough, which is where the interval is no wider than the limit. Too few examples prove
-nothing either way; the score passes, and says so.
+A score is judged like a non-inferiority trial. It fails if a loss of more than the limit is
+certain, that is, if the whole interval is beyond the limit. It also fails if such a loss cannot be
+excluded although there are enough examples, that is, if the interval is no wider than the limit.
+With too few examples nothing is proved; the score passes, with a message that says so.
 """
 
 from __future__ import annotations
@@ -54,25 +55,25 @@ if TYPE_CHECKING:
     from loradeploy.parity.context import AdapterUnderTest, CheckContext
     from loradeploy.parity.score.heldout import Example, HeldOut
 
-# The paths that hold one adapter for all rows, each another graph.
+# The scored backends: those with one adapter for all rows, each on a different graph.
 SCORED: Final = (ONNX_SIDE_INPUTS, ONNX_MERGED)
 
-_BLOCK: Final = 1 << 20  # logits whose normalizer is computed at a time
-_WIDEST: Final = 1 << 17  # of a vocabulary, where the graph does not tell
+_BLOCK: Final = 1 << 20  # number of logits whose normalizer is computed at a time
+_WIDEST: Final = 1 << 17  # assumed vocabulary size, if the graph does not declare it
 
 
 @dataclass(frozen=True)
 class ScoreLimit:
-    """How much worse a score may be, as a share of the reference's, and why."""
+    """By which share of the reference's value a score may be worse, and the reason."""
 
     accuracy: float
     perplexity: float
     reason: str
 
 
-# Of accuracy MLPerf Inference asks for 99.9 % or 99 % of float32's. What rounding costs in
-# perplexity depends on the model's size: of Llama's 7 billion weights llama.cpp tells +0.01 % for 8
-# bits and +3.7 % for 4; of SmolLM2's 135 million +0.4 % and +24 % were measured here.
+# MLPerf Inference requires 99.9 % or 99 % of float32's accuracy. The loss of perplexity by rounding
+# depends on the model's size: for Llama 7B, llama.cpp reports +0.01 % at 8 bits and +3.7 % at 4;
+# for SmolLM2-135M, +0.4 % and +24 % were measured here.
 SCORE_LIMITS: Final[Mapping[str, ScoreLimit]] = {
     "fp32": ScoreLimit(0.001, 0.001, "logits within 2e-4 change a perplexity by 0.04 % at most"),
     "fp16": ScoreLimit(0.001, 0.005, "99.9 % of the accuracy; rounding that averages out"),
@@ -86,11 +87,11 @@ SCORE_LIMITS: Final[Mapping[str, ScoreLimit]] = {
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """What a model makes of the examples: `sums` and `counts`, both [examples].
+    """The answers of a model to the examples.
 
-    Of a classifier 1 for a right answer, of 1; of a language model the negative log-likelihood of
-    the labeled tokens, in nats, and their number. `tallies` [examples, …]: how other answers are
-    counted (see `measures`).
+    `sums`, `counts`, both [examples]: for a classifier, 1 for a correct answer or 0, and 1; for a
+    language model, the negative log-likelihood of the labeled tokens, in nats, and their number.
+    `tallies` [examples, …]: the counts of other kinds of task (see `measures`).
     """
 
     sums: NDArray[np.float64]
@@ -98,7 +99,7 @@ class Answers:
     tallies: NDArray[np.float64] | None = None
 
     def value(self, metric: str) -> float:
-        """The metric over all examples."""
+        """Return the metric over all examples."""
         formula = MEASURES[metric].of
         if formula is not None and self.tallies is not None:
             return formula(self.tallies)
@@ -107,7 +108,7 @@ class Answers:
 
 
 def check_scored(backends: Sequence[Backend], precision: str) -> None:
-    """Raise UsageError unless a backend among `backends` is scored, and limits are known."""
+    """Raise UsageError unless one of `backends` is scored and `precision` has limits."""
     if not any(backend.name in SCORED for backend in backends):
         raise UsageError(f"nothing to evaluate: of the backends, {' and '.join(SCORED)} are scored")
     if precision not in SCORE_LIMITS:
@@ -117,9 +118,9 @@ def check_scored(backends: Sequence[Backend], precision: str) -> None:
 def score_reference(
     context: CheckContext, model: torch.nn.Module, held_out: Mapping[str | None, HeldOut]
 ) -> dict[str | None, Answers]:
-    """The answers of PyTorch with loradeploy's LoRA, by adapter name.
+    """Return the answers of PyTorch with loradeploy's LoRA, by adapter name.
 
-    `model` has the weights that the adapters were trained on, whatever the bundle makes of them.
+    `model` has the original weights, which the adapters were trained on, not quantized ones.
     """
     from loradeploy.lora.inject import adapted
     from loradeploy.parity.reference.model import TorchModel
@@ -130,7 +131,7 @@ def score_reference(
         own = tested.get(name)
         with adapted(model, None if own is None else own.adapter):
             if data.generated is not None:
-                # A merged bundle has the texts' files of its adapter.
+                # A merged bundle already contains the tokenizer files of its adapter.
                 beside = None if own is None or context.merged else own.path
                 texts = of_torch(model, data.generated, context.bundle, beside)
                 found[name] = _of_counts(data.generated.counts(texts))
@@ -150,10 +151,10 @@ def score_backends(
     held_out: Mapping[str | None, HeldOut],
     expected: Mapping[str | None, Answers],
 ) -> tuple[Score, ...]:
-    """Every backend that is scored, with every adapter, against the reference's answers.
+    """Score every scored backend with every adapter against the reference's answers.
 
     Raises:
-        LoraDeployError: an adapter or the bundle is bad input.
+        LoraDeployError: an adapter or the bundle is invalid.
     """
     return tuple(
         score
@@ -164,7 +165,7 @@ def score_backends(
 
 
 def score_notes(context: CheckContext, held_out: Mapping[str | None, HeldOut]) -> list[str]:
-    """What was scored on what, and where: in one of several variants."""
+    """Return notes on the held-out data, and on the variant if there are several."""
     where = f", on {context.variant}" if len(context.variants.each) > 1 else ""
     found = {
         f"scores: {data.taken} of {data.available} examples in {data.source}{where}"
@@ -174,7 +175,7 @@ def score_notes(context: CheckContext, held_out: Mapping[str | None, HeldOut]) -
 
 
 def answers(model: Model, data: HeldOut, adapter: str | None, context: CheckContext) -> Answers:
-    """What `model` makes of the examples, batch by batch, the longest first."""
+    """Run `model` on the examples in batches, the longest first, and return its answers."""
     if data.generated is not None:
         session = cast("OnnxModel", model).session
         assert session is not None
@@ -218,7 +219,7 @@ def answers(model: Model, data: HeldOut, adapter: str | None, context: CheckCont
 
 
 def _of_counts(counts: NDArray[np.float64]) -> Answers:
-    """Answers that are counted alone, [examples, …]."""
+    """Return answers that have `tallies` only, [examples, …]."""
     return Answers(np.zeros(len(counts)), np.ones(len(counts), np.int64), counts)
 
 
@@ -231,7 +232,7 @@ def _of_entities(
     return entity_counts(own, [int(label) for label in example.labels], labels, IGNORED)
 
 
-# How answers are counted, of a row's logits, its example, and the names of the outputs.
+# Functions that count an answer, from a row's logits, its example, and the names of the outputs.
 _TALLIES: Final[
     Mapping[str, Callable[[NDArray[Any], Example, Sequence[str]], NDArray[np.float64]]]
 ] = {
@@ -253,7 +254,7 @@ def judge_score(
     actual: Answers,
     share: float,
 ) -> Score:
-    """Both sides' answers as a score, of which `share` of the reference's value may be lost."""
+    """Judge the answers of both sides; `share` of the reference's value may be lost."""
     reference, value = expected.value(metric), actual.value(metric)
     low, high = difference_interval(metric, expected, actual)
     same = bool((actual.sums == expected.sums).all()) and _same(actual.tallies, expected.tallies)
@@ -278,11 +279,11 @@ def judge_score(
 
 
 def difference_interval(metric: str, expected: Answers, actual: Answers) -> tuple[float, float]:
-    """The 95 % confidence interval of actual − expected; NaN where one of them is no number.
+    """Return the 95 % confidence interval of actual − expected; NaN if a value is not finite.
 
-    That of accuracies is Tango's, that of counted answers (`measures`) the paired bootstrap's. That
-    of perplexities is the reference's perplexity times exp(d) − 1, over the interval of d, the mean
-    difference in log-likelihood (see `intervals`).
+    For accuracy it is Tango's interval, for counted answers (`measures`) the paired bootstrap's.
+    For perplexity it is the reference's perplexity times exp(d) − 1, over the interval of d, the
+    mean difference in negative log-likelihood (see `intervals`).
     """
     if not np.isfinite(actual.sums - expected.sums).all():
         return math.nan, math.nan
@@ -307,7 +308,7 @@ def _same(one: NDArray[Any] | None, other: NDArray[Any] | None) -> bool:
 def _verdict(
     reference: float, value: float, *, least: float, most: float, limit: float, same: bool
 ) -> tuple[bool, str | None]:
-    """Whether it fails, and the text about it; `least` to `most` is the interval of the loss."""
+    """Return whether a score fails, and its message; `least`, `most`: the interval of the loss."""
     if not math.isfinite(value - reference):
         side = "it" if math.isfinite(reference) else "PyTorch"
         return True, f"is not a number: {side} gives NaN or infinite values"
@@ -330,7 +331,7 @@ def _score_backend(
 ) -> Iterator[Score]:
     share = SCORE_LIMITS[context.manifest.precision]
     opened = open_backend(backend, context, None)
-    # A backend that cannot be opened is among the results.
+    # A backend that cannot be opened is already reported in the results.
     with contextlib.suppress(NotRunError):
         for adapter, model in opened:
             if adapter not in expected:
@@ -338,7 +339,7 @@ def _score_backend(
             right = expected[adapter]
             try:
                 found, problem = answers(model, held_out[adapter], adapter, context), None
-            except Exception as raised:  # whatever a backend raises is its failure
+            except Exception as raised:  # any error that a backend raises is its failure
                 unknown = None if right.tallies is None else np.full_like(right.tallies, np.nan)
                 found = Answers(np.full_like(right.sums, np.nan), right.counts, unknown)
                 problem = f"was not to be had: {kind_and_line(raised)}"
@@ -349,9 +350,9 @@ def _score_backend(
 
 
 def _loss(logits: NDArray[Any], example: Example) -> tuple[float, int]:
-    """The negative log-likelihood of the labeled tokens, and their number.
+    """Return the negative log-likelihood of the labeled tokens, and their number.
 
-    `logits` [tokens, vocabulary]; those at a position are for the token behind it.
+    `logits` [tokens, vocabulary]; those at a position predict the next token.
     """
     from loradeploy.train.data.features import IGNORED
 
@@ -368,18 +369,18 @@ def _loss(logits: NDArray[Any], example: Example) -> tuple[float, int]:
 
 
 def _right(logits: NDArray[Any], example: Example) -> float:
-    """1 where the largest of `logits` [labels] is the example's; NaN where one is no number."""
+    """Return 1 if the largest of `logits` [labels] is the example's label; NaN if not finite."""
     if not np.isfinite(logits).all():
         return math.nan
     return float(logits.argmax() == example.labels[0])
 
 
 def _width(manifest: Manifest) -> int:
-    """How many values the graph gives for a token."""
+    """Return the number of output values for each token."""
     widths = [spec.shape[-1] for spec in manifest.outputs if spec.name == output_of(manifest)]
     return widths[0] if widths and isinstance(widths[0], int) else _WIDEST
 
 
 def _exp(value: float) -> float:
-    """e to the `value`, infinite where no float is as large."""
+    """Return e to the power of `value`, infinity on overflow."""
     return math.inf if value > 709 else math.exp(value)
