@@ -1,4 +1,4 @@
-"""Which task a model is exported for: as asked, or as adapters, config and graph show."""
+"""Choose the task of an export: the requested one, or what adapters, config or graph show."""
 
 from __future__ import annotations
 
@@ -36,13 +36,14 @@ if TYPE_CHECKING:
     from loradeploy.adapter.adapter import Adapter
 
 
-# Encoder-decoders by name that hear, and endings of theirs that are no language models.
+# Encoder-decoders of speech, and unsupported models with two towers, by model type.
 _SPEECH: Final = ("whisper", "speech_to_text", "moonshine")
 _TWO_TOWERS: Final = ("align", "altclip", "blip", "chinese_clip")
 _ALONE: Final = re.compile(r"(\w+?)_(text|vision)_model")
+# Class name endings of encoder-decoders that are not language models.
 _HEADS: Final = ("ForSequenceClassification", "ForQuestionAnswering", "ForTokenClassification")
 
-# A module of a model without a head, whose layers lie at its top.
+# Modules of a model without a head, whose layers are at its top level.
 _BARE: Final = re.compile(r"(layers?|h|blocks?|decoder\.layers|encoder\.layers?)\.\d+\.|embed|wte")
 
 # The endings of transformers' class names, in the order they are tried.
@@ -60,11 +61,11 @@ _ENDINGS: Final = {
 def choose_task(
     config: Mapping[str, Any], asked: str | None, adapters: Iterable[Adapter] = ()
 ) -> str:
-    """The task of a checkpoint: as asked for, else the adapters', else its architecture's.
+    """The task of a checkpoint: the requested one, else the adapters', else the architecture's.
 
     Raises:
-        UsageError: the task asked for is unknown, nothing shows the task, or what an adapter says
-            is not what the architecture can be; the message names the task that would do.
+        UsageError: the requested task is unknown, nothing shows the task, or an adapter's task does
+            not fit the architecture; the message names a task that fits.
         ExportError: an encoder-decoder model, for another task than its own.
     """
     if config.get("is_encoder_decoder"):
@@ -76,7 +77,7 @@ def choose_task(
         return SEQ2SEQ_LM
     if (tower := _tower_task(config, asked)) is not None:
         return tower
-    if asked == VISION_TOWER and not sees(config):
+    if asked == VISION_TOWER and not is_image_text(config):
         raise UsageError(
             f"{_architecture(config)} is not a model of images and text: only these have a"
             f" {VISION_TOWER} to export"
@@ -110,7 +111,7 @@ def choose_task(
         return meant
     if own is not None:
         return own
-    if sees(config):
+    if is_image_text(config):
         raise UsageError(
             f"{_architecture(config)} is a model of images and text: `task={CAUSAL_LM!r}` exports"
             f" its decoder, `task={VISION_TOWER!r}` its vision tower with the projector"
@@ -122,11 +123,11 @@ def choose_task(
 
 
 def _tower_task(config: Mapping[str, Any], asked: str | None) -> str | None:
-    """The task that was asked for of a model with two towers; None of other models.
+    """The requested task of a model with two towers; None for other models.
 
     Raises:
-        ExportError: a model of two towers that is not supported, or its image tower is not.
-        UsageError: no tower is asked for.
+        ExportError: the model, or its image tower, is not supported.
+        UsageError: no tower is requested.
     """
     model_type, architecture = str(config.get("model_type")), _architecture(config)
     alone = _ALONE.fullmatch(model_type)
@@ -166,7 +167,7 @@ def _tower_task(config: Mapping[str, Any], asked: str | None) -> str | None:
 
 
 def _check_vectors(config: Mapping[str, Any], task: str) -> None:
-    """Raise UsageError where vectors of texts are asked of a model of images, or the reverse."""
+    """Raise UsageError if text vectors are requested from an image model, or the reverse."""
     if task == FEATURE_EXTRACTION and _of_images(config):
         raise UsageError(
             f"{_architecture(config)} gives vectors of images: give"
@@ -183,12 +184,12 @@ def _of_images(config: Mapping[str, Any]) -> bool:
 
 
 def _advised(task: str | None) -> str:
-    """The parameter that would do."""
+    """The parameter to give, for a message."""
     return f"`task`, one of {', '.join(TASKS)}" if task is None else f'`task="{task}"`'
 
 
 def own_task(config: Mapping[str, Any]) -> str | None:
-    """The task of a checkpoint's architecture, None where its name does not show it."""
+    """The task of a checkpoint's architecture; None if its name does not show it."""
     if config.get("is_encoder_decoder"):
         return SEQ2SEQ_LM
     for ending, task_name in _ENDINGS.items():
@@ -199,9 +200,9 @@ def own_task(config: Mapping[str, Any]) -> str | None:
 
 
 def _can_be(task: str, own: str | None, architecture: str, adapters: Iterable[Adapter]) -> bool:
-    """Whether adapters that say they are for `task` can be meant so, on a model for `own`."""
+    """Whether adapters that declare `task` fit a model whose own task is `own`."""
     if task == SEQ2SEQ_LM:
-        return False  # of an encoder-decoder it is the only task
+        return False  # only encoder-decoders have this task
     if own in (None, task):
         return True
     if task in CLASSIFICATIONS:
@@ -209,22 +210,22 @@ def _can_be(task: str, own: str | None, architecture: str, adapters: Iterable[Ad
         return any(adapter.saved for adapter in adapters)
     bare = architecture.endswith("Model") and not architecture.endswith("LMHeadModel")
     if task == CAUSAL_LM:
-        return bare  # the checkpoint of a decoder may be called so
+        return bare  # a decoder's checkpoint may have this architecture
     return own in CLASSIFICATIONS or all(_BARE.match(m) for a in adapters for m in a.factors)
 
 
-def sees(config: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint is of images and text: a vision tower in front of a decoder."""
+def is_image_text(config: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint is of images and text: a vision tower before a decoder."""
     vision = isinstance(config.get("vision_config"), Mapping)
     return vision and _architecture(config).endswith("ForConditionalGeneration")
 
 
 def auto_class(task: str, config: Mapping[str, Any]) -> str:
-    """transformers' auto class; those for speech, and for images with text, are others.
+    """The name of transformers' auto class, which differs for speech, and for images and text.
 
-    Of a model of images and text the decoder is exported, which reads text.
+    `causal-lm` of a model of images and text is its decoder, but the whole model is loaded.
     """
-    if task == CAUSAL_LM and sees(config):
+    if task == CAUSAL_LM and is_image_text(config):
         return "AutoModelForImageTextToText"
     if task == SEQ2SEQ_LM and config.get("model_type") in _SPEECH:
         return "AutoModelForSpeechSeq2Seq"
@@ -232,16 +233,16 @@ def auto_class(task: str, config: Mapping[str, Any]) -> str:
 
 
 def check_task(task: str) -> str:
-    """`task` itself, or UsageError where there is none of that name."""
+    """Return `task`; raise UsageError if there is no task of that name."""
     if task not in TASKS:
         raise UsageError(f"the task {task!r} is unknown: give one of {', '.join(TASKS)}")
     return task
 
 
 def task_of_graph(inputs: Collection[str], outputs: Mapping[str, int | None]) -> str | None:
-    """The task that a graph's inputs, and outputs with their ranks, show; None where they do not.
+    """The task that a graph's inputs, and outputs with their ranks, show; None if they do not.
 
-    A cache makes it a causal language model, `logits` [batch, labels] a classifier, and
+    A cache shows a causal language model, `logits` [batch, labels] a classifier, and
     `last_hidden_state` an encoder; other exporters have other names for them.
     """
     cached = any(name.startswith(PAST) for name in inputs)

@@ -1,7 +1,7 @@
-"""What adapters bring for texts: copied into the bundle, compared with the base's, and said.
+"""Copy the text files of adapters into the bundle, and report how they differ from the base's.
 
-A trainer writes its tokenizer beside the adapter: the chat template that was trained, the token
-that ends a turn, words in spare rows of the embedding. sentence-transformers writes its modules.
+A trainer writes its tokenizer beside the adapter: the chat template of the training, the token that
+ends a turn, words in spare rows of the embedding. sentence-transformers writes its modules.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _SPECIAL: Final = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def makes_vectors(directory: Path) -> bool:
-    """Whether sentence-transformers' files say that the checkpoint there is for vectors."""
+    """Whether sentence-transformers' files declare the checkpoint an embedding model."""
     try:
         found = recipe_directory(directory)
         return found is not None and read_recipe(found) is not None
@@ -57,7 +57,7 @@ def makes_vectors(directory: Path) -> bool:
 
 
 def check_recipe(directories: Sequence[Path], task: str) -> None:
-    """Raise BundleError where `bring_recipe` would, before anything is traced."""
+    """Raise BundleError if `write_recipe` would, before anything is traced."""
     if task == FEATURE_EXTRACTION:
         for directory in directories:
             found = recipe_directory(text_directory(directory))
@@ -65,13 +65,13 @@ def check_recipe(directories: Sequence[Path], task: str) -> None:
                 read_recipe(found)
 
 
-def bring_recipe(directories: Sequence[Path], output: Path, task: str) -> dict[str, str]:
-    """Copy what tells how the base's states become a text's vector; the files' digests by name.
+def write_recipe(directories: Sequence[Path], output: Path, task: str) -> dict[str, str]:
+    """Copy the recipe that makes a text's vector from hidden states; return its files' digests.
 
-    It is in the first of `directories` that has it. What is used where none has it is said.
+    The first of `directories` that has a recipe is used. If none has, the default is logged.
 
     Raises:
-        BundleError: a module is of a kind that is not computed.
+        BundleError: the recipe has a module of an unsupported kind.
     """
     if task != FEATURE_EXTRACTION:
         return {}
@@ -88,7 +88,7 @@ def bring_recipe(directories: Sequence[Path], output: Path, task: str) -> dict[s
     return {}
 
 
-def bring_text(
+def write_texts(
     name: str,
     directory: Path,
     output: Path,
@@ -96,13 +96,13 @@ def bring_text(
     manifest: Manifest,
     vocabulary: int,
 ) -> AdapterText | None:
-    """Copy what the adapter in `directory` brings for its texts; None where it is the base's.
+    """Copy the text files of the adapter in `directory`; None if they do not differ from the base.
 
-    A difference is said, in one line. `vocabulary`: how many tokens there are for the adapter.
+    Differences are logged in one line. `vocabulary`: the number of tokens with the adapter.
 
     Raises:
-        AdapterMismatchError: its tokenizer has words that the graph has no row for.
-        BundleError: a file is broken.
+        AdapterMismatchError: the tokenizer has words for which the graph has no row.
+        BundleError: a file is invalid.
     """
     differences, files = [], []
     with _named(name), _with_tokenizer(text_directory(directory), vocabulary) as source:
@@ -125,7 +125,7 @@ def bring_text(
             if (output / file).parent != output and not any((output / file).parent.iterdir()):
                 (output / file).parent.rmdir()
         return None
-    _say(name, differences)
+    _log_differences(name, differences)
     return AdapterText(
         files=digests_of(output, files),
         chat_template=None if own is None else own.template,
@@ -137,13 +137,13 @@ def bring_text(
 def replace_texts(
     name: str, directory: Path, bundle: Path, manifest: Manifest, config: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Let what the merged adapter in `directory` brings for texts take the place of the base's.
+    """Replace the base's text files by those of the merged adapter in `directory`.
 
-    Returns what config.json has otherwise: the tokens that end a text and that fill rows up.
+    Returns the changes to config.json: the tokens that end a text and that pad rows.
 
     Raises:
-        AdapterMismatchError: its tokenizer has words that the graph has no row for.
-        BundleError: a file is broken.
+        AdapterMismatchError: the tokenizer has words for which the graph has no row.
+        BundleError: a file is invalid.
     """
     vocabulary = vocabulary_of(manifest, config)
     with _named(name), _with_tokenizer(text_directory(directory), vocabulary) as source:
@@ -157,14 +157,14 @@ def replace_texts(
         before = _object(bundle / GENERATION_NAME)
         _copy_text(source, bundle)
         _settle(bundle, own, before)
-    _say(name, changes)
+    _log_differences(name, changes)
     return _special_ids(own, manifest, vocabulary)
 
 
 def _special_ids(own: Tokenizer, manifest: Manifest, vocabulary: int) -> dict[str, Any]:
-    """The ids of config.json that are those of a decoder's own tokens."""
+    """The ids of special tokens for a decoder's config.json, by the tokenizer `own`."""
     if manifest.task != CAUSAL_LM:
-        return {}  # a classifier finds the end of a text by the base's padding
+        return {}  # a classifier's graph finds the end of a text by the base's padding token
     ends = sorted(own.eos_ids)
     found: dict[str, Any] = (
         {} if not ends else {"eos_token_id": ends[0] if len(ends) == 1 else ends}
@@ -178,12 +178,13 @@ def _special_ids(own: Tokenizer, manifest: Manifest, vocabulary: int) -> dict[st
 def without_lost_ids(
     bundle: Path, config: Mapping[str, Any], vocabulary: int, task: str
 ) -> dict[str, Any]:
-    """`config` without ids of special tokens that a vocabulary of so many tokens has no more.
+    """`config` without the ids of special tokens that are beyond the smaller `vocabulary`.
 
-    They are removed from generation_config.json too, and said.
+    They are removed from generation_config.json too, with a warning.
 
     Raises:
-        AdapterMismatchError: no token is left that ends a text, or a classifier's padding is none.
+        AdapterMismatchError: no token that ends a text is left, or a classifier's padding token is
+            removed.
     """
     generation = _object(bundle / GENERATION_NAME)
     inner = config.get("text_config")
@@ -219,7 +220,7 @@ def without_lost_ids(
 
 
 def _declared(settings: GenerationSettings) -> dict[str, Any]:
-    """The settings that are not as they are where nothing is said."""
+    """The settings that differ from their defaults."""
     usual = GenerationSettings()
     return {
         field.name: asdict(value) if isinstance(value, SpeechSettings) else value
@@ -230,7 +231,7 @@ def _declared(settings: GenerationSettings) -> dict[str, Any]:
 
 
 def base_tokenizer(bundle: Path) -> Tokenizer | None:
-    """The tokenizer in a bundle that is being written, where there is one."""
+    """The tokenizer in a bundle that is being written; None if it has none."""
     return Tokenizer(bundle) if (bundle / TOKENIZER_NAME).is_file() else None
 
 
@@ -244,9 +245,9 @@ def _named(name: str) -> Iterator[None]:
 
 @contextmanager
 def _with_tokenizer(source: Path, vocabulary: int) -> Iterator[Path]:
-    """`source`, or its files with a tokenizer.json that has all that transformers reads of them.
+    """`source`, or a copy with the tokenizer.json that transformers makes from its files.
 
-    That is where the tokenizer is in older files alone, or other files change it.
+    A copy is needed if the tokenizer is in older files only, or if other files change it.
     """
     has = (source / TOKENIZER_NAME).is_file()
     corrected = corrected_tokenizer(source, vocabulary) if has else None
@@ -266,14 +267,14 @@ def _with_tokenizer(source: Path, vocabulary: int) -> Iterator[Path]:
 def _own_tokenizer(
     source: Path, base: Tokenizer | None, manifest: Manifest, vocabulary: int
 ) -> Tokenizer | None:
-    """The adapter's tokenizer, which fits the graph; None where it brings nothing of one."""
+    """The adapter's tokenizer, checked against the graph; None if the adapter has none."""
     names = text_files(source)
     if not names or (base is None and TOKENIZER_NAME not in names):
         return None
     own = Tokenizer(source, base)
     own.check_words(vocabulary)
     if manifest.task == CAUSAL_LM and (base is None or own.settings != base.settings):
-        say_ignored(source.name, own.settings)
+        warn_of_ignored(source.name, own.settings)
     return own
 
 
@@ -298,7 +299,7 @@ def _differences(own: Tokenizer, base: Tokenizer | None) -> list[str]:
 
 
 def _copy_text(source: Path, output: Path) -> list[str]:
-    """Copy the adapter's files for texts; their names."""
+    """Copy the adapter's text files; return their names."""
     more = sorted((source / _MORE_TEMPLATES).glob("*.jinja"))
     names = [*text_files(source), *(f"{_MORE_TEMPLATES}/{file.name}" for file in more)]
     for name in names:
@@ -308,7 +309,7 @@ def _copy_text(source: Path, output: Path) -> list[str]:
 
 
 def _settle(bundle: Path, own: Tokenizer, before: Mapping[str, Any]) -> None:
-    """Write down what the adapter's files and the base's come to together.
+    """Write the settings that result from the adapter's files and the base's.
 
     `before`: the base's generation_config.json.
     """
@@ -317,7 +318,7 @@ def _settle(bundle: Path, own: Tokenizer, before: Mapping[str, Any]) -> None:
         declared = settings.get(role)
         if token != (declared.get("content") if isinstance(declared, Mapping) else declared):
             settings[role] = token
-    # The base's special_tokens_map.json stays: null takes the roles back that the adapter lacks.
+    # The base's special_tokens_map.json stays: null removes roles that the adapter lacks.
     named = special_tokens_of(_object(bundle / SPECIAL_NAME) | settings)
     settings |= dict.fromkeys(sorted(named.keys() - own.special_tokens.keys()))
     settings.pop("chat_template", None)
@@ -333,8 +334,8 @@ def _settle(bundle: Path, own: Tokenizer, before: Mapping[str, Any]) -> None:
     write_json(bundle / GENERATION_NAME, generation)
 
 
-def say_ignored(name: str, settings: GenerationSettings) -> None:
-    """Say which settings of `name` would change a text and are not applied."""
+def warn_of_ignored(name: str, settings: GenerationSettings) -> None:
+    """Warn of settings of `name` that would change a text and are not applied."""
     if settings.ignored:
         logger.warning(
             "%s: %s asks for %s, which is not applied",
@@ -346,7 +347,7 @@ def _object(file: Path) -> dict[str, Any]:
     return read_json(file, error=BundleError) if file.is_file() else {}
 
 
-def _say(name: str, differences: Sequence[str]) -> None:
+def _log_differences(name: str, differences: Sequence[str]) -> None:
     *first, last = differences
     changed = f"{', '.join(first)} and {last}" if first else last
     logger.warning("%s: with its own %s in place of the base's", name, changed)

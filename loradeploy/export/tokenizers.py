@@ -1,8 +1,8 @@
-"""The tokenizer of a bundle: the one that transformers makes of a directory's files.
+"""Write the tokenizer of a bundle: the one that transformers makes from a directory's files.
 
 transformers reads more than tokenizer.json: tokenizer_config.json, added_tokens.json and the class
 of the tokenizer change case, accents, leading spaces, added words and the tokens around a text.
-Models are trained with the result. The runtime reads tokenizer.json alone, so the result is written
+Models are trained with the result. The runtime reads only tokenizer.json, so the result is written
 there.
 """
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 logger = logger_of(__name__)
 
-# What the tokenizers library is not read from, by which transformers makes a tokenizer.json.
+# Files that the tokenizers library does not read, from which transformers makes a tokenizer.json.
 OLDER_TOKENIZERS: Final = (
     "tokenizer.model",
     "vocab.json",
@@ -46,12 +46,12 @@ _PROBES: Final = (
 
 
 def make_tokenizer(source: Path, output: Path) -> None:
-    """Write tokenizer.json to `output` of the older files that `source` has instead, if any."""
+    """Write tokenizer.json to `output`, made from older files of `source`, if it has any."""
     if not any((source / name).is_file() for name in OLDER_TOKENIZERS):
         return
     try:
         _of_transformers(source).backend_tokenizer.save(str(output / TOKENIZER_NAME))
-    except Exception as problem:  # transformers missing, or whatever an old format sets off
+    except Exception as problem:  # transformers is missing, or any error of reading an old format
         logger.warning(
             "no %s could be made of the tokenizer's older files, the bundle takes token ids only:"
             " %s",
@@ -61,14 +61,14 @@ def make_tokenizer(source: Path, output: Path) -> None:
 
 
 def corrected_tokenizer(source: Path, vocabulary: int) -> FastTokenizer | None:
-    """The tokenizer that transformers makes of `source`'s files, if not that of tokenizer.json.
+    """transformers' tokenizer for the files of `source`, if it differs from tokenizer.json.
 
-    None too where transformers is missing or cannot read it: tokenizer.json is all there is then.
-    `vocabulary`: the model's; words beyond it cannot be fed and are no difference.
+    None also if transformers is missing or cannot read the files: then tokenizer.json is used as it
+    is. `vocabulary`: the model's number of tokens; words beyond it cannot be fed, and are ignored.
 
     Raises:
-        ExportError: transformers' tokenizer follows rules of its own in Python, by which it makes
-            other tokens of a text (SigLIP's removes case and punctuation).
+        ExportError: transformers' tokenizer has rules in Python that result in other tokens
+            (SigLIP's removes case and punctuation).
     """
     try:
         with Tokenizer(source).library() as own:
@@ -80,7 +80,7 @@ def corrected_tokenizer(source: Path, vocabulary: int) -> FastTokenizer | None:
             *(source, TOKENIZER_NAME),
         )
         return None
-    except Exception:  # transformers missing, or whatever its readers raise
+    except Exception:  # transformers is missing, or any error of its readers
         return None
     made = getattr(found, "backend_tokenizer", None)
     if made is None:
@@ -100,16 +100,16 @@ def corrected_tokenizer(source: Path, vocabulary: int) -> FastTokenizer | None:
 
 
 def correct_tokenizer(source: Path, output: Path, vocabulary: int) -> None:
-    """Let `output` have the `corrected_tokenizer` of `source`, if there is one."""
+    """Write the `corrected_tokenizer` of `source` to `output`, if there is one."""
     made = corrected_tokenizer(source, vocabulary)
     if made is not None:
         made.save(str(output / TOKENIZER_NAME))
 
 
 def declare_token_types(source: Path, bundle: Path) -> None:
-    """Write into the tokenizer's settings in `bundle` which inputs `source`'s tokenizer gives.
+    """Write the names of the inputs that `source`'s tokenizer returns into `bundle`'s settings.
 
-    transformers decides it by the class of the tokenizer, which the runtime does not know.
+    transformers decides this by the class of the tokenizer, which the runtime does not know.
     """
     file = bundle / SETTINGS_NAME
     settings = read_json(file, error=BundleError) if file.is_file() else {}
@@ -117,7 +117,7 @@ def declare_token_types(source: Path, bundle: Path) -> None:
         return
     try:
         names = _of_transformers(source).model_input_names
-    except Exception as problem:  # transformers missing, or whatever its readers raise
+    except Exception as problem:  # transformers is missing, or any error of its readers
         logger.warning("the bundle takes no pairs of texts: %s", first_line(problem))
         return
     write_json(file, settings | {INPUT_NAMES: list(names)})
@@ -132,7 +132,7 @@ def _of_transformers(source: Path) -> Any:
 
 
 def _check_same_tokens(source: Path, own: FastTokenizer, found: Any) -> None:
-    """Refuse tokenizer.json where `found`, in Python, makes other tokens than `own`, it."""
+    """Raise ExportError if `found`, in Python, makes other tokens than `own`, tokenizer.json."""
     for text in _PROBES:
         if own.encode(text).ids != list(found(text)["input_ids"]):
             raise ExportError(
@@ -143,7 +143,7 @@ def _check_same_tokens(source: Path, own: FastTokenizer, found: Any) -> None:
 
 
 def _first_difference(own: FastTokenizer, made: FastTokenizer, vocabulary: int) -> str | None:
-    """A text, or a word inside one, that the two tokenize or decode otherwise; None if none is."""
+    """A text that the two tokenizers encode or decode differently; None if there is none."""
     words = {
         token.content
         for tokenizer in (own, made)

@@ -12,9 +12,9 @@ from loradeploy.bundle.names import IMAGE_EMBEDS, POOLER_OUTPUT, TEXT_EMBEDS
 
 @dataclass(frozen=True)
 class TowerKind:
-    """A tower of a model type. `output`: what transformers calls the vector [batch, size].
+    """A tower of a model type. `output`: transformers' name of the vector [batch, size].
 
-    `padded`: whether each text is padded to the full length, and its padding is not masked.
+    `padded`: whether each text is padded to the full length, without a mask for the padding.
     """
 
     tower: str
@@ -34,6 +34,6 @@ KINDS: Final[Mapping[str, tuple[TowerKind, ...]]] = {
 
 
 def tower_kind(config: Mapping[str, Any], task: str) -> TowerKind | None:
-    """The tower of a model of `config` that is for `task`; None of a model without towers."""
+    """The tower for `task` of a model with this config; None for a model without towers."""
     kinds = KINDS.get(str(config.get("model_type")), ())
     return next((kind for kind in kinds if TOWER_TASKS[kind.tower] == task), None)

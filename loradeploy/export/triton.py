@@ -1,12 +1,12 @@
-"""A model repository for Triton Inference Server, of a bundle.
+"""Write a bundle as a model in a repository of Triton Inference Server.
 
-Triton's onnxruntime backend feeds a graph's required inputs and no others: with overridable
-initializers it would answer as the base, whatever adapter was sent. So a model is either merged, or
-has required side inputs (required.onnx), which clients send with each request; the model's folder
+Triton's onnxruntime backend feeds only a graph's required inputs: with overridable initializers it
+would compute the base model, whatever adapter was sent. So a model is either merged, or has
+required side inputs (required.onnx), which clients send with each request; the model's folder
 `side_inputs` has them, for the base and for each adapter of the bundle.
 
-Where every input and output has one row for each row of the batch, Triton may put requests
-together (dynamic batching). Side inputs have that in the layout of rows without branches.
+If every input and output has one row for each row of the batch, Triton may batch requests
+(dynamic batching). For side inputs that is the layout of rows without branches.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from loradeploy.files import atomic_directory
 
 CONFIG_NAME: Final = "config.pbtxt"
 SIDE_INPUTS: Final = "side_inputs"
-# Rows of a batch at most; who runs the server may change it.
+# The largest batch; the operator of the server may change it.
 MAX_BATCH: Final = 8
 _VERSION: Final = "1"
 _MODEL_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -58,12 +58,12 @@ def write_repository(
 ) -> Path:
     """Write `bundle` as a model of the Triton model `repository`, and return the model's folder.
 
-    The model has the bundle's name. A model of this name that was written so is replaced; other
-    models of the repository are left alone.
+    The model has the bundle's name. An earlier model of this name is replaced if it was written by
+    this function; other models of the repository are not touched.
 
     Raises:
-        UsageError: Triton would not run the bundle in this form as it is meant, or the folder has
-            something else.
+        UsageError: Triton would not run this form of the bundle correctly, or the folder has other
+            content.
     """
     place = Path(bundle).resolve()
     check_form(place, manifest)
@@ -95,7 +95,7 @@ def _own_files(directory: Path) -> set[str]:
 
 
 def check_asked(form: Mapping[str, Any]) -> None:
-    """Raise UsageError where a bundle of this form would be refused, before it is exported."""
+    """Raise UsageError if `check_form` would refuse a bundle of this form, before the export."""
     if not (form["merge"] or form["required_inputs"]):
         raise UsageError(_NO_DEFAULTS)
     if form["attention"] == GQA:
@@ -103,7 +103,7 @@ def check_asked(form: Mapping[str, Any]) -> None:
 
 
 def check_form(bundle: Path, manifest: Manifest) -> None:
-    """Raise UsageError unless Triton's onnxruntime backend runs this form of a bundle rightly."""
+    """Raise UsageError unless Triton's onnxruntime backend runs this form of bundle correctly."""
     if not _MODEL_NAME.fullmatch(bundle.name):
         raise UsageError(f"{bundle.name!a} cannot be the name of a model: rename the bundle")
     if manifest.task == SEQ2SEQ_LM:
@@ -140,21 +140,21 @@ def model_config(name: str, graph: Path, manifest: Manifest) -> str:
 
 
 def _tensor(kind: str, spec: TensorSpec, *, batched: bool) -> Iterator[str]:
-    shape = spec.shape[1:] if batched else spec.shape  # Triton puts the rows before it
+    shape = spec.shape[1:] if batched else spec.shape  # Triton adds the batch axis
     dims = ", ".join(str(size) if isinstance(size, int) else "-1" for size in shape)
     yield f"{kind} {{"
     yield f"  name: {json.dumps(spec.name)}"
     yield f"  data_type: {DATA_TYPES[spec.dtype]}"
     if dims:
         yield f"  dims: [ {dims} ]"
-    else:  # a number for each row; dims may not be empty
+    else:  # one value for each row; dims may not be empty
         yield "  dims: [ 1 ]"
         yield "  reshape { shape: [ ] }"
     yield "}"
 
 
 def _parameters(manifest: Manifest) -> Iterator[tuple[str, str]]:
-    """What tells the model's origin; the backend has no such parameters, and ignores them."""
+    """The model's origin, as parameters that the backend ignores."""
     yield "loradeploy.task", manifest.task
     yield "loradeploy.base", manifest.base.digest or ""
     if manifest.merged_adapter is not None:
@@ -162,16 +162,16 @@ def _parameters(manifest: Manifest) -> Iterator[tuple[str, str]]:
 
 
 def _inputs(manifest: Manifest) -> list[TensorSpec]:
-    """The inputs of the graph that Triton runs: what the base takes, and side inputs."""
+    """The inputs of the graph that Triton runs: the base's and the side inputs."""
     return [*manifest.inputs, *manifest.side_inputs()]
 
 
 def shares_batches(graph: Path, manifest: Manifest, specs: Sequence[TensorSpec]) -> bool:
-    """Whether a batch of several requests gives each of them its own numbers."""
+    """Whether batching requests does not change their results."""
     side = {spec.name for spec in manifest.side_inputs()}
     if side and manifest.layout != ROWS:
-        return False  # slots are of the whole batch
-    # A side input's first dimension is that of the rows, in this layout.
+        return False  # slots are shared by the whole batch
+    # In this layout the first dimension of a side input is the rows.
     firsts = {
         spec.shape[0] if spec.shape else None
         for spec in specs
@@ -203,7 +203,7 @@ def _has_shared_scale(graph: Path) -> bool:
 
 
 def _write_side_inputs(bundle: Path, place: Path, manifest: Manifest) -> None:
-    """What clients send for the base and each adapter; factors of rank 0 as zeros of rank 1."""
+    """Write the side inputs of the base and each adapter, with zeros in place of rank 0."""
     if "base" in manifest.adapters:
         raise UsageError(
             "an adapter is named base, as the side inputs of the base model are in a Triton"

@@ -1,4 +1,4 @@
-"""The bundle on disk: graph, manifest, what the runtime needs of the base, and the adapters."""
+"""Write a bundle: graph, manifest, the base's files that the runtime needs, and the adapters."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ from loradeploy.export.passes.forms.required import write_required
 from loradeploy.export.passes.side_inputs.base_weights import store_weights
 from loradeploy.export.texts import (
     base_tokenizer,
-    bring_recipe,
-    bring_text,
     replace_texts,
-    say_ignored,
+    warn_of_ignored,
     without_lost_ids,
+    write_recipe,
+    write_texts,
 )
 from loradeploy.export.tokenizers import correct_tokenizer, declare_token_types, make_tokenizer
 from loradeploy.export.trial.bundle import Source, try_bundle
@@ -83,18 +83,18 @@ _COPIED: Final = (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Content:
-    """What goes into a bundle besides its manifest.
+    """The content of a bundle besides its manifest.
 
     `side_inputs`: those of the adapters, by adapter and input name.
     `defaults`: of the side inputs that replace parameters, by input name.
-    `biases`: those of the base that offsets are computed from, by their names in the base.
-    `required`: whether a graph for clients that feed required inputs alone is written too.
-    `config`: the object for config.json, empty where the base has none.
-    `source`: what the bundle is compared with before it takes its place.
-    `directories`: where the adapters are from, by name; `merged`: where the one merged in is from.
-    `vocabulary`: how many tokens there are, where the one merged in changed that.
-    `recipes`: where what makes vectors of an encoder's states may be, the first that has it.
-    `wholes`: of a model in parts, the digests of the whole adapters, by name.
+    `biases`: the base's biases that offsets are computed from, by parameter name in the base.
+    `required`: whether a graph for clients that feed required inputs only is written too.
+    `config`: the object for config.json, empty if the base has none.
+    `source`: what the bundle is compared with before it is put in place.
+    `directories`: the adapters' directories, by name; `merged`: that of the merged adapter.
+    `vocabulary`: the number of tokens, if the merged adapter changed it.
+    `recipes`: directories that may have an embedding model's pooling; the first that has is used.
+    `wholes`: for a model in parts, the digests of the whole adapters, by name.
     """
 
     graph: ir.Model
@@ -114,13 +114,13 @@ class Content:
 
 
 def write_bundle(output: Path, manifest: Manifest, content: Content) -> Manifest:
-    """Write the bundle to the directory `output`, whole or not at all; returns its manifest.
+    """Write the bundle to the directory `output`, completely or not at all; return its manifest.
 
     The digests of the graph's files, the entries of the adapters and the padding are filled in.
 
     Raises:
-        ExportError: the disk is full, or something else keeps the files from being written; or
-            the bundle does not open in onnxruntime, or does not give what it should.
+        ExportError: the files cannot be written, such as on a full disk; or the bundle does not
+            open in onnxruntime, or gives wrong results.
     """
     try:
         with atomic_directory(output, marker=MANIFEST_NAME, own_files=own_files) as directory:
@@ -160,7 +160,7 @@ def with_vocabulary(config: Mapping[str, Any], size: int) -> dict[str, Any]:
 
 
 def with_positions(config: Mapping[str, Any], most: int) -> dict[str, Any]:
-    """`config` with at most so many positions, for clients that read no more of it."""
+    """`config` with at most `most` positions, for clients that read only this limit."""
     inner = config.get("text_config")
     if isinstance(inner, Mapping):
         return {**config, "text_config": with_positions(inner, most)}
@@ -170,7 +170,7 @@ def with_positions(config: Mapping[str, Any], most: int) -> dict[str, Any]:
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:
-    """Raise UsageError where a bundle is in the way and may not be replaced."""
+    """Raise UsageError if `output` exists and may not be replaced."""
     if not overwrite and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UsageError(f"{output} exists: choose another directory or allow it to be replaced")
 
@@ -178,7 +178,7 @@ def check_output(output: Path, *, overwrite: bool) -> None:
 def _write_into(directory: Path, manifest: Manifest, content: Content) -> Manifest:
     save_graph(content.graph, directory)
     data = directory / GRAPH_DATA_NAME
-    with ThreadPoolExecutor(1) as beside:  # the weights are read once more, whatever else is done
+    with ThreadPoolExecutor(1) as beside:  # hashes the weights while the other files are written
         digest = beside.submit(file_digest, data) if data.is_file() else None
         manifest = _write_beside(directory, manifest, content)
     if digest is not None:
@@ -194,7 +194,7 @@ def _write_into(directory: Path, manifest: Manifest, content: Content) -> Manife
 
 
 def _write_beside(directory: Path, manifest: Manifest, content: Content) -> Manifest:
-    """Write what goes beside the graph, and try the whole."""
+    """Write the files beside the graph, and try the bundle."""
     manifest, weights = store_weights(directory, manifest)
     if manifest.encoder is not None:
         write_halves(directory, manifest)
@@ -238,10 +238,9 @@ def _write_beside(directory: Path, manifest: Manifest, content: Content) -> Mani
 
 
 def _write_adapter(adapter: Adapter, source: Path | None, directory: Path) -> None:
-    """The adapter's own files, which PEFT can be asked about, where they are `adapter` as it is.
+    """Copy the adapter's files, or write `adapter` if it differs from them.
 
-    One that was fitted to the base on the way is written again, and one whose labels are named in
-    a file of another.
+    It differs if it was fitted to the base, or if its labels are named in another file.
     """
     if source is not None:
         copy_adapter(source, directory)
@@ -254,31 +253,31 @@ def _write_adapter(adapter: Adapter, source: Path | None, directory: Path) -> No
 def _text(
     name: str, directory: Path, manifest: Manifest, content: Content, base: Tokenizer | None
 ) -> AdapterText | None:
-    """What the adapter `name` brings for texts, copied beside its weights."""
+    """Copy the text files of the adapter `name` beside its weights."""
     if name not in content.directories:
         return None
     output = directory / ADAPTERS_DIRECTORY / name
     own = tokens_of(content.adapters[name], manifest)
     vocabulary = vocabulary_of(manifest, content.config) if own is None else own
-    return bring_text(name, content.directories[name], output, base, manifest, vocabulary)
+    return write_texts(name, content.directories[name], output, base, manifest, vocabulary)
 
 
 def _write_assets(directory: Path, manifest: Manifest, content: Content) -> Manifest:
-    """What the runtime needs of the base: config, tokenizer, generation settings, pooling.
+    """Write the base's files for the runtime: config, tokenizer, generation settings, pooling.
 
-    What a merged adapter brings takes their place.
+    Those of a merged adapter replace them.
     """
     for pattern in _COPIED:
         for file in sorted(content.assets.glob(pattern)):
             if file.is_file():
                 copy_file(file, directory / file.name, error=ModelError)
-    for recipe in content.recipes[:1]:  # the config's directory, where it is not the tokenizer's
+    for recipe in content.recipes[:1]:  # the config's directory, if it is not the tokenizer's
         file = recipe / GENERATION_NAME
         if file.is_file() and not (directory / GENERATION_NAME).exists():
             copy_file(file, directory / GENERATION_NAME, error=ModelError)
     if not (directory / TOKENIZER_NAME).exists():
         make_tokenizer(content.assets, directory)
-    elif not (content.assets / MANIFEST_NAME).is_file():  # a bundle's is correct
+    elif not (content.assets / MANIFEST_NAME).is_file():  # a bundle's is corrected already
         correct_tokenizer(content.assets, directory, vocabulary_of(manifest, content.config))
     config = dict(content.config)
     for name, source in content.merged.items():
@@ -289,8 +288,8 @@ def _write_assets(directory: Path, manifest: Manifest, content: Content) -> Mani
     if typed and manifest.task == SEQUENCE_CLASSIFICATION:
         declare_token_types(content.assets, directory)
     recipes = (*content.merged.values(), *content.recipes)
-    if manifest.tower is None:  # which gives vectors of texts itself
-        sentence = bring_recipe(recipes, directory, manifest.task)
+    if manifest.tower is None:  # a tower computes the vector itself
+        sentence = write_recipe(recipes, directory, manifest.task)
         manifest = dataclasses.replace(manifest, sentence=sentence)
     if not content.config:
         return manifest
@@ -301,11 +300,11 @@ def _write_assets(directory: Path, manifest: Manifest, content: Content) -> Mani
         file = directory / GENERATION_NAME
         generation = read_json(file, error=ModelError) if file.is_file() else {}
         if not content.merged:
-            say_ignored(manifest.base.name, read_settings(generation, GENERATION_NAME))
+            warn_of_ignored(manifest.base.name, read_settings(generation, GENERATION_NAME))
     if manifest.task == CAUSAL_LM:
         genai = genai_config(manifest, config, generation)
         if genai is not None:
-            # onnxruntime-genai's parser takes plain ASCII for certain.
+            # onnxruntime-genai's parser is certain to read ASCII.
             (directory / GENAI_CONFIG_NAME).write_text(
                 json.dumps(genai, indent=4) + "\n", encoding="ascii"
             )
@@ -313,7 +312,7 @@ def _write_assets(directory: Path, manifest: Manifest, content: Content) -> Mani
 
 
 def _write_feature_settings(directory: Path, content: Content) -> None:
-    """How features are computed from audio, as the base's processor does it, in a separate file."""
+    """Write how the base's processor computes features from audio, in a separate file."""
     for source in (content.assets, *content.recipes[:1]):
         values = feature_values(source, error=ModelError)
         if values is not None:
@@ -327,11 +326,11 @@ def _write_feature_settings(directory: Path, content: Content) -> None:
 
 
 def padding_token(directory: Path) -> int:
-    """The id that the runtime fills rows up with, by the files of a bundle: see its tokenizer."""
+    """The id with which the runtime pads rows, by the files of a bundle: see its tokenizer."""
     settings = _settings(directory, CONFIG_NAME)
     own = settings.get("pad_token_id")
     if isinstance(own, int) and own >= 0:
-        return own  # without a look into the tokenizer, which takes long to read
+        return own  # without reading the tokenizer, which takes long
     tokens = _settings(directory, "tokenizer_config.json")
     ends = _settings(directory, GENERATION_NAME)
     pad = tokens.get("pad_token")
@@ -353,5 +352,5 @@ def _settings(directory: Path, name: str) -> dict[str, Any]:
         return {}
     try:
         return read_json(file, error=ModelError)
-    except ModelError:  # whoever needs the file says so
+    except ModelError:  # reported where the file is needed
         return {}

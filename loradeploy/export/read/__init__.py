@@ -1,1 +1,1 @@
-"""Graphs that others exported: chosen, completed, and made regular before anything is changed."""
+"""Read graphs of other exporters: choose, complete and normalize them before other changes."""

@@ -1,10 +1,10 @@
-"""Graphs with an input that says of how many last tokens logits are given: those of all are.
+"""Fix an input for the number of last tokens with logits, so that all tokens have logits.
 
-    num_logits_to_keep [] = 0        hidden[:, -0:] are all of them
+    num_logits_to_keep [] = 0        hidden[:, -0:] is all of hidden
 
-transformers gives 0 that meaning, and graphs for transformers.js have such an input. A bundle has
-an input of its own for the tokens whose logits are wanted. In transformers a tensor of that name
-can be a list of positions as well, of which [0] would be the first token alone.
+transformers gives 0 this meaning, and graphs for transformers.js have such an input. A bundle has
+another input for the tokens with logits. In transformers, a tensor of that name can also be a list
+of positions, where [0] would be the first token only.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 _NAMES: Final = ("num_logits_to_keep", "logits_to_keep")
-# 0 stays 0 on the way through these.
+# Operators that keep 0 as it is.
 _CARRIERS: Final = ("Cast", "Identity", "Neg", "Reshape", "Squeeze", "Unsqueeze")
-_STARTS: Final = 1  # of the inputs of a Slice
+_STARTS: Final = 1  # the index of the starts of a Slice
 
 
 def keep_all_logits(graph: ir.Graph) -> None:
-    """Let such an input be the constant 0.
+    """Replace such an input by the constant 0.
 
     Raises:
-        ExportError: the graph does something else with it than to cut the last tokens off.
+        ExportError: the graph does not only use it to slice the last tokens.
     """
     import onnx_ir as ir
 
@@ -52,7 +52,7 @@ def keep_all_logits(graph: ir.Graph) -> None:
 
 
 def _is_start(value: ir.Value) -> bool:
-    """Whether `value` is where slices begin, and nothing else."""
+    """Whether `value` is used only as the start of slices."""
     if value.is_graph_output():
         return False
     for node, index in value.uses():

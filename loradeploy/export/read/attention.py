@@ -1,12 +1,12 @@
-"""Take the projections of q, k and v out of onnxruntime's fused attention.
+"""Separate the projections of q, k and v from onnxruntime's fused attention.
 
     Attention(x, W, b, mask, , bias)   →   MultiHeadAttention(q, k, v, , mask, bias),
                                            q = x W_q + b_q, and k and v likewise
 
-onnxruntime's transformer optimizer makes one operator of three projections and what follows them.
-Adapters change the projections, so that they become products again, each with its own weight.
+onnxruntime's transformer optimizer fuses three projections and the attention after them into one
+operator. Adapters change the projections, so they become products again, each with its own weight.
 An attention with a cache, with attributes that MultiHeadAttention does not have, or with a mask of
-the end and begin of each row [2 · batch], stays as it is.
+row ends and begins [2 · batch], is not changed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _PARTS: Final = ("query", "key", "value")
 
 
 def separate_projections(graph: ir.Graph) -> None:
-    """Replace every Attention of onnxruntime's that has the weights of q, k and v."""
+    """Separate every Attention of onnxruntime that has the weights of q, k and v."""
     for node in list(graph):
         if node.op_type == "Attention" and node.domain == MICROSOFT:
             sizes = _sizes(node)
@@ -38,7 +38,7 @@ def separate_projections(graph: ir.Graph) -> None:
 
 
 def _sizes(node: ir.Node) -> list[int] | None:
-    """The outputs of q, k and v; None for an attention that stays as it is."""
+    """The outputs of q, k and v; None for an attention that is not changed."""
     weight, bias = input_at(node, _WEIGHT), input_at(node, _BIAS)
     unknown = any(
         name not in (*_CARRIED, _SIZES) and attribute.value != 0
@@ -59,7 +59,7 @@ def _sizes(node: ir.Node) -> list[int] | None:
 
 
 def _has_ranges(node: ir.Node) -> bool:
-    """Whether the mask is of one axis, and not that of the batch: [2 · batch], [3 · batch + 2]."""
+    """Whether the mask has one axis, of another size than batch: [2 · batch], [3 · batch + 2]."""
     x, mask = input_at(node, _X), input_at(node, _MASK)
     if mask is None or mask.shape is None or len(mask.shape) != 1:
         return False
@@ -71,7 +71,7 @@ def _has_ranges(node: ir.Node) -> bool:
 
 
 def _first_size(value: ir.Value | None) -> int | str | None:
-    """The size of the first axis, or its symbol; None where the graph states neither."""
+    """The size of the first axis, or its symbol; None if the graph declares neither."""
     if value is None or not value.shape:
         return None
     size = value.shape[0]
@@ -101,7 +101,7 @@ def _separate(graph: ir.Graph, node: ir.Node, sizes: list[int]) -> None:
 
 
 def _part(graph: ir.Graph, packed: ir.Value, part: str, columns: slice) -> ir.Value:
-    """Some columns of a packed constant as a constant of their own."""
+    """Some columns of a packed constant as a separate constant."""
     numbers = np.ascontiguousarray(constant_of(packed)[..., columns])
     return add_constant(graph, free_name(graph, f"{packed.name}.{part}"), numbers)
 
@@ -109,7 +109,7 @@ def _part(graph: ir.Graph, packed: ir.Value, part: str, columns: slice) -> ir.Va
 def _computed(
     graph: ir.Graph, node: ir.Node, op: str, x: ir.Value | None, constant: ir.Value
 ) -> ir.Value:
-    """What a new node in front of the attention `node` gives, of the type that it gives."""
+    """The output of a new node before the attention `node`, with the type of its output."""
     import onnx_ir as ir
 
     new = ir.node(op, [x, constant], name=f"{node.name or node.outputs[0].name}/{constant.name}")

@@ -1,10 +1,10 @@
-"""Linear layers whose input has its features in front of its positions become products of x W.
+"""Rewrite linear layers whose input has the features before the positions as products x W.
 
     Conv    x [batch, in, …], W [out, in, 1, …], b   →   MatMul, and Add of b
     MatMul  W [out, in] x […, in, positions]         →   MatMul
 
-each between two Transposes. Converters for some accelerators write them so. Only layers that an
-adapter or the checkpoint has as a matrix are rewritten: a convolution takes other adapters.
+each between two Transposes. Converters for some accelerators write layers in this form. Only those
+that are a matrix in an adapter or the checkpoint are rewritten: a convolution takes other adapters.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ if TYPE_CHECKING:
 
     from loradeploy.adapter.adapter import Adapter
 
-# Whether the module of a node (None: its name is not known) is a matrix of so many outputs, inputs.
+# Whether a module (None if its name is not known) is a matrix with these outputs and inputs.
 IsMatrix = Callable[[str | None, int, int], bool]
 
 _WEIGHT: Final = ".weight"
-# What the weight of a product may pass through.
+# Operators that may be between the weight of a product and its initializer.
 _CARRIERS: Final = ("Cast", "DequantizeLinear", "Identity", "Transpose")
 
 
 def matrices_of(adapters: Iterable[Adapter], checkpoint: Path | None) -> IsMatrix:
-    """What is a matrix by the shapes of the checkpoint, or because an adapter has factors of one.
+    """Recognize matrices by the shapes of the checkpoint, or by the factors of an adapter.
 
     Raises:
         ModelError: the checkpoint cannot be read.
@@ -69,7 +69,7 @@ def matrices_of(adapters: Iterable[Adapter], checkpoint: Path | None) -> IsMatri
 
 
 def features_last(graph: ir.Graph, is_matrix: IsMatrix) -> None:
-    """Rewrite every such Conv and MatMul as a product of x W."""
+    """Rewrite every such Conv and MatMul as a product x W."""
     for node in list(graph):
         if node.domain != "" or node.op_type not in ("Conv", "MatMul"):
             continue
@@ -99,7 +99,7 @@ def _to_product(
     matrix: NDArray[Any],
     order: Sequence[int],
 ) -> None:
-    """Make `node` MatMul of x, with its axes in `order`, and the transposed `matrix`."""
+    """Change `node` to a MatMul of x, with its axes in `order`, and the transposed `matrix`."""
     import onnx_ir as ir
 
     bias = node.inputs[2] if len(node.inputs) > 2 else None
@@ -141,7 +141,7 @@ def _transpose(name: str, value: ir.Value, order: Sequence[int]) -> ir.Node:
 
 
 def _matrix(node: ir.Node, weight: ir.Value) -> NDArray[Any] | None:
-    """The weight [out, in] of a product from the left, or of a convolution of one position."""
+    """The weight [out, in] of a MatMul from the left, or of a convolution with kernel size 1."""
     if not weight.is_initializer() or weight.is_graph_input() or weight.const_value is None:
         return None
     if weight.dtype is None or not weight.dtype.is_floating_point():
@@ -155,7 +155,7 @@ def _matrix(node: ir.Node, weight: ir.Value) -> NDArray[Any] | None:
 
 
 def _is_plain(conv: ir.Node) -> bool:
-    """Whether the convolution takes every position once, and all channels together."""
+    """Whether the convolution has one group, strides of 1 and no padding."""
     attributes = conv.attributes
     group = attributes["group"].as_int() if "group" in attributes else 1
     strides = attributes["strides"].as_ints() if "strides" in attributes else ()

@@ -1,11 +1,11 @@
-"""Compute the weights of products that a graph makes of larger constants.
+"""Compute the weights of products that a graph derives from larger constants.
 
     W = Gather(stack, layer)                   one constant for all layers
     W_q, W_k, W_v = Split(W, sizes)            one constant for several modules
-    W = Reshape(Transpose(W'), shape)          heads on an axis of their own
+    W = Reshape(Transpose(W'), shape)          a separate axis for heads
 
-An adapter's module is one matrix. So the matrix becomes a constant of its own, where all that it is
-made of is constant.
+An adapter's module is one matrix. So a matrix that is computed from constants only becomes a
+separate constant.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from numpy.typing import NDArray
 
-_Arrays = Sequence[Any]  # of numpy; None for an input that is left out
+_Arrays = Sequence[Any]  # numpy arrays; None for a missing input
 _Known = dict["ir.Value", "NDArray[Any] | None"]
 _PRODUCTS: Final = ("Gemm", "MatMul")
-_PLAIN: Final = ("Identity", "Transpose")  # what a product's weight may come through as it is
+_PLAIN: Final = ("Identity", "Transpose")  # allowed between a product and its initializer
 _MATRIX: Final = 2
 
 
 def compute_weights(graph: ir.Graph) -> None:
-    """Give products a constant [in, out] where the graph computes theirs of constants alone."""
+    """Replace weights that the graph computes from constants only by constants [in, out]."""
     made: dict[ir.Value, ir.Value] = {}
-    known: _Known = {}  # what one product's weight shares with another's is computed once
+    known: _Known = {}  # values that several weights share are computed once
     for node in list(graph):
         if node.op_type not in _PRODUCTS or node.domain != "" or len(node.inputs) < 2:
             continue
@@ -49,7 +49,7 @@ def compute_weights(graph: ir.Graph) -> None:
 
 
 def _is_computed(value: ir.Value) -> bool:
-    """Whether the value comes of a node that more than turns it."""
+    """Whether the value is computed by a known node that does more than transpose it."""
     while (node := value.producer()) is not None:
         if node.op_type not in _PLAIN:
             return node.op_type in _COMPUTED and node.domain == ""
@@ -61,9 +61,9 @@ def _is_computed(value: ir.Value) -> bool:
 
 
 def _numbers(value: ir.Value, known: _Known) -> NDArray[Any] | None:
-    """What constants alone make of the value, in order; None if something else has a part in it.
+    """The value, if it is computed from constants only; else None.
 
-    Step by step and not by recursion: a graph may have any number of steps.
+    The loop replaces a recursion, because a graph may have any number of steps.
     """
     waiting = [value]
     while waiting:
@@ -91,7 +91,7 @@ def _constant(value: ir.Value) -> NDArray[Any] | None:
 
 
 def _computed(node: ir.Node, inputs: _Arrays, output: int) -> NDArray[Any] | None:
-    """The output of the node, a view of its inputs where it can be one."""
+    """The output of the node, a view of its inputs if possible."""
     if any(
         each is not None and found is None for each, found in zip(node.inputs, inputs, strict=True)
     ):
@@ -119,20 +119,20 @@ def _gather(inputs: _Arrays, given: Mapping[str, Any]) -> list[Any]:
 def _split(inputs: _Arrays, given: Mapping[str, Any]) -> list[Any]:
     sizes, axis = _integers(inputs, 1), given.get("axis", 0)
     if sizes is None:
-        raise ValueError("in parts of one size, by the number of outputs")
+        raise ValueError("no sizes")
     return np.split(inputs[0], np.cumsum(sizes)[:-1], axis=axis)
 
 
 def _slice(inputs: _Arrays, given: Mapping[str, Any]) -> list[Any]:
     data, starts, ends = inputs[0], _integers(inputs, 1), _integers(inputs, 2)
     if starts is None or ends is None:
-        raise ValueError("without a span")
+        raise ValueError("no starts or no ends")
     axes = _integers(inputs, 3) or list(range(len(starts)))
     steps = _integers(inputs, 4) or [1] * len(starts)
     spans = [slice(None)] * data.ndim
     for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
         if step < 1:
-            raise ValueError("from behind")
+            raise ValueError("a step below 1")
         spans[axis] = slice(start, end, step)
     return [data[tuple(spans)]]
 
@@ -149,7 +149,7 @@ def _unsqueeze(inputs: _Arrays, given: Mapping[str, Any]) -> list[Any]:
 def _reshape(inputs: _Arrays, given: Mapping[str, Any]) -> list[Any]:
     data, shape = inputs[0], _integers(inputs, 1)
     if data is None or shape is None or given.get("allowzero"):
-        raise ValueError("a size of 0 that is meant")
+        raise ValueError("no data, no shape, or allowzero")
     return [data.reshape([data.shape[at] if n == 0 else n for at, n in enumerate(shape)])]
 
 

@@ -1,16 +1,16 @@
 """Rewrite scaled, transposed and fused products as MatMul, Gemm and Add.
 
-    Gemm         α x W + β C        →   Gemm x (α W) + (β C), of C [out]; Add of any other C
-    FusedGemm    act(α x W + β C)   →   the same, and act behind it
-    FusedMatMul  α x W              →   MatMul x W, and Mul by α behind it
+    Gemm         α x W + β C        →   Gemm x (α W) + (β C) for C [out]; Add for any other C
+    FusedGemm    act(α x W + β C)   →   the same, and act after it
+    FusedMatMul  α x W              →   MatMul x W, and Mul by α after it
     either, of xᵀ                   →   Transpose, and the same of x
-    Einsum       bsi,io->bso        →   MatMul x W; of bsi,oi->bso with Wᵀ as a constant
+    Einsum       bsi,io->bso        →   MatMul x W; for bsi,oi->bso with Wᵀ as a constant
 
 The rest of the export supports only y = x W + b, without factors of the product or the bias. The
-results of the graph stay the same, up to the rounding of α W. onnxruntime's optimizer makes a
-FusedMatMul of a layer and a Mul or Div before or behind it (MatMulScaleFusion): its α scales what
-an adapter adds too. That is so where W is the checkpoint's matrix, which a name alone does not
-prove: another tool may have divided it by α. Such a product is marked (`SCALE`).
+results of the graph stay the same, up to the rounding of α W. onnxruntime's optimizer fuses a layer
+and a Mul or Div before or after it into a FusedMatMul (MatMulScaleFusion), whose α also scales an
+adapter's update. This is right if W is the checkpoint's matrix, which a name alone does not prove:
+another tool may have divided W by α. Such a product is marked (`SCALE`).
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from numpy.typing import NDArray
 
-# Metadata of a product that had an α, which it is.
+# Metadata of a product that had an α: its value.
 SCALE: Final = "loradeploy.alpha"
 # Nodes that may be between the initializer of a float weight and the product.
 _CARRIERS: Final = ("Cast", "Identity", "Transpose")
 # Activations of FusedGemm without parameters.
 _ACTIVATIONS: Final = ("Relu", "Sigmoid", "Tanh")
-# Each of x's last axis with one of a matrix: axes of x in front, in, the matrix's, out.
+# Equations of x W: the other axes of x, its last axis, the matrix's two axes, the output's last.
 _LINEAR: Final = re.compile(r"(\.\.\.|[A-Za-z]+)([A-Za-z]),([A-Za-z])([A-Za-z])->\1([A-Za-z])")
 # Floats of fewer bytes are rounded when they are scaled, except by a power of two.
-_EXACT_BITS: Final = 4
+_EXACT_BYTES: Final = 4
 
 
 def normalize_products(graph: ir.Graph) -> None:
@@ -68,7 +68,7 @@ def normalize_products(graph: ir.Graph) -> None:
 
 
 def _einsum_to_matmul(graph: ir.Graph, node: ir.Node) -> None:
-    """Replace an Einsum that is x W of a constant matrix."""
+    """Replace an Einsum that is x W with a constant matrix by a MatMul."""
     equation = node.attributes["equation"].as_string().replace(" ", "")
     found = _LINEAR.fullmatch(equation)
     weight = _weight(node.inputs[1]) if found is not None and len(node.inputs) == 2 else None
@@ -86,7 +86,7 @@ def _einsum_to_matmul(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _is_broadcast(x: ir.Value | None, size: int) -> bool:
-    """Whether x's last axis and the weight's `size` may be 1 and more, which MatMul refuses."""
+    """Whether x's last axis and the weight's `size` may be broadcast, which MatMul refuses."""
     given = None if x is None or not x.shape else x.shape[-1]
     return given != size if isinstance(given, int) else size == 1
 
@@ -163,7 +163,7 @@ def _scale_weight(graph: ir.Graph, node: ir.Node, weight: NDArray[Any], alpha: f
 
 
 def _scale_output(graph: ir.Graph, node: ir.Node, factor: float, kind: np.dtype[Any]) -> None:
-    """Let the users of the node's output have it `factor` times, computed in `kind`."""
+    """Multiply the node's output by `factor`, in the dtype `kind`, for all users."""
     import onnx_ir as ir
 
     y = node.outputs[0]
@@ -291,8 +291,8 @@ def _is_constant(value: ir.Value | None) -> bool:
 
 
 def _scales(weight: NDArray[Any], alpha: float) -> bool:
-    """Whether `weight` can be scaled without more than a rounding of float32."""
-    if weight.dtype.itemsize >= _EXACT_BITS or alpha == 1:
+    """Whether scaling `weight` loses no more than the rounding of float32."""
+    if weight.dtype.itemsize >= _EXACT_BYTES or alpha == 1:
         return True
     scaled = weight.astype(np.float32) * np.float32(alpha)
     stored = scaled.astype(weight.dtype).astype(np.float32)

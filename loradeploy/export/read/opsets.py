@@ -1,10 +1,10 @@
-"""Graphs of older versions of ONNX: brought to one that has the operators that are added.
+"""Convert graphs of older opsets to one with the operators that an export adds.
 
     opset 7 … 12   →   opset 13
 
-From 13 on Split, Squeeze and Unsqueeze take sizes and axes as inputs, as the nodes that side inputs
-and merges add do. onnx's own converter does the work, on the graph without its large weights: these
-stay where they are, on disk, whatever their size.
+From 13 on Split, Squeeze and Unsqueeze take sizes and axes as inputs, like the nodes that side
+inputs and merges add. onnx's converter gets the graph without its large weights, which stay on
+disk, whatever their size.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 
 logger = logger_of(__name__)
 
-# Nodes that are added are those of this version.
+# The version of the nodes that an export adds.
 LEAST_OPSET: Final = 13
 # Initializers with a default that an input may override came with IR 4; opset 13 with IR 7.
 _LEAST_IR: Final = 7
-# The converter may read a small constant (an axis, a size); it never looks at a weight.
+# The converter may read smaller constants (an axis, a size); it never reads a weight.
 _LARGE_BYTES: Final = 4096
 
 
 def convert_opset(model: ir.Model) -> ir.Model:
-    """`model` at `LEAST_OPSET` where it is older, else as it is; its IR version is fixed too.
+    """Convert `model` to `LEAST_OPSET` if it is older, and raise its IR version if needed.
 
     Raises:
-        ExportError: the graph does not tell its version, or cannot be converted.
+        ExportError: the graph does not declare its opset, or cannot be converted.
         MissingDependencyError: onnx is not installed.
     """
     opset = opset_of(model)
@@ -73,7 +73,7 @@ def _converted(model: ir.Model, opset: int) -> ir.Model:
 
 
 def _take_out_weights(graph: ir.Graph) -> dict[str, ir.Value]:
-    """Make inputs of the large initializers, and return them by name."""
+    """Turn the large initializers into inputs, and return them by name."""
     taken = {
         name: value
         for name, value in graph.initializers.items()

@@ -1,9 +1,9 @@
-"""Graphs that give probabilities: the logits that these are made of become an output too.
+"""Add the logits to the outputs of graphs that give probabilities.
 
     logits = x W + b   →   Softmax, Sigmoid   →   the only output
 
-What runs a bundle makes probabilities of logits itself, by the problem type of each adapter's head,
-and would do it twice. Where nothing states the base's, a Sigmoid shows it.
+The runtime computes probabilities from logits, by the problem type of each adapter's head, and
+would apply it twice. If nothing declares the base's problem type, a Sigmoid shows it.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ logger = logger_of(__name__)
 
 _PROBABILITIES: Final = "probabilities"
 _CARRIERS: Final = ("Cast", "Identity")
-_RANKS: Final = (2, 3)  # of logits of rows, and of tokens
+_RANKS: Final = (2, 3)  # logits for rows, and for tokens
 
 
 @dataclass(frozen=True)
 class Probabilities:
-    """What a graph gave before its logits.
+    """The probabilities that a graph has as an output.
 
-    `output`: their name in the bundle. `renamed`: that in the file by it, where it is another: what
-    is called logits are the logits then. `problem_type`: what the operator shows that the outputs
-    are, if anything.
+    `output`: their name in the bundle. `renamed`: their name in the file, by `output`, if they were
+    renamed because the logits get that name. `problem_type`: the problem type that the operator
+    shows, if any.
     """
 
     output: str
@@ -43,11 +43,11 @@ class Probabilities:
 
 
 def give_logits(graph: ir.Graph, task: str | None, stated: str | None) -> Probabilities | None:
-    """Add the logits behind a probability to the outputs; None where the graph stays as it is.
+    """Add the logits of probabilities to the outputs; None if the graph is not changed.
 
-    `task`: what was asked for, if anything; only those whose models end in logits have them, and a
-    Sigmoid alone does not show such a task. `stated`: the problem type of the model's config: what
-    a regression ends in is no probability.
+    `task`: the requested task, if any. Only tasks whose models output logits are changed; without
+    one, a Sigmoid counts only if its output is named as logits or probabilities. `stated`: the
+    problem type of the model's config; the output of a regression is not a probability.
     """
     asked = None if task is None else TASK_TABLE.get(task)
     if stated == REGRESSION or (asked is not None and asked.output != LOGITS):
@@ -78,7 +78,7 @@ def give_logits(graph: ir.Graph, task: str | None, stated: str | None) -> Probab
 
 
 def _made_by(output: ir.Value) -> ir.Node | None:
-    """What makes the probabilities `output` of logits; None where it is something else."""
+    """The node that computes the probabilities `output` from logits; None for other outputs."""
     node = output.producer()
     while node is not None and node.op_type in _CARRIERS and node.inputs[0] is not None:
         node = node.inputs[0].producer()

@@ -43,7 +43,7 @@ def complete_shapes(model: ir.Model) -> None:
     """Infer missing shapes, if products need them.
 
     Declared shapes that contradict the operators are dropped: onnxruntime follows the operators.
-    What nothing else tells, as behind an operator that inference does not know, stays as declared.
+    Shapes that cannot be inferred, such as after an unknown operator, stay as declared.
     """
     from onnx_ir.passes.common import ShapeInferencePass
 
@@ -63,7 +63,7 @@ def complete_shapes(model: ir.Model) -> None:
 
 
 def _inferred(inference: ShapeInferencePass, model: ir.Model) -> bool:
-    """Whether shapes were inferred, which onnx-ir logs, with a traceback, where they were not."""
+    """Infer shapes; return whether it succeeded, which onnx-ir reports in its log only."""
     failures = _Failures()
     passes = logging.getLogger(type(inference).__module__)
     passes.addFilter(failures)
@@ -76,26 +76,26 @@ def _inferred(inference: ShapeInferencePass, model: ir.Model) -> bool:
 
 # ONNX's own operators, whose shapes inference knows.
 _INFERRED: Final = ("", "ai.onnx")
-# How onnx-ir begins what it logs, with a traceback, of an inference that failed.
+# The begin of onnx-ir's log message, with a traceback, for a failed inference.
 _FAILED: Final = "Shape inference failed"
 
 
 class _Failures(logging.Filter):
-    """Keeps to itself what onnx-ir logs of a failure instead of raising it."""
+    """Drops onnx-ir's log messages about failures, and records that there were any."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen = False
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Note the record of a failure, and drop it."""
+        """Record and drop the message of a failure."""
         failed = str(record.msg).startswith(_FAILED)
         self.seen = self.seen or failed
         return not failed
 
 
 def _multiplied(node: ir.Node) -> list[ir.Value | None]:
-    """What a product takes besides its weight, which may stand in front."""
+    """The inputs of a product that may not be its weight, which can be on the left."""
     if node.op_type == "Conv":
         return [node.inputs[0]]
     if node.op_type not in OPERATORS:
@@ -106,7 +106,7 @@ def _multiplied(node: ir.Node) -> list[ir.Value | None]:
 
 
 def complete_outputs(graph: ir.Graph, shapes: Mapping[str, Sequence[int | str | None]]) -> None:
-    """Give outputs the `shapes` that onnxruntime finds, where they declare none."""
+    """Set the shapes of outputs that declare none to the `shapes` that onnxruntime infers."""
     import onnx_ir as ir
 
     for value in graph.outputs:

@@ -51,14 +51,14 @@ class Source:
 
 
 def resolve(model: str | os.PathLike[str], precision: str | None = None) -> Source:
-    """The base model that `model` names: a directory, an ONNX file, a bundle or a hub's id.
+    """Find the base model `model`: a directory, an ONNX file, a bundle or a Hugging Face id.
 
     `precision`: the requested one, which may select one of several ONNX files.
 
     Raises:
         ModelError: no usable model.
         UsageError: a directory with several ONNX files.
-        BundleError: a bundle whose manifest is broken.
+        BundleError: a bundle whose manifest is invalid.
     """
     text = os.fspath(model)
     path = Path(text).expanduser()

@@ -1,9 +1,9 @@
-"""Activations that a graph holds within fixed ranges, which were measured on the base.
+"""Warn of activations that a graph clips to fixed ranges, which were measured on the base.
 
-    y = Dequantize(Quantize(x, scale, zero))     x is cut off at the ends of the scale's range
+    y = Dequantize(Quantize(x, scale, zero))     x is clipped to the range of the scale
 
-A static quantization has them. Where an adapter makes activations larger than the base's, they are
-cut off: its effect is smaller than in PyTorch then, and only a comparison shows by how much.
+Static quantization does this. If an adapter makes activations larger than the base's, they are
+clipped: its effect is smaller than in PyTorch, and only a comparison shows by how much.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _CARRIERS: Final = ("Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsq
 
 
 def warn_of_ranges(graph: ir.Graph) -> None:
-    """Say how many activations are held in fixed ranges, where any are."""
-    count = sum(map(_holds, graph))
+    """Warn of the number of activations that are clipped to fixed ranges, if there are any."""
+    count = sum(map(_clips, graph))
     if count:
         logger.warning(
             "%d activations of the graph are quantized in ranges that were measured on the base"
@@ -33,10 +33,10 @@ def warn_of_ranges(graph: ir.Graph) -> None:
         )
 
 
-def _holds(node: ir.Node) -> bool:
+def _clips(node: ir.Node) -> bool:
     if node.op_type != "QuantizeLinear":
         return False
     x, scale = (source_of(value, _CARRIERS) for value in node.inputs[:2])
-    # Of what is computed in the graph nothing is its source.
+    # `source_of` is None for a value that other operators compute.
     computed = x is None or not x.is_initializer()
     return computed and scale is not None and scale.is_initializer()

@@ -42,7 +42,7 @@ _CARRIERS: Final = ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze")
 # Relative rounding error allowed between two branches of one model.
 _ROUNDING: Final = 1e-3
 _REASON_LENGTH: Final = 120
-# Rows, and positions after an empty cache: of a prompt, and a single one.
+# Rows and new positions after an empty cache: a prompt, and a single token.
 _SIZES: Final = ((3, 5), (2, 1))
 
 
@@ -57,7 +57,7 @@ def inline_functions(model: ir.Model) -> None:
     if model.functions:
         try:
             common.InlinePass()(model)
-        except ValueError as problem:  # of another opset, or called with another number of inputs
+        except ValueError as problem:  # another opset, or a call with another number of inputs
             raise ExportError(
                 f"the graph's functions cannot be inlined: {first_line(problem)}"
             ) from None
@@ -104,7 +104,7 @@ def enclosed_products(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Node, ir.Va
 
 
 def _next_choice(graph: ir.Graph) -> ir.Node | None:
-    """An If with products in it, whose condition is constant or an input."""
+    """The next If with products in it whose condition is constant or an input; None if none is."""
     for node in graph:
         if node.op_type != "If" or node.domain != "":
             continue
@@ -117,7 +117,7 @@ def _next_choice(graph: ir.Graph) -> ir.Node | None:
 
 
 def _branch_with_cache(graph: ir.Graph, node: ir.Node) -> bool:
-    """The branch that uses more of the cache; the first one where they do not differ."""
+    """The branch that uses more of the cache; `then_branch` if they do not differ."""
     cache = {value for value in graph.inputs if str(value.name).startswith(PAST)}
     uses = {
         branch: sum(value in cache for value in _used(node.attributes[name].as_graph()))
@@ -149,7 +149,7 @@ def _check_same(
             (_run(session, feeds, name, branch), _run(session, feeds, name, not branch))
             for feeds in made
         ]
-    except Exception as problem:  # errors of onnxruntime, of many kinds
+    except Exception as problem:  # onnxruntime's exceptions have no common base class
         raise ExportError(
             f"the input {name} selects between two branches of the graph, which cannot be run here"
             f" to compare them: {first_line(problem)[:_REASON_LENGTH]}; export the model without"

@@ -1,4 +1,4 @@
-"""Graphs of other exporters: complete them from the files beside them.
+"""Identify the modules of graphs of other exporters, and complete them from files beside them.
 
 The onnxruntime-genai builder writes no config.json, and a symbol for the size of a head; both are
 in its genai_config.json.
@@ -50,7 +50,7 @@ _FUSED_QKV: Final = ("phi3", "phi3small", "phi3v", "phimoe")
 _LISTED: Final = 4
 _TIED: Final = "tie_word_embeddings"
 _CACHE_AXES: Final = 4
-# transformers' models whose heads are rotated in halves, and what their rotated projections are.
+# transformers' models whose rotary embeddings rotate halves of a head, not interleaved pairs.
 _HALVES: Final = (
     *("gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "mixtral", "olmo2", "phi"),
     *("phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "stablelm", "starcoder2"),
@@ -68,7 +68,7 @@ _IN_DOUBT: Final = (
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the user gives to identify the modules of a graph.
+    """The user's evidence for the modules of a graph.
 
     `checkpoint`: the checkpoint that the graph was exported from. `map`: a file, see mapping.py.
     """
@@ -79,7 +79,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class _Doubt:
-    """Why a layer takes no adapters; `warning`: what to say of it where none is for it."""
+    """Why a layer takes no adapters. `warning`: the warning if no adapter targets the layer."""
 
     reason: str
     warning: str | None = None
@@ -95,11 +95,13 @@ def find_modules(
 ) -> Findings:
     """Identify the linear layers of a graph by all evidence, and annotate the graph.
 
-    `proven`: whether the graph's annotations are of an export that had the checkpoint.
+    `proven`: whether the graph's annotations were made by an export with the checkpoint.
 
     Raises:
         UsageError: an invalid map, or an entry of it that matches nothing.
-        ModelError: the checkpoint does not exist. ExportError: the graph is of another checkpoint.
+        ModelError: the checkpoint does not exist.
+        ExportError: the graph is of another checkpoint, or a layer that an adapter targets cannot
+            take adapters.
     """
     adapters = tuple(adapters)
     mapped = None if evidence.map is None else ModuleMap(evidence.map)
@@ -130,7 +132,7 @@ def find_modules(
     else:
         _compare(model.graph, findings, weights)
         for node in (node for linear in findings.linears.values() for node in linear.nodes):
-            node.metadata_props.pop(SCALE, None)  # the numbers show that its weight is W
+            node.metadata_props.pop(SCALE, None)  # the comparison proved that its weight is W
     annotate_modules(findings.linears)
     if weights is None and not proven and _has_rows_in_doubt(model, directory, findings):
         _check_order_of_rows(adapters)
@@ -139,7 +141,7 @@ def find_modules(
 
 
 def _warn_of_names(findings: Findings) -> None:
-    """Say what identified the layers if their weights do not prove it."""
+    """Warn which evidence identified the layers, because no weights prove it."""
     found_by = Counter(linear.found_by for linear in findings.linears.values())
     for evidence, count in found_by.items():
         logger.warning(
@@ -152,7 +154,7 @@ def _warn_of_names(findings: Findings) -> None:
 
 
 def settings_beside(directory: Path, checkpoint: Path | None) -> dict[str, Any]:
-    """The config of the graph, of the checkpoint, or derived from onnxruntime-genai's."""
+    """The config of the graph, else of the checkpoint, else derived from onnxruntime-genai's."""
     config = read_config(directory)
     if not config and checkpoint is not None:
         config = read_config(checkpoint)
@@ -168,7 +170,7 @@ def ties_head(settings: Mapping[str, Any]) -> bool | None:
     stated = (inner if isinstance(inner, Mapping) else settings).get(_TIED)
     if isinstance(stated := settings.get(_TIED, stated), bool):
         return stated
-    return True if "architectures" in settings else None  # onnxruntime-genai's does not tell
+    return True if "architectures" in settings else None  # onnxruntime-genai's does not say
 
 
 def assets_of(directory: Path, checkpoint: Path | None) -> Path:
@@ -187,7 +189,7 @@ def complete_cache(model: ir.Model, directory: Path, checkpoint: Path | None = N
     import onnx_ir as ir
 
     symbols: dict[str, int] = {}
-    unnamed: dict[str, int] = {}  # by input or output, of axes that have no symbol
+    unnamed: dict[str, int] = {}  # by input or output, for axes without a symbol
     for value in model.graph.inputs:
         if not str(value.name).startswith(PAST) or value.shape is None:
             continue
@@ -229,9 +231,9 @@ def padding_of(model: ir.Model) -> str:
 
 
 def _has_rows_in_doubt(model: ir.Model, directory: Path, findings: Findings) -> bool:
-    """Whether the rows of q and k may be in another order than transformers' model has them.
+    """Whether the rows of q and k may be in another order than in transformers' model.
 
-    Meta's layout, which llama.cpp has too, interleaves the rows that transformers has in halves.
+    Meta's layout, which llama.cpp uses too, interleaves the rows that transformers has in halves.
     """
     model_type = settings_beside(directory, None).get("model_type")
     if model_type is not None and model_type not in _HALVES:
@@ -247,14 +249,14 @@ def _has_rows_in_doubt(model: ir.Model, directory: Path, findings: Findings) -> 
 
 
 def _check_order_of_rows(adapters: Iterable[Adapter]) -> None:
-    """Raise ExportError where an adapter is for rows that are likely in another order."""
+    """Raise ExportError if an adapter targets projections whose rows are likely reordered."""
     modules = sorted(m for a in adapters for m in a.factors if m.endswith(_ROTATED))
     if modules:
         raise ExportError(f"{modules[0]}: {_IN_DOUBT}")
 
 
 def _without_rotated(findings: Findings) -> Findings:
-    """The findings without q and k, whose adapters are refused then, later ones too."""
+    """The findings without q and k, so that adapters for them are refused later too."""
     rotated = sorted(module for module in findings.linears if module.endswith(_ROTATED))
     if rotated:
         logger.warning("left without adapters, %s: %s", listed_names(rotated, _LISTED), _IN_DOUBT)
@@ -265,10 +267,10 @@ def _without_rotated(findings: Findings) -> Findings:
 def _without(
     findings: Findings, needed: Container[str], doubt: Callable[[Linear], _Doubt | None]
 ) -> Findings:
-    """The layers but for those that take no adapters rightly by what `doubt` sees.
+    """The findings without the layers for which `doubt` gives a reason to take no adapters.
 
     Raises:
-        ExportError: an adapter is for one of them.
+        ExportError: an adapter targets one of them.
     """
     kept, left = dict(findings.linears), list(findings.unidentified)
     for module, linear in findings.linears.items():
@@ -284,10 +286,10 @@ def _without(
 
 
 def _scaled(linear: Linear) -> _Doubt | None:
-    """A factor of the product's own, which names alone do not explain.
+    """Doubt about a product with a factor, which names alone do not explain.
 
-    With y = α x W the adapter's part is scaled by α where W is the checkpoint's matrix, and is not
-    where W was divided by α.
+    With y = α x W, the adapter's update is scaled by α if W is the checkpoint's matrix, but not if
+    W was divided by α.
     """
     node = linear.nodes[0]
     alpha = node.metadata_props.get(SCALE)
@@ -300,7 +302,7 @@ def _scaled(linear: Linear) -> _Doubt | None:
 
 
 def _reordered(linear: Linear) -> _Doubt | None:
-    """Another order that the graph puts the layer's features into."""
+    """Doubt about a layer whose features the graph reorders."""
     node = reordering_node(linear)
     if node is None:
         return None
@@ -314,7 +316,7 @@ def _reordered(linear: Linear) -> _Doubt | None:
 
 
 def _scaled_by_module(linear: Linear) -> _Doubt | None:
-    """A module that scales more than the product that takes adapters."""
+    """Doubt about a module with a factor, which would scale an adapter's update too."""
     factor = own_factor(linear)
     if factor is None:
         return None

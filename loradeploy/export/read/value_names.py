@@ -1,4 +1,4 @@
-"""Give a graph's inputs and outputs the names that transformers gives them.
+"""Rename a graph's inputs and outputs to transformers' names.
 
 input_ids:0, tokens, input_word_ids            input_ids
 input_mask, mask                               attention_mask
@@ -6,10 +6,9 @@ segment_ids, input_type_ids                    token_type_ids
 past_key_0, past_key_values_0_key              past_key_values.0.key
 present_key_0, present_key_values.0.key        present.0.key
 
-Some exporters, and TensorFlow's, have their own names, which nothing that makes text or feeds a
-trial knows. Only values of the right rank and type get another name, those beside tokens only where
-there are tokens, and a mask only where 0 hides a token: other libraries' masks are the other way
-round.
+Some exporters, such as TensorFlow's, use other names, which the runtime and the trial of a bundle
+do not know. Only values of the right rank and type are renamed, those beside tokens only if there
+are tokens, and a mask only if 0 hides a token: in some libraries 1 does.
 """
 
 from __future__ import annotations
@@ -48,14 +47,14 @@ _TENSORFLOW: Final = re.compile(r":\d+$")
 _CACHED: Final = re.compile(
     r"(past|present)[._](?:key_values[._])?(?:(key|value)s?[._](\d+)|(\d+)[._](key|value)s?)"
 )
-_HIDDEN: Final = 1  # the position that the mask has to hide
+_HIDDEN: Final = 1  # the position that is masked in the test
 _ROUNDING: Final = 1e-3
 _CACHE_RANK: Final = 4
 _TOKENS_RANK: Final = 2
 
 
 def name_values(model: ir.Model) -> dict[str, str]:
-    """Rename the inputs and outputs; returns their names in the file by the new ones."""
+    """Rename the inputs and outputs; return their names in the file by the new ones."""
     graph = model.graph
     taken = {v.name for node in graph.all_nodes() for v in node.outputs}
     taken |= {v.name for v in (*graph.inputs, *graph.initializers.values())}
@@ -74,7 +73,7 @@ def name_values(model: ir.Model) -> dict[str, str]:
 
 
 def _name_of(value: ir.Value) -> str | None:
-    """What the value is called by transformers; None if it is unknown, or has that name."""
+    """transformers' name of the value; None if it is unknown."""
     name, rank = str(value.name), None if value.shape is None else len(value.shape)
     if (cached := _CACHED.fullmatch(name)) is not None and rank == _CACHE_RANK:
         of, part, layer = cached[1], cached[2] or cached[5], int(cached[3] or cached[4])
@@ -91,17 +90,17 @@ def _name_of(value: ir.Value) -> str | None:
 def check_mask(
     model: ir.Model, renamed: Mapping[str, str], directory: Path, config: Mapping[str, Any]
 ) -> None:
-    """Raise ExportError unless a mask of another name hides the token where it is 0.
+    """Raise ExportError unless a renamed mask hides the token where it is 0.
 
-    `renamed`: of `name_values`. `directory`: that of the graph's external data. `config`: that of
-    the model. A graph that cannot be run to see it is refused too.
+    `renamed`: the result of `name_values`. `directory`: that of the graph's external data.
+    `config`: that of the model. A graph that cannot be run to test it is refused too.
     """
     name = renamed.get(ATTENTION_MASK)
     if name is None or _TENSORFLOW.sub("", name) == ATTENTION_MASK:
         return
     try:
         hides = _hides(model, directory, config)
-    except Exception as problem:  # onnxruntime's own errors, of many kinds
+    except Exception as problem:  # onnxruntime's exceptions have no common base class
         raise _in_doubt(name, f" ({first_line(problem)})") from None
     if hides is None:
         raise _in_doubt(name)
@@ -120,9 +119,9 @@ def _in_doubt(name: str, why: str = "") -> ExportError:
 
 
 def _hides(model: ir.Model, directory: Path, config: Mapping[str, Any]) -> bool | None:
-    """Whether another token where the mask is 0 changes no output of the other positions.
+    """Whether changing the token where the mask is 0 changes no output of the other positions.
 
-    None where no output shows it.
+    None if no output shows it.
     """
     feeds = sample_of(model, config).feeds(past=0)
     tokens, mask = feeds[INPUT_IDS], feeds[ATTENTION_MASK]
@@ -139,7 +138,7 @@ def _hides(model: ir.Model, directory: Path, config: Mapping[str, Any]) -> bool 
     hides = None
     for before, after in zip(one, two, strict=True):
         if before.ndim >= _CACHE_RANK:
-            continue  # the cache, with the hidden position in it
+            continue  # the cache, which includes the hidden position
         if before.ndim > _TOKENS_RANK or before.shape == tokens.shape:
             axis = next((axis for axis in (1, 0) if before.shape[axis] == length), None)
             if axis is not None:
