@@ -1,1 +1,1 @@
-"""Speech: timestamps, and sounds transcribed window by window."""
+"""Speech: timestamps, and long audio in windows."""

@@ -1,4 +1,4 @@
-"""Whisper's timestamps: which tokens may follow, and the segments that they make of a text."""
+"""Whisper's timestamps: which tokens may follow, and the segments of a text."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TimestampRules:
-    """What the tokens of a text with timestamps may be (transformers'
-    WhisperTimeStampLogitsProcessor).
+    """The rules for tokens of a text with timestamps, as in WhisperTimeStampLogitsProcessor.
 
-    They come in pairs, but for one at the end; none is before an earlier one; the first token is
-    one, no later than `max_initial` from the first; and where all timestamps together are likelier
-    than any other token, one of them is next. `no_timestamps`: the token before the first one.
-    `end`: the first token that is no text.
+    Timestamps come in pairs, except for one at the end, and do not decrease. The first token is a
+    timestamp, at most `max_initial` after the first one. If all timestamps together are more likely
+    than any other token, the next token is a timestamp. `no_timestamps`: the token before the first
+    timestamp. `end`: the first token that is not text.
     """
 
     no_timestamps: int
@@ -31,11 +30,11 @@ class TimestampRules:
 
     @property
     def first(self) -> int:
-        """The first timestamp, of 0 seconds; those of more follow."""
+        """The first timestamp's token, for 0 seconds; later timestamps follow."""
         return self.no_timestamps + 1
 
     def __call__(self, scores: NDArray[np.floating], made: Sequence[int]) -> NDArray[np.floating]:
-        """`scores` [vocabulary] without the tokens that may not follow those `made`."""
+        """Exclude from `scores` [vocabulary] the tokens that must not follow `made`."""
         scores, first = scores.astype(np.float32), self.first  # a copy
         scores[self.no_timestamps] = -np.inf
         last_is = bool(made) and made[-1] >= first
@@ -60,7 +59,7 @@ class TimestampRules:
 
 @dataclass(frozen=True)
 class Part:
-    """A segment of a window: its tokens, and where it is, in timestamps from the window's begin."""
+    """A segment of a window: its tokens, start and end, in timestamps from the window's start."""
 
     ids: tuple[int, ...]
     start: int
@@ -68,13 +67,13 @@ class Part:
 
 
 def parts_of(ids: Sequence[int], first: int | None, steps: int) -> tuple[list[Part], int | None]:
-    """The segments of a window's text, and the timestamp that the next window begins at.
+    """The segments of a window's text, and the timestamp at which the next window starts.
 
-    As transformers does it in long sounds: two timestamps in a row end a segment. What follows the
-    last such pair is left out, as the window may have cut it: the next one begins there. None: the
-    next one begins where this one ends, `steps` timestamps on, which it does where there is no
-    pair, or a single timestamp is last. `first`: the first timestamp's token, None where there are
-    none.
+    As in transformers for long audio, two consecutive timestamps end a segment. The text after the
+    last pair is dropped, because the window may have cut it, and the next window starts there. If
+    there is no pair, or the text ends with a single timestamp, the next window starts where this
+    one ends, after `steps` timestamps, which is returned as None. `first`: the first timestamp's
+    token, None for models without timestamps.
     """
     times = [first is not None and token >= first for token in ids]
     zero = 0 if first is None else first
@@ -96,5 +95,5 @@ def parts_of(ids: Sequence[int], first: int | None, steps: int) -> tuple[list[Pa
 
 
 def text_tokens(ids: Sequence[int], first: int | None, ends: Collection[int]) -> list[int]:
-    """The tokens of `ids` that are text: no timestamps, no ends."""
+    """The tokens of `ids` that are text: no timestamps and no end tokens."""
     return [token for token in ids if (first is None or token < first) and token not in ends]

@@ -1,8 +1,8 @@
-"""Sounds transcribed window by window: the features of each, and the text that continues it.
+"""Transcribe audio window by window.
 
-A window has as many frames as the encoder takes. The next one begins where the last whole segment
-ends (see `timestamps.parts_of`), until the sound is at its end. Sounds of a batch that go on are
-encoded together, and decoded together where their prompts are of one length.
+A window has as many frames as the encoder takes. The next one starts where the last complete
+segment ends (see `timestamps.parts_of`), until the end of the audio. The windows of a batch are
+encoded together, and decoded together if their prompts have one length.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ if TYPE_CHECKING:
     from loradeploy.runtime.decoding.choosing.samples import Samples
     from loradeploy.runtime.running.feeds import Feeds
 
-# Frames for one timestamp: the encoder halves them into its positions.
+# Frames per timestamp: the encoder halves the number of frames.
 _STRIDE: Final = 2
 
 
 @dataclass(frozen=True, eq=False)
 class ReadSound:
-    """The samples of a sound with its adapter. `counts`: as of `ReadText`."""
+    """The samples of an audio with its adapter. `counts`: see `ReadText`."""
 
     number: int
     samples: NDArray[np.float32]
@@ -60,9 +60,9 @@ class ReadSound:
 
 @dataclass(eq=False)
 class SpeechProgress:
-    """A sound while it is transcribed. `seek`: the frame at which the next window begins.
+    """An audio that is being transcribed. `seek`: the frame at which the next window starts.
 
-    `segments`: their begins and ends in seconds, and their tokens.
+    `found`: the detected language. `segments`: start and end in seconds, and tokens.
     """
 
     sound: ReadSound
@@ -80,13 +80,13 @@ class SpeechProgress:
 
     @property
     def first(self) -> int | None:
-        """The first timestamp's token; None where the model has none."""
+        """The first timestamp's token; None if the model has none."""
         known = self.prompt.settings.no_timestamps
         return None if known is None else known + 1
 
     @property
     def tokens(self) -> list[int]:
-        """What the text of each window begins with."""
+        """The decoder's prompt for each window."""
         return self.prompt.tokens(self.found)
 
     @property
@@ -95,8 +95,8 @@ class SpeechProgress:
         return self.prompt.language_of(self.tokens)
 
     @property
-    def going(self) -> bool:
-        """Whether there is more of it."""
+    def unfinished(self) -> bool:
+        """Whether there are further windows."""
         return self.seek < int(self.features.shape[1])
 
     def text_of(self, ids: Sequence[int]) -> list[int]:
@@ -105,7 +105,7 @@ class SpeechProgress:
 
 
 class _HeldRows:
-    """Some rows of the held adapters, which count from 0 here."""
+    """Some rows of held adapters, renumbered from 0."""
 
     def __init__(self, held: HeldAdapters, rows: Sequence[int]) -> None:
         self._held, self._rows = held, rows
@@ -129,7 +129,7 @@ class _HeldRows:
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """How a call is transcribed. `given`: whether `options` name the most new tokens."""
+    """The arguments of a call. `given`: whether `options` include max_new_tokens."""
 
     graph: DecoderGraph
     features: FeatureSettings
@@ -145,14 +145,14 @@ class Windows:
     def transcribe(
         self, batch: Sequence[ReadSound], held: HeldAdapters
     ) -> Iterator[SpeechProgress]:
-        """The sounds of a batch, each once all of them are at their end.
+        """Transcribe a batch; yield the results when all are complete.
 
         Raises:
             UsageError, BundleError, BudgetError, RunError: as `SpeechRecognizer.transcribe`.
         """
         batch_progress = [self._begun(sound) for sound in batch]
-        while going := [row for row, one in enumerate(batch_progress) if one.going]:
-            self._step(batch_progress, going, held)
+        while unfinished := [row for row, one in enumerate(batch_progress) if one.unfinished]:
+            self._step(batch_progress, unfinished, held)
         yield from batch_progress
 
     def _begun(self, sound: ReadSound) -> SpeechProgress:
@@ -189,7 +189,7 @@ class Windows:
     def _step(
         self, batch_progress: Sequence[SpeechProgress], rows: Sequence[int], held: HeldAdapters
     ) -> None:
-        """Transcribe the next window of the sounds `rows`."""
+        """Transcribe the next window of `rows`."""
         windows = np.stack([self._window(batch_progress[row]) for row in rows])
         adapters = _HeldRows(held, rows)
         source = EncodedSource.of_feeds(self.graph.session, adapters, {INPUT_FEATURES: windows}, {})
@@ -215,7 +215,7 @@ class Windows:
     def _find_languages(
         self, batch_progress: Sequence[SpeechProgress], adapters: _HeldRows, source: EncodedSource
     ) -> None:
-        """The most likely language of each sound that has none, by its first window."""
+        """Detect the language of each audio without one, by its first window."""
         ids = np.array([[one.prompt.start] for one in batch_progress], np.int64)
         rows = CachedRows(self.graph, len(ids), 1, source)
         logits = rows.read(adapters, ids, np.ones_like(ids), np.full(len(ids), -1))
@@ -228,7 +228,7 @@ class Windows:
     def _decode(
         self, batch_progress: Sequence[SpeechProgress], adapters: _HeldRows, source: EncodedSource
     ) -> None:
-        """The text of a window of each sound, whose prompts are of one length."""
+        """Decode a window of each audio; their prompts have one length."""
         sequences = [self._sequences(one) for one in batch_progress]
         check_memory(
             self.graph.session,
@@ -245,7 +245,7 @@ class Windows:
     def _sequences(self, one: SpeechProgress) -> Samples | BeamSearch:
         prompt, side, own = one.tokens, one.sound.side, one.prompt.settings
         seed = self.seed
-        if one.windows:  # another window has random numbers of its own
+        if one.windows:  # each window has its own random numbers
             seed = int(np.random.SeedSequence([self.seed, one.windows]).generate_state(1)[0])
         rules = None
         if one.timestamps and own.no_timestamps is not None:
@@ -255,7 +255,7 @@ class Windows:
         return sequences_of(prompt, side, self.options, seed, limit, one.sound.what, rules)
 
     def _limit(self, first: int, own: SpeechSettings, what: str) -> int:
-        """How many tokens a window's text may have."""
+        """The maximum number of tokens of a window's text."""
         room = self.target.positions
         if room is not None and first >= room:
             raise UsageError(
@@ -267,13 +267,13 @@ class Windows:
         return min(most, default=self.options.max_new_tokens)
 
     def _keep(self, one: SpeechProgress, ids: tuple[int, ...]) -> None:
-        """Have the segments of a window's text, and go on behind them."""
+        """Store the segments of a window, and set the start of the next one."""
         frames = min(self.features.chunk_frames, one.features.shape[1] - one.seek)
         parts, behind = parts_of(ids, one.first, frames // _STRIDE)
         begin, step = self._seconds(one.seek), self._seconds(_STRIDE)
         one.segments += [(begin + p.start * step, begin + p.end * step, p.ids) for p in parts]
         one.windows += 1
-        # A text whose last pair is of 0 seconds would be transcribed again without end.
+        # If the last pair is at 0 seconds, the same window would be transcribed forever.
         one.seek += frames if not behind else behind * _STRIDE
 
     def _seconds(self, frames: int) -> float:

@@ -1,1 +1,1 @@
-"""What a bundle is for: text to text, to labels and to vectors, each row with its own adapter."""
+"""Tasks: text, labels and vectors from bundles, each row with its own adapter."""

@@ -1,6 +1,6 @@
-"""Texts while they are generated, for an asynchronous loop.
+"""Stream texts while they are generated, with asyncio.
 
-A module of its own, since asyncio takes longer to import than all else of a generator.
+A separate module, because importing asyncio takes longer than all other imports of a generator.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from loradeploy.runtime.tasks.streaming import Pieces, TextPiece
 
 
 class AsyncTextStream:
-    """The pieces of texts while they are generated, in an `async for`.
+    """The pieces of texts while they are generated, for `async for`.
 
-    A thread of its own generates. It ends with the last piece, and before the next token where the
-    task is cancelled, the loop is left or `aclose` is called: then the rows, their cache and the
-    adapters are free.
+    A separate thread generates. It ends after the last piece, or before the next token if the task
+    is cancelled, the loop is left or `aclose` is called. Then the rows, their cache and the
+    adapters are released.
     """
 
     def __init__(self, pieces: Pieces) -> None:
@@ -51,9 +51,9 @@ class AsyncTextStream:
         return piece
 
     def cancel(self, row: int) -> None:
-        """End a row before its next token, as "cancelled"; the others go on.
+        """End a row before its next token, as "cancelled"; the others continue.
 
-        The texts of a beam search are one search: the other rows of the prompt end with it.
+        The rows of a beam search end together.
         """
         self._cancelled.add(row)
 
@@ -82,7 +82,7 @@ class AsyncTextStream:
     def _start(self) -> None:
         loop = asyncio.get_running_loop()
         self._done = asyncio.Event()
-        # The thread keeps nothing of this object alive: who drops it ends the thread.
+        # The thread does not reference this object, so that deleting it ends the thread.
         self._thread = threading.Thread(
             target=_generate,
             args=(self._pieces, self._cancelled, self._ended, self._queue, self._done, loop),
@@ -100,7 +100,7 @@ def _generate(
     done: asyncio.Event,
     loop: asyncio.AbstractEventLoop,
 ) -> None:
-    """Put the pieces into `queue` as they come, then None or the error, until `ended`."""
+    """Put each piece into `queue`, then None or the error, until `ended`."""
 
     def hand(piece: TextPiece | BaseException | None) -> None:
         queue.put_nowait(piece)
@@ -114,9 +114,9 @@ def _generate(
             if ended.is_set() or loop.is_closed():
                 break
             loop.call_soon_threadsafe(hand, piece)
-    except BaseException as problem:  # whoever awaits the next piece gets it
+    except BaseException as problem:  # raised by the next __anext__
         last = problem
     finally:
         running.close()  # type: ignore[attr-defined]
-    with contextlib.suppress(RuntimeError):  # a loop that was closed meanwhile waits for nothing
+    with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
         loop.call_soon_threadsafe(hand, last)

@@ -1,4 +1,4 @@
-"""Labels and numbers from a classifier bundle, each text with its own adapter."""
+"""Classify texts with a classifier bundle, each text with its own adapter."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from loradeploy.runtime.tasks.encoder import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# From which probability on a text has a label, of those that may be several.
+# Minimum probability of a label of a multi-label classifier.
 THRESHOLD: Final = 0.5
 
 
@@ -94,7 +94,7 @@ class TextClassifier:
 
         Raises:
             UsageError: no texts, a text without tokens, not one adapter for each, a threshold for
-                no multi-label classifier, or an adapter whose file does not say what it answers.
+                no multi-label classifier, or an adapter whose file declares no problem type.
             UnknownAdapterError: an adapter that was never loaded.
             RunError: the graph gave logits that are not finite numbers.
         """
@@ -125,10 +125,10 @@ class TextClassifier:
 
 
 def base_head(session: AdapterSession) -> Head:
-    """What the outputs of a classifier's base, or of its merged adapter, are.
+    """The head of a classifier's base, or of its merged adapter.
 
     Raises:
-        BundleError: its config.json is broken, or it is older than this and does not say it.
+        BundleError: its config.json is broken, or the bundle is too old to declare a problem type.
     """
     manifest, merged = session.manifest, session.manifest.merged_adapter
     labels = config_labels(model_config(session.path), CONFIG_NAME, error=BundleError)
@@ -143,10 +143,10 @@ def base_head(session: AdapterSession) -> Head:
 
 
 def head_of_row(own: Head | None, base: Head, adapter: AdapterSpec | None) -> Head:
-    """What the outputs of a row are: its adapter's, else the base's.
+    """The head of a row: its adapter's, otherwise the base's.
 
     Raises:
-        UsageError: its adapter came as a file that does not say it.
+        UsageError: its adapter was loaded from a file that does not declare one.
     """
     if own is None:
         return base
@@ -160,7 +160,7 @@ def head_of_row(own: Head | None, base: Head, adapter: AdapterSpec | None) -> He
 
 
 def named_outputs(values: NDArray[Any], head: Head) -> tuple[NDArray[Any], Sequence[str]]:
-    """A row's own outputs [..., labels] with their names.
+    """A row's outputs [..., labels] and their names.
 
     An adapter may have fewer labels than the graph has outputs.
     """
@@ -170,7 +170,7 @@ def named_outputs(values: NDArray[Any], head: Head) -> tuple[NDArray[Any], Seque
 
 
 def softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
-    """Over the last axis, in float64."""
+    """Softmax over the last axis, in float64."""
     values = logits.astype(np.float64)
     weights = np.exp(values - values.max(axis=-1, keepdims=True))
     result: NDArray[np.float64] = weights / weights.sum(axis=-1, keepdims=True)
@@ -184,7 +184,7 @@ def _sigmoid(logits: NDArray[Any]) -> NDArray[np.float64]:
     return result
 
 
-# What the scores of a problem type are, of its logits.
+# From logits to scores, by problem type.
 SCORES: Final[Mapping[str, Callable[[NDArray[Any]], NDArray[np.float64]]]] = {
     SINGLE_LABEL: softmax,
     MULTI_LABEL: _sigmoid,
@@ -199,7 +199,7 @@ def classified(
     adapter: AdapterSpec | None,
     threshold: float = THRESHOLD,
 ) -> Classification:
-    """What the `logits` [labels] of one input are, by the head's problem type."""
+    """The classification of one input by its `logits` [labels] and the head's problem type."""
     problem = str(head.problem_type)
     scores = SCORES[problem](logits)
     best = int(scores.argmax())

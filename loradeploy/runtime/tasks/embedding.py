@@ -1,4 +1,4 @@
-"""Vectors from an encoder bundle, each text with its own adapter."""
+"""Embed texts with an encoder bundle, each text with its own adapter."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class TextEmbedder:
         return np.concatenate(vectors)
 
     def _whole(self, vectors: NDArray[Any], side: TextSide) -> NDArray[np.float32]:
-        """What a graph gives for texts as a whole [batch, size]: it has pooled them itself."""
+        """Scale the vectors [batch, size] of a graph that pools its texts itself."""
         base = self.session.texts.base.recipe
         if not side.recipe.same(base) or not base.only_scales:
             raise UsageError(
@@ -121,9 +121,9 @@ def _prompt(side: TextSide, name: str | None) -> str:
 
 
 def _longest(side: TextSide, full: int | None = None) -> int | None:
-    """The longest text in tokens: what was saved for it, but never more than the positions.
+    """The maximum tokens of a text: the saved maximum, limited by the model's positions.
 
-    `full`: the length of the graph's rows, where it is fixed.
+    `full`: the length of the graph's rows, if it is fixed.
     """
     own = side.recipe.max_length
     limits = [side.tokenizer.max_length if own is None else own, side.tokenizer.positions, full]
@@ -131,7 +131,7 @@ def _longest(side: TextSide, full: int | None = None) -> int | None:
 
 
 def _prompt_tokens(side: TextSide, prompt: str) -> int:
-    """How many tokens a prompt is at the beginning of a text, with the special ones before it."""
+    """The number of tokens of a prompt before a text, with the special tokens before it."""
     if not prompt or side.recipe.include_prompt:
         return 0
     ids = side.tokenizer.encode(prompt, max_length=_longest(side))

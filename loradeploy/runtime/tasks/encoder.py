@@ -1,4 +1,4 @@
-"""Texts as the feeds of an encoder's graph."""
+"""Batches of texts as feeds of an encoder's graph."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class Tokens(Protocol):
-    """A text, or a part of one, as tokens: a row of a batch."""
+    """The tokens of a text or of a part of one: a row of a batch."""
 
     @property
     def ids(self) -> Sequence[int]:
@@ -37,7 +37,7 @@ class Tokens(Protocol):
 
     @property
     def types(self) -> Sequence[int] | None:
-        """The token types, None where all are 0."""
+        """The token types; None if all are 0."""
 
 
 _Tokens = TypeVar("_Tokens", bound=Tokens)
@@ -45,7 +45,7 @@ _Tokens = TypeVar("_Tokens", bound=Tokens)
 
 @dataclass(frozen=True)
 class PlainTokens:
-    """The token ids of a text, and nothing more."""
+    """Tokens without further information."""
 
     ids: Sequence[int]
     types: Sequence[int] | None = None
@@ -53,9 +53,9 @@ class PlainTokens:
 
 @dataclass(frozen=True)
 class TextRow(Generic[_Tokens]):
-    """A row of a batch: a text, or a part of it, as tokens of the side that its adapter had.
+    """A row of a batch: a text, or a part of it, as tokens of its adapter's tokenizer.
 
-    `text` is its number among the texts.
+    `text`: the index of the text.
     """
 
     text: int
@@ -66,7 +66,7 @@ class TextRow(Generic[_Tokens]):
 
 @dataclass(frozen=True)
 class Batch(Generic[_Tokens]):
-    """Rows, their adapters held, feeds [rows, sequence] and mask [rows, sequence]."""
+    """Rows, their leased adapters, feeds [rows, sequence] and mask [rows, sequence]."""
 
     held: HeldAdapters
     rows: Sequence[TextRow[_Tokens]]
@@ -81,15 +81,15 @@ def encoded_batches(
     batch_size: int,
     encode: Callable[[Any, TextSide], Sequence[_Tokens]],
 ) -> Iterator[Batch[_Tokens]]:
-    """The `texts` in batches, in their order.
+    """Yield the `texts` in batches, in their order.
 
-    The side that a row was encoded with is of the same adapter as the factors that are held: where
-    it was replaced meanwhile, the text is encoded again.
+    The text settings and the factors of a row are of the same version of its adapter: if the
+    adapter was replaced in between, the text is encoded again.
 
-    `encode` makes tokens of a text as its adapter wants it: one row of a batch, or several of a
-    text that is cut into parts, which share a batch, or none. Rows are padded on the right. Where
-    padding would change the answer (`padding` in the manifest), a batch is of one length. Where
-    the graph's length is fixed, all rows have it.
+    `encode`: encodes a text with its adapter's text settings to one row of a batch, or to no row,
+    or to several for a text in parts, which share a batch. Rows are padded on the right. If padding
+    would change results (`padding` in the manifest), all rows of a batch have one length. If the
+    graph's length is fixed, all rows have it.
 
     Raises:
         UsageError: not one adapter for each text, a batch size below 1, or a text without tokens.
@@ -128,7 +128,7 @@ def encoded_batches(
 
 
 def fixed_length(session: AdapterSession) -> int | None:
-    """The tokens that every row of the graph has; None where their number is free."""
+    """The fixed number of tokens of every row of the graph, or None."""
     sizes = [spec.shape[1] for spec in session.manifest.inputs if spec.name == INPUT_IDS]
     return next((size for size in sizes if isinstance(size, int)), None)
 
@@ -137,10 +137,10 @@ Pair = tuple[str, str]
 
 
 def given_texts(texts: str | Sequence[str]) -> Sequence[str]:
-    """One text, or several, as a sequence of them.
+    """The texts as a sequence, from one text or several.
 
     Raises:
-        UsageError: there are none, or one is no text.
+        UsageError: there are no texts, or an item is not a text.
     """
     given = given_texts_or_pairs(texts)
     for number, text in enumerate(given, start=1):
@@ -152,10 +152,10 @@ def given_texts(texts: str | Sequence[str]) -> Sequence[str]:
 
 
 def given_texts_or_pairs(texts: str | Sequence[str | Pair]) -> Sequence[str | Pair]:
-    """One text, or several texts and pairs of texts, as a sequence of them.
+    """The texts and pairs of texts as a sequence, from one text or several.
 
     Raises:
-        UsageError: there are none, or one is no text and no pair of texts.
+        UsageError: there are none, or an item is neither a text nor a pair of texts.
     """
     given = [texts] if isinstance(texts, str) else texts
     if not isinstance(given, list | tuple | np.ndarray):
@@ -179,7 +179,7 @@ def given_texts_or_pairs(texts: str | Sequence[str | Pair]) -> Sequence[str | Pa
 def encode_texts_or_pairs(
     session: AdapterSession,
 ) -> Callable[[str | Pair, TextSide], Sequence[Tokens]]:
-    """How a text or a pair is one row of a batch, no longer than the model takes."""
+    """Return a function that encodes a text or a pair to one row, truncated to the maximum."""
     typed = any(spec.name == TOKEN_TYPE_IDS for spec in session.manifest.inputs)
 
     def encode(text: str | Pair, side: TextSide) -> Sequence[Tokens]:
@@ -192,7 +192,7 @@ def encode_texts_or_pairs(
 
 
 def check_answer(values: NDArray[Any], row: TextRow[Any]) -> None:
-    """Raise RunError unless what the graph gave for `row` are finite numbers, to be answered by."""
+    """Raise RunError unless the graph's outputs `values` for `row` are finite."""
     if not np.isfinite(values).all():
         raise RunError(
             f"text {row.text + 1}: the graph gave numbers that are not finite: run `loradeploy"
@@ -202,7 +202,7 @@ def check_answer(values: NDArray[Any], row: TextRow[Any]) -> None:
 
 @dataclass(frozen=True)
 class _Encoded(Generic[_Tokens]):
-    """A text as rows of the side that its adapter had at its `counts` of changes."""
+    """A text encoded to rows. `counts`: `TextSides.counts` when it was encoded."""
 
     number: int
     text: Any
@@ -229,9 +229,9 @@ def _encoded(
 def _parts(
     texts: Sequence[_Encoded[_Tokens]], size: int, *, alike: bool
 ) -> Iterator[Sequence[_Encoded[_Tokens]]]:
-    """Batches of texts in their order, of at most `size` rows unless one text alone has more.
+    """Batches of texts in their order, of at most `size` rows, unless a single text has more.
 
-    Where they are to be `alike`, the rows of a batch are of one length.
+    `alike`: whether all rows of a batch must have one length.
     """
     part: list[_Encoded[_Tokens]] = []
     for text in texts:

@@ -1,12 +1,12 @@
-"""Labels of tokens as entities, by the rules of transformers' TokenClassificationPipeline.
+"""Aggregate labels of tokens to entities, like transformers' TokenClassificationPipeline.
 
-none      each token on its own
-simple    neighbors of one kind are one entity
-first     as simple, of whole words, each with the label of its first token
-average   likewise, with the largest of its tokens' probabilities on average
+none      each token separately
+simple    adjacent tokens of one kind are an entity
+first     like simple with whole words, each with the label of its first token
+average   likewise, with the label of the highest average probability of its tokens
 max       likewise, with the label of its most likely token
 
-B-X begins an entity of the kind X, I-X goes on with one; other labels are kinds themselves.
+B-X begins an entity of the kind X, I-X continues one; other labels are kinds themselves.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 NONE: Final = "none"
 SIMPLE: Final = "simple"
-# Of no entity.
+# The label of tokens outside entities.
 OUTSIDE: Final = "O"
 
 
@@ -31,7 +31,7 @@ class Entity:
     """Characters `start` to `end` of a text, their label, and its probability.
 
     `label`: for a token, the classifier's label; for several tokens, without B- and I-.
-    `word`: the tokens as text; `text[start:end]` is what the text has there.
+    `word`: the tokens as text; `text[start:end]` is the original text.
     `index`: the index of the token, if it is a single one.
     """
 
@@ -47,7 +47,7 @@ class Entity:
 class Token:
     """A token of a text, with the probability of each label, float [labels].
 
-    `continues`: whether it goes on with the word of the token before it.
+    `continues`: whether it continues the word of the token before it.
     """
 
     word: str
@@ -58,11 +58,11 @@ class Token:
     continues: bool
 
 
-# What the tokens of a word have for a label: its number and its probability.
+# From probabilities [tokens, labels] of a word to the index and probability of its label.
 _WORDS: Final[Mapping[str, Callable[[NDArray[Any]], tuple[int, float]]]] = {
-    "first": lambda scores: _likeliest(scores[0]),
-    "average": lambda scores: _likeliest(np.nanmean(scores, axis=0)),
-    "max": lambda scores: _likeliest(scores[int(scores.max(axis=1).argmax())]),
+    "first": lambda scores: _most_likely(scores[0]),
+    "average": lambda scores: _most_likely(np.nanmean(scores, axis=0)),
+    "max": lambda scores: _most_likely(scores[int(scores.max(axis=1).argmax())]),
 }
 AGGREGATIONS: Final = (NONE, SIMPLE, *_WORDS)
 
@@ -73,9 +73,9 @@ def entities_of(
     aggregation: str,
     join: Callable[[Sequence[str]], str],
 ) -> list[Entity]:
-    """What the `tokens` of a text, or of a part of it, are; what is outside is left out.
+    """The entities of the `tokens` of a text, or of a part of it.
 
-    `join` makes text of tokens.
+    `join`: converts words of tokens to text.
     """
     if aggregation in _WORDS:
         found = [_word(word, labels, _WORDS[aggregation], join) for word in _words(tokens)]
@@ -87,9 +87,9 @@ def entities_of(
 
 
 def without_overlaps(entities: Sequence[Entity]) -> list[Entity]:
-    """The entities of parts that overlap: of those that begin in another, the longer one.
+    """Remove overlaps between parts: if an entity begins inside another, keep the longer one.
 
-    Of two that are as long, the likelier one.
+    If they are equally long, keep the one with the higher probability.
     """
     kept: list[Entity] = []
     for entity in sorted(entities, key=lambda entity: entity.start):
@@ -102,19 +102,19 @@ def without_overlaps(entities: Sequence[Entity]) -> list[Entity]:
 
 
 def tag_of(label: str) -> tuple[str, str]:
-    """Whether a label begins an entity ("B") or goes on with one ("I"), and its kind."""
+    """Whether a label begins ("B") or continues ("I") an entity, and the kind of entity."""
     if label[:2] in ("B-", "I-"):
         return label[0], label[2:]
     return "I", label
 
 
-def _likeliest(scores: NDArray[Any]) -> tuple[int, float]:
+def _most_likely(scores: NDArray[Any]) -> tuple[int, float]:
     number = int(scores.argmax())
     return number, float(scores[number])
 
 
 def _token(token: Token, labels: Sequence[str]) -> Entity:
-    number, score = _likeliest(token.scores)
+    number, score = _most_likely(token.scores)
     return Entity(labels[number], score, token.word, token.start, token.end, token.index)
 
 

@@ -1,4 +1,4 @@
-"""Text from a decoder bundle: batched, cached, each row with its own adapter."""
+"""Generate text with a decoder bundle: batched, cached, each row with its own adapter."""
 
 from __future__ import annotations
 
@@ -38,12 +38,11 @@ OnResult = Callable[[int, "Generation"], None]
 
 @dataclass(frozen=True)
 class Generation:
-    """What was generated for one prompt.
+    """A generated text.
 
     Args:
-        text: ends before the stop string that ended it.
-        token_ids: all tokens of the text, those of a stop string included; without the token that
-            ended it.
+        text: the text before the stop string, if one ended it.
+        token_ids: all tokens of the text, including those of a stop string, without an end token.
         finish_reason: "stop" if a token or a stop string ended it, "length" if `max_new_tokens` or
             the model's positions ran out, "cancelled" if it was cancelled.
         adapter: the adapter of the text.
@@ -150,7 +149,7 @@ class TextGenerator:
         results: dict[int, Generation] = {}
         reported = 0
         for piece in self._decode(call, set()):
-            if piece is None:  # a batch has ended; one may hold later rows than the next one
+            if piece is None:  # the end of a batch, whose rows may be later than the next one's
                 while on_result is not None and reported in results:
                     on_result(reported, results[reported])
                     reported += 1
@@ -266,9 +265,9 @@ class TextGenerator:
         return (piece for piece in self._decode(call, cancelled) if piece is not None)
 
     def _decode(self, call: Call, cancelled: set[int]) -> Iterator[TextPiece | None]:
-        """Generate batch by batch: each piece of text once it is final; None ends a batch.
+        """Generate batch by batch; yield each final piece of text, and None at the end of a batch.
 
-        `cancelled`: texts that are to end, to which the caller may add at any time.
+        `cancelled`: rows to end; the caller may add rows at any time.
         """
 
         def read(number: int) -> Request:
@@ -295,7 +294,7 @@ class TextGenerator:
             batch = DecodingBatch.of(graph, held, [one.sequences for one in together], source)
             for _ in batch.steps():
                 for one in together:
-                    yield from _news(one, ended)
+                    yield from _new_pieces(one, ended)
                     for choice in range(call.options[one.number].n):
                         if one.first + choice in cancelled:
                             one.sequences.cancel(choice)
@@ -303,10 +302,10 @@ class TextGenerator:
 
 
 def _target_of(session: AdapterSession) -> Target | None:
-    """What an encoder-decoder's decoder begins with; None of a decoder.
+    """The start token and limits of an encoder-decoder; None for a decoder.
 
     Raises:
-        UsageError: a bundle of another task, or of one that was exported without its cache.
+        UsageError: a bundle for another task, or one that was exported without its cache.
     """
     manifest = session.manifest
     if manifest.task == CAUSAL_LM:
@@ -322,8 +321,8 @@ def _target_of(session: AdapterSession) -> Target | None:
     return Target.of(session)
 
 
-def _news(request: Request, ended: set[int]) -> Iterator[TextPiece]:
-    """What a step made of a prompt's texts; a text's last piece has its result."""
+def _new_pieces(request: Request, ended: set[int]) -> Iterator[TextPiece]:
+    """Yield the new pieces of a prompt's texts; the last piece of a text has its result."""
     texts = dict.fromkeys(request.sequences.ended(), "")
     for choice, text in request.sequences.pieces():
         texts[choice] = texts.get(choice, "") + text
@@ -339,7 +338,7 @@ def _news(request: Request, ended: set[int]) -> Iterator[TextPiece]:
 
 
 def generation_of(request: Request, choice: int) -> Generation:
-    """What became of a text of a prompt, which has ended."""
+    """The result of an ended text of a prompt."""
     found: Finished = request.sequences.result(choice)
     return Generation(
         text=found.text,

@@ -1,4 +1,4 @@
-"""How large the images are that a vision tower takes, and how many tokens each of them has."""
+"""Sizes of images that a vision tower takes, and their numbers of tokens."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ if TYPE_CHECKING:
     from loradeploy.runtime.session import AdapterSession
 
 Shape = tuple[int, ...]
-# Processors divide pixels by 255 and normalize them: the results are below 3.
+# Processors divide pixels by 255 and normalize them, so that values are below 3.
 _LARGEST: Final = 16.0
 
 
 @dataclass(frozen=True)
 class ImageSizes:
-    """`pixels`: the tower's input. `features`: of an image, where all have as many; else None."""
+    """`pixels`: the tower's input. `features`: number per image, if fixed; otherwise None."""
 
     pixels: TensorSpec
     features: int | None
 
     @classmethod
     def of(cls, tower: AdapterSession) -> ImageSizes:
-        """Those of a session on a vision tower.
+        """The sizes of a session on a vision tower.
 
         Raises:
-            BundleError: nothing says how many features an image has.
+            BundleError: the number of features of an image is unknown.
         """
         (pixels,) = (s for s in tower.manifest.inputs if s.name == PIXEL_VALUES)
         (found,) = (s for s in tower.manifest.outputs if s.name == IMAGE_FEATURES)
@@ -46,7 +46,7 @@ class ImageSizes:
         return cls(pixels, features)
 
     def checked(self, image: object, what: str) -> Shape:
-        """The shape of an image of `what`; raises UsageError where the tower does not take it."""
+        """Return the shape of an image of `what`; raise UsageError if the tower refuses it."""
         values = np.asarray(image)
         expected = self.pixels.shape[1:]
         fits = len(values.shape) == len(expected) and all(
@@ -68,11 +68,11 @@ class ImageSizes:
         return values.shape
 
     def tokens(self, shape: Shape) -> int:
-        """How many tokens an image of `shape` has."""
+        """The number of tokens of an image of `shape`."""
         return shape[0] * shape[1] if self.features is None else self.features
 
     def grids(self, shapes: Sequence[Shape]) -> tuple[Grid, ...] | None:
-        """Rows and columns of images in patches; None of others."""
+        """Rows and columns of tokens of images in patches; None for other images."""
         if not in_patches(self.pixels):
             return None
         return tuple((rows, columns) for rows, columns, *_ in shapes)

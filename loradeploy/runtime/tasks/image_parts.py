@@ -1,4 +1,4 @@
-"""The adapter of each of two bundles of one model, where both run the parts of one adapter."""
+"""Adapters of a model that is exported in two bundles, each of which has a part of an adapter."""
 
 from __future__ import annotations
 
@@ -15,41 +15,43 @@ if TYPE_CHECKING:
     from loradeploy.runtime.session import AdapterSession
 
 logger = logger_of(__name__)
-# What the decoder runs and what the tower runs, as names in their sessions; None is the base.
+# The names of the adapters that the decoder and the tower run; None is the base.
 Names = tuple[str | None, str | None]
 
 
 class ImageParts:
-    """The sessions on a `decoder` and on its `tower`, and what each runs for an adapter's name.
+    """The sessions on a `decoder` and its `tower`, and which adapter each runs for a name.
 
-    A part that an adapter has nothing for runs the base. The whole adapter that a part is of is
-    known by its digest, from a bundle's manifest or because the session has read it; where it is
-    not (bundles of earlier versions, .onnx_adapter files) a name has to be in both.
+    If an adapter has no weights for a part, that part runs the base. Which complete adapter a part
+    belongs to is known by its digest, from a bundle's manifest or because the session read it. If
+    it is unknown (bundles of earlier versions, .onnx_adapter files), a name must be loaded in both.
 
     Raises:
-        UsageError: a name stands for parts of two adapters, or so do merged parts, or only one
-            bundle has its part of an adapter that is merged.
+        UsageError: a name is used for parts of two adapters, the merged parts are of two adapters,
+            or only one bundle has its part of a merged adapter.
     """
 
     def __init__(self, decoder: AdapterSession, tower: AdapterSession) -> None:
         self.decoder, self.tower = decoder, tower
-        self._without: dict[str, AdapterSession] = {}  # the part that an adapter has nothing for
+        self._without: dict[
+            str, AdapterSession
+        ] = {}  # by adapter, the session that it does not change
         self._check_merged()
         for name in decoder.adapters.keys() & tower.adapters.keys():
             self._check_same(name, *(_known(each, name) for each in (decoder, tower)))
 
     def loaded(self, name: str, without: AdapterSession | None) -> None:
-        """Note that `name` was loaded into the parts but `without`, which it has nothing for."""
+        """Record that `name` was loaded into all parts but `without`, which it does not change."""
         self._without.pop(name, None)
         if without is not None:
             self._without[name] = without
 
     def names(self, names: Sequence[Any], seeing: Sequence[bool]) -> list[Names]:
-        """What each part runs for each of `names`; the tower's counts where there are images.
+        """The adapters that the parts run for each of `names`. `seeing`: whether there are images.
 
         Raises:
-            UsageError: a name that is in no part, or in one alone of which the other has to run its
-                part, or of two adapters; or a blend.
+            UsageError: a name that no part has, that a part lacks although it has weights for it,
+                or that is used for two adapters; or a blend.
         """
         if any(isinstance(name, Mapping) for name in names):
             raise UsageError("blends of adapters are not supported with images: give a name")
@@ -74,7 +76,7 @@ class ImageParts:
     def _name(
         self, session: AdapterSession, other: AdapterSession, name: str, whole: Whole | None
     ) -> str | None:
-        """What `session` runs; `whole`: what `other` has as `name` is a part of."""
+        """The adapter that `session` runs; `whole`: the complete adapter of `name` in `other`."""
         merged = whole_of(session.manifest.merged_adapter)
         if merged is not None and name in other.adapters:
             if whole is None or merged.digest != whole.digest:
@@ -104,7 +106,7 @@ class ImageParts:
             )
 
     def _merged(self) -> list[tuple[AdapterSession, AdapterSession, AdapterEntry]]:
-        """The parts that have an adapter merged, with the other part and the adapter."""
+        """The parts with a merged adapter, with the other part and the adapter."""
         pairs = ((self.decoder, self.tower), (self.tower, self.decoder))
         found = [(own, other, own.manifest.merged_adapter) for own, other in pairs]
         return [(own, other, entry) for own, other, entry in found if entry is not None]
@@ -140,7 +142,7 @@ class ImageParts:
                 )
 
     def _check_base(self) -> None:
-        """Raise UsageError where the base of one part is not the base of the other."""
+        """Raise UsageError if only one part has its part of a merged adapter."""
         merged = self._merged()
         for own, other, entry in merged if len(merged) == 1 else ():
             if entry.split and entry.whole_digest is not None:
@@ -153,12 +155,12 @@ class ImageParts:
 
 
 def _known(session: AdapterSession, name: str) -> Whole | None:
-    """The whole adapter that `name` stands for."""
+    """The complete adapter of `name`, if known."""
     return session.wholes.of(name, session.adapters.get(name))
 
 
 def _read(session: AdapterSession, name: str) -> Whole | None:
-    """As `_known`, of an adapter that is read first where it was only registered."""
+    """Like `_known`; an adapter that is only registered is read first."""
     if session.adapters.get(name, "") is None:
         with session.hold(name):
             pass

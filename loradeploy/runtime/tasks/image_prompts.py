@@ -1,11 +1,11 @@
-"""Where a prompt's images are read: as many tokens as each has, written as the processor does.
+"""Insert the tokens of images into prompts, as the model's processor does.
 
-Most models have one token for an image, which is repeated, between others of their own:
+Most models have one token for an image, which is repeated, between other tokens:
 
     <image>          ->   <fake_token_around_image><global-img><image><image>…<fake_token…>
 
-Gemma 3 has a text instead, because newlines join with those beside them into other tokens, and
-tokens alone cannot tell where an image is to be put in:
+For Gemma 3 this is done in the text, because newlines merge with adjacent ones into other tokens,
+so that it cannot be done with tokens:
 
     "A <boi> b"      ->   "A \\n\\n<boi>, all of the image's tokens, <eoi>\\n\\n b"
 """
@@ -34,10 +34,10 @@ _SURROUNDS: Final[Mapping[str, Surround]] = {
 
 @dataclass(frozen=True)
 class _Form:
-    """How an image is written: `beside`, its first token, its own ones, its last, `beside`.
+    """The text of an image: `beside`, its first token, its own tokens, its last token, `beside`.
 
-    `begin`, `token`, `end`: names of the tokens in config.json. The first stands for an image in a
-    prompt.
+    `begin`, `token`, `end`: names of the tokens' ids in config.json. The first token is the
+    placeholder of an image in a prompt.
     """
 
     begin: str
@@ -46,7 +46,7 @@ class _Form:
     beside: str
 
 
-# By model type, of those that write images as text.
+# By model type; models whose images are inserted in the text.
 _FORMS: Final[Mapping[str, _Form]] = {
     "gemma3": _Form("boi_token_index", "image_token_index", "eoi_token_index", "\n\n"),
 }
@@ -54,9 +54,9 @@ _FORMS: Final[Mapping[str, _Form]] = {
 
 @dataclass(frozen=True)
 class _Written:
-    """An image in a text: `placeholder` stands for it, `token` is one of its tokens.
+    """An image in a text: its placeholder, and one of its tokens.
 
-    `whole`: what is written in the placeholder's place.
+    `whole`: the text that replaces the placeholder.
     """
 
     placeholder: str
@@ -85,9 +85,10 @@ class _Written:
 
 @dataclass(frozen=True)
 class ImagePrompts:
-    """How the images of a decoder's prompts are written.
+    """How images are inserted into a decoder's prompts.
 
-    `token`: that of an image. `vocabulary`: the tokenizer's. `where`: the decoder, in messages.
+    `token`: the token of an image. `vocabulary`: the tokenizer's. `where`: the decoder's path, for
+    messages.
     """
 
     token: int
@@ -105,28 +106,28 @@ class ImagePrompts:
         count: int,
         where: Path,
     ) -> ImagePrompts:
-        """Those of a model by its config.json; `count`: tokens of an image, if all have as many.
+        """The rules of a model, by its config.json; `count`: tokens per image, if fixed.
 
         Raises:
-            BundleError: the configuration or the vocabulary lacks a token that is written.
+            BundleError: the configuration or the vocabulary lacks a required token.
         """
         written = _Written.of(config, vocabulary, count)
         surround = _SURROUNDS.get(str(config.get("model_type")))
         return cls(token, vocabulary, where, written, surround)
 
     def write(self, text: str) -> str:
-        """`text` with each image in its place; one that has the images' tokens is left as it is."""
+        """Replace each image's placeholder in `text`, unless it already has the images' tokens."""
         written = self._written
         if written is None or written.token in text:
             return text
         return text.replace(written.placeholder, written.whole)
 
     def expanded(self, ids: list[int], features: Sequence[int], what: str) -> list[int]:
-        """The tokens of the prompt `what`, with as many image tokens as its images have `features`.
+        """Repeat the image tokens of the prompt `what`, as many as its images have `features`.
 
         Raises:
-            UsageError: it has another number of image tokens than images or features, or the tokens
-                around an image are not known.
+            UsageError: the number of image tokens is neither that of the images nor of their
+                features, or the tokens around an image are unknown.
         """
         count, needed = ids.count(self.token), sum(features)
         if count == needed:

@@ -1,4 +1,4 @@
-"""Text about images: a decoder's bundle and the vision tower's of the same model, with adapters."""
+"""Generate text about images with the bundles of a decoder and of its vision tower."""
 
 from __future__ import annotations
 
@@ -52,11 +52,10 @@ class ImageTextGenerator:
     `cache_budget`: as in `TextGenerator`.
 
     Raises:
-        UsageError: the bundles are for other tasks, of two models, or have the parts of two
-            adapters merged or under one name, or one has an adapter merged of which the other lacks
-            its part.
-        BundleError: the decoder's bundle does not know the token of an image, or the tower's not
-            how many an image has.
+        UsageError: the bundles are for other tasks or of two models, have parts of two adapters
+            merged or under one name, or only one has its part of a merged adapter.
+        BundleError: the decoder's bundle does not declare the token of an image, or the tower's not
+            the number of features of an image.
     """
 
     def __init__(
@@ -91,10 +90,10 @@ class ImageTextGenerator:
         self._reader = PromptReader(decoder, self._prompts.write, images=True)
 
     def load(self, name: str, path: str | os.PathLike[str], *, replace: bool = False) -> None:
-        """Load the adapter in `path` as `name` into both parts, as `AdapterSession.load`.
+        """Load the adapter at `path` as `name` into both parts, like `AdapterSession.load`.
 
-        A part that the adapter has nothing for answers as the base. It is checked against both
-        parts before either has it; where loading fails all the same, neither has the new one.
+        If it has no weights for a part, that part runs the base. It is checked against both parts
+        before it is loaded; if loading fails nevertheless, neither part keeps it.
 
         Raises:
             AdapterError: it cannot be read, or does not fit.
@@ -175,8 +174,8 @@ class ImageTextGenerator:
             for own, its in zip(self._features(images, sees, batch_size), grids, strict=True)
         ]
         found = self._text.generate(ids, reads, batch_size=batch_size, embeds=embeds, **options)
-        numbers = itertools.accumulate(one.choice == 0 for one in found)  # of prompts, from 1
-        # An adapter that changes the tower alone has no name in the decoder.
+        numbers = itertools.accumulate(one.choice == 0 for one in found)  # prompt numbers, from 1
+        # An adapter that only changes the tower has no name in the decoder.
         return [
             replace(one, adapter=own_names[number - 1])
             for one, number in zip(found, numbers, strict=True)
@@ -185,20 +184,21 @@ class ImageTextGenerator:
     def split(
         self, pixel_values: NDArray[np.floating[Any]], image_grid_thw: NDArray[np.integer[Any]]
     ) -> list[NDArray[np.floating[Any]]]:
-        """What Qwen-VL's processor gives as images: [rows, columns, merged, values] each.
+        """Split the images of Qwen-VL's processor into [rows, columns, merged, values] each.
 
         `pixel_values` [patches, values] of all images, `image_grid_thw` [images, 3].
 
         Raises:
-            UsageError: the tower takes no patches, they do not fit the grids, or a video's.
+            UsageError: the tower takes no patches, the patches do not fit the grids, or a video is
+                given.
         """
         return self._sizes.split(pixel_values, image_grid_thw)
 
     def _features(
         self, images: Sequence[Sequence[Any]], names: Sequence[str | None], batch_size: int
     ) -> list[list[NDArray[Any]]]:
-        """Of each prompt's images what the decoder reads of them, [tokens, hidden] each."""
-        # Those of one size are run together.
+        """Run the tower on the images of each prompt: their features, [tokens, hidden] each."""
+        # Images of one size share runs.
         alike: dict[tuple[int, ...], list[tuple[int, int]]] = {}
         for row, own in enumerate(images):
             for place, image in enumerate(own):

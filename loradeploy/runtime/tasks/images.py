@@ -1,4 +1,4 @@
-"""Labels and vectors of images from a bundle, each image with its own adapter."""
+"""Classify and embed images with a bundle, each image with its own adapter."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from loradeploy.bundle.image.pixels import GivenImage
 
-# Models whose first token stands for the image where they have no pooler.
+# Models whose first token represents the image if they have no pooler.
 _FIRST_TOKEN: Final = ("vit", "deit")
 
 
@@ -138,7 +138,7 @@ class ImageEmbedder:
 
 
 def _vector_output(session: AdapterSession) -> str:
-    """The output with the vector of an image [batch, size], or with that of its first token."""
+    """The output with the vector of an image [batch, size], or of tokens, the first of them."""
     ranks = {spec.name: len(spec.shape) for spec in session.manifest.outputs}
     for name in (IMAGE_EMBEDS, POOLER_OUTPUT):
         if ranks.get(name) == 2:

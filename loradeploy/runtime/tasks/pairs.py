@@ -1,4 +1,4 @@
-"""Scores of pairs of texts from a bundle with one output, each pair with its own adapter."""
+"""Score pairs of texts with a bundle with one output, each pair with its own adapter."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from loradeploy.runtime.tasks.encoder import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# What a score is, of the one logit.
+# From the logit to the score.
 _ACTIVATIONS: Final[Mapping[str, Callable[[NDArray[Any]], NDArray[np.float64]]]] = {
     "sigmoid": SCORES[MULTI_LABEL],
     "identity": SCORES[REGRESSION],
@@ -38,7 +38,7 @@ _ACTIVATIONS: Final[Mapping[str, Callable[[NDArray[Any]], NDArray[np.float64]]]]
 
 @dataclass(frozen=True)
 class RankedDocument:
-    """A document of `TextPairScorer.rerank`: its number among those given, and its score."""
+    """A document in the results of `TextPairScorer.rerank`: its index, and its score."""
 
     index: int
     score: float
@@ -83,8 +83,7 @@ class TextPairScorer:
 
         Raises:
             UsageError: no pairs, a text that is not a pair, not one adapter for each, or a head
-                with
-                several outputs.
+                with several outputs.
             UnknownAdapterError: an adapter that was never loaded.
             RunError: the graph gave logits that are not finite numbers.
         """
@@ -118,8 +117,7 @@ class TextPairScorer:
         top_k: int | None = None,
         batch_size: int = 32,
     ) -> list[RankedDocument]:
-        """The `documents` sorted by their score with `query`, the best first. Ties keep their
-        order.
+        """Sort `documents` by their score with `query`, the best first; ties keep their order.
 
         `top_k`: maximum number of documents to return.
 
@@ -137,11 +135,11 @@ class TextPairScorer:
 
 
 def _declared_activation(session: AdapterSession) -> str:
-    """The activation of a cross-encoder's base, by what sentence-transformers writes."""
+    """The activation of a cross-encoder's base, as sentence-transformers declares it."""
     config = model_config(session.path)
     known = config.get("sentence_transformers")
     declared = known.get("activation_fn") if isinstance(known, Mapping) else None
-    # Versions before 4 wrote it beside the model's own settings.
+    # Versions before 4 wrote it beside the model's settings.
     declared = declared or config.get("sbert_ce_default_activation_function")
     if declared is None:
         return "sigmoid"

@@ -1,4 +1,4 @@
-"""Text from sound with a Whisper bundle: each sound with its own adapter and language."""
+"""Transcribe audio with a Whisper bundle, each audio with its own adapter and language."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
     Audio = str | os.PathLike[str] | NDArray[np.floating]
 
-# A day of speech is no one transcript, and its features alone take gigabytes.
+# Longer audio should be split: its features alone take gigabytes.
 MAX_SECONDS: Final = 4 * 3600
-# Settings of texts that a transcript, which may be of several windows, does not have.
+# Generation options that do not apply to transcripts, which may consist of several windows.
 _REFUSED: Final = ("n", "stop", "logprobs")
 
 
@@ -71,10 +71,10 @@ class Transcript:
 class SpeechRecognizer:
     """Transcribes and translates speech with a session on a Whisper bundle.
 
-    `cache_budget`: as of `TextGenerator`.
+    `cache_budget`: see `TextGenerator`.
 
     Raises:
-        UsageError: the bundle is of another task, takes text, or was exported without a cache.
+        UsageError: the bundle is for another task, takes text, or was exported without a cache.
         BundleError: it has no tokenizer or no preprocessor_config.json, or one that does not fit
             its graph.
     """
@@ -202,7 +202,7 @@ def takes_audio(session: AdapterSession) -> bool:
 
 
 def _features_of(session: AdapterSession) -> FeatureSettings:
-    """The features that the bundle's encoder takes, by its own file, which must fit its graph."""
+    """The feature settings of the bundle, checked against its graph."""
     manifest = session.manifest
     if manifest.task != SEQ2SEQ_LM:
         raise UsageError(f"{session.path} is a {manifest.task} bundle: it takes no audio")
@@ -241,7 +241,7 @@ def _listed(audio: Audio | Sequence[Audio]) -> list[Audio]:
 
 
 def _each(language: str | Sequence[str | None] | None, count: int) -> list[str | None]:
-    """The language of each of so many sounds."""
+    """The language of each audio."""
     if language is None or isinstance(language, str):
         return [language] * count
     if not isinstance(language, Sequence) or len(language) != count:

@@ -1,4 +1,4 @@
-"""Texts while they are generated, for a loop."""
+"""Stream texts while they are generated."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from loradeploy.runtime.tasks.generation import Generation
 
-# Of the rows that are to end: a generator of pieces that heeds it before each step.
+# From a set of rows to cancel, which is read before each step, to an iterator of pieces.
 Pieces = Callable[[set[int]], "Iterator[TextPiece]"]
 
 
@@ -30,7 +30,7 @@ class TextPiece:
 
 
 class TextStream:
-    """The pieces of texts while they are generated, in a `for`.
+    """The pieces of texts while they are generated, for a `for` loop.
 
     The adapters are in use until the last piece, or `close`, or the end of its `with`.
     """
@@ -46,9 +46,9 @@ class TextStream:
         return next(self._pieces)
 
     def cancel(self, row: int) -> None:
-        """End a row before its next token, as "cancelled"; the others go on.
+        """End a row before its next token, as "cancelled"; the others continue.
 
-        The texts of a beam search are one search: the other rows of the prompt end with it.
+        The rows of a beam search end together.
         """
         self._cancelled.add(row)
 

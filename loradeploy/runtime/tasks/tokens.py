@@ -1,4 +1,4 @@
-"""Entities from a token classification bundle, each text with its own adapter."""
+"""Find entities with a token classification bundle, each text with its own adapter."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TokenClassification:
-    """The entities of a text, in their order."""
+    """The entities of a text, in order."""
 
     entities: tuple[Entity, ...]
     adapter: AdapterSpec | None
@@ -72,22 +72,23 @@ class TokenClassifier:
         stride: int | None = None,
         batch_size: int = 32,
     ) -> list[TokenClassification]:
-        """The entities of each text. `adapters` is as in `AdapterSession.run`.
+        """Find the entities of each text. `adapters` is as in `AdapterSession.run`.
 
-        They are what transformers' TokenClassificationPipeline finds with the aggregation_strategy
-        `aggregation`: "none" gives each token that is not O; "simple" makes neighbors of one kind
-        an entity, by the labels' B- and I-; "first", "average" and "max" choose one label for each
-        word first, that of its first token, of its tokens on average, or of its most likely token.
-        Training puts a word's tag at its first token, so "first" asks what was trained. A text
-        without words has no entities.
+        The results are those of transformers' TokenClassificationPipeline with the
+        aggregation_strategy `aggregation`: "none" returns each token whose label is not O; "simple"
+        joins adjacent tokens of one kind, by the labels' B- and I-; "first", "average" and "max"
+        first choose one label for each word: that of its first token, of the average of its tokens,
+        or of its most likely token. Training puts a word's label on its first token, which "first"
+        evaluates. A text without words has no entities.
 
-        `stride`: cut texts that are longer than the model's positions into parts that overlap by so
-        many tokens; of entities in two parts the longer one counts. Without it they are refused.
+        `stride`: split texts that are longer than the model's maximum into parts that overlap by
+        this many tokens; of overlapping entities, the longer one is kept. By default, such texts
+        are refused.
 
         Raises:
             UsageError: no texts, not one adapter for each, a text that is too long, an unknown
                 aggregation, a stride with "none" or that does not fit, or an adapter whose file
-                does not say what its labels are.
+                does not declare its labels.
             UnknownAdapterError: an adapter that was never loaded.
             RunError: the graph gave logits that are not finite numbers.
         """
@@ -133,7 +134,7 @@ class TokenClassifier:
 
 
 def _tokens(row: TextRow[TextPart], text: str, scores: NDArray[np.float64]) -> list[Token]:
-    """The tokens of a row that are part of its text; `scores` [tokens, labels]."""
+    """The tokens of a row without special tokens; `scores` [tokens, labels]."""
     part, tokenizer = row.tokens, row.side.tokenizer
     return [
         _token(tokenizer, part, index, text, scores[index])
@@ -147,7 +148,7 @@ def _token(
 ) -> Token:
     start, end = part.spans[index]
     word, continues = part.words[index], is_subword_by_prefix(tokenizer, part, index)
-    if continues is None:  # as transformers guesses it: no space before it or at its beginning
+    if continues is None:  # as in transformers: no space before it or at its beginning
         continues = start > 0 and " " not in text[start - 1 : start + 1]
     if word == tokenizer.special_tokens.get("unk_token"):
         word, continues = text[start:end], False
