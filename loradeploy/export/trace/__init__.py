@@ -1,4 +1,4 @@
-"""From a checkpoint to a graph: torch.export and torch.onnx, for each kind of task."""
+"""Trace a checkpoint into an ONNX graph, with torch.export and torch.onnx."""
 
 from loradeploy.export.trace.checkpoint import load_model
 from loradeploy.export.trace.module import answers, trace

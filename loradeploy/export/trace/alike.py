@@ -1,4 +1,4 @@
-"""Models whose layers are all alike, and such a model with its first layers alone."""
+"""Recognize models whose layers are all alike, and shorten such a model to its first layers."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     import torch
 
-# Where the layers are in the base model, by model type: those whose repeated programs are compared
-# with whole traces by the tests.
+# The path of the layers in the base model, by model type: types for which the tests compare a
+# repeated program with a trace of all layers.
 LAYERS: Final = {
     "bert": "encoder.layer",
     "gpt2": "h",
@@ -22,20 +22,20 @@ LAYERS: Final = {
     "roberta": "encoder.layer",
 }
 TRACED: Final = 4  # layers
-# What tells layers apart that compute the same.
+# Attributes in which layers may differ that compute the same.
 _NUMBERED: Final = frozenset({"layer_idx"})
 
 
 @dataclass(frozen=True)
 class Layers:
-    """The layers of a model, all alike: `path` is theirs in the model."""
+    """The layers of a model, which are all alike. `path`: that of their list in the model."""
 
     path: str
     count: int
 
 
 def alike_layers(model: torch.nn.Module) -> Layers | None:
-    """The layers of `model` that may be repeated; None where it is traced whole."""
+    """The layers of `model`, if they can be repeated; None if all have to be traced."""
     import torch
 
     config: Any = model.config
@@ -53,13 +53,13 @@ def alike_layers(model: torch.nn.Module) -> Layers | None:
     parameters = [id(p) for p in model.parameters()]
     own = [id(p) for layer in layers for p in layer.parameters()]
     if len(set(own)) != len(own) or not set(own) <= set(parameters):
-        return None  # shared by several layers
+        return None  # parameters are shared by several layers
     return Layers(path, len(layers)) if all(_alike(layers[0], x) for x in layers) else None
 
 
 @contextlib.contextmanager
 def shortened(model: torch.nn.Module, layers: Layers) -> Iterator[None]:
-    """`model` with its first layers alone."""
+    """Shorten `model` to its first layers, until the context ends."""
     import torch
 
     config: Any = model.config
@@ -112,7 +112,7 @@ def _form(named: tuple[str, torch.nn.Parameter | None]) -> tuple[Any, ...]:
 
 
 def equal(one: Any, other: Any) -> bool:
-    """Whether two settings are the same for certain."""
+    """Whether two settings are certainly equal; False for types that cannot be compared."""
     import torch
 
     if one is other:

@@ -1,4 +1,4 @@
-"""The PyTorch model that is traced: a checkpoint with the head of the task."""
+"""Load the PyTorch model to trace: a checkpoint with the head of the task."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from loradeploy.lora.quiet import quiet
 if TYPE_CHECKING:
     import torch
 
-# Of config.json, what changes no number, and keeps a model from being traced.
+# Settings of config.json that change no result, but would prevent tracing with other values.
 _SETTINGS: Final[Mapping[str, Any]] = {"return_dict": True, "chunk_size_feed_forward": 0}
 _COLOR: Final = re.compile(r"\x1b\[\d*m")
 
@@ -39,8 +39,8 @@ _COLOR: Final = re.compile(r"\x1b\[\d*m")
 _COMPLEX: Final = (
     "its rotary embedding computes with complex numbers, which torch.onnx does not translate"
 )
-# Architectures by model type, and why torch.export or torch.onnx (2.13) refuses them, or a decoder
-# that generates token by token is not what they are.
+# Why an architecture, by model type, cannot be exported: torch.export or torch.onnx (2.13) refuses
+# it, or it is not a decoder that generates token by token.
 UNTRACEABLE: Final = {
     "deepseek_v2": _COMPLEX,
     "llama4_text": _COMPLEX,
@@ -59,16 +59,16 @@ def load_model(
     brought: Collection[str] = (),
     meta: bool = False,
 ) -> tuple[torch.nn.Module, tuple[str, ...]]:
-    """The model of the checkpoint in `directory` with the task's head, in fp32 and eval mode.
+    """Load the checkpoint in `directory` with the task's head, in fp32 and eval mode.
 
-    A head that the checkpoint lacks is set to zero, so that every export of the same checkpoint is
-    the same; its parameters are named in the second value. An encoder that lacks its pooler has
-    none, unless that is part of a classifier's head or its parameters are `brought` by adapters.
-    With `meta` nothing is read but the config: the modules have shapes and no values.
-    Of a two-tower model it is the tower for the task (`towers.make_tower`).
+    A head that the checkpoint lacks is set to zero, so that exports of the same checkpoint are
+    equal; the second value has the names of its parameters. A pooler that an encoder's checkpoint
+    lacks is removed, unless it is part of a classifier's head or `brought`, the parameters in
+    adapters, has it. With `meta` only the config is read, and the modules have shapes but no
+    values. For a two-tower model it is the tower of the task (`towers.make_tower`).
 
     Raises:
-        ModelError: transformers cannot load it, or it lacks more than a head.
+        ModelError: transformers cannot load the checkpoint, or it lacks more than a head.
         MissingDependencyError: torch or transformers is not installed.
     """
     try:
@@ -100,12 +100,12 @@ def load_model(
                 directory,
                 config=config,
                 dtype=torch.float32,
-                # A head with another number of labels than the checkpoint's is a head of its own.
+                # A head with another number of labels is not the checkpoint's.
                 ignore_mismatched_sizes=labels is not None,
             )
     except (MemoryError, ModelError, ExportError):
         raise
-    except Exception as problem:  # transformers raises nearly everything
+    except Exception as problem:  # transformers raises errors of many types
         raise ModelError(_unloadable(directory, task, problem)) from None
     model = loaded.model.eval()
     zeroed = _zero_head(model, set(loaded.lacking), directory, task, brought)
@@ -117,7 +117,7 @@ def load_model(
 
 
 def _check_traceable(model_type: str, directory: Path) -> None:
-    """Raise ModelError for an architecture that is known not to be traced, before it is loaded."""
+    """Raise ModelError for an architecture that is known to be untraceable, before loading it."""
     if (reason := UNTRACEABLE.get(model_type)) is not None:
         raise ModelError(
             f"{directory} ({model_type}) cannot be exported from a checkpoint: {reason}: merge its"
@@ -137,34 +137,38 @@ def _unloadable(directory: Path, task: str, problem: Exception) -> str:
 
 
 def _tokenizer(directory: Path) -> Any:
-    """The checkpoint's tokenizer; None where it has none, or none that transformers can read."""
+    """The checkpoint's tokenizer; None if it has none that transformers can read."""
     from transformers import AutoTokenizer
 
     names = (TOKENIZER_NAME, SETTINGS_NAME, *OLDER_TOKENIZERS)
     if not any((directory / name).is_file() for name in names):
-        return None  # transformers makes an empty one
+        return None  # transformers would make an empty one
     try:
         return from_pretrained(AutoTokenizer, directory)
     except ModelError:
         raise
-    except Exception:  # whatever its readers raise
+    except Exception:  # any error of its readers
         return None
 
 
 def _zero_head(
     model: Any, lacking: set[str], directory: Path, task: str, brought: Collection[str]
 ) -> tuple[str, ...]:
-    """Zero what the checkpoint lacks and adapters bring; nothing else may be missing."""
+    """Zero the head's parameters, and those in adapters, that the checkpoint lacks.
+
+    Raises:
+        ModelError: the checkpoint lacks other parameters too.
+    """
     import torch
 
     bare = model is model.base_model
     if bare and getattr(model, "pooler", None) is not None:
-        # An encoder that was trained for something else than its pooler is exported without one.
+        # An encoder that was trained without its pooler is exported without it.
         unpooled = {name for name in lacking if name.startswith("pooler.")}
         if unpooled and unpooled.isdisjoint(brought):
             model.pooler = None
             lacking = lacking - unpooled
-    # Of a classifier the head may be yet to be trained, and a pooler is a part of it.
+    # A classifier's head may be untrained, and a pooler is part of it.
     classifies = task in CLASSIFICATIONS and not bare
     body = f"{model.base_model_prefix}." if classifies else ""
     missing = sorted(
@@ -185,9 +189,9 @@ def _zero_head(
 
 
 def root_cause(problem: BaseException) -> str:
-    """What went wrong at the root, in a line: torch wraps it in advice and colors.
+    """The root cause of an error in one line, without the advice and colors that torch adds.
 
-    An error that says nothing but its kind, or a key, is text with the function that raised it.
+    For an error without a message, or with a key only, the line has the function that raised it.
     """
     while problem.__cause__ is not None:
         problem = problem.__cause__

@@ -1,4 +1,4 @@
-"""DeBERTa's attention to relative positions, traced so that rows can have adapters of their own."""
+"""DeBERTa's attention to relative positions, in a form in which each row can have an adapter."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def scores_of_positions(
     rel_embeddings: torch.Tensor,
     scale_factor: int,
 ) -> torch.Tensor:
-    """What DebertaV2's disentangled_attention_bias computes, [batch · heads, queries, keys].
+    """Compute DebertaV2's disentangled_attention_bias, [batch · heads, queries, keys].
 
     Positions are projected once for all rows, [1, span, hidden], and repeated for each row before
-    the heads are split, not after. So an update that differs by row can be added in between.
+    the heads are split, not after, so that an update that differs by row can be added in between.
 
     `query_layer`, `key_layer`: [batch · heads, queries or keys, size].
     """

@@ -1,12 +1,12 @@
-"""An encoder-decoder as one traced module: its encoder, and its decoder on both caches.
+"""Wrap an encoder-decoder as one module to trace: its encoder, and its decoder with both caches.
 
-The graph of it has two halves that share nothing but weights (see `graph/halves.py`):
+Its graph has two halves that share nothing but weights (see `graph/halves.py`):
 
     encoder   the source → each decoder layer's cross-attention keys and values
     decoder   the target's new tokens, those keys and values, and the self-attention cache → logits
 
-The keys and values of the source are computed once, by the encoder's half, which has the layers of
-the decoder that make them.
+The keys and values of the source are computed once, in the encoder's half, which has the decoder's
+layers for them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from loradeploy.errors import ExportError
 if TYPE_CHECKING:
     import torch
 
-# Every dynamic size of the example is at least 2, and those that are free differ.
+# Every dynamic size of the example is at least 2, and independent ones differ.
 _BATCH, _SOURCE, _TARGET, _PAST, _CROSS = 2, 5, 3, 4, 7
 _PARTS: Final = ("key", "value")
 
@@ -44,7 +44,7 @@ def sources_of(model: Any) -> list[str]:
 
 
 def plain_inputs(model: Any) -> list[str]:
-    """The inputs of both halves, the caches apart."""
+    """The inputs of both halves, except the caches."""
     mask = [] if INPUT_FEATURES in sources_of(model) else [ENCODER_ATTENTION_MASK]
     return [*sources_of(model), DECODER_INPUT_IDS, *mask]
 
@@ -55,7 +55,7 @@ def output_names(layers: int) -> list[str]:
 
 
 def cache_parts(layers: int, *whose: str, apart: bool = False) -> Iterator[tuple[int, str]]:
-    """Layer and part of every cached tensor: layer by layer, or one cache `apart` from another."""
+    """The layer and part of every cached tensor: by layer, or first by cache if `apart`."""
     if apart:
         yield from ((i, f"{of}{p}") for of in whose for i in range(layers) for p in _PARTS)
     else:
@@ -82,7 +82,7 @@ def wrapper(model: Any) -> torch.nn.Module:
             crossed = self._cross({name: feeds[name] for name in sources})
             cache = EncoderDecoderCache(DynamicCache(past[::2]), DynamicCache(past[1::2]))
             cache.is_updated = dict.fromkeys(range(len(past) // 2), True)
-            # Of the encoder's states nothing is read but their shape.
+            # The cross-attention cache is complete: only the shape of the states is used.
             keys = past[1][0]
             width = self.wrapped.get_encoder().config.hidden_size
             states = keys.new_zeros(keys.shape[0], keys.shape[2], width)
@@ -93,7 +93,7 @@ def wrapper(model: Any) -> torch.nn.Module:
             return (result.logits, *_tensors(present), *_tensors(crossed))
 
         def _cross(self, source: dict[str, torch.Tensor]) -> Any:
-            """The cross-attention cache of a source: what a first token makes of its states."""
+            """The cross-attention cache of a source, which decoding a first token computes."""
             states = self.wrapped.get_encoder()(**source).last_hidden_state
             cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
             mask = source.get(ATTENTION_MASK)
@@ -125,10 +125,10 @@ def example(
 ) -> tuple[tuple[Any, ...], tuple[Any, ...], list[str]]:
     """Example arguments, their dynamic dimensions, and the names of the graph's inputs.
 
-    `source_sizes`: of sound, the batch apart; None of text.
+    `source_sizes`: the sizes of audio features without the batch; None for text.
 
     Raises:
-        ExportError: the model keeps no such caches.
+        ExportError: the model's caches are not keys and values of target and source.
     """
     import torch
 
@@ -174,12 +174,12 @@ def example(
 
 
 def layers_of(names: Sequence[str]) -> int:
-    """How many decoder layers have caches among the inputs `names`."""
+    """The number of decoder layers with caches among the inputs `names`."""
     return sum(name.endswith(f"{CROSS}key") for name in names)
 
 
 def _caches(model: Any, source_sizes: tuple[int, ...] | None) -> list[tuple[Any, Any]]:
-    """Each layer's keys and values, of the target and of the source, from a small run."""
+    """Each layer's keys and values of the target and of the source, from a small run."""
     import torch
     from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 

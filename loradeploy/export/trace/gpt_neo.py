@@ -1,4 +1,4 @@
-"""GPT-Neo's attention, traced without its table of which token sees which."""
+"""GPT-Neo's attention, in a form without its table of the causal mask."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def attend(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What GPTNeoSelfAttention._attn computes, and its weights [batch, heads, queries, keys].
+    """Compute GPTNeoSelfAttention._attn: the result, and weights [batch, heads, queries, keys].
 
-    transformers cuts its mask out of a table [positions, positions], by which torch.export bounds
-    the sum of two lengths that are free. Here the mask is computed from the positions.
+    transformers slices its mask from a table [positions, positions], by which torch.export bounds
+    the sum of two dynamic lengths. Here the mask is computed from the positions.
 
     `query`: [batch, heads, queries, size]. `key`, `value`: [batch, heads, keys, size].
     """

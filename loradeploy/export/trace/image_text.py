@@ -1,7 +1,7 @@
-"""Models of images and text in two parts: the decoder, and the vision tower with the projector.
+"""Split models of images and text in two parts: the decoder, and the vision tower with projector.
 
     pixel_values → vision tower → projector → image_features        task vision-tower
-    input_ids, and image_features in the image tokens' places → decoder → logits     task causal-lm
+    input_ids, and image_features in place of image tokens → decoder → logits        task causal-lm
 
 The decoder's bundle takes the features as `inputs_embeds` (export/passes/tokens/embeds.py). Each
 part is exported from the whole checkpoint with its modules' own names, so that an adapter for the
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Family:
-    """Where a family of models has its parts, as paths in the model with the output head.
+    """The parts of a family of models, as paths in the model with the output head.
 
-    `sees`: the vision tower and the projector. `reads`: the decoder. `head`: the output head.
-    `features`: of the model without its head and pixel values [images, channels, height, width],
-    what the image tokens are [images, tokens, hidden]. `towers`: the model types of vision towers
-    that `features` is right for. `blocks`: whether the tokens of an image attend to each other in
-    both directions. `mrope`: whether the decoder counts positions in three dimensions.
-    `patches`: of a tower that takes images in patches, [images, rows, columns, merged, values], the
-    last two sizes, of the model without its head.
+    `vision`: the vision tower and the projector. `decoder`: the decoder. `head`: the output head.
+    `features`: computes the embeddings of image tokens [images, tokens, hidden] with the model
+    without its head from pixel values [images, channels, height, width]. `towers`: the model types
+    of vision towers that `features` supports. `blocks`: whether the tokens of an image attend to
+    each other in both directions. `mrope`: whether the decoder has positions in three dimensions.
+    `patches`: for a tower that takes images in patches, [images, rows, columns, merged, values],
+    computes the last two sizes from the model without its head.
     """
 
-    sees: tuple[str, ...]
-    reads: str
+    vision: tuple[str, ...]
+    decoder: str
     features: Callable[[Any, torch.Tensor], torch.Tensor]
     towers: tuple[str, ...]
     head: str = "lm_head"
@@ -79,13 +79,13 @@ def _qwen(name: str) -> Family:
         ("model.visual",),
         "model.language_model",
         qwen_vision.image_features,
-        (f"{name}_vision", name),  # older checkpoints have the model's own
+        (f"{name}_vision", name),  # older checkpoints have the type of the whole model
         mrope=True,
         patches=lambda inner: qwen_vision.patch_sizes(inner.visual),
     )
 
 
-# By model type. Others need more than embeddings in the tokens' places: PaliGemma lets all of a
+# By model type. Others need more than embeddings in place of tokens: in PaliGemma all tokens of a
 # prompt attend to each other.
 FAMILIES: Final[Mapping[str, Family]] = {
     "smolvlm": _SMOLVLM,
@@ -109,16 +109,16 @@ FAMILIES: Final[Mapping[str, Family]] = {
 
 
 def counts_in_grids(config: Mapping[str, Any], task: str) -> bool:
-    """Whether what is exported is a decoder that counts an image's positions in its grid."""
+    """Whether the task exports a decoder with positions in an image's grid."""
     family = family_of(config, task) if task == CAUSAL_LM else None
     return family is not None and family.mrope
 
 
 def family_of(config: Mapping[str, Any], task: str) -> Family | None:
-    """The family of a checkpoint by its config.json; None where it is no model of images and text.
+    """The family of a checkpoint by its config.json; None if it is not a model of images and text.
 
     Raises:
-        ExportError: the vision tower is asked for, and is not exported of this model.
+        ExportError: the vision tower is requested, and is not supported for this model.
     """
     name = str(config.get("model_type"))
     family = FAMILIES.get(name)
@@ -146,13 +146,13 @@ def other_part(config: Mapping[str, Any], task: str) -> tuple[str, ...]:
     """The modules of a checkpoint that are exported for another task than `task`."""
     if task not in (CAUSAL_LM, VISION_TOWER) or (family := family_of(config, task)) is None:
         return ()
-    return family.sees if task == CAUSAL_LM else (family.reads, family.head)
+    return family.vision if task == CAUSAL_LM else (family.decoder, family.head)
 
 
 def vision_part(model: Any) -> Any:
-    """`model` without its decoder: `forward` takes pixel values and gives `image_features`.
+    """Remove the decoder of `model`; `forward` then takes pixel values and gives `image_features`.
 
-    Its attribute `patch_sizes`: the last two sizes of images in patches; None of others.
+    The attribute `patch_sizes` is set to the last two sizes of images in patches, else to None.
     """
     from transformers.modeling_outputs import BaseModelOutput
 
@@ -165,7 +165,7 @@ def vision_part(model: Any) -> Any:
         return result
 
     model.patch_sizes = None if family.patches is None else family.patches(model.model)
-    for path in (family.reads, family.head):
+    for path in (family.decoder, family.head):
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, None)
     model.forward = forward

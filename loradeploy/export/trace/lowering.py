@@ -1,4 +1,4 @@
-"""An exported program made ready for torch.onnx without a second trace, where that is possible."""
+"""Prepare an exported program for torch.onnx without tracing it again, if possible."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 logger = logger_of(__name__)
 
-# What evaluation makes of an operator that changes nothing: its first argument.
+# Operators that return their first argument unchanged in evaluation.
 _SAME: Final = frozenset(
     {
         "aten::alias",
@@ -32,14 +32,15 @@ _RENAMED: Final = {
     "aten::__and__.Tensor": "bitwise_and.Tensor",
     "aten::__or__.Tensor": "bitwise_or.Tensor",
 }
-# torch.onnx runs the program on tensors without values, whose strides a view has to fit.
+# Operators that may change strides: torch.onnx runs the program on tensors without values, whose
+# strides have to allow each view.
 _LAID_OUT: Final = frozenset({"aten::contiguous", "aten::reshape"})
-# What torch.onnx adds where an operator's arguments are of different types.
+# Operators that torch.onnx adds if an operator's arguments are of different types.
 _PROMOTIONS: Final = frozenset({"aten::_to_copy", "aten::scalar_tensor"})
 _PLAIN: Final = frozenset({"placeholder", "call_function", "output"})  # nodes without a graph
 _ASSERTIONS: Final = frozenset({"aten::_assert_tensor_metadata"})
-# Operators that torch.export's decompositions leave as they are, because torch.onnx translates
-# them. A program of others is decomposed.
+# Operators that torch.export's decompositions do not change, because torch.onnx translates them. A
+# program with other operators is decomposed.
 _TRANSLATED: Final = frozenset(
     {
         *("aten::add.Tensor", "aten::arange", "aten::arange.start", "aten::bitwise_and.Tensor"),
@@ -67,17 +68,17 @@ _TRANSLATED: Final = frozenset(
 
 @contextlib.contextmanager
 def lowered(program: ExportedProgram) -> Iterator[None]:
-    """Spare torch.onnx the decomposition of `program` and the operators that it does not have.
+    """Make torch.onnx skip the decomposition of `program`, and operators that it does not have.
 
-    torch.onnx traces a program a second and third time to decompose it, which takes longer than
-    the first. A program of operators that it would leave alone, or that have a plain equivalent
-    in evaluation, is rewritten node by node instead; any other is left to torch.onnx.
+    torch.onnx traces a program a second and third time to decompose it, which takes longer than the
+    first trace. A program whose operators would not change, or have a simple equivalent in
+    evaluation, is rewritten node by node instead; torch.onnx decomposes any other.
     """
     if not _rewritten(program):
         yield
         return
     with _registered_operators(program), _known_values():
-        # Of the instance: torch.onnx asks the program for its decomposition.
+        # An instance attribute: torch.onnx calls this method of the program.
         program.run_decompositions = lambda *_, **__: program
         try:
             yield
@@ -86,7 +87,7 @@ def lowered(program: ExportedProgram) -> Iterator[None]:
 
 
 def _rewritten(program: ExportedProgram) -> bool:
-    """Rewrite `program` in place; False, and nothing is changed, if it has other operators."""
+    """Rewrite `program` in place; return False without changes if it has unknown operators."""
     graph = program.graph_module.graph
     nodes = [node for node in graph.nodes if node.op == "call_function"]
     known = _SAME | _CASTS | _RENAMED.keys() | _LAID_OUT | _ASSERTIONS | _TRANSLATED
@@ -103,7 +104,7 @@ def _rewritten(program: ExportedProgram) -> bool:
 
 
 def _name(node: Node) -> str:
-    """The operator's qualified name; of Python's own, which compute sizes, none."""
+    """The operator's qualified name; "" for Python's operators, which compute sizes."""
     from torch._ops import OpOverload
 
     target: Any = node.target
@@ -114,7 +115,7 @@ def _name(node: Node) -> str:
 
 
 def _evaluates(node: Node) -> bool:
-    """Whether it is no dropout in training."""
+    """Whether the node is not a dropout in training mode."""
     return not _name(node).endswith("dropout") or not node.args[2]
 
 
@@ -149,7 +150,7 @@ def _rewrite(node: Node) -> None:
 
 
 def _replace(node: Node, given: Node) -> None:
-    """`given` for `node`; an output keeps its name, which the program's signature refers to."""
+    """Replace `node` by `given`; an output keeps its name, which the signature refers to."""
 
     if any(user.op == "output" for user in node.users):
         _copy(node, given)
@@ -159,7 +160,7 @@ def _replace(node: Node, given: Node) -> None:
 
 
 def _copy(node: Node, given: Node) -> None:
-    """Make `node` a copy of `given`, laid out without gaps."""
+    """Make `node` a contiguous copy of `given`."""
     import torch
 
     node.target, node.args = torch.ops.aten.clone.default, (given,)
@@ -168,10 +169,10 @@ def _copy(node: Node, given: Node) -> None:
 
 @contextlib.contextmanager
 def _known_values() -> Iterator[None]:
-    """torch.onnx's type promotion computes the values of the nodes that it changes alone.
+    """Limit the type promotion of torch.onnx to the nodes that it changes.
 
-    It runs the whole program on tensors without values otherwise, to learn shapes and dtypes that
-    the trace has left on every node.
+    Otherwise it runs the whole program on tensors without values, to find shapes and dtypes that
+    the trace already stored with every node.
     """
     from torch.fx import Interpreter
     from torch.onnx._internal.fx.passes import type_promotion
@@ -197,17 +198,17 @@ def _known_values() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _registered_operators(program: ExportedProgram) -> Iterator[None]:
-    """onnxscript's operators are those of `program`: torch.onnx parses each that it finds there."""
+    """Limit onnxscript's registry to the operators of `program`, because torch.onnx parses all."""
     from onnxscript.function_libs.torch_lib import ops, registration
 
     del ops  # registers them
     nodes = [node for node in program.graph.nodes if node.op == "call_function"]
-    # Of any overload: arguments that are promoted may need another one.
-    wanted = {name.partition(".")[0] for name in (*map(_name, nodes), *_PROMOTIONS)}
+    # With all overloads: promoted arguments may need another one.
+    used = {name.partition(".")[0] for name in (*map(_name, nodes), *_PROMOTIONS)}
     every = registration.default_registry
     fewer = registration.Registry()
     for name, functions in every.items():
-        if name.partition(".")[0] in wanted or not name.startswith("aten::"):
+        if name.partition(".")[0] in used or not name.startswith("aten::"):
             for function in functions.overloads:
                 fewer.register(function, name)
             for function in functions.complex:

@@ -1,4 +1,4 @@
-"""From a checkpoint to a graph: torch.export and torch.onnx, for each kind of task."""
+"""Trace a PyTorch model into an ONNX graph, for each kind of task."""
 
 from __future__ import annotations
 
@@ -44,19 +44,19 @@ if TYPE_CHECKING:
 logger = logger_of(__name__)
 
 OPSET: Final = 23
-# Every dynamic size of the example is at least 2, or torch.export takes it for a constant.
+# Every dynamic size of the example is at least 2, or torch.export would make it a constant.
 _BATCH, _SEQUENCE, _PAST = 2, 3, 4
-# Of an image in patches: more than one window, which torch.export would take for a case of its own.
+# An image in patches: more than one window, which torch.export would specialize on.
 _ROWS, _COLUMNS = 17, 19
-# Their vector of an image is no module's output.
+# Models with a pooled output, but without a pooler module.
 _POOLS: Final = ("dinov2", "dinov2_with_registers")
-WRAPPED: Final = "wrapped"  # the attribute under which the traced model sits
+WRAPPED: Final = "wrapped"  # the wrapper's attribute with the traced model
 _Program = tuple["ExportedProgram", list[str], list[str]]  # with the names of inputs and outputs
 
 
 @dataclass(frozen=True, eq=False)
 class Cache:
-    """One layer's share of a decoder's cache: keys and values [batch, heads, past, head_dim]."""
+    """The cache of one decoder layer: keys and values [batch, heads, past, head_dim]."""
 
     key_heads: int
     key_size: int
@@ -66,17 +66,17 @@ class Cache:
 
 @uncollected()
 def trace(model: torch.nn.Module, task: str) -> ir.Model:
-    """The ONNX graph of `model`, tidied; batch, sequence and past are dynamic.
+    """Trace `model` into an optimized ONNX graph; batch, sequence and past are dynamic.
 
-    Decoders: `input_ids`, `attention_mask`, `position_ids` where the model takes them, and the
-    cache → `logits` [batch, sequence, vocabulary] and the cache. Encoders: `input_ids`,
-    `attention_mask`, `token_type_ids` where the model has several types → `logits` [batch, labels]
-    or `last_hidden_state` [batch, sequence, hidden] and `pooler_output` [batch, hidden] where there
-    is a pooler. Token classifiers: `logits` [batch, sequence, labels]. Image classifiers:
+    Decoders: `input_ids`, `attention_mask`, `position_ids` if the model takes them, and the cache →
+    `logits` [batch, sequence, vocabulary] and the cache. Encoders: `input_ids`, `attention_mask`,
+    `token_type_ids` if the model has several types → `logits` [batch, labels], or
+    `last_hidden_state` [batch, sequence, hidden] and, with a pooler, `pooler_output` [batch,
+    hidden]. Token classifiers: `logits` [batch, sequence, labels]. Image classifiers:
     `pixel_values` → `logits`. Encoders of images: `pixel_values` → `last_hidden_state` and
-    `pooler_output`. A tower: its vector alone (see `trace/towers.py`). Vision towers:
-    `pixel_values` → `image_features` [images, tokens, hidden], with dynamic rows and columns of
-    images in patches. Encoder-decoders: see `trace/encoder_decoder.py`.
+    `pooler_output`. Towers of two-tower models: the vector only (see `trace/towers.py`). Vision
+    towers: `pixel_values` → `image_features` [images, tokens, hidden], with dynamic rows and
+    columns for images in patches. Encoder-decoders: see `trace/encoder_decoder.py`.
 
     Raises:
         ExportError: torch.export or torch.onnx refuses the model.
@@ -101,7 +101,7 @@ def trace(model: torch.nn.Module, task: str) -> ir.Model:
                     verify=False,
                     verbose=False,
                 )
-        except Exception as problem:  # torch's own errors have no common base
+        except Exception as problem:  # torch's exceptions have no common base class
             raise ExportError(
                 f"{type(model).__name__} cannot be traced for {task}: {root_cause(problem)}"
                 ": give an ONNX file that another exporter made of it"
@@ -113,7 +113,7 @@ def trace(model: torch.nn.Module, task: str) -> ir.Model:
         return tidy(onnx_program.model, prefix=WRAPPED)
     except (MemoryError, LoraDeployError):
         raise
-    except Exception as problem:  # of onnxscript's folding, on an operator that it does not know
+    except Exception as problem:  # onnxscript's folding fails on an unknown operator
         raise ExportError(
             f"the graph that torch.onnx made of {type(model).__name__} cannot be optimized:"
             f" {root_cause(problem)}: give an ONNX file that another exporter made of it"
@@ -121,13 +121,13 @@ def trace(model: torch.nn.Module, task: str) -> ir.Model:
 
 
 def _program(model: Any, kind: Task) -> _Program:
-    """The exported program of `model`, and the names of its inputs and outputs."""
+    """Export `model`; return the program and the names of its inputs and outputs."""
     repeated = None if kind.name == SEQ2SEQ_LM else _repeated(model, kind)
     return _exported(model, kind) if repeated is None else repeated
 
 
 def _repeated(model: Any, kind: Task) -> _Program | None:
-    """As `_program`, of a trace of the first layers; None where `model` is to be traced whole."""
+    """As `_program`, from a trace of the first layers; None if all layers have to be traced."""
     layers = None
     try:
         layers = alike_layers(model)
@@ -136,10 +136,10 @@ def _repeated(model: Any, kind: Task) -> _Program | None:
         with shortened(model, layers):
             program, names, outputs = _exported(model, kind)
         extend(program, _wrapper(model, kind), f"{WRAPPED}.{layers.path}", layers.count)
-    except Exception as problem:  # of insides of torch, too, which another version may change
-        logger.debug("traced whole: %s: %s", type(problem).__name__, problem)
+    except Exception as problem:  # also of torch's internals, which other versions may change
+        logger.debug("tracing all layers: %s: %s", type(problem).__name__, problem)
         if layers is not None and alike_layers(model) != layers:
-            raise  # it could not be made as it was
+            raise  # `model` was not restored
         return None
     if kind.cached:
         names = [*_plain_inputs(model, kind), *_each(past_name, layers.count)]
@@ -184,10 +184,10 @@ def answers(
     adapters: Mapping[str, Adapter],
     embeds: Feeds | None = None,
 ) -> Original | None:
-    """What PyTorch gives of the graph's outputs `names` for `feeds`: see `original.of_module`.
+    """Compute the outputs `names` in PyTorch for `feeds`: see `original.of_module`.
 
-    `embeds`: `inputs_embeds` and `inputs_embeds_mask` of a decoder, with which it is run too, and
-    `mrope_position_ids` where it takes them.
+    `embeds`: for a second run of a decoder, `inputs_embeds`, `inputs_embeds_mask`, and
+    `mrope_position_ids` if it takes them.
     """
     kind = TASK_TABLE[task]
     fed = None if embeds is None else (_embedded(model, kind), {**feeds, **embeds})
@@ -196,10 +196,10 @@ def answers(
 
 
 def _embedded(model: Any, kind: Task) -> torch.nn.Module:
-    """The decoder `model` with embeddings instead of tokens, as it takes them itself.
+    """Wrap the decoder `model` to take embeddings instead of tokens, in its own way.
 
-    Behind the decoder's plain inputs are `inputs_embeds` and `inputs_embeds_mask`, and positions
-    that it takes in place of its own where there are any.
+    After the decoder's plain inputs come `inputs_embeds` and `inputs_embeds_mask`, and optionally
+    positions that replace `position_ids`.
     """
     import torch
 
@@ -215,14 +215,14 @@ def _embedded(model: Any, kind: Task) -> torch.nn.Module:
                 others[names.index(POSITION_IDS) - 1] = positions[0]
             own = model.get_input_embeddings()(ids)
             embeds = torch.where(places[..., None], given, own)
-            types = [places.long()] if blocks else []  # of an image 1
+            types = [places.long()] if blocks else []  # 1 for an image
             return wrapper([embeds, *others, *types], past)
 
     return Embedded()
 
 
 def _caches(model: Any) -> tuple[Cache, ...]:
-    """The cache's layout, from a run of two tokens: every architecture tells it this way."""
+    """The layout of the cache, from a run of two tokens, which works for every architecture."""
     import torch
 
     ids = torch.ones((1, 2), dtype=torch.int64)
@@ -245,9 +245,10 @@ def _caches(model: Any) -> tuple[Cache, ...]:
 
 
 def _wrapper(model: Any, kind: Task, first: str | None = None, *besides: str) -> torch.nn.Module:
-    """`model` as a module of positional tensors, in the order of `_example`.
+    """Wrap `model` as a module with positional tensors, in the order of `_example`.
 
-    `first`: what the first of them is, where it is another. `besides`: what comes after them.
+    `first`: the name of the first tensor, if it is not the default. `besides`: the names of further
+    tensors after the plain inputs.
     """
     import torch
     from transformers.cache_utils import DynamicCache
@@ -258,7 +259,7 @@ def _wrapper(model: Any, kind: Task, first: str | None = None, *besides: str) ->
     if first is not None:
         names[0] = first
     names += besides
-    # The fused rotary embedding needs positions for every row; left to itself, a model makes one.
+    # The fused rotary embedding needs positions for every row; a model's default has one row.
     rotates = POSITION_IDS in taken and (
         bool(getattr(model.config, "rope_parameters", None))
         or getattr(model.config, "position_embedding_type", None) == "rotary"  # ESM
@@ -297,7 +298,7 @@ def _wrapper(model: Any, kind: Task, first: str | None = None, *besides: str) ->
 
 
 def _outputs(model: Any, kind: Task) -> list[str]:
-    """What the model gives, the cache apart; an encoder with a pooler gives its output too."""
+    """The outputs of the model except the cache, including that of an encoder's pooler."""
     if (tower := getattr(model, "tower_kind", None)) is not None:
         return [tower.output]
     pools = getattr(model, "pooler", None) is not None or model.config.model_type in _POOLS
@@ -306,7 +307,7 @@ def _outputs(model: Any, kind: Task) -> list[str]:
 
 
 def _plain_inputs(model: Any, kind: Task) -> list[str]:
-    """The inputs of `model`, the cache apart."""
+    """The inputs of `model` except the cache."""
     taken = _parameters(model)
     if kind.name in IMAGES:
         return [PIXEL_VALUES]
@@ -336,7 +337,7 @@ def _example(
     outputs = _outputs(model, kind)
     outputs += _each(present_name, len(caches))
     batch, past = torch.export.Dim("batch"), torch.export.Dim("past")
-    # Free to find its limit: encoders' positions end at the length of their embedding table.
+    # AUTO lets torch.export find the limit: an encoder's positions end with their embedding table.
     total = torch.export.Dim.AUTO
     sequence = torch.export.Dim("sequence") if kind.cached else total
     dtype = next(model.parameters()).dtype
@@ -386,13 +387,13 @@ def _example(
 
 
 def _fixed_sizes(config: Any, name: str) -> tuple[int, ...] | None:
-    """The sizes of an image or of sound, the batch apart; None for another input."""
+    """The sizes of an image or of audio features without the batch; None for other inputs."""
     if name == PIXEL_VALUES:
         config = getattr(config, "vision_config", config)
         size = config.image_size
         height, width = (size, size) if isinstance(size, int) else size
         return config.num_channels, height, width
-    # Whisper's encoder halves the frames into its positions.
+    # Whisper's encoder has one position for two frames.
     return (
         (config.num_mel_bins, 2 * config.max_source_positions) if name == INPUT_FEATURES else None
     )

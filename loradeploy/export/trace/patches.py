@@ -1,4 +1,4 @@
-"""What is changed in torch and transformers while a model is traced, and put back afterwards."""
+"""Patch torch and transformers while a model is traced, and restore them afterwards."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from loradeploy.export.trace import deberta, gpt_neo
 if TYPE_CHECKING:
     import torch
 
-# What transformers calls its ways to compute a mixture that can be replaced.
+# transformers' names of the implementations of experts that are replaced.
 _EXPERTS: Final = ("grouped_mm", "batched_mm")
 
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
-    """Without the collector, which searches a trace's many objects for cycles again and again.
+    """Disable the garbage collector, which would scan a trace's many objects repeatedly.
 
-    None of them holds numbers: what is not freed until the end is small.
+    None of the objects has weights, so that little memory is freed late.
     """
     collects = gc.isenabled()
     gc.disable()
@@ -36,16 +36,16 @@ def uncollected() -> Iterator[None]:
 def traceable() -> Iterator[None]:
     """Make transformers' modules trace into a graph that fits the runtime.
 
-    - Conv1D becomes a MatMul on its input as it is, so that rows of a batch stay rows; transformers
-      flattens them for addmm.
-    - A masked attention row never is empty: padding sees itself. Kernels that give NaN for an empty
-      row would otherwise spread it from padding to everything.
-    - Grouped-query attention stays grouped: the repeated keys and values are never materialized.
-      Attention that leaves the repetition to broadcasting is told to be grouped.
-    - A mixture computes every expert for every token. To sort tokens by expert, as transformers
-      does, ONNX has no operators, and gathering weights by token would copy them for each.
+    - Conv1D becomes a MatMul on its unflattened input, so that the batch axis is kept; transformers
+      flattens the input for addmm.
+    - No row of an attention mask is empty: padding attends to itself. Kernels that give NaN for an
+      empty row would otherwise spread it from padding to all positions.
+    - Grouped-query attention stays grouped: the repeated keys and values are not computed.
+      Attention that relies on broadcasting instead is marked as grouped.
+    - A mixture computes every expert for every token. ONNX has no operators to sort tokens by
+      expert, as transformers does, and gathering weights by token would copy them for each token.
     - DeBERTa's positions are repeated for each row before its heads are split (deberta.py).
-    - GPT-Neo's mask is computed from positions, not cut out of a table (gpt_neo.py).
+    - GPT-Neo's mask is computed from positions, not sliced from a table (gpt_neo.py).
     """
     import torch
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -97,7 +97,10 @@ def _grouped(attention: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
 def _every_expert(
     self: Any, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    """x [tokens, hidden], each token's chosen experts and their weights [tokens, k]."""
+    """Compute all experts for x [tokens, hidden], and add them with their weights.
+
+    `chosen`, `weights` [tokens, k]: the selected experts of each token, and their weights.
+    """
     import torch
 
     share = torch.zeros(x.shape[0], self.num_experts, dtype=weights.dtype)
@@ -131,7 +134,7 @@ def _mask_without_empty_rows(
     use_vmap: bool = False,
     **rest: Any,
 ) -> Any:
-    """transformers' sdpa_mask, never skipped, with padding put in by broadcasting."""
+    """transformers' sdpa_mask, which is never skipped, and applies padding by broadcasting."""
     from transformers import masking_utils
 
     rest.pop("allow_is_causal_skip", None)

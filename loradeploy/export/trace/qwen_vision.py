@@ -1,12 +1,12 @@
-"""Qwen-VL's vision tower and merger on images of one grid, in a form that can be traced.
+"""Qwen-VL's vision tower and merger for images of one grid, in a form that can be traced.
 
-transformers computes positions, and which patches attend to each other, from the numbers in
-`image_grid_thw`. Here a grid is the shape of the pixel values, [images, rows, columns, merged,
-values]: as processors order patches, those of one place (`merged`, 2 x 2) lie together.
+transformers computes positions, and which patches attend to each other, from the values of
+`image_grid_thw`. Here the grid is the shape of the pixel values, [images, rows, columns, merged,
+values]: in the order of processors, the patches of one place (`merged`, 2 x 2) are consecutive.
 
     Qwen2-VL      all patches of an image attend to each other
-    Qwen2.5-VL    in most layers those of one window; the windows at the edges are filled up, and
-                  what fills them is masked
+    Qwen2.5-VL    in most layers only those of one window do; windows at the edges are padded, and
+                  the padding is masked
 
 Qwen2.5-VL: https://arxiv.org/abs/2502.13923, section 2.1.1.
 """
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 
 def patch_sizes(visual: Any) -> tuple[int, int]:
-    """How many patches are merged into one token, and how many values a patch has."""
+    """The number of patches that are merged into one token, and of values of a patch."""
     embed = visual.patch_embed
     values = embed.in_channels * embed.temporal_patch_size * embed.patch_size**2
     return visual.spatial_merge_size**2, int(values)
 
 
 def image_features(inner: Any, pixels: torch.Tensor) -> torch.Tensor:
-    """What image tokens are, [images, rows * columns, hidden].
+    """Compute the embeddings of image tokens, [images, rows * columns, hidden].
 
-    `inner`: a Qwen-VL model without its head. `pixels` [images, rows, columns, merged, values]. A
-    trace computes them by the functions below, everything else by transformers' own.
+    `inner`: a Qwen-VL model without its head. `pixels` [images, rows, columns, merged, values].
+    While tracing, the functions below are used, otherwise transformers' code.
     """
     import torch
 
@@ -47,11 +47,11 @@ def image_features(inner: Any, pixels: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Windows:
-    """Which patches attend to each other, as indices of the places of a grid.
+    """The windows of patches that attend to each other, as indices of the places of a grid.
 
-    `places` [windows * window]: those of each window, with any place where it is filled up. `real`
-    [windows, window]: whether it is not. `back` [places]: where each place is in `places`.
-    `merged`: how many patches are in a place.
+    `places` [windows * window]: the places of each window; padding has any place. `real` [windows,
+    window]: False for padding. `back` [places]: the index of each place in `places`. `merged`: the
+    number of patches in a place.
     """
 
     places: torch.Tensor
@@ -90,7 +90,7 @@ def _positions(rows: int, columns: int, side: int) -> torch.Tensor:
 
 
 def _window_side(visual: Any) -> int | None:
-    """How many places a window has on a side; None where all patches see each other."""
+    """The number of places on a side of a window; None if all patches attend to each other."""
     size = getattr(visual, "window_size", None)
     return None if size is None else int(size // visual.spatial_merge_size // visual.patch_size)
 
@@ -107,7 +107,7 @@ def _windows(rows: int, columns: int, side: int, merged: int) -> _Windows:
     back = window * side**2 + row % side * side + column % side
 
     def apart(values: torch.Tensor) -> torch.Tensor:
-        """[down * side, across * side] as [windows, side²]."""
+        """Reshape [down * side, across * side] to [windows, side²]."""
         split = values.reshape(down, side, across, side).transpose(1, 2)
         return split.reshape(down * across, side**2)
 
@@ -120,7 +120,7 @@ def _attended(
     tables: tuple[torch.Tensor, torch.Tensor],
     windows: _Windows | None,
 ) -> torch.Tensor:
-    """The attention of x [images, patches, size], of all patches or within `windows`."""
+    """The attention of x [images, patches, size], between all patches or within `windows`."""
     import torch
     from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
@@ -144,7 +144,7 @@ def _attended(
 
 
 def _into(part: torch.Tensor, windows: _Windows) -> torch.Tensor:
-    """[images, patches, heads, head size] as [images * windows, patches of one, …]."""
+    """Split [images, patches, heads, head size] into [images * windows, patches of a window, …]."""
     images, _, heads, size = part.shape
     count, places = windows.real.shape
     found = part.reshape(images, -1, windows.merged, heads, size)
@@ -153,7 +153,7 @@ def _into(part: torch.Tensor, windows: _Windows) -> torch.Tensor:
 
 
 def _out_of(y: torch.Tensor, windows: _Windows, images: int, patches: int) -> torch.Tensor:
-    """The reverse of `_into`, without what the windows are filled up with."""
+    """The inverse of `_into`, without the padding of windows."""
     _, _, heads, size = y.shape
     count, places = windows.real.shape
     found = y.reshape(images, count * places, windows.merged, heads, size)
@@ -161,7 +161,7 @@ def _out_of(y: torch.Tensor, windows: _Windows, images: int, patches: int) -> to
 
 
 def _mask(windows: _Windows, images: int) -> torch.Tensor:
-    """Which of a window's patches are seen, bool [images * windows, 1, inside, inside]."""
+    """The attention mask within windows, bool [images * windows, 1, inside, inside]."""
     count, places = windows.real.shape
     inside = places * windows.merged
     seen = windows.real[None, :, None, None, :, None]

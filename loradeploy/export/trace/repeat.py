@@ -1,15 +1,15 @@
-"""A deep model traced by its first layers: the others are repeated in the traced program.
+"""Trace the first layers of a deep model, and repeat them in the traced program.
 
-torch.export takes most of the time of an export, and takes it for each layer again. Where all
+torch.export takes most of the time of an export, and the time is proportional to the layers. If all
 layers of a model are alike, four are traced:
 
-    layers 0 and 1    may have nodes that later layers share, and number theirs unevenly
-    layers 2 and 3    are equal, node by node, up to the numbers in their names
-    layer i > 3       has the nodes of layer 3 on its own parameters, behind layer i - 1
+    layers 0 and 1    may have nodes that later layers share, and other numbers in names
+    layers 2 and 3    have the same nodes, up to the numbers in their names
+    layer i > 3       gets the nodes of layer 3 with its own parameters, after layer i - 1
 
-The program is the one that a trace of all layers gives, but for the numbers in names. Wherever that
-is not certain (another architecture, layers that differ in anything, nodes that do not correspond),
-the model is traced whole.
+The program is that of a trace of all layers, except for numbers in names. If this is not certain
+(another architecture, layers that differ in anything, nodes that do not correspond), all layers are
+traced.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ class NotAlikeError(Exception):
 
 
 def extend(program: ExportedProgram, wrapper: torch.nn.Module, path: str, count: int) -> None:
-    """Make `program`, of the first layers, the program of `wrapper`, which has `count`.
+    """Extend `program`, of the first layers, to the program of `wrapper`, which has `count` layers.
 
     `path`: that of the layers in `wrapper`.
 
     Raises:
-        NotAlikeError: its layers do not correspond, or it cannot be changed. Any error of torch:
-            what it has inside is not what it was. `program` is of no use then.
+        NotAlikeError: the layers do not correspond, or torch's program has an unknown structure.
+            Changed internals of torch may also raise any other error. `program` is invalid then.
     """
     from torch.fx import GraphModule
 
@@ -74,7 +74,7 @@ class _Repeated:
         self._old_constants = program.constants
         self._owners = self._find_owners()
         self._blocks = list(self._find_blocks())
-        # The node of the next layer that is what a node is in its own.
+        # The corresponding node of the next layer.
         self._partners: dict[Node, Node] = {}
         for *_, second, third, fourth in self._blocks:
             self._partners.update(zip(third, fourth, strict=True))
@@ -84,7 +84,7 @@ class _Repeated:
         for *_, third, fourth in self._blocks:
             for a, b in zip(third, fourth, strict=True):
                 self._check(a, b)
-        # Of a node, and of one of the fourth layer in a later layer.
+        # The new node for each old one, and for one of the fourth layer in a later layer.
         self._copies: dict[Node, Node] = {}
         self._in_layer: dict[tuple[Node, int], Node] = {}
         self._input_specs: list[Any] = []
@@ -93,13 +93,13 @@ class _Repeated:
         self.graph._codegen = program.graph._codegen
         self._write()
         for name, value in self._old_constants.items():
-            self.constants.setdefault(name, value)  # of no placeholder
+            self.constants.setdefault(name, value)  # those without a placeholder
         outputs = self._outputs(program.graph_signature.output_specs)
         self.signature = dataclasses.replace(
             program.graph_signature, input_specs=self._input_specs, output_specs=outputs
         )
 
-    # -- whose each node is ----------------------------------------------------------------
+    # -- the layer of each node ------------------------------------------------------------
 
     def _find_owners(self) -> dict[Node, int]:
         """The layer of each node that belongs to one."""
@@ -148,7 +148,7 @@ class _Repeated:
         return int(number) if number.isdigit() else None
 
     def _find_blocks(self) -> Iterator[list[list[Node]]]:
-        """Neighboring nodes, by layer, where there are any of the last two."""
+        """Runs of nodes in the order of layers, by layer, if they have nodes of the last two."""
         block: list[list[Node]] = [[] for _ in range(TRACED)]
         last = -1
         for node in [*self._old, None]:
@@ -166,7 +166,7 @@ class _Repeated:
     # -- whether two layers are the same ---------------------------------------------------
 
     def _check(self, a: Node, b: Node) -> None:
-        """Raise NotAlikeError unless `b` is in the fourth layer what `a` is in the third."""
+        """Raise NotAlikeError unless `b` in the fourth layer corresponds to `a` in the third."""
         if not self._alike(a, b, _FOURTH):
             raise NotAlikeError(f"{a.name} and {b.name} have different values or modules")
         if not self._same(a.args, b.args) or not self._same(a.kwargs, b.kwargs):
@@ -183,7 +183,7 @@ class _Repeated:
                 raise NotAlikeError(f"{a.name} and {b.name} are different constants")
 
     def _alike(self, a: Node, b: Node, layer: int) -> bool:
-        """Whether `b` in `layer` is of the kind that `a` is in the layer before, inputs apart."""
+        """Whether `b` in `layer` is like `a` in the layer before, apart from their inputs."""
         if a.op != b.op or (a.op != "placeholder" and a.target != b.target):
             return False
         return _value(a) == _value(b) and self._stack(a, layer - 1) == self._stack(b, layer)
@@ -197,7 +197,7 @@ class _Repeated:
 
         if isinstance(a, Node) and isinstance(b, Node):
             owner = self._owners.get(b)
-            if owner is None or owner < _THIRD:  # what the first layers make for all
+            if owner is None or owner < _THIRD:  # shared by all layers
                 return a is b
             if self._owners.get(a) != owner - 1:
                 return False
@@ -225,7 +225,7 @@ class _Repeated:
                         self._repeat(one, layer)
 
     def _owners_begun(self, node: Node) -> bool:
-        """Whether `node` is behind the layers; sizes of inputs are the same in each layer."""
+        """Whether `node` uses the layers' results; sizes of inputs do not count."""
         behind = False
         for given in node.all_input_nodes:
             if (owner := self._owners.get(given)) is not None and given.op != "placeholder":
@@ -235,12 +235,12 @@ class _Repeated:
         return behind
 
     def _moved(self, node: Node) -> Node:
-        """The node for `node` of the last layer that was traced."""
+        """The new node for `node`: in the last layer, if it is of the fourth."""
         last = self._in_layer.get((node, self._count - 1))
         return self._copies[node] if last is None else last
 
     def _repeat(self, node: Node, layer: int) -> None:
-        """`node` of the fourth layer in a later one."""
+        """Add `node` of the fourth layer to a later layer."""
 
         def moved(given: Node) -> Node:
             owner = self._owners.get(given)
@@ -259,11 +259,11 @@ class _Repeated:
             }
 
     def _in(self, path: str, layer: int) -> str:
-        """A path in the fourth layer, in another one."""
+        """A path in the fourth layer, moved to another layer."""
         return _moved(path, self._path, _FOURTH, layer)
 
     def _add(self, node: Node, name: str, moved: Callable[[Node], Node], layer: int) -> Node:
-        """`node` with other inputs. Names differ from torch's, see `tidy._number_names`."""
+        """Copy `node` with other inputs. Names differ from torch's, see `tidy._number_names`."""
         from torch.fx import map_arg
 
         args, kwargs = map_arg(node.args, moved), map_arg(node.kwargs, moved)
@@ -311,7 +311,7 @@ class _Repeated:
         self._found = found
 
     def _outputs(self, specs: Sequence[Any]) -> list[Any]:
-        """A specification for each output; all are alike but for their names."""
+        """A specification for each output; they differ only in their names."""
         first = specs[0]
         if any(spec.kind != first.kind or spec.target is not None for spec in specs):
             raise NotAlikeError("the program has outputs of several kinds")
@@ -322,7 +322,7 @@ class _Repeated:
 
 
 def _runs(owners: Sequence[int]) -> list[tuple[int, int]]:
-    """Where runs of layers in order begin and end."""
+    """The begin and end of each run of ascending layers."""
     found, begin = [], 0
     for index in range(1, len(owners) + 1):
         if index == len(owners) or owners[index] < owners[index - 1] or owners[index - 1] < 0:
@@ -332,7 +332,7 @@ def _runs(owners: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def _value(node: Node) -> Any:
-    """Shape, strides and dtype of what a node gives."""
+    """The shape, strides and dtype of a node's result."""
     import torch
 
     value = node.meta.get("val")
@@ -344,7 +344,7 @@ def _value(node: Node) -> Any:
 
 
 def _moved(path: str, layers: str, before: int, after: int) -> str:
-    """`path` in layer `before`, in layer `after`."""
+    """`path` in layer `before`, moved to layer `after`."""
     for end in (".", "@", ""):
         begin = f"{layers}.{before}{end}"
         if path == begin or (end and path.startswith(begin)):

@@ -1,4 +1,4 @@
-"""One tower of a two-tower model (CLIP, SigLIP) as a model of its own, which is traced."""
+"""Make one tower of a two-tower model (CLIP, SigLIP) a separate model to trace."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     import torch
 
 
-# What scales the logits of pairs of a text and an image.
+# The parameters that scale the logits of pairs of a text and an image.
 _LOGITS: Final = ("logit_scale", "logit_bias")
 
 
 @dataclass(frozen=True)
 class TextForm:
-    """How the texts of a padded tower are fed: their length, the padding, the inputs."""
+    """The form of texts of a padded tower: their length, the padding token, the inputs."""
 
     length: int
     pad: int | None
@@ -30,10 +30,10 @@ class TextForm:
 
 
 def text_form(config: Any, tokenizer: Any, where: object) -> TextForm:
-    """The form of the texts of a padded tower, of `config`, as its `tokenizer` (or None) has it.
+    """The form of texts of a padded tower, by its `config` and its `tokenizer`, or None.
 
     Raises:
-        ModelError: the tokenizer pads on the left, or has no token to pad with.
+        ModelError: the tokenizer pads on the left, or has no padding token.
     """
     length = int(config.max_position_embeddings)
     if tokenizer is None:
@@ -55,10 +55,10 @@ def text_form(config: Any, tokenizer: Any, where: object) -> TextForm:
 
 
 def make_tower(model: Any, kind: TowerKind, form: TextForm | None = None) -> torch.nn.Module:
-    """The tower `kind` of `model`, its modules named as in the whole model.
+    """Make the tower `kind` of `model`, with modules named as in the whole model.
 
-    Its attributes: `tower_kind` and `text_form` as given here, `config`, the tower's own, and
-    `logits`, what the logits of pairs are scaled by (`logit_scale`, `logit_bias`).
+    Its attributes: `tower_kind` and `text_form`, the arguments; `config`, that of the tower; and
+    `logits`, the parameters that scale the logits of pairs (`logit_scale`, `logit_bias`).
     """
     import torch
     from transformers.utils import ModelOutput
@@ -102,9 +102,9 @@ def make_tower(model: Any, kind: TowerKind, form: TextForm | None = None) -> tor
 
 
 def tower_config(tower: Any) -> dict[str, Any]:
-    """config.json of a tower: as transformers writes that of its class, with all defaults.
+    """The config.json of a tower, as transformers writes that of its class, with all defaults.
 
-    It has the logits' scale and bias too, as they are in the whole model's weights.
+    It also has the values of the logits' scale and bias, which are weights of the whole model.
     """
     body, *projections = (name for name in TOWERS[tower.tower_kind.tower] if hasattr(tower, name))
     values: dict[str, Any] = json.loads(tower.config.to_json_string(use_diff=False))

@@ -1,1 +1,1 @@
-"""A bundle run before it is handed over, and compared with what it was made from."""
+"""Run a bundle before it is put in place, and compare it with its source."""

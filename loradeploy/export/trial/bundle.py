@@ -1,15 +1,15 @@
-"""A bundle is opened and run before it is handed over, and held against what it was made from.
+"""Open and run a bundle before it is put in place, and compare it with its source.
 
-    idle side inputs            give what the source gives, within rounding
-    side inputs of an adapter   change the answer; of a checkpoint, to what PyTorch gives with them
-    rows of one batch           are each what they are alone
-    a merged graph              gives something else than its source; of a checkpoint, PyTorch's
-    required.onnx               gives the same as model.onnx
-    logits_to_keep              gives what all positions give there
-    logits of a decoder         are of every token, or of the last alone
-    inputs_embeds               give what PyTorch gives, which takes them in its own way
+    without side inputs         the source's outputs, up to rounding
+    side inputs of an adapter   other outputs; for a checkpoint, those of PyTorch with the adapter
+    rows of a mixed batch       the same outputs as without the other rows
+    a merged graph              other outputs than the source; for a checkpoint, PyTorch's
+    required.onnx               the same outputs as model.onnx
+    logits_to_keep              the logits of those positions
+    logits of a decoder         those of every token, or of the last one only
+    inputs_embeds               PyTorch's outputs with the same embeddings
 
-The limits catch what is wrong, not what is coarse: how close a bundle comes is parity's to tell.
+The limits detect errors, not a loss of precision, which `loradeploy.parity` measures.
 """
 
 from __future__ import annotations
@@ -46,22 +46,22 @@ if TYPE_CHECKING:
 
 logger = logger_of(__name__)
 
-# The largest error that is rounding, relative to the size of an output. Where weights are packed
-# here, the source has other numbers: then only what is no answer at all is told.
+# The largest rounding error, relative to the size of an output. If weights are packed here, the
+# source's differ: then only outputs without any resemblance are detected.
 _LIMITS: Final = {"fp32": 1e-2, "fp16": 0.1, "bf16": 0.1, "int8": 0.1, "int4": 0.1}
 _PACKED_HERE: Final = {"int8": 0.5, "int4": 1.5, "bf16": 0.2}
-# Updates are compared by what they change, where the precision leaves that visible.
+# Updates are compared by their effect, in precisions that leave it visible.
 _UPDATE_LIMITS: Final = {"fp32": 2e-2, "fp16": 0.2}
 _TOKENS_RANK: Final = 3  # of logits [batch, tokens, vocabulary]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Source:
-    """What a bundle is held against.
+    """The source that a bundle is compared with.
 
-    `original`: what the checkpoint gives, where it was run. `graph`: the ONNX file instead, and
-    what `renamed` inputs and outputs are called there.
-    `quantized_here`: whether the weights were rounded to the bundle's precision on the way.
+    `original`: the checkpoint's outputs, if it was run. `graph`: the ONNX file, if the source is
+    one; `renamed`: its names of renamed inputs and outputs.
+    `quantized_here`: whether the export rounded the weights to the bundle's precision.
     """
 
     original: Original | None = None
@@ -73,21 +73,21 @@ class Source:
 def try_bundle(
     directory: Path, manifest: Manifest, source: Source, config: Mapping[str, Any], pad: int
 ) -> Manifest:
-    """Open the bundle that lies in `directory`, hold it against its `source`; find its padding.
+    """Open the bundle in `directory`, compare it with its `source`, and find its padding side.
 
-    `config`: that of the model. `pad`: the token that fills rows up. Returns the manifest with the
-    padding in it. What the CPU has no kernels for is told and left.
+    `config`: that of the model. `pad`: the padding token. Returns the manifest with the padding
+    side. A graph without kernels on the CPU is not tried, with a warning.
 
     Raises:
-        ExportError: onnxruntime does not open or run the graph, or it does not give what it should.
+        ExportError: onnxruntime does not open or run the graph, or its outputs are wrong.
     """
     sample = Sample(manifest.inputs, config, pad=pad)
-    # The source is closed again before the bundle is opened: two would take twice the memory.
+    # The source is closed before the bundle is opened: both would take twice the memory.
     original = source.original or _given_by(source, manifest, sample)
     try:
         trial = Trial(directory, manifest)
     except NotRunError as problem:
-        if source.graph is not None and original is not None:  # the source does run
+        if source.graph is not None and original is not None:  # the source can be run
             raise refused(f"onnxruntime cannot open {GRAPH_NAME}: {problem}") from None
         logger.warning("not tried, onnxruntime does not run it on the CPU: %s", problem)
         return manifest
@@ -108,7 +108,7 @@ def try_bundle(
 
 
 def _given_by(source: Source, manifest: Manifest, sample: Sample) -> Original | None:
-    """What the source's graph gives for a sample; None where it is not run."""
+    """The outputs of the source's graph for a sample; None if it cannot be run."""
     graph = source.graph
     if graph is None:
         return None
@@ -126,13 +126,13 @@ def _given_by(source: Source, manifest: Manifest, sample: Sample) -> Original | 
 
 
 def _check(trial: Trial, original: Original, *, quantized_here: bool) -> None:
-    """Hold the bundle against its `original`.
+    """Compare the bundle with its `original`.
 
     Raises:
-        ExportError: they do not agree, or the side inputs do not do what they are for.
+        ExportError: their outputs differ, or the side inputs have the wrong effect.
     """
     if (added := trial.manifest.added_tokens) is not None and added.output is not None:
-        # A bundle that it is made of has rows for added tokens too.
+        # A source that is a bundle has rows for added tokens too.
         logits = original.outputs[added.output][..., : added.base]
         outputs = {**original.outputs, added.output: logits}
         original = dataclasses.replace(original, outputs=outputs)
@@ -167,7 +167,7 @@ def _check(trial: Trial, original: Original, *, quantized_here: bool) -> None:
 
 
 def _check_positions(trial: Trial, feeds: Feeds, base: Outputs) -> None:
-    """The logits of a decoder are of every token, or of the last one: then it changes them."""
+    """Check that a decoder's logits are those of every token, or of the last one only."""
     if trial.manifest.task != CAUSAL_LM or INPUT_IDS not in feeds:
         return
     name, ids = output_of(trial.manifest), feeds[INPUT_IDS]
@@ -187,7 +187,7 @@ def _check_positions(trial: Trial, feeds: Feeds, base: Outputs) -> None:
 
 
 def _check_update(trial: Trial, original: Original, base: Outputs) -> None:
-    """What an update changes, against what it changes in the source."""
+    """Compare the effect of an update with its effect in the source."""
     update = original.update
     limit = _UPDATE_LIMITS.get(trial.manifest.precision)
     if update is None or limit is None:
@@ -211,7 +211,7 @@ def _check_update(trial: Trial, original: Original, base: Outputs) -> None:
     for name, expected in update.outputs.items():
         effect = _norm(expected - original.outputs[name])
         size = _norm(expected)
-        # An effect that is near rounding tells nothing.
+        # An effect near rounding cannot be compared.
         if effect <= limit * size or not np.isfinite(effect):
             continue
         if (error := _norm(got[name] - expected) / effect) > limit or not np.isfinite(error):
@@ -222,7 +222,7 @@ def _check_update(trial: Trial, original: Original, base: Outputs) -> None:
 
 
 def _check_side_inputs(trial: Trial, feeds: Feeds, base: Outputs) -> Outputs | None:
-    """Made side inputs change their own row, and no other; what is given with them in all."""
+    """Check that random side inputs change their own row only; return the outputs with them."""
     made = trial.made_side_inputs()
     if not made:
         return None
@@ -250,7 +250,7 @@ def _check_side_inputs(trial: Trial, feeds: Feeds, base: Outputs) -> Outputs | N
 
 
 def _check_required(trial: Trial, feeds: Feeds, base: Outputs) -> None:
-    """required.onnx with the base's side inputs gives what model.onnx gives."""
+    """Check that required.onnx with the base's side inputs has the outputs of model.onnx."""
     for name, values in (trial.run_required(feeds) or {}).items():
         if (error := _error(values, base[name])) > _LIMITS[trial.manifest.precision]:
             raise refused(
@@ -259,7 +259,7 @@ def _check_required(trial: Trial, feeds: Feeds, base: Outputs) -> None:
 
 
 def _check_embedded(trial: Trial, original: Original, base: Outputs, limit: float) -> None:
-    """Embeddings instead of tokens are read as PyTorch reads them."""
+    """Check that embeddings instead of tokens give PyTorch's outputs."""
     given = trial.run(original.feeds, None)
     if _same(given, base):
         raise refused(f"its {INPUTS_EMBEDS} change nothing")
@@ -272,9 +272,9 @@ def _check_embedded(trial: Trial, original: Original, base: Outputs, limit: floa
 
 
 def _check_kept(trial: Trial, feeds: Feeds, base: Outputs, adapted: Outputs | None) -> None:
-    """Logits of chosen positions are those of all positions there, with an adapter or without.
+    """Check that logits of selected positions are those of a full run, with and without adapter.
 
-    Positions are each row's own. `base` and `adapted`: what is given at all of them.
+    Each row has other positions. `base`, `adapted`: the outputs for all positions.
     """
     if not trial.manifest.logits_to_keep:
         return
@@ -295,7 +295,7 @@ def _check_kept(trial: Trial, feeds: Feeds, base: Outputs, adapted: Outputs | No
 
 
 def _overflow(precision: str) -> str:
-    """What to do about numbers that are too large for `precision`."""
+    """Advice about values that are too large for `precision`."""
     return (
         ": float16 ends at 65504, give `precision='fp32'` or `precision='bf16'`"
         if precision == "fp16"
@@ -309,7 +309,7 @@ def _same(one: Outputs, other: Outputs) -> bool:
 
 
 def _error(got: NDArray[Any], expected: NDArray[Any]) -> float:
-    """‖got − expected‖ / ‖expected‖ where the expected values are numbers; inf for other shapes."""
+    """‖got − expected‖ / ‖expected‖ over the finite expected values; inf if the shapes differ."""
     if got.shape != expected.shape:
         return float("inf")
     real = np.isfinite(expected)

@@ -1,4 +1,4 @@
-"""A bundle opened on the CPU, and run with side inputs that are made for it."""
+"""Open a bundle on the CPU, and run it with randomly generated side inputs."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ _SCALE: Final = 0.05
 
 
 class Trial:
-    """A bundle in `directory`, opened; `manifest` says what it is.
+    """An opened bundle in `directory`, with its `manifest`.
 
     Raises:
-        NotRunError: onnxruntime has no kernel on the CPU for what the graph needs.
+        NotRunError: onnxruntime lacks a kernel on the CPU for the graph.
         ExportError: onnxruntime does not open the graph.
     """
 
@@ -71,7 +71,7 @@ class Trial:
         return self._of_base(outputs)
 
     def _check_ranks(self, outputs: Outputs) -> None:
-        """Refuse outputs of another rank than the graph declares, which onnxruntime lets pass."""
+        """Refuse outputs of another rank than the graph declares, which onnxruntime accepts."""
         for spec in self.manifest.outputs:
             rank = outputs[spec.name].ndim
             if rank != len(spec.shape):
@@ -81,9 +81,9 @@ class Trial:
                 )
 
     def _of_base(self, outputs: Outputs) -> Outputs:
-        """`outputs` with the logits of the base's own tokens, as the source gives them.
+        """`outputs` with the logits of the base's tokens only, as in the source.
 
-        Of added tokens nothing here has any: the base and made side inputs hide them all.
+        The base and the generated side inputs have no added tokens, so that all are hidden.
         """
         added = self.manifest.added_tokens
         if added is None or added.output not in outputs:
@@ -94,7 +94,7 @@ class Trial:
         return {**outputs, added.output: logits[..., : added.base]}
 
     def run_required(self, feeds: Feeds) -> Outputs | None:
-        """What required.onnx gives for `feeds` with the base's side inputs; None where none is.
+        """The outputs of required.onnx with the base's side inputs; None if there is no such file.
 
         Raises:
             ExportError: onnxruntime does not open or run it.
@@ -110,7 +110,7 @@ class Trial:
             raise refused(f"onnxruntime cannot run its {REQUIRED_NAME}: {problem}") from None
 
     def try_alone(self, sample: Sample) -> None:
-        """Run the bundle where there is nothing to hold it against, if a sample can be made."""
+        """Run the bundle without comparing it, if a sample can be made."""
         try:
             feeds = sample.feeds()
             run_graphs(self._sessions, feeds, self.names)
@@ -118,7 +118,7 @@ class Trial:
             logger.warning("opened, not run: no sample could be made for it (%s)", problem)
 
     def made_side_inputs(self) -> dict[str, NDArray[Any]]:
-        """Random side inputs of every kind, one slot; empty of a merged graph."""
+        """Random side inputs of every kind, with one slot; empty for a merged graph."""
         made: dict[str, NDArray[Any]] = {}
         for target in self.manifest.targets:
             factors = made_factors(
@@ -152,13 +152,13 @@ class Trial:
         return mixed
 
     def _defaults(self) -> dict[str, NDArray[Any]]:
-        """What the base has where adapters replace whole parameters, [1, …]."""
+        """The base's values of parameters that adapters replace, [1, …]."""
         nodes = {node.name for node in self._sessions[-1].get_overridable_initializers()}
         replaced = [saved.input for saved in self.manifest.saved if saved.input in nodes]
         if not replaced:
             return {}
-        held, _ = read_arrays(self._directory / DEFAULTS_NAME, error=BundleError)
-        return held
+        defaults, _ = read_arrays(self._directory / DEFAULTS_NAME, error=BundleError)
+        return defaults
 
 
 def _opened(file: Path) -> onnxruntime.InferenceSession:
@@ -171,5 +171,5 @@ def _opened(file: Path) -> onnxruntime.InferenceSession:
 
 
 def refused(reason: str) -> ExportError:
-    """What is raised where a bundle is not what it should be."""
+    """The error for a bundle that failed its trial."""
     return ExportError(f"the bundle does not hold what it should, nothing was written: {reason}")

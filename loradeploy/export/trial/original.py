@@ -1,7 +1,7 @@
-"""What a bundle's source gives for a sample: a checkpoint in PyTorch, a graph in onnxruntime.
+"""Run a bundle's source on a sample: a checkpoint in PyTorch, a graph in onnxruntime.
 
-Of a checkpoint an update is computed too, by the equation y = x Wᵀ + (x A) B at the outputs of
-PyTorch's own modules: nothing of the graph has a part in it.
+A checkpoint is also run with an update, by the equation y = x Wᵀ + (x A) B at the outputs of
+PyTorch's modules, independently of the graph.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ if TYPE_CHECKING:
 logger = logger_of(__name__)
 
 _RANK: Final = 2
-# Dtypes that randomly generated inputs are of.
+# Dtypes of inputs that can be generated.
 _DTYPES: Final = ("float32", "float16", "int64", "int32", "bool")
 
 
 @dataclass(frozen=True, eq=False)
 class Update:
-    """A low-rank update of modules' outputs by name: (A [in, rank], B [rank, out], s in B).
+    """A low-rank update of modules' outputs by name: A [in, rank] and s · B [rank, out].
 
-    `of`: the adapter it is of, None of a made one. `outputs`: what the source gives with it.
+    `of`: the name of the adapter, None for random factors. `outputs`: the source's with the update.
     """
 
     of: str | None
@@ -50,9 +50,9 @@ class Update:
 
 @dataclass(frozen=True, eq=False)
 class Original:
-    """What the source gives: `outputs` by name for `feeds`, and with an `update` where known.
+    """The source's `outputs` by name for `feeds`, and those with an `update` if it was run.
 
-    `embedded`: the same where embeddings are read in the places of some tokens.
+    `embedded`: the same with embeddings in place of some tokens.
     """
 
     feeds: Feeds
@@ -72,20 +72,19 @@ def of_module(
     adapters: Mapping[str, Adapter],
     embedded: tuple[torch.nn.Module, Feeds] | None = None,
 ) -> Original | None:
-    """What PyTorch gives; None where it does not take the sample.
-
-    `embedded`: a wrapper that takes embeddings too, and its sample.
-
-    Raises:
-        ExportError: the model does not take embeddings, which a bundle is to take; or its outputs
-            are NaN.
+    """Run the model in PyTorch; None if it fails on the sample.
 
     `wrapper` takes the inputs as they were traced and gives the outputs `names`. The update is that
-    of the first of `adapters` that has factors of linear layers alone, else a made one.
+    of the first of `adapters` with factors of linear layers only, else a random one. `embedded`: a
+    wrapper that takes embeddings too, and its sample.
+
+    Raises:
+        ExportError: the model does not take embeddings, which the bundle has to; or its outputs are
+            NaN.
     """
     try:
         outputs = _run(wrapper, names, feeds)
-    except Exception as problem:  # whatever a model's own code raises at rows of a few tokens
+    except Exception as problem:  # any error of the model's code for rows of a few tokens
         logger.warning("not compared with PyTorch, it fails on a sample: %s", first_line(problem))
         return None
     if damaged := [name for name, values in outputs.items() if _is_damaged(values)]:
@@ -108,7 +107,7 @@ def of_module(
         of, factors = given if given is not None else (None, _made(model))
         with _updated(model, factors) as all_found:
             updated = _run(wrapper, names, feeds)
-    except Exception as problem:  # a layer that is called in a way of its own
+    except Exception as problem:  # a layer that is called in an unusual way
         logger.warning("an update was not compared with PyTorch: %s", first_line(problem))
         return original
     return replace(original, update=Update(of, factors, updated)) if all_found else original
@@ -172,9 +171,9 @@ def _made(model: Any) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32
 def made_factors(
     into: int, out: int, *, scale: float, experts: int = 1
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Random A [in, rank] and B [rank, out]; of x of size 1 the update is of size `scale`.
+    """Random A [in, rank] and B [rank, out]; for x of size 1 the update has the size `scale`.
 
-    The rank is that of all `experts`.
+    The rank includes all `experts`.
     """
     rank = _RANK * experts
     random = np.random.default_rng([into, out])
@@ -187,7 +186,7 @@ def made_factors(
 def _updated(
     model: Any, factors: Mapping[str, tuple[NDArray[Any], NDArray[Any]]]
 ) -> Iterator[bool]:
-    """`model` with the updates; whether it has all those modules."""
+    """Apply the updates to `model` until the context ends; yield whether it has all modules."""
     import torch
 
     modules = dict(model.named_modules())
@@ -213,12 +212,12 @@ def _updated(
 def of_graph(
     file: Path, feeds: Feeds, names: Sequence[str], renamed: Mapping[str, str]
 ) -> Original:
-    """What the graph in `file` gives of the outputs `names` that it has.
+    """Run the graph in `file`, for those of the outputs `names` that it has.
 
-    `renamed`: what inputs and outputs are called in the file, where they have other names.
+    `renamed`: the names in the file of inputs and outputs that were renamed.
 
     Raises:
-        NotRunError: onnxruntime does not open it, or does not run it on these feeds.
+        NotRunError: onnxruntime does not open the graph, or does not run it on these feeds.
     """
     session = open_graph(file)
     new = {old: name for name, old in renamed.items()}
@@ -226,7 +225,7 @@ def of_graph(
     besides = [node for name, node in taken.items() if name not in feeds]
     if any(NUMPY_NAMES.get(node.type) not in _DTYPES for node in besides):
         raise NotRunError(f"it takes {besides[0].name} besides", lacking=True)
-    # What the bundle's graph no longer takes, such as a switch between two branches.
+    # Inputs that the bundle's graph no longer has, such as a switch between two branches.
     specs = [TensorSpec(n.name, NUMPY_NAMES[n.type], _named(n.shape)) for n in besides]
     every = {**feeds, **Sample(specs, {}).feeds()}
     own = [new.get(node.name, node.name) for node in session.get_outputs()]

@@ -1,11 +1,11 @@
-"""How rows of different lengths may share a batch: found by looking, a row alone and beside others.
+"""Find the side on which rows of a batch are padded, by running a row alone and beside others.
 
-    left    rows are padded in front: a decoder that counts positions by `position_ids` or the mask
-    right   rows are padded behind: GroupQueryAttention, and an encoder that heeds the mask
-    none    rows of one length alone: whatever is padded changes the answer
+    left    padding before the tokens: a decoder with positions from `position_ids` or the mask
+    right   padding after the tokens: GroupQueryAttention, and an encoder that uses the mask
+    none    rows of one length only: any padding changes the outputs
 
-A decoder is tried with one step more on its cache, which shows what padding leaves there, and with
-a row in two parts, which shows whether its mask is right for several tokens behind a past.
+A decoder is also run for one more step, which shows the effect of padding in its cache, and on a
+row in two parts, which shows whether its mask is right for several tokens after cached ones.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ if TYPE_CHECKING:
 _ENCODERS: Final = (SEQUENCE_CLASSIFICATION, FEATURE_EXTRACTION, TOKEN_CLASSIFICATION)
 _FED: Final = (INPUT_IDS, ATTENTION_MASK, POSITION_IDS, TOKEN_TYPE_IDS)
 _SHORT, _LONG = 3, 7
-# The largest change of a row that is rounding, relative to its size, and to what another neighbor
-# of its own length makes of it (activations that are quantized together).
+# The largest change of a row by rounding: relative to its size; as a multiple of the change by a
+# neighbor of its own length (activations that are quantized together); and in any case.
 _ROUNDING: Final = {"fp32": 1e-3, "fp16": 3e-2, "bf16": 1e-3, "int8": 1e-2, "int4": 1e-2}
 _NOISE: Final = 4.0
 _MOST: Final = 0.2
 
 
 def padding_by_trial(trial: Trial, sample: Sample, pad: int) -> str | None:
-    """The side on which rows are padded; None where the graph cannot be tried on token rows."""
+    """The side on which rows are padded; None if the graph cannot be run on rows of tokens."""
     manifest = trial.manifest
     decoder = manifest.task == CAUSAL_LM
     if not _can_be_tried(manifest, decoder):
@@ -62,16 +62,16 @@ def padding_by_trial(trial: Trial, sample: Sample, pad: int) -> str | None:
     if not decoder:
         sides: tuple[str, ...] = (RIGHT,)
     elif not any(spec.name.startswith(PAST) for spec in manifest.inputs):
-        sides = (RIGHT, LEFT)  # what comes behind a token is not seen by it
+        sides = (RIGHT, LEFT)  # tokens do not attend to later ones
     else:
         sides = (RIGHT, LEFT) if manifest.padding == RIGHT else (LEFT, RIGHT)
     return _Rows(trial, sample, pad).padding(sides)
 
 
 def reads_in_parts(trial: Trial, sample: Sample, pad: int) -> bool | None:
-    """Whether a decoder gives the same where it reads a text in parts, each behind a cache.
+    """Whether a decoder's outputs are the same if it reads a text in parts, with its cache.
 
-    None where it has no cache, or cannot be tried.
+    None if it has no cache, or cannot be run on rows of tokens.
     """
     manifest = trial.manifest
     cached = any(spec.name.startswith(PAST) for spec in manifest.inputs)
@@ -99,7 +99,7 @@ def _can_be_tried(manifest: Manifest, decoder: bool) -> bool:
 
 
 class _Rows:
-    """Rows of two lengths, and what the graph makes of them alone, together, and padded."""
+    """Rows of two lengths, and the graph's outputs for them alone, together, and padded."""
 
     def __init__(self, trial: Trial, sample: Sample, pad: int) -> None:
         self._trial = trial
@@ -112,7 +112,7 @@ class _Rows:
         self._made = trial.made_side_inputs() or None
 
     def padding(self, sides: tuple[str, ...]) -> str | None:
-        """The first of `sides` that changes nothing, or none; None where no row runs at all."""
+        """The first of `sides` that changes no output, or `NO_PADDING`; None if no row runs."""
         try:
             alone = self._answers(self._short[:1], np.ones((1, _SHORT), np.int64), [-1])
         except ExportError:
@@ -122,7 +122,7 @@ class _Rows:
         return next((side for side in sides if self._holds(side, alone)), NO_PADDING)
 
     def in_parts(self) -> bool | None:
-        """Whether the longer row is read in two parts as whole; None where no row runs at all."""
+        """Whether the longer row has the same outputs in two parts; None if no row runs."""
         ids, mask = self._long[np.newaxis], np.ones((1, _LONG), np.int64)
         begin = _SHORT  # the rest is several tokens
         try:
@@ -144,18 +144,18 @@ class _Rows:
         try:
             limit = self._limit(alone)
             padded = self._padded(side)
-        except ExportError:  # it does not run on such a batch
+        except ExportError:  # the graph does not run on this batch
             return False
         return _largest_change(alone, padded) <= limit
 
     def _limit(self, alone: list[NDArray[Any]]) -> float:
-        """The largest change that is rounding: what a neighbor of the same length makes."""
+        """The largest change by rounding, measured with a neighbor of the same length."""
         beside = self._answers(self._short, np.ones((2, _SHORT), np.int64), [-1, -1])
         noise = _largest_change(alone, [values[:1] for values in beside])
         return min(max(_ROUNDING.get(self._manifest.precision, 1e-3), _NOISE * noise), _MOST)
 
     def _padded(self, side: str) -> list[NDArray[Any]]:
-        """The answers for the short row, a longer one beside it."""
+        """The outputs for the short row, beside a longer one."""
         ids = np.full((2, _LONG), self._pad, np.int64)
         mask = np.zeros_like(ids)
         tokens = slice(_LONG - _SHORT, None) if side == LEFT else slice(0, _SHORT)
@@ -167,13 +167,13 @@ class _Rows:
     def _answers(
         self, ids: NDArray[np.int64], mask: NDArray[np.int64], ends: list[int]
     ) -> list[NDArray[Any]]:
-        """What is given for each row: of a decoder the next token's scores, then a step's."""
+        """The outputs by row; for a decoder, the scores of the next token and of a further step."""
         outputs = self._trial.run(self._feeds(ids, mask, None), self._made)
         if self._manifest.task != CAUSAL_LM:
             return self._of_encoder(outputs, mask)
         first = outputs[self._scores]
         if first.ndim == 2:
-            prefill = first  # of the last position alone, as is one of a single position
+            prefill = first  # of the last position only
         else:
             prefill = first[np.arange(len(ids)), ends if first.shape[1] == ids.shape[1] else -1]
         if not any(spec.name.startswith(PAST) for spec in self._manifest.inputs):
@@ -185,7 +185,7 @@ class _Rows:
         return [prefill, last if last.ndim == 2 else last[:, -1]]
 
     def _of_encoder(self, outputs: Outputs, mask: NDArray[np.int64]) -> list[NDArray[Any]]:
-        """The rows of every output; of one with a value a position those that all rows have."""
+        """The rows of every output; with an axis of positions, only those that all rows have."""
         count, length = mask.shape
         rows = [values for values in outputs.values() if values.shape[:1] == (count,)]
         shared = int(mask.sum(axis=1).min())
@@ -214,14 +214,14 @@ class _Rows:
 
 
 def _largest_change(alone: list[NDArray[Any]], other: list[NDArray[Any]]) -> float:
-    """As `_change`, of several; inf where there are not as many."""
+    """The largest `_change` of several outputs; inf if their numbers differ."""
     if len(alone) != len(other):
         return float("inf")
     return max(map(_change, alone, other), default=0.0)
 
 
 def _change(alone: NDArray[Any], other: NDArray[Any]) -> float:
-    """The largest difference, relative to the largest value; inf where either is no number."""
+    """The largest difference, relative to the largest value; inf for NaN or other shapes."""
     one, two = alone.astype(np.float64), other.astype(np.float64)
     if one.shape != two.shape or not np.isfinite(two).all():
         return float("inf")

@@ -1,1 +1,1 @@
-"""A traced graph rewritten: small, readable, and with the operators that kernels are for."""
+"""Rewrite a traced graph: smaller, readable, and with operators that have kernels."""

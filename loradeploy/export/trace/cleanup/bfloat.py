@@ -1,8 +1,8 @@
-"""Arithmetic in bfloat16 inside a model in float32, computed in float32 and rounded.
+"""Compute bfloat16 arithmetic inside a float32 model in float32, and round the result.
 
-Falcon's ALiBi is made in bfloat16 whatever the model's dtype is. onnxruntime (1.31) has no such
-operators on the CPU. A sum or product of two bfloat16 numbers in float32, rounded once, is that in
-bfloat16.
+Falcon's ALiBi is computed in bfloat16 whatever the model's dtype is. onnxruntime (1.31) has no such
+operators on the CPU. Computing the result of two bfloat16 numbers in float32 and rounding it once
+is equivalent.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""RMS norms that compute in float32 around states of fewer bits, as Gemma's do.
+"""Fix RMS norms that compute in float32 on states of a narrower dtype, as Gemma's do.
 
-onnxscript's fusion lets the norm read the states as they are beside a scale of float32, which the
-operator's own definition multiplies without a cast: onnxruntime does not open the graph.
+onnxscript's fusion gives the norm the states without a cast, and a scale in float32. The operator's
+definition multiplies them without a cast, so that onnxruntime does not open the graph.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def widen_norms(graph: ir.Graph) -> None:
-    """Cast what an RMSNormalization reads to the type of its scale, which its output has too."""
+    """Cast the input of an RMSNormalization to the dtype of its scale, which the output has too."""
     import onnx_ir as ir
 
     for node in list(graph):

@@ -1,11 +1,11 @@
-"""Rotary embeddings as one node where the tables are cast or scaled, as in half precision.
+"""Fuse rotary embeddings whose tables are cast or scaled, as in half precision.
 
     c = f(Concat(φ, φ))                 →   RotaryEmbedding(x, f(φ), g(φ))
     s = g(Concat(φ, φ))
     x · c + Concat(-x₂, x₁) · s             x₁, x₂ the halves of x [batch, heads, sequence, size]
 
-f and g are elementwise: cos and sin, a cast, a constant factor. onnxscript's own rule takes cos and
-sin alone, as a model in float32 has them.
+f and g are elementwise: cos and sin, a cast, a constant factor. onnxscript's rule matches only cos
+and sin, as in float32 models.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _LAST: Final = (_AXES - 1, -1)
 
 @dataclass(frozen=True, eq=False)
 class _Table:
-    """c or s before its halves are put side by side: `angles` φ and the `steps` behind them."""
+    """c or s before the concatenation of halves: `angles` φ, and the `steps` applied to them."""
 
     angles: ir.Value
     steps: tuple[ir.Node, ...]
 
 
 def fuse_rotary(graph: ir.Graph) -> None:
-    """Make a RotaryEmbedding of every rotation whose tables are more than cos and sin."""
+    """Fuse every rotation into a RotaryEmbedding, including those with cast or scaled tables."""
     made: dict[tuple[ir.Value, tuple[ir.Node, ...]], ir.Value] = {}
     for node in list(graph):
         if node.op_type == "Add" and node.domain == "":
@@ -66,7 +66,7 @@ def _fuse(
 
 
 def _factors(value: ir.Value | None) -> tuple[ir.Value, ir.Value] | None:
-    """x and the table of x · table, whose table is [batch, 1, sequence, size]."""
+    """The factors x and table of x · table, where the table is [batch, 1, sequence, size]."""
     node = None if value is None else value.producer()
     if node is None or node.op_type != "Mul":
         return None
@@ -151,7 +151,7 @@ def _slice(value: ir.Value | None, x: ir.Value) -> tuple[int, int] | None:
 
 
 def _half(value: ir.Value, *, whole: bool = False) -> int | None:
-    """Half of the size of the last axis, or the `whole` of it for angles, which are half of x."""
+    """Half of the size of the last axis, or all of it if `whole`."""
     size = None if value.shape is None else value.shape[-1]
     if not isinstance(size, int) or (size % 2 and not whole):
         return None
@@ -159,7 +159,7 @@ def _half(value: ir.Value, *, whole: bool = False) -> int | None:
 
 
 def _fit(angles: ir.Value, x: ir.Value) -> bool:
-    """Whether there are angles [batch, sequence, size / 2] for x [batch, heads, sequence, size]."""
+    """Whether the angles are [batch, sequence, size / 2] for x [batch, heads, sequence, size]."""
     if angles.shape is None or x.shape is None or len(angles.shape) != _AXES - 1:
         return False
     return (angles.shape[0], angles.shape[1]) == (x.shape[0], x.shape[2]) and (
@@ -178,7 +178,7 @@ def _on_half(
     before: ir.Node,
     made: dict[tuple[ir.Value, tuple[ir.Node, ...]], ir.Value],
 ) -> ir.Value:
-    """The table of the angles alone, made once for all rotations."""
+    """The table [batch, sequence, size / 2] of the angles, computed once for all rotations."""
     import onnx_ir as ir
 
     key = (table.angles, table.steps)

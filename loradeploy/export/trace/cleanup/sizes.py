@@ -1,12 +1,12 @@
-"""Sizes that a traced graph computes from its inputs, where the graph can do without.
+"""Remove computations of sizes from a traced graph where they are not needed.
 
-    Reshape x [batch, sequence, …]     →   Reshape x [0, 0, …], where sizes stay in their axes
+    Reshape x [batch, sequence, …]     →   Reshape x [0, 0, …], if the sizes stay in their axes
     Expand or Reshape x to its shape   →   x
-    0 … total - 1, past … total - 1    →   the same less total - 1, where only their order counts
+    0 … total - 1, past … total - 1    →   both minus (total - 1), if they are only compared
 
-A size is a number in the host's memory: what computes with it runs on the CPU on every device, and
-where it meets data there is a copy, with which CUDA graphs do not go. Without the past length no
-size of a cache is read, so that attention alone uses it.
+Sizes are in the host's memory: nodes that compute with them run on the CPU on every device, and
+combining them with data takes a copy, which CUDA graphs cannot have. Without the past length, no
+size of a cache is computed, and only the attention uses the cache.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 _COMPARES: Final = ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual")
-# What may be between positions and where they are compared: axes, and constants added to both.
+# Operators between positions and their comparison, besides Unsqueeze: they add constants to both.
 _SHIFTS: Final = ("Add", "Sub")
 _PAST, _SEQUENCE, _TOTAL = "past", "sequence", "total"
-# The input whose second dimension is a number of positions.
+# The input whose second dimension is this number of positions.
 _COUNTED: Final = {_SEQUENCE: INPUT_IDS, _TOTAL: ATTENTION_MASK}
 
 
 def fold_sizes(graph: ir.Graph) -> None:
-    """Do without sizes where shapes and positions do not need them.
+    """Remove computations of sizes that shapes and positions do not need.
 
-    The shapes of values have to be known, with one symbol for sizes that always are the same.
+    The shapes of values have to be known, with one symbol for sizes that are always equal.
     """
     for node in list(graph):
         if node.op_type not in ("Reshape", "Expand") or node.domain != "":
@@ -48,7 +48,7 @@ def fold_sizes(graph: ir.Graph) -> None:
 
 
 def _fix_reshape(graph: ir.Graph, node: ir.Node) -> None:
-    """Give a Reshape its sizes as constants: 0 where an axis stays, -1 for one that is open."""
+    """Give a Reshape constant sizes: 0 for an axis that stays, -1 for one unknown size."""
     x, shape, y = node.inputs[0], node.inputs[1], node.outputs[0]
     if x is None or shape is None or _is_constant(shape) or x.shape is None or y.shape is None:
         return
@@ -61,17 +61,17 @@ def _fix_reshape(graph: ir.Graph, node: ir.Node) -> None:
         else:
             sizes.append(-1)
     kept_past = any(str(y.shape[axis]) == _PAST for axis, size in enumerate(sizes) if size == 0)
-    # An empty cache has no elements to tell an open size by.
+    # -1 cannot be inferred for an empty cache, which has no elements.
     if sizes.count(-1) > 1 or (-1 in sizes and kept_past) or 0 in list(y.shape):
         return
     name = f"shape.{'x'.join(map(str, sizes))}"
     constant = shared_constant(graph, name, np.array(sizes, np.int64))
-    node.attributes.pop("allowzero", None)  # a size of 0 is that of the input
+    node.attributes.pop("allowzero", None)  # 0 means the size of the input's axis
     node.replace_input_with(1, constant)
 
 
 def _keeps_shape(node: ir.Node) -> bool:
-    """Whether its output has the shape that its input has, and one can stand for the other."""
+    """Whether the node's output has the shape of its input, which can replace it."""
     x, y = node.inputs[0], node.outputs[0]
     if x is None or x.shape is None or y.shape is None or len(x.shape) != len(y.shape):
         return False
@@ -85,10 +85,10 @@ def _known(size: int | ir.SymbolicDim) -> bool:
 
 
 def _count_from_the_end(graph: ir.Graph) -> None:
-    """Number positions from the last one, where they are compared with each other alone.
+    """Number positions from the last one, if they are only compared with each other.
 
-    Keys are 0 … total - 1 and queries past … total - 1: less total - 1 both, the past length is
-    not needed.
+    Keys are 0 … total - 1 and queries past … total - 1. Minus (total - 1), they are computed
+    without the past length.
     """
     keys = dict.fromkeys(_aranges(graph, _TOTAL), _TOTAL)
     queries = dict.fromkeys(_after_past(graph), _SEQUENCE)
@@ -104,7 +104,7 @@ def _count_from_the_end(graph: ir.Graph) -> None:
 
 
 def _aranges(graph: ir.Graph, size: str) -> list[ir.Value]:
-    """The values 0, 1, … of as many numbers as the dimension `size`."""
+    """The values 0, 1, … whose length is the dimension `size`."""
     return [
         node.outputs[0]
         for node in graph
@@ -127,9 +127,9 @@ def _after_past(graph: ir.Graph) -> list[ir.Value]:
 
 
 def _only_compared(positions: Iterable[ir.Value]) -> bool:
-    """Whether `positions` are used in comparisons with each other and nowhere else.
+    """Whether `positions` are used only in comparisons with each other.
 
-    A constant may be added before: the same number less on both sides changes no comparison.
+    Constants may be added before: subtracting a number on both sides changes no comparison.
     """
     shifted = dict.fromkeys(positions)
     waiting, comparisons = list(shifted), []
@@ -152,7 +152,7 @@ def _only_compared(positions: Iterable[ir.Value]) -> bool:
 
 
 def _from_the_end(graph: ir.Graph, size: str) -> ir.Value | None:
-    """1 - n, …, -1, 0 for the n of an input's dimension `size`, at the beginning of the graph."""
+    """1 - n, …, -1, 0, where n is the dimension `size` of an input, at the start of the graph."""
     import onnx_ir as ir
 
     source = next((v for v in graph.inputs if v.name == _COUNTED[size]), None)
@@ -162,7 +162,7 @@ def _from_the_end(graph: ir.Graph, size: str) -> ir.Value | None:
     axis = shared_constant(graph, "positions.axis", np.array(0, np.int64))
     shape = ir.node("Shape", [source], attributes={"start": 1, "end": 2})
     ones = ir.node("ConstantOfShape", [shape.outputs[0]], attributes={"value": minus_one})
-    # Exclusive and from behind: the last position has none after it.
+    # Exclusive and reverse: the last position has none after it.
     numbers = {"exclusive": 1, "reverse": 1}
     counted = ir.node("CumSum", [ones.outputs[0], axis], attributes=numbers)
     begin = graph[0]
@@ -180,7 +180,7 @@ def _dimension(value: ir.Value) -> str | None:
 
 
 def _reads(value: ir.Value | None, size: str) -> bool:
-    """Whether `value` is the size of that name: of an input's axis, as a scalar."""
+    """Whether `value` is the size with that name, of an input's axis, as a scalar."""
     squeeze = None if value is None else value.producer()
     if squeeze is None or squeeze.op_type not in ("Squeeze", "Reshape"):
         return False
@@ -195,7 +195,7 @@ def _reads(value: ir.Value | None, size: str) -> bool:
 
 
 def _is_constant(value: ir.Value | None, number: int | None = None) -> bool:
-    """Whether `value` is a constant, of one `number` where that is given."""
+    """Whether `value` is a constant, with only the value `number` if that is given."""
     if value is None or value.const_value is None or value.is_graph_input():
         return False
     return number is None or bool((constant_of(value) == number).all())

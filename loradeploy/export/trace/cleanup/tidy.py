@@ -1,4 +1,4 @@
-"""A freshly traced graph made small, readable and the same from run to run."""
+"""Optimize a traced graph, and name its parts readably and the same in every export."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ if TYPE_CHECKING:
 _KEPT: Final = ("Gemm", "MatMul")
 _NUMBER: Final = re.compile(r"(_\d+)+$")
 
-# Shape constants are joined, so that what they feed can be; weights never are: an adapter merged
-# into one of two equal weights must not change the other.
+# Equal constants of up to this size, such as shapes, are joined, so that their users can be too.
+# Weights are not: an adapter merged into one of two equal weights must not change the other.
 _JOINED_ELEMENTS: Final = 8
-# The rows of an encoder-decoder's source.
+# The symbol for the batch of an encoder-decoder's source.
 _SOURCES: Final = "source_batch"
 
 
 def tidy(model: ir.Model, *, prefix: str) -> ir.Model:
-    """Optimize `model` in place and name its parts after the checkpoint's; returns it.
+    """Optimize `model` in place, name its parts after the checkpoint's, and return it.
 
-    `prefix` is the module path of the traced model inside the traced wrapper. Metadata other than
-    the module paths is dropped: stack traces hold the paths of the machine that exported.
+    `prefix`: the module path of the model inside the traced wrapper. Metadata other than the module
+    paths is removed: stack traces have file paths of the exporting machine.
     """
     _optimize(model)
     compute_bfloat16_in_float32(model.graph)
@@ -58,10 +58,10 @@ def tidy(model: ir.Model, *, prefix: str) -> ir.Model:
 
 
 def _optimize(model: ir.Model) -> None:
-    """torch.onnx's own optimization, with common subexpressions joined first.
+    """Apply torch.onnx's optimization, after eliminating common subexpressions.
 
-    The rewrite rules cost the most, node by node: joining before them makes it 5 times cheaper.
-    Folding again after them is what lets the rotary embedding be recognized.
+    The rewrite rules take the most time, for each node: elimination before them makes them 5 times
+    cheaper. Folding again after them is needed to recognize rotary embeddings.
     """
     from onnx_ir.passes import common
     from onnxscript.optimizer import fold_constants
@@ -78,7 +78,7 @@ def _optimize(model: ir.Model) -> None:
     common.RemoveUnusedNodesPass()(model)
 
     def fold() -> None:
-        # A product with a constant input is a linear layer all the same: adapters must reach it.
+        # Products of constants are linear layers too, which adapters may change: not folded.
         fold_constants(model, should_fold=lambda node: False if node.op_type in _KEPT else None)
 
     for _ in range(2):
@@ -98,10 +98,10 @@ def _optimize(model: ir.Model) -> None:
 
 
 def _rewrite(model: ir.Model) -> None:
-    """Apply onnxscript's rules, each only at nodes of the operator that it begins with.
+    """Apply onnxscript's rules, each only at nodes of its output's operator.
 
-    A rule of several outputs lists the whole graph at each node before it compares the node's
-    operator: a quarter of the time of an export of thirty layers.
+    A rule with several outputs lists the whole graph at each node before it compares the node's
+    operator, which took a quarter of the time of an export of thirty layers.
     """
     from onnxscript import rewriter
 
@@ -133,7 +133,7 @@ def _drop_metadata(model: ir.Model, prefix: str) -> None:
         node.doc_string = None
         if scopes:
             paths = [_without(prefix, s) for s in ast.literal_eval(scopes) if s != prefix]
-            # The last one is the operator's, numbered as torch traced it: see `_number_names`.
+            # The last one is the operator's, with torch's number: see `_number_names`.
             node.metadata_props[NAME_SCOPES] = str([*paths[:-1], _NUMBER.sub("", paths[-1])])
         for value in node.outputs:
             value.metadata_props.clear()
@@ -142,9 +142,9 @@ def _drop_metadata(model: ir.Model, prefix: str) -> None:
 
 
 def name_dimensions(model: ir.Model) -> None:
-    """Call an exporter's symbols (s26, batch_size, …) what they are.
+    """Rename an exporter's symbols (s26, batch_size, …) after their meaning (batch, …).
 
-    A sum of past and sequence is `total`.
+    A sum of past and sequence becomes `total`.
     """
     _rename_symbols(model.graph, _symbols(model.graph))
 
@@ -176,8 +176,8 @@ def _symbols(graph: ir.Graph) -> Mapping[str, str]:
         past_name(0, f"{CROSS}key"): ("batch", None, "source"),
         PIXEL_VALUES: ("batch",),
     }
-    # An encoder-decoder's mask is of its source, which has as many tokens. The rows of its halves
-    # are counted apart while sizes are folded, so that neither reads the other's inputs.
+    # An encoder-decoder's mask is that of its source. The batches of its halves have separate
+    # symbols while sizes are folded, so that neither half uses the other's inputs.
     if any(value.name == DECODER_INPUT_IDS for value in graph.inputs):
         known[ATTENTION_MASK] = known[INPUT_IDS] = (_SOURCES, "sequence")
         known[INPUT_FEATURES] = (_SOURCES,)
@@ -193,7 +193,7 @@ def _symbols(graph: ir.Graph) -> Mapping[str, str]:
 
 
 def _name_initializers(model: ir.Model, prefix: str) -> None:
-    """Name each weight after the module that uses it; folding has left numbers for names."""
+    """Name each weight after the module that uses it, because folding replaced names by numbers."""
     graph = model.graph
     for value in list(graph.initializers.values()):
         name = _without(prefix, str(value.name))
@@ -208,10 +208,10 @@ def _name_initializers(model: ir.Model, prefix: str) -> None:
 
 
 def _number_names(graph: ir.Graph) -> None:
-    """Number nodes, and values that they give, by operator in the order of the graph.
+    """Number nodes and their outputs by operator, in the order of the graph.
 
-    torch numbers what it traces and drops too, unevenly from layer to layer. A trace of all layers
-    and one of the first layers (repeat.py) give the same names so.
+    torch also numbers nodes that it removes, unevenly between layers. With new numbers, a trace of
+    all layers and one of the first layers (repeat.py) have the same names.
     """
     kept = {str(value.name) for value in (*graph.inputs, *graph.outputs)}
     kept |= {str(name) for name in graph.initializers}
