@@ -221,7 +221,7 @@ def test_where_a_program_cannot_be_changed_the_model_is_traced_whole(
             one.setattr(where, name, broken)
             program, _, _ = module._program(model, kind)
         assert program is made[DEPTH][0], why
-        (message,) = [text for text in caplog.messages if text.startswith("traced whole: ")]
+        (message,) = [text for text in caplog.messages if text.startswith("tracing all layers: ")]
         assert why in message
         assert alike_layers(model) == before, "the model is as it was"
     assert set(made) == {repeat.TRACED, DEPTH}
