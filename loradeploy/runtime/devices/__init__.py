@@ -1,1 +1,1 @@
-"""Devices: ONNX Runtime's execution providers, what is known of each, and how they are started."""
+"""Devices: ONNX Runtime's execution providers, their known properties, and how to start them."""

@@ -1,4 +1,4 @@
-"""What a container lets this process have: the limits of its control groups, version 1 or 2."""
+"""Resource limits of this process's container, from control groups of version 1 or 2."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 _MOUNT: Final = "sys/fs/cgroup"
-# Processor time, and the period that it is of; "max", or -1, where there is no limit.
+# Files with the processor time and its period; "max" or -1 if there is no limit.
 _CORES: Final = (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us"))
-# The limit, what is used of it, and what memory.stat calls the pages of files.
+# Files with the limit and the usage, and the names of file pages in memory.stat.
 _MEMORY: Final = (
     ("memory.max", "memory.current", ("inactive_file", "active_file")),
     (
@@ -20,9 +20,9 @@ _MEMORY: Final = (
 
 
 def cores(root: Path) -> float | None:
-    """The processors that this process may use, None without a limit.
+    """The number of processors that this process may use; None without a limit.
 
-    `root`: the directory that paths of the machine start from.
+    `root`: the root directory of the machine's files.
     """
     found = []
     for group in _groups(root, "cpu"):
@@ -38,10 +38,10 @@ def cores(root: Path) -> float | None:
 
 
 def free_memory(root: Path) -> int | None:
-    """The bytes that this process may still take, None without a limit; `root` as in `cores`.
+    """The bytes that this process can still allocate; None without a limit. `root`: see `cores`.
 
-    Pages of files, such as those of a graph's weights, count as used, but the system takes them
-    back for whoever needs memory.
+    Pages of files, such as a graph's weights, are counted as used, but the system reclaims them if
+    memory is needed.
     """
     found = []
     for group in _groups(root, "memory"):
@@ -56,7 +56,7 @@ def free_memory(root: Path) -> int | None:
 
 
 def _statistics(group: Path, names: tuple[str, ...]) -> int:
-    """The sum of these lines of memory.stat; 0 where there are none."""
+    """The sum of the entries `names` of memory.stat; 0 if there are none."""
     try:
         lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()
     except (OSError, ValueError):
@@ -66,9 +66,9 @@ def _statistics(group: Path, names: tuple[str, ...]) -> int:
 
 
 def _groups(root: Path, controller: str) -> list[Path]:
-    """Where the files of this process's groups are: its own, and those around it.
+    """The directories of this process's control group and its parents.
 
-    A container sees its own group as the outermost one, under whatever name proc has for it.
+    A container sees its own group as the root, under whatever name proc has for it.
     """
     own = {"": "", controller: ""}  # by hierarchy; version 2 has one, without a name
     try:

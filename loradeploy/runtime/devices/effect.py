@@ -1,10 +1,10 @@
-"""Whether a device computes what the CPU does, adapters included: a probe before anything else.
+"""Check that a device computes the same as the CPU, adapters included, before it is used.
 
-A provider may leave inputs out, take kernels that are wrong, or compute in fewer bits than the
-bundle has, and answers all the same. So a session on one that is not known to be right runs the
-graph with and without a random adapter, on the device and on the CPU, and compares: the device's
-error must be small beside what the adapter changes. The probe touches every side input; its length
-is past the tiles of attention kernels, and a decoder takes one step with its cache.
+A provider may ignore inputs, have incorrect kernels, or compute at a lower precision than the
+bundle, without an error. Therefore, a session on a provider that is not known to be correct runs
+the graph with and without a random adapter, on the device and on the CPU. The error of the device
+must be small relative to the adapter's effect. The random adapter changes every side input; the
+input is longer than the tiles of attention kernels, and a decoder runs one step with its cache.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ if TYPE_CHECKING:
 
     from loradeploy.bundle.manifest import Manifest
 
-PROBE: Final = "the probe of a device"  # a name in the bank, while the session is opened
+PROBE: Final = "the probe of a device"  # its name in the bank, while the session is opened
 _RANK: Final = 2
 _TOKENS: Final = 40
-# Of B: beside weights of 1 / √in it changes a layer's output by a tenth or so.
+# Standard deviation of B: with weights of 1 / √in, it changes a layer's output by about a tenth.
 _SIZE: Final = 0.05
-# The largest error of the device in parts of the adapter's effect. fp32 kernels differ by 1e-5 of
-# it, a device that computes in bf16 by 0.05 and more. With packed weights the CPU rounds
-# activations to 8 bits and other providers do not, which is a fifth of the effect. An adapter that
-# is ignored is 1.
+# The maximum error of the device relative to the adapter's effect. fp32 kernels differ by 1e-5 of
+# it, a device that computes in bf16 by 0.05 and more. With packed weights, the CPU rounds
+# activations to 8 bits and other providers do not, which is a fifth of the effect. If the adapter
+# is ignored, the error is 1.
 _LIMIT, _FP16_LIMIT, _PACKED_LIMIT = 0.02, 0.1, 0.5
 
 
 class Runs(Protocol):
-    """What is asked of a session."""
+    """The methods of a session that are used here."""
 
     def hold(self, adapters: Any) -> AbstractContextManager[Any]:
         """See `AdapterSession.hold`."""
@@ -53,9 +53,9 @@ class Runs(Protocol):
 def probe(
     manifest: Manifest, defaults: Mapping[str, NDArray[Any]]
 ) -> dict[str, NDArray[np.floating[Any]]]:
-    """A random adapter [1, …] that changes every layer that adapters can change.
+    """A random adapter [1, …] that changes every layer that an adapter can change.
 
-    `defaults`: what the base has where adapters replace whole parameters, by side input.
+    `defaults`: the base's values of parameters that adapters replace, by side input.
     """
     random = np.random.default_rng(0)
     dtype = np.dtype(manifest.factor_dtype)
@@ -82,9 +82,9 @@ def check_effect(
     config: Mapping[str, Any],
     row: KnownProvider,
 ) -> None:
-    """Compare `device` with `host`, two sessions on one bundle which have `PROBE` as an adapter.
+    """Compare `device` with `host`, two sessions on one bundle that have the adapter `PROBE`.
 
-    `config`: the model's, for the sizes of its inputs. `row`: what is known of the provider.
+    `config`: the model's, for the sizes of its inputs. `row`: the known properties of the provider.
 
     Raises:
         DeviceError: the device computes something else, or cannot run the graph.
@@ -114,7 +114,7 @@ def check_effect(
 def _outputs(
     session: Runs, manifest: Manifest, config: Mapping[str, Any]
 ) -> dict[str, list[NDArray[Any]]]:
-    """What the base and the probe give: at prefill, and of decoders for one more token."""
+    """The outputs of the base and of the probe: of a prefill, for decoders also of one step."""
     sample = Sample(manifest.inputs, config)
     longest = context_length(config) or _TOKENS + 1
     feeds = sample.feeds(sequence=min(_TOKENS, longest - 1))
@@ -123,7 +123,7 @@ def _outputs(
     wanted = [spec.name for spec in manifest.outputs if not spec.name.startswith(PRESENT)]
     sides: dict[str, Any] = {"base": None}
     if manifest.side_inputs():
-        # The first row is the base again, where there is another for the probe.
+        # The first row is the base, if the probe has another row.
         sides["adapter"] = [PROBE] if batch == 1 else [None] + [PROBE] * (batch - 1)
     found = {}
     for name, adapters in sides.items():
@@ -134,7 +134,7 @@ def _outputs(
 
 
 def _cache_grows(manifest: Manifest) -> bool:
-    """Whether the graph is a decoder's whose shapes are open."""
+    """Whether the graph is a decoder with dynamic shapes."""
     shapes = [s.shape for s in manifest.inputs if s.name.startswith(PAST)]
     ids = [s.shape for s in manifest.inputs if s.name == INPUT_IDS]
     return bool(shapes and ids) and not any(
@@ -150,7 +150,7 @@ def _steps(
     wanted: list[str],
     decodes: bool,
 ) -> list[NDArray[Any]]:
-    """The outputs `wanted` of `feeds`, and of one token more where a decoder's cache can grow."""
+    """The outputs `wanted` of `feeds`, and of one more token if a decoder's cache can grow."""
     if not decodes:
         return [_joined(held.run(wanted, feeds))]
     ids = feeds[INPUT_IDS]

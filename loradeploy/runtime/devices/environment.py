@@ -1,4 +1,4 @@
-"""What is installed and what runs here, and the problems that are known."""
+"""Examine the installed packages and the machine for known problems."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ _PACKAGES: Final = (
 
 
 def examine(root: Path | None = None) -> list[Finding]:
-    """Examine this Python, its packages, onnxruntime's providers, and the known problems.
+    """Examine this Python, its packages, onnxruntime's providers, and known problems.
 
-    `root`: the directory that paths of the machine, such as dev/nvidiactl, start from.
+    `root`: the root directory of the machine's files, such as dev/nvidiactl.
     """
     root = machine_root() if root is None else root
     versions = {name: _version(name) for name in _PACKAGES}
@@ -56,7 +56,7 @@ def _version(name: str) -> str | None:
 
 
 def _too_old() -> list[Finding]:
-    """Packages that are there, older than loradeploy asks for."""
+    """Installed packages that are older than loradeploy requires."""
     try:
         required = importlib.metadata.requires("loradeploy") or []
     except importlib.metadata.PackageNotFoundError:  # run from a source tree
@@ -76,12 +76,12 @@ def _too_old() -> list[Finding]:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version, as many as compare."""
+    """The first numbers of a version, for comparisons."""
     return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3])
 
 
 def _one_onnxruntime() -> Finding:
-    """Whether one distribution of ONNX Runtime is installed, and the files there are its own."""
+    """Whether exactly one distribution of ONNX Runtime is installed, with its own files."""
     name = "one onnxruntime"
     found = [package for package in PACKAGES if _version(package) is not None]
     if not found:
@@ -109,7 +109,7 @@ def _one_onnxruntime() -> Finding:
 
 
 def files_package() -> str | None:
-    """Which distribution wrote the files of the onnxruntime that is imported; None if unknown."""
+    """The distribution that wrote the files of the imported onnxruntime; None if unknown."""
     spec = importlib.util.find_spec("onnxruntime")
     for place in spec.submodule_search_locations or () if spec is not None else ():
         file = Path(place) / "capi" / "build_and_package_info.py"
@@ -121,7 +121,7 @@ def files_package() -> str | None:
 
 
 def _asking_for(package: str) -> list[str]:
-    """The installed distributions that require `package` itself, whatever the machine."""
+    """The installed distributions that require `package` on any machine."""
     found = set()
     for distribution in importlib.metadata.distributions():
         for line in distribution.requires or ():
@@ -133,7 +133,7 @@ def _asking_for(package: str) -> list[str]:
 
 
 def _onnxruntime(torch: str | None, root: Path) -> list[Finding]:
-    """The onnxruntime that is imported, and which of its providers start."""
+    """Whether onnxruntime can be imported, and which of its providers start."""
     try:
         import onnxruntime
     except ImportError as problem:
@@ -159,12 +159,12 @@ def _onnxruntime(torch: str | None, root: Path) -> list[Finding]:
 
 
 def _one_cuda(torch: str | None, root: Path) -> list[Finding]:
-    """torch and onnxruntime in one process share CUDA libraries, of one major version."""
+    """Whether torch and onnxruntime, which share CUDA libraries, use the same major version."""
     build = re.search(r"\+(cpu|cu(\d+)\d)$", torch or "")
     theirs = build[2] if build else None
     try:
         from onnxruntime.capi.build_and_package_info import cuda_version
-    except ImportError:  # a build without CUDA, or of another layout
+    except ImportError:  # a build without CUDA, or with another layout
         return []
     ours = str(cuda_version).partition(".")[0]
     if build and build[1] == "cpu" and has_nvidia_device(root):
@@ -226,7 +226,7 @@ def _threads(root: Path) -> Finding:
 
 
 def _model_cache() -> Finding:
-    """Where Hugging Face ids are looked up, and whether they can be fetched."""
+    """The directory of downloaded models, and whether models can be downloaded."""
     name = "model cache"
     default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface"
     home = Path(os.environ.get("HF_HOME", default)).expanduser()

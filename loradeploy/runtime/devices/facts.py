@@ -1,4 +1,4 @@
-"""Which provider and device run a session, as a certificate names them."""
+"""The provider and the device that run a session, as recorded in certificates."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from loradeploy.runtime.devices.table import BY_NAME, CPU, known
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-# Options that change numbers, of whatever provider has them; `precision` and `load_config` are
-# OpenVINO's.
+# Options of any provider that change results; `precision` and `load_config` are OpenVINO's.
 NUMERIC_OPTIONS: Final = frozenset(
     {
         "use_tf32",
@@ -40,7 +39,7 @@ _PROCESSORS: Final = Path("/proc/cpuinfo")
 
 
 def facts_of(session: onnxruntime.InferenceSession) -> ProviderFacts:
-    """The provider that runs `session`, those behind it, its device and its options."""
+    """The provider that runs `session`, its fallback providers, its device and its options."""
     chain = tuple(session.get_providers())
     options = session.get_provider_options().get(chain[0], {})
     there = [device for device in _input_devices(session) if device.ep_name == chain[0]]
@@ -48,17 +47,17 @@ def facts_of(session: onnxruntime.InferenceSession) -> ProviderFacts:
 
 
 def facts_of_chain(chain: Sequence[tuple[str, Mapping[str, Any]]]) -> ProviderFacts:
-    """Those of a session that would be opened with the providers `chain`, as `resolve` gives it."""
+    """The facts of a session that is opened with the providers `chain`, as from `resolve`."""
     names = [name for name, _ in chain]
     names += [] if CPU in names else [CPU]
     return _facts(tuple(names), chain[0][1], [])
 
 
 def label_of(chain: Sequence[str], options: Mapping[str, Any]) -> str:
-    """The command line's name of the first provider in `chain`, ONNX Runtime's names.
+    """The command line's name of the first provider in `chain`, which has ONNX Runtime's names.
 
-    A short name brings the providers behind it, so it stands for a chain that has them. The number
-    of a device other than the first follows behind a colon.
+    A short name implies fallback providers, so it is used only for a chain that contains them. A
+    device number other than 0 follows after a colon.
     """
     first = chain[0]
     row = known(first)
@@ -69,7 +68,7 @@ def label_of(chain: Sequence[str], options: Mapping[str, Any]) -> str:
 
 
 def _number(provider: str, options: Mapping[str, Any]) -> int:
-    """The number of the device that the options of `provider` choose."""
+    """The device number in the options of `provider`."""
     number = str(options.get(known(provider).device_option or "", 0))
     return int(number) if number.isdecimal() else 0
 
@@ -97,16 +96,16 @@ def _all_devices() -> Iterable[Any]:
 
 
 def _input_devices(session: onnxruntime.InferenceSession) -> list[Any]:
-    """The devices that the session's inputs are on; none where onnxruntime reports none."""
-    devices = getattr(session, "get_input_epdevices", list)  # before 1.24 there is none
+    """The devices of the session's inputs; empty if onnxruntime does not report them."""
+    devices = getattr(session, "get_input_epdevices", list)  # onnxruntime 1.24 or later
     try:
         return [device for device in devices() if device is not None]
-    except Exception:  # onnxruntime's, which share no base: a fact that is missing is no failure
+    except Exception:  # onnxruntime's errors have no common base; the device is optional
         return []
 
 
 def device_facts(hardware: Any) -> Device:
-    """The device of one of onnxruntime's `OrtHardwareDevice`s."""
+    """The device described by onnxruntime's `OrtHardwareDevice`."""
     kind = hardware.type.name
     return Device(
         kind=kind,
@@ -118,7 +117,7 @@ def device_facts(hardware: Any) -> Device:
 
 
 def _name(kind: str, vendor: int, metadata: Mapping[str, str]) -> str | None:
-    """The model's name: Windows' description, the processor's, or that of NVIDIA's driver."""
+    """The device's model name, from Windows, /proc/cpuinfo, or NVIDIA's driver."""
     if described := metadata.get("Description"):
         return described
     if kind == "CPU":
@@ -127,7 +126,7 @@ def _name(kind: str, vendor: int, metadata: Mapping[str, str]) -> str | None:
 
 
 def _nvidia_name(bus: str | None) -> str | None:
-    """The name of the card at the PCI address `bus`; without an address, if all have one name."""
+    """The name of the GPU at the PCI address `bus`; without an address, if all have one name."""
     names = {}
     for file in _NVIDIA.glob("*/information"):
         for line in _lines(file):
@@ -139,7 +138,7 @@ def _nvidia_name(bus: str | None) -> str | None:
 
 
 def processor() -> str:
-    """The processor's model, which Linux has in a file."""
+    """The processor's model name, on Linux from /proc/cpuinfo."""
     for line in _lines(_PROCESSORS):
         if line.startswith("model name"):
             return line.partition(":")[2].strip()

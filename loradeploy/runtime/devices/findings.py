@@ -1,4 +1,4 @@
-"""The execution providers of this machine: installed, with which devices, and what is missing."""
+"""Examine this machine's execution providers: installed, their devices, and what is missing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from loradeploy.runtime.devices.table import CPU, KNOWN, KnownProvider, Plugin
 
 Status = Literal["ok", "note", "problem"]
 
-# Where a driver of NVIDIA shows: on Linux, in Windows' subsystem for Linux, and on Windows.
+# Files that show NVIDIA's driver: on Linux, in Windows' subsystem for Linux, and on Windows.
 _NVIDIA: Final = (
     "dev/nvidiactl",
     "usr/lib/wsl/lib/libcuda.so.1",
@@ -31,7 +31,7 @@ _CUDA_LIBRARIES: Final = (
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was examined. `advice` is what to do about a note or a problem."""
+    """The result of one check. `advice`: how to solve a note or a problem."""
 
     name: str
     status: Status
@@ -40,17 +40,17 @@ class Finding:
 
 
 def machine_root() -> Path:
-    """The directory that paths of the machine start from."""
+    """The root directory of the machine's files."""
     return Path(Path.cwd().anchor)
 
 
 def has_nvidia_device(root: Path) -> bool:
-    """Whether a driver of NVIDIA is loaded; `root` is the machine's."""
+    """Whether NVIDIA's driver is loaded; `root` is the machine's root directory."""
     return any((root / place).exists() for place in _NVIDIA)
 
 
 def provider_findings(root: Path) -> list[Finding]:
-    """A finding for each provider that is built in or installed, and one for all others."""
+    """Findings for each provider that is built in or installed, and one for all others."""
     import onnxruntime
 
     built_in = set(onnxruntime.get_available_providers()) - plugin_devices().keys()
@@ -58,7 +58,7 @@ def provider_findings(root: Path) -> list[Finding]:
     for row in KNOWN:
         if row.full in built_in:
             if row.device == "cuda" and row.name != "cuda" and not has_nvidia_device(root):
-                continue  # what is said of CUDA is enough
+                continue  # the finding for CUDA is sufficient
             findings.append(_built_in(row, root))
         elif row.plugin is not None and is_installed(row.plugin):
             findings.append(_plugin(row, row.plugin))
@@ -89,7 +89,7 @@ def _finding(row: KnownProvider, status: Status, detail: str, advice: str = "") 
 
 
 def _built_in(row: KnownProvider, root: Path) -> Finding:
-    """Whether a provider starts: it is listed wherever it is compiled in."""
+    """Whether a built-in provider starts; onnxruntime lists it even without a device."""
     cuda = row.device == "cuda"
     if cuda and not has_nvidia_device(root):
         return _finding(
@@ -110,7 +110,7 @@ def _built_in(row: KnownProvider, root: Path) -> Finding:
 
 
 def _plugin(row: KnownProvider, plugin: Plugin) -> Finding:
-    """Whether an installed plugin finds a device that starts."""
+    """Whether an installed plugin finds a device on which it starts."""
     installed = f"{plugin.package} {_version(plugin)}"
     needs = f"it needs {row.needs}"
     try:
@@ -147,6 +147,6 @@ def _built_in_devices(row: KnownProvider) -> list[Any]:
 
 
 def _listed(devices: Sequence[Any]) -> str:
-    """on 0: GPU NVIDIA H200; nothing where onnxruntime lists no device."""
+    """For example " on 0: GPU NVIDIA H200"; empty if onnxruntime lists no device."""
     named = [f"{number}: {device_facts(d.device)}" for number, d in enumerate(devices)]
     return f" on {listed_names(named)}" if named else ""

@@ -1,7 +1,7 @@
-"""Providers whose library comes apart from ONNX Runtime: registering it, and choosing its devices.
+"""Plugin providers, whose library is not part of ONNX Runtime: register it, choose devices.
 
-ONNX Runtime does not start such a provider by its name: it takes the devices that the library
-found, in a session's options. Which providers start is tried before the options are changed.
+ONNX Runtime does not start such a provider by its name: the devices that the library found must be
+added to a session's options. Providers are tried before the options are changed.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 logger = logger_of(__name__)
 
-# In a session's options: the providers that were put there, so that they open a second session.
+# Session option with the providers that were added, so that it can be reused for another session.
 _CHOSEN: Final = "loradeploy.providers"
-_LIBRARY: Final = "library_path"  # what the metadata of a plugin's device has
+_LIBRARY: Final = "library_path"  # in the metadata of a plugin's device
 _registering: Final = threading.Lock()
 
 
 def plugin_devices() -> dict[str, list[Any]]:
-    """The devices of providers that come from registered libraries, by ONNX Runtime's name."""
+    """The devices of registered libraries' providers, by ONNX Runtime's provider name."""
     import onnxruntime
 
     found: dict[str, list[Any]] = {}
@@ -43,15 +43,15 @@ def plugin_devices() -> dict[str, list[Any]]:
 
 
 def is_installed(plugin: Plugin) -> bool:
-    """Whether the package of a plugin is there."""
+    """Whether the plugin's package is installed."""
     return importlib.util.find_spec(plugin.module) is not None
 
 
 def register(full: str, plugin: Plugin) -> bool:
-    """Register the library of the provider `full` unless it is; whether it is installed at all.
+    """Register the library of the provider `full`, if it is not; return whether it is installed.
 
     Raises:
-        UsageError: ONNX Runtime does not take the library.
+        UsageError: ONNX Runtime cannot load the library.
     """
     import onnxruntime
 
@@ -76,14 +76,14 @@ def register(full: str, plugin: Plugin) -> bool:
 def add_started(
     options: onnxruntime.SessionOptions, providers: Sequence[tuple[str, Mapping[str, Any]]]
 ) -> list[tuple[str, dict[str, Any]]] | None:
-    """Put the `providers` that start into `options` where one is a plugin, else give them back.
+    """Return the `providers` that start, or add them to `options` if one is a plugin.
 
-    One that does not start is passed over, with a logged warning, where the CPU's provider stands
-    in `providers` too. None: they are in the options, those of an earlier call included.
+    A provider that does not start is skipped with a logged warning if `providers` contains the
+    CPU's too. None means that they are in the options, possibly from an earlier call.
 
     Raises:
-        UsageError: a provider does not start, one cannot stand beside it, or the options have
-            been given other providers before.
+        UsageError: a provider does not start, one cannot be combined with the plugin, or the
+            options have other providers from an earlier call.
     """
     import onnxruntime
 
@@ -113,13 +113,13 @@ def add_started(
     for name, text, device in started:
         if device is not None:
             options.add_provider_for_devices([device], text)
-        elif name != CPU:  # which is there by itself, behind all others
+        elif name != CPU:  # which is always the last fallback
             _add(options, name, text)
     return None
 
 
 def _device(name: str, options: dict[str, str], devices: Mapping[str, Sequence[Any]]) -> Any:
-    """The device that `options` choose, which lose that entry; the first one by default."""
+    """Remove the device number from `options` and return that device; the first by default."""
     found = devices.get(name, ())
     number = int(options.pop(DEVICE_NUMBER, 0))
     if not found:
@@ -134,7 +134,7 @@ def _device(name: str, options: dict[str, str], devices: Mapping[str, Sequence[A
 def _are_chosen(
     options: onnxruntime.SessionOptions, started: Sequence[tuple[str, dict[str, str], Any]]
 ) -> bool:
-    """Whether `options` have these providers from an earlier session; note them otherwise."""
+    """Whether `options` have these providers from an earlier session; otherwise record them."""
     chosen = json.dumps(
         [
             (name, text, None if device is None else sorted(device.ep_metadata.items()))
@@ -159,15 +159,15 @@ def _used_before() -> UsageError:
 
 
 def chosen_before(options: onnxruntime.SessionOptions) -> str | None:
-    """What `add_started` noted in the options when it put providers there; None without that."""
+    """The record of `add_started` in the options; None if it added no providers."""
     try:
         return str(options.get_session_config_entry(_CHOSEN))
-    except RuntimeError:  # its way to say that there is no such entry
+    except RuntimeError:  # raised if there is no such entry
         return None
 
 
 def _add(options: onnxruntime.SessionOptions, name: str, text: Mapping[str, str]) -> None:
-    """Put a provider that ONNX Runtime has built in beside a plugin."""
+    """Add a built-in provider to options with a plugin."""
     try:
         with unlogged():
             options.add_provider(name, text)
@@ -179,7 +179,7 @@ def _add(options: onnxruntime.SessionOptions, name: str, text: Mapping[str, str]
 
 
 def providers_in(options: onnxruntime.SessionOptions) -> list[str]:
-    """The providers that a session with these options has, in order, ONNX Runtime's names.
+    """The providers of a session with these options, in order, by ONNX Runtime's names.
 
     Raises:
         UsageError: one of them does not start.

@@ -1,7 +1,7 @@
-"""Which execution providers a user means, and whether they are there.
+"""Resolve the names of execution providers, and check that they are installed.
 
-A provider is named as on the command line ("cuda", or "cuda:1" for the second device) or as ONNX
-Runtime does ("CUDAExecutionProvider"), alone or with its options: ("cuda", {"device_id": 1}).
+A provider is named as on the command line ("cuda", or "cuda:1" for the second device) or as in ONNX
+Runtime ("CUDAExecutionProvider"), alone or with options: ("cuda", {"device_id": 1}).
 """
 
 from __future__ import annotations
@@ -22,23 +22,24 @@ if TYPE_CHECKING:
 
 logger = logger_of(__name__)
 
-# The name of a provider, alone or with options for it.
+# A provider's name, alone or with options.
 Provider = str | tuple[str, Mapping[str, Any]]
-# As ONNX Runtime takes them.
+# ONNX Runtime's name and options.
 Resolved = tuple[str, dict[str, Any]]
 
-_ON = ("1", "true")  # what ONNX Runtime takes for yes
+_ON = ("1", "true")  # values that ONNX Runtime accepts as true
 
 
 def resolve(providers: Sequence[Provider] | None) -> list[Resolved]:
-    """What ONNX Runtime is to be given for `providers`; the CPU's where there is None.
+    """The names and options for ONNX Runtime; the CPU's if `providers` is None.
 
-    A short name brings those that stand behind it: "tensorrt" is TensorRT, then CUDA. The library
-    of a provider that is a plugin is registered.
+    A short name implies fallback providers: "tensorrt" is TensorRT, then CUDA. The library of a
+    plugin is registered.
 
     Raises:
-        UsageError: no provider, one that is not installed, a device of a provider without any or
-            one that is no number, or an option that captures runs, which a session cannot replay.
+        UsageError: no provider, one that is not installed, a device number that is invalid or for a
+            provider without devices, or an option that captures runs, which a session cannot
+            replay.
     """
     if providers is None:
         return [(CPU, {})]
@@ -88,10 +89,10 @@ def resolve(providers: Sequence[Provider] | None) -> list[Resolved]:
 
 
 def recording(asked: Sequence[Resolved]) -> list[Resolved]:
-    """The providers `asked`, of which the first one records runs.
+    """The providers `asked`, with the first one set to record runs.
 
     Raises:
-        UsageError: it records none, or its options say that it is not to.
+        UsageError: it cannot record runs, or the options set this already.
     """
     (full, options), *others = asked
     row = known(full)
@@ -104,7 +105,7 @@ def recording(asked: Sequence[Resolved]) -> list[Resolved]:
 
 
 def _same_device(options: Mapping[str, Any], option: str | None, other: str) -> dict[str, Any]:
-    """The options that choose for `other` the device that `option` chooses in `options`."""
+    """The options that choose for `other` the same device as `option` in `options`."""
     theirs = known(other).device_option
     if option is None or theirs is None or option not in options:
         return {}
@@ -112,9 +113,9 @@ def _same_device(options: Mapping[str, Any], option: str | None, other: str) -> 
 
 
 def split_device(name: str) -> tuple[str, int | None]:
-    """ONNX Runtime's name of the provider `name`, and the number of a device behind a colon.
+    """ONNX Runtime's name of the provider `name`, and the device number after a colon, if any.
 
-    What is known under neither name stays as it is.
+    An unknown name is returned unchanged.
     """
     short, colon, number = name.partition(":")
     if colon and not number.isdecimal():
@@ -130,22 +131,22 @@ def split_device(name: str) -> tuple[str, int | None]:
 
 
 def full_name(name: str) -> str:
-    """ONNX Runtime's name of a provider, with the number of its device where it has one."""
+    """ONNX Runtime's name of a provider, with its device number if it has one."""
     full, device = split_device(name)
     return full if device is None else f"{full}:{device}"
 
 
 def available() -> list[str]:
-    """The providers that this ONNX Runtime has, those of registered libraries behind its own."""
+    """The providers of this ONNX Runtime, then those of registered libraries."""
     import onnxruntime
 
     return list(dict.fromkeys([*onnxruntime.get_available_providers(), *plugin_devices()]))
 
 
 def check_installed(names: Iterable[str]) -> None:
-    """Raise UsageError unless every provider of `names`, ONNX Runtime's names, is installed.
+    """Raise UsageError unless all providers `names`, by ONNX Runtime's names, are installed.
 
-    The library of a plugin is registered; whether it finds a device is seen when it is started.
+    The library of a plugin is registered. Whether it finds a device is checked when it starts.
     """
     for name in names:
         if name in (present := available()):
@@ -166,7 +167,7 @@ def check_installed(names: Iterable[str]) -> None:
 
 
 def device_of(session: onnxruntime.InferenceSession) -> tuple[str, int]:
-    """Where the session's first provider keeps tensors, in ONNX Runtime's words: device and id."""
+    """The device and its id on which the session's first provider keeps tensors."""
     full = session.get_providers()[0]
     row = known(full)
     if row.device == "cpu":
@@ -176,7 +177,7 @@ def device_of(session: onnxruntime.InferenceSession) -> tuple[str, int]:
 
 
 def needs_cuda(names: Iterable[str]) -> bool:
-    """Whether one of the providers `names`, ONNX Runtime's names, needs the CUDA libraries."""
+    """Whether one of the providers `names`, by ONNX Runtime's names, needs the CUDA libraries."""
     return any(known(name).device == "cuda" for name in names)
 
 

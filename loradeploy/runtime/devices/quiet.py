@@ -1,4 +1,4 @@
-"""onnxruntime's log, while a line of ours says what it would say."""
+"""Suppress messages in onnxruntime's log that loradeploy reports itself."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from loradeploy.printable import logger_of
 
 logger = logger_of(__name__)
 
-# onnxruntime's log severities. Its errors are raised too, and are reported in a line of ours.
+# onnxruntime's log severities. Its errors are also raised, and reported by loradeploy.
 WARNINGS, ERRORS, FATAL = 2, 3, 4
 UNSET: Final = -1
 
 
-# The severity is the process's: it is given back once nobody is within `unlogged` any more.
+# The severity applies to the process: it is restored when no thread is inside `unlogged`.
 _within: Final[list[None]] = []
 _counting: Final = threading.Lock()
 
 
 @contextlib.contextmanager
 def unlogged() -> Iterator[None]:
-    """Without what onnxruntime's own logger says of a provider's library that does not load.
+    """Suppress onnxruntime's messages about provider libraries that cannot be loaded.
 
-    Afterwards it logs warnings, which is its default: it cannot be asked for the severity it had.
+    Afterwards warnings are logged, the default: onnxruntime cannot return the previous severity.
     """
     import onnxruntime
 
@@ -47,5 +47,5 @@ def unlogged() -> Iterator[None]:
 
 
 def severity() -> int:
-    """Of a session: else there is a warning for every side input, and every error comes twice."""
+    """The log severity of a session: no warnings for every side input, and no repeated errors."""
     return ERRORS if logger.isEnabledFor(logging.DEBUG) else FATAL

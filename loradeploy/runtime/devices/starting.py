@@ -1,7 +1,7 @@
-"""Whether an execution provider starts here: it is tried on a graph of one node.
+"""Try whether an execution provider starts, on a graph of one node.
 
-One that is installed may lack a library, a driver or a device. ONNX Runtime answers that in as many
-ways as it has providers: an exception at the opening (TensorRT), a session on the CPU (CUDA).
+An installed provider may lack a library, a driver or a device. ONNX Runtime reports this in
+different ways: an exception when the session is opened (TensorRT), or a session on the CPU (CUDA).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from loradeploy.errors import UsageError, first_line
 from loradeploy.runtime.devices.quiet import FATAL, unlogged
 from loradeploy.runtime.devices.table import known
 
-# y = −x in ONNX, opset 13: a graph that any provider runs, to see which of them start.
+# y = −x in ONNX, opset 13: a graph that any provider can run.
 TINY_GRAPH: Final = (
     b'\x08\x08\x12\x00:2\n\x0b\n\x01x\x12\x01y"\x03Neg\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04'
     b"\n\x02\x08\x01b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\r"
@@ -26,7 +26,7 @@ TINY_GRAPH: Final = (
 def check_starts(name: str, options: Mapping[str, Any], device: Any = None) -> None:
     """Raise UsageError unless the provider `name` starts with `options`.
 
-    `device`: of a plugin, the one that it is to start on.
+    `device`: for a plugin, the device to start on.
     """
     why = why_not(name, options, device)
     if why is None:
@@ -38,7 +38,7 @@ def check_starts(name: str, options: Mapping[str, Any], device: Any = None) -> N
 
 
 def why_not(name: str, options: Mapping[str, Any], device: Any = None) -> str | None:
-    """Why the provider `name` does not start with `options`; None where it does."""
+    """The reason why the provider `name` does not start with `options`; None if it starts."""
     import onnxruntime
 
     tiny = onnxruntime.SessionOptions()
@@ -59,9 +59,9 @@ def why_not(name: str, options: Mapping[str, Any], device: Any = None) -> str | 
 
 
 def missing_library(name: str) -> str | None:
-    """Which library the provider's own library lacks, in the words of the system's loader.
+    """The library that the provider's own library lacks, in a message of the system's loader.
 
-    None where it has all, or ONNX Runtime keeps no library of it in a file apart.
+    None if none is missing, or if the provider has no separate library.
     """
     import onnxruntime
 

@@ -1,8 +1,8 @@
-"""What is known of ONNX Runtime's execution providers: a row of the table for each.
+"""Known properties of ONNX Runtime's execution providers, one row for each.
 
-The command line, sessions, parity, doctor and docs/devices.md read it. What a row claims of graphs
-was tried where `tried` says so. The other rows assume the least: every side input is fed, none of
-rank 0; and a session compares what such a provider computes with the CPU before it serves.
+The command line, sessions, parity, doctor and docs/devices.md use this table. Properties of a row
+were tested where `tried` says so. Other rows assume the least: every side input is fed with a rank
+above 0, and a session compares the provider's results with the CPU's before it is used.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from loradeploy.bundle.proof.provider import CPU as CPU
 from loradeploy.bundle.proof.provider import SUFFIX
 
 CUDA: Final = f"CUDA{SUFFIX}"
-# Of a plugin: which of its devices, in the order of `onnxruntime.get_ep_devices`.
+# Option of plugins: the number of a device, in the order of `onnxruntime.get_ep_devices`.
 DEVICE_NUMBER: Final = "device_number"
 SOFTWARE_ADAPTER: Final = "ORT_WEBGPU_EP_ALLOW_SOFTWARE_ADAPTER"
-# OpenVINO's configuration by device, in JSON.
+# OpenVINO's configuration for each device, as JSON.
 _OPENVINO_FP32: Final = (
     '{"CPU":{"INFERENCE_PRECISION_HINT":"f32"},"GPU":{"INFERENCE_PRECISION_HINT":"f32"}}'
 )
@@ -26,10 +26,10 @@ _OPENVINO_FP32: Final = (
 
 @dataclass(frozen=True)
 class Plugin:
-    """A provider's library that comes in a package of its own, beside ONNX Runtime.
+    """A provider's library that is in a separate package, not in ONNX Runtime.
 
-    `package`: the distribution. `module`: its Python module, whose get_library_path() tells where
-    the library is.
+    `package`: the distribution. `module`: its Python module, whose get_library_path() returns the
+    path of the library.
     """
 
     package: str
@@ -38,9 +38,9 @@ class Plugin:
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that a provider does wrong, in these `versions` of its package or of ONNX Runtime.
+    """A fault of a provider in these `versions` of its package or of ONNX Runtime.
 
-    `handled`: what loradeploy does about it.
+    `handled`: how loradeploy handles it.
     """
 
     versions: str
@@ -52,25 +52,24 @@ class Fault:
 class KnownProvider:
     """An execution provider.
 
-    `name`: that of the command line. `full`: ONNX Runtime's.
-    `builds`: the distributions of ONNX Runtime that have it built in. `plugin`: where it comes from
-    otherwise.
-    `needs`: the device that it runs on, and what must be installed for that.
-    `device`: the memory that it keeps tensors in, in ONNX Runtime's words; factors and caches live
-    there.
-    `device_option`: its option for the number of a device; None where it has none.
-    `options`: what it is given where the user gives nothing else.
-    `before`: the providers, by name, that take over the operators which it has no kernels for.
-    `takes_defaults`: whether it runs graphs whose inputs have defaults. Where it does not, the
-    graph is opened without them.
-    `takes_rank_zero`: whether a product over a rank of 0 is zeros there.
-    `cpu_operators`: those whose kernels there are wrong; they are kept on the CPU by the option
-    `cpu_nodes_option`, which takes the names of nodes, a line each.
+    `name`: its name on the command line. `full`: ONNX Runtime's name.
+    `builds`: distributions of ONNX Runtime that contain it. `plugin`: its package otherwise.
+    `needs`: the device that it runs on, and what must be installed for it.
+    `device`: the memory in which it keeps tensors, in ONNX Runtime's terms; factors and caches are
+    placed there.
+    `device_option`: its option for a device number; None if it has none.
+    `options`: default options, which the user may override.
+    `before`: fallback providers, by name, for operators that it has no kernels for.
+    `takes_defaults`: whether it runs graphs whose inputs have defaults. Otherwise the graph is
+    opened without them.
+    `takes_rank_zero`: whether a product over a rank of 0 is zeros.
+    `cpu_operators`: operators with incorrect kernels. They are kept on the CPU by the option
+    `cpu_nodes_option`, which takes one node name per line.
     `captures`: its option that records a run and replays it on the same addresses, or None.
-    `recording`: the options that `capture_graphs` sets: it records each run under the number that
-    the run has in `gpu_graph_id`. Empty where a session records nothing.
-    `like_cpu`: whether its numbers are taken for the CPU's without a comparison at the opening.
-    `tried`: on what loradeploy's tests and measurements ran it; empty where nothing did.
+    `recording`: the options that `capture_graphs` sets, to record each run under its number
+    `gpu_graph_id`. Empty if a session cannot record runs.
+    `like_cpu`: whether its results are trusted without a comparison when a session is opened.
+    `tried`: what loradeploy's tests and measurements ran it on; empty for nothing.
     """
 
     name: str
@@ -94,7 +93,7 @@ class KnownProvider:
 
     @property
     def feeds_all(self) -> bool:
-        """Whether every side input is fed at each run, those that an adapter lacks too."""
+        """Whether every side input is fed at each run, even those that an adapter lacks."""
         return not (self.takes_defaults and self.takes_rank_zero)
 
 
@@ -168,7 +167,7 @@ KNOWN: Final = (
         plugin=Plugin("onnxruntime-ep-webgpu", "onnxruntime_ep_webgpu"),
         device="webgpu",
         captures="enableGraphCapture",
-        # Whole numbers that stay on the CPU would keep a graph from being captured.
+        # Integers on the CPU would prevent a graph from being captured.
         recording={"enableGraphCapture": "1", "enableInt64": "1"},
         takes_defaults=True,
         cpu_operators=("And", "Or", "Xor"),
@@ -205,7 +204,7 @@ KNOWN: Final = (
         builds=("onnxruntime-openvino",),
         plugin=Plugin("onnxruntime-ep-openvino", "onnxruntime_ep_openvino"),
         device_option=DEVICE_NUMBER,
-        # The plugin takes this option alone, and leaves others out with a line in the log.
+        # The plugin only accepts this option, and ignores others with a line in the log.
         options={"load_config": _OPENVINO_FP32},
         tried="a CPU, by hand, fp32",
         faults=(
@@ -251,7 +250,7 @@ KNOWN: Final = (
 )
 BY_NAME: Final = {provider.name: provider for provider in KNOWN}
 BY_FULL_NAME: Final = {provider.full: provider for provider in KNOWN}
-# Distributions of ONNX Runtime, which write the same files. Those for ROCm end at 1.22.
+# Distributions of ONNX Runtime, which install the same files. Those for ROCm end at 1.22.
 PACKAGES: Final = (
     *dict.fromkeys(build for provider in KNOWN for build in provider.builds),
     "onnxruntime-rocm",
@@ -259,7 +258,7 @@ PACKAGES: Final = (
 
 
 def known(full: str) -> KnownProvider:
-    """The row of a provider by ONNX Runtime's name; of one that is not in the table, the least."""
+    """The row of a provider by ONNX Runtime's name; a row with the least assumptions if unknown."""
     name, _, _ = full.partition(".")  # OpenVINO's meta-devices: OpenVINOExecutionProvider.AUTO
     row = BY_FULL_NAME.get(name)
     return row or KnownProvider(full, full, "see https://onnxruntime.ai/docs/execution-providers")
