@@ -43,19 +43,18 @@ def main() -> None:
     report = ld.parity(
         bundle,
         model=arguments.model,
-        backends=["onnx-side-inputs"],  # what is served; all of them without this line
+        backends=["onnx-side-inputs"],  # the one used for serving; without this line, all backends
         prompts=[arguments.query],
     )
     print(f"parity {'passed' if report.passed else 'FAILED'}")
 
     embed = ld.TextEmbedder(ld.AdapterSession(bundle))
-    # Held-out queries would tell more than those that were trained on.
+    # Use held-out queries in practice; these were trained on.
     for name in (None, "search"):
-        scores = (
-            embed(queries, name) @ embed(documents, name).T
-        )  # cosines: the vectors have length 1
+        # Cosines, since the vectors have length 1.
+        scores = embed(queries, name) @ embed(documents, name).T
         own = np.diag(scores)[:, None]
-        ranks = (scores > own).sum(axis=1) + 1  # of each query's own document
+        ranks = (scores > own).sum(axis=1) + 1  # the rank of each query's positive
         label = name or "base"
         print(f"{label}: recall@1 {(ranks == 1).mean():.3f}, MRR {(1 / ranks).mean():.3f}")
 

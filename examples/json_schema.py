@@ -32,10 +32,10 @@ SCHEMA = {
 
 
 class JsonText:
-    """The tokens that may follow in a JSON text of a schema; one for each row."""
+    """Computes the allowed next tokens of a JSON text with a schema; one object for each row."""
 
     def __init__(self, words: llguidance.LLTokenizer, schema: dict[str, Any]) -> None:
-        # Without spaces of its own a model cannot go on with spaces forever.
+        # Without flexible whitespace, a model cannot generate spaces forever.
         options = {"whitespace_flexible": False}
         grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=options)
         self._matcher = llguidance.LLMatcher(words, grammar)
@@ -45,12 +45,12 @@ class JsonText:
         self._made: tuple[int, ...] = ()
 
     def __call__(self, made: tuple[int, ...]) -> np.ndarray:
-        """Of the tokens `made` so far to a mask, bool [vocabulary]."""
+        """Return the mask of allowed tokens, bool [vocabulary], after the tokens `made`."""
         if made[: len(self._made)] != self._made:  # another beam
             self._matcher.reset()
             self._made = ()
         if not self._matcher.consume_tokens(list(made[len(self._made) :])):
-            raise ValueError(f"this is no such JSON: {self._matcher.get_error()}")
+            raise ValueError(f"the text does not match the schema: {self._matcher.get_error()}")
         self._made = made
         llguidance.numpy.fill_next_token_bitmask(self._matcher, self._bits)
         return np.unpackbits(self._bits.view(np.uint8), bitorder="little").astype(bool)

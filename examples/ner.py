@@ -33,14 +33,14 @@ def main() -> None:
         max_steps=arguments.steps,
         learning_rate=arguments.learning_rate,
     )
-    print(f"tags right: {trained.accuracy_before:.2f} → {trained.accuracy_after:.2f}")
+    print(f"tag accuracy: {trained.accuracy_before:.2f} → {trained.accuracy_after:.2f}")
 
     ld.export(arguments.model, bundle, adapters={"ner": adapter})
-    # Held-out data would tell more than the data that was trained on.
+    # Use held-out data in practice; this is the training data.
     report = ld.parity(
         bundle,
         model=arguments.model,
-        backends=["onnx-side-inputs"],  # what is served; all of them without this line
+        backends=["onnx-side-inputs"],  # the one used for serving; without this line, all backends
         prompts=[arguments.text],
         evaluate=arguments.data,
     )

@@ -34,19 +34,19 @@ def main() -> None:
         arguments.data,
         adapter,
         task="sequence-classification",
-        problem_type="multi-label",  # of one label: a sigmoid for each pair
+        problem_type="multi-label",  # with a single label: a sigmoid for each pair
         max_steps=arguments.steps,
         learning_rate=arguments.learning_rate,
     )
-    print(f"pairs right: {trained.accuracy_before:.2f} → {trained.accuracy_after:.2f}")
+    print(f"pair accuracy: {trained.accuracy_before:.2f} → {trained.accuracy_after:.2f}")
 
     ld.export(arguments.model, bundle, adapters={"relevance": adapter})
     report = ld.parity(
         bundle,
         model=arguments.model,
-        backends=["onnx-side-inputs"],  # what is served; all of them without this line
+        backends=["onnx-side-inputs"],  # the one used for serving; without this line, all backends
         prompts=[(arguments.query, document) for document in documents[:8]],
-        evaluate=arguments.data,  # held-out data would tell more
+        evaluate=arguments.data,  # use held-out data in practice
     )
     print(f"parity {'passed' if report.passed else 'FAILED'}")
     for score in report.scores:

@@ -38,17 +38,17 @@ def main() -> None:
     print(f"loss: {trained.loss_before:.2f} → {trained.loss_after:.2f}")
 
     ld.export(arguments.model, bundle, adapters={"clinic": adapter})
-    # Held-out data would tell more than the data that was trained on.
+    # Use held-out data in practice; this is the training data.
     report = ld.parity(
         bundle,
         model=arguments.model,
-        backends=["onnx-side-inputs"],  # what is served; all of them without this line
+        backends=["onnx-side-inputs"],  # the one used for serving; without this line, all backends
         evaluate=arguments.data,
     )
     print(f"parity {'passed' if report.passed else 'FAILED'}")
     for score in report.scores:
-        whose = score.adapter or "base"
-        print(f"{score.metric} of {whose}: {score.value:.2f}, PyTorch {score.reference:.2f}")
+        name = score.adapter or "base"
+        print(f"{score.metric} of {name}: {score.value:.2f}, PyTorch {score.reference:.2f}")
 
     recognizer = ld.SpeechRecognizer(ld.AdapterSession(bundle))
     sounds = [arguments.audio] * 2

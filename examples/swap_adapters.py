@@ -19,7 +19,7 @@ import tokenizers
 
 
 def empty_cache(session: onnxruntime.InferenceSession) -> dict[str, Any]:
-    """The cache before the first token: no positions, for one row."""
+    """Return an empty cache for one row."""
     return {
         i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32)
         for i in session.get_inputs()
@@ -35,7 +35,7 @@ def generate(
     max_new_tokens: int,
     stop: set[int],
 ) -> list[int]:
-    """Greedy tokens after `prompt`, with `adapter` active or, where it is None, of the base."""
+    """Generate tokens greedily after `prompt`, with `adapter` active, or None for the base."""
     options = onnxruntime.RunOptions()
     if adapter is not None:
         options.add_active_adapter(adapter)
@@ -66,7 +66,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # a warning per side input at load otherwise
+    options.log_severity_level = 3  # hides one warning per side input when the model is loaded
     session = onnxruntime.InferenceSession(
         arguments.bundle / "model.onnx", options, providers=["CPUExecutionProvider"]
     )

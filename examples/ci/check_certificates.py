@@ -12,13 +12,13 @@ from pathlib import Path
 
 
 def bundles_of(files: list[str]) -> list[Path]:
-    """The bundles that contain the files, at any depth."""
+    """Return the bundles that contain the files, at any depth."""
     folders = {folder for file in files for folder in Path(file).parents}
     return sorted(folder for folder in folders if (folder / "loradeploy.json").is_file())
 
 
 def fault(bundle: Path) -> str | None:
-    """Why the bundle has no valid certificate; None if it has one."""
+    """Return why the bundle has no valid certificate; None if it has one."""
     command = [sys.executable, "-m", "loradeploy", "inspect", str(bundle), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -30,8 +30,8 @@ def fault(bundle: Path) -> str | None:
 
 
 def main(files: list[str]) -> int:
-    """Print why each bundle that is not certified is not."""
-    faults = [said for said in map(fault, bundles_of(files)) if said is not None]
+    """Print the fault of every bundle without a valid certificate."""
+    faults = [found for found in map(fault, bundles_of(files)) if found is not None]
     print(*faults, sep="\n", end="\n" if faults else "")
     return 1 if faults else 0
 

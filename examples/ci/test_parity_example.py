@@ -22,7 +22,7 @@ def test_the_bundle_computes_what_pytorch_computes(assert_parity: AssertParity) 
 
 
 def test_the_service_computes_what_the_bundle_computes(assert_parity: AssertParity) -> None:
-    """A function of feeds is a model too: here plain onnxruntime, as a service may use it."""
+    """A model can also be a function of feeds: here plain onnxruntime, as a service may use it."""
     session = onnxruntime.InferenceSession(
         os.fspath(Path(BUNDLE) / "model.onnx"), providers=["CPUExecutionProvider"]
     )

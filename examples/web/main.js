@@ -1,8 +1,8 @@
-// The page: loads the bundle, and streams the answer of the adapter that is picked.
+// The page: loads the bundle, and streams the text generated with the selected adapter.
 //
 // ?bundle=URL loads another bundle, ?backend=webgpu runs it on the GPU.
 const at = (id) => document.getElementById(id);
-const wanted = new URLSearchParams(location.search);
+const parameters = new URLSearchParams(location.search);
 let model;
 let stopping;
 
@@ -17,8 +17,8 @@ async function open() {
   const begin = performance.now();
   try {
     const { load } = await client();
-    model = await load(wanted.get("bundle") ?? "bundle/", {
-      backend: wanted.get("backend") ?? "wasm",
+    model = await load(parameters.get("bundle") ?? "bundle/", {
+      backend: parameters.get("backend") ?? "wasm",
       onProgress: showProgress,
     });
     if (model.task !== "causal-lm") throw new Error(`this bundle is for ${model.task}, the page needs a language model`);
@@ -37,7 +37,7 @@ async function open() {
   at("prompt").focus();
 }
 
-/** The client's module. Imported here, so that the page can say what is missing. */
+/** The client's module. It is imported here so that the page can report a missing package. */
 async function client() {
   try {
     return await import("loradeploy-client");
@@ -57,7 +57,7 @@ async function answer(event) {
   const begin = performance.now();
   let first;
   try {
-    // What is on the screen has to be painted before a run takes the thread.
+    // Let the browser paint before a run blocks the thread.
     await new Promise((resume) => setTimeout(resume));
     const { tokenIds, finishReason } = await model.generate({
       prompt: at("prompt").value,
@@ -70,7 +70,7 @@ async function answer(event) {
         at("answer").textContent += text;
       },
     });
-    const ended = finishReason === "stop" ? "it ended by itself" : "the most tokens were reached";
+    const ended = finishReason === "stop" ? "the text is complete" : "the maximum number of tokens was reached";
     at("figures").textContent =
       `${name || "Base model"}: ${tokenIds.length} tokens in ${seconds(begin)} s` +
       `${first ? `, the first text after ${first} s` : ""}; ${ended}.`;

@@ -1,4 +1,4 @@
-// Serves this page, the client beside it and a bundle to browsers on this machine:
+// Serves this page, the client and a bundle to browsers on this machine:
 //
 //     node examples/web/serve.mjs BUNDLE [PORT]
 import { createReadStream } from "node:fs";
@@ -13,7 +13,7 @@ if (!bundle) {
   console.error("give a bundle of `loradeploy export --required-inputs`: node serve.mjs BUNDLE [PORT]");
   process.exit(2);
 }
-// What a path begins with, and the directory that it stands for.
+// Path prefixes, and the directories that they are served from.
 const ROOTS = [
   ["/bundle/", resolve(bundle)],
   ["/client/", resolve(here, "../clients/js")],
@@ -30,12 +30,12 @@ const TYPES = {
 const HEADERS = {
   "Cache-Control": "no-cache",
   "X-Content-Type-Options": "nosniff",
-  // These two give the page SharedArrayBuffer, by which onnxruntime uses several threads.
+  // These two enable SharedArrayBuffer, which onnxruntime needs to use several threads.
   "Cross-Origin-Opener-Policy": "same-origin",
   "Cross-Origin-Embedder-Policy": "require-corp",
 };
 
-/** The file that a URL's path stands for; null where it leads out of its directory. */
+/** The file of a URL's path; null if it is outside of the served directory. */
 function fileOf(path) {
   const [prefix, directory] = ROOTS.find(([begin]) => path.startsWith(begin));
   const file = join(directory, path === "/" ? "index.html" : path.slice(prefix.length));

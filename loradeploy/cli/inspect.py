@@ -46,13 +46,13 @@ def command(path: str, as_json: bool) -> None:
 
 
 def _filled(rows: list[Facts]) -> list[Facts]:
-    """`rows` with every field that one of them has: some are left out where nothing is known."""
+    """Return `rows` with the same fields: a row has no field for what is unknown."""
     names = dict.fromkeys(name for row in rows for name in row)
     return [{name: row.get(name, "") for name in names} for row in rows]
 
 
 def _alike(rows: list[Facts]) -> list[Facts]:
-    """`rows`, with those that differ only in a layer's index joined and counted."""
+    """Return `rows`, with those that differ only in a layer's index joined and counted."""
     groups: dict[tuple[Any, ...], list[Facts]] = {}
     for row in rows:
         groups.setdefault(tuple(_cell(value) for value in row.values()), []).append(row)

@@ -1,4 +1,4 @@
-"""The command line: one verb, one module, imported when the verb is called.
+"""The command line: one module per command, imported when the command is called.
 
 Exit status:
 
@@ -137,12 +137,12 @@ def _terminable() -> Iterator[None]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit with a status of the list above."""
+    """Run the command line and exit with one of the statuses listed above."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     # Accepted before and after the command; arguments after -- are text.
     end = given.index("--") if "--" in given else len(given)
     options = [argument for argument in given[:end] if argument != "--debug"]
-    # What is frozen is not searched for cycles while Python ends, a second after an export.
+    # Frozen objects are not searched for cycles at exit, which takes a second after an export.
     atexit.register(gc.freeze)
     with _terminable():
         try:
@@ -170,7 +170,7 @@ def _run(given: list[str], *, debug: bool) -> int:
         hint = f": see {context.command_path} --help" if context is not None else ""
         return _say(f"Error: {problem.format_message().rstrip('.')}{hint}", REFUSED)
     except click.Abort as problem:
-        # click makes one of any EOFError, as if a prompt had been left: this program has none.
+        # click converts every EOFError to Abort, as if a prompt was aborted; there are no prompts.
         if isinstance(problem.__cause__, EOFError):
             return _report(problem.__cause__, given, debug=debug)
         return _say("interrupted", INTERRUPTED)

@@ -17,7 +17,7 @@ from loradeploy.runtime.devices.table import KNOWN
 if TYPE_CHECKING:
     from loradeploy.parity.report.results import ParityReport
 
-# Options of both forms, and of the one with --against; all others need a bundle and PyTorch.
+# Options of both kinds of comparison, and of --against only. All others need a bundle and PyTorch.
 _BOTH: Final = {"bundle", "reports", "seed", "baseline", "providers", "as_json"}
 _COMPARED: Final = {"reference", "inputs", "cases", "tolerances"}
 _WIDTH: Final = 160  # columns of the table without a terminal
@@ -159,20 +159,20 @@ DASHED_PHASES: Final = tuple(phase.replace(" ", "-") for phase in ALL_PHASES)
 @click.option(
     "--controls",
     is_flag=True,
-    help="Make mistakes on purpose as well, and fail unless the check catches each of them.",
+    help="Also run negative controls (deliberate mistakes), and fail unless each is caught.",
 )
 @click.option(
     "--shrink/--no-shrink",
     default=True,
     show_default=True,
-    help="Where a backend fails, find the smallest input that still fails.",
+    help="If a backend fails, find the smallest input that still fails.",
 )
 @click.option(
     "--evaluate",
     multiple=True,
     metavar="[NAME=]DATA",
     help="Compare the task metrics (accuracy, F1, RMSE, perplexity) on this held-out data, in any"
-    " form of training data; with NAME=, only for that adapter. Repeat for more.",
+    " format of training data; with NAME=, only for that adapter. Repeat for more.",
 )
 @click.option(
     "--examples",
@@ -221,7 +221,7 @@ def command(
     trust_remote_code: bool,
     as_json: bool,
 ) -> int:
-    """Compare every way to run BUNDLE with PyTorch. Exit with 0 if all agree, else with 1.
+    """Compare all backends that can run BUNDLE with PyTorch. Exit with 0 if all agree, else with 1.
 
     The verdict is also written into the bundle, as parity.json.
 
@@ -276,7 +276,7 @@ def command(
 
 
 def _refuse_mixture(context: click.Context, *, compared: bool) -> None:
-    """Raise UsageError for an option of one form that is given with the other."""
+    """Raise UsageError for an option that does not fit the kind of comparison."""
     flags = {
         parameter.name: parameter.opts[0]
         for parameter in context.command.params
@@ -296,7 +296,7 @@ def _refuse_mixture(context: click.Context, *, compared: bool) -> None:
 
 
 def _limits(text: str | None) -> str | dict[str, float] | None:
-    """A precision, or limits by metric."""
+    """Return a precision, or limits by metric."""
     if text is None or "=" not in text:
         return text
     pairs = (pair.partition("=") for pair in text.split(","))

@@ -226,7 +226,7 @@ def command(
 
 @dataclass(frozen=True)
 class Printer:
-    """Results on standard output. `one`: of a single prompt, whose text may have line breaks."""
+    """Prints results on stdout. `one`: for a single prompt, whose text may have line breaks."""
 
     as_json: bool
     one: bool
@@ -253,7 +253,7 @@ _TASKS: Final[Mapping[str, Callable[..., None]]] = {
 
 
 def _runner(session: AdapterSession) -> tuple[Callable[..., None], str]:
-    """What runs a bundle, and what it is for."""
+    """Return the function that runs a bundle and prints the results, and the bundle's task."""
     task = session.manifest.task
     if task not in _TASKS:
         pair = "ImageTextGenerator with the bundle of the decoder, or "
@@ -270,7 +270,7 @@ def _runner(session: AdapterSession) -> tuple[Callable[..., None], str]:
 
 
 def _load(session: AdapterSession, asked: Sequence[AdapterSpec | None]) -> list[AdapterSpec | None]:
-    """What is asked for in names of the session: paths are loaded, in blends too."""
+    """Return the requested adapters by name in the session; paths are loaded, in blends too."""
     given = dict.fromkeys(
         adapter
         for spec in asked
@@ -289,10 +289,10 @@ def _load(session: AdapterSession, asked: Sequence[AdapterSpec | None]) -> list[
 
 
 def _name(session: AdapterSession, adapter: str, given: Collection[str]) -> str:
-    """The session's name for a name or a path: the directory's, unless it may mean another.
+    """Return the session's name of an adapter that is given as a name or a path, and load a path.
 
-    `given`: all names and paths that are asked for. One of them is a directory's last part where
-    another directory has that name.
+    The name of a path is its last part; if that is ambiguous, it is the path. `given`: all names
+    and paths that are requested.
     """
     if adapter in session.adapters:
         return adapter
@@ -310,7 +310,7 @@ def _name(session: AdapterSession, adapter: str, given: Collection[str]) -> str:
 
 
 def _read(name: str, adapter: str | None) -> list[InputPrompt]:
-    """The prompts in the file `name`, or on the standard input where that is "-"."""
+    """Read the prompts in the file `name`, or from standard input if it is "-"."""
     from loradeploy.runtime.prompts import parse_requests, read_requests
 
     if name == "-":

@@ -25,7 +25,7 @@ from loradeploy.serve.settings import ServeLimits
 if TYPE_CHECKING:
     from loradeploy.serve.opening import ServiceSpec
 
-# What `make demo` writes.
+# The bundle that `make demo` writes.
 _DEMO: Final = Path("build/demo/bundle")
 _MIB: Final = 1 << 20
 _LIMITS: Final = {
@@ -210,7 +210,7 @@ def command(
 
 
 def _named(given: str) -> tuple[str, str]:
-    """The name and the path of an adapter."""
+    """Return the name and the path of an adapter."""
     name, path = named_directory(given)
     return name, str(path)
 

@@ -17,8 +17,8 @@ from loradeploy.train.config import CHOICES, TrainConfig
 from loradeploy.train.config_file import PATHS
 
 _TYPES: Final = {"int": int, "float": float}  # others are strings, which TrainConfig parses
-_PRINTED: Final = {"learnt": "tokens in the loss"}  # where --json has another name
-# A setting that a help text names: as `max_steps` in Python and YAML, as --max-steps here.
+_PRINTED: Final = {"learnt": "tokens in the loss"}  # labels of fields with other names in --json
+# A setting in a help text: `max_steps` as in Python and YAML, which becomes --max-steps here.
 _SETTING: Final = re.compile(r"`([a-z_]+)`")
 
 

@@ -2,9 +2,9 @@
 //
 //     swap_adapters BUNDLE COUNT TOKEN,TOKEN,…
 //
-// Generates COUNT tokens greedily, with the base and with every adapter: first one after the other,
-// each in ONNX Runtime's own format, then all in one batch, one per row, with side inputs that are
-// stacked by hand. Prints a line of JSON for each.
+// Generates COUNT tokens greedily with the base and with every adapter. First each adapter alone, in
+// ONNX Runtime's own format; then all in one batch, one per row, with side inputs that are stacked
+// manually. Prints a line of JSON for each.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -53,7 +53,7 @@ std::vector<const char*> pointers(const std::vector<std::string>& names) {
   return result;
 }
 
-// -- side inputs by hand ------------------------------------------------------------------------
+// -- manual side inputs -------------------------------------------------------------------------
 
 struct Array {
   Shape shape;  // [1, size] or [1, rows, columns]
@@ -61,8 +61,9 @@ struct Array {
 };
 using Arrays = std::map<std::string, Array>;
 
-// A safetensors file: the header's length in 8 bytes, the header as JSON, then the numbers. Here
-// the header is as `loradeploy` writes it; int64 entries choose slots and branches, see below.
+// Reads a safetensors file: the length of the header in 8 bytes, the header as JSON, then the data.
+// Supports headers as `loradeploy` writes them. int64 entries (slots and branches) are skipped;
+// `mixed` sets them.
 Arrays side_inputs(const fs::path& file) {
   std::ifstream stream(file, std::ios::binary);
   uint64_t length = 0;
@@ -86,7 +87,7 @@ Arrays side_inputs(const fs::path& file) {
   return arrays;
 }
 
-// The rows' arrays of one side input in their order, padded with zeros to one rank.
+// Stacks the rows' arrays of one side input, padded with zeros to the largest rank.
 Ort::Value stacked(const std::string& name, const std::vector<Arrays>& rows) {
   Shape shape = rows[0].at(name).shape;
   for (const Arrays& row : rows)
@@ -105,9 +106,9 @@ Ort::Value stacked(const std::string& name, const std::vector<Arrays>& rows) {
   return tensor(values, shape);
 }
 
-// The side inputs of a batch in which row i has its own. `adapter_ids` tells each row's slot,
-// `adapter_mode` takes the branch with adapters; a bundle has them or not. `logits_to_keep` keeps its
-// default: every position gets logits.
+// The side inputs of a batch in which row i has its own adapter. `adapter_ids` is the slot of each row,
+// and `adapter_mode` selects the branch with adapters, if the bundle has these inputs. `logits_to_keep`
+// keeps its default, logits at every position.
 Feeds mixed(const Ort::Session& session, const std::vector<Arrays>& rows) {
   Feeds feeds;
   for (const std::string& name : session.GetOverridableInitializerNames()) {
@@ -127,7 +128,7 @@ Feeds mixed(const Ort::Session& session, const std::vector<Arrays>& rows) {
 
 // -- generation ---------------------------------------------------------------------------------
 
-// `count` tokens after `prompt`, for each of `rows` rows, with `feeds` besides the model's own.
+// Generates `count` tokens after `prompt` in each of `rows` rows; `feeds` are additional inputs.
 std::vector<Tokens> generate(Ort::Session& session, const Tokens& prompt, int64_t rows,
                              size_t count, Feeds feeds, const Ort::RunOptions& options) {
   const std::vector<std::string> outputs = session.GetOutputNames();
@@ -192,7 +193,7 @@ int main(int count, char** words) try {
 
   Ort::Env env(ORT_LOGGING_LEVEL_ERROR, "swap_adapters");
   Ort::SessionOptions session_options;
-  session_options.SetLogSeverityLevel(ORT_LOGGING_LEVEL_ERROR);  // else a warning per side input
+  session_options.SetLogSeverityLevel(ORT_LOGGING_LEVEL_ERROR);  // hides a warning per side input
   Ort::Session session(env, (bundle / "model.onnx").c_str(), session_options);
 
   std::vector<fs::path> adapters;

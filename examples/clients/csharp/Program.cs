@@ -2,9 +2,9 @@
 //
 //     dotnet run -- BUNDLE COUNT TOKEN,TOKEN,…
 //
-// Generates COUNT tokens greedily, with the base and with every adapter: first one after the other,
-// each in ONNX Runtime's own format, then all in one batch, one per row, with side inputs that are
-// stacked by hand. Prints a line of JSON for each.
+// Generates COUNT tokens greedily with the base and with every adapter. First each adapter alone, in
+// ONNX Runtime's own format; then all in one batch, one per row, with side inputs that are stacked
+// manually. Prints a line of JSON for each.
 using System;
 using System.Collections.Generic;
 using System.IO;
@@ -22,8 +22,8 @@ static class Program
         public float[] Values;
     }
 
-    // A safetensors file: the header's length in 8 bytes, the header as JSON, then the numbers.
-    // int64 entries choose slots and branches: see Mixed.
+    // Reads a safetensors file: the length of the header in 8 bytes, the header as JSON, then the data.
+    // int64 entries (slots and branches) are skipped; Mixed sets them.
     static Dictionary<string, Array> SideInputs(string file)
     {
         byte[] bytes = File.ReadAllBytes(file);
@@ -50,7 +50,7 @@ static class Program
         return list.EnumerateArray().Select(number => number.GetInt64()).ToArray();
     }
 
-    // The rows' arrays of one side input in their order, padded with zeros to one rank.
+    // Stacks the rows' arrays of one side input, padded with zeros to the largest rank.
     static OrtValue Stacked(Array[] rows)
     {
         long[] shape = rows[0].Shape.Select((_, axis) => rows.Max(row => row.Shape[axis])).ToArray();
@@ -66,9 +66,9 @@ static class Program
         return OrtValue.CreateTensorValueFromMemory(values, shape);
     }
 
-    // The side inputs of a batch in which row i has its own. `adapter_ids` tells each row's slot,
-    // `adapter_mode` takes the branch with adapters; a bundle has them or not. `logits_to_keep` keeps
-    // its default: every position gets logits.
+    // The side inputs of a batch in which row i has its own adapter. `adapter_ids` is the slot of each
+    // row, and `adapter_mode` selects the branch with adapters, if the bundle has these inputs.
+    // `logits_to_keep` keeps its default, logits at every position.
     static Dictionary<string, OrtValue> Mixed(InferenceSession session, Dictionary<string, Array>[] rows)
     {
         var feeds = new Dictionary<string, OrtValue>();
@@ -90,7 +90,7 @@ static class Program
         return OrtValue.CreateTensorValueFromMemory(values, shape);
     }
 
-    // `count` tokens after `prompt`, for each of `rows` rows, with `feeds` besides the model's own.
+    // Generates `count` tokens after `prompt` in each of `rows` rows; `feeds` are additional inputs.
     static List<long>[] Generate(
         InferenceSession session, long[] prompt, int rows, int count, Dictionary<string, OrtValue> feeds,
         RunOptions options)

@@ -1,4 +1,4 @@
-/** Where a bundle or an adapter is: a directory or file in Node, a URL anywhere. */
+/** The location of a bundle or an adapter: a directory or file in Node, a URL anywhere. */
 export type Place = string | URL;
 
 export interface LoadOptions {
@@ -7,7 +7,7 @@ export interface LoadOptions {
    * "wasm" in a browser.
    */
   backend?: "node" | "wasm" | "webgpu";
-  /** Called while a file is fetched from a URL; `total` is NaN where the server does not say. */
+  /** Called while a file is fetched from a URL; `total` is NaN if the size is unknown. */
   onProgress?: (progress: { file: string; loaded: number; total: number }) => void;
 }
 
@@ -21,27 +21,30 @@ export interface Message {
 export type Prompt = string | Message[] | number[];
 
 /**
- * The name of an adapter, or a blend of several, { name: weight }: the sum of their updates, each times its
- * weight. null is the base model.
+ * The name of an adapter, or a blend { name: weight }: the weighted sum of the adapters' updates. null is the
+ * base model.
  */
 export type AdapterSpec = string | { [name: string]: number } | null;
 
 export interface GenerateSettings {
-  /** 32 by default; a text ends earlier at the model's last position. */
+  /** Maximum number of generated tokens, 32 by default; limited by the model's positions. */
   maxNewTokens?: number;
-  /** 0, the default, takes the likeliest token each time. */
+  /** Sampling temperature; 0, the default, is greedy decoding. */
   temperature?: number;
-  /** Sample from so many of the likeliest tokens; 0 is all. By default that of generation_config.json. */
+  /** Sample from this many most likely tokens; 0 is all. Default: the value in generation_config.json. */
   topK?: number;
-  /** Sample from the likeliest tokens up to this probability. By default that of generation_config.json. */
+  /**
+   * Sample from the smallest set of most likely tokens with this total probability. Default: the value in
+   * generation_config.json.
+   */
   topP?: number;
-  /** The same seed gives the same text, in any batch. Not that of Python's generator. */
+  /** The same seed gives the same text, in any batch, but not the same as in Python. */
   seed?: number;
-  /** Take a text for a user's message, and apply the chat template. */
+  /** Apply the chat template: a text is a user message. */
   chat?: boolean;
-  /** Called with each piece of text once it is complete, and the number of its prompt. */
+  /** Called with each piece of text as it is generated, and the index of its prompt. */
   onToken?: (text: string, row: number) => void;
-  /** Stops the generation: the promise is rejected with the signal's reason. */
+  /** Aborts the generation; the promise is rejected with the signal's reason. */
   signal?: AbortSignal;
 }
 
@@ -49,36 +52,36 @@ export interface Answer {
   text: string;
   /** Without the token that ended the text. */
   tokenIds: number[];
-  /** "stop" where a token ended the text, "length" at `maxNewTokens` or the model's last position. */
+  /** "stop" if a token ended the text, "length" at `maxNewTokens` or the model's last position. */
   finishReason: "stop" | "length";
   adapter: AdapterSpec;
   promptTokens: number;
 }
 
 export interface Classification {
-  /** Of each label. */
+  /** One for each label. */
   logits: Float32Array;
   adapter: AdapterSpec;
 }
 
 export interface Token {
   id: number;
-  /** As the vocabulary has it. */
+  /** The token as in the vocabulary. */
   token: string;
-  /** Of each label. */
+  /** One for each label. */
   logits: Float32Array;
-  /** The likeliest label; null where nothing names the outputs. */
+  /** The most likely label; null if the label names are unknown. */
   label: string | null;
   /** Its probability. */
   score: number;
 }
 
 export interface TokenClassification {
-  /** The tokens of the text, without special ones. */
+  /** The tokens of the text, without special tokens. */
   tokens: Token[];
   /**
-   * The names of the outputs, in their order: those of the adapter, where it came with the bundle and brings a
-   * head, else the base's. null of an adapter with a head that was added.
+   * The label names, in order of the logits: the adapter's, if it is in the bundle and has a head, else the
+   * base's. null for an adapter with a head that was added with `addAdapter`.
    */
   labels: string[] | null;
   adapter: AdapterSpec;
@@ -95,19 +98,19 @@ interface TextsSettings {
   adapter?: AdapterSpec;
 }
 
-/** A bundle that is open. */
+/** An open bundle. */
 export interface Model {
   readonly task: string;
   readonly backend: "node" | "wasm" | "webgpu";
-  /** The names of the adapters: those that came with the bundle, which are read when first used, and others. */
+  /** The names of the adapters: those in the bundle, which are read when first used, and added ones. */
   readonly adapters: string[];
   readonly hasChatTemplate: boolean;
 
   /**
-   * Add an adapter: an .onnx_adapter file, a PEFT directory, or its .safetensors file with
-   * adapter_config.json beside it.
+   * Add an adapter: an .onnx_adapter file, a PEFT directory, or its .safetensors file with an
+   * adapter_config.json in the same directory.
    *
-   * @throws AdapterError - it cannot be read, or does not fit the bundle; every misfit is named.
+   * @throws AdapterError - it cannot be read, or does not fit the bundle; the message lists the problems.
    */
   addAdapter(name: string, place: Place): Promise<void>;
   removeAdapter(name: string): void;
@@ -118,18 +121,18 @@ export interface Model {
     options: GenerateSettings & { prompts: Prompt[]; adapters?: AdapterSpec[]; adapter?: AdapterSpec },
   ): Promise<Answer[]>;
 
-  /** The logits of a text, or of several in one batch, by a sequence classifier. */
+  /** Classify a text, or several in one batch, with a sequence classifier. */
   classify(options: { text: string; adapter?: AdapterSpec }): Promise<Classification>;
   classify(options: { texts: string[]; adapters?: AdapterSpec[]; adapter?: AdapterSpec }): Promise<Classification[]>;
 
-  /** What each token of a text is, or of several in one batch, by a token classifier. */
+  /** Classify the tokens of a text, or of several in one batch, with a token classifier. */
   classifyTokens(options: { text: string; adapter?: AdapterSpec }): Promise<TokenClassification>;
   classifyTokens(options: TextsSettings): Promise<TokenClassification[]>;
 
   /**
-   * The vector of a text, or of several in one batch: pooled as modules.json beside the base has it, else the
-   * mean of its tokens' states, of length 1. Longer texts than the model takes are cut at their end.
-   * `promptName`: the prompt that is put before each text.
+   * Embed a text, or several in one batch: pooled as in the bundle's modules.json, by default the normalized mean
+   * of the tokens' states. Texts that are too long are truncated at the end.
+   * `promptName`: the name of a prompt that is put before each text.
    */
   embed(options: { text: string; adapter?: AdapterSpec; promptName?: string }): Promise<Embedding>;
   embed(options: TextsSettings & { promptName?: string }): Promise<Embedding[]>;
@@ -139,17 +142,17 @@ export interface Model {
 }
 
 /**
- * Open the bundle at `source`, as `loradeploy export --required-inputs` writes it.
+ * Open the bundle at `source`, written by `loradeploy export --required-inputs`.
  *
- * @throws BundleError - it is broken, or this backend cannot run it.
+ * @throws BundleError - it is invalid, or this backend cannot run it.
  */
 export function load(source: Place, options?: LoadOptions): Promise<Model>;
 
-/** An error that this package throws on purpose; its message is one line. */
+/** The base class of all errors of this package; the message is one line. */
 export class LoraDeployError extends Error {}
-/** Options that do not go together, or a value out of its range. */
+/** Options that cannot be combined, or a value out of range. */
 export class UsageError extends LoraDeployError {}
-/** A bundle that is broken, or that the backend cannot run. */
+/** A bundle that is invalid, or that the backend cannot run. */
 export class BundleError extends LoraDeployError {}
 /** An adapter that cannot be read, or does not fit the bundle. */
 export class AdapterError extends LoraDeployError {}

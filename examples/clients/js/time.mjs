@@ -1,7 +1,7 @@
 // Times a bundle in Node: node time.mjs BUNDLE [ADAPTER]
 //
-// Milliseconds to load it, to the first token behind a prompt of 128, and for each further token:
-// medians of 5 rounds in which the base, the adapter and the base once more, as a control, alternate.
+// Prints the milliseconds to load it, to the first token after a prompt of 128 tokens, and for each further
+// token: medians of 5 rounds in which the base, the adapter and the base again, as a control, alternate.
 import { load } from "./index.js";
 
 const [bundle, adapter] = process.argv.slice(2);
@@ -28,7 +28,7 @@ for (let round = 0; round < 6; ++round) {
   for (const [side, name] of Object.entries(sides)) {
     const [first] = await timed(name, 1);
     const [all, count] = await timed(name, 17);
-    if (round) (rounds[side] ??= []).push([first, (all - first) / Math.max(count - 1, 1)]); // one to warm up
+    if (round) (rounds[side] ??= []).push([first, (all - first) / Math.max(count - 1, 1)]); // round 0 warms up
   }
 }
 for (const [side, pairs] of Object.entries(rounds)) {

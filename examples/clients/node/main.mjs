@@ -3,7 +3,7 @@
 //     npm install --ignore-scripts && node main.mjs BUNDLE TOKEN,TOKEN,…
 //
 // (The install script of onnxruntime-node downloads a GPU library; the CPU library is in the package.)
-// Prints, for the base and every adapter, the next token and how far its logits are from the base's.
+// Prints the next token for the base and every adapter, and the largest difference from the base's logits.
 import { existsSync, readFileSync, readdirSync } from "node:fs";
 import { basename, join } from "node:path";
 import * as ort from "onnxruntime-node";
@@ -14,7 +14,7 @@ if (!tokens || !existsSync(join(bundle, "required.onnx"))) {
   process.exit(2);
 }
 
-// How numbers are kept: float16, which Node lacks, as its bits.
+// Tensor types and arrays by dtype; float16, which Node does not have, is stored as its bits.
 const KINDS = {
   F32: ["float32", Float32Array],
   F16: ["float16", Uint16Array],
@@ -29,7 +29,7 @@ function fromHalf(bits) {
   return bits & 0x8000 ? -size : size;
 }
 
-// A safetensors file: the header's length in 8 bytes, the header as JSON, then the numbers.
+// A safetensors file: the length of the header in 8 bytes, the header as JSON, then the tensors' data.
 function sideInputs(file) {
   const bytes = readFileSync(file);
   const length = Number(bytes.readBigUInt64LE(0));

@@ -1,1 +1,1 @@
-"""What `loradeploy run` prints of each task."""
+"""The results that `loradeploy run` prints, by task."""

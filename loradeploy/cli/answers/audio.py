@@ -1,4 +1,4 @@
-"""What `loradeploy run` prints of sounds."""
+"""Transcripts, as `loradeploy run` prints them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from loradeploy.runtime.adapters.resident import AdapterSpec
     from loradeploy.runtime.session import AdapterSession
 
-_OF_TEXTS = ("chat", "score", "n", "stop", "logprobs")
+_TEXT_ONLY = ("chat", "score", "n", "stop", "logprobs")
 
 
 def transcribe(
@@ -30,7 +30,7 @@ def transcribe(
     """Print the transcript of each WAV file; paths are relative to the directory `beside`."""
     from loradeploy.runtime.tasks.speech import SpeechRecognizer
 
-    if refused := [name for name in _OF_TEXTS if name in options]:
+    if refused := [name for name in _TEXT_ONLY if name in options]:
         raise UsageError(f"--{refused[0]}: only for texts, {session.path} takes audio")
     for number, prompt in enumerate(prompts, start=1):
         if not isinstance(prompt, str):

@@ -1,4 +1,4 @@
-"""What `loradeploy run` prints of classifiers, token classifiers and embedders."""
+"""Results of classifiers, token classifiers and embedders, as `loradeploy run` prints them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def classify(
 
 
 def _answer(result: Classification) -> str:
-    """A text's labels with their scores, or its numbers, between tabs."""
+    """Return the labels with their scores, or the numbers, separated by tabs."""
     if result.problem_type == REGRESSION:
         return "\t".join(f"{value:.6g}" for value in result.scores.values())
     scored = (f"{printable(name)}\t{result.scores[name]:.4f}" for name in result.labels)

@@ -1,4 +1,4 @@
-"""The flags of `loradeploy run` that are for decoders alone, and what it prints of them."""
+"""Generated texts, as `loradeploy run` prints them, and its flags that are for generation only."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ _FLAGS: Final = (
 
 
 class Results(Protocol):
-    """What results are printed with."""
+    """Prints results. `one`: whether there is a single prompt."""
 
     as_json: bool
     one: bool
@@ -124,14 +124,14 @@ class Results(Protocol):
 
 
 def generation_flags(command: _Command) -> _Command:
-    """Give `command` the flags of a generation."""
+    """Add the flags of text generation to `command`."""
     for flag in reversed(_FLAGS):
         command = flag(command)
     return command
 
 
 def given_settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that were given, as Python's parameters."""
+    """Return the settings that were given, as parameters of the Python API."""
     given = {name: value for name, value in values.items() if value is not None and value != ()}
     if "stop" in given:
         given["stop"] = list(given["stop"])
@@ -163,7 +163,7 @@ def generate(
     per_prompt: Sequence[Mapping[str, Any]],
     **options: Any,
 ) -> None:
-    """Print what each prompt becomes; as it appears, where it is one text."""
+    """Print the text generated for each prompt; a single text is printed while it is generated."""
     from loradeploy.runtime.tasks.generation import Generation, TextGenerator
 
     if options.pop("score", None):

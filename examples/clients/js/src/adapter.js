@@ -1,4 +1,4 @@
-// An adapter's side inputs, from any of its files, checked against the bundle.
+// Reads an adapter's side inputs from its files, and checks them against the bundle.
 import { AdapterError, listed } from "./errors.js";
 import { cast, computable } from "./floats.js";
 import { readOnnxAdapter } from "./onnx_adapter.js";
@@ -13,8 +13,8 @@ const BASE_DIGEST = "loradeploy.base_digest";
 /**
  * The side inputs of the adapter at `place`, a Map of name → { shape, data } in the graph's dtype.
  *
- * `place`: an .onnx_adapter file, a PEFT directory, or its .safetensors file with the config beside
- * it; a path in Node, a URL anywhere.
+ * `place`: an .onnx_adapter file, a PEFT directory, or its .safetensors file with the config in the
+ * same directory; a path in Node, a URL anywhere.
  */
 export async function readAdapter(place, manifest) {
   if (manifest.sideInputs.size === 0) {
@@ -26,7 +26,7 @@ export async function readAdapter(place, manifest) {
   return readPeft(source, file || WEIGHTS, manifest);
 }
 
-/** The directory of an adapter, in which files for its texts may be; null of an .onnx_adapter file. */
+/** The directory of an adapter, which may have a tokenizer; null for an .onnx_adapter file. */
 export function directoryOf(place) {
   const { directory, file } = split(String(place));
   return file.endsWith(".onnx_adapter") ? null : directory;
@@ -41,7 +41,7 @@ function split(place) {
   return { directory: place.replace(/[/\\]$/, ""), file: "" };
 }
 
-/** The adapter `name` that came with the bundle in `source`. */
+/** The side inputs of the adapter `name` in the bundle `source`. */
 export function readOwnAdapter(source, name, manifest) {
   return readNative(source, `adapters/${encodeName(source, name)}.onnx_adapter`, manifest);
 }
@@ -54,7 +54,7 @@ function encodeName(source, name) {
 async function readNative(source, file, manifest) {
   const where = source.where(file);
   const arrays = readOnnxAdapter(await source.bytes(file, LIMITS.adapter, AdapterError), where, AdapterError);
-  arrays.delete("adapter_mode"); // of the graph that the file was written for
+  arrays.delete("adapter_mode"); // for the graph that the file was written for; `stack` sets it
   return checked(arrays, manifest, where);
 }
 
@@ -78,7 +78,7 @@ async function readPeft(source, file, manifest) {
   return checked(arrays, manifest, where);
 }
 
-/** `arrays`, where they are one slot of side inputs; else one AdapterError with every misfit. */
+/** Return `arrays` if they are one slot of side inputs, else throw an AdapterError with all problems. */
 function checked(arrays, manifest, where) {
   const problems = [];
   const ranks = new Map();

@@ -1,10 +1,10 @@
-// onnxruntime's packages for JavaScript: which one runs a bundle, and how it is opened.
+// The backends: onnxruntime's packages for JavaScript, and how each opens a bundle.
 import { BundleError, UsageError } from "./errors.js";
 import { nodeNames } from "./onnx.js";
 import { LIMITS } from "./source.js";
 
-// `leastRank`: WebGPU's MatMul takes no factors of rank 0. `onDevice`: the KV cache stays there.
-// `check`: throws where the backend cannot run the bundle, and returns the operators that stay on the CPU.
+// `leastRank`: 1 for WebGPU, whose MatMul does not support rank 0. `onDevice`: the KV cache stays on the device.
+// `check`: throws if the backend cannot run the bundle, and returns the operators that must run on the CPU.
 const BACKENDS = {
   node: { import: () => import("onnxruntime-node"), package: "onnxruntime-node", provider: "cpu", leastRank: 0 },
   wasm: { import: () => import("onnxruntime-web/wasm"), package: "onnxruntime-web", provider: "wasm", leastRank: 0 },
@@ -18,13 +18,13 @@ const BACKENDS = {
   },
 };
 
-// Kernels of onnxruntime-web 1.30 that give wrong numbers. Once And has joined a row with a column, in any
-// open session of the page, it is wrong for other shapes, and with it the masks of batches.
+// Kernels of onnxruntime-web 1.30 with wrong results. After an And of a row and a column, in any open session
+// of the page, And is wrong for other shapes, such as the masks of batches.
 const WRONG = ["And", "Or", "Xor"];
-// From 32 tokens on, on SwiftShader, a GPU in software; not known of GPUs.
+// Wrong from 32 tokens on, on SwiftShader, a software GPU; not known on hardware GPUs.
 const WRONG_ON_SWIFTSHADER = ["GroupQueryAttention"];
 
-/** Throw BundleError where this browser's GPU cannot run the bundle; the operators that it gets wrong. */
+/** Throw BundleError if this browser's GPU cannot run the bundle; return the operators with wrong kernels. */
 async function checkGpu({ precision }) {
   const gpu = await globalThis.navigator?.gpu?.requestAdapter();
   if (!gpu) throw new BundleError("there is no WebGPU here: use the backend wasm");
@@ -34,17 +34,17 @@ async function checkGpu({ precision }) {
   return gpu.info?.architecture === "swiftshader" ? [...WRONG, ...WRONG_ON_SWIFTSHADER] : WRONG;
 }
 
-/** onnxruntime's option by which the nodes of `operators` stay on the CPU. */
+/** onnxruntime's option that keeps the nodes of `operators` on the CPU. */
 async function keptOnCpu(operators, model, source, graph) {
   const bytes = typeof model === "string" ? await source.bytes(graph, LIMITS.graph, BundleError) : model;
   const names = nodeNames(bytes, operators);
-  return names.length ? { forceCpuNodeNames: names } : {}; // an empty list is refused
+  return names.length ? { forceCpuNodeNames: names } : {}; // onnxruntime refuses an empty list
 }
 
 /**
- * The bundle's graph, opened: `run(feeds, outputs)` takes { type, data, dims } or tensors by name, and
- * `tensors(feeds)` makes tensors of what is fed more than once.
- * Runs are made one after the other, since onnxruntime-web's sessions take one at a time.
+ * Open the bundle's graph. `run(feeds, outputs)` of the result takes { type, data, dims } or tensors by name;
+ * `tensors(feeds)` makes tensors of feeds that are used more than once.
+ * Runs are serialized, since a session of onnxruntime-web allows only one at a time.
  */
 export async function openGraph(source, manifest, name, presents) {
   const backend = Object.hasOwn(BACKENDS, name) ? BACKENDS[name] : null;
@@ -72,7 +72,8 @@ export async function openGraph(source, manifest, name, presents) {
   } catch (problem) {
     throw new BundleError(`${source.where(manifest.graph)} cannot be opened by the backend ${name}: ${problem.message ?? problem}`);
   }
-  // A side input that the session does not list would be dropped, and every adapter be the base.
+  // onnxruntime would drop feeds of side inputs that the session does not list, and every adapter would
+  // give the base's results.
   const choices = [...(manifest.layout === "slots" && manifest.targets.length ? ["adapter_ids"] : []), ...(manifest.branches ? ["adapter_mode"] : [])];
   for (const input of [...manifest.sideInputs.keys(), ...choices]) {
     if (!session.inputNames.includes(input)) {

@@ -1,13 +1,13 @@
-// Rows of tokens as the inputs of a graph.
+// Converts rows of tokens to the inputs of a graph.
 
-/** int64 [rows, columns] of a list of rows. */
+/** A list of rows of equal length as int64 [rows, columns]. */
 export function int64(rows) {
   const data = new BigInt64Array(rows.length * rows[0].length);
   rows.forEach((row, index) => data.set(row.map(BigInt), index * row.length));
   return { type: "int64", data, dims: [rows.length, rows[0].length] };
 }
 
-/** `rows` of tokens padded to one length, and the mask of what is no padding. */
+/** `rows` of tokens padded to the same length, and their attention mask. */
 export function padded(rows, padId, side) {
   const longest = Math.max(...rows.map((row) => row.length));
   const fill = (row, value) => Array(longest - row.length).fill(value);
@@ -18,7 +18,7 @@ export function padded(rows, padId, side) {
   };
 }
 
-/** Which of `rows`, by number, may share a run: all, or without padding those of one length. */
+/** Group `rows`, by index, into batches: all together, or only rows of equal length if `side` is "none". */
 export function together(rows, side) {
   if (side !== "none") return [[...rows.keys()]];
   const lengths = new Map();
@@ -26,7 +26,7 @@ export function together(rows, side) {
   return [...lengths.values()];
 }
 
-/** Each new token's position in its row, by the mask of all tokens; padding takes none. */
+/** The positions of the last `length` tokens, from the mask of all tokens; padding is not counted. */
 export function positionsOf(mask, length) {
   return mask.map((row) => {
     let seen = 0;

@@ -1,8 +1,8 @@
-// Several adapters as one: the sum of their updates, each times its weight.
+// Blends several adapters into one: the weighted sum of their updates.
 import { UsageError } from "./errors.js";
 import { fromHalf, toHalf, zeros } from "./floats.js";
 
-/** What `spec` names, as [name, weight] in the order of the names: a name alone has the weight 1. */
+/** The adapters in `spec` as [name, weight], sorted by name; a name alone has the weight 1. */
 export function membersOf(spec) {
   if (typeof spec === "string") return [[spec, 1]];
   if (typeof spec !== "object" || Array.isArray(spec)) {
@@ -19,9 +19,9 @@ export function membersOf(spec) {
 }
 
 /**
- * Σ weight · adapter: the factors side by side along the rank, the weights in B.
+ * Σ weight · adapter: the factors concatenated along the rank, with the weights in B.
  *
- * `members`: [side inputs, weight] of each, a Map of name → { dtype, shape, data } and a number.
+ * `members`: pairs of side inputs, a Map of name → { dtype, shape, data }, and a weight.
  */
 export function blend(members, manifest) {
   const factors = new Set(manifest.targets.flatMap(({ lora_A, lora_B }) => [lora_A, lora_B]));
@@ -59,7 +59,7 @@ export function blend(members, manifest) {
   return found;
 }
 
-/** `values` times `weight`, rounded once as the graph's dtype is. */
+/** `values` times `weight`, rounded once to the graph's dtype. */
 function scaled(values, weight, dtype) {
   if (dtype !== "float16") return values.map((value) => value * Math.fround(weight));
   const factor = fromHalf(toHalf(weight));

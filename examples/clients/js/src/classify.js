@@ -1,27 +1,26 @@
-// Classifiers of texts and of their tokens, each text with its own adapter.
+// Classifies texts and tokens, each text with its own adapter.
 import { encodeRows } from "./encode.js";
 import { UsageError } from "./errors.js";
 
-/** Throw where the graph of `manifest` is no classifier of texts. */
+/** Throw UsageError unless the bundle is a sequence classifier. */
 export function checkClassifier({ task }) {
   if (task !== "sequence-classification") throw new UsageError(`this bundle is for ${task}: it is no classifier of texts`);
 }
 
-/** Throw where the graph of `manifest` is no classifier of tokens. */
+/** Throw UsageError unless the bundle is a token classifier. */
 export function checkTokenClassifier({ task }) {
   if (task !== "token-classification") throw new UsageError(`this bundle is for ${task}: it is no classifier of tokens`);
 }
 
-/** The logits, a Float32Array for each of `rows`, which are as `generate` takes them. */
+/** The logits, a Float32Array for each of `rows`; rows are the same as for `generate`. */
 export async function classify(graph, manifest, rows, stackOf) {
   return (await encodeRows(graph, manifest, rows, stackOf, "logits")).map(({ data }) => data);
 }
 
 /**
- * For each of `rows` its tokens, special ones left out: { id, token, logits, label, score }.
+ * For each of `rows`, its tokens without special tokens: { id, token, logits, label, score }.
  *
- * A row has `parts`, as wordsOf gives them, and `labels`: the names of the outputs, or null where nothing
- * declares them.
+ * A row has `parts`, the result of `wordsOf`, and `labels`, the label names, or null if they are unknown.
  */
 export async function classifyTokens(graph, manifest, rows, stackOf) {
   const found = await encodeRows(graph, manifest, rows, stackOf, "logits");
@@ -37,7 +36,7 @@ export async function classifyTokens(graph, manifest, rows, stackOf) {
   });
 }
 
-/** The number of the largest of `logits`, and its probability. */
+/** The index of the largest of `logits`, and its probability. */
 function likeliest(logits) {
   const best = logits.indexOf(Math.max(...logits));
   const sum = logits.reduce((total, logit) => total + Math.exp(logit - logits[best]), 0);

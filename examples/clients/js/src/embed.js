@@ -1,7 +1,7 @@
-// Vectors of texts: an encoder's states pooled as sentence-transformers saved it beside the base.
+// Embeds texts: an encoder's states are pooled as described by the bundle's sentence-transformers files.
 //
 //     modules.json                        the modules: Transformer, Pooling, Dropout, Normalize
-//     1_Pooling/config.json               what is taken of the tokens' states
+//     1_Pooling/config.json               the pooling of the tokens' states
 //     sentence_bert_config.json, …        the longest text
 //     config_sentence_transformers.json   prompts by name
 import { encodeRows } from "./encode.js";
@@ -10,7 +10,7 @@ import { LIMITS, parsed } from "./source.js";
 
 const PACKAGE = "sentence_transformers.";
 const ENCODERS = ["bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet"].map((name) => `sentence_${name}_config.json`);
-// The modes of older files, in the order in which they are put together.
+// The pooling modes in older files, in the order in which their vectors are concatenated.
 const FLAGS = {
   pooling_mode_cls_token: "cls",
   pooling_mode_max_tokens: "max",
@@ -19,7 +19,7 @@ const FLAGS = {
   pooling_mode_weightedmean_tokens: "weightedmean",
   pooling_mode_lasttoken: "lasttoken",
 };
-// Each gives a vector of the states that count, a list of Float32Arrays with their places in the row.
+// Each maps the pooled states, a list of { place, state } with Float32Arrays, to a vector.
 const POOLS = {
   cls: ([first]) => first.state,
   lasttoken: (states) => states.at(-1).state,
@@ -29,14 +29,14 @@ const POOLS = {
   weightedmean: (states) => summed(states, (place) => place + 1, (weight) => weight),
 };
 
-/** Throw where the graph of `manifest` gives no embeddings. */
+/** Throw UsageError unless the bundle is an embedder. */
 export function checkEmbedder({ task }) {
   if (task !== "feature-extraction") throw new UsageError(`this bundle is for ${task}: it gives no embeddings`);
 }
 
 /**
- * How the texts of the base, or of the adapter in `folder`, become vectors; null where an adapter has
- * nothing of its own: { pooling, normalize, includePrompt, prompts, defaultPrompt, maxLength }.
+ * The pooling recipe of the base, or of the adapter in `folder`; null if an adapter does not have its own:
+ * { pooling, normalize, includePrompt, prompts, defaultPrompt, maxLength }.
  */
 export async function readRecipe(source, folder = "", ofAdapter = false) {
   const usual = { pooling: ["mean"], normalize: true, includePrompt: true, prompts: {}, defaultPrompt: null, maxLength: Infinity };
@@ -78,7 +78,7 @@ export async function readRecipe(source, folder = "", ofAdapter = false) {
   };
 }
 
-/** The prompt of this name, or the default one for undefined. */
+/** The prompt `name`, or the default prompt if it is undefined. */
 export function promptOf({ prompts, defaultPrompt }, name = defaultPrompt) {
   if (name === null) return "";
   if (!Object.hasOwn(prompts, name)) {
@@ -89,8 +89,8 @@ export function promptOf({ prompts, defaultPrompt }, name = defaultPrompt) {
 }
 
 /**
- * A Float32Array for each of `rows`, which have `skipped`, the tokens at their beginning that are not
- * pooled.
+ * The vectors, a Float32Array for each of `rows`. `skipped` of a row: number of tokens at its beginning
+ * that are not pooled.
  */
 export async function embed(graph, manifest, rows, stackOf, recipe) {
   const names = manifest.outputs.map(({ name }) => name);

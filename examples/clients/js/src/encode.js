@@ -1,19 +1,19 @@
-// Encoders: a run of each batch of rows of tokens, with each row's own part of the output.
+// Runs encoders on batches of rows, and returns each row's part of the output.
 import { int64, padded, together } from "./batch.js";
 import { BundleError } from "./errors.js";
 import { floats } from "./floats.js";
 
 const FED = ["input_ids", "attention_mask", "token_type_ids"];
 
-/** Throw where the graph of `manifest` takes more than an encoder of texts. */
+/** Throw BundleError if the graph of `manifest` has inputs that a text encoder does not have. */
 export function checkEncoder(manifest) {
   const other = manifest.inputs.find(({ name }) => !FED.includes(name));
   if (other) throw new BundleError(`the graph takes ${other.name}, which this client does not make: use Python`);
 }
 
 /**
- * What the graph gives as `output` for each of `rows`, { prompt, texts, adapter }: { data, width } with
- * a Float32Array of a row's own tokens, or of the row where the output is of whole rows.
+ * The graph's output `output` for each of `rows`, { prompt, texts, adapter }: { data, width, whole } with a
+ * Float32Array of the row's tokens without padding; `whole`: there is one vector for the whole row instead.
  */
 export async function encodeRows(graph, manifest, rows, stackOf, output) {
   const found = Array(rows.length);

@@ -1,4 +1,4 @@
-// Every error that this package throws on purpose. A message is one line: what, where, what to do.
+// The errors of this package. A message is one line: what, where, what to do.
 
 export class LoraDeployError extends Error {
   constructor(message) {
@@ -7,22 +7,22 @@ export class LoraDeployError extends Error {
   }
 }
 
-/** Options that do not go together, or a value out of its range. */
+/** Options that cannot be combined, or a value out of range. */
 export class UsageError extends LoraDeployError {}
 
-/** A bundle that is broken, or that this backend cannot run. */
+/** A bundle that is invalid, or that this backend cannot run. */
 export class BundleError extends LoraDeployError {}
 
 /** An adapter that cannot be read, or does not fit the bundle. */
 export class AdapterError extends LoraDeployError {}
 
-/** The first of `problems`, with the count of the others. */
+/** The first `most` of `problems`, and the number of others. */
 export function listed(problems, most = 6) {
   const rest = problems.length - most;
   return problems.slice(0, most).join("; ") + (rest > 0 ? `; and ${rest} more` : "");
 }
 
-/** Throw UsageError where `given` has a key that is not one of `known`: a typing mistake would go unseen. */
+/** Throw UsageError if `given` has a key that is not one of `known`, such as a misspelled option. */
 export function checkOptions(where, given, known) {
   for (const name of Object.keys(given)) {
     if (!known.includes(name)) {

@@ -1,9 +1,9 @@
-// Numbers of 16 bits: float16, which older JavaScript lacks, is kept as its bits in a Uint16Array.
+// 16-bit floats. float16 values are stored as bits in a Uint16Array, since older JavaScript has no float16.
 
 const float = new Float32Array(1);
 const bits = new Uint32Array(float.buffer);
 
-/** The float32 that the float16 of these bits is. */
+/** The value of the float16 with these bits. */
 export function fromHalf(half) {
   const sign = half & 0x8000 ? -1 : 1;
   const exponent = (half >> 10) & 31;
@@ -13,7 +13,7 @@ export function fromHalf(half) {
   return sign * (1 + fraction / 1024) * 2 ** (exponent - 15);
 }
 
-/** The bits of the float16 nearest to a float32; halfway cases go to the even one. */
+/** The bits of the float16 nearest to a float32; ties round to even. */
 export function toHalf(value) {
   float[0] = value;
   const sign = (bits[0] >>> 16) & 0x8000;
@@ -22,7 +22,7 @@ export function toHalf(value) {
   if (size >= 65520) return sign | 0x7c00;
   if (size < 2 ** -14) return sign | evenly(size * 2 ** 24);
   const exponent = Math.floor(Math.log2(size));
-  // The fraction's carry goes into the exponent, as it should.
+  // A carry of the fraction correctly increments the exponent.
   return sign | (((exponent + 15) << 10) + evenly((size / 2 ** exponent - 1) * 1024));
 }
 
@@ -49,16 +49,16 @@ export function cast(values, dtype) {
   return dtype === "float16" ? Uint16Array.from(values, toHalf) : values;
 }
 
-/** A tensor's data as float32: of float16 it is bits, or a Float16Array where there is one. */
+/** A tensor's data as float32; float16 data is bits, or a Float16Array if JavaScript has it. */
 export function floats(data) {
   if (data instanceof Float32Array) return data;
   return data instanceof Uint16Array ? Float32Array.from(data, fromHalf) : Float32Array.from(data);
 }
 
-// Near the root of float32's largest number: products of what is larger are no numbers.
+// Near the square root of float32's largest number: products of larger values overflow.
 const LARGEST = 1e18;
 
-/** Whether a model can compute with all of `values`, float32 or a float16's bits. */
+/** Whether all `values`, float32 or float16 bits, are finite and small enough to compute with. */
 export function computable(values) {
   if (values instanceof Uint16Array) return values.every((half) => (half & 0x7c00) !== 0x7c00);
   return values.every((value) => Math.abs(value) <= LARGEST); // false for NaN

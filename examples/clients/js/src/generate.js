@@ -1,4 +1,4 @@
-// Text from a decoder: batched, with the KV cache, each row with its own adapter.
+// Generates text with a decoder: in batches, with a KV cache, each row with its own adapter.
 import { int64, padded, positionsOf, together } from "./batch.js";
 import { BundleError, UsageError } from "./errors.js";
 import { floats, zeros } from "./floats.js";
@@ -8,7 +8,7 @@ import { pieces } from "./pieces.js";
 
 const FED = ["input_ids", "attention_mask", "position_ids", "token_type_ids"];
 
-/** Throw BundleError where the graph of `manifest` is none that text can be generated with. */
+/** Throw an error if the graph of `manifest` cannot generate text. */
 export function checkDecoder(manifest) {
   if (manifest.task !== "causal-lm") throw new UsageError(`this bundle is for ${manifest.task}: it generates no text`);
   if (!manifest.past.length) throw new BundleError("the graph has no KV cache, which this client needs: use Python");
@@ -21,9 +21,8 @@ export function checkDecoder(manifest) {
 }
 
 /**
- * Continue `rows`, each { prompt, texts, adapter }: token ids, how its texts are made, and its side
- * inputs or null. `stackOf(rows)` gives the side inputs of those that run together. Returns { ids,
- * stopped } for each.
+ * Continue `rows`, each { prompt, texts, adapter }: token ids, a `Texts`, and side inputs or null.
+ * `stackOf(rows)` returns the side inputs of rows that share a batch. Sets { ids, stopped } of each row.
  */
 export async function generate(graph, manifest, rows, stackOf, { maxNewTokens, sampling, onToken, signal }) {
   for (const row of rows) {
@@ -66,13 +65,13 @@ async function decode(graph, manifest, batch, stacked, { sampling, onToken, sign
       const [, sequence, vocabulary] = dims;
       batch.forEach(({ row, number }, index) => {
         if (ended(row)) return;
-        const end = index * sequence + (sequence === 1 ? 0 : ends[index]); // a graph may give the last alone
+        const end = index * sequence + (sequence === 1 ? 0 : ends[index]); // some graphs return the last position only
         const scores = floats(data.slice(end * vocabulary, (end + 1) * vocabulary));
         const text = advance(row, scores, sampling);
         if (text) onToken?.(text, number);
       });
       if (batch.every(({ row }) => ended(row))) return;
-      // A row that has ended goes on as padding, which takes no position.
+      // A row that has ended continues with padding, which is masked out.
       ids = batch.map(({ row }) => [ended(row) ? padId : row.ids.at(-1)]);
       mask = mask.map((row, index) => [...row, ended(batch[index].row) ? 0 : 1]);
       ends = batch.map(() => 0);
@@ -106,12 +105,12 @@ function emptyCache(manifest, rows) {
   return Object.fromEntries(manifest.past.map(empty));
 }
 
-/** Give back what lies on a device. */
+/** Free the tensors that are on a device. */
 function dispose(cache) {
   for (const value of Object.values(cache)) if (value.location === "gpu-buffer") value.dispose();
 }
 
-/** Let a browser show what has been written: awaiting alone does not. */
+/** Let a browser paint; awaiting a resolved promise is not enough. */
 function painted() {
   return new Promise((resume) => setTimeout(resume));
 }

@@ -1,9 +1,9 @@
-// From logits to the next token: the settings of generation_config.json, greedy, and sampling.
+// Chooses the next token from logits: settings of generation_config.json, greedy decoding, sampling.
 import { BundleError, UsageError } from "./errors.js";
 
 /**
- * The settings in a generation_config.json that hold without sampling, as transformers defines them,
- * and its top_k and top_p.
+ * The settings in a generation_config.json that also apply without sampling, as transformers defines
+ * them, and its top_k and top_p.
  */
 export function readSettings(values, where) {
   const number = (name, fallback, fits) => {
@@ -28,7 +28,7 @@ export function readSettings(values, where) {
   };
 }
 
-/** Change `scores`, one row's logits, in place, behind `prompt` and the tokens `made` since. */
+/** Change `scores`, the logits of one row after `prompt` and the generated tokens `made`, in place. */
 export function adjust(scores, settings, prompt, made, ends) {
   const before = [...prompt, ...made];
   const { repetitionPenalty: penalty, noRepeatNgramSize: size } = settings;
@@ -48,7 +48,7 @@ export function adjust(scores, settings, prompt, made, ends) {
   for (const token of barred) if (token < scores.length) scores[token] = -Infinity;
 }
 
-/** How tokens are chosen: greedy at temperature 0. Throws UsageError for a value out of its range. */
+/** The sampling options; temperature 0 is greedy. Throws UsageError for a value out of range. */
 export function readSampling({ temperature = 0, topK, topP, seed = 0 }) {
   if (!(Number.isFinite(temperature) && temperature >= 0)) throw new UsageError(`temperature is ${temperature}: give 0 (greedy) or more`);
   if (topK !== undefined && !(Number.isSafeInteger(topK) && topK >= 0)) throw new UsageError(`topK is ${topK}: give 0 (all tokens) or more`);
@@ -60,7 +60,7 @@ export function readSampling({ temperature = 0, topK, topP, seed = 0 }) {
   return { temperature, topK, topP, seed };
 }
 
-/** The next token, by `scores` and the function `random`, which gives numbers of [0, 1). */
+/** The next token for `scores`; the function `random` returns numbers in [0, 1). */
 export function choose(scores, { temperature, topK, topP }, settings, random) {
   if (temperature === 0) return scores.reduce((best, score, token) => (score > scores[best] ? token : best), 0);
   const most = scores.reduce((largest, score) => Math.max(largest, score), -Infinity);
@@ -75,7 +75,7 @@ export function choose(scores, { temperature, topK, topP }, settings, random) {
   return likely.find((token) => (left -= weight(token)) < 0) ?? likely.at(-1);
 }
 
-/** Numbers of [0, 1), the same for the same seed (mulberry32). */
+/** A function that returns random numbers in [0, 1), reproducible by seed (mulberry32). */
 export function randomOf(seed) {
   let state = seed >>> 0;
   return () => {

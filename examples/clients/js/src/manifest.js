@@ -1,4 +1,4 @@
-// loradeploy.json: what a bundle's graph takes, gives, and can be adapted at.
+// loradeploy.json: the inputs, outputs and target modules of a bundle's graph.
 import { BundleError } from "./errors.js";
 
 const NAME = "loradeploy.json";
@@ -8,10 +8,10 @@ const DTYPES = ["float32", "float16"];
 const PAST = "past_key_values.";
 
 /**
- * The manifest of the bundle `source`, checked as far as this package uses it.
+ * The manifest of the bundle `source`; the fields that this package uses are validated.
  *
- * Beside the fields of the file: `graph`, the file to open; `past`, the inputs of the KV cache;
- * `sideInputs`, a Map of name → { shape, kind } where a size may be "adapters" or "rank".
+ * Fields in addition to those of the file: `graph`, the file to open; `past`, the inputs of the KV
+ * cache; `sideInputs`, a Map of name → { shape, kind } where a size may be "adapters" or "rank".
  */
 export async function readManifest(source) {
   const values = await source.json(NAME, BundleError);
@@ -51,7 +51,7 @@ export async function readManifest(source) {
   };
 }
 
-/** The graph output that goes on from the graph input `past`. */
+/** The graph output that continues the cache of the graph input `past`. */
 export function presentOf(past) {
   return past.replace(PAST, "present.");
 }

@@ -1,4 +1,4 @@
-// A bundle that is open: its graph, its texts, and its adapters by name.
+// An open bundle: its graph, its tokenizer and templates, and its adapters by name.
 import { directoryOf, readAdapter, readOwnAdapter } from "./adapter.js";
 import { openGraph } from "./backend.js";
 import { blend, membersOf } from "./blend.js";
@@ -139,7 +139,7 @@ class Model {
 
   #stack = (rows) => stack(rows.map(({ adapter }) => adapter), this.#base, this.#manifest, this.#graph.leastRank);
 
-  /** What is given as `one` or as a list, each with its adapter: { prompt, texts, adapter, labels, name }. */
+  /** The inputs, given as `one` or as a list, each with its adapter: { prompt, texts, adapter, labels, name }. */
   async #rows(one, options, encoded) {
     const many = `${one}s`;
     if (one in options === many in options) throw new UsageError(`give either ${one} or ${many}`);
@@ -157,7 +157,7 @@ class Model {
       const prompt = encoded(given[number], texts);
       const what = `${one} ${number + 1}`;
       if (!prompt.length) throw new UsageError(`${what} is empty`);
-      // A classifier reads as much as fits in; a text that is generated needs a position left.
+      // An encoder's text may fill all positions; a generated text needs at least one more.
       const room = this.task === "causal-lm" ? texts.maxLength - 1 : texts.maxLength;
       if (prompt.length > room) throw new UsageError(`${what} has ${prompt.length} tokens, the model takes ${room}: shorten it`);
       const vocabulary = this.#tokensOf(sideInputs, texts);
@@ -169,8 +169,8 @@ class Model {
   }
 
   /**
-   * How many tokens a row may hold: the base's, and those that its adapter adds to them. Of these the offset of
-   * the logits is 0; the others, which are hidden from the row, stand behind them.
+   * The vocabulary size of a row: the base's tokens and those that its adapter adds. Their logits have the offset
+   * 0; the tokens of other adapters come after them, and their offsets hide them.
    */
   #tokensOf(sideInputs, texts) {
     const added = this.#manifest.added_tokens;
@@ -180,7 +180,7 @@ class Model {
     return own ? own.findLastIndex((value) => value === 0) + 1 : added.base;
   }
 
-  /** As `#adapter`, of what a row names: an adapter, several with their weights, or null for the base. */
+  /** Like `#adapter`, for the adapter of a row: a name, names with weights, or null for the base. */
   async #named(spec, blends) {
     if (spec === null || spec === undefined || typeof spec === "string") return this.#adapter(spec);
     const members = membersOf(spec);
@@ -196,15 +196,15 @@ class Model {
   }
 
   /**
-   * The names of the outputs with an adapter: the base's, or where it has a head those of its `entry` in the
-   * manifest; null of a head that has none, as nothing describes it.
+   * The label names with an adapter: the base's; if the adapter has a head, those of its `entry` in the manifest,
+   * or null without an entry.
    */
   #labelsOf(sideInputs, entry) {
     const head = this.#manifest.saved.some(({ input }) => sideInputs.has(input));
     return head ? (entry && (entry.labels ?? this.#texts.labels)) : this.#texts.labels;
   }
 
-  /** Refuse an adapter in `folder` of `source` whose texts become vectors in another way than the base's. */
+  /** Throw AdapterError if the adapter in `folder` of `source` has another pooling recipe than the base. */
   async #checkSameRecipe(source, folder, name) {
     const own = this.#recipe === null ? null : await readRecipe(source, folder, true);
     if (own !== null && JSON.stringify(own) !== JSON.stringify(this.#recipe)) {
@@ -219,7 +219,7 @@ class Model {
     if (this.#adapters.get(name) === null) {
       const reading = this.#readOwn(name);
       this.#adapters.set(name, reading);
-      // What failed, as a fetch may, is tried again.
+      // A failure, such as of a fetch, is not cached: the next use tries again.
       reading.catch(() => this.#adapters.get(name) === reading && this.#adapters.set(name, null));
     }
     return this.#adapters.get(name);

@@ -1,4 +1,4 @@
-// ONNX's file format (protobuf), as far as nodes have to be found by their operator.
+// Finds nodes by operator in an ONNX file (protobuf).
 import { BundleError } from "./errors.js";
 
 // Fields of ModelProto, GraphProto, NodeProto and AttributeProto.
@@ -11,8 +11,8 @@ const [VARINT, BYTES] = [0, 2];
 const FIXED_SIZES = { 1: 8, 5: 4 };
 
 /**
- * The names of the nodes of `operators`, a list, in the ONNX model `bytes`, those in branches included.
- * BundleError where it is no ONNX model, or one of the nodes has no name.
+ * The names of the nodes with one of `operators` in the ONNX model `bytes`, including those in subgraphs.
+ * Throws BundleError if it is not an ONNX model, or one of the nodes has no name.
  */
 export function nodeNames(bytes, operators) {
   const found = [];
@@ -32,7 +32,7 @@ export function nodeNames(bytes, operators) {
   return found;
 }
 
-/** What the fields of this number hold in a protobuf message, where it is bytes. */
+/** The contents of the length-delimited fields with this number in a protobuf message. */
 function bytesOf(message, number) {
   const found = [];
   let at = 0;
@@ -60,7 +60,7 @@ function bytesOf(message, number) {
   return found;
 }
 
-/** The last value of a field of text, which is the one that counts; "" without one. */
+/** The last value of a text field, which is the valid one; "" if there is none. */
 function text(message, number) {
   return new TextDecoder().decode(bytesOf(message, number).at(-1) ?? new Uint8Array());
 }

@@ -1,4 +1,4 @@
-// .onnx_adapter files, ONNX Runtime's own format: a flatbuffer, read with a check of every offset.
+// Reads .onnx_adapter files, ONNX Runtime's own format: a flatbuffer whose offsets are all checked.
 //
 //     table Adapter   { format_version: int; adapter_version: int; model_version: int; parameters: [Parameter]; }
 //     table Parameter { name: string; dims: [int64]; data_type: int; raw_data: [uint8]; }
@@ -6,7 +6,7 @@
 const IDENTIFIER = "TORT";
 const FORMAT_VERSION = 1;
 const LARGEST_RANK = 8;
-// ONNX's numbers of the dtypes: the name, and how the numbers are kept.
+// ONNX's dtype numbers: the dtype's name, and the array type of its values.
 const DTYPES = { 1: ["float32", Float32Array], 7: ["int64", BigInt64Array], 10: ["float16", Uint16Array] };
 
 /** The side inputs in `file`, a Map of name → { dtype, shape, data }. */
@@ -23,7 +23,7 @@ export function readOnnxAdapter(file, where, Problem) {
   const int = (at) => view.getInt32(within(at, 4), true);
   const short = (at) => view.getUint16(within(at, 2), true);
 
-  // Where the field `index` of the table at `table` is; null where it is left out.
+  // The position of the field `index` of the table at `table`; null if the field is absent.
   const field = (table, index) => {
     const fields = table - int(table);
     const place = 4 + 2 * index;

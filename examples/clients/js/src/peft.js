@@ -1,11 +1,11 @@
-// PEFT adapters: adapter_config.json and tensors to the side inputs of a bundle.
+// Converts a PEFT adapter, adapter_config.json and tensors, to the side inputs of a bundle.
 import { AdapterError, listed } from "./errors.js";
 import { asFloats } from "./safetensors.js";
 
 const CONVERT =
   "write it for the bundle with loradeploy convert, and load the .onnx_adapter file";
 
-// Fields that are honored, or that cannot change the numbers of a finished adapter.
+// Fields that are supported, or that do not affect the results of a trained adapter.
 const KNOWN = new Set(
   (
     "r lora_alpha target_modules lora_dropout bias use_rslora use_dora fan_in_fan_out rank_pattern" +
@@ -15,16 +15,16 @@ const KNOWN = new Set(
     " qalora_group_size revision runtime_config velora_config"
   ).split(" "),
 );
-// Initializations that leave the base weights as they are.
+// Initializations that do not change the base weights.
 const BASE_KEEPING = new Set([true, false, "gaussian", "eva", "orthogonal", "mica"]);
 
 const PREFIX = /^(?:module\.)*(?:base_model\.model\.)+/;
-// Where float16 has all of its bits, down to a 64th of the largest number of a factor.
+// The range of a factor's largest number in which float16 has full precision down to a 64th of it.
 const LEAST_HELD = 2 ** -8;
 const MOST_HELD = 2 ** 15;
 const FACTOR = /^(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.(?!weight$)([^.]+))?(?:\.weight)?$/;
 const WHOLE = /^(.+)\.modules_to_save(?:\.(?!weight$|bias$)[^.]+)?\.([^.]+)$/;
-// The name of a module or its end, as opposed to an expression: dots stand for any character.
+// A module's name or the end of one, as opposed to a regular expression; dots match any character.
 const NAME = /^\^?(?:[A-Za-z0-9_.]|\\[.\-_])+$/;
 
 /**
@@ -36,7 +36,7 @@ function scaling(config, module) {
   return alpha / (config.use_rslora ? Math.sqrt(rank) : rank);
 }
 
-/** The value of the first pattern that is the end of `module` after a dot, or the whole. */
+/** The value of the first pattern that matches `module`, or its end after a dot. */
 function ofModule(patterns, module) {
   for (const [pattern, value] of Object.entries(patterns)) {
     if (new RegExp(`^(?:(?:.*\\.)?(?:${pattern}))$`).test(module)) return value;
@@ -48,7 +48,7 @@ function isOff(value) {
   return !value || (typeof value === "object" && Object.keys(value).length === 0);
 }
 
-/** The config's fields with PEFT's defaults; what cannot be honored is refused by its name. */
+/** The config's fields with PEFT's defaults; throws an error that names an unsupported field. */
 export function readConfig(values, where) {
   const refuse = (problem) => {
     throw new AdapterError(`${where}: ${problem}`);
@@ -82,16 +82,17 @@ export function readConfig(values, where) {
       if (!fits(value)) refuse(`${name} gives ${JSON.stringify(pattern)} the value ${JSON.stringify(value)}`);
     }
   }
-  // What is targeted needs tensors; where it is not told by endings alone, the tensors tell it.
+  // Every targeted module must have tensors; this is only checked if target_modules alone defines the targets.
   const whole = isOff(values.exclude_modules) && isOff(values.layers_to_transform ?? null) && values.layers_to_transform !== 0;
   config.endings = whole && Array.isArray(values.target_modules) ? values.target_modules : [];
   return config;
 }
 
 /**
- * Makes A [in, rank] and B [rank, out] numbers of the same product that float16 holds well, in place.
+ * Rescale A [in, rank] and B [rank, out] in place, so that both have a good range for float16 and their
+ * product is unchanged.
  *
- * As the Python runtime does: B of a short training is too small for all of float16's bits.
+ * The Python runtime does the same: after a short training, B is too small for float16's full precision.
  */
 function balance(A, B, rank) {
   const high = B.length / rank;
@@ -111,7 +112,7 @@ function balance(A, B, rank) {
  * The side inputs of the adapter, a Map of name → { shape, data } in float32: `M.lora_A`
  * [1, in, rank] = Aᵀ and `M.lora_B` [1, rank, out] = s · Bᵀ, and parameters trained whole.
  *
- * `tensors` are those of its file. Every misfit with `manifest` is in the one error.
+ * `tensors`: the tensors of its file. All mismatches with `manifest` are in one error.
  */
 export function peftSideInputs(config, tensors, manifest, where) {
   const modules = new Map();

@@ -1,14 +1,14 @@
-// Text from tokens that arrive one by one.
+// Decodes text from tokens that arrive one by one.
 
 /**
- * A function (token) → the text that is complete with it, perhaps none; without a token it gives the
- * rest. A piece waits while its end is half a character, and is decoded behind those before it, which
- * decide about a space at its beginning.
+ * Return a function that takes the next token and returns the text that is now complete, possibly "";
+ * without a token, it returns the rest. A piece that ends in an incomplete character is held back. Each
+ * piece is decoded together with the previous one, which decides about a space between them.
  */
 export function pieces(texts) {
   const ids = [];
-  let context = 0; // where the last piece began
-  let given = 0; // up to where all has been given
+  let context = 0; // index of the first token of the previous piece
+  let given = 0; // number of tokens whose text has been returned
   return (token) => {
     if (token !== undefined) ids.push(token);
     const before = texts.decode(ids.slice(context, given));

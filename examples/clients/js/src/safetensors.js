@@ -1,4 +1,4 @@
-// Safetensors files, checked whole before the first number is used.
+// Reads safetensors files; the whole header is validated before any data is used.
 import { fromBrain, fromHalf } from "./floats.js";
 import { parsed } from "./source.js";
 
@@ -6,10 +6,10 @@ const SIZES = { F64: 8, F32: 4, F16: 2, BF16: 2, I64: 8, I32: 4, I16: 2, I8: 1, 
 const LONGEST_HEADER = 100_000_000;
 
 /**
- * The tensors, a Map of name → { dtype, shape, bytes }, and the metadata of a file's `file` bytes.
+ * The tensors, a Map of name → { dtype, shape, bytes }, and the metadata in the bytes `file`.
  *
- * An error of the class `Problem` where the header is not true of the contents: offsets leave a gap
- * or overlap, a size is not its shape's, or the file ends too early.
+ * Throws a `Problem` if the header does not match the data: offsets leave a gap or overlap, a size does
+ * not match its shape, or the file is truncated.
  */
 export function readTensors(file, where, Problem) {
   const refuse = (problem) => {
@@ -46,7 +46,7 @@ export function readTensors(file, where, Problem) {
   return { tensors, metadata };
 }
 
-/** The values of a floating-point tensor as float32; null of any other dtype. */
+/** The values of a floating-point tensor as float32; null for other dtypes. */
 export function asFloats({ dtype, bytes }) {
   const { buffer } = new Uint8Array(bytes); // a copy is aligned
   if (dtype === "F32") return new Float32Array(buffer);
@@ -55,7 +55,7 @@ export function asFloats({ dtype, bytes }) {
   return dtype === "F64" ? Float32Array.from(new Float64Array(buffer)) : null;
 }
 
-/** The numbers as they are stored, where a graph takes them so: float32, or a float16's bits. */
+/** The values in their stored dtype: float32, or float16 bits; null for other dtypes. */
 export function asStored({ dtype, bytes }) {
   const { buffer } = new Uint8Array(bytes);
   if (dtype === "F32") return { dtype: "float32", data: new Float32Array(buffer) };

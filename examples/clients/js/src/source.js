@@ -1,22 +1,21 @@
-// Files of a bundle or an adapter: of a directory in Node, below a URL anywhere.
+// Reads the files of a bundle or an adapter: from a directory in Node, below a URL anywhere.
 import { LoraDeployError } from "./errors.js";
 
 const MiB = 2 ** 20;
-/** The most bytes of a file that is read whole, by what it is. */
+/** The maximum size in bytes of each kind of file. */
 export const LIMITS = { json: 64 * MiB, tokenizer: 512 * MiB, adapter: 2048 * MiB, graph: 4095 * MiB };
 
 export const IN_NODE = typeof process !== "undefined" && Boolean(process.versions?.node);
 
-/** Whether `text` is a URL, or can only be one. */
+/** Whether `text` is a URL; in a browser, every text is. */
 function isUrl(text) {
   return !IN_NODE || /^(https?|blob|data):/i.test(text);
 }
 
 /**
- * Reads files by their names in `place`, a directory or a URL.
+ * Return a reader of the files in `place`, a directory or a URL.
  *
- * `onProgress({ file, loaded, total })` is called while a file is fetched; `total` is NaN where the
- * server does not say.
+ * `onProgress({ file, loaded, total })` is called while a file is fetched; `total` is NaN if unknown.
  */
 export function openSource(place, onProgress) {
   const text = String(place);
@@ -29,7 +28,7 @@ class Source {
     this.place = place;
   }
 
-  /** The file's bytes; an error of the class `Problem` where it is missing or larger than `limit`. */
+  /** The file's bytes; throws a `Problem` if it is missing or larger than `limit`. */
   async bytes(name, limit, Problem = LoraDeployError) {
     const found = await this.find(name, limit, Problem);
     if (found === null) throw new Problem(`${this.where(name)} does not exist`);
@@ -44,13 +43,13 @@ class Source {
     return parsed(await this.text(name, LIMITS.json, Problem), this.where(name), Problem);
   }
 
-  /** As `text`, or null where there is no such file. */
+  /** Like `text`, or null if there is no such file. */
   async optionalText(name, limit, Problem) {
     const found = await this.find(name, limit, Problem);
     return found === null ? null : decoded(found, this.where(name), Problem);
   }
 
-  /** As `json`, or {} where there is no such file. */
+  /** Like `json`, or {} if there is no such file. */
   async optionalJson(name, Problem) {
     const text = await this.optionalText(name, LIMITS.json, Problem);
     return text === null ? {} : parsed(text, this.where(name), Problem);
@@ -86,7 +85,7 @@ class Directory extends Source {
     }
   }
 
-  /** What onnxruntime opens a graph by, with its weights beside it. */
+  /** The arguments by which onnxruntime opens a graph; it finds the weights in the same directory. */
   async graph(name) {
     return { model: await this.path(name), externalData: undefined };
   }
@@ -114,7 +113,7 @@ class Remote extends Source {
     }
     if (response.status === 404) return null;
     if (!response.ok) throw new Problem(`${url} cannot be fetched: HTTP status ${response.status}`);
-    // Of a compressed answer the length is not that of the file.
+    // The content length of a compressed response is not that of the file.
     const length = response.headers.get("content-encoding") ? null : response.headers.get("content-length");
     const total = length === null ? NaN : Number(length);
     if (total > limit) throw tooLarge(url, total, limit, Problem);

@@ -1,4 +1,4 @@
-// The side inputs of a batch, in which each row has its own adapter.
+// Stacks the side inputs of a batch in which each row has its own adapter.
 import { BundleError } from "./errors.js";
 import { zeros } from "./floats.js";
 import { asStored, readTensors } from "./safetensors.js";
@@ -6,7 +6,7 @@ import { LIMITS } from "./source.js";
 
 const FILE = "required.safetensors";
 
-/** What the base has for the side inputs that are no factors: a Map of name → { shape, data }. */
+/** The base's values of the side inputs that are not factors: a Map of name → { shape, data }. */
 export async function readBase(source, manifest) {
   const found = new Map();
   if (manifest.sideInputs.size === 0) return found;
@@ -30,8 +30,8 @@ export async function readBase(source, manifest) {
  * All side inputs for `rows`, each an adapter's side inputs or null for the base: an object of
  * name → { type, data, dims }.
  *
- * With the layout of slots each adapter is there once and `adapter_ids` names it for each row; with
- * that of rows, slot i belongs to row i, or one slot to all. Factors are padded with zeros to the
+ * With the layout "slots", each adapter has one slot, and `adapter_ids` is the slot of each row; with
+ * "rows", slot i belongs to row i, or a single slot to all rows. Factors are padded with zeros to the
  * largest rank of their module, at least `leastRank`.
  */
 export function stack(rows, base, manifest, leastRank) {
@@ -66,7 +66,7 @@ function joined(own, shape, kind, type, leastRank) {
   own.forEach((slot, index) => {
     if (!slot) return;
     if (kind !== "A" || ranks[index] === rank) {
-      data.set(slot.data, index * size); // B's rows of zeros come after its own
+      data.set(slot.data, index * size); // B is padded after its own rows
       return;
     }
     for (let input = 0; input < dims[1]; ++input) {

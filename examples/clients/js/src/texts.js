@@ -1,4 +1,4 @@
-// Text to tokens and back: the base's files, and what an adapter brings in place of them.
+// Converts text to tokens and back, with the base's files or those of an adapter.
 //
 //     tokenizer.json, tokenizer_config.json      the vocabulary and its rules; the special tokens
 //     chat_template.jinja                        conversations to text
@@ -12,18 +12,18 @@ import { LIMITS, openSource, parsed } from "./source.js";
 
 const ROLES = ["bos", "eos", "unk", "sep", "pad", "cls", "mask"].map((role) => `${role}_token`);
 const POSITIONS = ["max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length"];
-// transformers writes 10³⁰ where a tokenizer has no limit of its own.
+// transformers writes 10³⁰ for a tokenizer without a limit.
 const NO_LIMIT = 1e9;
 const MAX_TEMPLATE = 128 * 1024;
-// Of tokenizer.json, what makes tokens of a text and text of tokens.
+// The parts of tokenizer.json that determine tokens and texts.
 const WORDS = ["model", "added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder"];
 
 /**
- * How the texts of one adapter, or of the base, are read and written.
+ * The tokenizer, chat template and settings of one adapter, or of the base.
  *
- * `ends`: a Set of the tokens that end a text. `settings`: how logits are changed before a token is
- * chosen. `padId` fills rows up. `maxLength`: how many tokens the model takes, or
- * Infinity. `labels`: the names of a classifier's outputs, or null.
+ * `ends`: a Set of the tokens that end a text. `settings`: changes of the logits before a token is
+ * chosen. `padId`: the padding token. `maxLength`: the largest number of tokens, or Infinity.
+ * `labels`: the label names of a classifier, or null.
  */
 class Texts {
   constructor(parts) {
@@ -36,13 +36,13 @@ class Texts {
     return this.tokenizer.encode(text, { add_special_tokens: special }).ids;
   }
 
-  /** The tokens of a text without special ones around them: { ids, tokens } as the vocabulary has them. */
+  /** The tokens of a text without special tokens: { ids, tokens }, as ids and as in the vocabulary. */
   encodeWords(text) {
     const { ids, tokens } = this.tokenizer.encode(text, { add_special_tokens: false });
     return { ids, tokens };
   }
 
-  /** The tokens of a conversation, up to where the assistant is to speak. */
+  /** The tokens of a conversation, up to the beginning of the assistant's answer. */
   encodeChat(messages) {
     if (this.template === null) throw new UsageError("there is no chat template: give plain prompts");
     for (const message of messages) {
@@ -60,7 +60,7 @@ class Texts {
 
   /** The text of `ids`, without special tokens. */
   decode(ids) {
-    if (!ids.length) return ""; // which the library refuses
+    if (!ids.length) return ""; // the library does not accept an empty list
     return this.tokenizer.decode(ids, { skip_special_tokens: true, clean_up_tokenization_spaces: false });
   }
 }
@@ -82,8 +82,8 @@ export async function readTexts(source, manifest) {
     ? await source.text("chat_template.jinja", MAX_TEMPLATE, BundleError)
     : ownTemplate(tokenizerConfig);
   const idOf = (role) => words.added_tokens?.find(({ content }) => content === special[role])?.id ?? words.model?.vocab?.[special[role]];
-  const told = [ids(generation.eos_token_id), ids(config.eos_token_id), ids(idOf("eos_token"))];
-  const ends = new Set(told.find((some) => some.length) ?? []);
+  const declared = [ids(generation.eos_token_id), ids(config.eos_token_id), ids(idOf("eos_token"))];
+  const ends = new Set(declared.find((some) => some.length) ?? []);
   const vocabulary = config.vocab_size ?? config.text_config?.vocab_size ?? Infinity;
   const pads = [...ids(config.pad_token_id), ...ids(idOf("pad_token")), ...ends, 0];
   return new Texts({
@@ -101,8 +101,8 @@ export async function readTexts(source, manifest) {
 }
 
 /**
- * The texts of the adapter `name` that came with the bundle, as its manifest and the files beside
- * the adapter tell them.
+ * The texts of the adapter `name` in the bundle, from its entry in the manifest and the files in its
+ * directory.
  */
 export async function readOwnTexts(source, name, manifest, base) {
   const entry = manifest.adapters[name];
@@ -126,8 +126,8 @@ export async function readOwnTexts(source, name, manifest, base) {
 }
 
 /**
- * Refuse an adapter from `directory` whose files say that its texts are made otherwise than the
- * base's: only an export records what follows from them.
+ * Throw AdapterError if the files in `directory` differ from the base's tokenizer, template or settings:
+ * the client supports these only for adapters that were exported with the bundle.
  */
 export async function checkSameTexts(directory, base) {
   const source = openSource(directory);
@@ -178,7 +178,7 @@ function ids(value) {
   return [value ?? []].flat().filter((id) => Number.isSafeInteger(id) && id >= 0);
 }
 
-/** The names of a classifier's outputs in config.json, or null. */
+/** The label names in config.json, or null. */
 function labelsOf({ id2label }) {
   if (!id2label || typeof id2label !== "object") return null;
   return Object.keys(id2label).sort((one, other) => one - other).map((key) => String(id2label[key]));

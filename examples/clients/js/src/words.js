@@ -1,10 +1,10 @@
-// A text as tokens that know which of them are the text's own.
+// Separates the tokens of a text from the special tokens around them.
 import { BundleError } from "./errors.js";
 
 /**
- * The tokens of `text` between the special ones that a tokenizer puts around it: { before, own, after }
- * with lists of ids, and `words`, the own ones as the vocabulary has them. At most `longest` tokens
- * together: the text is cut at its end.
+ * The tokens of `text` and the special tokens around it: { before, own, after } with lists of ids, and
+ * `words`, its own tokens as in the vocabulary. The text is truncated at its end, so that there are at most
+ * `longest` tokens in total.
  */
 export function wordsOf(texts, text, longest = Infinity) {
   const whole = texts.encode(text);
@@ -20,7 +20,7 @@ export function wordsOf(texts, text, longest = Infinity) {
   return { before, own: ids.slice(0, room), after, words: tokens.slice(0, room) };
 }
 
-/** The ids of what `wordsOf` gives, one behind the other. */
+/** All ids in the result of `wordsOf`, in order. */
 export function idsOf({ before, own, after }) {
   return [...before, ...own, ...after];
 }
