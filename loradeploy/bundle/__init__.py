@@ -1,1 +1,1 @@
-"""What an export writes and the runtime reads: manifest, names, side-input factors. numpy only."""
+"""The bundle format, which exports write and the runtime reads. Without torch and onnx."""

@@ -1,4 +1,4 @@
-"""What a certificate covers, under its public name; the certificate itself is in `proof`."""
+"""Public name of `digests`, of the files that a certificate covers (`loradeploy.bundle.proof`)."""
 
 from loradeploy.bundle.proof.certificate import digests
 

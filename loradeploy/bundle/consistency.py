@@ -1,4 +1,4 @@
-"""Whether the fields of a manifest contradict each other."""
+"""Check that the fields of a manifest do not contradict each other."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def check_consistency(manifest: Manifest) -> None:
 
 
 def _check_encoder(manifest: Manifest, encoder: EncoderGraph) -> None:
-    """Raise BundleError unless the encoder has some of the inputs and outputs, and not all."""
+    """Raise BundleError unless the encoder has some, but not all, of the inputs and outputs."""
     for what, own, specs in (
         ("inputs", encoder.inputs, manifest.inputs),
         ("outputs", encoder.outputs, manifest.outputs),
@@ -106,7 +106,7 @@ def _check_encoder(manifest: Manifest, encoder: EncoderGraph) -> None:
 
 
 def _check_added(manifest: Manifest, added: AddedTokens) -> None:
-    """Raise BundleError unless the graph takes the rows of added tokens, and hides the others."""
+    """Raise BundleError unless the graph has the rows of `added` and an offset to hide tokens."""
     sizes = {
         t.module: (t.in_features, t.out_features)[t.kind == "linear"] for t in manifest.targets
     }

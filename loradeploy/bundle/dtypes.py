@@ -1,4 +1,4 @@
-"""The names of tensors' dtypes in ONNX Runtime and in protocols of servers, by numpy's."""
+"""The names of dtypes in numpy, in ONNX Runtime and in server protocols."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NUMPY_NAMES: Final[Mapping[str, str]] = {
     **{f"tensor({name})": name for name in ("int64", "int32", "int16", "int8")},
     **{f"tensor({name})": name for name in ("uint64", "uint32", "uint16", "uint8")},
 }
-# numpy's names, as the Open Inference Protocol calls them; Triton's have TYPE_ before them.
+# The Open Inference Protocol's names by numpy's. Triton puts TYPE_ before them.
 PROTOCOL_NAMES: Final[Mapping[str, str]] = {
     "bool": "BOOL",
     **{

@@ -61,7 +61,7 @@ def json_object(value: object, where: str) -> Mapping[str, Any]:
 
 
 def nouns(kind: type[Noun], value: object, where: str) -> tuple[Noun, ...]:
-    """The dataclasses `kind` of a list of JSON objects."""
+    """Build one dataclass `kind` from each object of a JSON list."""
     if not isinstance(value, list):
         raise BundleError(f"{MANIFEST_NAME}: {where} is not a list")
     return tuple(noun(kind, item, f"{where}[{index}]") for index, item in enumerate(value))
@@ -76,7 +76,7 @@ def digests(value: object, where: str) -> Mapping[str, str]:
 
 
 def noun(kind: type[Noun], value: object, where: str) -> Noun:
-    """Build the dataclass `kind` of a JSON object, each field checked against its annotation."""
+    """Build the dataclass `kind` from a JSON object; checks each field against its annotation."""
     values = dict(json_object(value, where or "the file"))
     label = f"{where}." if where else ""
     known = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]

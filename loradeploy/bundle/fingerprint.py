@@ -42,7 +42,7 @@ def file_fingerprint(path: str | os.PathLike[str]) -> str:
 
 
 def _sampled(size: int, piece: Callable[[int, int], bytes | memoryview]) -> str:
-    """The fingerprint of `size` bytes, which `piece` returns from a start to a stop."""
+    """The fingerprint of `size` bytes. `piece(start, stop)` returns a part of them."""
     digest = hashlib.sha256(f"{size}:".encode())
     if size <= _SMALL:
         digest.update(piece(0, size))

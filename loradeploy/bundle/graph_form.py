@@ -1,9 +1,9 @@
-"""The form of a bundle's graph: all that an export can choose about it, in one table.
+"""The form of a bundle's graph: the table of all export options that affect it.
 
-The same model and adapters can be exported in many forms that compute the same function. What is
-not asked for is inherited from the bundle that is exported again, else it has the table's default;
-what is asked for is done, or refused by name. The arguments of `loradeploy.export`, the options of
-the command, the manifest and the documentation read this table.
+The same model and adapters can be exported in many forms that compute the same function. An option
+that is not given is inherited if a bundle is exported again, and otherwise has the table's default.
+An option that is given is applied, or refused by name. The arguments of `loradeploy.export`, the
+options of the command, the manifest and the documentation use this table.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     from loradeploy.bundle.manifest import Manifest
 
 DEFAULT_PRECISION: Final = "fp32"
-BFLOAT16: Final = "bf16"  # how weights are stored; they compute in fp32
-# The bits of weights that are packed after surgery or merge.
+BFLOAT16: Final = "bf16"  # the dtype of stored weights; computation is in fp32
+# The bits of weights that are packed after graph surgery or a merge.
 PACKED_BITS: Final[Mapping[str, int]] = MappingProxyType({"int8": 8, "int4": 4})
 PRECISIONS: Final = (DEFAULT_PRECISION, "fp16", BFLOAT16, *PACKED_BITS)
-# How the names of operators begin that have one scale for all rows of a batch: a row's numbers
-# depend on the others.
+# The prefix of operators that use one scale for all rows of a batch: the results of a row depend on
+# the other rows.
 SHARED_SCALE: Final = "DynamicQuantize"
 STANDARD, GQA = ATTENTIONS = ("standard", "gqa")
 LORA, DORA, BIAS, EMBEDDING, TOKENS, EXPERTS = (
@@ -53,7 +53,7 @@ SIDE_INPUT_KINDS: Final[Mapping[str, str]] = MappingProxyType(
         EXPERTS: "low-rank factors of a mixture's experts",
     }
 )
-# The dimensions of inputs, by which static shapes are known again; None is not dynamic.
+# The names of the dimensions of inputs, to find the static ones of a graph. None: never dynamic.
 _DIMENSIONS: Final[Mapping[str, tuple[str | None, ...]]] = MappingProxyType(
     {
         INPUT_IDS: ("batch", "sequence"),
@@ -90,12 +90,12 @@ class GraphForm:
 
 @dataclass(frozen=True)
 class FormOption:
-    """One choice about a graph.
+    """An export option that affects the graph.
 
-    `name`: the argument of `loradeploy.export`, whose flag is `flag`. `values`: what it may be,
-    where that is a choice. `help`: a sentence about it. `default`: what it is where neither the
-    user nor the exported bundle says. `inherited`: whether a bundle that is exported again keeps
-    it. `excludes`: options that cannot be given with it, and why.
+    `name`: the argument of `loradeploy.export`, whose flag is `flag`. `values`: the allowed values,
+    if they are limited. `help`: a sentence that describes it. `default`: describes the value if
+    neither the user nor the exported bundle has one. `inherited`: whether a bundle that is exported
+    again keeps it. `excludes`: options that cannot be given with it, and why.
     """
 
     name: str
@@ -200,7 +200,7 @@ def is_packed(precision: str) -> bool:
 
 
 def default_of(option: str, precision: str, target: str | None) -> Any:
-    """What an option is where it is not asked for and the graph can have either."""
+    """The value of an option that is not given, if the graph can have any of its values."""
     packed = is_packed(precision)
     own = {
         "layout": ROWS if packed else SLOTS,
@@ -233,7 +233,7 @@ def form_of(manifest: Manifest) -> GraphForm:
         layout=None if merged else manifest.layout,
         branches=None if merged else manifest.branches,
         attention=GQA if manifest.cache_in_place else STANDARD,
-        side_inputs=frozenset(kind for kind, there in kinds.items() if there),
+        side_inputs=frozenset(kind for kind, present in kinds.items() if present),
         required_inputs=REQUIRED_NAME in manifest.files,
         static_shapes=dict(_static(manifest)),
         logits_to_keep=manifest.logits_to_keep,
@@ -250,12 +250,12 @@ def _static(manifest: Manifest) -> Iterator[tuple[str, int]]:
 
 
 def check_form(asked: Mapping[str, Any]) -> None:
-    """Refuse values that do not exist, and options that cannot be combined.
+    """Refuse invalid values, and options that cannot be combined.
 
-    `asked`: values by the names of `FORM_OPTIONS`, None or empty where one is not asked for.
+    `asked`: the values of `FORM_OPTIONS` by name; None or empty if an option is not given.
 
     Raises:
-        UsageError: what is asked for cannot be.
+        UsageError: a value is invalid, or options cannot be combined.
     """
     given = {name for name, value in asked.items() if value}
     for option in FORM_OPTIONS:
@@ -281,22 +281,22 @@ def check_form(asked: Mapping[str, Any]) -> None:
 
 
 def inherit(asked: Mapping[str, Any], before: Manifest) -> dict[str, Any]:
-    """What is `asked` for, with what the bundle `before` has where nothing is.
+    """The options `asked` for, with those that are not given inherited from the bundle `before`.
 
-    Where another precision or target is asked for, what was the default of the bundle's own stays
-    open, so that it becomes that of the new one; and what another target chooses is not inherited.
-    Of merged graphs and for merges what belongs to side inputs is left out. Precision, attention
-    and the kinds of side inputs are in the graph itself.
+    If another precision or target is given, two kinds of options are not inherited: those with the
+    default of the old precision or target, so that they get the new default, and those that the new
+    target sets. Options of side inputs are not inherited from or by merged graphs. Precision,
+    attention and the kinds of side inputs are properties of the graph itself.
 
     Raises:
-        UsageError: a static shape is asked for in another size than the bundle has.
+        UsageError: a static shape is given with another size than the bundle has.
     """
     form, result = form_of(before), dict(asked)
     target = result["target"] = asked.get("target") or form.target
     moved = target != form.target
     smaller = choice_of(target, "precision", form.precision)
     if moved and asked.get("precision") is None and form.precision == DEFAULT_PRECISION:
-        # What a graph in fp32 can become without its checkpoint.
+        # Without the checkpoint, a graph in fp32 can only be packed.
         result["precision"] = smaller if smaller in PACKED_BITS else None
     precision = result.get("precision") or form.precision
     anew = moved or precision != form.precision

@@ -82,11 +82,11 @@ class AdapterEntry:
     `native_digest`: digest of its .onnx_adapter file, if only that file has values computed from
     weights that are quantized in the bundle.
     `text`: its text settings; None if they are the base's.
-    `labels`: the names of its head's outputs, in their order, where it brings a head and names.
-    `problem_type`: of a sequence classifier, what its outputs are (`adapter.heads`).
-    `whole_digest`: of a model that is exported in parts, the digest of the whole adapter, before
-    its part for this bundle was taken; None of others, and in bundles of earlier versions.
-    `split`: whether the whole adapter changes what is in another bundle, too.
+    `labels`: the label names of its head in the order of the outputs, if it has a head and names.
+    `problem_type`: the problem type of a sequence classifier (`adapter.heads`).
+    `whole_digest`: for a model that is exported as several bundles, the digest of the complete
+    adapter; None for other models, and in bundles of earlier versions.
+    `split`: whether the complete adapter also changes another bundle.
     """
 
     digest: str
@@ -114,9 +114,9 @@ class MergeError:
 class EncoderGraph:
     """The encoder of an encoder-decoder, in encoder.onnx; model.onnx is its decoder.
 
-    `inputs`, `outputs`: the names of those of the manifest's that are the encoder's; all others are
-    the decoder's. Its outputs `present.{i}.encoder.key` and `.value` are what the decoder takes as
-    `past_key_values.{i}.encoder.key` and `.value` at every step.
+    `inputs`, `outputs`: the names of the manifest's inputs and outputs that are the encoder's; all
+    others are the decoder's. The decoder takes the encoder's outputs `present.{i}.encoder.key` and
+    `.value` as `past_key_values.{i}.encoder.key` and `.value` at every step.
     `graph_digest`: digest of encoder.onnx.
     """
 
@@ -152,12 +152,12 @@ class Manifest:
     copies of them in an adapter's file (`adapter.fitting.settle.values_digest`).
     `submodels`: the transformers models in the base, if module paths in some of them were renamed;
     `base_prefix`: the prefix of the base model's paths.
-    `problem_type`: of a sequence classifier, what the outputs of the base's head are, or of the
-    merged adapter's (`adapter.heads`). Bundles of earlier versions do not have it.
+    `problem_type`: the problem type of a sequence classifier's base, or of the merged adapter
+    (`adapter.heads`). Bundles of earlier versions do not have it.
     `encoder`: for an encoder-decoder with a cache, the part in encoder.onnx; None for a single
     graph.
-    `tower`: for a model with a text and an image tower, which one the graph is: "text" or "image";
-    None for other models (`adapter.fitting.towers`).
+    `tower`: for a model with a text and an image tower, the tower in this bundle: "text" or
+    "image"; None for other models (`adapter.fitting.towers`).
     `logits_to_keep`: whether a decoder's graph has the optional input of that name, the positions
     to compute logits for (export/passes/tokens/kept_logits.py); if it is not fed, all of them.
     `embeds`: the optional inputs with which the decoder of a vision-language model takes embeddings
@@ -169,12 +169,13 @@ class Manifest:
     for them belong.
     `added_tokens`: the rows of the graph for tokens that adapters add to the base's; None if it has
     the base's vocabulary.
-    `traced`: whether loradeploy traced the graph from a checkpoint, which it did not where an ONNX
-    file was exported with `checkpoint` as evidence. Bundles of earlier versions do not tell.
-    `whole_prompts`: whether the graph of an ONNX file gave something else in the export's trial
-    where it read a prompt in parts, as `Engine` does: that refuses it.
-    `probabilities`: the output that is a Softmax or Sigmoid of the main one, where the graph of an
-    ONNX file gave that; None of other bundles.
+    `traced`: whether loradeploy traced the graph from a checkpoint. It is false if an ONNX file was
+    exported, even with a `checkpoint` to identify its modules, and in bundles of earlier versions.
+    `whole_prompts`: whether prompts must be read in one run: in a trial run of the export, the
+    graph of an ONNX file gave other results if it read a prompt in parts. `Engine`, which reads
+    long prompts in parts, refuses such a bundle.
+    `probabilities`: the output that is a Softmax or Sigmoid of the main output, if the graph of an
+    ONNX file has one; None for other bundles.
     """
 
     task: str
@@ -315,9 +316,9 @@ class Manifest:
 
 
 def default_of(spec: TensorSpec) -> NDArray[Any]:
-    """What an optional input has where it is not fed, of one position or of none.
+    """The default of an optional input, with one position, or none for `logits_to_keep`.
 
-    Zeros, but for positions in place of others: -1, which is none.
+    Zeros, except for `mrope_position_ids`: -1, which means that they are not given.
     """
     sizes = [s if isinstance(s, int) else int(s != KEPT) for s in spec.shape]
     return np.full(sizes, -1 if spec.name == MROPE_POSITION_IDS else 0, spec.dtype)
@@ -327,7 +328,7 @@ def read_manifest(bundle: str | os.PathLike[str]) -> Manifest:
     """The manifest of the bundle in the directory `bundle`.
 
     Raises:
-        BundleError: the directory is missing or not a bundle, or its manifest is broken.
+        BundleError: the directory is missing or not a bundle, or its manifest is invalid.
     """
     directory = Path(bundle)
     if not directory.is_dir():

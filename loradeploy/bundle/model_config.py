@@ -1,4 +1,4 @@
-"""The configuration of a model: that in a bundle, and the context length that one states."""
+"""The configuration of a model in config.json, and its context length."""
 
 from __future__ import annotations
 
@@ -39,19 +39,18 @@ def model_config(directory: Path, *, error: type[LoraDeployError] = BundleError)
 def context_length(config: Mapping[str, Any]) -> int | None:
     """The maximum number of tokens, prompt and generated, that a bundle of `config` is run with.
 
-    As `stated_length`, or those up to which rotary frequencies stay what they are, if these are
-    fewer (`rotary_limit`).
+    The smaller one of `stated_length` and `rotary_limit`; None if there is neither.
     """
     lengths = [stated_length(config), rotary_limit(config)]
     return min((length for length in lengths if length is not None), default=None)
 
 
 def rotary_limit(config: Mapping[str, Any]) -> int | None:
-    """The number of tokens from which on rotary frequencies are others; None if there is none.
+    """The number of tokens up to which rotary frequencies are constant; None if they always are.
 
-    With rope scaling of type longrope (Phi-3) all positions of a run have `long_factor` once one is
-    behind the original length. Keys that are in the cache have `short_factor`: transformers
-    computes them again, which a graph cannot.
+    With rope scaling of type longrope (Phi-3), all positions use `long_factor` once the sequence
+    exceeds the original length. Keys in the cache were computed with `short_factor`: transformers
+    computes them again, but a graph cannot.
     """
     inner = config.get("text_config")
     texts = inner if isinstance(inner, Mapping) else config
@@ -76,7 +75,7 @@ def stated_length(config: Mapping[str, Any]) -> int | None:
     """The maximum number of tokens, prompt and generated, of the model of `config`.
 
     `config`: the contents of config.json; its text_config has precedence. None if it does not
-    specify a length. With a value below 1 the model has no position for a token.
+    specify a length. If it is below 1, the model has no position for a token.
     """
     text = config.get("text_config")
     found = _named(text) if isinstance(text, Mapping) else None

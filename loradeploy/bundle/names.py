@@ -25,7 +25,7 @@ ADAPTER_MODE: Final = (
 LOGITS_TO_KEEP: Final = (
     "logits_to_keep"  # int64 [batch, kept] or [1, kept]: positions that get logits; [1, 0] is all
 )
-KEPT: Final = "kept"  # the dimension of logits that it chooses
+KEPT: Final = "kept"  # the dimension of the positions that logits_to_keep selects
 BASE, ROWS, SLOTS = "base", "rows", "slots"
 LEFT, RIGHT, NO_PADDING = "left", "right", "none"
 LAYOUTS: Final = (SLOTS, ROWS)  # of the first dimension of side inputs
@@ -36,7 +36,7 @@ TEXT_EMBEDS: Final = "text_embeds"  # float [batch, size]
 IMAGE_EMBEDS: Final = "image_embeds"  # float [batch, size]
 PAST: Final = "past_key_values."  # {i}.key and {i}.value: float [batch, heads, past, size]
 PRESENT: Final = "present."
-# Of an encoder-decoder's layer, the parts of its two caches: {i}.decoder.key, {i}.encoder.key, …
+# The two caches of each layer of an encoder-decoder: {i}.decoder.key, {i}.encoder.key, …
 SELF: Final = "decoder."
 CROSS: Final = "encoder."
 
@@ -50,8 +50,8 @@ CERTIFICATE_NAME: Final = "parity.json"
 REQUIRED_NAME: Final = "required.onnx"
 SIGNATURE_NAME: Final = "parity.json.sig"
 CONFIG_NAME: Final = "config.json"
-# How sound and images become what a model takes. Newer releases of transformers write it into the
-# second, among what else a processor has.
+# The preprocessing of audio and images. Newer releases of transformers write it into the second
+# file, with the other settings of a processor.
 PREPROCESSOR_NAME: Final = "preprocessor_config.json"
 PROCESSOR_NAME: Final = "processor_config.json"
 GENAI_CONFIG_NAME: Final = "genai_config.json"
@@ -80,7 +80,7 @@ def past_of(present: str) -> str:
 
 
 def is_cross(name: str) -> bool:
-    """Whether an input or output is of an encoder-decoder's keys and values of the source."""
+    """Whether an input or output is a key or value of cross-attention in an encoder-decoder."""
     return name.startswith((PAST, PRESENT)) and f".{CROSS}" in name
 
 

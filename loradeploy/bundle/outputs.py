@@ -37,7 +37,7 @@ _ONE_PER_ROW: Final = (SEQUENCE_CLASSIFICATION, IMAGE_CLASSIFICATION)
 
 
 def main_output(task: str, ranks: Mapping[str, int | None]) -> str | None:
-    """The main output for `task`, from the ranks of all outputs by name; None if it is not clear.
+    """The main output for `task`, from the ranks of all outputs by name; None if it is ambiguous.
 
     It is found by name, or as the only output of the expected rank: 2 for one result per row,
     [batch, labels], and 3 for one per position. An encoder may have only an output for sentences,

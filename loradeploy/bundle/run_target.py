@@ -1,8 +1,8 @@
-"""What a bundle is for: the form of the graph that a device runs, in one table.
+"""The table of devices that a bundle can be exported for, with the form of the graph for each.
 
-`loradeploy.export(target=…)`, `--target` and docs/bundles.md read it. A target chooses the options
-that are not given. One that is given is obeyed where the target runs the graph on its device, and
-refused by name where it does not.
+`loradeploy.export(target=…)`, `--target` and docs/bundles.md use it. A target sets the options that
+are not given. An option that is given is applied if the target can run the resulting graph on its
+device, and refused by name otherwise.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from loradeploy.errors import UsageError
 
 @dataclass(frozen=True)
 class Refusal:
-    """A form that falls off the target's device: values of options, together, and why.
+    """A combination of options with which parts of the graph do not run on the target's device.
 
-    `cache`: the dtype of the cache, and of what attention computes, with which it does; None: any.
+    `form`: the values of the options. `why`: the reason. `cache`: the dtype of the cache and of
+    attention for which it applies; None: any.
     """
 
     form: Mapping[str, tuple[Any, ...]]
@@ -32,10 +33,10 @@ class Refusal:
 class RunTarget:
     """A row of the table.
 
-    `runs_in`: what opens the bundle. `chooses`: values of options that are not given;
-    `with_precision`: those that go with a precision alone. `why`: for that. `refuses`: the forms
-    that it does not run on its device. `rank_one`: whether zeros of rank 0 are written as zeros of
-    rank 1 where a client feeds them.
+    `runs_in`: the software that opens the bundle. `chooses`: the values of options that are not
+    given; `with_precision`: those for one precision only. `why`: the reasons. `refuses`: the forms
+    that it does not run on its device. `rank_one`: whether clients feed zeros of rank 1 in place of
+    side inputs of rank 0.
     """
 
     name: str
@@ -116,7 +117,7 @@ BY_TARGET: Final[Mapping[str, RunTarget]] = MappingProxyType({row.name: row for 
 
 
 def choice_of(target: str | None, option: str, precision: str) -> Any:
-    """What the target chooses for an option that is not given; None where it leaves it open."""
+    """The target's value for an option that is not given; None if it does not set the option."""
     if target is None:
         return None
     row = BY_TARGET[target]
@@ -124,23 +125,24 @@ def choice_of(target: str | None, option: str, precision: str) -> Any:
 
 
 def zeros_have_rank_one(target: str | None) -> bool:
-    """Whether a client on the target is given zeros of rank 1 for side inputs of rank 0."""
+    """Whether clients on the target feed zeros of rank 1 in place of side inputs of rank 0."""
     return target is not None and BY_TARGET[target].rank_one
 
 
 def check_runs(target: str | None, form: Mapping[str, Any]) -> None:
-    """Refuse a form of which part would not run on the target's device.
+    """Refuse a form with which parts of the graph would not run on the target's device.
 
-    `form`: values by the names of the form's options, and `cache`, the dtype of the cache; one that
-    is not known yet is left out.
+    `form`: the values of the form's options by name, and `cache`, the dtype of the cache; values
+    that are not known yet are left out.
 
     Raises:
-        UsageError: the target does not run it.
+        UsageError: the target does not run the form.
     """
     for refusal in () if target is None else BY_TARGET[target].refuses:
         applies = refusal.cache in (None, form.get("cache"))
         if applies and all(form.get(name) in values for name, values in refusal.form.items()):
             named = [f"`{name}={form[name]!r}`" for name in refusal.form if name != "merge"]
             raise UsageError(
-                f"{' with '.join(named)} falls off the device of `target={target!r}`: {refusal.why}"
+                f"{' with '.join(named)} does not run on the device of `target={target!r}`:"
+                f" {refusal.why}"
             )

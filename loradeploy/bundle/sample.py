@@ -50,7 +50,7 @@ _DIMENSIONS: Final[tuple[tuple[Callable[[str, int, int], bool], str], ...]] = (
 class Sample:
     """Makes feeds for a graph with the inputs `specs`; `config` has the sizes of images and audio.
 
-    `pad`: the padding token, which no row gets.
+    `pad`: the padding token, which is not used.
     """
 
     def __init__(
@@ -71,13 +71,13 @@ class Sample:
         """A feed for every input: `sequence` tokens after `past`, if the graph has no fixed size.
 
         Raises:
-            TypeError: an input is of a dtype that numpy does not have.
+            TypeError: an input has a dtype that numpy lacks.
         """
         past = next((size for spec in self._specs if (size := _fixed(spec, "past"))), past)
         sequence = next(
             (size for spec in self._specs if (size := _fixed(spec, "sequence"))), sequence
         )
-        # An encoder-decoder's mask is of its source, which has no cache before it.
+        # The mask of an encoder-decoder is for its source, which has no cache before it.
         halves = any(spec.name == DECODER_INPUT_IDS for spec in self._specs)
         total = sequence if halves else past + sequence
         sizes = {
@@ -129,7 +129,7 @@ class Sample:
         return tuple(shape)
 
     def _configured(self, spec: TensorSpec) -> dict[int, int]:
-        """Sizes by axis from the config, of images and audio."""
+        """Sizes of images and audio from the config, by axis."""
         config = self._config
         if in_patches(spec):
             return dict(enumerate(GRID, start=1))
@@ -144,7 +144,7 @@ class Sample:
 
 
 def in_patches(spec: TensorSpec) -> bool:
-    """Whether an input is of images in patches, [images, rows, columns, merged, values]."""
+    """Whether an input has images in patches, [images, rows, columns, merged, values]."""
     return spec.name == PIXEL_VALUES and len(spec.shape) == _PATCHES
 
 

@@ -1,4 +1,4 @@
-"""Inputs and outputs of a graph, and the layers of it that adapters change."""
+"""Inputs and outputs of a graph, and its layers that adapters can change."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from loradeploy.bundle.names import (
 )
 from loradeploy.errors import BundleError, shortened, shown
 
-# The largest product of a shape's sizes that is not a mistake.
+# The largest plausible number of values in a tensor.
 _LARGEST_SHAPE: Final = 2**48
 
 
@@ -47,9 +47,9 @@ class LoraTarget:
     `weight`: the initializer, [in, out], or [out, in] if `transposed`.
     `slice`: the module's range of outputs if the weight is fused from several modules.
     `found_by`: the evidence that identified the graph's node as this module.
-    `kind`: "linear", "embedding", whose inputs are its vocabulary, or "experts", a parameter of so
-    many `experts`, whose rank is that of all of them. ("conv2d" does not occur in bundles:
-    convolutions are merged.)
+    `kind`: "linear", "embedding" (`in_features` is the size of the vocabulary), or "experts", a
+    parameter of `experts` experts, whose ranks are added up in the side inputs. ("conv2d" does not
+    occur in bundles: convolutions are merged.)
     `stored`: location of the weight outside the graph, which DoRA needs.
     """
 
@@ -72,7 +72,7 @@ class LoraTarget:
         return self.lora_A, self.lora_B
 
     def rank_from(self, least: int) -> int:
-        """The least rank of the side inputs, from `least` on: the same for each of the experts."""
+        """`least`, rounded up to a possible rank of the side inputs: a multiple of `experts`."""
         return -(-least // self.experts) * self.experts
 
 
@@ -117,14 +117,14 @@ class OutputTarget:
 
 @dataclass(frozen=True)
 class AddedTokens:
-    """Rows of a vocabulary behind the base's, for the tokens that adapters add.
+    """Rows of a vocabulary after the base's, for tokens that adapters add.
 
-    `base`: how many tokens the base has. `count`: how many rows follow. They are zeros, and an
-    adapter's own tokens come in as trained rows: the tokens of an adapter are `base` and so many
-    of the following ones as it has trained rows of.
-    `embedding`, `head`: the modules with a row per token; None where the base has no output head.
-    `output`: the graph output with a logit per token, of which `changed` has the offset that hides
-    the tokens that an adapter does not have; None where there is none.
+    `base`: the number of the base's tokens. `count`: the number of rows after them. These are
+    zeros; an adapter's added tokens are passed as trained rows. An adapter has the base's tokens
+    and those of the following ones for which it has trained rows.
+    `embedding`, `head`: the modules with one row per token; `head` is None without an output head.
+    `output`: the graph output with one logit per token, which has an entry in `changed`: its offset
+    hides the tokens that an adapter does not have. None if there is no such output.
     """
 
     base: int
@@ -142,8 +142,8 @@ class AddedTokens:
 def sharing(own_weights: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
     """The modules that share each weight of `Manifest.own_weights`, by parameter.
 
-    Trained rows replace those of all of them. Equal weights are one weight: of a checkpoint's that
-    are equal and not tied only one is in `own_weights`.
+    Trained rows apply to all of these modules. Weights with equal digests are shared: if weights of
+    a checkpoint are equal but not tied, only one of them is in `own_weights`.
     """
     users: dict[str, list[str]] = {}
     for parameter, digest in own_weights.items():
@@ -157,7 +157,7 @@ def sharing(own_weights: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
 
 
 def takes_tokens(own_weights: Mapping[str, str], targets: Iterable[LoraTarget]) -> bool:
-    """Whether an embedding, and all that shares its weight, take factors: trained rows too."""
+    """Whether trained rows are supported: all users of an embedding take factors."""
     kinds = {target.module: target.kind for target in targets}
     return any(
         all(module in kinds for module in users) and "embedding" in {kinds[m] for m in users}
@@ -166,7 +166,7 @@ def takes_tokens(own_weights: Mapping[str, str], targets: Iterable[LoraTarget]) 
 
 
 def check_specs(where: str, specs: Iterable[TensorSpec]) -> None:
-    """Raise BundleError if there are none, duplicate names, or an implausible size."""
+    """Raise BundleError if `specs` is empty, or has duplicate names or an implausible size."""
     names = [spec.name for spec in specs]
     if not names or len(set(names)) != len(names):
         raise BundleError(f"{MANIFEST_NAME}: {where} is empty, or names one twice")
@@ -204,9 +204,10 @@ def check_stored(target: LoraTarget, stored: StoredWeight) -> None:
 def check_names(
     targets: Iterable[LoraTarget], changed: Iterable[OutputTarget], saved: Iterable[SavedTarget]
 ) -> None:
-    """Raise BundleError if a side input is not called after what it is of.
+    """Raise BundleError if a side input is not named after its module or parameter.
 
-    The names of two of equal shapes, swapped by hand, would give each the other's adapter.
+    If the names of two side inputs of equal shape were swapped by hand, each module would get the
+    factors of the other one.
     """
     named: list[tuple[str, str | None, str]] = []
     for target in targets:

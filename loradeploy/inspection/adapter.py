@@ -30,7 +30,7 @@ class AdapterFacts:
 
     `layers`: the kinds of layers that have factors. `saved`: fully trained parameters. `tokens`:
     the numbers of trained rows, by weight. `beside`: a base model in the same directory. `part_of`:
-    the digest of the whole adapter, of which this is the part for one bundle.
+    the digest of the complete adapter, if this is its part for one bundle.
     """
 
     kind: str = "LoRA adapter"

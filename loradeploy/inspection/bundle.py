@@ -74,7 +74,7 @@ class SavedFacts:
 class BundledAdapterFacts:
     """An adapter of the bundle. `files`: whether its files changed since the export.
 
-    `part_of`: of an adapter that changes another bundle of the model too, the digest of the whole.
+    `part_of`: the digest of the complete adapter, if it also changes another bundle of the model.
     """
 
     name: str
@@ -88,8 +88,8 @@ class BundledAdapterFacts:
 class BundleFacts:
     """A bundle. `graph`: whether its files changed since the export.
 
-    `merged_part_of`: as `BundledAdapterFacts.part_of`, of the merged adapter. `image_inputs`: the
-    optional inputs by which a decoder reads images.
+    `merged_part_of`: as `BundledAdapterFacts.part_of`, for the merged adapter. `image_inputs`: the
+    optional inputs with which a decoder reads images.
     """
 
     kind: str = "bundle"
@@ -216,7 +216,7 @@ def inspect_bundle(path: Path) -> BundleFacts:
 
 
 def _part_of(entry: AdapterEntry) -> str | None:
-    """The digest of the whole adapter where another bundle has a part of it."""
+    """The digest of the complete adapter, if another bundle has a part of it."""
     return entry.whole_digest if entry.split else None
 
 

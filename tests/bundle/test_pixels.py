@@ -81,7 +81,7 @@ def test_an_image_is_the_same_from_a_file_and_in_memory(tmp_path: Path) -> None:
         ({"resample": None}, "resample is None, expected a number from 0 to 5"),
         ({"do_center_crop": True}, "crop_size is None: give height and width"),
         ({"image_mean": [0.5]}, "image_mean is .*, three numbers are needed"),
-        ({"image_std": [1, 0, 1]}, "image_std is .*, which nothing is divided by"),
+        ({"image_std": [1, 0, 1]}, "image_std is .*, expected numbers other than 0"),
         ({"rescale_factor": "1/255"}, "rescale_factor is '1/255', expected a number"),
     ],
 )

@@ -43,7 +43,7 @@ REFUSED: Mapping[tuple[str, Any, str, Any], str] = {
         for value in VALUES[name]
         if value
     },
-    ("branches", True, "target", "openvino"): "falls off the device of `target='openvino'`",
+    ("branches", True, "target", "openvino"): "does not run on the device of `target='openvino'`",
 }
 # CUDA computes GroupQueryAttention only in fp16.
 OFF_CUDA = {"attention": "gqa", "target": "cuda"}
@@ -52,7 +52,7 @@ OFF_CUDA = {"attention": "gqa", "target": "cuda"}
 def refusal(form: Mapping[str, Any]) -> str | None:
     """The message for a form that cannot be, None for one that can."""
     if form["precision"] != "fp16" and OFF_CUDA.items() <= form.items():
-        return "falls off the device of `target='cuda'`"
+        return "does not run on the device of `target='cuda'`"
     return next(
         (
             message
@@ -275,7 +275,11 @@ def test_a_target_chooses_what_is_not_given(
         ),
         ({}, {"target": "openvino", "branches": True}, "leaves all nodes within branches"),
         ({}, {"target": "web", "required_inputs": False}, "would answer as the base"),
-        ({"target": "openvino"}, {"branches": True}, "falls off the device of `target='openvino'`"),
+        (
+            {"target": "openvino"},
+            {"branches": True},
+            "does not run on the device of `target='openvino'`",
+        ),
     ],
     ids=lambda value: named(value) if isinstance(value, dict) else "",
 )

@@ -1,1 +1,1 @@
-"""An adapter as inputs of a bundle's graph: factors, DoRA's scales, biases."""
+"""Convert adapters to inputs of a bundle's graph: factors, DoRA's scales, biases."""

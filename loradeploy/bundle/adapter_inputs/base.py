@@ -1,8 +1,8 @@
-"""Weights and biases of the base model, which the side inputs of some adapters are computed from.
+"""Read weights and biases of the base model, from which some side inputs are computed.
 
 DoRA's scale needs the base's weights, which are read from model.onnx.data at the location in the
-manifest. Offsets need the biases that the graph adds. Those, and weights too small for the data
-file, are in base.safetensors: `M.bias` [out], `M.weight` [out, in].
+manifest. Offsets need the biases that the graph adds. These biases, and weights that are too small
+for the data file, are in base.safetensors: `M.bias` [out], `M.weight` [out, in].
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class BundleBase:
         """See `BaseValues`; None if the base has no bias.
 
         Raises:
-            BundleError: base.safetensors is broken.
+            BundleError: base.safetensors is invalid.
         """
         sizes = {output.module: output.size for output in self._manifest.changed}
         return self._values(module, "bias", (sizes[module],))

@@ -1,8 +1,8 @@
 """DoRA and trained biases as side inputs: a layer's output y becomes scale ⊙ y + offset.
 
 DoRA (Liu et al., 2024, arXiv:2402.09353) scales the product with the weight, without the bias. If y
-includes the bias b, and b' is the bias of the adapter, offset = b' − scale ⊙ b. So one mechanism
-serves DoRA, trained biases and both. A layer without a bias has b = 0.
+includes the bias b, and b' is the bias of the adapter, offset = b' − scale ⊙ b. The same side
+inputs serve DoRA, trained biases and both. A layer without a bias has b = 0.
 """
 
 from __future__ import annotations
@@ -92,16 +92,19 @@ def changes_undone(
     manifest: Manifest,
     base: BaseValues | None,
 ) -> tuple[dict[str, Factors], dict[str, NDArray[np.float32]]]:
-    """`factors` with DoRA's magnitudes, and the trained biases, of one slot of side inputs.
+    """Recover `factors` with DoRA's magnitudes, and trained biases, from one slot of side inputs.
 
-    The scaling is in B already. Raises AdapterMismatchError where `base` lacks a weight.
+    B of `factors` includes the scaling.
+
+    Raises:
+        AdapterMismatchError: `base` lacks a weight.
     """
     targets = {target.module: target for target in manifest.targets}
     scales: dict[str, NDArray[np.float32]] = {}
     biases: dict[str, NDArray[np.float32]] = {}
     for output in manifest.changed:
         if manifest.added_tokens is not None and output.module == manifest.added_tokens.output:
-            continue  # it tells which tokens there are
+            continue  # this offset hides tokens
         scale = None if output.scale is None else arrays.get(output.scale)
         offset = None if output.offset is None else arrays.get(output.offset)
         if scale is not None:
@@ -120,7 +123,7 @@ def changes_undone(
     scaled = {}
     for module, pair in factors.items():
         ones = np.ones(len(pair.B), np.float32)
-        # The norm is what the scale divides by: output_scale of a magnitude of ones is 1 / norm.
+        # scale = magnitude / norm, so output_scale with a magnitude of ones is 1 / norm.
         unit = dataclasses.replace(pair, magnitude=ones)
         inverse = output_scale(_weight(base, targets[module]), unit, 1.0)
         scaled[module] = dataclasses.replace(pair, magnitude=scales.get(module, ones) / inverse)

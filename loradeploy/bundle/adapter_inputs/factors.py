@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
     from loradeploy.bundle.adapter_inputs.base import BaseValues
 
-# Near the root of float32's largest number; all of float16's are smaller.
+# About the square root of float32's maximum; float16's maximum is smaller.
 _OVERFLOWS: Final = 1e18
-# Where float16 has all of its bits, down to a 64th of the largest number of a factor.
-_LEAST_HELD: Final = 2.0**-8
-_MOST_HELD: Final = 2.0**15
+# The range of a factor's maximum in which float16 has full precision down to 1/64 of the maximum.
+_LEAST_PRECISE: Final = 2.0**-8
+_MOST_PRECISE: Final = 2.0**15
 
 
 def side_inputs(
@@ -128,8 +128,8 @@ def adapter_from_side_inputs(
 ) -> Adapter:
     """The adapter whose side inputs are `arrays`. The scaling stays in B, so that alpha = rank.
 
-    Scales and offsets are converted to DoRA's magnitudes and trained biases with `base`. What the
-    head of a classifier answers is not in the arrays: it is UNDECLARED.
+    Scales and offsets are converted to DoRA's magnitudes and trained biases with `base`. The arrays
+    do not declare what the outputs of a classifier's head mean: its problem type is UNDECLARED.
 
     Raises:
         AdapterMismatchError: the arrays are not side inputs of the bundle, or `base` lacks weights,
@@ -184,17 +184,19 @@ def adapter_from_side_inputs(
 def _balanced(
     A: NDArray[np.float32], B: NDArray[np.float32]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """A [in, rank] and B [rank, out] of the same product, in numbers that float16 holds well.
+    """Rescale A [in, rank] and B [rank, out] for float16, without a change of their product.
 
-    B begins at zero, so that after a short training, or one of a low learning rate, its numbers are
-    below those that float16 has with all bits, while A's are not. The powers of two change no bit.
+    B starts at zero. After a short training, or with a low learning rate, its values are below the
+    range in which float16 has full precision, while those of A are not. Powers of two are exact.
     """
     top_A, top_B = np.abs(A).max(axis=0), np.abs(B).max(axis=1)  # [rank]
-    held = (np.minimum(top_A, top_B) >= _LEAST_HELD) & (np.maximum(top_A, top_B) <= _MOST_HELD)
+    precise = (np.minimum(top_A, top_B) >= _LEAST_PRECISE) & (
+        np.maximum(top_A, top_B) <= _MOST_PRECISE
+    )
     usable = (top_A > 0) & (top_B > 0) & np.isfinite(top_A) & np.isfinite(top_B)
-    if (held | ~usable).all():
+    if (precise | ~usable).all():
         return A, B
-    ratio = np.divide(top_B, top_A, out=np.ones_like(top_A), where=usable & ~held)
+    ratio = np.divide(top_B, top_A, out=np.ones_like(top_A), where=usable & ~precise)
     # Halves are rounded up, as Math.round does in the JavaScript client.
     powers = np.exp2(np.floor(np.log2(ratio) / 2 + 0.5)).astype(np.float32)
     return A * powers, B / powers[:, np.newaxis]

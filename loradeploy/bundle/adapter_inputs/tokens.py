@@ -1,13 +1,13 @@
 """Trained rows of an embedding (trainable tokens) as low-rank side inputs.
 
-A row that replaces the base's, W[i] ← v, is an update of rank 1: W + e_i (v − W[i])ᵀ, with the unit
-vector e_i of the token. So k trained tokens are factors of rank k, in the embedding and in every
+Replacing a row of the base, W[i] ← v, is an update of rank 1: W + e_i (v − W[i])ᵀ, with the unit
+vector e_i of the token. So k trained tokens are factors of rank k, for the embedding and for every
 module that shares its weight, such as a tied output head:
 
     embedding   A [vocabulary, k] has the unit vectors, B [k, size] the differences
     head        A [size, k] has the differences, B [k, vocabulary] the unit vectors
 
-They are added to the factors that the adapter has for the module itself.
+They are concatenated with the adapter's factors for the same module.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ def token_factors(adapter: Adapter, manifest: Manifest, base: BaseValues | None)
     found: dict[str, Pair] = {}
     for parameter, rows in sorted(adapter.rows.items()):
         indices = list(rows.indices)
-        own = None  # of the embedding, else of the head: they share one weight
+        own = None  # the base's rows, read from the first module: all modules share one weight
         for module in sorted(users[parameter], key=lambda name: targets[name].kind):
             if f"{module}.weight" in adapter.saved or module in found:
-                continue  # replaced whole, or trained itself: the values are the same
+                continue  # replaced as a whole, or its rows were trained to the same values
             target = targets[module]
             if own is None:
                 own = _rows(base, target, indices, manifest)
@@ -70,7 +70,7 @@ def joined(one: Pair | None, other: Pair | None) -> Pair | None:
 def _rows(
     base: BaseValues | None, target: LoraTarget, indices: list[int], manifest: Manifest
 ) -> NDArray[Any]:
-    """The base's rows [tokens, size] of the weight that `target` uses; of added tokens zeros."""
+    """The base's rows [tokens, size] of the weight of `target`; zeros for added tokens."""
     added = manifest.added_tokens
     if added is not None and min(indices, default=0) >= added.base:
         size = target.out_features if target.kind == "embedding" else target.in_features

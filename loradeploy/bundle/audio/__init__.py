@@ -1,1 +1,1 @@
-"""Sound as a model reads it: files, features, languages. numpy alone."""
+"""Audio inputs of speech models: files, features, languages. Needs numpy only."""

@@ -1,8 +1,8 @@
-"""Whisper's features of sound: the logarithm of its power in bands of the mel scale.
+"""Whisper's log-mel features of audio.
 
-As transformers' WhisperFeatureExtractor computes them: short-time Fourier transforms in a Hann
-window with the sound reflected at its ends, Slaney's triangular filters up to 8 kHz, log10, no less
-than 8 below the largest, scaled.
+Computed as in transformers' WhisperFeatureExtractor: short-time Fourier transform with a Hann
+window and reflection padding at both ends, Slaney's triangular mel filters up to 8 kHz, log10,
+clipped at 8 below the maximum, rescaled.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 _NESTED: Final = "feature_extractor"
 _EXTRACTOR: Final = "WhisperFeatureExtractor"
 
-_HIGHEST: Final = 8000.0  # Hz, whatever the rate
+_HIGHEST: Final = 8000.0  # Hz, for every sampling rate
 _LEAST_POWER: Final = 1e-10
-_RANGE: Final = 8.0  # decades below the largest
+_RANGE: Final = 8.0  # decades below the maximum
 # The mel scale of Slaney's Auditory Toolbox: linear up to 1 kHz, logarithmic above.
 _LINEAR_HZ, _LINEAR_MELS, _LOG_STEP = 1000.0, 15.0, 27.0 / np.log(6.4)
 _FRAMES_AT_ONCE: Final = 4096
 
-# Of preprocessor_config.json: names, defaults of transformers, and sizes that make sense.
+# Fields of preprocessor_config.json: transformers' default, minimum, maximum.
 _SIZES: Final[Mapping[str, tuple[int, int, int]]] = {
     "feature_size": (80, 1, 512),
     "sampling_rate": (16_000, 1_000, 192_000),
@@ -46,9 +46,9 @@ _SIZES: Final[Mapping[str, tuple[int, int, int]]] = {
 class FeatureSettings:
     """How features are computed from audio.
 
-    `mels`: the bands. `rate`: samples a second. `hop`: samples from one frame to the next. `chunk`:
-    the seconds that a model takes at once. `window`: the samples of a frame. `padding`: what fills
-    a chunk up.
+    `mels`: the number of mel bands. `rate`: samples per second. `hop`: samples from one frame to
+    the next. `chunk`: seconds of audio that the model takes at once. `window`: samples of a frame.
+    `padding`: the sample that fills up a chunk.
     """
 
     mels: int
@@ -60,17 +60,17 @@ class FeatureSettings:
 
     @property
     def chunk_samples(self) -> int:
-        """How many samples a chunk has."""
+        """The number of samples in a chunk."""
         return self.chunk * self.rate
 
     @property
     def chunk_frames(self) -> int:
-        """How many frames a chunk has."""
+        """The number of frames in a chunk."""
         return self.chunk_samples // self.hop
 
     @cached_property
     def filters(self) -> NDArray[np.float64]:
-        """What each band takes of each frequency: [mels, frequencies]."""
+        """The weight of each frequency in each mel band: [mels, frequencies]."""
         edges = _hertz(np.linspace(0.0, _mels(_HIGHEST), self.mels + 2))
         frequencies = np.linspace(0, self.rate // 2, 1 + self.window // 2)
         widths = np.diff(edges)
@@ -85,9 +85,9 @@ class FeatureSettings:
         return scaled
 
     def of(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The features [mels, frames] of `samples`: of a chunk where they are shorter than it.
+        """The features [mels, frames] of `samples`, which are padded to at least one chunk.
 
-        Longer ones are whole, and their largest power is that of all.
+        Longer audio is not split: the clipping uses the maximum over all frames.
         """
         if len(samples) < self.chunk_samples:
             filler = np.full(self.chunk_samples - len(samples), self.padding, np.float32)
@@ -108,10 +108,10 @@ class FeatureSettings:
 
 
 def feature_settings(directory: Path) -> FeatureSettings | None:
-    """The settings in a checkpoint's or a bundle's directory; None where it has none.
+    """The settings in a checkpoint's or a bundle's directory; None if it has none.
 
     Raises:
-        BundleError: a value is out of its range, or they are of another kind of features.
+        BundleError: a value is out of range, or the feature extractor is not Whisper's.
     """
     values = feature_values(directory)
     return None if values is None else _settings(values, PREPROCESSOR_NAME)
@@ -120,7 +120,7 @@ def feature_settings(directory: Path) -> FeatureSettings | None:
 def feature_values(
     directory: Path, *, error: type[LoraDeployError] = BundleError
 ) -> dict[str, Any] | None:
-    """What preprocessor_config.json has, or the feature extractor's part of a processor's file.
+    """The contents of preprocessor_config.json, or of `feature_extractor` in processor_config.json.
 
     Raises:
         `error`: a file cannot be read.

@@ -1,4 +1,4 @@
-"""The languages of Whisper: their codes, by the English names that transformers takes too."""
+"""Whisper's languages: their codes by English name, as in transformers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CODES: Final = {
 
 
 def language_token(language: str) -> str:
-    """The token of a language, which is given as its code, its token or its English name."""
+    """The token of a language. `language`: its code, token or English name."""
     spoken = language.strip().lower()
     if spoken.startswith("<|"):
         return spoken

@@ -1,8 +1,8 @@
-"""WAV files as samples: PCM of 8 to 32 bits and floats, channels mixed down to one.
+"""Read WAV files (PCM of 8 to 32 bits, floats) as samples of one channel.
 
 The standard library's `wave` reads no floats, and WAVE_FORMAT_EXTENSIBLE only from Python 3.12 on.
-The layout is that of Microsoft's "Multiple channel audio data and WAVE files": chunks of a name, a
-size and as many bytes, of which `fmt ` says what `data` holds.
+The layout is that of Microsoft's "Multiple channel audio data and WAVE files": each chunk has a
+name, a size and that many bytes; the chunk `fmt ` describes the samples in the chunk `data`.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MAX_WAV_BYTES: Final = 512 << 20
-# Of each channel: 4.6 hours of 16 kHz.
+# For each channel: 4.6 hours at 16 kHz.
 MAX_WAV_SAMPLES: Final = 256 << 20
-# Floats are from -1 to 1; a loud mix goes a little beyond. More are integers' values as floats.
+# Floats are from -1 to 1, or a little more in loud mixes. Larger ones are unscaled integers.
 _LARGEST: Final = 8.0
 _FRAMES_AT_ONCE: Final = 1 << 16
 _PCM, _FLOAT, _EXTENSIBLE = 1, 3, 0xFFFE
 _NAMES: Final = {6: "A-law", 7: "mu-law", 17: "IMA ADPCM", 80: "MPEG", 85: "MP3"}
 _MOST_CHANNELS: Final = 64
 _LONGEST_FORMAT: Final = 40  # bytes, of WAVE_FORMAT_EXTENSIBLE
-# What other files begin with, by what they are called.
+# The first bytes of other audio formats, and their names.
 _OTHERS: Final = {
     b"fLaC": "FLAC",
     b"OggS": "Ogg",
@@ -47,7 +47,7 @@ _CONVERT: Final = "convert it, such as with `ffmpeg -i FILE -ac 1 -ar {rate} OUT
 
 @dataclass(frozen=True, eq=False)
 class Sound:
-    """`samples` float32 [samples], from -1 to 1, so many a second."""
+    """Audio: `samples` float32 [samples], from -1 to 1, at `rate` samples per second."""
 
     samples: NDArray[np.float32]
     rate: int
@@ -55,7 +55,7 @@ class Sound:
 
 @dataclass(frozen=True)
 class _Format:
-    """`frame`: the bytes of one sample of every channel."""
+    """The contents of a `fmt ` chunk. `frame`: the bytes of one sample of all channels."""
 
     code: int
     channels: int
@@ -65,12 +65,12 @@ class _Format:
 
 
 def read_wav(path: str | os.PathLike[str], rate: int) -> Sound:
-    """The samples of a WAV file of `rate` samples a second; several channels are averaged.
+    """The samples of a WAV file with `rate` samples per second; several channels are averaged.
 
     Raises:
-        DataError: no such file, no WAV file, one of another rate, encoding or of no samples, one
-            that ends early, one of samples that are not finite or are not from -1 to 1, or one that
-            is too long.
+        DataError: the file does not exist, is not a WAV file, or is truncated or too long; its rate
+            or encoding is not supported; or it has no samples, or samples that are not finite or
+            not from -1 to 1.
     """
     path = Path(path)
     with open_file(path, error=DataError, limit=MAX_WAV_BYTES) as file:
@@ -85,7 +85,7 @@ def read_wav(path: str | os.PathLike[str], rate: int) -> Sound:
 
 
 def _header(path: Path, file: BinaryIO, rate: int) -> tuple[_Format, int]:
-    """What the file says of its samples, and how many bytes they are, which are next in it."""
+    """The format of the samples, and their size in bytes. `file` is then at the first sample."""
     start = file.read(12)
     if start[:4] != b"RIFF" or start[8:12] != b"WAVE":
         known = next((name for begin, name in _OTHERS.items() if start.startswith(begin)), None)
@@ -102,9 +102,9 @@ def _header(path: Path, file: BinaryIO, rate: int) -> tuple[_Format, int]:
         elif name == b"data":
             if form is None:
                 break
-            if (there := end - at - 8) < size:
+            if (actual := end - at - 8) < size:
                 raise DataError(
-                    f"{path} ends early: {size:,} bytes of samples are announced, {there:,} are"
+                    f"{path} ends early: {size:,} bytes of samples are announced, {actual:,} are"
                     " there"
                 )
             return form, size
@@ -146,7 +146,7 @@ def _check_format(path: Path, form: _Format, rate: int) -> None:
 
 
 def _samples(path: Path, file: BinaryIO, form: _Format, size: int) -> NDArray[np.float32]:
-    """The samples, channels averaged, of the next `size` bytes."""
+    """The samples in the next `size` bytes, with channels averaged."""
     if size % form.frame:
         raise DataError(f"{path}: {size:,} bytes is not a whole number of samples of {form.frame}")
     count = size // form.frame
@@ -161,7 +161,7 @@ def _samples(path: Path, file: BinaryIO, form: _Format, size: int) -> NDArray[np
         data = file.read(len(some) * form.frame)
         if len(data) < len(some) * form.frame:
             raise DataError(f"{path} became shorter while it was read")
-        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused
+        with np.errstate(over="ignore", invalid="ignore"):  # values that are not finite are refused
             some[:] = decode(data).reshape(-1, form.channels).mean(axis=1)
     return samples
 
@@ -173,9 +173,9 @@ def _of_triples(data: bytes) -> NDArray[np.float64]:
     return padded.reshape(-1).view("<i4").astype(np.float64) / 2**31
 
 
-# From bytes to float64, by the encoding and its bits.
+# From bytes to float64, by encoding and bits.
 _DECODERS: Final[Mapping[tuple[int, int], Callable[[bytes], NDArray[np.float64]]]] = {
-    # Alone without a sign.
+    # The only unsigned encoding.
     (_PCM, 8): lambda data: (np.frombuffer(data, np.uint8).astype(np.float64) - 128) / 128,
     (_PCM, 16): lambda data: np.frombuffer(data, "<i2") / 2.0**15,
     (_PCM, 24): _of_triples,
@@ -186,10 +186,11 @@ _DECODERS: Final[Mapping[tuple[int, int], Callable[[bytes], NDArray[np.float64]]
 
 
 def checked_samples(samples: object, what: str) -> NDArray[np.float32]:
-    """Samples that were given as an array, as float32 [samples].
+    """The samples of an array, as float32 [samples].
 
     Raises:
-        DataError: they are no floats, of several channels, none, not finite, or not from -1 to 1.
+        DataError: they are not floats of one channel, there are none, or some are not finite or not
+            from -1 to 1.
     """
     values = np.asarray(samples)
     if values.dtype.kind != "f" or values.ndim != 1:
@@ -197,7 +198,7 @@ def checked_samples(samples: object, what: str) -> NDArray[np.float32]:
             f"{what} is {shown(values.dtype.name)} {list(values.shape)}: give the samples of one"
             " channel as floats from -1 to 1, or a WAV file"
         )
-    with np.errstate(over="ignore"):  # what is infinite is refused
+    with np.errstate(over="ignore"):  # infinite values are refused
         narrow = values.astype(np.float32)
     _check_values(narrow, what)
     return narrow
@@ -206,7 +207,7 @@ def checked_samples(samples: object, what: str) -> NDArray[np.float32]:
 def _check_values(samples: NDArray[np.float32], what: str) -> None:
     if not len(samples):
         raise DataError(f"{what} has no samples")
-    # Of the extremes alone, without a copy of all: NaN is both.
+    # Only the minimum and maximum, without a copy. Both are NaN if a sample is.
     largest = max(abs(float(samples.min())), abs(float(samples.max())))
     if not np.isfinite(largest):
         raise DataError(f"{what} has samples that are not finite (NaN or infinite)")

@@ -1,1 +1,1 @@
-"""An adapter in the form that a graph takes: its layers, labels and added tokens."""
+"""Convert adapters to the form that a graph takes: layers, labels and added tokens."""

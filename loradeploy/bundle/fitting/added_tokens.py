@@ -1,13 +1,13 @@
 """Tokens that adapters add to the base's vocabulary, as side inputs.
 
-The graph has rows of zeros behind the base's. An adapter's own come in as trained rows
-(adapter_inputs/tokens.py), and a row of a batch sees the logits of its adapter's tokens alone: an
-offset of the logits puts all other added tokens far below them. So several adapters may give the
-same ids to different tokens.
+The graph has rows of zeros after the base's. The added tokens of an adapter are passed as trained
+rows (adapter_inputs/tokens.py). An offset of the logits moves all other added tokens far below, so
+that a row of a batch can only get tokens of its own adapter. Several adapters can therefore use the
+same ids for different tokens.
 
     tokens       0 … base-1    base … base+k-1      base+k … base+count-1
     adapter      the base's    its k trained rows   hidden
-    the base     its own       hidden               hidden
+    the base     the base's    hidden               hidden
 """
 
 from __future__ import annotations
@@ -33,24 +33,25 @@ if TYPE_CHECKING:
     from loradeploy.adapter.adapter import Adapter
     from loradeploy.bundle.manifest import AddedTokens, Manifest
 
-# e^x is 0 in every float; finite, as not every device keeps infinities. A high temperature makes
-# more of it, of float16's least above all: the runtime cuts hidden logits off before it chooses.
+# e^x is 0 in every float type, and x is finite, because not every device preserves infinities. A
+# high temperature raises such logits, most of all float16's minimum: the runtime removes hidden
+# logits before it selects a token.
 _HIDDEN: Final = -1e18
 
 
 def hidden_logit(dtype: Any) -> float:
-    """What the logit of a hidden token is, in a float type: far below all others, and finite."""
+    """The logit of a hidden token in the float type `dtype`: far below all others, and finite."""
     return max(_HIDDEN, float(np.finfo(dtype).min))
 
 
 def vocabulary_of_base(manifest: Manifest, added: AddedTokens) -> Vocabulary:
-    """Where the base has a row per token, without those for added tokens."""
+    """The modules of the base with one row per token; their size excludes added tokens."""
     shared = sharing(manifest.own_weights).get(f"{added.embedding}.weight", ())
     return Vocabulary(added.base, added.embedding, added.head, tied=added.head in shared)
 
 
 def tokens_of(adapter: Adapter, manifest: Manifest) -> int | None:
-    """How many tokens an adapter that fits has; None where the graph has no added ones."""
+    """The number of tokens of an adapter that fits; None if the graph has no added tokens."""
     added = manifest.added_tokens
     if added is None:
         return None
@@ -74,7 +75,7 @@ def check_tokens(adapter: Adapter, manifest: Manifest) -> None:
 
 
 def with_trained_rows(adapter: Adapter, manifest: Manifest) -> Adapter:
-    """`adapter` with tables of which the first rows are the base's as trained rows: the others."""
+    """`adapter` with trained rows in place of tables that only add rows to the base's."""
     added = manifest.added_tokens
     if added is None:
         return adapter
@@ -99,7 +100,7 @@ def with_all_tokens(adapter: Adapter, manifest: Manifest) -> Adapter:
 
 
 def visible_logits(adapter: Adapter, manifest: Manifest) -> NDArray[np.float32]:
-    """The offset of the logits of an adapter that fits: zeros for its tokens, [size]."""
+    """The offset [size] of the logits for an adapter that fits: zeros for its tokens."""
     size, added = tokens_of(adapter, manifest), manifest.added_tokens
     assert size is not None and added is not None
     offset = base_offset(added, manifest.factor_dtype)
@@ -108,17 +109,17 @@ def visible_logits(adapter: Adapter, manifest: Manifest) -> NDArray[np.float32]:
 
 
 def base_offset(added: AddedTokens, dtype: Any) -> NDArray[np.float32]:
-    """The offset of the logits for the base, which has none of the added tokens: [size]."""
+    """The offset [size] of the logits for the base, which has none of the added tokens."""
     offset = np.zeros(added.size, np.float32)
     offset[added.base :] = hidden_logit(dtype)
     return offset
 
 
 def tokens_in(arrays: Mapping[str, NDArray[Any]], manifest: Manifest) -> int | None:
-    """As `tokens_of`, of an adapter's side inputs [1, …].
+    """As `tokens_of`, from an adapter's side inputs [1, …].
 
-    A token is the adapter's where its row of the embedding's first factor is not zero: that has
-    the unit vectors of trained rows.
+    The adapter has an added token if its row of the embedding's `lora_A`, which contains the unit
+    vectors of trained rows, is not zero.
     """
     added = manifest.added_tokens
     if added is None:

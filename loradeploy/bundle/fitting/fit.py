@@ -28,7 +28,7 @@ _BY_NUMBERS: Final = (
 
 
 def fit_to(adapter: Adapter, manifest: Manifest, name: str = THIS_BUNDLE) -> Adapter:
-    """`adapter` as the graph of `manifest` takes it: `fitted`, and checked.
+    """Convert `adapter` with `fitted`, and check that the graph of `manifest` takes it.
 
     `name`: the name of the base in messages, during an export.
 
@@ -54,10 +54,10 @@ def fitted(adapter: Adapter, manifest: Manifest) -> Adapter:
 
     Modules are renamed to those of the graph. Copies of the base's weights, and zero factors of
     modules that the graph lacks, are removed. A base weight in the adapter's file that is a side
-    input here becomes a fully trained parameter, unless another module may share the weight, which
-    would not get the side input. Rows behind the base's, of a table whose others are the base's,
-    become trained rows where the graph has added tokens. Of an adapter of two towers the bundle's
-    is taken. For a merged bundle the adapter is returned otherwise unchanged.
+    input here becomes a fully trained parameter, unless another module may share the weight: that
+    module would not get the side input. If the graph has added tokens, tables that only add rows to
+    the base's are replaced by trained rows. Only the part for the bundle's tower is kept. For a
+    merged bundle, nothing else is changed.
 
     Raises:
         AdapterMismatchError: the modules of the adapter match those of the graph in several ways.
@@ -119,8 +119,8 @@ def adaptable(manifest: Manifest, name: str = THIS_BUNDLE) -> AdaptableBase:
 def row_users(manifest: Manifest) -> dict[str, tuple[str, ...]]:
     """The modules that use each embedding or head of the base, by parameter.
 
-    Left out is a weight of a graph whose values another constant has too: it is unknown whether the
-    two are tied.
+    Without a checkpoint, weights whose values occur in two constants of the graph are left out: it
+    is unknown whether they are tied.
     """
     constants = {target.module: target.weight for target in manifest.targets}
     found = {}

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from loradeploy.bundle.manifest import Manifest
 
-# e^-10000 is 0 in every float, and the number itself fits into float16.
+# e^-10000 is 0 in every float type, and -10000 fits into float16.
 _IMPOSSIBLE: Final = -1e4
 
 
@@ -40,8 +40,8 @@ def with_all_labels(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> 
 
     `shapes`: shapes of the base's parameters that can be replaced, by name.
 
-    A head without a bias is not padded, because a missing label would have a logit of zero. Without
-    label names the adapter gets LABEL_0 and so on, so that their number is known.
+    A head without a bias is not padded, because a missing label would have a logit of zero. If the
+    adapter has no label names, it gets LABEL_0 and so on, so that their number is known.
     """
     saved = dict(adapter.saved)
     fewest = None
@@ -62,7 +62,7 @@ def with_all_labels(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> 
 
 
 def without_padding(adapter: Adapter) -> Adapter:
-    """`adapter` without the outputs that `with_all_labels` gave its heads."""
+    """`adapter` without the outputs that `with_all_labels` added to its heads."""
     saved = dict(adapter.saved)
     for weight in label_parameters(adapter):
         W, b = saved[weight], saved.get(weight.removesuffix("weight") + "bias")
@@ -77,17 +77,17 @@ def without_padding(adapter: Adapter) -> Adapter:
 def brings_head(arrays: Mapping[str, NDArray[Any]], manifest: Manifest) -> bool:
     """Whether side inputs may replace the head of a classifier.
 
-    Names of heads are as many as architectures, so that every replaced parameter counts as one.
+    The names of heads depend on the architecture, so any replaced parameter counts as a head.
     """
     whole = {saved.input for saved in manifest.saved}
     return manifest.task in CLASSIFICATIONS and not whole.isdisjoint(arrays)
 
 
 def head_of(adapter: Adapter, manifest: Manifest, config: Mapping[str, Any]) -> Head:
-    """What the answers of `adapter` are in a bundle whose config.json is `config`.
+    """The meaning of the outputs of `adapter` in a bundle with the config.json `config`.
 
     Raises:
-        BundleError: the config is broken.
+        BundleError: the config is invalid.
     """
     labels = with_all_labels(adapter, manifest.saved_shapes()).labels
     own = None if labels is None else len(labels)
@@ -100,7 +100,7 @@ def head_of(adapter: Adapter, manifest: Manifest, config: Mapping[str, Any]) -> 
 
 
 def output_count(manifest: Manifest, config: Mapping[str, Any]) -> int:
-    """How many outputs the head of a bundle's graph has; 0 where nothing says."""
+    """The number of outputs of the head in a bundle's graph; 0 if it is unknown."""
     sizes = [spec.shape[-1:] for spec in manifest.outputs if spec.name == output_of(manifest)]
     if sizes and sizes[0] and isinstance(sizes[0][0], int):
         return sizes[0][0]

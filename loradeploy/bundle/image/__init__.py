@@ -1,1 +1,1 @@
-"""Images as a model takes them."""
+"""Image inputs of models."""

@@ -1,7 +1,7 @@
-"""An image as the pixel values of a model, by preprocessor_config.json, in numpy and Pillow.
+"""Convert images to pixel values as preprocessor_config.json states, with numpy and Pillow.
 
-As transformers' Pillow processors of ViT, DeiT, CLIP and SigLIP do it: RGB, resized, cropped at the
-center, scaled, normalized. Settings of processors that do more are refused by name.
+The steps are those of transformers' Pillow processors for ViT, DeiT, CLIP and SigLIP: convert to
+RGB, resize, center crop, rescale, normalize. Settings for other steps are refused by name.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ _DONE: Final = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do
 _SCALE: Final = 1 / 255
 _FILTERS: Final = range(6)  # Pillow's numbers of resampling filters
 _LARGEST: Final = 4096  # pixels of a side
-# Pillow's modes of 8 bits a channel or less. It clips others, as I;16, at 255 in `convert("RGB")`.
+# Pillow's modes with up to 8 bits per channel. `convert("RGB")` clips others, such as I;16, at 255.
 _MODES: Final = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
-# How values of other modes become 8 bits.
+# Advice for other modes: how to convert their values to 8 bits.
 _TO_BYTES: Final = dict.fromkeys(
     ("I;16", "I;16L", "I;16B", "I;16N"),
     "convert it, such as with Image.fromarray((numpy.asarray(image) >> 8).astype('uint8'))",
@@ -50,11 +50,11 @@ _SCALED: Final = "scale its values to 0 to 255 and store them as uint8"
 
 @dataclass(frozen=True)
 class PixelSettings:
-    """How an image becomes pixel values.
+    """How images are converted to pixel values.
 
-    `size`: (height, width) that it is resized to; one number for the shortest edge; None: it is not
-    resized. `resample`: Pillow's number of the filter. `crop`: (height, width) of the center, None
-    for all. `scale`: what values from 0 to 255 are multiplied by. `mean`, `std`: of each channel.
+    `size`: (height, width) to resize to, or the length of the shortest edge; None: no resizing.
+    `resample`: Pillow's number of the filter. `crop`: (height, width) of the center crop, or None.
+    `scale`: the factor for values from 0 to 255. `mean`, `std`: for each channel.
     """
 
     size: tuple[int, int] | int | None
@@ -65,12 +65,12 @@ class PixelSettings:
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
 
     def values(self, given: GivenImage, where: str = "the image") -> NDArray[np.float32]:
-        """float32 [3, height, width] of an image.
+        """The pixel values of an image: float32 [3, height, width].
 
         Raises:
-            UsageError: it is no image of 8 bits a channel.
-            DataError: the file cannot be read as an image of 8 bits a channel, or it is smaller
-                than the crop.
+            UsageError: it is not an image with 8 bits per channel.
+            DataError: the file cannot be read as an image with 8 bits per channel, or the image is
+                smaller than the crop.
             MissingDependencyError: Pillow is not installed.
         """
         image = _resized(_opened(given, where), self.size, self.resample)
@@ -83,10 +83,10 @@ class PixelSettings:
 
 
 def pixel_settings(directory: Path) -> PixelSettings | None:
-    """The settings in a checkpoint's or a bundle's directory; None where it has none.
+    """The settings in a checkpoint's or a bundle's directory; None if it has none.
 
     Raises:
-        BundleError: a value is missing or out of its range, or the processor does more.
+        BundleError: a value is missing or out of range, or the processor has other steps.
     """
     file = directory / PREPROCESSOR_NAME
     values: Any = read_json(file, error=BundleError) if file.is_file() else None
@@ -131,7 +131,7 @@ def _settings(values: Mapping[str, Any], file: Path) -> PixelSettings:
         mean = _channels(values.get("image_mean"), "image_mean", file)
         std = _channels(values.get("image_std"), "image_std", file)
         if not all(std):
-            raise BundleError(f"{file}: image_std is {shown(std)}, which nothing is divided by")
+            raise BundleError(f"{file}: image_std is {shown(std)}, expected numbers other than 0")
     return PixelSettings(size, resample if type(resample) is int else 2, crop, scale, mean, std)
 
 
@@ -175,7 +175,7 @@ def _channels(value: Any, name: str, file: Path) -> tuple[float, float, float]:
 
 
 def _opened(given: GivenImage, where: str) -> Image:
-    """The image as RGB, upright as its file says."""
+    """The image as RGB. An image file is rotated by its EXIF orientation."""
     try:
         from PIL import Image, ImageOps
     except ImportError:
@@ -187,7 +187,7 @@ def _opened(given: GivenImage, where: str) -> Image:
             with Image.open(file) as opened:
                 upright = ImageOps.exif_transpose(opened)
                 upright.load()
-        except Exception as problem:  # Pillow's readers raise whatever they find
+        except Exception as problem:  # Pillow's readers raise exceptions of many types
             raise DataError(f"{file} cannot be read as an image: {first_line(problem)}") from None
         _check_mode(upright, str(file), DataError)
         return upright.convert("RGB")
@@ -204,7 +204,7 @@ def _opened(given: GivenImage, where: str) -> Image:
 
 
 def _check_mode(image: Image, where: str, error: type[LoraDeployError]) -> None:
-    """Raise `error` where the values of the image's mode do not fit in 8 bits."""
+    """Raise `error` if the values of the image's mode do not fit in 8 bits."""
     if image.mode in _MODES:
         return
     raise error(

@@ -1,1 +1,1 @@
-"""The certificate of a bundle: what parity proved, what is required of it, who signed it."""
+"""The certificate of a bundle: what the parity check covered, requirements, and signatures."""

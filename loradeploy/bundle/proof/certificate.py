@@ -1,7 +1,7 @@
-"""The certificate of a bundle: what the last parity check proved, and whether it holds still.
+"""The certificate of a bundle: the result of the last parity check, and whether it still applies.
 
-`loradeploy parity` writes its report into the bundle as parity.json. Here it is read, without any
-of what the check itself needs: a serving machine asks before it serves.
+`loradeploy parity` writes its report into the bundle as parity.json. This module reads it without
+the dependencies of the check, so that a serving machine can verify it before it serves.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from loradeploy.files import MAX_JSON_BYTES, inside, json_object, read_bytes
 
 FORMAT: Final = "loradeploy-parity"
 SCHEMA_VERSION: Final = 3
-# What the readers of a bundle look for, whether or not the export wrote it: a file that is added
-# changes answers as one that is rewritten does.
+# Files that readers of a bundle use whether or not the export wrote them: a file that is added
+# later can change results like a modified one.
 _READ: Final = (
     *(MANIFEST_NAME, BASE_NAME, DEFAULTS_NAME, GENAI_CONFIG_NAME),
     *("config.json", "modules.json", "preprocessor_config.json"),
     *TEXT_NAMES,
 )
-# A provider's name, or that and its options.
+# A provider's name, or its name and options.
 _Provider = str | tuple[str, dict[str, str]]
 
 
@@ -48,7 +48,7 @@ def read_certificate(bundle: Path) -> Certificate:
     """The certificate in the directory `bundle`.
 
     Raises:
-        BundleError: there is none, it cannot be read, or it is of another version.
+        BundleError: there is none, it cannot be read, or it has another schema version.
     """
     return _read(bundle, _content(bundle))
 
@@ -56,14 +56,14 @@ def read_certificate(bundle: Path) -> Certificate:
 def check_certificate(
     bundle: Path, manifest: Manifest, minimum: CertificateMinimum | None = None
 ) -> Certificate:
-    """The certificate of `bundle`, which passed, and is about the files as they are now.
+    """The certificate of `bundle`, if it passed and applies to the present files.
 
-    All of the files are read for it. `minimum`: what else it must stand for.
+    All covered files are read. `minimum`: further requirements.
 
     Raises:
-        BundleError: there is none, it failed, something has changed since, or it is less than the
-            `minimum`, or not signed by its key.
-        UsageError: the minimum's key is none.
+        BundleError: there is no certificate; the check failed; a file has changed since; or the
+            certificate does not meet the `minimum`, or is not signed with its key.
+        UsageError: the key of the minimum is invalid.
     """
     content = _content(bundle)
     if minimum is not None and minimum.public_key is not None:
@@ -88,10 +88,10 @@ def check_provider(
 ) -> frozenset[str]:
     """The digests of the adapters that the certificate covers on the provider `running`.
 
-    Where `minimum` names providers, those are asked for in its place.
+    If `minimum` names providers, the certificate must cover these instead.
 
     Raises:
-        BundleError: the check did not run, or did not run the `minimum`, on that provider.
+        BundleError: on that provider, the check did not run, or does not meet the `minimum`.
     """
     checked = certificate.coverage.providers
     names = () if minimum is None else minimum.providers
@@ -120,12 +120,12 @@ def check_provider(
 
 
 def _to_check(checked: Collection[ProviderFacts], running: ProviderFacts) -> list[_Provider]:
-    """What to check on: all that was checked, and `running`. Options where they were given."""
+    """The providers for a new check: the `checked` ones and `running`, with options if needed."""
     found: list[_Provider] = []
     for one in (*checked, running):
         name, _, given = one.provider.removesuffix(CAPTURED).partition(" ")
         others = (p.options for p in checked if " " not in p.provider.removesuffix(CAPTURED))
-        # A session's own provider has no options in its name: they are what differs.
+        # The name of a session's provider lacks its options, which are the difference here.
         known = one.chain[:1] in {p.chain[:1] for p in checked}
         differs = one is running and known and one.options not in others
         provider: _Provider = (
@@ -137,7 +137,7 @@ def _to_check(checked: Collection[ProviderFacts], running: ProviderFacts) -> lis
 
 
 def _not_on(checked: Collection[ProviderFacts], running: ProviderFacts) -> str:
-    """Why what was checked does not cover `running`, by the one that is closest to it."""
+    """Why none of the `checked` providers covers `running`, from the one that is closest to it."""
     for one in checked:
         if one.chain[:1] == running.chain[:1]:
             return f"it was checked on {one.provider} ({one}), and {one.difference(running)}"
@@ -146,10 +146,10 @@ def _not_on(checked: Collection[ProviderFacts], running: ProviderFacts) -> str:
 
 
 def covered(bundle: Path, manifest: Manifest) -> tuple[str, ...]:
-    """The files of `bundle` that change what a user gets from it, whoever reads them, in order.
+    """The files of `bundle` that can affect results with any client, in name order.
 
-    They are those that the export wrote, those that readers look for by name, and all that lies
-    with the adapters. Notes that someone keeps in the directory are not among them.
+    These are the files that the export wrote, those that readers look for by name, and all files
+    of the adapters. Other files in the directory, such as notes, are not included.
 
     Raises:
         BundleError: a name leads out of the bundle.
@@ -162,7 +162,7 @@ def covered(bundle: Path, manifest: Manifest) -> tuple[str, ...]:
 
 
 def counts(name: str, manifest: Manifest) -> bool:
-    """Whether the file `name` is one of those that `covered` lists, or of the certificate."""
+    """Whether `name` is a file that `covered` lists, or the certificate or its signature."""
     return (
         name in (GRAPH_NAME, GRAPH_DATA_NAME, CERTIFICATE_NAME, SIGNATURE_NAME, *_READ)
         or name in manifest.files
@@ -173,10 +173,10 @@ def counts(name: str, manifest: Manifest) -> bool:
 def fault(
     certificate: Certificate, manifest: Manifest, found: Mapping[str, str], *, verdict: bool = True
 ) -> str | None:
-    """Why `certificate` does not stand for the bundle with this manifest; None where it does.
+    """Why `certificate` does not apply to the bundle of `manifest`; None if it does.
 
-    `found`: the digests of the bundle's `covered` files now, by name. `verdict`: whether a check
-    that failed counts too.
+    `found`: the present digests of the bundle's `covered` files, by name. `verdict`: whether a
+    failed check is a reason, too.
     """
     recorded = {**certificate.files, GRAPH_NAME: certificate.graph_digest}
     if certificate.data_digest is not None:
@@ -206,9 +206,9 @@ def fault(
 
 
 def digests(bundle: Path, names: Iterable[str] | None = None) -> dict[str, str]:
-    """The digests of those of the files `names` of `bundle` that there are.
+    """The digests of the files `names` of `bundle` that exist, by name.
 
-    By default those of all that a certificate covers.
+    By default of all files that a certificate covers.
     """
     if names is None:
         names = covered(bundle, read_manifest(bundle))
@@ -222,9 +222,10 @@ def parity_command(
     providers: Iterable[_Provider] = (),
     captured: bool = False,
 ) -> str:
-    """The command that writes a certificate, for an adapter that is not in the bundle as well.
+    """The command that writes a certificate, for use in messages.
 
-    In Python where `providers` have options, which the command line does not take.
+    `adapter`: whether it includes an adapter that is not in the bundle. The command is in Python if
+    `providers` have options, because the command line does not accept them.
     """
     providers = list(providers)
     if not all(isinstance(provider, str) for provider in providers):
@@ -237,7 +238,7 @@ def parity_command(
 
 
 def _unchecked(certificate: Certificate, manifest: Manifest) -> str | None:
-    """What of the bundle was not run by the check."""
+    """Which part of the bundle the check did not run; None if it ran all parts."""
     own = {f"the adapter {name!r}": entry.digest for name, entry in manifest.adapters.items()}
     if manifest.merged_adapter is not None:
         own["the merged adapter"] = manifest.merged_adapter.digest

@@ -1,13 +1,13 @@
 """The execution provider that runs a graph, and whether a check on one covers another.
 
-Numbers depend on more than the graph. Each provider has its own kernels: products of int8 and int4
-weights round activations in one and not in the other, and what a provider has no kernel for runs on
-the next in the chain. So a verdict names the provider, the kind of device, and the options that
-change numbers, and it covers a session that agrees in these. Runs that are captured and replayed
-have the same kernels, and read buffers and sizes of the run that was recorded: where one of these
-is another one's, numbers are wrong that were right without. So a verdict is about the one or the
-other. The device's number and model are
-facts about one machine; they are recorded and not compared.
+Results depend on more than the graph. Each provider has its own kernels: for int8 and int4 weights,
+one provider rounds activations and another does not, and nodes without a kernel run on the next
+provider in the chain. So a verdict names the provider, the kind of device, and the options that
+affect results, and it covers sessions with the same ones. Runs that are captured and replayed use
+the same kernels, but read the buffers and sizes of the recorded run: if one of these belongs to
+another run, results are wrong that are right without capture. So a verdict covers either captured
+runs or other runs. The device's number and model are recorded, but not compared, because they are
+facts about one machine.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from loradeploy.errors import listed_names
 
 SUFFIX: Final = "ExecutionProvider"
 CPU: Final = f"CPU{SUFFIX}"
-# Behind the provider's name where a check captured its runs.
+# The end of a provider's name if a check captured its runs.
 CAPTURED: Final = " captured"
 
 
@@ -29,7 +29,7 @@ class Device:
     """A device, as ONNX Runtime reports it.
 
     `kind`: "CPU", "GPU" or "NPU". `vendor_id`, `device_id`: the PCI numbers of the vendor and of
-    the model, 0 where there are none. `name`: the model's name, None where the system has none.
+    the model, 0 if there are none. `name`: the model's name, None if the system reports none.
     """
 
     kind: str
@@ -44,14 +44,13 @@ class Device:
 
 @dataclass(frozen=True)
 class ProviderFacts:
-    """An execution provider as it runs a graph.
+    """An execution provider and its settings.
 
-    `provider`: its name on the command line, with the device's number: "cuda:1"; of a check that
-    was given options, these too, and `CAPTURED` where it captured runs. `chain`: ONNX Runtime's
-    names of the providers that nodes are assigned to, in order. `version`: ONNX Runtime's, or of
-    the plugin that the provider is in. `device`: None where ONNX Runtime reports
-    none. `options`: those of its options that change numbers. `captured`: whether it records runs
-    and replays them (`capture_graphs`).
+    `provider`: its name on the command line, with the device's number: "cuda:1"; for a check, also
+    the given options, and `CAPTURED` if it captured runs. `chain`: ONNX Runtime's names of the
+    providers that nodes are assigned to, in order. `version`: the version of ONNX Runtime, or of
+    the provider's plugin. `device`: None if ONNX Runtime reports none. `options`: its options that
+    affect results. `captured`: whether runs are recorded and replayed (`capture_graphs`).
     """
 
     provider: str
@@ -67,16 +66,16 @@ class ProviderFacts:
         return self.provider.partition(" ")[0].partition(":")[0]
 
     def is_named(self, name: str) -> bool:
-        """Whether `name` is this provider's on the command line or in ONNX Runtime.
+        """Whether `name` is this provider's name on the command line or in ONNX Runtime.
 
-        A device's number in `name` does not count.
+        A device's number in `name` is ignored.
         """
         given = name.partition(":")[0].lower()
         full = self.chain[0] if self.chain else ""
         return given in (self.name.lower(), full.lower(), full.removesuffix(SUFFIX).lower())
 
     def difference(self, other: ProviderFacts) -> str | None:
-        """What numbers may differ by between this provider and `other`; None where nothing does."""
+        """Why results may differ between this provider and `other`; None if there is no reason."""
         ours, theirs = _without_cpu(self.chain), _without_cpu(other.chain)
         if ours != theirs:
             return f"its provider is {listed_names(theirs)}, not {listed_names(ours)}"
@@ -100,5 +99,5 @@ class ProviderFacts:
 
 
 def _without_cpu(chain: tuple[str, ...]) -> tuple[str, ...]:
-    """The chain without the CPU behind the others, which ONNX Runtime adds to every session."""
+    """The chain without the CPU provider at its end, which ONNX Runtime adds to every session."""
     return chain[:-1] if len(chain) > 1 and chain[-1] == CPU else chain

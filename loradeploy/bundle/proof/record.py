@@ -1,4 +1,4 @@
-"""What a report of parity records about a bundle, as a certificate."""
+"""Read a parity report as the certificate of a bundle."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ONNX_MERGED: Final = "onnx-merged"
 ONNX_SIDE_INPUTS: Final = "onnx-side-inputs"
 ONNX_NATIVE: Final = "onnx-native"
 ONNX_MIXED: Final = "onnx-mixed"
-# The backends that run the bundle: PyTorch agreeing with itself proves nothing about it.
+# The backends that run the bundle. Comparisons within PyTorch prove nothing about it.
 RUN_THE_BUNDLE: Final[Mapping[str, tuple[str, ...]]] = {
     "merged": (ONNX_MERGED,),
     "side-inputs": (ONNX_SIDE_INPUTS, ONNX_NATIVE, ONNX_MIXED),
@@ -24,7 +24,7 @@ RUN_THE_BUNDLE: Final[Mapping[str, tuple[str, ...]]] = {
 class CertifiedAdapter:
     """An adapter that was checked: its effect, and the largest error of the bundle with it.
 
-    `error` is None where nothing ran the bundle with it.
+    `error` is None if no backend ran the bundle with it.
     """
 
     name: str
@@ -35,11 +35,12 @@ class CertifiedAdapter:
 
 @dataclass(frozen=True)
 class Certificate:
-    """What parity.json records.
+    """The contents of parity.json.
 
-    `files`: digests of files other than the graph's, by name. `coverage`: how much of the bundle
-    was run. `failures`: why the check failed, by its own list and by its entries; none where it
-    passed. `base_ran`: whether the base alone was run. `providers`: what the check ran on.
+    `files`: digests of files other than the graph's, by name. `coverage`: the scope of the runs.
+    `failures`: why the check failed, from its list of failures or else from its entries; empty if
+    it passed. `base_ran`: whether the base was run without an adapter. `providers`: the providers
+    of the check.
     """
 
     created: str
@@ -61,7 +62,7 @@ class Certificate:
 
     @property
     def passed(self) -> bool:
-        """Whether the check passed, by its verdict and by every entry that the verdict is from."""
+        """Whether the check passed, according to its verdict and to all of its entries."""
         return not self.failures
 
     @property
@@ -70,7 +71,7 @@ class Certificate:
         return frozenset(own.digest for own in self.adapters if own.error is not None)
 
     def on(self, providers: Collection[str]) -> Certificate:
-        """What of it was run on `providers` alone, names as `ProviderFacts.provider` has them."""
+        """The certificate of the runs on `providers` only (names as `ProviderFacts.provider`)."""
         return certificate_of(self._values, frozenset(providers))
 
 
@@ -92,9 +93,9 @@ def _coverage(
 
 
 def certificate_of(values: Mapping[str, Any], on: frozenset[str] | None = None) -> Certificate:
-    """A report's JSON; what is of another type than it should be counts as not there.
+    """The certificate in a report's JSON. Values of unexpected types are treated as missing.
 
-    `on`: the providers that count; None is all.
+    `on`: the providers whose runs are included; None for all.
     """
     results = _objects(values, "results")
     mode = _text(values, "mode")
@@ -160,7 +161,7 @@ def _provider(values: Mapping[str, Any]) -> ProviderFacts:
 
 
 def _failures(values: Mapping[str, Any], results: list[Mapping[str, Any]]) -> list[str]:
-    """The failures that the report lists, or else those that its entries are."""
+    """The failures that the report lists, or else those in its entries."""
     listed = values.get("failures")
     if isinstance(listed, list) and listed:
         return [str(line) for line in listed]

@@ -1,4 +1,4 @@
-"""What a user asks of a certificate beyond that it passed."""
+"""Requirements for a certificate, in addition to a passed check."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from loradeploy.errors import UsageError, listed_names, shown
 
 @dataclass(frozen=True)
 class Coverage:
-    """How much a check that passed has run of the bundle.
+    """The scope of the passed runs of a check.
 
-    `phases`, `optimization`: what ran, by name; `providers`: what it ran on. `prompts`: rows of its
-    inputs (random ones included), `prompt_tokens` of all together, `generated`: tokens decoded for
+    `phases`, `optimization`: the phases and optimization levels that ran, by name; `providers`: the
+    providers that they ran on. `prompts`: the number of input rows, random ones included;
+    `prompt_tokens`: their total number of tokens; `generated`: the number of tokens decoded for
     each.
     """
 

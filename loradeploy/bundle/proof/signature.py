@@ -1,8 +1,8 @@
 """Signatures of certificates: ed25519 over the bytes of parity.json, in parity.json.sig.
 
-The certificate has the digests of every file that changes an answer, so a signature of it is one of
-the bundle. Keys are PEM files, as `openssl genpkey -algorithm ed25519` writes them. The package
-`cryptography` does it (the extra `sign`); whoever asks for no signature does not need it.
+The certificate has the digests of all files that affect results, so its signature covers the
+bundle. Keys are PEM files, as `openssl genpkey -algorithm ed25519` writes them. Only signatures
+need the package `cryptography` (the extra `sign`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _LARGEST: Final = 1 << 16  # bytes of a key's file, or a signature's
 
 
 def sign(bundle: Path, key: Ed25519PrivateKey) -> None:
-    """Sign the certificate of `bundle` as it is."""
+    """Sign the present certificate of `bundle`."""
     signature = base64.b64encode(key.sign(read_bytes(bundle / CERTIFICATE_NAME, error=BundleError)))
     with atomic_file(bundle / SIGNATURE_NAME) as temporary:
         temporary.write_bytes(signature + b"\n")
@@ -54,10 +54,10 @@ def check_signature(bundle: Path, content: bytes, key: Ed25519PublicKey) -> None
 
 
 def private_key(file: str | os.PathLike[str]) -> Ed25519PrivateKey:
-    """The key in the PEM file `file`.
+    """The private ed25519 key in the PEM file `file`.
 
     Raises:
-        UsageError: it is none, it needs a password, or `cryptography` is not installed.
+        UsageError: it is not such a key, it needs a password, or `cryptography` is not installed.
     """
     _check_installed()
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -70,10 +70,10 @@ def private_key(file: str | os.PathLike[str]) -> Ed25519PrivateKey:
 
 
 def public_key(file: str | os.PathLike[str]) -> Ed25519PublicKey:
-    """The key in the PEM file `file`.
+    """The public ed25519 key in the PEM file `file`.
 
     Raises:
-        UsageError: it is none, or `cryptography` is not installed.
+        UsageError: it is not such a key, or `cryptography` is not installed.
     """
     _check_installed()
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey

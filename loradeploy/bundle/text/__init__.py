@@ -1,1 +1,1 @@
-"""What text is to a model and its adapters: tokens, chat templates, generation, pooling."""
+"""Text inputs and outputs of models and adapters: tokens, chat templates, generation, pooling."""

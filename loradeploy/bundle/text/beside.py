@@ -1,4 +1,4 @@
-"""The files beside an adapter's weights for its texts, and whether they are unchanged."""
+"""Text files beside an adapter's weights (tokenizer, template, settings), and their digests."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ TEXT_NAMES: Final = (
 
 
 def text_directory(place: Path) -> Path:
-    """The directory in which an adapter's files for texts are, of what its weights are loaded from.
+    """The directory with the text files of an adapter whose weights are loaded from `place`.
 
-    Beside an .onnx_adapter file of a bundle it is the PEFT directory of the same name.
+    For an .onnx_adapter file in a bundle, this is the PEFT directory with the same name.
     """
     if place.suffix == NATIVE_SUFFIX and place.is_file():
         directory = place.with_suffix("")
@@ -44,19 +44,19 @@ def text_directory(place: Path) -> Path:
 
 
 def text_files(directory: Path) -> list[str]:
-    """The names of the tokenizer's, the template's and the settings' files that are there."""
+    """The names of the files for tokenizer, template and settings that exist in `directory`."""
     return [name for name in TEXT_NAMES if (directory / name).is_file()]
 
 
 def describes_texts(directory: Path) -> bool:
-    """Whether anything beside an adapter's weights is for its texts."""
+    """Whether `directory` has text files or a recipe for embeddings."""
     return bool(text_files(directory)) or recipe_directory(directory) is not None
 
 
 def copy_recipe(directory: Path, recipe: SentenceRecipe, output: Path) -> list[str]:
     """Copy the files of `recipe` from `directory`, and return their names in `output`.
 
-    There the encoder has no folder of its own.
+    Files from the encoder's folder are written to `output` itself.
     """
     copied = []
     for name in recipe.files:
@@ -87,7 +87,7 @@ def check_digests(directory: Path, digests: Mapping[str, str]) -> None:
 
 
 def vocabulary_of(manifest: Manifest, config: Mapping[str, Any]) -> int:
-    """How many words the graph has rows for; those that adapters add are not among them."""
+    """The number of words that the graph has rows for, without those that adapters add."""
     if manifest.added_tokens is not None:
         return manifest.added_tokens.base
     for output in manifest.outputs:
@@ -102,4 +102,4 @@ def vocabulary_of(manifest: Manifest, config: Mapping[str, Any]) -> int:
     for values in (config, inner if isinstance(inner, Mapping) else {}):
         if isinstance(values.get("vocab_size"), int):
             return int(values["vocab_size"])
-    return 1 << 62  # nothing tells
+    return 1 << 62  # unknown

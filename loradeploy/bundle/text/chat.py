@@ -1,4 +1,4 @@
-"""Chat templates: messages to the text that a model was trained to answer."""
+"""Chat templates: convert messages to text in the format that a model was trained on."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from jinja2.ext import Extension
 from loradeploy.bundle.text.template_limits import LimitedEnvironment, LimitError, limited
 from loradeploy.errors import BundleError, UsageError, first_line, kind_and_line
 
-# Real templates have some kilobytes, the longest some tens.
+# Real templates have some kilobytes, at most some tens of kilobytes.
 MAX_TEMPLATE_BYTES: Final = 128 << 10
 
-# What shows whether a template reads a message's text, and in which form.
+# The text of a test message, to find whether and in which form a template reads a message's text.
 _PROBE: Final = "probe"
 
 TEXT: Final = "text"
 PARTS: Final = "parts"
 
-# {"role": "user", "content": "…"}, and whatever else the template reads.
+# {"role": "user", "content": "…"}, and any other keys that the template reads.
 Message = Mapping[str, Any]
 
 
 class ChatTemplate:
     """A Jinja template with the names and filters that transformers gives to chat templates.
 
-    Templates come with checkpoints and are code of others: they run in Jinja's immutable sandbox,
-    with limits of what they do and write. They are compiled when they are used first.
+    Templates come with checkpoints and are untrusted code: they run in Jinja's immutable sandbox,
+    with limits on computation and output. They are compiled on first use.
 
     Raises:
         BundleError: `source` is too long.
@@ -52,20 +52,20 @@ class ChatTemplate:
 
     @cached_property
     def _template(self) -> jinja2.Template:
-        """The template, compiled: of a bundle that is asked no chat it never is."""
+        """The compiled template."""
         try:
             return _environment().from_string(self._source)
-        except Exception as problem:  # deep nesting fails otherwise
+        except Exception as problem:  # deep nesting raises other exceptions than Jinja's
             raise BundleError(
                 f"the chat template is not a valid template: {first_line(problem)}"
             ) from None
 
     def check_constants(self) -> None:
-        """Make sure that a Jinja without limits can compile the template, and comes back.
+        """Check that a Jinja environment without limits can compile the template in bounded time.
 
         Raises:
-            UsageError: constants in it take too much to compute.
-            BundleError: it is no valid template.
+            UsageError: its constants exceed a limit of computation.
+            BundleError: it is not a valid template.
         """
         try:
             with limited(()):
@@ -81,8 +81,8 @@ class ChatTemplate:
         """The text of `messages`, ending where the model's answer begins.
 
         Raises:
-            UsageError: there are no messages, or the template refuses them or does too much.
-        BundleError: it is no valid template.
+            UsageError: there are no messages, or the template refuses them or exceeds a limit.
+            BundleError: it is not a valid template.
         """
         if not messages:
             raise UsageError("a chat without messages: give at least one")
@@ -100,15 +100,15 @@ class ChatTemplate:
 
     @cached_property
     def reads(self) -> str | None:
-        """What the template takes a message's content for: a text, or a list of its parts.
+        """The form of message contents that the template reads: TEXT, or PARTS, a list of parts.
 
-        Those of models of images go through parts, and show nothing of a text. None where it shows
-        the text in neither form.
+        Templates of vision-language models iterate over parts and omit plain texts. None if the
+        template omits the text in both forms.
         """
         for form, content in ((TEXT, _PROBE), (PARTS, [{"type": "text", "text": _PROBE}])):
             try:
                 shown = self._rendered(self._template, [{"role": "user", "content": content}], True)
-            except UsageError:  # it wants more of a chat than this
+            except UsageError:  # the template does not accept this conversation
                 if form == TEXT:
                     return TEXT
                 continue
@@ -126,8 +126,7 @@ class ChatTemplate:
             with limited(given) as most:
                 pieces = template.generate(
                     messages=given,
-                    # Templates ask `tools is not none`, which an undefined name would answer
-                    # wrongly.
+                    # Templates test `tools is not none`, which is true for an undefined name.
                     tools=None,
                     documents=None,
                     add_generation_prompt=add_generation_prompt,
@@ -136,11 +135,11 @@ class ChatTemplate:
                 return _joined(pieces, most)
         except LimitError as problem:
             raise UsageError(f"the chat template exceeds a limit: {problem}") from None
-        except jinja2.TemplateError as problem:  # what a template says on purpose
+        except jinja2.TemplateError as problem:  # raised by the template itself
             raise UsageError(
                 f"the chat template refuses the messages: {first_line(problem)}"
             ) from None
-        except Exception as problem:  # a template is code of others, which fails as it likes
+        except Exception as problem:  # untrusted code can fail in any way
             raise UsageError(
                 f"the chat template fails on the messages: {kind_and_line(problem)}"
             ) from None
@@ -183,7 +182,7 @@ def _joined(pieces: Iterable[str], most: int) -> str:
 
 
 class _Generation(Extension):
-    """`{% generation %}…{% endgeneration %}` marks the model's words for training: shown as is."""
+    """`{% generation %}…{% endgeneration %}`, used to mark answers: renders its body."""
 
     tags = {"generation"}  # noqa: RUF012 - declared so by jinja2
 
@@ -194,7 +193,7 @@ class _Generation(Extension):
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """Jinja's namespace without underscored names, by which templates could reach internals."""
+    """Jinja's namespace, without names with a leading underscore, which could give internals."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:  # namespace(self=…) is allowed
         jinja2.utils.Namespace.__init__(*args, **kwargs)
@@ -229,7 +228,7 @@ def _raise_exception(message: str) -> NoReturn:
 
 
 def _strftime_now(form: str) -> str:
-    if re.search(r"\d{4}", form):  # a width, to which it would be padded
+    if re.search(r"\d{4}", form):  # a field width, to which the C library would pad
         raise LimitError("it pads the time to a width that is too large")
     return datetime.now().strftime(form)
 
@@ -238,7 +237,7 @@ def template_source(value: object) -> str | None:
     """The template in `chat_template` of a tokenizer_config.json: a text, or the default of a list.
 
     Raises:
-        BundleError: it is neither.
+        BundleError: it is neither a text nor a list.
     """
     if value is None or isinstance(value, str):
         return value

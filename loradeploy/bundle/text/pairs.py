@@ -1,4 +1,4 @@
-"""Pairs of texts as tokens, cut and joined as transformers does."""
+"""Tokenize pairs of texts, truncated and joined as in transformers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SECOND: Final = 1  # the number of a pair's second text in the library's `seque
 class PairTokens:
     """A pair of texts in one row, special tokens included.
 
-    `ids`: the token ids. `types`: as many token types, None where all are 0.
+    `ids`: the token ids. `types`: their token types, None if all are 0.
     """
 
     ids: Sequence[int]
@@ -28,13 +28,13 @@ class PairTokens:
 def pair_tokens(
     tokenizer: Tokenizer, text: str, pair: str, *, max_length: int | None, typed: bool = True
 ) -> PairTokens:
-    """`text` and `pair` as one row; of one longer than `max_length` the longer text is cut first.
+    """`text` and `pair` as one row. If it exceeds `max_length`, the longer text is cut first.
 
     Equals transformers' `tokenizer(text, pair, truncation="longest_first")`. `typed`: whether the
     model takes token types.
 
     Raises:
-        UsageError: one of them is no text, or `max_length` has no room beside the special tokens.
+        UsageError: one of them is not a text, or the special tokens fill `max_length`.
         BundleError: the tokenizer fails on them, or does not declare whether it has token types.
     """
     if typed and tokenizer.token_types is None:
@@ -62,7 +62,7 @@ def pair_tokens(
         return PairTokens(cut.ids, None)
     types = cut.type_ids
     if cut is not whole:
-        # Without rules of its own for pairs, the library forgets which text was the second.
+        # If the tokenizer has no rules for pairs, post_process loses the types of the second text.
         marks = zip(whole.type_ids, whole.sequence_ids, strict=True)
         second_type = next((type_ for type_, number in marks if number == _SECOND), 0)
         types = [
@@ -73,7 +73,7 @@ def pair_tokens(
 
 
 def _longest_first(first: int, second: int, room: int) -> tuple[int, int]:
-    """How many tokens of each text are kept, as the library's longest_first cuts to `room`."""
+    """The numbers of tokens to keep of both texts, as the library's longest_first for `room`."""
     shorter, longer = sorted((first, second))
     longer = max(shorter, room - shorter)
     if shorter + longer > room:

@@ -1,4 +1,4 @@
-"""Texts as tokens that know where in the text they are; long ones in parts that overlap."""
+"""Tokenize texts with character positions; long texts are split into overlapping parts."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TextPart:
-    """A text, or a part of one, as tokens; all of them as many as `ids`.
+    """The tokens of a text or of a part of it. All fields have the same length.
 
-    `words`: the tokens as the vocabulary has them. `spans`: where each begins and ends in the text,
-    in characters. `special`: which are no part of the text.
+    `words`: the tokens as strings of the vocabulary. `spans`: the beginning and end of each in the
+    text, in characters. `special`: whether each is a special token, which is not part of the text.
     """
 
     ids: Sequence[int]
@@ -30,13 +30,14 @@ class TextPart:
 def text_parts(
     tokenizer: Tokenizer, text: str, *, max_length: int | None, stride: int | None = None
 ) -> list[TextPart]:
-    """`text` as tokens with the special ones around them: one part, none where it has no tokens.
+    """The tokens of `text` with special tokens around them: one part, or none without tokens.
 
-    A text that is longer than `max_length` tokens is cut into parts of which each begins `stride`
-    tokens before the end of the last one.
+    A text of more than `max_length` tokens is split into parts. Each begins `stride` tokens before
+    the end of the previous one.
 
     Raises:
-        UsageError: it is longer and there is no `stride`, or that leaves no room for new tokens.
+        UsageError: it is longer and `stride` is not given, or `stride` leaves no room for new
+            tokens.
     """
     with tokenizer.library(text) as library:
         encoding = library.encode(text, add_special_tokens=False)
@@ -66,9 +67,9 @@ def _part(encoding: Any) -> TextPart:
 
 
 def is_subword_by_prefix(tokenizer: Tokenizer, part: TextPart, index: int) -> bool | None:
-    """Whether a token goes on with the word before it; None where the vocabulary does not mark it.
+    """Whether a token continues the word before it; None if the vocabulary does not mark this.
 
-    Vocabularies such as BERT's mark it by a prefix (##), with which a token is longer than its
+    Vocabularies such as BERT's mark it with a prefix (##), which makes the token longer than its
     text.
     """
     with tokenizer.library() as library:
@@ -79,7 +80,7 @@ def is_subword_by_prefix(tokenizer: Tokenizer, part: TextPart, index: int) -> bo
 
 
 def joined(tokenizer: Tokenizer, words: Sequence[str]) -> str:
-    """Tokens as the vocabulary has them, as text."""
+    """The text of `words`, tokens as strings of the vocabulary."""
     with tokenizer.library() as library:
         if library.decoder is None:
             return " ".join(words)

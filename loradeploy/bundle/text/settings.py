@@ -1,4 +1,4 @@
-"""generation_config.json: what it says of how a text is generated, besides where it ends."""
+"""Settings of generation in generation_config.json, except the end-of-text tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Final
 from loradeploy.bundle.text.speech import SpeechSettings, forced_tokens, read_speech
 from loradeploy.errors import BundleError, shown
 
-# Settings that change a text and are not applied, with the values that change nothing.
+# Settings that change texts and are not supported, with their values that have no effect.
 _NOT_APPLIED: Final[Mapping[str, tuple[Any, ...]]] = {
     "num_beams": (1,),
     "sequence_bias": ([], {}),
@@ -34,14 +34,14 @@ _NOT_APPLIED: Final[Mapping[str, tuple[Any, ...]]] = {
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How the logits are changed before a token is chosen, as transformers names and defines it.
+    """Settings of generation, with transformers' names and definitions.
 
-    `top_k`, `top_p`, `min_p`: those of sampling, None where the file has none.
+    `top_k`, `top_p`, `min_p`: parameters of sampling, None if the file has none.
     `stop_strings`: texts that end a generation.
-    `decoder_start_token_id`: what an encoder-decoder's target begins with.
-    `ignored`: settings that are not applied here and would change the text.
-    `forced_decoder_ids`: what a transcript begins with, behind the first token; None stands for a
-    language's. `speech`: what else a model of speech has.
+    `decoder_start_token_id`: the first token of an encoder-decoder's target.
+    `ignored`: settings in the file that would change the text and are not supported.
+    `forced_decoder_ids`: the tokens after the first token of a transcript; None is a placeholder
+    for the token of a language. `speech`: other settings of speech models.
     """
 
     repetition_penalty: float = 1.0
@@ -64,7 +64,7 @@ class GenerationSettings:
 
     @cached_property
     def changes_scores(self) -> bool:
-        """Whether the logits of any step are changed; what is only for sampling does not."""
+        """Whether the logits of any step are changed. Parameters of sampling do not count."""
         return self.repetition_penalty != 1 or any(
             (
                 self.no_repeat_ngram_size,
@@ -83,7 +83,7 @@ def read_settings(values: Mapping[str, Any], where: str) -> GenerationSettings:
     """The settings in the object of a generation_config.json; `where` names it in messages.
 
     Raises:
-        BundleError: a value is of another type, or out of its range.
+        BundleError: a value has the wrong type, or is out of range.
     """
 
     def number(name: str, default: Any, least: float, whole: bool) -> Any:
@@ -117,7 +117,7 @@ def read_settings(values: Mapping[str, Any], where: str) -> GenerationSettings:
     penalty = number("repetition_penalty", 1.0, 0, whole=False)
     if penalty == 0:
         raise BundleError(f"{where}: repetition_penalty is 0, expected more")
-    top_k, top_p = values.get("top_k"), values.get("top_p")  # -1 and 2.0 are others' "no limit"
+    top_k, top_p = values.get("top_k"), values.get("top_p")  # -1 and 2.0 mean no limit
     min_p = values.get("min_p")
     stops = values.get("stop_strings") or []
     stops = [stops] if isinstance(stops, str) else stops

@@ -1,4 +1,4 @@
-"""What generation_config.json says of how a model of speech begins a text: Whisper's settings."""
+"""Whisper's settings in generation_config.json: the initial tokens of a text, and timestamps."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any, Final
 
 from loradeploy.errors import BundleError, shown
 
-# Each of these says that a file is for a model of speech.
+# Each of these fields shows that a file is for a speech model.
 _MARKS: Final = ("lang_to_id", "task_to_id", "no_timestamps_token_id", "is_multilingual")
 
 
 @dataclass(frozen=True)
 class SpeechSettings:
-    """The tokens that a transcript begins with, and the rules of its timestamps.
+    """The initial tokens of a transcript, and the rules for its timestamps.
 
     `languages`, `tasks`: tokens by name, such as "<|en|>" and "translate". `multilingual`: whether
-    a language and a task may be given. `language`, `task`, `timestamps`: those that the model has
-    where none is asked for. `no_timestamps`: the token that says so, which timestamps follow in the
-    vocabulary. `max_initial_timestamp`: how many timestamps the first one may be from the first.
-    `max_length`: how many tokens a text may have, behind those that it begins with.
+    a language and a task may be given. `language`, `task`, `timestamps`: the model's defaults.
+    `no_timestamps`: the token for no timestamps; in the vocabulary, the tokens of timestamps follow
+    it. `max_initial_timestamp`: the maximum index of a text's first timestamp among these tokens.
+    `max_length`: the maximum number of tokens of a text, without its initial tokens.
     """
 
     languages: Mapping[str, int] = field(default_factory=dict)
@@ -37,9 +37,9 @@ class SpeechSettings:
 def check_speech_tokens(
     settings: SpeechSettings, begins: Iterable[int | None], vocabulary: int | None, where: str
 ) -> None:
-    """Raise BundleError where a token is not of the vocabulary; `where` names the files.
+    """Raise BundleError if a token is not in the vocabulary; `where` names the files.
 
-    `begins`: the tokens that a text begins with. `vocabulary`: its size, None where unknown.
+    `begins`: the initial tokens of a text. `vocabulary`: its size, None if unknown.
     """
     named: list[tuple[str, int | None]] = [
         ("no_timestamps_token_id", settings.no_timestamps),
@@ -55,10 +55,10 @@ def check_speech_tokens(
 
 
 def read_speech(values: Mapping[str, Any], where: str) -> SpeechSettings | None:
-    """The settings in the object of a generation_config.json; None where it is for no speech.
+    """The settings in the object of a generation_config.json; None if it is not for speech.
 
     Raises:
-        BundleError: a value is of another type; `where` names the file.
+        BundleError: a value has the wrong type; `where` names the file.
     """
     if not any(name in values for name in _MARKS):
         return None
@@ -94,10 +94,10 @@ def read_speech(values: Mapping[str, Any], where: str) -> SpeechSettings | None:
 
 
 def forced_tokens(values: Mapping[str, Any], where: str) -> tuple[int | None, ...]:
-    """`forced_decoder_ids` of a configuration: the tokens behind the first, None for a language's.
+    """The tokens of `forced_decoder_ids`, which follow the first token; None: that of a language.
 
     Raises:
-        BundleError: they are no pairs of positions from 1 on and tokens.
+        BundleError: they are not pairs of consecutive positions, from 1, and tokens.
     """
     pairs = values.get("forced_decoder_ids") or []
     fits = isinstance(pairs, list) and all(

@@ -1,6 +1,6 @@
-"""What a transcript begins with: the start, the language, the task, and whether it has timestamps.
+"""The initial tokens of a transcript: start, language, task, and whether it has timestamps.
 
-As transformers' generate builds it for Whisper.
+They are those of transformers' `generate` for Whisper.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ _TRANSCRIBE: Final = TASKS[0]
 
 @dataclass(frozen=True)
 class SpeechPrompt:
-    """The beginning of one transcript.
+    """The initial tokens of one transcript.
 
-    `start`: its first token. `forced`: those behind it where neither a language nor a task is
-    given. `language`, `task`: as given, else the model's. `what`: whose it is, in messages.
+    `start`: its first token. `forced`: the tokens after it if neither a language nor a task is
+    given. `language`, `task`: the given ones, or else the model's. `what`: the name of the
+    transcript in messages.
 
     Raises:
-        UsageError: a language or a task that the model does not have, or timestamps without their
-            token.
+        UsageError: the model does not have the language or the task, or has no token for
+            timestamps.
     """
 
     start: int
@@ -65,10 +66,10 @@ class SpeechPrompt:
         timestamps: bool,
         what: str,
     ) -> SpeechPrompt:
-        """With what was asked for, else what the model's `settings` are.
+        """Build a prompt from the given values, with the model's `settings` as defaults.
 
         Raises:
-            UsageError: as the class, or a model of one language is asked for one.
+            UsageError: as the class, or a language or task is given for an English-only model.
         """
         if not settings.multilingual and not (language is None and task is None):
             raise UsageError(f"{what}: the model is English-only: give no `language` or `task`")
@@ -80,12 +81,12 @@ class SpeechPrompt:
 
     @property
     def needs_language(self) -> bool:
-        """Whether the language is to be found by the sound."""
+        """Whether the language must be detected from the audio."""
         open_ = not self.forced or self.forced[0] is None
         return self.language is None and bool(self.settings.languages) and open_
 
     def tokens(self, found: int | None = None) -> list[int]:
-        """The tokens, with the language's that was `found` where `needs_language`."""
+        """The tokens. `found`: the token of the detected language, if `needs_language`."""
         own = self.settings
         tokens: list[int | None] = [self.start, *self.forced]
         spoken = found if self.language is None else self._token_of(self.language)
@@ -102,7 +103,7 @@ class SpeechPrompt:
         return [token for token in tokens if token is not None]
 
     def language_of(self, tokens: list[int]) -> str | None:
-        """The code of the language that `tokens` begin with; None where there is none."""
+        """The code of the language in the initial `tokens`; None if there is none."""
         names = {token: name for name, token in self.settings.languages.items()}
         name = names.get(tokens[1]) if len(tokens) > 1 else None
         return None if name is None else name.strip("<|>")

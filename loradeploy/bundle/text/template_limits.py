@@ -1,8 +1,9 @@
-"""A Jinja environment in which templates of others come to an end.
+"""A Jinja environment with limits, in which untrusted templates always terminate.
 
-Nothing of a template is computed when it is compiled, and what it does while it is rendered is paid
-for: each turn of a loop and each call, and values by their sizes. A budget that is spent ends it,
-at the same place on every machine. Single operations are small because values are.
+Nothing in a template is evaluated when it is compiled. While it is rendered, each iteration, each
+call and, by size, each value is paid for from a budget. A template that exceeds its budget is
+stopped, at the same point on every machine. Single operations are short because the sizes of values
+are limited.
 """
 
 from __future__ import annotations
@@ -24,20 +25,20 @@ from jinja2.visitor import NodeTransformer
 
 _WORK: Final = 1_000_000  # steps, about as many microseconds
 _WORK_PER_INPUT: Final = 500
-_LARGEST: Final = 1 << 20  # characters of a text, items of a list; as many bits for a number
+_LARGEST: Final = 1 << 20  # characters of a text, items of a list
 _PER_STEP: Final = 16  # characters that are copied in a step
-_WIDEST: Final = 1000  # of a field that is padded
-_BITS: Final = 4096
-_PARTS: Final = 20_000  # of a template that is compiled, which takes longer than to read it
+_WIDEST: Final = 1000  # the maximum width of a padded field
+_BITS: Final = 4096  # the maximum size of a number
+_PARTS: Final = 20_000  # the maximum number of nodes to compile, which takes longer than to parse
 
-# What makes much of little, where its arguments do not tell how much, or searches in squared time.
+# Filters and methods with large results of unknown size, or with searches in quadratic time.
 _NO_FILTERS: Final = ("pprint", "striptags", "urlize", "wordwrap", "xmlattr")
 _NO_METHODS: Final = frozenset({"format_map", "maketrans", "translate", "striptags", "unescape"})
 _PADDING: Final = frozenset(
     {"batch", "center", "expandtabs", "filesizeformat", "from_bytes", "indent", "ljust", "rjust"}
     | {"round", "slice", "to_bytes", "tojson", "truncate", "zfill"}
 )
-# What goes through a generator, which is made a list and paid for before.
+# Filters that consume a generator. It is converted to a list and paid for first.
 _GATHERING: Final = (
     *("join", "list", "sort", "unique", "groupby", "reverse", "sum", "first", "last", "batch"),
     *("slice", "map", "select", "selectattr", "reject", "rejectattr", "min", "max"),
@@ -48,7 +49,7 @@ _CONTAINERS: Final = (list, tuple, set, frozenset)
 
 
 class LimitError(jinja2.TemplateRuntimeError):
-    """A template does or writes too much."""
+    """A template exceeds a limit of computation or output."""
 
 
 class _Budget:
@@ -65,9 +66,9 @@ _BUDGET: Final[ContextVar[_Budget | None]] = ContextVar("budget", default=None)
 
 @contextmanager
 def limited(given: object) -> Iterator[int]:
-    """While it lasts, templates of this thread have a budget, the larger the more is `given`.
+    """Give templates in this thread a budget, which grows with the size of `given`.
 
-    Yields how many characters may be written.
+    Yields the maximum number of characters of the output.
     """
     token = _BUDGET.set(budget := _Budget(given))
     try:
@@ -85,7 +86,7 @@ def _spend(steps: int) -> None:
 
 
 def _weight(value: object, budget: _Budget | None) -> int:
-    """The steps that it takes to look at all of `value`."""
+    """The number of steps to visit all parts of `value`."""
     most = _WORK if budget is None else budget.left
     total = 0
     waiting = [value]
@@ -121,7 +122,7 @@ def _check_size(size: int) -> None:
 
 
 def _checked(value: Any) -> Any:
-    """`value`, which was just made."""
+    """Return the new `value`; raises LimitError if it is too large."""
     if isinstance(value, int) and value.bit_length() > _BITS:
         raise LimitError("it creates a number that is too large")
     if isinstance(value, (*_SIZED, *_CONTAINERS, dict)):
@@ -146,7 +147,7 @@ def _check_format(form: object) -> None:
     if isinstance(form, _SIZED):
         text = form if isinstance(form, str) else form.decode("latin-1")
         if _WIDE.search(text) and ("%" in text or "{" in text):
-            raise LimitError("it pads texts to a width that is too large or not said")
+            raise LimitError("it pads texts to a width that is too large or unknown")
 
 
 def _check_widths(name: str, given: Any) -> None:
@@ -158,7 +159,7 @@ def _check_widths(name: str, given: Any) -> None:
 
 
 class LimitedEnvironment(ImmutableSandboxedEnvironment):
-    """Jinja's immutable sandbox, in which what templates do is paid for out of `limited`."""
+    """Jinja's immutable sandbox, in which templates pay from the budget of `limited`."""
 
     intercepted_binops = frozenset({"+", "-", "*", "/", "//", "%", "**"})
 
@@ -172,18 +173,18 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             self.filters[name] = _paid_filter(name, function)
         for name, function in [*self.tests.items()]:
             self.tests[name] = _paid(cast(Callable[..., Any], function))
-        # No name that a template can write.
+        # A template cannot contain these names.
         self.filters |= {"tick!": _tick, "pay!": _paid_for, "concat!": _concat}
 
     def check_constants(self, source: str) -> None:
-        """Raise LimitError where another environment would compute too much to compile `source`.
+        """Raise LimitError if compiling `source` without limits would take too much computation.
 
-        Jinja computes constants as it compiles, also those of branches that are never taken.
+        Jinja evaluates constants at compile time, even in branches that are never taken.
         """
         _Constants(self).visit(super()._parse(source, None, None))
 
     def add_filter(self, name: str, function: Callable[..., Any]) -> None:
-        """Have one more filter, which is paid for too."""
+        """Add a filter, whose calls are paid for, too."""
         self.filters[name] = _paid_filter(name, function)
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
@@ -194,11 +195,11 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return tree
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        """As in the sandbox, without the methods whose results nothing bounds."""
+        """As in the sandbox, without the methods whose results are unbounded."""
         return attr not in _NO_METHODS and super().is_safe_attribute(obj, attr, value)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        """As in the sandbox, where no field is too wide."""
+        """As in the sandbox, with a limit on the widths of fields."""
         formatted = super().wrap_str_format(value)
         if formatted is None:
             return None
@@ -214,7 +215,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return bounded
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """As in the sandbox, where the result is not too large."""
+        """As in the sandbox, with a limit on the size of the result."""
         _pay(left, right)
         if operator == "*":
             for one, other in ((left, right), (right, left)):
@@ -230,7 +231,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return _checked(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
-        """As in the sandbox, where the result is not too large."""
+        """As in the sandbox, with a limit on the size of the result."""
         owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
         _pay(owner if isinstance(owner, (*_SIZED, *_CONTAINERS, dict)) else None, args, kwargs)
         if owner is not None:
@@ -262,7 +263,7 @@ def _paid(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _paid_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    # Jinja gives some functions its context first.
+    # Jinja passes its context to some functions as the first argument.
     first = 1 if hasattr(function, "jinja_pass_arg") else 0
 
     @functools.wraps(function)
@@ -293,7 +294,7 @@ def _paid_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _written(value: Any) -> str:
-    """What stands in the text for `value`."""
+    """The text that is written for `value`."""
     _pay(value)
     text: str = _checked(value if isinstance(value, str) else str(value))
     return text
@@ -315,7 +316,7 @@ def _concat(values: list[Any]) -> str:
 
 
 class _Generator(CodeGenerator):
-    """Compiles without computing what looks constant."""
+    """Compiles without evaluating constant expressions."""
 
     def _output_child_to_const(self, node: nodes.Expr, frame: Any, finalize: Any) -> str:
         if isinstance(node, nodes.TemplateData):
@@ -324,7 +325,7 @@ class _Generator(CodeGenerator):
 
 
 class _Constants(Optimizer):
-    """Computes what Jinja's optimizer does, with the limits of the environment."""
+    """Evaluates the constants that Jinja's optimizer would, within the limits."""
 
     def generic_visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> nodes.Node:
         if isinstance(node, nodes.Filter) and node.name in _NO_FILTERS:
@@ -334,7 +335,7 @@ class _Constants(Optimizer):
             return nodes.Const.from_untrusted(self._value(node), node.lineno, self.environment)
         except LimitError:
             raise
-        except Exception as problem:  # no constant, or one that cannot be computed
+        except Exception as problem:  # not a constant, or one that cannot be evaluated
             if isinstance(problem.__context__, LimitError):  # in a filter or test
                 raise problem.__context__ from None
             return node
@@ -353,7 +354,7 @@ class _Constants(Optimizer):
 
 
 class _Priced(NodeTransformer):
-    """Puts the price into a template: of each turn of a loop, each call, each comparison."""
+    """Inserts payments into a template, for loops, macros and blocks, comparisons and slices."""
 
     def __init__(self) -> None:
         self.steps = 0

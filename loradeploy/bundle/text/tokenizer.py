@@ -1,7 +1,8 @@
-"""Text to token ids and back, without transformers, by the files of a bundle or an adapter.
+"""Convert text to token ids and back with the files of a bundle or adapter, without transformers.
 
-Trainers write tokenizer files (tokenizer_files.py) beside an adapter too. There they replace the
-base's: an adapter is asked in the format that it was trained in, and ends where it was trained to.
+Trainers also write tokenizer files (tokenizer_files.py) beside an adapter. These replace the base's
+files: prompts have the format that the adapter was trained with, and texts end with the tokens that
+it was trained to end with.
 """
 
 from __future__ import annotations
@@ -46,31 +47,31 @@ from loradeploy.errors import (
 )
 
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
-# Stands for an answer where it is asked what a template writes behind one.
+# A placeholder for an answer, to find what a template writes after answers.
 _ANSWER: Final = "⟦answer⟧"
 
 
 class Tokenizer:
     """The tokenizer of a bundle, or of any directory with a checkpoint's tokenizer files.
 
-    With `base` it is an adapter's: what `directory` has replaces the base's, and what it lacks is
-    the base's. `lowercase`: whether texts are lowercased first.
+    With `base`, it is an adapter's: files in `directory` replace the base's, and the base's are
+    used for missing ones. `lowercase`: whether texts are lowercased first.
 
     `special_tokens`: the special tokens by role (`bos_token`, …).
-    `eos_ids`: the tokens that end a text. An adapter's are those of its generation_config.json,
-    else the base's; and its tokenizer's end of text and its chat template's end of a turn, where
-    these are its own.
-    `pad_id`: fills rows up; which token it is does not matter where the attention mask is heeded.
-    `positions`: how many tokens the model has positions for; `max_length`: how many it is to take.
-    None where no file has it.
-    `truncation_side`: "right" or "left", where texts that are too long are cut.
-    `token_types`: whether the model takes the token types of pairs; None where no file has it.
-    `settings`: how logits are changed before a token is chosen.
-    `template`: the source of the chat template, None where there is none.
-    `own_words`: whether an adapter has another vocabulary or other rules than the base.
+    `eos_ids`: the tokens that end a text. An adapter's are those of its generation_config.json, or
+    else the base's; plus its tokenizer's end-of-text token and its chat template's end-of-turn
+    token, if these differ from the base's.
+    `pad_id`: the token that fills rows up. It has no effect if the model uses the attention mask.
+    `positions`: the number of tokens that the model has positions for; `max_length`: the maximum
+    number of tokens to use. None if no file states it.
+    `truncation_side`: "right" or "left", the side on which texts that are too long are cut.
+    `token_types`: whether the model takes the token types of pairs; None if no file states it.
+    `settings`: the settings of generation.
+    `template`: the source of the chat template, None if there is none.
+    `own_words`: whether an adapter's vocabulary or rules differ from the base's.
 
     Raises:
-        BundleError: a file is missing or broken.
+        BundleError: a file is missing or invalid.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class Tokenizer:
         self.special_tokens: dict[str, str] = {**inherited, **special_tokens_of(named_tokens)}
         self._mark_special()
         self._split_special(settings.get(SPLIT_NAME))
-        if base is not None and self._makes_tokens_of(base):
+        if base is not None and self._tokenizes_like(base):
             self._tokenizer = base._tokenizer
         self.own_words = base is not None and self._tokenizer is not base._tokenizer
         if lowercase:
@@ -109,7 +110,7 @@ class Tokenizer:
         if base is None:
             own = token_ids(config, "eos_token_id", path / CONFIG_NAME)
             eos = named or own or self._ids_of("eos_token")
-            # A classifier on a decoder finds the last token by config.json's id: that one is first.
+            # Decoders with a classifier find the last token by the id in config.json: use it first.
             pads = token_ids(config, "pad_token_id", path / CONFIG_NAME)
             self._pads = (*pads, *self._ids_of("pad_token"), *eos, 0)
             self.pad_id: int = self._pads[0]
@@ -145,26 +146,26 @@ class Tokenizer:
 
     @cached_property
     def vocabulary(self) -> dict[str, int]:
-        """The id of every word, those included that were added later."""
+        """The id of every word, including added ones."""
         words: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         return words
 
     @cached_property
     def as_text(self) -> str:
-        """The vocabulary and the rules, as tokenizer.json has them."""
+        """The vocabulary and the rules in the format of tokenizer.json."""
         text: str = self._tokenizer.to_str()
         return text
 
     def encode(
         self, text: str, *, special_tokens: bool = True, max_length: int | None = None
     ) -> list[int]:
-        """The tokens of `text`, by default with the special tokens that the model has around it.
+        """The tokens of `text`, by default with the model's special tokens around it.
 
-        Of a text that is longer than `max_length` the end is cut, or the beginning where
-        tokenizer_config.json has `truncation_side` "left"; the special tokens stay.
+        If there are more than `max_length`, the text is cut at the end, or at the beginning if
+        tokenizer_config.json has `truncation_side` "left"; the special tokens are kept.
 
         Raises:
-            UsageError: it is no text. BundleError: the tokenizer fails on it.
+            UsageError: it is not a text. BundleError: the tokenizer fails on it.
         """
         with self.library(text) as tokenizer:
             encoding = tokenizer.encode(text, add_special_tokens=False)
@@ -177,10 +178,11 @@ class Tokenizer:
 
     @contextmanager
     def library(self, *texts: str) -> Iterator[FastTokenizer]:
-        """The library's tokenizer, for `texts`; it is not to be changed.
+        """The library's tokenizer, to use for `texts`. It must not be changed.
 
         Raises:
-            UsageError: one of them is no text. BundleError: the tokenizer fails within the context.
+            UsageError: one of `texts` is not a text.
+            BundleError: the tokenizer fails within the context.
         """
         for text in texts:
             if not isinstance(text, str):
@@ -196,12 +198,12 @@ class Tokenizer:
     def encode_chat(
         self, messages: Sequence[Message], write: Callable[[str], str] | None = None
     ) -> list[int]:
-        """The tokens of a conversation, up to where the assistant is to speak.
+        """The tokens of a conversation, up to the beginning of the assistant's answer.
 
-        `write`: what is to become of its text before that is split into tokens.
+        `write`: a function that is applied to the rendered text before it is tokenized.
 
         Raises:
-            UsageError: as `render_chat`, or the template shows nothing of what messages say.
+            UsageError: as `render_chat`, or the template omits the texts of messages.
         """
         rendered = self.render_chat(messages)
         if self._chat is not None and self._chat.reads is None:
@@ -213,7 +215,7 @@ class Tokenizer:
         return self.encode(text, special_tokens=False)
 
     def render_chat(self, messages: Sequence[Message]) -> str:
-        """The chat template on `messages`, up to where the assistant is to speak.
+        """Render the chat template with `messages`, up to the beginning of the assistant's answer.
 
         Raises:
             UsageError: there is no chat template, or it refuses the messages.
@@ -226,7 +228,7 @@ class Tokenizer:
         """The text of `ids`, without special tokens.
 
         Raises:
-            BundleError: the tokenizer's own rules fail on them.
+            BundleError: the rules of the tokenizer fail on them.
         """
         try:
             with library_errors(f"the tokenizer of {self._directory} fails"):
@@ -234,35 +236,35 @@ class Tokenizer:
         except BundleError:
             if any(self.word(token) is not None for token in ids):
                 raise
-            return ""  # where spaces are to be stripped, the library fails on no text at all
+            return ""  # the library fails on an empty text if it has to strip spaces
         return text
 
     def is_special(self, token: int) -> bool:
-        """Whether `token` is one of the special tokens, which stand for no text."""
+        """Whether `token` is a special token, which has no text."""
         added = self._tokenizer.get_added_tokens_decoder().get(token)
         return added is not None and added.special
 
     def word(self, token: int) -> str | None:
-        """What `token` is in the vocabulary; None where `decode` passes over it."""
+        """The string of `token` in the vocabulary; None if `decode` skips it."""
         word: str | None = self._tokenizer.id_to_token(token)
-        return None if word in self._passed_over else word
+        return None if word in self._skipped else word
 
     @property
     def decoder(self) -> str | None:
-        """How text is made of words, as tokenizer.json says it; None where it does not say."""
+        """The rules that join words to text, as in tokenizer.json; None if it has none."""
         decoder = self._tokenizer.decoder
         return None if decoder is None else decoder.__getstate__().decode()
 
     @cached_property
-    def _passed_over(self) -> frozenset[str]:
+    def _skipped(self) -> frozenset[str]:
         added = self._tokenizer.get_added_tokens_decoder().values()
         return frozenset(token.content for token in added if token.special)
 
     def same_words(self, other: Tokenizer) -> bool:
-        """Whether both make the same tokens of every text."""
-        return self._tokenizer is other._tokenizer or self._makes_tokens_of(other)
+        """Whether both give the same tokens for every text."""
+        return self._tokenizer is other._tokenizer or self._tokenizes_like(other)
 
-    def _makes_tokens_of(self, other: Tokenizer) -> bool:
+    def _tokenizes_like(self, other: Tokenizer) -> bool:
         split = self._tokenizer.encode_special_tokens
         same: bool = split == other._tokenizer.encode_special_tokens
         return same and self._tokenizer.to_str() == other.as_text
@@ -270,15 +272,15 @@ class Tokenizer:
     def pad_within(self, vocabulary: int) -> None:
         """Pad rows with the first padding token that the graph's vocabulary has.
 
-        Configs name one beyond it where a token was added for padding alone.
+        Configs name a token beyond it if one was added for padding only.
         """
         self.pad_id = next(index for index in self._pads if index < max(vocabulary, 1))
 
     def check_words(self, vocabulary: int) -> None:
-        """Hold an adapter's words against the size of the graph's vocabulary.
+        """Check that the graph's vocabulary has all words of an adapter.
 
-        A word for padding alone is never fed; what the base's tokenizer has too is not the
-        adapter's doing.
+        Exceptions are words that are used for padding only, which are never fed, and words that the
+        base's tokenizer has, too.
 
         Raises:
             AdapterMismatchError: a word has no row in the graph's embedding.
@@ -301,7 +303,7 @@ class Tokenizer:
             )
 
     def _mark_special(self) -> None:
-        """Let the library know the special tokens that only the other files call so."""
+        """Mark special tokens in the library that only the other files declare as special."""
         added = self._tokenizer.get_added_tokens_decoder().values()
         known = {token.content for token in added if token.special}
         marks = [
@@ -315,7 +317,7 @@ class Tokenizer:
             self._tokenizer.add_special_tokens(marks)
 
     def _split_special(self, split: object) -> None:
-        """Take special tokens in texts for plain characters, as the settings have it."""
+        """Apply the setting that special tokens in texts are plain characters."""
         if split is not None and bool(split) != self._tokenizer.encode_special_tokens:
             self._detach()
             self._tokenizer.encode_special_tokens = bool(split)
@@ -327,14 +329,14 @@ class Tokenizer:
         self._tokenizer.normalizer = normalizers.Sequence(parts)
 
     def _detach(self) -> None:
-        """Have a tokenizer of one's own before it is changed."""
+        """Copy the tokenizer before a change if it is the base's."""
         if self._base is not None and self._tokenizer is self._base._tokenizer:
             split = self._tokenizer.encode_special_tokens
             self._tokenizer = FastTokenizer.from_str(self._tokenizer.to_str())
             self._tokenizer.encode_special_tokens = split
 
     def _end_of_turn(self) -> tuple[int, ...]:
-        """The added token that the chat template writes behind an answer, where it writes one."""
+        """The added token that the chat template writes after an answer, if there is one."""
         messages = [
             {"role": "user", "content": "?"},
             {"role": "assistant", "content": _ANSWER},
@@ -344,10 +346,10 @@ class Tokenizer:
         try:
             text = self._chat.render(messages, add_generation_prompt=False)
         except UsageError:
-            return ()  # it takes conversations of another kind alone
+            return ()  # it does not accept this conversation
         _, found, rest = text.rpartition(_ANSWER)
         added = self._tokenizer.get_added_tokens_decoder()
-        if self._tokenizer.encode_special_tokens:  # where texts have none
+        if self._tokenizer.encode_special_tokens:  # special tokens are not recognized in texts
             behind = {t.content: i for i, t in added.items() if rest.lstrip().startswith(t.content)}
             return (behind[max(behind, key=len)],) if found and behind else ()
         ids = self.encode(rest.lstrip(), special_tokens=False) if found else []
@@ -360,7 +362,7 @@ class Tokenizer:
 
 
 def _words(path: Path, base: Tokenizer | None) -> FastTokenizer:
-    """The library's tokenizer of `path`; the base's own where an adapter has none."""
+    """The library's tokenizer for `path`; the base's if an adapter has none."""
     file = path / TOKENIZER_NAME
     if base is None or file.exists():
         return open_tokenizer(file)
@@ -369,7 +371,7 @@ def _words(path: Path, base: Tokenizer | None) -> FastTokenizer:
 
 
 def _check_added(path: Path, base: Tokenizer) -> None:
-    """Raise BundleError where an adapter without a tokenizer.json adds words."""
+    """Raise BundleError if an adapter without a tokenizer.json adds words."""
     named = dict(optional_json(path / ADDED_NAME))
     decoder = optional_json(path / SETTINGS_NAME).get("added_tokens_decoder")
     for index, token in decoder.items() if isinstance(decoder, Mapping) else ():

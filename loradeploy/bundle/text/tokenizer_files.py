@@ -1,10 +1,10 @@
-"""The files of a tokenizer as a checkpoint or an adapter has them, read and checked.
+"""Read and check the tokenizer files of a checkpoint or an adapter.
 
-tokenizer.json             the `tokenizers` library's own file: the vocabulary and the rules
-tokenizer_config.json      the special tokens by role, the padding side, perhaps a chat template
+tokenizer.json             the file of the `tokenizers` library: the vocabulary and the rules
+tokenizer_config.json      the special tokens by role, the padding side, optionally a chat template
 special_tokens_map.json    the special tokens, in older checkpoints
-chat_template.jinja        the chat template, in newer ones (chat_template.json, of processors)
-generation_config.json     which tokens end a text (config.json where it names none), and settings
+chat_template.jinja        the chat template, in newer ones (in processors, chat_template.json)
+generation_config.json     the tokens that end a text (else in config.json), and other settings
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ GENERATION_NAME: Final = "generation_config.json"
 SETTINGS_NAME: Final = "tokenizer_config.json"
 SPECIAL_NAME: Final = "special_tokens_map.json"
 ADDED_NAME: Final = "added_tokens.json"
-# In tokenizer_config.json alone: whether special tokens in a text are plain characters.
+# In tokenizer_config.json only: whether special tokens in a text are plain characters.
 SPLIT_NAME: Final = "split_special_tokens"
-# In tokenizer_config.json: the inputs that transformers' tokenizer gives.
+# In tokenizer_config.json: the model inputs that transformers' tokenizer returns.
 INPUT_NAMES: Final = "model_input_names"
 _TEMPLATE_OF_PROCESSOR: Final = "chat_template.json"
 _ROLES: Final = tuple(
     f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 )
-# The classes of transformers that are not of one model.
-_CLASSES_FOR_ANY: Final = ("PreTrainedTokenizerFast", "TokenizersBackend")
-# transformers writes 10³⁰ where a tokenizer has no limit of its own.
+# The classes of transformers for any tokenizer, not for one model.
+_GENERIC_CLASSES: Final = ("PreTrainedTokenizerFast", "TokenizersBackend")
+# transformers writes 10³⁰ if a tokenizer has no limit.
 _NO_LIMIT: Final = 10**9
 _LARGEST_ID: Final = 2**31 - 1
 
 
 def optional_json(file: Path) -> dict[str, Any]:
-    """The JSON object in `file`, empty where there is no such file."""
+    """The JSON object in `file`; empty if the file does not exist."""
     return read_json(file, error=BundleError) if file.exists() else {}
 
 
 def special_tokens_of(settings: Mapping[str, Any]) -> dict[str, str]:
-    """The special tokens by role; files hold each as a text or as an object with its content."""
+    """The special tokens by role. In files, each is a text or an object with its content."""
     tokens = {}
     for role in _ROLES:
         value = settings.get(role)
@@ -58,10 +58,10 @@ def special_tokens_of(settings: Mapping[str, Any]) -> dict[str, str]:
 def roles_without_token(settings: Mapping[str, Any]) -> frozenset[str]:
     """The roles for which a tokenizer with these `settings` has no token.
 
-    transformers writes those that were removed as null. Its classes for any tokenizer have only
-    what is named; others have tokens of their own where nothing is named (LlamaTokenizer's <s>).
+    transformers writes removed tokens as null. Its generic classes only have tokens that the file
+    names; other classes have default tokens (LlamaTokenizer's <s>).
     """
-    named_only = settings.get("tokenizer_class") in _CLASSES_FOR_ANY
+    named_only = settings.get("tokenizer_class") in _GENERIC_CLASSES
     return frozenset(
         role for role in _ROLES if settings.get(role, None if named_only else "") is None
     )
@@ -81,7 +81,7 @@ def chat_template_of(directory: Path, settings: Mapping[str, Any]) -> str | None
 
 
 def token_ids(values: Mapping[str, Any], name: str, file: Path) -> tuple[int, ...]:
-    """The token ids that `values`, of `file`, has under `name`; a negative one is none."""
+    """The token ids under `name` in `values`, read from `file`; negative ones are left out."""
     value = values.get(name)
     listed = [] if value is None else value if isinstance(value, list) else [value]
     if not all(type(token) is int and token <= _LARGEST_ID for token in listed):
@@ -90,10 +90,10 @@ def token_ids(values: Mapping[str, Any], name: str, file: Path) -> tuple[int, ..
 
 
 def positions_of_model(config: Mapping[str, Any], file: Path) -> int | None:
-    """How many tokens the model has positions for, by its `config`, which `file` holds.
+    """The number of tokens that the model has positions for, from its `config`, read from `file`.
 
     Raises:
-        BundleError: not one.
+        BundleError: it is below 1.
     """
     positions = context_length(config)
     if positions is not None and positions < 1:
@@ -102,10 +102,12 @@ def positions_of_model(config: Mapping[str, Any], file: Path) -> int | None:
 
 
 def max_length_of(positions: int | None, settings: Mapping[str, Any], file: Path) -> int | None:
-    """How many tokens a text may have: `positions`, or fewer where `settings`, of `file`, say so.
+    """The maximum number of tokens of a text: `positions`, or fewer if `settings` say so.
+
+    `settings`: the contents of tokenizer_config.json, read from `file`.
 
     Raises:
-        BundleError: the settings leave no token of a text.
+        BundleError: the settings allow no tokens.
     """
     limits = [] if positions is None else [positions]
     own = settings.get("model_max_length")

@@ -1,4 +1,4 @@
-"""The `tokenizers` library, opened on a file, and its failures as errors of this project."""
+"""Open a tokenizer with the `tokenizers` library, and convert its failures to typed errors."""
 
 from __future__ import annotations
 
@@ -16,40 +16,40 @@ from loradeploy.errors import BundleError, LoraDeployError, first_line, shown
 from loradeploy.files import check_file
 
 _MAX_TOKENIZER_BYTES: Final = 512 << 20
-_LARGEST_WORD: Final = 2**24  # of a word that is in a tokenizer; vocabularies have some 2**18
+_LARGEST_ID: Final = 2**24  # of a word; vocabularies have about 2**18 words
 _STDERR: Final = 2
-_TRIED: Final = "a"  # a text that a new tokenizer is tried on
+_TEST_TEXT: Final = "a"
 
 
 def open_tokenizer(file: Path) -> FastTokenizer:
-    """The library's tokenizer in `file`, tried on a text.
+    """The library's tokenizer in `file`, tested with a text.
 
     Raises:
-        BundleError: there is none, or it is no valid one.
+        BundleError: the file does not exist, or is not a valid tokenizer.
     """
     if not file.exists():
         raise BundleError(f"{file} does not exist: without it text cannot be read or written")
     check_file(file, error=BundleError, limit=_MAX_TOKENIZER_BYTES)
     with _without_panics(), library_errors(f"{file} is not a valid tokenizer"):
         tokenizer = FastTokenizer.from_file(os.fspath(file))
-        # Lengths are this project's business; a setting in the file would cut or pad in silence.
+        # loradeploy truncates and pads; settings in the file would do it silently.
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        # Some of what is wrong with a file shows only when it is used.
-        tokenizer.decode(tokenizer.encode(_TRIED).ids)
+        # Some errors in a file only show when it is used.
+        tokenizer.decode(tokenizer.encode(_TEST_TEXT).ids)
         words: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
-    if max(words.values(), default=0) > _LARGEST_WORD:
+    if max(words.values(), default=0) > _LARGEST_ID:
         word = max(words, key=words.__getitem__)
-        # The library counts up to it when it writes or compares.
+        # The library iterates up to the largest id when it writes or compares.
         raise BundleError(f"{file} is not a valid tokenizer: {shown(word)} is token {words[word]}")
     return tokenizer
 
 
 @contextmanager
 def _without_panics() -> Iterator[None]:
-    """Without the lines that a panic of the library writes to standard error by itself.
+    """Suppress the lines that a panic of the library writes to standard error.
 
-    Where other threads run they may have something to say there: then nothing is held back.
+    If other threads are running, nothing is suppressed, because they may write there, too.
     """
     if threading.active_count() > 1:
         yield
@@ -57,7 +57,7 @@ def _without_panics() -> Iterator[None]:
     try:
         sys.stderr.flush()
         own = os.dup(_STDERR)
-    except (AttributeError, OSError, ValueError):  # there is none
+    except (AttributeError, OSError, ValueError):  # there is no standard error
         yield
         return
     try:
@@ -72,14 +72,14 @@ def _without_panics() -> Iterator[None]:
 
 @contextmanager
 def library_errors(what: str) -> Iterator[None]:
-    """Raise BundleError, which begins with `what`, where the tokenizers library fails.
+    """Convert failures of the tokenizers library to a BundleError that begins with `what`.
 
-    It raises bare Exceptions; and where its own code panics, an error that is no Exception and
-    that no module exports.
+    The library raises plain Exceptions and, if its Rust code panics, a BaseException that no module
+    exports.
     """
     try:
         yield
-    except LoraDeployError:  # of whoever uses it
+    except LoraDeployError:  # raised by the code within the context
         raise
     except Exception as problem:
         raise BundleError(f"{what}: {first_line(problem)}") from None

@@ -1,1 +1,1 @@
-"""From an encoder's states to the vector of a text, as sentence-transformers has it."""
+"""Convert an encoder's states to the vector of a text, as in sentence-transformers."""

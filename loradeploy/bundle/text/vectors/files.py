@@ -1,4 +1,4 @@
-"""The files that sentence-transformers saves, read and checked."""
+"""Read and check the files that sentence-transformers saves."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _ENCODERS: Final = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm
 ENCODER_NAMES: Final = tuple(f"sentence_{name}_config.json" for name in _ENCODERS)
 WEIGHTS_NAME: Final = "model.safetensors"
 PACKAGE: Final = "sentence_transformers."
-# The modes of pooling, by the booleans of older files, in the order in which they are put together.
+# The modes of pooling by the booleans of older files, in the order in which they are concatenated.
 _FLAGS: Final = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -35,12 +35,12 @@ _FLAGS: Final = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
-# How the size of a token's state is called, the second in older files.
+# The names of the size of a token's state, the second in older files.
 _SIZES: Final = ("embedding_dimension", "word_embedding_dimension")
 
 
 class RecipeReader:
-    """Reads the files below one directory, and notes which."""
+    """Reads files in one directory, and records their names in `files`."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -59,7 +59,7 @@ class RecipeReader:
         return value
 
     def object(self, name: str) -> dict[str, Any]:
-        """The JSON object in the file `name`, empty where there is none."""
+        """The JSON object in the file `name`; empty if the file does not exist."""
         file = inside(self.directory, name)
         if not file.is_file():
             return {}
@@ -67,7 +67,7 @@ class RecipeReader:
         return read_json(file, error=BundleError)
 
     def prompts(self) -> tuple[str, dict[str, str], str | None]:
-        """What kind of model it is, the prompts, and the name of the default one."""
+        """The type of the model, the prompts by name, and the name of the default prompt."""
         values = self.object(PROMPTS_NAME)
         where = self.directory / PROMPTS_NAME
         given = values.get("prompts") or {}
@@ -84,10 +84,10 @@ class RecipeReader:
         return str(values.get("model_type") or "SentenceTransformer"), prompts, default
 
     def encoder(self, path: str) -> tuple[int | None, bool]:
-        """The longest text in tokens, and whether texts are lowercased."""
+        """The maximum number of tokens of a text, and whether texts are lowercased."""
         values: dict[str, Any] = {}
         for name in ENCODER_NAMES:
-            # In a bundle, whose encoder is not in a folder of its own, it is beside modules.json.
+            # In a bundle, the encoder has no separate folder: the file is beside modules.json.
             values = self.object(join(path, name)) or (path and self.object(name)) or {}
             if values:
                 break
@@ -143,7 +143,7 @@ class RecipeReader:
         return modes, values.get("include_prompt", True) is not False, size
 
     def check_size(self, path: str, size: int) -> None:
-        """Raise BundleError if the encoder in `path` has states of another size than `size`."""
+        """Raise BundleError if the states of the encoder in `path` do not have the size `size`."""
         for name in dict.fromkeys((join(path, CONFIG_NAME), CONFIG_NAME)):
             file = inside(self.directory, name)
             if not file.is_file():
@@ -157,7 +157,7 @@ class RecipeReader:
             return
 
     def weights(self, path: str, names: Mapping[str, bool]) -> dict[str, Floats]:
-        """The tensors of a module; `names` tells which it must have."""
+        """The tensors of a module. `names`: the possible tensors, and whether each is required."""
         name = join(path, WEIGHTS_NAME)
         file = inside(self.directory, name)
         if not file.is_file():
@@ -167,8 +167,8 @@ class RecipeReader:
             )
         arrays, _ = read_arrays(file, error=BundleError)
         self.files.append(name)
-        for tensor, needed in names.items():
-            if needed and tensor not in arrays:
+        for tensor, required in names.items():
+            if required and tensor not in arrays:
                 raise BundleError(f"{file} lacks {tensor}")
         if more := sorted(arrays.keys() - names.keys()):
             raise BundleError(f"{file} contains {shortened(more[0])}, which is not of its module")
@@ -185,7 +185,7 @@ def _is_vector(tensor: str) -> bool:
 
 
 def module_of(entry: Mapping[str, Any], file: Path) -> tuple[str, str]:
-    """A module's kind and folder; code of others is never run."""
+    """A module's kind and folder. Modules of other packages, which are code, are refused."""
     given, path = entry.get("type"), entry.get("path", "")
     if not isinstance(given, str) or not isinstance(path, str):
         raise BundleError(f"{file}: a module has no type or no path")

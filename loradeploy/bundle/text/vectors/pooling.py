@@ -1,7 +1,7 @@
-"""One vector of a text's states, in the ways that sentence-transformers knows.
+"""The pooling modes of sentence-transformers, which compute one vector from a text's states.
 
-Each takes states [batch, sequence, hidden] float32 and a mask [batch, sequence] int64, in which
-padding is on the right, and gives [batch, hidden] float32.
+Each function takes states [batch, sequence, hidden] float32 and a mask [batch, sequence] int64 with
+padding on the right, and returns [batch, hidden] float32.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _mean_sqrt(states: Floats, mask: NDArray[np.int64]) -> Floats:
 
 
 def _weighted_mean(states: Floats, mask: NDArray[np.int64]) -> Floats:
-    # By a token's place in its row, from 1 on: later tokens of a decoder have seen more.
+    # Weighted by position, from 1: later tokens of a decoder attend to more tokens.
     total, weight = _sum(states, mask * np.arange(1, mask.shape[1] + 1))
     mean: Floats = total / weight
     return mean

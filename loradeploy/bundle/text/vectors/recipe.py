@@ -1,12 +1,12 @@
-"""How an encoder's states become a text's vector: the modules that sentence-transformers saves.
+"""Recipes that convert an encoder's states to a text's vector, as sentence-transformers saves them.
 
-modules.json                       the modules in their order, each with its type and folder
-sentence_bert_config.json          in the encoder's folder: the longest text, and its letter case
-config_sentence_transformers.json  prompts by name, and which one is the default
-1_Pooling/config.json              what is taken of the tokens' states
-2_Dense/config.json                a layer on the pooled vector, its weights in model.safetensors
+modules.json                       the modules in order, each with its type and folder
+sentence_bert_config.json          in the encoder's folder: maximum length and lowercasing of texts
+config_sentence_transformers.json  prompts by name, and the name of the default prompt
+1_Pooling/config.json              how the tokens' states are pooled
+2_Dense/config.json                a layer on the pooled vector; its weights: model.safetensors
 
-They lie beside the base, and beside an adapter that sentence-transformers trained.
+These files are beside the base, and beside adapters that sentence-transformers trained.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Floats = NDArray[np.float32]
-    # Of vectors [batch, size] to vectors [batch, another size].
+    # From vectors [batch, size] to vectors [batch, other size].
     Step = Callable[[Floats], Floats]
 
 
 @dataclass(frozen=True, eq=False)
 class SentenceRecipe:
-    """From a text to its vector.
+    """The conversion of a text to its vector.
 
-    `pooling`: modes by sentence-transformers' names; their vectors are put side by side.
-    `include_prompt`: whether a prompt's tokens are pooled too.
-    `steps`: what is done to the pooled vectors, in this order.
-    `max_length`: tokens of the longest text, None where the tokenizer's limit is it.
-    `files`: what it was read from, relative to its directory; `digest`: of these.
+    `pooling`: modes by sentence-transformers' names; their vectors are concatenated.
+    `include_prompt`: whether a prompt's tokens are pooled, too.
+    `steps`: the functions that are applied to the pooled vectors, in order.
+    `max_length`: the maximum number of tokens of a text, None for the tokenizer's limit.
+    `files`: the files that it was read from, relative to its directory; `digest`: their digest.
     """
 
     pooling: tuple[str, ...]
@@ -69,11 +69,11 @@ class SentenceRecipe:
     ) -> Floats:
         """The vectors [batch, size] of states [batch, sequence, hidden], padded on the right.
 
-        `mask`: int64 [batch, sequence]. `prompt_tokens`: how many tokens at the beginning are a
-        prompt's.
+        `mask`: int64 [batch, sequence]. `prompt_tokens`: the number of a prompt's tokens at the
+        beginning of each row.
 
         Raises:
-            UsageError: nothing of a text would be pooled.
+            UsageError: no token of a text would be pooled.
         """
         pooled_over = mask
         if prompt_tokens and not self.include_prompt:
@@ -90,11 +90,11 @@ class SentenceRecipe:
 
     @property
     def only_scales(self) -> bool:
-        """Whether nothing but normalization is done to what is pooled."""
+        """Whether all tokens are pooled and the only steps are normalization."""
         return self.include_prompt and all(step is normalize for step in self.steps)
 
     def scaled(self, pooled: NDArray[Any]) -> Floats:
-        """What the steps make of pooled vectors [batch, size]."""
+        """Apply the steps to pooled vectors [batch, size]."""
         vectors = pooled.astype(np.float32)
         for step in self.steps:
             vectors = step(vectors)
@@ -102,10 +102,10 @@ class SentenceRecipe:
 
 
 def read_recipe(directory: Path) -> SentenceRecipe | None:
-    """The recipe in `directory`; None where it holds no modules.json.
+    """The recipe in `directory`; None if it has no modules.json.
 
     Raises:
-        BundleError: a file is broken, or a module is of a kind that is not computed here.
+        BundleError: a file is invalid, or a module is not supported.
     """
     file = directory / MODULES_NAME
     if not file.is_file():
@@ -162,9 +162,9 @@ def read_recipe(directory: Path) -> SentenceRecipe | None:
 
 
 def recipe_directory(directory: Path) -> Path | None:
-    """Where the recipe of the model or adapter in `directory` is; None where there is none.
+    """The directory with the recipe of the model or adapter in `directory`; None if there is none.
 
-    There, or one level up where `directory` is the folder of its encoder or of its ONNX graphs.
+    It is `directory`, or its parent if `directory` is the folder of the encoder or of ONNX graphs.
     """
     if (directory / MODULES_NAME).is_file():
         return directory
@@ -178,12 +178,12 @@ def recipe_directory(directory: Path) -> Path | None:
 
 
 def default_recipe() -> SentenceRecipe:
-    """Without any file: the mean of the tokens' states at length 1, as most are trained."""
+    """The recipe without files: the normalized mean of the tokens' states, as in most models."""
     return SentenceRecipe(("mean",), (normalize,))
 
 
 def write_default(directory: Path) -> None:
-    """Write the files of `default_recipe`, for what was trained by it on a base with another."""
+    """Write the files of `default_recipe`, for adapters that use it on a base with another one."""
     modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
     entries = [
         {"idx": index, "name": str(index), "path": path, "type": f"{PACKAGE}models.{kind}"}
@@ -196,6 +196,6 @@ def write_default(directory: Path) -> None:
 
 
 def flat_modules(directory: Path) -> list[Any]:
-    """The entries of modules.json with the encoder in the directory itself, as a bundle has it."""
+    """The entries of modules.json with the encoder in the directory itself, as in a bundle."""
     first, *rest = RecipeReader(directory).list(MODULES_NAME)
     return [{**first, "path": ""}, *rest]

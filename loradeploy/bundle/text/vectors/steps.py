@@ -1,4 +1,4 @@
-"""What is done to pooled vectors: the modules of sentence-transformers that are computed here."""
+"""The supported modules of sentence-transformers that are applied to pooled vectors."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Floats = NDArray[np.float32]
-    # Of vectors [batch, size] to vectors [batch, another size].
+    # From vectors [batch, size] to vectors [batch, other size].
     Step = Callable[[Floats], Floats]
 
 _VECTOR: Final = "sentence_embedding"
-_LEAST: Final = 1e-12  # a vector of zeros stays one
+_LEAST: Final = 1e-12  # keeps a vector of zeros at zero
 
 
 @dataclass(frozen=True, eq=False)
 class Dense:
-    """activation(x Wᵀ + b), plus x or x Rᵀ where it is `residual`; R is `beside`.
+    """activation(x Wᵀ + b), plus x or x Rᵀ if it is `residual`; R is `beside`.
 
     `W` float32 [out, in]; `bias` [out] and `beside` [out, in], or None. `where`: for messages.
     """
@@ -39,13 +39,13 @@ class Dense:
     where: Path
 
     def size_after(self, size: int | None) -> int:
-        """`out`; raises BundleError where `size`, that of the vectors before, is not `in`."""
+        """`out`, for inputs of `size`; raises BundleError if that is known and not `in`."""
         if size is not None:
             check_size(size, self.W.shape[1], self.where)
         return int(self.W.shape[0])
 
     def __call__(self, x: Floats) -> Floats:
-        """Of vectors [batch, in], vectors [batch, out]."""
+        """Map vectors [batch, in] to vectors [batch, out]."""
         check_size(x.shape[1], self.W.shape[1], self.where)
         bias = 0 if self.bias is None else self.bias
         y: Floats = ACTIVATIONS[self.activation](x @ self.W.T + bias)
@@ -56,20 +56,20 @@ class Dense:
 
 @dataclass(frozen=True, eq=False)
 class LayerNorm:
-    """`weight` and `bias` are float32 [size]. `where`: for messages."""
+    """Layer normalization. `weight` and `bias` are float32 [size]. `where`: for messages."""
 
     weight: Floats
     bias: Floats
     where: Path
 
     def size_after(self, size: int | None) -> int:
-        """The size; raises BundleError where that of the vectors before is another."""
+        """The size; raises BundleError if the `size` of the inputs is known and differs."""
         if size is not None:
             check_size(size, self.weight.size, self.where)
         return int(self.weight.size)
 
     def __call__(self, x: Floats) -> Floats:
-        """Of vectors [batch, size], vectors [batch, size]."""
+        """Normalize vectors [batch, size]."""
         check_size(x.shape[1], self.weight.size, self.where)
         centered = x - x.mean(axis=1, keepdims=True)
         deviation = np.sqrt((centered**2).mean(axis=1, keepdims=True) + np.float32(1e-5))
@@ -108,7 +108,7 @@ def _layer_norm(reader: RecipeReader, path: str) -> Step:
 
 
 def _normalizing(reader: RecipeReader, path: str) -> Step:
-    # Its older form has no files, and not even a folder.
+    # The older form of the module has neither files nor a folder.
     values = reader.object(join(path, "config.json")) if path else {}
     _only_on_vectors(values, reader.directory / path)
     return normalize
@@ -145,6 +145,6 @@ def _only_on_vectors(values: Mapping[str, Any], where: Path) -> None:
 
 
 def check_size(given: int, size: int, where: Path) -> None:
-    """Raise BundleError unless the step at `where` takes vectors of the size that is `given`."""
+    """Raise BundleError unless the `given` size of vectors is that of the step at `where`."""
     if given != size:
         raise BundleError(f"{where} takes vectors of {size}, those before it are of {given}")
