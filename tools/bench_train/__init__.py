@@ -1,0 +1,1 @@
+"""Training benchmarks: PEFT with transformers' Trainer and loradeploy, in turns."""
