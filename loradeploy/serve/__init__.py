@@ -1,1 +1,1 @@
-"""A bundle as an HTTP service with the interface of OpenAI's API; needs the extra `serve`."""
+"""Serve a bundle over HTTP with the interface of OpenAI's API; needs the extra `serve`."""

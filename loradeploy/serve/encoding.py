@@ -1,8 +1,7 @@
-"""Requests of an encoder, whose rows share runs of the graph.
+"""Batch requests to an encoder: rows of several requests share runs of the graph.
 
-A run takes the rows of the requests that wait, each with its own adapter, as many as `max_rows`.
-A request of more rows is run in parts, so that one of many texts does not keep others waiting. The
-API keys take turns.
+A run takes rows of waiting requests, each with its own adapter, up to `max_rows`. A request with
+more rows is split between runs, so that others do not wait for it. API keys take turns.
 """
 
 from __future__ import annotations
@@ -31,11 +30,11 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class RowWork(Generic[_Row, _Prepared, _Result]):
-    """What is done for the rows of a request, in a thread.
+    """The work for the rows of a request, done in a thread.
 
-    `group`: requests of one group may share a run; their `run` is the same function of rows.
-    `prepare`: called once, before the first run; what it raises fails this request alone.
-    `run`: the results of rows with their adapters, a spec for all or one for each.
+    `group`: requests with equal groups may share a run, because their `run` is the same function.
+    `prepare`: called once, before the first run; an error fails only this request.
+    `run`: the results of rows with their adapters, one for all or one for each.
     """
 
     group: Hashable
@@ -45,7 +44,7 @@ class RowWork(Generic[_Row, _Prepared, _Result]):
 
 @dataclass(eq=False)
 class _Request:
-    """A request: its rows from `taken` on have to be run."""
+    """A request, whose rows from `taken` on have not run yet."""
 
     work: RowWork[Any, Any, Any]
     rows: Sequence[Any]
@@ -55,29 +54,29 @@ class _Request:
     taken: int = 0
     results: list[Any] = field(default_factory=list)
     prepared: Any = None
-    counts: tuple[int, ...] | None = None  # of its adapter's changes, when the first run began
+    counts: tuple[int, ...] | None = None  # `TextSides.counts` of its adapter before the first run
     runs: int = 0
     attempts: int = 1
 
     def begin_again(self) -> None:
-        """Forget the results."""
+        """Discard the results, and run all rows again."""
         self.taken, self.results, self.counts, self.runs = 0, [], None, 0
         self.attempts += 1
 
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """Rows of a request in a run."""
+    """The rows of a request that are in one run."""
 
     request: _Request
     rows: Sequence[Any]
 
 
 class EncoderQueue:
-    """The requests of an encoder, for one asyncio loop. One run goes on at a time.
+    """The requests to an encoder, for one asyncio loop. Runs are sequential.
 
-    `on_run`: called at the end of each run. `running`: requests that have rows in this run.
-    `closed`: whether the session is closed, or will be.
+    `on_run`: called at the end of each run. `running`: number of requests with rows in the current
+    run. `closed`: whether the session is closed or being closed.
     """
 
     def __init__(
@@ -87,16 +86,16 @@ class EncoderQueue:
         self._session = session
         self._on_run = on_run
         self._shares = rows_are_independent(session)
-        self._seconds = 0.0  # of a run, of late
-        self._queues: dict[str, deque[_Request]] = {}  # by key, in the order of their turns
+        self._seconds = 0.0  # moving average of a run's duration
+        self._queues: dict[str, deque[_Request]] = {}  # by API key, in the order of their turns
         self._worker: asyncio.Task[None] | None = None
-        self._news = asyncio.Event()
+        self._arrived = asyncio.Event()
         self.running = 0
         self.closed = False
 
     @property
     def waiting(self) -> int:
-        """How many requests have rows that are not run yet."""
+        """The number of requests with rows that have not run yet."""
         return sum(map(len, self._queues.values()))
 
     async def run(
@@ -106,12 +105,12 @@ class EncoderQueue:
         adapter: AdapterSpec | None,
         key: ApiKey,
     ) -> tuple[_Prepared, list[_Result]]:
-        """What `work` prepares, and its result for each of `rows`, all of one adapter's version.
+        """Run `rows`; return what `work` prepares, and the results, all of one adapter version.
 
         Raises:
-            EngineFullError: too many wait, or too many of this key.
-            DeadlineError: it did not end in time. A run that has begun goes on for nobody.
-            EngineClosedError: the service ended.
+            EngineFullError: too many requests are waiting, in total or of this key.
+            DeadlineError: it did not complete in time. A running run continues without it.
+            EngineClosedError: the service was closed.
         """
         self._check_room(key.name)
         answer: asyncio.Future[tuple[Any, list[Any]]] = asyncio.get_running_loop().create_future()
@@ -124,7 +123,7 @@ class EncoderQueue:
         except asyncio.TimeoutError:
             raise DeadlineError("the request took longer than the service allows") from None
         except UsageError:
-            if self.closed:  # of the session, not of the request
+            if self.closed:  # caused by the closed session, not by the request
                 raise EngineClosedError("the service ended") from None
             raise
         finally:
@@ -134,7 +133,7 @@ class EncoderQueue:
     def _check_room(self, key: str) -> None:
         most, waiting = self._limits.max_waiting, self.waiting
         own = len(self._queues.get(key, ()))
-        # One key leaves room for others.
+        # A single key may use half of the queue.
         crowded = bool(key) and own >= max(1, most // 2)
         if waiting >= most or crowded:
             whose = " of this API key" if crowded else ""
@@ -145,7 +144,7 @@ class EncoderQueue:
 
     def _wait(self, request: _Request) -> None:
         self._queues.setdefault(request.key, deque()).append(request)
-        self._news.set()
+        self._arrived.set()
 
     def _drop(self, request: _Request) -> None:
         queue = self._queues.get(request.key, deque())
@@ -157,12 +156,12 @@ class EncoderQueue:
     # -- runs ----------------------------------------------------------------------------------
 
     async def _work(self) -> None:
-        """Run what waits, until nothing does."""
+        """Run waiting requests until there are none."""
         while self._queues:
             await self._gather()
             parts = self._take()
             if not parts:
-                continue  # what waited has no time left
+                continue  # the waiting requests have timed out
             self.running = len(parts)
             begin = time.perf_counter()
             try:
@@ -178,21 +177,21 @@ class EncoderQueue:
                 self._finish(part.request, results)
 
     async def _gather(self) -> None:
-        """Wait for further requests, for a moment, unless there are rows enough for a run."""
+        """Wait briefly for further requests, unless there are enough rows for a run."""
         end = time.monotonic() + self._limits.batch_delay
-        while self._shares and self._rows_that_wait() < self._limits.max_rows:
-            self._news.clear()
+        while self._shares and self._waiting_rows() < self._limits.max_rows:
+            self._arrived.clear()
             try:
-                await asyncio.wait_for(self._news.wait(), max(end - time.monotonic(), 0))
+                await asyncio.wait_for(self._arrived.wait(), max(end - time.monotonic(), 0))
             except asyncio.TimeoutError:
                 return
 
-    def _rows_that_wait(self) -> int:
+    def _waiting_rows(self) -> int:
         waiting = (request for queue in self._queues.values() for request in queue)
         return sum(len(request.rows) - request.taken for request in waiting)
 
     def _take(self) -> list[_Part]:
-        """The rows of the next run: each key's first request in turn, while there is room."""
+        """Take the rows of the next run: the first request of each key in turn, up to the limit."""
         parts: list[_Part] = []
         room = self._limits.max_rows
         found = True
@@ -208,7 +207,7 @@ class EncoderQueue:
                 request.taken += len(rows)
                 room = room - len(rows) if self._shares else 0
                 found = True
-                # The next turns are those of other requests and other keys.
+                # Move this request behind the key's other requests, and the key behind other keys.
                 queue.remove(request)
                 if request.taken < len(request.rows):
                     queue.append(request)
@@ -218,7 +217,7 @@ class EncoderQueue:
         return parts
 
     def _run(self, parts: Sequence[_Part]) -> list[Sequence[Any] | Exception]:
-        """What becomes of each part: its results, or what its request failed by. In a thread."""
+        """Return the results of each part, or its error. Runs in a thread."""
         done: dict[_Part, Sequence[Any] | Exception] = {}
         ready = []
         for part in parts:
@@ -229,11 +228,11 @@ class EncoderQueue:
             else:
                 ready.append(part)
         try:
-            done.update(self._together(ready))
+            done.update(self._run_together(ready))
         except Exception as problem:
-            for part in ready:  # one fails the others no more than alone
+            for part in ready:  # run each alone, so that only the faulty one fails
                 try:
-                    done.update(self._together([part]) if len(ready) > 1 else {part: problem})
+                    done.update(self._run_together([part]) if len(ready) > 1 else {part: problem})
                 except Exception as own:
                     done[part] = own
         return [done[part] for part in parts]
@@ -244,8 +243,8 @@ class EncoderQueue:
             request.counts = self._session.texts.counts(request.adapter)
             request.prepared = request.work.prepare()
 
-    def _together(self, parts: Sequence[_Part]) -> dict[_Part, Sequence[Any]]:
-        """The results of parts, by one run of all of their rows."""
+    def _run_together(self, parts: Sequence[_Part]) -> dict[_Part, Sequence[Any]]:
+        """Run the rows of several parts together; return the results of each part."""
         if not parts:
             return {}
         rows = [row for part in parts for row in part.rows]
@@ -259,9 +258,9 @@ class EncoderQueue:
         return done
 
     def _finish(self, request: _Request, results: Sequence[Any] | Exception) -> None:
-        """Answer a request that failed or is whole."""
+        """Answer a request if it failed or is complete."""
         if request.answer.done():
-            return  # nobody waits for it
+            return  # it was cancelled
         if isinstance(results, Exception):
             self._drop(request)
             request.answer.set_exception(results)
@@ -273,7 +272,7 @@ class EncoderQueue:
         if request.runs == 1 or not self._session.texts.have_moved(request.adapter, request.counts):
             request.answer.set_result((request.prepared, request.results))
         elif request.attempts < ATTEMPTS:
-            request.begin_again()  # its runs may have been of two adapters
+            request.begin_again()  # its runs may have used two versions of the adapter
             self._wait(request)
         else:
             request.answer.set_exception(
@@ -288,10 +287,10 @@ class EncoderQueue:
 
 
 def rows_are_independent(session: AdapterSession) -> bool:
-    """Whether a row's numbers are the same whatever other rows are in its run.
+    """Whether a row's results do not depend on the other rows of its run.
 
-    They are not in dynamically quantized graphs, which have one scale for all rows, and may not be
-    where onnxruntime does not tell what is in the graph.
+    They do in dynamically quantized graphs, which have one scale for all rows, and may if
+    onnxruntime does not report the graph's operators.
     """
     operators = {name for counts in session.placement.values() for name in counts}
     return bool(operators) and not any(name.startswith(SHARED_SCALE) for name in operators)

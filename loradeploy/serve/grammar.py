@@ -1,4 +1,4 @@
-"""Texts of a JSON schema: which tokens may follow, by llguidance."""
+"""Constrain texts to a JSON schema, with llguidance."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 
 class Grammars:
-    """Makes the masks of a service's texts. It compiles: call it in a thread."""
+    """Makes token masks for a service's texts. Compiling is slow: call it in a thread."""
 
     def __init__(self, session: AdapterSession) -> None:
         self._session = session
         self._words: weakref.WeakKeyDictionary[Tokenizer, Any] = weakref.WeakKeyDictionary()
 
     def allowed(self, form: ResponseFormat, adapter: AdapterSpec | None) -> AllowedTokens | None:
-        """The tokens that texts of a form may have; None for all.
+        """A function that returns the allowed next tokens of a text of this form; None for all.
 
         Raises:
             RequestError: 400, llguidance is not installed, or cannot use the schema.
@@ -45,7 +45,7 @@ class Grammars:
                 "response_format",
                 f"{form.type} is not available: llguidance is not installed on the server",
             ) from None
-        # Without spaces of its own a model cannot go on with spaces forever.
+        # Without flexible whitespace, a model cannot generate spaces forever.
         options = {"whitespace_flexible": False}
         tokenizer = self._session.texts.of(adapter).tokenizer
         words = self._words.get(tokenizer)
@@ -62,11 +62,11 @@ class Grammars:
 
 
 class _JsonText:
-    """The tokens that may follow in a text of a grammar. `ends`: those that end a text.
+    """The allowed next tokens of a text of a grammar. `ends`: the end tokens.
 
     Raises:
-        RequestError: 400, the grammar is too complex: at once, or where a text comes to such a
-            part of it.
+        RequestError: 400, the grammar is too complex, at the start or at a later position of a
+            text.
     """
 
     def __init__(self, words: Any, grammar: str, ends: frozenset[int]) -> None:
@@ -76,15 +76,15 @@ class _JsonText:
         self._check()
         self._fill = llguidance.numpy.fill_next_token_bitmask
         self._bits = llguidance.numpy.allocate_token_bitmask(1, words.vocab_size)
-        self._ends = sorted(ends)  # llguidance knows the first of them
+        self._ends = sorted(ends)  # llguidance uses the first
         self._made: tuple[int, ...] = ()
-        self(())  # what is too complex at the start is refused before anything is generated
+        self(())  # refuses a grammar that is too complex at its start
 
     def __call__(self, made: tuple[int, ...]) -> NDArray[np.bool_]:
-        """Of the tokens `made` so far to a mask, bool [vocabulary]."""
+        """The mask, bool [vocabulary], after the tokens `made`."""
         import numpy as np
 
-        if made[: len(self._made)] != self._made:  # another of the request's texts
+        if made[: len(self._made)] != self._made:  # another text of the request
             self._matcher.reset()
             self._made = ()
         taken = self._matcher.consume_tokens(list(made[len(self._made) :]))

@@ -1,4 +1,4 @@
-"""API keys: who may use which adapters, and how often."""
+"""API keys: the adapters and the request rate that each allows."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class ApiKey:
     """A key of the service.
 
     Args:
-        name: what logs and the prefix cache know it by.
+        name: identifies the key in logs and in the prefix cache.
         key: the secret.
-        adapters: the models that it may use, the base by its name; None for all.
-        requests_per_minute: how many requests it may make; None for any number.
+        adapters: the models that it may use, including the base by its name; None for all.
+        requests_per_minute: its maximum request rate; None for no limit.
         admin: whether it may load and unload adapters.
     """
 
@@ -40,16 +40,16 @@ class ApiKey:
     admin: bool = False
 
     def may_use(self, model: str) -> bool:
-        """Whether it may use the model of this name."""
+        """Whether it may use the model `model`."""
         return self.adapters is None or model in self.adapters
 
 
-# Who asks where there are no keys.
+# The key of all requests to a service without keys.
 ANYONE: Final = ApiKey("", "", admin=True)
 
 
 class KeyRing:
-    """The keys of a service. Safe from several threads.
+    """The keys of a service. Thread-safe.
 
     Raises:
         DataError: two keys have one name or one secret.
@@ -61,14 +61,16 @@ class KeyRing:
                 raise DataError(f"two API keys have the same {what}")
         self._digests = [(_digest(key.key), key) for key in keys]
         self._lock = threading.Lock()
-        self._buckets: dict[str, tuple[float, float]] = {}  # by name: requests left, and when
+        self._buckets: dict[
+            str, tuple[float, float]
+        ] = {}  # by name: remaining requests, and the time
 
     @classmethod
     def read(cls, file: str | os.PathLike[str]) -> KeyRing:
         """The keys in a JSON file: `{"keys": [{"name": …, "key": …, "adapters": […], …}]}`.
 
         Raises:
-            DataError: the file is missing or no such JSON.
+            DataError: the file is missing, or not JSON of this form.
         """
         values = read_json(file, error=DataError)
         listed = values.get("keys")
@@ -77,18 +79,18 @@ class KeyRing:
         return cls([_key(value, f"{file}: key {n}") for n, value in enumerate(listed, start=1)])
 
     def without_rates(self) -> KeyRing:
-        """The same keys for a service whose requests are counted before they reach it."""
+        """The same keys without rates, for replicas whose router counts requests."""
         return KeyRing([replace(key, requests_per_minute=None) for _, key in self._digests])
 
     def check(self, authorization: str | None) -> ApiKey:
-        """The key that a request's Authorization header has.
+        """The key in a request's Authorization header.
 
         Raises:
-            RequestError: 401, there is none, or none of these.
+            RequestError: 401, there is no key, or an unknown one.
         """
         given = _digest(_secret(authorization or ""))
         found = None
-        for digest, key in self._digests:  # all of them, so that the time tells nothing
+        for digest, key in self._digests:  # compare all, so that the time reveals nothing
             if hmac.compare_digest(given, digest):
                 found = key
         if found is None:
@@ -100,7 +102,7 @@ class KeyRing:
         """Count a request of `key`.
 
         Raises:
-            RequestError: 429, it has made as many as it may.
+            RequestError: 429, it has exceeded its rate.
         """
         rate = key.requests_per_minute
         if rate is None:
@@ -126,7 +128,7 @@ def _digest(secret: str) -> bytes:
 
 
 def _secret(authorization: str) -> str:
-    """The key in an Authorization header: a Bearer's, or the password of a browser's Basic."""
+    """The key in an Authorization header: Bearer, or the password of a browser's Basic."""
     scheme, _, value = authorization.partition(" ")
     if scheme.lower() == "bearer":
         return value.strip()
@@ -139,7 +141,7 @@ def _secret(authorization: str) -> str:
 
 
 def _key(values: Any, where: str) -> ApiKey:
-    """A key of a file.
+    """Parse a key of a file.
 
     Raises:
         DataError: a field is missing, unknown or of another type.

@@ -1,4 +1,4 @@
-"""What /metrics shows, in the text format of Prometheus, with names in the style of vLLM's."""
+"""The metrics at /metrics, in Prometheus' text format, with names like vLLM's."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LONG: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 16
 _SHORT: Final = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 1, 2.5)
 _ROWS: Final = (1, 2, 4, 8, 16, 32, 64)
 
-# By what the engine calls it: the name, the help, the buckets.
+# By the engine's name: metric name, help text, buckets.
 _TIMES: Final[dict[Moment, tuple[str, str, tuple[float, ...]]]] = {
     "queue": ("request_queue_time_seconds", "Seconds that requests waited.", _LONG),
     "first_token": ("time_to_first_token_seconds", "Seconds until the first token.", _LONG),
@@ -39,7 +39,7 @@ _Figure = tuple[str, str, int]  # name, help, value
 
 
 class Metrics:
-    """The figures of one service, in a registry of their own."""
+    """The metrics of one service, in a separate registry."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry(auto_describe=False)
@@ -66,24 +66,24 @@ class Metrics:
         )
 
     def observe(self, moment: Moment, seconds: float, submission: Submission | None) -> None:
-        """Note a time of the engine; its observer."""
+        """Record a duration of the engine; used as its observer."""
         self._times[moment].observe(seconds)
 
     def adapter_loaded(self, seconds: float) -> None:
-        """Note the time that it took to read an adapter."""
+        """Record the time it took to read an adapter."""
         self._load.observe(seconds)
 
     def responded(self, status: int) -> None:
-        """Count an answer."""
+        """Count a response."""
         self._responses.labels(str(status)).inc()
 
     def encoded(self, texts: int, seconds: float) -> None:
-        """Count the texts of an encoder's request, and note its time."""
+        """Count the texts of a request to an encoder, and record its duration."""
         self._texts.inc(texts)
         self._times["request"].observe(seconds)
 
     def watch_engine(self, statistics: Callable[[], EngineStatistics]) -> None:
-        """Show an engine's figures, as they are when they are asked for."""
+        """Add an engine's statistics, read at each scrape."""
         self._registry.register(_Collector(lambda: _of_engine(statistics())))
 
     def encoder_ran(self) -> None:
@@ -91,7 +91,7 @@ class Metrics:
         self._runs.inc()
 
     def watch_queue(self, waiting: Callable[[], int], running: Callable[[], int]) -> None:
-        """Show how many requests of an encoder wait and run."""
+        """Add the numbers of waiting and running requests of an encoder."""
         for name, text, value in (
             ("num_requests_waiting", "Requests that wait.", waiting),
             ("num_requests_running", "Requests that run.", running),
@@ -99,20 +99,20 @@ class Metrics:
             Gauge(_named(name), text, registry=self._registry).set_function(value)
 
     def watch_adapters(self, statistics: Callable[[], BankStatistics]) -> None:
-        """Show the adapter bank's figures, as they are when they are asked for."""
+        """Add the adapter bank's statistics, read at each scrape."""
         self._registry.register(_Collector(lambda: _of_bank(statistics())))
 
     def watch_captures(self, statistics: Callable[[], CaptureStatistics | None]) -> None:
-        """Show what was captured, as it is when it is asked for; zeros where nothing is."""
+        """Add the statistics of captured runs, read at each scrape; zeros without captures."""
         self._registry.register(_Collector(lambda: _of_captures(statistics())))
 
     def text(self) -> bytes:
-        """All figures in the text format."""
+        """All metrics in the text format."""
         return generate_latest(self._registry)
 
 
 class _Collector:
-    """Figures that are made when they are asked for."""
+    """Metrics that are computed at each scrape."""
 
     def __init__(self, make: Callable[[], Iterator[Metric]]) -> None:
         self._make = make

@@ -1,4 +1,4 @@
-"""A service by what says how it is opened, which can be sent to another process."""
+"""Open a service from a specification that can be sent to another process."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _URL: Final = "://"
 
 @dataclass(frozen=True)
 class ServiceSpec:
-    """What a service is opened by.
+    """The arguments of a service.
 
-    `adapters`: directories of adapters by name, beside those of the bundle. `adapter_root`: a
-    directory or URL, `adapter_cache` where what is fetched from a URL is kept. `adapter_memory`:
-    bytes of adapters in memory, None for all. `api_keys`: a file of them. `host`: the address that
-    the service is reached by. `threads`: that compute a run; None for as many as the container
-    allows, where it allows fewer processors than there are, else for onnxruntime's default.
+    `adapters`: directories of adapters by name, in addition to those of the bundle. `adapter_root`:
+    a directory or URL; `adapter_cache`: where adapters from a URL are cached. `adapter_memory`:
+    bytes of adapters in memory, None for no limit. `api_keys`: a file with keys. `host`: the
+    address that clients use. `threads`: number of threads of a run; by default as many as the
+    container allows if it limits them, otherwise onnxruntime's default.
 
     Raises:
-        UsageError: fields that do not go together.
+        UsageError: fields that cannot be combined.
     """
 
     bundle: str
@@ -69,7 +69,7 @@ def open_root(spec: ServiceSpec) -> AdapterRoot | None:
     """The adapter root of a service.
 
     Raises:
-        UsageError: it is no directory, and no URL that can be opened.
+        UsageError: it is neither a directory nor a URL that can be opened.
     """
     if spec.adapter_root is None:
         return None
@@ -80,10 +80,10 @@ def open_root(spec: ServiceSpec) -> AdapterRoot | None:
 
 
 def open_service(spec: ServiceSpec, keys: KeyRing | None) -> Service:
-    """The service, with its bundle open and `adapters` loaded. `keys`: None where anybody may ask.
+    """Open the service: its bundle, and `adapters`. `keys`: None if no key is required.
 
     Raises:
-        LoraDeployError: something of it is refused.
+        LoraDeployError: the bundle, an adapter or another argument is refused.
     """
     root = open_root(spec)
     session = AdapterSession(
@@ -102,9 +102,9 @@ def open_service(spec: ServiceSpec, keys: KeyRing | None) -> Service:
 
 
 def _session_options(threads: int | None) -> onnxruntime.SessionOptions | None:
-    """Options for so many threads; None where onnxruntime may choose."""
+    """Session options with `threads` threads; None to use onnxruntime's default."""
     if threads is None:
-        allowed = cores(Path("/"))  # which onnxruntime does not know of
+        allowed = cores(Path("/"))  # a limit that onnxruntime ignores
         if allowed is None or allowed >= (os.cpu_count() or 1):
             return None
         threads = max(1, int(allowed))

@@ -1,4 +1,4 @@
-"""Errors as OpenAI's API gives them: a status, and an object with message, type, param and code."""
+"""Errors in the form of OpenAI's API: a status, and message, type, param and code."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from loradeploy.printable import logger_of
 
 logger = logger_of(__name__)
 
-# The type of an error by its status, as OpenAI's API has it.
+# Error types by status, as in OpenAI's API.
 _TYPES: Final[Mapping[int, str]] = {
     401: "authentication_error",
     403: "permission_error",
@@ -31,10 +31,10 @@ _TYPES: Final[Mapping[int, str]] = {
 
 
 class RequestError(Exception):
-    """A request that is answered with an error.
+    """An error response to a request.
 
-    `param`: the field of the request that is wrong. `retry_after`: seconds after which the same
-    request may succeed.
+    `param`: the invalid field of the request. `retry_after`: seconds after which the same request
+    may succeed.
     """
 
     def __init__(
@@ -57,12 +57,12 @@ class RequestError(Exception):
             self.headers["Retry-After"] = str(max(1, math.ceil(retry_after)))
 
     def body_at(self, path: str) -> dict[str, Any]:
-        """The JSON of the answer to a request for `path`, by its protocol."""
+        """The response's JSON for a request to `path`, in the format of its protocol."""
         return {"error": self.message} if speaks_v2(path) else self.body
 
     @property
     def body(self) -> dict[str, Any]:
-        """The JSON of the answer, as OpenAI's API has it."""
+        """The response's JSON in the format of OpenAI's API."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         return {
             "error": {
@@ -75,21 +75,21 @@ class RequestError(Exception):
 
 
 def speaks_v2(path: str) -> bool:
-    """Whether a path is of the Open Inference Protocol, whose errors are a sentence."""
+    """Whether a path belongs to the Open Inference Protocol, whose errors are a text."""
     return path == "/v2" or path.startswith("/v2/")
 
 
 def refused(param: str, message: str, code: str | None = None) -> RequestError:
-    """A field of a request that is refused, by its name."""
+    """The error for an invalid field of a request."""
     return RequestError(400, f"{param}: {message}", param=param, code=code)
 
 
 def problem_of(error: BaseException) -> RequestError:
-    """How an error of the library is answered.
+    """The response to an error of the library.
 
-    Messages about the request go to the client; those about the server, which name its files, go to
-    the log. Of an error that was not expected the log has the kind and the lines of code, but no
-    message, which may quote a prompt.
+    Messages about the request are sent to the client. Messages about the server, which may contain
+    file names, are only logged. For unexpected errors, the log has the class and the lines of code,
+    but no message, which may quote a prompt.
     """
     if isinstance(error, RequestError):
         return error
@@ -120,7 +120,7 @@ def problem_of(error: BaseException) -> RequestError:
 
 
 def described(error: BaseException) -> str:
-    """The kind of an error and the lines of code it came through, without its message."""
+    """The class of an error and the lines of code that raised it, without its message."""
     frames = traceback.extract_tb(error.__traceback__)
     places = " < ".join(f"{frame.filename}:{frame.lineno}" for frame in reversed(frames[-6:]))
     return f"{type(error).__name__} at {places}"

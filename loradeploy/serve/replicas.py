@@ -1,11 +1,11 @@
-"""A service of several replicas, on Ray Serve.
+"""A service with several replicas, on Ray Serve.
 
-A router takes the requests and gives each to a replica that has its adapter already, where there is
-one (Ray's model multiplexing). A replica is the whole service, in a process of its own: the router
-passes on requests and answers as they are.
+A router receives requests and forwards each to a replica that has its adapter already, if there is
+one (Ray's model multiplexing). A replica is a complete service in a separate process; the router
+forwards requests and responses unchanged.
 
-A request whose replica dies is given to another one, unless a part of its answer has been sent:
-then the answer ends without its end, an event stream with an error in place of [DONE].
+If a replica dies, its requests are given to another one, unless a part of the response was sent.
+Then the response is cut off, or in an event stream ends with an error instead of [DONE].
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ from loradeploy.serve.problems import RequestError
 logger = logger_of(__name__)
 
 APPLICATION: Final = "loradeploy"
-# Which replica has answered.
+# The header that names the replica that answered.
 REPLICA_HEADER: Final = "x-loradeploy-replica"
-# How often a request is given to another replica.
+# How often a request is sent to replicas.
 _ATTEMPTS: Final = 3
-# Adapters that the router knows of a replica; it may have more.
+# Maximum adapters per replica that the router keeps track of; a replica may have more.
 _MOST_MODELS: Final = 256
-# Status and headers of an answer, or a part of its body.
+# Status and headers of a response, or a part of its body.
 _Part = tuple[int, list[tuple[bytes, bytes]]] | bytes
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How many replicas there are, from `least` to `most`, each with `cpus` processors.
+    """The number of replicas, from `least` to `most`, each with `cpus` processors.
 
     Raises:
-        UsageError: no such numbers.
+        UsageError: not valid numbers.
     """
 
     least: int = 1
@@ -70,7 +70,7 @@ class Scale:
         """The numbers in "N" or "LEAST-MOST", with `cpus` processors each.
 
         Raises:
-            UsageError: they are none.
+            UsageError: `text` has another form.
         """
         least, _, most = text.partition("-")
         if not (least.isdecimal() and (most or least).isdecimal()):
@@ -79,7 +79,7 @@ class Scale:
 
 
 class Replica:
-    """The service in a process of its own."""
+    """The service in a separate process."""
 
     def __init__(self, spec: ServiceSpec) -> None:
         keys = None if spec.api_keys is None else KeyRing.read(spec.api_keys).without_rates()
@@ -96,9 +96,9 @@ class Replica:
         return model
 
     async def answer(self, scope: Mapping[str, Any], body: bytes) -> AsyncIterator[_Part]:
-        """The answer of the service to a request: status and headers, then the parts of its body.
+        """Yield the service's response to a request: status and headers, then parts of its body.
 
-        The request ends if nobody takes them any longer.
+        The request ends if the caller stops reading.
         """
         parts: asyncio.Queue[tuple[int, list[tuple[bytes, bytes]]] | bytes | None] = asyncio.Queue(
             8
@@ -118,7 +118,7 @@ class Replica:
             if message["type"] == "http.response.start":
                 model = serve.get_multiplexed_model_id()
                 if model and message["status"] < 400:
-                    await self._has(model)  # names that are none of an adapter do not fill it
+                    await self._has(model)  # unknown names must not use up the limit
                 named = (REPLICA_HEADER.encode(), self._name.encode())
                 await parts.put((message["status"], [*message.get("headers", ()), named]))
             elif message.get("body"):
@@ -152,7 +152,7 @@ class Replica:
                 task.cancel()
 
     def check_health(self) -> None:
-        """Raise RuntimeError where Ray has to begin another replica."""
+        """Raise RuntimeError if Ray must replace this replica."""
         engine = self._service.engine
         if engine is not None and not engine.alive:
             raise RuntimeError("the engine has failed")
@@ -164,7 +164,7 @@ class Replica:
 
 
 class Router:
-    """What clients reach: it checks keys and rates, and gives each request to a replica."""
+    """Receives the clients' requests, checks keys and rates, and forwards to replicas."""
 
     def __init__(self, replicas: Any, spec: ServiceSpec) -> None:
         self._replicas = replicas
@@ -219,7 +219,7 @@ class Router:
 
 
 async def _rest(parts: Any, *, events: bool) -> AsyncIterator[bytes]:
-    """The parts of an answer; of one that its replica does not end, an error."""
+    """Yield the parts of a response; an error if the replica fails before the end."""
     try:
         async for part in parts:
             yield part
@@ -227,12 +227,12 @@ async def _rest(parts: Any, *, events: bool) -> AsyncIterator[bytes]:
         logger.warning("a replica failed: %s", first_line(problem))
         error = RequestError(503, "the replica failed", code="replica_failed")
         if not events:
-            raise error from None  # the connection ends before its content does
+            raise error from None  # closes the connection before the body is complete
         yield f"data: {json.dumps(error.body)}\n\n".encode()
 
 
 def model_of(path: str, body: bytes) -> str:
-    """The model that a request names, "" of one that names none."""
+    """The model that a request names; "" if it names none."""
     parts = path.split("/")
     if parts[1:3] == ["v2", "models"] and len(parts) > 3:
         return parts[3]
@@ -251,7 +251,7 @@ def application(spec: ServiceSpec, scale: Scale) -> Any:
             "num_cpus": scale.cpus,
             "num_gpus": 1 if spec.provider == CUDA else 0,
         },
-        # The service itself answers 429 where there are too many.
+        # The service itself responds with 429 if there are too many.
         "max_ongoing_requests": limits.max_rows + limits.max_waiting + 64,
         "graceful_shutdown_timeout_s": limits.drain_timeout,
         **replicas_of(spec, scale),
@@ -263,12 +263,12 @@ def application(spec: ServiceSpec, scale: Scale) -> Any:
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=limits.drain_timeout,
     )
-    threads = spec.threads or math.ceil(scale.cpus)  # replicas share the processors of a node
+    threads = spec.threads or math.ceil(scale.cpus)  # replicas on a node share its processors
     return router.bind(replicas.bind(replace(spec, threads=threads)), spec)
 
 
 def replicas_of(spec: ServiceSpec, scale: Scale) -> dict[str, Any]:
-    """How many replicas Ray runs: one more where each has its rows full."""
+    """Ray's options for the number of replicas: one more is started when all rows are in use."""
     if scale.least == scale.most:
         return {"num_replicas": scale.least}
     return {
@@ -281,10 +281,10 @@ def replicas_of(spec: ServiceSpec, scale: Scale) -> dict[str, Any]:
 
 
 def run(spec: ServiceSpec, scale: Scale, port: int) -> str:
-    """Start the application on the Ray cluster of this machine or of RAY_ADDRESS; its URL.
+    """Start the application on the Ray cluster of this machine or of RAY_ADDRESS; return its URL.
 
     Raises:
-        UsageError: what each replica would do otherwise than the others, or no such port.
+        UsageError: an option that would affect only one replica, or an invalid port.
     """
     if spec.updates:
         raise UsageError(
@@ -302,7 +302,7 @@ def run(spec: ServiceSpec, scale: Scale, port: int) -> str:
 
 
 def wait_for_signal() -> None:
-    """Return at SIGINT or SIGTERM, once the application has ended the requests that it had."""
+    """Wait for SIGINT or SIGTERM, then shut down after running requests have ended."""
     ended = threading.Event()
     signals = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, lambda *_: ended.set()) for number in signals}

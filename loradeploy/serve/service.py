@@ -1,4 +1,4 @@
-"""What the routes of one service share: the session, its engine or encoder, keys, metrics."""
+"""The state of a service that its routes share: session, engine or encoder, keys, metrics."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from loradeploy.serve.metrics import Metrics
 from loradeploy.serve.problems import RequestError
 from loradeploy.serve.settings import ServeLimits
 
-# The tasks that a route answers.
+# The tasks that have routes.
 _SERVED: Final = (CAUSAL_LM, FEATURE_EXTRACTION, *CLASSIFICATIONS)
 
 
 class Service:
     """A bundle that is served.
 
-    `root`: the adapter root. `updates`: whether adapters may be loaded and unloaded by requests.
-    `keys`: None where anybody may ask. `host`: the address that it is reached by.
+    `root`: the adapter root. `updates`: whether requests may load and unload adapters. `keys`: None
+    if no key is required. `host`: the address that clients use.
 
     Raises:
-        UsageError: as `Catalog`, or the bundle is for a task that no route answers.
+        UsageError: as `Catalog`, or the bundle is for a task without routes.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Service:
         self.draining = False
 
     def now(self) -> int:
-        """Seconds since 1970, for answers."""
+        """The Unix time in seconds, for responses."""
         return int(time.time())
 
     def text_engine(self) -> Engine:
@@ -97,37 +97,37 @@ class Service:
         return self.engine
 
     def check_alive(self) -> None:
-        """Raise RequestError, 503, where the engine ended by a defect: a new process is needed."""
+        """Raise RequestError, 503, if the engine ended by a defect: a new process is needed."""
         if self.engine is not None and not self.engine.alive and not self.draining:
             raise RequestError(
                 503, "the engine has failed: restart the service", code="engine_failed"
             )
 
     def check_ready(self) -> None:
-        """Raise RequestError, 503, where no requests are taken."""
+        """Raise RequestError, 503, if no requests are accepted."""
         self.check_alive()
         if self.draining:
             raise RequestError(503, "the service is shutting down", code="shutting_down")
 
     def check_task(self, task: str, what: str) -> None:
-        """Raise RequestError, 404, unless the bundle is for `task`, which gives `what`."""
+        """Raise RequestError, 404, unless the bundle is for `task`, which computes `what`."""
         own = self.session.manifest.task
         if own != task:
             raise RequestError(404, f"this bundle is for {own}: it gives no {what}")
 
     def start(self) -> None:
-        """Begin to work."""
+        """Start the engine."""
         if self.engine is not None:
             self.engine.start()
 
     def drain(self) -> None:
-        """Take no more requests, and wait for those that there are, as long as the limits have."""
+        """Accept no more requests, and wait for running ones, at most for the drain timeout."""
         self.draining = True
         if self.engine is not None:
             self.engine.drain(self.limits.drain_timeout)
 
     def close(self) -> None:
-        """End whatever goes on, and let go of the bundle."""
+        """End all requests, and release the bundle."""
         self.draining = self.encoder.closed = True
         if self.engine is not None:
             self.engine.close()

@@ -1,4 +1,4 @@
-"""The limits of a service, each with its default."""
+"""The limits of a service and their defaults."""
 
 from __future__ import annotations
 
@@ -7,32 +7,32 @@ from typing import Final
 
 from loradeploy.errors import UsageError, shown
 
-# Seconds, about three years; what waits takes no number without end.
+# Seconds, about three years; waiting functions do not accept infinity.
 _LONGEST: Final = 100_000_000
-# Tokens of a row, for models that do not tell how many positions they have.
+# Maximum tokens of a row, for models without a known number of positions.
 MOST_TOKENS: Final = 8192
 
 
 @dataclass(frozen=True)
 class ServeLimits:
-    """What the service takes at most; a request beyond a limit is refused.
+    """The limits of a service; requests beyond a limit are refused.
 
     Args:
-        max_rows: texts that are generated, or encoded, together.
-        max_waiting: requests that may wait; one more is answered with 429.
+        max_rows: texts that are generated or encoded together.
+        max_waiting: waiting requests; further ones are refused with 429.
         max_tokens: tokens of one generated text.
         max_n: generated texts of one request, over all of its prompts.
         max_inputs: texts, documents or prompts of one request.
         max_request_bytes: bytes of one request's body.
-        max_adapter_bytes: bytes of the files of one adapter below the adapter root.
-        max_cache_bytes: bytes of adapters that are fetched from an object store and kept.
-        request_timeout: seconds until a request has to be answered.
-        send_timeout: seconds that a client may take to accept a part of an answer.
-        drain_timeout: seconds in which requests may end once the service is to stop.
+        max_adapter_bytes: bytes of the files of one adapter in the adapter root.
+        max_cache_bytes: bytes of cached adapters from an object store.
+        request_timeout: seconds until a request must be answered.
+        send_timeout: seconds in which a client must accept a part of a response.
+        drain_timeout: seconds that running requests have when the service stops.
         batch_delay: seconds that an encoder waits for further requests to share a run.
 
     Raises:
-        UsageError: one of them is no number above 0, or a time without end.
+        UsageError: a value is not a number above 0, or a time is too long.
     """
 
     max_rows: int = 8

@@ -1,1 +1,1 @@
-"""Which adapters a service has: those of the bundle, of a directory, and of an object store."""
+"""The adapters of a service: of the bundle, of a directory, and of an object store."""

@@ -1,8 +1,8 @@
-"""The models of a service: the base by the bundle's name, and adapters by theirs.
+"""The models of a service: the base, named like the bundle, and the adapters.
 
-Adapters come with the bundle, or from the adapter root (serve/adapters/roots.py). One of the root
-is read when a request first names it, and read again when its files have changed; nothing has to be
-restarted. A client gives names alone.
+Adapters come with the bundle, or from the adapter root (serve/adapters/roots.py). An adapter of the
+root is read when a request first names it, and again when its files have changed, without a
+restart. Clients can only give names.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from loradeploy.snapshot import ATTEMPTS
 
 logger = logger_of(__name__)
 
-# A name that is a digest is the adapter's own: that of its files, or of what the graph takes.
+# A digest as a name must be the adapter's: that of its PEFT files, or of its side inputs.
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model as /v1/models has it. `digest`: None of an adapter that was not read yet."""
+    """A model in the response of /v1/models. `digest`: None if the adapter was not read yet."""
 
     name: str
     digest: str | None
@@ -50,8 +50,8 @@ class Model:
 class Catalog:
     """The models of one service.
 
-    `root`: where adapters are found, None for nowhere else. `max_bytes`: of one adapter's files.
-    `on_load`: called with the seconds that it took to read an adapter.
+    `root`: the adapter root, or None. `max_bytes`: of one adapter's files. `on_load`: called with
+    the seconds that it took to read an adapter.
 
     Raises:
         UsageError: an adapter of the bundle has the bundle's name.
@@ -76,7 +76,9 @@ class Catalog:
         self.root = root
         self._max_bytes = max_bytes
         self._on_load = on_load
-        self._entries: dict[str, str] = {}  # names of the load route, to entries of the root
+        self._entries: dict[
+            str, str
+        ] = {}  # from names given to the load route to entries of the root
         self._unloaded: set[str] = set()
         self._loaded: dict[str, Found] = {}
         self._failed: dict[str, tuple[Found, LoraDeployError]] = {}
@@ -87,10 +89,11 @@ class Catalog:
     async def resolve(
         self, model: str, blend: Mapping[str, float] | None, key: ApiKey
     ) -> AdapterSpec | None:
-        """The adapter that a request names: None is the base. It is loaded when this returns.
+        """Load the adapter that a request names, and return its name or blend; None is the base.
 
         Raises:
-            RequestError: 404, there is no such model for this key; 400, a blend beside an adapter.
+            RequestError: 404, there is no such model for this key; 400, a blend together with an
+                adapter.
             AdapterError: the adapter's files are refused.
         """
         if blend is None:
@@ -120,7 +123,7 @@ class Catalog:
         )
 
     async def models(self, key: ApiKey) -> list[Model]:
-        """The base and the adapters that `key` may use, those of the root by their files now."""
+        """The base and the adapters that `key` may use, including the current ones of the root."""
         digests = self.session.adapters
         names = self._bundled | self._entries.keys() | set(await asyncio.to_thread(self._listed))
         base = Model(self.base, self.session.manifest.base.digest, None)
@@ -132,11 +135,11 @@ class Catalog:
     # -- the load and unload routes ------------------------------------------------------------
 
     async def load(self, name: str, entry: str, key: ApiKey, *, replace: bool) -> None:
-        """Let `name` stand for the adapter `entry` below the root, which is read now.
+        """Load the adapter `entry` of the root as `name`.
 
         Raises:
-            RequestError: 400, a name that is taken, or that is no name; 404, there is no such entry
-                for this key.
+            RequestError: 400, a name that is taken or invalid; 404, there is no such entry for this
+                key.
             AdapterError: the adapter's files are refused.
         """
         for param, value in (("lora_name", name), ("lora_path", entry)):
@@ -150,7 +153,7 @@ class Catalog:
             param="lora_path",
             code="adapter_not_found",
         )
-        # Under a name of its own a key would use whatever there is.
+        # Otherwise a key could use any adapter under a name that it may use.
         if not (key.may_use(entry) and key.may_use(name)):
             raise missing
         if await asyncio.to_thread(self._find, entry, fresh=True) is None:
@@ -164,7 +167,7 @@ class Catalog:
             try:
                 self._failed.pop(name, None)
                 if not await self._refreshed(name):
-                    raise missing  # its files went meanwhile
+                    raise missing  # its files were removed meanwhile
             except BaseException:
                 if before is None:
                     del self._entries[name]
@@ -175,12 +178,12 @@ class Catalog:
                 raise
 
     async def unload(self, name: str, key: ApiKey) -> None:
-        """Forget the adapter `name` until it is loaded again; waits for requests that use it.
+        """Unload the adapter `name` until it is loaded again; wait for requests that use it.
 
         Raises:
-            RequestError: 404, no adapter has this name, or none that the key may use.
+            RequestError: 404, no adapter that the key may use has this name.
         """
-        # One that is being read has a lock.
+        # An adapter that is being read has a lock.
         if key.may_use(name) and (self._knows(name) or name in self._locks):
             async with self._lock(name):
                 if self._knows(name):
@@ -203,11 +206,11 @@ class Catalog:
     # -- the adapter root ----------------------------------------------------------------------
 
     async def _from_root(self, name: str) -> bool:
-        """Whether the adapter `name` of the root is there, loaded as its files are now.
+        """Whether the root has the adapter `name`; load it, if its current files are not loaded.
 
         Raises:
-            AdapterError: it is refused; the same files are not read a second time.
-            LoraDeployError: another failure, which another time may not have.
+            AdapterError: it is refused; the same files are not read again.
+            LoraDeployError: another failure, which may be temporary.
         """
         if self.root is None or name in self._unloaded or not ENTRY_NAME.fullmatch(name):
             return False
@@ -221,11 +224,11 @@ class Catalog:
             return await self._refreshed(name)
 
     def _lock(self, name: str) -> asyncio.Lock:
-        """What is held while the adapter `name` is read, loaded or unloaded."""
+        """The lock for reading, loading and unloading the adapter `name`."""
         return self._locks.setdefault(name, asyncio.Lock())
 
     async def _refreshed(self, name: str) -> bool:
-        """As `_from_root`, with the lock of `name`: nothing is decided by what was before it."""
+        """Like `_from_root`; the caller holds the lock of `name`, and all state is read again."""
         entry = self._entries.get(name, name)
         for _ in range(ATTEMPTS):
             if name in self._unloaded:
@@ -239,7 +242,7 @@ class Catalog:
             files, known = self._failed.get(name, (None, None))
             if known is not None and found == files:
                 raise known
-            self._loaded.pop(name, None)  # until these files are read, it is of no known ones
+            self._loaded.pop(name, None)  # unknown until these files are read
             begin = time.perf_counter()
             problem: LoraDeployError | None = None
             try:
@@ -247,7 +250,7 @@ class Catalog:
             except LoraDeployError as error:
                 problem = error
             if found != await asyncio.to_thread(self._find, entry, fresh=True):
-                continue  # what was read may be of two versions
+                continue  # the files may be of two versions
             if problem is not None:
                 if _lasting(problem):
                     self._failed[name] = found, problem
@@ -276,12 +279,12 @@ class Catalog:
             logger.info("unloaded the adapter %s", name)
 
     async def _is_loaded(self, name: str, found: Found) -> bool:
-        """Whether the adapter is loaded of these files, and can be read again."""
+        """Whether the adapter was loaded from these files, and can be read again."""
         assert self.root is not None
         return found == self._loaded.get(name) and await asyncio.to_thread(self.root.has, found)
 
     async def _read_to_the_end(self, name: str, found: Found) -> None:
-        """As `_read`, to its end even if the request is cancelled: nobody else reads meanwhile."""
+        """Like `_read`, but completes even if the request is cancelled: reads must not overlap."""
         reading = asyncio.ensure_future(asyncio.to_thread(self._read, name, found))
         try:
             await asyncio.shield(reading)
@@ -313,18 +316,18 @@ class Catalog:
             )
 
     def _find(self, entry: str, *, fresh: bool = False) -> Found | None:
-        """The entry of the root as its files are now."""
+        """The current state of an entry of the root."""
         assert self.root is not None
         return self.root.find(entry, fresh=fresh)
 
     def _listed(self) -> list[str]:
-        """The names of the adapters of the root."""
+        """The names of the root's adapters."""
         names = [] if self.root is None else self.root.listed()
         return [name for name in names if name != self.base]
 
 
 def _lasting(problem: BaseException) -> bool:
-    """Whether the same files fail again: they are refused, and not for an error of the system."""
+    """Whether the same files would be refused again: not after an error of the system or store."""
     if not isinstance(problem, AdapterError) or isinstance(problem, AdapterStoreError):
         return False
     cause: BaseException | None = problem

@@ -1,7 +1,7 @@
-"""Adapters that were fetched from elsewhere, in a directory of limited size.
+"""Cache of adapters from an object store, in a directory of limited size.
 
-Other processes may use the same directory. An entry comes and goes by renaming, so that it is there
-whole or not at all.
+Other processes may use the same directory. Entries are added and removed by renaming, so that an
+entry is always complete.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from typing import Final
 from loradeploy.errors import AdapterStoreError
 
 _PARTIAL: Final = ".partial-"
-# Seconds after which what is fetched, and did not grow, is of a process that has ended.
+# Seconds without progress after which a partial entry belongs to a process that has ended.
 _ABANDONED: Final = 3600.0
 
 
 class FetchedAdapters:
-    """The entries in `directory`, which have at most `max_bytes`.
+    """The entries in `directory`, of at most `max_bytes` in total.
 
-    What was used the longest ago makes room for others, unless it is being read.
+    The least recently used entries are removed, unless they are being read.
     """
 
     def __init__(self, directory: Path, max_bytes: int) -> None:
@@ -36,23 +36,23 @@ class FetchedAdapters:
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._readers: Counter[str] = Counter()
-        self._coming: dict[Path, int] = {}  # bytes of what this process fetches
+        self._coming: dict[Path, int] = {}  # bytes of the entries that this process fetches
         self._sweep()
 
     def has(self, name: str) -> bool:
-        """Whether there is the entry `name`, which is used now."""
+        """Whether the entry `name` exists; marks it as used."""
         with self._lock:
             return self._use(name)
 
     @contextmanager
     def reading(self, name: str, size: int, fetch: Callable[[Path], None]) -> Iterator[Path]:
-        """The entry `name`, which stays while it is read.
+        """Yield the path of the entry `name`, which is not removed during the context.
 
-        `fetch` writes its `size` bytes into a directory, where it is not there.
+        `fetch`: writes the entry's `size` bytes into a directory; called if it does not exist.
 
         Raises:
-            AdapterError: what `fetch` raises.
-            AdapterStoreError: there is no room beside what is read and fetched now.
+            AdapterError: raised by `fetch`.
+            AdapterStoreError: there is not enough room beside entries in use.
         """
         with self._lock:
             self._readers[name] += 1
@@ -68,7 +68,7 @@ class FetchedAdapters:
                     del self._readers[name]
 
     def _use(self, name: str) -> bool:
-        """Note that an entry is used now, more finely than the system's clock of files."""
+        """Mark an entry as used, with a finer clock than the file system's; False if missing."""
         now = time.time_ns()
         try:
             os.utime(self.directory / name, ns=(now, now))
@@ -93,7 +93,7 @@ class FetchedAdapters:
             shutil.rmtree(partial, ignore_errors=True)
 
     def _make_room(self, partial: Path, size: int) -> None:
-        """Remove what was used the longest ago, until `partial` may have `size` bytes."""
+        """Remove the least recently used entries until `partial` has room for `size` bytes."""
         self._sweep()
         with self._lock:
             sizes = {
@@ -119,7 +119,7 @@ class FetchedAdapters:
             self._coming[partial] = size
 
     def _sweep(self) -> None:
-        """Remove what processes that have ended left."""
+        """Remove partial entries of processes that have ended."""
         for partial in self.directory.glob(f"{_PARTIAL}*"):
             with self._lock:
                 ours = partial in self._coming
@@ -128,7 +128,7 @@ class FetchedAdapters:
 
 
 def _remove(entry: Path) -> None:
-    """Remove an entry; a process that ends meanwhile leaves none that is cut."""
+    """Remove an entry atomically, even if the process ends meanwhile."""
     gone = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=entry.parent))
     with suppress(OSError):  # another process was faster
         entry.rename(gone / entry.name)
@@ -136,13 +136,13 @@ def _remove(entry: Path) -> None:
 
 
 def _files(place: Path) -> list[os.stat_result]:
-    """The states of the files below a place, as far as they are there."""
+    """The states of the existing files in a directory."""
     found = []
     for file in place.rglob("*"):
         try:
             found.append(file.stat())
         except OSError:
-            continue  # another process removes them
+            continue  # removed by another process
     return [state for state in found if stat.S_ISREG(state.st_mode)]
 
 

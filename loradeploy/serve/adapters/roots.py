@@ -1,6 +1,6 @@
-"""Adapter roots: a directory or an object store that has one adapter in each of its entries.
+"""Adapter roots: a directory or an object store with one adapter in each entry.
 
-An entry is a PEFT directory, or a NAME.onnx_adapter file. Clients give names of entries alone.
+An entry is a PEFT directory, or a NAME.onnx_adapter file. Clients can only give names of entries.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ if TYPE_CHECKING:
 
 logger = logger_of(__name__)
 
-# One component of a path that leads nowhere else.
+# A single path component that cannot lead elsewhere.
 ENTRY_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-# Files of one adapter; more are not read.
+# Maximum files of one adapter.
 MOST_FILES: Final = 256
-# Directories that files of an adapter are in, such as 1_Pooling.
+# Maximum components of a file's path in an adapter, such as 1_Pooling/config.json.
 _MOST_DEPTH: Final = 3
-# Seconds in which a store is not asked for the same entry again, and the most entries known so.
+# Seconds for which the state of an entry is cached, and the maximum number of cached entries.
 _REFRESH: Final = 5.0
 _MOST_KNOWN: Final = 4096
 _CHUNK: Final = 1 << 20
-# Name and password in a URL.
+# User name and password in a URL.
 _USER: Final = re.compile(r"(?<=://)[^/?#\s]*@")
 
 
 @dataclass(frozen=True)
 class Found:
-    """An entry of a root as its files are now; equal ones have the same files.
+    """The state of an entry of a root; equal states have equal files.
 
-    `state`: what changes with its files. `size`, `files`: of all files, and how many.
+    `state`: changes with the files. `size`: the total bytes of all files. `files`: their number.
     """
 
     entry: str
@@ -63,44 +63,44 @@ class Found:
 
 
 class AdapterRoot(Protocol):
-    """Where the service finds adapters by name."""
+    """A place where the service finds adapters by name."""
 
     def find(self, entry: str, *, fresh: bool = False) -> Found | None:
-        """The entry as it is now, None if there is none. `fresh`: nothing known before is used.
+        """The current state of the entry, None if there is none. `fresh`: do not use cached states.
 
         Raises:
-            AdapterError: the root cannot be asked.
+            AdapterError: the root cannot be read.
         """
 
     def local(self, found: Found) -> AbstractContextManager[Path]:
-        """Where its files are on this machine: they stay there while the context is open.
+        """Yield the path of its files on this machine, valid during the context.
 
         Raises:
-            AdapterError: they cannot be fetched, or are not those that were found.
+            AdapterError: they cannot be fetched, or have changed since they were found.
         """
 
     def has(self, found: Found) -> bool:
-        """Whether `local` has its files still."""
+        """Whether its files are available without fetching."""
 
     def listed(self) -> list[str]:
         """The names of all entries.
 
         Raises:
-            AdapterError: the root cannot be asked.
+            AdapterError: the root cannot be read.
         """
 
     def without_paths(self, message: str) -> str:
-        """A message as clients may see it, who know names alone."""
+        """Remove the server's paths from a message to a client."""
 
     def close(self) -> None:
-        """Let go of what is no longer needed."""
+        """Release temporary files."""
 
 
 class DirectoryRoot:
-    """A directory of this machine.
+    """A local directory.
 
     Raises:
-        UsageError: it is none.
+        UsageError: it is not a directory.
     """
 
     def __init__(self, path: Path) -> None:
@@ -109,7 +109,7 @@ class DirectoryRoot:
         self.path = path.resolve()
 
     def find(self, entry: str, *, fresh: bool = False) -> Found | None:
-        """See `AdapterRoot`; its files are looked at each time."""
+        """See `AdapterRoot`; the files' states are read each time."""
         place = self._place(entry)
         if place is None:
             return None
@@ -123,7 +123,7 @@ class DirectoryRoot:
         for path in (self.path / entry, self.path / f"{entry}{NATIVE_SUFFIX}"):
             place = path.resolve()
             if not place.is_relative_to(self.path):
-                continue  # a link that leads elsewhere
+                continue  # a link to a place outside the root
             if place.is_dir() or (place.is_file() and place.suffix == NATIVE_SUFFIX):
                 return place
         return None
@@ -159,14 +159,14 @@ class DirectoryRoot:
 
 
 class StoreRoot:
-    """A folder of an object store that fsspec opens, such as s3://bucket/adapters.
+    """A folder of an object store that fsspec can open, such as s3://bucket/adapters.
 
-    Entries are fetched into `cache`, by their files' names, sizes and versions. What was used the
-    longest ago leaves when there are more than `max_bytes`. Without `cache` a temporary directory
-    is used, which goes when the root is closed.
+    Entries are fetched into `cache`, keyed by their files' names, sizes and versions. The least
+    recently used are removed beyond `max_bytes`. Without `cache`, a temporary directory is used,
+    which is removed when the root is closed.
 
     Raises:
-        UsageError: fsspec or what it needs for the URL is not installed, or the URL cannot be used.
+        UsageError: fsspec or a package for the URL is not installed, or the URL cannot be used.
     """
 
     def __init__(self, url: str, *, cache: Path | None, max_bytes: int) -> None:
@@ -181,13 +181,13 @@ class StoreRoot:
             cache.mkdir(parents=True, exist_ok=True)
         self._fetched = FetchedAdapters(cache, max_bytes)
         self._lock = threading.Lock()
-        # By entry: when it was asked for, and what was found.
+        # By entry: the time of the last request to the store, and its result.
         self._known: OrderedDict[str, tuple[float, Found | None]] = OrderedDict()
 
     def find(self, entry: str, *, fresh: bool = False) -> Found | None:
-        """See `AdapterRoot`; the store is asked again after some seconds, or if `fresh`.
+        """See `AdapterRoot`; states are cached for some seconds, unless `fresh`.
 
-        If the store cannot be asked then, what was known before is returned, unless `fresh`.
+        If the store then cannot be read, the last known state is returned, unless `fresh`.
         """
         now = time.monotonic()
         with self._lock:
@@ -200,7 +200,7 @@ class StoreRoot:
             if fresh or known is None or known[1] is None:
                 raise self._failed(f"the entry {entry}", problem) from None
             logger.warning("%s", self._failed(f"the entry {entry}", problem))
-            found = known[1]  # as it was, for the adapter may be loaded
+            found = known[1]  # the last state, because the adapter may be loaded
         with self._lock:
             self._known[entry] = now, found
             self._known.move_to_end(entry)
@@ -220,7 +220,7 @@ class StoreRoot:
         return Found(entry, state, sum(size for _, size, _ in known), len(known))
 
     def _listing(self, entry: str) -> tuple[str, dict[str, Mapping[str, Any]]]:
-        """The name of the entry's folder or file, and its files as they are now."""
+        """The name of the entry's folder or file, and its current files."""
         self._store.invalidate_cache()
         for name in (entry, f"{entry}{NATIVE_SUFFIX}"):
             files = self._files(name)
@@ -229,7 +229,7 @@ class StoreRoot:
         return name, files
 
     def _files(self, name: str) -> dict[str, Mapping[str, Any]]:
-        """The files of an entry by their path below it; of a native adapter by its own name."""
+        """The files of an entry by relative path; a native adapter has its own name."""
         place = f"{self._path}/{name}"
         try:
             found = self._store.find(place, detail=True)
@@ -239,7 +239,7 @@ class StoreRoot:
         for path, info in sorted(found.items()):
             whole = str(path).rstrip("/")
             if whole != place and not whole.startswith(f"{place}/"):
-                continue  # of another entry, whose name begins so too
+                continue  # another entry whose name begins with this one's
             inner = whole[len(place) :].lstrip("/")
             if not inner and not name.endswith(NATIVE_SUFFIX):
                 return {}  # a file where a folder is expected
@@ -261,7 +261,7 @@ class StoreRoot:
             yield native if native.is_file() else place
 
     def _fetch(self, found: Found, directory: Path) -> None:
-        """Write the files that were found, and no others."""
+        """Write exactly the files that were found to `directory`."""
         changed = AdapterStoreError(f"{found.entry} has changed while it was fetched: try again")
         try:
             name, files = self._listing(found.entry)
@@ -285,7 +285,7 @@ class StoreRoot:
             raise self._failed(f"the entry {found.entry}", problem) from problem
 
     def _copy(self, source: str, target: Path, size: int) -> bool:
-        """Fetch a file, and no more than `size` bytes of it; whether it has so many."""
+        """Copy a file; return whether it has exactly `size` bytes, of which no more are written."""
         count = 0
         with self._store.open(source, "rb") as given, target.open("wb") as taken:
             while part := given.read(_CHUNK):
@@ -334,7 +334,7 @@ class StoreRoot:
 
 
 def without_user(text: str) -> str:
-    """A URL, or a text that quotes one, without name and password: as it may be printed."""
+    """Remove user name and password from a URL or a text that contains one."""
     return _USER.sub("", text)
 
 
@@ -360,5 +360,5 @@ def _opened(url: str) -> tuple[AbstractFileSystem, str]:
 
 
 def _version(info: Mapping[str, Any]) -> str:
-    """What tells one version of an object from another, of what a store says of it."""
+    """The metadata that identifies the version of an object."""
     return repr(sorted((key, str(value)) for key, value in info.items() if key != "name"))

@@ -1,1 +1,1 @@
-"""Answers: texts as they are generated, streams of them, and tensors."""
+"""Responses: generated texts, streams of them, and tensors."""

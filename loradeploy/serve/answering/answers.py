@@ -1,4 +1,4 @@
-"""Generated texts as answers in the shape of OpenAI's, whole or in pieces."""
+"""Convert generated texts to responses in OpenAI's format, complete or in chunks."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ from loradeploy.serve.schemas.text import (
     Usage,
 )
 
-# JSON has no infinity.
+# JSON cannot represent -inf.
 _LEAST = -9999.0
 
 
 def new_id(kind: str) -> str:
-    """An id for an answer of a kind."""
+    """A new id for a response."""
     return f"{kind}-{secrets.token_hex(12)}"
 
 
 def ended_by(text: Generation) -> Literal["stop", "length"]:
-    """Why a text ended, in OpenAI's words."""
+    """OpenAI's finish reason of a text."""
     return "length" if text.finish_reason == "length" else "stop"
 
 
 def chat_completion(
     texts: Sequence[Generation], usage: Usage, *, model: str, created: int
 ) -> ChatCompletion:
-    """The answers to a conversation."""
+    """The response to a chat request."""
     choices = [
         ChatChoice(
             index=index,
@@ -60,7 +60,7 @@ def chat_completion(
 def completion(
     texts: Sequence[Generation], usage: Usage, *, model: str, created: int
 ) -> Completion:
-    """The texts of the prompts."""
+    """The response to a completion request."""
     choices = [
         CompletionChoice(
             index=index,
@@ -74,14 +74,14 @@ def completion(
 
 
 class ChatPieces:
-    """The chunks of a stream of answers."""
+    """The chunks of a streamed chat response."""
 
     def __init__(self, model: str, created: int) -> None:
         self._chunk = ChatChunk(id=new_id("chatcmpl"), created=created, model=model, choices=[])
         self._begun: set[int] = set()
 
     def of(self, index: int, event: GenerationEvent) -> list[ChatChunk]:
-        """Those of an event."""
+        """The chunks of an event."""
         choices = []
         if index not in self._begun:
             self._begun.add(index)
@@ -101,19 +101,19 @@ class ChatPieces:
         return [self._chunk.model_copy(update={"choices": [choice]}) for choice in choices]
 
     def usage(self, usage: Usage) -> ChatChunk:
-        """The chunk of the usage, which has no choices."""
+        """The chunk with the usage, without choices."""
         return self._chunk.model_copy(update={"usage": usage})
 
 
 class CompletionPieces:
-    """The chunks of a stream of texts."""
+    """The chunks of a streamed completion response."""
 
     def __init__(self, model: str, created: int) -> None:
         self._chunk = Completion(id=new_id("cmpl"), created=created, model=model, choices=[])
         self._lengths: dict[int, int] = {}
 
     def of(self, index: int, event: GenerationEvent) -> list[Completion]:
-        """Those of an event."""
+        """The chunks of an event."""
         offset = self._lengths.get(index, 0)
         for token in event.logprobs or ():
             self._lengths[index] = self._lengths.get(index, 0) + len(token.token)
@@ -128,7 +128,7 @@ class CompletionPieces:
         return [self._chunk.model_copy(update={"choices": [choice]})]
 
     def usage(self, usage: Usage) -> Completion:
-        """The chunk of the usage, which has no choices."""
+        """The chunk with the usage, without choices."""
         return self._chunk.model_copy(update={"usage": usage})
 
 
@@ -143,7 +143,7 @@ def _chat_logprobs(tokens: Sequence[TokenLogprob] | None) -> ChatLogprobs | None
 
 
 def _likely(token: TokenLogprob) -> LikelyToken:
-    # What has no text of its own is a part of a character, whose bytes the text does not tell.
+    # A token that is a part of a character has no text, and its bytes are unknown.
     known = "\N{REPLACEMENT CHARACTER}" not in token.token
     return LikelyToken(
         token=token.token,
@@ -164,7 +164,7 @@ def _completion_logprobs(
     return CompletionLogprobs(
         tokens=[token.token for token in tokens],
         token_logprobs=[max(token.logprob, _LEAST) for token in tokens],
-        # Two tokens may have one text: the likelier one stays, which comes first.
+        # Tokens may have equal texts: the more likely one, which comes first, is kept.
         top_logprobs=[
             {t.token: max(t.logprob, _LEAST) for t in reversed(token.top)} for token in tokens
         ],

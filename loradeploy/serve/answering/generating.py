@@ -1,4 +1,4 @@
-"""A request for text, submitted to the engine: its settings, its prompts, what comes of them."""
+"""Submit a request for text to the engine: its settings, its prompts, and its results."""
 
 from __future__ import annotations
 
@@ -30,31 +30,31 @@ from loradeploy.serve.service import Service
 
 @dataclass(frozen=True)
 class Asked:
-    """A request's prompts at the engine. `texts`: how many each of them gets."""
+    """The submissions of a request's prompts. `texts`: the number of texts of each prompt."""
 
     submissions: Sequence[Submission]
     texts: int
 
     def cancel(self) -> None:
-        """End what has not ended."""
+        """Cancel all that have not ended."""
         for submission in self.submissions:
             if not submission.done:
                 submission.cancel()
 
     async def started(self) -> None:
-        """Wait until all prompts are read.
+        """Wait until all prompts are admitted.
 
         Raises:
-            LoraDeployError: one of them or the adapter is refused.
+            LoraDeployError: a prompt or the adapter is refused.
         """
         for submission in self.submissions:
             await submission.started()
 
     async def generations(self) -> list[Generation]:
-        """All texts, those of a prompt together.
+        """All texts, in the order of the prompts.
 
         Raises:
-            LoraDeployError: one of them failed.
+            LoraDeployError: a submission failed.
         """
         done = [await submission.completion() for submission in self.submissions]
         texts = [text for completion in done for text in completion.generations]
@@ -63,12 +63,12 @@ class Asked:
         return texts
 
     async def events(self) -> AsyncIterator[tuple[int, GenerationEvent]]:
-        """What becomes of the texts as it comes, each event with its text's index.
+        """Yield events as they arrive, each with its text's index.
 
         Raises:
-            LoraDeployError: one of them failed.
+            LoraDeployError: a submission failed.
         """
-        if len(self.submissions) == 1:  # needs nobody to gather them
+        if len(self.submissions) == 1:  # needs no tasks
             async for event in self.submissions[0]:
                 if event.generation is not None:
                     _check_whole(event.generation)
@@ -81,7 +81,7 @@ class Asked:
                 async for event in submission:
                     queue.put_nowait((number * self.texts + event.choice, event))
                 queue.put_nowait(None)
-            except Exception as problem:  # goes on in the loop below
+            except Exception as problem:  # raised by the loop below
                 queue.put_nowait(problem)
 
         readers = [asyncio.create_task(read(*one)) for one in enumerate(self.submissions)]
@@ -102,7 +102,7 @@ class Asked:
                 reader.cancel()
 
     def usage(self, generated: int) -> Usage:
-        """The tokens of the prompts, and of `generated` ones."""
+        """The usage with the tokens of the prompts and `generated` ones."""
         prompts = sum(submission.prompt_tokens or 0 for submission in self.submissions)
         cached = sum(submission.cached_tokens for submission in self.submissions)
         return Usage(
@@ -114,13 +114,13 @@ class Asked:
 
 
 def _check_whole(text: Generation) -> None:
-    """Raise EngineClosedError of a text that was cancelled, as at the end of the service."""
+    """Raise EngineClosedError if a text was cancelled, as when the service ends."""
     if text.finish_reason == "cancelled":
         raise EngineClosedError("the text was cancelled")
 
 
 def chat_prompt(body: ChatRequest) -> Prompt:
-    """The conversation as the chat template takes it."""
+    """The conversation in the form that chat templates expect."""
     messages = []
     for message in body.messages:
         content = message.content
@@ -149,7 +149,7 @@ async def ask(
     """Submit the prompts of a request.
 
     Raises:
-        RequestError, LoraDeployError: it is refused, by its name; or too many requests wait.
+        RequestError, LoraDeployError: the request is refused, or too many requests are waiting.
     """
     engine = service.text_engine()
     limits = service.limits
@@ -160,7 +160,7 @@ async def ask(
     if len(prompts) * body.n > limits.max_n:
         texts = f"{len(prompts)} prompts × n {body.n}"
         raise refused("n", f"{texts} are more than the {limits.max_n} texts of one request")
-    if len(prompts) > limits.max_waiting:  # each of them waits, and so they never all would
+    if len(prompts) > limits.max_waiting:  # they would never all fit into the queue
         raise refused(
             "prompt", f"{len(prompts)} prompts; {limits.max_waiting} may wait at this service"
         )
@@ -181,7 +181,7 @@ async def ask(
                 engine.submit(
                     prompt,
                     adapter,
-                    # With a seed, a prompt's text is the same alone and among others.
+                    # With a seed, a prompt's text does not depend on the other prompts.
                     seed=secrets.randbits(63) if body.seed is None else body.seed % 2**64,
                     scope=key.name or None,
                     deadline=limits.request_timeout,
@@ -195,7 +195,7 @@ async def ask(
 
 
 def _options(service: Service, body: TextRequest, logprobs: int | None) -> dict[str, Any]:
-    """The settings of the generation, by their names in `GenerationOptions`."""
+    """The generation settings, by their names in `GenerationOptions`."""
     most = service.limits.max_tokens
     asked = {"max_tokens": body.max_tokens}
     if isinstance(body, ChatRequest):
@@ -213,7 +213,7 @@ def _options(service: Service, body: TextRequest, logprobs: int | None) -> dict[
         bias[int(token)] = added
     return {
         "max_new_tokens": next(iter(given.values()), most),
-        "shorten": not given,  # the service's own number is no request for as many
+        "shorten": not given,  # the service's default may be reduced
         "temperature": body.temperature,
         "top_p": body.top_p,
         "top_k": 0 if body.top_k == -1 else body.top_k,
@@ -230,7 +230,7 @@ def _options(service: Service, body: TextRequest, logprobs: int | None) -> dict[
 
 @asynccontextmanager
 async def watched(request: Request, asked: Asked) -> AsyncIterator[None]:
-    """Inside the context, the end of the client's connection cancels what was asked."""
+    """Cancel the submissions if the client disconnects during the context."""
 
     async def watch() -> None:
         while (await request.receive())["type"] != "http.disconnect":

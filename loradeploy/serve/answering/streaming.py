@@ -1,4 +1,4 @@
-"""Server-sent events: the pieces of an answer as they come."""
+"""Server-sent events with the chunks of a response."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from loradeploy.serve.problems import problem_of
 
 
 class EventStream(StreamingResponse):
-    """The pieces of what was asked; the request ends with the client's connection.
+    """A streamed response; the request ends when the client disconnects.
 
-    An error that comes after the first piece is an event of its own, and no [DONE] follows it.
+    An error after the first chunk is sent as an event, and [DONE] does not follow.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class EventStream(StreamingResponse):
         self._asked = asked
 
     async def stream_response(self, send: Send) -> None:
-        """Send it; whatever ends this, such as a client that is gone or slow, ends the request."""
+        """Send the response; when this ends, also by a slow or lost client, cancel the request."""
         try:
             await super().stream_response(send)
         finally:
@@ -48,7 +48,7 @@ async def _events(
             if event.generation is not None:
                 generated += event.generation.completion_tokens
             for chunk in pieces.of(index, event):
-                # Where the usage is asked for, every other chunk has null.
+                # If usage is requested, all other chunks have null.
                 left_out = None if include_usage else {"usage"}
                 yield _event(chunk.model_dump_json(exclude=left_out))
         if include_usage:

@@ -1,4 +1,4 @@
-"""Tensors of the Open Inference Protocol: in JSON, or as bytes behind it, from and to arrays."""
+"""Tensors of the Open Inference Protocol, in JSON or as bytes after it, from and to arrays."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from loradeploy.serve.schemas.inference import InferRequest, InputTensor
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# How long the JSON is where bytes follow it.
+# The header with the length of the JSON, if bytes follow it.
 LENGTH_HEADER: Final = "Inference-Header-Content-Length"
-# The names of the dtypes that tensors may have here.
+# The protocol's dtype names, by numpy's.
 DATATYPES: Final[Mapping[str, str]] = {
     dtype: datatype
     for dtype, datatype in PROTOCOL_NAMES.items()
     if dtype != "bfloat16"  # numpy has no such dtype
 }
 _DTYPES: Final = {datatype: dtype for dtype, datatype in DATATYPES.items()}
-# Bytes of the tensors of one answer, and of a number in JSON.
+# Maximum bytes of a response's tensors, and the assumed bytes of a number in JSON.
 _MOST: Final = 64 << 20
 _JSON_NUMBER: Final = 20
 
 
 def arrays_of(request: InferRequest, tail: bytes | None) -> dict[str, NDArray[Any]]:
-    """The inputs of a request, by name. `tail`: the bytes behind its JSON, None where none may be.
+    """The inputs of a request, by name. `tail`: the bytes after its JSON, None if not allowed.
 
     Raises:
-        RequestError: 400, a tensor is not what it says.
+        RequestError: 400, a tensor does not match its declaration.
     """
     arrays: dict[str, NDArray[Any]] = {}
     end = 0
@@ -68,7 +68,7 @@ def _of_json(tensor: InputTensor, where: str) -> NDArray[Any]:
         raise refused(f"{where}.data", "there is none")
     size = _size(tensor, where)
     flat: list[Any] = tensor.data
-    if flat and isinstance(flat[0], list):  # nested, as the shape is
+    if flat and isinstance(flat[0], list):  # nested like the shape
         for inner in tensor.shape[1:]:
             if not all(isinstance(part, list) and len(part) == inner for part in flat):
                 raise refused(f"{where}.data", f"it is not nested as the shape {tensor.shape}")
@@ -107,9 +107,9 @@ def _of_bytes(tensor: InputTensor, content: bytes, size: int, where: str) -> NDA
 
 
 def check_room(request: InferRequest, outputs: Mapping[str, tuple[int, int]]) -> None:
-    """Raise RequestError, 400, where outputs are more than one answer has room for.
+    """Raise RequestError, 400, if outputs are too large for one response.
 
-    `outputs`: how many numbers each has, and how many bytes a number.
+    `outputs`: for each output, the count of its numbers and the bytes of a number.
     """
     size = sum(
         count * (width if _as_bytes(request, name) else _JSON_NUMBER)
@@ -124,7 +124,7 @@ def check_room(request: InferRequest, outputs: Mapping[str, tuple[int, int]]) ->
 def answer_body(
     request: InferRequest, names: Mapping[str, str], outputs: Mapping[str, NDArray[Any]]
 ) -> tuple[bytes, dict[str, str]]:
-    """The body of an answer and its headers. `names`: of the model, its version."""
+    """The body of a response and its headers. `names`: the model's name and version."""
     tensors: list[dict[str, Any]] = []
     tail = []
     for name, array in outputs.items():

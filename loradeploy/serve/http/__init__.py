@@ -1,1 +1,1 @@
-"""The application, what lets requests through to it, and the server that runs it."""
+"""The ASGI application, the checks before it, and the server that runs it."""

@@ -23,12 +23,12 @@ _DESCRIPTION = (
 
 
 def create_app(service: Service) -> ASGIApp:
-    """The application of `service`, whose OpenAPI description is at /openapi.json."""
+    """Create the application of `service`; its OpenAPI description is at /openapi.json."""
     app = FastAPI(
         title="loradeploy",
         version="1",
         description=_DESCRIPTION,
-        docs_url=None,  # they load scripts of other hosts
+        docs_url=None,  # these pages load scripts from other hosts
         redoc_url=None,
         responses={"4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}},
     )
@@ -47,7 +47,7 @@ def create_app(service: Service) -> ASGIApp:
 
     @app.exception_handler(RequestError)
     @app.exception_handler(LoraDeployError)
-    @app.exception_handler(Exception)  # the gate gets it after the answer
+    @app.exception_handler(Exception)  # also raised to the gate, after the response
     async def failed(request: Request, error: Exception) -> JSONResponse:
         return _response(request, problem_of(error))
 
@@ -59,9 +59,9 @@ def _response(request: Request, problem: RequestError) -> JSONResponse:
 
 
 def _of_validation(error: RequestValidationError) -> RequestError:
-    """The first thing that is wrong with a body, by the name of its field."""
+    """The first error of a body, with the name of its field."""
     first: dict[str, Any] = error.errors()[0]
-    # Names of types are in it where a field may have several.
+    # For a field of several types, the location contains type names.
     parts = [str(part) for part in first["loc"][1:]]
     param = ".".join(part for part in parts if part != "str" and "[" not in part)
     if first["type"] == "extra_forbidden":

@@ -1,4 +1,4 @@
-"""What every request passes first: host, key, rate, size and time; and what no error passes."""
+"""Checks before every request: host, key, rate, size and time; and the last error handler."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from loradeploy.serve.service import Service
 
 logger = logger_of(__name__)
 
-# Seconds that a client may take to send a request's body.
+# Seconds in which a client must send a request's body.
 _BODY_TIMEOUT: Final = 30.0
-# What metrics count where the client did not wait for the answer, which is no failure.
+# The status in metrics if the client disconnected before the response, which is not a failure.
 _GONE: Final = 499
-# What those ask who watch the service, and have no key.
+# Routes for monitoring, which need no key.
 OPEN_PATHS: Final = frozenset({"/health", "/ready", "/v2/health/live", "/v2/health/ready"})
-# How long the JSON of a body is, in the Open Inference Protocol, where bytes of tensors follow it.
+# Length of the JSON in a body of the Open Inference Protocol that is followed by tensors' bytes.
 _JSON_LENGTH: Final = b"inference-header-content-length"
-# A page of another site may not use the service, nor show this page inside its own.
+# Pages of other sites must not use the service, nor embed this page.
 _HEADERS: Final = (
     (b"x-content-type-options", b"nosniff"),
     (
@@ -36,18 +36,18 @@ _HEADERS: Final = (
 
 
 class _SlowClientError(Exception):
-    """A client that does not accept its answer."""
+    """The client does not accept its response."""
 
 
 class Gate:
-    """The application, behind its checks. The key of a request is in its state."""
+    """The application with its checks. They store a request's key in its state."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
         self._service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve a request, or refuse it."""
+        """Forward a request to the application, or refuse it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -75,25 +75,26 @@ class Gate:
             scope.setdefault("state", {})["key"] = key
             body = await self._body(scope, noted_receive)
             body = _json_of(scope, body)
-            await self._app(scope, _behind(body, noted_receive), limited_send)
+            await self._app(scope, _with_body(body, noted_receive), limited_send)
         except _SlowClientError:
             logger.info("a client accepted no more of its answer")
         except Exception as error:
-            if not begun:  # else it is in the log, and the answer tells it
+            if not begun:  # otherwise the application has logged and answered it
                 await _answer(problem_of(error), scope["path"], limited_send)
 
     def _check(self, scope: Scope) -> ApiKey:
-        """Whose request it is.
+        """The key of a request.
 
         Raises:
-            RequestError: nobody's who may ask, or one too many.
+            RequestError: a missing or unknown key, too many requests, or another refusal.
         """
         service = self._service
         if scope["path"] in OPEN_PATHS:
             return ANYONE
         headers = dict(scope["headers"])
         if service.keys is None:
-            # Without a key, a page of another site could reach this one by a name of its own.
+            # Without a key, a page of another site could reach this service by a DNS name of its
+            # own.
             if is_loopback(service.host) and not is_loopback(_host(headers.get(b"host", b""))):
                 raise RequestError(421, "this service only answers on localhost")
             key = ANYONE
@@ -101,7 +102,8 @@ class Gate:
             key = service.keys.check(headers.get(b"authorization", b"").decode("latin-1"))
         if scope["method"] == "POST":
             kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
-            # What a browser sends nowhere without asking; others need no such name in the protocol.
+            # A type that browsers send to other sites only after a preflight request. Other clients
+            # of the protocol need not give one.
             if not (
                 kind == b"application/json"
                 or (
@@ -120,21 +122,21 @@ class Gate:
         return key
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
-        """The whole body, before anything is done for it.
+        """Read the complete body, before anything else is done.
 
         Raises:
-            RequestError: it is too long, or takes too long.
+            RequestError: it is too long, or takes too long to arrive.
         """
         most = self._service.limits.max_request_bytes
         declared = dict(scope["headers"]).get(b"content-length", b"")
         if declared.isdigit() and int(declared[:20]) > most:
             raise _too_long(most)
 
-        return await body_of(receive, most) or b""  # a client that went gets no answer
+        return await body_of(receive, most) or b""  # no response if the client disconnected
 
 
 async def body_of(receive: Receive, most: int) -> bytes | None:
-    """The whole body of a request; None if the client went before its end.
+    """The complete body of a request; None if the client disconnected before its end.
 
     Raises:
         RequestError: it has more than `most` bytes, or takes too long to arrive.
@@ -163,8 +165,8 @@ def _too_long(most: int) -> RequestError:
     return RequestError(413, f"the request has more than {most:,} bytes")
 
 
-def _behind(body: bytes, receive: Receive) -> Receive:
-    """What is received once the body was."""
+def _with_body(body: bytes, receive: Receive) -> Receive:
+    """A receive function that first returns `body`."""
     given = False
 
     async def next_message() -> Message:
@@ -178,10 +180,10 @@ def _behind(body: bytes, receive: Receive) -> Receive:
 
 
 def _json_of(scope: Scope, body: bytes) -> bytes:
-    """The JSON of a body. The bytes behind it are in the request's state, None without any.
+    """The JSON of a body. The bytes after it are stored in the request's state, None without any.
 
     Raises:
-        RequestError: it is shorter than it says.
+        RequestError: the body is shorter than declared.
     """
     scope["state"]["tail"] = None
     if not speaks_v2(scope["path"]):
@@ -213,7 +215,7 @@ async def _answer(problem: RequestError, path: str, send: Send) -> None:
 
 
 def _host(header: bytes) -> str:
-    """The name in a Host header, without its port."""
+    """The host name in a Host header, without the port."""
     text = header.decode("latin-1").strip().lower()
     if text.startswith("["):
         return text[1:].partition("]")[0]
@@ -221,7 +223,7 @@ def _host(header: bytes) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a name or address is this machine's own."""
+    """Whether a host name or address is a loopback address."""
     if host == "localhost":
         return True
     try:

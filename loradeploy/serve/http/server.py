@@ -1,4 +1,4 @@
-"""Serving an application by uvicorn, until a signal ends it."""
+"""Serve an application with uvicorn, until a signal ends it."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from loradeploy.serve.service import Service
 
 logger = logger_of(__name__)
 
-# Seconds beyond the drain in which the last answers are sent.
+# Additional seconds after the drain timeout for sending the last responses.
 _LAST_WORDS = 5
-# More connections than this are refused.
+# Maximum number of connections.
 _CONNECTIONS = 1024
-# Headers of a request, in bytes.
+# Maximum size of a request's headers in bytes.
 _HEADER_BYTES = 32 << 10
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens there; port 0 is any that is free.
+    """Return a socket that listens on `host` and `port`; port 0 chooses a free one.
 
     Raises:
-        UsageError: it cannot.
+        UsageError: it cannot listen there.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     made = socket.socket(family, socket.SOCK_STREAM)
@@ -47,14 +47,14 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def url_of(listening: socket.socket) -> str:
-    """Where a client finds what listens on a socket."""
+    """The URL at which clients reach a listening socket."""
     host, port = listening.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 class Server(uvicorn.Server):
-    """Serves a service. The first signal drains it, and a second one ends it at once."""
+    """Runs a service. The first signal drains it, and a second one ends it immediately."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -78,9 +78,9 @@ class Server(uvicorn.Server):
     def serve_on(
         self, listening: socket.socket, on_ready: Callable[[], None] = lambda: None
     ) -> None:
-        """Serve until `stop` or a signal, and close the service. `on_ready`: called at the start.
+        """Serve until `stop` or a signal, then close the service. `on_ready`: called at the start.
 
-        It returns once the requests that there were have ended, or had the time to.
+        Returns when the running requests have ended, or the drain timeout is over.
         """
         self._service.start()
         try:
@@ -91,14 +91,14 @@ class Server(uvicorn.Server):
             listening.close()
 
     def stop(self) -> None:
-        """Take no more requests, and end when those that there are have ended."""
+        """Accept no more requests, and stop when the running ones have ended."""
         self._service.draining = True
         threading.Thread(target=self._service.drain, name="loradeploy-drain", daemon=True).start()
         self.should_exit = True
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """As uvicorn's, but a signal that was obeyed is not raised once more at the end."""
+        """Like uvicorn's, but a handled signal is not raised again at the end."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -113,7 +113,7 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Drain at the first signal; end at once at the second."""
+        """Drain at the first signal; stop immediately at the second."""
         if self.should_exit:
             self.force_exit = True
         else:

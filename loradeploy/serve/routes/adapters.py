@@ -1,4 +1,4 @@
-"""Loading and unloading adapters, in the shape of vLLM's API."""
+"""Routes for loading and unloading adapters, with the interface of vLLM's API."""
 
 from __future__ import annotations
 

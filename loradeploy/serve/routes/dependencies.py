@@ -1,4 +1,4 @@
-"""What routes are given: the service, and the key of the request."""
+"""Dependencies of routes: the service, and the key of the request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Embeddings, labels and the order of documents, by encoders."""
+"""Routes for embeddings, classification and reranking, by encoders."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _Result = TypeVar("_Result")
 
 @router.post("/v1/embeddings")
 async def embed(body: EmbeddingRequest, service: ServiceOf, key: KeyOf) -> EmbeddingList:
-    """The vector of each text."""
+    """Embed each text."""
     service.check_task(FEATURE_EXTRACTION, "embeddings")
     texts = _texts(service, body.input, "input")
     adapter = await service.catalog.resolve(body.model, body.adapters, key)
@@ -56,7 +56,7 @@ async def embed(body: EmbeddingRequest, service: ServiceOf, key: KeyOf) -> Embed
     def usage() -> TextUsage:
         recipe = service.session.texts.of(adapter).recipe
         name = recipe.default_prompt if body.prompt_name is None else body.prompt_name
-        prompt = recipe.prompts.get(name or "", "")  # an unknown one is refused below
+        prompt = recipe.prompts.get(name or "", "")  # an unknown name is refused below
         return _usage(service, [prompt + text for text in texts], adapter, truncate=body.truncate)
 
     def run(rows: Sequence[str], adapters: Adapters) -> Sequence[NDArray[np.float32]]:
@@ -82,7 +82,7 @@ async def embed(body: EmbeddingRequest, service: ServiceOf, key: KeyOf) -> Embed
 
 @router.post("/v1/classify")
 async def classify(body: ClassifyRequest, service: ServiceOf, key: KeyOf) -> LabelList:
-    """The labels of each text."""
+    """Classify each text."""
     service.check_task(SEQUENCE_CLASSIFICATION, "labels of texts")
     texts = _texts(service, body.input, "input")
     adapter = await service.catalog.resolve(body.model, body.adapters, key)
@@ -93,7 +93,7 @@ async def classify(body: ClassifyRequest, service: ServiceOf, key: KeyOf) -> Lab
     def run(rows: Sequence[str], adapters: Adapters) -> Sequence[Classification]:
         return TextClassifier(service.session)(rows, adapters, threshold=body.threshold)
 
-    # Whether there may be a threshold depends on the adapter.
+    # Whether a threshold is allowed depends on the adapter.
     group = "classify" if body.threshold is None else (body.threshold, repr(adapter))
     work = RowWork(group, usage, run)
     used, found = await _run(service, key, work, texts, adapter)
@@ -117,7 +117,7 @@ async def classify(body: ClassifyRequest, service: ServiceOf, key: KeyOf) -> Lab
 
 @router.post("/v1/rerank")
 async def rerank(body: RerankRequest, service: ServiceOf, key: KeyOf) -> Ranking:
-    """The documents in the order in which they answer a query."""
+    """Sort documents by their relevance to a query."""
     service.check_task(SEQUENCE_CLASSIFICATION, "scores of documents")
     documents = _texts(service, body.documents, "documents")
     adapter = await service.catalog.resolve(body.model, body.adapters, key)
@@ -131,7 +131,7 @@ async def rerank(body: RerankRequest, service: ServiceOf, key: KeyOf) -> Ranking
         return [float(score) for score in TextPairScorer(service.session).score(rows, adapters)]
 
     used, scores = await _run(service, key, RowWork("score", usage, run), pairs, adapter)
-    # The best first, equal ones in their order.
+    # Descending; ties keep their order.
     order = sorted(range(len(scores)), key=lambda number: -scores[number])[: body.top_n]
     results = [
         Ranked(
@@ -174,11 +174,11 @@ def _usage(
     *,
     truncate: bool,
 ) -> TextUsage:
-    """The tokens of texts or pairs, as the adapter reads them.
+    """Count the tokens of texts or pairs, with the adapter's tokenizer.
 
     Raises:
-        RequestError: 400, one is longer than the model takes, unless it may be truncated, or than
-            the service takes where the model names no length to cut it to.
+        RequestError: 400, one is too long for the model and must not be truncated, or too long for
+            the service and the model has no maximum.
     """
     side = service.session.texts.of(adapter)
     tokenizer = side.tokenizer

@@ -1,4 +1,4 @@
-"""The Open Inference Protocol, version 2 (KServe's and Triton's), for encoders."""
+"""Routes of the Open Inference Protocol, version 2 (KServe, Triton), for encoders."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ from loradeploy.serve.settings import MOST_TOKENS
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    _Row = Mapping[str, NDArray[Any]]  # of each input or output, without the axis of rows
+    _Row = Mapping[str, NDArray[Any]]  # inputs or outputs by name, without the axis of rows
 
 router = APIRouter(prefix="/v2", tags=["open inference protocol"])
 _VERSION: Final = "1"
-# As Triton calls it.
+# Triton's name of the platform.
 _PLATFORM: Final = "onnxruntime_onnx"
 _MODEL: Final = "/models/{model}"
 _VERSIONED: Final = "/models/{model}/versions/{version}"
@@ -53,7 +53,7 @@ _VERSIONED: Final = "/models/{model}/versions/{version}"
 
 @router.get("")
 async def server() -> ServerMetadata:
-    """What this server is."""
+    """Describe the server."""
     return ServerMetadata(
         name="loradeploy",
         version=installed_version("loradeploy"),
@@ -63,14 +63,14 @@ async def server() -> ServerMetadata:
 
 @router.get("/health/live")
 async def live(service: ServiceOf) -> Live:
-    """Whether the process answers and its engine runs; needs no key."""
+    """Check that the process responds and its engine runs; needs no key."""
     service.check_alive()
     return Live(live=True)
 
 
 @router.get("/health/ready")
 async def server_ready(service: ServiceOf) -> Ready:
-    """Whether requests are taken; needs no key."""
+    """Check that requests are accepted; needs no key."""
     service.check_ready()
     return Ready(ready=True)
 
@@ -80,7 +80,7 @@ async def server_ready(service: ServiceOf) -> Ready:
 async def metadata(
     model: str, service: ServiceOf, key: KeyOf, version: str = _VERSION
 ) -> ModelMetadata:
-    """What a model takes and gives."""
+    """Describe the inputs and outputs of a model."""
     await _check_model(service, model, version, key)
     manifest = service.session.manifest
     return ModelMetadata(
@@ -97,7 +97,7 @@ async def metadata(
 async def model_ready(
     model: str, service: ServiceOf, key: KeyOf, version: str = _VERSION
 ) -> ModelReady:
-    """Whether a model takes requests."""
+    """Check that a model accepts requests."""
     await _check_model(service, model, version, key)
     service.check_ready()
     return ModelReady(name=model, ready=True)
@@ -143,7 +143,7 @@ async def infer(
 def _run(
     session: AdapterSession, names: Sequence[str], rows: Sequence[_Row], adapters: Adapters
 ) -> list[_Row]:
-    """The outputs of each row; of a classifier those that its own head has."""
+    """The outputs of each row; for a classifier, only those of the row's head."""
     feeds = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     main = output_of(session.manifest)
     with session.hold(adapters) as held:
@@ -172,7 +172,7 @@ def _rows(service: Service, feeds: Mapping[str, NDArray[Any]]) -> list[_Row]:
     """The inputs of each row.
 
     Raises:
-        RequestError: 400, they do not have the same number of rows, or more than the limit.
+        RequestError: 400, the inputs have different numbers of rows, or more than the limit.
     """
     counts = {name: array.shape[0] if array.ndim else 0 for name, array in feeds.items()}
     count, *others = set(counts.values())
@@ -185,7 +185,7 @@ def _rows(service: Service, feeds: Mapping[str, NDArray[Any]]) -> list[_Row]:
 
 
 def _check_lengths(service: Service, feeds: Mapping[str, NDArray[Any]]) -> None:
-    """Raise RequestError, 400, where rows have more tokens than positions, masked ones included."""
+    """Raise RequestError, 400, if rows have more tokens, masked or not, than positions."""
     positions = service.session.limits.positions
     most = MOST_TOKENS if positions is None else positions
     for name in (INPUT_IDS, DECODER_INPUT_IDS):
@@ -208,7 +208,7 @@ def _outputs(service: Service, body: InferRequest) -> tuple[str, ...]:
 def _check_size(
     service: Service, body: InferRequest, feeds: Mapping[str, NDArray[Any]], names: Sequence[str]
 ) -> None:
-    """Raise RequestError, 400, where the outputs are too large for an answer."""
+    """Raise RequestError, 400, if the outputs are too large for a response."""
     manifest = service.session.manifest
     sizes: dict[int | str, int] = {}
     for spec in manifest.inputs:

@@ -1,4 +1,4 @@
-"""The models of the service."""
+"""Routes for the models of the service."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ router = APIRouter(tags=["models"])
 
 @router.get("/v1/models")
 async def list_models(service: ServiceOf, key: KeyOf) -> ModelList:
-    """The base and the adapters."""
+    """List the base and the adapters."""
     return ModelList(data=[_card(service, model) for model in await service.catalog.models(key)])
 
 
 @router.get("/v1/models/{model}")
 async def show_model(model: str, service: ServiceOf, key: KeyOf) -> ModelCard:
-    """One of them."""
+    """Show one model."""
     for known in await service.catalog.models(key):
         if known.name == model:
             return _card(service, known)

@@ -1,4 +1,4 @@
-"""What those who run the service ask it."""
+"""Routes for operators: health, readiness and metrics."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ router = APIRouter(tags=["operations"])
 
 @router.get("/health")
 async def health(service: ServiceOf) -> Status:
-    """Whether the process answers and its engine runs; needs no key."""
+    """Check that the process responds and its engine runs; needs no key."""
     service.check_alive()
     return Status(status="ok")
 
 
 @router.get("/ready")
 async def ready(service: ServiceOf) -> Status:
-    """Whether requests are taken: not in the shutdown, nor once the engine has failed.
+    """Check that requests are accepted: not during shutdown, or after the engine has failed.
 
-    It needs no key, as those who ask it, such as Kubernetes, have none.
+    Needs no key, because clients such as Kubernetes have none.
     """
     service.check_ready()
     return Status(status="ready")
@@ -30,6 +30,6 @@ async def ready(service: ServiceOf) -> Status:
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 async def metrics(service: ServiceOf) -> Response:
-    """Figures for Prometheus."""
+    """Metrics for Prometheus."""
     kind = "text/plain; version=0.0.4; charset=utf-8"
     return Response(service.metrics.text(), headers={"Content-Type": kind})

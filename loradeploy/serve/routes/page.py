@@ -1,4 +1,4 @@
-"""The page at /: static files of the package, which load nothing of other hosts."""
+"""The page at /: static files of the package, which load nothing from other hosts."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _FILES: Final = Path(__file__).parent.parent / "page"
 
 @router.get("/")
 async def page() -> FileResponse:
-    """The page."""
+    """The page's HTML."""
     return FileResponse(_FILES / "index.html")
 
 
 @router.get("/page.js")
 async def script() -> FileResponse:
-    """What it does."""
+    """The page's script."""
     return FileResponse(_FILES / "page.js", media_type="text/javascript")
 
 
 @router.get("/page.css")
 async def style() -> FileResponse:
-    """How it looks."""
+    """The page's stylesheet."""
     return FileResponse(_FILES / "page.css", media_type="text/css")

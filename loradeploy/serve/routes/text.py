@@ -1,4 +1,4 @@
-"""Text generation, in the shape of OpenAI's API."""
+"""Routes for text generation, with the interface of OpenAI's API."""
 
 from __future__ import annotations
 

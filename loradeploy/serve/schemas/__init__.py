@@ -1,1 +1,1 @@
-"""What requests and answers are, as pydantic models: the OpenAPI description comes from them."""
+"""Requests and responses as pydantic models, which define the OpenAPI description."""

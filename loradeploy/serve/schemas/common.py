@@ -1,4 +1,4 @@
-"""What requests have in common."""
+"""Common parts of requests and responses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Weight = Annotated[float, Field(ge=-100, le=100)]
 
 
 class RequestBody(BaseModel):
-    """A request: fields that it does not know are refused, null is a field's default."""
+    """A request body: unknown fields are refused, and null means the default."""
 
     model_config = ConfigDict(
         extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=()
@@ -27,23 +27,23 @@ class RequestBody(BaseModel):
 class ModelRequest(RequestBody):
     """A request to a model."""
 
-    model: str = Field(description="The base, by the bundle's name, or an adapter by its own.")
+    model: str = Field(description="The name of the bundle for the base, or of an adapter.")
     adapters: dict[str, Weight] | None = Field(
         default=None,
-        description="An extension: a blend of adapters, the weight of each by its name. The model"
-        " is the base then.",
+        description="An extension: a blend of adapters, as weights by name; the model must then"
+        " be the base.",
     )
     user: str | None = Field(default=None, description="Has no effect.")
 
 
 class Answer(BaseModel):
-    """An answer."""
+    """A response body."""
 
     model_config = ConfigDict(protected_namespaces=())
 
 
 class ErrorDetail(Answer):
-    """What is wrong."""
+    """An error."""
 
     message: str
     type: str
@@ -52,7 +52,7 @@ class ErrorDetail(Answer):
 
 
 class ErrorAnswer(Answer):
-    """The answer to a request that failed."""
+    """The response to a request that failed."""
 
     error: ErrorDetail
 
@@ -65,8 +65,10 @@ class ModelCard(Answer):
     created: int
     owned_by: str = "loradeploy"
     root: str
-    parent: str | None = Field(description="The base of an adapter.")
-    digest: str | None = Field(description="What it computes; null of one that was not read yet.")
+    parent: str | None = Field(description="The base, for an adapter.")
+    digest: str | None = Field(
+        description="The adapter's or the base's digest; null if the adapter was not read yet."
+    )
 
 
 class ModelList(Answer):
@@ -77,9 +79,9 @@ class ModelList(Answer):
 
 
 class AdapterRequest(RequestBody):
-    """An adapter that is to be loaded, in the shape of vLLM's."""
+    """A request to load an adapter, like vLLM's."""
 
-    lora_name: str = Field(description="The model that requests name.")
+    lora_name: str = Field(description="The name of the model in requests.")
     lora_path: str | None = Field(
         default=None,
         description="The name of its directory or .onnx_adapter file below the adapter root, by"
@@ -89,12 +91,12 @@ class AdapterRequest(RequestBody):
 
 
 class AdapterName(RequestBody):
-    """An adapter that is to be unloaded, in the shape of vLLM's."""
+    """A request to unload an adapter, like vLLM's."""
 
     lora_name: str
 
 
 class Status(Answer):
-    """Whether the service is well."""
+    """The status of the service."""
 
     status: str

@@ -1,4 +1,4 @@
-"""Requests and answers of encoders: embeddings in OpenAI's shape, the others in vLLM's."""
+"""Requests and responses of encoders: embeddings as in OpenAI's API, others as in vLLM's."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from loradeploy.serve.schemas.common import Answer, ModelRequest
 
 _TRUNCATE = Field(
     default=False,
-    description="An extension: cut texts that are longer than the model takes; without it they are"
-    " refused.",
+    description="An extension: truncate texts that are longer than the model's maximum; by default"
+    " they are refused.",
 )
 
 
 class EmbeddingRequest(ModelRequest):
-    """A request for vectors."""
+    """A request for embeddings."""
 
     input: str | list[str]
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(default=None, description="Must be the size of the vectors.")
     prompt_name: str | None = Field(
-        default=None, description="An extension: which of the model's own prompts goes before."
+        default=None, description="An extension: the name of a prompt of the model to prepend."
     )
     truncate: bool = _TRUNCATE
 
 
 class ClassifyRequest(ModelRequest):
-    """A request for labels."""
+    """A request to classify texts."""
 
     input: str | list[str]
     threshold: float | None = Field(
@@ -38,7 +38,7 @@ class ClassifyRequest(ModelRequest):
 
 
 class RerankRequest(ModelRequest):
-    """A request for the order of documents."""
+    """A request to rerank documents."""
 
     query: str
     documents: list[str]
@@ -48,14 +48,14 @@ class RerankRequest(ModelRequest):
 
 
 class TextUsage(Answer):
-    """How many tokens a request took."""
+    """The token counts of a request."""
 
     prompt_tokens: int
     total_tokens: int
 
 
 class Embedding(Answer):
-    """A text's vector; of base64, of its float32 numbers, little endian."""
+    """A text's vector; base64 encodes its float32 values in little-endian order."""
 
     object: Literal["embedding"] = "embedding"
     index: int
@@ -72,20 +72,22 @@ class EmbeddingList(Answer):
 
 
 class TextLabel(Answer):
-    """What a text is."""
+    """The classification of a text."""
 
     index: int
     label: str
     score: float
-    probs: list[float] = Field(description="By output; of a regression its numbers.")
+    probs: list[float] = Field(
+        description="Probability of each output; for a regression, its numbers."
+    )
     num_classes: int
-    labels: list[str] = Field(description="All labels that the text has.")
+    labels: list[str] = Field(description="All predicted labels.")
     scores: dict[str, float]
     problem_type: str
 
 
 class LabelList(Answer):
-    """What the texts are."""
+    """The classifications of the texts."""
 
     id: str
     object: Literal["list"] = "list"
@@ -102,7 +104,7 @@ class RankedText(Answer):
 
 
 class Ranked(Answer):
-    """A document's number among those given, and its score."""
+    """A document's index in the request, and its score."""
 
     index: int
     relevance_score: float
@@ -110,7 +112,7 @@ class Ranked(Answer):
 
 
 class Ranking(Answer):
-    """The documents, the best first."""
+    """The documents, most relevant first."""
 
     id: str
     model: str

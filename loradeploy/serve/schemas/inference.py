@@ -1,4 +1,4 @@
-"""Requests and answers of the Open Inference Protocol, version 2."""
+"""Requests and responses of the Open Inference Protocol, version 2."""
 
 from __future__ import annotations
 
@@ -25,23 +25,27 @@ Datatype = Literal[
 
 
 class InputParameters(RequestBody):
-    """How an input is sent."""
+    """Parameters of an input."""
 
     binary_data_size: int | None = Field(
-        default=None, ge=0, description="Its bytes are so many after the JSON, and no data in it."
+        default=None,
+        ge=0,
+        description="The input is this many bytes after the JSON, instead of `data`.",
     )
 
 
 class OutputParameters(RequestBody):
-    """How an output is sent."""
+    """Parameters of an output."""
 
-    binary_data: bool | None = Field(default=None, description="Its bytes come after the JSON.")
+    binary_data: bool | None = Field(default=None, description="Send it as bytes after the JSON.")
 
 
 class InferParameters(RequestBody):
-    """How all outputs are sent."""
+    """Parameters of a request."""
 
-    binary_data_output: bool = Field(default=False, description="Their bytes come after the JSON.")
+    binary_data_output: bool = Field(
+        default=False, description="Send outputs as bytes after the JSON."
+    )
 
 
 class InputTensor(RequestBody):
@@ -51,13 +55,13 @@ class InputTensor(RequestBody):
     shape: list[int] = Field(max_length=8)
     datatype: Datatype
     data: list[Any] | None = Field(
-        default=None, description="Its numbers in row-major order, flat or nested."
+        default=None, description="Values in row-major order, flat or nested."
     )
     parameters: InputParameters = InputParameters()
 
 
 class RequestedOutput(RequestBody):
-    """An output that is asked for."""
+    """A requested output."""
 
     name: str
     parameters: OutputParameters = OutputParameters()
@@ -66,10 +70,10 @@ class RequestedOutput(RequestBody):
 class InferRequest(RequestBody):
     """A request to run the graph."""
 
-    id: str | None = Field(default=None, max_length=256, description="It comes back.")
+    id: str | None = Field(default=None, max_length=256, description="Returned in the response.")
     inputs: list[InputTensor] = Field(min_length=1, max_length=64)
     outputs: list[RequestedOutput] = Field(
-        default=[], max_length=64, description="Without any, all."
+        default=[], max_length=64, description="By default all outputs."
     )
     parameters: InferParameters = InferParameters()
 
@@ -80,11 +84,11 @@ class OutputTensor(Answer):
     name: str
     shape: list[int]
     datatype: Datatype
-    data: list[bool | int | float] = Field(description="Its numbers in row-major order.")
+    data: list[bool | int | float] = Field(description="Values in row-major order.")
 
 
 class InferAnswer(Answer):
-    """What the graph gave."""
+    """The outputs of the graph."""
 
     model_name: str
     model_version: str
@@ -101,7 +105,7 @@ class TensorMetadata(Answer):
 
 
 class ModelMetadata(Answer):
-    """What a model takes and gives."""
+    """The inputs and outputs of a model."""
 
     name: str
     versions: list[str]
@@ -111,7 +115,7 @@ class ModelMetadata(Answer):
 
 
 class ServerMetadata(Answer):
-    """What this server is."""
+    """The server's name, version and extensions."""
 
     name: str
     version: str
@@ -119,19 +123,19 @@ class ServerMetadata(Answer):
 
 
 class Live(Answer):
-    """Whether the server lives."""
+    """Whether the server is alive."""
 
     live: bool
 
 
 class Ready(Answer):
-    """Whether the server takes requests."""
+    """Whether the server accepts requests."""
 
     ready: bool
 
 
 class ModelReady(Answer):
-    """Whether a model takes requests."""
+    """Whether a model accepts requests."""
 
     name: str
     ready: bool

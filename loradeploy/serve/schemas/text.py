@@ -1,4 +1,4 @@
-"""Requests and answers of text generation, in the shape of OpenAI's."""
+"""Requests and responses of text generation, as in OpenAI's API."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 from loradeploy.serve.schemas.common import Answer, ModelRequest, RequestBody
 
 _Token = Annotated[int, Field(ge=0)]
-# Characters of one stop string.
+# Maximum characters of a stop string.
 STOP_LENGTH: Final = 256
 _Stop = Annotated[str, Field(min_length=1, max_length=STOP_LENGTH)]
 _Bias = Annotated[float, Field(ge=-1000, le=1000)]
 
 
 class StreamOptions(RequestBody):
-    """How a stream is sent."""
+    """Options of a stream."""
 
-    include_usage: bool = Field(default=False, description="Send the usage before the end.")
+    include_usage: bool = Field(default=False, description="Send the usage in the last chunk.")
 
 
 class JsonSchema(RequestBody):
@@ -26,23 +26,27 @@ class JsonSchema(RequestBody):
 
     name: str
     description: str | None = None
-    strict: bool | None = Field(default=None, description="The schema always holds.")
+    strict: bool | None = Field(
+        default=None, description="Has no effect: texts always match the schema."
+    )
     schema_: dict[str, Any] = Field(default_factory=lambda: {"type": "object"}, alias="schema")
 
 
 class ResponseFormat(RequestBody):
-    """What form a text has."""
+    """The format of a text."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
 
 class TextRequest(ModelRequest):
-    """What both kinds of text generation take."""
+    """Fields of both kinds of text requests."""
 
     temperature: float = Field(default=1.0, ge=0, le=100, description="0 is greedy.")
     top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=-1, description="An extension; 0 and -1 are all.")
+    top_k: int | None = Field(
+        default=None, ge=-1, description="An extension; 0 and -1 mean all tokens."
+    )
     min_p: float | None = Field(default=None, ge=0, le=1, description="An extension.")
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
@@ -57,12 +61,12 @@ class TextRequest(ModelRequest):
         " random.",
     )
     stop: str | Annotated[list[_Stop], Field(max_length=16)] | None = None
-    n: int = Field(default=1, ge=1, description="Texts for each prompt.")
+    n: int = Field(default=1, ge=1, description="Number of texts for each prompt.")
     max_tokens: int | None = Field(
-        default=None, ge=1, description="By default as many as the service allows."
+        default=None, ge=1, description="By default the maximum of the service."
     )
     logit_bias: dict[str, _Bias] | None = Field(
-        default=None, description="What is added to the logits of tokens, by their ids."
+        default=None, description="Added to the logits of tokens, by token id."
     )
     response_format: ResponseFormat | None = None
     stream: bool = False
@@ -81,7 +85,7 @@ class CompletionRequest(TextRequest):
         description="A text, token ids, or a list of either."
     )
     logprobs: int | None = Field(
-        default=None, ge=0, le=20, description="This many most likely tokens for each position."
+        default=None, ge=0, le=20, description="Return this many most likely tokens per position."
     )
     echo: Literal[False] = False
     best_of: int | None = Field(default=None, description="Must be n.")
@@ -98,7 +102,7 @@ class ChatMessage(RequestBody):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
-        description="The chat template has to know it; developer is system."
+        description="The chat template must support it; developer is treated as system."
     )
     content: str | list[ContentPart]
     name: str | None = Field(default=None, description="For chat templates that read it.")
@@ -109,25 +113,25 @@ class ChatRequest(TextRequest):
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=1024)
     max_completion_tokens: int | None = Field(
-        default=None, ge=1, description="Another name of max_tokens."
+        default=None, ge=1, description="The same as max_tokens."
     )
     logprobs: bool = False
     top_logprobs: int | None = Field(
         default=None,
         ge=0,
         le=20,
-        description="This many most likely tokens for each position, with logprobs.",
+        description="With logprobs, return this many most likely tokens per position.",
     )
 
 
 class CachedTokens(Answer):
-    """Tokens of a prompt whose keys and values were there already."""
+    """Prompt tokens whose keys and values were in the prefix cache."""
 
     cached_tokens: int
 
 
 class Usage(Answer):
-    """How many tokens a request took."""
+    """The token counts of a request."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -145,7 +149,7 @@ class CompletionLogprobs(Answer):
 
 
 class CompletionChoice(Answer):
-    """A text, or a piece of one."""
+    """A text, or a part of a streamed one."""
 
     index: int
     text: str
@@ -154,7 +158,7 @@ class CompletionChoice(Answer):
 
 
 class Completion(Answer):
-    """The texts of a request's prompts, or pieces of them."""
+    """The texts for a request's prompts, or a chunk of a stream."""
 
     id: str
     object: Literal["text_completion"] = "text_completion"
@@ -165,7 +169,7 @@ class Completion(Answer):
 
 
 class LikelyToken(Answer):
-    """A token that a position may have had."""
+    """A likely token at a position."""
 
     token: str
     logprob: float
@@ -173,7 +177,7 @@ class LikelyToken(Answer):
 
 
 class TokenLogprobs(LikelyToken):
-    """A token of a text."""
+    """A token of a text, with the most likely tokens at its position."""
 
     top_logprobs: list[LikelyToken]
 
@@ -185,7 +189,7 @@ class ChatLogprobs(Answer):
 
 
 class AssistantMessage(Answer):
-    """The answer of the model."""
+    """The model's message."""
 
     role: Literal["assistant"] = "assistant"
     content: str
@@ -193,7 +197,7 @@ class AssistantMessage(Answer):
 
 
 class ChatChoice(Answer):
-    """One of the answers."""
+    """One of the `n` responses."""
 
     index: int
     message: AssistantMessage
@@ -202,7 +206,7 @@ class ChatChoice(Answer):
 
 
 class ChatCompletion(Answer):
-    """The answers to a conversation."""
+    """The response to a chat request."""
 
     id: str
     object: Literal["chat.completion"] = "chat.completion"
@@ -213,19 +217,19 @@ class ChatCompletion(Answer):
 
 
 class Delta(Answer):
-    """What is new of an answer."""
+    """The new part of a streamed message."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
 
     @model_serializer(mode="wrap")
-    def _news_alone(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_nulls(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = serialize(self)
         return {name: value for name, value in values.items() if value is not None}
 
 
 class ChunkChoice(Answer):
-    """A piece of one of the answers."""
+    """A new part of one of the responses."""
 
     index: int
     delta: Delta
@@ -234,7 +238,7 @@ class ChunkChoice(Answer):
 
 
 class ChatChunk(Answer):
-    """A piece of the answers to a conversation."""
+    """A chunk of a streamed chat response."""
 
     id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
