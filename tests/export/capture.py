@@ -1,9 +1,9 @@
-"""Sessions on CUDA that capture their runs, on stub libraries: what is bound, and what it holds.
+"""Sessions that capture their runs, on stubs of the CUDA libraries: which buffers are bound.
 
     python -m tests.export.capture < JOB.json      # prints JSON
 
-JOB has `bundles` and `adapters`, paths by name; `small` is of a lower rank than `large`. Nothing is
-computed: memory of the device can be written and read by copies alone, all else ends the process.
+JOB has `bundles` and `adapters`, paths by name; `small` has a lower rank than `large`. Nothing is
+computed: device memory can only be written and read by copies, anything else ends the process.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from loradeploy.runtime.timing import sample_feeds
 from tests.runtime.steps import logits_of_steps
 
 ROWS: Final = 2
-# Each adapter twice: the second time is captured, and replayed from then on.
+# Each adapter twice: the second run is captured, later ones are replayed.
 STEPS: Final = [None, None, "large", "large", "small", "small", ["small", None], [None, "small"]]
 
 
 def capture(path: str, adapters: Mapping[str, str]) -> dict[str, Any]:
-    """What a session on the bundle at `path` did."""
+    """Run `STEPS` in a session on the bundle at `path` and report what it did."""
     try:
         session = ld.AdapterSession(path, ["cuda"], capture_graphs=True)
     except ld.UsageError as problem:
@@ -47,7 +47,7 @@ def capture(path: str, adapters: Mapping[str, str]) -> dict[str, Any]:
         "same addresses": addresses(session) == before,
         "memory": sorted({v.device_name() for values in arrays.values() for v in values.values()}),
         "sets": sorted(arrays),
-        # How many columns of each slot hold an adapter's rank: the rest is zeros.
+        # How many columns of each slot are not zero: the rank of its adapter.
         "ranks": {
             size: [int(np.abs(slot).max(axis=0).astype(bool).sum()) for slot in values]
             for size, values in held.items()
@@ -56,7 +56,7 @@ def capture(path: str, adapters: Mapping[str, str]) -> dict[str, Any]:
 
 
 def run(session: ld.AdapterSession) -> None:
-    """Steps with the adapters of `STEPS`."""
+    """Run one step with each of the adapters of `STEPS`."""
     if session.manifest.cache_in_place:
         logits_of_steps(session, np.full((ROWS, len(STEPS)), 5), STEPS)
         return
@@ -69,7 +69,7 @@ def run(session: ld.AdapterSession) -> None:
 
 
 def addresses(session: ld.AdapterSession) -> list[int]:
-    """Where all that recordings read and write is."""
+    """Return the addresses of all buffers that the recordings read or write."""
     assert session._replays is not None
     values = [
         value for own in session._replays._slots._sets.values() for value in own.values.values()

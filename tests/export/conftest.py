@@ -1,4 +1,4 @@
-"""Fixtures of the specifications of exports."""
+"""Fixtures of the export tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The smallest graphs that show a rule."""
+"""Helpers to build and run minimal graphs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ IN, OUT = 6, 4
 
 
 class Builder:
-    """A graph put together node by node."""
+    """Builds a graph node by node."""
 
     def __init__(self) -> None:
         self.inputs: list[ir.Value] = []
@@ -96,7 +96,7 @@ def linear(module: str | None = "block.proj") -> ir.Model:
 
 
 def run(model: ir.Model, feeds: Arrays) -> NDArray[Any]:
-    """The first output of the graph."""
+    """Run the graph and return its first output."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(
@@ -112,12 +112,12 @@ def numbers(*shape: int, seed: int = 0) -> NDArray[np.float32]:
 
 
 def ops(model: ir.Model) -> list[str]:
-    """The graph's operators, in order."""
+    """Return the operators of the graph, in order."""
     return [node.op_type for node in model.graph]
 
 
 def manifest_of(added: SideInputs) -> Manifest:
-    """The manifest of a graph with what surgery added to it."""
+    """Return the manifest of a graph with the side inputs `added`."""
     return Manifest(
         task="causal-lm",
         mode="side-inputs",

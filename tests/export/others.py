@@ -1,4 +1,4 @@
-"""Graphs by other exporters and quantizers, of the same tiny models."""
+"""The tiny models exported and quantized by other tools."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ IDS = np.random.default_rng(3).integers(3, 512, (3, 11))
 
 
 def export_with_torch(model: Path, place: Path, *, dynamo: bool, opset: int = 17) -> None:
-    """torch.onnx.export of an encoder, with nothing from us: with or without dynamo."""
+    """Export an encoder by plain torch.onnx.export, with or without dynamo."""
     import torch
     from transformers import AutoModel
 
@@ -44,12 +44,12 @@ def export_with_torch(model: Path, place: Path, *, dynamo: bool, opset: int = 17
         options |= {"dynamic_axes": dict.fromkeys([*given, made[0]], symbols)}
         options["opset_version"] = opset
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the older exporter is deprecated, and in use
+        warnings.simplefilter("ignore")  # the older exporter is deprecated but still used
         torch.onnx.export(Plain(), (ids, torch.ones_like(ids)), place / "model.onnx", **options)
 
 
 def export_as_optimum(model: Path, file: Path) -> None:
-    """torch.onnx's older exporter on an encoder itself, its forward patched, as optimum does it."""
+    """Export an encoder by torch.onnx's older exporter with a patched forward, as optimum does."""
     import torch
     from transformers import AutoModel
 
@@ -76,7 +76,7 @@ def export_as_optimum(model: Path, file: Path) -> None:
 
 
 def export_decoder(model: Path, place: Path, *, cache: bool, positions: bool = False) -> None:
-    """torch.onnx's older exporter on a decoder, with a cache or none, as many scripts do it."""
+    """Export a decoder by torch.onnx's older exporter, with or without a cache, as scripts do."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.cache_utils import DynamicCache
@@ -132,7 +132,7 @@ def export_decoder(model: Path, place: Path, *, cache: bool, positions: bool = F
 
 
 def without_mask(graph: Path, place: Path) -> None:
-    """The same graph with every token seen, whatever is padding: it takes no attention_mask."""
+    """Remove the input attention_mask: every token is visible, including padding."""
     model = ir.load(graph)
     ids, mask = (next(v for v in model.graph.inputs if v.name == n) for n in _TOKENS)
     shape = ir.node("Shape", [ids], name="ids_shape")
@@ -148,7 +148,7 @@ def without_mask(graph: Path, place: Path) -> None:
 
 
 def with_int32(graph: Path, place: Path, *, output: str | None = None) -> None:
-    """The same graph with integers of 32 bits, and perhaps its first output by another name."""
+    """Change integer inputs to int32, and rename the first output if `output` is given."""
     model = ir.load(graph)
     for value in model.graph.inputs:
         if value.dtype == ir.DataType.INT64:
@@ -167,7 +167,7 @@ def with_int32(graph: Path, place: Path, *, output: str | None = None) -> None:
 
 
 def without_names(graph: Path, place: Path) -> None:
-    """The same graph, its nodes and weights called by numbers and its metadata gone."""
+    """Rename nodes and weights to numbers and remove the metadata."""
     model = ir.load(graph)
     for number, node in enumerate(model.graph):
         node.name = f"n{number}"
@@ -181,7 +181,7 @@ def without_names(graph: Path, place: Path) -> None:
 
 
 def quantise_statically(graph: Path, place: Path) -> None:
-    """onnxruntime's own static quantization, as QuantizeLinear and DequantizeLinear."""
+    """Quantize by onnxruntime's static quantization (QuantizeLinear, DequantizeLinear)."""
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -205,7 +205,7 @@ def quantise_statically(graph: Path, place: Path) -> None:
 
 
 def quantise_dynamically(graph: Path, place: Path) -> None:
-    """onnxruntime's own dynamic quantization, as optimum offers it: MatMulInteger."""
+    """Quantize by onnxruntime's dynamic quantization, as optimum does (MatMulInteger)."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     place.mkdir(parents=True)
@@ -214,7 +214,7 @@ def quantise_dynamically(graph: Path, place: Path) -> None:
 
 
 def pack(graph: Path, place: Path, *, bits: int, symmetric: bool, block: int = 16) -> None:
-    """onnxruntime's own MatMulNBits, each with its bias as an input, as its fusion writes them."""
+    """Quantize by onnxruntime to MatMulNBits with the biases as inputs, like its fusion."""
     import onnx
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
@@ -236,7 +236,7 @@ def pack(graph: Path, place: Path, *, bits: int, symmetric: bool, block: int = 1
 
 
 def dequantise_in_blocks(graph: Path, place: Path) -> None:
-    """onnxruntime's own quantization to 4 bits in blocks, as DequantizeLinear."""
+    """Quantize by onnxruntime to 4 bits in blocks (DequantizeLinear)."""
     import logging
 
     import onnx
@@ -261,5 +261,5 @@ def dequantise_in_blocks(graph: Path, place: Path) -> None:
 
 
 def copy_of(directory: Path, place: Path) -> Path:
-    """A copy that a test may spoil."""
+    """Copy a directory for a test that modifies it."""
     return Path(shutil.copytree(directory, place))

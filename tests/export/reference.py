@@ -1,4 +1,4 @@
-"""PyTorch's answers and onnxruntime's, side by side."""
+"""Outputs of PyTorch and of onnxruntime for the same inputs."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ Arrays = dict[str, NDArray[Any]]
 
 
 def session(bundle: Path) -> onnxruntime.InferenceSession:
-    """A plain onnxruntime session on a bundle's graph."""
+    """Return a plain onnxruntime session on the graph of a bundle."""
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # it warns once for every side input
+    options.log_severity_level = 3  # onnxruntime warns about every side input
     return onnxruntime.InferenceSession(
         bundle / "model.onnx", options, providers=["CPUExecutionProvider"]
     )
@@ -35,7 +35,7 @@ def token_feeds(
     ids: NDArray[np.int64],
     mask: NDArray[np.int64] | None = None,
 ) -> Arrays:
-    """Feeds for a first call: an empty cache, positions that skip padding."""
+    """Return inputs of a first call: an empty cache, positions that skip padding."""
     mask = np.ones_like(ids) if mask is None else mask
     feeds: Arrays = {
         "input_ids": ids,
@@ -57,7 +57,7 @@ def onnx_output(
     mask: NDArray[np.int64] | None = None,
     side: Mapping[str, NDArray[Any]] | None = None,
 ) -> NDArray[Any]:
-    """The first output of the bundle's graph, with side inputs where given."""
+    """Run the bundle's graph, with side inputs if given, and return its first output."""
     graph = session(bundle)
     feeds = {**token_feeds(graph, ids, mask), **(side or {})}
     output: NDArray[Any] = graph.run(None, feeds)[0]
@@ -65,19 +65,19 @@ def onnx_output(
 
 
 def factors(bundle: Path, adapter: Path) -> Arrays:
-    """The side inputs of one adapter, one slot, with what chooses its branch of the graph."""
+    """Return the side inputs of one adapter in one slot, with the input that selects its branch."""
     manifest = read_manifest(bundle)
     return {**side_inputs(load_adapter(adapter), manifest), **branch_choice(manifest)}
 
 
 def defaults(bundle: Path) -> Arrays:
-    """What the base has where adapters replace whole parameters."""
+    """Return the base's values of side inputs that replace whole parameters."""
     file = bundle / "defaults.safetensors"
     return read_arrays(file, error=BundleError)[0] if file.exists() else {}
 
 
 def idle(bundle: Path) -> Arrays:
-    """One slot without an adapter, of all factors that the graph takes."""
+    """Return side inputs of one slot without an adapter."""
     manifest = read_manifest(bundle)
     dtype = np.dtype(manifest.factor_dtype)
     arrays: Arrays = {}
@@ -89,7 +89,7 @@ def idle(bundle: Path) -> Arrays:
 
 
 def stacked(slots: list[Arrays], base: Arrays) -> Arrays:
-    """Side inputs of several slots, zero-padded to one rank; an empty slot is the base."""
+    """Return side inputs of several slots, zero-padded to one rank; an empty slot is the base."""
     stack: Arrays = {}
     for name in dict.fromkeys(name for slot in slots for name in slot):
         some = next(slot[name] for slot in slots if name in slot)
@@ -116,9 +116,9 @@ def torch_output(
     adapter: Path | None = None,
     labels: int = 2,
 ) -> NDArray[Any]:
-    """PyTorch's logits or last hidden state, with a PEFT adapter where given.
+    """Return PyTorch's logits or last hidden state, with a PEFT adapter if given.
 
-    A padded decoder has the positions of transformers' `generate`, which are those of the graph.
+    A padded decoder gets the positions of transformers' `generate`, like those of the graph.
     """
     import peft
     import torch
@@ -140,11 +140,11 @@ def torch_output(
 
 
 def difference(one: NDArray[Any], other: NDArray[Any]) -> float:
-    """The largest absolute difference."""
+    """Return the largest absolute difference."""
     return float(np.abs(one.astype(np.float64) - other.astype(np.float64)).max())
 
 
 def apart(one: NDArray[Any], other: NDArray[Any]) -> float:
-    """1 − cosine: how far rounding has turned an output away."""
+    """Return 1 − cosine of two outputs."""
     a, b = one.astype(np.float64).ravel(), other.astype(np.float64).ravel()
     return float(1 - a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))

@@ -1,4 +1,4 @@
-"""The sizes of a decoder of one layer, which is made and traced in no time."""
+"""The config sizes of a one-layer decoder that is created and traced quickly."""
 
 from __future__ import annotations
 

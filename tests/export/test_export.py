@@ -30,7 +30,7 @@ from tests.export.reference import (
 from tests.tolerances import tolerance
 
 Ids = NDArray[np.int64]
-VISIBLE = 1e-2  # an adapter that changes less than this would let a test pass without it
+VISIBLE = 1e-2  # the least change by an adapter: with less, tests would pass without an adapter
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,9 @@ def test_native_adapters_of_plain_onnxruntime_are_the_adapted_model(
     )
 
 
-def test_names_and_dimensions_are_those_of_the_ecosystem(tiny_llama_bundle: Path) -> None:
+def test_input_and_output_names_and_dimensions_follow_the_ecosystem(
+    tiny_llama_bundle: Path,
+) -> None:
     manifest = read_manifest(tiny_llama_bundle)
     assert [spec.name for spec in manifest.inputs] == [
         "input_ids",
@@ -175,7 +177,7 @@ def test_names_and_dimensions_are_those_of_the_ecosystem(tiny_llama_bundle: Path
     assert shapes["attention_mask"] == ("batch", "total")
     assert shapes["past_key_values.0.key"] == ("batch", 2, "past", 16)
     assert shapes["present.1.value"] == ("batch", 2, "total", 16)
-    assert shapes["logits"] == ("batch", "kept", 512)  # all positions, unless some are chosen
+    assert shapes["logits"] == ("batch", "kept", 512)  # all positions, unless some are selected
 
 
 def test_every_linear_but_the_output_head_is_a_target(tiny_llama_bundle: Path) -> None:
@@ -185,7 +187,7 @@ def test_every_linear_but_the_output_head_is_a_target(tiny_llama_bundle: Path) -
     assert modules == {f"model.layers.{i}.{part}" for i in range(2) for part in parts}
 
 
-def test_the_manifest_says_by_what_a_module_was_found(tiny_llama_bundle: Path) -> None:
+def test_the_manifest_records_how_a_module_was_found(tiny_llama_bundle: Path) -> None:
     assert {target.found_by for target in read_manifest(tiny_llama_bundle).targets} == {
         "metadata pkg.torch.onnx.name_scopes"
     }
@@ -237,7 +239,7 @@ def test_scaling_variants_reach_the_merged_graph(
 # -- encoders ----------------------------------------------------------------------------------
 
 
-def test_an_encoder_gives_its_last_hidden_state(
+def test_an_encoder_outputs_its_last_hidden_state(
     tiny_bert: Path, ids: Ids, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     adapter = make_adapter(tiny_bert, task="feature-extraction")
@@ -314,7 +316,7 @@ def test_a_head_that_the_checkpoint_lacks_is_zero(tiny_bert_bundle: Path, ids: I
     assert not onnx_output(tiny_bert_bundle, ids).any()
 
 
-def test_labels_of_the_adapters_are_in_the_config(
+def test_the_labels_of_the_adapters_are_in_the_config(
     classifier_adapters: dict[str, Path], tiny_bert: Path, tmp_path: Path
 ) -> None:
     import dataclasses
@@ -396,7 +398,9 @@ def test_the_same_export_gives_the_same_bytes(
         assert first.is_dir() or first.read_bytes() == second.read_bytes(), file
 
 
-def test_a_tokenizer_of_older_files_is_made_whole(tiny_llama_bundle: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_without_a_tokenizer_json_is_converted(
+    tiny_llama_bundle: Path, tmp_path: Path
+) -> None:
     bundle = shutil.copytree(tiny_llama_bundle, tmp_path / "old")
     kept = json.loads((bundle / "tokenizer.json").read_text())
     (bundle / "tokenizer.json").unlink()
@@ -410,7 +414,7 @@ def test_a_tokenizer_of_older_files_is_made_whole(tiny_llama_bundle: Path, tmp_p
     assert made["model"]["vocab"] == kept["model"]["vocab"]
 
 
-def test_genai_config_tells_the_graph(tiny_llama_bundle: Path) -> None:
+def test_genai_config_describes_the_graph(tiny_llama_bundle: Path) -> None:
     decoder = json.loads((tiny_llama_bundle / "genai_config.json").read_text())["model"]["decoder"]
     assert decoder["head_size"] == 16
     assert decoder["num_key_value_heads"] == 2

@@ -1,4 +1,4 @@
-"""What goes wrong is said in one line, early, and leaves what was there alone."""
+"""Failing exports: errors are one line, raised early, and existing files are kept."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from tests.export.graphs import Builder, linear
 
 @pytest.fixture
 def no_tracing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is refused here is refused before the model is traced."""
+    """Fail the test if a model is traced: the refusals here come before that."""
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("the model was traced")
@@ -77,21 +77,21 @@ def test_two_adapters_cannot_share_a_name(
 
 
 @pytest.mark.parametrize("name", ["../up", "", ".hidden", "a b"])
-def test_an_adapter_s_name_must_be_a_file_s(
+def test_the_name_of_an_adapter_must_be_a_valid_file_name(
     name: str, tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match="cannot be the name of a file"):
         export(tiny_llama, tmp_path / "b", adapters={name: make_adapter(tiny_llama)})
 
 
-def test_a_directory_that_is_no_bundle_is_not_replaced(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_directory_that_is_not_a_bundle_is_not_replaced(tiny_llama: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(UsageError, match="is not empty and has no"):
         export(tiny_llama, tmp_path)
     assert (tmp_path / "thesis.txt").exists()
 
 
-def test_a_bundle_is_replaced_only_where_that_is_allowed(
+def test_a_bundle_is_replaced_only_with_permission(
     tiny_llama: Path, tiny_llama_bundle: Path, tmp_path: Path
 ) -> None:
     bundle = _copy(tiny_llama_bundle, tmp_path / "b")
@@ -116,32 +116,32 @@ def test_unknown_options_are_refused_by_name(
 # -- models ------------------------------------------------------------------------------------
 
 
-def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+def test_a_model_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="does not exist"):
         export(tmp_path / "gone", tmp_path / "b")
 
 
-def test_a_hub_s_model_that_cannot_be_had(tmp_path: Path) -> None:
+def test_a_hub_model_that_cannot_be_downloaded_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ModelError, match="nobody/nothing .* cannot be fetched from the Hugging Face"
     ):
         export("nobody/nothing", tmp_path / "b")
 
 
-def test_a_directory_without_weights(tmp_path: Path) -> None:
+def test_a_directory_without_weights_is_refused(tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
     with pytest.raises(ModelError, match=r"has neither \.safetensors nor \.onnx files"):
         export(tmp_path / "m", tmp_path / "b")
 
 
-def test_an_adapter_given_as_the_model(
+def test_an_adapter_given_as_the_model_is_refused(
     tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     with pytest.raises(ModelError, match="is an adapter: give its base as the model"):
         export(make_adapter(tiny_llama), tmp_path / "b")
 
 
-def test_a_file_that_is_no_graph(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_graph_is_refused(tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_bytes(b"hello, I am no protobuf")
     with pytest.raises(ModelError, match="is not a readable ONNX model"):
         export(tmp_path / "m.onnx", tmp_path / "b")
@@ -184,26 +184,28 @@ def test_strings_are_refused_by_name(what: str, tmp_path: Path) -> None:
         export(tmp_path / "m.onnx", tmp_path / "b", task="feature-extraction")
 
 
-def test_several_graphs_in_a_directory(tmp_path: Path) -> None:
+def test_several_graphs_in_a_directory_are_refused(tmp_path: Path) -> None:
     for name in ("encoder.onnx", "decoder.onnx"):
         ir.save(linear(), tmp_path / name)
     with pytest.raises(UsageError, match=r"give one of them: decoder\.onnx, encoder\.onnx"):
         export(tmp_path, tmp_path / "b")
 
 
-def test_a_graph_whose_task_cannot_be_told(tmp_path: Path) -> None:
+def test_a_graph_of_unknown_task_is_refused(tmp_path: Path) -> None:
     ir.save(linear(), tmp_path / "m.onnx")
     with pytest.raises(UsageError, match="do not show its task: give `task`"):
         export(tmp_path / "m.onnx", tmp_path / "b")
 
 
-def test_a_graph_without_a_known_module(tmp_path: Path) -> None:
+def test_a_graph_without_a_known_module_is_refused(tmp_path: Path) -> None:
     ir.save(linear(module=None), tmp_path / "m.onnx")
     with pytest.raises(ExportError, match="no linear layer of the graph was identified"):
         export(tmp_path / "m.onnx", tmp_path / "b", task="feature-extraction")
 
 
-def test_a_graph_that_already_has_side_inputs(tiny_llama_bundle: Path, tmp_path: Path) -> None:
+def test_a_graph_that_already_has_side_inputs_is_refused(
+    tiny_llama_bundle: Path, tmp_path: Path
+) -> None:
     graph = tiny_llama_bundle / "model.onnx"
     with pytest.raises(ExportError, match=r"already takes the side input .*lora_A"):
         export(graph, tmp_path / "b")
@@ -269,7 +271,7 @@ def test_external_data_that_is_too_short_is_refused(
         export(bundle, tmp_path / "out")
 
 
-def test_a_merged_bundle_takes_no_more_adapters(
+def test_a_merged_bundle_refuses_more_adapters(
     tiny_llama: Path, make_adapter: MakeAdapter, tiny_llama_bundle: Path, tmp_path: Path
 ) -> None:
     adapter = make_adapter(tiny_llama)
@@ -278,7 +280,7 @@ def test_a_merged_bundle_takes_no_more_adapters(
         export(tmp_path / "m", tmp_path / "again", adapters=[adapter], merge=True)
 
 
-def test_an_incomplete_checkpoint(tiny_llama: Path, tmp_path: Path) -> None:
+def test_an_incomplete_checkpoint_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     from safetensors.numpy import load_file, save_file
 
     shutil.copytree(tiny_llama, tmp_path / "m")
@@ -289,7 +291,7 @@ def test_an_incomplete_checkpoint(tiny_llama: Path, tmp_path: Path) -> None:
         export(tmp_path / "m", tmp_path / "b")
 
 
-def test_a_language_model_without_its_head(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_language_model_without_its_head_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     from safetensors.numpy import load_file, save_file
 
     shutil.copytree(tiny_llama, tmp_path / "m")
@@ -379,7 +381,7 @@ def test_heads_without_a_bias_that_differ_in_labels_are_refused(
 
 
 @pytest.mark.usefixtures("no_tracing")
-def test_a_broken_adapter_is_refused_before_the_model_is_looked_at(tmp_path: Path) -> None:
+def test_a_broken_adapter_is_refused_before_the_model_is_read(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="gone"):
         export(tmp_path / "nowhere", tmp_path / "b", adapters=[tmp_path / "gone"])
 
@@ -434,7 +436,7 @@ export(sys.argv[1], sys.argv[2] + "/merged", adapters=[sys.argv[3]], merge=True)
 
 
 def _python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    # -B: where files are cut short, the compiled modules would be too.
+    # -B: with a file size limit, the compiled modules would be truncated too.
     return subprocess.run(
         [sys.executable, "-B", "-c", code, *map(str, arguments)],
         cwd=ROOT,
@@ -462,7 +464,7 @@ def test_a_killed_export_leaves_the_old_bundle(tiny_llama_bundle: Path, tmp_path
     done = _python(_KILLED, tiny_llama_bundle, bundle)
     assert done.returncode == -signal.SIGKILL
     assert _fingerprint(bundle) == before
-    export(tiny_llama_bundle, bundle)  # and the next one sweeps up
+    export(tiny_llama_bundle, bundle)  # the next export removes the temporary files
     assert os.listdir(tmp_path) == ["b"]
     read_manifest(bundle)
 
@@ -487,7 +489,7 @@ def test_surgery_and_merge_need_no_torch(
 # -- the command -------------------------------------------------------------------------------
 
 
-def test_the_command_prints_what_it_made(tiny_llama_bundle: Path, tmp_path: Path) -> None:
+def test_the_command_prints_what_it_wrote(tiny_llama_bundle: Path, tmp_path: Path) -> None:
     arguments = ["--model", str(tiny_llama_bundle), "--output", str(tmp_path / "b")]
     done = CliRunner().invoke(command, arguments)
     assert done.exit_code == 0, done.output
@@ -496,7 +498,7 @@ def test_the_command_prints_what_it_made(tiny_llama_bundle: Path, tmp_path: Path
     assert done.stderr == ""
 
 
-def test_packing_leaves_the_program_s_logging_alone(
+def test_quantization_does_not_change_the_logging_of_the_program(
     tiny_llama_bundle: Path, tmp_path: Path
 ) -> None:
     code = "import logging, sys; from loradeploy.export.api import export; "
@@ -518,7 +520,9 @@ def test_help_shows_an_example() -> None:
     assert "Example: loradeploy export --model" in CliRunner().invoke(command, ["--help"]).output
 
 
-def test_nodes_without_a_module_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_nodes_without_a_module_are_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     b = Builder()
     x = b.input("x", ["batch", "sequence", 6])
     known = b.node("MatMul", [x, b.weight("w", 6, 4)], ["batch", "sequence", 4], module="m")

@@ -1,4 +1,4 @@
-"""The forms of a graph: every pair of options that may stand together computes the same."""
+"""The options for the form of a graph: every allowed pair of them computes the same."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ from tests.tolerances import tolerance
 
 IDS = np.random.default_rng(0).integers(3, 500, (2, 5))
 
-# The values of each option that are tried, and how they are refused beside others: a pair that is
-# not here has to work.
+# The tested values of each option. All pairs that are not in REFUSED have to work.
 VALUES: Mapping[str, tuple[Any, ...]] = {
     "merge": (False, True),
     "precision": ("fp32", "fp16", "bf16", "int8", "int4"),
@@ -50,7 +49,7 @@ OFF_CUDA = {"attention": "gqa", "target": "cuda"}
 
 
 def refusal(form: Mapping[str, Any]) -> str | None:
-    """The message for a form that cannot be, None for one that can."""
+    """Return the error message for an impossible form, None for an allowed one."""
     if form["precision"] != "fp16" and OFF_CUDA.items() <= form.items():
         return "does not run on the device of `target='cuda'`"
     return next(
@@ -68,7 +67,7 @@ def pairs(form: Mapping[str, Any]) -> set[tuple[str, str]]:
 
 
 def covering() -> Iterator[dict[str, Any]]:
-    """Forms that can be, in which every pair of values that can stand together is once."""
+    """Yield allowed forms in which every allowed pair of values occurs."""
     every = [
         dict(zip(VALUES, values, strict=True)) for values in itertools.product(*VALUES.values())
     ]
@@ -109,7 +108,7 @@ def test_every_pair_of_options_computes_what_pytorch_computes(
         "precision": form["precision"],
         "merge": form["merge"],
         "layout": form["layout"],
-        "branches": None if form["merge"] else form["branches"],  # a merged graph has none to lack
+        "branches": None if form["merge"] else form["branches"],  # not defined for a merged graph
         "attention": form["attention"],
         "required_inputs": form["required_inputs"],
         "logits_to_keep": form["logits_to_keep"],
@@ -127,7 +126,7 @@ def test_every_pair_of_options_computes_what_pytorch_computes(
     [({one: value, other: its}, message) for (one, value, other, its), message in REFUSED.items()],
     ids=lambda value: named(value) if isinstance(value, dict) else "",
 )
-def test_a_pair_that_cannot_be_is_refused_before_anything_is_read(
+def test_an_impossible_pair_is_refused_before_anything_is_read(
     asked: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ld.UsageError, match=message):
@@ -155,7 +154,7 @@ Again = Callable[..., GraphForm]
 
 @pytest.fixture
 def again(tiny_llama: Path, shared: Path, tmp_path: Path) -> Again:
-    """(the form of a bundle, the options it is exported again with) → the form of the second."""
+    """(form of a bundle, options of a second export of it) → form of the second bundle."""
 
     def export(first: dict[str, Any], **asked: Any) -> GraphForm:
         name = "".join(c if c.isalnum() else "-" for c in named(first)) or "plain"
@@ -176,7 +175,7 @@ def again(tiny_llama: Path, shared: Path, tmp_path: Path) -> Again:
     ],
     ids=named,
 )
-def test_what_is_not_asked_for_is_inherited(first: dict[str, Any], again: Again) -> None:
+def test_options_that_are_not_given_are_inherited(first: dict[str, Any], again: Again) -> None:
     form = again(first)
     for name, value in first.items():
         if name == "fixed":
@@ -198,7 +197,7 @@ def test_what_is_not_asked_for_is_inherited(first: dict[str, Any], again: Again)
     ],
     ids=lambda value: named(value) or "plain",
 )
-def test_what_is_asked_for_is_done_and_the_rest_inherited(
+def test_given_options_are_applied_and_the_others_inherited(
     first: dict[str, Any], asked: dict[str, Any], again: Again
 ) -> None:
     form = again(first, **asked)
@@ -226,14 +225,14 @@ def test_the_default_of_a_precision_is_not_a_choice(
     ],
     ids=lambda value: named(value) if isinstance(value, dict) else "",
 )
-def test_what_a_bundle_cannot_become_is_refused_by_name(
+def test_an_impossible_conversion_of_a_bundle_is_refused_by_name(
     first: dict[str, Any], asked: dict[str, Any], message: str, again: Again
 ) -> None:
     with pytest.raises(ld.LoraDeployError, match=message):
         again(first, **asked)
 
 
-# -- what a bundle is for --------------------------------------------------------------------------
+# -- the target device of a bundle -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -246,9 +245,9 @@ def test_what_a_bundle_cannot_become_is_refused_by_name(
         ({}, {"target": "openvino"}, {"branches": False, "required_inputs": True}),
         ({}, {"target": "web"}, {"precision": "int4", "required_inputs": True, "branches": True}),
         ({}, {"target": "web", "precision": "fp32"}, {"precision": "fp32", "layout": "slots"}),
-        # What the first bundle was given for another device is chosen again.
+        # Options given to the first export for another device are chosen again.
         ({"layout": "rows", "branches": True}, {"target": "cuda"}, {"branches": False}),
-        # The target stays, and with it what it chooses at another precision, and what was given.
+        # The target is inherited, with its defaults at another precision, and with given options.
         ({"target": "cuda"}, {"precision": "int8"}, {"target": "cuda", "branches": False}),
         ({"target": "cuda", "layout": "slots"}, {}, {"target": "cuda", "layout": "slots"}),
         # The CPU's choices are the defaults again.
@@ -257,7 +256,7 @@ def test_what_a_bundle_cannot_become_is_refused_by_name(
     ],
     ids=lambda value: named(value) or "plain",
 )
-def test_a_target_chooses_what_is_not_given(
+def test_a_target_sets_the_options_that_are_not_given(
     first: dict[str, Any], asked: dict[str, Any], expected: dict[str, Any], again: Again
 ) -> None:
     form = again({"precision": "fp32", **first} if "target" in first else first, **asked)
@@ -283,14 +282,14 @@ def test_a_target_chooses_what_is_not_given(
     ],
     ids=lambda value: named(value) if isinstance(value, dict) else "",
 )
-def test_a_form_that_falls_off_the_device_is_refused_by_name(
+def test_a_form_that_the_device_cannot_run_is_refused_by_name(
     first: dict[str, Any], asked: dict[str, Any], message: str, again: Again
 ) -> None:
     with pytest.raises(ld.UsageError, match=message):
         again(first, **asked)
 
 
-def test_clients_of_the_web_are_given_zeros_of_rank_one(
+def test_web_clients_get_zeros_of_rank_one(
     tiny_llama_bundle: Path, tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     adapters = {"a": make_adapter(tiny_llama, target_modules=["q_proj"])}
@@ -311,12 +310,12 @@ def test_clients_of_the_web_are_given_zeros_of_rank_one(
         )
 
 
-def test_the_same_again_is_no_conflict(again: Again) -> None:
+def test_giving_the_inherited_value_is_no_conflict(again: Again) -> None:
     assert again({"fixed": {"batch": 2}}, fixed={"batch": 2}).static_shapes == {"batch": 2}
     assert BY_NAME["fixed"].inherited
 
 
-# -- where else the table is read ------------------------------------------------------------------
+# -- the table in the documentation ----------------------------------------------------------------
 
 
 def test_the_documentation_has_the_table_of_targets() -> None:

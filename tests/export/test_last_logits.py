@@ -1,4 +1,4 @@
-"""A decoder that gives the logits of its last position alone, as some exporters make them."""
+"""Decoders that output only the logits of the last position, as some exporters write them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.export.reference import torch_output
 
 @pytest.fixture(scope="module")
 def decoder(shared: Path, tiny_llama: Path) -> Path:
-    """[batch, vocabulary] in place of [batch, sequence, vocabulary]."""
+    """A decoder with logits [batch, vocabulary] instead of [batch, sequence, vocabulary]."""
 
     def make(out: Path) -> None:
         others.export_decoder(tiny_llama, out, cache=False)
@@ -44,7 +44,7 @@ def decoder(shared: Path, tiny_llama: Path) -> Path:
     return once(shared / "decoder-of-last-logits", make)
 
 
-def test_it_is_no_classifier_of_as_many_labels_as_words(
+def test_the_decoder_is_not_taken_for_a_classifier_with_one_label_per_token(
     decoder: Path, tiny_llama: Path, tmp_path: Path
 ) -> None:
     manifest = export(decoder, tmp_path / "bundle")
@@ -56,15 +56,13 @@ def test_it_is_no_classifier_of_as_many_labels_as_words(
         assert row.token_ids == (expected,)
 
 
-def test_without_the_model_s_config_it_is_what_its_shape_says(
-    decoder: Path, tmp_path: Path
-) -> None:
+def test_without_a_config_the_task_follows_from_the_shape(decoder: Path, tmp_path: Path) -> None:
     alone = Path(shutil.copytree(decoder, tmp_path / "alone"))
     (alone / "config.json").unlink()
     assert export(alone, tmp_path / "bundle").task == "sequence-classification"
 
 
-def test_parity_says_that_it_compares_every_position(
+def test_parity_refuses_logits_of_only_the_last_position(
     decoder: Path, tiny_llama: Path, tmp_path: Path
 ) -> None:
     export(decoder, tmp_path / "bundle")
@@ -73,16 +71,18 @@ def test_parity_says_that_it_compares_every_position(
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 7), (2, 7)])
-def test_so_it_does_where_the_shapes_are_seen_in_a_run_alone(shape: tuple[int, ...]) -> None:
+def test_parity_refuses_such_logits_where_only_a_run_shows_the_shape(
+    shape: tuple[int, ...],
+) -> None:
     check_positions(np.zeros((2, 3, 7)), 3)
     with pytest.raises(UsageError, match="not those of every token"):
         check_positions(np.zeros(shape), 3)
 
 
-def test_the_declared_length_of_the_logits_is_not_believed_where_the_graph_cuts(
+def test_a_wrong_declared_length_of_the_logits_is_detected(
     tmp_path: Path,
 ) -> None:
-    """A bundle is made without a choice of positions, which only a whole row has."""
+    """The bundle gets no input that selects positions, which needs logits of the whole row."""
     b, sizes = Builder(), ["batch", "sequence", IN]
     ids = b.input("input_ids", ["batch", "sequence"], ir.DataType.INT64)
     x = b.node("Gather", [b.weight("words", 50, IN), ids], sizes)

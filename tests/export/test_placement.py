@@ -1,7 +1,7 @@
-"""Every form of a graph stays on the device: CUDA's own placement, on stub libraries.
+"""Node placement: on CUDA, every form of a graph runs on the device. Tested on stub libraries.
 
-`tools.cuda_placement` opens onnxruntime's CUDA provider without a GPU. It computes nothing; that
-the forms compute the same on the CPU is what the other tests of the export show.
+`tools.cuda_placement` opens onnxruntime's CUDA provider without a GPU. Nothing is computed; other
+tests of the export show that all forms compute the same on the CPU.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from tools.cuda_placement.__main__ import described
 from tools.gpu_check import misplaced
 
 GQA: Final = "com.microsoft:GroupQueryAttention"
-# GroupQueryAttention takes the number of all positions in the host's memory.
+# GroupQueryAttention reads the total number of positions from host memory.
 TOTAL: Final = {"Squeeze": 1, "Cast": 1}
-# In fp32 its kernel is missing, and what stands beside it goes to the CPU with it.
+# CUDA has no fp32 kernel for it, so it is on the CPU together with its neighbors.
 FP32_GQA: Final = {GQA: 2, **TOTAL}
 FP32_GQA_ROWS: Final = {**FP32_GQA, "MatMul": 4}
-# Sizes that `logits_to_keep` is read by, where it is an input; in each branch.
+# The nodes that compute sizes from the input `logits_to_keep`, in each branch.
 KEPT: Final = {"model.onnx": {"Concat": 1, "Mul": 1}, "required.onnx": {"Concat": 1}}
 NOTHING: Final[Mapping[str, int]] = {}
 STEP: Final = {"batch": 1, "sequence": 1, "past": 127}
 CONTROL_FLOW: Final = "control flow"
 ON_CPU: Final = "not been partitioned"
 
-# The form, by what of the tiny Llama it is exported from; what of it may lie on the CPU, by
-# operator; a word of ONNX Runtime's reason not to capture it as a CUDA graph, None where it does.
+# For each form: the source it is exported from, the export options, the number of nodes allowed on
+# the CPU by operator, and a word of ONNX Runtime's reason not to capture a CUDA graph, or None.
 FORMS: Final[Mapping[str, tuple[str, dict[str, Any], Mapping[str, int], str | None]]] = {
     "fp32 slots": ("fp32", {}, NOTHING, None),
     "fp32 rows": ("fp32", {"layout": "rows"}, NOTHING, None),
@@ -78,7 +78,7 @@ FORMS: Final[Mapping[str, tuple[str, dict[str, Any], Mapping[str, int], str | No
         FP32_GQA_ROWS,
         ON_CPU,
     ),
-    # Made of an fp16 bundle it computes in fp16, and all of it is on the device.
+    # Exported from an fp16 bundle, it computes in fp16, entirely on the device.
     "int4 fp16 gqa rows": (
         "fp16",
         {"precision": "int4", "attention": "gqa", "target": "cuda"},
@@ -88,7 +88,7 @@ FORMS: Final[Mapping[str, tuple[str, dict[str, Any], Mapping[str, int], str | No
 }
 
 
-# Those that sessions capture: enough of the table to have every layout and precision.
+# The forms tested with captured sessions: they include every layout and precision.
 CAPTURED: Final = (
     *("fp32 slots", "fp32 rows", "fp16 slots", "fp16 rows", "fp16 gqa", "fp16 gqa rows"),
     *("bf16 slots", "bf16 rows", "int8 rows", "int4 slots", "int4 rows", "int4 fp16 gqa rows"),
@@ -105,7 +105,7 @@ def forms(
     make_adapter: Any,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Mapping[str, Path]:
-    """A bundle of every form, by its name."""
+    """A bundle of every form, by name."""
     try:
         stubs()
     except StubsUnavailableError as problem:
@@ -124,7 +124,7 @@ def forms(
 
 @pytest.fixture(scope="module")
 def placed(forms: Mapping[str, Path]) -> Mapping[str, list[Placement]]:
-    """model.onnx and required.onnx of every form, in one process on the stubs."""
+    """The placement of model.onnx and required.onnx of every form, by one process on stubs."""
     files = [file for bundle in forms.values() for file in sorted(bundle.glob("*.onnx"))]
     found: dict[str, list[Placement]] = {name: [] for name in FORMS}
     for file, placement in zip(files, place(files), strict=True):
@@ -155,7 +155,7 @@ def test_only_what_the_table_allows_is_on_the_cpu(
 def captured(
     forms: Mapping[str, Path], tiny_llama: Path, make_adapter: MakeAdapter
 ) -> Mapping[str, Any]:
-    """What sessions that capture their runs did on the stubs, by form."""
+    """Results of sessions that capture their runs, on the stubs, by form."""
     adapters = {"small": make_adapter(tiny_llama), "large": make_adapter(tiny_llama, r=16, seed=2)}
     job = {"bundles": {name: forms[name] for name in (*CAPTURED, *REFUSED)}, "adapters": adapters}
     child = subprocess.run(
@@ -171,17 +171,17 @@ def captured(
 
 
 @pytest.mark.parametrize("form", CAPTURED)
-def test_a_session_captures_its_runs_on_buffers_that_stay_where_they_are(
+def test_a_session_captures_its_runs_on_buffers_with_fixed_addresses(
     form: str, captured: Mapping[str, Any]
 ) -> None:
     found = captured[form]
     assert found["enable_cuda_graph"] == "1"
     assert found["same addresses"] and found["memory"] == ["cuda"]
     ranks = {"(1, 16)": [16], "(1, 8)": [4]}
-    if form != "fp32 step":  # which is of one row
+    if form != "fp32 step":  # that form has batch size one
         ranks["(2, 8)"] = [0, 4]
-    assert found["ranks"] == ranks  # what a slot holds, copied back from the device
-    assert found["captured"] == 1 + len(ranks)  # of the base, without side inputs
+    assert found["ranks"] == ranks  # of the slots, copied back from the device
+    assert found["captured"] == 1 + len(ranks)  # one more for the base, without side inputs
 
 
 @pytest.mark.parametrize("form", REFUSED)
@@ -198,12 +198,12 @@ def test_a_rotation_is_one_node_in_every_precision(
 ) -> None:
     for found in placed[form]:
         operators = [op for op, _ in found.nodes["CUDAExecutionProvider"]]
-        assert operators.count("RotaryEmbedding") == 4  # of queries and keys, in two layers
+        assert operators.count("RotaryEmbedding") == 4  # queries and keys in two layers
         assert "Neg" not in operators
-        assert operators.count("Slice") <= 1  # of the kept logits
+        assert operators.count("Slice") <= 1  # for the kept logits
 
 
-def test_what_computes_on_the_cpu_is_listed_first_with_its_reason(
+def test_nodes_on_the_cpu_are_listed_first_with_their_reason(
     placed: Mapping[str, list[Placement]],
 ) -> None:
     lines = described(placed["fp32 gqa"][0])
@@ -219,7 +219,7 @@ def test_the_check_on_a_gpu_machine_fails_where_nodes_leave_the_device(
     assert on_cpu[0] == "2 com.microsoft:GroupQueryAttention on the CPU"
     assert on_cpu[-1].startswith("no CUDA graph: ")
     assert misplaced(placed["fp16 branches"][0])[-1].startswith("no CUDA graph: ")
-    for form in ("fp16 gqa rows", "fp32 rows", "int4 rows"):  # what --target cuda chooses
+    for form in ("fp16 gqa rows", "fp32 rows", "int4 rows"):  # the forms chosen by --target cuda
         assert misplaced(placed[form][0]) == []
 
 

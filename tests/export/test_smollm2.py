@@ -1,4 +1,4 @@
-"""The real decoder, held to the figures that the project promises."""
+"""Exports of a real decoder: accuracy and time."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_side_inputs_and_merge_are_the_adapted_model(
     assert difference(expected, base) > 100 * allowed
 
 
-def test_mixed_rows_are_their_solo_runs(
+def test_each_row_of_a_mixed_batch_equals_its_solo_run(
     smollm2_bundle: Path, smollm2_adapters: dict[str, Path]
 ) -> None:
     slots = [{}, *(factors(smollm2_bundle, a) for a in smollm2_adapters.values())]

@@ -1,6 +1,6 @@
-"""What trainers write beside an adapter: chat template, tokenizer, ends, settings.
+"""Text files that trainers save with an adapter: chat template, tokenizer, generation settings.
 
-The right answer is that of transformers with the adapter's own tokenizer and settings.
+The reference is transformers with the adapter's own tokenizer and settings.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from loradeploy.runtime.tasks.generation import TextGenerator
 from tests.conftest import MakeAdapter, once
 from tests.runtime.test_run_command import lines, run
 
-VOCABULARY, WORDS = 64, 60  # the embedding has rows to spare
+VOCABULARY, WORDS = 64, 60  # the embedding has spare rows
 NEW = 12  # tokens
 TEXT = "w5 w9"
 OURS = (
@@ -57,7 +57,7 @@ def _generation(place: Path, **settings: Any) -> None:
 
 @pytest.fixture(scope="session")
 def worded_llama(shared: Path) -> Path:
-    """A random Llama of one layer whose words are counted, with a chat template."""
+    """A one-layer Llama with random weights, a numbered word vocabulary, and a chat template."""
 
     def make(place: Path) -> None:
         import torch
@@ -119,7 +119,7 @@ KINDS: dict[str, Callable[[Path], None]] = {
 
 @pytest.fixture(scope="session")
 def worded_adapters(worded_llama: Path, shared: Path, make_adapter: MakeAdapter) -> dict[str, Path]:
-    """An adapter for each kind of files beside it."""
+    """An adapter for each kind of text files."""
 
     def make(place: Path) -> None:
         for seed, (name, write) in enumerate(KINDS.items()):
@@ -132,7 +132,7 @@ def worded_adapters(worded_llama: Path, shared: Path, make_adapter: MakeAdapter)
 
 @pytest.fixture(scope="session")
 def worded_bundle(worded_llama: Path, worded_adapters: dict[str, Path], shared: Path) -> Path:
-    """The base with all of the adapters in it."""
+    """A bundle of the base with all of the adapters."""
     return once(
         shared / "bundle-worded",
         lambda place: export(worded_llama, place, adapters=worded_adapters),
@@ -143,7 +143,7 @@ def worded_bundle(worded_llama: Path, worded_adapters: dict[str, Path], shared: 
 def expected(
     worded_llama: Path, worded_adapters: dict[str, Path]
 ) -> Callable[[str | None], tuple[list[int], list[int]]]:
-    """A function adapter → the tokens of its prompt, and those that transformers adds to it."""
+    """A function: adapter → the tokens of its prompt and those that transformers generates."""
     import peft
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -189,14 +189,14 @@ def _check(
     assert len({result.token_ids for result in results}) > 3
 
 
-def test_each_row_is_asked_and_ended_as_its_adapter_was_trained(
+def test_each_row_has_the_template_and_the_end_tokens_of_its_adapter(
     worded_bundle: Path, expected: Callable[[str | None], tuple[list[int], list[int]]]
 ) -> None:
     generator = TextGenerator(AdapterSession(worded_bundle))
     _check(generator.generate([TEXT] * len(NAMES), NAMES, chat=True, max_new_tokens=NEW), expected)
 
 
-def test_an_adapter_loaded_later_brings_its_own_too(
+def test_an_adapter_loaded_later_has_its_own_text_files_too(
     worded_bundle: Path,
     worded_adapters: dict[str, Path],
     expected: Callable[[str | None], tuple[list[int], list[int]]],
@@ -214,12 +214,12 @@ def test_an_adapter_loaded_later_brings_its_own_too(
     assert answers[0].token_ids == answers[1].token_ids
 
 
-def test_the_same_weights_with_other_files_for_texts_are_another_adapter(
+def test_equal_weights_with_different_text_files_are_different_adapters(
     worded_bundle: Path, worded_adapters: dict[str, Path], tmp_path: Path
 ) -> None:
     session = AdapterSession(worded_bundle)
     for name, place in worded_adapters.items():
-        session.load(name, place)  # again, from where the export had it
+        session.load(name, place)  # again, from the directory given to the export
     name, place = next(iter(worded_adapters.items()))
     shutil.copytree(place, tmp_path / "other")
     (tmp_path / "other" / "chat_template.jinja").write_text("{{ messages[0].content }} w9")
@@ -228,7 +228,7 @@ def test_the_same_weights_with_other_files_for_texts_are_another_adapter(
     session.load(name, tmp_path / "other", replace=True)
 
 
-def test_the_command_mixes_adapters_with_templates_of_their_own(
+def test_the_command_mixes_adapters_with_their_own_templates(
     worded_bundle: Path,
     tmp_path: Path,
     expected: Callable[[str | None], tuple[list[int], list[int]]],
@@ -242,7 +242,7 @@ def test_the_command_mixes_adapters_with_templates_of_their_own(
 
 
 @pytest.mark.parametrize("name", ["template", "word", "settings", "list"])
-def test_in_a_merged_bundle_they_take_the_bases_place(
+def test_in_a_merged_bundle_they_replace_the_files_of_the_base(
     name: str,
     worded_bundle: Path,
     worded_adapters: dict[str, Path],
@@ -262,7 +262,7 @@ def test_in_a_merged_bundle_they_take_the_bases_place(
         assert genai["search"]["repetition_penalty"] == 1.3
 
 
-def test_transformers_reads_a_merged_bundles_tokenizer_as_the_adapters(
+def test_transformers_reads_the_adapters_tokenizer_from_a_merged_bundle(
     worded_bundle: Path, worded_adapters: dict[str, Path], tmp_path: Path
 ) -> None:
     from transformers import AutoTokenizer
@@ -296,7 +296,7 @@ def test_a_merged_bundle_has_no_special_token_that_the_adapters_tokenizer_droppe
         assert session.texts.of("a").tokenizer.encode_chat(message) == merged.encode_chat(message)
 
 
-def test_a_word_that_only_the_tokenizers_settings_add_is_one_token(
+def test_a_word_added_only_in_the_tokenizers_settings_is_one_token(
     worded_bundle: Path, worded_adapters: dict[str, Path], tmp_path: Path
 ) -> None:
     from transformers import AutoTokenizer
@@ -315,10 +315,10 @@ def test_a_word_that_only_the_tokenizers_settings_add_is_one_token(
         assert WORDS not in generator.session.texts.base.tokenizer.encode(text)
 
 
-# -- what the export says --------------------------------------------------------------------------
+# -- the log of the export -------------------------------------------------------------------------
 
 
-def test_a_difference_from_the_base_is_said_in_a_line(
+def test_a_difference_from_the_base_is_logged_in_one_line(
     worded_bundle: Path,
     worded_adapters: dict[str, Path],
     tmp_path: Path,
@@ -333,7 +333,7 @@ def test_a_difference_from_the_base_is_said_in_a_line(
     assert "plain" not in reported and len(caplog.records) == 4
 
 
-def test_the_manifest_tells_what_an_adapter_brings(worded_bundle: Path) -> None:
+def test_the_manifest_records_the_text_files_of_an_adapter(worded_bundle: Path) -> None:
     adapters = read_manifest(worded_bundle).adapters
     text = {name: entry.text for name, entry in adapters.items()}
     assert text["plain"] is None
@@ -396,7 +396,7 @@ def test_files_that_cannot_be_used_are_refused_by_name(
         TextGenerator(session).generate([TEXT], "bad")
 
 
-def test_a_word_for_padding_alone_may_have_no_row(
+def test_a_word_used_only_for_padding_needs_no_row(
     worded_bundle: Path, worded_adapters: dict[str, Path], tmp_path: Path
 ) -> None:
     adapter = shutil.copytree(worded_adapters["plain"], tmp_path / "padded")
@@ -420,7 +420,7 @@ def test_a_file_that_changed_since_the_export_is_refused(
     assert generator.generate([TEXT], "word", chat=True)
 
 
-def test_a_blend_takes_what_its_adapters_agree_on(worded_bundle: Path) -> None:
+def test_a_combination_uses_text_files_only_if_its_adapters_agree(worded_bundle: Path) -> None:
     generator = TextGenerator(AdapterSession(worded_bundle))
     alike = {"template": 1.0, "list": 0.0}
     both = generator.generate([TEXT] * 2, [alike, "template"], chat=True, max_new_tokens=NEW)

@@ -1,4 +1,4 @@
-"""A bundle's tokenizer.json makes the tokens that transformers makes of all files together."""
+"""The tokenizer.json of a bundle gives the same tokens as transformers with all tokenizer files."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _WORD: Final = _END | {"content": "<|endoftext|>", "single_word": True}
 
 
 def _bert(place: Path) -> None:
-    """A WordPiece tokenizer of few words; tokenizer.json lowercases."""
+    """Write a WordPiece tokenizer of few words; its tokenizer.json lowercases."""
     from tokenizers import Tokenizer as Library
     from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
@@ -54,7 +54,7 @@ def _bert(place: Path) -> None:
 
 
 def _bpe(place: Path) -> None:
-    """A byte-level tokenizer; tokenizer.json puts no space before a text."""
+    """Write a byte-level tokenizer; its tokenizer.json adds no space before a text."""
     from tokenizers import Tokenizer as Library
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -89,7 +89,7 @@ def _bpe(place: Path) -> None:
         *("word in the settings", "word in a file", "word between spaces alone"),
     ],
 )
-def test_tokens_are_those_of_transformers_whatever_tokenizer_json_says(
+def test_tokens_are_those_of_transformers_even_where_tokenizer_json_differs(
     make: Any,
     settings: dict[str, Any],
     added: dict[str, int],
@@ -120,7 +120,7 @@ def test_tokens_are_those_of_transformers_whatever_tokenizer_json_says(
     assert any("makes other tokens of" in r.message for r in caplog.records) is differs
 
 
-def test_a_word_that_the_model_has_no_row_for_is_no_difference(tmp_path: Path) -> None:
+def test_a_word_without_an_embedding_row_is_not_a_difference(tmp_path: Path) -> None:
     _bpe(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(_PLAIN | {"pad_token": "[PAD]"}))
     before = (tmp_path / "tokenizer.json").read_bytes()
@@ -129,7 +129,7 @@ def test_a_word_that_the_model_has_no_row_for_is_no_difference(tmp_path: Path) -
     assert (tmp_path / "tokenizer.json").read_bytes() == before
 
 
-def test_a_tokenizer_that_transformers_cannot_read_stays(tmp_path: Path) -> None:
+def test_a_tokenizer_that_transformers_cannot_read_is_not_changed(tmp_path: Path) -> None:
     _bpe(tmp_path)
     before = (tmp_path / "tokenizer.json").read_bytes()
     (tmp_path / "tokenizer_config.json").write_text("[]")
@@ -138,14 +138,14 @@ def test_a_tokenizer_that_transformers_cannot_read_stays(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("lowercase", [False, True])
-def test_rules_in_python_agree_with_tokenizer_json_or_it_is_refused(
+def test_a_tokenizer_with_python_rules_is_refused_if_tokenizer_json_differs(
     lowercase: bool, tmp_path: Path
 ) -> None:
     from tokenizers import Regex, models, normalizers, pre_tokenizers, processors
     from tokenizers import Tokenizer as Library
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    # ByT5's class in Python: a token for each byte, and an end.
+    # ByT5's Python class: one token per byte, and an end token.
     letters = bytes_to_unicode().items()
     words = {"<pad>": 0, "</s>": 1, "<unk>": 2} | {letter: 3 + byte for byte, letter in letters}
     made = Library(models.WordLevel(words, unk_token="<unk>"))

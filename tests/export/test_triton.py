@@ -1,4 +1,4 @@
-"""A model repository for Triton: what it feeds and how it makes batches gives the right numbers."""
+"""Triton model repositories: the declared inputs and dynamic batching give correct results."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def adapters(tiny_bert: Path, make_adapter: MakeAdapter) -> dict[str, Path]:
 def repository(
     tiny_bert_bundle: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A merged model, one with a slot for each row, and one with slots that rows name."""
+    """A merged model, one with one slot per row, and one with adapter_ids per row."""
     place, models = tmp_path_factory.mktemp("bundles"), tmp_path_factory.mktemp("models")
     forms: dict[str, dict[str, Any]] = {
         "merged": {"adapters": {"sport": adapters["sport"]}, "merge": True},
@@ -52,7 +52,7 @@ def repository(
 
 @pytest.fixture(scope="module")
 def expected(tiny_bert_bundle: Path, adapters: dict[str, Path]) -> dict[str, Any]:
-    """The logits of each adapter and of the base."""
+    """The logits with each adapter and of the base."""
     with ld.AdapterSession(tiny_bert_bundle) as session:
         for name, path in adapters.items():
             session.load(name, path)
@@ -61,7 +61,7 @@ def expected(tiny_bert_bundle: Path, adapters: dict[str, Path]) -> dict[str, Any
 
 
 class Triton:
-    """A server that feeds what config.pbtxt declares, and batches along the first dimension."""
+    """A simulated server that feeds the inputs of config.pbtxt and batches along the first axis."""
 
     def __init__(self, model: Path) -> None:
         text = (model / "config.pbtxt").read_text()
@@ -77,7 +77,7 @@ class Triton:
         assert not self._graph.get_overridable_initializers()
 
     def run(self, requests: Sequence[Arrays]) -> list[Any]:
-        """The logits of requests that are run together, as only batched models have them."""
+        """Run requests as one batch, if the model allows batches, and return their logits."""
         assert len(requests) == 1 or (self.dynamic and self.max_batch)
         for request in requests:
             for name, (kind, dims) in self.inputs.items():
@@ -92,7 +92,7 @@ class Triton:
         return np.split(logits, np.cumsum([len(one["input_ids"]) for one in requests])[:-1])
 
 
-def test_a_merged_model_answers_as_its_adapter(repository: Path, expected: dict[str, Any]) -> None:
+def test_a_merged_model_computes_its_adapter(repository: Path, expected: dict[str, Any]) -> None:
     triton = Triton(repository / "merged")
     assert (triton.max_batch, triton.dynamic) == (MAX_BATCH, True)
     assert not (repository / "merged" / "side_inputs").exists()
@@ -111,7 +111,7 @@ def test_requests_of_different_adapters_share_a_batch_of_rows(
         name: load_file(repository / "rows" / "side_inputs" / f"{name}.safetensors")
         for name in (*NAMES, "base")
     }
-    # A slot for each row, as Triton wants of all inputs. Triton batches those of one shape.
+    # One slot per row: Triton batches all inputs, for requests of the same shapes.
     requests = [
         {**FEEDS, **{key: np.repeat(array, 2, axis=0) for key, array in sides[name].items()}}
         for name in NAMES
@@ -125,7 +125,7 @@ def test_requests_of_different_adapters_share_a_batch_of_rows(
     assert min(effects) > 0.01
 
 
-def test_slots_that_rows_name_are_not_batched_by_triton(
+def test_slots_selected_by_adapter_ids_are_not_batched_by_triton(
     repository: Path, expected: dict[str, Any]
 ) -> None:
     triton = Triton(repository / "slots")
@@ -142,7 +142,7 @@ def test_slots_that_rows_name_are_not_batched_by_triton(
 
 
 @pytest.mark.parametrize("name", ["merged", "rows", "slots"])
-def test_the_config_is_of_tritons_schema(repository: Path, name: str) -> None:
+def test_the_config_conforms_to_tritons_schema(repository: Path, name: str) -> None:
     pytest.importorskip("tritonclient", reason="tritonclient is not installed")
     pytest.importorskip("grpc", reason="tritonclient's schema needs grpcio")
     from google.protobuf import text_format
@@ -154,7 +154,7 @@ def test_the_config_is_of_tritons_schema(repository: Path, name: str) -> None:
     assert config.HasField("dynamic_batching") == (config.max_batch_size > 0) == (name != "slots")
     side = [one.name for one in config.input if one.name.endswith(".lora_A")]
     assert bool(side) == (name != "merged")
-    assert not any(one.optional for one in config.input)  # the graph takes all of them
+    assert not any(one.optional for one in config.input)  # the graph requires all of them
     types = {one.name: model_config_pb2.DataType.Name(one.data_type) for one in config.input}
     assert types["input_ids"] == "TYPE_INT64"
     assert set(types.values()) <= {"TYPE_INT64", "TYPE_FP32"}
@@ -163,7 +163,7 @@ def test_the_config_is_of_tritons_schema(repository: Path, name: str) -> None:
     assert config.parameters["loradeploy.task"].string_value == "sequence-classification"
 
 
-def test_forms_that_triton_would_answer_wrongly_are_refused(
+def test_forms_that_triton_would_run_wrongly_are_refused(
     tiny_bert_bundle: Path, tiny_llama_bundle: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match="answer as the base: give `required_inputs` or `merge`"):
@@ -181,7 +181,7 @@ def test_forms_that_triton_would_answer_wrongly_are_refused(
         write_repository(tiny_bert_bundle, tmp_path, read_manifest(tiny_bert_bundle))
 
 
-def test_an_adapter_may_not_take_the_name_of_the_base(repository: Path, tmp_path: Path) -> None:
+def test_an_adapter_cannot_have_the_name_of_the_base(repository: Path, tmp_path: Path) -> None:
     bundle = next(one.parent for one in repository.parent.glob("bundles*/*/required.onnx"))
     manifest = dataclasses.replace(read_manifest(bundle), adapters={"base": {}})
     with pytest.raises(UsageError, match="an adapter is named base"):
@@ -202,7 +202,7 @@ def test_a_scale_for_all_rows_is_never_batched(repository: Path, tmp_path: Path)
     assert "dynamic_batching" not in text
 
 
-def test_a_model_is_replaced_and_others_are_left_alone(repository: Path, tmp_path: Path) -> None:
+def test_a_model_is_replaced_and_others_are_kept(repository: Path, tmp_path: Path) -> None:
     bundle = next(repository.parent.glob("bundles*/merged"))
     own = tmp_path / "models" / "own"
     own.mkdir(parents=True)

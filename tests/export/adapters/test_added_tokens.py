@@ -1,6 +1,6 @@
-"""Adapters that add tokens to the base's, as side inputs: each row of a batch has its adapter's.
+"""Adapters that add tokens to the vocabulary, as side inputs: each row has its adapter's tokens.
 
-The right answer is PEFT's: `resize_token_embeddings`, the adapter loaded.
+The reference is PEFT: `resize_token_embeddings`, then the adapter is loaded.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ ADDED = [
 
 @pytest.mark.parametrize("source", ["checkpoint", "bundle"])
 @pytest.mark.parametrize("name", ADDED)
-def test_rows_of_a_batch_have_their_adapters_tokens(
+def test_each_row_of_a_batch_has_the_added_tokens_of_its_adapter(
     name: str, source: str, bases: Bases, adapter_of: AdapterOf, tmp_path: Path
 ) -> None:
     case, adapter = CASES[name], adapter_of(name)
@@ -75,7 +75,7 @@ def test_rows_of_a_batch_have_their_adapters_tokens(
         session.run(["logits"], feeds(session.manifest, np.repeat(ids, 2, axis=0)), ["a", None])
 
 
-def test_tables_that_were_trained_in_full_are_refused_with_figures(
+def test_fully_trained_embeddings_are_refused_with_figures(
     bases: Bases, adapter_of: AdapterOf, tmp_path: Path
 ) -> None:
     for model in bases["llama"]:
@@ -89,7 +89,7 @@ def test_tables_that_were_trained_in_full_are_refused_with_figures(
 
 @pytest.fixture(scope="module")
 def adapters(bases: Bases, adapter_of: AdapterOf, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Two adapters with other tokens under the same ids, one with one token, one with none."""
+    """Two adapters with different tokens of the same ids, one with one token, one with none."""
     checkpoint = bases["llama"][0]
     place = tmp_path_factory.mktemp("adapters")
     one = Case(
@@ -125,7 +125,7 @@ FORMS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_adapters_with_other_tokens_under_one_id_share_a_batch(
+def test_adapters_with_different_tokens_of_one_id_share_a_batch(
     form: str, bases: Bases, adapters: Any, tmp_path: Path
 ) -> None:
     ld.export(bases["llama"][0], tmp_path / "b", adapters=adapters, **FORMS[form])
@@ -145,7 +145,7 @@ def _ids(size: int) -> Any:
 
 
 def _peft(base: Path, adapter: Path | None, size: int, ids: Any) -> Any:
-    """PEFT's logits [tokens, size]."""
+    """Return PEFT's logits [tokens, size]."""
     import torch
 
     with torch.no_grad():
@@ -159,7 +159,7 @@ def _model(base: Path, adapter: Path | None, size: int) -> Any:
     return (model if adapter is None else peft.PeftModel.from_pretrained(model, adapter)).eval()
 
 
-def test_texts_are_those_of_peft_with_each_adapters_own_tokenizer(
+def test_generated_text_is_that_of_peft_with_the_tokenizer_of_each_adapter(
     bases: Bases, adapters: Any, bundle: Path
 ) -> None:
     import torch
@@ -200,7 +200,7 @@ def test_texts_are_those_of_peft_with_each_adapters_own_tokenizer(
 def other_bundles(
     bases: Bases, adapters: Any, bundle: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
-    """That of `bundle`, one in float16, and one whose cache stays in place."""
+    """`bundle`, one in float16, and one with a cache of fixed size."""
     place = tmp_path_factory.mktemp("forms")
     forms: dict[str, dict[str, Any]] = {"fp16": {"precision": "fp16"}, "gqa": {"attention": "gqa"}}
     for form, options in forms.items():
@@ -212,13 +212,13 @@ each_bundle = pytest.mark.parametrize("form", ["fp32", "fp16", "gqa"])
 
 
 @each_bundle
-def test_hidden_tokens_are_sampled_at_no_temperature(
+def test_hidden_tokens_are_not_sampled_at_any_temperature(
     form: str, other_bundles: dict[str, Path]
 ) -> None:
     names = ["one", None, "none", "rows"]
     options: dict[str, Any] = {"max_new_tokens": 100, "top_k": 0, "seed": 1, "logprobs": BASE + 2}
     generator = ld.TextGenerator(ld.AdapterSession(other_bundles[form]))
-    for temperature in (1e5, 1e20):  # float16's least logit, then that of the others
+    for temperature in (1e5, 1e20):  # for the lowest logit of float16, then of float32
         made = generator.generate(["The"] * 4, names, temperature=temperature, **options)
         for name, one in zip(names, made, strict=True):
             assert max(one.token_ids) < SIZES[name], name
@@ -230,14 +230,14 @@ def test_hidden_tokens_are_sampled_at_no_temperature(
 
 
 def _only_added(made: Any) -> Any:
-    """A mask that allows an added token alone, but at first."""
+    """Return a token mask: only added tokens are allowed after the first step."""
     mask = np.ones(BASE + 2 if made else BASE, bool)
     mask[: BASE if made else 0] = False
     return mask
 
 
 @each_bundle
-def test_a_row_that_asks_for_a_hidden_token_fails_alone(
+def test_only_the_row_that_requires_a_hidden_token_fails(
     form: str, other_bundles: dict[str, Path]
 ) -> None:
     session = ld.AdapterSession(other_bundles[form])
@@ -264,9 +264,9 @@ def test_a_row_that_asks_for_a_hidden_token_fails_alone(
 
 
 @pytest.mark.parametrize("width", [BASE - 9, BASE, BASE + 1, BASE + 2, BASE + 32])
-def test_a_mask_is_as_wide_as_a_rows_own_vocabulary(width: int, bundle: Path) -> None:
+def test_a_token_mask_is_as_wide_as_the_vocabulary_of_its_row(width: int, bundle: Path) -> None:
     generator = ld.TextGenerator(ld.AdapterSession(bundle))
-    mask = np.arange(width) >= min(width, BASE) - 2  # what is behind the base's tokens too
+    mask = np.arange(width) >= min(width, BASE) - 2  # includes all ids after the base's tokens
     for name in (None, "one", "rows"):
         options: dict[str, Any] = {"max_new_tokens": 3, "allowed_tokens": lambda made: mask}
         if width > SIZES[name]:
@@ -277,7 +277,7 @@ def test_a_mask_is_as_wide_as_a_rows_own_vocabulary(width: int, bundle: Path) ->
         assert set(made.token_ids) <= set(mask.nonzero()[0].tolist())
 
 
-def test_a_step_on_a_cache_in_place_is_refused_with_a_hidden_token(
+def test_a_step_with_a_cache_of_fixed_size_is_refused_for_a_hidden_token(
     other_bundles: dict[str, Path],
 ) -> None:
     session = ld.AdapterSession(other_bundles["gqa"])
@@ -316,7 +316,7 @@ def test_every_path_agrees_and_every_mistake_is_caught(
     assert all(control.caught for control in report.controls), report.controls
 
 
-def test_an_adapter_of_added_tokens_alone_is_not_called_untrained(
+def test_an_adapter_of_only_added_tokens_is_not_reported_as_untrained(
     bases: Bases, adapters: Any, tmp_path: Path
 ) -> None:
     one = load_adapter(adapters["one"])
@@ -337,13 +337,13 @@ def test_an_adapter_of_added_tokens_alone_is_not_called_untrained(
     assert facts.message == "its only effect is on tokens that the base does not have"
 
 
-def test_merges_that_parity_makes_for_itself_are_not_remarked_on(
+def test_merges_made_by_parity_itself_log_nothing_about_tokenizers(
     bases: Bases, adapters: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     given = {"one": adapters["one"]}
     ld.export(bases["llama"][0], tmp_path / "b", adapters=given)
     ld.export(bases["llama"][0], tmp_path / "merged", adapters=given, merge=True)
-    assert "in place of the base's" in caplog.text  # of what was asked for it is said
+    assert "in place of the base's" in caplog.text  # logged for a requested merge
     caplog.clear()
     with caplog.at_level(logging.INFO, "loradeploy"):
         report = ld.parity(
@@ -356,7 +356,7 @@ def test_merges_that_parity_makes_for_itself_are_not_remarked_on(
             certificate=False,
         )
     assert report.passed, report.failures
-    assert "ONNX merged, one" in caplog.text  # its own lines stay
+    assert "ONNX merged, one" in caplog.text  # parity's own lines are kept
     assert "in place of the base's" not in caplog.text
 
 
@@ -365,7 +365,7 @@ def _without_the_offset(graph: ir.Graph) -> None:
     set_constant(value, np.zeros_like(constant_of(value)))
 
 
-def test_parity_sees_a_base_whose_added_tokens_are_not_hidden(
+def test_parity_fails_a_base_whose_added_tokens_are_not_hidden(
     bases: Bases, bundle: Path, tmp_path: Path
 ) -> None:
     broken = spoiled(bundle, tmp_path / "broken", _without_the_offset)
@@ -383,7 +383,7 @@ def test_parity_sees_a_base_whose_added_tokens_are_not_hidden(
     assert not report.passed
 
 
-def test_an_adapter_that_comes_later_may_add_as_many(
+def test_an_adapter_loaded_later_can_add_as_many_tokens(
     bases: Bases, adapters: Any, bundle: Path, tmp_path: Path
 ) -> None:
     ld.export(bases["llama"][0], tmp_path / "b", adapters={"one": adapters["one"]})
@@ -425,7 +425,7 @@ def test_a_bundle_with_added_tokens_is_exported_and_merged_again(
     assert difference(merged[0], expected) <= tolerance("torch-onnx-tiny")
 
 
-def test_a_quantized_bundle_keeps_its_rows_for_added_tokens(
+def test_a_quantized_bundle_keeps_its_rows_of_added_tokens(
     bases: Bases, adapters: Any, tmp_path: Path
 ) -> None:
     given = {"one": adapters["one"]}
@@ -455,7 +455,7 @@ def test_a_quantized_bundle_keeps_its_rows_for_added_tokens(
         )
 
 
-def test_added_tokens_in_the_layout_of_rows_are_refused_by_name(
+def test_added_tokens_are_refused_in_the_rows_layout(
     bases: Bases, adapters: Any, bundle: Path, tmp_path: Path
 ) -> None:
     given = {name: adapters[name] for name in ("none", "one")}
@@ -467,7 +467,7 @@ def test_added_tokens_in_the_layout_of_rows_are_refused_by_name(
             ld.export(model, tmp_path / "b", adapters=own, layout="rows")
 
 
-def test_an_encoder_takes_added_tokens_without_logits_of_them(
+def test_an_encoder_accepts_added_tokens_without_logits_for_them(
     tiny_bert: Path, tmp_path: Path
 ) -> None:
     import peft

@@ -1,4 +1,4 @@
-"""Adapters are fitted to a checkpoint's model before it is traced, as they are to its graph."""
+"""Adapters are matched with the checkpoint's model before tracing like with its graph after."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def check(given: Adapter, *, merge: bool) -> None:
 
 
 @pytest.mark.parametrize("merge", [False, True], ids=["side inputs", "merged"])
-def test_factors_of_zeros_at_a_module_that_was_not_exported_are_left_out(merge: bool) -> None:
+def test_zero_factors_of_a_module_that_is_not_exported_are_omitted(merge: bool) -> None:
     check(adapter("vision.q_proj", value=0.0), merge=merge)
     with pytest.raises(AdapterMismatchError, match=r"own: .*vision\.q_proj"):
         check(adapter("vision.q_proj", value=1.0), merge=merge)

@@ -1,4 +1,4 @@
-"""Every method × merged, side inputs alone, and side inputs in a mixed batch, against PEFT."""
+"""Every LoRA method, merged, as side inputs, and in a mixed batch, compared with PEFT."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CAUSAL, CLASSIFIER = "causal-lm", "sequence-classification"
 
 @dataclass(frozen=True)
 class Kind:
-    """A tiny model: its task and the names of its parts."""
+    """A tiny model: its task and the names of its modules."""
 
     task: str
     some: tuple[str, ...]
@@ -38,7 +38,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Method:
-    """What PEFT is told, and whether a side-input bundle can take it."""
+    """The options for PEFT, and whether side inputs support them."""
 
     options: Mapping[str, Any] = field(default_factory=dict)
     targets: tuple[str, ...] = ("some",)
@@ -64,7 +64,7 @@ METHODS: Final = {
     "embedding saved": Method({}, ("some",), ("embedding",), side_inputs=False),
     "head saved": Method({}, ("some",), ("head",)),
 }
-# A llama has no biases that could be trained.
+# A Llama has no biases to train.
 CASES: Final = [
     (model, method)
     for model in MODELS
@@ -100,7 +100,7 @@ def _make(name: str, place: Path) -> Path:
     else:
         config = transformers.LlamaConfig(tie_word_embeddings=name[:4] == "tied", **small, **tokens)
         model = transformers.LlamaForCausalLM(config)
-    with torch.no_grad():  # a fresh model's biases are zero
+    with torch.no_grad():  # the biases of a new model are zero
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.endswith("bias"):
                 parameter.normal_(std=0.3)
@@ -139,7 +139,7 @@ def _ids(rows: int) -> NDArray[np.int64]:
 
 
 def _expected(name: str, model: Path, adapter: Path | None, ids: Any) -> NDArray[Any]:
-    """PEFT's logits."""
+    """Return PEFT's logits."""
     import peft
     import torch
     import transformers
@@ -190,13 +190,13 @@ def test_a_method_computes_what_peft_computes_in_every_mode(
         assert difference(mixed[place], wanted[place]) <= allowed, f"row {place}"
     session.load("native", tmp_path / "side" / "adapters" / "a.onnx_adapter")
     assert difference(logits(session, ids, "native"), adapted) <= allowed
-    # A bundle is a base like any other: its side inputs go, and come back as a merge.
+    # A bundle can be exported again: its side inputs are removed and the adapter is merged.
     export(tmp_path / "side", tmp_path / "again", adapters={"a": adapter}, merge=True)
     again = AdapterSession(tmp_path / "again")
     assert difference(logits(again, ids), adapted) <= allowed
 
 
-def test_side_inputs_that_nobody_asked_for_are_not_there(
+def test_only_requested_side_inputs_exist(
     models: Any, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     model = models("gpt2")
@@ -208,14 +208,14 @@ def test_side_inputs_that_nobody_asked_for_are_not_there(
 
 
 @pytest.mark.parametrize("source", ["checkpoint", "bundle"])
-def test_adapters_that_come_later_need_the_kinds_that_the_export_was_told(
+def test_adapters_loaded_later_need_the_kinds_of_side_inputs_given_to_the_export(
     source: str, models: Any, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     model, ids = models("gpt2"), _ids(3)
     wide = Method({"use_dora": True, "bias": "all"}, ("some", "embedding"))
     adapter = _adapter(make_adapter, "gpt2", model, wide)
     export(model, tmp_path / "b", side_inputs=["dora", "bias", "embedding"])
-    if source == "bundle":  # which has all of it still
+    if source == "bundle":  # a bundle still has all of them
         export(tmp_path / "b", tmp_path / "again")
     session = AdapterSession(tmp_path / ("again" if source == "bundle" else "b"))
     session.load("late", adapter)
@@ -233,7 +233,7 @@ def test_adapters_that_come_later_need_the_kinds_that_the_export_was_told(
         (Method({}, ("some", "embedding")), r"wte is an embedding.*side_inputs=.*embedding"),
     ],
 )
-def test_a_bundle_without_its_kind_refuses_an_adapter_by_name(
+def test_a_bundle_without_the_kind_of_side_input_refuses_the_adapter_by_name(
     method: Method, message: str, models: Any, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     model = models("gpt2")
@@ -244,7 +244,7 @@ def test_a_bundle_without_its_kind_refuses_an_adapter_by_name(
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_a_packed_bundle_has_the_scales_of_the_adapters_that_it_came_with(
+def test_a_packed_bundle_has_the_scales_of_the_adapters_given_to_the_export(
     precision: str, models: Any, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     model, ids = models("gpt2"), _ids(2)
@@ -266,7 +266,7 @@ def test_a_packed_bundle_has_the_scales_of_the_adapters_that_it_came_with(
         session.load("late", _adapter(make_adapter, "gpt2", model, dora, seed=8))
 
 
-def test_scales_that_were_changed_in_a_packed_bundle_are_refused(
+def test_changed_scales_in_a_packed_bundle_are_refused(
     models: Any, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     model = models("gpt2")
@@ -281,7 +281,7 @@ def test_scales_that_were_changed_in_a_packed_bundle_are_refused(
         AdapterSession(tmp_path / "b").load("a")
 
 
-def test_half_precision_holds_every_method(
+def test_every_method_works_in_half_precision(
     models: Any, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     model, ids = models("gpt2"), _ids(3)
@@ -298,7 +298,7 @@ def test_half_precision_holds_every_method(
     assert apart(adapted, base) > 10 * allowed
 
 
-def test_side_inputs_become_an_adapter_with_magnitudes_and_biases_again(
+def test_side_inputs_convert_back_to_an_adapter_with_magnitudes_and_biases(
     models: Any, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     model = models("gpt2")
@@ -319,7 +319,7 @@ def test_side_inputs_become_an_adapter_with_magnitudes_and_biases_again(
 
 
 @pytest.mark.parametrize("damage", ["truncated", "moved outside"])
-def test_weights_that_are_not_where_the_manifest_says_are_refused(
+def test_weights_that_are_not_at_the_place_in_the_manifest_are_refused(
     damage: str, models: Any, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     model = models("gpt2")
@@ -328,7 +328,7 @@ def test_weights_that_are_not_where_the_manifest_says_are_refused(
     session = AdapterSession(tmp_path / "b")
     data = tmp_path / "b" / "model.onnx.data"
     if damage == "truncated":
-        data.rename(tmp_path / "gone")  # the open session keeps its own
+        data.rename(tmp_path / "gone")  # the open session keeps its file
         data.write_bytes(b"short")
     else:
         data.rename(tmp_path / "elsewhere")
@@ -337,7 +337,7 @@ def test_weights_that_are_not_where_the_manifest_says_are_refused(
         session.load("late", adapter)
 
 
-def test_an_adapter_for_a_changed_base_is_refused_by_name(
+def test_an_adapter_trained_on_a_modified_base_is_refused_by_name(
     models: Any, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     model = models("gpt2")

@@ -1,6 +1,6 @@
-"""Adapters whose vocabulary is another than the base's, merged as PEFT merges them.
+"""Adapters with another vocabulary than the base, merged as PEFT merges them.
 
-The right answer is PEFT's: `resize_token_embeddings`, the adapter loaded, `merge_and_unload`.
+The reference is PEFT: `resize_token_embeddings`, load the adapter, `merge_and_unload`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def test_a_merged_bundle_has_the_adapters_vocabulary(
     assert json.loads((tmp_path / "m" / "config.json").read_text())["vocab_size"] == case.size
 
 
-def test_the_bundle_has_the_adapters_words_and_ends(
+def test_the_bundle_has_the_tokenizer_and_the_end_tokens_of_the_adapter(
     bases: dict[str, tuple[Path, Path]], adapter_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
     adapter = adapter_of("a multiple of 64")
@@ -70,7 +70,7 @@ def test_the_bundle_has_the_adapters_words_and_ends(
     assert genai["vocab_size"] == BASE + 64
 
 
-def test_special_tokens_that_were_cut_are_left_out_and_named(
+def test_special_tokens_beyond_the_smaller_vocabulary_are_removed_and_named(
     bases: dict[str, tuple[Path, Path]],
     adapter_of: Callable[[str], Path],
     tmp_path: Path,
@@ -101,7 +101,7 @@ def test_special_tokens_that_were_cut_are_left_out_and_named(
         ({"pad_token_id": 503}, "sequence-classification", "pad_token_id of the base is 503"),
     ],
 )
-def test_special_tokens_that_were_cut_are_refused_where_there_are_no_others(
+def test_special_tokens_beyond_the_smaller_vocabulary_are_refused_if_no_others_remain(
     ids: dict[str, Any], task: str, message: str, tmp_path: Path
 ) -> None:
     for config in (ids, {"text_config": ids}):
@@ -114,7 +114,7 @@ def _set_ids(file: Path, **ids: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **ids}))
 
 
-def test_the_checkpoint_is_merged_likewise(
+def test_the_checkpoint_is_merged_in_the_same_way(
     bases: dict[str, tuple[Path, Path]], adapter_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
     case, adapter = CASES["tied"], adapter_of("tied")
@@ -150,7 +150,7 @@ def _prefill_parity(bundle: Path, checkpoint: Path, adapter: Path) -> ParityRepo
 
 
 def _zero_the_added_rows(size: int) -> Callable[[ir.Graph], None]:
-    """Zeros for the added tokens in the embedding of a graph with `size` tokens."""
+    """Zero the rows of the added tokens in the embedding of a graph with `size` tokens."""
 
     def change(graph: ir.Graph) -> None:
         tables = {
@@ -167,7 +167,7 @@ def _zero_the_added_rows(size: int) -> Callable[[ir.Graph], None]:
 
 
 @pytest.mark.parametrize("name", ["embeddings saved", "trained in full"])
-def test_parity_sees_rows_that_a_merge_lost_though_no_prompt_has_their_tokens(
+def test_parity_fails_a_merge_that_lost_rows_of_tokens_that_occur_in_no_prompt(
     name: str,
     bases: dict[str, tuple[Path, Path]],
     adapter_of: Callable[[str], Path],
@@ -182,7 +182,7 @@ def test_parity_sees_rows_that_a_merge_lost_though_no_prompt_has_their_tokens(
 
 
 def _doubled(adapter: Path, place: Path) -> Path:
-    """The adapter with twice the alpha."""
+    """Copy the adapter with twice the alpha."""
     shutil.copytree(adapter, place)
     config = json.loads((place / "adapter_config.json").read_text())
     (place / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 16}))
@@ -190,7 +190,7 @@ def _doubled(adapter: Path, place: Path) -> Path:
 
 
 @pytest.mark.parametrize("changed", [3, 65])
-def test_words_in_spare_rows_are_side_inputs_where_they_are_few(
+def test_new_tokens_in_spare_embedding_rows_are_side_inputs_if_they_are_few(
     changed: int, bases: dict[str, tuple[Path, Path]], tmp_path: Path
 ) -> None:
     import peft
@@ -245,7 +245,7 @@ def _shorter_head(tensors: dict[str, Any]) -> None:
         (_shorter_head, r"lm_head.weight is \[513, 64\], the base has \[514, 64\]"),
     ],
 )
-def test_rows_that_nobody_has_are_refused(
+def test_missing_rows_are_refused(
     change: Callable[[dict[str, Any]], None],
     message: str,
     bases: dict[str, tuple[Path, Path]],
@@ -263,7 +263,7 @@ def test_rows_that_nobody_has_are_refused(
             ld.export(model, tmp_path / "m", adapters={"a": adapter}, merge=True)
 
 
-def test_a_tokenizer_with_more_tokens_than_rows_is_refused(
+def test_a_tokenizer_with_more_tokens_than_embedding_rows_is_refused(
     bases: dict[str, tuple[Path, Path]], adapter_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
     adapter = shutil.copytree(adapter_of("fewer tokens"), tmp_path / "a")
@@ -274,14 +274,14 @@ def test_a_tokenizer_with_more_tokens_than_rows_is_refused(
 
 
 @pytest.mark.parametrize("name", ["embeddings saved", "trained rows"])
-def test_a_bundle_without_rows_for_them_refuses_added_tokens_with_the_merge(
+def test_a_bundle_without_rows_for_added_tokens_refuses_them_and_suggests_a_merge(
     name: str, bases: dict[str, tuple[Path, Path]], adapter_of: Callable[[str], Path]
 ) -> None:
     with pytest.raises(AdapterError, match="merge"):
         ld.AdapterSession(bases["llama"][1]).load("a", adapter_of(name))
 
 
-def test_a_model_of_images_without_tokens_is_merged_as_peft_merges_it(tmp_path: Path) -> None:
+def test_an_image_model_without_tokens_is_merged_like_peft(tmp_path: Path) -> None:
     import peft
     import torch
 

@@ -1,4 +1,4 @@
-"""Adapters whose vocabulary is another than the base's, as users train them with PEFT."""
+"""Adapters with another vocabulary than the base, as users train them with PEFT."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-BASE: Final = 512  # tokens of the tiny models
+BASE: Final = 512  # vocabulary size of the tiny models
 WORDS: Final = ("<|tool|>", "<|end_of_turn|>")
 
 
 @dataclass(frozen=True)
 class Case:
-    """`size`: tokens of the adapter's vocabulary. `options`: PEFT's. `saved`: embeddings too."""
+    """`size`: the adapter's vocabulary size. `options`: of PEFT. `saved`: with saved embeddings."""
 
     size: int
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -60,7 +60,7 @@ def resized(base: Path, size: int) -> Any:
 def make(
     case: Case, base: Path, place: Path, *, seed: int = 1, words: tuple[str, ...] = WORDS
 ) -> None:
-    """An adapter as users train it, the tokenizer beside it, and PEFT's merged logits."""
+    """Write an adapter as users train it, the tokenizer beside it, and PEFT's merged logits."""
     import peft
     import torch
     from transformers import AutoTokenizer

@@ -1,4 +1,4 @@
-"""A graph that computes an adapter itself is refused as a base, by names and without them."""
+"""A graph that already contains an adapter is refused as a base, detected with or without names."""
 
 from __future__ import annotations
 
@@ -20,19 +20,21 @@ RANK = 2
         "model.layers.0.self_attn.q_proj.lora_A.default",
     ],
 )
-@pytest.mark.parametrize("told_by", ["scopes", "node", "weight"])
-def test_a_graph_that_computes_an_adapter_is_no_base(module: str, told_by: str) -> None:
-    model = linear(module if told_by == "scopes" else None)
-    if told_by == "node":
+@pytest.mark.parametrize("detected_by", ["scopes", "node", "weight"])
+def test_a_graph_that_contains_an_adapter_is_refused_as_a_base(
+    module: str, detected_by: str
+) -> None:
+    model = linear(module if detected_by == "scopes" else None)
+    if detected_by == "node":
         next(iter(model.graph)).name = f"/{module.replace('.', '/')}/MatMul"
-    elif told_by == "weight":
+    elif detected_by == "weight":
         model.graph.initializers["w"].name = f"{module}.weight"
     with pytest.raises(ExportError, match="contains an adapter as separate layers") as raised:
         refuse_adapter_layers(model)
     assert len(str(raised.value)) <= 300
 
 
-def test_a_graph_without_an_adapter_is_a_base() -> None:
+def test_a_graph_without_an_adapter_is_accepted_as_a_base() -> None:
     refuse_adapter_layers(linear("model.layers.0.self_attn.q_proj"))
 
 
@@ -56,13 +58,15 @@ def _beside(
 
 @pytest.mark.parametrize("scaled", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
-def test_an_adapter_without_names_is_told_by_its_products(scaled: bool, bias: bool) -> None:
+def test_an_adapter_without_names_is_detected_by_its_matrix_products(
+    scaled: bool, bias: bool
+) -> None:
     model = _beside(scaled=scaled, bias=bias)
-    refuse_adapter_layers(model)  # no name shows it
+    refuse_adapter_layers(model)  # not detectable by name
     with pytest.raises(ExportError, match=r"contains an adapter of rank 2 beside .* \[6 → 4\]"):
         refuse_adapter_products(model.graph)
 
 
 @pytest.mark.parametrize("model", [_beside(OUT), _beside(bent=True), linear()])
-def test_other_sums_of_products_are_no_adapter(model: ir.Model) -> None:
+def test_other_sums_of_products_are_not_taken_for_an_adapter(model: ir.Model) -> None:
     refuse_adapter_products(model.graph)

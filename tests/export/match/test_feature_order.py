@@ -1,4 +1,4 @@
-"""Features that a graph reorders beside a layer take no adapters by names alone."""
+"""Layers whose features the graph reorders take adapters only with proof by the checkpoint."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _heads(b: Builder, y: ir.Value) -> ir.Value:
 
 
 def _dynamic_heads(b: Builder, y: ir.Value) -> ir.Value:
-    """The sizes of the batch and the sequence are computed, as torch's older exporter does."""
+    """Split into heads by computed batch and sequence sizes, as torch's older exporter does."""
     shape = b.node("Shape", [y])
     sizes = [b.node("Gather", [shape, _ints(b, axis)]) for axis in (0, 1)]
     target = b.node("Concat", [*sizes, _ints(b, HEADS, SIZE)], axis=0)
@@ -76,7 +76,7 @@ def _transposed(b: Builder, y: ir.Value) -> ir.Value:
 
 
 def _by_kind(b: Builder, y: ir.Value) -> ir.Value:
-    """The rows are q and k of each head, and become all q, then all k, as in Qwen3-Next."""
+    """Reorder rows from q and k of each head to all q, then all k, as in Qwen3-Next."""
     heads = b.node("Reshape", [y, _ints(b, 0, 0, HEADS, SIZE)])
     parts = _parts(b, heads, (0, SIZE // 2), (SIZE // 2, SIZE))
     flat = [b.node("Reshape", [part, _ints(b, 0, 0, -1)]) for part in parts]
@@ -108,7 +108,7 @@ def _signed_rotation(b: Builder, y: ir.Value) -> ir.Value:
 
 
 def _indexed(b: Builder, y: ir.Value) -> ir.Value:
-    """One part of each group, as torch.onnx writes y[:, :, :, 1]."""
+    """Select one part of each group, as torch.onnx writes y[:, :, :, 1]."""
     groups = b.node("Reshape", [y, _ints(b, 0, 0, HEADS, 2, SIZE // 2)])
     front = b.node("Transpose", [groups], perm=[3, 0, 1, 2, 4])
     parts = [
@@ -155,7 +155,9 @@ def test_reordered_outputs_take_no_adapters_without_a_checkpoint(
 
 
 @pytest.mark.parametrize("form", [_gathered, _joined, _transposed, _multiplied], ids=_named)
-def test_reordered_inputs_take_none_either(form: Form, tmp_path: Path) -> None:
+def test_reordered_inputs_take_no_adapters_without_a_checkpoint_either(
+    form: Form, tmp_path: Path
+) -> None:
     model = _model(form, before=True)
     assert not find_modules(model, tmp_path, Evidence(), []).linears
     with pytest.raises(ExportError, match=r"q_proj: \w+ \(\w+\) puts its features into another"):
@@ -163,7 +165,7 @@ def test_reordered_inputs_take_none_either(form: Form, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("permuted", [False, True], ids=["heads", "permuted"])
-def test_heads_that_are_joined_before_a_layer_keep_their_order(
+def test_heads_that_are_joined_before_a_layer_are_accepted_unless_permuted(
     permuted: bool, tmp_path: Path
 ) -> None:
     b = Builder()
@@ -178,7 +180,7 @@ def test_heads_that_are_joined_before_a_layer_keep_their_order(
     assert (MODULE in found) != permuted
 
 
-def test_a_map_names_a_module_and_not_the_order_of_its_rows(tmp_path: Path) -> None:
+def test_a_module_map_does_not_prove_the_order_of_rows(tmp_path: Path) -> None:
     (tmp_path / "map.json").write_text(json.dumps({"q": MODULE}))
     evidence = Evidence(map=tmp_path / "map.json")
     assert MODULE in find_modules(_model(_heads), tmp_path, evidence, [ADAPTER]).linears
@@ -188,7 +190,7 @@ def test_a_map_names_a_module_and_not_the_order_of_its_rows(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("form", [_gathered, _by_kind], ids=_named)
-def test_the_checkpoint_s_numbers_prove_the_order(form: Form, tmp_path: Path) -> None:
+def test_the_weights_of_the_checkpoint_prove_the_order(form: Form, tmp_path: Path) -> None:
     model = _model(form)
     w = model.graph.initializers["w"].const_value.numpy()
     weights = {f"{MODULE}.weight": np.ascontiguousarray(w.T)}
@@ -201,7 +203,7 @@ def test_the_checkpoint_s_numbers_prove_the_order(form: Form, tmp_path: Path) ->
     ("config", "refused"), [('{"model_type": "llama"}', True), ('{"model_type": "gptj"}', False)]
 )
 @pytest.mark.parametrize("written", ["slices", "pairs"])
-def test_pairs_that_are_rotated_by_plain_nodes_are_seen_too(
+def test_interleaved_rotary_pairs_of_plain_nodes_are_detected_too(
     written: str, config: str, refused: bool, tmp_path: Path
 ) -> None:
     def pairs(b: Builder, y: ir.Value) -> ir.Value:

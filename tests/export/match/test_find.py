@@ -37,7 +37,7 @@ def test_a_product_is_found_by_a_node_name_that_spells_a_path() -> None:
         "fused fused /encoder/layer.0/dense/MatMul",
     ],
 )
-def test_a_name_that_onnxruntimes_optimizer_changed_spells_the_same_path(name: str) -> None:
+def test_a_name_changed_by_onnxruntimes_optimizer_spells_the_same_path(name: str) -> None:
     b = Builder()
     x = b.input("x", ["batch", "sequence", IN])
     y = b.node("MatMul", [x, b.weight("w", IN, OUT)], name=name)
@@ -54,7 +54,9 @@ def test_a_name_that_onnxruntimes_optimizer_changed_spells_the_same_path(name: s
     ],
     ids=["operator", "module", "long", "fused"],
 )
-def test_a_path_that_is_not_the_optimizers_is_left_whole(name: str, modules: list[str]) -> None:
+def test_a_path_that_was_not_changed_by_the_optimizer_is_kept(
+    name: str, modules: list[str]
+) -> None:
     b = Builder()
     y = b.node("MatMul", [b.input("x", ["batch", IN]), b.weight("w", IN, OUT)], name=name)
     begin = time.perf_counter()
@@ -62,14 +64,14 @@ def test_a_path_that_is_not_the_optimizers_is_left_whole(name: str, modules: lis
     assert time.perf_counter() - begin < 1, "quadratic in the name's length"
 
 
-def test_what_looks_like_a_linear_and_has_no_module_is_listed() -> None:
+def test_a_linear_without_a_module_is_listed() -> None:
     findings = find_linears(linear(module=None))
     assert findings.linears == {}
     assert findings.unidentified == (f"y [{IN} → {OUT}]",)
 
 
 @pytest.mark.parametrize("carrier", ["Transpose", "Cast", "Identity"])
-def test_a_weight_is_followed_through_what_carries_it(carrier: str) -> None:
+def test_a_weight_is_followed_through_nodes_that_pass_it_on(carrier: str) -> None:
     b = Builder()
     x = b.input("x", ["batch", "sequence", IN])
     attributes = {"Transpose": {"perm": [1, 0]}, "Cast": {"to": 1}}.get(carrier, {})
@@ -94,7 +96,7 @@ def test_a_gemm_is_found_with_its_bias(turned: int) -> None:
     assert found.bias is bias
 
 
-def test_a_gemm_that_scales_is_no_linear() -> None:
+def test_a_gemm_with_a_scale_is_not_a_linear() -> None:
     b = Builder()
     x = b.input("x", ["batch", IN])
     y = b.node("Gemm", [x, b.weight("w", IN, OUT)], ["batch", OUT], module="m", alpha=2.0)
@@ -110,7 +112,7 @@ def test_the_bias_that_is_added_to_a_product_is_found() -> None:
     assert find_linears(b.model(y)).linears["m"].bias is bias
 
 
-def test_products_of_two_activations_are_no_linears() -> None:
+def test_products_of_two_activations_are_not_linears() -> None:
     b = Builder()
     x = b.input("x", ["batch", "sequence", IN])
     w = b.input("w", [IN, OUT])
@@ -148,9 +150,7 @@ def test_packed_weights_are_found_by_their_sizes() -> None:
 
 
 @pytest.mark.parametrize(("bits", "precision"), [(2, "int4"), (4, "int4"), (8, "int8")])
-def test_the_precision_of_packed_weights_is_one_that_bundles_have(
-    bits: int, precision: str
-) -> None:
+def test_packed_weights_map_to_a_precision_of_bundles(bits: int, precision: str) -> None:
     b = Builder()
     x = b.input("x", ["batch", 32])
     packed = b.constant("w", np.zeros((OUT, 2, 2 * bits), np.uint8))
@@ -159,7 +159,7 @@ def test_the_precision_of_packed_weights_is_one_that_bundles_have(
     assert precision_of(b.model(y)) == precision
 
 
-def test_the_output_head_is_what_the_logits_come_from() -> None:
+def test_the_output_head_is_the_product_that_computes_the_logits() -> None:
     b = Builder()
     x = b.input("x", ["batch", "sequence", IN])
     hidden = b.node("MatMul", [x, b.weight("w", IN, IN)], module="body")
@@ -170,7 +170,7 @@ def test_the_output_head_is_what_the_logits_come_from() -> None:
     assert output_head(model, find_linears(model)) == "head"
 
 
-def test_nodes_in_another_domain_are_left_alone() -> None:
+def test_nodes_of_other_domains_are_ignored() -> None:
     model = linear()
     node = next(iter(model.graph))
     foreign = ir.node(

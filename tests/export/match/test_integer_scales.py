@@ -1,4 +1,4 @@
-"""What a MatMulInteger's layer gives is behind all of its scales, in whatever order they come."""
+"""The output of a MatMulInteger layer is the value after all scales, in any order of them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _times(b: Builder, one: ir.Value, other: ir.Value) -> ir.Value:
     return b.node("Mul", [one, other])
 
 
-# By the sums, the scale of x and that of the weight.
+# Functions of the integer sums, the scale of x and the scale of the weight.
 ORDERS: dict[str, Multiplied] = {
     "as onnxruntime": lambda b, y, s, t: _times(b, y, _times(b, s, t)),
     "the sums behind": lambda b, y, s, t: _times(b, _times(b, t, s), y),
@@ -38,7 +38,7 @@ ORDERS: dict[str, Multiplied] = {
 
 
 def _integers(multiplied: Multiplied, *, columns: bool) -> tuple[ir.Model, Any]:
-    """The graph, and its weight [out, in]."""
+    """Return the graph and its weight [out, in]."""
     b = Builder()
     x = b.input("x", ["batch", IN])
     scale = np.full(OUT if columns else (), 0.02, np.float32)
@@ -59,7 +59,7 @@ def _integers(multiplied: Multiplied, *, columns: bool) -> tuple[ir.Model, Any]:
 
 @pytest.mark.parametrize("columns", [False, True], ids=["tensor", "columns"])
 @pytest.mark.parametrize("order", ORDERS)
-def test_an_update_is_added_behind_all_scales(order: str, columns: bool, tmp_path: Path) -> None:
+def test_an_update_is_added_after_all_scales(order: str, columns: bool, tmp_path: Path) -> None:
     model, W = _integers(ORDERS[order], columns=columns)
     x = numbers(3, IN)
     base = run(model, {"x": x})
@@ -87,7 +87,7 @@ def test_a_product_whose_scales_are_not_all_known_takes_no_adapters(what: str) -
     assert not find_linears(model).linears
 
 
-def test_one_constant_may_be_the_scale_of_both() -> None:
+def test_one_constant_can_be_the_scale_of_both() -> None:
     b = Builder()
     x, step = b.input("x", ["batch", IN]), b.constant("step", np.float32(0.05))
     q = b.node("QuantizeLinear", [x, step, b.constant("middle", np.uint8(128))])

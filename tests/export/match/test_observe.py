@@ -1,4 +1,4 @@
-"""Where a batch's rows are is seen by running the graph, whatever its shapes are called."""
+"""The batch axis of each layer is found by running the graph, regardless of its symbolic shapes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _flattened(b: Builder, x: ir.Value, stated: Shape) -> ir.Value:
 
 
 def _windows(b: Builder, x: ir.Value, stated: Shape) -> ir.Value:
-    """[batch · sequence, 2, in / 2], as windows of an image are."""
+    """Reshape to [batch · sequence, 2, in / 2], like windows of an image."""
     y = _product(b, b.node("Reshape", [x, _integers(b, -1, 2, IN // 2)], stated), IN // 2)
     shape = _concatenated(b, _sizes(b, x), 2 * OUT)
     return b.node("Reshape", [y, shape])
@@ -71,7 +71,7 @@ def _concatenated(b: Builder, sizes: ir.Value, size: int) -> ir.Value:
 
 
 def _sizes(b: Builder, x: ir.Value) -> ir.Value:
-    """[batch, sequence], as numbers."""
+    """Return the sizes [batch, sequence] of x."""
     shape = b.node("Shape", [x])
     sizes = b.node("Slice", [shape, _integers(b, 0), _integers(b, 2)])
     shape.type = sizes.type = ir.TensorType(ir.DataType.INT64)
@@ -99,7 +99,7 @@ def _graph(
 
 
 def _seen(model: ir.Model) -> list[Linear]:
-    """The graph's linears, once it was run."""
+    """Return the linears of the graph after observing a run."""
     linears = list(find_linears(model).linears.values())
     nodes = [node for linear in linears for node in linear.nodes]
     values = [value for node in nodes for value in (input_of(node), output_of(node)) if value]
@@ -116,14 +116,14 @@ def _merged(model: ir.Model, update: NDArray[np.float32]) -> ir.Model:
 def _expected(
     make: Callable[[], ir.Model], x: NDArray[np.float32], updates: list[NDArray[np.float32]]
 ) -> NDArray[np.float32]:
-    """Each row alone, by the graph with its own update in the weight."""
+    """Compute each row separately, by the graph with the row's update merged into the weight."""
     rows = [run(_merged(make(), update), {"x": x[i : i + 1]}) for i, update in enumerate(updates)]
     return np.concatenate(rows)
 
 
 @pytest.mark.parametrize("stated", [None, ["unk__1", "unk__2", IN]], ids=["unstated", "renamed"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_each_row_has_its_own_adapter_wherever_the_rows_are(layout: str, stated: Shape) -> None:
+def test_each_row_has_its_own_adapter_in_every_layout(layout: str, stated: Shape) -> None:
     if stated is not None and layout not in ("front", "sequence-first"):
         pytest.skip("of another rank")
     model = _graph(LAYOUTS[layout], stated)
@@ -140,7 +140,7 @@ def test_each_row_has_its_own_adapter_wherever_the_rows_are(layout: str, stated:
     assert np.array_equal(run(model, {"x": x}), base)
 
 
-def test_a_symbol_that_names_the_wrong_axis_does_not_mislead() -> None:
+def test_a_symbol_on_the_wrong_axis_is_ignored() -> None:
     model = _graph(_sequence_first, ["batch", "sequence", IN])
     inject_side_inputs(model, _seen(model))
     x, A, B = numbers(2, 5, IN), numbers(2, IN, 2, seed=1), numbers(2, 2, OUT, seed=2)
@@ -150,7 +150,7 @@ def test_a_symbol_that_names_the_wrong_axis_does_not_mislead() -> None:
 
 
 @pytest.mark.parametrize("layout", ["front", "sequence-first", "flattened", "windows"])
-def test_one_row_is_its_adapter_s_whatever_the_axes_are(layout: str) -> None:
+def test_a_single_row_has_its_adapter_in_every_layout(layout: str) -> None:
     model = _graph(LAYOUTS[layout], batch=1)
     linears = _seen(model)
     inject_side_inputs(model, linears)
@@ -162,7 +162,7 @@ def test_one_row_is_its_adapter_s_whatever_the_axes_are(layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_outputs_are_scaled_and_shifted_row_by_row(layout: str) -> None:
+def test_outputs_are_scaled_and_shifted_per_row(layout: str) -> None:
     model = _graph(LAYOUTS[layout])
     (linear,) = _seen(model)
     inject_side_inputs(model, [linear], changes=[Change(linear, scale=True, offset=False)])
@@ -177,7 +177,7 @@ def test_outputs_are_scaled_and_shifted_row_by_row(layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_base_comes_back(layout: str) -> None:
+def test_removing_side_inputs_restores_the_base(layout: str) -> None:
     model = _graph(LAYOUTS[layout])
     linears = _seen(model)
     change = Change(linears[0], scale=True, offset=True)
@@ -197,13 +197,13 @@ def _mean_of_the_batch(b: Builder, x: ir.Value, stated: Shape) -> ir.Value:
 
 
 def _tokens_in_turn(b: Builder, x: ir.Value, stated: Shape) -> ir.Value:
-    """[sequence · batch, in]"""
+    """Reshape to [sequence · batch, in]."""
     first = b.node("Transpose", [x], perm=[1, 0, 2])
     return _product(b, b.node("Reshape", [first, _integers(b, -1, IN)], stated))
 
 
 @pytest.mark.parametrize("layout", [_mean_of_the_batch, _tokens_in_turn])
-def test_rows_that_are_not_the_batch_s_are_refused(
+def test_axes_that_mix_or_reorder_the_batch_are_refused(
     layout: Callable[[Builder, ir.Value, Shape], ir.Value],
 ) -> None:
     model = _graph(layout, ["batch", IN])
@@ -211,7 +211,7 @@ def test_rows_that_are_not_the_batch_s_are_refused(
         inject_side_inputs(model, _seen(model))
 
 
-def test_a_graph_that_does_not_run_is_taken_by_no_new_symbol() -> None:
+def test_a_graph_that_does_not_run_gets_no_new_symbols() -> None:
     b = Builder()
     x = b.input("x", ["batch", "sequence", IN])
     unknown = ir.node("Unknown", [x], domain="elsewhere")
@@ -224,7 +224,7 @@ def test_a_graph_that_does_not_run_is_taken_by_no_new_symbol() -> None:
         inject_side_inputs(model, _seen(model))
 
 
-def test_types_and_sizes_that_the_graph_lacks_are_filled_in() -> None:
+def test_missing_types_and_shapes_are_filled_in() -> None:
     b = Builder()
     x = b.input("x", ["batch", "sequence", IN], ir.DataType.FLOAT16)
     hidden = b.node("Relu", [x])
@@ -237,7 +237,7 @@ def test_types_and_sizes_that_the_graph_lacks_are_filled_in() -> None:
     assert y.shape is not None and y.shape[-1] == OUT
 
 
-def test_a_bias_behind_an_identity_is_the_layer_s_bias() -> None:
+def test_a_bias_after_an_identity_is_the_layers_bias() -> None:
     b = Builder()
     x, shared = b.input("x", ["batch", IN]), b.weight("shared", OUT)
     same = b.node("Identity", [shared])

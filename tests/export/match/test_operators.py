@@ -1,4 +1,4 @@
-"""What becomes of every input and attribute of an operator that is rewritten, or read from."""
+"""Every input and attribute of the operators that an export rewrites or reads is handled."""
 
 from __future__ import annotations
 
@@ -43,14 +43,16 @@ def _schema(domain: str, name: str) -> Any:
 
 
 @ROWS
-def test_all_that_the_installed_operator_has_is_decided(row: tuple[str, str]) -> None:
+def test_every_input_and_attribute_of_the_installed_operator_is_in_the_table(
+    row: tuple[str, str],
+) -> None:
     schema, ours = _schema(*row), OPERATORS[row]
     assert [given.name for given in schema.inputs] == list(ours.inputs)[: len(schema.inputs)]
     assert set(schema.attributes) <= set(ours.attributes)
 
 
 @ROWS
-def test_what_the_table_does_not_have_is_refused_by_name(row: tuple[str, str]) -> None:
+def test_an_unknown_attribute_is_refused_by_name(row: tuple[str, str]) -> None:
     domain, name = row
     value = ir.Value(name="v")
     future = ir.node(name, [value], attributes={"future": 1}, domain=domain)
@@ -71,7 +73,7 @@ REFUSED_ATTRIBUTES = [
 
 
 @pytest.mark.parametrize(("domain", "name", "attribute", "same"), REFUSED_ATTRIBUTES)
-def test_what_is_refused_may_say_what_leaving_it_out_says(
+def test_a_refused_attribute_is_accepted_at_its_default_value(
     domain: str, name: str, attribute: str, same: int | None
 ) -> None:
     x = ir.Value(name="x")
@@ -89,7 +91,7 @@ def test_what_is_refused_may_say_what_leaving_it_out_says(
 def _node(
     b: Builder, op: str, inputs: list[ir.Value | None], shape: list[Any], **attributes: Any
 ) -> ir.Value:
-    """A product of the module m, whose operator is onnxruntime's own."""
+    """Add a product of the module m by an operator of onnxruntime."""
     y = b.node(op, inputs, shape, module="m", **attributes)  # type: ignore[arg-type]
     b.nodes[-1].domain = MICROSOFT
     return y
@@ -144,7 +146,7 @@ ADDENDS: dict[str, tuple[int, ...]] = {
 
 
 def _gemm(given: dict[str, Any], addend: str) -> tuple[ir.Model, Array, Array, Array]:
-    """The graph, x as it is fed, W [out, in], and what is added to x W."""
+    """Return the graph, the input x, W [out, in], and the addend of x W."""
     b = Builder()
     turned, turns = given.get("transA", 0), given.get("transB", 0)
     x = b.input("x", [IN, BATCH] if turned else [BATCH, IN])
@@ -161,7 +163,7 @@ def _gemm(given: dict[str, Any], addend: str) -> tuple[ir.Model, Array, Array, A
 
 @pytest.mark.parametrize("addend", ADDENDS)
 @pytest.mark.parametrize("given", SCALED, ids=str)
-def test_a_gemm_that_scales_or_turns_takes_an_adapter_as_a_plain_one(
+def test_a_gemm_that_scales_or_transposes_takes_an_adapter_like_a_plain_one(
     given: dict[str, Any], addend: str
 ) -> None:
     adapter = _adapter()
@@ -189,9 +191,7 @@ def test_side_inputs_are_not_scaled_with_the_product(given: dict[str, Any]) -> N
 
 @pytest.mark.parametrize("addend", ["none", "scalar", "row", "bias"])
 @pytest.mark.parametrize("beta", [0.0, 1.0, 2.0])
-def test_a_trained_bias_is_whole_whatever_the_base_s_was_scaled_by(
-    beta: float, addend: str
-) -> None:
+def test_a_trained_bias_is_not_scaled_by_the_beta_of_the_base(beta: float, addend: str) -> None:
     model, x, W, _ = _gemm({"beta": beta}, addend)
     normalize_products(model.graph)
     adapter = _adapter(bias=numbers(OUT, seed=5))
@@ -201,7 +201,7 @@ def test_a_trained_bias_is_whole_whatever_the_base_s_was_scaled_by(
 
 
 @pytest.mark.parametrize("addend", ["column", "whole"])
-def test_a_trained_bias_is_refused_where_what_is_added_is_not_understood(addend: str) -> None:
+def test_a_trained_bias_is_refused_where_the_addend_is_not_a_plain_bias(addend: str) -> None:
     model, *_ = _gemm({}, addend)
     normalize_products(model.graph)
     with pytest.raises(AdapterMismatchError, match=r"m\.bias is used in a way that is not under"):
@@ -212,7 +212,9 @@ def test_a_trained_bias_is_refused_where_what_is_added_is_not_understood(addend:
     "given", [{}, {"alpha": 0.3}, {"transB": 1}, {"alpha": 2.0, "transA": 1, "transB": 1}], ids=str
 )
 @pytest.mark.parametrize("way", ["merged", "side inputs"])
-def test_a_fused_product_scales_what_an_adapter_adds_too(way: str, given: dict[str, Any]) -> None:
+def test_the_alpha_of_a_fused_product_scales_the_update_too(
+    way: str, given: dict[str, Any]
+) -> None:
     b, adapter = Builder(), _adapter()
     turned, turns = given.get("transA", 0), given.get("transB", 0)
     x = b.input("x", [2, IN, BATCH] if turned else [2, BATCH, IN])
@@ -248,7 +250,7 @@ def test_an_einsum_of_a_matrix_takes_an_adapter(equation: str) -> None:
 
 
 @pytest.mark.parametrize("equation", ["bsi,io->bos", "bsi,bo->bso"])
-def test_another_einsum_stays(equation: str) -> None:
+def test_other_einsums_are_not_changed(equation: str) -> None:
     b = Builder()
     x, w = b.input("x", [IN, BATCH, IN]), b.weight("w", IN, OUT)
     model = b.model(b.node("Einsum", [x, w], None, equation=equation))
@@ -260,7 +262,7 @@ def test_another_einsum_stays(equation: str) -> None:
     ("of_x", "of_weight"), [(IN, 1), ("size", 1), (1, IN)], ids=["weight", "unknown", "x"]
 )
 @pytest.mark.parametrize("turned", [False, True])
-def test_an_einsum_that_broadcasts_the_axis_it_sums_stays(
+def test_an_einsum_that_broadcasts_its_summed_axis_is_not_changed(
     of_x: int | str, of_weight: int, turned: bool
 ) -> None:
     b = Builder()
@@ -276,7 +278,7 @@ def test_an_einsum_that_broadcasts_the_axis_it_sums_stays(
 
 
 @pytest.mark.parametrize("activation", ["Relu", "Sigmoid", "Tanh"])
-def test_what_is_fused_behind_a_product_is_done_after_the_adapter(activation: str) -> None:
+def test_a_fused_activation_is_applied_after_the_update(activation: str) -> None:
     def fused(weight: Array | None = None) -> ir.Model:
         b = Builder()
         x, w, c = b.input("x", [BATCH, IN]), b.weight("w", OUT, IN), b.weight("c", OUT)
@@ -293,7 +295,7 @@ def test_what_is_fused_behind_a_product_is_done_after_the_adapter(activation: st
     assert _near(run(model, {"x": rows}), expected)
 
 
-def test_a_weight_that_is_scaled_for_one_product_stays_for_another() -> None:
+def test_scaling_a_weight_for_one_product_does_not_change_another() -> None:
     b = Builder()
     x, w = b.input("x", [BATCH, IN]), b.weight("w", IN, IN)
     first = b.node("Gemm", [x, w], [BATCH, IN], module="m", alpha=0.5)
@@ -318,7 +320,7 @@ def _packed(values: Array, bits: int) -> Array:
 def _nbits(
     bits: int, zeros: str, *, grouped: bool, biased: bool, level: int = 0, **more: Any
 ) -> tuple[ir.Model, Array, Array]:
-    """The graph, W [out, in] and the bias."""
+    """Return the graph, W [out, in] and the bias."""
     generator, blocks = np.random.default_rng(3), math.ceil(NBITS_IN / BLOCK)
     q = generator.integers(0, 1 << bits, (NBITS_OUT, blocks * BLOCK))
     scale = (generator.random((NBITS_OUT, blocks)) + 0.5).astype(np.float32) / (1 << bits)
@@ -355,7 +357,7 @@ def _nbits(
     return _model(b, y), W.astype(np.float32), bias
 
 
-# What onnxruntime's CPU provider has products for.
+# The forms that onnxruntime's CPU provider supports.
 FORMS = [
     *((bits, zeros, False) for bits in (2, 4, 8) for zeros in ("none", "packed")),
     *((bits, "float", False) for bits in (2, 4)),
@@ -366,7 +368,7 @@ FORMS = [
 
 @pytest.mark.parametrize("biased", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize(("bits", "zeros", "grouped"), FORMS)
-def test_a_packed_weight_is_unpacked_merged_and_packed_with_all_it_has(
+def test_a_packed_weight_is_unpacked_merged_and_packed_in_the_same_form(
     bits: int, zeros: str, grouped: bool, biased: bool
 ) -> None:
     model, W, bias = _nbits(bits, zeros, grouped=grouped, biased=biased)
@@ -397,7 +399,7 @@ def test_the_accuracy_level_is_kept(level: int) -> None:
     assert node.attributes["accuracy_level"].as_int() == level
 
 
-def test_a_trained_bias_takes_the_place_of_a_packed_product_s_own() -> None:
+def test_a_trained_bias_replaces_the_bias_of_a_packed_product() -> None:
     model, *_ = _nbits(8, "none", grouped=False, biased=True)
     adapter = _adapter(NBITS_IN, NBITS_OUT, bias=numbers(NBITS_OUT, seed=5))
     _merge(model, adapter, requantize=True)
@@ -416,7 +418,7 @@ def test_a_trained_bias_takes_the_place_of_a_packed_product_s_own() -> None:
     ],
     ids=["g_idx", "prepacked", "future"],
 )
-def test_a_packed_weight_that_is_not_understood_is_refused_by_name(
+def test_an_unsupported_packed_weight_is_refused_by_name(
     made: dict[str, Any], message: str
 ) -> None:
     model, *_ = _nbits(**{"zeros": "none", "grouped": False, "biased": False, **made})
@@ -438,7 +440,7 @@ DTYPES = [np.int8, np.uint8, ml_dtypes.int4, ml_dtypes.uint4, ml_dtypes.float8_e
 @pytest.mark.parametrize("turned", ["", "before", "behind"])
 @pytest.mark.parametrize("form", ["tensor", "axis 0", "axis 1", "axis -1", "blocks 0", "blocks -1"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: np.dtype(dtype).name)
-def test_a_weight_of_integers_is_read_as_onnxruntime_reads_it(
+def test_an_integer_weight_is_read_like_onnxruntime_reads_it(
     dtype: Any, form: str, turned: str
 ) -> None:
     b, (kind, *axis), size = Builder(), form.split(), 8
@@ -471,7 +473,7 @@ def test_a_weight_of_integers_is_read_as_onnxruntime_reads_it(
         _merge(model, adapter, requantize=True)
 
 
-def test_a_zero_point_that_is_no_constant_is_not_left_out() -> None:
+def test_a_zero_point_that_is_not_constant_is_not_ignored() -> None:
     b = Builder()
     x, zero = b.input("x", [BATCH, IN]), b.input("zero", [], ir.DataType.INT8)
     w, scale = b.constant("w", _integers(np.int8, IN, OUT)), b.constant("s", np.float32(2))
@@ -484,7 +486,7 @@ def test_a_zero_point_that_is_no_constant_is_not_left_out() -> None:
 @pytest.mark.parametrize("biased", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("columns", [False, True], ids=["tensor", "columns"])
 @pytest.mark.parametrize("op", ["DynamicQuantizeMatMul", "MatMulIntegerToFloat"])
-def test_an_integer_product_that_gives_floats_takes_side_inputs(
+def test_an_integer_product_with_float_outputs_takes_side_inputs(
     op: str, columns: bool, biased: bool
 ) -> None:
     b, shape = Builder(), (OUT,) if columns else ()
@@ -517,10 +519,10 @@ def test_an_integer_product_that_gives_floats_takes_side_inputs(
     assert _near(adapted - base, rows @ _update(adapter).T), "x itself is not rounded"
 
 
-# -- layers that are no products -------------------------------------------------------------------
+# -- layers that are not matrix products -----------------------------------------------------------
 
 
-def test_a_table_looked_up_by_its_columns_is_no_embedding() -> None:
+def test_a_gather_along_columns_is_not_an_embedding() -> None:
     b = Builder()
     ids = b.input("ids", ["batch", "sequence"], ir.DataType.INT64)
     table = b.weight("table", IN, IN)
@@ -528,7 +530,7 @@ def test_a_table_looked_up_by_its_columns_is_no_embedding() -> None:
 
 
 @pytest.mark.parametrize("domain", ["com.microsoft.nchwc", "com.ms.internal.nhwc"])
-def test_a_convolution_with_weights_in_another_order_is_none(domain: str) -> None:
+def test_a_convolution_with_another_weight_layout_is_ignored(domain: str) -> None:
     b = Builder()
     x = b.input("x", ["batch", 8, 4, 4])
     y = b.node("Conv", [x, b.weight("w", 8, 8, 1, 1)], module="m")
@@ -536,7 +538,7 @@ def test_a_convolution_with_weights_in_another_order_is_none(domain: str) -> Non
     assert find_parts(b.model(y)) == {}
 
 
-def test_a_convolution_of_several_groups_is_not_that_of_one() -> None:
+def test_factors_of_a_plain_convolution_are_refused_for_a_grouped_one() -> None:
     b = Builder()
     x = b.input("x", ["batch", 4, 4, 4])
     model = b.model(b.node("Conv", [x, b.weight("w", OUT, 2, 1, 1)], module="m", group=2))
@@ -557,7 +559,7 @@ def test_a_convolution_of_several_groups_is_not_that_of_one() -> None:
     ],
     ids=str,
 )
-def test_a_convolution_keeps_how_it_goes_over_its_input(given: dict[str, Any]) -> None:
+def test_a_convolution_keeps_its_strides_pads_and_dilations(given: dict[str, Any]) -> None:
     def model() -> ir.Model:
         b = Builder()
         x = b.input("x", [1, 3, 6, 6])
@@ -597,7 +599,7 @@ def test_a_bias_with_axes_of_one_is_replaced_in_its_own_shape(shape: tuple[int, 
 @pytest.mark.parametrize(
     ("op", "index"), [("BiasGelu", 1), ("FastGelu", 1), ("SkipLayerNormalization", 4)]
 )
-def test_a_trained_bias_is_refused_where_another_operator_adds_the_base_s(
+def test_a_trained_bias_is_refused_where_another_operator_adds_the_bias_of_the_base(
     op: str, index: int
 ) -> None:
     b = Builder()
@@ -617,7 +619,7 @@ def test_a_trained_bias_is_refused_where_another_operator_adds_the_base_s(
     ("attribute", "value"),
     [("is_causal", 1), ("softmax_precision", 10), ("qk_matmul_output_mode", 1), ("future", 1)],
 )
-def test_an_attention_with_what_the_other_operator_lacks_is_refused(
+def test_an_attention_with_an_attribute_that_the_other_operator_lacks_is_refused(
     attribute: str, value: int
 ) -> None:
     model = attention()
@@ -642,7 +644,7 @@ def _norm(held: Array) -> ir.Model:
 @pytest.mark.parametrize(
     ("held", "expected"), [("as it is", 0.0), ("with one added", 1.0), ("squared", None)]
 )
-def test_a_norm_trained_whole_is_put_there_in_the_form_of_the_base_s(
+def test_a_fully_trained_norm_is_stored_in_the_form_of_the_base(
     held: str, expected: float | None
 ) -> None:
     own = numbers(IN)
@@ -661,14 +663,14 @@ def test_a_norm_trained_whole_is_put_there_in_the_form_of_the_base_s(
     assert _near(run(model, {"x": x}), normed * (trained + np.float32(expected)))
 
 
-def test_a_bundle_remembers_the_form_that_a_checkpoint_told(tmp_path: Path) -> None:
+def test_a_bundle_records_the_form_of_a_norm_found_by_a_checkpoint(tmp_path: Path) -> None:
     for added in (0, 1):
         own = numbers(IN)
         model = _norm(own + np.float32(added))
         annotate_forms(model, {"norm.weight": own}.get)
         ir.save(model, tmp_path / "model.onnx")
         kept = ir.load(tmp_path / "model.onnx")
-        check_known(kept, ["norm.weight"])  # nobody has to give the checkpoint again
+        check_known(kept, ["norm.weight"])  # without the checkpoint
         trained = numbers(IN, seed=5)
         adapter = Adapter(AdapterConfig(modules_to_save=("norm",)), {}, {"norm.weight": trained})
         _merge(kept, adapter)
@@ -677,6 +679,6 @@ def test_a_bundle_remembers_the_form_that_a_checkpoint_told(tmp_path: Path) -> N
         assert _near(run(kept, {"x": x}), normed * (trained + np.float32(added)))
 
 
-def test_a_norm_whose_form_only_a_checkpoint_tells_is_refused_without_one() -> None:
+def test_a_norm_of_unknown_form_is_refused_without_a_checkpoint() -> None:
     with pytest.raises(ExportError, match=r"norm\.weight: some models add 1 .* `checkpoint`"):
         check_known(_norm(numbers(IN)), ["norm.weight"])

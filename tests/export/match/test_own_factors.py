@@ -1,4 +1,4 @@
-"""A layer that scales more than its product takes no adapters: they would be scaled with it."""
+"""A layer with a scale factor of its own takes no adapters: the factor would scale them too."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ADAPTER = Adapter(
 
 
 def _scaled(where: str, op: str, scope: str, *, metadata: bool = False) -> ir.Model:
-    """x W + b of the module, scaled before, behind the product or behind its bias."""
+    """x W + b of a module, scaled before the product, after it, or after the bias."""
     b = Builder()
 
     def scaled(value: ir.Value, size: int) -> ir.Value:
@@ -47,7 +47,7 @@ def _scaled(where: str, op: str, scope: str, *, metadata: bool = False) -> ir.Mo
 @pytest.mark.parametrize("metadata", [False, True], ids=["names", "metadata"])
 @pytest.mark.parametrize("op", ["Mul", "Div"])
 @pytest.mark.parametrize("where", ["before", "behind", "behind its bias"])
-def test_a_layer_with_a_factor_of_its_own_is_refused(
+def test_a_layer_with_its_own_scale_factor_is_refused(
     where: str, op: str, metadata: bool, tmp_path: Path
 ) -> None:
     model = _scaled(where, op, SCOPE, metadata=metadata)
@@ -58,7 +58,7 @@ def test_a_layer_with_a_factor_of_its_own_is_refused(
         find_modules(model, tmp_path, Evidence(), [ADAPTER])
 
 
-def test_the_checkpoint_s_numbers_do_not_explain_it_either(tmp_path: Path) -> None:
+def test_the_weights_of_the_checkpoint_do_not_explain_the_factor_either(tmp_path: Path) -> None:
     model = _scaled("behind", "Mul", SCOPE)
     weight, bias = (model.graph.initializers[n].const_value.numpy() for n in "wb")
     tensors = {f"{MODULE}.weight": np.ascontiguousarray(weight.T), f"{MODULE}.bias": bias}
@@ -68,17 +68,17 @@ def test_the_checkpoint_s_numbers_do_not_explain_it_either(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("where", ["before", "behind", "behind its bias"])
-def test_a_factor_of_another_module_is_the_model_s(where: str, tmp_path: Path) -> None:
+def test_a_factor_of_another_module_is_accepted(where: str, tmp_path: Path) -> None:
     for scope in ("/block/0", "/block/0/norm"):
         model = _scaled(where, "Mul", scope)
         assert MODULE in find_modules(model, tmp_path, Evidence(), [ADAPTER]).linears
 
 
 @pytest.mark.parametrize("norm", ["", "RMSNormalization", "Sqrt", "Reciprocal"])
-def test_a_scale_of_each_feature_in_front_is_a_quantizer_s_unless_it_is_a_norm_s(
+def test_a_per_feature_scale_before_the_product_is_refused_unless_a_norm_precedes_it(
     norm: str, tmp_path: Path
 ) -> None:
-    """Their nodes have names of their own."""
+    """The nodes of norms have their own module names."""
     b = Builder()
     x = b.input("x", ["batch", IN])
     if norm == "RMSNormalization":
@@ -98,7 +98,7 @@ def test_a_scale_of_each_feature_in_front_is_a_quantizer_s_unless_it_is_a_norm_s
         find_modules(model, tmp_path, Evidence(), [ADAPTER])
 
 
-def test_the_builder_s_factors_of_the_logits_are_the_model_s(tmp_path: Path) -> None:
+def test_the_logit_scales_of_the_genai_builder_are_accepted(tmp_path: Path) -> None:
     b = Builder()
     x = b.input("x", ["batch", IN])
     q = b.node(

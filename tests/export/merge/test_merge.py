@@ -45,7 +45,7 @@ def test_a_merged_weight_is_the_base_plus_the_scaled_product() -> None:
 
 
 @pytest.mark.parametrize("how", ["Gemm", "Transpose"])
-def test_transposed_weights_are_merged_as_they_are_held(how: str) -> None:
+def test_transposed_weights_are_merged_in_their_layout(how: str) -> None:
     b = Builder()
     x = b.input("x", ["batch", IN])
     w = b.weight("w", OUT, IN)
@@ -62,7 +62,7 @@ def test_transposed_weights_are_merged_as_they_are_held(how: str) -> None:
 
 
 @pytest.mark.parametrize("through", ["Transpose", "nothing"])
-def test_a_tied_weight_is_copied_and_the_embedding_keeps_its_own(through: str) -> None:
+def test_a_tied_weight_is_copied_and_the_embedding_is_not_changed(through: str) -> None:
     b = Builder()
     ids = b.input("ids", ["batch", "sequence"], ir.DataType.INT64)
     table = b.weight("table", OUT, IN)
@@ -85,7 +85,7 @@ def test_a_tied_weight_is_copied_and_the_embedding_keeps_its_own(through: str) -
     assert np.array_equal(model.graph.initializers["table"].const_value.numpy(), before)
 
 
-def test_equal_weights_that_were_joined_are_parted() -> None:
+def test_deduplicated_equal_weights_are_separated() -> None:
     b = Builder()
     x = b.input("x", ["batch", "sequence", IN])
     w = b.weight("w", IN, IN)
@@ -113,7 +113,7 @@ def test_a_merge_in_half_precision_rounds_once() -> None:
     assert np.array_equal(w.const_value.numpy(), expected)
 
 
-def test_a_weight_that_leaves_half_precision_is_refused() -> None:
+def test_a_merged_weight_outside_the_range_of_half_precision_is_refused() -> None:
     b = Builder()
     x = b.input("x", ["batch", "sequence", IN], ir.DataType.FLOAT16)
     w = b.constant("w", np.full((IN, OUT), 65000, np.float16))
@@ -126,7 +126,7 @@ def test_a_weight_that_leaves_half_precision_is_refused() -> None:
         _merge(b.model(y), adapter)
 
 
-def test_every_misfit_is_in_the_one_error() -> None:
+def test_one_error_lists_every_mismatch() -> None:
     adapter = Adapter(
         config=AdapterConfig(r=2, target_modules=("block.proj", "gone"), modules_to_save=("head",)),
         factors={
@@ -143,7 +143,7 @@ def test_every_misfit_is_in_the_one_error() -> None:
     assert "head.weight (modules_to_save) is not a parameter of this graph" in message
 
 
-def test_quantised_weights_are_not_merged_into() -> None:
+def test_a_merge_into_quantized_weights_is_refused() -> None:
     b = Builder()
     x = b.input("x", ["batch", "sequence", 32])
     packed = b.constant("w", np.zeros((OUT, 1, 16), np.uint8))
@@ -154,7 +154,7 @@ def test_quantised_weights_are_not_merged_into() -> None:
         _merge(b.model(y), _adapter("m.q", into=32))
 
 
-def test_saved_parameters_take_the_place_of_the_base_s() -> None:
+def test_saved_parameters_replace_those_of_the_base() -> None:
     b = Builder()
     x = b.input("x", ["batch", "sequence", IN])
     scaled = b.node("Mul", [x, b.weight("norm.weight", IN)], ["batch", "sequence", IN])

@@ -1,4 +1,4 @@
-"""What rounding leaves of a merged adapter is told, and packed weights are merged when asked to."""
+"""The merge error: how much of an update survives rounding; merging into packed weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.export.reference import apart, onnx_output, torch_output
 IDS = np.random.default_rng(3).integers(3, 512, (3, 11))
 
 
-def test_an_update_that_is_stored_as_it_is_has_no_loss() -> None:
+def test_an_update_that_is_stored_exactly_has_no_error() -> None:
     generator = np.random.default_rng(0)
     before, delta = generator.standard_normal((2, 30, 20)).astype(np.float32)
     tally = Tally()
@@ -31,7 +31,7 @@ def test_an_update_that_is_stored_as_it_is_has_no_loss() -> None:
     assert (error.kept, error.noise) == (1.0, pytest.approx(0, abs=1e-3))
 
 
-def test_half_an_update_is_half_kept_and_what_comes_in_besides_is_noise() -> None:
+def test_half_of_an_update_is_kept_as_one_half_and_other_changes_are_noise() -> None:
     before = np.zeros((2, 4), np.float32)
     after = np.array([[2, 0, 0, 0]] * 2, np.float32)
     tally = Tally()
@@ -46,7 +46,7 @@ def test_half_an_update_is_half_kept_and_what_comes_in_besides_is_noise() -> Non
     ("precision", "most_noise"),
     [("fp32", 1e-4), ("fp16", 0.02), ("bf16", 0.2), ("int8", 1.0), ("int4", 10.0)],
 )
-def test_every_precision_tells_its_loss(
+def test_every_precision_reports_its_merge_error(
     precision: str, most_noise: float, tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     adapter = make_adapter(tiny_llama, r=4, seed=1, scale=0.1)
@@ -58,7 +58,7 @@ def test_every_precision_tells_its_loss(
     assert most_noise / 100 < error.noise < most_noise or precision == "fp32"
 
 
-def test_a_loss_that_is_noticeable_is_warned_of(
+def test_a_large_merge_error_is_a_warning(
     tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     strong = make_adapter(tiny_llama, r=4, seed=1, scale=0.1)
@@ -71,7 +71,7 @@ def test_a_loss_that_is_noticeable_is_warned_of(
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_packed_weights_are_merged_when_the_loss_is_asked_for(
+def test_packed_weights_are_merged_with_requantize(
     precision: str, tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     adapter = make_adapter(tiny_llama, r=4, seed=1, scale=0.2)
@@ -88,7 +88,7 @@ def test_packed_weights_are_merged_when_the_loss_is_asked_for(
     assert got < apart(onnx_output(base, IDS), expected) / 3, "the adapter is not in it"
 
 
-def test_the_loss_is_shown_wherever_the_merged_bundle_is(
+def test_export_inspect_and_parity_show_the_merge_error(
     tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     adapter, place = make_adapter(tiny_llama, r=4, seed=1, scale=0.1), tmp_path / "merged"
@@ -105,6 +105,6 @@ def test_the_loss_is_shown_wherever_the_merged_bundle_is(
     assert any(f"fp16 kept {error.kept:.1%} of the merged update" in note for note in report.notes)
 
 
-def test_requantise_is_for_merging(tiny_llama: Path, tmp_path: Path) -> None:
+def test_requantize_is_only_for_merging(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="`requantize` is for `merge`"):
         export(tiny_llama, tmp_path / "out", requantize=True)

@@ -1,4 +1,4 @@
-"""Merging what is no plain linear layer's update, on the smallest graphs that show it."""
+"""Merging updates of other kinds than plain linear layers, on minimal graphs."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_dora_scales_the_rows_of_the_merged_weight(transposed: bool) -> None:
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_an_embedding_is_merged_and_a_head_that_shares_it_keeps_its_own(dora: bool) -> None:
+def test_an_embedding_is_merged_and_a_tied_head_is_not_changed(dora: bool) -> None:
     b = Builder()
     ids = b.input("ids", ["batch", "sequence"], ir.DataType.INT64)
     table = b.weight("table", VOCABULARY, IN)
@@ -99,7 +99,7 @@ def test_a_convolution_is_merged(dora: bool) -> None:
     assert run(model, {"x": numbers(1, 3, 4, 4)}).shape == (1, OUT, 3, 3)
 
 
-def test_a_convolution_of_several_groups_is_refused() -> None:
+def test_a_grouped_convolution_is_refused() -> None:
     b = Builder()
     x = b.input("x", ["batch", 4, "height", "width"])
     y = b.node("Conv", [x, b.weight("w", OUT, 2, 1, 1)], module="m", group=2)
@@ -108,7 +108,7 @@ def test_a_convolution_of_several_groups_is_refused() -> None:
         _merge(b.model(y), _adapter("m", pair))
 
 
-def test_trained_biases_take_the_place_of_the_base_s() -> None:
+def test_trained_biases_replace_those_of_the_base() -> None:
     model, rows = _biased(), numbers(2, 3, IN)
     new = {"m.bias": numbers(OUT, seed=5), "norm.bias": numbers(OUT, seed=6)}
     config = AdapterConfig(bias="all", target_modules=())
@@ -128,7 +128,7 @@ def test_a_bias_that_the_graph_lacks_is_added() -> None:
     assert np.abs(run(model, {"x": rows}) - (before + bias)).max() < 1e-6
 
 
-def test_a_bias_that_two_layers_share_is_parted() -> None:
+def test_a_bias_shared_by_two_layers_is_separated() -> None:
     b = Builder()
     x = b.input("x", ["batch", IN])
     shared = b.weight("b", IN)
@@ -142,7 +142,7 @@ def test_a_bias_that_two_layers_share_is_parted() -> None:
     assert np.abs(run(model, {"x": rows}) - expected).max() < 1e-4
 
 
-def test_all_that_cannot_be_found_is_in_one_error() -> None:
+def test_one_error_lists_everything_that_is_missing() -> None:
     adapter = Adapter(
         AdapterConfig(r=2, bias="all", target_modules=("embed", "patch")),
         {
@@ -161,7 +161,7 @@ def test_all_that_cannot_be_found_is_in_one_error() -> None:
         assert message in str(refusal.value)
 
 
-def test_factors_of_another_size_are_told_with_both_sizes() -> None:
+def test_factors_of_another_size_are_reported_with_both_sizes() -> None:
     b = Builder()
     ids = b.input("ids", ["batch", "sequence"], ir.DataType.INT64)
     model = b.model(b.node("Gather", [b.weight("t", VOCABULARY, IN), ids], module="embed"))
@@ -170,7 +170,7 @@ def test_factors_of_another_size_are_told_with_both_sizes() -> None:
         _merge(model, _adapter("embed", pair))
 
 
-def test_an_adapter_of_a_changed_base_is_refused_with_the_conversion() -> None:
+def test_an_adapter_trained_on_a_modified_base_is_refused_with_the_conversion() -> None:
     pair = _pair("linear", (2, IN), (OUT, 2), dora=False)
     with pytest.raises(AdapterError, match="'olora'.*loradeploy convert ADAPTER --model BASE"):
         _merge(linear(), _adapter("block.proj", pair, init_lora_weights="olora"))

@@ -1,4 +1,4 @@
-"""Products of one input become one, compute the same, and come apart again."""
+"""Products of the same input are fused into one, compute the same, and can be split again."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PARTS = ("attn.q", "attn.k", "attn.v", "cross.v")
 
 
 def attention(*, tied: bool = False, other_parent: bool = False, turned: bool = False) -> ir.Model:
-    """q, k and v of one input, side by side in the output; v with a bias."""
+    """q, k and v of one input, concatenated in the output; v has a bias."""
     b = Builder()
     x = b.input("x", ["batch", "sequence", IN])
     outputs = []
@@ -51,7 +51,7 @@ def attention(*, tied: bool = False, other_parent: bool = False, turned: bool = 
     return b.model(whole)
 
 
-def test_products_of_one_input_become_one_and_compute_the_same() -> None:
+def test_products_of_one_input_are_fused_and_compute_the_same() -> None:
     x, before = numbers(2, 3, IN), attention()
     model = attention()
     (fused,) = fuse_products(model.graph, find_linears(model).linears.values())
@@ -70,7 +70,9 @@ def test_products_of_one_input_become_one_and_compute_the_same() -> None:
     ],
     ids=["a weight with other users", "another module's", "turned weights"],
 )
-def test_what_cannot_be_fused_stays(options: dict[str, bool], products: list[str]) -> None:
+def test_products_that_cannot_be_fused_are_not_changed(
+    options: dict[str, bool], products: list[str]
+) -> None:
     x, model = numbers(2, 3, IN), attention(**options)
     found = find_linears(model).linears
     fused = fuse_products(model.graph, (m for m in found.values() if m.module in PARTS))
@@ -79,7 +81,7 @@ def test_what_cannot_be_fused_stays(options: dict[str, bool], products: list[str
     np.testing.assert_allclose(run(model, {"x": x}), expected, atol=1e-6)
 
 
-def test_side_inputs_of_a_fused_product_come_out_again() -> None:
+def test_side_inputs_of_a_fused_product_can_be_removed() -> None:
     base, model = attention(), attention()
     added = inject_side_inputs(model, list(find_linears(model).linears.values()))
     assert [target.slice for target in added.targets] == [(0, 4), (4, 6), (6, 8)]
@@ -99,7 +101,7 @@ def test_side_inputs_of_a_fused_product_come_out_again() -> None:
 
 
 def packed() -> tuple[ir.Model, list[Linear]]:
-    """q, k and v as one product that nothing takes apart."""
+    """q, k and v as one product whose output is never split."""
     b = Builder()
     x, w = b.input("x", ["batch", "sequence", IN]), b.weight("qkv.weight", IN, 8)
     y = b.node("MatMul", [x, w], ["batch", "sequence", 8], module="attn.qkv", name="y")
@@ -113,7 +115,7 @@ def packed() -> tuple[ir.Model, list[Linear]]:
     return model, members
 
 
-def test_members_of_a_packed_product_have_side_inputs_of_their_own() -> None:
+def test_members_of_a_packed_product_have_separate_side_inputs() -> None:
     model, members = packed()
     base, x = packed()[0], numbers(2, 3, IN)
     added = inject_side_inputs(model, members)
@@ -129,7 +131,7 @@ def test_members_of_a_packed_product_have_side_inputs_of_their_own() -> None:
 
 
 def two_members(kind: str, rows: str) -> tuple[ir.Model, list[Linear]]:
-    """q [.., 4] and k [.., 2] side by side: of two products, of one, or of one that runs twice."""
+    """q [.., 4] and k [.., 2] concatenated: of two products, of one, or of one that runs twice."""
     b = Builder()
     batch: list[int | str] = ["batch"] if rows == "no sequence" else ["batch", "sequence"]
     x = h = b.input("x", [*batch, IN])
@@ -158,7 +160,7 @@ def two_members(kind: str, rows: str) -> tuple[ir.Model, list[Linear]]:
 @pytest.mark.parametrize("branches", [False, True], ids=["slots", "branches"])
 @pytest.mark.parametrize("rows", ["a sequence", "no sequence", "flattened"])
 @pytest.mark.parametrize("kind", ["fused", "packed", "packed, twice"])
-def test_members_add_their_updates_row_by_row(kind: str, rows: str, branches: bool) -> None:
+def test_members_add_their_updates_per_row(kind: str, rows: str, branches: bool) -> None:
     base, (model, members) = two_members(kind, rows)[0], two_members(kind, rows)
     x = numbers(2, IN) if rows == "no sequence" else numbers(2, 3, IN)
     expected = run(base, {"x": x})
@@ -192,7 +194,7 @@ def test_members_add_their_updates_row_by_row(kind: str, rows: str, branches: bo
 
 
 @pytest.mark.parametrize("left_out", range(3))
-def test_a_packed_product_takes_adapters_in_all_its_parts_or_none(left_out: int) -> None:
+def test_a_packed_product_takes_adapters_in_all_of_its_parts_or_in_none(left_out: int) -> None:
     model, members = packed()
     del members[left_out]
     with pytest.raises(ExportError, match=r"part of a fused product.* merge the adapter instead"):
@@ -213,7 +215,7 @@ def test_a_graph_that_lost_its_fused_product_is_refused(lost: str) -> None:
 
 
 @pytest.mark.parametrize("merge", [False, True], ids=["side inputs", "merged"])
-def test_a_decoder_has_four_products_a_layer(
+def test_a_decoder_has_four_products_per_layer(
     tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path, merge: bool
 ) -> None:
     export(tiny_llama, tmp_path / "b", adapters={"a": make_adapter(tiny_llama)}, merge=merge)
@@ -222,7 +224,7 @@ def test_a_decoder_has_four_products_a_layer(
     assert layer == ["down_proj", "gate_proj+up_proj", "o_proj", "q_proj+k_proj+v_proj"]
 
 
-def test_a_merged_graph_by_itself_takes_side_inputs_and_gives_them_back(
+def test_side_inputs_can_be_added_to_a_merged_graph_and_removed(
     tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     adapter = make_adapter(tiny_llama, target_modules=["q_proj", "v_proj", "o_proj"])
@@ -242,12 +244,10 @@ def test_a_merged_graph_by_itself_takes_side_inputs_and_gives_them_back(
     assert difference(onnx_output(tmp_path / "again", IDS), merged) <= tolerance("rows")
 
 
-def test_a_packed_bundle_comes_apart_without_a_loss(
-    tiny_llama_bundle: Path, tmp_path: Path
-) -> None:
+def test_a_packed_bundle_is_split_without_loss(tiny_llama_bundle: Path, tmp_path: Path) -> None:
     export(tiny_llama_bundle, tmp_path / "packed", precision="int4")
     export(tmp_path / "packed", tmp_path / "again", side_inputs=["dora"])
     targets = read_manifest(tmp_path / "again").targets
-    assert all(target.slice is None for target in targets)  # scaled, each for itself
+    assert all(target.slice is None for target in targets)  # each has its own scales
     again = onnx_output(tmp_path / "again", IDS)
     assert difference(onnx_output(tmp_path / "packed", IDS), again) <= tolerance("rows")

@@ -1,4 +1,4 @@
-"""GroupQueryAttention in place of ONNX's own: the same numbers, and a cache that stays in place."""
+"""GroupQueryAttention instead of ONNX's Attention: the same results, and a cache of fixed size."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ INT64 = ir.DataType.INT64
 
 
 def attention(*, window: bool = False, bare: bool = False) -> ir.Model:
-    """A layer's attention over its cache; with a `window`, or with no heads put side by side."""
+    """The attention of one layer over its cache; with a `window`, or `bare`: heads not joined."""
     b = Builder()
     mask = b.input("attention_mask", ["batch", "total"], INT64)
     positions = b.input("position_ids", ["batch", "sequence"], INT64)
@@ -87,7 +87,7 @@ def feeds(past: int, new: int) -> Arrays:
 
 
 @pytest.mark.parametrize(("past", "new"), [(0, 5), (4, 1)], ids=["prompt", "step"])
-def test_one_node_computes_what_the_attention_and_its_mask_did(past: int, new: int) -> None:
+def test_one_node_computes_the_same_as_the_attention_and_its_mask(past: int, new: int) -> None:
     model = attention()
     expected = run(attention(), feeds(past, new))
     group_queries(model)
@@ -105,7 +105,7 @@ def test_one_node_computes_what_the_attention_and_its_mask_did(past: int, new: i
         "present.0.key",
         "present.0.value",
     ]
-    model.graph.inputs.pop(1)  # position_ids, of which nothing is left in this graph
+    model.graph.inputs.pop(1)  # position_ids, which is not used any more
     given = {name: values for name, values in feeds(past, new).items() if name != "position_ids"}
     assert difference(run(model, given), expected) < tolerance("rows")
 
@@ -118,7 +118,9 @@ def test_one_node_computes_what_the_attention_and_its_mask_did(past: int, new: i
     ],
     ids=["window", "bare"],
 )
-def test_what_it_cannot_compute_is_refused_by_name(spoilt: ir.Model, message: str) -> None:
+def test_an_attention_that_gqa_cannot_compute_is_refused_by_name(
+    spoilt: ir.Model, message: str
+) -> None:
     with pytest.raises(ExportError, match=f"has {message}"):
         group_queries(spoilt)
 
@@ -149,7 +151,7 @@ def test_parity_holds(grouped: Path, tiny_llama: Path) -> None:
     assert report.passed, report.failures
 
 
-def test_a_batch_of_different_lengths_generates_what_each_row_does_alone(
+def test_a_batch_of_different_lengths_generates_the_same_as_each_row_alone(
     grouped: Path, tiny_llama_bundle: Path
 ) -> None:
     generator = TextGenerator(AdapterSession(grouped))
@@ -164,10 +166,10 @@ def test_a_batch_of_different_lengths_generates_what_each_row_does_alone(
     assert together[1].token_ids == expected.token_ids
 
 
-def test_the_cache_may_be_one_buffer_that_is_written_in_place(grouped: Path) -> None:
+def test_past_and_present_can_share_one_buffer(grouped: Path) -> None:
     graph, most = session(grouped), 12
     ids = np.random.default_rng(0).integers(3, 500, (2, 9))
-    whole = onnx_output(grouped, ids)  # all positions at once
+    whole = onnx_output(grouped, ids)  # all positions in one run
     caches = {
         value.name: onnxruntime.OrtValue.ortvalue_from_numpy(
             np.zeros((2, value.shape[1], most, value.shape[3]), np.float32)
@@ -198,7 +200,7 @@ def test_the_cache_may_be_one_buffer_that_is_written_in_place(grouped: Path) -> 
     ],
     ids=["slots", "branches", "int8"],
 )
-def test_text_is_generated_in_place_as_it_is_with_a_cache_that_grows(
+def test_generation_with_a_cache_of_fixed_size_equals_that_with_a_growing_cache(
     form: dict[str, Any], grouped: Path, tiny_llama_bundle: Path, tmp_path: Path
 ) -> None:
     adapters = {"a": grouped / "adapters" / "a", "b": grouped / "adapters" / "b"}
@@ -208,18 +210,18 @@ def test_text_is_generated_in_place_as_it_is_with_a_cache_that_grows(
         place = tmp_path / attention
         export(source, place, adapters=adapters, attention=attention, **form)
         generator = TextGenerator(AdapterSession(place))
-        # Twice: a second batch must not see what the first one left in its buffers.
+        # Twice: a second batch must not read values of the first in the buffers.
         for _ in range(2):
             texts.append([r.token_ids for r in generator.generate(*rows, max_new_tokens=24)])
     assert all(len(ids) == 24 for ids in texts[0])
     assert texts[1:] == texts[:1] * 3
 
 
-def test_a_cache_that_something_else_reads_or_gives_is_not_in_place(grouped: Path) -> None:
+def test_a_cache_with_other_readers_or_writers_is_not_shared(grouped: Path) -> None:
     model = load_graph(grouped / "model.onnx")
     assert keeps_cache(model)
     past = next(v for v in model.graph.inputs if v.name == "past_key_values.0.key")
-    model.graph.append(ir.node("Shape", [past]))  # positions, say, by its length
+    model.graph.append(ir.node("Shape", [past]))  # for example, to compute positions
     assert not keeps_cache(model)
     model = load_graph(grouped / "model.onnx")
     places = {value.name: place for place, value in enumerate(model.graph.outputs)}
@@ -231,7 +233,7 @@ def test_a_cache_that_something_else_reads_or_gives_is_not_in_place(grouped: Pat
 
 
 @pytest.mark.parametrize("form", [{}, {"layout": "rows", "branches": True}], ids=["", "branches"])
-def test_a_run_writes_its_cache_where_it_is_told(
+def test_a_run_writes_its_cache_to_the_given_buffers(
     form: dict[str, Any], grouped: Path, tmp_path: Path
 ) -> None:
     place = tmp_path / "b"
@@ -256,14 +258,14 @@ def test_a_run_writes_its_cache_where_it_is_told(
         session.run_with_ort_values(["logits"], feeds, "a", buffers=cache.buffers)
 
 
-def test_a_bundle_of_fixed_shapes_is_timed_too(grouped: Path, tmp_path: Path) -> None:
+def test_a_bundle_of_fixed_shapes_can_be_benchmarked(grouped: Path, tmp_path: Path) -> None:
     fixed = {"batch": 1, "sequence": 1, "past": 7}
     export(grouped, tmp_path / "fixed", attention="gqa", fixed=fixed)
     timings = time_bundle(AdapterSession(tmp_path / "fixed"), length=7, rounds=1)
     assert all(timing.median > 0 for timing in timings)
 
 
-def test_merged_branched_and_exported_again_it_stays_grouped(
+def test_group_query_attention_is_kept_by_merges_branches_and_further_exports(
     grouped: Path, tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     adapter = make_adapter(tiny_llama, r=4, seed=1)
@@ -282,7 +284,7 @@ def test_merged_branched_and_exported_again_it_stays_grouped(
 @pytest.mark.breadth(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3: normalized heads", "gpt-neox: partial rotation"])
-def test_heads_that_are_changed_on_their_way_are_flattened_behind(
+def test_normalized_and_partially_rotated_heads_are_supported(
     name: str, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     model = make_model(tmp_path / "m", *ARCHITECTURES[name])
@@ -304,7 +306,7 @@ def test_a_window_is_refused_by_name(tmp_path: Path) -> None:
     assert not (tmp_path / "b").exists()
 
 
-def test_it_is_for_decoders(tiny_bert_bundle: Path, tmp_path: Path) -> None:
+def test_group_query_attention_is_only_for_decoders(tiny_bert_bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="for decoders with a cache, not for sequence-class"):
         export(tiny_bert_bundle, tmp_path / "b", attention="gqa")
     with pytest.raises(UsageError, match="`attention='flash'`: expected one of standard, gqa"):

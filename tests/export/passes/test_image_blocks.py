@@ -1,4 +1,4 @@
-"""Which positions an image's see: all of the same image, and what is before them."""
+"""Attention within images: image positions see all of their image and everything before it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from loradeploy.export.graph.edit import add_constant
 from loradeploy.export.passes.tokens.image_blocks import join_image_blocks
 
 WINDOW: Final = 2
-# A mask within a window, over the attention mask; of queries and keys their positions are given.
+# A sliding-window mask combined with the attention mask, from the positions of queries and keys.
 GRAPH: Final = """
 <ir_version: 10, opset_import: ["": 23]>
 decoder (int64[batch, sequence] input_ids, int64[batch, total] attention_mask,
@@ -69,7 +69,7 @@ def _mask(past: int, places: NDArray[np.bool_] | None, real: NDArray[np.int64]) 
 
 
 def _expected(past: int, images: list[list[range]], real: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """By the rule; `images`: of each row where its images are."""
+    """Return the mask by definition; `images`: the ranges of the images of each row."""
     rows, total = real.shape
     found = np.zeros((rows, total - past, total), np.bool_)
     for row, own in enumerate(images):
@@ -84,10 +84,10 @@ def _expected(past: int, images: list[list[range]], real: NDArray[np.int64]) -> 
 @pytest.mark.parametrize("past", [0, 3])
 def test_the_positions_of_an_image_see_each_other_within_the_window(past: int) -> None:
     real = np.ones((3, 9 + past), np.int64)
-    real[2, :2] = 0  # padding in front
+    real[2, :2] = 0  # left padding
     images = [
-        [range(past + 1, past + 4), range(past + 5, past + 9)],  # up to the end
-        [range(past, past + 3)],  # from the beginning
+        [range(past + 1, past + 4), range(past + 5, past + 9)],  # one ends at the last position
+        [range(past, past + 3)],  # starts at the first position
         [range(past + 4, past + 6)],
     ]
     places = np.zeros((3, 9), np.bool_)
@@ -101,7 +101,7 @@ def test_the_positions_of_an_image_see_each_other_within_the_window(past: int) -
 
 
 @pytest.mark.parametrize("past", [0, 3])
-def test_text_sees_what_is_before_it_alone(past: int) -> None:
+def test_text_positions_see_only_earlier_positions(past: int) -> None:
     real = np.ones((2, 5 + past), np.int64)
     assert np.array_equal(_mask(past, None, real), _expected(past, [[], []], real))
 

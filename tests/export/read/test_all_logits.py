@@ -1,4 +1,4 @@
-"""A graph that asks of how many tokens it is to give logits gives those of all of them."""
+"""Graphs with an input for the number of logits, which an export replaces by all positions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ IDS = np.array([[5, 6, 7], [8, 9, 4]])
 
 
 def _decoder(name: str, shape: list[int | str], kind: ir.DataType) -> ir.Model:
-    """Logits of the last `name` tokens, without a cache."""
+    """Return a decoder without a cache; its input `name` is the number of tokens with logits."""
     b = Builder()
     ids = b.input("input_ids", ["batch", "sequence"], ir.DataType.INT64)
     kept = b.input(name, shape, kind)
@@ -46,7 +46,7 @@ def _decoder(name: str, shape: list[int | str], kind: ir.DataType) -> ir.Model:
     ],
     ids=["a number", "an axis"],
 )
-def test_the_input_is_gone_and_all_tokens_have_logits(
+def test_the_input_is_removed_and_all_tokens_have_logits(
     name: str, shape: list[int | str], kind: ir.DataType, tmp_path: Path
 ) -> None:
     model = _decoder(name, shape, kind)
@@ -60,14 +60,14 @@ def test_the_input_is_gone_and_all_tokens_have_logits(
     assert np.abs(logits - all_of_them).max() <= tolerance("torch-onnx-tiny")
 
 
-def test_positions_are_another_input() -> None:
+def test_position_ids_are_not_taken_for_the_input() -> None:
     model = _decoder("logits_to_keep", ["batch", "kept"], ir.DataType.INT64)
     keep_all_logits(model.graph)
     assert [value.name for value in model.graph.inputs] == ["input_ids", "logits_to_keep"]
 
 
 def _picking(*positions: int) -> ir.Model:
-    """Logits of chosen tokens: an input's, or constant ones where they are given."""
+    """Return a decoder with logits at the positions of an input, or at constant `positions`."""
     b = Builder()
     ids = b.input("input_ids", ["batch", "sequence"], ir.DataType.INT64)
     x = b.node("Gather", [b.weight("words", WORDS, IN), ids], ["batch", "sequence", IN])
@@ -85,7 +85,7 @@ def _picking(*positions: int) -> ir.Model:
 
 @pytest.mark.parametrize("cast", [False, True], ids=["as it is", "by a cast"])
 def test_a_list_of_positions_is_refused_by_name(cast: bool, tmp_path: Path) -> None:
-    """0 in it is the first token, whose logits would answer every prompt."""
+    """A 0 in it would select the logits of the first token, for every prompt."""
     model = _picking()
     if cast:
         gather = next(n for n in model.graph if n.attributes.get("axis") is not None)
@@ -102,7 +102,7 @@ def test_a_list_of_positions_is_refused_by_name(cast: bool, tmp_path: Path) -> N
     [((0,), "do not depend on the last token"), ((0, 1), r"of 2 of \d+ tokens")],
     ids=["the first", "some"],
 )
-def test_logits_that_are_not_of_the_last_token_are_refused(
+def test_logits_of_other_tokens_than_the_last_are_refused(
     positions: tuple[int, ...], why: str, tmp_path: Path
 ) -> None:
     ir.save(_picking(*positions), tmp_path / "model.onnx")
@@ -110,6 +110,6 @@ def test_logits_that_are_not_of_the_last_token_are_refused(
         export(tmp_path / "model.onnx", tmp_path / "b", task="causal-lm")
 
 
-def test_logits_of_the_last_token_alone_are_taken(tmp_path: Path) -> None:
+def test_logits_of_only_the_last_token_are_accepted(tmp_path: Path) -> None:
     ir.save(_picking(-1), tmp_path / "model.onnx")
     assert export(tmp_path / "model.onnx", tmp_path / "b", task="causal-lm").task == "causal-lm"

@@ -1,4 +1,4 @@
-"""The projections of q, k and v come out of onnxruntime's fused attention, and take adapters."""
+"""The q, k and v projections are separated from onnxruntime's fused Attention and take adapters."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BIASES = {part: numbers(IN, seed=seed + 3) for seed, part in enumerate(PARTS)}
 def attention(
     given: str = "", weights: Arrays = WEIGHTS, **attributes: Any
 ) -> tuple[ir.Model, Arrays]:
-    """An Attention with a mask, a bias of the scores, or neither; and feeds for it."""
+    """Return an Attention with a mask, an attention bias, or neither, and inputs for it."""
     b = Builder()
     x = b.input("x", [BATCH, LENGTH, IN])
     packed = np.concatenate([weights[part].T for part in PARTS], axis=1)
@@ -42,7 +42,7 @@ def attention(
     elif given == "lengths":
         inputs.append(b.input("mask", [BATCH], ir.DataType.INT32))
         feeds["mask"] = np.array([5, 3], np.int32)
-    elif given == "ranges":  # the end of each row, then the begin of each
+    elif given == "ranges":  # the end of each row, then the start of each
         inputs.append(b.input("mask", [2 * BATCH], ir.DataType.INT32))
         feeds["mask"] = np.array([5, 4, 0, 1], np.int32)
     elif given == "scores":
@@ -61,7 +61,7 @@ def near(one: Any, other: Any) -> bool:
 
 @pytest.mark.parametrize("attributes", [{}, {"unidirectional": 1}, {"scale": 0.1}], ids=str)
 @pytest.mark.parametrize("given", ["", "mask", "lengths", "scores"])
-def test_the_projections_are_products_of_their_own(given: str, attributes: Any) -> None:
+def test_the_projections_become_separate_products(given: str, attributes: Any) -> None:
     model, feeds = attention(given, **attributes)
     before = run(model, feeds)
     separate_projections(model.graph)
@@ -69,7 +69,7 @@ def test_the_projections_are_products_of_their_own(given: str, attributes: Any) 
     assert near(run(model, feeds), before)
 
 
-def test_an_adapter_reaches_one_projection_of_them(tmp_path: Path) -> None:
+def test_an_adapter_can_change_a_single_projection(tmp_path: Path) -> None:
     tensors = {f"{part}.weight": WEIGHTS[part] for part in PARTS}
     save_file(tensors | {f"{p}.bias": BIASES[p] for p in PARTS}, tmp_path / "model.safetensors")
     model, feeds = attention("mask")
@@ -91,14 +91,16 @@ def test_an_adapter_reaches_one_projection_of_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("attributes", [{"do_rotary": 1}, {"qkv_hidden_sizes": [IN, IN]}], ids=str)
-def test_what_the_other_operator_cannot_say_stays(attributes: Any) -> None:
+def test_an_attention_that_multiheadattention_cannot_express_is_not_changed(
+    attributes: Any,
+) -> None:
     model, _ = attention(**attributes)
     separate_projections(model.graph)
     assert ops(model) == ["Attention"]
 
 
 @pytest.mark.parametrize("size", [2 * BATCH, "ranges"])
-def test_an_attention_with_a_mask_of_ranges_stays_and_runs(size: int | str) -> None:
+def test_an_attention_with_a_mask_of_ranges_is_not_changed_and_runs(size: int | str) -> None:
     model, feeds = attention("ranges")
     before = run(model, feeds)
     model.graph.inputs[1].shape = ir.Shape([size])

@@ -48,7 +48,7 @@ def _expected(model: ir.Model, x: NDArray[np.float32], update: float) -> NDArray
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("kind", list(WEIGHTS))
-def test_the_layer_is_a_product_that_takes_an_adapter(kind: str, bias: bool) -> None:
+def test_the_layer_becomes_a_product_that_takes_an_adapter(kind: str, bias: bool) -> None:
     bias = bias and kind != "MatMul"
     model, x = _model(kind, bias=bias), numbers(BATCH, IN, *SIZES[kind])
     base, adapted = _expected(model, x, 0), _expected(model, x, 2)
@@ -71,7 +71,7 @@ def test_without_names_the_checkpoint_shows_that_it_is_a_matrix(kind: str, tmp_p
 
 
 @pytest.mark.parametrize("kind", list(WEIGHTS)[1:])
-def test_a_convolution_of_the_checkpoint_stays_one(kind: str, tmp_path: Path) -> None:
+def test_a_convolution_of_the_checkpoint_is_not_changed(kind: str, tmp_path: Path) -> None:
     stored = {"proj.weight": numbers(OUT, IN, *WEIGHTS[kind]), "other.weight": numbers(OUT, IN)}
     save_file(stored, tmp_path / "model.safetensors")
     model = _model(kind)
@@ -79,7 +79,7 @@ def test_a_convolution_of_the_checkpoint_stays_one(kind: str, tmp_path: Path) ->
     assert ops(model) == ["Conv"]
 
 
-def test_a_convolution_that_steps_stays_one() -> None:
+def test_a_convolution_with_strides_is_not_changed() -> None:
     b = Builder()
     x, w = b.input("x", [BATCH, IN, POSITIONS]), b.weight("w", OUT, IN, 1)
     model = b.model(b.node("Conv", [x, w], None, module="proj", strides=[2]))
@@ -87,7 +87,7 @@ def test_a_convolution_that_steps_stays_one() -> None:
     assert ops(model) == ["Conv"]
 
 
-def test_a_table_before_a_turned_weight_is_no_weight() -> None:
+def test_a_product_of_two_constants_is_not_changed() -> None:
     b = Builder()
     turned = b.node("Transpose", [b.weight("w", OUT, IN)], [IN, OUT], perm=[1, 0])
     y = b.node("MatMul", [b.weight("table", OUT, IN), turned], [OUT, OUT], module="proj")

@@ -1,4 +1,4 @@
-"""A weight that the graph makes of larger constants is a constant of its own."""
+"""A weight that the graph computes from constants is replaced by a constant."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _joined(b: Builder) -> ir.Value:
 
 
 @pytest.mark.parametrize("made", [_gathered, _sliced, _sliced_and_squeezed, _by_heads, _joined])
-def test_a_weight_that_is_made_of_constants_is_computed(
+def test_a_weight_computed_from_constants_becomes_a_constant(
     made: Callable[[Builder], ir.Value],
 ) -> None:
     b = Builder()
@@ -67,7 +67,7 @@ def test_a_weight_that_is_made_of_constants_is_computed(
     assert np.array_equal(run(model, feeds), before)
 
 
-def test_the_parts_of_a_split_weight_are_each_their_own() -> None:
+def test_each_part_of_a_split_weight_becomes_a_constant() -> None:
     b = Builder()
     x = b.input("x", ["batch", "sequence", IN])
     packed = b.constant("packed", np.concatenate([OTHER, W], axis=1))
@@ -87,7 +87,7 @@ def test_the_parts_of_a_split_weight_are_each_their_own() -> None:
     assert np.array_equal(every, [OTHER.T, W.T])
 
 
-def test_a_weight_that_an_input_has_a_part_in_stays() -> None:
+def test_a_weight_computed_from_an_input_is_not_changed() -> None:
     b = Builder()
     x, layer = b.input("x", ["batch", "sequence", IN]), b.input("layer", [], ir.DataType.INT64)
     w = b.node("Gather", [b.constant("stack", np.stack([OTHER, W])), layer], axis=0)
@@ -96,7 +96,7 @@ def test_a_weight_that_an_input_has_a_part_in_stays() -> None:
     assert ops(model) == ["Gather", "MatMul"]
 
 
-def test_a_weight_may_be_any_number_of_steps_away_from_its_constant() -> None:
+def test_a_weight_can_be_any_number_of_nodes_away_from_its_constant() -> None:
     b = Builder()
     x, w, shape = b.input("x", [1, IN]), b.constant("w", W), integers(b, "shape", IN, OUT)
     for _ in range(1500):
@@ -108,7 +108,7 @@ def test_a_weight_may_be_any_number_of_steps_away_from_its_constant() -> None:
     assert np.array_equal(product.rows(list(range(OUT))), W.T)
 
 
-def test_what_weights_share_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nodes_shared_by_several_weights_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     b, layers, count = Builder(), 8, 0
     x: ir.Value = b.input("x", [1, OUT])
     stack = b.constant("stack", numbers(layers, OUT, OUT))

@@ -1,4 +1,4 @@
-"""A graph that gives probabilities gives its logits too, so that nothing makes them twice."""
+"""Graphs that output probabilities get their logits as an output, so softmax is applied once."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ IDS = np.array([[5, 6, 7], [8, 9, 4]])
 
 
 def _classifier(op: str | None, name: str, labels: int = OUT, **given: Any) -> ir.Model:
-    """A classifier of texts, its scores behind `op`."""
+    """Return a text classifier with the operator `op` applied to its logits."""
     b = Builder()
     ids = b.input("input_ids", ["batch", "sequence"], ir.DataType.INT64)
     x = b.node("Gather", [b.weight("words", 50, IN), ids], ["batch", "sequence", IN])
@@ -66,13 +66,13 @@ def test_the_logits_are_the_main_output(op: str, name: str, tmp_path: Path) -> N
     ],
     ids=["an activation", "logits", "over the rows", "of an encoder"],
 )
-def test_other_outputs_stay(op: str | None, name: str, given: dict[str, int]) -> None:
+def test_other_outputs_are_not_changed(op: str | None, name: str, given: dict[str, int]) -> None:
     model = _classifier(op, name, **given)
     assert give_logits(model.graph, SEQUENCE_CLASSIFICATION, None) is None
     assert [value.name for value in model.graph.outputs] == [name]
 
 
-def test_logits_that_are_given_beside_stay_the_logits() -> None:
+def test_logits_that_are_an_output_already_are_kept() -> None:
     model = _classifier("Softmax", "probabilities")
     scores = next(n for n in model.graph if n.name == "scores").outputs[0]
     model.graph.outputs.append(scores)
@@ -90,10 +90,10 @@ def test_logits_that_are_given_beside_stay_the_logits() -> None:
         ("Softmax", OUT, None, SINGLE_LABEL),
     ],
 )
-def test_the_problem_type_is_the_stated_one_or_what_the_operator_shows(
+def test_the_problem_type_is_that_of_the_config_or_follows_from_the_operator(
     op: str, labels: int, stated: str | None, expected: str, tmp_path: Path
 ) -> None:
-    """What a classifier answers is what the graph gave, but for a stated type that says another."""
+    """Labels and scores are those of the graph, unless the config states another problem type."""
     model = _classifier(op, "scores_of_labels", labels)
     (given,) = run(model, {"input_ids": IDS[:1]})
     ir.save(model, tmp_path / "model.onnx")
@@ -107,8 +107,8 @@ def test_the_problem_type_is_the_stated_one_or_what_the_operator_shows(
     assert (np.abs(answers - given).max() <= tolerance("torch-onnx-tiny")) == same
 
 
-def test_an_adapter_without_a_head_answers_what_the_graph_shows(tmp_path: Path) -> None:
-    """Without a config.json, too: the bundle gets one that says it."""
+def test_an_adapter_without_a_head_uses_the_problem_type_of_the_graph(tmp_path: Path) -> None:
+    """Without a config.json too: the bundle gets one with the problem type."""
     ir.save(_classifier("Sigmoid", "logits"), tmp_path / "model.onnx")
     manifest = export(tmp_path / "model.onnx", tmp_path / "b", task="sequence-classification")
     config = AdapterConfig(r=1, lora_alpha=1, target_modules=("proj",))
@@ -117,7 +117,7 @@ def test_an_adapter_without_a_head_answers_what_the_graph_shows(tmp_path: Path) 
     assert head_of(adapter, manifest, model_config(tmp_path / "b")).problem_type == MULTI_LABEL
 
 
-def test_an_encoder_gives_no_logits(tmp_path: Path) -> None:
+def test_an_encoder_gets_no_logits(tmp_path: Path) -> None:
     ir.save(_classifier("Sigmoid", "sentence_embedding"), tmp_path / "model.onnx")
     manifest = export(tmp_path / "model.onnx", tmp_path / "b", task="feature-extraction")
     assert [spec.name for spec in manifest.outputs] == ["sentence_embedding"]

@@ -1,4 +1,4 @@
-"""What exporters write in several ways is written in one, on the smallest graphs that show it."""
+"""Normalization of graphs: equivalent forms of exporters become one, on minimal graphs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_constants_of_nodes_become_initializers() -> None:
     np.testing.assert_allclose(run(model, {"x": rows}), rows @ tensor.numpy(), atol=1e-5)
 
 
-def test_a_constant_behind_identities_is_used_as_it_is() -> None:
+def test_a_constant_behind_identities_is_used_directly() -> None:
     b = Builder()
     x, w = b.input("x", ["batch", IN]), b.weight("w", IN, IN)
     again = b.node("Identity", [b.node("Identity", [w], [IN, IN])], [IN, IN])
@@ -49,13 +49,13 @@ def test_a_constant_behind_identities_is_used_as_it_is() -> None:
     rows = numbers(2, IN)
     before = run(model, {"x": rows})
     drop_identities(model)
-    # What gives the graph's output is no constant, and stays.
+    # The Identity of the graph output is kept: its input is not a constant.
     assert ops(model) == ["MatMul", "MatMul", "Identity"]
     assert [node.inputs[1] for node in list(model.graph)[:2]] == [w, w]
     np.testing.assert_array_equal(run(model, {"x": rows}), before)
 
 
-def test_an_identity_that_gives_an_output_stays() -> None:
+def test_an_identity_that_computes_a_graph_output_is_kept() -> None:
     b = Builder()
     b.input("x", ["batch", IN])
     model = b.model(b.node("Identity", [b.weight("w", IN, IN)], [IN, IN], name="y"))
@@ -64,7 +64,7 @@ def test_an_identity_that_gives_an_output_stays() -> None:
     assert [value.name for value in model.graph.outputs] == ["y"]
 
 
-def test_shapes_are_inferred_where_a_product_lacks_its_own() -> None:
+def test_missing_shapes_of_products_are_inferred() -> None:
     b = Builder()
     x = b.input("x", ["batch", 3, IN])
     h = b.node("Tanh", [x], None, name="h")
@@ -88,10 +88,10 @@ def test_declared_shapes_that_contradict_the_operators_are_dropped(
     assert not caplog.records
 
 
-def test_a_shape_that_only_its_declaration_tells_stays_where_another_was_wrong(
+def test_a_declared_shape_that_cannot_be_inferred_is_kept_where_another_was_wrong(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Inference knows no FastGelu, so that nothing else tells the size behind it."""
+    """Shape inference does not know FastGelu, so only the declaration gives the shape after it."""
     b = Builder()
     x = b.input("x", ["batch", IN])
     wrong = b.node("MatMul", [x, b.weight("w1", IN, OUT)], ["batch", OUT + 5], name="wrong")
@@ -108,7 +108,7 @@ def test_a_shape_that_only_its_declaration_tells_stays_where_another_was_wrong(
 @pytest.mark.parametrize(
     ("message", "failed"), [("Shape inference failed: %s", True), ("x", False)]
 )
-def test_only_a_failed_inference_is_kept_quiet(message: str, failed: bool) -> None:
+def test_only_log_lines_of_a_failed_inference_are_suppressed(message: str, failed: bool) -> None:
     failures = _Failures()
     record = logging.LogRecord("onnx_ir", logging.WARNING, "", 0, message, ("x",), None)
     assert failures.filter(record) is not failed
@@ -116,8 +116,8 @@ def test_only_a_failed_inference_is_kept_quiet(message: str, failed: bool) -> No
 
 
 @pytest.mark.parametrize("op", ["Conv", "MatMul"])
-def test_shapes_are_inferred_for_a_product_whose_weight_stands_in_front(op: str) -> None:
-    """It is written as a product of x W only where the axes of x are known."""
+def test_shapes_are_inferred_for_a_product_with_the_weight_first(op: str) -> None:
+    """It is rewritten to x W only if the axes of x are known."""
     b = Builder()
     h = b.node("Tanh", [b.input("x", ["batch", IN, 3])], None, name="h")
     w = b.weight("w", OUT, IN, *([1] if op == "Conv" else []))
@@ -126,7 +126,7 @@ def test_shapes_are_inferred_for_a_product_whose_weight_stands_in_front(op: str)
     assert h.shape is not None and [str(size) for size in h.shape] == ["batch", str(IN), "3"]
 
 
-def test_outputs_without_a_shape_have_that_which_onnxruntime_finds(tmp_path: Path) -> None:
+def test_outputs_without_a_shape_get_the_one_that_onnxruntime_infers(tmp_path: Path) -> None:
     b = Builder()
     x = b.input("x", ["batch", 3, IN])
     none = b.node("Tanh", [x], None, name="none")
@@ -141,7 +141,7 @@ def test_outputs_without_a_shape_have_that_which_onnxruntime_finds(tmp_path: Pat
 def test_an_output_of_another_rank_than_declared_is_refused(
     declared: list[int | str] | None, right: bool, tmp_path: Path
 ) -> None:
-    """onnxruntime lets it pass, so that a session would read it by axes that it does not have."""
+    """onnxruntime accepts it, and a session would read axes that the output does not have."""
     b = Builder()
     ids = b.input("input_ids", ["batch", "sequence"], ir.DataType.INT64)
     x = b.node("Gather", [b.weight("words", 50, IN), ids])
@@ -158,7 +158,7 @@ def test_an_output_of_another_rank_than_declared_is_refused(
     assert session.run(["last_hidden_state"], feeds)[0].shape == (1, 3, OUT)
 
 
-def test_a_weight_that_is_an_input_too_becomes_a_constant() -> None:
+def test_a_weight_that_is_also_a_graph_input_becomes_a_constant() -> None:
     model = linear()
     w = model.graph.initializers["w"]
     model.graph.inputs.append(w)

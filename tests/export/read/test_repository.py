@@ -1,4 +1,4 @@
-"""Directories of several graphs: which one is meant, and where its config and tokenizer are."""
+"""Directories with several graphs: which one is exported, and where config and tokenizer are."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def _with(place: Path, names: tuple[str, ...], folder: str = "onnx") -> Path:
     [
         (("model_q4.onnx",), None, "model_q4.onnx"),
         (WEB, None, "model.onnx"),
-        (WEB, "int4", "model.onnx"),  # whose numbers are the exact ones
-        (WEB, "fp16", "model_fp16.onnx"),  # which is made of no graph in fp32
+        (WEB, "int4", "model.onnx"),  # the fp32 graph, which int4 is made from
+        (WEB, "fp16", "model_fp16.onnx"),  # an ONNX graph in fp32 is not converted to fp16
         (WEB[1:], "int4", "model_q4.onnx"),
         (WEB[1:], "int8", "model_quantized.onnx"),
         ((*PARTS, "decoder_model_merged.onnx"), None, "decoder_model_merged.onnx"),
@@ -49,7 +49,7 @@ def _with(place: Path, names: tuple[str, ...], folder: str = "onnx") -> Path:
         ),
     ],
 )
-def test_the_graph_that_is_meant_is_taken(
+def test_the_graph_is_chosen_by_name_and_precision(
     names: tuple[str, ...], precision: str | None, chosen: str, folder: str, tmp_path: Path
 ) -> None:
     place = _with(tmp_path, names, folder)
@@ -70,7 +70,7 @@ def test_the_graph_that_is_meant_is_taken(
         (tuple(f"part{i}.onnx" for i in range(40)), UsageError, "and 32 more"),
     ],
 )
-def test_a_choice_that_is_the_users_is_left_to_them(
+def test_an_ambiguous_choice_of_a_graph_is_refused(
     names: tuple[str, ...], error: type[LoraDeployError], message: str, tmp_path: Path
 ) -> None:
     place = _with(tmp_path, names)
@@ -79,7 +79,7 @@ def test_a_choice_that_is_the_users_is_left_to_them(
     assert len(str(problem.value).replace(str(place), "")) < 300
 
 
-def test_the_choice_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_choice_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     place = _with(tmp_path, WEB)
     with caplog.at_level(logging.WARNING):
         find_graph(place)
@@ -99,7 +99,7 @@ def test_onnxruntimes_own_format_is_refused_by_name(given: str, tmp_path: Path) 
         resolve(tmp_path / given)
 
 
-def test_training_says_that_graphs_are_no_checkpoint(tmp_path: Path) -> None:
+def test_training_refuses_a_directory_of_graphs(tmp_path: Path) -> None:
     place = _with(tmp_path, WEB)
     (place / "config.json").write_text("{}")
     with pytest.raises(ModelError, match="has ONNX graphs and no .safetensors"):
@@ -111,7 +111,7 @@ def test_training_says_that_graphs_are_no_checkpoint(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="session")
 def repository(tiny_bert: Path, shared: Path) -> Path:
-    """The tiny BERT as transformers.js wants it: its graph in onnx/, the rest above."""
+    """The tiny BERT in the layout of transformers.js: the graph in onnx/, other files above."""
 
     def make(place: Path) -> None:
         export_as_optimum(tiny_bert, place / "onnx" / "model.onnx")
@@ -143,7 +143,7 @@ def test_config_and_tokenizer_are_found_above_the_graph(
     assert np.abs(vectors[0] - vectors[1]).max() > 0.01
 
 
-def test_a_config_two_levels_up_is_somebody_elses(repository: Path, tmp_path: Path) -> None:
+def test_a_config_two_levels_up_is_not_used(repository: Path, tmp_path: Path) -> None:
     shutil.copy(repository / "config.json", tmp_path)
     shutil.copytree(repository / "onnx", tmp_path / "a" / "onnx")
     source = resolve(tmp_path / "a" / "onnx" / "model.onnx")

@@ -1,4 +1,4 @@
-"""Activations in fixed ranges cut off what an adapter makes larger: that is said."""
+"""Statically quantized activations are clipped if an adapter enlarges them: that is a warning."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _quantized(*, fixed: bool, activation: bool) -> ir.Model:
     return b.model(b.node("DequantizeLinear", [q, scale], ["batch", IN]))
 
 
-def test_fixed_ranges_of_activations_are_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_fixed_ranges_of_activations_are_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         warn_of_ranges(_quantized(fixed=True, activation=True).graph)
     assert "1 activations of the graph are quantized in ranges" in caplog.text
@@ -29,7 +29,7 @@ def test_fixed_ranges_of_activations_are_said(caplog: pytest.LogCaptureFixture) 
 
 
 @pytest.mark.parametrize(("fixed", "activation"), [(False, True), (True, False)])
-def test_ranges_of_the_moment_and_those_of_weights_are_not(
+def test_dynamic_ranges_and_ranges_of_weights_are_no_warning(
     fixed: bool, activation: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):

@@ -1,4 +1,4 @@
-"""Products in functions and branches are reached; those that are not are refused by their place."""
+"""Products in functions and branches take adapters; unsupported subgraphs are refused by name."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _choice(condition: str, then: onnx.GraphProto, other: onnx.GraphProto) -> on
 
 @pytest.fixture
 def expected() -> np.ndarray:
-    """What the product gives for `_x()` with rows of the adapters' own updates."""
+    """The output of the product for `_x()` with the update of a different adapter in each row."""
     return _x() @ (numpy_helper.to_array(_weight()) + _A() @ _B())
 
 
@@ -111,7 +111,7 @@ def _in_a_function(place: Path) -> Path:
 
 
 def _in_equal_branches(place: Path) -> Path:
-    """As a merged decoder: one branch has a weight of its own, one the outer, one is nested."""
+    """Like a merged decoder: one branch has its own weight, one an outer one, one is nested."""
     inner = _choice(
         SWITCH, _branch("deep", _product("x", "deep/y")), _branch("other", _product("x", "other/y"))
     )
@@ -141,7 +141,7 @@ def _behind_constant_nodes(place: Path) -> Path:
 @pytest.mark.parametrize(
     "graph", [_in_a_function, _in_equal_branches, _in_a_constant_choice, _behind_constant_nodes]
 )
-def test_products_are_reached_where_they_are(
+def test_products_in_subgraphs_take_adapters(
     graph: object, expected: np.ndarray, tmp_path: Path
 ) -> None:
     made = export(graph(tmp_path / "source"), tmp_path / "bundle", layout="slots")  # type: ignore[operator]
@@ -203,7 +203,7 @@ def _in_a_loop_and_before_it(place: Path) -> Path:
         (_in_a_loop_and_before_it, r"block.proj .*inside a Loop \(turns\)"),
     ],
 )
-def test_what_is_not_reached_is_refused_by_its_place(
+def test_a_product_in_an_unsupported_subgraph_is_refused_by_its_place(
     graph: object, cause: str, tmp_path: Path
 ) -> None:
     source = graph(tmp_path / "source")  # type: ignore[operator]
@@ -229,7 +229,7 @@ def test_data_outside_the_model_s_directory_is_refused_in_branches_too(tmp_path:
 
 
 def _merged_decoder(bundle: Path, place: Path) -> Path:
-    """The decoder as optimum's decoder_model_merged.onnx has it: one branch ignores the cache."""
+    """Write a decoder like optimum's decoder_model_merged.onnx: one branch ignores the cache."""
     model = onnx.load(bundle / "model.onnx")
     graph = model.graph
     outer = {value.name for value in (*graph.input, *graph.initializer)}
@@ -282,7 +282,7 @@ def _merged_decoder(bundle: Path, place: Path) -> Path:
 
 
 def _traced(model: Path, place: Path) -> Path:
-    """The decoder with its cache, as an ONNX model of its own."""
+    """Write the decoder with its cache as an ONNX model outside of a bundle."""
     from loradeploy.export.trace import load_model, trace
 
     shutil.copytree(model, place, ignore=shutil.ignore_patterns("*.safetensors"))
@@ -290,7 +290,7 @@ def _traced(model: Path, place: Path) -> Path:
     return place
 
 
-def test_a_merged_decoder_generates_as_the_plain_one(
+def test_a_merged_decoder_generates_the_same_as_the_plain_one(
     tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     adapter = make_adapter(tiny_llama, r=4, seed=2)

@@ -1,4 +1,4 @@
-"""Graphs that others exported take adapters at the modules that the adapters name."""
+"""Graphs exported by other tools take adapters at the modules that the adapters name."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ needs_genai = pytest.mark.skipif(
 
 @pytest.fixture(scope="session")
 def built(shared: Path, tiny_llama: Path) -> Graph:
-    """The tiny Llama as onnxruntime-genai's builder exports it, by precision."""
+    """A function: precision → the tiny Llama exported by onnxruntime-genai's model builder."""
 
     def graph(precision: str) -> Path:
         place = shared / f"genai-{precision}"
@@ -60,7 +60,7 @@ def built(shared: Path, tiny_llama: Path) -> Graph:
 
 @pytest.fixture(scope="session")
 def encoder(shared: Path, tiny_bert: Path) -> Graph:
-    """The tiny BERT as others export and quantize it."""
+    """A function: kind → the tiny BERT exported and quantized by other tools."""
 
     def graph(kind: str) -> Path:
         if kind in ("legacy", "dynamo"):
@@ -84,7 +84,7 @@ def encoder(shared: Path, tiny_bert: Path) -> Graph:
 
 @needs_genai
 @pytest.mark.parametrize("evidence", ["names", "checkpoint"])
-def test_adapters_for_q_k_and_v_reach_a_packed_projection(
+def test_adapters_for_q_k_and_v_change_a_packed_projection(
     evidence: str, built: Graph, tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     every = make_adapter(tiny_llama, r=4, seed=1, rank_pattern={"k_proj": 2})
@@ -109,12 +109,12 @@ def test_adapters_for_q_k_and_v_reach_a_packed_projection(
 
 
 @needs_genai
-def test_a_batch_of_different_lengths_generates_what_each_row_does_alone(
+def test_a_batch_of_different_lengths_generates_the_same_as_each_row_alone(
     built: Graph, tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     adapter = make_adapter(tiny_llama, r=4, seed=1)
     manifest = export(built("fp32"), tmp_path / "bundle", adapters={"mine": adapter})
-    assert manifest.padding == "right"  # GroupQueryAttention counts from a row's beginning
+    assert manifest.padding == "right"  # GroupQueryAttention counts from the start of a row
     assert manifest.cache_in_place
     generator = TextGenerator(AdapterSession(tmp_path / "bundle"))
     prompts = [[5, 17, 42, 99, 7], [9, 8], [7, 6, 5, 4]]
@@ -153,10 +153,10 @@ def test_a_bundle_of_a_foreign_graph_is_exported_again(
 
 
 @needs_genai
-def test_a_prompt_is_read_in_parts_on_a_traced_graph_alone(
+def test_a_prompt_is_processed_in_parts_only_by_graphs_traced_by_loradeploy(
     built: Graph, tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A foreign graph may read several tokens behind a past wrongly, whoever knows its weights."""
+    """A graph of another exporter may process several tokens after a past wrongly."""
     prompt = np.ones((1, 600), np.int64)
     for source, checkpoint, count in ((built("fp32"), tiny_llama, 1), (tiny_llama, None, 3)):
         first, again = (tmp_path / f"{count}-{name}" for name in ("first", "again"))
@@ -166,12 +166,12 @@ def test_a_prompt_is_read_in_parts_on_a_traced_graph_alone(
             session = AdapterSession(bundle)
             assert session.manifest.base.kind == "checkpoint"
             assert len(parts_of(DecoderGraph.of(session, 0), prompt)) == count
-    assert "several tokens are read behind others" not in caplog.text  # this one reads them rightly
+    assert "several tokens are read behind others" not in caplog.text  # this graph is correct
 
 
 @needs_genai
 @pytest.mark.parametrize("merge", [False, True], ids=["side inputs", "merged"])
-def test_trained_rows_wait_for_the_checkpoint_where_nothing_tells_whether_a_packed_head_is_tied(
+def test_trained_rows_need_the_checkpoint_if_it_is_unknown_whether_a_packed_head_is_tied(
     merge: bool, built: Graph, tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     """The builder's directory has no config.json; the head is not tied."""
@@ -191,7 +191,7 @@ def test_trained_rows_wait_for_the_checkpoint_where_nothing_tells_whether_a_pack
     (adapted,) = session.run(["logits"], feeds, None if merge else "a")
     made = adapted - onnx_output(tmp_path / "base", IDS)
     change = torch_output(tiny_llama, IDS, adapter=adapter) - torch_output(tiny_llama, IDS)
-    # The rest is the rounding to 4 bits, which the base has too.
+    # The difference is the rounding to 4 bits, which the base has too.
     assert np.linalg.norm(made - change) < np.linalg.norm(change)
 
 
@@ -218,7 +218,7 @@ def test_packed_int4_weights_keep_and_gain_an_adapter_effect(
 
 
 @needs_genai
-def test_a_packed_projection_refuses_what_only_a_whole_one_takes(
+def test_a_packed_projection_refuses_adapters_that_need_a_separate_one(
     built: Graph, tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     dora = make_adapter(tiny_llama, r=4, seed=1, use_dora=True)
@@ -233,7 +233,7 @@ def test_a_packed_projection_refuses_what_only_a_whole_one_takes(
 
 
 @needs_genai
-def test_without_the_size_of_a_head_the_cache_is_refused(built: Graph, tmp_path: Path) -> None:
+def test_a_cache_of_unknown_head_size_is_refused(built: Graph, tmp_path: Path) -> None:
     place = copy_of(built("fp32"), tmp_path / "graph")
     (place / "genai_config.json").unlink()
     with pytest.raises(ExportError, match=r"last size of past_key_values\.0\.key"):
@@ -244,8 +244,10 @@ def test_without_the_size_of_a_head_the_cache_is_refused(built: Graph, tmp_path:
 
 
 @pytest.mark.parametrize("symbol", [None, "d"])
-def test_the_size_of_a_head_is_no_other_axis_s(symbol: str | None, tmp_path: Path) -> None:
-    """Axes without a symbol are not one axis."""
+def test_the_head_size_is_not_confused_with_another_axis(
+    symbol: str | None, tmp_path: Path
+) -> None:
+    """Two axes without a symbol are not the same axis."""
     b = Builder()
     shape: list[Any] = [None, 2, None, symbol]
     past = b.input("past_key_values.0.key", shape)
@@ -298,7 +300,7 @@ def test_an_encoder_of_another_exporter_takes_adapters(
     assert difference(adapted, base) > 0.1, "the adapter did nothing"
 
 
-def test_weights_that_are_listed_as_inputs_too_are_weights(
+def test_weights_that_are_also_graph_inputs_are_weights(
     encoder: Graph, tiny_bert: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     old = copy_of(encoder("legacy"), tmp_path / "old")
@@ -316,7 +318,7 @@ def test_weights_that_are_listed_as_inputs_too_are_weights(
 
 
 @pytest.mark.parametrize("kind", ["qdq", "dynamic"])
-def test_int8_graphs_take_an_adapter_behind_their_rounding(
+def test_int8_graphs_take_an_adapter_after_their_rounding(
     kind: str, encoder: Graph, tiny_bert: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     adapter = make_adapter(tiny_bert, r=4, seed=1, task="feature-extraction", scale=0.1)
@@ -333,7 +335,7 @@ def test_int8_graphs_take_an_adapter_behind_their_rounding(
 # -- what is unknown -----------------------------------------------------------------------
 
 
-def test_products_that_nothing_tells_are_listed(
+def test_unidentified_products_are_listed(
     encoder: Graph, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(ExportError, match="no linear layer.*was identified"):
@@ -358,14 +360,14 @@ def test_an_adapter_for_a_module_that_was_not_found_is_refused(
         )
 
 
-def test_another_checkpoint_is_told_by_its_numbers(
+def test_another_checkpoint_is_detected_by_its_weights(
     encoder: Graph, tiny_llama: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ExportError, match="another"):
         export(encoder("legacy"), tmp_path / "out", checkpoint=tiny_llama)
 
 
-def test_what_the_graph_lacks_of_the_checkpoint_is_listed(
+def test_modules_of_the_checkpoint_that_the_graph_lacks_are_listed(
     encoder: Graph, tiny_bert: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     spoilt = copy_of(encoder("legacy"), tmp_path / "graph")
@@ -396,7 +398,7 @@ def test_what_the_graph_lacks_of_the_checkpoint_is_listed(
         ({"/.*pooler.*": [["a", 3], ["b", 4]]}, "has 7 outputs"),
     ],
 )
-def test_a_map_that_is_wrong_is_refused(
+def test_an_invalid_module_map_is_refused(
     rules: dict[str, object], message: str, encoder: Graph, tmp_path: Path
 ) -> None:
     (tmp_path / "map.json").write_text(json.dumps(rules))
@@ -404,19 +406,19 @@ def test_a_map_that_is_wrong_is_refused(
         export(encoder("legacy"), tmp_path / "out", module_map=tmp_path / "map.json")
 
 
-def test_evidence_is_for_onnx_models_alone(tiny_bert: Path, tmp_path: Path) -> None:
+def test_evidence_options_are_only_for_onnx_models(tiny_bert: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="are for ONNX models"):
         export(tiny_bert, tmp_path / "out", checkpoint=tiny_bert)
 
 
-def test_a_checkpoint_that_is_none_is_refused(encoder: Graph, tmp_path: Path) -> None:
+def test_a_directory_that_is_not_a_checkpoint_is_refused(encoder: Graph, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="has neither .safetensors nor .onnx files"):
         export(encoder("legacy"), tmp_path / "out", checkpoint=tmp_path)
     assert not (tmp_path / "out").exists()
 
 
 @needs_genai
-def test_a_foreign_bundle_is_read_with_its_padding(built: Graph, tmp_path: Path) -> None:
+def test_a_bundle_of_another_exporter_keeps_its_padding_side(built: Graph, tmp_path: Path) -> None:
     export(built("fp32"), tmp_path / "bundle")
     assert read_manifest(tmp_path / "bundle").padding == "right"
 
@@ -425,7 +427,7 @@ Q, K, V = (f"model.layers.0.self_attn.{part}_proj" for part in "qkv")
 
 
 def _rotating(place: Path, config: dict[str, object] | None, *, packed: bool = False) -> ir.Model:
-    """q and k with interleaved rows, and v, of names alone; one product of all if `packed`."""
+    """q and k with interleaved rows, and v, identified only by name; one product if `packed`."""
     b = Builder()
     x = b.input("x", ["batch", "sequence", IN])
     if packed:
@@ -445,7 +447,7 @@ def _rotating(place: Path, config: dict[str, object] | None, *, packed: bool = F
     [({"model_type": "llama"}, True), (None, True), ({"model_type": "glm"}, False)],
     ids=["llama", "unknown", "glm"],
 )
-def test_interleaved_rows_are_not_told_by_names_alone(
+def test_interleaved_rows_are_not_identified_by_names_alone(
     config: dict[str, object] | None, refused: bool, tmp_path: Path
 ) -> None:
     model = _rotating(tmp_path, config)
@@ -459,10 +461,10 @@ def test_interleaved_rows_are_not_told_by_names_alone(
 
 @pytest.mark.parametrize("op", ["FusedMatMul", "Gemm"])
 @pytest.mark.parametrize("stored", ["nothing", "W", "W divided by alpha"])
-def test_a_factor_of_a_product_is_not_explained_by_names(
+def test_a_scaled_product_is_not_identified_by_names_alone(
     op: str, stored: str, tmp_path: Path
 ) -> None:
-    """y = α x W scales the adapter's part by α, but not where W was divided by α."""
+    """y = α x W scales the update by α too, unless W was divided by α."""
     b, module, alpha = Builder(), "block.proj", 0.5
     x, w = b.input("x", ["batch", IN]), b.weight("w", IN, OUT)
     domain = "" if op == "Gemm" else "com.microsoft"
@@ -483,7 +485,7 @@ def test_a_factor_of_a_product_is_not_explained_by_names(
     weights = {f"{module}.weight": matrix, "block.other.weight": np.ascontiguousarray(V.T)}
     save_file(weights, tmp_path / "model.safetensors")
     evidence = Evidence(checkpoint=tmp_path)
-    # A Gemm's weight is multiplied by its alpha, a FusedMatMul's is left as it is.
+    # The weight of a Gemm is multiplied by its alpha, that of a FusedMatMul is not changed.
     if divided == (op == "Gemm"):
         assert module in find_modules(model, tmp_path, evidence, [adapter]).linears
         assert module in find_modules(model, tmp_path, Evidence(), [adapter]).linears, "again"
@@ -510,14 +512,14 @@ def test_interleaved_rows_have_no_side_inputs_without_a_checkpoint(
     packed: bool, tmp_path: Path
 ) -> None:
     model = _rotating(tmp_path, {"model_type": "llama"}, packed=packed)
-    for _ in range(2):  # again what the first wrote into the nodes
+    for _ in range(2):  # the second time with the metadata written by the first
         found = find_modules(model, tmp_path, Evidence(), []).linears
         assert list(found) == [V]
         assert found[V].slice == ((2 * OUT, 3 * OUT) if packed else None)
     assert set(find_modules(model, tmp_path, Evidence(), [], proven=True).linears) == {Q, K, V}
 
 
-def test_an_adapter_that_comes_later_is_not_applied_to_interleaved_rows(tmp_path: Path) -> None:
+def test_an_adapter_loaded_later_is_refused_for_interleaved_rows(tmp_path: Path) -> None:
     b = Builder()
     ids, at = (
         b.input(n, ["batch", "sequence"], ir.DataType.INT64) for n in ("input_ids", "position_ids")
@@ -545,7 +547,7 @@ def test_an_adapter_that_comes_later_is_not_applied_to_interleaved_rows(tmp_path
 
 
 def _pairs(modules: list[str]) -> Adapter:
-    """An adapter for some layers [in] to [out]."""
+    """Return an adapter for the given modules [in] → [out]."""
     pair = Factors(np.ones((2, IN), np.float32), np.ones((OUT, 2), np.float32))
     config = AdapterConfig(r=2, lora_alpha=4, target_modules=tuple(modules))
     return Adapter(config, dict.fromkeys(modules, pair))

@@ -1,4 +1,4 @@
-"""Inputs and outputs of other exporters get the names that transformers gives them."""
+"""Inputs and outputs of other exporters are renamed to the names of transformers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ INTEGERS = ir.DataType.INT64
 
 
 def renamed(graph: Path, place: Path, names: dict[str, str], *, inverted: bool = False) -> Path:
-    """The same graph, its inputs called otherwise; `inverted`: its mask is 1 where nothing is."""
+    """Rename inputs of a graph; `inverted`: its mask is 1 at padding."""
     model = ir.load(graph)
     for value in model.graph.inputs:
         value.name = names.get(str(value.name), value.name)
@@ -63,13 +63,13 @@ def decoder(shared: Path, tiny_llama: Path) -> Path:
         ("segment_ids", ["batch", "sequence"], INTEGERS, "token_type_ids"),
         ("past_key_3", ["batch", 2, "past", 8], ir.DataType.FLOAT, "past_key_values.3.key"),
         ("past_3_value", ["batch", 2, "past", 8], ir.DataType.FLOAT, "past_key_values.3.value"),
-        # what only sounds alike
+        # only a similar name
         ("input", ["batch", 3, 8, 8], ir.DataType.FLOAT, "input"),
         ("tokens", ["batch", 8], ir.DataType.FLOAT, "tokens"),
         ("past_3", [2, "batch", 2, "past", 8], ir.DataType.FLOAT, "past_3"),
     ],
 )
-def test_an_input_is_called_as_transformers_calls_it(
+def test_an_input_gets_its_name_in_transformers(
     name: str, shape: list[int | str], dtype: ir.DataType, new: str
 ) -> None:
     b = Builder()
@@ -82,7 +82,7 @@ def test_an_input_is_called_as_transformers_calls_it(
 
 
 @pytest.mark.parametrize("name", ["present_key_0", "present_key_values.0.key", "present.0.key"])
-def test_what_continues_a_cache_is_called_after_it(name: str) -> None:
+def test_an_updated_cache_is_named_after_its_input(name: str) -> None:
     b = Builder()
     shape: list[int | str] = ["batch", 2, "past", 8]
     model = b.model(b.node("Identity", [b.input("past_key_0", shape)], shape, name=name))
@@ -97,7 +97,7 @@ def test_a_mask_without_tokens_keeps_its_name() -> None:
     assert name_values(b.model(b.node("Identity", [mask], name="y"))) == {}
 
 
-def test_a_name_that_is_taken_is_not_given_twice() -> None:
+def test_a_name_that_exists_is_not_used_twice() -> None:
     b = Builder()
     ids, tokens = (b.input(n, ["batch", "sequence"], INTEGERS) for n in ("input_ids", "tokens"))
     assert name_values(b.model(b.node("Add", [ids, tokens], name="y"))) == {}
@@ -124,7 +124,7 @@ MASKS = ("mask", "attn_mask", "input_mask", "attention_masks", "mask:0", "input_
 
 
 def masked(mask: str, *, inverted: bool) -> ir.Model:
-    """An attention over tokens; `inverted`: the mask hides a token where it is 1."""
+    """Return an attention over tokens; `inverted`: a 1 in the mask hides a token."""
     b = Builder()
     ids = b.input("input_ids", ["batch", "sequence"], INTEGERS)
     given = b.input(mask, ["batch", "sequence"], INTEGERS)
@@ -141,7 +141,7 @@ def masked(mask: str, *, inverted: bool) -> ir.Model:
 
 @pytest.mark.parametrize("inverted", [False, True], ids=["transformers", "inverted"])
 @pytest.mark.parametrize("name", MASKS)
-def test_a_mask_of_another_name_is_taken_where_0_hides_a_token(
+def test_a_mask_of_another_name_is_accepted_if_0_hides_a_token(
     name: str, inverted: bool, tmp_path: Path
 ) -> None:
     model = masked(name, inverted=inverted)
@@ -154,21 +154,23 @@ def test_a_mask_of_another_name_is_taken_where_0_hides_a_token(
         check_mask(model, before, tmp_path, {})
 
 
-def test_a_mask_that_cannot_be_tried_is_refused(tmp_path: Path) -> None:
+def test_a_mask_that_cannot_be_tested_is_refused(tmp_path: Path) -> None:
     model = masked("mask", inverted=True)
     model.graph[0].op_type = "Unknown"
     with pytest.raises(ExportError, match=r"cannot be run .* input mask hides .* rename it"):
         check_mask(model, name_values(model), tmp_path, {})
 
 
-def test_a_mask_that_is_the_other_way_round_is_not_exported(decoder: Path, tmp_path: Path) -> None:
+def test_an_inverted_mask_is_refused(decoder: Path, tmp_path: Path) -> None:
     names = {"input_ids": "tokens", "attention_mask": "mask"}
     graph = renamed(decoder, tmp_path / "other", names, inverted=True)
     with pytest.raises(ExportError, match="mask does not hide a token where it is 0"):
         export(graph, tmp_path / "bundle")
 
 
-def test_tokens_of_an_unknown_name_are_not_generated_from(decoder: Path, tmp_path: Path) -> None:
+def test_text_generation_refuses_token_inputs_of_an_unknown_name(
+    decoder: Path, tmp_path: Path
+) -> None:
     graph = renamed(decoder, tmp_path / "other", {"input_ids": "symbols"})
     export(graph, tmp_path / "bundle")
     with pytest.raises(UsageError, match="takes symbols, attention_mask, not input_ids"):

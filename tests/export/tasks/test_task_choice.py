@@ -1,4 +1,4 @@
-"""The task is the adapter's where the model can be that, else it is asked for by name."""
+"""The task of an export is that of the adapter if the model supports it, else it must be given."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def config_of(architecture: str, **more: Any) -> dict[str, Any]:
         ("LlamaModel", "CAUSAL_LM", {}, "causal-lm"),
     ],
 )
-def test_an_adapters_task_is_taken_where_the_model_can_be_that(
+def test_the_adapters_task_is_used_if_the_model_supports_it(
     architecture: str, task_type: str | None, options: dict[str, Any], task: str
 ) -> None:
     assert choose_task(config_of(architecture), None, [adapter_for(task_type, **options)]) == task
@@ -69,7 +69,7 @@ def test_an_adapters_task_is_taken_where_the_model_can_be_that(
         ("BertForMaskedLM", "CAUSAL_LM", "feature-extraction"),
     ],
 )
-def test_a_task_that_contradicts_the_model_is_refused_with_the_one_that_would_do(
+def test_a_task_that_contradicts_the_model_is_refused_with_a_suggestion(
     architecture: str, task_type: str, task: str
 ) -> None:
     config, adapter = config_of(architecture), adapter_for(task_type)
@@ -87,7 +87,7 @@ def test_adapters_for_different_tasks_are_refused() -> None:
         choose_task(config_of("LlamaForCausalLM"), None, adapters)
 
 
-def test_an_encoder_decoder_is_exported_for_its_own_task_alone() -> None:
+def test_an_encoder_decoder_is_exported_only_for_its_own_task() -> None:
     config = config_of("T5ForConditionalGeneration", is_encoder_decoder=True)
     assert choose_task(config, None, [adapter_for("SEQ_2_SEQ_LM")]) == "seq2seq-lm"
     with pytest.raises(ExportError, match="seq2seq-lm"):
@@ -95,7 +95,7 @@ def test_an_encoder_decoder_is_exported_for_its_own_task_alone() -> None:
 
 
 @pytest.mark.parametrize("task", ["seq2seq-lm", "image-classification"])
-def test_a_class_that_transformers_does_not_have_is_told_with_the_task_that_would_do(
+def test_a_class_missing_in_transformers_is_reported_with_a_suggested_task(
     task: str, tmp_path: Path
 ) -> None:
     from loradeploy.export.trace import load_model
@@ -107,7 +107,7 @@ def test_a_class_that_transformers_does_not_have_is_told_with_the_task_that_woul
 
 
 @pytest.mark.parametrize("problem", [AssertionError(), KeyError("rope_type"), IndexError()])
-def test_an_error_that_says_nothing_is_told_with_where_it_was_raised(
+def test_an_error_without_a_message_is_reported_with_its_origin(
     problem: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch
@@ -159,7 +159,7 @@ def test_vectors_are_of_images_or_of_texts(
         (BERT, "image-feature-extraction", 'BertModel is not a model of images: give `task="feat'),
     ],
 )
-def test_vectors_of_what_a_model_does_not_read_are_refused(
+def test_vectors_of_a_modality_that_the_model_lacks_are_refused(
     config: dict[str, Any], asked: str | None, message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
@@ -174,13 +174,13 @@ def test_vectors_of_what_a_model_does_not_read_are_refused(
         {"model_type": "siglip", "architectures": ["SiglipForImageClassification"]},
     ],
 )
-def test_a_model_of_images_is_exported_as_a_classifier(config: dict[str, Any]) -> None:
+def test_an_image_model_is_exported_as_a_classifier(config: dict[str, Any]) -> None:
     assert choose_task(config, None) == "image-classification"
     assert choose_task(config, "image-classification") == "image-classification"
 
 
 @pytest.mark.parametrize("asked", [None, "image-classification"])
-def test_a_classifier_of_images_of_any_size_is_refused(asked: str | None) -> None:
+def test_an_image_classifier_without_a_fixed_image_size_is_refused(asked: str | None) -> None:
     config = {"model_type": "siglip2", "architectures": ["Siglip2ForImageClassification"]}
     with pytest.raises(ExportError, match="Siglip2ForImageClassification takes patches of images"):
         choose_task(config, asked)

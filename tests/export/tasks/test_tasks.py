@@ -1,4 +1,4 @@
-"""Models that take and give something else: encoder-decoders, images, sound."""
+"""Exports of other tasks: encoder-decoders, images, audio."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _ENCODER: Final = {
 
 @dataclass(frozen=True)
 class Kind:
-    """A tiny model: its task, transformers' classes, what it is fed, and PEFT's task."""
+    """A tiny model: its task, classes of transformers, inputs, and PEFT's task type."""
 
     task: str
     auto: str
@@ -117,7 +117,7 @@ def kind(request: pytest.FixtureRequest) -> Kind:
 
 
 def prepared(kind: Kind, place: Path) -> tuple[Path, dict[str, Path], dict[str | None, Arrays]]:
-    """The model, two adapters of it by PEFT, and what PyTorch makes of each and of the base."""
+    """Return the model, two PEFT adapters, and PyTorch's outputs with each and without."""
     import peft
     import torch
     import transformers
@@ -157,7 +157,7 @@ def prepared(kind: Kind, place: Path) -> tuple[Path, dict[str, Path], dict[str |
 
 
 @pytest.mark.breadth
-def test_every_kind_computes_what_pytorch_does(kind: Kind, tmp_path: Path) -> None:
+def test_every_kind_computes_what_pytorch_computes(kind: Kind, tmp_path: Path) -> None:
     model, adapters, answers = prepared(kind, tmp_path)
     allowed = tolerance("torch-onnx-tiny")
     manifest = export(model, tmp_path / "side", adapters=adapters)
@@ -179,7 +179,7 @@ def test_every_kind_computes_what_pytorch_does(kind: Kind, tmp_path: Path) -> No
     assert read_manifest(tmp_path / "merged").task == kind.task
 
 
-def test_a_padded_source_is_not_seen_by_the_target(tmp_path: Path) -> None:
+def test_the_target_does_not_attend_to_padding_of_the_source(tmp_path: Path) -> None:
     import torch
     import transformers
 
@@ -196,7 +196,7 @@ def test_a_padded_source_is_not_seen_by_the_target(tmp_path: Path) -> None:
     assert difference(got, expected) <= tolerance("torch-onnx-tiny")
 
 
-def test_what_cannot_be_is_refused_in_a_line(tmp_path: Path) -> None:
+def test_unsupported_models_are_refused_in_one_line(tmp_path: Path) -> None:
     kind = KINDS["bart"]
     model, _, _ = prepared(kind, tmp_path)
     with pytest.raises(ExportError, match="encoder-decoder model, which is exported for seq2seq"):

@@ -1,4 +1,4 @@
-"""Architectures that differ in what matters to a trace, each with random weights."""
+"""Exports of architectures that differ in features that matter for tracing, with random weights."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _DECODER: Final = {
 _ENCODER: Final = {**_COMMON, "intermediate_size": 48, "max_position_embeddings": 64}
 _GEMMA: Final = {**_DECODER, "head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8}
 
-# What each one is here for: the config's class and its values.
+# The task, config class and values by name; the name says which feature is tested.
 ARCHITECTURES: Final[Mapping[str, tuple[str, str, dict[str, Any]]]] = {
     "mistral: a sliding window": (
         "causal-lm",
@@ -193,7 +193,7 @@ ARCHITECTURES: Final[Mapping[str, tuple[str, str, dict[str, Any]]]] = {
             "token_dropout": True,
         },
     ),
-    # Projects its table of positions, which has no batch, by the layers that project the tokens.
+    # Projects its position table, which has no batch axis, with the layers that project tokens.
     "deberta: layers for tokens and for positions": (
         "sequence-classification",
         "DebertaV2Config",
@@ -221,8 +221,8 @@ ARCHITECTURES: Final[Mapping[str, tuple[str, str, dict[str, Any]]]] = {
 
 
 _ATTENTION: Final = ["q_proj", "k_proj", "v_proj", "o_proj"]
-# Where not all linear layers are adapted: experts are no layers of their own, and PEFT cannot both
-# adapt and save a part of a head.
+# Architectures where not all linear layers are adapted: experts are not separate layers, and PEFT
+# cannot both adapt and save a part of a head.
 TARGETS: Final[Mapping[str, list[str]]] = {
     "MixtralForCausalLM": _ATTENTION,
     "Qwen3MoeForCausalLM": _ATTENTION,
@@ -234,7 +234,7 @@ TARGETS: Final[Mapping[str, list[str]]] = {
 
 
 def make_model(place: Path, task: str, config_class: str, values: Mapping[str, Any]) -> Path:
-    """A model with random weights in the directory `place`."""
+    """Write a model with random weights to the directory `place`."""
     import torch
     import transformers
 
@@ -277,7 +277,7 @@ def test_every_path_is_the_pytorch_model(
     assert difference(onnx_output(tmp_path / "side", ids, side=side), adapted) <= allowed
     assert difference(onnx_output(tmp_path / "merged", ids), adapted) <= allowed
     assert difference(base, adapted) > 0.1
-    base_slot = idle(tmp_path / "side")  # of the routers of mixtures too, which no adapter has
+    base_slot = idle(tmp_path / "side")  # includes the routers of mixtures, which no adapter has
     slots = stacked([base_slot, {**base_slot, **side}], defaults(tmp_path / "side"))
     mixed = onnx_output(tmp_path / "side", ids, side={**slots, "adapter_ids": np.array([1, 0])})
     assert difference(mixed[0], adapted[0]) <= allowed
@@ -301,7 +301,7 @@ def test_every_path_is_the_pytorch_model(
         ("DeepseekV2Config", "complex numbers"),
     ],
 )
-def test_what_no_exporter_traces_is_refused_before_its_weights_are_read(
+def test_models_that_cannot_be_traced_are_refused_before_their_weights_are_read(
     config_class: str, reason: str, tmp_path: Path
 ) -> None:
     import transformers

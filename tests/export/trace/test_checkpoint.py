@@ -1,4 +1,4 @@
-"""What a checkpoint's settings and weights mean for its trace."""
+"""Effects of a checkpoint's settings and weights on its trace."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.tolerances import tolerance
         ("tiny_llama", "causal-lm", {"use_cache": False, "output_hidden_states": True}),
     ],
 )
-def test_a_setting_that_changes_no_number_keeps_no_model_from_being_traced(
+def test_settings_that_do_not_affect_results_do_not_prevent_tracing(
     base: str, task: str, settings: dict[str, Any], request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     plain = request.getfixturevalue(base)
@@ -42,7 +42,7 @@ def test_a_setting_that_changes_no_number_keeps_no_model_from_being_traced(
     )
 
 
-def test_a_graph_that_cannot_be_optimized_is_an_error_of_the_export(
+def test_a_graph_that_cannot_be_optimized_is_an_export_error(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
@@ -53,7 +53,7 @@ def test_a_graph_that_cannot_be_optimized_is_an_error_of_the_export(
         module.trace(load_model(tiny_llama, "causal-lm")[0], "causal-lm")
 
 
-def test_a_checkpoint_whose_answers_are_nan_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_with_nan_outputs_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     place = shutil.copytree(tiny_llama, tmp_path / "base")
     tensors = load_file(place / "model.safetensors")
     tensors["model.norm.weight"][0] = float("nan")

@@ -1,6 +1,6 @@
 """Gemma 3 in two bundles: the tokens of an image attend to each other in both directions.
 
-The right answer is transformers' with PEFT, whose masks are made of `token_type_ids`.
+The reference is transformers with PEFT, which makes its masks from `token_type_ids`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tests.tolerances import tolerance
 _IMAGE: Final = (BEGIN, *[IMAGE] * gemma.TOKENS, END)
 _TWO_IMAGES: Final = (5, *_IMAGE, 17, *_IMAGE, 44)
 _ONE_IMAGE: Final = (*_IMAGE, 60, 61, 62, 63, 64, 65, 66, 67, 68)
-BLOCKS: Final = "image_blocks/"  # begins the names of what reads images in both directions
+BLOCKS: Final = "image_blocks/"  # prefix of the names of nodes for bidirectional attention
 ALLOWED: Final = tolerance("torch-onnx-tiny")
 
 
@@ -51,7 +51,7 @@ def _export(place: Path) -> None:
 
 @pytest.fixture(scope="session")
 def bundles(made: Path) -> Path:
-    """The decoder in `d`, the tower in `t`."""
+    """A directory with the decoder in `d` and the tower in `t`."""
     return once(made.parent / "images-Gemma3-bundles", _export)
 
 
@@ -74,7 +74,9 @@ def _found(
 
 
 @pytest.mark.parametrize("name", [None, *gemma.FACTORS])
-def test_two_bundles_answer_as_the_whole_model(name: str | None, made: Path, bundles: Path) -> None:
+def test_two_bundles_compute_what_the_whole_model_computes(
+    name: str | None, made: Path, bundles: Path
+) -> None:
     images, rows = pictures(3), (_TWO_IMAGES, _ONE_IMAGE)
     model = gemma.whole(made / "model", name and made / name)
     sees, reads = (None if name == other else name for other in ("text", "vision"))
@@ -110,9 +112,7 @@ def test_an_adapter_is_merged_into_both(made: Path, tmp_path: Path) -> None:
     assert difference(found[0], gemma.logits(model, _TWO_IMAGES, pictures(2))) <= ALLOWED
 
 
-def test_a_projector_that_is_trained_whole_is_merged(
-    made: Path, bundles: Path, tmp_path: Path
-) -> None:
+def test_a_fully_trained_projector_is_merged(made: Path, bundles: Path, tmp_path: Path) -> None:
     given = {RECIPE: made / RECIPE}
     with pytest.raises(AdapterMismatchError, match="is not a side input of .*: merge it instead"):
         ld.export(made / "model", tmp_path / "t", task="vision-tower", adapters=given)
@@ -134,7 +134,7 @@ def test_a_projector_that_is_trained_whole_is_merged(
 
 
 def _read_causally(graph: ir.Graph) -> None:
-    """Let an image's positions see those before them alone."""
+    """Change the mask so that image positions see only earlier positions."""
     joined = [node for node in graph if node.op_type == "Or" and str(node.name).startswith(BLOCKS)]
     assert joined
     for node in joined:
@@ -142,7 +142,9 @@ def _read_causally(graph: ir.Graph) -> None:
         node.outputs[0].replace_all_uses_with(seen)
 
 
-def test_text_alone_is_read_bit_for_bit_as_without_images(bundles: Path, tmp_path: Path) -> None:
+def test_text_without_images_is_bit_identical_to_a_text_only_graph(
+    bundles: Path, tmp_path: Path
+) -> None:
     plain = spoiled(bundles / "d", tmp_path / "d", _read_causally)
     ids = np.array([[5, 17, 3, 101, 5, 44, 60], [0, 0, 9, 8, 7, 6, 5]])
     found = []
@@ -154,7 +156,7 @@ def test_text_alone_is_read_bit_for_bit_as_without_images(bundles: Path, tmp_pat
     assert np.array_equal(*found)
 
 
-def test_parity_proves_that_images_are_read_in_both_directions(
+def test_parity_fails_a_decoder_with_causal_attention_in_images(
     made: Path, bundles: Path, tmp_path: Path
 ) -> None:
     few: dict[str, Any] = {
@@ -172,7 +174,7 @@ def test_parity_proves_that_images_are_read_in_both_directions(
     assert {r.adapter for r in report.results if r.outcome == "failed"} >= {"all", "text"}
 
 
-def test_a_decoder_that_reads_images_causally_is_not_exported(
+def test_an_export_with_causal_attention_in_images_is_refused(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoint_base, "join_image_blocks", lambda graph: None)
@@ -181,7 +183,9 @@ def test_a_decoder_that_reads_images_causally_is_not_exported(
 
 
 @pytest.mark.parametrize(("cut", "begins_within"), [(2, False), (5, True)])
-def test_an_image_is_not_cut_into_two_runs(cut: int, begins_within: bool, bundles: Path) -> None:
+def test_splitting_an_image_over_two_runs_is_refused(
+    cut: int, begins_within: bool, bundles: Path
+) -> None:
     decoder = ld.AdapterSession(bundles / "d")
     ids = np.array([[7, 8, *_ONE_IMAGE]])
     features = np.ones((gemma.TOKENS, 32), np.float32)
@@ -203,7 +207,9 @@ def test_an_image_is_not_cut_into_two_runs(cut: int, begins_within: bool, bundle
 
 
 @pytest.mark.parametrize("form", [{"precision": "fp16"}, {"precision": "int8"}])
-def test_other_precisions_are_proved(form: dict[str, Any], made: Path, tmp_path: Path) -> None:
+def test_parity_passes_in_other_precisions(
+    form: dict[str, Any], made: Path, tmp_path: Path
+) -> None:
     given = {"text": made / "text"}
     ld.export(made / "model", tmp_path / "d", task="causal-lm", adapters=given, **form)
     report = ld.parity(

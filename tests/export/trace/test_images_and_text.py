@@ -1,4 +1,4 @@
-"""The decoder of a model of images and text, which reads text alone, with adapters of PEFT."""
+"""The text decoder of an image-text model, used with text alone, with PEFT adapters."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ MODELS: Final[dict[str, dict[str, Any]]] = {
 
 
 def _make(name: str, model: Path, adapter: Path) -> None:
-    """A model, and an adapter whose training saw only text: factors of the tower are zero."""
+    """Write a model and an adapter trained on text only: its factors of the tower are zero."""
     import peft
     import torch
     import transformers
@@ -94,7 +94,9 @@ def _logits(model: Path, adapter: Path | None) -> Any:
 
 @pytest.mark.breadth(3)
 @pytest.mark.parametrize("name", MODELS)
-def test_text_is_continued_as_by_the_whole_model(name: str, tmp_path: Path) -> None:
+def test_the_decoder_computes_what_the_whole_model_computes_for_text(
+    name: str, tmp_path: Path
+) -> None:
     model, adapter, bundle = tmp_path / "model", tmp_path / "a", tmp_path / "bundle"
     _make(name, model, adapter)
     with pytest.raises(
@@ -119,5 +121,5 @@ def test_text_is_continued_as_by_the_whole_model(name: str, tmp_path: Path) -> N
     assert report.passed, report.failures
     ld.export(bundle, tmp_path / "merged", adapters={"a": adapter}, merge=True)
     assert np.abs(onnx_output(tmp_path / "merged", IDS)[0] - expected).max() <= allowed
-    if name != "Qwen2VL":  # whose tower has other names
+    if name != "Qwen2VL":  # its tower has other names
         assert any("vision" in module for module in load_adapter(adapter).factors)

@@ -1,6 +1,6 @@
-"""Models of which one deep layer is another: none is traced by its first layers.
+"""Models with one different deep layer must not be traced by repeating their first layers.
 
-Their families are taken for some whose layers may be repeated, so that what decides is the layers.
+The model types are added to the list of repeatable ones, so that only the layers decide.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _GEMMA_3N: Final = {
     "laurel_rank": 4,
     "num_kv_shared_layers": 0,
 }
-# The model type, where its layers are, the settings, and those with which its layers are alike.
+# Model type, path of the layers, settings, and the settings that make all layers equal.
 FAMILIES: Final[dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]]] = {
     "gemma3: local and global attention, each with its rotation": (
         *("gemma3_text", "layers"),
@@ -93,7 +93,7 @@ FAMILIES: Final[dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]]] = {
         {},
     ),
 }
-# The model types whose layers hold nothing that tells them apart but their number.
+# The model types whose layers differ in nothing but the layer index.
 _BARE: Final = ("smollm3", "gpt2", "qwen2_moe")
 # The families whose graphs are run, one of each kind of difference.
 _RUN: Final = ("gemma3: ", "smollm3: ", "gpt2: ")
@@ -107,7 +107,7 @@ def model_of(kind: str, settings: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_deep_layer_that_is_another_is_seen(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_different_deep_layer_is_detected(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kind, inside, settings, _ = FAMILIES[family]
     model = model_of(kind, settings)
     monkeypatch.setitem(LAYERS, kind, inside)
@@ -120,7 +120,7 @@ def test_a_deep_layer_that_is_another_is_seen(family: str, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if FAMILIES[name][0] in _BARE])
-def test_without_the_difference_the_layers_are_alike(
+def test_without_the_difference_the_layers_are_equal(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kind, inside, settings, same = FAMILIES[family]
@@ -132,7 +132,7 @@ def test_without_the_difference_the_layers_are_alike(
 
 @pytest.mark.breadth
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name.startswith(_RUN)])
-def test_the_graph_computes_what_the_model_does(
+def test_the_graph_computes_what_the_model_computes(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kind, inside, settings, same = FAMILIES[family]

@@ -15,7 +15,7 @@ X = np.random.default_rng(0).standard_normal((3, 4, 6)).astype(np.float32)
 
 
 class Plain(torch.nn.Module):
-    """What transformers' models do beside their products: all of it has a plain equivalent."""
+    """Operators of transformers' models besides matrix products; all have an ONNX equivalent."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Plain(torch.nn.Module):
 
 
 class Unlisted(Plain):
-    """With an operator that has to be decomposed."""
+    """A module with an operator that has to be decomposed."""
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         first, second = super().forward(x)
@@ -45,7 +45,7 @@ def program_of(module: torch.nn.Module) -> torch.export.ExportedProgram:
 
 
 def exported(program: torch.export.ExportedProgram) -> tuple[list[str], list[Any]]:
-    """The graph's operators, and what it gives for X."""
+    """Export the program; return the graph's operators and its outputs for X."""
     made = torch.onnx.export(
         program, dynamo=True, optimize=False, verbose=False, output_names=["flat", "y"]
     )
@@ -71,7 +71,7 @@ def test_a_lowered_program_computes_what_the_module_computes(kind: type[Plain]) 
         np.testing.assert_allclose(ours, theirs.detach().numpy(), atol=1e-6)
 
 
-def test_dropout_that_is_on_is_left_to_torch() -> None:
+def test_active_dropout_is_left_to_torch() -> None:
     program = program_of(Plain().train())
     before = str(program.graph)
     with lowered(program):
@@ -79,7 +79,7 @@ def test_dropout_that_is_on_is_left_to_torch() -> None:
     assert str(program.graph) == before
 
 
-def test_everything_is_put_back_after_an_error() -> None:
+def test_patches_are_reverted_after_an_error() -> None:
     program, operators = program_of(Plain().eval()), registration.default_registry
     with pytest.raises(RuntimeError), lowered(program):
         assert registration.default_registry is not operators

@@ -29,7 +29,7 @@ def _mask(attention: torch.Tensor, function: object) -> torch.Tensor:
     ],
     ids=["causal", "sliding"],
 )
-def test_no_row_of_a_padded_causal_mask_is_empty(function: object) -> None:
+def test_no_row_of_a_padded_causal_mask_is_fully_masked(function: object) -> None:
     attention = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
     plain = _mask(attention, function)
     with traceable():
@@ -40,7 +40,7 @@ def test_no_row_of_a_padded_causal_mask_is_empty(function: object) -> None:
     assert torch.equal(mask[real], plain[real]), "what real tokens see stays as it was"
 
 
-def test_encoders_masks_stay_as_they_are() -> None:
+def test_masks_of_encoders_are_not_changed() -> None:
     attention = torch.tensor([[1, 1, 1, 0]])
     function = masking_utils.bidirectional_mask_function
     plain = _mask(attention, function)
@@ -55,7 +55,7 @@ def test_conv1d_is_the_same_function_without_flattening() -> None:
         assert torch.allclose(layer(x), plain, atol=1e-6)
 
 
-def test_everything_is_put_back() -> None:
+def test_patches_are_reverted() -> None:
     before = Conv1D.forward, masking_utils.ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
     with pytest.raises(RuntimeError), traceable():
         raise RuntimeError

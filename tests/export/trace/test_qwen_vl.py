@@ -1,6 +1,6 @@
-"""Qwen-VL in two bundles, a decoder with positions in three dimensions and a tower of patches.
+"""Qwen-VL in two bundles: a decoder with three-dimensional positions and a tower of patches.
 
-The right answer is transformers' with PEFT, for images and text together.
+The reference is transformers with PEFT, for images and text together.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from tests.inputs.qwen_vl import tokens_of as tokens
 from tests.runtime.feeds import feeds
 from tests.tolerances import tolerance
 
-# Larger and smaller than a window, filling it and not, of one row and of one token.
+# Larger and smaller than a window, with full and partial windows, one row, and one token.
 GRIDS: Final = ((3, 3), (5, 4), (1, 7), (6, 3), (1, 1), (2, 5))
 ALLOWED: Final = tolerance("torch-onnx-tiny")
 DECODER_PHASES: Final = ("padded batch", "embeddings")
@@ -62,7 +62,7 @@ def _prepare(family: str, place: Path) -> None:
 
 @pytest.fixture(scope="session", params=VISION)
 def made(request: pytest.FixtureRequest, shared: Path) -> Path:
-    """The model, its adapters, and both bundles with them as side inputs."""
+    """The model, its adapters, and both bundles with the adapters as side inputs."""
     return once(shared / f"qwen-{request.param}", lambda place: _prepare(request.param, place))
 
 
@@ -71,7 +71,7 @@ def _sessions(made: Path) -> tuple[ld.AdapterSession, ld.AdapterSession]:
 
 
 def _width(decoder: ld.AdapterSession) -> int:
-    """How many values of an image the decoder reads for a token."""
+    """Return the number of image feature values per token in the decoder's input."""
     return int(decoder.manifest.embeds[0].shape[-1])
 
 
@@ -86,7 +86,7 @@ def _logits(
     grids: Any,
     adapter: str | None = None,
 ) -> NDArray[Any]:
-    """Of one text with images, [tokens, vocabulary]."""
+    """Return the logits [tokens, vocabulary] of one text with images."""
     given = np.array([ids])
     mask = given == IMAGE
     embeds = np.zeros((*given.shape, features[0].shape[-1]), np.float32)
@@ -97,7 +97,7 @@ def _logits(
     return decoder.run(["logits"], fed, adapter)[0][0]
 
 
-def test_two_bundles_answer_as_the_whole_model(made: Path) -> None:
+def test_two_bundles_compute_what_the_whole_model_computes(made: Path) -> None:
     decoder, tower = _sessions(made)
     words: list[Any] = [5, GRIDS[1], 6, 7, GRIDS[5], 8]
     grids, ids = [GRIDS[1], GRIDS[5]], tokens(words)
@@ -112,7 +112,7 @@ def test_two_bundles_answer_as_the_whole_model(made: Path) -> None:
         assert difference(found, expected[name]) <= ALLOWED, name
         others = [expected[other] for other in names if other != name]
         assert min(difference(found, other) for other in others) > 100 * ALLOWED, name
-    # Positions of a text, or of the image's other side, are wrong.
+    # Text positions, or positions with rows and columns exchanged, are wrong.
     features = [_features(tower, [each])[0] for each in images]
     for wrong in ([(1, 1)] * 30, [grid[::-1] for grid in grids]):
         found = _logits(decoder, ids, features, wrong)
@@ -134,7 +134,7 @@ def test_images_of_any_grid_have_the_features_of_transformers(made: Path, grid: 
             patches = torch.from_numpy(images[row].reshape(-1, images[row].shape[-1]))
             shape = torch.tensor([[1, 2 * grid[0], 2 * grid[1]]])
             expected = model.get_image_features(patches, shape).pooler_output[0].numpy()
-        # Rounding is of the features' size, which is no logits'.
+        # The rounding error is relative to the features, which are larger than logits.
         assert difference(found[row], expected) <= ALLOWED * max(1, float(np.abs(expected).max()))
     if min(grid) > 1:
         other = images[0].transpose(1, 0, 2, 3).reshape(images[0].shape)
@@ -151,7 +151,7 @@ def test_text_alone_needs_no_positions_in_three_dimensions(made: Path) -> None:
     plain = decoder.run(["logits"], fed)[0]
     three = decoder.run(["logits"], {**fed, MROPE_POSITION_IDS: np.stack([text] * 3)})[0]
     assert np.array_equal(plain, three)
-    # The default is read token by token where a position is -1.
+    # A position of -1 selects the default positions, per token.
     none = np.full((3, *ids.shape), -1)
     assert np.array_equal(plain, decoder.run(["logits"], {**fed, MROPE_POSITION_IDS: none})[0])
     none[1, 1, 2:] = 0
@@ -160,7 +160,7 @@ def test_text_alone_needs_no_positions_in_three_dimensions(made: Path) -> None:
     assert not np.array_equal(plain[1], changed[1])
 
 
-def test_feeds_that_would_be_answered_wrongly_are_refused(made: Path) -> None:
+def test_inputs_that_would_give_wrong_results_are_refused(made: Path) -> None:
     decoder, _ = _sessions(made)
     ids = np.array([[5, IMAGE, 3]])
     fed = feeds(decoder.manifest, ids)
@@ -186,7 +186,7 @@ def test_one_adapter_is_merged_into_both(made: Path, tmp_path: Path) -> None:
 
 
 def _as_older_versions_write(made: Path, place: Path) -> None:
-    """The checkpoint and `all` with the names and the config.json of transformers before 4.52."""
+    """Write the checkpoint and the adapter `all` in the format of transformers before 4.52."""
     from safetensors.numpy import load_file, save_file
 
     for name in ("model", "all"):
@@ -227,7 +227,7 @@ def test_checkpoints_and_adapters_of_older_versions_are_read(made: Path, tmp_pat
 
 
 def _proved(bundle: Path, made: Path, **options: Any) -> ParityReport:
-    """The report on a bundle, which passes by limits that were measured."""
+    """Run a parity check, assert that it passes with measured limits, and return the report."""
     given = {"prompts": TEXTS, "tokens": 2} if "decoder" in bundle.name else {}
     report = ld.parity(bundle, model=made / "model", certificate=False, **given, **options)
     assert report.passed, report.failures
@@ -235,7 +235,7 @@ def _proved(bundle: Path, made: Path, **options: Any) -> ParityReport:
     return report
 
 
-def test_parity_proves_the_decoder_and_sees_wrong_positions(made: Path) -> None:
+def test_parity_passes_for_the_decoder_and_fails_wrong_positions(made: Path) -> None:
     report = _proved(made / "decoder", made, phases=DECODER_PHASES, controls=True)
     assert {result.adapter for result in report.results if result.phase == "embeddings"} == {
         *(None, "text", "all")
@@ -245,12 +245,12 @@ def test_parity_proves_the_decoder_and_sees_wrong_positions(made: Path) -> None:
     assert seen == {(name, adapter): True for name in wrong for adapter in ("text", "all")}
 
 
-def test_parity_proves_the_tower_and_sees_wrong_adapters(made: Path) -> None:
+def test_parity_passes_for_the_tower_and_fails_wrong_adapters(made: Path) -> None:
     report = _proved(made / "tower", made, phases=["padded batch"], controls=True)
     wrong = ("wrong adapter", "doubled alpha", "swapped factors", "missing target")
     seen = {(c.name, c.adapter): c.caught for c in report.controls if c.name in wrong}
     made_with = {(name, part) for name in wrong for part in ("vision", "projector", "all")}
-    # The projector's two layers have other shapes.
+    # The two layers of the projector have different shapes, so their factors cannot be swapped.
     assert seen == dict.fromkeys(made_with - {("swapped factors", "projector")}, True)
 
 
@@ -278,7 +278,7 @@ def test_an_export_with_wrong_positions_is_refused(
 
 
 @pytest.mark.parametrize("mistake", ["turned", "no windows", "small windows"])
-def test_a_tower_with_wrong_positions_or_windows_is_not_exported(
+def test_an_export_of_a_tower_with_wrong_positions_or_windows_is_refused(
     mistake: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = qwen_vision._positions
@@ -289,13 +289,15 @@ def test_a_tower_with_wrong_positions_or_windows_is_not_exported(
     else:
         side = 2 if mistake == "small windows" else None
         monkeypatch.setattr(qwen_vision, "_window_side", lambda visual: side)
-    monkeypatch.setattr(trace, "trace", module.trace)  # anew: tests remember their traces
+    monkeypatch.setattr(trace, "trace", module.trace)  # without the cache of traces
     with pytest.raises(ExportError, match=r"its output image_features is .* away from the source"):
         ld.export(made / "model", tmp_path / "t", task="vision-tower")
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
-def test_both_are_proved_in_less_precision(precision: str, made: Path, tmp_path: Path) -> None:
+def test_parity_passes_for_both_in_lower_precisions(
+    precision: str, made: Path, tmp_path: Path
+) -> None:
     given: dict[str, Any] = {"adapters": {"all": made / "all"}, "precision": precision}
     ld.export(made / "model", tmp_path / "decoder", task="causal-lm", **given)
     report = _proved(tmp_path / "decoder", made, phases=DECODER_PHASES)
@@ -304,8 +306,8 @@ def test_both_are_proved_in_less_precision(precision: str, made: Path, tmp_path:
     _proved(tmp_path / "tower", made, phases=["padded batch"])
 
 
-def test_texts_with_images_are_those_of_transformers(made: Path) -> None:
-    """Rows with other adapters, images of other sizes, several and none, in one batch."""
+def test_text_generated_from_images_is_that_of_transformers(made: Path) -> None:
+    """One batch of rows with different adapters, image sizes and numbers of images."""
     decoder, tower = _sessions(made)
     generator = ld.ImageTextGenerator(decoder, tower)
     for name in PARTS:
@@ -344,7 +346,7 @@ def test_texts_with_images_are_those_of_transformers(made: Path) -> None:
 
 
 @pytest.mark.breadth(2)
-def test_a_cache_in_place_goes_on_behind_images_alike(made: Path, tmp_path: Path) -> None:
+def test_a_cache_of_fixed_size_gives_the_same_text_after_images(made: Path, tmp_path: Path) -> None:
     given = {"all": made / "all"}
     ld.export(made / "model", tmp_path / "d", task="causal-lm", adapters=given, attention="gqa")
     decoder, tower = _sessions(made)
@@ -362,7 +364,7 @@ def test_a_cache_in_place_goes_on_behind_images_alike(made: Path, tmp_path: Path
     assert len({len(ids) for ids in prompts}) == len(prompts), "padding counts"
 
 
-def test_what_a_processor_gives_is_split(made: Path) -> None:
+def test_the_output_of_a_processor_is_split(made: Path) -> None:
     generator = ld.ImageTextGenerator(*_sessions(made))
     images = [image(grid) for grid in GRIDS]
     patches = np.concatenate([each.reshape(-1, each.shape[-1]) for each in images])

@@ -1,4 +1,4 @@
-"""Deep models are traced by their first layers, and the graph is that of a whole trace."""
+"""Deep models are traced by their first layers; the graph equals that of a full trace."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def written(graph: ir.Model) -> bytes:
 
 @pytest.mark.breadth
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "gpt2", "qwen3", "roberta", "bert"])
-def test_the_graph_has_the_bytes_of_a_whole_trace(
+def test_the_graph_is_byte_identical_to_a_full_trace(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = model_of(kind)
@@ -71,7 +71,7 @@ def test_the_graph_has_the_bytes_of_a_whole_trace(
 def test_every_architecture_of_the_table_is_compared() -> None:
     (mark,) = [
         m
-        for m in test_the_graph_has_the_bytes_of_a_whole_trace.pytestmark  # type: ignore[attr-defined]
+        for m in test_the_graph_is_byte_identical_to_a_full_trace.pytestmark  # type: ignore[attr-defined]
         if m.name == "parametrize"
     ]
     assert set(mark.args[1]) == set(LAYERS)
@@ -89,7 +89,7 @@ def test_every_architecture_of_the_table_is_compared() -> None:
         (lambda layers: layers[4].mlp.down_proj.train(), "training"),
     ],
 )
-def test_layers_that_differ_are_traced_whole(change: Any, why: str) -> None:
+def test_models_with_different_layers_are_traced_in_full(change: Any, why: str) -> None:
     model = model_of("llama")
     assert alike_layers(model) is not None
     change(model.model.layers)
@@ -104,7 +104,7 @@ def test_layers_that_differ_are_traced_whole(change: Any, why: str) -> None:
         ("phi", {}),
     ],
 )
-def test_other_models_are_traced_whole(kind: str, settings: dict[str, Any]) -> None:
+def test_other_models_are_traced_in_full(kind: str, settings: dict[str, Any]) -> None:
     config = {"num_hidden_layers": DEPTH, "hidden_size": 32, "vocab_size": 64, **settings}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 48}
     made = transformers.AutoConfig.for_model(kind, **config, **heads)
@@ -112,10 +112,10 @@ def test_other_models_are_traced_whole(kind: str, settings: dict[str, Any]) -> N
     assert alike_layers(model) is None
 
 
-def test_numbers_that_change_from_layer_to_layer_are_seen_in_the_program() -> None:
+def test_constants_that_differ_between_layers_are_detected_in_the_program() -> None:
     model = model_of("gpt2", scale_attn_by_inverse_layer_idx=True)
     assert alike_layers(model) is None
-    layers = Layers("transformer.h", DEPTH)  # as if its settings did not show it
+    layers = Layers("transformer.h", DEPTH)  # bypasses the check of its settings
     kind = TASK_TABLE[CAUSAL_LM]
     with traceable(), torch.no_grad(), shortened(model, layers):
         program, *_ = module._exported(model, kind)
@@ -125,7 +125,7 @@ def test_numbers_that_change_from_layer_to_layer_are_seen_in_the_program() -> No
 
 
 class Layer(torch.nn.Module):
-    """Of two tensors of one shape, two others."""
+    """A layer that maps two tensors to two others of the same shape."""
 
     def __init__(self, swaps: bool, longer: bool) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class Layered(torch.nn.Module):
         return (one - other,)
 
 
-def test_a_program_with_more_layers_computes_them() -> None:
+def test_a_program_extended_by_layers_computes_them() -> None:
     short, whole = Layered(repeat.TRACED), Layered(DEPTH)
     x = torch.randn(2, 4)
     program = torch.export.export(short, (x,))
@@ -164,10 +164,10 @@ def test_a_program_with_more_layers_computes_them() -> None:
 
 
 @pytest.mark.parametrize("swaps", [1, 2, 3])
-def test_a_layer_that_reads_another_output_of_the_one_before_is_seen(swaps: int) -> None:
+def test_a_layer_that_reads_another_output_of_its_predecessor_is_detected(swaps: int) -> None:
     x, whole = torch.randn(2, 4), Layered(DEPTH, swaps)
     program = torch.export.export(Layered(repeat.TRACED, swaps), (x,))
-    if swaps == 1:  # the layers that are compared are behind it
+    if swaps == 1:  # only later layers are compared
         repeat.extend(program, whole, "layers", DEPTH)
         assert torch.equal(program.module()(x)[0], whole(x)[0])
     else:
@@ -176,15 +176,15 @@ def test_a_layer_that_reads_another_output_of_the_one_before_is_seen(swaps: int)
 
 
 @pytest.mark.parametrize("swaps", [-1, 2, 3])
-def test_outputs_of_a_layer_that_cannot_be_paired_are_not_taken_for_the_same(swaps: int) -> None:
-    """Layer 1 has a node more: which of its outputs layer 2 reads says nothing of layer 3."""
+def test_layer_outputs_that_cannot_be_paired_are_not_taken_for_equal(swaps: int) -> None:
+    """Layer 1 has one more node, so its connections to layer 2 say nothing about layer 3."""
     model = Layered(repeat.TRACED, swaps, longer=1)
     program = torch.export.export(model, (torch.randn(2, 4),))
     with pytest.raises(repeat.NotAlikeError, match="different inputs"):
         repeat.extend(program, Layered(DEPTH, swaps, longer=1), "layers", DEPTH)
 
 
-def test_where_a_program_cannot_be_changed_the_model_is_traced_whole(
+def test_a_model_whose_program_cannot_be_extended_is_traced_in_full(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, kind = model_of("bert"), TASK_TABLE[FEATURE_EXTRACTION]
@@ -227,10 +227,10 @@ def test_where_a_program_cannot_be_changed_the_model_is_traced_whole(
     assert set(made) == {repeat.TRACED, DEPTH}
 
 
-def test_a_model_that_cannot_be_made_whole_again_is_refused(
+def test_a_model_that_cannot_be_restored_to_full_depth_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The config is left with the depth of the trace: a whole trace would be one of 4 layers."""
+    """The config still has the reduced depth: a full trace would have 4 layers."""
     model = model_of("llama")
 
     def exported(model: Any, _: Any) -> Any:
@@ -265,7 +265,7 @@ def test_settings_with_tensors_are_compared(one: Any, other: Any, same: bool) ->
     assert equal(one, other) is same
 
 
-def test_layers_with_the_weights_of_each_other_are_refused(
+def test_layers_with_exchanged_weights_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model_of("llama").save_pretrained(tmp_path / "model")

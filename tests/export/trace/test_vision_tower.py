@@ -1,6 +1,6 @@
-"""Models of images and text in two bundles: the decoder and the vision tower with the projector.
+"""Image-text models in two bundles: the decoder, and the vision tower with the projector.
 
-The right answer is transformers' with PEFT, for images and text together.
+The reference is transformers with PEFT, for images and text together.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from tests.export.test_texts import _tokenizer as write_tokenizer
 from tests.runtime.feeds import feeds
 from tests.tolerances import tolerance
 
-IMAGE: Final = 110  # the token
-NEW: Final = 6  # tokens that are generated
+IMAGE: Final = 110  # id of the image token
+NEW: Final = 6  # generated tokens
 _TEXT: Final = {
     "model_type": "llama",
     **SMALL,
@@ -50,9 +50,9 @@ CONFIGS: Final[Mapping[str, dict[str, Any]]] = {
     "Idefics3": {"scale_factor": 2, "image_token_id": IMAGE, "pad_token_id": 0},
 }
 TOWERS: Final = {"Llava": {"model_type": "clip_vision_model", "projection_dim": 32}}
-# Words of the vocabulary that are tokens around an image, and of an image, in its place.
+# Words of the vocabulary that stand for the image token and the tokens around an image.
 AROUND: Final = {"w90": "<fake_token_around_image>", "w91": "<global-img>", "w106": "<image>"}
-UNUSED: Final = {"Llava": "vision_tower.encoder.layers.1"}  # behind the features: never trained
+UNUSED: Final = {"Llava": "vision_tower.encoder.layers.1"}  # after the features: never trained
 
 
 def _part_of(name: str) -> str:
@@ -62,7 +62,7 @@ def _part_of(name: str) -> str:
 
 
 def _make(family: str, place: Path) -> None:
-    """The checkpoint, an adapter for each part, and one of all three."""
+    """Write the checkpoint, an adapter for each part, and one for all three parts."""
     import peft
     import torch
     import transformers
@@ -72,7 +72,7 @@ def _make(family: str, place: Path) -> None:
         text_config=_TEXT, vision_config={**_VISION, **TOWERS.get(family, {})}, **CONFIGS[family]
     )
     model = getattr(transformers, f"{family}ForConditionalGeneration")(config).eval()
-    with torch.no_grad():  # a fresh projector says little
+    with torch.no_grad():  # a new projector has little effect
         for name, parameter in model.named_parameters():
             if "connector" in name or "projector" in name:
                 parameter.mul_(3)
@@ -136,7 +136,7 @@ def _found(
     sees: Any = None,
     reads: Any = None,
 ) -> NDArray[Any]:
-    """Logits of two texts with an image each, by both bundles."""
+    """Return the logits of two texts with one image each, computed by both bundles."""
     (features,) = tower.run(["image_features"], {"pixel_values": images}, sees)
     ids = _ids(features.shape[1])
     mask = ids == IMAGE
@@ -148,7 +148,9 @@ def _found(
 
 @pytest.mark.breadth(3)
 @pytest.mark.parametrize("family", CONFIGS)
-def test_two_bundles_answer_as_the_whole_model(family: str, models: Any, tmp_path: Path) -> None:
+def test_two_bundles_compute_what_the_whole_model_computes(
+    family: str, models: Any, tmp_path: Path
+) -> None:
     made = models(family)
     model, images = made / "model", _images()
     given = {"adapters": {name: made / name for name in ("all", "vision", "projector")}}
@@ -174,7 +176,7 @@ def test_two_bundles_answer_as_the_whole_model(family: str, models: Any, tmp_pat
         assert difference(found, expected[name]) <= allowed, name
         others = [expected[other] for other in names if other != name]
         assert min(difference(found, other) for other in others) > 100 * allowed, name
-    # Each row of a batch has its own.
+    # Each row of a batch has its own adapters.
     found = _found(tower, decoder, images, ["vision", "all"], [None, "all"])
     assert difference(found[0], expected["vision"][0]) <= allowed
     assert difference(found[1], expected["all"][1]) <= allowed
@@ -184,7 +186,7 @@ def test_two_bundles_answer_as_the_whole_model(family: str, models: Any, tmp_pat
         phases = ["padded batch", *(["embeddings"] if bundle == "d" else [])]
         few: dict[str, Any] = {"tokens": generated, "certificate": False, "phases": phases}
         report = ld.parity(tmp_path / bundle, model=model, controls=bundle == "d", **few)
-        # All built-in prompts are one token again and again here, of which attention sees nothing.
+        # All built-in prompts are one repeated token here, for which attention makes no difference.
         assert not [f for f in report.failures if "missing target" not in f]
         _check_embedded(report, {"text", "all"} if bundle == "d" else set())
         ld.export(tmp_path / bundle, tmp_path / f"m{bundle}", adapters=[made / "all"], merge=True)
@@ -210,7 +212,7 @@ def test_two_bundles_answer_as_the_whole_model(family: str, models: Any, tmp_pat
 
 
 def _words_alone(adapter: Path, place: Path) -> Path:
-    """The adapter without a tensor of another part than the text's."""
+    """Copy the adapter with only the tensors of the text model."""
     from safetensors.numpy import load_file, save_file
 
     shutil.copytree(adapter, place)
@@ -221,7 +223,7 @@ def _words_alone(adapter: Path, place: Path) -> Path:
 
 
 def _generated(family: str, model: Path, adapter: Path | None, image: Any, ids: list[int]) -> Any:
-    """What transformers adds to a prompt with an image."""
+    """Return the tokens that transformers generates after a prompt with an image."""
     import peft
     import torch
     from transformers import AutoModelForImageTextToText
@@ -243,7 +245,7 @@ def _generated(family: str, model: Path, adapter: Path | None, image: Any, ids: 
 def _check_generation(
     family: str, made: Path, tower: ld.AdapterSession, decoder: ld.AdapterSession, words: Path
 ) -> None:
-    """Greedy texts of rows with their own images and adapters are those of transformers."""
+    """Assert that greedy text for rows with their own images and adapters is transformers'."""
     generator = ld.ImageTextGenerator(decoder, tower)
     tokens = tower.run(None, {"pixel_values": _images()[:1]})[0].shape[1]
     names = [None, "all", "text", "vision", "projector"]
@@ -280,12 +282,12 @@ def _check_generation(
 
 
 def _processed(family: str, prompt: str, tokens: int) -> list[int]:
-    """The tokens of a prompt with an image, as the family's processor of transformers writes it."""
+    """Return the tokens of a prompt with an image from the family's processor in transformers."""
     import transformers
 
-    image = "<image>" * tokens  # LLaVA's
+    image = "<image>" * tokens  # as LLaVA writes it
     if family != "Llava":
-        # A processor needs more than a tokenizer to be made: this is all that is read of one here.
+        # A real processor needs more files; these are the only attributes that are read here.
         processor = SimpleNamespace(
             fake_image_token=AROUND["w90"],
             global_image_tag=AROUND["w91"],
@@ -301,12 +303,12 @@ def _processed(family: str, prompt: str, tokens: int) -> list[int]:
 
 
 def _check_loading(made: Path, generator: ld.ImageTextGenerator, image: Any, bad: Path) -> None:
-    """An adapter that does not fit one part leaves both as they were."""
+    """Assert that an adapter that does not fit one part changes neither part."""
     from safetensors.numpy import load_file, save_file
 
     loaded = (generator.decoder.adapters, generator.tower.adapters)
     tensors = load_file(made / "all" / "adapter_model.safetensors")
-    for name, values in tensors.items():  # the text's are others, the vision's of another size
+    for name, values in tensors.items():  # other values for text, another size for vision
         cut = _part_of(name) == "vision" and "lora_A" in name
         tensors[name] = (values[:, :-1] if cut else -values).copy()
     save_file(tensors, bad / "adapter_model.safetensors")
@@ -316,7 +318,7 @@ def _check_loading(made: Path, generator: ld.ImageTextGenerator, image: Any, bad
 
 
 def _check_batches(family: str, made: Path, generator: ld.ImageTextGenerator, tokens: int) -> None:
-    """Prompts of other lengths with two images, one and none in one batch, several texts each."""
+    """Check a batch of prompts of different lengths, with 2, 1 and 0 images, several texts each."""
     first, second = _images(3)
     prompts = ["w1 <image> w2 w3 <image> w4", "w5 w6 <image>", "w7 w8 w9"]
     images = [[first, second], [-first], []]
@@ -333,7 +335,7 @@ def _check_batches(family: str, made: Path, generator: ld.ImageTextGenerator, to
 
 
 def _scaled(place: Path) -> Any:
-    """LLaVA around a Gemma, whose embedding of tokens is scaled."""
+    """Write a LLaVA with a Gemma decoder, which scales its token embeddings."""
     import torch
     import transformers
 
@@ -349,7 +351,7 @@ def _scaled(place: Path) -> Any:
 
 
 def _check_embedded(report: Any, adapters: set[str], *, merges: bool = True) -> None:
-    """Every backend with embeddings was compared, and mistakes with them were seen."""
+    """Assert that every backend with embeddings was compared and that mistakes in them failed."""
     found = {(r.backend, r.adapter) for r in report.results if r.phase == "embeddings"}
     kinds = ["onnx-side-inputs", "onnx-native", *(["onnx-merged"] if merges else [])]
     expected = {(kind, name) for kind in kinds for name in adapters}
@@ -361,7 +363,7 @@ def _check_embedded(report: Any, adapters: set[str], *, merges: bool = True) -> 
 
 @pytest.mark.breadth(2)
 @pytest.mark.parametrize("form", [{"precision": "fp16"}, {"precision": "int8", "attention": "gqa"}])
-def test_embeddings_are_proved_in_other_forms(
+def test_parity_passes_for_embeddings_in_other_forms(
     form: dict[str, Any], models: Any, tmp_path: Path
 ) -> None:
     made = models("SmolVLM")
@@ -374,7 +376,7 @@ def test_embeddings_are_proved_in_other_forms(
 
 
 @pytest.mark.parametrize("read", ["behind the scale", "before the scale"])
-def test_embeddings_are_read_behind_the_scale_of_the_tokens(
+def test_image_embeddings_are_not_scaled_like_token_embeddings(
     read: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch
@@ -399,7 +401,7 @@ def test_embeddings_are_read_behind_the_scale_of_the_tokens(
     assert difference(found, expected) <= tolerance("torch-onnx-tiny")
 
 
-def test_paligemma_is_no_decoder_that_continues_from_a_cache(models: Any, tmp_path: Path) -> None:
+def test_paligemma_is_refused_as_a_decoder_with_a_cache(models: Any, tmp_path: Path) -> None:
     import transformers
 
     model = shutil.copytree(models("SmolVLM") / "model", tmp_path / "model")

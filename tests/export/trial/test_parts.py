@@ -1,4 +1,4 @@
-"""Whether a decoder of others reads a text in parts as whole is found by a trial."""
+"""A trial run finds whether another exporter's decoder may process a prompt in several parts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OUTPUTS = (
 
 
 def a_trial(kind: str) -> Any:
-    """A decoder whose scores are sums of all tokens that one sees."""
+    """Return a simulated decoder whose logits are sums over all visible tokens."""
 
     def run(feeds: dict[str, Any], made: Any) -> dict[str, Any]:
         past = feeds["past_key_values.0.key"]
@@ -48,12 +48,12 @@ def a_trial(kind: str) -> Any:
 @pytest.mark.parametrize(
     ("kind", "expected"), [("right", True), ("no mask", False), ("one token", False)]
 )
-def test_a_wrong_mask_behind_a_past_is_found(kind: str, expected: bool) -> None:
+def test_a_wrong_mask_after_a_past_is_detected(kind: str, expected: bool) -> None:
     sample = Sample(INPUTS, {"vocab_size": 50}, pad=0)
     assert reads_in_parts(a_trial(kind), sample, 0) is expected
 
 
-def test_a_graph_without_a_cache_reads_no_parts() -> None:
+def test_a_graph_without_a_cache_cannot_process_parts() -> None:
     trial = a_trial("right")
     trial.manifest = a_manifest()
     assert reads_in_parts(trial, Sample(INPUTS, {"vocab_size": 50}, pad=0), 0) is None

@@ -1,4 +1,4 @@
-"""A file that is no graph is refused by name, before anything is made of it."""
+"""Invalid ONNX files are refused by name before anything is derived from them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Change = Callable[[Any, Path], object]
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    """An encoder of one product."""
+    """An encoder with a single product."""
     return make_graph(tmp_path)
 
 
@@ -34,7 +34,7 @@ def changed(file: Path, change: Change) -> Path:
 
 
 def outside(model: Any, place: Path, location: str = "w.bin", offset: str = "0") -> None:
-    """The second weight in the file `w.bin`."""
+    """Move the second weight to the external file `w.bin`."""
     tensor = model.graph.initializer[1]
     (place / "w.bin").write_bytes(tensor.raw_data)
     tensor.ClearField("raw_data")
@@ -49,7 +49,7 @@ def linked(model: Any, place: Path) -> None:
 
 
 def functions(model: Any, count: int, calls: Callable[[int], int]) -> None:
-    """`count` functions that each call another one twice, the first but Neg."""
+    """Add `count` functions that each call another function twice; the first one calls Neg."""
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid("f", 1)]
     for number in range(count):
         name, domain = (f"F{calls(number)}", "f") if number else ("Neg", "")
@@ -98,14 +98,14 @@ BROKEN: dict[str, tuple[Change, str]] = {
 
 
 @pytest.mark.parametrize("what", BROKEN)
-def test_a_file_that_is_no_graph_is_refused(what: str, file: Path) -> None:
+def test_an_invalid_file_is_refused(what: str, file: Path) -> None:
     change, message = BROKEN[what]
     with pytest.raises(ModelError, match=message) as raised:
         load_graph(changed(file, change))
     assert "\n" not in str(raised.value)
 
 
-def test_what_is_unusual_and_whole_is_read(file: Path) -> None:
+def test_unusual_but_valid_graphs_are_read(file: Path) -> None:
     def unsorted(model: Any, place: Path) -> None:
         outside(model, place)
         functions(model, 4, lambda number: number - 1)  # 2⁴ nodes, as Neg cancels itself
@@ -121,7 +121,7 @@ def test_what_is_unusual_and_whole_is_read(file: Path) -> None:
     check_opens(file)
 
 
-def test_what_contradicts_itself_is_onnxruntimes_to_tell(file: Path) -> None:
+def test_contradictory_graphs_are_refused_by_onnxruntime(file: Path) -> None:
     def other_rank(model: Any, _: Path) -> None:
         model.graph.initializer[1].dims[:] = [2, 4, 8]
 

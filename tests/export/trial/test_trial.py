@@ -1,4 +1,4 @@
-"""What is handed over was opened, run, and held against what it was made from."""
+"""Every exported graph was opened, run, and compared with its source before it is written."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Spoil = Callable[[pytest.MonkeyPatch], None]
 
 
 def _another_weight(patch: pytest.MonkeyPatch) -> None:
-    """A weight of the base is not what it was."""
+    """Change a weight of the base."""
 
     def spoiled(*given: Any, **options: Any) -> Any:
         added = inject.inject_side_inputs(*given, **options)
@@ -45,13 +45,13 @@ def _another_weight(patch: pytest.MonkeyPatch) -> None:
 
 
 def _no_update(patch: pytest.MonkeyPatch) -> None:
-    """The factors are inputs that lead nowhere."""
+    """Leave the factors unconnected."""
     patch.setattr(inject, "_add", lambda *given: None)
     patch.setattr(inject, "remove_unused", lambda *given, **options: None)
 
 
 def _twice(patch: pytest.MonkeyPatch) -> None:
-    """The update is added twice."""
+    """Add the update twice."""
     add = inject._add
 
     def doubled(surgery: Any, chain: Any, rows: Any, y: ir.Value, update: ir.Value, n: int) -> None:
@@ -61,7 +61,7 @@ def _twice(patch: pytest.MonkeyPatch) -> None:
 
 
 def _no_such_input(patch: pytest.MonkeyPatch) -> None:
-    """A node lacks an input that it needs."""
+    """Remove a required input of a node."""
 
     def spoiled(*given: Any, **options: Any) -> Any:
         added = inject.inject_side_inputs(*given, **options)
@@ -91,7 +91,7 @@ def test_a_wrong_graph_is_refused_and_nothing_is_written(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_merge_that_is_off_is_refused(
+def test_a_wrong_merge_is_refused(
     tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = make_adapter(tiny_llama, r=4, scale=0.3)
@@ -114,7 +114,7 @@ def _doubled(adapter: Any) -> Any:
 
 
 def _old(*, squeeze: bool = True) -> ir.Model:
-    """y = squeeze(unsqueeze(gelu(x W))) of opset 11, with a node of com.microsoft."""
+    """Return y = squeeze(unsqueeze(gelu(x W))) in opset 11, with a node of com.microsoft."""
     b = Builder()
     x = b.input("x", ["batch", "sequence", 48])
     product = b.node("MatMul", [x, b.weight("w", 48, 32)], name="product")
@@ -129,7 +129,7 @@ def _old(*, squeeze: bool = True) -> ir.Model:
     return ir.Model(model.graph, ir_version=6)
 
 
-def test_an_older_graph_computes_the_same_once_converted() -> None:
+def test_a_converted_older_graph_computes_the_same() -> None:
     x = numbers(2, 3, 48)
     before = run(_old(), {"x": x})
     model = convert_opset(_old())
@@ -145,13 +145,13 @@ def test_weights_of_an_older_graph_stay_on_disk(tmp_path: Path) -> None:
     assert isinstance(held, ir.ExternalTensor)
 
 
-def test_a_newer_graph_is_left_as_it_is() -> None:
+def test_a_newer_graph_is_not_changed() -> None:
     model = _old()
     model.opset_imports[""] = 17
     assert convert_opset(model) is model
 
 
-def test_a_graph_that_does_not_tell_its_version_is_refused() -> None:
+def test_a_graph_without_an_opset_version_is_refused() -> None:
     model = _old()
     model.opset_imports.pop("")
     with pytest.raises(ExportError, match="does not specify which opset"):

@@ -1,4 +1,4 @@
-"""A bundle that is exported again, and the adapters that it has."""
+"""Exporting a bundle again, and what happens to its adapters."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_an_adapter_of_the_bundle_is_merged_by_its_name(
     assert "are not in" not in caplog.text, "one adapter is what a merge is asked for"
 
 
-def test_a_directory_goes_before_an_adapter_of_the_bundle(
+def test_a_directory_takes_precedence_over_an_adapter_of_the_bundle(
     bundle: Path,
     tiny_llama: Path,
     make_adapter: MakeAdapter,
@@ -87,7 +87,7 @@ def test_a_directory_without_an_adapter_does_not_hide_the_name(
     assert again.adapters["two"].digest == read_manifest(bundle).adapters["two"].digest
 
 
-def test_neither_a_directory_nor_a_name_is_refused(bundle: Path, tmp_path: Path) -> None:
+def test_what_is_neither_a_directory_nor_a_name_is_refused(bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="three does not exist"):
         ld.export(bundle, tmp_path / "again", adapters=["three"])
 

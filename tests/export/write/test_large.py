@@ -1,4 +1,4 @@
-"""A model past protobuf's 2 GB: its weights stay outside the graph's own file all the way."""
+"""Models above protobuf's limit of 2 GB: weights stay in external files throughout."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.export.reference import session
 
 pytestmark = pytest.mark.slow
 
-WIDTH, WIDER = 4096, 3 << 14  # 768 MiB a weight
+WIDTH, WIDER = 4096, 3 << 14  # 768 MiB per weight
 SCALES = (1.0, 2.0, 3.0)
 
 
@@ -25,7 +25,7 @@ def test_a_graph_of_more_than_two_gigabytes_takes_side_inputs(tmp_path: Path) ->
     size = WIDTH * WIDER * 4
     data = place / "model.onnx.data"
     with data.open("wb") as file:
-        file.truncate(len(SCALES) * size)  # zeros that take no room on the disk
+        file.truncate(len(SCALES) * size)  # a sparse file of zeros
     numbers = np.memmap(data, np.float32, "r+", shape=(len(SCALES), WIDTH, WIDER))
     for number, scale in enumerate(SCALES):
         numbers[number, 0, :4] = scale

@@ -1,4 +1,4 @@
-"""Weights are written some rows at a time, and none of them is held or hashed twice."""
+"""Weights are written a few rows at a time; none is in memory or hashed twice."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from tests.export.graphs import IN, Builder, numbers
 
 DTYPES = (np.float32, np.float16, np.int8, ml_dtypes.bfloat16)
 _KIB = 1 << 10
-# Above what the process has before: the source's weights, or the written ones, and some rows.
-MOST = 1.3  # of the model's size
+# Limit of the additional memory: one copy of the weights plus some rows.
+MOST = 1.3  # times the size of the model
 
-# One export brings all that is imported; then the peak begins again.
+# A first export loads all imports; then the peak is reset.
 CHILD = """
 import sys
 from pathlib import Path
@@ -60,10 +60,10 @@ print(exported, peak(place / "bundle", place / "merged", adapters=[adapter], mer
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_columns_side_by_side_are_written_as_they_are_read(
+def test_concatenated_columns_are_written_as_they_are_read(
     dtype: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streamed, "_BLOCK_BYTES", 64)  # some rows at a time
+    monkeypatch.setattr(streamed, "_BLOCK_BYTES", 64)  # a few rows at a time
     one, two = numbers(9, 5).astype(dtype), numbers(4, 9).astype(dtype).T
     tensor = joined("both", [ir.tensor(one), ir.tensor(two)])
     expected = np.concatenate([one, two], axis=1)
@@ -82,7 +82,7 @@ def test_columns_without_rows_are_an_empty_matrix() -> None:
     assert file.getvalue() == b""
 
 
-def test_onnx_ir_holds_what_once_was_an_input_where_it_is_given_up() -> None:
+def test_onnx_ir_keeps_former_graph_inputs_and_they_are_released() -> None:
     b = Builder()
     x, weight = b.input("x", ["rows", IN]), b.weight("w", IN, IN)
     model = b.model(b.node("MatMul", [x, weight]))
@@ -91,7 +91,7 @@ def test_onnx_ir_holds_what_once_was_an_input_where_it_is_given_up() -> None:
     assert weight in model.graph.inputs._ref_counter
 
 
-def test_a_transposed_weight_has_the_bytes_of_its_rows_and_is_given_up(tmp_path: Path) -> None:
+def test_a_transposed_weight_is_written_by_rows_and_released(tmp_path: Path) -> None:
     b = Builder()
     x = b.input("x", ["rows", IN])
     turned = numbers(700, IN).T

@@ -1,4 +1,4 @@
-"""A product is a module of the checkpoint where the whole of its numbers is the module's."""
+"""A matrix product is identified as a module of the checkpoint if all of its weights are equal."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ B = numbers(OUT, IN, seed=2)
 
 
 def interleaved(weight: Weights) -> Weights:
-    """Rows of rotary halves in Meta's order: pairs side by side within each head."""
+    """Reorder rows to Meta's rotary layout: pairs side by side within each head."""
     return weight.reshape(HEADS, 2, -1, IN).swapaxes(1, 2).reshape(OUT, IN)
 
 
 def swapped(weight: Weights) -> Weights:
-    """Two rows in the middle exchanged; every sampled one stays."""
+    """Exchange two rows in the middle; no sampled row changes."""
     rows = np.arange(OUT)
     rows[[2, 3]] = rows[[3, 2]]
     return weight[rows]
@@ -45,7 +45,7 @@ def with_row(weight: Weights, factor: float) -> Weights:
 
 
 def graph(*weights: Weights, names: tuple[str | None, ...] = (), bias: Any = None) -> ir.Model:
-    """A product for each weight [out, in], with module paths where `names` gives them."""
+    """Return a graph with a product for each weight [out, in], with module paths from `names`."""
     b = Builder()
     x = b.input("x", ["batch", "sequence", IN])
     outputs = []
@@ -65,7 +65,7 @@ Look = Callable[..., Findings]
 
 @pytest.fixture
 def look(tmp_path: Path) -> Look:
-    """(graph, tensors of the checkpoint, modules of adapters) → what was found by the numbers."""
+    """(graph, tensors of the checkpoint, modules of adapters) → findings by weight comparison."""
 
     def run(model: ir.Model, tensors: dict[str, Any], needed: tuple[str, ...] = ()) -> Findings:
         save_file(
@@ -81,13 +81,13 @@ def checkpoint(**modules: Weights) -> dict[str, Weights]:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_the_same_numbers_are_the_module_in_either_format(look: Look, dtype: Any) -> None:
+def test_equal_weights_identify_the_module_in_either_format(look: Look, dtype: Any) -> None:
     found = look(graph(A, B), checkpoint(a=A.astype(dtype).astype(np.float32), b=B))
     assert set(found.linears) == {"a", "b"}
     assert {linear.found_by for linear in found.linears.values()} == {"weight identity"}
 
 
-def test_a_packed_product_is_the_modules_side_by_side(look: Look) -> None:
+def test_a_packed_product_is_identified_as_several_modules(look: Look) -> None:
     found = look(graph(np.concatenate([B, A])), checkpoint(a=A, b=B))
     assert {name: linear.slice for name, linear in found.linears.items()} == {
         "b": (0, OUT),
@@ -109,7 +109,7 @@ def test_a_packed_product_is_the_modules_side_by_side(look: Look) -> None:
     ids=["interleaved", "swapped", "half", "1-percent", "row", "turned-row", "fine-tuned"],
 )
 @pytest.mark.parametrize("named", [False, True])
-def test_what_differs_anywhere_is_not_the_module(
+def test_a_weight_with_any_difference_is_not_the_module(
     look: Look, change: Callable[[Weights], Weights], seen: str, named: bool
 ) -> None:
     model = graph(change(A), B, names=("a", "b") if named else ())
@@ -118,7 +118,7 @@ def test_what_differs_anywhere_is_not_the_module(
 
 
 @pytest.mark.parametrize("change", [interleaved, lambda w: w * 0.5])
-def test_without_an_adapter_for_it_the_product_is_left_out(
+def test_a_different_product_that_no_adapter_needs_is_skipped(
     look: Look, change: Callable[[Weights], Weights]
 ) -> None:
     found = look(graph(change(A), B), checkpoint(a=A, b=B), ("b",))
@@ -126,13 +126,13 @@ def test_without_an_adapter_for_it_the_product_is_left_out(
     assert len(found.unidentified) == 1
 
 
-def test_numbers_of_two_modules_prove_neither(look: Look) -> None:
+def test_weights_equal_to_two_modules_identify_neither(look: Look) -> None:
     with pytest.raises(ExportError, match="that of a, b, and no name"):
         look(graph(A, A), checkpoint(a=A, b=A), ("a",))
     assert look(graph(A, A), checkpoint(a=A, b=A)).linears == {}
 
 
-def test_one_initializer_of_two_products_proves_neither_without_a_name(look: Look) -> None:
+def test_one_initializer_of_two_products_identifies_neither_without_a_name(look: Look) -> None:
     """Tied modules are stored once: an adapter of one must not reach the other."""
     for names, found in (((), set()), (("a", "a"), {"a"})):
         b = Builder()
@@ -153,7 +153,7 @@ def test_one_initializer_of_two_products_proves_neither_without_a_name(look: Loo
 
 
 @pytest.mark.parametrize("fused", ["BiasGelu", "FastGelu"])
-def test_a_fused_bias_tells_modules_apart_too(look: Look, fused: str) -> None:
+def test_a_fused_bias_distinguishes_modules_too(look: Look, fused: str) -> None:
     bias = numbers(OUT, seed=3)
     b = Builder()
     x = b.input("x", ["batch", "sequence", IN])
@@ -164,7 +164,7 @@ def test_a_fused_bias_tells_modules_apart_too(look: Look, fused: str) -> None:
     assert {name: linear.unseen_bias for name, linear in found.linears.items()} == {"b": False}
 
 
-def test_names_tell_modules_of_the_same_numbers_apart(look: Look) -> None:
+def test_names_distinguish_modules_of_equal_weights(look: Look) -> None:
     found = look(graph(A, A, names=("b", "a")), checkpoint(a=A, b=A), ("a",))
     assert {name: linear.nodes[0].name for name, linear in found.linears.items()} == {
         "b": "y0",
@@ -172,7 +172,7 @@ def test_names_tell_modules_of_the_same_numbers_apart(look: Look) -> None:
     }
 
 
-def test_biases_tell_modules_of_the_same_numbers_apart(look: Look) -> None:
+def test_biases_distinguish_modules_of_equal_weights(look: Look) -> None:
     bias = numbers(OUT, seed=3)
     tensors = checkpoint(a=A, b=A) | {"a.bias": bias, "b.bias": bias + 1}
     assert set(look(graph(A, bias=bias + 1), tensors).linears) == {"b"}
@@ -183,34 +183,34 @@ def test_biases_tell_modules_of_the_same_numbers_apart(look: Look) -> None:
     [(numbers(OUT, seed=4), "its bias is not a.bias"), (None, "the checkpoint has no a.bias")],
     ids=["another", "none"],
 )
-def test_a_bias_that_is_not_the_modules_is_a_difference(look: Look, held: Any, seen: str) -> None:
+def test_another_bias_than_the_modules_is_a_difference(look: Look, held: Any, seen: str) -> None:
     tensors = checkpoint(a=A) | ({} if held is None else {"a.bias": held})
     with pytest.raises(ExportError, match=seen):
         look(graph(A, bias=numbers(OUT, seed=3)), tensors, ("a",))
 
 
-def test_a_bias_that_is_not_seen_is_noted(look: Look) -> None:
+def test_a_bias_that_cannot_be_found_is_noted(look: Look) -> None:
     zeros = np.zeros(OUT, np.float32)
     for bias, unseen in ((numbers(OUT, seed=3), True), (zeros, False)):
         found = look(graph(A), checkpoint(a=A) | {"a.bias": bias}, ("a",))
         assert found.linears["a"].unseen_bias is unseen
 
 
-def test_a_name_that_the_numbers_contradict_is_an_error(look: Look) -> None:
+def test_a_name_that_the_weights_contradict_is_an_error(look: Look) -> None:
     with pytest.raises(
         ExportError, match=r"named after b \(metadata .*but its weight is that of a"
     ):
         look(graph(A, B, names=("b", "a")), checkpoint(a=A, b=B))
 
 
-def test_a_padded_vocabulary_is_left_out_unless_an_adapter_is_for_it(look: Look) -> None:
+def test_a_padded_vocabulary_is_skipped_unless_an_adapter_needs_it(look: Look) -> None:
     model = graph(A, np.concatenate([B, np.zeros_like(B)]), names=("a", "lm_head"))
     assert set(look(model, checkpoint(a=A, lm_head=B), ("a",)).linears) == {"a"}
     with pytest.raises(ExportError, match=r"the rows of lm_head.weight and 16 more, as a padded"):
         look(model, checkpoint(a=A, lm_head=B), ("lm_head",))
 
 
-def test_a_name_that_the_checkpoint_does_not_have_gives_way_to_the_numbers(look: Look) -> None:
+def test_weights_decide_where_the_checkpoint_does_not_have_the_name(look: Look) -> None:
     found = look(graph(A, B, names=("x.one", "x.two")), checkpoint(a=A, b=B))
     assert set(found.linears) == {"a", "b"}
 
@@ -220,15 +220,15 @@ def test_a_name_that_the_checkpoint_does_not_have_gives_way_to_the_numbers(look:
     [("h.0.proj", "transformer.h.0.proj"), ("bert.h.0.proj", "h.0.proj")],
     ids=["bare-checkpoint", "bare-adapter"],
 )
-def test_modules_are_called_as_the_adapters_call_them(look: Look, stored: str, needed: str) -> None:
+def test_modules_have_the_names_that_the_adapters_use(look: Look, stored: str, needed: str) -> None:
     tensors = {f"{stored}.weight": A, f"{stored.replace('0', '1')}.weight": B}
     found = look(graph(A, B), tensors, (needed,))
     assert set(found.linears) == {needed, needed.replace("0", "1")}
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_quantised_numbers_are_the_module_within_their_rounding(look: Look, bits: int) -> None:
-    # Enough numbers for a block of quantization.
+def test_quantized_weights_identify_the_module_within_their_rounding(look: Look, bits: int) -> None:
+    # Large enough for a quantization block.
     wide = numbers(64, 64, seed=5)
     order = np.r_[1:64, 0]
     for weight, fits in ((wide, True), (wide * 1.3, False), (wide[order], False)):
@@ -246,13 +246,13 @@ def test_quantised_numbers_are_the_module_within_their_rounding(look: Look, bits
 
 
 def integers(weight: Weights, steps: float = 127) -> tuple[NDArray[np.int8], np.float32]:
-    """A weight [out, in] as integers [in, out] and the one scale of all."""
+    """Quantize a weight [out, in] to integers [in, out] and a single scale."""
     scale = np.float32(np.abs(weight).max() / steps)
     return np.ascontiguousarray(np.round(weight / scale).astype(np.int8).T), scale
 
 
 def dequantized(weight: Weights, factor: float = 1) -> ir.Model:
-    """DequantizeLinear → MatMul, a scale for the whole weight."""
+    """DequantizeLinear → MatMul, with one scale for the whole weight."""
     b = Builder()
     x = b.input("x", ["batch", "sequence", IN])
     numbers_, scale = integers(weight)
@@ -292,7 +292,7 @@ def dynamic(weight: Weights, factor: float = 1) -> ir.Model:
     ],
     ids=["same", "wrong-scale", "scaled", "row", "interleaved"],
 )
-def test_integers_are_the_module_at_their_own_scale(
+def test_integer_weights_identify_the_module_only_with_the_right_scale(
     look: Look,
     form: Callable[..., ir.Model],
     change: Callable[[Weights], Weights],

@@ -1,4 +1,4 @@
-"""A bias that is fused into what follows its product is found, and is the layer's bias again."""
+"""A bias fused into the operator after its product is found and becomes a separate Add again."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Arrays = dict[str, NDArray[Any]]
 
 
 def fused(op: str, bias: NDArray[np.float32]) -> ir.Model:
-    """A product whose bias is in the operator behind it."""
+    """Return a graph of a product whose bias is an input of the operator after it."""
     b = Builder()
     x = b.input("x", ["batch", "sequence", IN])
     y = b.node("MatMul", [x, b.constant("w", W.T.copy())], ["batch", "sequence", OUT], module="m")
@@ -43,7 +43,7 @@ def fused(op: str, bias: NDArray[np.float32]) -> ir.Model:
     "op",
     ["BiasGelu", "FastGelu", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization"],
 )
-def test_a_fused_bias_is_found_and_made_an_addition_of_its_own(op: str) -> None:
+def test_a_fused_bias_is_found_and_becomes_a_separate_add(op: str) -> None:
     bias = numbers(OUT, seed=6)
     model = fused(op, bias)
     feeds: Arrays = {"x": numbers(2, 3, IN), "skip": numbers(2, 3, OUT, seed=1)}
@@ -60,7 +60,9 @@ def test_a_fused_bias_is_found_and_made_an_addition_of_its_own(op: str) -> None:
 
 
 @pytest.mark.parametrize("behind", ["Reshape", "Unknown", "Relu"])
-def test_what_may_hide_a_bias_is_not_taken_for_a_layer_without_one(behind: str) -> None:
+def test_a_layer_before_an_operator_that_may_hide_a_bias_does_not_count_as_without_one(
+    behind: str,
+) -> None:
     b = Builder()
     x = b.input("x", ["batch", "sequence", IN])
     y = b.node("MatMul", [x, b.constant("w", W.T.copy())], module="m")
@@ -75,8 +77,8 @@ def test_what_may_hide_a_bias_is_not_taken_for_a_layer_without_one(behind: str) 
 
 
 @pytest.mark.parametrize("modules", [["q"], ["k", "q"], ["k", "q", "v"]], ids=",".join)
-def test_a_bias_of_several_layers_is_made_an_addition_for_each(modules: list[str]) -> None:
-    """MultiHeadAttention adds those of q, k and v, one behind the other, as one constant."""
+def test_a_fused_bias_of_several_layers_becomes_one_add_per_layer(modules: list[str]) -> None:
+    """MultiHeadAttention has the biases of q, k and v as one concatenated constant."""
     b, biases = Builder(), numbers(3, OUT, seed=6)
     x = b.input("x", [2, 3, IN])
     parts = [

@@ -1,4 +1,4 @@
-"""Branches change what an idle graph costs and how rows find their slots, and no number."""
+"""Branches make graphs without active adapters faster and change no result."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def kinds(
     make_adapter: MakeAdapter,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Kinds:
-    """A bundle without branches and two adapters, for each kind of side inputs."""
+    """A bundle without branches and two adapters, for each kind of side input."""
     task = "sequence-classification"
     options = {"task": task, "modules_to_save": ["classifier"]}
     whole = {"use_dora": True, "bias": "all", "scale": 0.2}
@@ -82,7 +82,7 @@ def _branches(bundle: Path) -> dict[str, ir.Graph]:
 @pytest.mark.breadth(3)
 @each_kind
 @each_form
-def test_every_use_gives_what_the_graph_without_branches_gives_bit_for_bit(
+def test_results_with_branches_are_bit_identical_to_those_without(
     kinds: Kinds, kind: str, form: Form, tmp_path: Path
 ) -> None:
     model, adapters = kinds[kind]
@@ -102,7 +102,7 @@ def _exported(model: Path, place: Path, adapters: dict[str, Path], form: Form) -
     return place
 
 
-def test_the_bases_branch_looks_at_no_side_input(kinds: Kinds, tmp_path: Path) -> None:
+def test_the_branch_of_the_base_reads_no_side_inputs(kinds: Kinds, tmp_path: Path) -> None:
     branches = _branches(_exported(*_factors(kinds, tmp_path), ROWS_AND_BRANCHES))
     targets = read_manifest(tmp_path / "b").targets
     side_inputs = {name for target in targets for name in (target.lora_A, target.lora_B)}
@@ -121,7 +121,7 @@ def _factors(kinds: Kinds, tmp_path: Path) -> tuple[Path, Path, dict[str, Path]]
     ("precision", "layout", "branches"),
     [("fp32", "slots", False), ("int8", "rows", True), ("int4", "rows", True)],
 )
-def test_branches_are_there_where_they_cost_no_memory(
+def test_branches_are_the_default_where_they_cost_no_memory(
     kinds: Kinds, tmp_path: Path, precision: str, layout: str, branches: bool
 ) -> None:
     manifest = export(kinds["factors"][0], tmp_path / "b", precision=precision)
@@ -138,7 +138,7 @@ def test_factors_of_embeddings_need_slots(tiny_llama_bundle: Path, tmp_path: Pat
 
 
 @each_form
-def test_a_native_adapter_chooses_its_branch_and_plain_onnxruntime_follows(
+def test_a_native_adapter_selects_its_branch_in_plain_onnxruntime(
     kinds: Kinds, form: Form, tmp_path: Path
 ) -> None:
     bundle = _exported(*_factors(kinds, tmp_path), form)
@@ -159,7 +159,7 @@ def test_a_native_adapter_chooses_its_branch_and_plain_onnxruntime_follows(
 @pytest.mark.breadth(3)
 @each_kind
 @each_form
-def test_a_branched_bundle_exports_as_the_plain_one_does(
+def test_a_bundle_with_branches_can_be_exported_again(
     kinds: Kinds, kind: str, form: Form, tmp_path: Path
 ) -> None:
     model, adapters = kinds[kind]
@@ -183,7 +183,7 @@ def test_parity_holds_with_branches(kinds: Kinds, tiny_llama: Path, tmp_path: Pa
     assert report.passed
 
 
-def test_rows_that_change_are_laid_out_anew_and_forgotten_with_their_adapter(
+def test_the_row_order_is_recomputed_for_other_rows_and_dropped_with_the_adapter(
     kinds: Kinds, tmp_path: Path
 ) -> None:
     session = AdapterSession(_exported(*_factors(kinds, tmp_path), ROWS_AND_BRANCHES))
@@ -207,7 +207,7 @@ def test_rows_that_change_are_laid_out_anew_and_forgotten_with_their_adapter(
         ({"branches": True, "merge": True}, "`branches` and `merge` do not go together"),
     ],
 )
-def test_branches_that_cannot_be_are_refused(
+def test_impossible_branches_are_refused(
     tiny_llama: Path, tmp_path: Path, options: dict[str, object], message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):

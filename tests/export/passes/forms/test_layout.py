@@ -1,4 +1,4 @@
-"""Rows instead of slots, on the smallest graphs that show the rule."""
+"""The layout "rows" instead of "slots", on minimal graphs."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ FACTORS = {
 
 
 def in_rows() -> tuple[ir.Model, SideInputs]:
-    """One linear layer whose side inputs are laid out in rows."""
+    """One linear layer with side inputs in the rows layout."""
     model = linear()
     added = inject_side_inputs(model, list(find_linears(model).linears.values()))
     use_row_layout(model.graph)
     return model, added
 
 
-def test_nothing_is_gathered_and_no_slot_is_named() -> None:
+def test_there_is_no_gather_and_no_adapter_ids() -> None:
     model, _ = in_rows()
     assert ops(model) == ["MatMul", "MatMul", "MatMul", "Add"]
     assert [value.name for value in model.graph.inputs] == ["x", *FACTORS]
@@ -62,7 +62,7 @@ def test_without_side_inputs_the_result_is_the_base_bit_for_bit() -> None:
     np.testing.assert_array_equal(run(model, {"x": x}), run(linear(), {"x": x}))
 
 
-def test_removing_side_inputs_in_rows_gives_the_graph_back() -> None:
+def test_removing_side_inputs_of_the_rows_layout_restores_the_graph() -> None:
     model, added = in_rows()
     remove_side_inputs(model, manifest_of(added))
     x = numbers(2, 3, IN)

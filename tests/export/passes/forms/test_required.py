@@ -1,4 +1,4 @@
-"""The graph without defaults, on the smallest bundle that shows the rule."""
+"""required.onnx, the graph without default side inputs, on a minimal bundle."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ X = {"x": numbers(2, 3, IN)}
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    """One linear layer's graph with side inputs, and what is written beside it."""
+    """A directory with the graph of one linear layer with side inputs, and the files beside it."""
     model = linear()
     manifest = manifest_of(inject_side_inputs(model, list(find_linears(model).linears.values())))
     ir.save(model, tmp_path / "model.onnx")
@@ -35,7 +35,7 @@ def directory(tmp_path: Path) -> Path:
 
 
 def result(directory: Path, feeds: dict[str, Any]) -> Any:
-    """The output of the graph that requires all its inputs."""
+    """Run required.onnx and return its output."""
     file = directory / "required.onnx"
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     assert {value.name for value in session.get_inputs()} == feeds.keys()
@@ -53,6 +53,6 @@ def test_the_files_of_base_and_adapter_feed_every_input(directory: Path) -> None
     np.testing.assert_allclose(result(directory, {**X, **sport}), adapted, atol=1e-5)
 
 
-def test_the_graph_with_defaults_stays_as_it_is(directory: Path) -> None:
+def test_the_graph_with_defaults_is_not_changed(directory: Path) -> None:
     model = ir.load(directory / "model.onnx")
     np.testing.assert_array_equal(run(model, X), run(linear(), X))

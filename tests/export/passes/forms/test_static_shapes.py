@@ -1,4 +1,4 @@
-"""Dimensions that are fixed are numbers everywhere, and nothing else is changed."""
+"""Fixed dimensions are numbers everywhere in the graph, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DECODE = {"batch": 2, "sequence": 1, "past": 4}
 
 
 def step(manifest: Manifest, batch: int, past: int, new: int) -> dict[str, NDArray[Any]]:
-    """Random feeds of a decoder, `past` positions in the cache."""
+    """Return random inputs of a decoder with `past` positions in the cache."""
     generator = np.random.default_rng(0)
     feeds: dict[str, NDArray[Any]] = {
         "input_ids": generator.integers(3, 500, (batch, new)),
@@ -41,14 +41,14 @@ def step(manifest: Manifest, batch: int, past: int, new: int) -> dict[str, NDArr
 
 
 def symbols(graph: ir.Graph) -> set[str]:
-    """The open dimensions of all values, those of side inputs apart."""
+    """Return the symbolic dimensions of all values except side inputs."""
     values = [v for v in graph.inputs if not v.is_initializer()]
     values += [v for node in ir.traversal.RecursiveGraphIterator(graph) for v in node.outputs]
     shapes = [value.shape for value in values if value.shape is not None]
     return {str(dim) for shape in shapes for dim in shape if not isinstance(dim, int)}
 
 
-def test_a_symbol_becomes_its_number_and_the_rest_stay() -> None:
+def test_a_symbol_becomes_its_number_and_other_symbols_are_kept() -> None:
     model = linear()
     use_static_shapes(model.graph, {"batch": 3})
     for value in (model.graph.inputs[0], model.graph.outputs[0]):
@@ -61,7 +61,7 @@ def test_a_symbol_becomes_its_number_and_the_rest_stay() -> None:
 @pytest.mark.parametrize(
     "options", [{}, {"layout": "rows", "branches": True}], ids=["slots", "branches"]
 )
-def test_a_fixed_decoder_computes_what_the_open_one_does(
+def test_a_fixed_decoder_computes_the_same_as_the_dynamic_one(
     options: dict[str, Any],
     tiny_llama_bundle: Path,
     tiny_llama: Path,
@@ -73,7 +73,7 @@ def test_a_fixed_decoder_computes_what_the_open_one_does(
     export(tiny_llama_bundle, open_, adapters=adapters, **options)
     manifest = export(open_, fixed, adapters=adapters, fixed=DECODE, **options)
     shapes = {spec.name: spec.shape for spec in manifest.inputs}
-    assert shapes["attention_mask"] == (2, 5)  # total is told by the others
+    assert shapes["attention_mask"] == (2, 5)  # total is inferred from the others
     assert shapes["past_key_values.1.value"] == (2, 2, 4, 16)
     assert manifest.outputs[0].shape == (2, 1, 512)
     assert {v.name: tuple(v.shape) for v in session(fixed).get_inputs()} == shapes
@@ -87,7 +87,7 @@ def test_a_fixed_decoder_computes_what_the_open_one_does(
         other.run(None, step(manifest, 2, 4, 3))
 
 
-def test_a_merged_graph_is_fixed_throughout(
+def test_a_merged_graph_has_no_symbols_left(
     tiny_llama_bundle: Path, tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     options: dict[str, Any] = {"adapters": [make_adapter(tiny_llama)], "merge": True}
@@ -119,12 +119,12 @@ def test_a_fixed_encoder_keeps_its_adapters_heads(
     np.testing.assert_array_equal(got, expected)
 
 
-def test_what_generates_refuses_a_fixed_bundle(tiny_llama_bundle: Path, tmp_path: Path) -> None:
+def test_text_generation_refuses_a_fixed_bundle(tiny_llama_bundle: Path, tmp_path: Path) -> None:
     export(tiny_llama_bundle, tmp_path / "b", fixed=DECODE)
     assert not (tmp_path / "b" / "genai_config.json").exists()
     with pytest.raises(UsageError, match=r"only takes input_ids \[2, 1\]"):
         TextGenerator(AdapterSession(tmp_path / "b"))
-    # A dimension that is left open can be fixed later.
+    # A dimension that is still dynamic can be fixed later.
     export(tiny_llama_bundle, tmp_path / "one", fixed={"batch": 1})
     export(tmp_path / "one", tmp_path / "all", fixed={"sequence": 1, "total": 9})
     assert read_manifest(tmp_path / "all").inputs[3].shape == (1, 2, 8, 16)
@@ -139,7 +139,7 @@ def test_what_generates_refuses_a_fixed_bundle(tiny_llama_bundle: Path, tmp_path
         ({"sequence": 5, "total": 4}, "-1 past and 5 new positions"),
     ],
 )
-def test_sizes_that_cannot_be_are_refused(
+def test_impossible_sizes_are_refused(
     sizes: dict[str, int], message: str, tiny_llama_bundle: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match=message):
@@ -147,7 +147,7 @@ def test_sizes_that_cannot_be_are_refused(
     assert not (tmp_path / "b").exists()
 
 
-def test_sizes_are_read_from_a_line() -> None:
+def test_sizes_are_parsed_from_one_option() -> None:
     assert parse_sizes("batch=1, sequence=128") == {"batch": 1, "sequence": 128}
     for text in ("batch", "batch=x", "batch=1,batch=2", "batch=-1", ""):
         with pytest.raises(UsageError, match="give each dimension once"):

@@ -1,4 +1,4 @@
-"""bfloat16 halves the file: weights are held so, and computed with as float32."""
+"""bf16 bundles: weights are stored as bfloat16, computation is in float32."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ IDS = random_ids(3, 7)
 
 
 def two_products() -> ir.Model:
-    """T (x W + b), where the table T is no weight: rotary embeddings have such."""
+    """Return the graph of T (x W + b); the table T is not a weight (as in rotary embeddings)."""
     b = Builder()
     x = b.input("x", ["batch", 3, IN])
     turned = b.node("Transpose", [b.weight("W", OUT, IN)], [IN, OUT], perm=[1, 0])
@@ -34,7 +34,7 @@ def two_products() -> ir.Model:
     return b.model(b.node("MatMul", [b.weight("table", 3, 3), y], ["batch", 3, OUT], name="y"))
 
 
-def test_weights_are_held_in_16_bits_and_other_numbers_as_they_are() -> None:
+def test_weights_are_stored_in_16_bits_and_other_constants_are_not_changed() -> None:
     model, x = two_products(), numbers(2, 3, IN)
     exact = model.graph.initializers["W"].const_value.numpy()
     before = run(model, {"x": x})
@@ -55,7 +55,7 @@ def test_weights_are_held_in_16_bits_and_other_numbers_as_they_are() -> None:
 
 @pytest.fixture(scope="module")
 def published(shared: Path, tiny_llama: Path) -> Path:
-    """The tiny Llama with numbers that bfloat16 holds, as most checkpoints are published."""
+    """The tiny Llama with weights that bfloat16 represents exactly, like published checkpoints."""
 
     def make(place: Path) -> None:
         import torch
@@ -68,7 +68,7 @@ def published(shared: Path, tiny_llama: Path) -> Path:
     return once(shared / "tiny-llama-published", make)
 
 
-def test_a_checkpoint_of_bfloat16_loses_nothing_but_half_its_size(
+def test_a_bfloat16_checkpoint_is_exported_exactly_at_half_the_size(
     published: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     adapters = {"a": make_adapter(published, r=4, seed=1, scale=0.1)}
@@ -87,7 +87,7 @@ def test_a_checkpoint_of_bfloat16_loses_nothing_but_half_its_size(
 
 
 @pytest.mark.parametrize("layout", ["slots", "rows"])
-def test_a_bundle_of_bfloat16_is_exported_again_and_stays_one(
+def test_a_bfloat16_bundle_exported_again_is_still_bfloat16(
     layout: str,
     tiny_llama_bundle: Path,
     tiny_llama: Path,
@@ -108,7 +108,7 @@ def test_a_bundle_of_bfloat16_is_exported_again_and_stays_one(
     )
 
 
-def test_a_merge_rounds_once_and_tells_what_that_did(
+def test_a_merge_rounds_once_and_reports_the_error(
     tiny_llama_bundle: Path, tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     adapter = make_adapter(tiny_llama)
@@ -126,7 +126,7 @@ def test_a_merge_rounds_once_and_tells_what_that_did(
     assert 1e-3 < manifest.merge_error.noise < 0.2
 
 
-def test_a_dora_adapter_that_comes_later_reads_the_rounded_weights(
+def test_a_dora_adapter_loaded_later_uses_the_rounded_weights(
     published: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     adapter = make_adapter(published, r=4, seed=1, scale=0.1, use_dora=True)
@@ -153,10 +153,10 @@ def test_a_graph_of_bfloat16_is_read_without_its_manifest(
 
 
 @pytest.mark.parametrize("asked", [None, "bf16"])
-def test_the_finer_weights_of_a_file_are_not_rounded_unless_asked(
+def test_float32_weights_beside_bfloat16_ones_are_rounded_only_on_request(
     asked: str | None, tmp_path: Path
 ) -> None:
-    """Some tools hold products in bfloat16 and leave the embedding as it is."""
+    """Some tools store products in bfloat16 and the embedding in float32."""
     b = Builder()
     ids = b.input("input_ids", ["batch", "sequence"], ir.DataType.INT64)
     words, shape = b.weight("words", 50, IN), ["batch", "sequence", IN]

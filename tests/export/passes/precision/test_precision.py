@@ -23,7 +23,7 @@ IDS = np.random.default_rng(0).integers(3, 500, (2, 9))
 @pytest.mark.breadth(2)
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("merge", [False, True])
-def test_coarser_precisions_stay_near_the_adapted_model(
+def test_lower_precisions_are_close_to_the_adapted_model(
     precision: str,
     merge: bool,
     tiny_llama: Path,
@@ -75,7 +75,7 @@ def test_packed_weights_in_fp16_have_no_branches(
     place = tmp_path / "b"
     with pytest.raises(ExportError, match="packed weights in fp16 .* wrong in branches"):
         export(tiny_llama_fp16_bundle, place, precision="int4", branches=True)
-    # One that was made all the same opens nowhere, and can be made again.
+    # A bundle with branches, forced here, cannot be opened, but it can be exported again.
     for module in (branches, adapted):
         monkeypatch.setattr(module, "branches_problem", lambda _: None)
     assert export(tiny_llama_fp16_bundle, place, precision="int4", branches=True).branches
@@ -88,7 +88,7 @@ def test_packed_weights_in_fp16_have_no_branches(
 def test_packed_weights_are_named_in_the_manifest(tiny_llama_bundle: Path, tmp_path: Path) -> None:
     export(tiny_llama_bundle, tmp_path / "b", precision="int4")
     graph = load_graph(tmp_path / "b" / "model.onnx")
-    reached: dict[str, int] = {}  # the outputs of each weight
+    reached: dict[str, int] = {}  # the number of outputs per weight
     for target in read_manifest(tmp_path / "b").targets:
         _, end = target.slice or (0, target.out_features)
         reached[target.weight] = max(end, reached.get(target.weight, 0))
@@ -97,7 +97,7 @@ def test_packed_weights_are_named_in_the_manifest(tiny_llama_bundle: Path, tmp_p
         assert weight.shape is not None and weight.shape[0] == outputs
 
 
-def test_a_packed_bundle_takes_more_adapters_and_no_merge(
+def test_a_packed_bundle_accepts_more_adapters_and_refuses_a_merge(
     tiny_llama: Path, tiny_llama_bundle: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     adapter = make_adapter(tiny_llama)

@@ -1,4 +1,4 @@
-"""Weights in 8 and 4 bits, on the smallest graphs that show the rule."""
+"""Quantization of weights to 8 and 4 bits, on minimal graphs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ each_width = pytest.mark.parametrize("bits", [8, 4])
 
 
 def products(*kinds: str) -> ir.Model:
-    """x W0, then W1, …: each a MatMul, or a Gemm, which adds a bias of its own."""
+    """Return a chain of products with W0, W1, …: MatMul, or Gemm with a bias."""
     b = Builder()
     y = b.input("x", ["batch", IN])
     into = IN
@@ -40,7 +40,7 @@ def weight(model: ir.Model, name: str = "w0") -> NDArray[Any]:
 
 
 @each_width
-def test_a_product_becomes_one_of_quantized_blocks_and_computes_the_rounded_weight(
+def test_a_product_becomes_block_quantized_and_computes_with_the_rounded_weight(
     bits: int,
 ) -> None:
     model, x = products("MatMul"), numbers(3, IN)
@@ -53,7 +53,7 @@ def test_a_product_becomes_one_of_quantized_blocks_and_computes_the_rounded_weig
     assert node.attributes["block_size"].as_int() == 32
     assert [value.name for value in model.graph.outputs] == ["y0"]
     assert list(model.graph.initializers) == [f"m0.weight.int{bits}", f"m0.weight.int{bits}.scales"]
-    # Activations are multiplied in 8 bits, too.
+    # Activations are quantized to 8 bits too.
     size = np.abs(expected).max()
     assert np.abs(run(model, {"x": x}) - expected).max() < 0.02 * size
     assert np.abs(expected - x @ W).max() > 0
@@ -69,7 +69,7 @@ def test_rounding_is_within_half_a_step_of_each_block(bits: int) -> None:
     assert (error > step * 0.4).any()
 
 
-def test_a_product_with_a_bias_of_its_own_stays() -> None:
+def test_a_product_with_its_own_bias_is_not_quantized() -> None:
     model = products("MatMul", "Gemm")
     quantize(model, manifest_of(EMPTY), 4)
     assert ops(model) == ["MatMulNBits", "Gemm"]
@@ -81,7 +81,7 @@ def test_a_graph_with_nothing_to_quantize_is_refused() -> None:
         quantize(products("Gemm"), manifest_of(EMPTY), 4)
 
 
-def test_the_manifest_names_the_new_weight_and_factors_stay_as_they_are() -> None:
+def test_the_manifest_names_the_new_weight_and_factors_are_not_quantized() -> None:
     model, x = products("MatMul"), numbers(2, IN)
     added = inject_side_inputs(model, list(find_linears(model).linears.values()))
     manifest = quantize(model, manifest_of(added), 8)
@@ -95,7 +95,7 @@ def test_the_manifest_names_the_new_weight_and_factors_stay_as_they_are() -> Non
 
 
 @each_width
-def test_a_weight_that_is_quantized_again_keeps_bits_and_blocks(bits: int) -> None:
+def test_a_weight_that_is_quantized_again_keeps_its_bits_and_block_size(bits: int) -> None:
     model = products("MatMul")
     quantize(model, manifest_of(EMPTY), bits)
     other = numbers(OUT, IN, seed=9)

@@ -1,4 +1,4 @@
-"""Weights and rows of the base that an adapter brings, put into a graph that is there already."""
+"""Adapters that contain weights or token rows of the base, used with an existing graph."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.export.reference import apart, onnx_output, token_feeds
 from tests.export.reference import session as ort
 from tests.tolerances import tolerance
 
-# PEFT's remarks on tied embeddings.
+# PEFT warns about tied embeddings.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 IDS = np.array([[5, 17, 3, 101, 5, 44, 260]])
@@ -40,7 +40,7 @@ BROUGHT: dict[str, dict[str, Any]] = {
 
 
 def _made(model: Path, place: Path, options: dict[str, Any]) -> None:
-    """An adapter on q_proj that brings copies of the base's weights, changed, or trained rows."""
+    """Write an adapter on q_proj with copies of base weights, changed ones, or trained rows."""
     import peft
     import torch
     from safetensors.torch import load_file, save_file
@@ -65,13 +65,13 @@ def _made(model: Path, place: Path, options: dict[str, Any]) -> None:
             if only is not None and not key.endswith(only):
                 del tensors[key]
             else:
-                torch.manual_seed(1)  # equal weights stay equal
+                torch.manual_seed(1)  # equal weights get equal changes
                 tensors[key] = tensors[key] + size * torch.randn_like(tensors[key])
         save_file(tensors, file, metadata={"format": "pt"})
 
 
 def _logits(model: Path, adapter: Path | None) -> NDArray[np.float32]:
-    """PEFT's logits."""
+    """Return PEFT's logits."""
     import peft
     import torch
     from transformers import AutoModelForCausalLM
@@ -86,7 +86,7 @@ def _logits(model: Path, adapter: Path | None) -> NDArray[np.float32]:
 
 @pytest.fixture(scope="module")
 def bringing(shared: Path) -> Callable[[Path, str], Path]:
-    """A function (model, what it brings) → PEFT directory."""
+    """A function (model, contents) → PEFT directory."""
 
     def make(model: Path, what: str) -> Path:
         place = shared / "bringing" / f"{model.name}-{what.replace(' ', '-')}"
@@ -97,7 +97,7 @@ def bringing(shared: Path) -> Callable[[Path, str], Path]:
 
 @pytest.fixture(scope="module")
 def tied_llama(tiny_llama: Path, shared: Path) -> Path:
-    """The tiny Llama whose head is its embedding."""
+    """The tiny Llama with a head tied to its embedding."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -116,7 +116,7 @@ def tied_bundle(tied_llama: Path, shared: Path) -> Path:
 
 @pytest.fixture
 def base(tied: bool, request: pytest.FixtureRequest) -> tuple[Path, Path]:
-    """The tiny Llama, with its head tied to its embedding or not, and the bundle of it."""
+    """The tiny Llama, with a tied or an untied head, and its bundle."""
     names = ("tied_llama", "tied_bundle") if tied else ("tiny_llama", "tiny_llama_bundle")
     model, bundle = map(request.getfixturevalue, names)
     return model, bundle
@@ -125,7 +125,7 @@ def base(tied: bool, request: pytest.FixtureRequest) -> tuple[Path, Path]:
 @pytest.mark.breadth(3)
 @pytest.mark.parametrize("what", BROUGHT)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_merged_into_a_bundle_it_is_pefts(
+def test_merged_into_a_bundle_the_adapter_computes_what_peft_computes(
     what: str,
     tied: bool,
     bringing: Callable[[Path, str], Path],
@@ -140,7 +140,7 @@ def test_merged_into_a_bundle_it_is_pefts(
         ld.export(bundle, tmp_path / "merged", adapters={"a": adapter}, merge=True)
     except AdapterMismatchError as refusal:
         assert tied, refusal
-        assert what == "rows of both", refusal  # other rows of the one weight: PEFT unties the head
+        assert what == "rows of both", refusal  # different rows: PEFT unties the head
         return
     expected = _logits(model, adapter)
     merged = onnx_output(tmp_path / "merged", IDS)
@@ -149,7 +149,7 @@ def test_merged_into_a_bundle_it_is_pefts(
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_a_session_without_torch_takes_copies_of_the_bases_weights(
+def test_a_session_without_torch_accepts_copies_of_base_weights(
     tied: bool,
     bringing: Callable[[Path, str], Path],
     base: tuple[Path, Path],
@@ -186,7 +186,7 @@ np.save(out, session.run(["logits"], feeds, ["a", "b"])[0])
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("what", [name for name in BROUGHT if name != "copies"])
-def test_a_session_refuses_other_weights_of_the_base(
+def test_a_session_refuses_changed_base_weights(
     what: str,
     tied: bool,
     bringing: Callable[[Path, str], Path],
@@ -203,7 +203,7 @@ def test_a_session_refuses_other_weights_of_the_base(
 def with_tokens(
     tied_bundle: Path, tiny_llama: Path, bringing: Callable[[Path, str], Path], shared: Path
 ) -> Callable[[bool], Path]:
-    """Bundles that take trained rows: tied for adapters that come later, untied for one given."""
+    """Bundles that accept trained rows: tied for adapters loaded later, untied for a given one."""
 
     def make(tied: bool) -> Path:
         def export(place: Path) -> None:
@@ -242,7 +242,7 @@ def test_trained_rows_are_side_inputs_of_one_row_of_a_batch(
         expected = _logits(model, None if what is None else given[what])[0]
         assert np.abs(row - expected).max() <= tolerance("torch-onnx-tiny"), what
     assert np.abs(found[0] - found[1]).max() > 0.01, "it does nothing"
-    # In ONNX Runtime's own format, and back as an adapter with factors of the embedding.
+    # Convert to ONNX Runtime's format and back, to an adapter with factors of the embedding.
     native, back = tmp_path / "a.onnx_adapter", tmp_path / "back"
     call("convert", given["rows"], "--bundle", directory, "--output", native)
     side = read_onnx_adapter(native)
@@ -254,7 +254,7 @@ def test_trained_rows_are_side_inputs_of_one_row_of_a_batch(
     assert facts["tokens"] == ["model.embed_tokens.weight: 2"]
 
 
-def test_quantized_the_export_computes_trained_rows_and_a_session_refuses_others(
+def test_a_quantized_export_computes_its_trained_rows_and_its_session_refuses_others(
     tied_llama: Path,
     bringing: Callable[[Path, str], Path],
     with_tokens: Callable[[bool], Path],
@@ -272,7 +272,7 @@ def test_quantized_the_export_computes_trained_rows_and_a_session_refuses_others
         session.load("b", adapter)
 
 
-def test_more_rows_than_side_inputs_have_are_refused_by_number(
+def test_more_trained_rows_than_the_side_inputs_have_are_refused_with_the_numbers(
     tied_llama: Path, with_tokens: Callable[[bool], Path], tmp_path: Path
 ) -> None:
     many = {"trainable_token_indices": list(range(65))}
@@ -282,7 +282,7 @@ def test_more_rows_than_side_inputs_have_are_refused_by_number(
         session.load("many", tmp_path / "many")
 
 
-def test_a_head_that_shares_the_embedding_is_no_side_input_for_what_came_of_the_base(
+def test_a_tied_head_is_not_a_side_input_for_changed_base_weights(
     tied_llama: Path,
     bringing: Callable[[Path, str], Path],
     make_adapter: MakeAdapter,
@@ -292,14 +292,14 @@ def test_a_head_that_shares_the_embedding_is_no_side_input_for_what_came_of_the_
     ld.export(tied_llama, tmp_path / "bundle", adapters={"own": own})
     session = ld.AdapterSession(tmp_path / "bundle")
     session.load("own")
-    # PEFT writes it into the embedding too, which the graph keeps.
+    # PEFT changes the embedding too, which a graph with side inputs keeps.
     with pytest.raises(AdapterMismatchError, match="lm_head.weight .* merge it instead"):
         session.load("head", bringing(tied_llama, "head"))
 
 
 @pytest.mark.breadth(2)
 @pytest.mark.parametrize("what", ["whole", "rows of both"])
-def test_an_adapter_comes_out_of_a_model_and_out_of_convert_whole(
+def test_an_adapter_is_complete_after_extraction_and_after_conversion(
     what: str, bringing: Callable[[Path, str], Path], tiny_llama: Path, tmp_path: Path
 ) -> None:
     from transformers import AutoModelForCausalLM
@@ -319,7 +319,7 @@ def test_an_adapter_comes_out_of_a_model_and_out_of_convert_whole(
     assert np.abs(merged - expected).max() <= tolerance("torch-onnx-tiny")
 
 
-def test_convert_makes_no_onnx_adapter_of_what_a_bundle_cannot_take(
+def test_convert_refuses_adapters_that_the_bundle_does_not_support(
     bringing: Callable[[Path, str], Path],
     tiny_llama: Path,
     tiny_llama_bundle: Path,

@@ -1,4 +1,4 @@
-"""LoRA on the experts of a mixture (PEFT's `target_parameters`), on every path, against PEFT."""
+"""LoRA on the experts of a mixture (PEFT's `target_parameters`), every path compared with PEFT."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ MIXTURES: Final = {
         "head_dim": 8,
     },
     "OlmoeConfig": {**_SMALL, **_FEW, "num_experts": 4},
-    # Its parameters are [experts, in, out], with biases.
+    # Its expert parameters are [experts, in, out], with biases.
     "GptOssConfig": {**_SMALL, **_FEW, "num_local_experts": 4, "head_dim": 8},
 }
 BOTH: Final = ["experts.gate_up_proj", "experts.down_proj"]
 ADAPTERS: Final[dict[str, dict[str, Any]]] = {
     "both": {"r": 3, "target_modules": ["q_proj"], "target_parameters": BOTH},
     "down": {"r": 2, "target_modules": [], "target_parameters": BOTH[1:], "lora_alpha": 5},
-    # Separate linear layers in transformers 4, which PEFT converts.
+    # Separate linear layers in transformers 4; PEFT converts them.
     "older": {"r": 2, "target_modules": ["w1", "w2", "w3"]},
     "patterns": {
         "target_modules": [],
@@ -85,7 +85,7 @@ def _made(model: Path, place: Path, options: dict[str, Any]) -> None:
 
 
 def _logits(model: Path, adapter: Path | None) -> Logits:
-    """PEFT's logits."""
+    """Return PEFT's logits."""
     return torch_output(model, IDS, adapter=adapter)
 
 
@@ -100,7 +100,7 @@ def mixture(shared: Path) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="module")
 def given(shared: Path) -> Callable[[Path, str], Path]:
-    """A function (model, which adapter) → PEFT directory."""
+    """A function (model, name of the adapter) → PEFT directory."""
 
     def make(model: Path, which: str) -> Path:
         place = shared / "experts" / f"{model.name}-{which}"
@@ -111,14 +111,14 @@ def given(shared: Path) -> Callable[[Path, str], Path]:
 
 @pytest.fixture(scope="module")
 def bundle(mixture: Callable[[str], Path], shared: Path) -> Path:
-    """A Mixtral for adapters of experts that come later."""
+    """A Mixtral bundle for adapters of experts loaded later."""
     model = mixture("MixtralConfig")
     place = shared / "bundle-mixture"
     return once(place, lambda p: ld.export(model, p, side_inputs=["experts"]))
 
 
 def _mixed(directory: Path, adapters: dict[str, Path]) -> dict[str | None, Logits]:
-    """The logits of a batch with a row for the base and for each adapter."""
+    """Return the logits of a batch with one row for the base and one for each adapter."""
     session = ld.AdapterSession(directory)
     for name, place in adapters.items():
         session.load(name, place)
@@ -128,7 +128,7 @@ def _mixed(directory: Path, adapters: dict[str, Path]) -> dict[str | None, Logit
     return dict(zip(rows, found[:, np.newaxis], strict=True))
 
 
-def test_each_row_of_a_batch_has_its_own_experts(
+def test_each_row_of_a_batch_has_the_expert_factors_of_its_adapter(
     bundle: Path, mixture: Callable[[str], Path], given: Callable[[Path, str], Path]
 ) -> None:
     model = mixture("MixtralConfig")
@@ -144,7 +144,7 @@ def test_each_row_of_a_batch_has_its_own_experts(
     ("version", "outputs", "refused"),
     [("0.18.1", 6, True), (None, 6, True), ("0.19.0", 6, False), ("0.18.1", 8, False)],
 )
-def test_factors_that_peft_may_have_the_other_way_round_are_refused(
+def test_expert_factors_of_ambiguous_orientation_are_refused(
     version: str | None, outputs: int, refused: bool
 ) -> None:
     config = AdapterConfig(r=2, extra={"peft_version": version})
@@ -174,7 +174,7 @@ def test_every_mixture_computes_what_peft_computes(
     assert np.abs(expected - base).max() > 0.1, "it does nothing"
 
 
-def test_merged_into_a_bundle_and_in_onnx_runtimes_format_it_is_pefts(
+def test_merges_into_a_bundle_and_native_adapters_compute_what_peft_computes(
     bundle: Path,
     mixture: Callable[[str], Path],
     given: Callable[[Path, str], Path],
@@ -195,7 +195,7 @@ def test_merged_into_a_bundle_and_in_onnx_runtimes_format_it_is_pefts(
     assert "experts" in json.loads(call("inspect", bundle, "--json"))["side_inputs"]
 
 
-def test_every_rank_of_the_side_inputs_is_one_of_all_experts(bundle: Path) -> None:
+def test_every_rank_index_of_the_side_inputs_covers_all_experts(bundle: Path) -> None:
     manifest = ld.AdapterSession(bundle).manifest
     six = dataclasses.replace(
         manifest,
@@ -218,7 +218,7 @@ def test_every_rank_of_the_side_inputs_is_one_of_all_experts(bundle: Path) -> No
     assert {t.rank_from(0) for t in six.targets} == {0}
 
 
-def test_parity_proves_a_bundle_with_experts(
+def test_parity_passes_for_a_bundle_with_experts(
     bundle: Path, mixture: Callable[[str], Path], given: Callable[[Path, str], Path]
 ) -> None:
     model = mixture("MixtralConfig")
@@ -234,14 +234,14 @@ def test_parity_proves_a_bundle_with_experts(
     assert report.adapters[0].effect > 0.1, "the adapter did nothing"
 
 
-def test_it_is_read_combined_and_written_as_peft_does(
+def test_an_adapter_of_experts_is_read_combined_and_written_like_peft(
     mixture: Callable[[str], Path], given: Callable[[Path, str], Path], tmp_path: Path
 ) -> None:
     model = mixture("MixtralConfig")
     first, second = given(model, "both"), given(model, "patterns")
     save_adapter(load_adapter(first), tmp_path / "again")
     assert np.array_equal(_logits(model, tmp_path / "again"), _logits(model, first))
-    # Half of an adapter and half of itself are the adapter; of two, the order does not matter.
+    # Half plus half of an adapter is the adapter; the order of two adapters does not matter.
     save_adapter(ld.combine({second: 1.0}), tmp_path / "one")
     one = _logits(model, tmp_path / "one") - _logits(model, second)
     assert np.abs(one).max() <= tolerance("torch-onnx-tiny")
@@ -252,7 +252,7 @@ def test_it_is_read_combined_and_written_as_peft_does(
         ld.reduce_rank(both, 2)
 
 
-def test_what_is_no_expert_of_the_base_is_refused_by_name(
+def test_factors_that_fit_no_expert_of_the_base_are_refused_by_name(
     bundle: Path,
     mixture: Callable[[str], Path],
     given: Callable[[Path, str], Path],
@@ -267,7 +267,7 @@ def test_what_is_no_expert_of_the_base_is_refused_by_name(
     _made(model, tmp_path / "router", {"target_modules": [], "target_parameters": ["gate.weight"]})
     with pytest.raises(AdapterError, match=r"mlp\.gate\.weight .*router.* merge it with PEFT"):
         load_adapter(tmp_path / "router")
-    # Factors of other sizes, and of only one of two parameters.
+    # Factors of another size, and factors for only one of two parameters.
     tensors = load_file(adapter / "adapter_model.safetensors")
     config = (adapter / "adapter_config.json").read_text()
     for name, kept, problem in (

@@ -1,4 +1,4 @@
-"""Heads of several layers, classifiers on decoders, poolers: merged and as side inputs."""
+"""Heads of several layers, classifiers on decoders, and poolers: merged and as side inputs."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _make(place: Path, config_class: str, auto: str = "AutoModelForSequenceClass
 
 
 def _agree(bundles: Path, adapter: Path, base: Any, adapted: Any, ids: Any, mask: Any) -> None:
-    """The merged graph, the side inputs and a mixed batch give what PyTorch gives."""
+    """Assert that the merged graph, the side inputs and a mixed batch compute what PyTorch does."""
     allowed = tolerance("torch-onnx-tiny")
     side = factors(bundles / "side", adapter)
     slots = stacked([{}, side], defaults(bundles / "side"))
@@ -65,7 +65,7 @@ def _agree(bundles: Path, adapter: Path, base: Any, adapted: Any, ids: Any, mask
 
 
 @pytest.mark.parametrize("targets", [["q_lin", "v_lin"], r".*\.(k_lin|lin1)"])
-def test_a_head_of_two_layers_is_told_apart(
+def test_the_layers_of_a_two_layer_head_are_distinguished(
     targets: Any, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     model = _make(tmp_path / "m", "DistilBertConfig", "AutoModel")
@@ -98,10 +98,10 @@ def test_a_head_of_two_layers_is_told_apart(
 @pytest.mark.breadth(3)
 @pytest.mark.breadth(2)
 @pytest.mark.parametrize("config_class", ["LlamaConfig", "GPT2Config"])
-@pytest.mark.parametrize("told_by", ["tokenizer", "nothing"])
-def test_a_classifier_on_a_decoder_pads_as_in_training_where_the_config_is_silent(
+@pytest.mark.parametrize("defined_by", ["tokenizer", "nothing"])
+def test_a_classifier_on_a_decoder_pads_as_in_training_if_the_config_has_no_pad_token(
     config_class: str,
-    told_by: str,
+    defined_by: str,
     tiny_llama: Path,
     make_adapter: MakeAdapter,
     tmp_path: Path,
@@ -110,7 +110,7 @@ def test_a_classifier_on_a_decoder_pads_as_in_training_where_the_config_is_silen
 
     model = _make(tmp_path / "m", config_class)
     pad = 0
-    if told_by == "tokenizer":
+    if defined_by == "tokenizer":
         tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_llama)
         tokenizer.pad_token = None
         tokenizer.save_pretrained(model)
@@ -133,7 +133,7 @@ def test_a_classifier_on_a_decoder_pads_as_in_training_where_the_config_is_silen
 
 
 def _make_without_pooler(place: Path) -> None:
-    """An encoder in `place`/m whose checkpoint has no pooler."""
+    """Write an encoder to `place`/m whose checkpoint has no pooler."""
     import transformers
 
     whole = _make(place / "whole", "BertConfig")

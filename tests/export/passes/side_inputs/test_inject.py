@@ -30,7 +30,7 @@ def test_one_product_becomes_gather_matmul_matmul_add() -> None:
     ]
 
 
-def test_side_inputs_are_inputs_with_defaults_of_rank_zero() -> None:
+def test_side_inputs_are_inputs_with_rank_0_defaults() -> None:
     model = linear()
     inject_side_inputs(model, _linears(model))
     shapes = {v.name: v.shape for v in model.graph.inputs}
@@ -50,7 +50,7 @@ def test_without_side_inputs_the_result_is_the_base_bit_for_bit() -> None:
     assert np.array_equal(run(model, {"x": x}), run(base, {"x": x}))
 
 
-def test_each_row_gets_the_slot_that_it_names() -> None:
+def test_each_row_uses_the_slot_of_its_adapter_id() -> None:
     base, model = linear(), linear()
     inject_side_inputs(model, _linears(model))
     x, A, B = numbers(3, 5, IN), numbers(2, IN, 2, seed=1), numbers(2, 2, OUT, seed=2)
@@ -69,7 +69,7 @@ def test_one_slot_serves_all_rows() -> None:
     assert np.abs(run(model, {"x": x, **side}) - expected).max() < 1e-5
 
 
-def test_rows_without_a_sequence_stay_rows() -> None:
+def test_inputs_without_a_sequence_axis_keep_their_shape() -> None:
     b = Builder()
     x = b.input("x", ["batch", IN])
     y = b.node("Gemm", [x, b.weight("w", OUT, IN), b.weight("b", OUT)], transB=1, module="m")
@@ -86,7 +86,7 @@ def test_rows_without_a_sequence_stay_rows() -> None:
 
 
 @pytest.mark.parametrize("between", ["nothing", "row by row"])
-def test_flattened_rows_are_told_from_before_they_were(between: str) -> None:
+def test_flattened_rows_are_traced_back_to_their_batch(between: str) -> None:
     b = Builder()
     x = b.input("x", ["batch", "sequence", IN])
     flat = b.node("Reshape", [x, b.constant("s", np.array([-1, IN]))], ["rows", IN])
@@ -108,7 +108,7 @@ def test_flattened_rows_are_told_from_before_they_were(between: str) -> None:
     assert np.array_equal(run(model, {"x": rows}), base)
 
 
-def test_a_batch_in_front_of_flattened_rows_is_not_guessed() -> None:
+def test_the_batch_size_of_flattened_rows_is_not_guessed() -> None:
     b = Builder()
     x = b.input("x", ["batch", "sequence", IN])
     turned = b.node("Transpose", [x], ["sequence", "batch", IN], perm=[1, 0, 2])
@@ -118,7 +118,7 @@ def test_a_batch_in_front_of_flattened_rows_is_not_guessed() -> None:
         inject_side_inputs(model, _linears(model))
 
 
-def test_rows_that_cannot_be_told_are_refused() -> None:
+def test_rows_that_cannot_be_determined_are_refused() -> None:
     b = Builder()
     x = b.input("x", ["batch", "heads", "sequence", IN])
     y = b.node("MatMul", [x, b.weight("w", IN, OUT)], module="m")
@@ -129,7 +129,7 @@ def test_rows_that_cannot_be_told_are_refused() -> None:
         inject_side_inputs(model, _linears(model))
 
 
-def test_a_sequence_in_front_of_the_batch_is_refused() -> None:
+def test_a_sequence_axis_before_the_batch_axis_is_refused() -> None:
     b = Builder()
     x = b.input("x", ["batch", "sequence", IN])
     turned = b.node("Transpose", [x], ["sequence", "batch", IN], perm=[1, 0, 2])
@@ -179,7 +179,7 @@ def test_half_precision_graphs_get_half_precision_factors() -> None:
     assert model.graph.initializers["m.lora_A"].dtype == ir.DataType.FLOAT16
 
 
-def test_removing_side_inputs_gives_the_graph_back() -> None:
+def test_removing_side_inputs_restores_the_graph() -> None:
     base, model = linear(), linear()
     added = inject_side_inputs(model, _linears(model))
     remove_side_inputs(model, manifest_of(added))
@@ -191,7 +191,7 @@ def test_removing_side_inputs_gives_the_graph_back() -> None:
     assert np.array_equal(run(model, {"x": x}), run(base, {"x": x}))
 
 
-def test_removing_what_is_not_there_is_an_error() -> None:
+def test_removing_side_inputs_that_do_not_exist_is_an_error() -> None:
     model = linear()
     manifest = manifest_of(inject_side_inputs(model, _linears(model)))
     with pytest.raises(ExportError, match=r"no side input at block\.proj"):
@@ -229,7 +229,7 @@ def test_a_head_defaults_to_the_base_and_is_replaced_per_row(bias: bool) -> None
     assert np.abs(run(model, {"x": x, **side}) - expected).max() < 1e-5
 
 
-def test_a_head_behind_a_separate_bias_is_replaced_whole() -> None:
+def test_a_head_with_a_separate_bias_node_is_replaced_completely() -> None:
     b = Builder()
     x = b.input("x", ["batch", "sequence", IN])
     shape: list[int | str] = ["batch", "sequence", OUT]
@@ -243,7 +243,7 @@ def test_a_head_behind_a_separate_bias_is_replaced_whole() -> None:
     assert "score.bias" in model.graph.initializers
 
 
-def test_a_removed_head_is_the_base_again() -> None:
+def test_removing_a_head_restores_the_base() -> None:
     base, model = _classifier(), _classifier()
     added = inject_side_inputs(model, [], _linears(model))
     remove_side_inputs(model, manifest_of(added))

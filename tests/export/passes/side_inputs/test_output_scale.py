@@ -1,4 +1,4 @@
-"""Scales, offsets and embeddings' factors as side inputs, on the smallest graphs that show them."""
+"""Scales, offsets and embedding factors as side inputs, on minimal graphs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _inject(model: ir.Model, *, scale: bool = True, offset: bool = True) -> Side
 
 
 def _product(how: str) -> ir.Model:
-    """x W + b of module m, x [batch, sequence, in], or [batch, in], or flattened on the way."""
+    """x W + b of module m, with x [batch, sequence, in], [batch, in], or flattened in between."""
     b = Builder()
     w = b.weight("w", IN, OUT)
     if how == "separate bias":
@@ -51,7 +51,7 @@ HOWS = ["separate bias", "no sequence", "flattened"]
 
 
 @pytest.mark.parametrize("how", HOWS)
-def test_what_the_layer_gives_is_scaled_and_shifted_for_each_row(how: str) -> None:
+def test_the_output_of_a_layer_is_scaled_and_shifted_per_row(how: str) -> None:
     model, base = _product(how), _product(how)
     w, b = (base.graph.initializers[name].const_value.numpy() for name in ("w", "b"))
     rows = numbers(3, IN) if how == "no sequence" else numbers(3, 5, IN)
@@ -88,7 +88,7 @@ def test_what_the_layer_gives_is_scaled_and_shifted_for_each_row(how: str) -> No
         (True, True, ["block.proj.scale", "block.proj.offset"]),
     ],
 )
-def test_scales_and_offsets_come_alone_or_together(
+def test_scales_and_offsets_can_be_separate_or_combined(
     scale: bool, offset: bool, names: list[str]
 ) -> None:
     model, base = linear(), linear()
@@ -128,7 +128,7 @@ def _embedding(rows: str = "batch") -> ir.Model:
     return b.model(y)
 
 
-def test_an_embedding_reads_the_rows_of_each_row_s_own_table() -> None:
+def test_an_embedding_uses_the_factors_of_each_rows_adapter() -> None:
     model, base = _embedding(), _embedding()
     table = base.graph.initializers["t"].const_value.numpy()
     added = inject_side_inputs(model, [], embeddings=[find_parts(model)["embed"]])
@@ -148,7 +148,7 @@ def test_an_embedding_reads_the_rows_of_each_row_s_own_table() -> None:
     assert ops(model) == ["Gather"]
 
 
-def test_an_embedding_of_what_is_not_the_batch_s_is_refused() -> None:
+def test_an_embedding_of_indices_without_a_batch_axis_is_refused() -> None:
     model = _embedding("1")
     with pytest.raises(ExportError, match="embed is an embedding of ids .* merge the adapter"):
         inject_side_inputs(model, [], embeddings=[find_parts(model)["embed"]])

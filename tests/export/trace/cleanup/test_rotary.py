@@ -1,4 +1,4 @@
-"""A rotation written out becomes one RotaryEmbedding, whatever its tables go through."""
+"""Rotary position embeddings: the traced nodes become one RotaryEmbedding."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SPLIT = ["batch", HEADS, "sequence", SIZE]
 def rotation(
     *, half: int = SIZE // 2, scale: float | None = None, cast: bool = True, swapped: bool = False
 ) -> ir.Model:
-    """x · cos + Concat(-x₂, x₁) · sin, x split at `half`; `scale` and `cast` on the tables."""
+    """x · cos + Concat(-x₂, x₁) · sin, x split at `half`; `scale` and `cast`: of the tables."""
     b = Builder()
     x = b.input("x", list(SPLIT))
     angles = b.input("angles", ["batch", "sequence", SIZE // 2])
@@ -53,7 +53,7 @@ FEEDS = {"x": numbers(2, HEADS, 3, SIZE), "angles": numbers(2, 3, SIZE // 2, see
 
 
 @pytest.mark.parametrize("form", [{}, {"scale": 1.25}, {"cast": False}, {"swapped": True}], ids=str)
-def test_a_rotation_is_one_node_and_the_same(form: dict[str, float | bool]) -> None:
+def test_a_rotation_becomes_one_node_with_the_same_result(form: dict[str, float | bool]) -> None:
     fused = rotation(**form)  # type: ignore[arg-type]
     fuse_rotary(fused.graph)
     assert ops(fused).count("RotaryEmbedding") == 1
@@ -63,13 +63,13 @@ def test_a_rotation_is_one_node_and_the_same(form: dict[str, float | bool]) -> N
     assert np.abs(expected - FEEDS["x"]).max() > 0.1  # something was rotated
 
 
-def test_what_is_split_elsewhere_than_in_half_stays() -> None:
+def test_a_rotation_that_is_not_split_in_half_is_not_changed() -> None:
     model = rotation(half=3)
     fuse_rotary(model.graph)
     assert "RotaryEmbedding" not in ops(model)
 
 
-def test_positions_that_depend_on_the_length_of_a_text_are_refused_by_name() -> None:
+def test_rotary_tables_that_depend_on_the_sequence_length_are_refused_by_name() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from loradeploy.errors import ExportError

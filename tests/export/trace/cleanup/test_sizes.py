@@ -1,4 +1,4 @@
-"""Graphs do without sizes that they compute, and compute the same."""
+"""Computed sizes (Shape, Gather, …) are removed from traced graphs without changing results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HEADS, SIZE = 2, 4
 
 
 def size(b: Builder, source: ir.Value, axis: int) -> ir.Value:
-    """A dimension of `source` as a scalar."""
+    """Return a dimension of `source` as a scalar."""
     shape = integers(b.node("Shape", [source], [1], start=axis, end=axis + 1))
     return integers(b.node("Squeeze", [shape], []))
 
@@ -28,7 +28,7 @@ def integers(value: ir.Value) -> ir.Value:
 
 
 @pytest.mark.parametrize("allowzero", [0, 1])
-def test_a_reshape_to_sizes_of_the_input_takes_constants(allowzero: int) -> None:
+def test_a_reshape_to_sizes_of_its_input_gets_constant_sizes(allowzero: int) -> None:
     def model() -> ir.Model:
         b = Builder()
         x = b.input("x", ["batch", "sequence", HEADS * SIZE])
@@ -47,7 +47,7 @@ def test_a_reshape_to_sizes_of_the_input_takes_constants(allowzero: int) -> None
     np.testing.assert_array_equal(run(folded, {"x": x}), run(model(), {"x": x}))
 
 
-def test_a_reshape_whose_sizes_are_not_the_inputs_stays() -> None:
+def test_a_reshape_to_other_sizes_is_not_changed() -> None:
     b = Builder()
     x = b.input("x", ["batch", "sequence", SIZE])
     shape = b.input("shape", [3], INT64)
@@ -57,7 +57,7 @@ def test_a_reshape_whose_sizes_are_not_the_inputs_stays() -> None:
     assert run(model, feeds).shape == (3, 2, SIZE)
 
 
-def test_an_expand_is_left_out_where_nothing_is_expanded() -> None:
+def test_an_expand_without_effect_is_removed() -> None:
     b = Builder()
     x = b.input("x", ["batch", 1, SIZE])
     shape = b.input("shape", [3], INT64)
@@ -69,10 +69,10 @@ def test_an_expand_is_left_out_where_nothing_is_expanded() -> None:
 
 
 @pytest.mark.parametrize("bundle", ["tiny_llama_bundle", "tiny_gpt2_bundle"])
-def test_nothing_but_attention_reads_a_decoders_cache(
+def test_only_attention_reads_the_cache_of_a_decoder(
     bundle: str, request: pytest.FixtureRequest
 ) -> None:
-    """Else GroupQueryAttention could not take it: which layer's sizes were read was chance."""
+    """Other readers of its sizes would prevent GroupQueryAttention."""
     graph = load_graph(request.getfixturevalue(bundle) / "model.onnx").graph
     caches = [value for value in graph.inputs if str(value.name).startswith("past_key_values")]
     assert len(caches) == 4
@@ -94,14 +94,14 @@ def window(b: Builder, key: ir.Value, query: ir.Value) -> ir.Value:
 
 
 def chunks(b: Builder, key: ir.Value, query: ir.Value) -> ir.Value:
-    """Counted from the end, other positions would share a chunk."""
+    """Chunks depend on absolute positions: counted from the end they would differ."""
     length = b.constant("length", np.array(3))
     parts = [integers(b.node("Div", [value, length])) for value in (key, query)]
     return b.node("Equal", parts)
 
 
 def mask(compare: Compare) -> ir.Model:
-    """A mask [sequence, total] of a decoder with a cache, as floats."""
+    """Return a mask [sequence, total] of a decoder with a cache, as floats."""
     b = Builder()
     ids = b.input("input_ids", ["batch", "sequence"], INT64)
     b.input("attention_mask", ["batch", "total"], INT64)
