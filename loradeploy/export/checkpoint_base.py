@@ -57,7 +57,7 @@ from loradeploy.export.passes.tokens.image_blocks import join_image_blocks
 from loradeploy.export.passes.tokens.mrope import add_mrope_positions, sample_positions
 from loradeploy.export.read.source import Source, read_config
 from loradeploy.export.tasks import choose_task
-from loradeploy.export.texts import check_recipe, makes_vectors
+from loradeploy.export.texts import check_recipe, is_embedding_model
 from loradeploy.export.towers import tower_kind
 from loradeploy.export.trial.bundle import Source as TrialSource
 from loradeploy.lora.base.formats import check_unquantized
@@ -79,8 +79,8 @@ def from_checkpoint(source: Source, options: Options) -> Base:
         ModelError: the checkpoint is not a model for the task.
         AdapterError: an adapter is refused or does not fit.
     """
-    from loradeploy.export.trace import answers, load_model, trace
-    from loradeploy.export.trace.image_text import counts_in_grids, has_image_blocks, other_part
+    from loradeploy.export.trace import load_model, pytorch_outputs, trace
+    from loradeploy.export.trace.image_text import has_image_blocks, has_mrope, other_part
     from loradeploy.export.trace.towers import tower_config
     from loradeploy.lora.base.vocabulary import resize_for, tied_by_config_alone, vocabulary_of
     from loradeploy.lora.submodels import submodels
@@ -91,7 +91,7 @@ def from_checkpoint(source: Source, options: Options) -> Base:
     given = read_config(source.directory)
     task = choose_task(given, options.task, adapters.values())
     declared = options.task or any(adapter.config.task_type for adapter in adapters.values())
-    if task == CAUSAL_LM and not declared and makes_vectors(source.directory):
+    if task == CAUSAL_LM and not declared and is_embedding_model(source.directory):
         task = FEATURE_EXTRACTION  # embedding models keep the architecture name of their decoder
     kind = tower_kind(given, task)
     if kind is None:  # towers compute the vector themselves, without pooling
@@ -142,8 +142,8 @@ def from_checkpoint(source: Source, options: Options) -> Base:
     blocks = bool(embeds) and has_image_blocks(given)
     if blocks:
         join_image_blocks(graph)
-    turns = counts_in_grids(given, task)
-    if turns:
+    mrope = has_mrope(given, task)
+    if mrope:
         embeds = (*embeds, add_mrope_positions(graph))
     _check_rank(outputs(graph), task, type(model).__name__)
     _annotate(graph, model)
@@ -151,9 +151,11 @@ def from_checkpoint(source: Source, options: Options) -> Base:
     pad = getattr(config.get_text_config(), "pad_token_id", None)  # image models have none
     feeds = Sample(specs, config.to_dict(), pad=pad).feeds()
     fed = sample_embeds(embeds, feeds[INPUT_IDS]) if embeds else None
-    if fed is not None and turns:
+    if fed is not None and mrope:
         fed |= sample_positions(feeds[INPUT_IDS])
-    original = answers(model, task, [spec.name for spec in outputs(graph)], feeds, adapters, fed)
+    original = pytorch_outputs(
+        model, task, [spec.name for spec in outputs(graph)], feeds, adapters, fed
+    )
     return Base(
         graph,
         task,
@@ -245,7 +247,7 @@ def _check_rank(given: Iterable[TensorSpec], task: str, model: str) -> None:
 
 
 def _with_own_head(labels: int, source: Source, adapters: Mapping[str, Adapter]) -> int:
-    """The number of outputs of the head, for adapters with up to `labels` labels and the base.
+    """The number of outputs of a head for the base and for adapters with up to `labels` labels.
 
     The base's head has to have as many outputs as the traced model. It is kept if it has the most
     and the adapters' heads can be filled up to it; else it is left out, with a warning.

@@ -58,7 +58,7 @@ class Tally:
         self._stored += float((changed * changed).sum())
 
     def error(self) -> MergeError | None:
-        """Both figures; None if nothing was updated."""
+        """The share that is kept and the noise; None if nothing was updated."""
         if not self._exact:
             return None
         kept = self._along / self._exact

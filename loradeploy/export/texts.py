@@ -47,7 +47,7 @@ _LISTED: Final = 6
 _SPECIAL: Final = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def makes_vectors(directory: Path) -> bool:
+def is_embedding_model(directory: Path) -> bool:
     """Whether sentence-transformers' files declare the checkpoint an embedding model."""
     try:
         found = recipe_directory(directory)

@@ -1,4 +1,4 @@
-"""The two-tower models (CLIP, SigLIP) of which each tower is exported as a bundle of its own."""
+"""The two-tower models (CLIP, SigLIP), whose towers are exported as separate bundles."""
 
 from __future__ import annotations
 

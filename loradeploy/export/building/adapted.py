@@ -22,11 +22,11 @@ from loradeploy.export.adapters.requirements import (
 from loradeploy.export.base import Base, Options
 from loradeploy.export.building.added import with_added_tokens
 from loradeploy.export.building.steps import (
-    checked,
-    described,
+    base_manifest,
     encoder_part,
-    keeping_logits,
+    explaining_mismatch,
     own_weights_of,
+    with_logits_to_keep,
     with_quantized_weights,
     with_separate_biases,
 )
@@ -34,7 +34,7 @@ from loradeploy.export.match.experts import find_experts
 from loradeploy.export.match.linears import Findings, Linear, is_head, output_head
 from loradeploy.export.match.whole.parts import find_parts
 from loradeploy.export.passes.forms.branches import add_branches, branches_problem
-from loradeploy.export.passes.forms.layout import has_rows, use_row_layout
+from loradeploy.export.passes.forms.layout import supports_rows, use_row_layout
 from loradeploy.export.passes.side_inputs.base_weights import GraphWeights
 from loradeploy.export.passes.side_inputs.inject import Arrays, SideInputs, inject_side_inputs
 from loradeploy.export.passes.side_inputs.rows import rows_problem
@@ -95,7 +95,7 @@ def with_side_inputs(
         added=added_tokens,
     )
     manifest = dataclasses.replace(
-        described(base, "side-inputs"),
+        base_manifest(base, "side-inputs"),
         targets=added.targets,
         saved=tuple(
             dataclasses.replace(saved, lacking=saved.parameter in base.lacking)
@@ -110,7 +110,7 @@ def with_side_inputs(
     )
     adapters = {}
     for name, adapter in options.adapters.items():
-        with checked(name, base, findings):
+        with explaining_mismatch(name, base, findings):
             adapters[name] = fit_to(adapter, manifest, base.called)
     # Before the weights are quantized: DoRA's scales are computed from them.
     weights = GraphWeights(graph, added.biases)
@@ -120,7 +120,7 @@ def with_side_inputs(
         use_row_layout(graph)
     # Branches cost no memory where weights are quantized: those are shared between them.
     shared = default_of("branches", base.precision, options.target)
-    manifest = keeping_logits(base, manifest, options)
+    manifest = with_logits_to_keep(base, manifest, options)
     if branches := (
         shared and branches_problem(graph) is None and not encoder_part(base)
         if options.branches is None
@@ -146,7 +146,7 @@ def _check_form_of_halves(base: Base, options: Options) -> None:
 def _layout(base: Base, target: str | None) -> str:
     """The default layout; slots if the graph cannot have rows."""
     layout: str = default_of("layout", base.precision, target)
-    return layout if layout == SLOTS or has_rows(base.graph.graph) else SLOTS
+    return layout if layout == SLOTS or supports_rows(base.graph.graph) else SLOTS
 
 
 def _split(

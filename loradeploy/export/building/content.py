@@ -39,7 +39,11 @@ from loradeploy.export.match.observe import observe
 from loradeploy.export.match.products import input_of, output_of, repeated_for_rows
 from loradeploy.export.match.whole.parts import find_parts
 from loradeploy.export.passes.forms.static_shapes import use_static_shapes
-from loradeploy.export.passes.gqa import group_queries, has_grouped_attention, keeps_cache
+from loradeploy.export.passes.gqa import (
+    group_queries,
+    has_grouped_attention,
+    updates_cache_in_place,
+)
 from loradeploy.export.passes.precision.bf16 import store_as_bfloat16
 from loradeploy.export.passes.side_inputs.inject import Arrays, SideInputs
 from loradeploy.export.read.source import Source
@@ -160,7 +164,7 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
 
 
 def _with_wholes(adapters: Mapping[str, Adapter], wholes: Mapping[str, str]) -> dict[str, Adapter]:
-    """`adapters`, where `part_of` of each part is the whole's digest before it was renamed."""
+    """Set `part_of` of adapters that are parts to the whole's digest before it was renamed."""
     return {
         name: each if each.part_of is None else dataclasses.replace(each, part_of=wholes[name])
         for name, each in adapters.items()
@@ -189,7 +193,7 @@ def _choose_attention(base: Base, attention: str | None) -> None:
             '`attention="standard"`: the graph has GroupQueryAttention, which cannot be made'
             " ONNX's Attention again: export the checkpoint"
         )
-    if attention == GQA and not keeps_cache(base.graph):
+    if attention == GQA and not updates_cache_in_place(base.graph):
         if base.task != CAUSAL_LM:
             raise UsageError(f'`attention="gqa"` is for decoders with a cache, not for {base.task}')
         group_queries(base.graph)

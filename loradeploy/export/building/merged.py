@@ -17,11 +17,11 @@ from loradeploy.export.adapters.given import check_brought, named
 from loradeploy.export.adapters.own_weights import settled_in_graph
 from loradeploy.export.base import Base, Options
 from loradeploy.export.building.steps import (
-    checked,
-    described,
-    keeping_logits,
+    base_manifest,
+    explaining_mismatch,
     modules_of,
     own_weights_of,
+    with_logits_to_keep,
     with_quantized_weights,
     with_separate_biases,
 )
@@ -68,7 +68,7 @@ def merged(
     check_known(base.graph, whole)
     findings = with_separate_biases(base, findings, options, ())
     logger.info("merging %s", name)
-    with checked(name, base, findings):
+    with explaining_mismatch(name, base, findings):
         report = merge_adapter(
             base.graph,
             findings.linears,
@@ -86,7 +86,7 @@ def merged(
     fuse_products(base.graph.graph, linears)
     free_constants(base.graph.graph, [linear.weight for linear in linears])
     manifest = dataclasses.replace(
-        described(base, "merged"),
+        base_manifest(base, "merged"),
         merged_adapter=AdapterEntry(
             digests[name],
             labels=adapter.labels,
@@ -96,7 +96,7 @@ def merged(
         merge_error=report.error,
         requantized=base.quantized and options.requantize and base.precision in PACKED_BITS,
     )
-    return keeping_logits(base, with_quantized_weights(base, manifest), options)
+    return with_logits_to_keep(base, with_quantized_weights(base, manifest), options)
 
 
 def with_resized_vocabulary(

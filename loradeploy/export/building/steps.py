@@ -42,7 +42,7 @@ from loradeploy.export.match.linears import (
 from loradeploy.export.match.operators import unreached_layers
 from loradeploy.export.match.whole.biases import separate_biases
 from loradeploy.export.match.whole.parts import find_parts
-from loradeploy.export.passes.gqa import keeps_cache
+from loradeploy.export.passes.gqa import updates_cache_in_place
 from loradeploy.export.passes.precision.quantize import quantize
 from loradeploy.export.passes.tokens.kept_logits import add_logits_to_keep, logits_to_keep_problem
 from loradeploy.export.passes.tokens.vocabulary import vocabulary_in
@@ -89,7 +89,7 @@ def with_separate_biases(
     return dataclasses.replace(findings, linears=linears)
 
 
-def keeping_logits(base: Base, manifest: Manifest, options: Options) -> Manifest:
+def with_logits_to_keep(base: Base, manifest: Manifest, options: Options) -> Manifest:
     """Add the input `logits_to_keep`, on request or by default, and return the manifest.
 
     Raises:
@@ -118,7 +118,7 @@ _BY_NUMBERS: Final = (
 
 
 @contextmanager
-def checked(name: str, base: Base, findings: Findings) -> Iterator[None]:
+def explaining_mismatch(name: str, base: Base, findings: Findings) -> Iterator[None]:
     """As `named`; a mismatch also lists layers that take no adapters or have no known module."""
     try:
         with named(name):
@@ -136,7 +136,7 @@ def checked(name: str, base: Base, findings: Findings) -> Iterator[None]:
         raise AdapterMismatchError(f"{shortened(str(problem), 180)}; {'; '.join(why)}") from None
 
 
-def described(base: Base, mode: Any) -> Manifest:
+def base_manifest(base: Base, mode: Any) -> Manifest:
     """The manifest of the base graph in its current state, for a bundle of this mode."""
     return Manifest(
         task=base.task,
@@ -147,7 +147,7 @@ def described(base: Base, mode: Any) -> Manifest:
         inputs=required_inputs(base.graph),
         outputs=outputs(base.graph),
         padding=padding_of(base.graph),
-        cache_in_place=keeps_cache(base.graph),
+        cache_in_place=updates_cache_in_place(base.graph),
         embeds=base.embeds,
         image_blocks=base.image_blocks,
         other_part=base.other_part,

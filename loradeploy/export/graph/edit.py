@@ -98,7 +98,7 @@ def add_tensor(
 
 
 def shared_constant(graph: ir.Graph, name: str, numbers: NDArray[Any]) -> ir.Value:
-    """The initializer `name`, which has `numbers` wherever it is used; added if it is not there."""
+    """The initializer `name`, which is added with the values `numbers` if it does not exist."""
     value = graph.initializers.get(name)
     return add_constant(graph, name, numbers) if value is None else value
 
@@ -126,7 +126,7 @@ def replace_uses(old: ir.Value, new: ir.Value, *, keep: Collection[ir.Node] = ()
 
 
 def source_of(value: ir.Value | None, carriers: Collection[str]) -> ir.Value | None:
-    """The source of `value` through nodes of the operators `carriers`; None through others."""
+    """The input from which only `carriers` compute `value`; None if there are other operators."""
     while value is not None and (node := value.producer()) is not None:
         if node.op_type not in carriers:
             return None

@@ -147,7 +147,7 @@ def join(encoder: ir.Model, decoder: ir.Model, manifest: Manifest) -> ir.Model:
 
 
 def with_encoder_outputs(model: ir.Model, manifest: Manifest) -> Manifest:
-    """The manifest with the outputs of `model`, those computed from the encoder's inputs as its."""
+    """The manifest with the outputs of `model`; the encoder's are those that use its inputs."""
     if manifest.encoder is None:
         return dataclasses.replace(manifest, outputs=outputs_of(model))
     seen = {value for value in model.graph.inputs if value.name in manifest.encoder.inputs}

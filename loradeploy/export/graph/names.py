@@ -75,7 +75,7 @@ def label_of(modules: Sequence[str]) -> str:
     return f"{parent}.{names}" if parent else names
 
 
-def called_after(product: str) -> list[str]:
+def modules_of_label(product: str) -> list[str]:
     """The modules in the label of a fused product; the label itself for a single module."""
     parent, dot, names = product.rpartition(".")
     return [f"{parent}{dot}{name}" for name in names.split(_JOINT)]

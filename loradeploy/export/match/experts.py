@@ -40,7 +40,7 @@ class Experts:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """[experts, in, out]."""
+        """The weight's shape, [experts, in, out]."""
         experts, into, out = constant_of(self.weight).shape
         return experts, into, out
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Arrays = Mapping["ir.Value", "NDArray[np.int64]"]
-# A size, or None where it is not known.
+# Sizes, None for an unknown one.
 _Sizes = list[int | None]
 
 _CARRIERS: Final = ("Cast", "Identity")

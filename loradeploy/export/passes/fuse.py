@@ -114,15 +114,15 @@ def _key(linear: Linear) -> object:
 
 
 def _product(graph: ir.Graph, members: list[Linear]) -> Fused:
-    """The one product of `members`."""
+    """The product of `members`, which is fused if there are several."""
     label = label_of([member.module for member in members])
     if members[0].slice is not None:
         _check_complete(label, members)
-        return Fused(label, tuple(members), _taken_apart(label, members))
+        return Fused(label, tuple(members), _split_outputs(label, members))
     return Fused(label, tuple(members)) if len(members) == 1 else _fuse(graph, label, members)
 
 
-def _taken_apart(label: str, members: Sequence[Linear]) -> tuple[ir.Value, ...] | None:
+def _split_outputs(label: str, members: Sequence[Linear]) -> tuple[ir.Value, ...] | None:
     """The members' outputs if an earlier export fused the product, as in a merged graph."""
     users = [use.node for use in output_of(members[0].nodes[0]).uses()]
     if [node.name for node in users] != [step_name(label, FUSED_SPLIT)]:

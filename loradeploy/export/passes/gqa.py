@@ -88,7 +88,7 @@ def has_grouped_attention(model: ir.Model) -> bool:
     return any(node.op_type == GROUP_QUERY_ATTENTION for node in model.graph.all_nodes())
 
 
-def keeps_cache(model: ir.Model) -> bool:
+def updates_cache_in_place(model: ir.Model) -> bool:
     """Whether one buffer can be the past and the present of every key and value.
 
     It can if only a GroupQueryAttention reads the past, and the same node computes the present.

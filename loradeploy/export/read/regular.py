@@ -116,7 +116,7 @@ def complete_outputs(graph: ir.Graph, shapes: Mapping[str, Sequence[int | str | 
 
 
 def close_inputs(model: ir.Model) -> None:
-    """Remove weights from the inputs, where old exporters also list them with a default."""
+    """Remove weights from the inputs: old exporters also list them there, with a default."""
     for value in list(model.graph.inputs):
         if value.is_initializer():
             model.graph.inputs.remove(value)

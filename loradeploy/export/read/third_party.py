@@ -164,7 +164,7 @@ def settings_beside(directory: Path, checkpoint: Path | None) -> dict[str, Any]:
 def ties_head(settings: Mapping[str, Any]) -> bool | None:
     """Whether a model with this config ties its output head to the embedding; None if unknown.
 
-    transformers leaves the field out where it is true by default.
+    transformers omits the field if it is true by default.
     """
     inner = settings.get("text_config")
     stated = (inner if isinstance(inner, Mapping) else settings).get(_TIED)

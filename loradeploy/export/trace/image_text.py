@@ -108,7 +108,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
 }
 
 
-def counts_in_grids(config: Mapping[str, Any], task: str) -> bool:
+def has_mrope(config: Mapping[str, Any], task: str) -> bool:
     """Whether the task exports a decoder with positions in an image's grid."""
     family = family_of(config, task) if task == CAUSAL_LM else None
     return family is not None and family.mrope

@@ -27,9 +27,9 @@ from loradeploy.export.trace.checkpoint import root_cause
 from loradeploy.export.trace.cleanup.tidy import tidy
 from loradeploy.export.trace.image_text import has_image_blocks
 from loradeploy.export.trace.lowering import lowered
-from loradeploy.export.trace.patches import traceable, uncollected
+from loradeploy.export.trace.patches import traceable, without_gc
 from loradeploy.export.trace.repeat import extend
-from loradeploy.export.trial.original import Original, of_module
+from loradeploy.export.trial.original import Original, run_module
 from loradeploy.lora.quiet import quiet
 from loradeploy.printable import logger_of
 
@@ -64,7 +64,7 @@ class Cache:
     value_size: int
 
 
-@uncollected()
+@without_gc()
 def trace(model: torch.nn.Module, task: str) -> ir.Model:
     """Trace `model` into an optimized ONNX graph; batch, sequence and past are dynamic.
 
@@ -176,7 +176,7 @@ def _check_positions(model: torch.nn.Module) -> None:
             )
 
 
-def answers(
+def pytorch_outputs(
     model: torch.nn.Module,
     task: str,
     names: Sequence[str],
@@ -184,7 +184,7 @@ def answers(
     adapters: Mapping[str, Adapter],
     embeds: Feeds | None = None,
 ) -> Original | None:
-    """Compute the outputs `names` in PyTorch for `feeds`: see `original.of_module`.
+    """Compute the outputs `names` in PyTorch for `feeds`: see `original.run_module`.
 
     `embeds`: for a second run of a decoder, `inputs_embeds`, `inputs_embeds_mask`, and
     `mrope_position_ids` if it takes them.
@@ -192,7 +192,7 @@ def answers(
     kind = TASK_TABLE[task]
     fed = None if embeds is None else (_embedded(model, kind), {**feeds, **embeds})
     with quiet():
-        return of_module(model, _wrapper(model, kind), names, feeds, adapters, fed)
+        return run_module(model, _wrapper(model, kind), names, feeds, adapters, fed)
 
 
 def _embedded(model: Any, kind: Task) -> torch.nn.Module:

@@ -18,7 +18,7 @@ _EXPERTS: Final = ("grouped_mm", "batched_mm")
 
 
 @contextlib.contextmanager
-def uncollected() -> Iterator[None]:
+def without_gc() -> Iterator[None]:
     """Disable the garbage collector, which would scan a trace's many objects repeatedly.
 
     None of the objects has weights, so that little memory is freed late.

@@ -34,7 +34,7 @@ from loradeploy.bundle.outputs import output_of
 from loradeploy.bundle.sample import Sample
 from loradeploy.export.graph.running import NotRunError, Outputs
 from loradeploy.export.trial.opened import Trial, refused
-from loradeploy.export.trial.original import Original, of_graph
+from loradeploy.export.trial.original import Original, run_source_graph
 from loradeploy.export.trial.padding import padding_by_trial, reads_in_parts
 from loradeploy.printable import logger_of
 
@@ -83,7 +83,7 @@ def try_bundle(
     """
     sample = Sample(manifest.inputs, config, pad=pad)
     # The source is closed before the bundle is opened: both would take twice the memory.
-    original = source.original or _given_by(source, manifest, sample)
+    original = source.original or _source_outputs(source, manifest, sample)
     try:
         trial = Trial(directory, manifest)
     except NotRunError as problem:
@@ -92,7 +92,7 @@ def try_bundle(
         logger.warning("not tried, onnxruntime does not run it on the CPU: %s", problem)
         return manifest
     if original is None:
-        trial.try_alone(sample)
+        trial.run_uncompared(sample)
     else:
         _check(trial, original, quantized_here=source.quantized_here)
     padding = padding_by_trial(trial, sample, pad)
@@ -101,24 +101,24 @@ def try_bundle(
     if manifest.traced or reads_in_parts(trial, sample, pad) is not False:
         return manifest
     logger.warning(
-        "the graph answers otherwise where several tokens are read behind others that it has read:"
-        " Engine and loradeploy serve, which read prompts in parts, refuse it; use TextGenerator"
+        "the graph gives other outputs if it reads several tokens after cached ones: Engine and"
+        " loradeploy serve, which read prompts in parts, refuse it; use TextGenerator"
     )
     return dataclasses.replace(manifest, whole_prompts=True)
 
 
-def _given_by(source: Source, manifest: Manifest, sample: Sample) -> Original | None:
+def _source_outputs(source: Source, manifest: Manifest, sample: Sample) -> Original | None:
     """The outputs of the source's graph for a sample; None if it cannot be run."""
     graph = source.graph
     if graph is None:
         return None
     names = [spec.name for spec in manifest.outputs]
     try:
-        given = of_graph(graph, sample.feeds(), names, source.renamed)
+        given = run_source_graph(graph, sample.feeds(), names, source.renamed)
         encoder = graph.parent / ENCODER_NAME
         if manifest.encoder is None or not encoder.is_file():
             return given
-        outputs = {**given.outputs, **of_graph(encoder, sample.feeds(), names, {}).outputs}
+        outputs = {**given.outputs, **run_source_graph(encoder, sample.feeds(), names, {}).outputs}
         return dataclasses.replace(given, outputs=outputs)
     except (NotRunError, TypeError) as problem:  # a dtype that numpy does not have
         logger.warning("not compared with %s, which is not run here: %s", graph.name, problem)
@@ -161,7 +161,7 @@ def _check(trial: Trial, original: Original, *, quantized_here: bool) -> None:
     elif trial.manifest.precision == "fp32" and _same(base, original.outputs):
         changed = original.update is None or not _same(original.update.outputs, original.outputs)
         if changed and any(values.any() for values in original.outputs.values()):
-            logger.warning("the merged graph answers a sample as the base does")
+            logger.warning("the merged graph gives the outputs of the base for a sample")
     _check_update(trial, original, base)
     _check_kept(trial, original.feeds, base, adapted)
 
@@ -223,7 +223,7 @@ def _check_update(trial: Trial, original: Original, base: Outputs) -> None:
 
 def _check_side_inputs(trial: Trial, feeds: Feeds, base: Outputs) -> Outputs | None:
     """Check that random side inputs change their own row only; return the outputs with them."""
-    made = trial.made_side_inputs()
+    made = trial.random_side_inputs()
     if not made:
         return None
     adapted = trial.run(feeds, made)
@@ -234,7 +234,7 @@ def _check_side_inputs(trial: Trial, feeds: Feeds, base: Outputs) -> Outputs | N
     rows = {values.shape[0] for values in feeds.values() if values.ndim > 1}
     if len(rows) != 1 or (count := rows.pop()) < 2:
         return adapted
-    mixed = trial.run(feeds, trial.beside_base(made, count))
+    mixed = trial.run(feeds, trial.mixed_with_base(made, count))
     limit = _LIMITS[trial.manifest.precision]
     for name, values in mixed.items():
         if values.ndim < 2 or values.shape[0] != count:
@@ -281,7 +281,7 @@ def _check_kept(trial: Trial, feeds: Feeds, base: Outputs, adapted: Outputs | No
     name = output_of(trial.manifest)
     rows, tokens = feeds[INPUT_IDS].shape
     kept = np.stack([np.arange(rows) % tokens, np.full(rows, -1)], axis=1)  # [rows, 2]
-    for outputs, made in ((base, None), (adapted, trial.made_side_inputs())):
+    for outputs, made in ((base, None), (adapted, trial.random_side_inputs())):
         if outputs is None:
             continue
         whole = outputs[name]

@@ -24,7 +24,7 @@ from loradeploy.bundle.sample import Sample
 from loradeploy.errors import BundleError, ExportError
 from loradeploy.export.graph.running import NotRunError, Outputs, open_graph, run_graph, run_graphs
 from loradeploy.export.passes.forms.required import BASE_INPUTS_NAME
-from loradeploy.export.trial.original import made_factors
+from loradeploy.export.trial.original import random_factors
 from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class Trial:
         except NotRunError as problem:
             raise refused(f"onnxruntime cannot run its {REQUIRED_NAME}: {problem}") from None
 
-    def try_alone(self, sample: Sample) -> None:
+    def run_uncompared(self, sample: Sample) -> None:
         """Run the bundle without comparing it, if a sample can be made."""
         try:
             feeds = sample.feeds()
@@ -117,11 +117,11 @@ class Trial:
         except (NotRunError, TypeError) as problem:
             logger.warning("opened, not run: no sample could be made for it (%s)", problem)
 
-    def made_side_inputs(self) -> dict[str, NDArray[Any]]:
+    def random_side_inputs(self) -> dict[str, NDArray[Any]]:
         """Random side inputs of every kind, with one slot; empty for a merged graph."""
         made: dict[str, NDArray[Any]] = {}
         for target in self.manifest.targets:
-            factors = made_factors(
+            factors = random_factors(
                 target.in_features,
                 target.out_features,
                 scale=_SCALE,
@@ -135,7 +135,9 @@ class Trial:
             made[name] = default + random.standard_normal((1, len(default))) * _SCALE
         return {name: values.astype(self.manifest.factor_dtype) for name, values in made.items()}
 
-    def beside_base(self, made: Mapping[str, NDArray[Any]], count: int) -> dict[str, NDArray[Any]]:
+    def mixed_with_base(
+        self, made: Mapping[str, NDArray[Any]], count: int
+    ) -> dict[str, NDArray[Any]]:
         """`made` for the first of `count` rows, and the base for the others."""
         defaults = self._defaults()
         changes = change_inputs(self.manifest)

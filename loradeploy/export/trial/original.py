@@ -64,7 +64,7 @@ class Original:
 # -- a checkpoint ----------------------------------------------------------------------------------
 
 
-def of_module(
+def run_module(
     model: Any,
     wrapper: torch.nn.Module,
     names: Sequence[str],
@@ -165,10 +165,10 @@ def _made(model: Any) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32
     out, into = module.weight.shape
     if isinstance(module, Conv1D):
         out, into = into, out
-    return {name: made_factors(int(into), int(out), scale=0.5)}
+    return {name: random_factors(int(into), int(out), scale=0.5)}
 
 
-def made_factors(
+def random_factors(
     into: int, out: int, *, scale: float, experts: int = 1
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Random A [in, rank] and B [rank, out]; for x of size 1 the update has the size `scale`.
@@ -209,7 +209,7 @@ def _updated(
 # -- a graph ---------------------------------------------------------------------------------------
 
 
-def of_graph(
+def run_source_graph(
     file: Path, feeds: Feeds, names: Sequence[str], renamed: Mapping[str, str]
 ) -> Original:
     """Run the graph in `file`, for those of the outputs `names` that it has.

@@ -109,38 +109,40 @@ class _Rows:
         self._short = sample.tokens(2, _SHORT, seed=1)
         self._long = sample.tokens(1, _LONG, seed=2)[0]
         self._next = sample.tokens(1, 1, seed=3)
-        self._made = trial.made_side_inputs() or None
+        self._side_inputs = trial.random_side_inputs() or None
 
     def padding(self, sides: tuple[str, ...]) -> str | None:
         """The first of `sides` that changes no output, or `NO_PADDING`; None if no row runs."""
         try:
-            alone = self._answers(self._short[:1], np.ones((1, _SHORT), np.int64), [-1])
+            alone = self._row_outputs(self._short[:1], np.ones((1, _SHORT), np.int64), [-1])
         except ExportError:
             return None
         if not all(np.isfinite(values).all() for values in alone):
             return None
-        return next((side for side in sides if self._holds(side, alone)), NO_PADDING)
+        return next((side for side in sides if self._changes_nothing(side, alone)), NO_PADDING)
 
     def in_parts(self) -> bool | None:
         """Whether the longer row has the same outputs in two parts; None if no row runs."""
         ids, mask = self._long[np.newaxis], np.ones((1, _LONG), np.int64)
         begin = _SHORT  # the rest is several tokens
         try:
-            whole = self._trial.run(self._feeds(ids, mask, None), self._made)[self._scores]
-            short = self._answers(self._short[:1], mask[:, :_SHORT], [-1])
+            whole = self._trial.run(self._feeds(ids, mask, None), self._side_inputs)[self._scores]
+            short = self._row_outputs(self._short[:1], mask[:, :_SHORT], [-1])
             limit = self._limit(short)
         except ExportError:
             return None
         try:
-            first = self._trial.run(self._feeds(ids[:, :begin], mask[:, :begin], None), self._made)
-            rest = self._trial.run(self._feeds(ids[:, begin:], mask, first), self._made)
+            first = self._trial.run(
+                self._feeds(ids[:, :begin], mask[:, :begin], None), self._side_inputs
+            )
+            rest = self._trial.run(self._feeds(ids[:, begin:], mask, first), self._side_inputs)
         except ExportError:
             return False
         found = rest[self._scores]
         expected = whole if whole.ndim == 2 else whole[:, -found.shape[1] :]
         return bool(_change(expected, found) <= limit)
 
-    def _holds(self, side: str, alone: list[NDArray[Any]]) -> bool:
+    def _changes_nothing(self, side: str, alone: list[NDArray[Any]]) -> bool:
         try:
             limit = self._limit(alone)
             padded = self._padded(side)
@@ -150,7 +152,7 @@ class _Rows:
 
     def _limit(self, alone: list[NDArray[Any]]) -> float:
         """The largest change by rounding, measured with a neighbor of the same length."""
-        beside = self._answers(self._short, np.ones((2, _SHORT), np.int64), [-1, -1])
+        beside = self._row_outputs(self._short, np.ones((2, _SHORT), np.int64), [-1, -1])
         noise = _largest_change(alone, [values[:1] for values in beside])
         return min(max(_ROUNDING.get(self._manifest.precision, 1e-3), _NOISE * noise), _MOST)
 
@@ -162,13 +164,13 @@ class _Rows:
         ids[0, tokens], mask[0, tokens] = self._short[0], 1
         ids[1], mask[1] = self._long, 1
         ends = [-1, -1] if side == LEFT else [_SHORT - 1, _LONG - 1]
-        return [values[:1] for values in self._answers(ids, mask, ends)]
+        return [values[:1] for values in self._row_outputs(ids, mask, ends)]
 
-    def _answers(
+    def _row_outputs(
         self, ids: NDArray[np.int64], mask: NDArray[np.int64], ends: list[int]
     ) -> list[NDArray[Any]]:
         """The outputs by row; for a decoder, the scores of the next token and of a further step."""
-        outputs = self._trial.run(self._feeds(ids, mask, None), self._made)
+        outputs = self._trial.run(self._feeds(ids, mask, None), self._side_inputs)
         if self._manifest.task != CAUSAL_LM:
             return self._of_encoder(outputs, mask)
         first = outputs[self._scores]
@@ -180,7 +182,7 @@ class _Rows:
             return [prefill]
         step = np.repeat(self._next, len(ids), axis=0)
         mask = np.concatenate([mask, np.ones_like(step)], axis=1)
-        after = self._trial.run(self._feeds(step, mask, outputs), self._made)
+        after = self._trial.run(self._feeds(step, mask, outputs), self._side_inputs)
         last = after[self._scores]
         return [prefill, last if last.ndim == 2 else last[:, -1]]
 

@@ -34,10 +34,10 @@ from loradeploy.export.graph.names import (
     LORA_ADD,
     OFFSET_ADD,
     SCALE_MUL,
-    called_after,
     is_step,
     module_of_output,
     module_of_step,
+    modules_of_label,
 )
 from loradeploy.export.match.linears import find_linears
 from loradeploy.export.match.modules.naming import module_of
@@ -238,7 +238,7 @@ class _Graph:
 
     def _take_apart(self, scope: str | None) -> None:
         """Record the modules of a fused scope such as parent.q_proj+k_proj+v_proj."""
-        modules = called_after(scope) if scope else []
+        modules = modules_of_label(scope) if scope else []
         if len(modules) > 1:
             self._whole.update(dict.fromkeys(modules, str(scope)))
 

@@ -69,7 +69,7 @@ def quantized_weights(bundle: Path, manifest: Manifest) -> Mapping[str, Quantize
         BundleError: a weight is quantized in an unsupported way.
     """
     from loradeploy.export.graph.halves import load_bundle_graph
-    from loradeploy.export.graph.names import called_after
+    from loradeploy.export.graph.names import modules_of_label
     from loradeploy.export.match.linears import find_linears
     from loradeploy.export.match.products import products
     from loradeploy.export.match.quantized import INTEGER
@@ -95,7 +95,7 @@ def quantized_weights(bundle: Path, manifest: Manifest) -> Mapping[str, Quantize
             )
         weight = _quantized_weight(product, values)
         # A merged graph may have q, k and v in one product; no block spans two modules.
-        found |= dict.fromkeys(called_after(name), weight)
+        found |= dict.fromkeys(modules_of_label(name), weight)
     return found
 
 

@@ -15,7 +15,7 @@ from loradeploy.bundle.names import LOGITS_TO_KEEP
 from loradeploy.errors import ExportError, UsageError
 from loradeploy.export.api import export
 from loradeploy.export.graph.file import load_graph
-from loradeploy.export.passes.gqa import group_queries, keeps_cache
+from loradeploy.export.passes.gqa import group_queries, updates_cache_in_place
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.generation import TextGenerator
 from loradeploy.runtime.timing import time_bundle
@@ -219,17 +219,17 @@ def test_generation_with_a_cache_of_fixed_size_equals_that_with_a_growing_cache(
 
 def test_a_cache_with_other_readers_or_writers_is_not_shared(grouped: Path) -> None:
     model = load_graph(grouped / "model.onnx")
-    assert keeps_cache(model)
+    assert updates_cache_in_place(model)
     past = next(v for v in model.graph.inputs if v.name == "past_key_values.0.key")
     model.graph.append(ir.node("Shape", [past]))  # for example, to compute positions
-    assert not keeps_cache(model)
+    assert not updates_cache_in_place(model)
     model = load_graph(grouped / "model.onnx")
     places = {value.name: place for place, value in enumerate(model.graph.outputs)}
     key, value = places["present.0.key"], places["present.0.value"]
     outputs = model.graph.outputs
     outputs[key].name, outputs[value].name = "present.0.value", "present.0.key"
-    assert not keeps_cache(model)
-    assert not keeps_cache(Builder().model())
+    assert not updates_cache_in_place(model)
+    assert not updates_cache_in_place(Builder().model())
 
 
 @pytest.mark.parametrize("form", [{}, {"layout": "rows", "branches": True}], ids=["", "branches"])

@@ -42,7 +42,7 @@ def a_trial(kind: str) -> Any:
         return {"logits": np.concatenate([sums, -sums], axis=2), "present.0.key": present}
 
     manifest = a_manifest(inputs=INPUTS, outputs=OUTPUTS, targets=(), saved=(), adapters={})
-    return SimpleNamespace(manifest=manifest, made_side_inputs=dict, run=run)
+    return SimpleNamespace(manifest=manifest, random_side_inputs=dict, run=run)
 
 
 @pytest.mark.parametrize(

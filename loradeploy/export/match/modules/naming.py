@@ -142,7 +142,7 @@ def _unfused(product: Product, module: str, found_by: str) -> tuple[tuple[str, i
 
 
 def _parts_of(node: ir.Node) -> tuple[int, int, int] | None:
-    """The outputs of q, k and v, from the node after the product `node` that separates them."""
+    """The numbers of outputs of q, k and v, from the node after `node` that splits them."""
     for user in _users_after_bias(node):
         if user.op_type in _ATTENTION:
             heads = _attribute(user, "num_heads")

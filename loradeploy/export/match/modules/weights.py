@@ -55,12 +55,12 @@ class Matrix:
 
     @property
     def outputs(self) -> int:
-        """The features of a row of y = x Wᵀ."""
+        """The number of features of y = x Wᵀ."""
         return self.stored.shape[1 if self.transposed else 0]
 
     @property
     def inputs(self) -> int:
-        """The features of a row of x."""
+        """The number of features of x."""
         return self.stored.shape[0 if self.transposed else 1]
 
     def samples(self) -> list[int]:

@@ -97,7 +97,7 @@ class Part:
 
 
 def find_parts(model: ir.Model) -> dict[str, Part]:
-    """Every embedding, convolution and norm whose weight is constant, by its module."""
+    """Every embedding, convolution and norm with a constant weight, by module."""
     parts: dict[str, Part] = {}
     calls: dict[str, list[ir.Node]] = {}
     ambiguous = set()

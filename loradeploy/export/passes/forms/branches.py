@@ -60,10 +60,10 @@ def branches_problem(graph: ir.Graph) -> str | None:
 
 
 def add_branches(graph: ir.Graph) -> None:
-    """Give a graph with side inputs its two branches.
+    """Split a graph with side inputs into its two branches.
 
     Raises:
-        ExportError: the graph has branches or loops of its own, or weights that cannot be shared.
+        ExportError: the graph already has branches or loops, or weights that cannot be shared.
     """
     import onnx_ir as ir
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 
-def has_rows(graph: ir.Graph) -> bool:
+def supports_rows(graph: ir.Graph) -> bool:
     """Whether the graph can have the layout of rows: `adapter_ids` is used to gather slots only."""
     ids = graph.initializers[ADAPTER_IDS]
     return len(gathered_slots(graph)) == len(ids.uses())
@@ -28,9 +28,9 @@ def use_row_layout(graph: ir.Graph) -> None:
     """Use the side inputs as they are fed, slot i for row i, and remove `adapter_ids`.
 
     Raises:
-        ExportError: other nodes need the slot numbers (see `has_rows`).
+        ExportError: other nodes need the slot numbers (see `supports_rows`).
     """
-    if not has_rows(graph):
+    if not supports_rows(graph):
         raise ExportError('factors of embeddings need slot numbers: export with `layout="slots"`')
     ids = graph.initializers[ADAPTER_IDS]
     for gathered, source in gathered_slots(graph).items():

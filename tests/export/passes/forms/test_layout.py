@@ -9,7 +9,7 @@ import pytest
 from loradeploy.errors import ExportError
 from loradeploy.export.match.linears import find_linears
 from loradeploy.export.match.whole.parts import find_parts
-from loradeploy.export.passes.forms.layout import has_rows, use_row_layout
+from loradeploy.export.passes.forms.layout import supports_rows, use_row_layout
 from loradeploy.export.passes.side_inputs.inject import (
     SideInputs,
     inject_side_inputs,
@@ -78,7 +78,7 @@ def test_factors_of_an_embedding_keep_their_slots() -> None:
     model = b.model(y)
     inject_side_inputs(model, [], embeddings=[find_parts(model)["embed"]])
     before = ops(model)
-    assert not has_rows(model.graph)
+    assert not supports_rows(model.graph)
     with pytest.raises(ExportError, match="embeddings need slot numbers"):
         use_row_layout(model.graph)
     assert ops(model) == before
