@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from loradeploy.bundle.names import NATIVE_SUFFIX
 from loradeploy.errors import UsageError
-from loradeploy.files import check_keeps_inputs
+from loradeploy.files import check_keeps_inputs, check_replaceable_file
 
 if TYPE_CHECKING:
     from loradeploy.adapter import Adapter
@@ -59,6 +59,7 @@ def convert(
 
     Raises:
         UsageError: not exactly one conversion is requested, or it does not apply to this adapter;
+            `output` has files that loradeploy did not write;
             the form of another library needs `model` or `name`, or does not use the one given.
         AdapterError: the adapter cannot be read, or (AdapterMismatchError) does not fit the bundle.
         BundleError, ModelError: the bundle or the model cannot be read.
@@ -86,7 +87,11 @@ def _between_forms(adapter: Path, bundle: Path, output: Path) -> Adapter:
     from loradeploy.adapter import load_adapter
     from loradeploy.bundle.adapter_inputs.base import BundleBase
     from loradeploy.bundle.adapter_inputs.factors import adapter_from_side_inputs
-    from loradeploy.bundle.adapter_inputs.native import read_onnx_adapter, write_onnx_adapter
+    from loradeploy.bundle.adapter_inputs.native import (
+        is_onnx_adapter,
+        read_onnx_adapter,
+        write_onnx_adapter,
+    )
     from loradeploy.bundle.manifest import read_manifest
 
     manifest = read_manifest(bundle)
@@ -98,6 +103,7 @@ def _between_forms(adapter: Path, bundle: Path, output: Path) -> Adapter:
             f" directory: {adapter} and {output} are not"
         )
     if to_native:
+        check_replaceable_file(output, kind=f"an {NATIVE_SUFFIX} file", own=is_onnx_adapter)
         converted = load_adapter(adapter)
         write_onnx_adapter(converted, manifest, output, base)
     else:

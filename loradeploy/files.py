@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, Final, NoReturn
 
 from loradeploy.errors import BundleError, LoraDeployError, first_line, shown
 from loradeploy.parsing import parse_json
+from loradeploy.paths import resolved
 from loradeploy.printable import as_json
 from loradeploy.writing import _exchange as _exchange
 from loradeploy.writing import (
@@ -25,6 +26,7 @@ from loradeploy.writing import (
     atomic_file,
     check_keeps_inputs,
     check_replaceable,
+    check_replaceable_file,
 )
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "check_file",
     "check_keeps_inputs",
     "check_replaceable",
+    "check_replaceable_file",
     "copy_file",
     "inside",
     "is_json_lines",
@@ -228,7 +231,7 @@ def inside(root: str | os.PathLike[str], relative: str) -> Path:
         BundleError: `relative` is absolute, leads outside `root` by `..` or a link, or is not a
             valid path.
     """
-    top = Path(root).resolve()
+    top = resolved(root)
     try:
         path = (top / relative).resolve()
         path.is_file()  # raises if a name is too long

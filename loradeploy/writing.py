@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
 import os
 import re
 import secrets
@@ -21,6 +22,7 @@ from typing import Final
 
 from loradeploy.disk import explained
 from loradeploy.errors import UsageError
+from loradeploy.paths import expanded, resolved
 
 if sys.platform == "win32":
     fcntl = None
@@ -34,6 +36,8 @@ OwnFiles = Callable[[Path], Collection[str]]
 # Age at which a leftover is removed if the file system has no locks.
 _STALE_SECONDS: Final = 24 * 3600
 _ATTEMPTS: Final = 100
+# Bytes of a name to which a temporary one can still add its own part.
+_LONG_NAME: Final = 200
 
 
 def just_the_marker(directory: Path) -> Collection[str]:
@@ -89,7 +93,7 @@ def only_writer(directory: Path) -> Iterator[None]:
         with explained(directory):
             directory.mkdir(parents=True, exist_ok=True)
         try:
-            lock = _lock(directory.resolve())  # a link may lead to a larger disk
+            lock = _lock(resolved(directory))  # a link may lead to a larger disk
         except BlockingIOError:
             raise UsageError(_busy(directory)) from None
         except FileNotFoundError:
@@ -110,7 +114,7 @@ def only_writer(directory: Path) -> Iterator[None]:
 def check_no_writer(directory: Path) -> None:
     """Raise UsageError if another process is writing in `directory`, see `only_writer`."""
     try:
-        lock = _lock(directory.resolve())
+        lock = _lock(resolved(directory))
     except BlockingIOError:
         raise UsageError(_busy(directory)) from None
     except OSError:
@@ -137,7 +141,7 @@ def check_replaceable(path: Path, *, marker: str, own_files: OwnFiles = just_the
         return
     if not path.is_dir():
         raise UsageError(f"{path} is a file: give the name of a directory")
-    if path.resolve() == Path.home().resolve() or os.path.ismount(path):
+    if resolved(path) == resolved(expanded("~")) or os.path.ismount(path):
         raise UsageError(f"{path} is a home directory or a mount point: choose one inside it")
     if not any(path.iterdir()):
         return
@@ -152,6 +156,24 @@ def check_replaceable(path: Path, *, marker: str, own_files: OwnFiles = just_the
         )
 
 
+def check_replaceable_file(path: Path, *, kind: str, own: Callable[[Path], bool]) -> None:
+    """Raise UsageError unless `path` does not exist, or is a file that may be replaced.
+
+    That is an empty file, or one for which `own` is true: loradeploy wrote it, as `kind`. Links,
+    directories and special files are always refused.
+    """
+    if path.is_symlink():
+        raise UsageError(f"{path} is a link: give the file that it refers to")
+    if path.is_dir():
+        raise UsageError(f"{path} is a directory: give the name of a file")
+    if not path.exists():
+        return
+    if not path.is_file():
+        raise UsageError(f"{path} is not a regular file: give another name")
+    if path.stat().st_size > 0 and not own(path):
+        raise UsageError(f"{path} exists and is not {kind}: move it, or give another name")
+
+
 def check_keeps_inputs(
     output: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]]
 ) -> None:
@@ -160,9 +182,11 @@ def check_keeps_inputs(
     Replacing the output would delete the input. An output inside an input, such as a directory
     onnx/ inside a checkpoint, is allowed.
     """
-    replaced = Path(output).resolve()
+    if not os.fspath(output):
+        raise UsageError("the output is an empty path: give the name of a directory or file")
+    replaced = resolved(output)
     for path in inputs:
-        if Path(path).exists() and Path(path).resolve().is_relative_to(replaced):
+        if Path(path).exists() and resolved(path).is_relative_to(replaced):
             raise UsageError(
                 f"{path} would be replaced by the output {output}: choose another directory"
             )
@@ -223,7 +247,16 @@ def _exchange(new: Path, old: Path) -> None:
 
 
 def _free_name(target: Path, ending: str) -> Path:
-    return target.with_name(f".{target.name}.{secrets.token_hex(8)}.{ending}")
+    return target.with_name(f".{_beginning(target)}.{secrets.token_hex(8)}.{ending}")
+
+
+def _beginning(target: Path) -> str:
+    """What the names of temporary paths of `target` begin with: its name if that is not too long.
+
+    File systems allow 255 bytes. Long names may have the same beginning, but not the same digest.
+    """
+    name = os.fsencode(target.name)
+    return target.name if len(name) <= _LONG_NAME else hashlib.sha256(name).hexdigest()
 
 
 def _create_file(path: Path) -> None:
@@ -242,7 +275,8 @@ def _temporary(target: Path, create: Callable[[Path], None]) -> Iterator[Path]:
         path = _free_name(target, "partial")
         lock = None
         try:
-            create(path)
+            with explained(target, path):
+                create(path)
             try:
                 lock = _lock(path)
             except (BlockingIOError, FileNotFoundError):
@@ -291,7 +325,7 @@ def _lock(path: Path) -> int | None:
 
 def _remove_leftovers(target: Path) -> None:
     """Remove leftovers of killed writers of `target`, but not of running ones."""
-    named = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-z_]+\.partial")
+    named = re.compile(rf"\.{re.escape(_beginning(target))}\.[0-9a-z_]+\.partial")
     for leftover in list(target.parent.iterdir()):
         if named.fullmatch(leftover.name) is None:
             continue

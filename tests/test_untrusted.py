@@ -110,6 +110,19 @@ def test_files_of_others_are_opened_in_one_place() -> None:
     assert not found
 
 
+def test_a_path_of_others_is_resolved_in_one_place() -> None:
+    """Path.resolve and Path.expanduser raise RuntimeError where a path leads nowhere."""
+    found = [
+        f"{file}:{line}: {owner}.{name}"
+        for file in SOURCES
+        if file.relative_to(ROOT).parts[0] == "loradeploy" and file.name != "files.py"
+        for owner, name, options, line in calls(file)
+        if owner and (name in ("expanduser", "home") or (name == "resolve" and not options))
+        if owner != "os.path"
+    ]
+    assert not found
+
+
 # -- special files ---------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import stat
@@ -9,19 +10,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import pytest
 
 from loradeploy import writing
-from loradeploy.errors import BundleError, UsageError
+from loradeploy.errors import BundleError, OutputError, UsageError
 from loradeploy.files import read_json, write_json
 from loradeploy.writing import (
     atomic_directory,
     atomic_file,
     check_keeps_inputs,
     check_replaceable,
+    check_replaceable_file,
 )
 
 MARKER = "loradeploy.json"
@@ -89,6 +91,57 @@ def test_directories_with_other_files_are_never_replaced(tmp_path: Path) -> None
     with pytest.raises(UsageError, match="is a file"):
         write_bundle(tmp_path / "home" / "thesis.txt", "new")
     assert (tmp_path / "home" / "thesis.txt").read_text() == "years of work"
+
+
+def own_text(file: Path) -> bool:
+    return file.read_text().startswith("ours")
+
+
+@pytest.mark.parametrize("content", [None, "", "ours: an earlier one"])
+def test_a_file_of_ours_is_replaced(content: str | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "f").write_text(content)
+    check_replaceable_file(tmp_path / "f", kind="one of ours", own=own_text)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no FIFOs here")
+@pytest.mark.parametrize(
+    ("put", "message"),
+    [
+        (lambda f: f.write_text("thesis"), "exists and is not one of ours: move it"),
+        (Path.mkdir, "is a directory"),
+        (lambda f: f.symlink_to(f.with_name("nowhere")), "is a link"),
+        (lambda f: f.symlink_to(f), "is a link"),
+        (lambda f: f.symlink_to("/dev/null"), "is a link"),
+        (lambda f: os.mkfifo(f), "is not a regular file"),
+    ],
+)
+def test_a_file_that_is_not_ours_is_never_replaced(
+    put: Callable[[Path], None], message: str, tmp_path: Path
+) -> None:
+    put(tmp_path / "f")
+    with pytest.raises(UsageError, match=message):
+        check_replaceable_file(tmp_path / "f", kind="one of ours", own=own_text)
+
+
+@pytest.mark.parametrize("name", ["n" * 255, "é" * 127, "a\nb", " x", "-x"])
+def test_a_name_may_be_as_long_as_the_file_system_allows(name: str, tmp_path: Path) -> None:
+    (tmp_path / name[:-1]).write_text("of another target, with the same beginning")
+    for text in ("old", "new"):
+        write_bundle(tmp_path / name, text)
+        assert (tmp_path / name / MARKER).read_text() == text
+    assert sorted(os.listdir(tmp_path)) == sorted([name[:-1], name])
+
+
+def test_a_file_in_a_directory_that_takes_none_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(writing, "_create_file", refuse)
+    with pytest.raises(OutputError, match="f cannot be written: Permission denied$"):
+        write_json(tmp_path / "f", {})
 
 
 def test_a_file_is_replaced_completely_or_kept(tmp_path: Path) -> None:
@@ -186,6 +239,11 @@ def test_an_output_that_is_or_holds_an_input_is_refused(given: str, tmp_path: Pa
     with pytest.raises(UsageError, match="would be replaced by the output"):
         check_keeps_inputs(tmp_path / "b", [tmp_path / given])
     check_keeps_inputs(tmp_path / "b/onnx", [tmp_path / "b", "an/id-of-the-hub"])
+
+
+def test_an_empty_output_is_not_the_current_directory(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="the output is an empty path"):
+        check_keeps_inputs("", [])
 
 
 def test_the_temporary_file_of_a_killed_writer_is_removed_by_the_next_writer(

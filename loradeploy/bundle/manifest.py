@@ -324,6 +324,18 @@ def default_of(spec: TensorSpec) -> NDArray[Any]:
     return np.full(sizes, -1 if spec.name == MROPE_POSITION_IDS else 0, spec.dtype)
 
 
+def check_is_bundle(directory: Path) -> None:
+    """Raise BundleError unless `directory` is one with a manifest, which may be broken.
+
+    Called before all files of a directory are listed, which may be the root of a disk.
+    """
+    if not directory.is_dir():
+        kind = "is a file" if directory.exists() else "does not exist"
+        raise BundleError(f"{directory} {kind}: give a directory that loradeploy export wrote")
+    if not (directory / MANIFEST_NAME).exists():
+        raise BundleError(f"{directory} is not a bundle: it has no {MANIFEST_NAME}")
+
+
 def read_manifest(bundle: str | os.PathLike[str]) -> Manifest:
     """The manifest of the bundle in the directory `bundle`.
 
@@ -331,12 +343,7 @@ def read_manifest(bundle: str | os.PathLike[str]) -> Manifest:
         BundleError: the directory is missing or not a bundle, or its manifest is invalid.
     """
     directory = Path(bundle)
-    if not directory.is_dir():
-        raise BundleError(
-            f"{directory} does not exist: give a directory that loradeploy export wrote"
-        )
-    if not (directory / MANIFEST_NAME).exists():
-        raise BundleError(f"{directory} is not a bundle: it has no {MANIFEST_NAME}")
+    check_is_bundle(directory)
     try:
         return Manifest.from_json(read_json(directory / MANIFEST_NAME, error=BundleError))
     except BundleError as problem:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from loradeploy.cli.console import (
+    GivenPath,
     capture_option,
     json_option,
     print_json,
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     short_help="Time a bundle: base, adapters, swap, mixed batch.",
     epilog="Example: loradeploy bench bundle --batch 8 --length 128",
 )
-@click.argument("bundle", type=click.Path())
+@click.argument("bundle", type=GivenPath())
 @click.option(
     "--adapter",
     "adapters",

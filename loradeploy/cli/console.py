@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -27,6 +28,22 @@ import click
 
 from loradeploy.printable import as_json, printable, readable
 from loradeploy.runtime.devices.table import KNOWN
+
+
+class GivenPath(click.Path):
+    """A path that is not empty: an unset variable of the shell must not mean this directory."""
+
+    def convert(
+        self,
+        value: str | os.PathLike[str],
+        param: click.Parameter | None,
+        ctx: click.Context | None,
+    ) -> str | bytes | os.PathLike[str]:
+        """The path `value`, or a usage error."""
+        if not os.fspath(value):
+            self.fail("the path is empty", param, ctx)
+        return super().convert(value, param, ctx)
+
 
 provider_option = click.option(
     "--provider",

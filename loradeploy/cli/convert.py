@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from loradeploy.cli.console import json_option, print_json, say, trust_option
+from loradeploy.cli.console import GivenPath, json_option, print_json, say, trust_option
 
 
 @click.command(
@@ -12,10 +12,10 @@ from loradeploy.cli.console import json_option, print_json, say, trust_option
     short_help="Convert an adapter: .onnx_adapter and back, other libraries, a lower rank.",
     epilog="Example: loradeploy convert adapters/sport --bundle bundle --output sport.onnx_adapter",
 )
-@click.argument("adapter", type=click.Path())
+@click.argument("adapter", type=GivenPath())
 @click.option(
     "--bundle",
-    type=click.Path(),
+    type=GivenPath(),
     help="Convert to or from an .onnx_adapter file for the graph of this bundle.",
 )
 @click.option(
@@ -25,6 +25,8 @@ from loradeploy.cli.console import json_option, print_json, say, trust_option
 )
 @click.option(
     "--model",
+    type=GivenPath(),
+    metavar="ID|PATH",
     help="Convert an adapter trained with PiSSA or OLoRA to standard LoRA on this base model, or"
     " give the base of another library's adapter if the conversion needs it.",
 )
@@ -35,7 +37,7 @@ from loradeploy.cli.console import json_option, print_json, say, trust_option
 @click.option(
     "--output",
     required=True,
-    type=click.Path(),
+    type=GivenPath(),
     help="Write to this .onnx_adapter file or PEFT adapter directory.",
 )
 @trust_option

@@ -11,7 +11,14 @@ import click
 
 from loradeploy.adapter.tasks import TASKS
 from loradeploy.bundle.graph_form import FORM_OPTIONS, FormOption
-from loradeploy.cli.console import json_option, print_json, print_pairs, progress, trust_option
+from loradeploy.cli.console import (
+    GivenPath,
+    json_option,
+    print_json,
+    print_pairs,
+    progress,
+    trust_option,
+)
 from loradeploy.errors import UsageError
 from loradeploy.files import json_values
 
@@ -59,13 +66,15 @@ def _form_option(option: FormOption) -> Callable[[Callable[..., None]], Callable
 )
 @click.option(
     "--model",
+    type=GivenPath(),
+    metavar="ID|PATH",
     required=True,
     help="The model to export: a Hugging Face id or directory, an ONNX file, or a bundle.",
 )
 @click.option(
     "--output",
     required=True,
-    type=click.Path(),
+    type=GivenPath(),
     help="The directory that the bundle is written to.",
 )
 @click.option(
@@ -91,18 +100,18 @@ def _form_option(option: FormOption) -> Callable[[Callable[..., None]], Callable
 )
 @click.option(
     "--checkpoint",
-    type=click.Path(),
+    type=GivenPath(),
     help="The checkpoint that an ONNX model was exported from. Its weights identify the modules.",
 )
 @click.option(
     "--map",
     "module_map",
-    type=click.Path(),
+    type=GivenPath(),
     help="A JSON file that maps nodes of an ONNX model to modules.",
 )
 @click.option(
     "--triton",
-    type=click.Path(),
+    type=GivenPath(),
     metavar="DIR",
     help="Write the bundle as a model of Triton Inference Server too, into this model repository."
     " Give --merge or --required-inputs with it.",

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from loradeploy.cli.console import json_option, print_json, print_pairs, print_rows, size
+from loradeploy.cli.console import GivenPath, json_option, print_json, print_pairs, print_rows, size
 
 Facts = dict[str, Any]
 
@@ -19,7 +19,7 @@ Facts = dict[str, Any]
     short_help="Describe an adapter, a bundle or an ONNX file.",
     epilog="Example: loradeploy inspect adapters/sport",
 )
-@click.argument("path", type=click.Path())
+@click.argument("path", type=GivenPath())
 @json_option
 def command(path: str, as_json: bool) -> None:
     """Describe PATH: an adapter, a bundle, an ONNX file, an .onnx_adapter or a .safetensors file.

@@ -139,6 +139,7 @@ def _terminable() -> Iterator[None]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with one of the statuses listed above."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    _open_streams()
     # Accepted before and after the command; arguments after -- are text.
     end = given.index("--") if "--" in given else len(given)
     options = [argument for argument in given[:end] if argument != "--debug"]
@@ -152,6 +153,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except _Terminated:
             status = _say("interrupted", TERMINATED)
     sys.exit(status)
+
+
+def _open_streams() -> None:
+    """Replace standard streams that the caller closed by the null device.
+
+    Python has None for them. Without the descriptors, a file that is opened later would get the
+    number of a standard stream, and what libraries print would be written into it.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is not None:
+            continue
+        null = os.open(os.devnull, os.O_RDWR)
+        try:
+            os.fstat(number)
+        except OSError:
+            os.dup2(null, number)
+        setattr(sys, name, os.fdopen(null, "r" if number == 0 else "w", encoding="utf-8"))
 
 
 def _run(given: list[str], *, debug: bool) -> int:
@@ -204,6 +222,8 @@ def _explain(problem: Exception, verb: str | None) -> int:
     if isinstance(problem, OSError) and problem.errno is not None:
         # Such as a full disk or missing permissions, which need no traceback.
         subject = f"{problem.filename}: " if problem.filename is not None else ""
+        if not subject and _directory_is_removed():
+            return _say("Error: the current directory was removed: change to another", REFUSED)
         if not subject and problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             subject = "the standard output cannot be written: "  # writers of files name them
         return _say(f"Error: {subject}{problem.strerror}", REFUSED)
@@ -212,6 +232,15 @@ def _explain(problem: Exception, verb: str | None) -> int:
     kind = type(problem).__name__
     message = f"{kind}: {first_line(problem)}"
     return _say(f"Error: a defect of loradeploy, {message} (--debug shows the traceback)", DEFECT)
+
+
+def _directory_is_removed() -> bool:
+    """Whether the current directory no longer exists, which no relative path can be found in."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def _say(line: str, status: int) -> int:

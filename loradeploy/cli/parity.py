@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 import click
 from click.core import ParameterSource
 
-from loradeploy.cli.console import json_option, print_json, progress, trust_option
+from loradeploy.cli.console import GivenPath, json_option, print_json, progress, trust_option
 from loradeploy.errors import UsageError
 from loradeploy.parity.inputs.prompts import CASES, EXAMPLES, GENERATED
 from loradeploy.parity.names import ALL_PHASES, BACKEND_NAMES, LEVELS
@@ -29,7 +29,7 @@ DASHED_PHASES: Final = tuple(phase.replace(" ", "-") for phase in ALL_PHASES)
     short_help="Prove that a bundle computes what PyTorch computes.",
     epilog="Example: loradeploy parity bundle --model ./smollm2 --report parity.json",
 )
-@click.argument("bundle", type=click.Path(), metavar="BUNDLE|CANDIDATE")
+@click.argument("bundle", type=GivenPath(), metavar="BUNDLE|CANDIDATE")
 @click.option(
     "--against",
     "reference",
@@ -58,6 +58,8 @@ DASHED_PHASES: Final = tuple(phase.replace(" ", "-") for phase in ALL_PHASES)
 )
 @click.option(
     "--model",
+    type=GivenPath(),
+    metavar="ID|PATH",
     help="The PyTorch model that the bundle was made from: a Hugging Face id or a directory."
     " [default: the one that the bundle names, if it is in this directory or beside the bundle]",
 )

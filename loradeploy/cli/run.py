@@ -30,7 +30,7 @@ from loradeploy.cli.answers.encoders import (
     tag,
 )
 from loradeploy.cli.answers.generating import generate, generation_flags, given_settings
-from loradeploy.cli.console import capture_option, provider_option, say_text
+from loradeploy.cli.console import GivenPath, capture_option, provider_option, say_text
 from loradeploy.errors import (
     DataError,
     UnknownAdapterError,
@@ -38,6 +38,7 @@ from loradeploy.errors import (
     listed_names,
 )
 from loradeploy.files import MAX_TEXT_BYTES
+from loradeploy.paths import resolved
 from loradeploy.printable import as_json, one_line
 
 if TYPE_CHECKING:
@@ -51,12 +52,12 @@ if TYPE_CHECKING:
     short_help="Run prompts or texts through a bundle.",
     epilog='Example: loradeploy run bundle "What is the capital of France?" --chat --adapter sport',
 )
-@click.argument("bundle", type=click.Path())
+@click.argument("bundle", type=GivenPath())
 @click.argument("prompt", required=False)
 @click.option(
     "--input",
     "file",
-    type=click.Path(),
+    type=GivenPath(),
     help="Read prompts from this file: one per line, or JSONL objects with prompt, messages, text"
     " (and text_pair) or audio, optionally with adapter and settings such as temperature or stop. -"
     " is standard input.",
@@ -303,7 +304,7 @@ def _name(session: AdapterSession, adapter: str, given: Collection[str]) -> str:
             f"{adapter!r} is neither an adapter of {session.path}, which has {known},"
             " nor a directory"
         )
-    name = place.resolve().stem if place.is_file() else place.resolve().name
+    name = resolved(place).stem if place.is_file() else resolved(place).name
     name = adapter if name in session.adapters or name in given else name
     session.load(name, place)
     return name

@@ -12,6 +12,7 @@ import click
 
 from loradeploy.adapter.files.named import named_directory
 from loradeploy.cli.console import (
+    GivenPath,
     capture_option,
     json_option,
     print_json,
@@ -62,7 +63,7 @@ def _limits(command: _Command) -> _Command:
     short_help="Serve a bundle over HTTP with an OpenAI-compatible API.",
     epilog="Example: loradeploy serve bundle --adapter-root adapters --api-keys keys.json",
 )
-@click.argument("bundle", type=click.Path(), required=False)
+@click.argument("bundle", type=GivenPath(), required=False)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Listen on this address.")
 @click.option(
     "--port", type=int, default=8000, show_default=True, help="Listen on this port; 0: any."

@@ -10,7 +10,14 @@ from typing import Any, Final
 
 import click
 
-from loradeploy.cli.console import json_option, print_json, print_pairs, say, trust_option
+from loradeploy.cli.console import (
+    GivenPath,
+    json_option,
+    print_json,
+    print_pairs,
+    say,
+    trust_option,
+)
 from loradeploy.errors import UsageError
 from loradeploy.printable import readable
 from loradeploy.train.config import CHOICES, TrainConfig
@@ -55,16 +62,21 @@ def _default(field: dataclasses.Field[Any]) -> str:
     epilog="Example: loradeploy train --model ./smollm2 --data news.jsonl --output adapters/news"
     " --rank 16",
 )
-@click.option("--model", help="Hugging Face id or directory of the base model.")
+@click.option(
+    "--model",
+    type=GivenPath(),
+    metavar="ID|PATH",
+    help="Hugging Face id or directory of the base model.",
+)
 @click.option(
     "--data",
-    type=click.Path(),
+    type=GivenPath(),
     help="Training data: a JSONL, CSV or Parquet file, a saved dataset, or a dataset on the Hugging"
     " Face hub. Columns: prompt and completion, messages, or text; for a classifier text and label,"
     " or a directory with one subdirectory per class.",
 )
-@click.option("--output", type=click.Path(), help="Directory to write the adapter to.")
-@click.option("--config", type=click.Path(), help="A YAML file of settings. Flags take precedence.")
+@click.option("--output", type=GivenPath(), help="Directory to write the adapter to.")
+@click.option("--config", type=GivenPath(), help="A YAML file of settings. Flags take precedence.")
 @click.option(
     "--resume", is_flag=True, help="Continue an interrupted run from its newest checkpoint."
 )

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from loradeploy.errors import UsageError, listed_names
+from loradeploy.paths import expanded
 from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ def export(
     if source.kind != "bundle":
         advice = "add it to the adapters, if it is not merged already"
         warn_of_unused_files(source.directory, advice, given=directories.values())
-    given = None if checkpoint is None else Path(checkpoint).expanduser()
+    given = None if checkpoint is None else expanded(checkpoint)
     if source.manifest is not None:
         asked = inherit(asked, source.manifest)
         if not merge and (names := left_out(directories, source.directory, source.manifest)):

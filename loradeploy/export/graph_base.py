@@ -47,6 +47,7 @@ from loradeploy.export.read.value_names import check_mask, name_values
 from loradeploy.export.tasks import own_task, task_of_graph
 from loradeploy.export.trace.cleanup.tidy import name_dimensions
 from loradeploy.export.trial.bundle import Source as TrialSource
+from loradeploy.paths import resolved
 from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
@@ -191,7 +192,7 @@ def _identity(source: Source, graph: ir.Model, checkpoint: Path | None) -> BaseI
     if checkpoint is None:
         return BaseIdentity(source.name, graph_digest(graph), "onnx")
     check_no_peft_layers(checkpoint, base_tensors(checkpoint))
-    return BaseIdentity(checkpoint.resolve().name, base_digest(checkpoint), "checkpoint")
+    return BaseIdentity(resolved(checkpoint).name, base_digest(checkpoint), "checkpoint")
 
 
 def _task_of(source: Source, graph: ir.Model, asked: str | None, config: Mapping[str, Any]) -> str:

@@ -34,6 +34,7 @@ from loradeploy.bundle.names import (
 from loradeploy.errors import BundleError, ExportError, UsageError
 from loradeploy.export.passes.forms.required import BASE_INPUTS_NAME, of_least_rank
 from loradeploy.files import atomic_directory
+from loradeploy.paths import resolved
 
 CONFIG_NAME: Final = "config.pbtxt"
 SIDE_INPUTS: Final = "side_inputs"
@@ -65,7 +66,7 @@ def write_repository(
         UsageError: Triton would not run this form of the bundle correctly, or the folder has other
             content.
     """
-    place = Path(bundle).resolve()
+    place = resolved(bundle)
     check_form(place, manifest)
     target = Path(repository) / place.name
     graph = GRAPH_NAME if manifest.mode == "merged" else REQUIRED_NAME

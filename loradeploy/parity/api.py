@@ -103,7 +103,7 @@ def parity(
     """
     from pathlib import Path
 
-    from loradeploy.bundle.manifest import read_manifest
+    from loradeploy.bundle.manifest import check_is_bundle, read_manifest
     from loradeploy.bundle.names import CERTIFICATE_NAME, GRAPH_DATA_NAME, GRAPH_NAME
     from loradeploy.bundle.proof.certificate import covered
     from loradeploy.bundle.proof.certificate import digests as file_digests
@@ -145,6 +145,7 @@ def parity(
     if sign is not None and not certificate:
         raise UsageError("sign: there is no certificate to sign, certificate is False")
     key = None if sign is None else private_key(sign)
+    check_is_bundle(path)
     before = Snapshot.take(path)
     manifest = read_manifest(path)
     names = [n for n in covered(path, manifest) if n not in (GRAPH_NAME, GRAPH_DATA_NAME)]

@@ -26,6 +26,7 @@ from loradeploy.lora.base.checkpoint import warn_of_unused_files
 from loradeploy.lora.base.formats import check_unquantized
 from loradeploy.parity.report.results import Variant
 from loradeploy.parity.variants import DEFAULT, DEFAULTS, ON_CPU, Variants
+from loradeploy.paths import resolved
 
 if TYPE_CHECKING:
     from loradeploy.parity.inputs.tokens import Cases
@@ -127,7 +128,7 @@ def find_model(
     """
     if model is None:
         name = manifest.base.name
-        candidates = [path / name for path in (Path(), bundle.resolve().parent)]
+        candidates = [path / name for path in (Path(), resolved(bundle).parent)]
         found = [path for path in candidates if (path / "config.json").is_file()]
         if not found:
             raise UsageError(

@@ -17,7 +17,6 @@ import signal
 import threading
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Final
 
 import ray
@@ -28,6 +27,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Message
 
 from loradeploy.errors import UsageError, first_line
+from loradeploy.paths import resolved
 from loradeploy.printable import logger_of
 from loradeploy.runtime.devices.table import CUDA
 from loradeploy.serve.http.app import create_app
@@ -169,7 +169,7 @@ class Router:
     def __init__(self, replicas: Any, spec: ServiceSpec) -> None:
         self._replicas = replicas
         self._limits = spec.limits
-        self._base = Path(spec.bundle).resolve().name
+        self._base = resolved(spec.bundle).name
         self._keys = None if spec.api_keys is None else KeyRing.read(spec.api_keys)
 
     async def __call__(self, request: Request) -> Response:
@@ -293,7 +293,7 @@ def run(spec: ServiceSpec, scale: Scale, port: int) -> str:
         )
     if port == 0:
         raise UsageError("`port` is 0: give Ray one")
-    spec = replace(spec, bundle=str(Path(spec.bundle).resolve()))
+    spec = replace(spec, bundle=str(resolved(spec.bundle)))
     if not ray.is_initialized():
         ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
     serve.start(http_options={"host": spec.host, "port": port})

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from loradeploy.adapter.files.named import named_directory
+from loradeploy.errors import UsageError
 
 
 def test_a_folder_of_a_sweep_may_have_an_equals_sign_in_its_path(tmp_path: Path) -> None:
@@ -19,6 +20,12 @@ def test_a_folder_of_a_sweep_may_have_an_equals_sign_in_its_path(tmp_path: Path)
 def test_a_tilde_behind_the_name_is_the_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
     assert named_directory("sport=~/final") == ("sport", Path("/home/somebody/final"))
+
+
+@pytest.mark.parametrize("text", ["", "sport=", "="])
+def test_no_path_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="names no directory: give an adapter as"):
+        named_directory(text)
 
 
 def test_a_directory_names_itself() -> None:

@@ -195,6 +195,88 @@ def test_convert_replaces_nobodys_directory(
     assert os.listdir(thesis) == ["thesis.txt"]
 
 
+@pytest.mark.parametrize("suffix", [".onnx_adapter", ".json", ".xml", ".md", ".html"])
+def test_a_file_of_something_else_is_replaced_by_no_command(
+    suffix: str, adapter: Path, tiny_llama_bundle: Path, tmp_path: Path, run: Run
+) -> None:
+    thesis = (tmp_path / "thesis").with_suffix(suffix)
+    thesis.write_text("years of work")
+    if suffix == ".onnx_adapter":
+        said = run("convert", adapter, "--bundle", tiny_llama_bundle, "--output", thesis)
+    else:
+        said = run("parity", tiny_llama_bundle, "--report", thesis)
+    assert said[0] == 2
+    assert f"{thesis} exists and is not an" in one_line(said[2])
+    assert thesis.read_text() == "years of work"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["inspect", ""],
+        ["run", "", "hi"],
+        ["run", "{bundle}", "--input", ""],
+        ["convert", "{adapter}", "--rank", "1", "--output", ""],
+        ["export", "--model", "", "--output", "{tmp}/o"],
+        ["export", "--model", "{bundle}", "--output", "", "--adapter", "{adapter}", "--merge"],
+        ["export", "--model", "{bundle}", "--output", "{tmp}/o", "--adapter", ""],
+        ["export", "--model", "{bundle}", "--output", "{tmp}/o", "--adapter", "name="],
+        ["train", "--model", "", "--data", "x", "--output", "{tmp}/o"],
+        ["parity", "{bundle}", "--model", ""],
+        ["bench", ""],
+        ["serve", ""],
+    ],
+)
+def test_an_empty_path_is_not_the_current_directory(
+    arguments: list[str],
+    adapter: Path,
+    tiny_llama_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    run: Run,
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    places = {"tmp": tmp_path, "bundle": tiny_llama_bundle, "adapter": adapter}
+    status, out, err = run(*(argument.format(**places) for argument in arguments))
+    assert (status, out) == (2, "")
+    assert "the path is empty" in err or "names no directory" in one_line(err)
+    assert sorted(os.listdir(tmp_path)) == ["adapter", "here"]
+    assert os.listdir(tmp_path / "here") == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["inspect", "{loop}"],
+        ["run", "{loop}", "hi"],
+        ["run", "{bundle}", "hi", "--adapter", "{loop}"],
+        ["convert", "{loop}", "--rank", "1", "--output", "{tmp}/o"],
+        ["convert", "{adapter}", "--rank", "1", "--output", "{loop}"],
+        ["convert", "{adapter}", "--bundle", "{bundle}", "--output", "{loop}/a.onnx_adapter"],
+        ["export", "--model", "{loop}", "--output", "{tmp}/o"],
+        ["export", "--model", "{bundle}", "--output", "{tmp}/o", "--adapter", "{loop}"],
+        ["export", "--model", "~nobody-of-this-name/x", "--output", "{tmp}/o"],
+        ["parity", "{bundle}", "--report", "{loop}.json"],
+    ],
+)
+def test_a_path_that_leads_nowhere_is_one_line(
+    arguments: list[str], adapter: Path, tiny_llama_bundle: Path, tmp_path: Path, run: Run
+) -> None:
+    for name in ("loop", "loop.json"):
+        (tmp_path / name).symlink_to(tmp_path / name)
+    places = {
+        "tmp": tmp_path,
+        "bundle": tiny_llama_bundle,
+        "adapter": adapter,
+        "loop": tmp_path / "loop",
+    }
+    status, out, err = run(*(argument.format(**places) for argument in arguments))
+    assert (status, out) == (2, "")
+    assert one_line(err)
+    assert sorted(os.listdir(tmp_path)) == ["adapter", "loop", "loop.json"]
+
+
 def test_an_onnx_adapter_for_another_bundle_is_refused(
     adapter: Path, tiny_llama_bundle: Path, tiny_gpt2_bundle: Path, tmp_path: Path, run: Run
 ) -> None:

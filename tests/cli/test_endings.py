@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from loradeploy.adapter import load_adapter
 from loradeploy.errors import LoraDeployError
 from tests.cli.calling import Run, one_line
 from tests.conftest import MakeAdapter
@@ -166,6 +167,71 @@ def test_a_closed_pipe_ends_quietly_and_not_as_a_success(tiny_llama: Path) -> No
     )
     os.close(writing)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="its processes inherit no descriptors")
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["inspect", "{adapter}"], 0),
+        (["inspect", "nowhere"], 2),
+        (["run", "nowhere", "--input", "-"], 2),
+        (["convert", "{adapter}", "--rank", "1", "--output", "{output}"], 0),
+    ],
+)
+@pytest.mark.parametrize("closed", ["0", "1", "2", "012"])
+def test_closed_streams_change_no_status_and_reach_no_file(
+    closed: str,
+    arguments: list[str],
+    status: int,
+    tiny_llama: Path,
+    make_adapter: MakeAdapter,
+    tmp_path: Path,
+) -> None:
+    places = {"adapter": make_adapter(tiny_llama), "output": tmp_path / "out"}
+    given = [argument.format(**places) for argument in arguments]
+    closing = " ".join(f"{number}>&-" for number in closed)
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$@" {closing}', "sh", sys.executable, "-c", CALL, *given],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+    )
+    assert done.returncode == status
+    assert bool(done.stderr) == (status == 2 and "2" not in closed)
+    if "{output}" in arguments:
+        load_adapter(tmp_path / "out")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a current directory cannot be removed there")
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["doctor"], 0),
+        (["inspect", "{adapter}"], 0),
+        (["inspect", "nowhere"], 2),
+        (["convert", "{adapter}", "--rank", "1", "--output", "out"], 2),
+    ],
+)
+def test_a_removed_current_directory_matters_to_relative_paths_alone(
+    arguments: list[str],
+    status: int,
+    tiny_llama: Path,
+    make_adapter: MakeAdapter,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    run: Run,
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    told, _, err = run(*(word.format(adapter=make_adapter(tiny_llama)) for word in arguments))
+    monkeypatch.undo()
+    assert told == status
+    if status:
+        message = "does not exist" if "inspect" in arguments else "the current directory was rem"
+        assert message in one_line(err)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no limit on files there")

@@ -33,6 +33,15 @@ def bundle(certified_bundle: Path, tmp_path: Path) -> Path:
     return shutil.copytree(certified_bundle, tmp_path / "bundle")
 
 
+def test_a_directory_that_is_no_bundle_is_not_searched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be the root of a disk."""
+    monkeypatch.setattr("os.walk", lambda *_: pytest.fail("all of its files are listed"))
+    with pytest.raises(BundleError, match="is not a bundle: it has no loradeploy.json"):
+        AdapterSession(tmp_path)
+
+
 def spoil(bundle: Path) -> None:
     """Other weights, written in place."""
     with open(bundle / DATA, "r+b") as file:

@@ -276,7 +276,7 @@ Arguments = Callable[[Path, Path], list[object]]
         (lambda b, t: [b], UsageError, "either a PROMPT or --input"),
         (lambda b, t: [b, "x", "--input", "y"], UsageError, "either a PROMPT or --input"),
         (lambda b, t: [b, ""], UsageError, "prompt 1 is empty"),
-        (lambda b, t: [b, "x", "--input="], UsageError, "either a PROMPT"),
+        (lambda b, t: [b, "x", "--input=y"], UsageError, "either a PROMPT"),
         (lambda b, t: [t / "none", "x"], LoraDeployError, "none does not exist"),
         (lambda b, t: [b, "x", "--adapter", "ghost"], UnknownAdapterError, "'ghost' is neither"),
         (lambda b, t: [b, "x", "--adapter", ""], UnknownAdapterError, "'' is neither"),

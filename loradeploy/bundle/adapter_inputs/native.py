@@ -14,7 +14,7 @@ from loradeploy.bundle.adapter_inputs.factors import branch_choice, side_inputs
 from loradeploy.bundle.names import ADAPTER_MODE, NATIVE_SUFFIX
 from loradeploy.disk import scratch_directory
 from loradeploy.errors import AdapterError
-from loradeploy.files import MAX_GRAPH_BYTES, atomic_file, copy_file
+from loradeploy.files import MAX_GRAPH_BYTES, atomic_file, copy_file, open_file
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 # Two version numbers that the writer may choose; nothing here reads them.
 _ADAPTER_VERSION = 1
 _MODEL_VERSION = 1
+# Of the flatbuffers of the format, behind an offset of four bytes.
+_IDENTIFIER = b"TORT"
 
 
 def write_onnx_adapter(
@@ -68,8 +70,17 @@ def write_side_inputs(
     with atomic_file(file) as temporary:
         try:
             content.export_adapter(os.fspath(temporary))
+        except TypeError:  # a path that is not UTF-8
+            reason = "onnxruntime writes only to paths that are UTF-8"
+            raise OSError(errno.EILSEQ, reason, str(file)) from None
         except RuntimeError:  # its text is a C++ source line
             raise OSError(errno.EIO, "onnxruntime failed to write it", str(file)) from None
+
+
+def is_onnx_adapter(file: Path) -> bool:
+    """Whether the content of `file` begins as one in this format."""
+    with open_file(file, error=AdapterError) as content:
+        return content.read(8)[4:] == _IDENTIFIER
 
 
 def read_onnx_adapter(file: str | os.PathLike[str]) -> Mapping[str, NDArray[Any]]:

@@ -34,6 +34,7 @@ from loradeploy.errors import (
 )
 from loradeploy.export.match.linears import is_head
 from loradeploy.files import inside
+from loradeploy.paths import expanded, resolved
 
 if TYPE_CHECKING:
     import torch
@@ -93,7 +94,7 @@ def found_in_bundle(
         BundleError: the manifest is invalid, or an adapter's digest is not the manifest's.
         AdapterError: an adapter of the bundle cannot be read.
     """
-    bundle = Path(model).expanduser()
+    bundle = expanded(model)
     missing = {name: path for name, path in directories.items() if not _may_be_adapter(path)}
     if not missing or not (bundle / MANIFEST_NAME).is_file():
         return dict(directories)
@@ -114,12 +115,12 @@ def found_in_bundle(
 
 def left_out(directories: Mapping[str, Path], bundle: Path, manifest: Manifest) -> list[str]:
     """The names of the bundle's adapters that are not among `directories`."""
-    given = {path.resolve() for path in directories.values()}
+    given = {resolved(path) for path in directories.values()}
     return sorted(
         name
         for name, entry in manifest.adapters.items()
         if name not in directories
-        and (entry.path is None or inside(bundle, entry.path).resolve() not in given)
+        and (entry.path is None or resolved(inside(bundle, entry.path)) not in given)
     )
 
 

@@ -24,6 +24,7 @@ from loradeploy.disk import scratch_directory
 from loradeploy.errors import first_line
 from loradeploy.export.graph.file import required_inputs
 from loradeploy.export.graph.running import CPU, trial_options
+from loradeploy.paths import resolved
 from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def open_model(model: ir.Model, directory: Path) -> onnxruntime.InferenceSession
     known = (value.const_value for value in model.graph.initializers.values())
     own = sum(t.nbytes for t in known if t is not None and not isinstance(t, ir.ExternalTensor))
     if own < _MOST_BYTES:
-        options.add_session_config_entry(_FOLDER_OPTION, str(directory.resolve()))
+        options.add_session_config_entry(_FOLDER_OPTION, str(resolved(directory)))
         content = ir.to_proto(model).SerializeToString()
         return onnxruntime.InferenceSession(content, options, providers=[CPU])
     with scratch_directory() as scratch:

@@ -14,6 +14,7 @@ from typing import Final
 from loradeploy.adapter.files.base_files import GRAPHS_FOLDER, graphs_in
 from loradeploy.bundle.names import CONFIG_NAME, GENAI_CONFIG_NAME, GRAPH_NAME
 from loradeploy.errors import ModelError, UsageError, listed_names
+from loradeploy.paths import resolved
 from loradeploy.printable import logger_of
 
 logger = logger_of(__name__)
@@ -97,7 +98,7 @@ def above(graph: Path) -> Path | None:
 
     It is one if the folder is named onnx, or if the folder has no config and the level up has one.
     """
-    folder = graph.resolve().parent
+    folder = resolved(graph).parent
     has_config = any((folder / name).is_file() for name in (CONFIG_NAME, GENAI_CONFIG_NAME))
     if folder.name == GRAPHS_FOLDER or (not has_config and (folder.parent / CONFIG_NAME).is_file()):
         return folder.parent

@@ -27,6 +27,7 @@ from loradeploy.export.read.repository import (
 from loradeploy.files import read_json
 from loradeploy.lora.base.checkpoint import checkpoint_directory, fetch, is_hub_id
 from loradeploy.lora.base.formats import gguf_advice
+from loradeploy.paths import expanded, resolved
 
 # onnxruntime's own format, which other programs cannot read.
 _RUNTIME_FORMAT: Final = ".ort"
@@ -61,7 +62,7 @@ def resolve(model: str | os.PathLike[str], precision: str | None = None) -> Sour
         BundleError: a bundle whose manifest is invalid.
     """
     text = os.fspath(model)
-    path = Path(text).expanduser()
+    path = expanded(text)
     if path.is_file():
         if path.suffix != ".onnx":
             if advice := gguf_advice(path):
@@ -92,7 +93,7 @@ def _of_graph(graph: Path, name: str) -> Source:
 
 
 def _in_directory(directory: Path, precision: str | None) -> Source:
-    name = directory.resolve().name
+    name = resolved(directory).name
     if (directory / MANIFEST_NAME).is_file():
         manifest = read_manifest(directory)
         return Source(

@@ -21,6 +21,7 @@ from loradeploy.files import check_directory, read_bytes
 from loradeploy.lora.base.formats import check_unquantized, gguf_advice
 from loradeploy.lora.base.loading import is_trusted
 from loradeploy.parsing import parse_json
+from loradeploy.paths import expanded, resolved
 from loradeploy.printable import logger_of
 
 logger = logger_of(__name__)
@@ -41,7 +42,7 @@ def find_checkpoint(model: str | os.PathLike[str], *, quantized: Collection[str]
         MissingDependencyError: a hub id, and huggingface_hub is not installed.
     """
     text = os.fspath(model)
-    path = Path(text).expanduser()
+    path = expanded(text)
     if not path.exists() and is_hub_id(text):
         fetched = checkpoint_directory(fetch(text))
         refuse_adapter(fetched)
@@ -73,7 +74,7 @@ def warn_of_unused_files(directory: Path, advice: str, *, given: Iterable[Path] 
 
     `given`: paths of adapters that are used. `advice`: what to do about one that is not.
     """
-    used = any(path.resolve() == directory.resolve() for path in given)
+    used = any(resolved(path) == resolved(directory) for path in given)
     if adapter_beside(directory) and not used:
         logger.warning("the adapter beside the base in %s is not loaded: %s", directory, advice)
     if (stray := stray_weights(directory)) is not None:

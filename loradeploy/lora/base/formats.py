@@ -14,6 +14,7 @@ from typing import Any, Final
 from loradeploy.adapter.files.base_files import base_tensors
 from loradeploy.errors import LoraDeployError, ModelError, shortened
 from loradeploy.files import open_file, read_json
+from loradeploy.paths import resolved
 
 BITSANDBYTES: Final = "bitsandbytes"
 
@@ -74,7 +75,7 @@ def check_unquantized(
     method = _method(config) or _method_of_tensors(path)
     if method is None or method in allowed or method in _UNQUANTIZED:
         return
-    original = _original([path.resolve().name, str(config.get("_name_or_path") or ""), *names])
+    original = _original([resolved(path).name, str(config.get("_name_or_path") or ""), *names])
     raise ModelError(
         f"{path} is quantized by {_TITLES.get(method, shortened(method, 40))}, and its quantized"
         f" weights can be neither exported nor compared: {_way_out(method, original)}"

@@ -16,6 +16,7 @@ from loradeploy.errors import ExportError, listed, listed_names
 from loradeploy.parity.backends.onnx_model import Feeds, NotRunError, OnnxModel, Replayed
 from loradeploy.parity.context import AdapterUnderTest, CheckContext
 from loradeploy.parity.variants import session_options
+from loradeploy.paths import resolved
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -236,7 +237,7 @@ def _options(context: CheckContext) -> onnxruntime.SessionOptions:
 
     options = session_options(context.variant)
     if context.weights is not None:
-        options.add_session_config_entry(WEIGHTS_AT, os.fspath(context.weights.resolve()))
+        options.add_session_config_entry(WEIGHTS_AT, os.fspath(resolved(context.weights)))
     return options
 
 

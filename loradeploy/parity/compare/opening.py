@@ -36,6 +36,7 @@ from loradeploy.errors import (
 from loradeploy.export.read.repository import find_graph
 from loradeploy.files import MAX_GRAPH_BYTES, check_file
 from loradeploy.parity.compare.sides import Side, arrays_of, labels_of
+from loradeploy.paths import expanded, resolved
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +62,7 @@ def open_side(
     """
     if not isinstance(given, str | os.PathLike):
         return _open_object(given, _title(given))
-    path = Path(given).expanduser()
+    path = expanded(given)
     if not path.exists():
         text = os.fspath(given)
         module, colon, attribute = text.partition(":")
@@ -92,7 +93,7 @@ def _open_bundle(path: Path, title: str, providers: Sequence[Provider] | None) -
     data = path / GRAPH_DATA_NAME
     return Side(
         title,
-        path.resolve().name,
+        resolved(path).name,
         run,
         inputs,
         manifest.precision,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from xml.etree import ElementTree as ET
 
+from loradeploy.bundle.proof.certificate import FORMAT
 from loradeploy.errors import UsageError
-from loradeploy.files import atomic_file, write_json
+from loradeploy.files import atomic_file, check_replaceable_file, open_file, write_json
 from loradeploy.parity.report.html import html
 from loradeploy.parity.report.results import BASE_LABEL
 from loradeploy.parity.report.table import (
@@ -28,21 +30,36 @@ if TYPE_CHECKING:
 # In Markdown: the most rows that are not folded away, and the most failures that are listed.
 _LONG: Final = 10
 _MOST_FAILURES: Final = 20
+# What a report of each ending has in its first characters.
+_BEGINNING: Final = 1 << 16
+_MARKS: Final = {
+    ".json": re.compile(rf'"format":\s*"{FORMAT}"'),
+    ".xml": re.compile("<testsuite name=[\"']loradeploy parity "),
+    ".md": re.compile("^### [✅❌] parity "),
+    ".html": re.compile("<title>[✓✕] parity "),
+}
 
 
 def check_reports(files: Iterable[str | os.PathLike[str]]) -> tuple[Path, ...]:
     """Return the paths of the report files, after checking that each can be a report.
 
     Raises:
-        UsageError: an unknown file extension, or a directory.
+        UsageError: an unknown file extension, a directory or link, or an existing file that is not
+            a report.
     """
     paths = tuple(map(Path, files))
     for path in paths:
         if path.suffix not in WRITERS:
             raise UsageError(f"{path}: a report ends in one of {', '.join(WRITERS)}")
-        if path.is_dir():
-            raise UsageError(f"{path} is a directory: give the name of a file")
+        check_replaceable_file(path, kind="an earlier report", own=_is_report)
     return paths
+
+
+def _is_report(file: Path) -> bool:
+    """Whether `file` begins as a report of its ending."""
+    with open_file(file, error=UsageError) as content:
+        beginning = content.read(_BEGINNING).decode("utf-8", "replace")
+    return _MARKS[file.suffix].search(beginning) is not None
 
 
 def write_report(report: ParityReport, file: Path) -> None:

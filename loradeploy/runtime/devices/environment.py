@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from loradeploy.errors import listed_names
+from loradeploy.paths import expanded
 from loradeploy.runtime.devices import cgroups
 from loradeploy.runtime.devices.findings import (
     Finding,
@@ -229,8 +230,8 @@ def _model_cache() -> Finding:
     """The directory of downloaded models, and whether models can be downloaded."""
     name = "model cache"
     default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface"
-    home = Path(os.environ.get("HF_HOME", default)).expanduser()
-    cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser()
+    home = expanded(os.environ.get("HF_HOME", default))
+    cache = expanded(os.environ.get("HF_HUB_CACHE", home / "hub"))
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return Finding(
             name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,7 @@ class Finding:
 
 def machine_root() -> Path:
     """The root directory of the machine's files."""
-    return Path(Path.cwd().anchor)
+    return Path(os.path.abspath(os.sep))
 
 
 def has_nvidia_device(root: Path) -> bool:

@@ -8,13 +8,12 @@ session reads later are compared with the recorded state too.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from loradeploy.bundle.manifest import Manifest, read_manifest
+from loradeploy.bundle.manifest import Manifest, check_is_bundle, read_manifest
 from loradeploy.bundle.names import (
     ADAPTERS_DIRECTORY,
     CERTIFICATE_NAME,
@@ -28,6 +27,7 @@ from loradeploy.bundle.proof.certificate import check_certificate, check_provide
 from loradeploy.bundle.proof.provider import ProviderFacts
 from loradeploy.bundle.proof.requirement import CertificateMinimum
 from loradeploy.errors import BundleError, LoraDeployError
+from loradeploy.paths import resolved
 from loradeploy.runtime.devices.facts import facts_of
 from loradeploy.snapshot import Snapshot
 
@@ -102,7 +102,8 @@ def open_bundle(
     """
     name: str | None = None
     for _ in range(_ATTEMPTS):
-        place = Path(os.path.realpath(bundle))
+        place = resolved(bundle)
+        check_is_bundle(place)
         snapshot = Snapshot.take(place)
         try:
             manifest = read_manifest(place)

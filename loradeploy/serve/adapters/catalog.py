@@ -24,6 +24,7 @@ from loradeploy.errors import (
     UsageError,
     shown,
 )
+from loradeploy.paths import resolved
 from loradeploy.printable import logger_of
 from loradeploy.runtime.adapters.resident import AdapterSpec
 from loradeploy.runtime.session import AdapterSession
@@ -66,7 +67,7 @@ class Catalog:
         on_load: Callable[[float], None],
     ) -> None:
         self.session = session
-        self.base = session.path.resolve().name
+        self.base = resolved(session.path).name
         self._bundled = set(session.adapters)
         if self.base in self._bundled:
             raise UsageError(

@@ -26,6 +26,7 @@ from loradeploy.errors import (
     UsageError,
     first_line,
 )
+from loradeploy.paths import resolved
 from loradeploy.printable import logger_of
 from loradeploy.serve.adapters.fetched import FetchedAdapters
 from loradeploy.snapshot import Snapshot
@@ -106,7 +107,7 @@ class DirectoryRoot:
     def __init__(self, path: Path) -> None:
         if not path.is_dir():
             raise UsageError(f"{path} is not a directory: give `adapter_root` one of adapters")
-        self.path = path.resolve()
+        self.path = resolved(path)
 
     def find(self, entry: str, *, fresh: bool = False) -> Found | None:
         """See `AdapterRoot`; the files' states are read each time."""
@@ -121,7 +122,7 @@ class DirectoryRoot:
 
     def _place(self, entry: str) -> Path | None:
         for path in (self.path / entry, self.path / f"{entry}{NATIVE_SUFFIX}"):
-            place = path.resolve()
+            place = resolved(path)
             if not place.is_relative_to(self.path):
                 continue  # a link to a place outside the root
             if place.is_dir() or (place.is_file() and place.suffix == NATIVE_SUFFIX):

@@ -28,6 +28,7 @@ from loradeploy.files import (
     read_text,
 )
 from loradeploy.lora.base.checkpoint import is_hub_id
+from loradeploy.paths import expanded
 
 # The location of a row, for messages, and its columns.
 Row = tuple[str, dict[str, Any]]
@@ -50,7 +51,7 @@ class Source:
     @property
     def path(self) -> Path:
         """The location as a path."""
-        return Path(self.location).expanduser()
+        return expanded(self.location)
 
     def __str__(self) -> str:
         return os.fspath(self.location)

@@ -30,6 +30,7 @@ from loradeploy.bundle.text.vectors.pooling import POOLS
 from loradeploy.bundle.text.vectors.steps import STEPS, Dense, LayerNorm, normalize
 from loradeploy.errors import BundleError, UsageError, shortened
 from loradeploy.files import write_json
+from loradeploy.paths import resolved
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -168,10 +169,10 @@ def recipe_directory(directory: Path) -> Path | None:
     """
     if (directory / MODULES_NAME).is_file():
         return directory
-    above = directory.resolve().parent
+    above = resolved(directory).parent
     if not (above / MODULES_NAME).is_file():
         return None
-    name = directory.resolve().name
+    name = resolved(directory).name
     modules = RecipeReader(above).list(MODULES_NAME)
     encoder = modules[0].get("path") if modules else None
     return above if name in ("onnx", encoder) else None
