@@ -1,7 +1,7 @@
-"""Experts of a mixture in PyTorch: parameters of three dimensions, and the sizes of their factors.
+"""The parameters of experts in a PyTorch mixture of experts, and the sizes of their factors.
 
-As in PEFT 0.21 a parameter is [experts, out, in], or [experts, in, out] where its module has
-`is_transposed`.
+They have three dimensions. As in PEFT 0.21, a parameter is [experts, out, in], or [experts, in,
+out] if its module has `is_transposed`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Describe a PyTorch model for the check whether an adapter fits."""
+"""Describe a PyTorch model for the check that an adapter fits."""
 
 from __future__ import annotations
 

@@ -44,8 +44,8 @@ class Injection:
 
     `layers`: the LoRA layers by target module. `saved`: the current fully trained parameters
     (modules_to_save, biases), by the base's names; `swaps`: the original ones. `overwritten`:
-    parameters of the base that were overwritten by `carried` and `rows` of the adapter, and those
-    of experts, to which the updates of `experts` were added.
+    parameters of the base that were overwritten by `carried` and `rows` of the adapter, or to which
+    the updates of `experts` were added.
     """
 
     model: nn.Module

@@ -1,6 +1,4 @@
-"""Fully trained parameters: those of modules_to_save, biases, and weights of the base that an
-adapter's file has.
-"""
+"""Fully trained parameters (modules_to_save, biases), and base weights in an adapter's file."""
 
 from __future__ import annotations
 
@@ -50,9 +48,9 @@ class Overwritten:
 
 @torch.no_grad()
 def overwrite(model: nn.Module, adapter: Adapter) -> tuple[Overwritten, ...]:
-    """Overwrite base weights and rows in `model` with those of `adapter`; returns what undoes it.
+    """Overwrite base weights and rows in `model` with those of `adapter`; returns the originals.
 
-    In place, as in PEFT: modules that share the parameter change too. Shapes must fit.
+    This is in place, as in PEFT: modules that share the parameter change, too. Shapes must fit.
 
     Raises:
         AdapterMismatchError: two parameters of the adapter are tied in the model, and differ.
@@ -79,7 +77,7 @@ def overwrite(model: nn.Module, adapter: Adapter) -> tuple[Overwritten, ...]:
 
 @torch.no_grad()
 def update_experts(model: nn.Module, adapter: Adapter) -> tuple[Overwritten, ...]:
-    """W ← W + s · B A for the experts that `adapter` has factors of; returns what undoes it.
+    """W ← W + s · B A for the experts that `adapter` has factors for; returns the originals.
 
     The adapter must fit.
     """
@@ -122,10 +120,10 @@ def saved_names(model: nn.Module, config: AdapterConfig, targets: Container[str]
 def swap_in(
     model: nn.Module, names: Iterable[str]
 ) -> tuple[Mapping[str, nn.Parameter], tuple[Swap, ...]]:
-    """Replace each parameter of `names` by a trainable copy; the copies, and what undoes it.
+    """Replace each parameter in `names` with a trainable copy; returns copies and originals.
 
     This unties a weight that is tied to another module, as in PEFT: fully training an output head
-    does not change the embedding. Biases that are tied stay tied.
+    does not change the embedding. Tied biases stay tied.
     """
     copies: dict[str, nn.Parameter] = {}
     shared: dict[int, nn.Parameter] = {}

@@ -43,7 +43,7 @@ def quiet_process() -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Suppress warnings, log lines and progress bars of torch, transformers and others inside."""
+    """Suppress warnings, logs and progress bars of torch and other libraries in the context."""
     import transformers
 
     noisy = [logging.getLogger(name) for name in _NOISY]
@@ -68,7 +68,7 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def unremarked() -> Iterator[None]:
-    """Suppress loradeploy's own log lines below errors inside, of work that was not requested."""
+    """Suppress loradeploy's log lines below errors in the context, for internal work."""
     logger = logging.getLogger("loradeploy")
     level = logger.level
     logger.setLevel(logging.ERROR)

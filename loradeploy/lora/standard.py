@@ -65,7 +65,7 @@ def to_standard_lora_from_checkpoint(adapter: Adapter, model: str | os.PathLike[
             loaded = load_pretrained(auto, directory, dtype="auto", ignore_mismatched_sizes=True)
     except ModelError:
         raise
-    except Exception as problem:  # from_pretrained raises whatever its readers do
+    except Exception as problem:  # from_pretrained raises exceptions of many types
         raise ModelError(f"{directory} cannot be loaded: {first_line(problem)}") from None
     random = sorted(m for m in adapter.factors if f"{m}.weight" in loaded.lacking)
     if random:
@@ -87,8 +87,8 @@ def to_standard_lora(adapter: Adapter, model: nn.Module) -> Adapter:
         AdapterMismatchError: a target module is not a linear layer of `model`, or has another
             shape.
         AdapterError: it was initialized by a randomized SVD, which cannot be recomputed; or the
-            base weights in its file are not what the initialization leaves of this base's; or
-            another module shares a target's weight.
+            base weights in its file are not those of this base after the initialization; or another
+            module shares a target's weight.
     """
     if not adapter.changes_base:
         return adapter

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def submodels(model: nn.Module) -> tuple[Submodel, ...]:
-    """The transformers models inside `model`, including itself, which is first."""
+    """The transformers models inside `model`. If it is one itself, it is the first."""
     from transformers import PreTrainedModel
 
     return tuple(

@@ -1,1 +1,1 @@
-"""Data to adapter: tasks on transformers' Trainer."""
+"""Train adapters on data: tasks on transformers' Trainer."""

@@ -1,4 +1,4 @@
-"""`loradeploy.train`: from data and a base model to an adapter."""
+"""`loradeploy.train`: train an adapter for a base model on data."""
 
 from __future__ import annotations
 
@@ -29,15 +29,16 @@ def train(
 
     Args:
         model: a Hugging Face directory or id.
-        data: a file, a folder or a dataset; docs/training.md has the forms, and what a row of each
-            task has.
-        output: takes the adapter, `loss.csv`, `loss.png`, and `train.yaml`, the complete settings.
-        config: settings: a `TrainConfig`, a YAML file, or a mapping with its names.
+        data: a file, a folder or a dataset; docs/training.md describes the formats, and the columns
+            of each task.
+        output: the directory for the adapter, `loss.csv`, `loss.png`, and `train.yaml`, the
+            complete settings.
+        config: the settings as a `TrainConfig`, a YAML file, or a mapping with its names.
         resume: continue from the newest checkpoint in `OUTPUT-checkpoints` (see `save_steps`),
             which a completed run removes. The result is the same, bit for bit, as without the
             interruption.
-        trust_remote_code: run the Python files that the model's config names, which can do
-            anything. By default, such a model is refused.
+        trust_remote_code: run the Python files that the model's config names. They can do anything.
+            By default, such a model is refused.
         flags: individual settings, which override those of `config`.
 
     Raises:
@@ -56,7 +57,7 @@ def train(
     try:
         from loradeploy.lora.quiet import quiet
 
-        with quiet():  # accelerate imports bitsandbytes, which has remarks
+        with quiet():  # accelerate imports bitsandbytes, which prints messages
             from loradeploy.train.job import run
     except ModuleNotFoundError as missing:
         from loradeploy.errors import MissingDependencyError

@@ -20,7 +20,7 @@ from loradeploy.errors import UsageError
 
 TASKS: Final = TRAINED_TASKS
 PROBLEMS: Final = tuple(TRAINED_PROBLEMS)
-# Of embedders: on pairs and triplets of texts, and on pairs of texts with a score.
+# Losses of embedders: for pairs and triplets of texts, and for pairs of texts with a score.
 RANKING_LOSSES: Final = ("ranking", "triplet")
 SCORED_LOSSES: Final = ("cosent", "cosine")
 NO_PROMPT: Final = "none"
@@ -29,7 +29,7 @@ QUANTIZED: Final = ("int8", "int4")
 PRECISIONS: Final = ("fp32", "bf16", *QUANTIZED)
 INITS: Final = ("kaiming", "gaussian", "pissa", "olora")
 AUTOCAST: Final = ("fp32", "bf16", "fp16")
-# What an adapter that training continues from states itself.
+# Settings that an adapter to continue from already has.
 OF_ADAPTER: Final = (
     *("rank", "alpha", "use_rslora", "use_dora", "init", "bias", "target_modules"),
     *("exclude_modules", "layers_to_transform", "modules_to_save", "rank_pattern", "alpha_pattern"),
@@ -218,7 +218,7 @@ class TrainConfig:
                 if getattr(self, field.name) != field.default
             ),
         )
-        # Values that cannot be parsed are refused here, not when they are used.
+        # Values that cannot be parsed are refused here, not on first use.
         for name in ("rank_pattern", "alpha_pattern"):
             self.pattern(name)
         _ = self.column_names, self.layers
@@ -242,7 +242,7 @@ class TrainConfig:
 
     @property
     def column_names(self) -> dict[str, str]:
-        """`columns` as `Source` takes them: the column in the data, by the task's name for it."""
+        """`columns` in the form of `Source`: the column in the data by the task's name for it."""
         pairs = [part.split("=") for part in self.columns.split(",") if part.strip()]
         if any(len(pair) != 2 or not all(map(str.strip, pair)) for pair in pairs):
             raise UsageError(f"`columns` is {self.columns!r}: give NAME=COLUMN,NAME=COLUMN")
@@ -269,7 +269,7 @@ class TrainConfig:
 
 
 def check_initial(config: TrainConfig, given: Iterable[str]) -> None:
-    """Raise UsageError if settings that an adapter has itself are `given` beside it."""
+    """Raise UsageError if `given` has settings that the adapter of `init_adapter` has itself."""
     both = [f"`{name}`" for name in given if name in OF_ADAPTER]
     if config.init_adapter and both:
         raise UsageError(
@@ -307,7 +307,7 @@ _RANGES: Final = (
     ("save_steps", 0, _BIG),
     ("seed", 0, 2**32 - 1),
 )
-# Settings of one task alone.
+# Settings of one task only.
 _OF_TASK: Final = {
     "problem_type": SEQUENCE_CLASSIFICATION,
     "embedding_loss": FEATURE_EXTRACTION,

@@ -1,4 +1,4 @@
-"""The settings of a training run as YAML, and from flags."""
+"""Read the settings of a training run from YAML and flags, and write them as YAML."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def read_config(
             raise UsageError(f"unknown setting {name!r}{hint}")
         values[name] = _typed(name, value, str(fields[name].type))
     made = TrainConfig(**values)
-    # What is given is refused even where it has the default, which a TrainConfig cannot tell.
+    # Given settings are refused even if they equal the default, which a TrainConfig cannot show.
     check_initial(made, (flags or {}) if isinstance(config, TrainConfig) else values)
     return made
 
@@ -65,7 +65,7 @@ def read_paths(config: Mapping[str, Any], given: Mapping[str, str | None]) -> di
 def to_yaml(config: TrainConfig, *, explained: bool = False) -> str:
     """`config` as YAML that `read_config` reads, with a comment at each key if `explained`.
 
-    Without the settings that the adapter of `init_adapter` states.
+    The settings that the adapter of `init_adapter` has itself are omitted.
     """
     import yaml
 

@@ -6,7 +6,7 @@ from typing import TypedDict
 
 
 class TrainFlags(TypedDict, total=False):
-    """The fields of `TrainConfig`, each of which `train` takes by its name."""
+    """The fields of `TrainConfig`, which `train` takes as keyword arguments."""
 
     task: str
     problem_type: str

@@ -1,4 +1,4 @@
-"""The adapter that a training goes on from, checked against the run."""
+"""Load the adapter that training continues from, and check that it fits the run."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def initial_adapter(
 ) -> Adapter | None:
     """The adapter at `init_adapter`; None without one.
 
-    `labels`, `heads`: the names of the head's outputs, and the head's modules, of this run.
+    `labels`, `heads`: the label names and the head modules of this run.
 
     Raises:
-        AdapterError: it cannot be read, or needs a changed base.
-        UsageError: it is of another base, task or head; all that differs is listed.
+        AdapterError: it cannot be read, or applies to a base that its initialization changed.
+        UsageError: its base, task or head differs; the message lists all differences.
     """
     if not config.init_adapter:
         return None

@@ -258,7 +258,7 @@ def _adapter_config(
 
 
 def _continued(adapter: Adapter, config: TrainConfig, task: Task) -> Adapter:
-    """`adapter` as this run trains it: with its dropout, for its task."""
+    """`adapter` with the dropout and the task of this run."""
     own = dataclasses.replace(
         adapter.config, lora_dropout=config.dropout, task_type=task.peft, init_lora_weights=True
     )
@@ -279,7 +279,7 @@ def _record(
         "base": digest_of_base,
         "base_config": hashlib.sha256(described.encode()).hexdigest(),
         "data": prepared.digest,
-        "processes": process_count(),  # a step has a batch of each process
+        "processes": process_count(),  # a step has one batch per process
     }
 
 

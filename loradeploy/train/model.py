@@ -27,14 +27,14 @@ from loradeploy.train.config import TrainConfig
 from loradeploy.train.data.features import Encoded
 from loradeploy.train.tasks.table import Task
 
-_NO_TOKENS: Final = 1_000_000  # no limit on those of an image
+_UNLIMITED: Final = 1_000_000  # tokens, for image models
 # int8 and int4 bases are loaded in float32, and quantized afterwards.
 _DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A base model on disk, before its weights are read. `tokenizer`: None of a model of images."""
+    """A base model on disk, before its weights are read. `tokenizer`: None for image models."""
 
     directory: Path
     config: PreTrainedConfig
@@ -42,7 +42,7 @@ class Checkpoint:
 
     @property
     def pad_id(self) -> int:
-        """The padding token; 0 where there are no tokens."""
+        """The padding token; 0 for image models."""
         if self.tokenizer is None:
             return 0
         return pad_token(self.config, self.tokenizer)
@@ -51,7 +51,7 @@ class Checkpoint:
     def max_length(self) -> int:
         """The maximum number of tokens that the model and its tokenizer support."""
         if self.tokenizer is None:
-            return _NO_TOKENS
+            return _UNLIMITED
         positions = stated_length(self.config.to_dict())
         longest = int(self.tokenizer.model_max_length)
         return longest if positions is None else min(longest, positions)
@@ -59,7 +59,7 @@ class Checkpoint:
     def encode(
         self, task: Task, examples: Sequence[Any], labels: Sequence[str], max_length: int
     ) -> Encoded:
-        """The examples as the model takes them: token types only where it has several.
+        """Encode examples for the model, with token types only if it has several.
 
         Raises:
             DataError: as the task's `encode`.
@@ -93,7 +93,7 @@ def open_checkpoint(directory: Path, *, texts: bool = True) -> Checkpoint:
         config = from_pretrained(AutoConfig, directory)
     except ModelError:
         raise
-    except Exception as problem:  # from_pretrained raises whatever its readers do
+    except Exception as problem:  # from_pretrained raises exceptions of many types
         raise ModelError(
             f"{directory}: config.json cannot be used: {first_line(problem)}"
         ) from None
@@ -113,17 +113,18 @@ def open_checkpoint(directory: Path, *, texts: bool = True) -> Checkpoint:
 def load_base(
     checkpoint: Checkpoint, task: Task, labels: Sequence[str] | None, precision: str
 ) -> Base:
-    """The base model for `task`, its weights as wide as `precision` says.
+    """Load the base model for `task` with its weights in `precision`.
 
-    A classifier's head is everything beside the encoder, and what the encoder lacks (a pooler): it
-    is new or of other labels, so it is trained whole, in float32 whatever `precision` says.
+    A classifier's head consists of all modules beside the encoder, and of modules in it that the
+    checkpoint lacks (a pooler). It is new or has other labels, so it is fully trained, and float32
+    for every `precision`.
 
     Raises:
         ModelError: the weights cannot be read, or are not those of a model for `task`.
     """
     auto_class = getattr(transformers, task.auto_class)
     headed = task.labels is not None
-    # A regression of one number has no names.
+    # A regression of one number has no label names.
     options: dict[str, Any] = {"num_labels": len(labels or ("",))} if headed else {}
     try:
         loaded = load_pretrained(
@@ -141,7 +142,7 @@ def load_base(
         ) from None
     model, missing = loaded.model, set(loaded.lacking)
     if not headed and getattr(model, "pooler", None) is not None:
-        # Not asked for what it gives: it needs no weights, and is no target.
+        # The pooler's output is not used: it needs no weights, and is not a target.
         model.pooler = None
         missing = {name for name in missing if not name.startswith("pooler.")}
     heads = _heads(model, missing) if headed else ()
@@ -165,7 +166,7 @@ def load_base(
 
 
 def _heads(model: PreTrainedModel, missing: set[str]) -> tuple[str, ...]:
-    """Modules beside the encoder that have weights, and the topmost that the checkpoint lacks."""
+    """Modules with weights beside the encoder, and the topmost ones that the checkpoint lacks."""
     heads: list[str] = []
     for name, module in model.named_modules():  # parents come first
         weights = [f"{name}.{weight}" for weight, _ in module.named_parameters()]
@@ -181,7 +182,7 @@ def _heads(model: PreTrainedModel, missing: set[str]) -> tuple[str, ...]:
 
 
 def _widen(head: nn.Module) -> None:
-    """Make a head's weights float32, and what it is given too: small steps are lost in bfloat16."""
+    """Convert a head's weights and inputs to float32, because bfloat16 loses small steps."""
     if all(weight.dtype == torch.float32 for weight in head.parameters()):
         return
     head.float()

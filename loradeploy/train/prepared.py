@@ -57,7 +57,7 @@ def prepare(
     source = Source(data, config.split, config.column_names)
     examples = task.read(source)
     labels = task.labels(examples) or None if task.labels is not None else None
-    # Of several labels that a text may have, one is enough where some texts lack it.
+    # With multi-label data, one label is enough if some examples do not have it.
     if labels is not None and len(labels) == 1 and all(example.labels for example in examples):
         raise DataError(f"{source}: all examples have the label {labels[0]!r}; two are needed")
     encoded = opened.encode(task, examples, labels or (), config.max_length)

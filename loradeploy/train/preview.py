@@ -27,7 +27,8 @@ _SHOWN: Final = 3
 class ShownExample:
     """An example as tokens. `pieces`: pairs of a text and whether it is in the loss.
 
-    Special tokens are shown by name. `label`: that of a classifier.
+    Special tokens are shown by name. `learnt`: number of tokens in the loss. `label`: the label of
+    a classifier's example.
     """
 
     tokens: int

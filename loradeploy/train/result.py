@@ -15,8 +15,8 @@ class TrainResult:
     `kept_step`: the step of the saved adapter, the last of `steps` or the best one (`keep_best`).
     `seconds`: duration of this call, from reading the data to the adapter on disk. `loss_before`,
     `loss_after`: mean loss on the "validation" examples, or on the first "training" examples if
-    there are none (`evaluated_on`); `accuracy_before`, `accuracy_after`: a classifier's on the
-    same.
+    there are none (`evaluated_on`); `accuracy_before`, `accuracy_after`: the accuracy on the same
+    examples, if the task has one.
     """
 
     adapter: Path

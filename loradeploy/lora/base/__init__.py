@@ -1,1 +1,1 @@
-"""The base model in PyTorch: where its files are, in which format, and how it is loaded."""
+"""Find the files of base models, check their format, and load them in PyTorch."""

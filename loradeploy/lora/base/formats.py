@@ -78,12 +78,12 @@ def check_unquantized(
     original = _original([resolved(path).name, str(config.get("_name_or_path") or ""), *names])
     raise ModelError(
         f"{path} is quantized by {_TITLES.get(method, shortened(method, 40))}, and its quantized"
-        f" weights can be neither exported nor compared: {_way_out(method, original)}"
+        f" weights can be neither exported nor compared: {_advice(method, original)}"
     )
 
 
 def gguf_advice(path: Path) -> str | None:
-    """What to do with the GGUF file, or directory with one, at `path`; None for anything else."""
+    """Advice for a GGUF file, or a directory with one, at `path`; None for anything else."""
     if path.is_file():
         with open_file(path, error=ModelError) as file:
             found = path if file.read(4) == b"GGUF" else None
@@ -101,8 +101,8 @@ def gguf_advice(path: Path) -> str | None:
 def original_name(name: str) -> str | None:
     """The name of a quantized model without the suffix of its quantization; None if it has none.
 
-    The owner of the repository is kept only if it has the originals too: others quantize models of
-    other owners.
+    The owner of the repository is kept only if it publishes the originals, too. Other owners only
+    quantize.
     """
     owner, _, last = name.rstrip("/").rpartition("/")
     original = _SUFFIX.sub("", last)
@@ -111,7 +111,7 @@ def original_name(name: str) -> str | None:
     return f"{owner}/{original}" if owner == _UNSLOTH else original
 
 
-def _way_out(method: str, original: str | None) -> str:
+def _advice(method: str, original: str | None) -> str:
     if original is None:
         way = "give the original that it was made from"
     else:

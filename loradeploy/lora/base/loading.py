@@ -92,11 +92,12 @@ def load_pretrained(
 ) -> Loaded:
     """`auto_class.from_pretrained(directory)` with the weights of the base only.
 
-    `ignore_mismatched_sizes`: take tensors of other shapes than the model's for `lacking` ones.
+    `ignore_mismatched_sizes`: treat tensors with other shapes than the model's as `lacking`.
 
     Raises:
-        ModelError: the weights are missing, incomplete, of a model that PEFT wrapped, have tensors
-            that layers of the model do not have, or of another shape, which is not ignored.
+        ModelError: the weights are missing or incomplete, belong to a model that PEFT wrapped,
+            include tensors that the model's layers do not have, or have other shapes, which are not
+            ignored.
     """
     check_no_peft_layers(directory, base_tensors(directory))
     model, info = from_pretrained(

@@ -1,4 +1,4 @@
-"""The vocabulary of a PyTorch model, and the model with another one."""
+"""The vocabulary of a PyTorch model, and models with a resized vocabulary."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ if TYPE_CHECKING:
     from loradeploy.adapter.adapter import Adapter
 
 
-# transformers' names for how a model gives its embedding of tokens, and its output head.
+# transformers' methods that return a model's token embedding and its output head.
 TABLES: Final = ("get_input_embeddings", "get_output_embeddings")
 
 
 def table_of(model: Any, getter: str) -> Any:
-    """What one of `TABLES` gives; None where the model has no such module."""
+    """The module that `getter`, one of `TABLES`, returns; None if the model has none."""
     try:
         return getattr(model, getter, lambda: None)()
-    except NotImplementedError:  # of a model of images
+    except NotImplementedError:  # image models
         return None
 
 
 def vocabulary_of(model: Any) -> Vocabulary | None:
-    """Where `model` has a row per token; None where it has no embedding of tokens."""
+    """The modules of `model` with one row per token; None if it has no token embedding."""
     embedding, head = (table_of(model, getter) for getter in TABLES)
     names = {module: name for name, module in model.named_modules()}
     weight = getattr(embedding, "weight", None)
@@ -45,9 +45,9 @@ def vocabulary_of(model: Any) -> Vocabulary | None:
 
 
 def tied_by_config_alone(model: Any) -> tuple[str, str] | None:
-    """The weights of an embedding and its head that config.json ties, and that are stored apart.
+    """The weights of an embedding and a head that config.json ties but that are stored separately.
 
-    transformers 5 computes with both weights then, and PEFT puts trained rows into both.
+    transformers 5 then uses both weights, and PEFT writes trained rows into both.
     """
     embedding, head = (table_of(model, getter) for getter in TABLES)
     found = vocabulary_of(model)
@@ -58,7 +58,7 @@ def tied_by_config_alone(model: Any) -> tuple[str, str] | None:
 
 
 def refuse_rows_of_tied(model: Any, adapter: Adapter) -> None:
-    """Refuse trained rows of an embedding that is `tied_by_config_alone`, or of a tied head alone.
+    """Refuse trained rows of an embedding that is `tied_by_config_alone`, or only of a tied head.
 
     Raises:
         AdapterMismatchError: the adapter has such rows.
@@ -79,9 +79,10 @@ def refuse_rows_of_tied(model: Any, adapter: Adapter) -> None:
 
 
 def resize_for(model: torch.nn.Module, adapter: Adapter) -> int | None:
-    """Give `model` the vocabulary that `adapter` was trained with; its size, None where unchanged.
+    """Resize `model` to the vocabulary of `adapter`; returns the size, None if it is unchanged.
 
-    As transformers' `resize_token_embeddings`, with added rows of zeros: the adapter has them.
+    As transformers' `resize_token_embeddings`, but added rows are zeros: the adapter has their
+    values.
 
     Raises:
         AdapterMismatchError: rows of added tokens are in neither the base nor the adapter.
@@ -95,10 +96,10 @@ def resize_for(model: torch.nn.Module, adapter: Adapter) -> int | None:
 
 
 def resize_to(model: torch.nn.Module, size: int) -> None:
-    """Give `model` a vocabulary of `size` tokens, with zeros for those that it does not have.
+    """Resize `model` to a vocabulary of `size` tokens; added rows are zeros.
 
     Raises:
-        ModelError: it has no embedding of tokens, or transformers cannot resize it.
+        ModelError: it has no token embedding, or transformers cannot resize it.
     """
     import torch
 
@@ -108,7 +109,7 @@ def resize_to(model: torch.nn.Module, size: int) -> None:
     resized: Any = model
     try:
         resized.resize_token_embeddings(size, mean_resizing=False)
-    except Exception as problem:  # whatever a model's own code raises
+    except Exception as problem:  # the model's code can raise any exception
         raise ModelError(
             f"{type(model).__name__} cannot have the {size} tokens of the adapter's vocabulary:"
             f" {first_line(problem)}"

@@ -40,7 +40,7 @@ class LoraLinear(LowRankLayer):
         return low_rank_linear(x, weight, bias, *self.factors(), self.scaling)
 
     def _is_one_product(self, x: Tensor) -> bool:
-        """Whether `low_rank_linear` can compute this layer: no dropout, DoRA, hooks or such."""
+        """Whether `low_rank_linear` can compute this layer: no dropout, DoRA, hooks, autocast, …"""
         base = self.base
         frozen = (base.weight, base.bias)
         return (

@@ -1,4 +1,4 @@
-"""What LoRA layers of every kind share: the update, DoRA's norms, merging into the weight."""
+"""The base class of LoRA layers: the update, DoRA's norms, merging into the weight."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ from loradeploy.lora.layers.quantized import dequantized_weight, is_quantized
 def row_norms(W: Tensor, squares: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
     """‖W + s · B A‖ of every row: [out], without a gradient (section 4.3).
 
-    `W` [out, in], `squares` [out] = ‖W‖² of its rows, `A` [rank, in], `B` [out, rank], of one
-    dtype, float32 or float64, which the result has.
-    By ‖w + s · b A‖² = ‖w‖² + 2 s · b·(A w) + s² · b (A Aᵀ) bᵀ no matrix of the size of W is
+    `W` [out, in], `squares` [out] = ‖W‖² of its rows, `A` [rank, in] and `B` [out, rank] have one
+    dtype, float32 or float64, which the result has, too.
+    By ‖w + s · b A‖² = ‖w‖² + 2 s · b·(A w) + s² · b (A Aᵀ) bᵀ, no matrix of the size of W is
     allocated.
     """
-    with torch.autocast(
-        W.device.type, enabled=False
-    ):  # autocast would round the products to 8 bits
+    # autocast would round the products to 8 bits.
+    with torch.autocast(W.device.type, enabled=False):
         crossed = (B * (W @ A.T)).sum(dim=1)
         update = (B * (B @ (A @ A.T))).sum(dim=1)
     return (squares + 2 * s * crossed + s * s * update).clamp_min(0).sqrt()
@@ -40,8 +39,8 @@ _QUANTIZED = (
 class LowRankLayer(nn.Module, ABC):
     """A frozen layer with a low-rank update: `y = base(x) + s · low_rank(x)`.
 
-    `lora_A` and `lora_B`, in the shapes of `adapter.Factors`, are float32 parameters, whatever the
-    dtype of the base; `scaling` is s. With DoRA the outputs without bias are scaled by `magnitude`
+    `lora_A` and `lora_B`, in the shapes of `adapter.Factors`, are float32 parameters for every
+    dtype of the base; `scaling` is s. With DoRA, the outputs without bias are scaled by `magnitude`
     / ‖W + s · B A‖. Dropout applies to the input of the low-rank path (Hu et al., 2021, appendix
     D). Only `merge` merges; train() and eval() do not.
 
@@ -213,7 +212,7 @@ class LowRankLayer(nn.Module, ABC):
 
     def _norms(self) -> Tensor:
         A, B = self._matrices()
-        # The factors are float32, but where the whole model is computed in other numbers.
+        # The factors are float32, unless the whole model was converted to another dtype.
         dtype = torch.promote_types(A.dtype, torch.float32)
         W, A, B = self._matrix().to(dtype), A.to(dtype), B.to(dtype)
         if dtype != torch.float32:
@@ -223,7 +222,7 @@ class LowRankLayer(nn.Module, ABC):
         return row_norms(W, self.squares, A, B, self.scaling)
 
     def __getattr__(self, name: str) -> Any:
-        # Models read attributes of their layers: weight, bias, num_embeddings, kernel_size, …
+        # Models access attributes of their layers: weight, bias, num_embeddings, kernel_size, …
         try:
             return super().__getattr__(name)
         except AttributeError:

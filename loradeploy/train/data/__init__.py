@@ -1,1 +1,1 @@
-"""Read training data, and turn it into what a batch is made of."""
+"""Read training data, and convert it to the features of a batch."""

@@ -1,18 +1,18 @@
-"""Examples to train on, read and checked.
+"""Read and check training examples.
 
-For a causal language model a row is one of
+For a causal language model, a row is one of
 
     {"prompt": "…", "completion": "…"}            the loss is on the completion
-    {"messages": [{"role": …, "content": …}, …]}  the loss is on what the assistant says
-    {"text": "…"}                                 the loss is on all of it
+    {"messages": [{"role": …, "content": …}, …]}  the loss is on the assistant's messages
+    {"text": "…"}                                 the loss is on the whole text
 
-For a classifier it has `text` and `label` (a name; several names; a number or several), and
-`text_pair` where it classifies pairs of texts; or there is a folder with one folder of .txt files
-for each class. For token classification it has `tokens` and
-`tags`, lists of the same length. For encoder-decoders it has `source` and `target`, or of speech
-`audio` (a WAV file, by its path from the data's directory) and `target`, perhaps `language` and
-`task`. Those of embedders are in `embedding.data`. Other
-columns of a row are left alone. `sources` tells the forms that the rows come in.
+For a classifier, a row has `text` and `label` (a name, several names, or one or more numbers), and
+`text_pair` if it classifies pairs of texts. Its data can also be a folder with one folder of .txt
+files for each class. For token classification, a row has `tokens` and `tags`, lists of the same
+length. For encoder-decoders it has `source` and `target`; for speech, `audio` (the path of a WAV
+file, relative to the data's directory), `target`, and optionally `language` and `task`. The rows of
+embedders are described in `tasks.embedding.data`. Other columns are ignored. `sources` describes
+the file formats.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from loradeploy.errors import DataError, listed_names
 from loradeploy.files import MAX_TEXT_BYTES, read_text
 from loradeploy.train.data.sources import Row, Source, is_dataset, rows
 
-# The keys that tell the form of a line: a line has exactly one of them.
+# The keys that show the form of a row, which has exactly one of them.
 _FORMS: Final = ("messages", "completion", "text")
-_LABELS_BETWEEN: Final = "|"  # where several labels stand in one field of a CSV file
+_LABEL_SEPARATOR: Final = "|"  # of several labels in one field of a CSV file
 
 
 class Labeled(Protocol):
@@ -39,7 +39,7 @@ class Labeled(Protocol):
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Their names."""
+        """The names of its labels."""
 
 
 _Example = TypeVar("_Example")
@@ -48,10 +48,10 @@ _Labeled = TypeVar("_Labeled", "LabeledText", "MultiLabelText", "MeasuredText")
 
 @dataclass(frozen=True)
 class Conversation:
-    """An example for a causal language model: parts of text, and which the loss is on.
+    """An example for a causal language model.
 
-    `messages` is a chat's, where it is one; `parts` are (text, learnt) pairs otherwise.
-    `where` is the file and line, for messages to the user.
+    `messages`: the messages of a chat. `parts`, if it is not a chat: pairs of a text and whether
+    the loss includes it. `where`: the file and line, for messages to the user.
     """
 
     where: str
@@ -61,7 +61,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class LabeledText:
-    """An example for a classifier, of a text or of a pair of them."""
+    """An example for a classifier of texts or of pairs of texts."""
 
     where: str
     text: str
@@ -76,7 +76,7 @@ class LabeledText:
 
 @dataclass(frozen=True)
 class MultiLabelText:
-    """An example for a classifier of which several labels may hold, or none."""
+    """An example for a classifier in which a text has any number of labels."""
 
     where: str
     text: str
@@ -86,7 +86,7 @@ class MultiLabelText:
 
 @dataclass(frozen=True)
 class MeasuredText:
-    """An example for a regression of one number or several."""
+    """An example for a regression of one or more numbers."""
 
     where: str
     text: str
@@ -132,7 +132,7 @@ def read_conversations(source: Source) -> list[Conversation]:
     """The examples for a causal language model.
 
     Raises:
-        DataError: there are none, or a row (named) is none of the three forms.
+        DataError: there are no examples, or a row (named) has none of the three forms.
     """
     return some([_conversation(where, row) for where, row in rows(source)], source)
 
@@ -141,23 +141,23 @@ def read_labeled_texts(source: Source) -> list[LabeledText]:
     """The examples for a classifier, in a fixed order.
 
     Raises:
-        DataError: nothing is there, a row (named) has no text or label, or some rows alone have a
-            text_pair.
+        DataError: there are no examples, a row (named) has no text or label, or only some rows have
+            a text_pair.
     """
     return _all_pairs_or_none(some([_labeled(where, row) for where, row in _texts(source)], source))
 
 
 def read_multi_label_texts(source: Source) -> list[MultiLabelText]:
-    """The examples for a classifier of several labels; in CSV they stand between | in one field.
+    """The examples for a multi-label classifier. In CSV, | separates labels in one field.
 
     Raises:
-        DataError: nothing is there, or a row (named) has no text or no list of labels.
+        DataError: there are no examples, or a row (named) has no text or no list of labels.
     """
     examples = []
     for where, row in _texts(source):
         labels = row.get("label")
         if isinstance(labels, str):
-            labels = [name.strip() for name in labels.split(_LABELS_BETWEEN) if name.strip()]
+            labels = [name.strip() for name in labels.split(_LABEL_SEPARATOR) if name.strip()]
         if not isinstance(labels, list) or not all(isinstance(name, str) for name in labels):
             raise _contradicts(where, labels, "multi-label", "a list of names")
         text, pair = text_of(where, row, "text"), _pair(where, row)
@@ -169,13 +169,13 @@ def read_measured_texts(source: Source) -> list[MeasuredText]:
     """The examples for a regression.
 
     Raises:
-        DataError: nothing is there, or a row (named) has no text, no finite numbers for a label, or
-            not as many as the first.
+        DataError: there are no examples, or a row (named) has no text, no finite numbers as its
+            label, or not as many as the first row.
     """
     examples: list[MeasuredText] = []
     for where, row in _texts(source):
         label = row.get("label")
-        values = tuple(map(_measure, label if isinstance(label, list) else [label]))
+        values = tuple(map(_number, label if isinstance(label, list) else [label]))
         if not values or not all(map(math.isfinite, values)):
             raise _contradicts(where, label, "regression", "a number, or a list of numbers,")
         if examples and len(values) != len(examples[0].values):
@@ -187,8 +187,8 @@ def read_measured_texts(source: Source) -> list[MeasuredText]:
     return _all_pairs_or_none(some(examples, source))
 
 
-def _measure(value: Any) -> float:
-    """`value` as a number, NaN where it is none."""
+def _number(value: Any) -> float:
+    """`value` as a number; NaN if it is not one."""
     try:
         return math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
@@ -206,7 +206,7 @@ def read_tagged_words(source: Source) -> list[TaggedWords]:
     """The examples for token classification.
 
     Raises:
-        DataError: nothing is there, or a row (named) has no lists of words and as many tags.
+        DataError: there are no examples, or a row (named) lacks lists of words and of as many tags.
     """
     examples = []
     for where, row in rows(source, ("tokens", "tags")):
@@ -223,7 +223,7 @@ def read_translations(source: Source) -> list[Translation]:
     """The examples for an encoder-decoder of texts.
 
     Raises:
-        DataError: nothing is there, or a row (named) lacks a text.
+        DataError: there are no examples, or a row (named) lacks a text.
     """
     examples = [
         Translation(where, text_of(where, row, "source"), text_of(where, row, "target"))
@@ -233,10 +233,10 @@ def read_translations(source: Source) -> list[Translation]:
 
 
 def read_spoken_texts(source: Source) -> list[SpokenText]:
-    """The examples for speech; relative paths are from the directory of the data.
+    """The examples for speech. Paths are relative to the directory of the data.
 
     Raises:
-        DataError: nothing is there, or a row (named) lacks a path or a text.
+        DataError: there are no examples, or a row (named) lacks a path or a text.
     """
     beside = source.path if source.path.is_dir() else source.path.parent
     examples = []
@@ -254,7 +254,7 @@ def read_spoken_texts(source: Source) -> list[SpokenText]:
 def label_names(
     examples: Sequence[Labeled],
 ) -> tuple[str, ...]:
-    """The labels in the order of a classifier's outputs: by number where all are, else by name."""
+    """The labels in the order of a classifier's outputs: as numbers if all are, else by name."""
     names = {name for example in examples for name in example.labels}
     if all(name.isdecimal() for name in names):
         return tuple(sorted(names, key=lambda name: (int(name), name)))
@@ -262,13 +262,13 @@ def label_names(
 
 
 def value_names(examples: Sequence[MeasuredText]) -> tuple[str, ...]:
-    """The names of a regression's numbers where there are several; none of a single one."""
+    """Placeholder names for the numbers of a regression; empty if there is only one."""
     count = len(examples[0].values)
     return placeholders(count) if count > 1 else ()
 
 
 def some(examples: list[_Example], source: Source) -> list[_Example]:
-    """The `examples`; DataError where there are none."""
+    """Return `examples`; raises DataError if there are none."""
     if not examples:
         raise DataError(f"{source} has no examples")
     return examples
@@ -286,7 +286,7 @@ def _is_name(value: Any) -> bool:
 
 
 def _texts(source: Source) -> Iterator[Row]:
-    """Rows with a text and a label, a folder of class folders included."""
+    """Rows with a text and a label, from any format or from a folder of class folders."""
     if source.path.is_dir() and not is_dataset(source):
         found = list(_class_folders(source.path))
         if not found:
@@ -329,7 +329,7 @@ def _messages(where: str, messages: Any) -> tuple[dict[str, Any], ...]:
 
 
 def text_of(where: str, line: dict[str, Any], key: str, *, empty: bool = False) -> str:
-    """The text at `key` of a row; DataError where it is none, or empty unless that may be."""
+    """The text at `key` of a row; DataError if it is not a text, or if it must not be empty."""
     value = line.get(key)
     if not isinstance(value, str) or not (value or empty):
         raise DataError(f"{where}: {key} is {reprlib.repr(value)}, expected a text")
@@ -344,7 +344,7 @@ def _labeled(where: str, line: dict[str, Any]) -> LabeledText:
 
 
 def label_of(where: str, line: dict[str, Any]) -> str:
-    """The one label of a row; DataError where it has none, or several."""
+    """The one label of a row; DataError if it has none, or several."""
     label = line.get("label")
     if isinstance(label, bool) or not isinstance(label, str | int) or label == "":
         raise _contradicts(where, label, "single-label", "a name or a whole number")
@@ -352,7 +352,7 @@ def label_of(where: str, line: dict[str, Any]) -> str:
 
 
 def _pair(where: str, line: dict[str, Any]) -> str | None:
-    """The second text of a pair, None where a line has one text."""
+    """The second text of a pair; None if a row has one text."""
     return None if line.get("text_pair") is None else text_of(where, line, "text_pair")
 
 

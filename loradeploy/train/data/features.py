@@ -36,7 +36,8 @@ IGNORED: Final = -100  # ignored by torch's cross-entropy
 class Encoded:
     """Tokenized examples, of which `truncated` were longer than the limit.
 
-    A feature has `input_ids` (a list) and `labels`: a list as long, or what the collators say.
+    A feature has `input_ids`, a list, and `labels`: a list of the same length, or another form that
+    the task's collator describes.
     """
 
     features: list[dict[str, Any]]
@@ -47,9 +48,9 @@ class Encoded:
 class Collator:
     """Pads a batch on the right: int64 `input_ids` and `attention_mask` [batch, longest].
 
-    `token_type_ids`, int64 [batch, longest], where the examples have them.
-    `labels` too where they are lists of class numbers; as they are where they are one number, or a
-    list of floats, for an example: [batch] or [batch, classes].
+    `token_type_ids`, int64 [batch, longest], if the examples have them.
+    `labels`: [batch, longest] if an example has a list of class numbers; [batch] if it has one
+    number; [batch, classes] if it has a list of floats.
     """
 
     pad_id: int
@@ -78,25 +79,25 @@ def padded_inputs(rows: Sequence[list[int]], pad_id: int) -> dict[str, torch.Ten
 
 
 def padded(rows: Sequence[list[int]], filler: int, longest: int) -> list[list[int]]:
-    """`rows` with `filler` behind them, `longest` each."""
+    """`rows`, each padded at its end with `filler` to the length `longest`."""
     return [row + [filler] * (longest - len(row)) for row in rows]
 
 
 def conversation_features(
     examples: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> Encoded:
-    """Token ids of each example, with a label at each token to be learnt.
+    """Token ids of each example, with labels at the tokens of the loss.
 
     Raises:
-        DataError: a prompt alone fills `max_length`, so that nothing is left to learn from; chat
-            messages that the tokenizer's template is missing for, or refuses.
+        DataError: a prompt fills `max_length`, so that no tokens of the loss are left; or the
+            tokenizer has no chat template for messages, or the template refuses them.
     """
     features, truncated = [], 0
     for example in examples:
         encode = _chat if example.messages else _parts
         ids, labels = encode(example, tokenizer)
         truncated += len(ids) > max_length
-        # The first token has nothing to be predicted from.
+        # The first token cannot be predicted from other tokens.
         labels = [IGNORED, *labels[1:max_length]]
         if all(label == IGNORED for label in labels):
             raise DataError(
@@ -113,16 +114,16 @@ def text_features(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
 ) -> Encoded:
-    """Token ids of each text or pair, special tokens included, and what it is labeled with.
+    """Token ids of each text or pair, special tokens included, and its labels.
 
-    Pairs have `token_type_ids` too where the tokenizer gives them. Of a pair that is longer than
-    `max_length` the longer text is cut first.
+    Pairs also have `token_type_ids` if the tokenizer returns them. If a pair is longer than
+    `max_length`, the longer text is cut first.
 
-    `labels` is the number of its label in `labels`; a list with 1.0 for each of its labels and 0.0
-    for the others; or its numbers.
+    The feature `labels` is the index of the label in the argument `labels`; or a list with 1.0 for
+    each of its labels and 0.0 for the others; or the numbers of a regression.
 
     Raises:
-        DataError: a text without a single token, or a label that is not one of `labels`.
+        DataError: a text without tokens, or a label that is not one of `labels`.
     """
     texts = [example.text for example in examples]
     pairs = [example.pair for example in examples if example.pair is not None]
@@ -144,14 +145,14 @@ def word_features(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
 ) -> Encoded:
-    """Token ids of each example's words, with a tag's number at the first token of its word.
+    """Token ids of each example's words, with the tag's index at the first token of each word.
 
-    The words are read as a text with spaces between them, as texts are when they are served: words
-    on their own are other tokens where a token may begin with a space.
+    The words are tokenized as one text with spaces between them, as at run time: separate words
+    give other tokens if tokens can begin with a space.
 
     Raises:
-        DataError: an unknown tag, nothing tagged within `max_length`, or a tokenizer that does not
-            specify where its tokens are.
+        DataError: an unknown tag, no tagged word within `max_length`, or a tokenizer that does not
+            specify the positions of its tokens.
     """
     if not tokenizer.is_fast:
         raise DataError("the model's tokenizer does not specify which token is of which word")
@@ -161,10 +162,10 @@ def word_features(
         encoded = tokenizer(" ".join(example.words), return_offsets_mapping=True)
         ids, spans = encoded["input_ids"], encoded["offset_mapping"]
         truncated += len(ids) > max_length
-        ends = list(accumulate(len(word) + 1 for word in example.words))  # behind the spaces
+        ends = list(accumulate(len(word) + 1 for word in example.words))  # after the spaces
         marks, last = [], -1
         for start, end in spans[:max_length]:
-            word = bisect_right(ends, end - 1)  # the one that has the token's last letter
+            word = bisect_right(ends, end - 1)  # the word with the token's last letter
             begins = end > start and word > last
             marks.append(numbers[word] if begins else IGNORED)
             last = max(last, word) if begins else last
@@ -180,7 +181,7 @@ def truncated_ids(
     max_length: int,
     pairs: Sequence[str] = (),
 ) -> tuple[Mapping[str, list[list[int]]], int]:
-    """The tokenizer's lists of each text or pair, at most `max_length`, and how many were longer.
+    """The tokenizer's lists for each text or pair, cut to `max_length`; how many were longer.
 
     `pairs`: the second texts of all pairs, or none.
     """
@@ -202,12 +203,12 @@ def _target(
         return list(example.values)
     if isinstance(example, LabeledText):
         return label_number(example.where, example.label, labels)
-    held = {label_number(example.where, name, labels) for name in example.labels}
-    return [float(number in held) for number in range(len(labels))]
+    present = {label_number(example.where, name, labels) for name in example.labels}
+    return [float(number in present) for number in range(len(labels))]
 
 
 def label_number(where: str, label: str, labels: Sequence[str]) -> int:
-    """The number of a label among those trained on; DataError where it is none of them."""
+    """The index of `label` in `labels`, those trained on; DataError if it is not one of them."""
     if label not in labels:
         raise DataError(
             f"{where}: the label {shown(label)} is none of those trained on: {listed_names(labels)}"
@@ -269,7 +270,7 @@ def _check_template(example: Conversation, tokenizer: PreTrainedTokenizerBase) -
     """Render the conversation with limits, because transformers has none and may not end."""
     try:
         source = str(tokenizer.get_chat_template())
-    except ValueError:  # several, and none for this: transformers says what it has
+    except ValueError:  # several templates without a default: transformers will raise an error
         return
     names = tuple((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
     try:
@@ -281,7 +282,7 @@ def _check_template(example: Conversation, tokenizer: PreTrainedTokenizerBase) -
 @lru_cache(maxsize=4)
 def _template(source: str, special_tokens: tuple[tuple[str, str], ...]) -> ChatTemplate:
     template = ChatTemplate(source, dict(special_tokens))
-    template.check_constants()  # which transformers computes when it compiles
+    template.check_constants()  # transformers evaluates them when it compiles
     return template
 
 

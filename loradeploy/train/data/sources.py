@@ -63,7 +63,7 @@ def rows(source: Source, needed: Sequence[str] = ()) -> Iterator[Row]:
     `needed`: required columns, which are checked in formats that have a header.
 
     Raises:
-        DataError: the source is missing or unreadable, a row (named) is broken, or a column is
+        DataError: the source is missing or unreadable, a row (named) is invalid, or a column is
             missing.
     """
     for where, row in _read(source, needed):

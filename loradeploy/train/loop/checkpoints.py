@@ -1,6 +1,6 @@
 """Checkpoints of a run that has not finished, in `OUTPUT-checkpoints`.
 
-    run.json           what decides the run's result: the base, the data, the settings
+    run.json           what determines the run's result: the base, the data, the settings
     checkpoint-STEP/   a PEFT adapter, the optimizer, schedule and random state
         checkpoint.json    its step, the digest of run.json's contents, and the size and digest of
                            every file
@@ -79,7 +79,7 @@ class Checkpoints:
     def _check_found(self, *, resume: bool) -> None:
         found = self.present()
         if resume and not found:
-            self.remove()  # left by a run that was killed at its very end
+            self.remove()  # left by a run that was killed while it finished
             raise UsageError(
                 f"nothing to resume in {self.directory}: train without `resume`, and with"
                 " `save_steps` for checkpoints"

@@ -123,7 +123,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         return total / max(items, 1), right / max(items, 1)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Evaluate, called by Trainer every eval_steps; may note the best adapter, and may stop."""
+        """Evaluate every eval_steps (called by Trainer); keeps the best adapter, and may stop."""
         loss, right = self.mean_loss(self._evaluation)
         metrics = {"eval_loss": loss, "eval_accuracy": right}
         self.log(metrics)
@@ -154,7 +154,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         return ByLength(self.train_dataset, size * process_count(), self.args.data_seed)
 
     def curve(self) -> list[dict[str, float]]:
-        """The figures of each step, also of before a resume, with those of its evaluation."""
+        """The figures of each step and its evaluation, including steps before a resume."""
         rows: dict[int, dict[str, float]] = {}
         for entry in self.state.log_history:
             row = rows.setdefault(entry["step"], {})
@@ -179,7 +179,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
     def _track_num_input_tokens(self, inputs: Mapping[str, Tensor]) -> None:
         # Trainer's method warns for every packed batch, which has no padding and no mask (5.23).
         mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
-        if ids is None:  # the source is sound
+        if ids is None:  # the source is audio
             tokens = (inputs["labels"] != IGNORED).sum()
         else:
             tokens = torch.tensor(ids.numel()) if mask is None else mask.sum()
@@ -253,7 +253,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
 
 @contextmanager
 def _readable(checkpoint: str | Path | None) -> Iterator[None]:
-    """Turn errors of reading a checkpoint into UsageError; torch loads data only (weights_only)."""
+    """Convert read errors of a checkpoint to UsageError; torch loads only data (weights_only)."""
     advice = "remove it, and resume from the one before it"
     try:
         yield

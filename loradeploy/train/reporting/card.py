@@ -1,4 +1,4 @@
-"""The card of an adapter: README.md in its directory, as the Hugging Face hub shows it."""
+"""The model card of an adapter: README.md in its directory, which the Hugging Face hub shows."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _LIBRARIES: Final = ("loradeploy", "torch", "transformers", "accelerate")
 def card(
     result: TrainResult, adapter: AdapterConfig, settings: TrainConfig, data_digest: str
 ) -> str:
-    """The card of the adapter that a run gave: Markdown with the hub's front matter.
+    """The card of a run's adapter: Markdown with the hub's front matter.
 
-    `data_digest` identifies the examples as the model read them.
+    `data_digest` identifies the tokenized examples.
     """
     base = printable(str(adapter.base_model_name_or_path))
     front = {

@@ -44,5 +44,5 @@ def _draw(curve: Sequence[Mapping[str, float]], file: Path) -> None:
     axes.set(xlabel="step", ylabel="loss")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
-    # Without the date and the library's version the same curve gives the same bytes.
+    # Without the date and the library's version, equal curves give equal bytes.
     figure.savefig(file, dpi=120, metadata={"Software": None})

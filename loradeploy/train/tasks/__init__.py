@@ -1,1 +1,1 @@
-"""What each task trains: its examples, features and losses, in one table."""
+"""The tasks of training: examples, features and losses, in one table."""

@@ -1,4 +1,4 @@
-"""Images to train on: files with a label each, as pixel values."""
+"""Training examples for image classification: files with labels, read as pixel values."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def read_labeled_images(source: Source) -> list[LabeledImage]:
     `image` is a path, relative to the directory of the data.
 
     Raises:
-        DataError: nothing is there, or a row (named) has no path or no label.
+        DataError: there are no examples, or a row (named) has no path or no label.
     """
     beside = source.path if source.path.is_dir() else source.path.parent
     examples = [
@@ -76,13 +76,13 @@ def _class_folders(path: Path) -> Iterator[Row]:
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """How a checkpoint's model gets its images."""
+    """The preprocessing of images for a checkpoint's model."""
 
     settings: PixelSettings
 
     @classmethod
     def of(cls, directory: Path) -> ImageSettings:
-        """That of the model in `directory`.
+        """The preprocessing for the model in `directory`.
 
         Raises:
             ModelError: it has no preprocessor_config.json, or one that does not fit the model.
@@ -109,10 +109,10 @@ class ImageSettings:
     def encode(
         self, examples: Sequence[LabeledImage], labels: Sequence[str], *_: object
     ) -> Encoded:
-        """The file of each image, and the number of its label; it has no `input_ids`.
+        """The file of each image and the index of its label; `input_ids` are empty.
 
         Raises:
-            DataError: a file cannot be read as an image, or an unknown label.
+            DataError: a file cannot be read as an image, or a label is unknown.
         """
         features = []
         for example in examples:
@@ -131,7 +131,7 @@ class ImageSettings:
         return Encoded(features, 0)
 
     def collator(self, _: int) -> ImageCollator:
-        """What makes batches of these features."""
+        """The collator for these features."""
         return ImageCollator(self.settings)
 
 
@@ -155,5 +155,5 @@ class ImageCollator:
 
 def image_loss(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> BatchLoss:
     """Cross-entropy of the class of each image (`labels` [batch])."""
-    dtype = cast(Any, extract_model_from_parallel(model)).dtype  # as wide as the base
+    dtype = cast(Any, extract_model_from_parallel(model)).dtype  # the dtype of the base
     return classification_loss(model, {**inputs, PIXEL_VALUES: inputs[PIXEL_VALUES].to(dtype)})

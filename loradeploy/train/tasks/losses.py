@@ -65,7 +65,7 @@ def feeds_of(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def cross_entropy_sum(logits: Tensor, labels: Tensor) -> BatchLoss:
-    """Cross-entropy of `logits` [items, classes] at the `labels` [items] that count."""
+    """Cross-entropy of `logits` [items, classes] at the `labels` [items] that are not IGNORED."""
     total = cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
     counted = labels != IGNORED
     right = (logits.detach().argmax(-1) == labels) & counted
@@ -165,11 +165,11 @@ class _HeadLoss(torch.autograd.Function):
 def seq2seq_loss(model: nn.Module, inputs: Mapping[str, Tensor]) -> BatchLoss:
     """Cross-entropy of the tokens of each target (`labels` [batch, target]).
 
-    The model itself makes the decoder's inputs of the labels.
+    The model computes the decoder's inputs from the labels.
     """
     labels, feeds = inputs["labels"], feeds_of(inputs)
-    if (sound := feeds.get(INPUT_FEATURES)) is not None:  # as wide as the base
-        feeds[INPUT_FEATURES] = sound.to(cast(Any, extract_model_from_parallel(model)).dtype)
+    if (audio := feeds.get(INPUT_FEATURES)) is not None:  # converted to the dtype of the base
+        feeds[INPUT_FEATURES] = audio.to(cast(Any, extract_model_from_parallel(model)).dtype)
     logits = model(**feeds, labels=labels, use_cache=False).logits
     return cross_entropy_sum(logits.flatten(0, 1), labels.flatten())
 
@@ -189,7 +189,7 @@ def multi_label_loss(model: nn.Module, inputs: Mapping[str, Tensor]) -> BatchLos
 
 
 def regression_loss(model: nn.Module, inputs: Mapping[str, Tensor]) -> BatchLoss:
-    """The squared error of each number: `labels` is float [batch, numbers]; none is right."""
+    """The squared error of each number: `labels` is float [batch, numbers]. No accuracy."""
     values, labels = model(**feeds_of(inputs)).logits.float(), inputs["labels"]
     nothing = torch.tensor(0, device=labels.device)
     total = mse_loss(values, labels.view_as(values), reduction="sum")

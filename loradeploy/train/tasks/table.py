@@ -59,15 +59,14 @@ Collate = Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]]
 
 @dataclass(frozen=True)
 class Task:
-    """What one task does differently.
+    """The parts of training that depend on the task.
 
-    `name`: its row in `adapter.tasks`. `read`: its examples. `encode`: their token ids and labels,
-    given the label names. `collate`: a batch of them, given the padding.
-    `labels`: the names of the head's outputs, from the examples; None where there is no head. Of a
-    regression of one number it gives none.
-    `judged`: whether a share of answers comes out right, which is the accuracy.
-    `problem_type`: of a sequence classifier, as in `adapter.heads`. `audio`: whether the source is
-    sound. `vectors`: of an embedder.
+    `name`: its row in `adapter.tasks`. `read`: reads the examples. `encode`: returns their token
+    ids and labels, given the label names. `collate`: returns a collator, given the padding token.
+    `labels`: returns the label names of the head from the examples, empty for a regression of one
+    number; None if there is no head. `judged`: whether predictions are right or wrong, so that
+    there is an accuracy. `problem_type`: that of a sequence classifier, as in `adapter.heads`.
+    `audio`: whether the source is audio. `vectors`: how an embedder computes vectors.
     """
 
     name: str
@@ -88,7 +87,7 @@ class Task:
 
     @property
     def peft(self) -> str | None:
-        """PEFT's name of the task; its class for encoder-decoders feeds tokens, no sound."""
+        """PEFT's name of the task; None for audio, because PEFT's encoder-decoders take tokens."""
         return None if self.audio else TASK_TABLE[self.name].peft
 
 
@@ -154,14 +153,14 @@ _TASKS: Final[Mapping[str, Task]] = {
 
 
 def task_of(config: TrainConfig, base: Path | None = None, adapter: Path | None = None) -> Task:
-    """The row of the table that `config` asks for.
+    """The task that `config` selects.
 
-    An embedder's texts become vectors as what is saved beside `adapter`, or else beside `base`,
-    specifies. An encoder-decoder's row is as the model in `base` takes it.
+    The files beside `adapter`, or else beside `base`, specify how an embedder computes vectors. An
+    encoder-decoder takes audio or text, depending on the model in `base`.
 
     Raises:
         ModelError: a speech model whose files do not specify its features.
-        BundleError: that cannot be read, or is not computed.
+        BundleError: an embedder's files cannot be read, or are not supported.
     """
     if config.task == SEQ2SEQ_LM and base is not None and takes_audio(base):
         audio = AudioSettings.of(base)
@@ -182,7 +181,7 @@ def task_of(config: TrainConfig, base: Path | None = None, adapter: Path | None 
 
 
 def _image_classifier(base: Path | None) -> Task:
-    """Of images as the model in `base` takes them; raises ModelError where that is not known."""
+    """The task for the model in `base`; ModelError if its preprocessing of images is unknown."""
     images = ImageSettings.of(base or Path())
     return Task(
         name=IMAGE_CLASSIFICATION,

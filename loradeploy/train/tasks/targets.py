@@ -1,4 +1,4 @@
-"""Sources and targets of encoder-decoders as token ids, or as sound to be read with each batch."""
+"""Encode sources and targets of encoder-decoders as token ids; audio is read with each batch."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def translation_features(
     """Token ids of each source (`input_ids`) and target (`labels`), at most `max_length` each.
 
     Both have the special tokens that the tokenizer puts around sources and targets. A target ends
-    with the end of a text (mBART's with the language behind it), which is added where the tokenizer
-    does not: the model must learn to stop.
+    with the end-of-text token (in mBART followed by the language). It is added here if the
+    tokenizer does not add it, because the model must learn to stop.
 
     Raises:
-        DataError: a source or a target without a single token.
+        DataError: a source or a target without tokens.
     """
     found: dict[str, Any] = {}
     truncated = set()
@@ -74,9 +74,9 @@ class TargetCollator:
 
 @dataclass(frozen=True)
 class AudioSettings:
-    """How a checkpoint's model takes sound: its features, and what its transcripts begin with.
+    """How a checkpoint's model takes audio: its features, and the initial tokens of transcripts.
 
-    `start`: the first token, which is no label. `positions`: how many its decoder has.
+    `start`: the first token, which is not a label. `positions`: the decoder's number of positions.
     """
 
     features: FeatureSettings
@@ -87,10 +87,10 @@ class AudioSettings:
 
     @classmethod
     def of(cls, directory: Path) -> AudioSettings:
-        """That of the model in `directory`.
+        """The settings of the model in `directory`.
 
         Raises:
-            ModelError: it has no preprocessor_config.json, or its files do not fit together.
+            ModelError: it has no preprocessor_config.json, or its files contradict each other.
         """
         try:
             features = feature_settings(directory)
@@ -124,15 +124,15 @@ class AudioSettings:
     def encode(
         self, examples: Sequence[SpokenText], tokenizer: PreTrainedTokenizerBase, max_length: int
     ) -> Encoded:
-        """The file of each sound (`audio`), and the tokens of its text (`labels`).
+        """The audio file of each example (`audio`), and the tokens of its text (`labels`).
 
-        Labels begin with the language, the task and that there are no timestamps, as transcripts
-        are generated, and end with the end of a text. `input_ids` are the same tokens, by which
-        examples are sorted.
+        As in generation, labels begin with the tokens for the language, the task and no timestamps,
+        and end with the end-of-text token. `input_ids` are the same tokens; examples are sorted by
+        their number.
 
         Raises:
-            DataError: a sound that cannot be read or is longer than a window, a text without a
-                token, or no language where the model has several.
+            DataError: an audio file that cannot be read or is longer than the model takes at once,
+                a text without tokens, or no language although the model has several.
         """
         most = min(max_length, self.positions)
         features, truncated = [], 0
@@ -162,9 +162,9 @@ class AudioSettings:
             )
         return Encoded(features, truncated)
 
-    def collator(self, pad_id: int) -> SoundCollator:
-        """What makes batches of these features."""
-        return SoundCollator(self.features)
+    def collator(self, pad_id: int) -> AudioCollator:
+        """The collator for these features."""
+        return AudioCollator(self.features)
 
     def _begin(self, example: SpokenText) -> list[int]:
         try:
@@ -194,17 +194,17 @@ class AudioSettings:
 
 
 @dataclass(frozen=True)
-class SoundCollator:
-    """Reads the sounds of a batch: float `input_features` [batch, bands, frames], and `labels`."""
+class AudioCollator:
+    """Reads the audio of a batch: float `input_features` [batch, bands, frames], and `labels`."""
 
     settings: FeatureSettings
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        sounds = [
+        inputs = [
             self.settings.of(read_wav(feature[AUDIO], self.settings.rate).samples)
             for feature in features
         ]
-        stacked = torch.stack([torch.from_numpy(sound) for sound in sounds])
+        stacked = torch.stack([torch.from_numpy(values) for values in inputs])
         return {"input_features": stacked, "labels": _labels(features)}
 
 
@@ -214,5 +214,5 @@ def _labels(features: Sequence[Mapping[str, Any]]) -> torch.Tensor:
 
 
 def takes_audio(directory: Path) -> bool:
-    """Whether the model in `directory` takes features of sound."""
+    """Whether the model in `directory` takes audio features."""
     return "num_mel_bins" in model_config(directory, error=ModelError)

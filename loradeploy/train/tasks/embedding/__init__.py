@@ -1,1 +1,1 @@
-"""Training of embedders: their data, what a text's vector is, and the losses of vectors."""
+"""Training of embedders: data, the vectors of texts, and the losses of vectors."""

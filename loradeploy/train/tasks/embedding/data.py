@@ -1,4 +1,7 @@
-"""Examples to train embedders on, read and checked."""
+"""Read and check training examples for embedders.
+
+A row has `anchor`, `positive` and optionally `negative`; or `text`, `text_pair` and `score`.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ SCORED: Final = ("text", "text_pair", "score")
 
 @dataclass(frozen=True)
 class TextPair:
-    """`positive` belongs to `anchor`, `negative` does not."""
+    """An example in which `positive` belongs to `anchor`, and `negative` does not."""
 
     where: str
     anchor: str
@@ -32,7 +35,7 @@ class TextPair:
 
 @dataclass(frozen=True)
 class ScoredPair:
-    """Two texts and how similar they are."""
+    """Two texts, and a score of their similarity."""
 
     where: str
     text: str
@@ -46,11 +49,11 @@ class ScoredPair:
 
 
 def read_text_pairs(source: Source, *, triplets: bool = False) -> list[TextPair]:
-    """The examples with an anchor and a positive; `triplets`: with a negative too.
+    """The examples with an anchor and a positive; `triplets`: a negative is required, too.
 
     Raises:
-        DataError: nothing is there, a row (named) lacks a text or is a scored pair, or some rows
-            alone have a negative.
+        DataError: there are no examples, a row (named) lacks a text or is a scored pair, or only
+            some rows have a negative.
     """
     examples = []
     for where, row in rows(source, RANKED):
@@ -68,11 +71,11 @@ def read_text_pairs(source: Source, *, triplets: bool = False) -> list[TextPair]
 
 
 def read_scored_pairs(source: Source, *, bounded: bool = False) -> list[ScoredPair]:
-    """The examples with two texts and a score; `bounded`: from -1 to 1, as cosines are.
+    """The examples with two texts and a score; `bounded`: from -1 to 1, like cosines.
 
     Raises:
-        DataError: nothing is there, or a row (named) lacks a text, has no number for a score or one
-            out of bounds, or is an anchor with a positive.
+        DataError: there are no examples, or a row (named) lacks a text, has a score that is not a
+            number or is out of bounds, or has an anchor and a positive.
     """
     examples = []
     for where, row in rows(source, SCORED):
@@ -83,7 +86,7 @@ def read_scored_pairs(source: Source, *, bounded: bool = False) -> list[ScoredPa
 
 
 def is_scored(first: Row) -> bool:
-    """Whether data whose `first` row it is has scored pairs."""
+    """Whether data with the `first` row has scored pairs."""
     return "score" in first[1]
 
 

@@ -1,4 +1,4 @@
-"""Texts of an embedder's examples as token ids, and as the rows of a batch."""
+"""Tokenize the texts of an embedder's examples, and arrange them as rows of a batch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from loradeploy.train.tasks.embedding.vectors import Vectors
 
-# The texts of an example: the first, what is compared with it, and what does not belong to it.
+# The texts of an example: the first, the one that it is compared with, and the negative.
 _PARTS: Final = ("input_ids", "positive", "negative")
 # int64 [rows, longest]: 1 at the tokens that are pooled.
 POOLING_MASK: Final = "pooling_mask"
@@ -29,13 +29,13 @@ def embedder_features(
     max_length: int,
     vectors: Vectors,
 ) -> Encoded:
-    """Token ids of each example's texts: `input_ids`, `positive` and perhaps `negative`.
+    """Token ids of each example's texts: `input_ids`, `positive` and optionally `negative`.
 
-    Each text has its prompt. `unpooled` has the number of the prompt's tokens in each text, where
+    Each text includes its prompt. `unpooled` has the number of the prompt's tokens in each text, if
     they are not pooled. `labels` is the score, or 0.
 
     Raises:
-        DataError: a text without a single token.
+        DataError: a text without tokens.
     """
     longest = min(max_length, vectors.recipe.max_length or max_length)
     features: list[dict[str, Any]] = [
@@ -61,7 +61,7 @@ def embedder_features(
 def _unpooled(
     tokenizer: PreTrainedTokenizerBase, vectors: Vectors, prompt: str, longest: int
 ) -> int:
-    """How many tokens at a text's beginning are its prompt's and are not pooled."""
+    """The number of tokens at a text's beginning that belong to its prompt and are not pooled."""
     if not prompt or vectors.recipe.include_prompt:
         return 0
     ids = tokenizer(vectors.text(prompt), truncation=True, max_length=longest)["input_ids"]
@@ -70,10 +70,10 @@ def _unpooled(
 
 @dataclass(frozen=True)
 class RowsCollator:
-    """The first texts, then what is compared with them, then the negatives, as one padded batch.
+    """One padded batch: the first texts, then those they are compared with, then the negatives.
 
-    `labels`: float [batch], the scores, where examples are `scored`; else int64 [batch], the number
-    of the text that belongs to each anchor.
+    `labels`: float [batch], the scores, if examples are `scored`; else int64 [batch], the index of
+    the text that belongs to each anchor.
     """
 
     pad_id: int

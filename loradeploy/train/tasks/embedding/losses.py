@@ -13,16 +13,16 @@ from loradeploy.train.tasks.embedding.features import POOLING_MASK
 from loradeploy.train.tasks.embedding.vectors import Vectors
 from loradeploy.train.tasks.losses import BatchLoss, cross_entropy_sum, feeds_of
 
-# What cosines are multiplied by (MultipleNegativesRankingLoss, CoSENTLoss).
+# The factor of cosines (MultipleNegativesRankingLoss, CoSENTLoss).
 _SIMILARITY_SCALE: Final = 20.0
-# By how much a positive is to be nearer than a negative, in cosine distance.
+# The margin by which positives should be nearer than negatives, in cosine distance.
 _MARGIN: Final = 0.5
 
 
 def embedding_loss(
     model: nn.Module, inputs: Mapping[str, Tensor], vectors: Vectors, name: str = "ranking"
 ) -> BatchLoss:
-    """The loss `name` of a batch of `RowsCollator`, whose texts become `vectors`."""
+    """The loss `name` of a batch of `RowsCollator`. `vectors`: how vectors are computed."""
     labels = inputs["labels"]
     feeds = {key: value for key, value in feeds_of(inputs).items() if key != POOLING_MASK}
     hidden = model(**feeds).last_hidden_state.float()  # [rows, sequence, hidden]
@@ -31,7 +31,7 @@ def embedding_loss(
 
 
 def _ranking(parts: Sequence[Tensor], labels: Tensor) -> BatchLoss:
-    """Cross-entropy of picking, for each anchor, its own text of all in the batch, by cosine.
+    """Cross-entropy of selecting each anchor's own text among all in the batch, by cosine.
 
     In-batch negatives: Henderson et al., 2017 (arXiv:1705.00652), section 4.4.
     """

@@ -1,7 +1,7 @@
-"""One vector of a text's states in PyTorch, as `bundle.text.vectors.pooling` computes it in numpy.
+"""Pooling of a text's states in PyTorch, as in `bundle.text.vectors.pooling` in numpy.
 
-Each takes states [batch, sequence, hidden] float32 and a mask [batch, sequence] int64, in which
-padding is on the right, and gives [batch, hidden].
+Each function takes states [batch, sequence, hidden] float32 and a mask [batch, sequence] int64 with
+padding on the right, and returns [batch, hidden].
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def _mean_sqrt(states: Tensor, mask: Tensor) -> Tensor:
 
 
 def _weighted_mean(states: Tensor, mask: Tensor) -> Tensor:
-    places = torch.arange(1, mask.shape[1] + 1, device=mask.device)
-    total, weight = _weighted(states, mask * places)
+    positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    total, weight = _weighted(states, mask * positions)
     return total / weight
 
 
@@ -58,5 +58,5 @@ POOLS: Final[Mapping[str, Callable[[Tensor, Tensor], Tensor]]] = {
 
 
 def pooled(states: Tensor, mask: Tensor, modes: tuple[str, ...]) -> Tensor:
-    """The vectors of all `modes` side by side, [batch, modes · hidden]."""
+    """The vectors of all `modes`, concatenated: [batch, modes · hidden]."""
     return torch.cat([POOLS[mode](states, mask) for mode in modes], dim=-1)

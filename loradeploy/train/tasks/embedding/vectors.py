@@ -1,4 +1,4 @@
-"""From a text to the vector that is trained: what sentence-transformers saved, in PyTorch."""
+"""Compute the vectors of texts in PyTorch, by the recipe that sentence-transformers saved."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from loradeploy.files import read_json, write_json
 from loradeploy.train.config import NO_PROMPT, SCORED_LOSSES, TrainConfig
 from loradeploy.train.tasks.embedding.pooling import pooled
 
-# Names of the prompts of queries and of documents, the first that there is, as
-# sentence-transformers' encode_query and encode_document look for them.
+# Names of the prompts of queries and of documents. The first one that exists is used, as in
+# sentence-transformers' encode_query and encode_document.
 _QUERY: Final = ("query",)
 _DOCUMENT: Final = ("document", "passage", "corpus")
 
 
 @dataclass(frozen=True, eq=False)
 class Vectors:
-    """How texts become vectors in a training run.
+    """How vectors of texts are computed in a training run.
 
-    `source`: the directory that `recipe` is from, None for the default one. `prompts`: what the
-    first and the other texts of an example begin with. `own`: whether it is not what the base
-    specifies, so that the adapter has files of its own. `given`: whether a prompt was given.
+    `source`: the directory of `recipe`, None for the default recipe. `prompts`: the prompts of the
+    first and of the other texts of an example. `own`: whether it differs from what the base
+    specifies, so that the adapter needs its own files. `given`: whether a prompt was given.
     """
 
     recipe: SentenceRecipe
@@ -50,13 +50,13 @@ class Vectors:
     given: bool = False
 
     def text(self, text: str) -> str:
-        """The text, prompt included, as the tokenizer gets it."""
+        """The input of the tokenizer for `text`, which includes the prompt."""
         return text.lower() if self.recipe.lowercase else text
 
     def of(self, states: Tensor, mask: Tensor) -> Tensor:
-        """float32 [batch, size] of states [batch, sequence, hidden], int64 mask [batch, sequence].
+        """The vectors, float32 [batch, size], of states [batch, sequence, hidden].
 
-        The mask is 1 at the tokens that are pooled.
+        `mask`: int64 [batch, sequence], 1 at the tokens that are pooled.
         """
         found = pooled(states, mask, self.recipe.pooling)
         for step in self.recipe.steps:
@@ -78,13 +78,14 @@ class Vectors:
 
 
 def vectors_of(config: TrainConfig, base: Path | None, adapter: Path | None = None) -> Vectors:
-    """What is trained on the model in `base`: what is saved beside `adapter`, else beside the base.
+    """How vectors are computed: by the files beside `adapter`, or else beside `base`.
 
-    Where neither has a modules.json it is the mean of the tokens' states. The prompts are those
-    that are given, else those that are saved: of pairs with scores, those beside the adapter alone.
+    If neither has a modules.json, vectors are the normalized mean of the tokens' states. Prompts
+    are the given ones, or else the saved ones. For scored pairs, saved prompts of queries and
+    documents are only used from beside the adapter; others have the default prompt.
 
     Raises:
-        BundleError: a file is broken, or a module is of a kind that is not computed.
+        BundleError: a file is invalid, or a module is not supported.
     """
     recipe, source, own = default_recipe(), None, False
     for directory in (adapter, base):
@@ -93,7 +94,7 @@ def vectors_of(config: TrainConfig, base: Path | None, adapter: Path | None = No
         if read is not None:
             recipe, source, own = read, found, directory is adapter
             break
-    # In scored pairs neither text is the query, unless the adapter was trained with prompts.
+    # In scored pairs, neither text is a query, unless the adapter was trained with prompts.
     named = config.embedding_loss not in SCORED_LOSSES or own
     prompts = (
         _prompt(recipe, config.query_prompt, _QUERY if named else ()),
@@ -129,7 +130,7 @@ def _normalize(_: Any, x: Tensor) -> Tensor:
     return normalize(x, dim=-1)
 
 
-# By the type of the step of `bundle.text.vectors.steps`; normalization is a function there.
+# The steps of `bundle.text.vectors.steps` in PyTorch, by type. Normalization is a function there.
 _STEPS: Final[Mapping[type, Callable[[Any, Tensor], Tensor]]] = {
     Dense: _dense,
     LayerNorm: _layer_norm,
