@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -363,3 +364,21 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> None:
 
     row = replace(table.BY_FULL_NAME[table.CPU], recording={"records": "1"})
     monkeypatch.setitem(table.BY_FULL_NAME, table.CPU, row)
+
+
+@pytest.fixture
+def slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make each decode step of an engine take 50 ms.
+
+    For tests that act on a request of 100 tokens before it ends, on a machine of any speed or load.
+    """
+    from loradeploy.runtime.engine.worker import Worker
+
+    step = Worker._step
+
+    def slow(worker: Worker) -> None:
+        if worker._active:
+            time.sleep(0.05)
+        step(worker)
+
+    monkeypatch.setattr(Worker, "_step", slow)

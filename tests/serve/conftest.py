@@ -72,7 +72,7 @@ def serving(bundle: Path, **options: Any) -> Iterator[Running]:
     thread = threading.Thread(target=server.serve_on, args=(listening, ready.set))
     thread.start()
     try:
-        assert ready.wait(30)
+        assert ready.wait(60)
         with ExitStack() as clients:
             yield Running(url, service, server, clients)
     finally:

@@ -256,6 +256,7 @@ def test_sigterm_ends_it_when_what_it_has_begun_is_answered(certified_bundle: Pa
     assert (process.returncode, out, err) == (0, "", "")
 
 
+@pytest.mark.usefixtures("slow_steps")
 def test_a_client_that_reads_nothing_does_not_keep_its_rows(
     tiny_llama_bundle: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

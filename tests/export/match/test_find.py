@@ -59,9 +59,9 @@ def test_a_path_that_was_not_changed_by_the_optimizer_is_kept(
 ) -> None:
     b = Builder()
     y = b.node("MatMul", [b.input("x", ["batch", IN]), b.weight("w", IN, OUT)], name=name)
-    begin = time.perf_counter()
+    begin = time.thread_time()
     assert list(find_linears(b.model(y)).linears) == modules
-    assert time.perf_counter() - begin < 1, "quadratic in the name's length"
+    assert time.thread_time() - begin < 1, "quadratic in the name's length"
 
 
 def test_a_linear_without_a_module_is_listed() -> None:

@@ -125,4 +125,4 @@ def test_a_failing_worker_process_is_a_failure_with_its_own_message(
     report = check(llama_with_adapter, genai_python=sys.executable, phases=["prefill"], **ONLY)
     assert {result.outcome for result in report.results} == {"failed"}
     assert reported in str(report.results[0].message)
-    assert time.monotonic() - begin < 60
+    assert time.monotonic() - begin < genai._RUN_TIMEOUT  # no timeout of a run was waited for

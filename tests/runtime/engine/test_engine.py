@@ -155,15 +155,13 @@ def test_as_many_wait_as_may_and_a_scope_with_few_goes_before_one_with_many(
     assert (stats.submitted, stats.refused, stats.failed) == (5, 2, {"EngineFullError": 1})
 
 
+@pytest.mark.usefixtures("slow_steps")
 def test_requests_end_at_their_deadline_and_when_they_are_cancelled(
     session: AdapterSession,
 ) -> None:
-    def slowly(made: tuple[int, ...]) -> None:
-        time.sleep(0.02)  # so that no machine makes all tokens before what is done to them
-
-    slow: dict[str, Any] = {"max_new_tokens": 100, "allowed_tokens": slowly}
+    whole_row: dict[str, Any] = {"max_new_tokens": 100, "logit_bias": {2: -100}}
     with Engine(session, max_rows=1) as engine:
-        going = engine.submit("The bank", **slow)
+        going = engine.submit("The bank", **whole_row)
         next(going)
         waits = engine.submit("The bank", deadline=0.001)
         with pytest.raises(DeadlineError):
@@ -175,18 +173,20 @@ def test_requests_end_at_their_deadline_and_when_they_are_cancelled(
         going.cancel()
         whole = going.result(60).generations[0]
         assert whole.finish_reason == "cancelled"
-        alone = TextGenerator(session).generate(["The bank"], max_new_tokens=100)[0].token_ids
+        alone = TextGenerator(session).generate(["The bank"], **whole_row)[0].token_ids
         assert whole.token_ids == alone[: len(whole.token_ids)]
         assert 0 < len(whole.token_ids) < len(alone)
-        late = engine.submit("The bank", deadline=0.05, logit_bias={2: -100}, **slow)
+        late = engine.submit("The bank", deadline=0.05, **whole_row)
         with pytest.raises(DeadlineError):
             list(late)
         assert engine.submit("The bank", max_new_tokens=2).result(60)
 
 
-def test_what_leaves_the_async_with_of_a_request_cancels_it(session: AdapterSession) -> None:
+@pytest.mark.usefixtures("slow_steps")
+def test_leaving_the_async_with_of_a_request_cancels_it(session: AdapterSession) -> None:
     async def leave(engine: Engine) -> str:
-        async with engine.submit("The bank", max_new_tokens=100) as submission:
+        whole_row: dict[str, Any] = {"max_new_tokens": 100, "logit_bias": {2: -100}}
+        async with engine.submit("The bank", **whole_row) as submission:
             await anext(submission)
         return (await submission.completion()).generations[0].finish_reason
 
@@ -194,7 +194,10 @@ def test_what_leaves_the_async_with_of_a_request_cancels_it(session: AdapterSess
         assert asyncio.run(leave(engine)) == "cancelled"
 
 
-def test_a_drain_ends_what_there_is_and_takes_nothing_new(session: AdapterSession) -> None:
+@pytest.mark.usefixtures("slow_steps")
+def test_a_drain_finishes_or_cancels_all_requests_and_refuses_new_ones(
+    session: AdapterSession,
+) -> None:
     with Engine(session, max_rows=2) as engine:
         all_of_them = [engine.submit("The bank", max_new_tokens=4) for _ in range(5)]
         assert engine.drain(60)
@@ -202,10 +205,11 @@ def test_a_drain_ends_what_there_is_and_takes_nothing_new(session: AdapterSessio
         with pytest.raises(EngineClosedError):
             engine.submit("A")
     with Engine(session, max_rows=1) as engine:
-        slow = [engine.submit("The bank", max_new_tokens=100) for _ in range(3)]
-        next(slow[0])
+        whole_row: dict[str, Any] = {"max_new_tokens": 100, "logit_bias": {2: -100}}
+        unfinished = [engine.submit("The bank", **whole_row) for _ in range(3)]
+        next(unfinished[0])
         assert not engine.drain(0.01)
-        reasons = [one.result(60).generations[0].finish_reason for one in slow]
+        reasons = [one.result(60).generations[0].finish_reason for one in unfinished]
         assert reasons == ["cancelled"] * 3
     with pytest.raises(EngineClosedError):
         engine.start()
@@ -326,6 +330,7 @@ def test_a_panic_of_a_tokenizer_fails_its_own_request_alone(
         assert engine.submit("The bank", max_new_tokens=2).result(60)
 
 
+@pytest.mark.usefixtures("slow_steps")
 @pytest.mark.parametrize("thread", ["loader", "engine"])
 def test_a_defect_of_a_thread_fails_every_request(
     session: AdapterSession, monkeypatch: pytest.MonkeyPatch, thread: str
@@ -349,7 +354,7 @@ def test_a_defect_of_a_thread_fails_every_request(
         monkeypatch.setattr(engine._loader._reader, "read", slow)
         if thread == "engine":
             monkeypatch.setattr(engine._worker, "advance", defect)
-        going = engine.submit("The bank", "large", max_new_tokens=100)
+        going = engine.submit("The bank", "large", max_new_tokens=100, logit_bias={2: -100})
         next(going)
         slow_one, waits = engine.submit("slow", "small"), engine.submit("The bank")
         assert reading.wait(60)

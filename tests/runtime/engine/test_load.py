@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -189,6 +190,9 @@ def test_hot_reloads_cancellations_and_failures_leave_all_others_as_they_are(
                 if len(made) == 2:
                     raise ZeroDivisionError("a fault of the mask")
 
+            def slow(made: tuple[int, ...]) -> None:
+                time.sleep(0.05)  # the request must not end before it is cancelled
+
             others: list[Callable[[], Any]] = []
             found = []
             for number, one in enumerate(asked):
@@ -198,7 +202,7 @@ def test_hot_reloads_cancellations_and_failures_leave_all_others_as_they_are(
                     session.load("live", mixed[name], replace=True)
                     others.append(engine.submit("The bank", "live", max_new_tokens=6).result)
                 if number % 10 == 0:
-                    engine.submit("Shares", "r64", max_new_tokens=60).cancel()
+                    engine.submit("Shares", "r64", max_new_tokens=60, allowed_tokens=slow).cancel()
                     failing = engine.submit("Shares", "r8", allowed_tokens=barred)
                     with pytest.raises(LoraDeployError):
                         engine.submit("Shares", "broken").result(60)
