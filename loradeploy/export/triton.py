@@ -109,8 +109,8 @@ def check_form(bundle: Path, manifest: Manifest) -> None:
         raise UsageError(f"{bundle.name!a} cannot be the name of a model: rename the bundle")
     if manifest.task == SEQ2SEQ_LM:
         raise UsageError(
-            f"{bundle} has two graphs, of which a model of Triton's has one: `triton` is for"
-            " bundles of other tasks"
+            f"{bundle} has two graphs, and a Triton model has one: `triton` is for bundles of other"
+            " tasks"
         )
     if manifest.mode != "merged" and not (bundle / REQUIRED_NAME).is_file():
         raise UsageError(_NO_DEFAULTS)

@@ -140,9 +140,9 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
     if (limit := rotary_limit(config)) is not None:
         config = with_positions(config, limit)
         logger.warning(
-            "texts may have up to %d tokens: from there on the model (rope scaling of type"
-            " longrope) computes what it has read again. For longer texts alone, put long_factor in"
-            " the place of short_factor in config.json and export again",
+            "texts may have up to %d tokens: for longer ones the model (rope scaling of type"
+            " longrope) would have to compute the cache again. If all texts are longer, replace"
+            " short_factor by long_factor in config.json and export again",
             limit,
         )
     return manifest, Content(

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 _MAX_BYTES: Final = 2**46
-_MAX_INPUT: Final = 2**28  # values; images and audio have less than a millionth of it
+_MAX_INPUT: Final = 2**28  # values; images and audio have far fewer
 # The largest traced models have some ten thousands.
 _MAX_NODES: Final = 1_000_000
 

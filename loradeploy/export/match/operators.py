@@ -245,7 +245,7 @@ def check_operators(module: str, nodes: Iterable[ir.Node]) -> None:
         problem = problem_of(node)
         if problem is not None:
             raise ExportError(
-                f"{module}: {problem}: its numbers cannot be read or changed without it; give the"
+                f"{module}: {problem}: with it, its weight cannot be read or changed; give the"
                 " graph without it"
             )
 

@@ -71,7 +71,8 @@ def group_queries(model: ir.Model) -> None:
     if not pasts or len(attentions) * 2 != len(pasts):
         raise ExportError(
             f'`attention="gqa"`: the graph has {len(attentions)} attentions for'
-            f" {len(pasts) // 2} layers of a cache, the others are written in another way: leave it"
+            f" {len(pasts) // 2} layers of a cache, the others have another form: use"
+            ' `attention="standard"`'
         )
     lengths = _lengths(graph)
     for node in attentions:
@@ -117,9 +118,9 @@ def _replace(graph: ir.Graph, node: ir.Node, last: ir.Value, total: ir.Value) ->
         raise _unfit(node, "has other inputs than a mask")
     problem = problem_of(node)
     if problem is not None:
-        raise _unfit(node, f"is an operator with more than can be carried over: {problem}")
+        raise _unfit(node, f"cannot be converted: {problem}")
     if any(output.uses() or output.is_graph_output() for output in node.outputs[1:]):
-        raise _unfit(node, "gives more than its result")
+        raise _unfit(node, "has further outputs that are used")
     _check_mask(node, mask)
     keys, values = _cached(node, key), _cached(node, value)
     heads, size = _sizes(node, query)
@@ -175,7 +176,7 @@ def _cached(node: ir.Node, value: ir.Value | None) -> _Cached:
     """A layer's cached and new keys or values, which `value` concatenates."""
     concat = None if value is None else value.producer()
     if concat is None or concat.op_type != "Concat" or len(concat.inputs) != 2:
-        raise _unfit(node, "does not take its cache and what is new side by side")
+        raise _unfit(node, "does not concatenate its cache with the new keys or values")
     past, new = concat.inputs
     if (
         past is None
@@ -183,7 +184,7 @@ def _cached(node: ir.Node, value: ir.Value | None) -> _Cached:
         or not past.is_graph_input()
         or not concat.outputs[0].is_graph_output()
     ):
-        raise _unfit(node, "does not take its cache as an input and give it as an output")
+        raise _unfit(node, "does not have its cache as an input and an output of the graph")
     return _Cached(new, past, concat.outputs[0])
 
 
@@ -213,7 +214,7 @@ def _flat(graph: ir.Graph, node: ir.Node, value: ir.Value) -> ir.Value:
         source = _unsplit(maker.inputs[0])
         if source is not None:
             if (problem := problem_of(maker)) is not None:
-                raise _unfit(node, f"is of positions that cannot be carried over: {problem}")
+                raise _unfit(node, f"has positions that cannot be converted: {problem}")
             numbers = {name: own for name, own in maker.attributes.items() if name != "num_heads"}
             made = ir.Node(
                 maker.domain,
@@ -268,7 +269,7 @@ def _merged_heads(node: ir.Node) -> ir.Value:
             shape = reshape.outputs[0].shape
             if shape is not None and len(shape) == 3:
                 return reshape.outputs[0]
-    raise _unfit(node, "has heads that are not put side by side again")
+    raise _unfit(node, "has heads that are not merged after it")
 
 
 def _swaps_heads(node: ir.Node) -> bool:
@@ -304,4 +305,4 @@ def _lengths(graph: ir.Graph) -> tuple[ir.Value, ir.Value]:
 
 
 def _unfit(node: ir.Node, why: str) -> ExportError:
-    return ExportError(f'`attention="gqa"`: {node.name} {why}: leave it at `attention="standard"`')
+    return ExportError(f'`attention="gqa"`: {node.name} {why}: use `attention="standard"`')

@@ -174,4 +174,4 @@ def _opened(file: Path) -> onnxruntime.InferenceSession:
 
 def refused(reason: str) -> ExportError:
     """The error for a bundle that failed its trial."""
-    return ExportError(f"the bundle does not hold what it should, nothing was written: {reason}")
+    return ExportError(f"the bundle failed its trial, nothing was written: {reason}")

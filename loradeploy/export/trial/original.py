@@ -224,7 +224,7 @@ def run_source_graph(
     taken = {new.get(node.name, node.name): node for node in session.get_inputs()}
     besides = [node for name, node in taken.items() if name not in feeds]
     if any(NUMPY_NAMES.get(node.type) not in _DTYPES for node in besides):
-        raise NotRunError(f"it takes {besides[0].name} besides", lacking=True)
+        raise NotRunError(f"it has another input {besides[0].name}", lacking=True)
     # Inputs that the bundle's graph no longer has, such as a switch between two branches.
     specs = [TensorSpec(n.name, NUMPY_NAMES[n.type], _named(n.shape)) for n in besides]
     every = {**feeds, **Sample(specs, {}).feeds()}

@@ -114,7 +114,7 @@ def test_one_node_computes_the_same_as_the_attention_and_its_mask(past: int, new
     ("spoilt", "message"),
     [
         (attention(window=True), "a mask that is more than causal"),
-        (attention(bare=True), "heads that are not put side by side again"),
+        (attention(bare=True), "heads that are not merged after it"),
     ],
     ids=["window", "bare"],
 )
