@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 SINGLE_LABEL: Final = "single_label_classification"
 MULTI_LABEL: Final = "multi_label_classification"
 REGRESSION: Final = "regression"
+# The limit for the keys of id2label.
+_MOST_LABELS: Final = 2**20
 PROBLEM_TYPES: Final = (SINGLE_LABEL, MULTI_LABEL, REGRESSION)
 # Used instead of these for a head whose labels and problem type no file declares.
 UNDECLARED: Final = "undeclared"
@@ -106,7 +108,7 @@ def head_beside(
         config = read_json(file, error=AdapterError)
         if problem is None and sequences:
             problem = stated_problem(config, str(file), error=AdapterError)
-        names = config_labels(config, str(file), error=AdapterError)
+        names = config_labels(config, str(file), error=AdapterError, outputs=outputs)
         if labels is None and names is not None and len(names) == outputs:
             labels = None if names == placeholders(outputs) else names
             undeclared = undeclared and sequences
@@ -172,9 +174,16 @@ def stated_problem(
 
 
 def config_labels(
-    config: Mapping[str, Any], where: str, *, error: type[LoraDeployError]
+    config: Mapping[str, Any],
+    where: str,
+    *,
+    error: type[LoraDeployError],
+    outputs: int | None = None,
 ) -> tuple[str, ...] | None:
     """The label names in a config.json, in the order of the outputs; None if it has none.
+
+    An output whose number is not among those of id2label is LABEL_n. `outputs`: how many there are,
+    if that is known; it counts where numbers are missing.
 
     Raises:
         `error`: the keys of its id2label are not numbers.
@@ -183,9 +192,15 @@ def config_labels(
     if not isinstance(names, Mapping):
         return None
     try:
-        return tuple(str(names[key]) for key in sorted(names, key=int))
+        numbered = {int(key): str(name) for key, name in names.items()}
     except (TypeError, ValueError):
         raise error(f"{where}: the keys of id2label are not numbers") from None
+    count = max(numbered, default=-1) + 1
+    if min(numbered, default=0) < 0 or count > _MOST_LABELS:
+        raise error(f"{where}: the keys of id2label are not the numbers of outputs")
+    if len(numbered) < count and outputs:
+        count = outputs
+    return tuple(numbered.get(n, name) for n, name in enumerate(placeholders(count)))
 
 
 def placeholders(count: int) -> tuple[str, ...]:

@@ -175,7 +175,8 @@ class Manifest:
     graph of an ONNX file gave other results if it read a prompt in parts. `Engine`, which reads
     long prompts in parts, refuses such a bundle.
     `probabilities`: the output that is a Softmax or Sigmoid of the main output, if the graph of an
-    ONNX file has one; None for other bundles.
+    ONNX file has one; the main output itself, if the graph of a regression ends in a Sigmoid; None
+    for other bundles.
     """
 
     task: str

@@ -95,7 +95,7 @@ def from_graph(source: Source, options: Options) -> Base:
         own = settings_beside(source.directory, options.evidence.checkpoint)
         take_branches(graph, source.graph.parent, own)
         check_mask(graph, renamed, source.graph.parent, own)
-        made = give_logits(graph.graph, options.task, own.get("problem_type"))
+        made = give_logits(graph.graph, _asked(options.task, own), own.get("problem_type"))
         renamed |= {} if made is None else made.renamed
     current = precision_of(graph) if source.manifest is None else source.manifest.precision
     if source.manifest is None and current == BFLOAT16 and has_float32_weights(graph.graph):
@@ -107,11 +107,13 @@ def from_graph(source: Source, options: Options) -> Base:
         remove_side_inputs(graph, source.manifest)
         identity, task = source.manifest.base, source.manifest.task
         probabilities = source.manifest.probabilities
+        problem_type = source.manifest.problem_type if task == TOKEN_CLASSIFICATION else None
         parameters = frozenset(saved.parameter for saved in source.manifest.saved)
         lacking = frozenset(s.parameter for s in source.manifest.saved if s.lacking)
         replaced = modules_of(parameters)
     else:
         probabilities = None if made is None else made.output
+        problem_type = None if made is None else made.problem_type
         name_dimensions(graph)
         complete_cache(graph, source.directory, options.evidence.checkpoint)
         identity = _identity(source, graph, options.evidence.checkpoint)
@@ -124,7 +126,7 @@ def from_graph(source: Source, options: Options) -> Base:
         refuse_adapter_products(graph.graph)
         complete_shapes(graph)  # after operators that inference did not know before
         warn_of_ranges(graph.graph)
-        task = _task_of(source, graph, options.task, own)
+        task = _task_of(source, graph, _asked(options.task, own), own)
         parameters = replaced = lacking = frozenset()
     if options.evidence.checkpoint is not None:
         annotate_forms(graph, vectors_in(options.evidence.checkpoint).get)
@@ -161,7 +163,7 @@ def from_graph(source: Source, options: Options) -> Base:
         other_part=() if source.manifest is None else source.manifest.other_part,
         traced=source.manifest is not None and source.manifest.traced,
         probabilities=probabilities,
-        problem_type=None if made is None else made.problem_type,
+        problem_type=problem_type,
         ties_head=ties_head(settings_beside(source.directory, options.evidence.checkpoint)),
     )
 
@@ -193,6 +195,15 @@ def _identity(source: Source, graph: ir.Model, checkpoint: Path | None) -> BaseI
         return BaseIdentity(source.name, graph_digest(graph), "onnx")
     check_no_peft_layers(checkpoint, base_tensors(checkpoint))
     return BaseIdentity(resolved(checkpoint).name, base_digest(checkpoint), "checkpoint")
+
+
+def _asked(task: str | None, config: Mapping[str, Any]) -> str | None:
+    """The requested task, or token classification if the config declares it.
+
+    The shapes of a token classifier's outputs are those of a language model.
+    """
+    classifies = task is None and own_task(config) == TOKEN_CLASSIFICATION
+    return TOKEN_CLASSIFICATION if classifies else task
 
 
 def _task_of(source: Source, graph: ir.Model, asked: str | None, config: Mapping[str, Any]) -> str:

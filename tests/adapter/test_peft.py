@@ -22,6 +22,7 @@ from loradeploy.adapter import (
     load_adapter,
     save_adapter,
 )
+from loradeploy.adapter.files import roles
 from loradeploy.adapter.files.peft import WEIGHTS_NAME
 from loradeploy.adapter.files.tensors import read_arrays, write_arrays
 from loradeploy.errors import AdapterError, ModelError
@@ -328,8 +329,6 @@ def test_what_ends_in_a_saved_name_is_saved_as_in_peft(module: str, tmp_path: Pa
 def test_a_value_head_of_trl_is_left_out_by_name(
     prefix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from loradeploy.adapter.files import roles
-
     roles._warn_of_value_head.cache_clear()
     head = {f"{prefix}v_head.summary.weight": np.ones((1, 4), np.float32)}
     right = load_adapter(write(tmp_path / "right", good_tensors()))
@@ -337,6 +336,30 @@ def test_a_value_head_of_trl_is_left_out_by_name(
     assert found.digest == right.digest
     assert not found.carried
     assert f"{prefix}v_head.summary.weight: a value head of TRL" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("", f"pretrained_model.{PREFIX}"),
+        (PREFIX, f"{PREFIX}pretrained_model."),
+        (PREFIX, "pretrained_model."),
+        (PREFIX, f"module.{PREFIX}pretrained_model."),
+    ],
+)
+def test_names_below_trl_s_value_head_are_read_and_said(
+    before: str, after: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """PEFT loads none of them, and warns of missing keys."""
+    roles._warn_of_wrapper.cache_clear()
+    expected = load_adapter(write(tmp_path / "plain", good_tensors()))
+    assert "pretrained_model" not in caplog.text
+    start = after if before else after.removesuffix(PREFIX)
+    below = {start + key.removeprefix(before): v for key, v in good_tensors().items()}
+    head = {"v_head.summary.weight": np.ones((1, 4), np.float32)}
+    found = load_adapter(write(tmp_path / "below", {**below, **head}))
+    assert found.digest == expected.digest
+    assert "all other keys have TRL's pretrained_model. in front" in caplog.text
 
 
 def test_a_value_head_that_is_of_the_model_is_kept(tmp_path: Path) -> None:

@@ -258,6 +258,18 @@ def diffusers() -> Case:
     )
 
 
+def diffusers_ranks(first: int, second: int, *, alphas: int = 0) -> Case:
+    """Two modules of these ranks, the first `alphas` of them with an alpha."""
+    case, tensors = diffusers(), {}
+    for number, rank in enumerate((first, second)):
+        key = f"text_encoder.text_model.{TEXT}.{number}.self_attn.v_proj"
+        tensors |= {f"{key}.lora_A.weight": random(rank, 32)}
+        tensors |= {f"{key}.lora_B.weight": random(32, rank)}
+        if number < alphas:
+            tensors[f"{key}.alpha"] = np.array(2.0, np.float32)
+    return change(case, tensors=tensors)
+
+
 V_PROJ = f"text_encoder.text_model.{TEXT}.1.self_attn.v_proj"
 
 
@@ -471,6 +483,14 @@ REFUSED: dict[str, tuple[Callable[[], Case], str]] = {
     "a header of another rank": (
         lambda: diffusers_header(r=8),
         "lora_A has 4 rows, the rank in its header is 8",
+    ),
+    "diffusers, several ranks without alpha": (
+        lambda: diffusers_ranks(4, 8),
+        "v_proj has no alpha, and the modules have ranks of 4, 8: .*takes that of another module",
+    ),
+    "diffusers, alpha of some modules": (
+        lambda: diffusers_ranks(4, 4, alphas=1),
+        "v_proj has no alpha, and 1 other modules have one",
     ),
     "a header without alpha": (
         lambda: change(diffusers_header(), header=peft_header(r=4)),

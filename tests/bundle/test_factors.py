@@ -144,6 +144,20 @@ def test_float16_holds_the_product_of_factors_whatever_the_size_of_one(
     np.testing.assert_array_equal(plain["l.q.lora_A"][0], sized.A.T)
 
 
+@pytest.mark.parametrize("tops", [(1.0, 1e4), (1e4, 1.0), (100.0, 100.0), (3e4, 1e-2)])
+def test_the_product_with_A_fits_into_float16_where_that_with_both_factors_does(
+    tops: tuple[float, float],
+) -> None:
+    """x A of many features, and of some that are large, as language models have."""
+    shapes = ((2, 3), (4, 2))
+    A, B = (np.full(shape, top, np.float32) for shape, top in zip(shapes, tops, strict=True))
+    adapter = an_adapter(factors={"l.q": Factors(A, B), "l.k": factors()})
+    arrays = side_inputs(adapter, a_manifest(factor_dtype="float16"))
+    one, other = (arrays[f"l.q.lora_{half}"][0].astype(np.float64) for half in "AB")
+    assert np.abs(one).max() <= 2
+    assert one @ other == pytest.approx(3.0 * (B.astype(np.float64) @ A).T, rel=2e-3)
+
+
 def test_a_native_file_holds_the_side_inputs(tmp_path: Path) -> None:
     manifest, adapter = a_manifest(), an_adapter()
     write_onnx_adapter(adapter, manifest, tmp_path / "a.onnx_adapter")

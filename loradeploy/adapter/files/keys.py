@@ -32,6 +32,11 @@ _BETWEEN: Final = re.compile(
 # Put before names by DistributedDataParallel and PEFT; twice if PEFT wrapped a model again.
 _BEFORE: Final = re.compile(r"(?:module\.)*(?:base_model\.model\.)+")
 
+# Of TRL's models with a value head, before or behind PEFT's prefix.
+_BEFORE_VALUE_HEAD: Final = re.compile(
+    r"(?P<peft>(?:module\.)*(?:base_model\.model\.)*)pretrained_model\."
+)
+
 Part = Literal["factor", "bias", "parameter", "saved", "original", "below", "rows"]
 
 _NAMED: Final = r"(?:\.(?!weight$|bias$)(?P<adapter>[^.]+))?"
@@ -67,6 +72,8 @@ def read_keys(keys: Iterable[str]) -> dict[str, Key]:
             adapters.
     """
     names = {key: _BETWEEN.sub("", key) for key in keys}
+    if are_below_value_head(names):
+        names = {key: _BEFORE_VALUE_HEAD.sub(r"\g<peft>", name) for key, name in names.items()}
     bare = [key for key, name in names.items() if not _BEFORE.match(name)]
     if bare and len(bare) < len(names):
         raise AdapterError(
@@ -85,6 +92,12 @@ def read_keys(keys: Iterable[str]) -> dict[str, Key]:
             " each of them to a separate directory"
         )
     return {key: _key(name, adapters or {"default"}) for key, name in names.items()}
+
+
+def are_below_value_head(keys: Iterable[str]) -> bool:
+    """Whether all tensors are below the `pretrained_model` of TRL's models with a value head."""
+    found = [_BEFORE_VALUE_HEAD.match(key) for key in keys]
+    return bool(found) and all(found)
 
 
 def is_value_head(key: str) -> bool:

@@ -17,7 +17,7 @@ from loradeploy.adapter.adapter import Adapter, Factors, Kind, Rows
 from loradeploy.adapter.algebra.experts import expert_factors, parameters_below, with_targets
 from loradeploy.adapter.config import TOKENS, TYING, AdapterConfig
 from loradeploy.adapter.files.formats import other_tensors
-from loradeploy.adapter.files.keys import Key, is_value_head, read_keys
+from loradeploy.adapter.files.keys import Key, are_below_value_head, is_value_head, read_keys
 from loradeploy.adapter.modules.targets import is_saved, is_trained_bias, saved_by, untargeted
 from loradeploy.adapter.tasks import task_of_peft
 from loradeploy.errors import AdapterError, listed, listed_names, shown
@@ -57,6 +57,8 @@ def tensors_by_role(
     head that modules_to_save does not list: it is left out, with a warning.
     """
     arrays = _without_value_head(arrays, config)
+    if are_below_value_head(arrays):
+        _warn_of_wrapper(shown(min(arrays)))
     try:
         keys = read_keys(arrays)
     except AdapterError as problem:
@@ -208,6 +210,16 @@ def _warn_of_value_head(names: str) -> None:
         "%s: a value head of TRL is beside the adapter. It is left out, as in PEFT: the model's"
         " outputs do not depend on it",
         names,
+    )
+
+
+@functools.cache
+def _warn_of_wrapper(key: str) -> None:
+    logger.warning(
+        "%s and all other keys have TRL's pretrained_model. in front of the model's names. It is"
+        " ignored; PEFT does not, loads none of these tensors and computes the base: rename the"
+        " keys for PEFT",
+        key,
     )
 
 

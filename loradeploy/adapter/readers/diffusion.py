@@ -4,8 +4,10 @@ lora_te_<module, dots as underscores>.lora_down.weight|lora_up.weight|alpha     
 text_encoder.<module>.lora_linear_layer.down.weight|up.weight                   diffusers, older
 text_encoder.<module>.lora_A.weight|lora_B.weight, and alpha                    diffusers; _2, _3
 
-s = alpha / rank, or 1 without alpha. diffusers stores PEFT's config in the header (`header`). Names
-with underscores are resolved with the module names of the base.
+s = alpha / rank, or 1 without alpha. diffusers stores PEFT's config in the header (`header`).
+Without that, it replaces a missing alpha by the rank of the first module, or by the alpha of
+another one: files in which that is not the module's own rank are refused. Names with underscores
+are resolved with the module names of the base.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from loradeploy.adapter.adapter import Adapter, Factors
-from loradeploy.adapter.readers.header import alpha_in, config_in
+from loradeploy.adapter.readers.header import CONFIG, alpha_in, config_in
 from loradeploy.adapter.readers.source import Source, adapter_of, check_complete, halves
 from loradeploy.adapter.scaling import scaling
 from loradeploy.errors import AdapterError, listed_names
@@ -68,7 +70,7 @@ def read(source: Source) -> Adapter:
             "the config in its header has patterns for names with dots, and the file has"
             " underscores: save it in diffusers' form"
         )
-    factors, scalings = {}, {}
+    factors, scalings, without_alpha = {}, {}, []
     for module, parts in modules.items():
         if "magnitude" in parts:
             raise AdapterError(
@@ -78,9 +80,33 @@ def read(source: Source) -> Adapter:
         alpha = None
         if "alpha" in parts:
             alpha = float(source.array(keys[parts["alpha"]]).reshape(()))
+        else:
+            without_alpha.append(module)
         factors[names[module]] = Factors(A, B)
         scalings[names[module]] = _scaling(source, config, module, len(A), alpha)
+    if not underscored and config is None and without_alpha:
+        ranks = sorted({pair.rank for pair in factors.values()})
+        _check_one_scaling(without_alpha, ranks, others=len(factors) - len(without_alpha))
     return adapter_of(factors, scalings)
+
+
+def _check_one_scaling(without_alpha: list[str], ranks: list[int], *, others: int) -> None:
+    """Raise AdapterError if diffusers may scale the modules without alpha by another s than 1.
+
+    `others`: the number of modules that have an alpha.
+    """
+    if len(ranks) == 1 and not others:
+        return
+    first = f"{without_alpha[0]} has no alpha"
+    reason = (
+        f"{others} other modules have one"
+        if others
+        else f"the modules have ranks of {', '.join(map(str, ranks))}"
+    )
+    raise AdapterError(
+        f"{first}, and {reason}: its alpha in training is not known, and diffusers takes"
+        f" that of another module. Add the tensors <module>.alpha, or {CONFIG} to the header"
+    )
 
 
 def _component(chosen: str) -> str:

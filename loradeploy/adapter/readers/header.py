@@ -17,7 +17,7 @@ from loradeploy.adapter.config import AdapterConfig
 from loradeploy.errors import AdapterError, shown
 from loradeploy.parsing import parse_json
 
-_CONFIG: Final = "lora_adapter_metadata"
+CONFIG: Final = "lora_adapter_metadata"
 _ALPHAS: Final = ("ss_network_alpha", "lora_alpha")
 # The values that sd-scripts writes if alpha is not set.
 _UNSET: Final = ("", "None")
@@ -29,21 +29,21 @@ def config_in(header: Mapping[str, str], component: str) -> AdapterConfig | None
     Raises:
         AdapterError: it is not JSON, or has a field that changes the numbers and is not supported.
     """
-    if _CONFIG not in header:
+    if CONFIG not in header:
         return None
     try:
-        values = parse_json(header[_CONFIG])
+        values = parse_json(header[CONFIG])
     except ValueError as problem:
-        raise AdapterError(f"{_CONFIG} in its header is not valid JSON: {problem}") from None
+        raise AdapterError(f"{CONFIG} in its header is not valid JSON: {problem}") from None
     if not isinstance(values, dict):
-        raise AdapterError(f"{_CONFIG} in its header is {shown(values)}, expected an object")
+        raise AdapterError(f"{CONFIG} in its header is {shown(values)}, expected an object")
     start = f"{component}."
     own = {key.removeprefix(start): v for key, v in values.items() if key.startswith(start)}
     if not own:
         return None
     lacking = [name for name in ("r", "lora_alpha") if name not in own]
     if lacking:
-        raise AdapterError(f"{_CONFIG} in its header has no {start}{lacking[0]}")
+        raise AdapterError(f"{CONFIG} in its header has no {start}{lacking[0]}")
     config = AdapterConfig.from_peft(own)
     refused = {
         "use_dora": config.use_dora,

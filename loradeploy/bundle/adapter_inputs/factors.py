@@ -34,6 +34,8 @@ _OVERFLOWS: Final = 1e18
 # The range of a factor's maximum in which float16 has full precision down to 1/64 of the maximum.
 _LEAST_PRECISE: Final = 2.0**-8
 _MOST_PRECISE: Final = 2.0**15
+# The limit of A, so that x A fits into float16: x may have 4096 features of up to about 1000.
+_MOST_A: Final = 2.0
 
 
 def side_inputs(
@@ -187,18 +189,23 @@ def _balanced(
     """Rescale A [in, rank] and B [rank, out] for float16, without a change of their product.
 
     B starts at zero. After a short training, or with a low learning rate, its values are below the
-    range in which float16 has full precision, while those of A are not. Powers of two are exact.
+    range in which float16 has full precision, while those of A are not. If the product is large,
+    B gets the larger values, so that x A overflows only if x A B does. Powers of two are exact.
     """
     top_A, top_B = np.abs(A).max(axis=0), np.abs(B).max(axis=1)  # [rank]
-    precise = (np.minimum(top_A, top_B) >= _LEAST_PRECISE) & (
-        np.maximum(top_A, top_B) <= _MOST_PRECISE
-    )
+    precise = (np.minimum(top_A, top_B) >= _LEAST_PRECISE) & (top_B <= _MOST_PRECISE)
+    precise &= top_A <= _MOST_A
     usable = (top_A > 0) & (top_B > 0) & np.isfinite(top_A) & np.isfinite(top_B)
     if (precise | ~usable).all():
         return A, B
-    ratio = np.divide(top_B, top_A, out=np.ones_like(top_A), where=usable & ~precise)
+    moved = usable & ~precise
+    log_A, log_B = (np.log2(top, out=np.zeros_like(top), where=moved) for top in (top_A, top_B))
     # Halves are rounded up, as Math.round does in the JavaScript client.
-    powers = np.exp2(np.floor(np.log2(ratio) / 2 + 0.5)).astype(np.float32)
+    equal = np.floor((log_B - log_A) / 2 + 0.5)
+    most = np.floor(np.log2(_MOST_A) - log_A)  # so that A is at most _MOST_A
+    least = np.ceil(log_B - np.log2(_MOST_PRECISE))  # so that B is at most _MOST_PRECISE
+    exponents = np.where(moved, np.maximum(np.minimum(equal, most), least), 0)
+    powers = np.exp2(exponents).astype(np.float32)
     return A * powers, B / powers[:, np.newaxis]
 
 

@@ -17,6 +17,7 @@ from loradeploy.adapter.tasks import (
     CLASSIFICATIONS,
     IMAGE_CLASSIFICATION,
     SEQUENCE_CLASSIFICATION,
+    TOKEN_CLASSIFICATION,
 )
 from loradeploy.bundle.fitting.labels import output_count
 from loradeploy.bundle.graph_form import BFLOAT16, GQA, STANDARD, form_of
@@ -133,6 +134,8 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
     config = with_labels(settings, count, label_names(options.adapters) if headless else None)
     if base.task == SEQUENCE_CLASSIFICATION:
         manifest, config = _with_problem(manifest, config, options.adapters)
+    elif base.task == TOKEN_CLASSIFICATION:
+        manifest = dataclasses.replace(manifest, problem_type=base.problem_type)
     if config and base.pad is not None:
         config["pad_token_id"] = base.pad
     if base.vocabulary is not None:

@@ -3,7 +3,8 @@
     logits = x W + b   →   Softmax, Sigmoid   →   the only output
 
 The runtime computes probabilities from logits, by the problem type of each adapter's head, and
-would apply it twice. If nothing declares the base's problem type, a Sigmoid shows it.
+would apply it twice. If nothing declares the base's problem type, a Sigmoid shows it. If
+config.json declares a regression, the output of its Sigmoid stays the main output.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from loradeploy.adapter.heads import MULTI_LABEL, REGRESSION
-from loradeploy.adapter.tasks import TASK_TABLE
+from loradeploy.adapter.tasks import TASK_TABLE, TOKEN_CLASSIFICATION
 from loradeploy.bundle.names import IMAGE_EMBEDS, LOGITS, TEXT_EMBEDS
 from loradeploy.bundle.outputs import HIDDEN_NAMES, LOGITS_NAMES
 from loradeploy.printable import logger_of
@@ -32,9 +33,9 @@ _RANKS: Final = (2, 3)  # logits for rows, and for tokens
 class Probabilities:
     """The probabilities that a graph has as an output.
 
-    `output`: their name in the bundle. `renamed`: their name in the file, by `output`, if they were
-    renamed because the logits get that name. `problem_type`: the problem type that the operator
-    shows, if any.
+    `output`: their name in the bundle; that of the main output itself for a regression.
+    `renamed`: their name in the file, by `output`, if they were renamed because the logits get that
+    name. `problem_type`: the problem type that the operator shows, if any.
     """
 
     output: str
@@ -47,10 +48,10 @@ def give_logits(graph: ir.Graph, task: str | None, stated: str | None) -> Probab
 
     `task`: the requested task, if any. Only tasks whose models output logits are changed; without
     one, a Sigmoid counts only if its output is named as logits or probabilities. `stated`: the
-    problem type of the model's config; the output of a regression is not a probability.
+    problem type of the model's config; the output of a regression is not changed.
     """
     asked = None if task is None else TASK_TABLE.get(task)
-    if stated == REGRESSION or (asked is not None and asked.output != LOGITS):
+    if asked is not None and asked.output != LOGITS:
         return None
     names = {str(value.name) for value in graph.outputs}
     found = {value: node for value in graph.outputs if (node := _made_by(value)) is not None}
@@ -59,6 +60,8 @@ def give_logits(graph: ir.Graph, task: str | None, stated: str | None) -> Probab
     ((value, node),) = found.items()
     own, logits, sigmoid = str(value.name), node.inputs[0], node.op_type == "Sigmoid"
     assert logits is not None
+    if stated == REGRESSION and task != TOKEN_CLASSIFICATION:
+        return Probabilities(own) if sigmoid and len(names) == 1 else None
     if task is None and sigmoid and own not in (*LOGITS_NAMES, _PROBABILITIES):
         return None
     if logits.is_graph_output() or not names.isdisjoint(set(LOGITS_NAMES) - {own}):

@@ -349,8 +349,8 @@ def _label_names(
     if manifest.task not in CLASSIFICATIONS:
         return {None: (), **{tested.name: () for tested in adapters}}
     config = model_config(bundle)
-    own = config_labels(config, CONFIG_NAME, error=BundleError) or ()
     outputs = output_count(manifest, config)
+    own = config_labels(config, CONFIG_NAME, error=BundleError, outputs=outputs) or ()
     if len(own) != outputs:
         own = placeholders(outputs)
     for tested in adapters:

@@ -17,6 +17,7 @@ from loradeploy.adapter.heads import (
     placeholders,
 )
 from loradeploy.adapter.tasks import SEQUENCE_CLASSIFICATION
+from loradeploy.bundle.fitting.labels import output_count
 from loradeploy.bundle.model_config import model_config
 from loradeploy.bundle.names import CONFIG_NAME
 from loradeploy.bundle.outputs import output_of
@@ -33,6 +34,8 @@ from loradeploy.runtime.tasks.encoder import (
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from loradeploy.bundle.manifest import Manifest
 
 # Minimum probability of a label of a multi-label classifier.
 THRESHOLD: Final = 0.5
@@ -102,6 +105,7 @@ class TextClassifier:
             check_probability("threshold", threshold)
         results, problems = [], set[str]()
         output = output_of(self.session.manifest)
+        activated = ends_in_sigmoid(self.session.manifest)
         for batch in encoded_batches(
             self.session,
             given_texts_or_pairs(texts),
@@ -113,6 +117,11 @@ class TextClassifier:
             for row, (values, one) in enumerate(zip(logits, batch.rows, strict=True)):
                 head = head_of_row(batch.held.head(row), self._head, one.adapter)
                 problems.add(str(head.problem_type))
+                if activated and head.problem_type != REGRESSION:
+                    raise UsageError(
+                        f"the adapter {shown(one.adapter)} is for {head.problem_type}, and the"
+                        " graph ends in the Sigmoid of a regression: export the graph without it"
+                    )
                 least = THRESHOLD if threshold is None else threshold
                 own, labels = named_outputs(values, head)
                 check_answer(own, one)
@@ -124,6 +133,11 @@ class TextClassifier:
         return results
 
 
+def ends_in_sigmoid(manifest: Manifest) -> bool:
+    """Whether the main output is that of a Sigmoid, of a regression in an ONNX graph."""
+    return manifest.probabilities == output_of(manifest)
+
+
 def base_head(session: AdapterSession) -> Head:
     """The head of a classifier's base, or of its merged adapter.
 
@@ -131,7 +145,9 @@ def base_head(session: AdapterSession) -> Head:
         BundleError: its config.json is broken, or the bundle is too old to declare a problem type.
     """
     manifest, merged = session.manifest, session.manifest.merged_adapter
-    labels = config_labels(model_config(session.path), CONFIG_NAME, error=BundleError)
+    config = model_config(session.path)
+    count = output_count(manifest, config)
+    labels = config_labels(config, CONFIG_NAME, error=BundleError, outputs=count)
     if manifest.task == SEQUENCE_CLASSIFICATION and manifest.problem_type is None:
         raise BundleError(
             f"{session.path} was exported before bundles said whether their outputs are of one"

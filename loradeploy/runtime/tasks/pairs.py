@@ -17,7 +17,13 @@ from loradeploy.errors import BundleError, UsageError, listed_names, shown
 from loradeploy.runtime.adapters.resident import AdapterSpec
 from loradeploy.runtime.arguments import Adapters, check_count
 from loradeploy.runtime.session import AdapterSession
-from loradeploy.runtime.tasks.classification import SCORES, base_head, head_of_row, named_outputs
+from loradeploy.runtime.tasks.classification import (
+    SCORES,
+    base_head,
+    ends_in_sigmoid,
+    head_of_row,
+    named_outputs,
+)
 from loradeploy.runtime.tasks.encoder import (
     check_answer,
     encode_texts_or_pairs,
@@ -48,7 +54,8 @@ class TextPairScorer:
     """Scores pairs of texts, with a session on a sequence classification bundle with one output.
 
     A score equals that of sentence-transformers' `CrossEncoder.predict`: the sigmoid of the logit,
-    or the logit if the base's config.json declares the identity as activation function.
+    or the logit if the base's config.json declares the identity as activation function. If an ONNX
+    graph ends in a Sigmoid, that is the only one.
 
     `activation`: overrides this with "sigmoid" or "identity". Adapters that were trained as a
     regression give their number with "identity". The order of documents does not change.
@@ -68,6 +75,9 @@ class TextPairScorer:
         self.session = session
         self.tokenizer = session.texts.base.tokenizer
         self.activation: str = activation or _declared_activation(session)
+        # The number of a regression whose graph ends in a Sigmoid is the score.
+        of_graph = "identity" if ends_in_sigmoid(session.manifest) else self.activation
+        self._scores = _ACTIVATIONS[of_graph]
         self._head = base_head(session)
 
     def score(
@@ -105,7 +115,7 @@ class TextPairScorer:
                         " is of one: use TextClassifier"
                     )
                 check_answer(own, one)
-                scores.append(_ACTIVATIONS[self.activation](own)[0])
+                scores.append(self._scores(own)[0])
         return np.array(scores, np.float64)
 
     def rerank(

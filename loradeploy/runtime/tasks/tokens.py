@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from loradeploy.adapter.heads import SINGLE_LABEL
 from loradeploy.adapter.tasks import TOKEN_CLASSIFICATION
 from loradeploy.bundle.names import NO_PADDING
 from loradeploy.bundle.outputs import output_of
@@ -16,7 +17,7 @@ from loradeploy.errors import UsageError, shown
 from loradeploy.runtime.adapters.resident import AdapterSpec
 from loradeploy.runtime.arguments import Adapters, check_stride, each_row
 from loradeploy.runtime.session import AdapterSession
-from loradeploy.runtime.tasks.classification import base_head, head_of_row, named_outputs, softmax
+from loradeploy.runtime.tasks.classification import SCORES, base_head, head_of_row, named_outputs
 from loradeploy.runtime.tasks.encoder import (
     TextRow,
     check_answer,
@@ -62,6 +63,8 @@ class TokenClassifier:
         self.session = session
         self.tokenizer = session.texts.base.tokenizer
         self._head = base_head(session)
+        # An ONNX graph that ended in a Sigmoid states it; transformers always takes the softmax.
+        self._scores = SCORES[session.manifest.problem_type or SINGLE_LABEL]
 
     def __call__(
         self,
@@ -121,7 +124,7 @@ class TokenClassifier:
                 head = head_of_row(batch.held.head(number), self._head, row.adapter)
                 own, labels = named_outputs(values[: len(row.tokens.ids)], head)
                 check_answer(own, row)
-                tokens = _tokens(row, given[row.text], softmax(own))
+                tokens = _tokens(row, given[row.text], self._scores(own))
                 join = partial(joined, row.side.tokenizer)
                 found[row.text] += entities_of(tokens, labels, aggregation, join)
                 parts[row.text] += 1

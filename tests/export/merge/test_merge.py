@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -22,8 +24,9 @@ def _adapter(module: str = "block.proj", *, into: int = IN, out: int = OUT) -> A
     )
 
 
-def _merge(model: ir.Model, adapter: Adapter) -> MergeReport:
-    return merge_adapter(model, find_linears(model).linears, adapter)
+def _merge(model: ir.Model, adapter: Adapter, *, requantize: bool = False) -> MergeReport:
+    linears = find_linears(model).linears
+    return merge_adapter(model, linears, adapter, requantize=requantize)
 
 
 def _delta(adapter: Adapter, module: str) -> NDArray[np.float32]:
@@ -152,6 +155,35 @@ def test_a_merge_into_quantized_weights_is_refused() -> None:
     )
     with pytest.raises(ExportError, match=r"m\.q is already quantized"):
         _merge(b.model(y), _adapter("m.q", into=32))
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2])
+def test_weights_of_eight_bit_floats_are_merged_into_only_if_asked_for(dtype: Any) -> None:
+    def model() -> ir.Model:
+        b = Builder()
+        x = b.input("x", ["batch", "sequence", IN])
+        stored = b.constant("w", numbers(IN, OUT).astype(dtype))
+        w = b.node("Cast", [stored], [IN, OUT], to=ir.DataType.FLOAT)
+        return b.model(b.node("MatMul", [x, w], ["batch", "sequence", OUT], module="m"))
+
+    rows, small, large = numbers(2, 3, IN), _adapter("m"), _adapter("m")
+    pair = small.factors["m"]
+    small = dataclasses.replace(small, factors={"m": Factors(pair.A * 1e-3, pair.B)})
+    with pytest.raises(ExportError, match=r"m is already quantized.*`requantize`"):
+        _merge(model(), small)
+    base = run(model(), {"x": rows})
+    effect = (rows @ pair.A.T) @ pair.B.T * large.scaling("m")
+    merged = model()
+    error = _merge(merged, large, requantize=True).error
+    assert error is not None
+    assert error.kept == pytest.approx(1, abs=0.1)
+    changed = run(merged, {"x": rows}) - base
+    assert np.abs(changed - effect).max() < 0.2 * np.abs(effect).max(), "the adapter is not in it"
+    error = _merge(model(), small, requantize=True).error
+    assert error is not None
+    assert abs(1 - error.kept) + error.noise > 0.5, (
+        "an update of this size could be kept, and need not be refused"
+    )
 
 
 def test_saved_parameters_replace_those_of_the_base() -> None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 import loradeploy as ld
 from loradeploy.adapter.files.peft import load_adapter, save_adapter
+from loradeploy.adapter.heads import config_labels
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.conversion import convert
 from loradeploy.errors import (
@@ -377,6 +378,47 @@ def test_the_way_through_an_onnx_adapter_loses_no_answer_silently(
     again, before = TextClassifier(session)([TEXTS[1]] * 2, ["back", "several"])
     assert (again.problem_type, again.labels) == (before.problem_type, before.labels)
     assert again.scores == pytest.approx(before.scores, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "expected"),
+    [
+        ((0, 1, 2), ("a", "b", "c")),
+        ((2, 1, 0), ("c", "b", "a")),
+        ((0, 2, 5), ("a", "LABEL_1", "b")),
+        ((1, 2, 3), ("LABEL_0", "a", "b")),
+        ((-1, 0, 1), "are not the numbers of outputs"),
+        ((0, 1, 10**9), "are not the numbers of outputs"),
+        ((0, 1, "two"), "are not numbers"),
+    ],
+)
+def test_an_output_has_the_name_of_its_own_number(
+    numbers: tuple[Any, ...], expected: tuple[str, ...] | str, tmp_path: Path
+) -> None:
+    """As transformers has it, which fails where a number is missing."""
+    config = {"id2label": {str(n): name for n, name in zip(numbers, "abc", strict=True)}}
+    if isinstance(expected, str):
+        with pytest.raises(BundleError, match=expected):
+            config_labels(config, "it", error=BundleError, outputs=3)
+        return
+    assert config_labels(config, "it", error=BundleError, outputs=3) == expected
+
+
+def test_a_classifier_answers_with_the_names_of_the_numbers(
+    tiny_bert: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=3)
+    model.save_pretrained(tmp_path / "model")
+    for file in tiny_bert.glob("*token*"):
+        shutil.copyfile(file, tmp_path / "model" / file.name)
+    file = tmp_path / "model" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"id2label": {"0": "a", "2": "b", "5": "c"}}))
+    export(tmp_path / "model", tmp_path / "bundle")
+    (answer,) = TextClassifier(AdapterSession(tmp_path / "bundle"))(TEXTS[0])
+    assert [*answer.scores] == ["a", "LABEL_1", "b"]
 
 
 def test_numbers_that_are_not_finite_are_refused_and_never_answered(

@@ -22,6 +22,8 @@ const PREFIX = /^(?:module\.)*(?:base_model\.model\.)+/;
 // The range of a factor's largest number in which float16 has full precision down to a 64th of it.
 const LEAST_HELD = 2 ** -8;
 const MOST_HELD = 2 ** 15;
+// Of A: x A has to fit into float16 too.
+const MOST_A = 2;
 const FACTOR = /^(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.(?!weight$)([^.]+))?(?:\.weight)?$/;
 const WHOLE = /^(.+)\.modules_to_save(?:\.(?!weight$|bias$)[^.]+)?\.([^.]+)$/;
 // A module's name or the end of one, as opposed to a regular expression; dots match any character.
@@ -92,7 +94,8 @@ export function readConfig(values, where) {
  * Rescale A [in, rank] and B [rank, out] in place, so that both have a good range for float16 and their
  * product is unchanged.
  *
- * The Python runtime does the same: after a short training, B is too small for float16's full precision.
+ * The Python runtime does the same: after a short training, B is too small for float16's full precision,
+ * and x A must not overflow if x A B does not.
  */
 function balance(A, B, rank) {
   const high = B.length / rank;
@@ -100,9 +103,12 @@ function balance(A, B, rank) {
     let [topA, topB] = [0, 0];
     for (let i = k; i < A.length; i += rank) topA = Math.max(topA, Math.abs(A[i]));
     for (let i = k * high; i < (k + 1) * high; i++) topB = Math.max(topB, Math.abs(B[i]));
-    const held = Math.min(topA, topB) >= LEAST_HELD && Math.max(topA, topB) <= MOST_HELD;
+    const held = Math.min(topA, topB) >= LEAST_HELD && topB <= MOST_HELD && topA <= MOST_A;
     if (held || !(topA > 0 && topB > 0 && Number.isFinite(topA) && Number.isFinite(topB))) continue;
-    const power = 2 ** Math.round(Math.log2(topB / topA) / 2);
+    const equal = Math.round(Math.log2(topB / topA) / 2);
+    const most = Math.floor(Math.log2(MOST_A / topA)); // so that A is at most MOST_A
+    const least = Math.ceil(Math.log2(topB / MOST_HELD)); // so that B is at most MOST_HELD
+    const power = 2 ** Math.max(Math.min(equal, most), least);
     for (let i = k; i < A.length; i += rank) A[i] *= power;
     for (let i = k * high; i < (k + 1) * high; i++) B[i] /= power;
   }
