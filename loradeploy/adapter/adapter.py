@@ -80,8 +80,8 @@ class Adapter:
 
     `factors`: the low-rank factors by target module, with the base model's module names.
     `saved`: fully trained parameters by the base's names (`classifier.weight` [out, in], …): those
-    of modules_to_save and the trained biases. Other modules that are tied to such a weight keep the
-    base's weight.
+    of modules_to_save and the trained biases. Other modules that are tied to one of these weights
+    keep the base's.
     `carried`: weights of the base model that the adapter's file includes, by the base's names
     (embeddings that LoRA adapts, or with a resized vocabulary). If they differ from the base's,
     they replace them in every module that shares the weight, before the factors are applied.

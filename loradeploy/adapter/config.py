@@ -244,7 +244,7 @@ class AdapterConfig:
 
     @cached_property
     def listed(self) -> Mapping[str, frozenset[str]]:
-        """`target_modules`, `exclude_modules` and `modules_to_save`, where they are lists."""
+        """`target_modules`, `exclude_modules` and `modules_to_save`, if they are lists."""
         lists = {
             "target_modules": self.target_modules,
             "exclude_modules": self.exclude_modules,

@@ -326,9 +326,9 @@ def default_of(spec: TensorSpec) -> NDArray[Any]:
 
 
 def check_is_bundle(directory: Path) -> None:
-    """Raise BundleError unless `directory` is one with a manifest, which may be broken.
+    """Raise BundleError unless `directory` has a manifest, which may be invalid.
 
-    Called before all files of a directory are listed, which may be the root of a disk.
+    Used before all files of the directory are listed: it may be the root of a disk.
     """
     if not directory.is_dir():
         kind = "is a file" if directory.exists() else "does not exist"

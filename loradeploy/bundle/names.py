@@ -13,18 +13,16 @@ DECODER_INPUT_IDS: Final = "decoder_input_ids"  # int64 [batch, target]
 PIXEL_VALUES: Final = "pixel_values"
 ENCODER_ATTENTION_MASK: Final = "encoder_attention_mask"  # int64 [batch, source]
 INPUTS_EMBEDS: Final = "inputs_embeds"  # float [batch, sequence, hidden], in place of tokens
-INPUTS_EMBEDS_MASK: Final = "inputs_embeds_mask"  # bool [batch, sequence]: where it is read
+INPUTS_EMBEDS_MASK: Final = "inputs_embeds_mask"  # bool [batch, sequence]: where they are used
 # int64 [3, batch, sequence]: time, row and column, in place of position_ids
 MROPE_POSITION_IDS: Final = "mrope_position_ids"
 IMAGE_FEATURES: Final = "image_features"  # float [images, tokens, hidden]
 INPUT_FEATURES: Final = "input_features"  # float [batch, mel bins, frames]
 ADAPTER_IDS: Final = "adapter_ids"  # int64 [batch] or [1]: each row's slot in the side inputs
-ADAPTER_MODE: Final = (
-    "adapter_mode"  # int64 [1]: 0 for the branch of the base, 1 for that with adapters
-)
-LOGITS_TO_KEEP: Final = (
-    "logits_to_keep"  # int64 [batch, kept] or [1, kept]: positions that get logits; [1, 0] is all
-)
+# int64 [1]: 0 for the branch of the base, 1 for the one with adapters
+ADAPTER_MODE: Final = "adapter_mode"
+# int64 [batch, kept] or [1, kept]: the positions that get logits; [1, 0] is all
+LOGITS_TO_KEEP: Final = "logits_to_keep"
 KEPT: Final = "kept"  # the dimension of the positions that logits_to_keep selects
 BASE, ROWS, SLOTS = "base", "rows", "slots"
 LEFT, RIGHT, NO_PADDING = "left", "right", "none"

@@ -14,7 +14,7 @@ from loradeploy.adapter.fitting.towers import tower_part
 from loradeploy.adapter.fitting.vocabulary import (
     added_tokens,
     refuse_resized,
-    say_resized,
+    warn_of_resize,
     without_added,
 )
 from loradeploy.adapter.heads import LABELED, label_parameters
@@ -123,7 +123,7 @@ def from_checkpoint(source: Source, options: Options) -> Base:
         before = vocabulary_of(model)
         vocabulary = resize_for(model, adapter)
         if before is not None and vocabulary is not None:
-            say_resized(name, before.size, vocabulary)
+            warn_of_resize(name, before.size, vocabulary)
     if zeroed:
         # With adapters, `check_brought` reports it.
         level = logging.INFO if adapters else logging.WARNING

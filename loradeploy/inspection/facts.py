@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-# Metadata of a field: its name in JSON, if that is reserved in Python; omitted from JSON if None;
-# a description whose fields are inserted instead of it.
+# Metadata of a field: KEY: its name in JSON, if that is reserved in Python; IF_KNOWN: it is omitted
+# from JSON if it is None; INLINE: it is a description whose fields are inserted instead of it.
 KEY: Final = "key"
 IF_KNOWN: Final[Mapping[str, bool]] = {"if_known": True}
 INLINE: Final[Mapping[str, bool]] = {"inline": True}

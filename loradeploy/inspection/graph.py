@@ -56,7 +56,7 @@ def inspect_graph(path: Path) -> GraphFacts:
     try:
         check_file(path, error=BundleError, limit=MAX_GRAPH_BYTES)
         model = onnx_ir.load(path)
-    except Exception as problem:  # errors of protobuf and the library have no other common base
+    except Exception as problem:  # errors of protobuf and onnx_ir have no other common base class
         raise BundleError(f"{path} is not an ONNX file: {first_line(problem)}") from None
     if not model.opset_imports:  # an empty file is a valid protobuf
         raise BundleError(f"{path} is not an ONNX file: it has no opset")
@@ -99,7 +99,7 @@ def _by_onnxruntime(path: Path) -> GraphFacts:
         session = onnxruntime.InferenceSession(
             str(path), options, providers=["CPUExecutionProvider"]
         )
-    except Exception as problem:  # onnxruntime's exceptions have no other common base
+    except Exception as problem:  # onnxruntime's exceptions have no other common base class
         raise BundleError(f"onnxruntime cannot open {path}: {first_line(problem)}") from None
     data = path.with_name(f"{path.name}.data")
 

@@ -67,7 +67,7 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def unremarked() -> Iterator[None]:
+def quiet_loradeploy() -> Iterator[None]:
     """Suppress loradeploy's log lines below errors in the context, for internal work."""
     logger = logging.getLogger("loradeploy")
     level = logger.level

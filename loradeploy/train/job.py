@@ -175,8 +175,8 @@ def run(
                 evaluated_on=prepared.evaluated_on,
                 loss_before=before[0],
                 loss_after=after[0],
-                accuracy_before=before[1] if task.judged else None,
-                accuracy_after=after[1] if task.judged else None,
+                accuracy_before=before[1] if task.has_accuracy else None,
+                accuracy_after=after[1] if task.has_accuracy else None,
             )
             if main:
                 write_adapter = functools.partial(_write_adapter, adapter, task.vectors)
@@ -194,7 +194,7 @@ def run(
 def _train(trainer: AdapterTrainer, checkpoints: Checkpoints, newest: Path | None) -> None:
     """Train, from the checkpoint `newest` if given; errors name the last good checkpoint."""
     with _naming_the_checkpoint(checkpoints):
-        begin = trainer.agreed(newest)
+        begin = trainer.broadcast_path(newest)
         if begin is None or not trainer.restore_finished(begin):
             trainer.train(resume_from_checkpoint=begin)
 

@@ -111,9 +111,9 @@ def test_reading_a_file_takes_little_more_than_its_samples(tmp_path: Path) -> No
 
 
 BAD = {
-    "a text": (lambda d: b"Hello, this is a text file.\n" * 9, "no WAV file: convert it"),
-    "an MP3 file": (lambda d: b"ID3\x04" + bytes(99), "is MP3, no WAV file"),
-    "nothing": (lambda d: b"", "no WAV file"),
+    "a text": (lambda d: b"Hello, this is a text file.\n" * 9, "not a WAV file: convert it"),
+    "an MP3 file": (lambda d: b"ID3\x04" + bytes(99), "is MP3, not a WAV file"),
+    "nothing": (lambda d: b"", "not a WAV file"),
     "another rate": (
         lambda d: wav(d, bytes(64), rate=44_100),
         "44100 samples a second.*takes 16000",

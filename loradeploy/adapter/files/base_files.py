@@ -28,7 +28,7 @@ _NAMED: Final = "transformers_weights"
 _INDEX_ENDING: Final = ".safetensors.index.json"
 _ADAPTERS: Final = "adapter_*"
 _PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-# transformers prefers these to all others, and loads all files beside them too.
+# transformers prefers these to all others, and also loads all files beside them.
 _DISTRIBUTED: Final = "shard-[0-9]*-model-[0-9]*-of-[0-9]*.safetensors"
 
 # Names of the modules that PEFT inserts into a model, as one part of a dotted path.
@@ -66,7 +66,7 @@ def base_tensors(directory: Path) -> dict[str, StoredTensor]:
     """The tensors of the base model in `directory`, memory-mapped.
 
     Raises:
-        ModelError: as `weight_files`, or a file is broken.
+        ModelError: as `weight_files`, or a file is invalid.
     """
     tensors: dict[str, StoredTensor] = {}
     for file in weight_files(directory):

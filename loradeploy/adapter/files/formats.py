@@ -263,7 +263,7 @@ def other_file(file: Path) -> str | None:
 
 
 def _shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors of a safetensors file; empty if it is broken."""
+    """Names and shapes of the tensors of a safetensors file; empty if it is invalid."""
     from loradeploy.adapter.files.tensors import map_tensors
 
     try:

@@ -67,8 +67,8 @@ def load_adapter(path: str | os.PathLike[str]) -> Adapter:
     """The adapter in a PEFT directory, or in a .safetensors file with its config beside it.
 
     Raises:
-        AdapterError: missing files, a pickle, a broken header, values that are not finite, a factor
-            without its counterpart, tensors of the base model, or a config that is refused.
+        AdapterError: missing files, a pickle, an invalid header, a value that is not finite, a
+            factor without its counterpart, tensors of the base model, or a refused config.
     """
     source = Path(path)
     weights = _weights_file(source)

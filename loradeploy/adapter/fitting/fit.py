@@ -122,7 +122,7 @@ def check_fit(adapter: Adapter, base: AdaptableBase) -> None:
             *_other_base(adapter, base),
             *_factor_mismatches(adapter, base),
             *_parameter_mismatches(adapter, base),
-            *not_brought(adapter, base.lacking),
+            *missing_parameters(adapter, base.lacking),
             *_weight_mismatches(adapter, base),
             *_scale_mismatches(adapter, base),
             *_missing(adapter, base),
@@ -137,8 +137,8 @@ def refuse(problems: list[str], base: str) -> None:
         raise AdapterMismatchError(f"the adapter does not fit {base}: {listed(problems, _LISTED)}")
 
 
-def not_brought(adapter: Adapter, lacking: Iterable[str]) -> list[str]:
-    """Messages for the parameters `lacking` of the base that `adapter` lacks too."""
+def missing_parameters(adapter: Adapter, lacking: Iterable[str]) -> list[str]:
+    """Messages for the parameters `lacking` in the base that `adapter` lacks, too."""
     return [
         f"{parameter} is in neither the base nor the adapter, so its outputs would be"
         " random: train it with the adapter (modules_to_save), or use a base that has it"

@@ -76,7 +76,7 @@ def with_rows(
 
 
 def rows_in_place_of(adapter: Adapter, indices: Mapping[str, Sequence[int]]) -> Adapter:
-    """`adapter` with only some rows of its carried or saved weights, in place of the whole weights.
+    """`adapter` with trained rows in place of whole weights, carried or saved ones.
 
     `indices`: the rows, by parameter. If the adapter already has trained rows of a weight, these
     take precedence over the whole weight, which is removed if they include all of `indices`, and

@@ -68,7 +68,9 @@ def resized_vocabulary(adapter: Adapter, base: Vocabulary) -> int | None:
             f" does not have {listed_names(base.weights)} whole: it was trained on another base,"
             " or rows were cut, then save it with save_embedding_layers=True"
         )
-    if lacking := [name for name in _tables(base) if not _brought(name, adapter, base, size)]:
+    if lacking := [
+        name for name in _tables(base) if not _has_added_rows(name, adapter, base, size)
+    ]:
         added = range(base.size, size)
         raise AdapterMismatchError(
             f"it was trained with a vocabulary of {size} tokens, the base has {base.size}, and the"
@@ -183,8 +185,8 @@ def _size(adapter: Adapter, base: Vocabulary) -> int | None:
     return max((end for end in ends if end > base.size), default=None)
 
 
-def head_alone(embedding: str, head: str) -> str:
-    """Why trained rows of an output head that is tied to the embedding are refused."""
+def tied_head_refusal(embedding: str, head: str) -> str:
+    """Why trained rows of only the output head, which is tied to the embedding, are refused."""
     return (
         f"rows of {head} were trained (trainable_token_indices) and none of {embedding}, which is"
         " tied to it in the base: in PEFT these change the output alone. Give the base untied"
@@ -192,7 +194,7 @@ def head_alone(embedding: str, head: str) -> str:
     )
 
 
-def say_resized(name: str, before: int, size: int) -> None:
+def warn_of_resize(name: str, before: int, size: int) -> None:
     """Warn that the merged bundle has the vocabulary of the adapter `name`."""
     logger.warning("%s: the vocabulary has %d tokens in place of the base's %d", name, size, before)
 
@@ -208,7 +210,7 @@ def _has(weight: str, adapter: Adapter, base: Vocabulary) -> bool:
     return weight in adapter.saved or any(name in adapter.carried for name in shared)
 
 
-def _brought(parameter: str, adapter: Adapter, base: Vocabulary, size: int) -> bool:
+def _has_added_rows(parameter: str, adapter: Adapter, base: Vocabulary, size: int) -> bool:
     """Whether the adapter has values for the rows of `parameter` beyond the base's."""
     if size < base.size or parameter in adapter.saved or parameter in adapter.carried:
         return True

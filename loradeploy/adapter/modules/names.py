@@ -30,7 +30,7 @@ _Value = TypeVar("_Value")
 # These prefixes are parts of a model, not wrappers: their modules are different modules.
 _PARTS: Final = re.compile(r"vision|visual|image|video|audio|speech|encoder|decoder")
 
-# The prefix of a name in the adapter, and in the base.
+# The prefix of a name in the adapter, and the one in the base.
 Prefixes = tuple[str, str]
 
 

@@ -116,7 +116,7 @@ def _table() -> Mapping[str, tuple[Rule, ...]]:
 
 @cache
 def _compiled(sources: tuple[str, ...]) -> re.Pattern[str]:
-    """All sources in one pattern, the longest first; a source matches up to the end of a word."""
+    """All sources in one pattern, the longest first. A source matches up to the end of a word."""
     branches = []
     for number, source in sorted(enumerate(sources), key=lambda item: -len(item[1])):
         pattern = source.replace("*.", r".*\.")

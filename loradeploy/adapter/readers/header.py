@@ -83,7 +83,7 @@ def alpha_in(header: Mapping[str, str]) -> tuple[str, float] | None:
 
 
 def check_header(header: Mapping[str, str], adapter: Adapter) -> None:
-    """Raise AdapterError if `header` states another alpha than `adapter` was read with."""
+    """Raise AdapterError if the alpha that `header` states differs from that of `adapter`."""
     found = alpha_in(header)
     if found is None:
         return

@@ -1,7 +1,7 @@
 """Adapters of torchtune, which has Meta's names and, for rotary positions, Meta's order of rows.
 
-torchtune pairs neighboring rows of each head's query and key where transformers pairs both halves
-of the head: for the models in `_ROTARY`, rows of B (and of DoRA's magnitude) have to be permuted.
+torchtune pairs neighboring rows of each head's query and key; transformers pairs both halves of the
+head. So for the models in `_ROTARY`, rows of B (and of DoRA's magnitude) have to be permuted.
 """
 
 from __future__ import annotations

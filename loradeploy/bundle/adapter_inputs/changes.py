@@ -86,7 +86,7 @@ def output_changes(
     return changes
 
 
-def changes_undone(
+def recover_changes(
     arrays: Mapping[str, NDArray[Any]],
     factors: Mapping[str, Factors],
     manifest: Manifest,

@@ -15,11 +15,11 @@ from loradeploy.adapter.fitting.vocabulary import with_factors_for
 from loradeploy.adapter.heads import UNDECLARED
 from loradeploy.adapter.scaling import with_ranks
 from loradeploy.adapter.tasks import PEFT_TASKS
-from loradeploy.bundle.adapter_inputs.changes import changes_undone, output_changes
+from loradeploy.bundle.adapter_inputs.changes import output_changes, recover_changes
 from loradeploy.bundle.adapter_inputs.tokens import joined, token_factors
 from loradeploy.bundle.fitting.added_tokens import tokens_in, vocabulary_of_base, with_all_tokens
 from loradeploy.bundle.fitting.fit import THIS_BUNDLE, fit_to
-from loradeploy.bundle.fitting.labels import brings_head, with_all_labels, without_padding
+from loradeploy.bundle.fitting.labels import may_replace_head, with_all_labels, without_padding
 from loradeploy.bundle.manifest import ADAPTERS, RANK, LoraTarget, Manifest
 from loradeploy.bundle.names import ADAPTER_MODE
 from loradeploy.errors import AdapterMismatchError
@@ -154,7 +154,7 @@ def adapter_from_side_inputs(
                 kind=target.kind,
                 experts=target.experts,
             )
-    factors, biases = changes_undone(arrays, factors, manifest, base)
+    factors, biases = recover_changes(arrays, factors, manifest, base)
     saved = {}
     for replaced in manifest.saved:
         if replaced.input in arrays:
@@ -176,7 +176,7 @@ def adapter_from_side_inputs(
     blank = with_targets(blank, factors)
     config = with_ranks(blank, ranks, dict.fromkeys(ranks, 1.0))
     known = manifest.base.digest if manifest.base.kind == "checkpoint" else None
-    problem = UNDECLARED if brings_head(arrays, manifest) else None
+    problem = UNDECLARED if may_replace_head(arrays, manifest) else None
     adapter = Adapter(config, factors, saved, base_digest=known, problem_type=problem)
     if added is not None:
         adapter = with_factors_for(adapter, vocabulary_of_base(manifest, added), added.base)

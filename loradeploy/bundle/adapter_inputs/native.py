@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # Two version numbers that the writer may choose; nothing here reads them.
 _ADAPTER_VERSION = 1
 _MODEL_VERSION = 1
-# Of the flatbuffers of the format, behind an offset of four bytes.
+# The identifier of the format's flatbuffers, after an offset of four bytes.
 _IDENTIFIER = b"TORT"
 
 

@@ -90,7 +90,7 @@ def _header(path: Path, file: BinaryIO, rate: int) -> tuple[_Format, int]:
     if start[:4] != b"RIFF" or start[8:12] != b"WAVE":
         known = next((name for begin, name in _OTHERS.items() if start.startswith(begin)), None)
         what = f"{known}, " if known else ""
-        raise DataError(f"{path} is {what}no WAV file: {_CONVERT.format(rate=rate)}")
+        raise DataError(f"{path} is {what}not a WAV file: {_CONVERT.format(rate=rate)}")
     form, at, end = None, 12, os.fstat(file.fileno()).st_size
     while at + 8 <= end:
         file.seek(at)

@@ -74,7 +74,7 @@ def without_padding(adapter: Adapter) -> Adapter:
     return dataclasses.replace(adapter, saved=saved)
 
 
-def brings_head(arrays: Mapping[str, NDArray[Any]], manifest: Manifest) -> bool:
+def may_replace_head(arrays: Mapping[str, NDArray[Any]], manifest: Manifest) -> bool:
     """Whether side inputs may replace the head of a classifier.
 
     The names of heads depend on the architecture, so any replaced parameter counts as a head.

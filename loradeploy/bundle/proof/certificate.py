@@ -161,7 +161,7 @@ def covered(bundle: Path, manifest: Manifest) -> tuple[str, ...]:
     return tuple(sorted(name for name in names if inside(bundle, name).is_file()))
 
 
-def counts(name: str, manifest: Manifest) -> bool:
+def is_covered(name: str, manifest: Manifest) -> bool:
     """Whether `name` is a file that `covered` lists, or the certificate or its signature."""
     return (
         name in (GRAPH_NAME, GRAPH_DATA_NAME, CERTIFICATE_NAME, SIGNATURE_NAME, *_READ)

@@ -22,7 +22,7 @@ RUN_THE_BUNDLE: Final[Mapping[str, tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class CertifiedAdapter:
-    """An adapter that was checked: its effect, and the largest error of the bundle with it.
+    """A checked adapter: its effect, and the largest error of the bundle with it.
 
     `error` is None if no backend ran the bundle with it.
     """

@@ -32,7 +32,7 @@ Message = Mapping[str, Any]
 
 
 class ChatTemplate:
-    """A Jinja template with the names and filters that transformers gives to chat templates.
+    """A Jinja template with the names and filters of transformers' chat templates.
 
     Templates come with checkpoints and are untrusted code: they run in Jinja's immutable sandbox,
     with limits on computation and output. They are compiled on first use.
@@ -193,7 +193,7 @@ class _Generation(Extension):
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """Jinja's namespace, without names with a leading underscore, which could give internals."""
+    """Jinja's namespace without names with a leading underscore, which could expose internals."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:  # namespace(self=…) is allowed
         jinja2.utils.Namespace.__init__(*args, **kwargs)

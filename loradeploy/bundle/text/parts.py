@@ -47,7 +47,7 @@ def text_parts(
             if count > room and stride is None:
                 raise UsageError(
                     f"the text {shown(text)} has {count} tokens, and the model takes {room}: give"
-                    " `stride`, which cuts it into parts that overlap by so many tokens"
+                    " `stride`, which cuts it into parts that overlap by that many tokens"
                 )
             if stride is not None and not 0 <= stride < room:
                 raise UsageError(f"`stride` is {stride}: give 0 to {room - 1} tokens")

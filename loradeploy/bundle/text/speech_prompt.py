@@ -118,7 +118,7 @@ class SpeechPrompt:
         if token is None:
             codes = [name.strip("<|>") for name in known]
             raise UsageError(
-                f"{self.what}: the language {shown(language)} is none of the model's:"
+                f"{self.what}: the language {shown(language)} is not one of the model's:"
                 f" {listed_names(codes, len(codes), width=1000) if codes else 'it has none'}"
             )
         return token

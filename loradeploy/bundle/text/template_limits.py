@@ -155,7 +155,7 @@ def _check_widths(name: str, given: Any) -> None:
         for value in given:
             size = len(value) if isinstance(value, _SIZED) else value
             if isinstance(size, int) and abs(size) > _WIDEST:
-                raise LimitError(f"{name} is asked for more than {_WIDEST}")
+                raise LimitError(f"{name} gets a size of more than {_WIDEST}")
 
 
 class LimitedEnvironment(ImmutableSandboxedEnvironment):

@@ -15,7 +15,7 @@ from loradeploy.adapter.config import CONFIG_NAME
 from loradeploy.adapter.files.formats import other_directory
 from loradeploy.adapter.files.named import named_directory
 from loradeploy.adapter.files.peft import WEIGHTS_NAME, load_adapter
-from loradeploy.adapter.fitting.fit import AdaptableBase, Layer, check_fit, not_brought
+from loradeploy.adapter.fitting.fit import AdaptableBase, Layer, check_fit, missing_parameters
 from loradeploy.adapter.fitting.settle import without_idle
 from loradeploy.adapter.heads import check_declared, label_parameters
 from loradeploy.adapter.modules.targets import is_saved
@@ -193,7 +193,7 @@ def named(name: str) -> Iterator[None]:
 
 def check_brought(name: str, adapter: Adapter, lacking: Iterable[str]) -> None:
     """Raise AdapterMismatchError unless `adapter` has the parameters `lacking` of its base."""
-    if problems := not_brought(adapter, lacking):
+    if problems := missing_parameters(adapter, lacking):
         raise AdapterMismatchError(f"{name}: {listed(problems, 1)}")
 
 

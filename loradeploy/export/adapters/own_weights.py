@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from loradeploy.adapter.fitting.fit import MOST_ROWS
 from loradeploy.adapter.fitting.settle import same_numbers, values_digest, with_rows, without_copies
-from loradeploy.adapter.fitting.vocabulary import head_alone, token_tables
+from loradeploy.adapter.fitting.vocabulary import tied_head_refusal, token_tables
 from loradeploy.bundle.targets import sharing
 from loradeploy.errors import AdapterMismatchError
 from loradeploy.export.adapters.given import named
@@ -162,7 +162,7 @@ def settled_in_graph(
             if f"{module}.weight" in brought:
                 continue
             if name in adapter.rows and name.removesuffix(".weight") in linears and linear is None:
-                raise AdapterMismatchError(head_alone(f"{module}.weight", name))
+                raise AdapterMismatchError(tied_head_refusal(f"{module}.weight", name))
             if linear is None:
                 continue
             if linear.quantized and not proven and ties_head is None:

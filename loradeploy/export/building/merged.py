@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, get_args
 
 from loradeploy.adapter.adapter import Kind
 from loradeploy.adapter.fitting.settle import without_idle
-from loradeploy.adapter.fitting.vocabulary import resized_vocabulary, say_resized
+from loradeploy.adapter.fitting.vocabulary import resized_vocabulary, warn_of_resize
 from loradeploy.bundle.fitting.labels import with_all_labels
 from loradeploy.bundle.graph_form import BFLOAT16, PACKED_BITS
 from loradeploy.bundle.manifest import AdapterEntry, Manifest
@@ -115,7 +115,7 @@ def with_resized_vocabulary(
         size = resized_vocabulary(adapter, before)
     if size is None:
         return base, findings
-    say_resized(name, before.size, size)
+    warn_of_resize(name, before.size, size)
     findings = resize_vocabulary(
         base.graph,
         findings,

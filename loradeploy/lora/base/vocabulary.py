@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from loradeploy.adapter.fitting.vocabulary import Vocabulary, head_alone, resized_vocabulary
+from loradeploy.adapter.fitting.vocabulary import Vocabulary, resized_vocabulary, tied_head_refusal
 from loradeploy.errors import AdapterMismatchError, ModelError, first_line
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def refuse_rows_of_tied(model: Any, adapter: Adapter) -> None:
     if found is not None and found.head is not None and head.weight is embedding.weight:
         weights = found.weights
         if weights[1] in adapter.rows and weights[0] not in adapter.rows:
-            raise AdapterMismatchError(head_alone(*weights))
+            raise AdapterMismatchError(tied_head_refusal(*weights))
     apart = tied_by_config_alone(model)
     if apart is not None and apart[0] in adapter.rows:
         raise AdapterMismatchError(

@@ -14,7 +14,7 @@ _GROUPED = "is a convolution of {} groups, whose update cannot be added to its w
 
 
 class LoraConv2d(LowRankLayer):
-    """A frozen convolution with a low-rank one added: `y = W * x + s · B * (A * x)`.
+    """A frozen convolution with a low-rank update: `y = W * x + s · B * (A * x)`.
 
     `x` [batch, in, height, width] → [batch, out, …]; `lora_A` [rank, in, kernel height, width]
     has the stride and padding of the base, `lora_B` [out, rank / groups, 1, 1] is a 1 × 1
@@ -27,7 +27,7 @@ class LoraConv2d(LowRankLayer):
 
     @classmethod
     def refusal(cls, base: nn.Module, rank: int, *, whole: bool) -> str | None:
-        """Convolutions for which PEFT's layer differs from its merged weight, or fails."""
+        """Refuse convolutions for which PEFT's layer differs from its merged weight, or fails."""
         base = cast(nn.Conv2d, base)
         if base.dilation != (1, 1) or base.padding_mode != "zeros":
             return "is a convolution with dilation, or padding other than by zeros"
@@ -51,12 +51,12 @@ class LoraConv2d(LowRankLayer):
 
     @torch.no_grad()
     def initialize(self, method: bool | str, generator: Generator) -> None:
-        """As for every layer; of a grouped convolution only A is initialized, and B is zero."""
+        """As for other layers. For a grouped convolution, only A is initialized, and B is zero."""
         if self.base.groups == 1:
             super().initialize(method, generator)
             return
         shape = self.lora_A.flatten(1)  # [rank, in · height · width], as of an ungrouped weight
-        A, _ = self.beginning(method)(shape, self.rank, self.scaling, generator)
+        A, _ = self.initialization_of(method)(shape, self.rank, self.scaling, generator)
         self.lora_A.copy_(A.view_as(self.lora_A))
 
     def as_matrix(self, weight: Tensor) -> Tensor:
@@ -72,5 +72,5 @@ class LoraConv2d(LowRankLayer):
         return values.view(-1, 1, 1)
 
     def unmergeable(self) -> str | None:
-        """With groups, A reads the inputs of all groups, which no grouped weight does."""
+        """With groups, A reads the inputs of all groups, which a grouped weight cannot."""
         return _GROUPED.format(self.base.groups) if self.base.groups > 1 else None

@@ -41,9 +41,9 @@ class LoraEmbedding(LowRankLayer):
         factor = getattr(self.base, "embed_scale", None)
         return update if factor is None else update * factor
 
-    def beginning(self, method: bool | str) -> Initialization:
+    def initialization_of(self, method: bool | str) -> Initialization:
         """Unless the method initializes from the base's weight, A is zero instead of B."""
-        return embedding if method in (True, "gaussian") else super().beginning(method)
+        return embedding if method in (True, "gaussian") else super().initialization_of(method)
 
     def as_matrix(self, weight: Tensor) -> Tensor:
         """[vocabulary, size] → [size, vocabulary]."""

@@ -154,7 +154,9 @@ class LowRankLayer(nn.Module, ABC):
             UsageError: `method` is not supported for training.
         """
         with torch.no_grad():
-            A, B = self.beginning(method)(self._matrix(), self.rank, self.scaling, generator)
+            A, B = self.initialization_of(method)(
+                self._matrix(), self.rank, self.scaling, generator
+            )
             self.lora_A.copy_(A.view_as(self.lora_A))
             self.lora_B.copy_(B.view_as(self.lora_B))
             if A.any() and B.any():
@@ -162,7 +164,7 @@ class LowRankLayer(nn.Module, ABC):
             if self.magnitude is not None:
                 self.magnitude.copy_(self._norms())
 
-    def beginning(self, method: bool | str) -> Initialization:
+    def initialization_of(self, method: bool | str) -> Initialization:
         """The initialization that `method` selects for this kind of layer."""
         return initialization(method)
 

@@ -206,12 +206,12 @@ def merged_bundle(context: CheckContext, tested: AdapterUnderTest) -> Iterator[P
         return
     from loradeploy.export.adapters.own_weights import QuantizedTieError
     from loradeploy.export.api import export
-    from loradeploy.lora.quiet import unremarked
+    from loradeploy.lora.quiet import quiet_loradeploy
 
     path = context.scratch / f"merged-{tested.name}"
     try:
         try:
-            with unremarked():  # its log lines are about this merge, not about the user's bundle
+            with quiet_loradeploy():  # log lines would be about this merge, not the user's bundle
                 export(context.bundle, path, adapters={tested.name: tested.path}, merge=True)
         except (ExportError, QuantizedTieError) as problem:
             raise NotRunError(str(problem)) from None

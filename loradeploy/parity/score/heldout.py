@@ -335,7 +335,7 @@ def _embedded(
     assert task.vectors is not None
     try:
         features = checkpoint.encode(task, drawn, (), checkpoint.max_length).features
-        found = embedded(features, task.vectors.recipe, scored=not task.judged)
+        found = embedded(features, task.vectors.recipe, scored=not task.has_accuracy)
     except DataError as problem:
         raise DataError(f"{name or BASE_LABEL}: {problem}") from None
     texts = tuple(Example(tokens, ()) for tokens, _ in found.texts)

@@ -18,7 +18,7 @@ from loradeploy.bundle.adapter_inputs.base import BundleBase
 from loradeploy.bundle.adapter_inputs.factors import check_side_inputs, side_inputs_of_fitted
 from loradeploy.bundle.adapter_inputs.native import read_onnx_adapter
 from loradeploy.bundle.fitting.fit import fit_to
-from loradeploy.bundle.fitting.labels import brings_head, head_of
+from loradeploy.bundle.fitting.labels import head_of, may_replace_head
 from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.model_config import model_config
 from loradeploy.bundle.names import DEFAULTS_NAME, NATIVE_SUFFIX
@@ -99,7 +99,7 @@ class AdapterReader:
                 check_side_inputs(arrays, self.manifest)
                 # The file cannot declare labels or a problem type. Without a head in it, the base's
                 # apply.
-                undeclared = brings_head(arrays, self.manifest)
+                undeclared = may_replace_head(arrays, self.manifest)
                 problem = UNDECLARED if undeclared else self.manifest.problem_type
                 return arrays, tensors_digest(arrays, {}), Head(None, problem)
             whole = load_adapter(source)

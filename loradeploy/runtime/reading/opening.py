@@ -23,7 +23,7 @@ from loradeploy.bundle.names import (
     MANIFEST_NAME,
     SIGNATURE_NAME,
 )
-from loradeploy.bundle.proof.certificate import check_certificate, check_provider, counts
+from loradeploy.bundle.proof.certificate import check_certificate, check_provider, is_covered
 from loradeploy.bundle.proof.provider import ProviderFacts
 from loradeploy.bundle.proof.requirement import CertificateMinimum
 from loradeploy.errors import BundleError, LoraDeployError
@@ -67,7 +67,7 @@ class OpenedBundle:
             if folder is not None:
                 return name.startswith((f"{folder}/", f"{folder}."))
             apart = name in (*_AT_ONCE, GRAPH_DATA_NAME) or name.startswith(_ADAPTERS)
-            return not apart and counts(name, self.manifest)
+            return not apart and is_covered(name, self.manifest)
 
         self._check(wanted)
 
@@ -121,7 +121,7 @@ def open_bundle(
                 raise
             continue
         known = manifest
-        name = snapshot.changed(lambda file: counts(file, known), strict=True)  # noqa: B023
+        name = snapshot.changed(lambda file: is_covered(file, known), strict=True)  # noqa: B023
         if name is None:
             return OpenedBundle(place, manifest, certified, graph, running, snapshot)
         del graph

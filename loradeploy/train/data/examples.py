@@ -134,7 +134,7 @@ def read_conversations(source: Source) -> list[Conversation]:
     Raises:
         DataError: there are no examples, or a row (named) has none of the three forms.
     """
-    return some([_conversation(where, row) for where, row in rows(source)], source)
+    return non_empty([_conversation(where, row) for where, row in rows(source)], source)
 
 
 def read_labeled_texts(source: Source) -> list[LabeledText]:
@@ -144,7 +144,9 @@ def read_labeled_texts(source: Source) -> list[LabeledText]:
         DataError: there are no examples, a row (named) has no text or label, or only some rows have
             a text_pair.
     """
-    return _all_pairs_or_none(some([_labeled(where, row) for where, row in _texts(source)], source))
+    return _all_pairs_or_none(
+        non_empty([_labeled(where, row) for where, row in _texts(source)], source)
+    )
 
 
 def read_multi_label_texts(source: Source) -> list[MultiLabelText]:
@@ -162,7 +164,7 @@ def read_multi_label_texts(source: Source) -> list[MultiLabelText]:
             raise _contradicts(where, labels, "multi-label", "a list of names")
         text, pair = text_of(where, row, "text"), _pair(where, row)
         examples.append(MultiLabelText(where, text, tuple(labels), pair))
-    return _all_pairs_or_none(some(examples, source))
+    return _all_pairs_or_none(non_empty(examples, source))
 
 
 def read_measured_texts(source: Source) -> list[MeasuredText]:
@@ -181,10 +183,10 @@ def read_measured_texts(source: Source) -> list[MeasuredText]:
         if examples and len(values) != len(examples[0].values):
             raise DataError(
                 f"{where}: label has {len(values)} numbers, those before it have"
-                f" {len(examples[0].values)}: one for each output is needed"
+                f" {len(examples[0].values)}: expected one for each output"
             )
         examples.append(MeasuredText(where, text_of(where, row, "text"), values, _pair(where, row)))
-    return _all_pairs_or_none(some(examples, source))
+    return _all_pairs_or_none(non_empty(examples, source))
 
 
 def _number(value: Any) -> float:
@@ -213,10 +215,10 @@ def read_tagged_words(source: Source) -> list[TaggedWords]:
         words, tags = (_name_list(where, row, name) for name in ("tokens", "tags"))
         if len(words) != len(tags):
             raise DataError(
-                f"{where}: {len(words)} tokens and {len(tags)} tags: one each is needed"
+                f"{where}: {len(words)} tokens and {len(tags)} tags: expected one tag for each"
             )
         examples.append(TaggedWords(where, words, tags))
-    return some(examples, source)
+    return non_empty(examples, source)
 
 
 def read_translations(source: Source) -> list[Translation]:
@@ -229,7 +231,7 @@ def read_translations(source: Source) -> list[Translation]:
         Translation(where, text_of(where, row, "source"), text_of(where, row, "target"))
         for where, row in rows(source, ("source", "target"))
     ]
-    return some(examples, source)
+    return non_empty(examples, source)
 
 
 def read_spoken_texts(source: Source) -> list[SpokenText]:
@@ -248,7 +250,7 @@ def read_spoken_texts(source: Source) -> list[SpokenText]:
         }
         audio = beside / text_of(where, row, "audio")
         examples.append(SpokenText(where, audio, text_of(where, row, "target"), **given))
-    return some(examples, source)
+    return non_empty(examples, source)
 
 
 def label_names(
@@ -267,7 +269,7 @@ def value_names(examples: Sequence[MeasuredText]) -> tuple[str, ...]:
     return placeholders(count) if count > 1 else ()
 
 
-def some(examples: list[_Example], source: Source) -> list[_Example]:
+def non_empty(examples: list[_Example], source: Source) -> list[_Example]:
     """Return `examples`; raises DataError if there are none."""
     if not examples:
         raise DataError(f"{source} has no examples")
@@ -290,7 +292,7 @@ def _texts(source: Source) -> Iterator[Row]:
     if source.path.is_dir() and not is_dataset(source):
         found = list(_class_folders(source.path))
         if not found:
-            raise DataError(f"{source} has no folder of .txt files: there is one for each class")
+            raise DataError(f"{source} has no folder of .txt files: expected one for each class")
         return iter(found)
     return rows(source, ("text", "label"))
 
@@ -329,7 +331,7 @@ def _messages(where: str, messages: Any) -> tuple[dict[str, Any], ...]:
 
 
 def text_of(where: str, line: dict[str, Any], key: str, *, empty: bool = False) -> str:
-    """The text at `key` of a row; DataError if it is not a text, or if it must not be empty."""
+    """The text at `key` of a row; DataError if it is not a text, or empty without `empty`."""
     value = line.get(key)
     if not isinstance(value, str) or not (value or empty):
         raise DataError(f"{where}: {key} is {reprlib.repr(value)}, expected a text")
@@ -366,7 +368,7 @@ def _all_pairs_or_none(examples: list[_Labeled]) -> list[_Labeled]:
 def _class_folders(path: Path) -> Iterator[Row]:
     for folder in sorted(entry for entry in path.iterdir() if entry.is_dir()):
         for file in sorted(folder.glob("*.txt")):
-            # News archives mix encodings: a stray byte is no reason to refuse a text.
+            # News archives mix encodings: texts with invalid bytes are not refused.
             text = read_text(file, error=DataError, limit=MAX_TEXT_BYTES, errors="replace").strip()
             if not text:
                 raise DataError(f"{file} is empty")

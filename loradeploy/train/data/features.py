@@ -211,7 +211,8 @@ def label_number(where: str, label: str, labels: Sequence[str]) -> int:
     """The index of `label` in `labels`, those trained on; DataError if it is not one of them."""
     if label not in labels:
         raise DataError(
-            f"{where}: the label {shown(label)} is none of those trained on: {listed_names(labels)}"
+            f"{where}: the label {shown(label)} is not one of those trained on:"
+            f" {listed_names(labels)}"
         )
     return labels.index(label)
 
@@ -267,7 +268,7 @@ def _chat(example: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[li
 
 
 def _check_template(example: Conversation, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Render the conversation with limits, because transformers has none and may not end."""
+    """Render the conversation with limits; transformers has none, and may not terminate."""
     try:
         source = str(tokenizer.get_chat_template())
     except ValueError:  # several templates without a default: transformers will raise an error

@@ -48,10 +48,11 @@ class PackingCollator:
 
 
 def enable_packing(model: PreTrainedModel) -> bool:
-    """Set the attention of `model` to that of packed sequences; False, and no change, if it fails.
+    """Set the attention of `model` to that of packed sequences, if the model supports it.
 
-    It fails if packed examples give other logits than single ones: for recurrent and state-space
-    models, position biases, chunked attention, and models that do not pass the lengths on.
+    Returns whether it does. It does not if packed examples give other logits than single ones: for
+    recurrent and state-space models, position biases, chunked attention, and models that do not
+    pass the lengths on.
     """
     before = model.config._attn_implementation
     if before == PACKED:

@@ -34,7 +34,7 @@ logger = logger_of(__name__)
 
 _RUN: Final = "run.json"
 _RECORD: Final = "checkpoint.json"
-# How many are kept, in case one is damaged.
+# The number of checkpoints to keep, in case one is damaged.
 _KEPT: Final = 2
 # The directory in a checkpoint of the best adapter so far.
 BEST: Final = "best"

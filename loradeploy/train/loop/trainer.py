@@ -191,7 +191,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         main = self.args.should_save
         with self._checkpoint(self.state.global_step) if main else nullcontext() as path:
-            directory = self.agreed(path) or ""
+            directory = self.broadcast_path(path) or ""
             self.save_model(directory)
             self._save_optimizer_and_scheduler(directory)
             self._save_scaler(directory)
@@ -200,7 +200,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
                 self.state.save_to_json(str(Path(directory, TRAINER_STATE_NAME)))
             self.accelerator.wait_for_everyone()
 
-    def agreed(self, path: Path | None) -> str | None:
+    def broadcast_path(self, path: Path | None) -> str | None:
         """`path` of the main process, broadcast to every process."""
         box = [None if path is None else str(path)]
         if process_count() > 1:

@@ -16,7 +16,7 @@ from loradeploy.bundle.image.pixels import PixelSettings, pixel_settings
 from loradeploy.bundle.model_config import model_config
 from loradeploy.bundle.names import PIXEL_VALUES, PREPROCESSOR_NAME
 from loradeploy.errors import BundleError, DataError, ModelError
-from loradeploy.train.data.examples import label_of, some, text_of
+from loradeploy.train.data.examples import label_of, non_empty, text_of
 from loradeploy.train.data.features import Encoded, label_number
 from loradeploy.train.data.sources import Row, Source, is_dataset, rows
 from loradeploy.train.tasks.losses import BatchLoss, classification_loss
@@ -52,7 +52,7 @@ def read_labeled_images(source: Source) -> list[LabeledImage]:
         LabeledImage(where, beside / text_of(where, row, _IMAGE), label_of(where, row))
         for where, row in _rows(source)
     ]
-    return some(examples, source)
+    return non_empty(examples, source)
 
 
 def _rows(source: Source) -> Iterator[Row]:
@@ -60,7 +60,7 @@ def _rows(source: Source) -> Iterator[Row]:
         found = list(_class_folders(source.path))
         if not found:
             raise DataError(
-                f"{source} has no folder of images ({', '.join(_ENDINGS)}): there is one for"
+                f"{source} has no folder of images ({', '.join(_ENDINGS)}): expected one for"
                 " each class"
             )
         return iter(found)

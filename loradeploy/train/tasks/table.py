@@ -64,9 +64,9 @@ class Task:
     `name`: its row in `adapter.tasks`. `read`: reads the examples. `encode`: returns their token
     ids and labels, given the label names. `collate`: returns a collator, given the padding token.
     `labels`: returns the label names of the head from the examples, empty for a regression of one
-    number; None if there is no head. `judged`: whether predictions are right or wrong, so that
-    there is an accuracy. `problem_type`: that of a sequence classifier, as in `adapter.heads`.
-    `audio`: whether the source is audio. `vectors`: how an embedder computes vectors.
+    number; None if there is no head. `has_accuracy`: whether each prediction is right or wrong.
+    `problem_type`: that of a sequence classifier, as in `adapter.heads`. `audio`: whether the
+    source is audio. `vectors`: how an embedder computes vectors.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Task:
     loss: LossFunction
     collate: Callable[[int], Collate] = Collator
     labels: Callable[[Sequence[Any]], tuple[str, ...]] | None = None
-    judged: bool = True
+    has_accuracy: bool = True
     problem_type: str | None = None
     audio: bool = False
     vectors: Vectors | None = None
@@ -107,7 +107,7 @@ def _classifier(
         encode=text_features,
         loss=loss,
         labels=examples.value_names if measured else examples.label_names,
-        judged=not measured,
+        has_accuracy=not measured,
         problem_type=problem_type,
     )
 
@@ -132,7 +132,7 @@ _TASKS: Final[Mapping[str, Task]] = {
             read=examples.read_conversations,
             encode=_without_labels(conversation_features),
             loss=causal_lm_loss,
-            judged=False,
+            has_accuracy=False,
         ),
         Task(
             name=TOKEN_CLASSIFICATION,
@@ -206,6 +206,6 @@ def _embedder(loss: str, vectors: Vectors) -> Task:
         encode=_without_labels(partial(embedder_features, vectors=vectors)),
         loss=partial(embedding_loss, vectors=vectors, name=loss),
         collate=partial(RowsCollator, scored=scored),
-        judged=not scored,
+        has_accuracy=not scored,
         vectors=vectors,
     )

@@ -121,7 +121,7 @@ def test_parity_scores_a_classifier_on_images_that_it_has_not_seen(
         place / "bundle", evaluate={"second": tmp_path / "wrong.jsonl"}, **few
     ).scores
     assert score.value == score.reference == 13 / 20
-    with pytest.raises(DataError, match="first: .*the label 'blue' is none of those trained on"):
+    with pytest.raises(DataError, match="first: .*the label 'blue' is not one of those trained on"):
         ld.parity(place / "bundle", evaluate={"first": colors}, **few)
 
 

@@ -247,7 +247,11 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no samples": ({"audio": np.zeros(0, np.float32)}, DataError, "audio 1 has no samples"),
     "NaN": ({"audio": np.array([0.0, np.nan])}, DataError, "not finite"),
     "numbers in a list": ({"audio": [0.0, 0.1]}, UsageError, "numpy array"),
-    "a language": ({"language": "Klingon"}, UsageError, "'Klingon' is none of the model's: de, en"),
+    "a language": (
+        {"language": "Klingon"},
+        UsageError,
+        "'Klingon' is not one of the model's: de, en",
+    ),
     "languages": ({"language": ["en", "de"]}, UsageError, "one for each of 1"),
     "a task": ({"task": "sing"}, UsageError, "one of transcribe, translate"),
     "an adapter": ({"adapters": "third"}, UnknownAdapterError, "third"),

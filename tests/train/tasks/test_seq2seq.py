@@ -125,7 +125,7 @@ BAD = {
     "too long": (too_long, "lasts 1.2 s, the model takes 1 s at once: cut it"),
     "a language": (
         lambda file: spoken(file, language="Klingon"),
-        "'Klingon' is none of the model's",
+        "'Klingon' is not one of the model's",
     ),
     "no language": (lambda file: spoken(file, language=None), "line 1: the model has several lang"),
     "a text for a sound": (translations, "audio"),

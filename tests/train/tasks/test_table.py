@@ -258,7 +258,9 @@ def test_a_label_that_is_not_trained_on_is_named(
 ) -> None:
     others = [{"text": "rain", "label": "weather"}, {"text": "oil", "label": "business"}]
     file = write_lines(tmp_path / "others.jsonl", others)
-    with pytest.raises(DataError, match=r"line 1: the label 'weather' is none of those trained on"):
+    with pytest.raises(
+        DataError, match=r"line 1: the label 'weather' is not one of those trained on"
+    ):
         quick(
             tiny_bert,
             topics,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from loradeploy.errors import DataError
-from loradeploy.train.data.examples import some, text_of
+from loradeploy.train.data.examples import non_empty, text_of
 from loradeploy.train.data.sources import Row, Source, rows
 
 RANKED: Final = ("anchor", "positive")
@@ -63,7 +63,7 @@ def read_text_pairs(source: Source, *, triplets: bool = False) -> list[TextPair]
         if triplets and negative is None:
             raise DataError(f'{where}: has no negative, which `embedding_loss="triplet"` needs')
         examples.append(TextPair(where, anchor, positive, negative))
-    some(examples, source)
+    non_empty(examples, source)
     for example in examples:
         if (example.negative is None) != (examples[0].negative is None):
             raise DataError(f"{example.where}: some rows have a negative and others have none")
@@ -82,7 +82,7 @@ def read_scored_pairs(source: Source, *, bounded: bool = False) -> list[ScoredPa
         _check_form(where, row, SCORED, RANKED, "ranking or triplet")
         text, pair = (text_of(where, row, name) for name in SCORED[:2])
         examples.append(ScoredPair(where, text, pair, _score(where, row.get("score"), bounded)))
-    return some(examples, source)
+    return non_empty(examples, source)
 
 
 def is_scored(first: Row) -> bool:

@@ -51,12 +51,12 @@ def _cosent(parts: Sequence[Tensor], labels: Tensor) -> BatchLoss:
     cosines = _SIMILARITY_SCALE * _cosines(parts)
     differences = (cosines[:, None] - cosines[None, :])[labels[:, None] < labels[None, :]]
     loss = torch.cat([cosines.new_zeros(1), differences]).logsumexp(0)
-    return _unjudged(loss * len(labels), labels)
+    return _without_accuracy(loss * len(labels), labels)
 
 
 def _cosine(parts: Sequence[Tensor], labels: Tensor) -> BatchLoss:
     """The squared error of the cosine as a prediction of the score."""
-    return _unjudged(((_cosines(parts) - labels) ** 2).sum(), labels)
+    return _without_accuracy(((_cosines(parts) - labels) ** 2).sum(), labels)
 
 
 LOSSES: Final[Mapping[str, Callable[[Sequence[Tensor], Tensor], BatchLoss]]] = {
@@ -75,5 +75,5 @@ def _count(labels: Tensor) -> Tensor:
     return torch.tensor(len(labels), device=labels.device)
 
 
-def _unjudged(total: Tensor, labels: Tensor) -> BatchLoss:
+def _without_accuracy(total: Tensor, labels: Tensor) -> BatchLoss:
     return BatchLoss(total, _count(labels), torch.zeros_like(_count(labels)))
