@@ -1,1 +1,1 @@
-"""What development needs beside the package: real models, the demo, the benchmarks."""
+"""Development tools outside of the package: test inputs, the demo, benchmarks, fuzzers."""

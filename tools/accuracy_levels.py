@@ -1,10 +1,10 @@
-"""What a quantized bundle's logits differ by between accuracy levels of MatMulNBits, on the CPU.
+"""Compare a quantized bundle's logits between accuracy levels of MatMulNBits, on the CPU.
 
     python -m tools.accuracy_levels BUNDLE
 
-`accuracy_level` chooses how the kernel rounds what a quantized weight multiplies: 4, which bundles
-have, is int8 in blocks; 0 and 1 keep float32. It is a hint: other execution providers have no such
-kernel and keep what they have, so the figures are what a verdict on the CPU leaves open for them.
+`accuracy_level` determines how the kernel rounds activations: 4, the level in bundles, rounds to
+int8 in blocks; 0 and 1 keep float32. It is a hint that other execution providers may ignore, so the
+differences show how far another provider may be from a verdict on the CPU.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _LEVELS: Final = (4, 1, 0)
 
 
 def logits(bundle: Path, level: int) -> list[Any]:
-    """The logits of the base at each prompt, [positions, vocabulary], at an accuracy level."""
+    """Return the base's logits for each prompt, [positions, vocabulary], at an accuracy level."""
     manifest = read_manifest(bundle)
     model = onnx.load(os.fspath(bundle / GRAPH_NAME), load_external_data=False)
     for node in _nodes(model.graph):
@@ -62,7 +62,7 @@ def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
 
 
 def main() -> None:
-    """Print a line for each level that is compared with the one bundles have."""
+    """Print a line for each level that is compared with the level in bundles."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

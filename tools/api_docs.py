@@ -16,7 +16,7 @@ from loradeploy.files import atomic_file
 ROOT: Final = Path(__file__).resolve().parent.parent
 PAGE: Final = ROOT / "docs" / "api.md"
 
-# What a user looks for, in this order; the errors follow, in a tree of their own.
+# The sections of the page and their names, in order. The tree of errors follows.
 ROOMS: Final = {
     "Train": ("train", "TrainConfig", "TrainResult"),
     "Export": ("export", "GraphForm", "Manifest"),
@@ -39,7 +39,7 @@ ROOMS: Final = {
 _OPENING: Final = """\
 # Python API
 
-Everything here is imported from `loradeploy`. The page is made from the docstrings by
+Everything here is imported from `loradeploy`. The page is generated from the docstrings by
 `python -m tools.api_docs`. The commands call these functions: an option of a command has the same
 name here, with underscores.
 """
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def page() -> str:
-    """The page, in Markdown."""
+    """Return the page in Markdown."""
     package = griffe.load("loradeploy", search_paths=[ROOT], docstring_parser="google")
     parts = [_OPENING]
     for title, names in ROOMS.items():
@@ -97,7 +97,7 @@ def _object(name: str, found: Any) -> Iterator[str]:
 
 
 def _table(name: str, fields: list[Any]) -> Iterator[str]:
-    """The fields of a dataclass; with defaults and meanings where they are kept beside them."""
+    """Yield the table of a dataclass's fields; with defaults and meanings if it has help texts."""
     if not fields:
         return
     found = getattr(loradeploy, name)
@@ -119,7 +119,7 @@ def _is_public(member: Any) -> bool:
 
 
 def _signature(name: str, function: Any) -> str:
-    """The call, an argument a line where it would be long."""
+    """Return the signature; one argument per line if it is long."""
     parameters = [p for p in function.parameters if p.name not in ("self", "cls")]
     shown, starred = [], False
     for parameter in parameters:

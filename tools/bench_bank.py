@@ -1,11 +1,11 @@
-"""What swapping adapters costs when there are more of them than memory: SmolLM2-135M, rank 16.
+"""Measure adapter swaps with more adapters than fit in memory: SmolLM2-135M, rank 16.
 
     python -m tools.bench_bank [--output build/bench]
 
-Names are drawn at random from working sets below, at and above the bank's budget. A swap is the
-time from naming an adapter to its side inputs being bound; a mixed batch has eight rows with an
-adapter each. Past the budget the mean is to rise with the share of misses and by no more: `step` is
-the mean swap over what hits and misses alone would make of it.
+Adapters are chosen at random from working sets below, at and above the budget of the adapter bank.
+A swap is the time from naming an adapter until its side inputs are bound; a mixed batch has eight
+rows with one adapter each. Above the budget, the mean should rise with the share of misses and not
+more: `step` is the mean swap time over the time predicted from hits and misses.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from loradeploy.files import atomic_file, write_json
 from loradeploy.runtime.timing import sample_feeds
 from tools.bench_runtime import prepare
 
-ROOM: Final = 16  # adapters that the budget holds
+ROOM: Final = 16  # number of adapters that fit in the budget
 SETS: Final = (8, 16, 18, 24, 32)
 SWAPS: Final = 400
 BATCHES: Final = 60
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def tenants(first: Path, count: int) -> list[Path]:
-    """`count` adapters, the same but for their scaling, so that each is another."""
+    """Return `count` adapters that differ in their scaling only."""
     places = []
     for number in range(count):
         place = first.parent / "tenants" / f"{number:03}"
@@ -70,7 +70,7 @@ def tenants(first: Path, count: int) -> list[Path]:
 
 
 def measure(bundle: Path, places: Sequence[Path], size: int) -> dict[str, Any]:
-    """Swaps and mixed batches over one working set."""
+    """Measure swaps and mixed batches for one working set."""
     console.print(f"{len(places)} adapters, room for {ROOM}")
     session = ld.AdapterSession(bundle, host_budget=ROOM * size, device_budget=ROOM * size)
     begin = time.perf_counter()
@@ -118,7 +118,7 @@ def measure(bundle: Path, places: Sequence[Path], size: int) -> dict[str, Any]:
 def timed(
     session: ld.AdapterSession, call: Callable[[], None], count: int
 ) -> tuple[np.ndarray[Any, np.dtype[np.float64]], np.ndarray[Any, np.dtype[np.bool_]]]:
-    """Seconds of each call, and whether it found all that it needed in memory."""
+    """Return the seconds of each call, and whether all adapters it needed were in memory."""
     times, hit = [], []
     for _ in range(count):
         before = session.statistics.misses
@@ -130,7 +130,7 @@ def timed(
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The report as a table."""
+    """Return the report as a table."""
     lines = [
         (
             "| adapters / budget | hits | swap p50 / p99 | hit | miss | mean / predicted"

@@ -1,10 +1,11 @@
-"""What an export and a merge take: seconds, processor time and peak memory of the command.
+"""Measure exports and merges: seconds, processor time and peak memory of the command.
 
     python -m tools.bench_export [--layers 2] [--rounds 3] [--output build/bench]
 
-SmolLM2-135M, and a random Llama of `--layers` layers of Llama-2-7B's size in fp32 (`--layers 0`:
-without it): exported with side inputs, then the bundle with an adapter of rank 16 on all linear
-layers merged into it. Each is a process of its own, `python -m loradeploy export`, in random order.
+SmolLM2-135M, and a random Llama with `--layers` layers of Llama-2-7B's size in fp32 (`--layers 0`:
+without it), are exported with side inputs; then an adapter of rank 16 on all linear layers is
+merged into the bundle. Each is a separate process, `python -m loradeploy export`; the order of the
+models is random.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ from tools.inputs.real_models import cache, smollm2
 
 _RANK: Final = 16
 _MIB: Final = 1 << 20
-_KIB: Final = 1 << 10  # what Linux counts peak memory in
+_KIB: Final = 1 << 10  # Linux' unit of peak memory
 
 console = Console(stderr=True)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a process took: `wall` and `processor` in seconds, `peak` resident memory in bytes."""
+    """The cost of a process: `wall` and `processor` in seconds, `peak` resident memory in bytes."""
 
     wall: float
     processor: float
@@ -46,7 +47,7 @@ class Cost:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=2, help="layers of the random Llama; 0: none")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("build/bench"))
     parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
@@ -83,7 +84,7 @@ def main() -> None:
 
 
 def _measured(model: Path, scratch: Path) -> dict[str, Cost]:
-    """An export of `model`, and a merge into its bundle; both are removed again."""
+    """Export `model`, merge an adapter into its bundle, and remove both; return the costs."""
     bundle, merged, place = scratch / "bundle", scratch / "merged", scratch / "made"
     try:
         export = _run("export", "--model", str(model), "--output", str(bundle))
@@ -96,10 +97,10 @@ def _measured(model: Path, scratch: Path) -> dict[str, Cost]:
 
 
 def _run(*arguments: str) -> Cost:
-    """The command in a process of its own.
+    """Run the command in a process, and return its cost.
 
     Raises:
-        RuntimeError: it fails; its error is shown.
+        RuntimeError: the command failed; its error is on stderr.
     """
     begin = time.perf_counter()
     command = [sys.executable, "-m", "loradeploy", *arguments]
@@ -117,7 +118,9 @@ def _size(model: Path) -> int:
 
 
 def _large(layers: int) -> Path:
-    """The random Llama, made once, by another process: a child's peak begins at its parent's."""
+    """Return the random Llama, made once. It is made in another process, since a child process
+    inherits its parent's peak memory.
+    """
     place = cache() / f"llama-7b-width-{layers}"
     if not place.exists():
         command = [sys.executable, "-m", "tools.bench_export", "--layers", str(layers)]

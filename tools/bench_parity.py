@@ -1,11 +1,11 @@
-"""What comparing costs beside running: SmolLM2-135M, one adapter of rank 16, AdapterSession.
+"""Measure the cost of parity's comparisons: SmolLM2-135M, one adapter of rank 16, AdapterSession.
 
     python -m tools.bench_parity [--rounds 5] [--output build/bench]
 
-*Running* takes PyTorch and ONNX Runtime along the same inputs, the base and the adapter, and throws
-away what they give. *Comparing* is what `loradeploy parity` does with it: the limits are measured,
-and every value of every position is held against the other side's. Both in one process, in random
-order; running is timed twice, as the control.
+*Running* runs PyTorch and ONNX Runtime on the same inputs, with the base and the adapter, and
+discards the outputs. *Comparing* does what `loradeploy parity` does: it also measures the limits,
+and compares every output value. Both are in one process, in random order; running is timed twice,
+as the control.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def make_sides(scratch: Path) -> dict[str, Callable[[], object]]:
-    """Functions that run, or compare, the base and one adapter."""
+    """Return the functions that run, or compare, the base and one adapter."""
     model, place = smollm2(), cache() / "bench" / "parity"
     adapter, bundle = place / "adapter", place / "bundle"
     if not adapter.exists():

@@ -1,8 +1,9 @@
-"""A prompt of 512 tokens read in parts: processor time of one thread, over that of one run.
+"""Measure chunked prefill of a prompt of 512 tokens: processor time relative to a single run.
 
     python -m tools.bench_parts BUNDLE ADAPTER [--rounds 3]
 
-All in one process, in random order, the whole prompt twice as the control.
+Everything runs in one process, with one thread and in random order; the whole prompt is measured
+twice, as the control.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""A prefill with the logits of all positions, and of the last one: its time and its memory.
+"""Measure time and memory of a prefill with logits of all positions, and of the last one only.
 
     python -m tools.bench_prefill BUNDLE
 
-Two processes of each side take turns; the second one of all positions is the control. Memory is
-what a run of eight prompts takes beyond what the process has before (Linux).
+Two processes compute all positions, one of them as the control, and one the last position; they
+take turns. Memory is the peak of a run of eight prompts minus the memory before it (Linux).
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from loradeploy.bundle.sample import Sample
 from tools.timing.alternate import Side, Worker, in_processes, ratio, serve_worker
 
 TOKENS = 512
-ROWS = 8  # of the run whose memory is taken
+ROWS = 8  # rows of the run whose memory is measured
 
 
 def prefill(bundle: str, rows: int, last: bool) -> Side:
-    """A run of `rows` prompts; it reports its memory in MB where there are several."""
+    """Return a run of `rows` prompts; with several rows, it reports its memory in MB."""
     session = ld.AdapterSession(bundle)
     feeds: dict[str, Any] = dict(Sample(session.manifest.inputs, {}).feeds(rows, TOKENS))
     cache = session.empty_cache(rows)

@@ -1,10 +1,10 @@
-"""A batch whose rows have adapters of different ranks, beside one of the same mean rank.
+"""Compare a batch with adapters of different ranks to one with adapters of their mean rank.
 
     python -m tools.bench_ranks BUNDLE
 
-A step of eight rows with eight adapters, behind 128 tokens. All factors of a batch are padded to
-its largest rank: what the padding costs is the ratio. Two processes of each side take turns; the
-second one of equal ranks is the control.
+Measures a decode step of eight rows with eight adapters, after 128 tokens. All factors in a batch
+are padded to the largest rank; the ratio is the cost of this padding. Two processes have equal
+ranks, one of them as the control, and one mixed ranks; they take turns.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tools.inputs.made_adapters import make_adapters
 from tools.timing.alternate import Side, Worker, in_processes, ratio, serve_worker
 
 PAST: Final = 128
-# Ranks of the rows, and the rank that they have on average.
+# The ranks of the rows, and their mean.
 MIXTURES: Final = {
     "one of 64 among 8": ((64, 8, 8, 8, 8, 8, 8, 8), 15),
     "from 4 to 64": ((4, 8, 8, 16, 16, 16, 28, 64), 20),
@@ -30,7 +30,7 @@ MIXTURES: Final = {
 
 
 def step(bundle: str, ranks: Sequence[int]) -> Side:
-    """A step of as many rows, each with a random adapter of its rank."""
+    """Return a step with one row per rank, each with a random adapter of that rank."""
     session = ld.AdapterSession(bundle)
     names = [f"rank-{number}" for number in range(len(ranks))]
     with tempfile.TemporaryDirectory() as scratch:

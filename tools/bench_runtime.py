@@ -1,9 +1,10 @@
-"""SmolLM2-135M: PyTorch, PEFT, onnxruntime-genai and every path of loradeploy, in one run.
+"""Benchmark SmolLM2-135M on PyTorch, PEFT, onnxruntime-genai and every path of loradeploy.
 
     python -m tools.bench_runtime [--starts 4] [--only decode] [--output build/bench]
 
-Writes runtime.json, runtime.md and runtime.svg. How it is timed is in `tools/timing/alternate.py`:
-process for each side, turns in random order, ratios within a round, one side twice as control.
+Writes runtime.json, runtime.md and runtime.svg. The timing method is described in
+`tools/timing/alternate.py`: a process for each side, turns in random order, ratios within a round,
+one side twice as the control.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ PAST = 128
 console = Console(stderr=True)
 
 
-# -- the sides: each is made in a process of its own -------------------------------------------
+# -- the sides, each in its own process --------------------------------------------------------
 
 
 def torch_base(model: str, batch: int, **_: Any) -> Side:
@@ -54,7 +55,7 @@ def peft_mixed(model: str, adapters: Sequence[str], batch: int, **_: Any) -> Sid
 
 
 def onnx(bundle: str, adapters: Sequence[str], batch: int, **given: Any) -> Side:
-    """A bundle with the first `count` adapters: none, one for all rows, or as many as rows."""
+    """Run a bundle with the first `count` adapters: none, one for all rows, or several in turn."""
     session = ld.AdapterSession(bundle)
     names = [f"a{number}" for number in range(given["count"])]
     for name, place in zip(names, adapters, strict=False):
@@ -72,7 +73,7 @@ SIDES: dict[str, Callable[..., Side]] = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What is timed together: the sides, the first of which runs twice, and the ratios."""
+    """The sides that are timed together, the first of which runs twice, and their ratios."""
 
     name: str
     batch: int
@@ -86,7 +87,7 @@ def _over(first: str, *others: str) -> tuple[tuple[str, str], ...]:
     return tuple((other, first) for other in others)
 
 
-# A side is "BUNDLE use", of the bundles that `prepare` makes, or one of the others by its name.
+# A side is "BUNDLE USE", with a bundle of `prepare` and a key of USES, or the name of another side.
 PLANS: Final = (
     Plan(
         "fp32 decode",
@@ -195,7 +196,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("build/bench"))
     parser.add_argument("--starts", type=int, default=4, help="sets of fresh processes")
     parser.add_argument("--rounds", type=int, default=3, help="turns of a side in each set")
-    parser.add_argument("--only", help="plans whose name holds this, as int4 or decode")
+    parser.add_argument("--only", help="run plans whose name contains this, such as int4 or decode")
     parser.add_argument("--calls", type=int, default=5, help="calls of a side in a round")
     arguments = parser.parse_args()
 
@@ -218,7 +219,7 @@ def main() -> None:
     print(text)
 
 
-# The first is exported from the checkpoint, the others from it.
+# The first is exported from the checkpoint, the others from the first.
 FORMS: Final[Mapping[str, Mapping[str, Any]]] = {
     "slots": {},
     "merged": {"merge": True},
@@ -232,7 +233,7 @@ FORMS: Final[Mapping[str, Mapping[str, Any]]] = {
 
 
 def prepare() -> dict[str, Any]:
-    """The base, eight random adapters of rank 16 on all linear layers, a bundle of each form."""
+    """Prepare the base, eight random adapters of rank 16 on all linear layers, and the bundles."""
     model, place = smollm2(), cache() / "bench"
     adapters = [place / f"adapter-{number}" for number in range(ADAPTERS)]
     if not adapters[-1].exists():
@@ -254,7 +255,7 @@ def prepare() -> dict[str, Any]:
 
 
 def _built(model: Path, adapter: Path, place: Path) -> dict[str, str]:
-    """The graphs of onnxruntime-genai's own builder: plain, with one adapter in it, and as ours."""
+    """Build graphs with onnxruntime-genai: plain, with an adapter, and exported by loradeploy."""
     if not genai_builder.PYTHON.exists():
         raise SystemExit("onnxruntime-genai is not set up: make setup")
     built, lora = place / "genai-built", place / "genai-lora"
@@ -285,7 +286,7 @@ def random_adapters(model: Path, places: Sequence[Path]) -> None:
 
 
 def start(side: str, plan: Plan, prepared: Mapping[str, Any]) -> Worker:
-    """The side in a process of its own."""
+    """Start a side in its own process."""
     given = {
         "model": prepared["model"],
         "adapters": prepared["adapters"],
@@ -306,7 +307,7 @@ def start(side: str, plan: Plan, prepared: Mapping[str, Any]) -> Worker:
 
 
 def measure(plan: Plan, prepared: Mapping[str, Any], **turns: int) -> Any:
-    """Milliseconds of each side, the ratios, and the control; `turns` as of `in_processes`."""
+    """Measure milliseconds of each side, ratios and control; `turns`: see `in_processes`."""
     console.print(f"{plan.name}, batch {plan.batch}: starting {', '.join(plan.sides)}")
     sides = (*plan.sides, plan.sides[0])
     taken = in_processes([partial(start, side, plan, prepared) for side in sides], **turns)
@@ -334,7 +335,7 @@ print(*(int(lines[name].split()[0]) // 1024 for name in ("VmRSS", "VmHWM")))
 
 
 def memory(form: str, prepared: Mapping[str, Any]) -> dict[str, int]:
-    """MB of a process that loaded the bundle and ran once with its adapter, and its peak."""
+    """Return resident and peak memory in MB of a process that ran the bundle once."""
     adapter = "" if form.startswith("merged") else "a0"
     command = [sys.executable, "-c", _MEMORY, prepared["bundles"][form], adapter]
     resident, peak = subprocess.check_output(command, text=True).split()
@@ -342,7 +343,7 @@ def memory(form: str, prepared: Mapping[str, Any]) -> dict[str, int]:
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """The results as tables."""
+    """Return the results as tables."""
     lines = ["| what | batch | ratio | median | quartiles |", "|---|---|---|---|---|"]
     for result in report["results"]:
         for name, found in {**result["ratios"], **result["control"]}.items():
@@ -356,7 +357,7 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 
 def draw(results: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """The milliseconds of every side as bars, one picture for each plan."""
+    """Draw the milliseconds of every side as bars, with a plot for each plan."""
     heights = [len(result["milliseconds"]) for result in results]
     size = (7, 0.28 * sum(heights) + 0.7 * len(results))
     grid = svg_axes(file, len(results), name="runtime", font_size=9, figsize=size, heights=heights)

@@ -1,9 +1,10 @@
-"""The main job end to end, on a real model: `make demo`.
+"""Demonstrate the whole workflow on a real model: `make demo`.
 
-SmolLM2-135M learns two tasks from BBC News as two adapters. The base is exported once with side
-inputs, and from that bundle once more with an adapter merged; ONNX Runtime then answers with no
-adapter, with each, and with both in one batch; parity proves all of it, and tables tell sizes,
-losses, errors and latencies. At the end the bundle is served, and three requests ask three models.
+Two adapters for SmolLM2-135M are trained on tasks from BBC News. The base is exported with side
+inputs, and that bundle is exported again with an adapter merged. ONNX Runtime generates text
+without an adapter, with each adapter, and with all of them in one batch. Parity is checked, and
+tables show sizes, losses, errors and latencies. Finally the bundle is served, and each of its
+three models gets a request.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ def main() -> None:
     output, begin = arguments.output, time.perf_counter()
 
     model = step("prepare SmolLM2-135M-Instruct from its package", smollm2)
-    told = step("read BBC News from its package", lambda: stories(bbc_news()))
-    held_out, training = told[:2], told[2:802]
+    news = step("read BBC News from its package", lambda: stories(bbc_news()))
+    held_out, training = news[:2], news[2:802]
     data = write_tasks(training, output)
     directories = {task: output / "adapters" / task for task in TASKS}
     trained = {
@@ -71,20 +72,23 @@ def main() -> None:
     )
     step("answer with ONNX Runtime", partial(show_answers, bundle, merged, held_out))
     reports = (
-        step("prove the side inputs", partial(ld.parity, bundle, model=model)),
-        step("prove the merged graph", partial(ld.parity, merged, model=model, adapters=one)),
+        step("check parity of the side inputs", partial(ld.parity, bundle, model=model)),
+        step(
+            "check parity of the merged graph",
+            partial(ld.parity, merged, model=model, adapters=one),
+        ),
     )
     latency = step("time every path", partial(latencies, bundle, merged))
     for table in (learning(trained), sizes(output), proofs(reports), latency):
         console.print(table)
     step("serve the bundle: a request for each model", partial(show_served, bundle, held_out[0]))
-    console.print(f"{time.perf_counter() - begin:.0f} s in all; what was made is in {output}")
+    console.print(f"{time.perf_counter() - begin:.0f} s in total; the results are in {output}")
     if not all(report.passed for report in reports):
         raise SystemExit(1)
 
 
 def step(title: str, make: Callable[[], Made]) -> Made:
-    """What `make` returns, announced and timed."""
+    """Print `title`, call `make`, print its time, and return its result."""
     console.print(f"[bold]{title}[/bold]", highlight=False)
     begin = time.perf_counter()
     made = make()
@@ -92,16 +96,16 @@ def step(title: str, make: Callable[[], Made]) -> Made:
     return made
 
 
-def show_answers(bundle: Path, merged: Path, told: list[Story]) -> None:
-    """The same prompts with no adapter, with each, and merged; all rows in one batch."""
-    rows = [(story, name) for story in told for name in (None, *TASKS)]
+def show_answers(bundle: Path, merged: Path, news: list[Story]) -> None:
+    """Generate without an adapter, with each adapter, and with the merged graph."""
+    rows = [(story, name) for story in news for name in (None, *TASKS)]
     prompts, adapters = [story.prompt for story, _ in rows], [name for _, name in rows]
     generator = ld.TextGenerator(ld.AdapterSession(bundle))
     answers = generator.generate(prompts, adapters, max_new_tokens=16)
     alone = ld.TextGenerator(ld.AdapterSession(merged)).generate(
-        [story.prompt for story in told], max_new_tokens=16
+        [story.prompt for story in news], max_new_tokens=16
     )
-    for number, story in enumerate(told):
+    for number, story in enumerate(news):
         console.print(f"  [italic]{story.text[:90]}…[/italic]", highlight=False)
         for name, answer in zip((None, *TASKS), answers[3 * number :], strict=False):
             show(name or "base", answer.text)
@@ -109,7 +113,7 @@ def show_answers(bundle: Path, merged: Path, told: list[Story]) -> None:
 
 
 def show_served(bundle: Path, story: Story) -> None:
-    """`loradeploy serve` in a process of its own, asked by three clients at once."""
+    """Run `loradeploy serve` in a process, and send concurrent requests to all models."""
     models = (bundle.name, *TASKS)
     command = [sys.executable, "-m", "loradeploy", "serve", str(bundle), "--port", "0", "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
@@ -121,9 +125,9 @@ def show_served(bundle: Path, story: Story) -> None:
 
 
 def asked(server: subprocess.Popen[str], models: Sequence[str], prompt: str) -> list[str]:
-    """The texts that the models of a server continue a prompt with."""
+    """Return the text that each model of a server generates after a prompt."""
     assert server.stdout is not None
-    printed = "".join(iter(server.stdout.readline, "}\n"))  # once it is ready; it goes on
+    printed = "".join(iter(server.stdout.readline, "}\n"))  # printed when the server is ready
     url = json.loads(printed + "}")["url"]
 
     def ask(model: str) -> str:
@@ -195,7 +199,7 @@ def latencies(bundle: Path, merged: Path) -> Table:
         "one token after 128",
         "ms",
         "× base (quartiles)",
-        title="Latency, batch 4; a glance: tools/bench_runtime.py measures",
+        title="Latency, batch 4 (rough; tools/bench_runtime.py measures it properly)",
     )
     for place in (bundle, merged):
         session = ld.AdapterSession(place)

@@ -1,15 +1,15 @@
-"""Every form of a bundle on every execution provider: does it open, and what does it compute.
+"""Test every form of a bundle on every execution provider: whether it opens, and its numbers.
 
     python -m tools.device_forms [MODEL] [--provider NAME]… [--form NAME]… [--json]
 
 Prints a row for each provider and form: the largest difference from the CPU's logits in the same
-form (of 12 tokens, then six more with the cache), of the base, of one adapter and of a batch in
-which each row has its own; what the adapter changes; the nodes that other providers run; whether
-the device can record the runs; and the CPU seconds of all that. The rows of `cpu` are compared with
-its own fp32 slots: they show what a precision costs. MODEL is a decoder's directory
-[default: a Llama of two layers with random weights]. Each row is a process of its own, since a
-kernel that is wrong may end it. `cuda` on a machine without a GPU is opened on stub libraries
-(tools.cuda_placement), which compute nothing: its rows have the placement alone.
+form (of 12 tokens, then six more with the cache), for the base, for one adapter and for a mixed
+batch; the effect of the adapter; the nodes on other providers; whether the device can record the
+runs; and the CPU seconds of the row. Rows of `cpu` are compared with its fp32 slots: they show the
+error of a precision. MODEL is a decoder's directory [default: a Llama of two layers with random
+weights]. Each row is a separate process, since a faulty kernel may crash it. On a machine without a
+GPU, `cuda` is opened with stub libraries (tools.cuda_placement), which compute nothing: its rows
+have the placement only.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from tools.cuda_placement import place, stubs
 from tools.inputs.made_adapters import make_adapters
 from tools.inputs.tiny_llama import random_llama
 
-# What a form is exported with; those in fp16 from the checkpoint, `half` from fp16 slots, all
-# others from fp32 slots.
+# The export options of each form. Forms in fp16 are exported from the checkpoint, those with `half`
+# from fp16 slots, all others from fp32 slots.
 FORMS: Final[Mapping[str, Mapping[str, Any]]] = {
     "fp32 slots": {},
     "fp32 rows": {"layout": "rows"},
@@ -76,7 +76,9 @@ def main() -> None:
         print(json.dumps(measured(**json.load(sys.stdin))))
         return
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("model", type=Path, nargs="?", metavar="MODEL")
+    parser.add_argument(
+        "model", type=Path, nargs="?", metavar="MODEL", help="[default: a random Llama]"
+    )
     parser.add_argument("--provider", action="append", help=f"[default: {', '.join(DEFAULTS)}]")
     parser.add_argument("--form", action="append", choices=FORMS, help="[default: all]")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -97,7 +99,7 @@ def main() -> None:
 
 
 def made(model: Path, output: Path, forms: Sequence[str]) -> tuple[dict[str, Path], dict[str, str]]:
-    """The bundles of the forms, and of the reference, by name; two adapters by name."""
+    """Export the bundles of the forms and of the reference; return them, and two adapters."""
     bundles = {REFERENCE: output / "reference"}
     ld.export(model, bundles[REFERENCE])
     large = make_adapters(bundles[REFERENCE], output / "large", 1, rank=16)
@@ -123,7 +125,7 @@ def made(model: Path, output: Path, forms: Sequence[str]) -> tuple[dict[str, Pat
 def one(
     provider: str, bundle: Path, reference: Path, adapters: Mapping[str, str]
 ) -> dict[str, Any]:
-    """A row: what a process found that ran `bundle` on `provider`; how it ended, if it did not."""
+    """Return a row: the results of `bundle` on `provider`, or how its process ended."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     on_stubs = full_name(provider) == BY_NAME["cuda"].full and not has_nvidia_device(machine_root())
     if on_stubs:
@@ -168,7 +170,7 @@ def measured(
     adapters: Mapping[str, str],
     computes: bool = True,
 ) -> dict[str, Any]:
-    """What `bundle` is on `provider`, in this process; `computes`: whether numbers count."""
+    """Run `bundle` on `provider` in this process. `computes`: whether its numbers count."""
     found: dict[str, Any] = {"opens": False, "runs": False}
     try:
         device = ld.AdapterSession(bundle, [provider], check_device=False)
@@ -185,7 +187,7 @@ def measured(
             found["captured"] = captures(bundle, provider)
     except LoraDeployError as problem:
         found["error"] = str(problem)
-    except Exception as problem:  # onnxruntime's own
+    except Exception as problem:  # an error of onnxruntime
         found["error"] = kind_and_line(problem)
     return found
 
@@ -196,7 +198,7 @@ def compared(
     reference: ld.AdapterSession,
     adapters: Mapping[str, str],
 ) -> dict[str, Any]:
-    """The largest differences of `device` from `host`; what the first adapter changes."""
+    """Return the largest differences of `device` from `host`, and the first adapter's effect."""
     for session in (device, host, reference):
         for name, path in adapters.items() if session.manifest.mode != "merged" else ():
             session.load(name, path)
@@ -216,10 +218,10 @@ def compared(
 def logits(
     session: ld.AdapterSession, adapters: Any, tokens: Any = None
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Logits [rows, positions, vocabulary] of a prompt and of further tokens, with the cache.
+    """Return logits [rows, positions, vocabulary] of a prompt and of decode steps, and the tokens.
 
-    `tokens` [positions]: those that are fed; by default a prompt, and what the model goes on with.
-    A merged graph has its own adapter.
+    `tokens` [positions]: the tokens that are fed; by default a random prompt and the tokens that
+    the model generates. A merged graph ignores `adapters`.
     """
     if session.manifest.mode == "merged":
         adapters = None
@@ -249,7 +251,7 @@ def logits(
 
 
 def captures(bundle: str, provider: str) -> bool:
-    """Whether a session opens that captures its runs."""
+    """Whether a session that captures runs can be opened."""
     try:
         ld.AdapterSession(bundle, [provider], check_device=False, capture_graphs=True).close()
     except LoraDeployError:
@@ -258,7 +260,7 @@ def captures(bundle: str, provider: str) -> bool:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The rows as a table in Markdown; errors are below it."""
+    """Return the rows as a table in Markdown, followed by the errors."""
     lines = [f"| {' | '.join(_COLUMNS)} |", f"|{'---|' * len(_COLUMNS)}"]
     errors: dict[str, list[str]] = {}
     for row in rows:

@@ -1,11 +1,11 @@
-"""Fuzz all that is read for a given time, in a process of its own that may die.
+"""Fuzz all readers for a given time, in a child process that may crash.
 
     python -m tools.fuzz                                   a minute for each reader
     python -m tools.fuzz --reader adapter --seconds 600 --seed 1
-    python -m tools.fuzz --reader adapter --seed 1 --index 4711      one try again
+    python -m tools.fuzz --reader adapter --seed 1 --index 4711      repeat one try
 
-Prints executions and findings by reader; the exit status is 1 where there are any. A try depends on
-reader, seed and index alone.
+Prints the numbers of executions and findings by reader; the exit status is 1 if there are findings.
+A try depends on reader, seed and index only.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument(
-        "--reader", choices=READERS, action="append", help="one of them; all if none"
+        "--reader", choices=READERS, action="append", help="fuzz this reader [default: all]"
     )
     parser.add_argument("--seconds", type=float, default=60, help="for each reader")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--index", type=int, help="one try again")
+    parser.add_argument("--index", type=int, help="repeat this try of the first reader")
     options = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("RUST_BACKTRACE", "0")
@@ -74,7 +74,7 @@ def _again(name: str, seeds: Seeds, scratch: Path, seed: int, index: int) -> int
 def _fuzz(
     name: str, seeds: Seeds, scratch: Path, seed: int, seconds: float
 ) -> tuple[int, list[Finding]]:
-    """Executions and findings; a process that dies or hangs is followed by another one."""
+    """Return executions and findings; a child process that crashes or hangs is replaced."""
     end = time.monotonic() + seconds
     start, findings = 0, []
     context = multiprocessing.get_context("spawn")
@@ -88,14 +88,14 @@ def _fuzz(
         at, ended = start, "hangs"
         try:
             while ours.poll(_SLOW_SECONDS):
-                said = ours.recv()
-                if said is None:
+                message = ours.recv()
+                if message is None:
                     ended = ""
                     break
-                if isinstance(said, int):
-                    at = said
+                if isinstance(message, int):
+                    at = message
                 else:
-                    findings.append(said)
+                    findings.append(message)
         except EOFError:
             worker.join()
             ended = f"the process ends with {worker.exitcode}"
@@ -117,7 +117,7 @@ def _work(
     end: float,
     tell: Connection,
 ) -> None:
-    # What libraries print of their panics, and warnings of exports, are of no interest here.
+    # Hide the libraries' panic messages and the warnings of exports.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     scratch.mkdir(exist_ok=True)
     reader = READERS[name](seeds, scratch)

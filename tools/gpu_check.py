@@ -1,14 +1,14 @@
-"""The whole way on a GPU machine, in one command: train → export → placement → parity → timing.
+"""Check everything on a GPU machine: train → export → placement → parity → timing.
 
     python -m tools.gpu_check [--output build/gpu] [--form cuda]…
-    python -m tools.gpu_check --stubs      # without a GPU: everything but numbers and times
-    python -m tools.gpu_check --scale tiny --model DIRECTORY      # the way alone, in seconds
+    python -m tools.gpu_check --stubs      # without a GPU: everything except numbers and times
+    python -m tools.gpu_check --scale tiny --model DIRECTORY      # a quick run, in seconds
 
 Writes gpu.json with the placement of every form's nodes, and the figures of the CPU and the CUDA
-provider side by side, on CUDA with its runs captured too. Exits with 1 where CUDA does not run or
-capture a graph, where nodes are on the CPU that should not be, or where parity does not hold. With
---stubs the CUDA provider opens on libraries that compute nothing (tools.cuda_placement): parity and
-times of CUDA are written and mean nothing.
+provider, for CUDA also with captured runs. The exit status is 1 if CUDA does not run or capture a
+graph, if nodes are on the CPU that should not be, or if parity fails. With --stubs, the CUDA
+provider is loaded with libraries that compute nothing (tools.cuda_placement): the reported parity
+and times of CUDA are meaningless.
 """
 
 from __future__ import annotations
@@ -45,9 +45,11 @@ TASKS: Final = ("headline", "topic")
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is done: stories that are trained on, and words of each; steps of training; new
-    tokens; rounds of timing, of these batches, after so many tokens; prompts and tokens of parity,
-    None for those that it has itself.
+    """The amount of work.
+
+    `stories`, `words`: number of training stories, and words of each. `steps`: training steps.
+    `new_tokens`: generated tokens. `rounds`, `batches`, `length`: rounds of timing, batch sizes,
+    and tokens in the cache. `parity`: arguments of `loradeploy.parity`.
     """
 
     stories: int = 800
@@ -74,21 +76,21 @@ SCALES: Final = {
     ),
 }
 CUDA: Final = BY_NAME["cuda"].full
-# What each form is exported with. The first of a precision is traced, int4 is made of fp32.
+# The export options of each form. int4 is exported from the fp32 bundle if there is one.
 FORMS: Final[Mapping[str, Mapping[str, Any]]] = {
     "cuda": {"target": "cuda"},
     "fp32": {"target": "cuda", "precision": "fp32"},
     "int4": {"target": "cuda", "precision": "int4"},
 }
-# Nodes that may be on the CPU: GroupQueryAttention takes the number of positions from there, and
-# `logits_to_keep` is read by sizes.
+# Nodes that may be on the CPU: they compute the number of positions for GroupQueryAttention, and
+# process `logits_to_keep` as a shape.
 ALLOWED: Final = {"Squeeze": 1, "Cast": 1, "Concat": 1, "Mul": 1}
-# A run by itself, one that is recorded, replays.
+# A plain run, a recorded run, and replays.
 TURNS: Final = 4
-# The largest error of a replay, in parts of what the adapters change: the kernels are the same, and
-# a captured run may be given another algorithm of a product, which rounds in another order.
+# The largest error of a replay, relative to the adapters' effect. The kernels are the same, but a
+# captured run may use another algorithm for a product, which rounds differently.
 REPLAYED: Final = 0.01
-# Parity compares float32: TF32 rounds its factors to 10 bits.
+# Parity compares float32; TF32 would round the operands of products to 10 bits.
 EXACT: Final = {"use_tf32": "0"}
 PROVIDERS: Final[Mapping[str, Provider]] = {"cpu": CPU, "cuda": (CUDA, EXACT)}
 
@@ -98,8 +100,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("build/gpu"))
     parser.add_argument("--model", type=Path, help="a decoder's directory [default: SmolLM2-135M]")
     parser.add_argument("--form", action="append", choices=FORMS, help="[default: all]")
-    parser.add_argument("--scale", choices=SCALES, default="full", help="how much is done")
-    parser.add_argument("--stubs", action="store_true", help="without a GPU: numbers apart")
+    parser.add_argument("--scale", choices=SCALES, default="full", help="amount of work")
+    parser.add_argument(
+        "--stubs", action="store_true", help="run without a GPU; numbers and times are meaningless"
+    )
     arguments = parser.parse_args()
     if arguments.stubs and not _on_stubs():
         raise SystemExit(_again_on_stubs())
@@ -116,7 +120,7 @@ def main() -> None:
         print(f"  {failure}")
     if arguments.stubs:
         print(
-            "  on stub libraries: nothing was computed on CUDA, its numbers and times mean nothing"
+            "  on stub libraries: nothing was computed on CUDA, numbers and times are meaningless"
         )
     raise SystemExit(0 if report["passed"] else 1)
 
@@ -129,18 +133,18 @@ def check(
     scale: Scale,
     device: bool,
 ) -> dict[str, Any]:
-    """The report, which is written to gpu.json too; `device`: a GPU is there, and no stubs."""
-    told = [
+    """Run the check, write gpu.json, and return the report. `device`: use a GPU, not stubs."""
+    news = [
         replace(story, text=" ".join(story.text.split()[: scale.words]))
         for story in stories(bbc_news())[: scale.stories + 2]
     ]
     output.mkdir(parents=True, exist_ok=True)
-    data = write_tasks(told[2:], output)
+    data = write_tasks(news[2:], output)
     adapters = {task: output / "adapters" / task for task in TASKS}
     training = {
         task: ld.train(model, data[task], adapters[task], max_steps=scale.steps) for task in TASKS
     }
-    prompts = [story.prompt for story in told[:2] for _ in range(3)]
+    prompts = [story.prompt for story in news[:2] for _ in range(3)]
     report: dict[str, Any] = {
         "machine": machine(device),
         "stubs": not device,
@@ -176,7 +180,7 @@ def check(
 
 
 def misplaced(placement: Placement) -> list[str]:
-    """What is wrong with the placement: nodes on the CPU, or a CUDA graph that is refused."""
+    """Return the problems of a placement: nodes on the CPU, or a refused CUDA graph."""
     over = placement.on_cpu - Counter(ALLOWED)
     found = [f"{count} {op} on the CPU" for op, count in over.items()]
     if placement.refusal is not None:
@@ -185,7 +189,7 @@ def misplaced(placement: Placement) -> list[str]:
 
 
 def wrong(found: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the figures of one provider."""
+    """Return the problems in the figures of one provider."""
     if "error" in found:
         return [str(found["error"])]
     failures = found["parity"].get("failures") or ["parity does not hold"]
@@ -199,7 +203,7 @@ def measured(
     prompts: Sequence[str],
     scale: Scale,
 ) -> dict[str, Any]:
-    """Texts, times and parity on one provider; the error in words where it does not start."""
+    """Measure texts, times and parity on one provider; the error message if it does not start."""
     fast = provider if isinstance(provider, str) else provider[0]
     try:
         session = ld.AdapterSession(bundle, [fast])
@@ -220,10 +224,10 @@ def measured(
 
 
 def captured(bundle: Path, prompts: Sequence[str], scale: Scale) -> dict[str, Any]:
-    """What captured runs compute on CUDA, beside the same session without, and their times.
+    """Compare captured runs on CUDA with runs that are not captured, and time them.
 
-    `replays`: by side, how far the logits of replayed runs are from those without; texts where the
-    cache stays in place.
+    `replays`: by side, the differences of the logits. `texts`: only if the cache is updated in
+    place.
     """
     try:
         with (
@@ -241,11 +245,11 @@ def captured(bundle: Path, prompts: Sequence[str], scale: Scale) -> dict[str, An
 def replayed(
     session: ld.AdapterSession, usual: ld.AdapterSession, scale: Scale
 ) -> dict[str, dict[str, float]]:
-    """The logits of one more token, replayed: the base, each adapter and a mixed batch.
+    """Compare logits of replayed decode steps: the base, each adapter and a mixed batch.
 
-    `error`: the largest difference from the `usual` session's, `effect`: what the adapters of the
-    side change there. The sides take turns, so that a replay which reads what another side has left
-    is seen.
+    `error`: the largest difference from the `usual` session. `effect`: the largest change by the
+    adapters in that session. The sides take turns, so that a replay that reads the inputs of
+    another side shows.
     """
     rows = 1 + len(TASKS)
     sides: dict[str, Any] = {
@@ -272,7 +276,7 @@ def _logits(outputs: Any) -> np.ndarray[Any, Any]:
 
 
 def wrong_captured(found: Mapping[str, Any], usual: Mapping[str, Any], device: bool) -> list[str]:
-    """What is wrong with runs that were captured: on a `device`, other numbers than without."""
+    """Return the problems of captured runs; on a `device`, also differences in their numbers."""
     if "error" in found:
         return [str(found["error"])]
     failures = [] if found["graphs"] else ["no run was captured"]
@@ -293,7 +297,7 @@ def wrong_captured(found: Mapping[str, Any], usual: Mapping[str, Any], device: b
 
 
 def generated(session: ld.AdapterSession, prompts: Sequence[str], scale: Scale) -> dict[str, Any]:
-    """Texts of the base and of each adapter, in one batch, and the seconds that they took."""
+    """Generate with the base and each adapter in one batch; return the texts and the seconds."""
     rows = [None, *TASKS] * (len(prompts) // 3)
     begin = time.perf_counter()
     answers = ld.TextGenerator(session).generate(prompts, rows, max_new_tokens=scale.new_tokens)
@@ -304,7 +308,7 @@ def generated(session: ld.AdapterSession, prompts: Sequence[str], scale: Scale) 
 
 
 def decoded(session: ld.AdapterSession, scale: Scale) -> dict[str, Any]:
-    """Times of one more token: the base, each adapter, a swap at each call, a mixed batch."""
+    """Time a decode step: the base, each adapter, a swap at each call, a mixed batch."""
     return {
         f"batch {batch}": time_bundle(
             session, batch=batch, length=scale.length, rounds=scale.rounds
@@ -314,7 +318,7 @@ def decoded(session: ld.AdapterSession, scale: Scale) -> dict[str, Any]:
 
 
 def prefill(session: ld.AdapterSession, batch: int, scale: Scale) -> dict[str, float]:
-    """Median milliseconds of a prompt, of the base and of each adapter, taking turns."""
+    """Return the median milliseconds of a prefill, for the base and each adapter in turn."""
     call = forward(session, batch, past=0, new=scale.length)
     sides = {name or "base": partial(call, name) for name in (None, *session.adapters)}
     taken: dict[str, list[float]] = {name: [] for name in sides}
@@ -328,7 +332,7 @@ def prefill(session: ld.AdapterSession, batch: int, scale: Scale) -> dict[str, f
 
 
 def machine(device: bool) -> dict[str, Any]:
-    """The device as its driver names it, and what is installed."""
+    """Return the device's name from its driver, and the findings of `loradeploy doctor`."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     try:
         named = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
@@ -346,7 +350,7 @@ def _on_stubs() -> bool:
 
 
 def _again_on_stubs() -> int:
-    """The same command in a process that finds the stub libraries; its exit code."""
+    """Run the same command in a process that loads the stub libraries; return its exit status."""
     environment = {**os.environ, "LD_LIBRARY_PATH": str(stubs())}
     command = [sys.executable, "-m", "tools.gpu_check", *sys.argv[1:]]
     return subprocess.run(command, env=environment).returncode

@@ -1,12 +1,12 @@
-"""Kill training at random points, and see that what is resumed ends at the same adapter.
+"""Kill training runs at random points, and verify that resumed runs end with the same adapter.
 
     python -m tools.kill_training --runs 20 --seed 0
 
-A run is killed once or twice: by SIGKILL or SIGTERM after a random time, or at a random one of the
-moments at which it opens, renames or removes a file, or shortly after. Then it is resumed to its
-end; where there is nothing to resume it is begun again. The digest of the adapter and its loss
-curve must be those of a run that nobody killed, and nothing may be left beside the adapter. Exit
-status 1, and a line for each, where that is not so.
+A run is killed once or twice: by SIGKILL or SIGTERM after a random time, or at or shortly after a
+random file operation (open, rename, remove). Then it is resumed to its end, or started again if
+there is nothing to resume. The digest and the loss curve of the adapter must equal those of a run
+that was not killed, and no files may be left in its parent directory. Otherwise a finding is
+reported, and the exit status is 1.
 
 The libraries are imported once, and every run is a fork of that process.
 """
@@ -33,7 +33,7 @@ from typing import Any, Final
 
 from tools.inputs.tiny_llama import tiny_llama
 
-# What is different for each of them: how a step is made, and when a run ends.
+# Sets of options, which differ in how a step is computed and when a run ends.
 SETTINGS: Final[tuple[tuple[str, ...], ...]] = (
     ("--dropout", "0.1"),
     ("--gradient-accumulation", "2", "--use-dora"),
@@ -56,7 +56,7 @@ _IMPORTED: Final = (
 
 @dataclass
 class Child:
-    """A run of the command in a process of its own, and how it ended."""
+    """A run of the command in a child process, and how it ended."""
 
     status: int
     said: str
@@ -66,7 +66,7 @@ class Child:
 
 @dataclass
 class Figures:
-    """What was tried, and what went wrong."""
+    """Counts of runs and kills, and the findings."""
 
     runs: int = 0
     kills: collections.Counter[str] = field(default_factory=collections.Counter)
@@ -79,9 +79,9 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--model", type=Path, help="a model directory; a tiny one is made otherwise"
+        "--model", type=Path, help="a model directory [default: a tiny random model]"
     )
-    parser.add_argument("--data", type=Path, help="examples; a few are made otherwise")
+    parser.add_argument("--data", type=Path, help="training data [default: a few examples]")
     given = parser.parse_args()
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as place:
@@ -104,13 +104,13 @@ def main() -> int:
 
 
 def kill_runs(model: Path, data: Path, place: Path, runs: int, seed: int) -> Figures:
-    """Kill and resume `runs` trainings of `model` on `data` below `place`."""
+    """Kill and resume `runs` training runs of `model` on `data`, in the directory `place`."""
     import torch
 
     for module in _IMPORTED:
         importlib.import_module(module)
     torch.set_num_threads(1)
-    gc.freeze()  # what is imported, which a child's collections would go through
+    gc.freeze()  # so that garbage collections in the children skip all imported objects
     chance, figures = random.Random(seed), Figures(runs=runs)
     whole: dict[int, tuple[Path, Child]] = {}
     for number in range(runs):
@@ -120,7 +120,7 @@ def kill_runs(model: Path, data: Path, place: Path, runs: int, seed: int) -> Fig
             output = place / f"whole-{index}" / "adapter"
             whole[index] = output, _child([*line, "--output", str(output)])
             if whole[index][1].status:
-                raise RuntimeError(f"a run that nobody killed fails: {whole[index][1].said}")
+                raise RuntimeError(f"a run that was not killed fails: {whole[index][1].said}")
         expected, undisturbed = whole[index]
         output = place / f"run-{number}" / "adapter"
         line += ["--output", str(output)]
@@ -142,16 +142,16 @@ def _run(
     chance: random.Random,
     kills: collections.Counter[str],
 ) -> str | None:
-    """Run `line` with a kill of each of `kinds`, then to its end; what went wrong."""
+    """Run `line` with a kill of each of `kinds`, then to its end; return a problem, or None."""
     resume: list[str] = []
     for kind in kinds:
         share = chance.random()
         number = signal.SIGTERM if kind == "term" else signal.SIGKILL
         child = None
         while child is None or child.status not in _KILLED:
-            if child is not None:  # nothing was left of the one before, or it came to its end
+            if child is not None:  # the previous run had no checkpoint to resume, or completed
                 if child.status and not _nothing(child):
-                    return f"a status of {child.status}: {child.said}"
+                    return f"exit status {child.status}: {child.said}"
                 shutil.rmtree(output, ignore_errors=True)
                 resume, share = [], share / 2
             if kind == "file":
@@ -168,7 +168,7 @@ def _run(
         kills["before the first checkpoint"] += 1
         child = _child(line)
     if child.status and not (_nothing(child) and output.exists()):
-        return f"resumed, a status of {child.status}: {child.said}"
+        return f"resumed, exit status {child.status}: {child.said}"
     return None
 
 
@@ -177,14 +177,14 @@ def _nothing(child: Child) -> bool:
 
 
 def _difference(output: Path, expected: Path) -> str | None:
-    """In what `output` is not the adapter that is `expected`."""
+    """Return how `output` differs from the adapter `expected`; None if it does not."""
     from loradeploy.adapter import load_adapter
 
     found, right = load_adapter(output).digest, load_adapter(expected).digest
     if found != right:
-        return f"the digest is {found}, of the run that nobody killed {right}"
+        return f"the digest is {found}, of the run that was not killed {right}"
     if (output / "loss.csv").read_bytes() != (expected / "loss.csv").read_bytes():
-        return "the loss curve is another"
+        return "the loss curve differs"
     left = sorted(path.name for path in output.parent.iterdir() if path != output)
     return f"left behind: {', '.join(left)}" if left else None
 
@@ -192,7 +192,9 @@ def _difference(output: Path, expected: Path) -> str | None:
 def _child(
     line: list[str], *, after: float = 0, number: int = 0, event: int = 0, later: float = 0
 ) -> Child:
-    """Run the command line in a fork: send it `number` after seconds, or let it die at `event`."""
+    """Run the command line in a fork; send it the signal `number` `after` seconds, or kill it at
+    the file operation `event`.
+    """
     output = Path(line[line.index("--output") + 1])
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as place:
@@ -217,7 +219,7 @@ def _child(
 def _become(
     line: list[str], watched: Path, said: Path, counted: Path, event: int, later: float
 ) -> None:
-    """Run the command line and end this process; at the `event`-th file of `watched` it dies."""
+    """Run the command line and exit; die at the `event`-th file operation below `watched`."""
     from loradeploy.cli.main import main as command
 
     code = 70
@@ -233,7 +235,7 @@ def _become(
                 return
             count += 1
             if count == event:
-                # Not only between two calls of the system, but inside what comes next.
+                # A timer, so that the process dies not only between system calls.
                 signal.signal(signal.SIGALRM, signal.SIG_DFL)
                 signal.setitimer(signal.ITIMER_REAL, max(later, 1e-6))
 
@@ -253,12 +255,12 @@ def _is_below(place: Path, arguments: tuple[Any, ...]) -> bool:
     name = arguments[0]
     if isinstance(name, bytes):
         name = os.fsdecode(name)
-    # What a directory's handle stands before is a name alone; it is one that rmtree empties.
+    # rmtree passes names relative to a directory's file descriptor, without a slash.
     return isinstance(name, str) and (name.startswith(str(place)) or "/" not in name)
 
 
 def examples(file: Path) -> Path:
-    """Sixteen prompts of different lengths with completions."""
+    """Write sixteen prompts of different lengths with completions."""
     rows = [{"prompt": f"Q{'!' * n} {n}:", "completion": f" {n % 3}."} for n in range(16)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return file

@@ -1,8 +1,9 @@
-"""The headers of onnxruntime's C and C++ interface, which its Python wheels have the library for.
+"""Fetch the headers of onnxruntime's C and C++ API; its Python wheels only have the library.
 
-    python -m tools.onnxruntime_headers        # prints where they are
+    python -m tools.onnxruntime_headers        # prints their directory
 
-Releases of onnxruntime hold them; of the packages that registries serve, its plugin for Unity does.
+The headers are in onnxruntime's releases, and in the npm package of its Unity plugin, which is used
+here.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ from loradeploy.files import atomic_directory
 from tools.inputs.real_models import cache
 
 HEADER: Final = "onnxruntime_cxx_api.h"
-_PACKAGE: Final = "com.github.asus4.onnxruntime@0.4.9"  # 1.29's
+_PACKAGE: Final = "com.github.asus4.onnxruntime@0.4.9"  # onnxruntime 1.29
 _INSIDE: Final = "ios-arm64_x86_64-simulator/onnxruntime.framework/Headers/"
 
 
 def headers() -> Path:
-    """The directory of $ONNXRUNTIME_INCLUDE, or one with the package's headers, kept in the cache.
+    """Return the directory $ONNXRUNTIME_INCLUDE, or a cached one with the package's headers.
 
     Raises:
-        RuntimeError: there is no npm, or it could not get the package.
+        RuntimeError: npm is not installed, or could not get the package.
     """
     given = os.environ.get("ONNXRUNTIME_INCLUDE")
     if given:

@@ -2,8 +2,8 @@
 
     python -m tools.renamings
 
-Module paths that transformers has renamed since a checkpoint or an adapter was made, as it renames
-them on loading: by class or model type, the renamings in their order, [patterns, replacements].
+The file has transformers' own renamings of module paths of older checkpoints and adapters: by class
+or model type, a list of [patterns, replacements] in order.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import loradeploy.adapter.modules.renamings
 
 FILE: Final = Path(loradeploy.adapter.modules.renamings.__file__).with_suffix(".json")
 
-# Renamings that depend on other keys or on numbers, and concern no layer that takes LoRA.
+# Renamings that depend on other keys or on values, for layers that do not support LoRA.
 LEFT_OUT: Final = ("GroupWeightRename", "Inkling2IndexOffsetWeightRename")
 
 
 def table() -> dict[str, list[list[list[str]]]]:
-    """The table of the installed transformers."""
+    """Return the table of the installed transformers."""
     from transformers import conversion_mapping
     from transformers.core_model_loading import WeightRenaming
 
@@ -33,7 +33,7 @@ def table() -> dict[str, list[list[list[str]]]]:
             for transform in transforms
             if isinstance(transform, WeightRenaming) and type(transform).__name__ not in LEFT_OUT
         ]
-        # A class or type that renames nothing still hides what its parents would be asked for.
+        # An entry without renamings is kept: it overrides that of a parent class.
         found[name] = renamings
     return found
 

@@ -1,14 +1,15 @@
-"""Ask an engine for a long time, by twice as many askers as it has rows, and account for all.
+"""Run an engine under load for a long time, and account for every request.
 
     python -m tools.soak_engine BUNDLE --adapter NAME=DIR … --minutes 30
 
-Askers submit requests of all kinds, read or cancel them; adapters are replaced under one name, and
-the session has room for few of them. Each answer is compared with the one that its request gets
-alone. Exits with 1 if one is wrong or missing, or if memory grows.
+Four client threads per row submit requests of all kinds, and read or cancel them. Meanwhile
+adapters are replaced under the same name, and the session has memory for few of them. Each answer
+is compared with that of the same request run alone. The exit status is 1 if an answer is wrong or
+missing, or if memory grows.
 
-Logits differ by rounding between batches of different sizes. Where such a difference decides
-between two tokens (equal largest logits, a random number at the boundary of two tokens), either
-answer is right: these are counted as ties.
+Logits differ by rounding errors between batches of different sizes. If such an error decides between
+two tokens (equal largest logits, or a random number at the boundary of two tokens), both answers are
+correct; they are counted as ties.
 """
 
 from __future__ import annotations
@@ -47,10 +48,10 @@ SETTINGS: Final[tuple[dict[str, Any], ...]] = (
     {"repetition_penalty": 1.2},
 )
 _KINDS: Final = 40  # different requests
-_LEAST: Final = 3 * _KINDS  # requests, however slow the machine is
-_ROUNDING: Final = 2e-4  # of logits; parity measures up to 1.5e-4
+_LEAST: Final = 3 * _KINDS  # minimum number of requests, even on a slow machine
+_ROUNDING: Final = 2e-4  # rounding error of logits; parity measures up to 1.5e-4
 _PERTURBATIONS: Final = 16
-_GROWTH: Final = 0.1  # of the memory after a quarter of the time, that is no growth
+_GROWTH: Final = 0.1  # allowed growth, relative to the memory in the second quarter of the time
 
 
 # A prompt, the name of its adapter, and options of `TextGenerator.generate`.
@@ -59,11 +60,11 @@ Request = tuple[str, str | None, dict[str, Any]]
 
 @dataclass
 class SoakReport:
-    """What became of all requests.
+    """Counts of all requests by outcome.
 
-    `wrong`: answers that differ from the lone one. `ties`: those of `answered` that differ from it
-    from a token on that rounding decides. `lost`: requests that have not ended when the
-    engine, which takes no more of them, has nothing left to do. `rss`: MiB, once a second or rarer.
+    `wrong`: answers that differ from that of the request run alone. `ties`: answers that differ
+    from it, but first at a token that rounding decides. `lost`: requests that have not ended when
+    the closed engine is idle. `rss`: resident memory in MiB, sampled at least every second.
     """
 
     asked: int = 0
@@ -79,7 +80,7 @@ class SoakReport:
 
     @property
     def grows(self) -> bool:
-        """Whether the last quarter's memory is above the second one's."""
+        """Whether memory in the last quarter of the time is above that in the second quarter."""
         part = len(self.rss) // 4
         if not part:
             return False
@@ -90,17 +91,17 @@ class SoakReport:
 
 
 @dataclass(frozen=True)
-class Lone:
-    """The answer of a request on its own.
+class LoneAnswer:
+    """The answer of a request that runs alone.
 
-    `near`: for each generated token, the end included, the tokens that it could be by rounding.
+    `near`: for each generated token, including the end token, the tokens that rounding may give.
     """
 
     ids: tuple[int, ...]
     near: tuple[frozenset[int], ...]
 
     def differs(self, ids: Sequence[int], *, whole: bool) -> bool:
-        """Whether `ids` are other tokens; the beginning is compared if they are not the `whole`."""
+        """Whether `ids` differ; if they are not the `whole` answer, only as far as they go."""
         return tuple(ids) != (self.ids if whole else self.ids[: len(ids)])
 
     def tied(self, ids: Sequence[int]) -> bool:
@@ -113,9 +114,9 @@ class Lone:
         return len(near) > 1 and (first >= len(ids) or ids[first] in near)
 
 
-def answer_alone(generator: TextGenerator, request: Request) -> list[Lone]:
-    """The texts of a request that has the session to itself."""
-    near: dict[int, list[frozenset[int]]] = {}  # by the random numbers of each text
+def answer_alone(generator: TextGenerator, request: Request) -> list[LoneAnswer]:
+    """Run a request alone, and return the answer for each of its texts."""
+    near: dict[int, list[frozenset[int]]] = {}  # by the id of each text's random generator
     numbers: list[np.random.Generator] = []  # kept, so that no two have the same id
     choose = Sampling.choose
 
@@ -137,14 +138,15 @@ def answer_alone(generator: TextGenerator, request: Request) -> list[Lone]:
     with patch.object(Sampling, "choose", noted):
         texts = generator.generate([prompt], adapter, **options)
     return [
-        Lone(text.token_ids, tuple(sets)) for text, sets in zip(texts, near.values(), strict=True)
+        LoneAnswer(text.token_ids, tuple(sets))
+        for text, sets in zip(texts, near.values(), strict=True)
     ]
 
 
 def soak(
     bundle: Path, adapters: Mapping[str, Path], *, seconds: float, max_rows: int = 8
 ) -> SoakReport:
-    """Ask an engine on `bundle` for so many seconds, and more where it had few requests in them."""
+    """Run an engine on `bundle` under load for `seconds`, longer if it got too few requests."""
     report, lock = SoakReport(), threading.Lock()
     size = sum(path.stat().st_size for path in bundle.rglob("*.onnx*"))
     with AdapterSession(bundle, host_budget=max(size // 2, 1 << 20)) as session:
@@ -166,7 +168,7 @@ def soak(
         def over() -> bool:
             return time.monotonic() >= end and report.asked >= _LEAST
 
-        idle = threading.Event()  # the engine has nothing left to do
+        idle = threading.Event()  # set when the engine has no work left
         left: list[tuple[int, Submission]] = []  # requests that had not ended by then
 
         def ask(engine: Engine, seed: int) -> None:
@@ -183,7 +185,7 @@ def soak(
                     time.sleep(min(problem.retry_after, 0.2))
                     continue
                 except EngineClosedError:
-                    if not engine.alive:  # a defect ended it
+                    if not engine.alive:  # it ended because of a defect
                         raise
                     return
                 with lock:
@@ -192,7 +194,7 @@ def soak(
                     time.sleep(own.random() * 0.02)
                     submission.cancel()
                 while not (submission.done or idle.is_set()):
-                    with contextlib.suppress(Exception):  # `account` gets its error
+                    with contextlib.suppress(Exception):  # `account` handles its error
                         submission.result(0.1)
                 if submission.done:
                     account(number, submission)
@@ -202,7 +204,7 @@ def soak(
         def account(number: int, submission: Submission) -> None:
             try:
                 done = submission.result()
-            except EngineFullError:  # it had to give way to a scope with fewer
+            except EngineFullError:  # it was displaced by a request of a scope with fewer requests
                 with lock:
                     report.refused += 1
                 return
@@ -233,7 +235,7 @@ def soak(
             names = sorted(adapters)
             while not over():
                 report.rss.append(_rss())
-                if names:  # the same adapter again, read again: what runs is not disturbed
+                if names:  # reload the same adapter: running requests must not be affected
                     name = chance.choice(names)
                     session.load(name, adapters[name], replace=True)
                 time.sleep(max(0.1, min(1.0, seconds / 100)))
@@ -243,7 +245,7 @@ def soak(
         for asker in askers:
             asker.join()
         for number, submission in left:
-            if submission.done:  # meanwhile, by the thread of another asker
+            if submission.done:  # it ended meanwhile
                 account(number, submission)
             else:
                 report.lost += 1
@@ -251,7 +253,7 @@ def soak(
 
 
 def _rss() -> float:
-    """MiB of memory of this process (Linux)."""
+    """Return the resident memory of this process in MiB (Linux)."""
     import resource
 
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
@@ -259,12 +261,12 @@ def _rss() -> float:
 
 
 def main() -> int:
-    """The command."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--adapter", action="append", default=[], metavar="NAME=DIR")
     parser.add_argument("--minutes", type=float, default=30.0)
-    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--rows", type=int, default=8, help="maximum rows of the engine's batch")
     given = parser.parse_args()
     adapters = {name: Path(path) for name, _, path in (one.partition("=") for one in given.adapter)}
     report = soak(given.bundle, adapters, seconds=60 * given.minutes, max_rows=given.rows)

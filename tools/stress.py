@@ -3,10 +3,10 @@
     python -m tools.stress --seconds 600
     python -m tools.stress --seconds 0 --loads 10000
 
-A tiny random Llama in every layout, with budgets far below what its adapters take. Each row of
-each run must be what the same row is with its adapter alone in a session without a budget, and
-nothing may be raised. Then adapters are loaded, used and unloaded, and the process's memory is read
-as they go. Prints JSON; exit status 1 where a row differs or something was raised.
+Uses a tiny random Llama in every layout, with memory budgets far below the size of its adapters.
+Each row of each run must equal the same row run alone in a session without a budget, and nothing
+may raise. With --loads, adapters are then loaded, used and unloaded, while the memory of the
+process is recorded. Prints JSON; the exit status is 1 if a row differs or an error was raised.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ if TYPE_CHECKING:
 
     Spec = str | Mapping[str, float] | None
 
-# What `loradeploy export` is told for each.
+# The export options of each layout.
 LAYOUTS: Final[dict[str, dict[str, Any]]] = {
     "slots": {"layout": "slots"},
     "rows": {"layout": "rows"},
     "branches": {"layout": "rows", "branches": True},
 }
-TOLERANCE: Final = 1e-4  # of logits of size 10, fp32; adapters differ by thousands of times more
+TOLERANCE: Final = 1e-4  # for fp32 logits up to 10; adapters differ by thousands of times more
 ADAPTERS: Final = 12
-ROWS: Final = 5  # of a run, at most
+ROWS: Final = 5  # maximum rows of a run
 INPUTS: Final = 8
 LENGTH: Final = 4
-PATIENCE: Final = 120.0  # seconds for a run to end; what takes longer hangs
+PATIENCE: Final = 120.0  # time limit of a run in seconds, after which it counts as hanging
 
 
 @dataclass
 class Counts:
-    """What the threads did: `wrong` rows and `raised` errors are told, the first few."""
+    """Counts of all threads; `wrong` and `raised` describe the first wrong rows and errors."""
 
     runs: int = 0
     rows: int = 0
@@ -62,7 +62,7 @@ class Counts:
 
 
 def write_adapters(bundle: Path, place: Path) -> dict[str, Path]:
-    """Random adapters of ranks 1 to 8 that fit `bundle`, as PEFT directories."""
+    """Write random adapters of ranks 1 to 8 that fit `bundle`, as PEFT directories."""
     from safetensors.numpy import save_file
 
     targets = read_manifest(bundle).targets
@@ -87,7 +87,7 @@ def write_adapters(bundle: Path, place: Path) -> dict[str, Path]:
 
 
 class Stress:
-    """One session with little room, used by `threads` threads at once."""
+    """One session with a small memory budget, used by several threads at once."""
 
     def __init__(self, bundle: Path, adapters: Mapping[str, Path], tolerance: float) -> None:
         self.tolerance = tolerance
@@ -100,7 +100,7 @@ class Stress:
         for name, path in adapters.items():
             roomy.load(name, path)
         self._inputs = np.random.default_rng(0).integers(3, 100, (INPUTS, LENGTH))
-        # What each input is with each adapter alone: [specs, inputs, tokens, vocabulary].
+        # The logits of each input with each adapter alone: [specs, inputs, tokens, vocabulary].
         everything = range(INPUTS)
         self.expected = [self._run(roomy, everything, spec) for spec in self.specs]
         size = roomy.statistics.host_bytes // len(roomy.adapters)
@@ -111,7 +111,7 @@ class Stress:
         self._lock = threading.Lock()
 
     def apart(self) -> float:
-        """The least by which two adapters' rows differ: what a wrong row would be off."""
+        """Return the smallest difference of two adapters' rows: the error of a wrong row."""
         return min(
             float(np.abs(one - other).max(axis=(1, 2)).min())
             for place, one in enumerate(self.expected)
@@ -119,7 +119,7 @@ class Stress:
         )
 
     def run(self, seconds: float, threads: int = 8, seed: int = 0) -> Counts:
-        """What `threads` threads did in `seconds`."""
+        """Run `threads` threads for `seconds`, and return the counts."""
         end = time.monotonic() + seconds
         workers = [
             threading.Thread(target=self._work, args=(end, seed + number), daemon=True)
@@ -144,7 +144,7 @@ class Stress:
                 self._note(raised=f"{type(problem).__name__}: {problem}")
 
     def _step(self, choose: random.Random) -> None:
-        """One run, or a few with the same adapters held, or a name that is loaded again."""
+        """Make one run, or several with the same held adapters, or reload an adapter."""
         inputs = [choose.randrange(INPUTS) for _ in range(choose.randint(1, ROWS))]
         kind = choose.random()
         if kind < 0.15:  # one for all rows
@@ -199,7 +199,7 @@ class Stress:
 
 
 def memory_over_loads(bundle: Path, adapters: Mapping[str, Path], loads: int) -> dict[int, float]:
-    """Resident memory in MiB after so many loads, each used in a mixed batch and unloaded."""
+    """Return resident memory in MiB by number of loads; each adapter is used and unloaded."""
     import psutil
 
     process = psutil.Process()
@@ -219,7 +219,7 @@ def memory_over_loads(bundle: Path, adapters: Mapping[str, Path], loads: int) ->
 
 
 def tiny_bundles(place: Path) -> dict[str, Path]:
-    """A random Llama of two layers, exported in every layout."""
+    """Export a random Llama of two layers in every layout."""
     random_llama(place / "model", vocab_size=128)
     for name, options in LAYOUTS.items():
         ld.export(place / "model", place / name, **options)
@@ -228,9 +228,11 @@ def tiny_bundles(place: Path) -> dict[str, Path]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seconds", type=float, default=600, help="of all layouts together")
+    parser.add_argument("--seconds", type=float, default=600, help="time for all layouts together")
     parser.add_argument("--threads", type=int, default=8)
-    parser.add_argument("--loads", type=int, default=0, help="adapters to load, memory read")
+    parser.add_argument(
+        "--loads", type=int, default=0, help="number of adapter loads, with memory recorded"
+    )
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     report: dict[str, Any] = {}

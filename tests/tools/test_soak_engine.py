@@ -11,10 +11,10 @@ import pytest
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.generation import TextGenerator
 from tools import soak_engine
-from tools.soak_engine import Lone, answer_alone
+from tools.soak_engine import LoneAnswer, answer_alone
 
 # Rounding decides the second of three tokens, and whether the text ends after them.
-LONE = Lone((1, 2, 3), (frozenset({1}), frozenset({2, 5}), frozenset({3}), frozenset({0, 4})))
+LONE = LoneAnswer((1, 2, 3), (frozenset({1}), frozenset({2, 5}), frozenset({3}), frozenset({0, 4})))
 
 
 @pytest.mark.parametrize(

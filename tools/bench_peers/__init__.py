@@ -1,1 +1,1 @@
-"""loradeploy against the engines that users would take on a CPU (see __main__)."""
+"""Benchmark of loradeploy against other engines for CPUs."""

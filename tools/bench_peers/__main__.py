@@ -1,14 +1,15 @@
-"""SmolLM2-135M in loradeploy, OpenVINO GenAI and llama.cpp, with and without adapters.
+"""Benchmark SmolLM2-135M in loradeploy, OpenVINO GenAI and llama.cpp, with and without adapters.
 
     python -m tools.bench_peers --openvino-python OV/bin/python \\
         --convert-python CONVERT/bin/python --llama-python LLAMA/bin/python
 
-How the environments are made is in `engines.py`, what is asked for in `requests.py`. Every engine
-is a process; they take turns in random order, one at a time, and ratios are taken round by round.
-One of our forms runs twice as the control. In float32 all engines must give the same tokens, but
-where two are as good as equal, or nothing is concluded; below that each quantizes in its own way,
-and the part of tokens that agrees is shown. Nothing is concluded either where the machine has
-other work, nor of a figure whose control is not near 1.
+`engines.py` describes how to create the environments, `requests.py` the requests. Every engine is a
+process; they take turns in random order, one at a time, and ratios are computed within each round.
+One of loradeploy's forms runs twice, as the control. In float32 all engines must generate the same
+tokens, except where two tokens have nearly equal logits; otherwise no conclusion is drawn. In lower
+precisions each engine quantizes differently, and the part of equal tokens is only reported. No
+conclusion is drawn either if the machine is busy with other work, or from a figure whose control is
+not near 1.
 Writes peers.json, peers.md and peers.svg.
 """
 
@@ -49,7 +50,7 @@ ADAPTERS: Final = 8
 RANK: Final = 16  # on all linear layers, with an alpha of twice that
 CONTROL: Final = "control"
 CONTROLLED: Final = "rows"
-# Ours / theirs, seconds or megabytes.
+# The largest allowed ratio of loradeploy to an engine, in seconds or megabytes.
 GOALS: Final = {
     "first 512 base": 1.0,
     "first 512 one": 1.0,
@@ -65,8 +66,8 @@ GOALS: Final = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add_pythons(parser)
-    parser.add_argument("--precision", action="append", choices=PRECISIONS)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--precision", action="append", choices=PRECISIONS, help="[default: all]")
+    parser.add_argument("--rounds", type=int, default=5, help="timed runs of each side")
     parser.add_argument("--output", type=Path, default=Path("build/bench"))
     arguments = parser.parse_args()
     pythons = pythons_of(arguments)
@@ -98,7 +99,7 @@ def main() -> None:
 
 
 def _adapters(model: Path, place: Path) -> dict[str, str]:
-    """Eight random adapters, made once from the first bundle's targets."""
+    """Return eight random adapters, made once, for the targets of the first bundle."""
     bundle, adapters = place / "fp32-slots", place / "peer"
     if not bundle.exists():
         console.print("exporting fp32-slots")
@@ -109,7 +110,7 @@ def _adapters(model: Path, place: Path) -> dict[str, str]:
 
 
 def _prompts(bundle: Path) -> dict[str, list[int]]:
-    """News as tokens: by length, and eight short ones of different lengths."""
+    """Return prompts of news as tokens: by length, and eight short ones of different lengths."""
     tokenizer = ld.AdapterSession(bundle).texts.base.tokenizer
     files = sorted((bbc_news() / "business").glob("*.txt"))[:60]
     tokens = tokenizer.encode(" ".join(file.read_text(encoding="latin-1") for file in files))
@@ -127,7 +128,7 @@ def measure(
     pythons: Pythons,
     rounds: int,
 ) -> dict[str, Any]:
-    """All sides of one precision, in turns."""
+    """Measure all sides in one precision; they take turns."""
     own = {**given, CONTROL: given[CONTROLLED]}
     common = {"prompts": prompts, "scaling": SCALING}
     console.print(f"{precision}: starting {', '.join(own)}")
@@ -158,9 +159,9 @@ def summary(
     work: list[float | None],
     gap_at: Callable[[Parting], float],
 ) -> dict[str, Any]:
-    """Milliseconds, ratios to the peers, the control, and what keeps them from meaning anything.
+    """Return milliseconds, ratios, the control, and reasons why they are not conclusive.
 
-    `gap_at`: how near the choice was where an engine's tokens part from ours.
+    `gap_at`: returns the difference of the two tokens' logits where an engine's tokens diverge.
     """
     seconds = {
         side: {what: [run["seconds"][what] for run in own] for what in own[0]["seconds"]}

@@ -1,4 +1,4 @@
-"""Whether engines did the same work: where greedy tokens part, and how near the choice was."""
+"""Whether engines generated the same tokens: where they diverge, and how close the logits are."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Final
 import loradeploy as ld
 from tools.bench_peers.requests import Request, Tokens
 
-# Tokens whose logits are nearer than this are told apart by an engine's rounding of float32: of
-# logits around 20, more than the order of sums changes, and far less than an adapter does.
+# If the logits of two tokens are closer than this, float32 rounding decides between them: for
+# logits around 20, this is more than the order of sums changes, and far less than an adapter does.
 NEAR: Final = 0.01
 
 Answers = Mapping[str, Sequence[Tokens]]
@@ -19,7 +19,7 @@ Answers = Mapping[str, Sequence[Tokens]]
 
 @dataclass(frozen=True)
 class Parting:
-    """Where an engine's answer leaves the expected one: both tokens, behind those `agreed`."""
+    """Where an engine's answer diverges from the expected one: both tokens, after `agreed`."""
 
     what: str
     row: int
@@ -29,7 +29,7 @@ class Parting:
 
 
 def agreement(found: Answers, expected: Answers) -> float:
-    """The part of all requests' tokens that are the same."""
+    """Return the part of tokens that are equal, over all requests."""
     pairs = [
         pair for _, _, row, other in _rows(found, expected) for pair in zip(row, other, strict=True)
     ]
@@ -37,7 +37,7 @@ def agreement(found: Answers, expected: Answers) -> float:
 
 
 def partings(found: Answers, expected: Answers) -> list[Parting]:
-    """The first token of each request that differs; what follows it answers another text."""
+    """Return the first token of each request that differs; later ones continue other texts."""
     result = []
     for what, number, row, other in _rows(found, expected):
         for place, (a, b) in enumerate(zip(row, other, strict=True)):
@@ -53,7 +53,7 @@ def gap(
     bundle: str | Path,
     adapters: Mapping[str, str | Path],
 ) -> float:
-    """How far the logits of the two tokens are from each other, by a bundle in float32."""
+    """Return the difference of the two tokens' logits, computed with a bundle in float32."""
     prompt, name = asked[parting.what][parting.row]
     session = ld.AdapterSession(bundle)
     if name is not None:

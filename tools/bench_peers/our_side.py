@@ -1,4 +1,4 @@
-"""loradeploy's side of bench_peers: TextGenerator on one of its bundles."""
+"""loradeploy's side of bench_peers: TextGenerator on a bundle."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from tools.timing.alternate import Side, serve_worker
 
 
 class Ours:
-    """A bundle; adapters are registered and loaded as an application does."""
+    """A bundle whose adapters are loaded as in an application."""
 
     def __init__(self, bundle: str) -> None:
         self._session = ld.AdapterSession(bundle)
         self._generator = ld.TextGenerator(self._session)
-        # No end before the last token: every engine generates as many.
+        # End tokens are excluded, so that every engine generates the same number of tokens.
         ends = self._session.texts.base.tokenizer.eos_ids
         self._barred: dict[int | str, float] = dict.fromkeys(ends, -100.0)
 
     def load(self, name: str, directory: str, scaling: float) -> None:
-        """Load a PEFT directory, whose config says the scaling."""
+        """Load a PEFT directory; its config has the scaling."""
         self._session.load(name, directory)
 
     def generate(self, rows: Sequence[Request], new: int) -> list[Tokens]:
-        """All in one batch, each row its own adapter."""
+        """Generate all rows in one batch, each with its own adapter."""
         prompts, adapters = [list(prompt) for prompt, _ in rows], [name for _, name in rows]
         given = self._generator.generate(
             prompts, adapters, max_new_tokens=new, logit_bias=self._barred
@@ -34,7 +34,7 @@ class Ours:
 
 
 def loradeploy_side(bundle: str, adapters: dict[str, str], scaling: float, prompts: Any) -> Side:
-    """All figures of one bundle."""
+    """Measure all figures of one bundle."""
     return measured(Ours(bundle), prompts, adapters, scaling)
 
 

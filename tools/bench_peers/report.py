@@ -13,7 +13,7 @@ _SHOWN = ("first 512 base", "first 512 one", "step 128 base", "step 128 one", "e
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """Milliseconds, ratios with their goals, and what was not concluded."""
+    """Return tables of milliseconds and of ratios with their goals, and what was not concluded."""
     lines = []
     for result in report["results"]:
         sides = result["milliseconds"]
@@ -45,7 +45,7 @@ def markdown(report: Mapping[str, Any]) -> str:
             )
         if result["not_concluded"]:
             why = "; ".join(result["not_concluded"])
-            lines += ["", f"Nothing is concluded of {result['precision']}: {why}."]
+            lines += ["", f"Nothing is concluded about {result['precision']}: {why}."]
         lines.append("")
     return "\n".join(lines)
 
@@ -59,7 +59,7 @@ def _row(title: str, values: Sequence[float]) -> str:
 
 
 def draw(results: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """Bars of every side: a column for each precision, a row for each of the main figures."""
+    """Draw bars of every side, with a column for each precision and a row for each main figure."""
     size = (3.4 * len(results), 1.5 * len(_SHOWN))
     grid = svg_axes(file, len(_SHOWN), len(results), name="peers", font_size=8, figsize=size)
     with grid as axes:

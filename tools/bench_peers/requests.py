@@ -1,4 +1,4 @@
-"""What every engine of bench_peers is asked for; read in each engine's own environment."""
+"""The requests of bench_peers. Also imported in each engine's environment."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from tools.timing.alternate import Side
 Tokens = list[int]
 Request = tuple[Tokens, str | None]  # a prompt and its adapter's name
 LENGTHS: Final = (128, 512, 1024)
-NEW: Final = 24  # tokens behind the first one whose time is a step's
-SCALING: Final = 2.0  # of the adapters of made_adapters
-SHORT: Final = 8  # and of each of eight requests
+NEW: Final = 24  # number of tokens after the first, over which the time of a step is averaged
+SCALING: Final = 2.0  # scaling of the adapters of made_adapters
+SHORT: Final = 8  # generated tokens of each of the eight short requests
 
 
 class Peer(Protocol):
     """An engine with its model."""
 
     def load(self, name: str, directory: str, scaling: float) -> None:
-        """Load a PEFT adapter, or what was made of it, so that it can be asked for."""
+        """Load a PEFT adapter, or a file converted from one, under a name."""
 
     def generate(self, rows: Sequence[Request], new: int) -> list[Tokens]:
-        """`new` greedy tokens for each prompt with its adapter, as fast as the engine does them."""
+        """Generate `new` tokens greedily for each prompt with its adapter, as fast as possible."""
 
 
 def requests(prompts: Mapping[str, Tokens], names: Sequence[str]) -> dict[str, list[Request]]:
-    """The requests whose tokens are compared, by their name in `tokens`."""
+    """Return the requests whose tokens are compared, by name."""
     eight: list[Request] = [(prompts[f"short {number}"], name) for number, name in enumerate(names)]
     single: dict[str, list[Request]] = {
         f"{length} {use}": [(prompts[str(length)], name)]
@@ -41,12 +41,11 @@ def requests(prompts: Mapping[str, Tokens], names: Sequence[str]) -> dict[str, l
 def measured(
     peer: Peer, prompts: Mapping[str, Tokens], adapters: Mapping[str, str], scaling: float
 ) -> Side:
-    """One call: every figure of one engine, in seconds, with the tokens that it gave.
+    """Return a call that measures every figure of an engine, in seconds, with its tokens.
 
-    `first N`: to the first token of a prompt of N. `step N`: a token's time behind it. `one`: with
-    an adapter. `alternating`: eight requests one after another, each with another adapter than
-    the one before; `kept`: with one adapter for all. `eight`: those of `alternating` at
-    once.
+    `first N`: time to the first token of a prompt of N tokens. `step N`: time of each further
+    token. `… one`: with an adapter. `alternating`: eight requests one after another, each with
+    another adapter; `kept`: the same with one adapter for all. `eight`: the eight requests at once.
     """
     load = {}
     for name, directory in adapters.items():
@@ -76,7 +75,7 @@ def measured(
         apart = [timed([row], SHORT) for row in eight]
         found["alternating"] = sum(seconds for seconds, _ in apart)
         tokens["alternating"] = [given[0] for _, given in apart]
-        timed([(eight[0][0], names[0])], SHORT)  # the adapter of all that follow
+        timed([(eight[0][0], names[0])], SHORT)  # switches to the adapter of the next requests
         found["kept"] = sum(timed([(prompt, names[0])], SHORT)[0] for prompt, _ in eight)
         found["eight"], tokens["eight"] = timed(eight, SHORT)
         return {
@@ -91,7 +90,7 @@ def measured(
 
 
 def resident() -> float:
-    """MB of this process in memory."""
+    """Return the resident memory of this process in MB."""
     with open("/proc/self/status", encoding="ascii") as file:
         (line,) = (line for line in file if line.startswith("VmRSS:"))
     return int(line.split()[1]) / 1024

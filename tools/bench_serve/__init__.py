@@ -1,1 +1,1 @@
-"""Many clients and adapters on a bundle, and on other engines (see __main__)."""
+"""Benchmark of serving many clients and adapters, with loradeploy and other engines."""

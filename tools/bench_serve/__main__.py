@@ -1,29 +1,31 @@
-"""Serve many clients and adapters: tokens a second, time to the first token, time between tokens.
+"""Benchmark serving many clients and adapters: tokens/s, time to first token and between tokens.
 
     python -m tools.bench_serve --bundle fp32=DIR --bundle int4=DIR --output build/bench
 
-A bundle is one of SmolLM2, as `loradeploy export --attention gqa --layout rows` makes it. Sixteen
-clients, each of which asks again once it has its answer, greedily and for a fixed length, so that
-every side generates as many tokens of the same prompts:
+A bundle is one of SmolLM2, exported with `loradeploy export --attention gqa --layout rows`. Sixteen
+clients each send a new request when the previous one is answered. Decoding is greedy, with a fixed
+length, so that every side generates the same number of tokens for the same prompts:
 
-    engine            the engine, eight adapters, a client's is one of them
-    control           the same once more, in another process
+    engine            the engine, eight adapters, each client has one of them
+    control           the same as `engine`, in another process
     one adapter       the engine, one adapter for all clients
     http              the server over HTTP, streaming, eight adapters
-    genai             the same requests one after another in onnxruntime-genai, switching adapters
-    OpenVINO GenAI    the same requests in batches of one adapter, all of an adapter's at once
-    llama.cpp         the same in llama.cpp, which batches requests of one adapter too
-    thousand          the engine, 1,000 registered small adapters by Zipf's law, room for 32
-    eight small       the engine, eight of these
+    genai             the same requests in onnxruntime-genai, one by one, switching adapters
+    OpenVINO GenAI    the same requests in batches of one adapter, all of an adapter at once
+    llama.cpp         the same in llama.cpp, which also batches requests of one adapter only
+    thousand          the engine, 1,000 registered small adapters, Zipf distribution, room for 32
+    eight small       the engine, eight of these small adapters
 
-The last two need environments of their own (`tools/bench_peers/engines.py`), and a bundle whose
-name is its precision. Each side is a process; they take turns in random order, one at a time.
-Ratios are taken round by round. Nothing is concluded where the machine has other work, the control
-is not near 1, or a side of the same requests gives other texts.
+OpenVINO GenAI and llama.cpp need their own environments (`tools/bench_peers/engines.py`), and a
+bundle whose name is its precision. Each side is a process; they take turns in random order, one at
+a time, and ratios are computed within each round. No conclusion is drawn if the machine is busy
+with other work, the control is not near 1, or a side returns other texts for the same requests.
 
-    --load 0.25 0.5 …   latency against load, of `thousand` and `eight small` over HTTP instead
-    --costs 1 8 16      what steps of so many rows take of the processor, in the graph and besides
-    --draw FILE.json    the picture of what --load wrote
+    --load 0.25 0.5 …   instead, measure latency against load over HTTP, for `thousand` and
+                        `eight small`
+    --costs 1 8 16      instead, measure processor time of a step with this many rows, in the graph
+                        and outside of it
+    --draw FILE.json    only draw the chart of a report of --load
 """
 
 from __future__ import annotations
@@ -66,26 +68,44 @@ from tools.timing.alternate import BUSY, Worker, busy
 console = Console(stderr=True, highlight=False)
 
 ADAPTERS: Final = 8
-RANK: Final = 16  # of these, on all linear layers
+RANK: Final = 16  # of the adapters, on all linear layers
 REGISTERED: Final = 1000
 ROOM: Final = 32
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--bundle", action="append", default=[], metavar="NAME=DIR")
-    parser.add_argument("--output", type=Path, default=Path("build/bench"))
-    parser.add_argument("--sides", help="some of the sides, with commas")
-    parser.add_argument("--clients", type=int, default=16)
-    parser.add_argument("--requests", type=int, default=2, help="of each client in a round")
-    parser.add_argument("--tokens", type=int, default=32, help="new ones of each request")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--registered", type=int, default=REGISTERED)
-    parser.add_argument("--load", type=float, nargs="+", metavar="PART", help="of what is answered")
-    parser.add_argument("--seconds", type=float, default=30.0, help="of each rate of --load")
-    parser.add_argument("--costs", type=int, nargs="+", metavar="ROWS", help="rows of a step")
+    parser.add_argument(
+        "--bundle", action="append", default=[], metavar="NAME=DIR", help="repeat for more"
+    )
+    parser.add_argument("--output", type=Path, default=Path("build/bench"), help="for the reports")
+    parser.add_argument("--sides", help="run only these sides, separated by commas")
+    parser.add_argument("--clients", type=int, default=16, help="concurrent clients")
+    parser.add_argument("--requests", type=int, default=2, help="requests per client and round")
+    parser.add_argument("--tokens", type=int, default=32, help="generated tokens per request")
+    parser.add_argument("--rounds", type=int, default=5, help="timed runs of each side")
+    parser.add_argument(
+        "--registered", type=int, default=REGISTERED, help="registered small adapters"
+    )
+    parser.add_argument(
+        "--load",
+        type=float,
+        nargs="+",
+        metavar="PART",
+        help="measure latency at these parts of the highest request rate",
+    )
+    parser.add_argument("--seconds", type=float, default=30.0, help="duration of a rate of --load")
+    parser.add_argument(
+        "--costs",
+        type=int,
+        nargs="+",
+        metavar="ROWS",
+        help="measure the processor time of steps with these numbers of rows",
+    )
     add_pythons(parser)
-    parser.add_argument("--draw", type=Path, metavar="JSON", help="draw what --load wrote")
+    parser.add_argument(
+        "--draw", type=Path, metavar="JSON", help="only draw the chart of this report of --load"
+    )
     arguments = parser.parse_args()
     if arguments.draw is not None:
         report = json.loads(arguments.draw.read_text(encoding="utf-8"))
@@ -119,7 +139,7 @@ def main() -> None:
 
 
 def _measure_apart(arguments: Any) -> None:
-    """What --load and --costs ask for, of the bundles by themselves."""
+    """Run the measurements of --load or --costs on each bundle."""
     for given in arguments.bundle:
         name, _, directory = given.partition("=")
         bundle = Path(directory)
@@ -139,11 +159,11 @@ def _measure_apart(arguments: Any) -> None:
             draw(found, file.with_suffix(".svg"))
         print(text)
         if idle is None or idle > BUSY:
-            print(f"The machine has other work: nothing is concluded of {name}.")
+            print(f"The machine has other work: nothing is concluded about {name}.")
 
 
 def load_of(bundle: Path, arguments: Any, scratch: Path) -> dict[str, Any]:
-    """Latency against load, of small adapters that are all in memory, and of many more."""
+    """Measure latency against load, with few small adapters that fit in memory, and with many."""
     tokenizer = Tokenizer(bundle)
     small = small_adapters(bundle, scratch, arguments.registered)
 
@@ -153,7 +173,7 @@ def load_of(bundle: Path, arguments: Any, scratch: Path) -> dict[str, Any]:
 
     names = list(small)
     few = {name: small[name] for name in names[:ADAPTERS]}
-    # None of a run that is overloaded is refused, so that all of them count.
+    # No request is refused when the server is overloaded, so that all are measured.
     common = {"bundle": str(bundle), "rows": arguments.clients, "waiting": 100_000}
     eight, many = f"{ADAPTERS} adapters", f"{len(small)} adapters, room for {ROOM}"
     found = measure_load(
@@ -167,7 +187,7 @@ def load_of(bundle: Path, arguments: Any, scratch: Path) -> dict[str, Any]:
             many: [names[number] for number in zipf(len(small), 100_000, 1)],
         },
         arguments.tokens,
-        sorted(tokenizer.eos_ids),  # barred, so that all sides generate as many tokens
+        sorted(tokenizer.eos_ids),  # excluded, so that all sides generate the same number of tokens
         arguments.load,
         arguments.seconds,
     )
@@ -175,7 +195,7 @@ def load_of(bundle: Path, arguments: Any, scratch: Path) -> dict[str, Any]:
 
 
 def costs_of(bundle: Path, arguments: Any, scratch: Path) -> dict[str, Any]:
-    """What a step takes of the processor, of the engine and over HTTP."""
+    """Measure the processor time of a step, in the engine and over HTTP."""
     tokenizer = Tokenizer(bundle)
     load = traffic(max(arguments.costs), 1, arguments.tokens, tokenizer, 0)
     given = {
@@ -190,12 +210,12 @@ def costs_of(bundle: Path, arguments: Any, scratch: Path) -> dict[str, Any]:
 
 
 def small_adapters(bundle: Path, scratch: Path, count: int) -> dict[str, str]:
-    """Adapters of which there can be many."""
+    """Make `count` small adapters."""
     return make_adapters(bundle, scratch / "small", count, rank=4, modules=("q_proj", "v_proj"))
 
 
 def measure(name: str, bundle: Path, arguments: Any, scratch: Path) -> dict[str, Any]:
-    """All sides on one bundle, in turns."""
+    """Measure all sides on one bundle; they take turns."""
     tokenizer = Tokenizer(bundle)
     pythons = pythons_of(arguments)
     given = _arguments(name, bundle, tokenizer, arguments, scratch)
@@ -227,7 +247,7 @@ def measure(name: str, bundle: Path, arguments: Any, scratch: Path) -> dict[str,
 def _arguments(
     name: str, bundle: Path, tokenizer: Tokenizer, arguments: Any, scratch: Path
 ) -> dict[str, dict[str, Any]]:
-    """What each side's process is given, of the sides that were chosen."""
+    """Return the arguments of each chosen side's process."""
     chosen = None if arguments.sides is None else arguments.sides.split(",")
     load = traffic(arguments.clients, arguments.requests, arguments.tokens, tokenizer, 0)
     adapters = make_adapters(bundle, scratch / "a", ADAPTERS, rank=RANK)

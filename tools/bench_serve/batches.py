@@ -1,4 +1,4 @@
-"""Requests of an engine whose batches have one adapter: by adapter, all of one at once."""
+"""Runs the requests on an engine that allows one adapter per batch: one batch per adapter."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 from tools.bench_serve.load import Tokens, of_run
 from tools.timing.alternate import Side
 
-# Prompts, their adapter and the number of new tokens: the tokens of each.
+# (prompts, their adapter, number of new tokens) → the generated tokens of each.
 Batch = Callable[[Sequence[Tokens], str, int], list[Tokens]]
 
 
 def one_adapter_a_batch(
     batch: Batch, prompts: list[list[Tokens]], asked: list[list[str]], tokens: int
 ) -> Side:
-    """A run of all requests, `prompts` and adapters `asked` by client and turn.
+    """Return a run of all requests: `prompts` and the adapters `asked`, by client and turn.
 
-    All turns of the clients of one adapter are known in advance, and are one batch: more than a
-    server would have at once, and the best that such an engine can do.
+    All turns of all clients with the same adapter are one batch. A server would not have so many
+    requests at once: this is the best case for such an engine.
     """
     runs = itertools.count()
 

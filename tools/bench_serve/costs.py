@@ -1,8 +1,8 @@
-"""What a step of the engine takes of the processor: inside of onnxruntime's run, and around it.
+"""Measures the processor time of an engine's step, inside onnxruntime's run and outside of it.
 
-By processor time, which other work on the machine changes little, and with one thread of
-onnxruntime's, so that what is not inside of a run is the engine, the server and Python. Counted are
-steps in which every row goes on; clients over HTTP are a process of their own.
+Processor time depends little on other work on the machine. onnxruntime has one thread, so that the
+time outside of a run is that of the engine, the server and Python. Only steps in which all rows are
+active are counted; HTTP clients are in a separate process.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ from tools.timing.alternate import Ratio, Side, Worker, serve_worker
 
 @dataclass(frozen=True)
 class StepCost:
-    """Milliseconds of the processor that a step takes: in onnxruntime's run, and besides it."""
+    """Milliseconds of processor time of a step: in onnxruntime's run, and outside of it."""
 
     graph: float
     rest: float
 
     @property
     def share(self) -> float:
-        """Of the whole step, what is not in the run."""
+        """The share of the step's time that is outside of the run."""
         return self.rest / (self.graph + self.rest)
 
 
 class StepClock:
-    """Notes before each step of this process how much processor time was used, and in runs.
+    """Records before each step the processor time used so far, in total and in runs.
 
-    No step is made until there are so many `rows`, however late their requests come.
+    Steps are delayed until the batch has `rows` rows.
     """
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
         self.together = False
         self.graph = 0.0
-        self.notes: list[tuple[int, float, float]] = []  # rows, of the process, of runs
+        self.notes: list[tuple[int, float, float]] = []  # rows, total time, time in runs
         run = onnxruntime.InferenceSession.run_with_iobinding
         step = DecodingBatch.step
 
@@ -72,7 +72,7 @@ class StepClock:
         DecodingBatch.step = noted  # type: ignore[method-assign, assignment]
 
     def cost(self) -> StepCost:
-        """Of the steps of all rows since the last call."""
+        """Return the mean cost of the steps with all rows since the last call."""
         notes, self.notes, self.together = self.notes, [], False
         full = [number for number, (count, *_) in enumerate(notes) if count == self.rows]
         first, last = full[0], full[-1]
@@ -92,7 +92,7 @@ def costed(
     ends: Sequence[int],
     http: bool = False,
 ) -> Side:
-    """A run in which all prompts are generated together."""
+    """Return a run that generates after all prompts together and reports the cost of a step."""
     rows = len(prompts)
     clock = StepClock(rows)
     options = onnxruntime.SessionOptions()
@@ -129,7 +129,7 @@ async def _all(ask: Ask, prompts: Sequence[Tokens], asked: Sequence[str]) -> Non
 def measure_costs(
     given: Mapping[str, Any], rows: Sequence[int], rounds: int
 ) -> list[dict[str, Any]]:
-    """The cost of a step by the engine and over HTTP, for each number of rows."""
+    """Measure the cost of a step in the engine and over HTTP, for each number of rows."""
     found = []
     for count in rows:
         own = {**given, "prompts": given["prompts"][:count], "asked": given["asked"][:count]}
@@ -155,9 +155,9 @@ def measure_costs(
 
 
 def cost_markdown(report: Mapping[str, Any]) -> str:
-    """The costs as a table."""
+    """Return the costs as a table."""
     lines = [
-        "| rows | side | in the run, ms of processor | besides it, ms | share (quartiles) |",
+        "| rows | side | processor ms in the run | outside of it, ms | share (quartiles) |",
         "|---|---|---|---|---|",
     ]
     for row in report["costs"]:

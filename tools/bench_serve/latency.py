@@ -1,7 +1,7 @@
-"""Latency against load: requests come to a server at a rate, whether or not it keeps up.
+"""Measures latency against load: requests arrive at a given rate, even if the server is too slow.
 
-Their times are drawn at random (Poisson), and a request's time to its first token counts from when
-it should have been sent. The clients are a process, the server is another.
+Arrivals are a Poisson process. The time to the first token is measured from the intended arrival
+time. The clients and the server are separate processes.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from tools.timing.alternate import Side, Worker, serve_worker
 from tools.timing.charts import svg_axes
 
 _COLORS: Final = ("#4c72b0", "#c44e52")
-_CAPACITY: Final = 3  # requests for each row, by whose time the most that is answered is known
+_CAPACITY: Final = 3  # requests per row of the run that measures the highest request rate
 
 
 @dataclass(frozen=True)
 class Arrival:
-    """A request, and when it comes: seconds from the first."""
+    """A request, and its arrival time in seconds after the first."""
 
     at: float
     prompt: Tokens
@@ -35,7 +35,7 @@ class Arrival:
 
 @dataclass
 class Latencies:
-    """Seconds to each request's first token, and between two of its tokens; and of all of it."""
+    """Seconds to the first token of each request, between its tokens, and of the whole run."""
 
     first: list[float] = field(default_factory=list)
     between: list[float] = field(default_factory=list)
@@ -45,7 +45,10 @@ class Latencies:
 def server(
     bundle: str, adapters: Mapping[str, str], rows: int, waiting: int, room: int | None
 ) -> Side:
-    """A server of so many rows that says where it is. `room`: adapters that memory has room for."""
+    """Return a call that reports the URL of a server with `rows` rows and the adapters it read.
+
+    `room`: number of adapters that fit in its memory; None: all.
+    """
     budget = None if room is None else room * bytes_of(bundle, next(iter(adapters.values())))
     session = ld.AdapterSession(bundle, host_budget=budget)
     for name, path in adapters.items():
@@ -61,7 +64,7 @@ def server(
 def arrivals(
     prompts: Sequence[Tokens], asked: Sequence[str], rate: float | None, seed: int
 ) -> list[Arrival]:
-    """The requests at random times, `rate` of them a second; all at once without one."""
+    """Return requests at random times, `rate` per second; all at once if `rate` is None."""
     chance, at = random.Random(seed), 0.0
     found = []
     for prompt, adapter in zip(prompts, asked, strict=True):
@@ -71,7 +74,7 @@ def arrivals(
 
 
 async def offer(ask: Ask, requests: Sequence[Arrival]) -> Latencies:
-    """Have the requests come when they do, and wait for all answers."""
+    """Send the requests at their arrival times, and wait for all answers."""
     found, began = Latencies(), time.perf_counter()
 
     async def one(request: Arrival) -> None:
@@ -98,10 +101,11 @@ def measure_load(
     parts: Sequence[float],
     seconds: float,
 ) -> dict[str, Any]:
-    """A curve for each side: what `server` is given, and the adapters that are `asked` in turn.
+    """Measure a curve for each side.
 
-    `prompt`: that of each request, by a number that comes once. `parts`: the rates, in parts of
-    what the first side answers when it always has enough to do.
+    `sides`: the arguments of each side's `server`. `asked`: the adapters requested in turn.
+    `prompt`: returns the prompt of a request by its unique number. `parts`: the rates, as parts of
+    the highest rate that the first side can answer.
     """
     barred: dict[int | str, float] = dict.fromkeys(ends, -100.0)
     workers = {
@@ -154,7 +158,7 @@ def measure_load(
 
 
 def load_markdown(report: Mapping[str, Any]) -> str:
-    """The curves as a table."""
+    """Return the curves as a table."""
     head = "| side | offered, requests/s | answered | first token p50 / p99, ms |"
     lines = [
         f"{head} between tokens p50 / p99, ms | adapters read / requests |",
@@ -172,7 +176,7 @@ def load_markdown(report: Mapping[str, Any]) -> str:
 
 
 def draw(report: Mapping[str, Any], file: Path) -> None:
-    """Milliseconds against offered requests a second: the median and the 99th of each side."""
+    """Draw milliseconds against offered requests per second: p50 and p99 of each side."""
     from matplotlib import ticker
 
     shown = (("first_token_ms", "time to the first token"), ("inter_token_ms", "between tokens"))

@@ -1,4 +1,4 @@
-"""What the clients of bench_serve ask for; read in the peers' environments too."""
+"""The requests of bench_serve's clients. Also imported in the environments of other engines."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 Tokens = list[int]
-# Tokens that prompts begin with, another one in each run.
+# The first token of the prompts of run 0; each run has another one.
 _FIRST: Final = 1000
 _WORDS: Final = (
     "the government said shares in company fell after bank reported growth while match was won"
@@ -17,19 +17,19 @@ _WORDS: Final = (
 
 @dataclass(frozen=True)
 class Load:
-    """`prompts`: tokens by client and turn. `tokens`: new ones of each."""
+    """`prompts`: tokens by client and turn. `tokens`: number of generated tokens per request."""
 
     prompts: list[list[Tokens]]
     tokens: int
 
 
 def of_run(prompt: Tokens, run: int) -> Tokens:
-    """The prompt of a run: none begins as that of another run, for a prefix cache to find."""
+    """Return the prompt of a run, with a first token that no other run's prefix cache contains."""
     return [_FIRST + run, *prompt[1:]]
 
 
 def traffic(clients: int, requests: int, tokens: int, vocabulary: Any, seed: int) -> Load:
-    """What each client asks for, in turn: prompts of 16 to 48 tokens, and `tokens` new ones."""
+    """Return random requests: prompts of 16 to 48 tokens, and `tokens` generated ones for each."""
     chance = random.Random(seed)
     prompts = [
         [
@@ -42,6 +42,6 @@ def traffic(clients: int, requests: int, tokens: int, vocabulary: Any, seed: int
 
 
 def zipf(count: int, length: int, seed: int) -> list[int]:
-    """Numbers of adapters: the k-th is asked for in proportion to 1/k."""
+    """Return random indices of adapters; the frequency of the k-th is proportional to 1/k."""
     weights = [1 / (rank + 1) for rank in range(count)]
     return random.Random(seed).choices(range(count), weights, k=length)

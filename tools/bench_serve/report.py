@@ -1,4 +1,4 @@
-"""What bench_serve found: figures of all sides, ratios to the goals, and the tables."""
+"""The report of bench_serve: figures of all sides, ratios compared with goals, and tables."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any, Final
 from tools.bench_serve.sides import LAST, RunReport, percentiles
 from tools.timing.alternate import BUSY, NOISE, Ratio, ratio
 
-# Other engines, which round in another way: the part of texts that are equal is shown.
+# Other engines, whose rounding differs: the part of equal texts is only reported.
 _PEERS: Final = ("genai", "OpenVINO GenAI", "llama.cpp")
 
 
 @dataclass(frozen=True)
 class Goal:
-    """A ratio that is looked for: tokens/s of `side` over those of `over`."""
+    """The least ratio that is required: tokens/s of `side` over those of `over`."""
 
     side: str
     over: str
@@ -36,7 +36,7 @@ GOALS: Final = (
 def summary(
     name: str, runs: Mapping[str, Sequence[RunReport]], busiest: float | None
 ) -> dict[str, Any]:
-    """Figures of all sides, ratios of tokens/s, and what keeps them from meaning anything."""
+    """Return figures of all sides, ratios of tokens/s, and reasons why they are not conclusive."""
     speeds = {side: [run.speed for run in own] for side, own in runs.items()}
     economies = {side: [run.economy or 0.0 for run in own] for side, own in runs.items()}
     problems = []
@@ -98,7 +98,7 @@ def summary(
 
 
 def markdown(reports: Sequence[Mapping[str, Any]]) -> str:
-    """The tables."""
+    """Return the report as tables."""
     head = "| bundle | side | tokens/s | tokens/processor s | first token p50 / p99, ms |"
     lines = [
         f"{head} between tokens p50 / p99, ms | outside of the graph |",
@@ -131,12 +131,12 @@ def markdown(reports: Sequence[Mapping[str, Any]]) -> str:
         lines += ["", f"{report['bundle']}: texts equal to the engine's: {same}."]
         if report["not_concluded"]:
             why = "; ".join(report["not_concluded"])
-            lines.append(f"Nothing is concluded of {report['bundle']}: {why}.")
+            lines.append(f"Nothing is concluded about {report['bundle']}: {why}.")
     return "\n".join(lines) + "\n"
 
 
 def _percentiles(seconds: Sequence[float]) -> tuple[float, float] | None:
-    """None of a side that gives whole texts at once."""
+    """Return p50 and p99 in milliseconds; None for a side that returns whole texts."""
     return percentiles(seconds) if seconds else None
 
 

@@ -1,4 +1,4 @@
-"""The sides of bench_serve that loradeploy runs: asyncio clients on an engine, or over HTTP."""
+"""loradeploy's sides of bench_serve: asyncio clients of an engine, or over HTTP."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ Ask = Callable[[Tokens, str], AsyncIterator[str]]
 class RunReport:
     """One run of all clients.
 
-    `speed`: tokens a second. `first`: seconds to each request's first token. `between`: seconds
-    between two tokens of one. `outside`: the part of the time in which the graph did not run,
-    where that is known. `economy`: tokens for each second of processor time that the process took,
-    which other work on the machine changes less than `speed`.
-    `texts`: by client and turn; `tokens` in their place from a side without our tokenizer.
+    `speed`: tokens per second. `first`: seconds to the first token of each request. `between`:
+    seconds between two tokens of a request. `outside`: the part of the time in which the graph did
+    not run; None if unknown. `economy`: tokens per second of processor time of the process, which
+    depends less on other work on the machine than `speed`.
+    `texts`: by client and turn; a side without loradeploy's tokenizer returns `tokens` instead.
     """
 
     speed: float
@@ -42,7 +42,7 @@ class RunReport:
 
 
 def percentiles(seconds: Sequence[float]) -> tuple[float, float]:
-    """The 50th and 99th, in milliseconds."""
+    """Return the 50th and the 99th percentile in milliseconds."""
     ordered = sorted(seconds) or [float("nan")]
 
     def at(part: float) -> float:
@@ -52,7 +52,7 @@ def percentiles(seconds: Sequence[float]) -> tuple[float, float]:
 
 
 class GraphTime:
-    """The seconds that this process's graphs ran, from now on."""
+    """Measures the seconds in which graphs run in this process, from now on."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -75,7 +75,7 @@ async def run_clients(
     tokens: int,
     graph: GraphTime,
 ) -> RunReport:
-    """All clients at once, each its requests in turn."""
+    """Run all clients concurrently; each sends its requests in turn."""
     report = RunReport(0.0)
     texts: dict[tuple[int, int], str] = {}
 
@@ -111,7 +111,7 @@ def served(
     http: bool = False,
     room: int | None = None,
 ) -> Side:
-    """A run of all clients. `room`: how many of the adapters memory has room for."""
+    """Return a run of all clients. `room`: number of adapters that fit in memory; None: all."""
     graph = GraphTime()
     budget = None if room is None else room * bytes_of(bundle, next(iter(adapters.values())))
     session = ld.AdapterSession(bundle, host_budget=budget)
@@ -133,14 +133,14 @@ def served(
 
 
 def bytes_of(bundle: str, adapter: str) -> int:
-    """What an adapter takes in memory."""
+    """Return the size of an adapter in memory."""
     with ld.AdapterSession(bundle) as session:
         session.load("one", adapter)
         return session.statistics.host_bytes
 
 
 def ask_engine(engine: ld.Engine, tokens: int, barred: Mapping[int | str, float]) -> Ask:
-    """Requests to an engine, for so many tokens and none of those `barred`."""
+    """Return a function that sends a request to an engine, without the tokens `barred`."""
 
     async def ask(prompt: Tokens, adapter: str) -> AsyncIterator[str]:
         submission = engine.submit(prompt, adapter, max_new_tokens=tokens, logit_bias=barred)
@@ -152,7 +152,7 @@ def ask_engine(engine: ld.Engine, tokens: int, barred: Mapping[int | str, float]
 
 
 def started_server(session: ld.AdapterSession, rows: int, waiting: int = 64) -> str:
-    """A server in a thread of this process; its URL."""
+    """Start a server in a thread of this process, and return its URL."""
     from loradeploy.serve.http.server import Server, listen, url_of
     from loradeploy.serve.service import Service
     from loradeploy.serve.settings import ServeLimits
@@ -165,7 +165,7 @@ def started_server(session: ld.AdapterSession, rows: int, waiting: int = 64) -> 
 
 
 def ask_url(url: str, tokens: int, barred: Mapping[int | str, float]) -> Ask:
-    """As `ask_engine` over HTTP, in events of a stream."""
+    """Like `ask_engine`, over HTTP with streaming."""
     import httpx
 
     bias = {str(token): value for token, value in barred.items()}
@@ -180,7 +180,7 @@ def ask_url(url: str, tokens: int, barred: Mapping[int | str, float]) -> Ask:
             "logit_bias": bias,
         }
         async with (
-            # Without TLS none of its files are read, which takes longer than a token.
+            # verify=False: reading the certificates for TLS would take longer than a token.
             httpx.AsyncClient(base_url=url, timeout=600, verify=False, trust_env=False) as client,
             client.stream("POST", "/v1/completions", json=body) as answer,
         ):

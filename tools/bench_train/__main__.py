@@ -1,11 +1,11 @@
-"""Training with PEFT and transformers' Trainer, compared with loradeploy, in one run.
+"""Benchmark training with PEFT and transformers' Trainer against loradeploy.
 
     python -m tools.bench_train [--rounds 9] [--plans 0 3] [--output build/bench]
 
 Both train the same adapter (rank 16, all linear layers, the same initial values) on the same
 batches of BBC News in the same order: a decoder writes a story's headline, an encoder predicts its
-topic. A call is one optimizer step. Writes train.json and train.md. See
-`tools/timing/alternate.py` for how sides are timed.
+topic. A call is one optimizer step. Writes train.json and train.md. The timing method is described
+in `tools/timing/alternate.py`.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("build/bench"))
     parser.add_argument("--rounds", type=int, default=9, help="timed steps of each side")
     parser.add_argument(
-        "--plans", type=int, nargs="*", default=range(len(PLANS)), help="numbers in PLANS"
+        "--plans", type=int, nargs="*", default=range(len(PLANS)), help="indices of PLANS to run"
     )
     arguments = parser.parse_args()
 
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def _first_adapter(model: str, place: Path) -> Path:
-    """The initial values of both sides."""
+    """Write the adapter with the initial values of both sides."""
     from loradeploy.adapter import AdapterConfig, save_adapter
     from loradeploy.lora.inject import inject
 
@@ -95,7 +95,7 @@ def _first_adapter(model: str, place: Path) -> Path:
 
 
 def measure(plan: Plan, place: Path, rounds: int) -> dict[str, Any]:
-    """The ratios of a plan's pairs; tokens per second, peak memory and losses of both trainers."""
+    """Measure ratios of a plan's pairs, and tokens/s, peak memory and losses of both trainers."""
     steps = WARM_UP + rounds
     sizes = {"max_length": plan.max_length, "batch": plan.batch, "steps": steps}
     benchmarked = MODELS[plan.model]
@@ -137,7 +137,7 @@ def measure(plan: Plan, place: Path, rounds: int) -> dict[str, Any]:
 
 
 def markdown(results: Sequence[Any]) -> str:
-    """The results as a table."""
+    """Return the results as a table."""
     lines = [
         "| model | tokens × examples | base | what | median | quartiles |",
         "|---|---|---|---|---|---|",

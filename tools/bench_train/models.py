@@ -1,4 +1,4 @@
-"""What the benchmarks of training train: a decoder that writes headlines, an encoder of topics."""
+"""The models of the training benchmark: a decoder that writes headlines, a topic classifier."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ TOPICS: Final = 5
 class Benchmarked:
     """A model, its examples, and how each side puts them into batches.
 
-    `features`: the examples of so many stories, each of at most `max_length` tokens.
-    `peft_collator`: what users of PEFT give to transformers' Trainer. `ours`: the collator and the
-    loss of `loradeploy.train`, which may change how the model attends.
+    `features`: returns the examples of a number of stories, each of at most `max_length` tokens.
+    `peft_collator`: the collator that PEFT users pass to transformers' Trainer. `ours`: the
+    collator and the loss of `loradeploy.train`, which may change the model's attention.
     """
 
     task_type: str
@@ -34,7 +34,7 @@ class Benchmarked:
     ours: Callable[[Any, Any], tuple[Any, LossFunction]]
 
     def model(self, dtype: str) -> Any:
-        """The base in `dtype`, a name of torch's."""
+        """Load the base in `dtype`, the name of a torch dtype."""
         import torch
 
         return self.load(self.directory(), trust_remote_code=False, dtype=getattr(torch, dtype))
@@ -52,7 +52,7 @@ def _decoder(*arguments: Any, **options: Any) -> Any:
 
 
 def _classifier(*arguments: Any, **options: Any) -> Any:
-    """The encoder with a random head of the topics, the same at each call."""
+    """Load the encoder with a random head for the topics, the same at each call."""
     import torch
     from transformers import AutoModelForSequenceClassification
 
@@ -63,7 +63,7 @@ def _classifier(*arguments: Any, **options: Any) -> Any:
 
 
 def _headlines(tokenizer: Any, count: int, max_length: int) -> list[dict[str, Any]]:
-    """Stories, with the loss on the headline."""
+    """Return stories, with the loss on the headline."""
     features = []
     for story in full_stories(bbc_news())[:count]:
         answer = [*tokenizer.encode(f" {story.headline}"), tokenizer.eos_token_id]
@@ -74,7 +74,7 @@ def _headlines(tokenizer: Any, count: int, max_length: int) -> list[dict[str, An
 
 
 def _topics(tokenizer: Any, count: int, max_length: int) -> list[dict[str, Any]]:
-    """Stories, each with the number of its topic."""
+    """Return stories, each with the number of its topic."""
     stories = full_stories(bbc_news())
     topics = sorted({story.topic for story in stories})
     return [

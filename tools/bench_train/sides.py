@@ -22,7 +22,7 @@ LEARNING_RATE: Final = 5e-4
 
 
 def peft(model: str, dtype: str, adapter: str, record: str, **given: Any) -> Side:
-    """What users of PEFT write: the Trainer's defaults, a padding collator, the model's loss."""
+    """Typical code of PEFT users: the Trainer's defaults, a padding collator, the model's loss."""
     from peft import PeftModel
     from transformers import Trainer
 
@@ -43,7 +43,7 @@ def loradeploy(record: str, **given: Any) -> Side:
 
 
 def floor(record: str, **given: Any) -> Side:
-    """The frozen model alone: forward, and the gradient of its input; no adapter, no optimizer."""
+    """Only the frozen model: forward, and the gradient of its input; no adapter, no optimizer."""
     import torch
 
     trainer, injection = _ours(**given)
@@ -89,13 +89,13 @@ def _ours(
 
 
 def _features(model: str, *, max_length: int, batch: int, steps: int) -> list[dict[str, Any]]:
-    """Examples for as many batches as there are steps."""
+    """Return the examples for all batches of the run."""
     benchmarked = MODELS[model]
     return benchmarked.features(benchmarked.tokenizer(), batch * steps, max_length)
 
 
 def _arguments(*, batch: int, steps: int, **_: Any) -> Any:
-    """The Trainer's defaults, except for what both sides must have in common."""
+    """Return the Trainer's default settings, except those that must be equal on both sides."""
     from transformers import TrainingArguments
 
     return TrainingArguments(
@@ -113,7 +113,7 @@ def _arguments(*, batch: int, steps: int, **_: Any) -> Any:
 
 
 def _step_by_step(trainer: Any, record: Path) -> Side:
-    """A side that lets `trainer`, which runs in a separate thread, take one step per call.
+    """Return a side that runs `trainer` in a thread, one step per call.
 
     `record` gets the losses, the peak memory in bytes, and the processor time in seconds that the
     process took before its first step.

@@ -1,11 +1,11 @@
-"""Where CUDA would run a bundle's nodes, known on a machine without a GPU.
+"""Determine which of a bundle's nodes would run on CUDA, on a machine without a GPU.
 
     python -m tools.cuda_placement BUNDLE [--json]
 
-onnxruntime's CUDA provider is opened on stub libraries (stubs.py) that do nothing and report
-success. It partitions the graph as it does on a device: which nodes it has kernels for, which it
-leaves to the CPU, where copies are needed, and whether the session could be captured as a CUDA
-graph. It computes nothing: placement is known, numbers and times are not.
+onnxruntime's CUDA provider is loaded with stub libraries (stubs.py) that do nothing and report
+success. It partitions the graph as on a device: this shows the nodes that have CUDA kernels, those
+that fall back to the CPU, the copies, and whether the session could be captured as a CUDA graph.
+Nothing is computed: numbers and times are not available.
 """
 
 from __future__ import annotations

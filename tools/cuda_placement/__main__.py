@@ -10,7 +10,7 @@ from pathlib import Path
 from loradeploy.errors import LoraDeployError
 from tools.cuda_placement.placement import CPU, CUDA, Placement, placements
 
-_SAYS = "Placement only, on stub libraries: nothing was computed, numbers and times are not known."
+_NOTE = "Placement only, on stub libraries: nothing was computed, numbers and times are not known."
 
 
 def main() -> None:
@@ -25,16 +25,16 @@ def main() -> None:
         raise SystemExit(2) from None
     if arguments.json:
         print(
-            json.dumps({"numbers": _SAYS, "graphs": [each.to_json() for each in found]}, indent=2)
+            json.dumps({"numbers": _NOTE, "graphs": [each.to_json() for each in found]}, indent=2)
         )
         return
-    print(_SAYS)
+    print(_NOTE)
     for each in found:
         print("\n".join(described(each)))
 
 
 def described(found: Placement) -> list[str]:
-    """The lines about one graph."""
+    """Return the lines about one graph."""
     counts = found.counts
     where = f"{counts.get(CUDA, 0)} nodes on CUDA, {counts.get(CPU, 0)} on the CPU"
     lines = ["", f"{found.graph}: {where}, {found.copies} copies"]

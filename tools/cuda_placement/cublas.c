@@ -1,4 +1,4 @@
-/* cuBLAS (13): every product is checked for its sizes, as the real one does, and not computed. */
+/* cuBLAS (13): the sizes of every product are checked as in the real library; nothing is computed. */
 enum { SUCCESS = 0, INVALID_VALUE = 7 };
 typedef const void *in;
 typedef long long stride;

@@ -1,9 +1,9 @@
-/* What onnxruntime's CUDA provider asks of the CUDA runtime (13) while it opens a session and runs
- * the host side of its kernels. No kernel runs. Memory of the device is not readable by the host:
- * each allocation has two mappings, of which only these functions use the readable one. Kernels
- * write nothing, so that what is copied back is what was copied there, or zeros.
+/* The functions of the CUDA runtime (13) that onnxruntime's CUDA provider calls while it opens a
+ * session and runs the host side of its kernels. No kernel runs. Device memory is not readable by
+ * the host: each allocation has two mappings, and only these functions use the readable one. Kernels
+ * write nothing, so copying back returns what was copied to the device, or zeros.
  *
- * Structures are written at the offsets that driver_types.h of CUDA 13 gives their fields.
+ * Fields of structures are written at their offsets in driver_types.h of CUDA 13.
  */
 #define _GNU_SOURCE
 #include <pthread.h>
@@ -34,7 +34,7 @@ int cudaGetDeviceProperties(void *to, int device) {
   strcpy(to, "stub");
   put_size(to, 288, MEMORY);
   put_size(to, 296, SHARED);
-  put_int(to, 304, 65536); /* registers of a block */
+  put_int(to, 304, 65536); /* registers per block */
   put_int(to, 308, WARP);
   put_int(to, 320, THREADS);
   put_int(to, 324, 1024), put_int(to, 328, 1024), put_int(to, 332, 64);         /* of a block */
@@ -72,8 +72,8 @@ static struct { char *device, *host; size_t size; } blocks[BLOCKS];
 static int used;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
-/* Where the host may touch what `pointer` is: the other mapping of memory of the device. */
-static char *touchable(const void *pointer) {
+/* The address at which the host can access `pointer`: the readable mapping of device memory. */
+static char *readable(const void *pointer) {
   char *result = (char *)pointer;
   pthread_mutex_lock(&lock);
   for (int i = 0; i < used; i++)
@@ -126,14 +126,14 @@ int cudaHostAlloc(void **to, size_t size, unsigned flags) { return host_memory(t
 int cudaFreeHost(void *pointer) { free(pointer); return SUCCESS; }
 
 int cudaMemcpy(void *to, const void *from, size_t size, int kind) {
-  if (size) memmove(touchable(to), touchable(from), size);
+  if (size) memmove(readable(to), readable(from), size);
   return SUCCESS;
 }
 int cudaMemcpyAsync(void *to, const void *from, size_t size, int kind, void *stream) {
   return cudaMemcpy(to, from, size, kind);
 }
 int cudaMemset(void *to, int value, size_t size) {
-  if (size) memset(touchable(to), value, size);
+  if (size) memset(readable(to), value, size);
   return SUCCESS;
 }
 int cudaMemsetAsync(void *to, int value, size_t size, void *stream) {
@@ -148,7 +148,7 @@ int cudaPointerGetAttributes(void *to, const void *pointer) {
 
 /* -- streams, graphs, kernels ------------------------------------------------------------------ */
 
-static int token; /* what handles point to: no more is asked of them than that they are there */
+static int token; /* the target of all handles, which only must not be null */
 static int handle(void **to) { *to = &token; return SUCCESS; }
 
 int cudaStreamCreate(void **to) { return handle(to); }

@@ -1,4 +1,4 @@
-"""The placement of a graph's nodes on CUDA and the CPU, and what it means."""
+"""The placement of a graph's nodes on CUDA and the CPU, with explanations."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ CPU: Final = "CPUExecutionProvider"
 _MICROSOFT: Final = "com.microsoft:"
 _ROOT: Final = Path(__file__).parent.parent.parent
 
-# What onnxruntime keeps on the CPU because it reads sizes, which CUDA leaves in the host's memory:
-# a few numbers, that no step waits for. The same operators on data are not told apart here; then
-# there are copies.
+# Operators that onnxruntime keeps on the CPU because they compute on shapes, which are in host
+# memory: a few numbers, which cost no time. The same operators on data are not distinguished here;
+# they would show as copies.
 SHAPES: Final = (
     *("Add", "Cast", "Concat", "Div", "Equal", "Gather", "Mul", "Reshape", "Shape", "Size"),
     *("Slice", "Squeeze", "Sub", "Unsqueeze", "Where"),
 )
-_SHAPES_WHY: Final = "sizes, a few numbers in the host's memory"
-# Operators that compute, and why CUDA has no kernel for them in this form.
+_SHAPES_WHY: Final = "shapes, a few numbers in the host's memory"
+# Operators on data, and why CUDA has no kernel for them.
 WHY: Final[Mapping[str, str]] = {
     f"{_MICROSOFT}GroupQueryAttention": "CUDA computes it in fp16 and bf16 only: every step copies"
     " queries, keys and values to the CPU and back",
@@ -43,7 +43,7 @@ _OTHERWISE: Final = "onnxruntime has no CUDA kernel for it: its inputs and outpu
 
 @dataclass(frozen=True)
 class CpuNode:
-    """Nodes of one operator that the CPU would run: how many, and why that matters."""
+    """The number of nodes of one operator on the CPU, and the explanation."""
 
     op: str
     count: int
@@ -52,11 +52,11 @@ class CpuNode:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a graph's nodes would run.
+    """The execution providers of a graph's nodes.
 
-    `graph`: the file's name. `nodes`: [operator, name] by provider. `copies`: nodes that copy
-    between the host and the device. `refusal`: why ONNX Runtime would not capture the session as a
-    CUDA graph, in its words; None where it would.
+    `graph`: the file's name. `nodes`: [operator, name] by provider. `copies`: number of nodes that
+    copy between host and device. `refusal`: ONNX Runtime's reason not to capture the session as a
+    CUDA graph; None if it would.
     """
 
     graph: str
@@ -71,17 +71,17 @@ class Placement:
 
     @property
     def on_cpu(self) -> Counter[str]:
-        """The number of nodes by operator that the CPU would run."""
+        """The number of nodes on the CPU, by operator."""
         return Counter(op for op, _ in self.nodes.get(CPU, ()))
 
     @property
     def cpu_nodes(self) -> list[CpuNode]:
-        """What the CPU would run, and why that matters; what computes comes first."""
+        """The operators on the CPU with explanations; those on data come first."""
         rows = [CpuNode(op, count, why(op)) for op, count in self.on_cpu.most_common()]
         return sorted(rows, key=lambda row: row.op in SHAPES)
 
     def to_json(self) -> dict[str, Any]:
-        """The same for a file, without the names of CUDA's nodes."""
+        """Return the placement as a JSON object, without the names of nodes."""
         return {
             "graph": self.graph,
             "nodes": self.counts,
@@ -93,12 +93,12 @@ class Placement:
 
 
 def why(op: str) -> str:
-    """Why it matters that the CPU runs the operator `op`."""
+    """Return the explanation of an operator on the CPU."""
     return _SHAPES_WHY if op in SHAPES else WHY.get(op, _OTHERWISE)
 
 
 def graphs(bundle: Path) -> Iterator[Path]:
-    """The forms of the graph that a bundle has; an ONNX file is its own.
+    """Yield the graph files of a bundle; an ONNX file is itself one.
 
     Raises:
         UsageError: there is no graph at `bundle`.
@@ -111,17 +111,18 @@ def graphs(bundle: Path) -> Iterator[Path]:
 
 
 def placements(bundle: Path) -> list[Placement]:
-    """Where CUDA would run the nodes of every form of the bundle's graph.
+    """Return the placement of every graph file of the bundle.
 
     Raises:
-        UsageError: there is no graph at `bundle`. LoraDeployError: onnxruntime does not open one.
+        UsageError: there is no graph at `bundle`.
+        LoraDeployError: onnxruntime cannot open a graph.
         StubsUnavailableError: no compiler, or no onnxruntime with the CUDA provider.
     """
     return place(list(graphs(bundle)))
 
 
 def place(files: Sequence[Path], *, device: bool = False) -> list[Placement]:
-    """Where CUDA would run the nodes of each graph, or, on a `device`, does.
+    """Return the placement of each graph, with stub libraries or, if `device`, on the real device.
 
     Raises: as `placements`.
     """

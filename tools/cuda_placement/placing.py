@@ -1,9 +1,9 @@
-"""Where onnxruntime's session places the nodes of each graph; run where the stubs are loaded.
+"""Print the providers of each graph's nodes, in a process that loads the stub libraries.
 
     python -m tools.cuda_placement.placing [--device] GRAPH…    # prints JSON
 
-A process of its own: libraries are found by LD_LIBRARY_PATH when it starts, and a fault in native
-code ends it alone.
+This is a separate process because LD_LIBRARY_PATH only applies at the start of a process, and a
+crash in native code must not end the caller.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any, Final
 
-DEVICE: Final = "--device"  # the machine's own CUDA libraries, no stubs
+DEVICE: Final = "--device"  # use the machine's CUDA libraries, not the stubs
 _CUDA: Final = "CUDAExecutionProvider"
 _CPU: Final = "CPUExecutionProvider"
 _RECORD: Final = "session.record_ep_graph_assignment_info"
 _WARNING, _ERROR = 2, 3
 _COPIES: Final = re.compile(r"(\d+) Memcpy nodes are added to the graph")
-# ONNX Runtime's words around the reason why a session cannot be captured.
+# The prefix of ONNX Runtime's error when a session cannot be captured.
 _STATUS: Final = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
 
 
 def place(graph: str) -> dict[str, Any]:
-    """Nodes by provider, copies between the CPU and the device, and whether a CUDA graph captures.
+    """Return the nodes by provider, the number of copies, and whether a CUDA graph can be captured.
 
-    `nodes`: [operator, name] by provider. `refusal`: ONNX Runtime's reason, None where it accepts.
+    `nodes`: [operator, name] by provider. `refusal`: ONNX Runtime's reason; None if it accepts.
     """
     with _standard_error() as said:
         session = _open(graph, _WARNING, {}, record=True)
@@ -45,7 +45,7 @@ def place(graph: str) -> dict[str, Any]:
     try:
         with _standard_error():
             _open(graph, _ERROR, {"enable_cuda_graph": "1"})
-    except Exception as problem:  # its error classes have no common base
+    except Exception as problem:  # onnxruntime's error classes have no common base
         refusal = _STATUS.sub("", str(problem)).strip()
     return {
         "running": session.get_providers(),
@@ -69,7 +69,7 @@ def _open(graph: str, severity: int, cuda: dict[str, str], *, record: bool = Fal
 
 @contextmanager
 def _standard_error() -> Iterator[list[str]]:
-    """What native code writes to standard error meanwhile, once it is over."""
+    """Capture what native code writes to stderr; the yielded list has it after the block."""
     said: list[str] = []
     sys.stderr.flush()
     kept = os.dup(2)

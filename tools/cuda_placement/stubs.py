@@ -1,7 +1,7 @@
-"""Stub CUDA libraries, with which onnxruntime's CUDA provider opens sessions on any machine.
+"""Builds stub CUDA libraries, with which onnxruntime's CUDA provider opens sessions anywhere.
 
-The functions that the provider asks for are read off its own list of symbols: those that a session
-depends on are in cudart.c and cublas.c, all others do nothing and report success.
+The required functions are taken from the provider's undefined symbols. Those that a session depends
+on are implemented in cudart.c and cublas.c; all others do nothing and report success.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ from filelock import FileLock
 from loradeploy.errors import LoraDeployError
 from tools.inputs.real_models import cache
 
-# Where functions that do something are written, by the beginning of a library's name.
+# The source files of implemented functions, by the prefix of a library's name.
 _WRITTEN: Final = {"libcudart.so.": "cudart.c", "libcublas.so.": "cublas.c"}
-# Of libraries whose symbols have no version, by the beginning of a symbol's name. All are needed,
-# whether a symbol is or not.
+# Libraries whose symbols have no version, by the prefix of a symbol's name. They are always built.
 _UNVERSIONED: Final = {"curand": "libcurand.so.10", "cuTensor": "libcuda.so.1"}
-_VERSION: Final = 13  # of CUDA, whose structures cudart.c knows
+_VERSION: Final = 13  # the CUDA version whose structures cudart.c uses
 _VERSIONED: Final = re.compile(r"(\w+)@@?(libcu\w*\.so\.(\d+))")
 _DEFINED: Final = re.compile(r"\b(\w+)\(")
 
@@ -35,7 +34,7 @@ class StubsUnavailableError(LoraDeployError):
 
 
 def stubs() -> Path:
-    """The directory of the stub libraries, for LD_LIBRARY_PATH; built once a onnxruntime.
+    """Return the directory of the stub libraries, for LD_LIBRARY_PATH; built once per onnxruntime.
 
     Raises:
         StubsUnavailableError: no C compiler, or this onnxruntime has no CUDA provider for CUDA 13.
@@ -49,7 +48,7 @@ def stubs() -> Path:
     with FileLock(f"{place}.lock"):
         if not place.exists():
             partial = place.with_name(f"{place.name}.partial")
-            shutil.rmtree(partial, ignore_errors=True)  # of a build that was killed
+            shutil.rmtree(partial, ignore_errors=True)  # left by a build that was killed
             partial.mkdir()
             for name, symbols in _symbols(reader, library).items():
                 _compile(compiler, partial, name, symbols)
@@ -58,7 +57,7 @@ def stubs() -> Path:
 
 
 def _provider_library() -> Path:
-    # Found, not imported: importing onnxruntime takes seconds that the child takes again.
+    # Not imported, since that takes seconds, which the child process needs again.
     spec = importlib.util.find_spec("onnxruntime")
     if spec is None or spec.origin is None:
         raise StubsUnavailableError("onnxruntime is not installed: pip install onnxruntime-gpu")
@@ -78,7 +77,7 @@ def _program(*names: str) -> str:
 
 
 def _symbols(reader: str, library: Path) -> Mapping[str, list[str]]:
-    """The functions that the provider's library needs of CUDA, by the library that has them."""
+    """Return the CUDA functions that the provider's library needs, by CUDA library."""
     listed = subprocess.run(
         [reader, "-D", "--undefined-only", str(library)], capture_output=True, text=True, check=True
     ).stdout

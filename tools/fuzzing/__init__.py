@@ -1,1 +1,1 @@
-"""Fuzzers of all that is read: valid files, broken in the ways that files are broken."""
+"""Fuzzers of all readers: mutate valid files and read them."""

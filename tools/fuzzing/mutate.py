@@ -1,6 +1,6 @@
-"""Ways to break what is valid: bytes, JSON, safetensors, ONNX graphs.
+"""Mutations of valid content: bytes, JSON, safetensors, ONNX graphs.
 
-Each takes a random.Random, by which alone it decides: the same seed makes the same file.
+Each takes a random.Random as its only source of randomness: the same seed gives the same content.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any, Final
 
-# What stands where something else should.
+# Odd values that replace valid ones.
 _ODD: Final[tuple[Any, ...]] = (
     *(None, True, False, 0, 1, -1, 2, 7, 2**31, 2**63, -(2**63), 10**30, 10**400),
     *(0.0, 0.5, -1.5, 1e39, 1e308, float("inf"), float("-inf"), float("nan")),
@@ -23,7 +23,7 @@ _BYTES: Final = (b"\0", b"\xff", b"\xff\xff\xff\xff", b"\x80", b"{", b"[" * 200,
 
 
 def in_bytes(random: Random, content: bytes) -> bytes:
-    """`content` with some of its bytes changed, left out, put in, or said twice."""
+    """Return `content` with some bytes changed, removed, inserted, or repeated."""
     made = bytearray(content)
     for _ in range(random.choice((1, 1, 1, 2, 5, 20))):
         at = random.randrange(len(made) + 1)
@@ -44,14 +44,14 @@ def in_bytes(random: Random, content: bytes) -> bytes:
 
 
 def in_json(random: Random, content: bytes) -> bytes:
-    """The JSON in `content` with odd values, names left out, made up, or said twice."""
+    """Return the JSON in `content` with odd values, and names removed, added, or repeated."""
     if random.randrange(8) == 0:
         return in_bytes(random, content)
     value = json.loads(content)
     for _ in range(random.choice((1, 1, 1, 2, 4))):
         value = in_value(random, value)
     text = json.dumps(value)
-    if random.randrange(25) == 0 and text.startswith("{"):  # a name that is said twice
+    if random.randrange(25) == 0 and text.startswith("{"):  # a repeated name
         text = '{"peft_type": 1, "format": 2, "a": 1, "a": 2, ' + text[1:]
     if random.randrange(50) == 0:
         text = text[:-1] + "[" * 100_000
@@ -59,7 +59,7 @@ def in_json(random: Random, content: bytes) -> bytes:
 
 
 def in_value(random: Random, value: Any) -> Any:
-    """A JSON value with one odd thing in it, at any depth."""
+    """Return a JSON value with one mutation, at any depth."""
     places = list(_places(value))
     if not places or random.randrange(30) == 0:
         return random.choice(_ODD)
@@ -81,7 +81,7 @@ def in_value(random: Random, value: Any) -> Any:
 
 
 def _places(value: Any) -> Any:
-    """Every list or object in `value` with each of its indices or names."""
+    """Yield every list or object in `value` with each of its indices or names."""
     keys: Sequence[Any] = ()
     if isinstance(value, dict):
         keys = list(value)
@@ -93,7 +93,7 @@ def _places(value: Any) -> Any:
 
 
 def in_safetensors(random: Random, content: bytes) -> bytes:
-    """A safetensors file whose header lies, or whose numbers are none."""
+    """Return a safetensors file with a wrong header, or with values that are not finite."""
     (length,) = struct.unpack("<Q", content[:8])
     header, data = content[8 : 8 + length], content[8 + length :]
     what = random.randrange(6)
@@ -111,7 +111,7 @@ def in_safetensors(random: Random, content: bytes) -> bytes:
 
 
 def in_onnx(random: Random, content: bytes) -> bytes:
-    """An ONNX file whose graph is none: ends loose, circles, shapes and types that lie."""
+    """Return an ONNX file with an invalid graph: dangling values, cycles, wrong shapes, types."""
     import onnx
 
     if random.randrange(4) == 0:
@@ -247,7 +247,7 @@ def _other_version(random: Random, model: Any) -> None:
 
 
 def _call_functions(random: Random, model: Any) -> None:
-    """Functions that call each other: in a circle, or more and more of them."""
+    """Add functions that call each other: recursively, or exponentially many."""
     import onnx
 
     last = random.choice((1, 3, 30, 300))

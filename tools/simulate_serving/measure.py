@@ -1,4 +1,4 @@
-"""The figures of one node, and what two replicas really do, on this machine."""
+"""Measures the figures of one node, and the throughput of two replicas, on this machine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _REPEATS: Final = 5
 
 @contextmanager
 def server(bundle: str, adapters: dict[str, str], rows: int) -> Iterator[tuple[str, float]]:
-    """`loradeploy serve` in a process of its own: its URL, and the seconds of its start."""
+    """Run `loradeploy serve` in a process; yield its URL, and the seconds that it took to start."""
     line = [sys.executable, "-m", "loradeploy", "serve", bundle, "--port", "0", "--json"]
     for name, path in adapters.items():
         line += ["--adapter", f"{name}={path}"]
@@ -48,7 +48,7 @@ def server(bundle: str, adapters: dict[str, str], rows: int) -> Iterator[tuple[s
 
 
 def json_of(text: str) -> dict[str, Any] | None:
-    """The object in `text`, None while it is not whole."""
+    """Return the JSON object in `text`; None if it is incomplete."""
     try:
         found: dict[str, Any] = json.loads(text)
     except ValueError:
@@ -57,7 +57,7 @@ def json_of(text: str) -> dict[str, Any] | None:
 
 
 def ask(http: httpx.Client, model: str, prompt: Sequence[int], tokens: int) -> float:
-    """Seconds of a request of so many tokens, none of which ends it."""
+    """Send a request for exactly `tokens` tokens, and return its seconds."""
     body = {
         "model": model,
         "prompt": list(prompt),
@@ -81,20 +81,20 @@ def measured(
     *,
     nodes: int = 1,
 ) -> Figures:
-    """The figures of a node with `adapters`, by requests over HTTP.
+    """Measure the figures of a node with `adapters`, by requests over HTTP.
 
-    `prompts`: two lengths, whose difference is what a token of a prompt takes. `nodes`: so many are
-    busy at once, for nodes that share a machine.
+    `prompts`: two prompt lengths; the time per prompt token is derived from their difference.
+    `nodes`: number of nodes that are busy at the same time, if they share a machine.
     """
     load, rank_bytes = _adapter_figures(bundle, adapters)
     names = list(adapters)
     with ExitStack() as stack:
         servers = [stack.enter_context(server(bundle, adapters, rows)) for _ in range(nodes)]
         https = [stack.enter_context(httpx.Client(base_url=url, timeout=600)) for url, _ in servers]
-        fresh = iter(range(10**6))  # no prompt begins as another: nothing is in the prefix cache
+        fresh = iter(range(10**6))  # different prompts, so that the prefix cache is not used
 
         def together(models: Sequence[str], tokens: int, length: int = prompts[0]) -> float:
-            """Seconds until requests of the models, to each node, are answered, on average."""
+            """Send a request for each model to each node; return the mean seconds of a request."""
             jobs = [(http, model) for model in models for http in https]
 
             def one(job: tuple[httpx.Client, str]) -> float:
@@ -119,7 +119,7 @@ def measured(
         request = median(_nothing(https[0]) for _ in range(2 * _REPEATS))
     token = max((long - short) / (prompts[1] - prompts[0]), 0.0)
     alone = max(short - token * prompts[0] - request, 0.0)
-    # Several adapters take no less than one; less is noise.
+    # Several adapters cannot be faster than one: a smaller ratio is noise.
     mixed = max(several / step[rows], 1.0)
     return Figures(step, mixed, (alone, token), request, load, rank_bytes, servers[0][1])
 
@@ -135,7 +135,7 @@ def _nothing(http: httpx.Client) -> float:
 
 
 def _adapter_figures(bundle: str, adapters: dict[str, str]) -> tuple[tuple[float, float], float]:
-    """Seconds to read an adapter, as a part for each byte, and bytes of a rank."""
+    """Return the seconds to load an adapter (constant, per byte), and the bytes per rank."""
     times, sizes, ranks = [], [], []
     with AdapterSession(bundle) as session:
         before = 0
@@ -151,7 +151,7 @@ def _adapter_figures(bundle: str, adapters: dict[str, str]) -> tuple[tuple[float
 
 
 def two_replicas(bundle: str, adapters: dict[str, str], rows: int, load: Load) -> Outcome:
-    """What two servers do with the clients of `load`, each adapter at one of them."""
+    """Run the clients of `load` on two servers; each adapter is assigned to one of them."""
     names = list(adapters)
     with ExitStack() as stack:
         urls = [stack.enter_context(server(bundle, adapters, rows))[0] for _ in range(2)]
@@ -184,7 +184,7 @@ def _order(load: Load) -> list[tuple[int, int]]:
 
 
 def compared(real: Outcome, again: Outcome, simulated: Outcome) -> dict[str, float]:
-    """The throughputs and median times of two runs and of the simulation, and their ratios."""
+    """Return throughput and median times of two runs and of the simulation, and their ratios."""
     rates = {"measured": real.rate, "measured again": again.rate, "simulated": simulated.rate}
     runs = {"measured": real, "measured again": again, "simulated": simulated}
     times = {name: quantile(one.whole, 0.5) for name, one in runs.items()}

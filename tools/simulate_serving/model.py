@@ -1,7 +1,7 @@
-"""Nodes that serve adapters, simulated step by step.
+"""A step-by-step simulation of nodes that serve adapters.
 
-A node generates a token for each of its rows in a step; requests join and leave between steps, and
-wait while their adapter is read. What a step takes was measured (measure.py).
+In a step, a node generates one token for each of its rows. Requests join and leave between steps,
+and wait while their adapter is loaded. The duration of a step is measured (measure.py).
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-# A node is busier than others where it has so many more requests, in shares of its rows.
+# A node is overloaded if it has this many more requests than another, as a multiple of its rows.
 _BUSY: Final = 1.5
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What was measured on one node, in seconds and bytes.
+    """Measurements of one node, in seconds and bytes.
 
-    `step`: by the number of rows, what one token for each takes; between them it is interpolated.
-    `mixed`: how many times as long a step takes whose rows have several adapters.
-    `prefill`: of a request, and of each token of its prompt. `request`: around it, such as HTTP.
-    `load`: of reading an adapter, and of each of its bytes. `rank_bytes`: of an adapter of rank 1.
-    `start`: of a new node.
+    `step`: duration of a step by number of rows; interpolated in between.
+    `mixed`: factor of the duration of a step whose rows have several adapters.
+    `prefill`: time per request, and per prompt token. `request`: overhead of a request, such as
+    HTTP. `load`: time to load an adapter, constant and per byte. `rank_bytes`: size of an adapter
+    of rank 1. `start`: time to start a node.
     """
 
     step: Mapping[int, float]
@@ -41,7 +41,7 @@ class Figures:
     start: float
 
     def step_time(self, rows: int, adapters: int) -> float:
-        """Seconds of a step."""
+        """Return the duration of a step."""
         known = sorted(self.step)
         factor = self.mixed if adapters > 1 else 1.0
         if rows <= known[0]:
@@ -56,10 +56,11 @@ class Figures:
 
 @dataclass(frozen=True)
 class Load:
-    """The requests: `rate` a second (0: `clients` that ask again once they are answered).
+    """The requests: `rate` per second, or, if it is 0, those of `clients` that wait for answers.
 
-    `adapters` have ranks of `ranks` in turn, and are asked for with weights 1 / place ** `zipf`.
-    `prompt`, `output`: tokens on average; outputs differ, from half to one and a half of it.
+    `adapters`: number of adapters; they have the `ranks` in turn, and the k-th is requested with
+    weight 1 / k ** `zipf`. `prompt`, `output`: mean numbers of tokens. `spread`: whether output
+    lengths vary from half to one and a half times the mean.
     """
 
     adapters: int = 100
@@ -75,25 +76,25 @@ class Load:
 
     @property
     def popularity(self) -> list[float]:
-        """The share of the requests of each adapter, the most popular first."""
+        """Each adapter's share of the requests, the most popular first."""
         weights = [1 / place**self.zipf for place in range(1, self.adapters + 1)]
         return [weight / sum(weights) for weight in weights]
 
     def rank(self, adapter: int) -> int:
-        """The rank of an adapter."""
+        """Return the rank of an adapter."""
         return self.ranks[adapter % len(self.ranks)]
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """The nodes. `memory`: bytes of adapters in one; `routing`: a row of ROUTINGS."""
+    """The nodes. `memory`: bytes for adapters in each; `routing`: a key of ROUTINGS."""
 
     nodes: int = 2
     rows: int = 8
     memory: float = float("inf")
     routing: str = "sticky"
-    cold: int = 0  # of the nodes, those that begin to start with the first request
-    price: float = 1.0  # of a node an hour
+    cold: int = 0  # number of nodes that begin to start with the first request
+    price: float = 1.0  # price of a node per hour
 
 
 @dataclass
@@ -105,7 +106,7 @@ class _Request:
     arrived: float
     begun: float = 0.0
     left: int = 0
-    ready: float = 0.0  # its adapter is read
+    ready: float = 0.0  # time at which its adapter is loaded
 
 
 @dataclass
@@ -115,8 +116,8 @@ class _Node:
     waiting: deque[_Request] = field(default_factory=deque)
     running: list[_Request] = field(default_factory=list)
     resident: OrderedDict[int, float] = field(default_factory=OrderedDict)  # bytes by adapter
-    ready: dict[int, float] = field(default_factory=dict)  # when those were read
-    held: float = 0.0  # bytes of those
+    ready: dict[int, float] = field(default_factory=dict)  # times at which those were loaded
+    held: float = 0.0  # total bytes of those
     busy: float = 0.0
 
     @property
@@ -126,7 +127,7 @@ class _Node:
 
 @dataclass
 class Outcome:
-    """What came of the requests; times in seconds."""
+    """The results of a simulation or a run; times in seconds."""
 
     seconds: float
     tokens: int
@@ -139,16 +140,16 @@ class Outcome:
 
     @property
     def rate(self) -> float:
-        """Generated tokens a second."""
+        """Generated tokens per second."""
         return self.tokens / self.seconds
 
     def cost(self, cluster: Cluster) -> float:
-        """What a million tokens cost, at a node's price an hour."""
+        """Return the cost of a million tokens, from the price of a node per hour."""
         return cluster.nodes * cluster.price / 3600 / self.rate * 1e6
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """The value that this share of them does not exceed; nan of none."""
+    """Return the quantile of `values`; NaN if there are none."""
     ordered = sorted(values)
     return ordered[min(int(share * len(ordered)), len(ordered) - 1)] if ordered else float("nan")
 
@@ -157,15 +158,15 @@ def quantile(values: Sequence[float], share: float) -> float:
 
 
 def hashed(adapter: int, nodes: int) -> int:
-    """The node that an adapter belongs to, whatever others there are (rendezvous hashing)."""
+    """Return the node of an adapter by rendezvous hashing, independent of other adapters."""
     return max(range(nodes), key=lambda n: hashlib.md5(f"{adapter}/{n}".encode()).digest())
 
 
 def planned(load: Load, cluster: Cluster, figures: Figures) -> list[list[int]]:
-    """The nodes of each adapter: popular ones on several, ranks as evenly as they can be.
+    """Assign each adapter to nodes: popular adapters to several, with the load balanced.
 
-    An adapter is on as many nodes as its share of the work fills. Each copy goes where there is the
-    least work, of nodes with room in memory.
+    An adapter gets as many nodes as its share of the requests fills. Each copy is placed on the
+    node with the least load that has room in memory.
     """
     work = [0.0] * cluster.nodes
     room = [cluster.memory] * cluster.nodes
@@ -201,7 +202,7 @@ def _planned(load: Load, cluster: Cluster, figures: Figures) -> Route:
 
 
 def _homes(homes: Sequence[Sequence[int]], cluster: Cluster) -> Route:
-    """An adapter's node, unless that is much busier than the least busy one."""
+    """Return a route to an adapter's node, unless it is much busier than the least busy node."""
 
     def route(request: _Request, nodes: Sequence[_Node]) -> _Node:
         own = [node for node in nodes if node.number in homes[request.adapter]]
@@ -222,7 +223,7 @@ ROUTINGS: Final[Mapping[str, Callable[[Load, Cluster, Figures], Route]]] = {
 
 
 def simulate(load: Load, cluster: Cluster, figures: Figures) -> Outcome:
-    """What becomes of the requests of `load`. The same arguments give the same outcome."""
+    """Simulate the requests of `load`. The same arguments give the same outcome."""
     chance = random.Random(load.seed)
     nodes = [_Node(number) for number in range(cluster.nodes)]
     route = ROUTINGS[cluster.routing](load, cluster, figures)
@@ -257,7 +258,7 @@ def simulate(load: Load, cluster: Cluster, figures: Figures) -> Outcome:
         size = load.rank(one.adapter) * figures.rank_bytes
         if one.adapter in node.resident:
             found.hits += 1
-            one.ready = max(one.arrived, node.ready[one.adapter])  # it may be on its way
+            one.ready = max(one.arrived, node.ready[one.adapter])  # it may still be loading
         else:
             found.loads += 1
             one.ready = one.arrived + figures.load[0] + figures.load[1] * size
@@ -272,7 +273,7 @@ def simulate(load: Load, cluster: Cluster, figures: Figures) -> Outcome:
         node.waiting.append(one)
 
     def step(node: _Node) -> list[_Request]:
-        """Let waiting requests join, make a token for each row; those that ended."""
+        """Let waiting requests join, and generate a token for each row; return ended requests."""
         begin = node.time
         ready = [one for one in node.waiting if one.ready <= node.time]
         if not node.running and not ready:
@@ -283,7 +284,7 @@ def simulate(load: Load, cluster: Cluster, figures: Figures) -> Outcome:
             node.running.append(one)
             node.time += figures.prefill[0] + figures.prefill[1] * one.prompt
             one.begun = node.time
-            one.left -= 1  # the prompt's run gives the first token
+            one.left -= 1  # prefill generates the first token
             found.first.append(node.time - one.arrived + figures.request)
         if any(one.left for one in node.running):
             rows = [one for one in node.running if one.left]

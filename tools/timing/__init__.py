@@ -1,1 +1,1 @@
-"""What the benchmarks share: sides that take turns, charts, and the sides of onnxruntime-genai."""
+"""Code shared by the benchmarks: timing of alternating sides, charts, onnxruntime-genai's sides."""

@@ -1,11 +1,11 @@
-"""Timing of several sides against each other on a noisy machine.
+"""Times several sides against each other on a noisy machine.
 
-Each side runs in a process of its own, so that two thread pools never share the cores, and only
-one side works at a time. In every round each side is timed for a few calls, in random order; a
-ratio is taken within a round, and the median and the quartiles over the rounds are reported. One
-side is started twice: the ratio of the twins is the control, and no difference smaller than what
-the control shows means anything. Where a process's pages lie in memory decides up to a tenth of
-its speed, so that `in_processes` starts all sides again several times.
+Each side runs in its own process, so that two thread pools never compete for the cores, and only
+one side works at a time. In every round each side is timed for a few calls, in random order. Ratios
+are computed within a round, and their median and quartiles over the rounds are reported. One side
+is started twice: the ratio of the two is the control, and differences smaller than the control's
+are meaningless. The placement of a process's pages in memory changes its speed by up to a tenth, so
+`in_processes` starts all sides several times.
 
 A side is a function without arguments, made by a factory in the worker process:
 
@@ -28,17 +28,17 @@ from pathlib import Path
 from typing import Any, Final
 
 Side = Callable[[], object]
-_PAUSE = 0.05  # seconds for the other side's spinning threads to go to sleep
-# Of the processors' time, what others may take before nothing is concluded.
+_PAUSE = 0.05  # seconds for the spinning threads of the previous side to go to sleep
+# The largest part of all processors' time that other processes may use.
 BUSY: Final = 0.05
-# How far from 1 the control's quartiles may be.
+# The largest allowed distance of the control's quartiles from 1.
 NOISE: Final = 0.1
-WARM_UP = 3  # calls of each side before the first that is timed
+WARM_UP = 3  # untimed calls of each side at its start
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """A ratio over the rounds: median, first and third quartile."""
+    """The median of a ratio over the rounds, and its first and third quartile."""
 
     median: float
     low: float
@@ -49,7 +49,7 @@ class Ratio:
 
 
 class Worker:
-    """One side in a process of its own."""
+    """One side in its own process."""
 
     def __init__(
         self, module: str, name: str, arguments: Mapping[str, Any], *, python: str = sys.executable
@@ -64,11 +64,11 @@ class Worker:
         self._answer()
 
     def time(self, calls: int) -> list[float]:
-        """Seconds of each of `calls` calls."""
+        """Return the seconds of each of `calls` calls."""
         return [float(seconds) for seconds in self.results(calls)]
 
     def results(self, calls: int) -> list[Any]:
-        """What `calls` calls gave, of a side that reports more than how long it took."""
+        """Return the results of `calls` calls, for a side that reports more than its seconds."""
         assert self._process.stdin is not None
         self._process.stdin.write(f"{calls}\n")
         self._process.stdin.flush()
@@ -78,7 +78,7 @@ class Worker:
     def close(self) -> None:
         """End the process."""
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it ended by itself, and has said why
+        with contextlib.suppress(BrokenPipeError):  # it ended with an error on stderr
             self._process.stdin.close()
         self._process.wait(timeout=60)
         assert self._process.stdout is not None
@@ -93,9 +93,9 @@ class Worker:
 
 
 def serve_worker(factories: Mapping[str, Callable[..., Side]], *, warm_up: int = WARM_UP) -> bool:
-    """Answer as a worker where this process was started as one; False otherwise.
+    """Act as a worker if this process was started as one; otherwise return False at once.
 
-    A call that gives a dictionary reports that in place of its seconds.
+    A call that returns a dictionary reports it instead of its seconds.
     """
     if len(sys.argv) < 2 or sys.argv[1] != "--worker":
         return False
@@ -117,7 +117,7 @@ def serve_worker(factories: Mapping[str, Callable[..., Side]], *, warm_up: int =
 def alternate(
     workers: Sequence[Worker], *, rounds: int, calls: int, seed: int = 0
 ) -> list[list[float]]:
-    """Median seconds of a call, for each worker (outer) and each round (inner)."""
+    """Return the median seconds of a call, for each worker (outer) and each round (inner)."""
     order = list(range(len(workers)))
     shuffle = random.Random(seed).shuffle
     medians: list[list[float]] = [[] for _ in workers]
@@ -132,7 +132,7 @@ def alternate(
 def in_processes(
     starters: Sequence[Callable[[], Worker]], *, starts: int, rounds: int, calls: int
 ) -> list[list[float]]:
-    """As `alternate`, `rounds` times in each of `starts` sets of fresh processes."""
+    """Like `alternate`, with `rounds` rounds in each of `starts` sets of new processes."""
     taken: list[list[float]] = [[] for _ in starters]
     shuffle = random.Random(starts).shuffle
     for start in range(starts):
@@ -157,14 +157,14 @@ def in_processes(
 
 
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Ratio:
-    """The ratio of two sides, taken round by round."""
+    """Return the ratio of two sides, computed within each round."""
     ratios = [a / b for a, b in zip(numerator, denominator, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
     return Ratio(median=middle, low=low, high=high)
 
 
 def busy(seconds: float = 2.0) -> float | None:
-    """The part of all processors' time that others took, while this waits; None where unknown."""
+    """Wait, and return the part of all processors' time used meanwhile; None if unknown."""
 
     def read() -> tuple[int, int] | None:
         try:

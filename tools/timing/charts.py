@@ -1,4 +1,4 @@
-"""Charts as SVG files that are the same for the same figures, and bars of milliseconds."""
+"""Reproducible SVG charts, and bars of milliseconds."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def svg_axes(
     heights: list[int] | None = None,
     bottom: float = 0.0,
 ) -> Iterator[Any]:
-    """The axes [rows, columns] of a figure that is written to `file` when it is drawn.
+    """Yield the axes [rows, columns] of a figure that is written to `file` after the block.
 
-    `name` makes the ids in it. `heights`: of the rows, in proportion. `bottom`: the part of the
-    figure that is left below the axes.
+    `name`: seed of the ids in the SVG. `heights`: relative heights of the rows. `bottom`: the part
+    of the figure that is left free below the axes.
     """
     import matplotlib as mpl
 
@@ -53,7 +53,7 @@ def bars(
     padding: float,
     margin: float,
 ) -> None:
-    """A bar for each side; those of `others`, which are not ours, in another color."""
+    """Draw a bar for each side; the sides in `others`, other engines, have another color."""
     colors = ["#c44e52" if side in others else "#4c72b0" for side in milliseconds]
     drawn = axis.barh(list(milliseconds), list(milliseconds.values()), color=colors)
     labels = [f"{value:.{digits}f}" for value in milliseconds.values()]

@@ -1,4 +1,4 @@
-"""onnxruntime-genai's sides of bench_runtime and bench_serve, for its own environment."""
+"""onnxruntime-genai's sides of bench_runtime and bench_serve; runs in its environment."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tools.timing.alternate import WARM_UP, Side, serve_worker
 
 
 def genai_base(bundle: str, past: int, **_: Any) -> Side:
-    """A decode step of one token after `past`, without an adapter."""
+    """Return a decode step of one token after `past` tokens, without an adapter."""
     return _step(og.Model(bundle), past, None)
 
 
 def genai_one(bundle: str, native: str, past: int, **_: Any) -> Side:
-    """The same with the adapter in the .onnx_adapter file `native`."""
+    """Like `genai_base`, with the adapter in the .onnx_adapter file `native`."""
     return _step(og.Model(bundle), past, native)
 
 
@@ -49,7 +49,7 @@ def genai_requests(
     tokens: int,
     **_: Any,
 ) -> Side:
-    """The requests of all clients one after another, each with its adapter, `tokens` each."""
+    """Return a run of all clients' requests, one after another, with `tokens` tokens each."""
     model = og.Model(bundle)
     tokenizer = og.Tokenizer(model)
     loaded = og.Adapters(model)
@@ -69,7 +69,7 @@ def genai_requests(
                 last = time.perf_counter()
                 parameters = og.GeneratorParams(model)
                 length = len(prompt) + tokens
-                # No end before the last token: every side generates as many.
+                # End tokens are suppressed, so that every side generates the same number.
                 parameters.set_search_options(max_length=length, min_length=length, do_sample=False)
                 generator = og.Generator(model, parameters)
                 generator.set_active_adapter(loaded, name)
@@ -98,8 +98,8 @@ if __name__ == "__main__":
             "genai_requests": genai_requests,
             "genai_base": genai_base,
             "genai_one": genai_one,
-            "genai_built": genai_base,  # of the builder's own graph
-            "genai_lora": genai_base,  # of the builder's graph with an adapter in it
+            "genai_built": genai_base,  # on the model builder's graph
+            "genai_lora": genai_base,  # on the model builder's graph with an adapter in it
         },
         warm_up=1 if "genai_requests" in sys.argv else WARM_UP,
     )
