@@ -7,9 +7,9 @@ adapters are replaced under the same name, and the session has memory for few of
 is compared with that of the same request run alone. The exit status is 1 if an answer is wrong or
 missing, or if memory grows.
 
-Logits differ by rounding errors between batches of different sizes. If such an error decides between
-two tokens (equal largest logits, or a random number at the boundary of two tokens), both answers are
-correct; they are counted as ties.
+Logits differ by rounding errors between batches of different sizes. If such an error decides
+between two tokens (equal largest logits, or a random number at the boundary of two tokens), both
+answers are correct; they are counted as ties.
 """
 
 from __future__ import annotations
