@@ -106,9 +106,9 @@ def export(
     from loradeploy.bundle.run_target import check_runs, choice_of
     from loradeploy.export.adapters.given import (
         adapter_directories,
-        found_in_bundle,
-        left_out,
+        omitted_adapters,
         read_adapters,
+        resolve_bundle_adapters,
     )
     from loradeploy.export.base import Options
     from loradeploy.export.building.content import build
@@ -141,7 +141,7 @@ def export(
     check_form(asked)
     if requantize and not merge:
         raise UsageError("`requantize` is for `merge`: side inputs do not change packed weights")
-    directories = found_in_bundle(adapter_directories(adapters), model)
+    directories = resolve_bundle_adapters(adapter_directories(adapters), model)
     beside = (path for path in (checkpoint, module_map) if path is not None)
     check_keeps_inputs(place, [model, *directories.values(), *beside])
     read = read_adapters(directories)
@@ -165,7 +165,9 @@ def export(
     given = None if checkpoint is None else expanded(checkpoint)
     if source.manifest is not None:
         asked = inherit(asked, source.manifest)
-        if not merge and (names := left_out(directories, source.directory, source.manifest)):
+        if not merge and (
+            names := omitted_adapters(directories, source.directory, source.manifest)
+        ):
             logger.warning(
                 "adapters of %s that are not in %s: %s; to keep one, give its name as an adapter"
                 " too (--adapter NAME)",

@@ -57,7 +57,7 @@ class Base:
     `source`: the outputs or the graph that the bundle is compared with.
     `own_weights`, `submodels`, `base_prefix`: as in the manifest.
     `tower`: the tower of a two-tower model; `config`: the tower's own configuration.
-    `called`: the base's name in messages about adapters that do not fit.
+    `display_name`: the base's name in messages about adapters that do not fit.
     `embeds`, `image_blocks`, `other_part`: as in the manifest.
     `vocabulary`: the number of tokens, if merging the adapter changed it.
     `problem_type`: what the probabilities of an ONNX graph show; the model's config has precedence.
@@ -84,7 +84,7 @@ class Base:
     base_prefix: str = ""
     tower: str | None = None
     config: Mapping[str, Any] | None = None
-    called: str = "this base model"
+    display_name: str = "this base model"
     vocabulary: int | None = None
     embeds: tuple[TensorSpec, ...] = ()
     image_blocks: bool = False

@@ -44,9 +44,9 @@ from loradeploy.export.adapters.given import (
     check_adapters,
     check_brought,
     label_count,
-    named,
+    prefixing_errors,
 )
-from loradeploy.export.adapters.own_weights import model_digests, settled
+from loradeploy.export.adapters.own_weights import model_digests, without_copies_of_model
 from loradeploy.export.base import Base, Options, modules_of
 from loradeploy.export.graph.file import outputs, required_inputs
 from loradeploy.export.match.experts import annotate_experts
@@ -97,7 +97,7 @@ def from_checkpoint(source: Source, options: Options) -> Base:
     if kind is None:  # towers compute the vector themselves, without pooling
         check_recipe([source.directory, *options.directories.values()], task)
     for name, adapter in adapters.items():
-        with named(name):
+        with prefixing_errors(name):
             adapters = {**adapters, name: tower_part(adapter, None if kind is None else kind.tower)}
     precision = options.precision or DEFAULT_PRECISION
     digest = base_digest(source.directory)
@@ -130,7 +130,7 @@ def from_checkpoint(source: Source, options: Options) -> Base:
         message = "not in the checkpoint, zeros in the graph until an adapter replaces it: %s"
         logger.log(level, message, listed_names(zeroed))
     parameters = frozenset(name for name, _ in model.named_parameters(remove_duplicate=False))
-    adapters = settled(model, adapters, merge=options.merge)
+    adapters = without_copies_of_model(model, adapters, merge=options.merge)
     own_weights = {} if options.merge else model_digests(model)
     weights = None
     if precision == "fp16":
@@ -205,14 +205,14 @@ def _fitting(
     skeleton, _ = load_model(source.directory, task, labels=labels, meta=True)
     adapters = {name: named_as_in(skeleton, each) for name, each in adapters.items()}
     for name, adapter in adapters.items():
-        with named(name):
+        with prefixing_errors(name):
             adapters[name] = own_part(adapter, others)
     if task == VISION_TOWER:
         skeleton = vision_part(skeleton)
     plain, tokens = dict(adapters), vocabulary_of(skeleton)
     in_parts = bool(others) or tower_kind(read_config(source.directory), task) is not None
     for name, adapter in adapters.items():
-        with named(name):
+        with prefixing_errors(name):
             if options.merge:
                 resize_for(skeleton, adapter)
             elif tokens is not None and (in_parts or task == SEQ2SEQ_LM):

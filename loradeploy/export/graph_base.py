@@ -31,19 +31,19 @@ from loradeploy.export.read.channels_first import features_last, matrices_of
 from loradeploy.export.read.constant_weights import compute_weights
 from loradeploy.export.read.normalize import normalize_products
 from loradeploy.export.read.opsets import convert_opset
-from loradeploy.export.read.probabilities import Probabilities, give_logits
+from loradeploy.export.read.probabilities import Probabilities, add_logits
 from loradeploy.export.read.regular import (
-    close_inputs,
     complete_outputs,
     complete_shapes,
     drop_identities,
     lift_constants,
+    remove_weight_inputs,
 )
 from loradeploy.export.read.source import Source
 from loradeploy.export.read.static_ranges import warn_of_ranges
 from loradeploy.export.read.subgraphs import inline_functions, take_branches
 from loradeploy.export.read.third_party import complete_cache, settings_beside, ties_head
-from loradeploy.export.read.value_names import check_mask, name_values
+from loradeploy.export.read.value_names import check_mask, rename_values
 from loradeploy.export.tasks import own_task, task_of_graph
 from loradeploy.export.trace.cleanup.tidy import name_dimensions
 from loradeploy.export.trial.bundle import Source as TrialSource
@@ -88,14 +88,14 @@ def from_graph(source: Source, options: Options) -> Base:
         refuse_adapter_layers(graph)
         graph = convert_opset(graph)
         lift_constants(graph)
-        close_inputs(graph)
+        remove_weight_inputs(graph)
         drop_identities(graph)
         keep_all_logits(graph.graph)
-        renamed = name_values(graph)
+        renamed = rename_values(graph)
         own = settings_beside(source.directory, options.evidence.checkpoint)
         take_branches(graph, source.graph.parent, own)
         check_mask(graph, renamed, source.graph.parent, own)
-        made = give_logits(graph.graph, _asked(options.task, own), own.get("problem_type"))
+        made = add_logits(graph.graph, _asked(options.task, own), own.get("problem_type"))
         renamed |= {} if made is None else made.renamed
     current = precision_of(graph) if source.manifest is None else source.manifest.precision
     if source.manifest is None and current == BFLOAT16 and has_float32_weights(graph.graph):
@@ -157,7 +157,7 @@ def from_graph(source: Source, options: Options) -> Base:
         submodels=_submodels(source, options.evidence.checkpoint),
         base_prefix="model" if source.manifest is None else source.manifest.base_prefix,
         tower=None if source.manifest is None else source.manifest.tower,
-        called="this ONNX model" if source.manifest is None else THIS_BUNDLE,
+        display_name="this ONNX model" if source.manifest is None else THIS_BUNDLE,
         embeds=() if source.manifest is None else source.manifest.embeds,
         image_blocks=source.manifest is not None and source.manifest.image_blocks,
         other_part=() if source.manifest is None else source.manifest.other_part,

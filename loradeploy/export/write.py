@@ -94,7 +94,7 @@ class Content:
     `directories`: the adapters' directories, by name; `merged`: that of the merged adapter.
     `vocabulary`: the number of tokens, if the merged adapter changed it.
     `recipes`: directories that may have an embedding model's pooling; the first that has is used.
-    `wholes`: for a model in parts, the digests of the whole adapters, by name.
+    `whole_digests`: for a model in parts, the digests of the whole adapters, by name.
     """
 
     graph: ir.Model
@@ -110,7 +110,7 @@ class Content:
     merged: Mapping[str, Path] = dataclasses.field(default_factory=dict)
     vocabulary: int | None = None
     recipes: tuple[Path, ...] = ()
-    wholes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    whole_digests: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def write_bundle(output: Path, manifest: Manifest, content: Content) -> Manifest:
@@ -219,8 +219,8 @@ def _write_beside(directory: Path, manifest: Manifest, content: Content) -> Mani
             _text(name, directory, manifest, content, base),
             head.labels,
             head.problem_type,
-            whole_digest=content.wholes.get(name),
-            split=name in content.wholes and adapter.part_of is not None,
+            whole_digest=content.whole_digests.get(name),
+            split=name in content.whole_digests and adapter.part_of is not None,
         )
     manifest = dataclasses.replace(
         manifest,

@@ -82,7 +82,7 @@ def adapter_directories(
     return found
 
 
-def found_in_bundle(
+def resolve_bundle_adapters(
     directories: Mapping[str, Path], model: str | os.PathLike[str]
 ) -> dict[str, Path]:
     """`directories`, with names of adapters of the bundle `model` replaced by their directories.
@@ -113,7 +113,9 @@ def found_in_bundle(
     return found
 
 
-def left_out(directories: Mapping[str, Path], bundle: Path, manifest: Manifest) -> list[str]:
+def omitted_adapters(
+    directories: Mapping[str, Path], bundle: Path, manifest: Manifest
+) -> list[str]:
     """The names of the bundle's adapters that are not among `directories`."""
     given = {resolved(path) for path in directories.values()}
     return sorted(
@@ -134,7 +136,7 @@ def label_count(adapters: Mapping[str, Adapter]) -> int | None:
     counts: dict[str, int] = {}
     without_bias = []
     for name, adapter in adapters.items():
-        with named(name):
+        with prefixing_errors(name):
             check_declared(adapter)
         for weight in label_parameters(adapter):
             counts[name] = adapter.saved[weight].shape[0]
@@ -178,12 +180,12 @@ def check_adapters(
         if not merge:
             expected = _beside(model, adapter, task)
             adapter = with_all_labels(adapter, expected.parameters)
-        with named(name):
+        with prefixing_errors(name):
             check_fit(adapter, expected)
 
 
 @contextmanager
-def named(name: str) -> Iterator[None]:
+def prefixing_errors(name: str) -> Iterator[None]:
     """Prefix the message of an AdapterError that is raised inside with the adapter's name."""
     try:
         yield

@@ -11,7 +11,7 @@ from loradeploy.adapter.fitting.settle import same_numbers, values_digest, with_
 from loradeploy.adapter.fitting.vocabulary import tied_head_refusal, token_tables
 from loradeploy.bundle.targets import sharing
 from loradeploy.errors import AdapterMismatchError
-from loradeploy.export.adapters.given import named
+from loradeploy.export.adapters.given import prefixing_errors
 from loradeploy.export.graph.edit import constant_of
 from loradeploy.export.match.linears import Linear
 
@@ -31,7 +31,7 @@ class QuantizedTieError(AdapterMismatchError):
     """
 
 
-def settled(
+def without_copies_of_model(
     model: torch.nn.Module, adapters: Mapping[str, Adapter], *, merge: bool
 ) -> dict[str, Adapter]:
     """Return the adapters without copies of weights of `model`, the base in float32.
@@ -49,7 +49,7 @@ def settled(
     from loradeploy.lora.parameters import overwrite
 
     for name, adapter in adapters.items():
-        with named(name):
+        with prefixing_errors(name):
             refuse_rows_of_tied(model, adapter)
     parameters = dict(model.named_parameters(remove_duplicate=False))
 
@@ -61,7 +61,7 @@ def settled(
         tokens = vocabulary_of(model)
         for name, each in found.items():
             tables = () if tokens is None else token_tables(each, tokens)
-            with named(name):
+            with prefixing_errors(name):
                 found[name] = with_rows(
                     each, lambda weight: parameters[weight].detach().numpy(), MOST_ROWS, tables
                 )
@@ -123,7 +123,7 @@ def graph_digests(
     return found
 
 
-def settled_in_graph(
+def without_copies_of_graph(
     adapter: Adapter,
     own_weights: Mapping[str, str],
     linears: Mapping[str, Linear],

@@ -111,7 +111,7 @@ def with_side_inputs(
     adapters = {}
     for name, adapter in options.adapters.items():
         with explaining_mismatch(name, base, findings):
-            adapters[name] = fit_to(adapter, manifest, base.called)
+            adapters[name] = fit_to(adapter, manifest, base.display_name)
     # Before the weights are quantized: DoRA's scales are computed from them.
     weights = GraphWeights(graph, added.biases)
     arrays = {n: side_inputs_of_fitted(each, manifest, weights) for n, each in adapters.items()}

@@ -19,7 +19,7 @@ from loradeploy.bundle.manifest import AddedTokens
 from loradeploy.bundle.names import ROWS
 from loradeploy.bundle.outputs import main_output
 from loradeploy.errors import AdapterMismatchError, ExportError, UsageError
-from loradeploy.export.adapters.given import named
+from loradeploy.export.adapters.given import prefixing_errors
 from loradeploy.export.base import Base, Options
 from loradeploy.export.graph.file import outputs
 from loradeploy.export.match.linears import Findings
@@ -54,14 +54,14 @@ def with_added_tokens(
         return findings, options, None
     if base.other_part or base.tower is not None:  # the other graph would lack the tokens
         for name, adapter in options.adapters.items():
-            with named(name):
+            with prefixing_errors(name):
                 refuse_resized(adapter, vocabulary)
         return findings, options, None
     counts: dict[str, int] = {}
     adapters: dict[str, Adapter] = {}
     tables: Mapping[str, NDArray[Any]] = {}
     for name, adapter in options.adapters.items():
-        with named(name):
+        with prefixing_errors(name):
             counts[name] = added_tokens(adapter, vocabulary, MOST_ROWS)
             if counts[name] and not tables:
                 found = tables_in(base.graph, findings)

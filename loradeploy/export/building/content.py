@@ -26,7 +26,7 @@ from loradeploy.bundle.model_config import rotary_limit
 from loradeploy.bundle.names import CONFIG_NAME, PAST
 from loradeploy.bundle.run_target import check_runs, choice_of
 from loradeploy.errors import ExportError, ModelError, UsageError, listed_names
-from loradeploy.export.adapters.given import label_count, label_names, named
+from loradeploy.export.adapters.given import label_count, label_names, prefixing_errors
 from loradeploy.export.base import Base, Options
 from loradeploy.export.building.adapted import with_side_inputs
 from loradeploy.export.building.added import without_added_tokens
@@ -66,7 +66,7 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
     Cheap checks come first: an adapter that does not fit is refused before anything is traced.
     """
     digests = {name: adapter.digest for name, adapter in options.adapters.items()}
-    wholes = {name: adapter.whole_digest for name, adapter in options.adapters.items()}
+    whole_digests = {name: adapter.whole_digest for name, adapter in options.adapters.items()}
     base = from_checkpoint(source, options) if source.graph is None else from_graph(source, options)
     options = dataclasses.replace(options, adapters=base.adapters)
     _choose_attention(base, options.attention or _attention_of_target(base, options.target))
@@ -86,11 +86,13 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
         rules = partial(renamings, base.submodels, base.base_prefix)
         adapters = {}
         for name, adapter in options.adapters.items():
-            with named(name):
+            with prefixing_errors(name):
                 own = own_part(tower_part(adapter, base.tower), base.other_part, rules)
                 adapters[name] = named_as(own, modules, rules)
         options = dataclasses.replace(options, adapters=adapters)
-    options = dataclasses.replace(options, adapters=_with_wholes(options.adapters, wholes))
+    options = dataclasses.replace(
+        options, adapters=_with_whole_digests(options.adapters, whole_digests)
+    )
     if unknown := findings.unidentified:
         logger.warning("left as it is, its module is not known: %s", listed_names(unknown))
     added: SideInputs | None = None
@@ -162,14 +164,18 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
         merged=options.directories if options.merge else {},
         vocabulary=base.vocabulary,
         recipes=(source.directory, *filter(None, [options.evidence.checkpoint])),
-        wholes=wholes if base.other_part else {},
+        whole_digests=whole_digests if base.other_part else {},
     )
 
 
-def _with_wholes(adapters: Mapping[str, Adapter], wholes: Mapping[str, str]) -> dict[str, Adapter]:
+def _with_whole_digests(
+    adapters: Mapping[str, Adapter], whole_digests: Mapping[str, str]
+) -> dict[str, Adapter]:
     """Set `part_of` of adapters that are parts to the whole's digest before it was renamed."""
     return {
-        name: each if each.part_of is None else dataclasses.replace(each, part_of=wholes[name])
+        name: each
+        if each.part_of is None
+        else dataclasses.replace(each, part_of=whole_digests[name])
         for name, each in adapters.items()
     }
 

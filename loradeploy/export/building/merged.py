@@ -13,8 +13,8 @@ from loradeploy.adapter.fitting.vocabulary import resized_vocabulary, warn_of_re
 from loradeploy.bundle.fitting.labels import with_all_labels
 from loradeploy.bundle.graph_form import BFLOAT16, PACKED_BITS
 from loradeploy.bundle.manifest import AdapterEntry, Manifest
-from loradeploy.export.adapters.given import check_brought, named
-from loradeploy.export.adapters.own_weights import settled_in_graph
+from loradeploy.export.adapters.given import check_brought, prefixing_errors
+from loradeploy.export.adapters.own_weights import without_copies_of_graph
 from loradeploy.export.base import Base, Options
 from loradeploy.export.building.steps import (
     base_manifest,
@@ -54,8 +54,8 @@ def merged(
     adapter = given if base.before is None else with_all_labels(given, base.before.saved_shapes())
     adapter = without_idle(adapter, modules_of(base.graph, findings))
     if base.source.graph is not None and (adapter.carried or adapter.rows):
-        with named(name):
-            adapter = settled_in_graph(
+        with prefixing_errors(name):
+            adapter = without_copies_of_graph(
                 adapter,
                 own_weights_of(base, findings),
                 findings.linears,
@@ -76,7 +76,7 @@ def merged(
             weights=base.weights,
             rounding=_rounding(base),
             requantize=options.requantize,
-            name=base.called,
+            name=base.display_name,
             digest=base.identity.digest if base.identity.kind == "checkpoint" else None,
         )
     warn_of(report.error, base.precision)
@@ -111,7 +111,7 @@ def with_resized_vocabulary(
     if before is None:
         return base, findings
     ((name, adapter),) = options.adapters.items()
-    with named(name):
+    with prefixing_errors(name):
         size = resized_vocabulary(adapter, before)
     if size is None:
         return base, findings

@@ -23,7 +23,7 @@ from loradeploy.errors import (
     shortened,
 )
 from loradeploy.export.adapters.given import (
-    named,
+    prefixing_errors,
 )
 from loradeploy.export.adapters.own_weights import graph_digests
 from loradeploy.export.base import Base, Options
@@ -119,9 +119,9 @@ _BY_NUMBERS: Final = (
 
 @contextmanager
 def explaining_mismatch(name: str, base: Base, findings: Findings) -> Iterator[None]:
-    """As `named`; a mismatch also lists layers that take no adapters or have no known module."""
+    """As `prefixing_errors`; a mismatch also lists layers that are unknown or take no adapters."""
     try:
-        with named(name):
+        with prefixing_errors(name):
             yield
     except AdapterMismatchError as problem:
         others = unreached_layers(base.graph.graph)

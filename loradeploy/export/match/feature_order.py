@@ -84,7 +84,7 @@ def reordering_node(linear: Linear) -> ir.Node | None:
     return next((node for node in found if node is not None), None)
 
 
-def takes_pairs(linear: Linear) -> bool:
+def reads_interleaved_pairs(linear: Linear) -> bool:
     """Whether a node computes with every second feature of the layer, as for interleaved pairs."""
     for node in linear.nodes:
         for use in _uses_of_outputs(node, linear):

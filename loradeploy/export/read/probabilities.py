@@ -43,7 +43,7 @@ class Probabilities:
     problem_type: str | None = None
 
 
-def give_logits(graph: ir.Graph, task: str | None, stated: str | None) -> Probabilities | None:
+def add_logits(graph: ir.Graph, task: str | None, stated: str | None) -> Probabilities | None:
     """Add the logits of probabilities to the outputs; None if the graph is not changed.
 
     `task`: the requested task, if any. Only tasks whose models output logits are changed; without

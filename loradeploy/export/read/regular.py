@@ -115,7 +115,7 @@ def complete_outputs(graph: ir.Graph, shapes: Mapping[str, Sequence[int | str | 
             value.shape = ir.Shape(found)
 
 
-def close_inputs(model: ir.Model) -> None:
+def remove_weight_inputs(model: ir.Model) -> None:
     """Remove weights from the inputs: old exporters also list them there, with a default."""
     for value in list(model.graph.inputs):
         if value.is_initializer():

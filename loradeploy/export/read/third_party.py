@@ -24,7 +24,7 @@ from loradeploy.bundle.names import (
 )
 from loradeploy.errors import ExportError, ModelError, listed, listed_names
 from loradeploy.export.graph.edit import integer_of
-from loradeploy.export.match.feature_order import reordering_node, takes_pairs
+from loradeploy.export.match.feature_order import reads_interleaved_pairs, reordering_node
 from loradeploy.export.match.linears import Findings, Linear, annotate_modules, find_linears
 from loradeploy.export.match.modules.identity import CheckpointWeights
 from loradeploy.export.match.modules.mapping import ModuleMap
@@ -242,7 +242,7 @@ def _has_rows_in_doubt(model: ir.Model, directory: Path, findings: Findings) -> 
         node.op_type in _INTERLEAVED and integer_of(node, _INTERLEAVED[node.op_type])
         for node in model.graph.all_nodes()
     ) or any(
-        takes_pairs(linear)
+        reads_interleaved_pairs(linear)
         for module, linear in findings.linears.items()
         if module.endswith(_ROTATED)
     )

@@ -53,7 +53,7 @@ _CACHE_RANK: Final = 4
 _TOKENS_RANK: Final = 2
 
 
-def name_values(model: ir.Model) -> dict[str, str]:
+def rename_values(model: ir.Model) -> dict[str, str]:
     """Rename the inputs and outputs; return their names in the file by the new ones."""
     graph = model.graph
     taken = {v.name for node in graph.all_nodes() for v in node.outputs}
@@ -92,7 +92,7 @@ def check_mask(
 ) -> None:
     """Raise ExportError unless a renamed mask hides the token where it is 0.
 
-    `renamed`: the result of `name_values`. `directory`: that of the graph's external data.
+    `renamed`: the result of `rename_values`. `directory`: that of the graph's external data.
     `config`: that of the model. A graph that cannot be run to test it is refused too.
     """
     name = renamed.get(ATTENTION_MASK)

@@ -124,7 +124,7 @@ def load_model(context: CheckContext) -> torch.nn.Module:
             " pip install 'loradeploy[export]'"
         ) from None
     from loradeploy.export import trace
-    from loradeploy.export.adapters.given import check_brought, named
+    from loradeploy.export.adapters.given import check_brought, prefixing_errors
     from loradeploy.lora.base.vocabulary import resize_for, resize_to
 
     manifest = context.manifest
@@ -138,7 +138,7 @@ def load_model(context: CheckContext) -> torch.nn.Module:
     for tested in context.adapters:
         check_brought(tested.name, tested.adapter, lacking)
         if context.merged:
-            with named(tested.name):
+            with prefixing_errors(tested.name):
                 resize_for(model, tested.adapter)
     if manifest.added_tokens is not None:
         resize_to(model, manifest.added_tokens.size)

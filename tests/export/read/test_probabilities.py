@@ -22,7 +22,7 @@ from loradeploy.bundle.outputs import output_of
 from loradeploy.bundle.text.pairs import pair_tokens
 from loradeploy.errors import UsageError
 from loradeploy.export.api import export
-from loradeploy.export.read.probabilities import give_logits
+from loradeploy.export.read.probabilities import add_logits
 from loradeploy.files import write_json
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.classification import SCORES
@@ -87,7 +87,7 @@ def test_the_logits_are_the_main_output(op: str, name: str, tmp_path: Path) -> N
 )
 def test_other_outputs_are_not_changed(op: str | None, name: str, given: dict[str, int]) -> None:
     model = _classifier(op, name, **given)
-    assert give_logits(model.graph, SEQUENCE_CLASSIFICATION, None) is None
+    assert add_logits(model.graph, SEQUENCE_CLASSIFICATION, None) is None
     assert [value.name for value in model.graph.outputs] == [name]
 
 
@@ -95,7 +95,7 @@ def test_logits_that_are_an_output_already_are_kept() -> None:
     model = _classifier("Softmax", "probabilities")
     scores = next(n for n in model.graph if n.name == "scores").outputs[0]
     model.graph.outputs.append(scores)
-    assert give_logits(model.graph, SEQUENCE_CLASSIFICATION, None) is None
+    assert add_logits(model.graph, SEQUENCE_CLASSIFICATION, None) is None
     assert [value.name for value in model.graph.outputs] == ["probabilities", "scores"]
 
 

@@ -16,11 +16,11 @@ from loradeploy.export.match.linears import find_linears
 from loradeploy.export.match.operators import MICROSOFT
 from loradeploy.export.read.regular import (
     _Failures,
-    close_inputs,
     complete_outputs,
     complete_shapes,
     drop_identities,
     lift_constants,
+    remove_weight_inputs,
 )
 from loradeploy.runtime.session import AdapterSession
 from tests.export.graphs import IN, OUT, Builder, linear, numbers, ops, run
@@ -162,7 +162,7 @@ def test_a_weight_that_is_also_a_graph_input_becomes_a_constant() -> None:
     model = linear()
     w = model.graph.initializers["w"]
     model.graph.inputs.append(w)
-    close_inputs(model)
+    remove_weight_inputs(model)
     assert [value.name for value in model.graph.inputs] == ["x"]
     assert list(model.graph.initializers) == ["w"]
     assert list(find_linears(model).linears) == ["block.proj"]

@@ -10,7 +10,7 @@ import pytest
 
 from loradeploy.errors import ExportError, UsageError
 from loradeploy.export.api import export
-from loradeploy.export.read.value_names import check_mask, name_values
+from loradeploy.export.read.value_names import check_mask, rename_values
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.generation import TextGenerator
 from tests.conftest import MakeAdapter, once
@@ -76,7 +76,7 @@ def test_an_input_gets_its_name_in_transformers(
     value = b.input(name, shape, dtype)
     if new != "input_ids":
         b.input("input_ids", ["batch", "sequence"], INTEGERS)
-    before = name_values(b.model(b.node("Identity", [value], name="y")))
+    before = rename_values(b.model(b.node("Identity", [value], name="y")))
     assert value.name == new
     assert before == ({} if new == name else {new: name})
 
@@ -86,7 +86,7 @@ def test_an_updated_cache_is_named_after_its_input(name: str) -> None:
     b = Builder()
     shape: list[int | str] = ["batch", 2, "past", 8]
     model = b.model(b.node("Identity", [b.input("past_key_0", shape)], shape, name=name))
-    name_values(model)
+    rename_values(model)
     assert model.graph.inputs[0].name == "past_key_values.0.key"
     assert model.graph.outputs[0].name == "present.0.key"
 
@@ -94,13 +94,13 @@ def test_an_updated_cache_is_named_after_its_input(name: str) -> None:
 def test_a_mask_without_tokens_keeps_its_name() -> None:
     b = Builder()
     mask = b.input("mask", ["batch", "patches"], ir.DataType.BOOL)
-    assert name_values(b.model(b.node("Identity", [mask], name="y"))) == {}
+    assert rename_values(b.model(b.node("Identity", [mask], name="y"))) == {}
 
 
 def test_a_name_that_exists_is_not_used_twice() -> None:
     b = Builder()
     ids, tokens = (b.input(n, ["batch", "sequence"], INTEGERS) for n in ("input_ids", "tokens"))
-    assert name_values(b.model(b.node("Add", [ids, tokens], name="y"))) == {}
+    assert rename_values(b.model(b.node("Add", [ids, tokens], name="y"))) == {}
 
 
 def test_a_graph_with_other_names_takes_adapters_and_generates(
@@ -145,7 +145,7 @@ def test_a_mask_of_another_name_is_accepted_if_0_hides_a_token(
     name: str, inverted: bool, tmp_path: Path
 ) -> None:
     model = masked(name, inverted=inverted)
-    before = name_values(model)
+    before = rename_values(model)
     assert before == {"attention_mask": name}
     if not inverted:
         check_mask(model, before, tmp_path, {})
@@ -158,7 +158,7 @@ def test_a_mask_that_cannot_be_tested_is_refused(tmp_path: Path) -> None:
     model = masked("mask", inverted=True)
     model.graph[0].op_type = "Unknown"
     with pytest.raises(ExportError, match=r"cannot be run .* input mask hides .* rename it"):
-        check_mask(model, name_values(model), tmp_path, {})
+        check_mask(model, rename_values(model), tmp_path, {})
 
 
 def test_an_inverted_mask_is_refused(decoder: Path, tmp_path: Path) -> None:
