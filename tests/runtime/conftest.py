@@ -15,7 +15,7 @@ RANKS = {"small": 4, "large": 64, "partial": 8}
 
 @pytest.fixture(scope="session")
 def llama_adapters(tiny_llama: Path, make_adapter: MakeAdapter) -> dict[str, Path]:
-    """Adapters of the tiny Llama: rank 4, rank 64, and rank 8 on two kinds of modules only."""
+    """Adapters for the tiny Llama: rank 4, rank 64, and rank 8 on only two kinds of modules."""
     return {
         name: make_adapter(
             tiny_llama,
@@ -30,7 +30,7 @@ def llama_adapters(tiny_llama: Path, make_adapter: MakeAdapter) -> dict[str, Pat
 
 @pytest.fixture(scope="session")
 def bert_adapters(tiny_bert: Path, make_adapter: MakeAdapter) -> dict[str, Path]:
-    """Adapters of the tiny BERT with heads of their own, and one without."""
+    """Adapters for the tiny BERT with their own heads, and one without."""
     adapters = {
         name: make_adapter(
             tiny_bert,
@@ -53,7 +53,7 @@ def bert_adapters(tiny_bert: Path, make_adapter: MakeAdapter) -> dict[str, Path]
 
 @pytest.fixture(scope="session")
 def in_place(tiny_llama_bundle: Path, shared: Path) -> Path:
-    """The tiny Llama with its cache in place, and a slot of side inputs for each row."""
+    """The tiny Llama with a cache of fixed size, and one slot of side inputs per row."""
     return once(
         shared / "bundle-llama-in-place",
         lambda place: export(tiny_llama_bundle, place, attention="gqa", layout="rows"),
@@ -62,7 +62,7 @@ def in_place(tiny_llama_bundle: Path, shared: Path) -> Path:
 
 @pytest.fixture
 def llama_session(tiny_llama_bundle: Path, llama_adapters: dict[str, Path]) -> AdapterSession:
-    """A new session on the tiny Llama, its adapters loaded."""
+    """A new session on the tiny Llama with its adapters loaded."""
     session = AdapterSession(tiny_llama_bundle)
     for name, path in llama_adapters.items():
         session.load(name, path)

@@ -1,4 +1,4 @@
-"""Feeds for sessions, as the specifications need them."""
+"""Inputs for sessions in tests."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Ids = NDArray[np.int64]
 
 
 def random_ids(rows: int, length: int, *, seed: int = 0) -> Ids:
-    """Tokens of the tiny models, special ones apart: int64 [rows, length]."""
+    """Return random tokens of the tiny models without special ones: int64 [rows, length]."""
     return np.random.default_rng(seed).integers(3, 512, (rows, length))
 
 
 def feeds(manifest: Manifest, ids: Ids, mask: Ids | None = None) -> dict[str, NDArray[Any]]:
-    """Feeds for a first call: an empty cache, positions that skip padding."""
+    """Return inputs of a first call: an empty cache, positions that skip padding."""
     mask = np.ones_like(ids) if mask is None else mask
     positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
     known = {
@@ -40,11 +40,11 @@ def feeds(manifest: Manifest, ids: Ids, mask: Ids | None = None) -> dict[str, ND
 
 
 def logits(session: AdapterSession, ids: Ids, adapters: Any = None) -> NDArray[Any]:
-    """The logits of a first call."""
+    """Return the logits of a first call."""
     return session.run(["logits"], feeds(session.manifest, ids), adapters)[0]
 
 
 def rows_of(values: dict[str, NDArray[Any]], row: int) -> dict[str, NDArray[Any]]:
-    """The feeds of one row alone."""
+    """Return the inputs of a single row."""
     assert INPUT_IDS in values
     return {name: array[row : row + 1] for name, array in values.items()}

@@ -1,4 +1,4 @@
-"""A decoder step by step, with the adapters of each step, as a client with a cache of its own."""
+"""Runs a decoder step by step with different adapters, like a client with its own cache."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from loradeploy.runtime.session import AdapterSession
 def logits_of_steps(
     session: AdapterSession, tokens: NDArray[np.int64], adapters: Sequence[Any]
 ) -> NDArray[np.float32]:
-    """The logits [steps, rows, vocabulary] of `tokens` [rows, steps], each step with its adapters.
+    """Return the logits [steps, rows, vocabulary] of `tokens` [rows, steps], by step with adapters.
 
-    The cache is in place: where the session's buffers keep their addresses, so does the mask.
+    The cache is in place: if the buffers of the session have fixed addresses, so does the mask.
     """
     rows, steps = tokens.shape
     cache = session.empty_cache(rows)

@@ -1,8 +1,8 @@
-"""Runs that a device records and replays: fixed buffers, adapters in slots, a recording a shape.
+"""Recorded and replayed runs: buffers with fixed addresses, adapters in slots, one per shape.
 
-The CPU's provider records nothing and takes no notice of a run's number. So these run the whole way
-there, in buffers that stay where they are, with the row of the table changed; on WebGPU runs are
-replayed (tests/runtime/devices/test_webgpu.py), and on CUDA the sessions were opened on stubs alone
+The CPU provider records nothing and ignores the number of a run. With its row of the provider table
+changed, these tests run the same code there, in buffers with fixed addresses. Real replays are
+tested on WebGPU (tests/runtime/devices/test_webgpu.py); for CUDA, sessions are opened on stubs
 (tests/export/test_placement.py).
 """
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("recording")
 PROMPTS = ["The news", "Shares fell today again", "x"]
 ROWS, STEPS = 2, 5
 TOKENS = random_ids(ROWS, STEPS)
-# Adapters of a batch of three rows.
+# Adapters of batches of three rows.
 BATCHES: tuple[Any, ...] = (
     None,
     "large",
@@ -47,7 +47,7 @@ BATCHES: tuple[Any, ...] = (
 def bundles(
     tiny_llama_bundle: Path, in_place: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Mapping[str, Path]:
-    """Decoders whose cache stays in place."""
+    """Decoder bundles with a cache of fixed size."""
     slots = tmp_path_factory.mktemp("captured") / "slots"
     ld.export(tiny_llama_bundle, slots, attention="gqa", layout="slots")
     return {"slots": slots, "rows": in_place}
@@ -60,7 +60,7 @@ Pair = tuple[ld.AdapterSession, ld.AdapterSession]
 def pair(
     request: pytest.FixtureRequest, bundles: Mapping[str, Path], llama_adapters: dict[str, Path]
 ) -> Iterator[Pair]:
-    """A session, and one of the same bundle that records runs."""
+    """A plain session and a recording one on the same bundle."""
     path = bundles[request.param]
     with ld.AdapterSession(path) as usual, captures(path) as captured:
         for session in (usual, captured):
@@ -75,7 +75,7 @@ def captures(path: Path, **options: Any) -> ld.AdapterSession:
 
 @pytest.fixture
 def numbers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The numbers of the runs, as they are made."""
+    """A list to which the number of every run is appended."""
     seen: list[int] = []
     made = replays._options
 
@@ -94,7 +94,7 @@ def slots_of(session: ld.AdapterSession) -> dict[Any, Any]:
     return session._replays._slots._sets
 
 
-def test_texts_are_those_of_a_session_that_records_nothing(pair: Pair) -> None:
+def test_generated_text_is_that_of_a_session_without_recording(pair: Pair) -> None:
     usual, captured = (ld.TextGenerator(session) for session in pair)
     texts = []
     for adapters in BATCHES:
@@ -104,24 +104,22 @@ def test_texts_are_those_of_a_session_that_records_nothing(pair: Pair) -> None:
         )
         assert found == expected, adapters
         texts.append(found)
-    assert len({str(found) for found in texts}) == len(BATCHES)  # each of them has an effect
+    assert len({str(found) for found in texts}) == len(BATCHES)  # each has an effect
     counts = []
-    for _ in range(3):  # steps alone are recorded, not the prompts of one length that come again
+    for _ in range(3):  # only steps are recorded, not repeated prompts of the same length
         for adapters in BATCHES:
             captured.generate(PROMPTS, adapters, max_new_tokens=3)
         counts.append(pair[1].captured)
-    # The base, ranks of 64, 8 and 16 (the blend's), and mixed batches.
+    # The base, ranks 64, 8 and 16 (of the blend), and mixed batches.
     assert counts == [5, 5, 5]
     assert pair[0].captured is None
 
 
-def test_every_set_of_shapes_has_a_number_and_what_comes_once_has_none(
-    pair: Pair, numbers: list[int]
-) -> None:
+def test_every_set_of_shapes_is_recorded_at_its_second_run(pair: Pair, numbers: list[int]) -> None:
     _, session = pair
     runs: tuple[Any, ...] = (None, None, None, "large", "large", "small", "small", "partial", None)
     logits_of_steps(session, np.resize(TOKENS, (ROWS, len(runs))), runs)
-    # The base, then rank 64, then ranks 4 and 8, which are of one size.
+    # The base, then rank 64, then ranks 4 and 8, which use slots of the same size.
     assert numbers == [-1, 1, 1, -1, 2, -1, 3, 3, 1]
     mixed = ["small", None]
     logits_of_steps(session, TOKENS, [mixed, mixed, "small", "small", mixed])
@@ -129,7 +127,7 @@ def test_every_set_of_shapes_has_a_number_and_what_comes_once_has_none(
     assert session.captured == 4
 
 
-def test_a_swap_writes_into_slots_that_stay_where_they_are(pair: Pair) -> None:
+def test_a_swap_writes_into_slots_with_fixed_addresses(pair: Pair) -> None:
     _, session = pair
 
     def addresses() -> dict[str, int]:
@@ -159,7 +157,7 @@ def test_a_swap_writes_into_slots_that_stay_where_they_are(pair: Pair) -> None:
     assert session.statistics.device_bytes == memory
 
 
-def test_a_smaller_adapter_leaves_nothing_of_a_larger_one(
+def test_a_smaller_adapter_overwrites_a_larger_one_completely(
     pair: Pair, llama_adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # `small` has factors of rank 4 for all modules, `partial` of rank 8 for two kinds of them.
@@ -190,7 +188,7 @@ def test_the_base_is_recorded_without_side_inputs(pair: Pair) -> None:
     assert np.abs(first - expected).max() <= tolerance("rows")
 
 
-def test_what_a_run_gave_is_the_callers_own(pair: Pair) -> None:
+def test_results_are_copies_that_later_runs_do_not_change(pair: Pair) -> None:
     _, session = pair
     inputs = [feeds(session.manifest, random_ids(1, 1, seed=seed)) for seed in range(3)]
     values = [session.run_with_ort_values(["logits"], own, "small")[0] for own in inputs]
@@ -202,7 +200,7 @@ def test_what_a_run_gave_is_the_callers_own(pair: Pair) -> None:
     assert not np.array_equal(arrays[1], arrays[2])
 
 
-def test_prompts_are_not_recorded_however_often_their_length_comes(
+def test_prompts_are_not_recorded_even_with_repeated_lengths(
     pair: Pair, numbers: list[int]
 ) -> None:
     _, session = pair
@@ -230,7 +228,7 @@ def test_threads_take_turns_each_with_its_own_adapter(pair: Pair) -> None:
     assert len(errors) == 4 * len(adapters) and max(errors) <= tolerance("rows")
 
 
-def test_a_later_generation_has_the_cache_of_an_earlier_one(pair: Pair) -> None:
+def test_a_later_generation_reuses_the_cache_of_an_earlier_one(pair: Pair) -> None:
     _, session = pair
 
     def addresses(cache: Any) -> list[int]:
@@ -239,7 +237,7 @@ def test_a_later_generation_has_the_cache_of_an_earlier_one(pair: Pair) -> None:
     first, second = (session.empty_cache(2) for _ in range(2))
     for cache in (first, second):
         cache.make_room(10, 20)
-        assert cache.length == 128  # of the model
+        assert cache.length == 128  # the positions of the model
     before = addresses(first)
     assert before != addresses(second)
     for value in first.inputs.values():
@@ -251,7 +249,7 @@ def test_a_later_generation_has_the_cache_of_an_earlier_one(pair: Pair) -> None:
     assert all(not value.numpy().any() for value in third.inputs.values())
 
 
-def test_there_is_an_end_to_what_is_recorded(
+def test_the_number_of_recordings_is_limited(
     pair: Pair, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     _, session = pair
@@ -262,7 +260,7 @@ def test_there_is_an_end_to_what_is_recorded(
     assert session.captured == 1
     assert session.capture_statistics is not None
     seen = dataclasses.asdict(session.capture_statistics)
-    # The base's second run was recorded; of the adapter's runs the last two came again.
+    # The second run of the base was recorded; the last two runs of the adapter were repeats.
     assert seen == {"recorded": 1, "made": 1, "replayed": 0, "refused": 2}
     assert pair[0].capture_statistics is None
     figures = Metrics()
@@ -279,8 +277,8 @@ def test_there_is_an_end_to_what_is_recorded(
     ]
 
 
-def test_an_engine_serves_from_recorded_runs(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    # On the host rows are in slots, and no two steps are alike; on a device they are not.
+def test_an_engine_uses_recorded_runs(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    # On the host, rows are in slots and no two steps have equal shapes; on a device they have.
     monkeypatch.setattr(slots, "on_host", lambda session: session.captured is None)
     usual, captured = pair
     answers = []
@@ -298,7 +296,7 @@ def test_an_engine_serves_from_recorded_runs(pair: Pair, monkeypatch: pytest.Mon
     assert seen.refused == 0
 
 
-def test_heads_of_classifiers_lie_in_slots_too(
+def test_heads_of_classifiers_are_in_slots_too(
     tiny_bert_bundle: Path, bert_adapters: dict[str, Path]
 ) -> None:
     scores = []
@@ -336,13 +334,13 @@ def test_a_graph_with_branches_is_refused(tiny_llama_bundle: Path, tmp_path: Pat
         captures(tmp_path / "branches")
 
 
-def test_text_generation_with_a_cache_that_grows_is_refused(tiny_llama_bundle: Path) -> None:
+def test_text_generation_with_a_growing_cache_is_refused(tiny_llama_bundle: Path) -> None:
     match = "--attention gqa, whose cache stays in place"
     with captures(tiny_llama_bundle) as session, pytest.raises(ld.UsageError, match=match):
         ld.TextGenerator(session)
 
 
-def test_options_that_say_otherwise_are_refused(tiny_llama_bundle: Path) -> None:
+def test_contradictory_provider_options_are_refused(tiny_llama_bundle: Path) -> None:
     with pytest.raises(ld.UsageError, match="`capture_graphs` sets records of CPUExec"):
         ld.AdapterSession(tiny_llama_bundle, [("cpu", {"records": "0"})], capture_graphs=True)
 
@@ -356,8 +354,8 @@ def test_a_provider_that_records_nothing_is_refused(
         captures(tiny_llama_bundle)
 
 
-def test_buffers_come_back_while_others_are_borrowed() -> None:
-    """The garbage collector runs wherever memory is taken, on a thread that may have the lock."""
+def test_buffers_can_be_returned_while_others_are_borrowed() -> None:
+    """The garbage collector can run at any allocation, on a thread that holds the lock."""
     pool = CachePool(None)
     borrowed = pool.borrow(1, 256, 4)
     value = borrowed.put("a", np.ones(1, np.float32), ("cpu", 0))
@@ -366,7 +364,7 @@ def test_buffers_come_back_while_others_are_borrowed() -> None:
     assert pool.borrow(1, 256, 4).put("a", np.zeros(1, np.float32), ("cpu", 0)) is value
 
 
-def test_unused_buffers_are_kept_up_to_what_was_in_use_at_one_time() -> None:
+def test_unused_buffers_are_kept_up_to_the_peak_of_use() -> None:
     class Runs:
         def __init__(self) -> None:
             self.gone: list[int] = []
@@ -383,7 +381,7 @@ def test_unused_buffers_are_kept_up_to_what_was_in_use_at_one_time() -> None:
 
     largest = used_once(8)
     addresses = [used_once(rows) for rows in (2, 3, 4)]
-    # 8, 2 and 3 rows are unused when 4 come: 17 rows of 16, so that the oldest goes.
+    # 8, 2 and 3 rows are unused when 4 are needed: 17 of 16 rows, so the oldest is freed.
     assert runs.gone == [largest] and pool.nbytes == 4 * (2 + 3 + 4)
     assert [used_once(rows) for rows in (2, 3, 4)] == addresses
     for rows in range(9, 40):
@@ -391,21 +389,21 @@ def test_unused_buffers_are_kept_up_to_what_was_in_use_at_one_time() -> None:
         assert pool.nbytes <= 2 * 4 * rows
 
 
-def test_recorded_runs_go_with_the_buffers_that_they_read(pair: Pair, numbers: list[int]) -> None:
+def test_recordings_are_dropped_with_their_buffers(pair: Pair, numbers: list[int]) -> None:
     usual, session = pair
     steps: list[Any] = ["small"] * 3
     expected = [logits_of_steps(usual, random_ids(rows, 3), steps) for rows in (1, 2, 4, 1)]
     found = [logits_of_steps(session, random_ids(rows, 3), steps) for rows in (1, 2, 4, 1)]
     for own, theirs in zip(found, expected, strict=True):
         assert np.abs(own - theirs).max() <= tolerance("rows")
-    # A row and two are unused when four come, and are kept; three more of other sizes and they go.
+    # Unused buffers of 1 and 2 rows are kept when 4 rows are needed, and freed after 3 more sizes.
     assert numbers == [-1, 1, 1, -1, 2, 2, -1, 3, 3, 1, 1, 1] and session.captured == 3
     logits_of_steps(session, random_ids(3, 3), steps)
     assert session.captured == 3 and session._caches is not None
     assert session._caches.nbytes <= 2 * 4 * _bytes_of_a_row(session)
     again = logits_of_steps(session, random_ids(2, 3), steps)
     assert np.abs(again - expected[1]).max() <= tolerance("rows")
-    assert numbers[-3:] == [-1, 5, 5]  # recorded again: numbers are not given twice
+    assert numbers[-3:] == [-1, 5, 5]  # recorded again: numbers are not reused
 
 
 def _bytes_of_a_row(session: ld.AdapterSession) -> int:

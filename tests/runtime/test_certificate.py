@@ -1,4 +1,4 @@
-"""A session that requires a certificate runs what was checked, and nothing else."""
+"""A session that requires a certificate runs only bundles and adapters that were checked."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ IDS = random_ids(2, 6)
 
 @pytest.fixture
 def bundle(certified_bundle: Path, tmp_path: Path) -> Path:
-    """A certified bundle to be tampered with."""
+    """A copy of the certified bundle that a test may modify."""
     return shutil.copytree(certified_bundle, tmp_path / "bundle")
 
 
@@ -28,31 +28,33 @@ def session(bundle: Path) -> AdapterSession:
     return AdapterSession(bundle, require_certificate=True)
 
 
-def test_it_computes_what_any_session_computes(session: AdapterSession, bundle: Path) -> None:
+def test_a_certified_session_computes_the_same_as_any_other(
+    session: AdapterSession, bundle: Path
+) -> None:
     expected = logits(AdapterSession(bundle), IDS, ["one", None])
     np.testing.assert_array_equal(logits(session, IDS, ["one", None]), expected)
 
 
-def test_it_refuses_a_bundle_that_has_changed(bundle: Path) -> None:
+def test_a_bundle_that_has_changed_is_refused(bundle: Path) -> None:
     with (bundle / "model.onnx.data").open("ab") as file:
         file.write(b"\0")
     with pytest.raises(BundleError, match=r"model\.onnx\.data has changed since it was checked"):
         AdapterSession(bundle, require_certificate=True)
 
 
-def test_it_refuses_a_bundle_that_was_never_checked(tiny_llama_bundle: Path) -> None:
+def test_a_bundle_without_a_certificate_is_refused(tiny_llama_bundle: Path) -> None:
     with pytest.raises(BundleError, match="has no certificate"):
         AdapterSession(tiny_llama_bundle, require_certificate=True)
 
 
-def test_it_loads_a_checked_adapter_from_anywhere_under_any_name(
+def test_a_checked_adapter_is_loaded_from_any_directory_under_any_name(
     session: AdapterSession, bundle: Path, tmp_path: Path
 ) -> None:
     elsewhere = shutil.copytree(bundle / "adapters/one", tmp_path / "elsewhere")
     assert session.load("another", elsewhere) == session.load("one")
 
 
-def test_it_refuses_an_adapter_that_was_not_checked(
+def test_an_adapter_that_was_not_checked_is_refused(
     session: AdapterSession, tiny_llama: Path, make_adapter: MakeAdapter
 ) -> None:
     place = make_adapter(tiny_llama, seed=7)
@@ -66,7 +68,7 @@ def test_it_refuses_an_adapter_that_was_not_checked(
         session.pin("two")
 
 
-def test_it_refuses_an_adapter_of_the_bundle_that_was_replaced(
+def test_a_replaced_adapter_of_the_bundle_is_refused(
     bundle: Path, tiny_llama: Path, make_adapter: MakeAdapter
 ) -> None:
     shutil.rmtree(bundle / "adapters/one")
@@ -77,20 +79,20 @@ def test_it_refuses_an_adapter_of_the_bundle_that_was_replaced(
         logits(AdapterSession(bundle), IDS, "one")
 
 
-def test_it_tells_to_load_the_peft_directory_of_a_native_file(
+def test_a_native_file_is_refused_with_the_advice_to_load_the_peft_directory(
     session: AdapterSession, bundle: Path
 ) -> None:
     with pytest.raises(AdapterError, match="load its PEFT directory"):
         session.load("native", bundle / "adapters/one.onnx_adapter")
 
 
-def test_run_requires_a_certificate_where_it_is_told_to(bundle: Path) -> None:
+def test_run_requires_a_certificate_on_request(bundle: Path) -> None:
     (bundle / "parity.json").unlink()
     with pytest.raises(BundleError, match="has no certificate"):
         call("run", bundle, "Hi", "--require-certificate")
 
 
-def test_an_adapter_with_fewer_labels_than_the_bundle_is_certified_as_it_is(
+def test_an_adapter_with_fewer_labels_than_the_bundle_is_certified(
     tiny_bert: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     task = "sequence-classification"

@@ -1,4 +1,4 @@
-"""A session ends when it is closed, and is for one process."""
+"""The lifetime of a session: it ends with close(), and belongs to one process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.conftest import MakeAdapter
 from tests.runtime.feeds import feeds, logits, random_ids
 
 IDS = random_ids(3, 5)
-PATIENCE = 60.0  # seconds; what takes longer is a deadlock
+PATIENCE = 60.0  # seconds; longer means a deadlock
 
 
 @pytest.fixture
@@ -54,16 +54,16 @@ USES: dict[str, Callable[[AdapterSession, Path], Any]] = {
 }
 
 
-def test_what_begins_after_a_close_is_refused(session: AdapterSession, adapter: Path) -> None:
+def test_every_call_after_close_is_refused(session: AdapterSession, adapter: Path) -> None:
     with session as opened:
         assert opened is session
-    session.close()  # once more changes nothing
+    session.close()  # a second call has no effect
     for use in USES.values():
         with pytest.raises(UsageError, match="is closed"):
             use(session, adapter)
 
 
-def test_a_close_waits_for_what_has_begun(session: AdapterSession) -> None:
+def test_close_waits_for_calls_in_progress(session: AdapterSession) -> None:
     expected = logits(session, IDS, ["one", None, "one"])
     closed = threading.Event()
 
@@ -73,7 +73,7 @@ def test_a_close_waits_for_what_has_begun(session: AdapterSession) -> None:
 
     with session.hold(["one", None, "one"]) as held:
         with pytest.raises(UsageError, match="in the middle of a run"):
-            session.close()  # it would wait for itself
+            session.close()  # would wait for itself
         thread = threading.Thread(target=close, daemon=True)
         thread.start()
         assert not closed.wait(0.3), "the session was closed under a run"
@@ -83,7 +83,7 @@ def test_a_close_waits_for_what_has_begun(session: AdapterSession) -> None:
     thread.join(PATIENCE)
 
 
-def test_runs_and_loads_that_meet_a_close_complete_or_are_refused(
+def test_runs_and_loads_concurrent_with_close_complete_or_are_refused(
     tiny_llama_bundle: Path, adapter: Path
 ) -> None:
     for _ in range(10):
@@ -114,7 +114,7 @@ def test_runs_and_loads_that_meet_a_close_complete_or_are_refused(
 
 
 @pytest.mark.parametrize("send", [pickle.dumps, copy.copy, copy.deepcopy])
-def test_a_session_is_not_sent_to_another_process(
+def test_a_session_cannot_be_pickled_or_copied(
     send: Callable[[Any], Any], session: AdapterSession
 ) -> None:
     with pytest.raises(UsageError, match="open the bundle there"):
@@ -155,7 +155,7 @@ sys.exit(os.waitstatus_to_exitcode(status))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
-def test_a_forked_process_is_refused_and_opens_its_own(
+def test_a_forked_process_cannot_use_the_session_and_can_open_its_own(
     tiny_llama_bundle: Path, adapter: Path
 ) -> None:
     done = subprocess.run(
@@ -169,7 +169,7 @@ def test_a_forked_process_is_refused_and_opens_its_own(
 
 
 def run_in_a_process(bundle: Path, adapter: Path) -> Any:
-    """What a spawned process does: it opens the bundle itself."""
+    """Open the bundle in a spawned process and return its logits."""
     with AdapterSession(bundle) as session:
         session.load("one", adapter)
         return logits(session, IDS, "one")

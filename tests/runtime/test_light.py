@@ -1,4 +1,4 @@
-"""The serving side stands alone: no torch, no transformers, no onnx in its process."""
+"""The serving side works in a process without torch, transformers and onnx."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ def test_a_process_without_torch_classifies(
     assert base != small
 
 
-def test_one_prompt_imports_nothing_that_it_does_not_use(tiny_llama_bundle: Path) -> None:
-    """What `loradeploy run` imports is a part of the time to its first token."""
+def test_running_one_prompt_imports_only_what_it_uses(tiny_llama_bundle: Path) -> None:
+    """Imports of `loradeploy run` add to its time to the first token."""
     body = """
 from loradeploy.cli.main import main
 sys.argv = ["loradeploy", "run", sys.argv[1], "The bank", "--max-new-tokens", "1"]
@@ -98,6 +98,6 @@ print(*(unused & set(sys.modules)))
 
 
 @pytest.mark.parametrize("name", BLOCKED)
-def test_the_block_blocks(name: str) -> None:
+def test_blocked_packages_cannot_be_imported(name: str) -> None:
     with pytest.raises(AssertionError, match="is blocked"):
         _run(f"import {name}")

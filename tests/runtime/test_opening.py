@@ -1,4 +1,4 @@
-"""An opened bundle is one bundle, whatever happens to its files while it opens and afterwards."""
+"""A session uses one consistent state of a bundle, even if files change during or after opening."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DATA = "model.onnx.data"
 
 @pytest.fixture
 def bundle(certified_bundle: Path, tmp_path: Path) -> Path:
-    """A bundle with an adapter `one`, to be written to."""
+    """A copy of the bundle with the adapter `one` that a test may modify."""
     return shutil.copytree(certified_bundle, tmp_path / "bundle")
 
 
@@ -42,8 +42,8 @@ def test_a_directory_that_is_no_bundle_is_not_searched(
         AdapterSession(tmp_path)
 
 
-def spoil(bundle: Path) -> None:
-    """Other weights, written in place."""
+def overwrite_weights(bundle: Path) -> None:
+    """Overwrite the weights in place."""
     with open(bundle / DATA, "r+b") as file:
         content = np.frombuffer(file.read(), np.uint8)
         file.seek(0)
@@ -51,21 +51,21 @@ def spoil(bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("own_options", [False, True], ids=["no options", "options of a user"])
-def test_a_data_file_that_is_written_in_place_changes_nothing_in_a_live_session(
+def test_overwriting_the_data_file_does_not_change_an_open_session(
     bundle: Path, own_options: bool
 ) -> None:
     options = onnxruntime.SessionOptions() if own_options else None
     session = AdapterSession(bundle, session_options=options)
     expected = logits(session, IDS, None)
-    spoil(bundle)
+    overwrite_weights(bundle)
     assert np.array_equal(logits(session, IDS, None), expected)
-    os.truncate(bundle / DATA, 0)  # a mapped one would end the process
+    os.truncate(bundle / DATA, 0)  # with a mapped file the process would crash
     assert np.array_equal(logits(session, IDS, None), expected)
 
 
 @pytest.mark.parametrize("own_options", [False, True], ids=["no options", "options of a user"])
-def test_a_graph_that_holds_all_of_its_weights_opens(own_options: bool, tmp_path: Path) -> None:
-    """Its data file is empty: none of its tensors is large enough for it."""
+def test_a_graph_with_all_weights_inside_can_be_opened(own_options: bool, tmp_path: Path) -> None:
+    """The data file is empty: none of the tensors is large enough for it."""
     ir.save(linear(), tmp_path / "model.onnx")
     export(tmp_path / "model.onnx", tmp_path / "b", task="feature-extraction")
     assert (tmp_path / "b" / DATA).stat().st_size == 0
@@ -78,20 +78,20 @@ def test_a_graph_that_holds_all_of_its_weights_opens(own_options: bool, tmp_path
         AdapterSession(tmp_path / "b", session_options=options)
 
 
-def test_options_of_a_user_serve_several_sessions(bundle: Path) -> None:
+def test_session_options_of_a_user_can_be_used_for_several_sessions(bundle: Path) -> None:
     options = onnxruntime.SessionOptions()
     one, other = (AdapterSession(bundle, session_options=options) for _ in range(2))
     assert np.array_equal(logits(one, IDS, None), logits(other, IDS, None))
 
 
 def test_weights_of_another_export_are_refused(bundle: Path) -> None:
-    spoil(bundle)
+    overwrite_weights(bundle)
     with pytest.raises(BundleError, match=r"model\.onnx\.data is not the one that loradeploy\.js"):
         AdapterSession(bundle)
 
 
 def at_opening(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object], times: int) -> None:
-    """Let `act` happen when a graph is about to be opened, the first `times`."""
+    """Call `act` before a graph is opened, the first `times` times."""
     right = opening.open_graph
     done: list[int] = []
 
@@ -104,7 +104,7 @@ def at_opening(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object], times
     monkeypatch.setattr(opening, "open_graph", open_graph)
 
 
-def test_a_bundle_that_is_replaced_while_it_opens_is_opened_again(
+def test_a_bundle_that_is_replaced_during_opening_is_opened_again(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     expected = logits(AdapterSession(bundle), IDS, None)
@@ -120,7 +120,7 @@ def test_a_bundle_that_is_replaced_while_it_opens_is_opened_again(
     assert TextGenerator(session).generate(["News"], max_new_tokens=2)
 
 
-def test_a_bundle_that_is_always_written_to_is_refused(
+def test_a_bundle_that_is_written_to_at_every_attempt_is_refused(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at_opening(monkeypatch, lambda: os.utime(bundle / "config.json"), 99)
@@ -135,15 +135,17 @@ def test_a_tokenizer_that_changed_after_the_opening_is_refused(bundle: Path) -> 
         TextGenerator(session)
 
 
-def test_notes_beside_a_bundle_are_nobodys_business(bundle: Path) -> None:
+def test_unknown_files_in_a_bundle_are_ignored(bundle: Path) -> None:
     session = AdapterSession(bundle, require_certificate=True)
     (bundle / "notes.txt").write_text("mine")
     TextGenerator(session)
     AdapterSession(bundle, require_certificate=True)
 
 
-def test_a_bundle_is_rolled_out_by_a_link_while_others_run(bundle: Path, tmp_path: Path) -> None:
-    """As docs/bundles.md says: a new directory, a link switched, the old one kept while in use."""
+def test_a_bundle_can_be_rolled_out_by_switching_a_link_under_load(
+    bundle: Path, tmp_path: Path
+) -> None:
+    """As in docs/bundles.md: write a new directory, switch a link, keep the old one in use."""
     second = shutil.copytree(bundle, tmp_path / "v2")
     served = tmp_path / "served"
     served.symlink_to(bundle)
@@ -173,10 +175,10 @@ def test_a_bundle_is_rolled_out_by_a_link_while_others_run(bundle: Path, tmp_pat
     assert wrong == []
 
 
-def test_a_row_has_texts_and_factors_of_one_adapter(
+def test_a_row_has_text_files_and_factors_of_the_same_adapter(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An adapter that is replaced after its texts were read, and before its factors are held."""
+    """The adapter is replaced after its text files were read and before its factors are in use."""
     session = AdapterSession(bundle)
     other = shutil.copytree(bundle / "adapters/one", tmp_path / "other")
     for name in ("tokenizer.json", "tokenizer_config.json"):

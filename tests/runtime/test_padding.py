@@ -1,8 +1,8 @@
-"""A row is what it is alone, whatever its neighbors: for every kind of graph that pads in its way.
+"""Results of a row do not depend on the batch, for graphs with each kind of padding.
 
-left    a decoder that takes positions, or counts them by the mask
+left    a decoder with position inputs, or one that derives positions from the mask
 right   GroupQueryAttention, a decoder without a cache, an encoder with a mask
-none    a decoder that counts positions from the cache's beginning, an encoder without a mask
+none    a decoder that counts positions from the start of the cache, an encoder without a mask
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PADDING: Final = {
     "gqa": "right",
     "gpt2 without positions": "none",
     "gpt2 with positions": "left",
-    "llama without positions": "left",  # rotations are relative
+    "llama without positions": "left",  # rotary positions are relative
     "gpt2 without a cache": "right",
 }
 Bundles = Callable[[str], Path]
@@ -49,7 +49,7 @@ def bundles(
     make_adapter: MakeAdapter,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Bundles:
-    """Decoders by kind, each with an adapter `own`."""
+    """A function: kind → a decoder bundle with an adapter `own`."""
     made: dict[str, Path] = {}
     graphs: dict[str, tuple[Path, dict[str, bool]]] = {
         "gpt2 without positions": (tiny_gpt2, {"cache": True}),
@@ -80,7 +80,7 @@ def bundles(
 
 
 @pytest.mark.parametrize("kind", PADDING)
-def test_the_export_finds_how_rows_are_padded(kind: str, bundles: Bundles) -> None:
+def test_the_export_detects_the_padding_side(kind: str, bundles: Bundles) -> None:
     assert read_manifest(bundles(kind)).padding == PADDING[kind]
 
 
@@ -94,7 +94,7 @@ rows = st.lists(
 
 
 @pytest.mark.parametrize("kind", PADDING)
-def test_a_row_is_generated_as_it_is_alone(kind: str, bundles: Bundles) -> None:
+def test_the_generated_text_of_a_row_is_the_same_as_alone(kind: str, bundles: Bundles) -> None:
     generator = TextGenerator(AdapterSession(bundles(kind)))
 
     @settings(
@@ -115,7 +115,9 @@ def test_a_row_is_generated_as_it_is_alone(kind: str, bundles: Bundles) -> None:
 
 
 @pytest.mark.parametrize("kind", PADDING)
-def test_a_request_of_an_engine_is_generated_as_it_is_alone(kind: str, bundles: Bundles) -> None:
+def test_the_generated_text_of_a_request_in_an_engine_is_the_same_as_alone(
+    kind: str, bundles: Bundles
+) -> None:
     settings: list[dict[str, Any]] = [{}, {"n": 2, "temperature": 0.9}, {"num_beams": 2}]
     asked: list[tuple[list[int], str | None, dict[str, Any]]] = [
         (
@@ -140,7 +142,7 @@ def test_a_request_of_an_engine_is_generated_as_it_is_alone(kind: str, bundles: 
     assert len({ids for of in alone for ids in of}) > 8
 
 
-def test_an_adapter_changes_what_is_generated_in_a_batch_that_is_not_padded(
+def test_an_adapter_has_an_effect_in_a_batch_without_padding(
     bundles: Bundles,
 ) -> None:
     generator = TextGenerator(AdapterSession(bundles("gpt2 without positions")))
@@ -153,7 +155,7 @@ def test_an_adapter_changes_what_is_generated_in_a_batch_that_is_not_padded(
 @pytest.mark.parametrize(
     "options", [{}, {"n": 2, "temperature": 0.9}, {"num_beams": 3, "n": 2}], ids=str
 )
-def test_results_are_reported_in_their_order_where_batches_are_of_one_length(
+def test_results_keep_their_order_where_batches_have_a_single_length(
     bundles: Bundles, options: dict[str, Any]
 ) -> None:
     generator = TextGenerator(AdapterSession(bundles("gpt2 without positions")))
@@ -177,7 +179,7 @@ def test_results_are_reported_in_their_order_where_batches_are_of_one_length(
         assert [one.token_ids for one in results] == [one.token_ids for one in alone]
 
 
-def test_samples_and_beams_are_the_same_with_a_cache_and_without(bundles: Bundles) -> None:
+def test_samples_and_beams_are_the_same_with_and_without_a_cache(bundles: Bundles) -> None:
     cached, without = (
         TextGenerator(AdapterSession(bundles(kind)))
         for kind in ("gpt2 with positions", "gpt2 without a cache")
@@ -200,7 +202,7 @@ def test_samples_and_beams_are_the_same_with_a_cache_and_without(bundles: Bundle
 def encoders(
     tiny_bert: Path, make_adapter: MakeAdapter, tmp_path_factory: pytest.TempPathFactory
 ) -> Bundles:
-    """An encoder with its mask, without one, and with integers of 32 bits and another output."""
+    """A function: kind → an encoder with a mask, without one, or with int32 and another output."""
     place = tmp_path_factory.mktemp("encoders")
     others.export_with_torch(tiny_bert, place / "masked", dynamo=False)
     others.without_mask(place / "masked" / "model.onnx", place / "unmasked")
@@ -226,7 +228,9 @@ TEXTS = ["Shares rose", "The striker scored twice in the second half of the matc
 @pytest.mark.parametrize(
     ("kind", "padding"), [("masked", "right"), ("unmasked", "none"), ("int32", "right")]
 )
-def test_a_text_is_embedded_as_it_is_alone(kind: str, padding: str, encoders: Bundles) -> None:
+def test_the_vector_of_a_text_is_the_same_as_alone(
+    kind: str, padding: str, encoders: Bundles
+) -> None:
     assert read_manifest(encoders(kind)).padding == padding
     embedder = TextEmbedder(AdapterSession(encoders(kind)))
     names = ["own", None, "own", None]
@@ -241,7 +245,7 @@ def test_outputs_and_integers_of_another_exporter_give_the_same_vectors(encoders
     np.testing.assert_allclose(one(TEXTS, "own"), other(TEXTS, "own"), atol=tolerance("rows"))
 
 
-def test_whole_numbers_are_cast_where_they_fit_and_refused_where_not(encoders: Bundles) -> None:
+def test_integers_are_cast_if_they_fit_and_refused_otherwise(encoders: Bundles) -> None:
     session = AdapterSession(encoders("int32"))
     ids = np.array([[5, 6, 7]])
     wide, narrow = (
@@ -253,7 +257,7 @@ def test_whole_numbers_are_cast_where_they_fit_and_refused_where_not(encoders: B
         session.run(None, {"input_ids": ids + 2**40, "attention_mask": np.ones_like(ids)})
 
 
-def test_a_classifier_without_a_padding_token_answers_each_text_as_alone(
+def test_a_classifier_without_a_padding_token_scores_each_text_as_alone(
     tiny_gpt2: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     task = "sequence-classification"
@@ -268,7 +272,7 @@ def test_a_classifier_without_a_padding_token_answers_each_text_as_alone(
     )
 
 
-def test_an_engine_bounds_the_logits_of_a_graph_without_a_cache(bundles: Bundles) -> None:
+def test_an_engine_limits_the_logits_of_a_graph_without_a_cache(bundles: Bundles) -> None:
     session = AdapterSession(bundles("gpt2 without a cache"))
     each = position_bytes(session)
     assert each == 4 * (session.limits.vocabulary or 0) > 0

@@ -1,4 +1,4 @@
-"""What a session can ask of a certificate: that it covers all, how much was run, who signed it."""
+"""Requirements of a session for a certificate: full coverage, minimum checks, and a signature."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ def test_every_file_of_the_export_is_covered(bundle: Path) -> None:
     ],
     ids=["tokenizer", "template", "added", "config gone", "native form", "an adapter's template"],
 )
-def test_what_changes_an_answer_is_refused(bundle: Path, change: Callable[[Path], object]) -> None:
+def test_changes_of_files_that_affect_results_are_refused(
+    bundle: Path, change: Callable[[Path], object]
+) -> None:
     change(bundle)
     with pytest.raises(BundleError, match="since it was checked|not among the files"):
         AdapterSession(bundle, require_certificate=True)
@@ -72,7 +74,7 @@ COVERAGE = Coverage(frozenset({"decode"}), (ON_CPU,), frozenset(), 2, 9, 3)
         ("precision=int8", "precision is fp32"),
     ],
 )
-def test_a_narrower_check_is_told(asked: str, message: str) -> None:
+def test_a_check_below_the_minimum_is_reported(asked: str, message: str) -> None:
     reported = CertificateMinimum.parse(asked).lacking(COVERAGE, "fp32")
     assert reported is not None
     assert message.replace("'?", "") in reported
@@ -92,7 +94,7 @@ def test_a_narrower_check_is_told(asked: str, message: str) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else value.provider,
 )
-def test_a_provider_is_known_by_each_of_its_names_on_whatever_device(
+def test_a_provider_matches_by_each_of_its_names_and_on_any_device(
     checked: ProviderFacts, asked: str
 ) -> None:
     minimum = CertificateMinimum(providers=(asked,))
@@ -119,7 +121,7 @@ ON_GPU = ProviderFacts("webgpu", (WEBGPU, CPU), "0.4.0", GPU)
     ],
     ids=str,
 )
-def test_a_check_covers_a_session_on_the_same_providers_kind_of_device_and_options(
+def test_a_check_covers_sessions_with_the_same_provider_device_kind_and_options(
     change: dict[str, Any], difference: str | None
 ) -> None:
     assert ON_GPU.difference(dataclasses.replace(ON_GPU, **change)) == difference
@@ -182,13 +184,13 @@ FP32: dict[str, str] = {"use_tf32": "0"}
             ProviderFacts("cuda", (CUDA,), options=FP32),
             [("cuda", TF32), ("cuda", FP32)],
         ),
-        # Options that change no numbers.
+        # Options that do not affect results.
         (ProviderFacts("webgpu:1 a=b c", (WEBGPU,)), ON_CPU, ["webgpu:1", "cpu"]),
     ],
     ids=["names", "defaults", "checked", "running", "both", "others"],
 )
 @pytest.mark.parametrize("captured", [False, True], ids=["", "captured"])
-def test_the_command_that_a_refusal_names_can_be_run(
+def test_the_command_suggested_by_a_refusal_works(
     checked: ProviderFacts,
     running: ProviderFacts,
     providers: list[Any],
@@ -217,15 +219,15 @@ def test_the_command_that_a_refusal_names_can_be_run(
         inspect.signature(ld.parity).bind(str(bundle), **given)
 
 
-def test_a_minimum_that_names_providers_takes_the_place_of_the_sessions(bundle: Path) -> None:
+def test_providers_in_the_minimum_replace_those_of_the_session(bundle: Path) -> None:
     edit_providers(bundle, on_webgpu)
     AdapterSession(bundle, require_certificate=CertificateMinimum(providers=("webgpu",)))
     with pytest.raises(BundleError, match="not checked on 'cuda'"):
         AdapterSession(bundle, require_certificate=CertificateMinimum(providers=("cuda",)))
 
 
-def test_what_was_checked_on_another_provider_alone_does_not_count(bundle: Path) -> None:
-    """The adapter was run on the GPU and the base alone on the CPU, which the session runs on."""
+def test_checks_on_another_provider_do_not_count(bundle: Path) -> None:
+    """The session runs on the CPU, where only the base was checked; the adapter ran on the GPU."""
     file = bundle / "parity.json"
     values = json.loads(file.read_text())
     (facts,) = values["environment"]["providers"]
@@ -240,18 +242,18 @@ def test_what_was_checked_on_another_provider_alone_does_not_count(bundle: Path)
         AdapterSession(bundle, require_certificate=True)
 
 
-def test_a_check_that_is_as_wide_will_do() -> None:
+def test_a_check_that_equals_the_minimum_is_sufficient() -> None:
     least = CertificateMinimum.parse("prompts=2,phases=decode,providers=CPU,precision=fp32")
     assert least.lacking(COVERAGE, "fp32") is None
 
 
 @pytest.mark.parametrize("asked", ["prompts", "prompts=x", "color=red", ""])
-def test_a_minimum_that_means_nothing_is_refused(asked: str) -> None:
+def test_an_invalid_minimum_is_refused(asked: str) -> None:
     with pytest.raises(UsageError, match="minimum of a certificate|expected a number"):
         CertificateMinimum.parse(asked)
 
 
-def test_a_session_asks_for_the_minimum(bundle: Path) -> None:
+def test_a_session_enforces_the_minimum(bundle: Path) -> None:
     AdapterSession(bundle, require_certificate=CertificateMinimum(phases=("decode",), prompts=1))
     with pytest.raises(BundleError, match="9999 are required"):
         AdapterSession(bundle, require_certificate=CertificateMinimum(prompts=9999))

@@ -1,4 +1,4 @@
-"""`loradeploy run`: results on standard output, a user's mistake in one line."""
+"""`loradeploy run`: results on standard output, user errors in one line."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_settings_of_a_generation_reach_it_and_their_results_are_printed(
         assert texts == "".join(one.text + "\n" for one in own)
 
 
-def test_each_answer_is_printed_with_its_prompt_where_batches_are_of_one_length(
+def test_each_result_is_printed_with_its_prompt_where_batches_have_a_single_length(
     tiny_llama_bundle: Path, llama_session: AdapterSession, tmp_path: Path
 ) -> None:
     bundle = tmp_path / "bundle"
@@ -128,7 +128,7 @@ def test_each_answer_is_printed_with_its_prompt_where_batches_are_of_one_length(
     ]
 
 
-def test_a_line_may_have_settings_of_its_own(
+def test_a_line_can_have_its_own_settings(
     tiny_llama_bundle: Path, llama_session: AdapterSession, tmp_path: Path
 ) -> None:
     own: list[dict[str, Any]] = [
@@ -160,7 +160,7 @@ def test_texts_are_scored(
     assert "--score generates nothing, and takes no --temperature" in str(refused)
 
 
-def test_lines_of_a_file_may_each_name_their_adapter(
+def test_each_line_of_a_file_can_name_its_adapter(
     tiny_llama_bundle: Path,
     llama_adapters: dict[str, Path],
     llama_session: AdapterSession,
@@ -183,7 +183,7 @@ def test_lines_of_a_file_may_each_name_their_adapter(
     assert [p["prompt"] for p in printed] == ["One", "Two", messages]
 
 
-def test_a_text_file_gives_a_line_a_prompt(
+def test_a_text_file_has_one_prompt_per_line(
     tiny_llama_bundle: Path, llama_session: AdapterSession, tmp_path: Path
 ) -> None:
     prompts = [f"Story {number}" for number in range(11)]
@@ -219,7 +219,7 @@ def test_an_embedding_model_prints_vectors(tiny_bert: Path, tmp_path: Path) -> N
     assert len(json.loads(run(tmp_path / "bundle", "Hello").stdout)) == 48
 
 
-def test_two_adapters_of_one_name_are_kept_apart(
+def test_two_adapters_with_the_same_name_are_distinguished(
     tiny_llama_bundle: Path, llama_adapters: dict[str, Path], tmp_path: Path
 ) -> None:
     for parent, name in (("c", "small"), ("d", "large")):
@@ -237,7 +237,7 @@ def test_two_adapters_of_one_name_are_kept_apart(
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_a_relative_path_and_another_one_that_ends_like_it_are_kept_apart(
+def test_a_relative_path_and_another_path_that_ends_with_it_are_distinguished(
     tiny_llama_bundle: Path,
     llama_adapters: dict[str, Path],
     tmp_path: Path,
@@ -256,7 +256,7 @@ def test_a_relative_path_and_another_one_that_ends_like_it_are_kept_apart(
 
 
 @pytest.mark.parametrize("name", ["prompts.txt", "prompts.jsonl", "-"])
-def test_a_byte_order_mark_is_no_part_of_a_prompt(
+def test_a_byte_order_mark_is_not_part_of_a_prompt(
     tiny_llama_bundle: Path, tmp_path: Path, name: str
 ) -> None:
     content = "\ufeff" + ('{"prompt": "The bank"}\n' if name.endswith("l") else "The bank\n")
@@ -332,7 +332,7 @@ def test_a_broken_line_is_named(
     assert message in str(result.exception)
 
 
-def test_fields_that_choose_no_adapter_are_passed_over(
+def test_empty_adapter_fields_are_ignored(
     tiny_llama_bundle: Path, llama_session: AdapterSession, tmp_path: Path
 ) -> None:
     (expected,) = TextGenerator(llama_session).generate(["The bank"])
@@ -345,7 +345,7 @@ def test_fields_that_choose_no_adapter_are_passed_over(
     assert [json.loads(line)["text"] for line in result.stdout.splitlines()] == [expected.text] * 2
 
 
-def test_a_classifier_refuses_what_is_for_generation(
+def test_a_classifier_refuses_options_of_text_generation(
     tiny_bert_bundle: Path, tmp_path: Path
 ) -> None:
     result = run(tiny_bert_bundle, "x", "--chat", "--max-new-tokens", 3)

@@ -1,4 +1,4 @@
-"""What a session promises about names, adapters, feeds and bundles, and how it refuses."""
+"""AdapterSession: names, adapters, inputs and bundles, and their error messages."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ IDS = random_ids(2, 6)
 # -- names -------------------------------------------------------------------------------------
 
 
-def test_load_returns_the_digest_that_adapters_lists(
+def test_load_returns_the_digest_listed_by_adapters(
     tiny_llama_bundle: Path, llama_adapters: dict[str, Path]
 ) -> None:
     session = AdapterSession(tiny_llama_bundle)
@@ -43,7 +43,7 @@ def test_load_returns_the_digest_that_adapters_lists(
     assert digest == load_adapter(llama_adapters["small"]).digest
 
 
-def test_a_name_never_loaded_is_refused_with_the_loaded_ones(
+def test_an_unknown_name_is_refused_with_the_list_of_loaded_ones(
     llama_session: AdapterSession,
 ) -> None:
     with pytest.raises(UnknownAdapterError, match="'ghost'.*large, partial, small"):
@@ -59,7 +59,7 @@ def test_an_unloaded_name_is_unknown(llama_session: AdapterSession) -> None:
         llama_session.unload("small")
 
 
-def test_the_same_adapter_again_changes_nothing(
+def test_loading_the_same_adapter_again_changes_nothing(
     llama_session: AdapterSession, llama_adapters: dict[str, Path]
 ) -> None:
     before = llama_session.adapters
@@ -67,7 +67,7 @@ def test_the_same_adapter_again_changes_nothing(
     assert llama_session.adapters == before
 
 
-def test_another_adapter_takes_a_name_only_when_asked_to(
+def test_another_adapter_replaces_a_name_only_on_request(
     llama_session: AdapterSession, llama_adapters: dict[str, Path]
 ) -> None:
     old, large = logits(llama_session, IDS, "small"), logits(llama_session, IDS, "large")
@@ -79,11 +79,11 @@ def test_another_adapter_takes_a_name_only_when_asked_to(
 
 
 @pytest.mark.parametrize("way", ["replace", "unload and load"])
-def test_a_reloaded_name_never_serves_stale_factors(
+def test_a_reloaded_name_never_uses_old_factors(
     llama_session: AdapterSession, llama_adapters: dict[str, Path], way: str
 ) -> None:
     rows = ["small", None]
-    logits(llama_session, IDS, rows)  # the stack holds the old factors now
+    logits(llama_session, IDS, rows)  # the stack has the old factors now
     expected = logits(llama_session, IDS, ["large", None])
     if way == "replace":
         llama_session.load("small", llama_adapters["large"], replace=True)
@@ -93,7 +93,7 @@ def test_a_reloaded_name_never_serves_stale_factors(
     np.testing.assert_allclose(logits(llama_session, IDS, rows), expected, atol=1e-6)
 
 
-def test_a_run_that_has_begun_ends_with_the_replaced_adapter(
+def test_a_run_in_progress_ends_with_the_replaced_adapter(
     llama_session: AdapterSession, llama_adapters: dict[str, Path]
 ) -> None:
     batch = feeds(llama_session.manifest, IDS)
@@ -107,28 +107,28 @@ def test_a_run_that_has_begun_ends_with_the_replaced_adapter(
 
 
 @pytest.mark.parametrize("name", ["small", "large"])
-def test_an_unload_from_within_a_run_is_refused_instead_of_waiting_for_ever(
+def test_an_unload_within_a_run_is_refused_instead_of_deadlocking(
     llama_session: AdapterSession, name: str
 ) -> None:
-    """Of another adapter too: two such threads would wait for each other."""
+    """Unloading another adapter too: two such threads would wait for each other."""
     with llama_session.hold("small"), pytest.raises(UsageError, match="in the middle of a run"):
         llama_session.unload(name)
     llama_session.unload(name)
 
 
-# -- adapters that came with the bundle --------------------------------------------------------
+# -- adapters of the bundle --------------------------------------------------------------------
 
 
 @pytest.fixture
 def full_bundle(tiny_llama: Path, llama_adapters: dict[str, Path], tmp_path: Path) -> Path:
-    """A bundle that holds the adapter `small`, as PEFT and as .onnx_adapter."""
+    """A bundle with the adapter `small`, as a PEFT directory and as .onnx_adapter."""
     from loradeploy.export.api import export
 
     export(tiny_llama, tmp_path / "bundle", adapters={"small": llama_adapters["small"]})
     return tmp_path / "bundle"
 
 
-def test_the_bundles_adapters_are_listed_and_load_when_used(
+def test_the_adapters_of_the_bundle_are_listed_and_loaded_at_first_use(
     full_bundle: Path, llama_session: AdapterSession
 ) -> None:
     session = AdapterSession(full_bundle)
@@ -137,7 +137,7 @@ def test_the_bundles_adapters_are_listed_and_load_when_used(
     np.testing.assert_array_equal(logits(session, IDS, ["small", None]), expected)
 
 
-def test_an_unloaded_adapter_of_the_bundle_comes_back_by_load(full_bundle: Path) -> None:
+def test_an_unloaded_adapter_of_the_bundle_can_be_loaded_again(full_bundle: Path) -> None:
     session = AdapterSession(full_bundle)
     before = session.adapters
     session.unload("small")
@@ -147,7 +147,7 @@ def test_an_unloaded_adapter_of_the_bundle_comes_back_by_load(full_bundle: Path)
     assert {"small": session.load("small")} == before == session.adapters
 
 
-def test_a_name_without_a_path_must_be_the_bundles(full_bundle: Path) -> None:
+def test_a_name_without_a_path_must_be_an_adapter_of_the_bundle(full_bundle: Path) -> None:
     with pytest.raises(UnknownAdapterError, match="has no adapter 'ghost', it has: small"):
         AdapterSession(full_bundle).load("ghost")
 
@@ -161,7 +161,7 @@ def test_an_adapter_that_changed_inside_the_bundle_is_refused(
         logits(session, IDS, "small")
 
 
-def test_a_manifest_cannot_send_the_session_elsewhere(full_bundle: Path) -> None:
+def test_adapter_paths_in_a_manifest_cannot_leave_the_bundle(full_bundle: Path) -> None:
     _edit(full_bundle, lambda m: m["adapters"]["small"].update(path="../../elsewhere"))
     with pytest.raises(BundleError, match="is outside"):
         logits(AdapterSession(full_bundle), IDS, "small")
@@ -170,7 +170,7 @@ def test_a_manifest_cannot_send_the_session_elsewhere(full_bundle: Path) -> None
 # -- formats and refusals of adapters ----------------------------------------------------------
 
 
-def test_every_format_of_an_adapter_gives_the_same_numbers(
+def test_every_format_of_an_adapter_gives_the_same_results(
     tiny_llama_bundle: Path, llama_adapters: dict[str, Path], tmp_path: Path
 ) -> None:
     native = tmp_path / "small.onnx_adapter"
@@ -183,11 +183,11 @@ def test_every_format_of_an_adapter_gives_the_same_numbers(
     expected = logits(session, IDS, "directory")
     for name in ("file", "native"):
         np.testing.assert_array_equal(logits(session, IDS, name), expected)
-    # It is the same adapter: under a name it already has, nothing changes.
+    # The same adapter under a name that already has it changes nothing.
     assert session.load("directory", native) == adapter.digest
 
 
-def test_the_bundles_own_native_file_is_the_bundles_adapter(full_bundle: Path) -> None:
+def test_the_native_file_of_the_bundle_is_its_adapter(full_bundle: Path) -> None:
     session = AdapterSession(full_bundle)
     before = session.adapters
     native = full_bundle / "adapters" / "small.onnx_adapter"
@@ -240,7 +240,7 @@ def _missing(make: MakeAdapter, model: Path, gpt2: Path, tmp: Path) -> Path:
         (_missing, AdapterError, "does not exist"),
     ],
 )
-def test_a_failed_load_says_why_and_leaves_the_session_as_it_was(
+def test_a_failed_load_reports_the_reason_and_does_not_change_the_session(
     llama_session: AdapterSession,
     make_adapter: MakeAdapter,
     tiny_llama: Path,
@@ -379,7 +379,7 @@ def _edit(bundle: Path, change: Callable[[dict[str, Any]], Any]) -> None:
         (lambda m: m.update(graph_digest="sha256:0"), "its digest has changed"),
     ],
 )
-def test_a_manifest_that_lies_about_the_graph_is_refused(
+def test_a_manifest_that_contradicts_the_graph_is_refused(
     a_copy: Path, change: Callable[[dict[str, Any]], Any], message: str
 ) -> None:
     _edit(a_copy, change)
@@ -402,20 +402,20 @@ def test_a_graph_that_onnxruntime_cannot_read_is_refused_in_one_line(a_copy: Pat
     assert "\n" not in str(refusal.value)
 
 
-def test_lost_weights_are_refused(a_copy: Path) -> None:
+def test_missing_weights_are_refused(a_copy: Path) -> None:
     (a_copy / "model.onnx.data").unlink()
     with pytest.raises(BundleError, match=r"has no model\.onnx\.data"):
         AdapterSession(a_copy)
 
 
-def test_lost_defaults_are_refused(tiny_bert_bundle: Path, tmp_path: Path) -> None:
+def test_missing_defaults_are_refused(tiny_bert_bundle: Path, tmp_path: Path) -> None:
     bundle = shutil.copytree(tiny_bert_bundle, tmp_path / "copy")
     (bundle / "defaults.safetensors").unlink()
     with pytest.raises(BundleError, match=r"defaults\.safetensors does not exist"):
         AdapterSession(bundle)
 
 
-def test_defaults_of_what_no_adapter_replaces_are_refused(
+def test_defaults_of_inputs_that_no_adapter_replaces_are_refused(
     tiny_bert_bundle: Path, tmp_path: Path
 ) -> None:
     bundle = shutil.copytree(tiny_bert_bundle, tmp_path / "copy")
@@ -427,7 +427,7 @@ def test_defaults_of_what_no_adapter_replaces_are_refused(
         AdapterSession(bundle)
 
 
-def test_a_merged_bundle_runs_and_takes_no_adapters(
+def test_a_merged_bundle_runs_and_refuses_adapters(
     tiny_llama: Path, llama_adapters: dict[str, Path], tmp_path: Path, llama_session: AdapterSession
 ) -> None:
     from loradeploy.export.api import export
@@ -445,7 +445,7 @@ def test_a_merged_bundle_runs_and_takes_no_adapters(
 # -- providers ---------------------------------------------------------------------------------
 
 
-def test_a_provider_that_is_not_installed_is_refused_with_those_that_are(
+def test_a_provider_that_is_not_installed_is_refused_with_a_list_of_installed_ones(
     tiny_llama_bundle: Path,
 ) -> None:
     with pytest.raises(
@@ -454,23 +454,23 @@ def test_a_provider_that_is_not_installed_is_refused_with_those_that_are(
         AdapterSession(tiny_llama_bundle, ["DmlExecutionProvider", "CPUExecutionProvider"])
 
 
-def test_a_session_tells_which_provider_runs_which_nodes(tiny_llama_bundle: Path) -> None:
+def test_a_session_reports_which_provider_runs_which_nodes(tiny_llama_bundle: Path) -> None:
     placement = AdapterSession(tiny_llama_bundle).placement
     assert list(placement) == ["CPUExecutionProvider"]
     assert placement["CPUExecutionProvider"]["MatMul"] > 10
 
 
-def test_providers_can_stand_in_the_session_options(tiny_llama_bundle: Path) -> None:
+def test_providers_can_be_given_in_the_session_options(tiny_llama_bundle: Path) -> None:
     options = onnxruntime.SessionOptions()
     options.add_provider_for_devices(onnxruntime.get_ep_devices()[:1], {})
-    # onnxruntime would warn, and heed `providers` alone, if any were given to it.
+    # With `providers` too, onnxruntime would warn and ignore those of the session options.
     session = AdapterSession(tiny_llama_bundle, session_options=options)
     assert session.providers == ("CPUExecutionProvider",)
     with pytest.raises(UsageError, match="both choose execution providers"):
         AdapterSession(tiny_llama_bundle, ["cpu"], session_options=options)
 
 
-def test_options_can_come_with_a_provider(tiny_llama_bundle: Path) -> None:
+def test_a_provider_can_have_options(tiny_llama_bundle: Path) -> None:
     session = AdapterSession(tiny_llama_bundle, [("CPUExecutionProvider", {})])
     assert session.providers == ("CPUExecutionProvider",)
 
@@ -482,7 +482,7 @@ def test_options_can_come_with_a_provider(tiny_llama_bundle: Path) -> None:
     ("name", "provider"),
     [("cuda", "CUDAExecutionProvider"), ("tensorrt", "TensorrtExecutionProvider")],
 )
-def test_a_provider_that_does_not_start_is_passed_over_only_for_the_cpu(
+def test_a_provider_that_does_not_start_is_replaced_only_by_the_cpu(
     name: str,
     provider: str,
     tiny_llama_bundle: Path,
@@ -497,7 +497,7 @@ def test_a_provider_that_does_not_start_is_passed_over_only_for_the_cpu(
     session = AdapterSession(tiny_llama_bundle, [name, "cpu"])
     assert session.providers == ("CPUExecutionProvider",)
     assert f"{provider} is installed but does not start here" in caplog.text
-    # It runs as if it had been opened on the CPU, whatever graph the other one would have got.
+    # It runs as if opened on the CPU, even where the other provider needs another graph.
     session.load("partial", llama_adapters["partial"])
     base = logits(llama_session, IDS)
     for adapters in (None, "partial", ["partial", None]):
@@ -517,7 +517,7 @@ def test_opening_a_bundle_prints_nothing(
 
 
 @pytest.mark.gpu
-def test_factors_and_caches_live_on_the_gpu(
+def test_factors_and_caches_are_in_gpu_memory(
     tiny_llama_bundle: Path, llama_adapters: dict[str, Path], llama_session: AdapterSession
 ) -> None:
     session = AdapterSession(tiny_llama_bundle, ["CUDAExecutionProvider", "CPUExecutionProvider"])

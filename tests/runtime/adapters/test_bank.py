@@ -1,4 +1,4 @@
-"""Many adapters in little memory: names, budgets, pinning, and blends of several."""
+"""The adapter bank: many adapters in little memory, names, budgets, pinning, and blends."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from tests.runtime.feeds import Ids, logits, random_ids
 from tests.tolerances import tolerance
 
 IDS = random_ids(3, 5)
-PATIENCE = 60.0  # seconds; what takes longer is a deadlock
+PATIENCE = 60.0  # seconds; longer means a deadlock
 COUNT = 12
 
 
 @pytest.fixture(scope="session")
 def tenants(tiny_llama: Path, make_adapter: MakeAdapter) -> dict[str, Path]:
-    """A dozen adapters, rank 2 to 8."""
+    """A dozen adapters of rank 2 to 8."""
     return {
         f"tenant{seed}": make_adapter(tiny_llama, seed=seed, r=2 * (1 + seed % 4), alpha=8)
         for seed in range(COUNT)
@@ -35,7 +35,7 @@ def tenants(tiny_llama: Path, make_adapter: MakeAdapter) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def alone(tiny_llama_bundle: Path, tenants: dict[str, Path]) -> dict[str | None, np.ndarray]:
-    """What each adapter answers in a session that has room for all."""
+    """The logits of each adapter, from a session with room for all."""
     session = AdapterSession(tiny_llama_bundle)
     answers: dict[str | None, np.ndarray] = {None: logits(session, IDS)}
     for name, path in tenants.items():
@@ -46,7 +46,7 @@ def alone(tiny_llama_bundle: Path, tenants: dict[str, Path]) -> dict[str | None,
 
 @pytest.fixture
 def small(tiny_llama_bundle: Path, tenants: dict[str, Path]) -> Callable[..., AdapterSession]:
-    """A session with all names registered, and room for about four of the largest."""
+    """A function: sessions with all names registered and room for about four of the largest."""
     room = AdapterSession(tiny_llama_bundle)
     room.load("largest", tenants["tenant3"])
     budget = 4 * room.statistics.host_bytes
@@ -61,18 +61,18 @@ def small(tiny_llama_bundle: Path, tenants: dict[str, Path]) -> Callable[..., Ad
 
 
 def exported(model: Path, shared: Path, layout: str) -> Path:
-    """A bundle of the layout, made once."""
+    """A bundle with the given layout, exported once."""
     return once(shared / f"bank-{layout}", lambda out: export(model, out, layout=layout))
 
 
 def worst(session: AdapterSession, ids: Ids, rows: list[str | None], expected: dict) -> float:
-    """The largest difference of a mixed batch from what each row answers alone."""
+    """Return the largest difference between a mixed batch and each of its rows alone."""
     got = logits(session, ids, rows)
     return max(float(np.abs(got[i] - expected[name][i]).max()) for i, name in enumerate(rows))
 
 
 @pytest.mark.parametrize("layout", ["slots", "rows"])
-def test_a_batch_that_needs_more_than_the_budget_gives_it_back_when_it_has_ended(
+def test_a_batch_that_needs_more_than_the_budget_releases_it_afterwards(
     layout: str,
     tiny_llama: Path,
     shared: Path,
@@ -91,13 +91,13 @@ def test_a_batch_that_needs_more_than_the_budget_gives_it_back_when_it_has_ended
 # -- names -------------------------------------------------------------------------------------
 
 
-def test_a_registered_adapter_is_read_when_it_is_first_used(
+def test_a_registered_adapter_is_read_at_its_first_use(
     small: Callable[..., AdapterSession], alone: dict[str | None, np.ndarray]
 ) -> None:
     session = small()
     assert session.statistics.registered == COUNT
     assert session.statistics.host_bytes == 0
-    assert session.adapters["tenant1"] is None  # its digest is not known yet
+    assert session.adapters["tenant1"] is None  # its digest is still unknown
     assert np.array_equal(logits(session, IDS, "tenant1"), alone["tenant1"])
     assert session.adapters["tenant1"].startswith("sha256:")
     assert (session.statistics.hits, session.statistics.misses) == (0, 1)
@@ -118,7 +118,7 @@ def test_a_registered_name_is_taken_until_it_is_replaced(
     assert np.array_equal(logits(session, IDS, "tenant1"), alone["tenant2"])
 
 
-def test_nothing_at_a_path_is_refused_at_once_and_a_bad_adapter_by_the_run(
+def test_a_missing_path_is_refused_immediately_and_a_bad_adapter_by_the_run(
     tiny_llama_bundle: Path, tmp_path: Path
 ) -> None:
     session = AdapterSession(tiny_llama_bundle)
@@ -128,7 +128,7 @@ def test_nothing_at_a_path_is_refused_at_once_and_a_bad_adapter_by_the_run(
     session.register("empty", tmp_path / "empty")
     with pytest.raises(AdapterError, match="adapter_config"):
         logits(session, IDS, "empty")
-    logits(session, IDS)  # the session goes on
+    logits(session, IDS)  # the session still works
 
 
 def test_two_names_of_one_adapter_share_its_memory(
@@ -148,7 +148,7 @@ def test_two_names_of_one_adapter_share_its_memory(
 # -- budgets -----------------------------------------------------------------------------------
 
 
-def test_adapters_that_were_not_used_the_longest_make_room(
+def test_the_least_recently_used_adapters_are_evicted(
     small: Callable[..., AdapterSession], alone: dict[str | None, np.ndarray]
 ) -> None:
     session = small()
@@ -158,13 +158,13 @@ def test_adapters_that_were_not_used_the_longest_make_room(
             assert session.statistics.host_bytes <= session._bank._host_budget
     assert session.statistics.evictions > COUNT
     kept = session.statistics
-    logits(session, IDS, f"tenant{COUNT - 1}")  # the last one is there still
+    logits(session, IDS, f"tenant{COUNT - 1}")  # the last one is still in memory
     assert session.statistics.misses == kept.misses
     logits(session, IDS, "tenant0")  # the first one is not
     assert session.statistics.misses == kept.misses + 1
 
 
-def test_a_pinned_adapter_stays(
+def test_a_pinned_adapter_is_not_evicted(
     small: Callable[..., AdapterSession], alone: dict[str | None, np.ndarray]
 ) -> None:
     session = small()
@@ -184,11 +184,11 @@ def test_a_pinned_adapter_stays(
         session.pin("nobody")
 
 
-def test_an_adapter_in_use_stays(
+def test_an_adapter_in_use_is_not_evicted(
     small: Callable[..., AdapterSession], alone: dict[str | None, np.ndarray]
 ) -> None:
     session = small()
-    with session.hold(list(alone)) as held:  # more than the budget at one time
+    with session.hold(list(alone)) as held:  # together more than the budget
         assert session.statistics.resident == COUNT
         assert (held.head(0), held.head(1)) == (None, Head())
     assert session.statistics.host_bytes <= session._bank._host_budget
@@ -207,7 +207,7 @@ def test_an_adapter_larger_than_the_budget_is_refused(
 
 
 @pytest.mark.parametrize("layout", ["slots", "rows"])
-def test_mixed_batches_of_many_adapters_stay_in_the_budget(
+def test_mixed_batches_of_many_adapters_stay_within_the_budget(
     layout: str,
     small: Callable[..., AdapterSession],
     tiny_llama: Path,
@@ -224,7 +224,7 @@ def test_mixed_batches_of_many_adapters_stay_in_the_budget(
     assert session.statistics.evictions > 0
 
 
-def test_a_stack_grows_and_then_changes_hands(
+def test_a_stack_grows_and_is_then_reused(
     small: Callable[..., AdapterSession], alone: dict[str | None, np.ndarray]
 ) -> None:
     session = small()
@@ -272,7 +272,7 @@ def test_sixty_four_adapters_of_every_rank_share_a_batch(
 # -- content -----------------------------------------------------------------------------------
 
 
-def test_an_adapter_that_changed_on_disk_is_not_taken_for_what_it_was(
+def test_an_adapter_that_changed_on_disk_is_not_taken_for_the_old_one(
     small: Callable[..., AdapterSession],
     tenants: dict[str, Path],
     alone: dict[str | None, np.ndarray],
@@ -282,7 +282,7 @@ def test_an_adapter_that_changed_on_disk_is_not_taken_for_what_it_was(
     place = Path(shutil.copytree(tenants["tenant1"], tmp_path / "mine"))
     session.load("mine", place)
     shutil.copytree(tenants["tenant2"], place, dirs_exist_ok=True)
-    assert np.array_equal(logits(session, IDS, "mine"), alone["tenant1"])  # in memory still
+    assert np.array_equal(logits(session, IDS, "mine"), alone["tenant1"])  # still in memory
     for name in tenants:
         logits(session, IDS, name)
     with pytest.raises(AdapterError, match="'mine' has changed on disk.*replace=True"):
@@ -308,7 +308,7 @@ def test_a_scale_multiplies_an_adapters_update(
 
 
 @pytest.mark.parametrize("layout", ["slots", "rows"])
-def test_a_blend_is_the_weighted_sum_that_peft_makes(
+def test_a_blend_is_the_weighted_sum_of_peft(
     layout: str, tiny_llama: Path, shared: Path, make_adapter: MakeAdapter
 ) -> None:
     import peft
@@ -338,7 +338,7 @@ def test_a_blend_is_the_weighted_sum_that_peft_makes(
         assert np.abs(mixed[row] - expected[row]).max() <= tolerance("rows")
 
 
-def test_a_blend_goes_with_its_members(
+def test_a_blend_is_evicted_with_its_members(
     tiny_llama_bundle: Path, tenants: dict[str, Path], alone: dict[str | None, np.ndarray]
 ) -> None:
     session = AdapterSession(tiny_llama_bundle)
@@ -355,9 +355,7 @@ def test_a_blend_goes_with_its_members(
     assert session.statistics.resident == 1
 
 
-def test_of_ever_new_blends_memory_has_a_few(
-    tiny_llama_bundle: Path, tenants: dict[str, Path]
-) -> None:
+def test_memory_keeps_only_a_few_blends(tiny_llama_bundle: Path, tenants: dict[str, Path]) -> None:
     session = AdapterSession(tiny_llama_bundle)  # without a budget
     for name in ("tenant1", "tenant2"):
         session.load(name, tenants[name])
@@ -368,14 +366,14 @@ def test_of_ever_new_blends_memory_has_a_few(
     first = blended(0)
     with session.hold({"tenant1": 3.0, "tenant2": 0.5}):
         kept = [session.statistics.resident for number in range(1, 13) if blended(number).size]
-        assert max(kept) <= 2 + 1 + 8  # the members, the blend in use, a few others
+        assert max(kept) <= 2 + 1 + 8  # the members, the blend in use, some others
         assert kept[0] == 5
     assert session.statistics.resident <= 2 + 8
     misses = session.statistics.misses
-    assert np.array_equal(blended(0), first)  # made again, of members that stayed
+    assert np.array_equal(blended(0), first)  # computed again from members in memory
     assert session.statistics.misses == misses
     many = [{"tenant1": number / 7, "tenant2": 0.5} for number in range(1, 13)]
-    rows = logits(session, random_ids(len(many), 5), many)  # all of them are in use at once
+    rows = logits(session, random_ids(len(many), 5), many)  # all in use at the same time
     assert len({row.tobytes() for row in rows}) == len(many)
     assert session.statistics.resident <= 2 + 8
 
@@ -389,14 +387,16 @@ def test_of_ever_new_blends_memory_has_a_few(
         ({"tenant1": "0.5"}, "give a finite number"),
     ],
 )
-def test_a_blend_that_is_none_is_refused(
+def test_an_invalid_blend_is_refused(
     spec: dict[str, float], message: str, small: Callable[..., AdapterSession]
 ) -> None:
     with pytest.raises(UsageError, match=message):
         logits(small(), IDS, spec)
 
 
-def test_heads_have_no_scale(tiny_bert: Path, make_adapter: MakeAdapter, tmp_path: Path) -> None:
+def test_a_scale_is_refused_for_adapters_with_heads(
+    tiny_bert: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
     task = "sequence-classification"
     adapter = make_adapter(tiny_bert, seed=1, task=task, modules_to_save=["classifier"])
     export(tiny_bert, tmp_path / "bundle", adapters={"mine": adapter}, task=task)

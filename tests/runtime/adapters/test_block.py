@@ -1,4 +1,4 @@
-"""Arrays in one block keep their numbers, their order and their alignment."""
+"""Copies of arrays in one memory block keep their values, order and alignment."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SHAPES = {"a.lora_A": (1, 5, 3), "a.lora_B": (1, 3, 7), "nothing": (1, 5, 0), "s
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_the_same_numbers_one_behind_the_other(dtype: str) -> None:
+def test_arrays_are_contiguous_with_equal_values(dtype: str) -> None:
     rng = np.random.default_rng(0)
     arrays = {name: rng.standard_normal(shape).astype(dtype) for name, shape in SHAPES.items()}
     block = in_one_block(arrays)
@@ -26,7 +26,7 @@ def test_the_same_numbers_one_behind_the_other(dtype: str) -> None:
         np.testing.assert_array_equal(values, arrays[name])
     assert places == sorted(places)
     assert all(place % 64 == 0 for place in places)
-    # A cache line at most is lost behind each.
+    # At most one cache line of padding after each array.
     assert places[-1] - places[0] <= sum(v.nbytes for v in arrays.values()) + 64 * len(arrays)
 
 
@@ -38,5 +38,5 @@ def test_no_two_arrays_of_a_block_overlap() -> None:
         assert (values == number).all()
 
 
-def test_a_block_of_nothing_is_nothing() -> None:
+def test_a_block_of_no_arrays_is_empty() -> None:
     assert in_one_block({}) == {}

@@ -1,4 +1,4 @@
-"""The factors of a batch's rows, for a graph that takes a slot for each row."""
+"""Stacks of the factors of a batch, for graphs that take one slot per row."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def session(in_place: Path, llama_adapters: dict[str, Path]) -> Iterator[Adapter
 
 @pytest.fixture
 def written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The slots that factors are written into, from now on."""
+    """A list to which every slot that is written is appended."""
     slots: list[int] = []
     write = Filler.write
 
@@ -51,14 +51,14 @@ def worst(found: Any, expected: list[Any]) -> float:
     return max(float(np.abs(a - b).max()) for a, b in zip(found, expected, strict=True))
 
 
-def test_a_batch_that_changes_by_a_row_has_one_row_written(
+def test_only_the_changed_row_of_a_batch_is_written(
     session: AdapterSession, written: list[int]
 ) -> None:
     rows: list[str | None] = ["large", "small", None]
     logits(session, IDS[:3], rows)
     for change, slots in (
         (["large", "partial", None], [1]),
-        (["large", "partial", None, "small"], None),  # a larger stack, once
+        (["large", "partial", None, "small"], None),  # one larger stack
         (["large", "partial", "large", "small"], [2]),
         (["large", "partial"], []),
         ([None, "partial", "large", "small"], [0]),
@@ -70,7 +70,7 @@ def test_a_batch_that_changes_by_a_row_has_one_row_written(
         assert slots is None or written == slots, change
 
 
-def test_rows_in_use_stay_as_they_are_while_others_are_run(session: AdapterSession) -> None:
+def test_rows_in_use_are_not_changed_while_others_run(session: AdapterSession) -> None:
     rows: list[str | None] = ["large", "small", None, "partial"]
     other: list[str | None] = ["small", "large", "large", None]
     batch = feeds(session.manifest, IDS)
@@ -88,7 +88,7 @@ def test_rows_in_use_stay_as_they_are_while_others_are_run(session: AdapterSessi
     assert all(not stack.readers for stack in session._bank._leases._rows._stacks)
 
 
-def test_a_stack_of_large_ranks_is_left_when_they_have_gone(session: AdapterSession) -> None:
+def test_a_stack_of_large_ranks_is_released_once_they_are_unused(session: AdapterSession) -> None:
     logits(session, IDS, ["large", "small", "large", None])
     large = session.statistics.device_bytes
     for _ in range(3):
@@ -99,7 +99,7 @@ def test_a_stack_of_large_ranks_is_left_when_they_have_gone(session: AdapterSess
 
 
 class Device:
-    """A device's memory: copies, which are there as long as what binds them."""
+    """Simulated device memory: copies that exist as long as their binding."""
 
     def __init__(self) -> None:
         self.copies: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
@@ -119,10 +119,10 @@ class Device:
         return sum(values.nbytes for values in self.copies.values())
 
 
-def test_on_a_device_every_copy_is_counted_and_none_stays_on_the_host(
+def test_every_copy_on_a_device_is_counted_and_none_stays_on_the_host(
     session: AdapterSession,
 ) -> None:
-    logits(session, IDS[:3], ["small", "large", "partial"])  # which brings them into memory
+    logits(session, IDS[:3], ["small", "large", "partial"])  # loads them into memory
     residents = list(session._bank._residents.values())
     device, filler = Device(), Filler(session.manifest, {})
     rows = [residents[i % len(residents)] for i in range(16)]
@@ -133,7 +133,7 @@ def test_on_a_device_every_copy_is_counted_and_none_stays_on_the_host(
     budget = int(1.5 * whole)
     stacks = RowStacks(filler, device.bind, on_host=False, least_rank=1, budget=budget)
     last: RowStack | None = None
-    for count in range(16, 2, -1):  # texts of a batch end one after the other
+    for count in range(16, 2, -1):  # the texts of a batch end one by one
         stack, bound = stacks.take(rows[:count], last)
         assert {len(values) for values in bound.values.values()} == {count}  # type: ignore[arg-type]
         if last is not None:

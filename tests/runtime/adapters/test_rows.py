@@ -1,4 +1,4 @@
-"""The numbers: each way to run adapters computes what PyTorch with PEFT computes."""
+"""Each way to run adapters computes the same as PyTorch with PEFT."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_a_left_padded_row_equals_its_solo_run(llama_session: AdapterSession) ->
     assert np.abs(padded[0, 5:] - alone[0]).max() <= tolerance("rows")
 
 
-def test_values_on_the_device_give_what_arrays_give(llama_session: AdapterSession) -> None:
+def test_ort_values_give_the_same_results_as_arrays(llama_session: AdapterSession) -> None:
     batch = feeds(llama_session.manifest, random_ids(2, 5))
     arrays = llama_session.run(None, batch, ["small", None])
     values = llama_session.run_with_ort_values(None, batch, ["small", None])
@@ -125,7 +125,7 @@ def test_values_on_the_device_give_what_arrays_give(llama_session: AdapterSessio
         np.testing.assert_array_equal(array, value.numpy())
 
 
-def test_results_stay_as_they_are_when_the_session_runs_on(llama_session: AdapterSession) -> None:
+def test_results_are_not_changed_by_later_runs(llama_session: AdapterSession) -> None:
     ids = random_ids(1, 5)
     first = logits(llama_session, ids, "small")
     kept = first.copy()

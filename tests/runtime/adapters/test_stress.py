@@ -1,4 +1,4 @@
-"""Eight threads, budgets far below what the adapters take: every row is its adapter's."""
+"""Stress: with eight threads and budgets far below the need, every row has its own adapter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tools.stress import LAYOUTS, Stress, write_adapters
 
 @pytest.fixture(scope="module")
 def seconds(request: pytest.FixtureRequest) -> float:
-    """How long each of the three layouts is under stress: longer with --all."""
+    """The duration of the stress for each of the three layouts: longer with --all."""
     return 20.0 if request.config.getoption("--all") else 2.5
 
 
@@ -31,16 +31,18 @@ def stress(
 
 
 @pytest.mark.parametrize("stress", LAYOUTS, indirect=True)
-def test_every_row_is_its_adapters_under_constant_eviction(stress: Stress, seconds: float) -> None:
-    assert stress.apart() > 1000 * stress.tolerance  # a row of another adapter would be seen
+def test_every_row_has_its_adapter_under_constant_eviction(stress: Stress, seconds: float) -> None:
+    assert stress.apart() > 1000 * stress.tolerance  # a row with another adapter would be detected
     counts = stress.run(seconds, threads=8)
     assert counts.raised == [] and counts.wrong == [], counts
     assert counts.rows > 0 and counts.evictions > 0, counts
 
 
 @pytest.mark.parametrize("stress", ["rows"], indirect=True)
-def test_a_wrong_row_and_an_error_are_seen(stress: Stress, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The control: one adapter's expected row is another's; names that are unloaded."""
+def test_a_wrong_row_and_an_error_are_detected(
+    stress: Stress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control: exchanged expected rows of two adapters, and unloaded names."""
     stress.expected[1], stress.expected[2] = stress.expected[2], stress.expected[1]
     inputs = [0, 1]
     rows = [stress.specs[1], None]

@@ -1,4 +1,4 @@
-"""Loading, unloading and running from several threads at once."""
+"""Loading, unloading and running from several threads concurrently."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.runtime.feeds import feeds, logits, random_ids
 from tests.tolerances import tolerance
 
 IDS = random_ids(3, 5)
-PATIENCE = 60.0  # seconds; what takes longer is a deadlock
+PATIENCE = 60.0  # seconds; longer means a deadlock
 
 
 @pytest.fixture
@@ -49,10 +49,10 @@ def test_runs_that_share_a_session_do_not_mix_their_adapters(
     assert worst <= tolerance("rows"), f"rows differ by {worst}"
 
 
-def test_names_come_and_go_under_load_without_a_wrong_row(
+def test_names_are_loaded_and_unloaded_under_load_without_a_wrong_row(
     tiny_llama_bundle: Path, adapters: dict[str, Path]
 ) -> None:
-    """Names change hands while four threads run: a row has an adapter whole, or is refused."""
+    """Names are replaced while four threads run: a row has one complete adapter or is refused."""
     session = AdapterSession(tiny_llama_bundle)
     names, paths = ("x", "y"), list(adapters.values())
     possible = []
@@ -73,7 +73,7 @@ def test_names_come_and_go_under_load_without_a_wrong_row(
                 else:
                     session.unload(name)
             except UnknownAdapterError:
-                pass  # the other thread took it out first
+                pass  # the other thread unloaded it first
 
     def run(seed: int) -> None:
         choose = random.Random(seed)
@@ -128,10 +128,10 @@ def test_an_unload_waits_for_the_run_that_uses_the_adapter(
         thread = threading.Thread(target=unload, daemon=True)
         thread.start()
         assert not unloaded.wait(0.3), "the adapter was taken from a run"
-        with pytest.raises(UnknownAdapterError):  # while new runs find it no more
+        with pytest.raises(UnknownAdapterError):  # new runs do not find it any more
             logits(session, IDS, "a0")
         np.testing.assert_array_equal(held.run(["logits"], batch)[0], before)
-        logits(session, IDS, "a1")  # others go on
+        logits(session, IDS, "a1")  # others still work
     assert unloaded.wait(PATIENCE)
     thread.join(PATIENCE)
 
@@ -145,16 +145,16 @@ def test_held_adapters_are_refused_once_their_context_has_ended(
     rows = ["a0", None, "a0"]
     with session.hold(rows) as held:
         held.run(["logits"], feeds(session.manifest, IDS))
-    logits(session, IDS, ["a1", None, "a1"])  # where a0 was
+    logits(session, IDS, ["a1", None, "a1"])  # in the slots of a0
     for run in (held.run, held.run_with_ort_values):
         with pytest.raises(UsageError, match="a context that has ended"):
             run(["logits"], feeds(session.manifest, IDS))
 
 
-def test_a_slot_is_not_lost_to_a_thread_that_begins_to_use_its_adapter(
+def test_an_idle_slot_is_not_taken_once_another_thread_uses_its_adapter(
     tiny_llama_bundle: Path, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between finding that an idle slot is there and taking it, its adapter comes into use."""
+    """The adapter of an idle slot comes into use after the slot is found and before it is taken."""
     room = AdapterSession(tiny_llama_bundle)
     room.load("a1", adapters["a1"])
     with room.hold(["a1", None]):
@@ -163,7 +163,7 @@ def test_a_slot_is_not_lost_to_a_thread_that_begins_to_use_its_adapter(
     for name in ("a0", "a1"):
         session.load(name, adapters[name])
     expected = logits(session, IDS, "a1")
-    # A stack of a1's rank, whose one slot is a0's and idle afterwards.
+    # A stack of a1's rank, whose only slot then has a0 and is idle.
     for name in ("a1", "a0"):
         logits(session, IDS, name)
         logits(session, IDS, [name, None, name])
@@ -194,7 +194,7 @@ def test_a_slot_is_not_lost_to_a_thread_that_begins_to_use_its_adapter(
     assert np.abs(mixed[0] - expected[0]).max() <= tolerance("rows")
 
 
-def test_a_first_use_in_many_threads_loads_the_bundles_adapter_once(
+def test_a_concurrent_first_use_loads_the_bundles_adapter_once(
     tiny_llama: Path, adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import loradeploy.runtime.adapters.reading as module

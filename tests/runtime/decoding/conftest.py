@@ -1,4 +1,4 @@
-"""Generators on the tiny Llama, by how its cache is kept."""
+"""Text generators on the tiny Llama with each kind of cache."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PROMPTS = ["The government said", "A", "Shares in the company fell after the ban
 def generators(
     tiny_llama_bundle: Path, in_place: Path, llama_adapters: dict[str, Path]
 ) -> dict[str, TextGenerator]:
-    """A generator for each of the two ways of a cache, with the adapters."""
+    """A generator with a growing cache and one with a cache of fixed size, adapters loaded."""
     made = {}
     for way, bundle in (("grows", tiny_llama_bundle), ("in place", in_place)):
         session = AdapterSession(bundle)

@@ -1,4 +1,4 @@
-"""The cache of a decoder grows, or stays where it is."""
+"""The two kinds of cache of a decoder: growing, or a buffer of fixed size written in place."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def addresses(cache: DecoderCache) -> list[int]:
     [a_cache(), a_cache(past=0, cache_in_place=True)],
     ids=["of Attention", "of a fixed shape"],
 )
-def test_a_cache_that_grows_starts_empty_and_takes_what_a_run_gave(cache: DecoderCache) -> None:
+def test_a_growing_cache_starts_empty_and_takes_the_outputs_of_a_run(cache: DecoderCache) -> None:
     assert cache.outputs == PRESENT
     cache.make_room(100)
     assert shapes(cache) == {(3, 2, 0, 4)}
@@ -56,7 +56,7 @@ def test_a_cache_that_grows_starts_empty_and_takes_what_a_run_gave(cache: Decode
     assert [value.numpy().max() for value in cache.inputs.values()] == [0, 1]
 
 
-def test_a_cache_in_place_is_written_where_it_is_read_and_keeps_what_it_holds() -> None:
+def test_a_cache_in_place_is_read_and_written_in_one_buffer_and_keeps_its_values() -> None:
     cache = a_cache(cache_in_place=True)
     assert shapes(cache) == {(3, 2, 0, 4)}
     cache.make_room(5)
@@ -79,7 +79,7 @@ def test_a_cache_in_place_is_written_where_it_is_read_and_keeps_what_it_holds() 
     assert [cache.buffers[name].data_ptr() for name in PRESENT] == addresses(cache)
 
 
-def test_a_cache_in_place_has_no_more_room_than_there_will_be_positions() -> None:
+def test_a_cache_in_place_has_no_more_room_than_needed_positions() -> None:
     cache = a_cache(cache_in_place=True)
     rooms = []
     for positions in (600, *range(601, 1001)):
@@ -91,7 +91,7 @@ def test_a_cache_in_place_has_no_more_room_than_there_will_be_positions() -> Non
     assert shapes(cache) == {(3, 2, 1001, 4)}
 
 
-def test_a_buffer_of_a_cache_in_place_is_free_once_its_new_one_is_there() -> None:
+def test_a_buffer_of_a_cache_in_place_is_freed_once_the_new_one_exists() -> None:
     cache = a_cache(cache_in_place=True)
     cache.make_room(5)
     cache.keep([cache.buffers[name] for name in PRESENT])
@@ -112,7 +112,7 @@ def test_a_buffer_of_a_cache_in_place_is_free_once_its_new_one_is_there() -> Non
 
 @pytest.mark.parametrize("kind", ["grows", "in place", "pooled"])
 @pytest.mark.parametrize("change", ["join", "take_rows", "make_room", "fill"])
-def test_a_change_that_fails_midway_leaves_no_cache_of_mixed_tensors(
+def test_a_change_that_fails_midway_leaves_no_mixed_cache(
     kind: str, change: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def filled(batch: int, value: float) -> DecoderCache:
@@ -148,7 +148,7 @@ def test_a_change_that_fails_midway_leaves_no_cache_of_mixed_tensors(
             with pytest.raises(MemoryError):
                 changes[change]()
     if kind == "in place" and change in ("take_rows", "make_room"):
-        assert tuple(cache.inputs) == PAST[1:]  # which no run takes
+        assert tuple(cache.inputs) == PAST[1:]  # incomplete: no run accepts it
         return
     assert addresses(cache) == before and cache.inputs == held and cache.buffers == buffers
     assert all((value.numpy()[:, :, :6] == 1).all() for value in cache.inputs.values())
@@ -166,7 +166,7 @@ def test_a_change_that_fails_midway_leaves_no_cache_of_mixed_tensors(
     ],
 )
 @pytest.mark.parametrize("reader", [row_bytes, lambda m: DecoderCache(m, ("cpu", 0), batch=1)])
-def test_a_cache_that_cannot_be_allocated_is_refused_wherever_its_shape_is_read(
+def test_a_cache_that_cannot_be_allocated_is_refused_by_every_reader_of_its_shape(
     reader: Any, dtype: str, shape: tuple[int | str, ...], reason: str
 ) -> None:
     manifest = a_manifest(inputs=(TensorSpec(PAST[0], dtype, shape),))

@@ -1,4 +1,4 @@
-"""Settings of a generation: each does what transformers' generate does with the same one."""
+"""Generation settings: each has the same effect as in transformers' generate."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def generator(request: pytest.FixtureRequest, generators: dict[str, TextGenerato
 
 @pytest.fixture(scope="module")
 def transformers(tiny_llama: Path, llama_adapters: dict[str, Path]) -> Reference:
-    """transformers' generate on the tiny Llama: (adapter, prompt ids, **settings) → its output."""
+    """transformers' generate on the tiny Llama: (adapter, prompt ids, **settings) → output."""
     import peft
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -66,7 +66,7 @@ def transformers(tiny_llama: Path, llama_adapters: dict[str, Path]) -> Reference
 
 
 def letters(generator: TextGenerator) -> np.ndarray:
-    """The tokens of letters alone, as a mask."""
+    """Return a mask of the tokens that consist of letters."""
     mask = np.zeros(512, np.bool_)
     for word, index in generator.tokenizer.vocabulary.items():
         mask[index] = word.isascii() and word.isalpha()
@@ -74,20 +74,20 @@ def letters(generator: TextGenerator) -> np.ndarray:
 
 
 def generated(output: Any, prompt: list[int]) -> list[list[int]]:
-    """The tokens of transformers' sequences behind the prompt, up to their end, it included."""
+    """Return transformers' tokens after the prompt, up to and including the end token."""
     rows = output.sequences[:, len(prompt) :].tolist()
     return [row[: row.index(END) + 1] if END in row else row for row in rows]
 
 
 def whole(result: Generation) -> list[int]:
-    """The tokens of a result, with the one that ended it."""
+    """Return the tokens of a result, including the end token."""
     ended = [] if not isinstance(result.stop_reason, int) else [result.stop_reason]
     return [*result.token_ids, *ended]
 
 
 LONG = {"length_penalty": 2.0, "early_stopping": "never"}
 SHORT = {"length_penalty": -1.0, "early_stopping": True}
-# Ours, and transformers'.
+# By name: the settings of loradeploy and those of transformers.
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "bias": (
         {"logit_bias": {69: -9.0, 300: 6.5}},
@@ -128,7 +128,7 @@ def test_tokens_and_scores_are_those_of_transformers_in_a_mixed_batch(
     results = generator.generate(PROMPTS, ADAPTERS, max_new_tokens=NEW, **ours)
     n = ours.get("n", 1)
     assert len(results) == n * len(PROMPTS)
-    assert [r.token_ids for r in results[::n]] != [r.token_ids for r in free]  # it has an effect
+    assert [r.token_ids for r in results[::n]] != [r.token_ids for r in free]  # has an effect
     for row, (prompt, adapter) in enumerate(zip(PROMPTS, ADAPTERS, strict=True)):
         ids = generator.tokenizer.encode(prompt)
         settings = dict(theirs)
@@ -142,7 +142,7 @@ def test_tokens_and_scores_are_those_of_transformers_in_a_mixed_batch(
         assert [whole(result) for result in own] == generated(expected, ids)
         assert [result.choice for result in own] == list(range(n))
         if "num_beams" in ours:
-            # By token: a penalty below 0 multiplies the sum of the rounding errors.
+            # Per token: a length penalty below 0 multiplies the accumulated rounding error.
             lengths = [r.completion_tokens ** (ours.get("length_penalty", 1.0) - 1) for r in own]
             scores = np.array([result.score for result in own]) * lengths
             np.testing.assert_allclose(
@@ -156,7 +156,7 @@ def test_tokens_and_scores_are_those_of_transformers_in_a_mixed_batch(
 
 
 def across_tokens(generator: TextGenerator, result: Generation) -> str:
-    """Three letters of a text that begin in one of its tokens and end in another."""
+    """Return three letters of a text that span two tokens."""
     words = [generator.tokenizer.decode([token]) for token in result.token_ids]
     for at in range(4, len(words) - 1):
         if len(words[at]) >= 2 and len(words[at + 1]) >= 1:
@@ -167,7 +167,7 @@ def across_tokens(generator: TextGenerator, result: Generation) -> str:
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_a_stop_string_ends_a_text_as_in_transformers_across_tokens(
+def test_a_stop_string_across_tokens_ends_a_text_as_in_transformers(
     generators: dict[str, TextGenerator], transformers: Reference, beams: int
 ) -> None:
     generator = generators["grows"]
@@ -198,7 +198,7 @@ def test_a_stop_string_ends_a_text_as_in_transformers_across_tokens(
         assert unstopped == beside
 
 
-def test_no_piece_of_a_stream_is_a_part_of_a_stop_string(
+def test_a_stream_emits_no_part_of_a_stop_string(
     generators: dict[str, TextGenerator],
 ) -> None:
     generator = generators["grows"]
@@ -224,7 +224,7 @@ def test_the_first_of_several_stop_strings_counts(generators: dict[str, TextGene
 # -- samples -----------------------------------------------------------------------------------
 
 
-def test_samples_are_those_of_their_seed_whatever_else_is_in_the_batch(
+def test_samples_depend_on_their_seed_and_not_on_the_rest_of_the_batch(
     generator: TextGenerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sampled: dict[str, Any] = {"temperature": 0.9, "min_p": 0.02, "max_new_tokens": NEW}
@@ -237,7 +237,7 @@ def test_samples_are_those_of_their_seed_whatever_else_is_in_the_batch(
 
     monkeypatch.setattr(HeldAdapters, "run_with_ort_values", recorded)
     several = generator.generate(PROMPTS, ADAPTERS, seed=[5, 6, 7], n=3, **sampled)
-    assert [rows for rows, _ in shapes[:2]] == [3, 9]  # each prompt is read once
+    assert [rows for rows, _ in shapes[:2]] == [3, 9]  # each prompt is processed once
     assert len({result.token_ids for result in several}) == 9
     single = generator.generate(PROMPTS, ADAPTERS, seed=[5, 6, 7], **sampled)
     assert [result.token_ids for result in several[::3]] == [r.token_ids for r in single]
@@ -275,7 +275,7 @@ def test_rows_that_have_ended_leave_the_batch(
     assert rows == [6, 6, 3, 1, 1, 1, 1, 1, 1]
 
 
-def test_penalties_of_presence_and_frequency_are_those_of_vllm(
+def test_presence_and_frequency_penalties_are_those_of_vllm(
     generators: dict[str, TextGenerator],
 ) -> None:
     generator = generators["grows"]
@@ -297,7 +297,7 @@ def test_penalties_of_presence_and_frequency_are_those_of_vllm(
     assert free.token_ids != result.token_ids
 
 
-def test_a_bias_may_name_a_text_that_is_one_token(generators: dict[str, TextGenerator]) -> None:
+def test_a_logit_bias_can_name_a_token_by_its_text(generators: dict[str, TextGenerator]) -> None:
     generator = generators["grows"]
     (token,) = generator.tokenizer.encode("so")
     named, numbered = (generator.generate(PROMPTS, logit_bias={key: 9.0}) for key in ("so", token))
@@ -309,7 +309,7 @@ def test_a_bias_may_name_a_text_that_is_one_token(generators: dict[str, TextGene
 # -- log-probabilities -------------------------------------------------------------------------
 
 
-def test_logprobs_are_the_models_own_before_the_settings(
+def test_logprobs_are_those_of_the_model_before_settings_apply(
     generator: TextGenerator, transformers: Reference
 ) -> None:
     import torch
@@ -330,7 +330,7 @@ def test_logprobs_are_the_models_own_before_the_settings(
             np.testing.assert_allclose(given, wanted, atol=tolerance("torch-onnx-tiny"))
 
 
-def test_a_text_is_scored_as_the_model_of_its_adapter_scores_it(
+def test_a_text_is_scored_by_the_model_with_its_adapter(
     generator: TextGenerator, transformers: Reference
 ) -> None:
     import torch
@@ -347,7 +347,7 @@ def test_a_text_is_scored_as_the_model_of_its_adapter_scores_it(
         assert score.perplexity == pytest.approx(np.exp(-np.mean(expected)), rel=1e-4)
     others = generator.score(texts, [None, "small", "large"], batch_size=2)
     for one, other in zip(scores, others, strict=True):
-        # Another adapter is seen.
+        # Another adapter would be detected.
         assert abs(one.logprob - other.logprob) > 100 * tolerance("torch-onnx-tiny")
     (best,) = generator.score(texts[0], "large", logprobs=2)
     assert best.logprob == pytest.approx(scores[0].logprob, abs=tolerance("rows"))
@@ -357,7 +357,7 @@ def test_a_text_is_scored_as_the_model_of_its_adapter_scores_it(
 # -- streams -----------------------------------------------------------------------------------
 
 
-def test_an_asynchronous_stream_gives_what_generate_gives(generator: TextGenerator) -> None:
+def test_an_asynchronous_stream_equals_generate(generator: TextGenerator) -> None:
     expected = generator.generate(PROMPTS, ADAPTERS, max_new_tokens=NEW)
 
     async def collect() -> list[TextPiece]:
@@ -371,7 +371,7 @@ def test_an_asynchronous_stream_gives_what_generate_gives(generator: TextGenerat
         assert "".join(piece.text for piece in pieces if piece.row == row) == result.text
 
 
-def test_a_row_that_is_cancelled_ends_and_the_others_do_not_notice(
+def test_a_cancelled_row_ends_and_the_others_are_not_changed(
     generator: TextGenerator,
 ) -> None:
     expected = generator.generate(PROMPTS, ADAPTERS, max_new_tokens=NEW)
@@ -389,7 +389,7 @@ def test_a_row_that_is_cancelled_ends_and_the_others_do_not_notice(
 
 
 @pytest.mark.parametrize("how", ["break", "cancel", "aclose"])
-def test_a_stream_that_is_left_frees_its_adapter(
+def test_an_abandoned_stream_releases_its_adapter(
     generators: dict[str, TextGenerator], llama_adapters: dict[str, Path], how: str
 ) -> None:
     session = generators["grows"].session
@@ -411,7 +411,7 @@ def test_a_stream_that_is_left_frees_its_adapter(
         if how == "cancel":
             task.cancel()
         await asyncio.wait([task])
-        # It waits for the runs that use the adapter, which have to end before their 100 tokens.
+        # Waits for the generation that uses the adapter, which must end before its 100 tokens.
         await asyncio.to_thread(session.unload, "brief")
 
     asyncio.run(check())

@@ -1,4 +1,4 @@
-"""Logits of chosen positions: those that the graph gives there, and no others are computed."""
+"""Logits of selected positions: equal to those of a full run, and no others are computed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ KEPT = {
 
 @pytest.fixture(scope="module", params=["left", "right"])
 def session(request: pytest.FixtureRequest, llama_adapters: dict[str, Path]) -> AdapterSession:
-    """Of a bundle that is padded on the left, and of one with its cache in place."""
+    """A session on a bundle with left padding, and one on a bundle with a cache in place."""
     names = {"left": "tiny_llama_bundle", "right": "in_place"}
     opened = AdapterSession(request.getfixturevalue(names[request.param]))
     for name, path in llama_adapters.items():
@@ -42,7 +42,7 @@ def session(request: pytest.FixtureRequest, llama_adapters: dict[str, Path]) -> 
 
 
 def run(session: AdapterSession, kept: Any = None, adapters: Any = None) -> Any:
-    """The logits for IDS, [rows, kept, vocabulary]."""
+    """Return the logits for IDS, [rows, kept, vocabulary]."""
     own = {} if kept is None else {LOGITS_TO_KEEP: np.array(kept)}
     (found,) = session.run(["logits"], {**feeds(session.manifest, IDS), **own}, adapters)
     return found
@@ -50,7 +50,7 @@ def run(session: AdapterSession, kept: Any = None, adapters: Any = None) -> Any:
 
 @pytest.mark.parametrize("kept", KEPT.values(), ids=KEPT)
 @pytest.mark.parametrize("adapters", [None, "small", MIXED], ids=["base", "one", "mixed"])
-def test_chosen_positions_have_their_logits(
+def test_selected_positions_have_their_logits(
     session: AdapterSession, kept: list[list[int]], adapters: Any
 ) -> None:
     whole, found = run(session, adapters=adapters), run(session, kept, adapters)
@@ -61,7 +61,7 @@ def test_chosen_positions_have_their_logits(
         assert np.abs(found[row] - whole[row, positions - 1]).max() > 100 * tolerance("rows")
 
 
-def test_a_run_without_a_choice_has_all_of_them(session: AdapterSession) -> None:
+def test_a_run_without_a_selection_has_the_logits_of_all_positions(session: AdapterSession) -> None:
     run(session, [[-1]])
     assert run(session).shape[1] == IDS.shape[1]
 
@@ -75,15 +75,15 @@ def test_a_run_without_a_choice_has_all_of_them(session: AdapterSession) -> None
         ([0], r"takes int64 \[rows, kept\]"),
     ],
 )
-def test_a_position_that_is_none_is_refused(
+def test_an_invalid_position_is_refused(
     session: AdapterSession, kept: list[Any], message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
         run(session, kept)
 
 
-def test_a_prefill_computes_a_row_of_each_prompt(session: AdapterSession) -> None:
-    """As its budget shows: with the logits of all 40 positions it would take more."""
+def test_a_prefill_computes_the_logits_of_one_position_per_prompt(session: AdapterSession) -> None:
+    """Tested by its memory budget: the logits of all 40 positions would exceed it."""
     prompts = [[int(token) for token in row] for row in random_ids(2, 40)]
     row = 512 * 4
     generator = TextGenerator(session)
@@ -98,13 +98,13 @@ def test_a_prefill_computes_a_row_of_each_prompt(session: AdapterSession) -> Non
 
 @pytest.fixture(scope="module")
 def head(tiny_llama: Path, make_adapter: MakeAdapter) -> Path:
-    """An adapter of the output head and of attention."""
+    """An adapter for the output head and for attention."""
     return make_adapter(tiny_llama, r=4, seed=3, target_modules=["q_proj", "lm_head"])
 
 
 @pytest.fixture(scope="module")
 def made(tiny_llama_bundle: Path, head: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """In int4, with branches, an adapter of the output head, and required.onnx."""
+    """An int4 bundle with branches, an adapter for the output head, and required.onnx."""
     place = tmp_path_factory.mktemp("kept") / "bundle"
     export(
         tiny_llama_bundle,
@@ -118,7 +118,7 @@ def made(tiny_llama_bundle: Path, head: Path, tmp_path_factory: pytest.TempPathF
 
 
 @pytest.mark.parametrize("adapter", [None, "head"])
-def test_packed_heads_with_adapters_have_them_in_every_branch(
+def test_a_packed_head_with_adapters_selects_positions_in_every_branch(
     made: Path, adapter: str | None
 ) -> None:
     session = AdapterSession(made)
@@ -127,7 +127,7 @@ def test_packed_heads_with_adapters_have_them_in_every_branch(
     assert np.abs(run(session, [[2]], "head") - run(session, [[2]])).max() > 0.1
 
 
-def test_clients_that_do_not_know_of_it_are_given_all_positions(made: Path) -> None:
+def test_clients_without_the_input_get_the_logits_of_all_positions(made: Path) -> None:
     own = feeds(read_manifest(made), IDS)
     expected = run(AdapterSession(made))
     defaults, _ = read_arrays(made / "required.safetensors", error=BundleError)
@@ -137,7 +137,7 @@ def test_clients_that_do_not_know_of_it_are_given_all_positions(made: Path) -> N
         np.testing.assert_allclose(found, expected, atol=tolerance("rows"))
 
 
-def test_a_bundle_without_it_generates_the_same_and_takes_no_choice(
+def test_a_bundle_without_the_input_generates_the_same_and_refuses_a_selection(
     tiny_llama_bundle: Path, tmp_path: Path
 ) -> None:
     manifest = export(tiny_llama_bundle, tmp_path / "bundle", logits_to_keep=False)

@@ -1,4 +1,4 @@
-"""Positions in three dimensions; the right answer is transformers' `get_rope_index`."""
+"""Three-dimensional positions, compared with transformers' `get_rope_index`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROWS: Final[dict[str, list[list[Any]]]] = {
 
 @pytest.fixture(scope="module", params=VISION)
 def whole(request: pytest.FixtureRequest) -> Any:
-    """A model of the family without weights: its positions are of its config alone."""
+    """A model of the family without weights: positions depend only on the config."""
     import torch
     import transformers
 

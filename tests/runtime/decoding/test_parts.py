@@ -1,4 +1,4 @@
-"""A long prompt is read in parts, which changes nothing of what it becomes."""
+"""Long prompts are processed in parts, which does not change the result."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FULL = np.ones_like(PROMPT)
 
 @pytest.fixture(scope="module", params=["grows", "in place"])
 def graph(request: pytest.FixtureRequest, llama_adapters: dict[str, Path]) -> DecoderGraph:
-    """Of a bundle for each of the two ways of a cache, with an adapter."""
+    """The decoder graph of a bundle, for each kind of cache, with an adapter."""
     names = {"grows": "tiny_llama_bundle", "in place": "in_place"}
     session = AdapterSession(request.getfixturevalue(names[request.param]))
     session.load("small", llama_adapters["small"])
@@ -31,7 +31,7 @@ def graph(request: pytest.FixtureRequest, llama_adapters: dict[str, Path]) -> De
 
 
 class Recorded:
-    """The adapter of one row, and how many tokens each run has read."""
+    """Runs one row with its adapter and records the number of tokens of each run."""
 
     def __init__(self, session: AdapterSession, adapter: str | None) -> None:
         self.session, self.adapter = session, adapter
@@ -51,7 +51,7 @@ class Recorded:
 
 
 def read(graph: DecoderGraph, adapter: str | None) -> tuple[Any, list[int]]:
-    """The logits behind the prompt and behind one token more, and what the runs have read."""
+    """Return the logits after the prompt and after one more token, and the tokens of each run."""
     adapters, rows = Recorded(graph.session, adapter), CachedRows(graph, 1)
     end = np.array([-1])
     found = [rows.read(adapters, PROMPT, FULL, np.array([PROMPT.shape[1] - 1]))]
@@ -59,7 +59,7 @@ def read(graph: DecoderGraph, adapter: str | None) -> tuple[Any, list[int]]:
     return np.concatenate(found), adapters.read
 
 
-def test_a_prompt_in_parts_has_the_logits_of_the_whole(
+def test_a_prompt_in_parts_has_the_logits_of_the_whole_prompt(
     graph: DecoderGraph, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, runs = read(graph, "small")
@@ -73,7 +73,7 @@ def test_a_prompt_in_parts_has_the_logits_of_the_whole(
         assert np.abs(found - expected).max() <= tolerance("rows")
 
 
-def test_parts_are_of_about_one_length_and_no_longer_than_what_a_run_reads(
+def test_parts_have_similar_lengths_within_the_limit_of_a_run(
     graph: DecoderGraph,
 ) -> None:
     for length in (1, 255, 256, 257, 512, 513, 1000):
@@ -85,7 +85,7 @@ def test_parts_are_of_about_one_length_and_no_longer_than_what_a_run_reads(
         assert len(found) == -(-length // parts.TOKENS)
 
 
-def test_what_was_not_measured_or_not_compared_is_read_whole(
+def test_graphs_without_a_measured_or_verified_split_process_whole_prompts(
     graph: DecoderGraph, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     long = np.ones((1, 600), np.int64)

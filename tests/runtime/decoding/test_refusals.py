@@ -1,4 +1,4 @@
-"""Settings, texts and logits that a generation refuses by name, and where its memory ends."""
+"""Settings, texts and logits that text generation refuses by name, and its memory limit."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ NEW = 12
         ({"per_prompt": [None, {"seed": -2}]}, "a seed is -2"),
     ],
 )
-def test_settings_that_cannot_be_are_refused_by_name(
+def test_invalid_settings_are_refused_by_name(
     generators: dict[str, TextGenerator], options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
@@ -65,7 +65,7 @@ def test_settings_that_cannot_be_are_refused_by_name(
 
 
 @pytest.mark.parametrize("beams", [1, 2])
-def test_a_mask_that_allows_nothing_names_its_row(
+def test_a_token_mask_that_allows_nothing_is_refused_with_its_row(
     generators: dict[str, TextGenerator], beams: int
 ) -> None:
     def none_of(made: tuple[int, ...]) -> np.ndarray:
@@ -76,7 +76,7 @@ def test_a_mask_that_allows_nothing_names_its_row(
         generators["grows"].generate(PROMPTS[:2], per_prompt=own, num_beams=beams)
 
 
-def test_a_mask_that_allows_fewer_texts_than_n_names_its_row(
+def test_a_token_mask_that_allows_fewer_texts_than_n_is_refused_with_its_row(
     generators: dict[str, TextGenerator],
 ) -> None:
     def one_of(made: tuple[int, ...]) -> np.ndarray:
@@ -91,7 +91,7 @@ def test_a_mask_that_allows_fewer_texts_than_n_names_its_row(
     assert best.token_ids == (60, 61, 62)
 
 
-def test_a_search_that_is_cancelled_ends_all_texts_of_its_prompt(
+def test_cancelling_a_beam_search_ends_all_texts_of_its_prompt(
     generators: dict[str, TextGenerator],
 ) -> None:
     def one_of(made: tuple[int, ...]) -> np.ndarray:
@@ -110,19 +110,19 @@ def test_a_search_that_is_cancelled_ends_all_texts_of_its_prompt(
     assert [len(results[row].token_ids) for row in range(5)] == [1, 1, 1, 1, 0]
 
 
-def test_a_batch_beyond_the_memory_is_refused_with_figures(
+def test_a_batch_beyond_the_memory_budget_is_refused_with_figures(
     generators: dict[str, TextGenerator],
 ) -> None:
     session = generators["grows"].session
     small = TextGenerator(session, cache_budget=1 << 20)
-    # 2 layers × keys and values × 2 heads × 16 numbers of 4 bytes: 512 a token, and twice.
+    # 2 layers × keys and values × 2 heads × 16 values of 4 bytes: 512 bytes per token, twice.
     beams: dict[str, Any] = {"num_beams": 8, "max_new_tokens": 100}
     assert small.generate(PROMPTS[:1], **beams) == generators["grows"].generate(
         PROMPTS[:1], **beams
     )
     with pytest.raises(BudgetError, match=r"16 rows of 1\d\d tokens take \d MiB .* is 1 MiB"):
         small.generate(PROMPTS[1:], **beams)
-    # The longer prompt's row has ended, and the other one is as long as both: 2 × 200 tokens.
+    # The row of the longer prompt has ended; the other one is as long as both: 2 × 200 tokens.
     own = [{"max_new_tokens": 5}, {"max_new_tokens": 100}]
     uneven = TextGenerator(session, cache_budget=400_000)
     with pytest.raises(BudgetError, match="2 rows of 200 tokens"):
@@ -131,7 +131,7 @@ def test_a_batch_beyond_the_memory_is_refused_with_figures(
         TextGenerator(session, cache_budget=0)
 
 
-def test_a_cache_in_place_takes_no_more_than_is_reckoned_with(
+def test_a_cache_in_place_takes_no_more_memory_than_estimated(
     generators: dict[str, TextGenerator], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rooms = []
@@ -164,12 +164,12 @@ def test_texts_that_cannot_be_scored_are_refused(generators: dict[str, TextGener
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"num_beams": 2}])
-def test_logits_that_are_not_finite_choose_no_token(
+def test_logits_that_are_not_finite_are_refused(
     generators: dict[str, TextGenerator], options: dict[str, Any], value: float
 ) -> None:
     generator = generators["grows"]
     logits = np.zeros((1, 512), np.float16)
-    logits[0, :5] = -np.inf  # bars these tokens
+    logits[0, :5] = -np.inf  # forbids these tokens, which is valid
     call = Call.of("A", None, 0, False, None, None, options)
     assert read_request(generator._reader, call, 0).sequences.advance(logits)
     logits[0, 7] = value

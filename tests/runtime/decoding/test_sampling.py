@@ -1,4 +1,4 @@
-"""Logits are changed as transformers changes them, by the settings that lie beside a model."""
+"""Logits are processed as in transformers, by the generation settings of a model."""
 
 from __future__ import annotations
 
@@ -61,10 +61,10 @@ def test_scores_are_those_of_transformers(settings: dict[str, Any], made: list[i
     np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
-def test_a_bias_of_a_text_that_the_vocabulary_lacks_is_not_that_of_unknown_words(
+def test_a_bias_for_a_text_outside_the_vocabulary_is_not_that_of_the_unknown_token(
     tmp_path: Path,
 ) -> None:
-    """T5's tokenizer has no brace, and gives the one token for all that it does not know."""
+    """T5's tokenizer has no brace and returns its unknown token for it."""
     words = WordLevel({"<unk>": 0, "w1": 1, "w2": 2}, unk_token="<unk>")
     FastTokenizer(words).save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"unk_token": "<unk>"}))
@@ -82,7 +82,7 @@ def test_a_bias_of_a_text_that_the_vocabulary_lacks_is_not_that_of_unknown_words
         made("{")
 
 
-def test_a_prompt_may_have_tokens_that_the_head_has_no_logits_for() -> None:
+def test_a_prompt_can_have_tokens_beyond_the_logits_of_the_head() -> None:
     logits = np.zeros(VOCABULARY, np.float32)
     settings = GenerationSettings(repetition_penalty=2.0, no_repeat_ngram_size=1)
     changed = Processors(settings, ENDS)(logits, [VOCABULARY + 3, 4], [])
@@ -97,19 +97,19 @@ def test_a_prompt_may_have_tokens_that_the_head_has_no_logits_for() -> None:
         ("dola_layers", None, "high"),
     ],
 )
-def test_what_is_not_applied_is_named(name: str, harmless: Any, telling: Any) -> None:
+def test_settings_that_are_not_applied_are_named(name: str, harmless: Any, telling: Any) -> None:
     assert read_settings({name: harmless}, "s") == GenerationSettings()
     message = read_settings({name: telling}, "s")
     assert message == dataclasses.replace(GenerationSettings(), ignored=(name,))
 
 
-def test_a_model_may_bring_its_stop_strings_and_its_least_share() -> None:
+def test_stop_strings_and_min_p_can_come_from_the_model() -> None:
     own = read_settings({"min_p": 0.1, "stop_strings": "end"}, "s")
     assert (own.min_p, own.stop_strings, own.ignored) == (0.1, ("end",), ())
     with pytest.raises(BundleError, match="stop_strings is \\[''\\], expected a list of texts"):
         read_settings({"stop_strings": [""]}, "s")
 
 
-def test_a_value_that_is_none_is_refused() -> None:
+def test_an_invalid_value_is_refused() -> None:
     with pytest.raises(BundleError, match="repetition_penalty is 0, expected more"):
         read_settings({"repetition_penalty": 0}, "s")

@@ -1,4 +1,4 @@
-"""Embeddings that are read instead of tokens."""
+"""Embeddings as inputs instead of tokens."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from loradeploy.errors import UsageError
 from loradeploy.runtime.decoding.graph import DecoderGraph, TokenEmbeds, check_embeds
 
 
-def test_embeddings_are_refused_where_the_graph_cannot_read_them(tiny_llama_bundle: Path) -> None:
+def test_embeddings_are_refused_where_the_graph_has_no_input_for_them(
+    tiny_llama_bundle: Path,
+) -> None:
     graph = DecoderGraph.of(ld.AdapterSession(tiny_llama_bundle), pad_id=0)
     embeds = TokenEmbeds(7, np.ones((1, 64), np.float32))
     with pytest.raises(UsageError, match="this bundle takes no embeddings in the places"):
         check_embeds(graph, [3, 7], embeds, 0)
-    # Rows that have ended are not read again, so that their numbers say nothing.
+    # Rows that have ended are not processed again, so their values do not matter.
     with pytest.raises(UsageError, match="need a graph with a cache"):
         check_embeds(dataclasses.replace(graph, cached=False), [3, 7], embeds, 0)
     check_embeds(graph, [3, 7], None, 0)
 
 
-def test_grids_move_no_positions_of_a_decoder_that_does_not_count_in_them(
+def test_grids_do_not_change_the_positions_of_other_decoders(
     tiny_llama_bundle: Path,
 ) -> None:
     graph = DecoderGraph.of(ld.AdapterSession(tiny_llama_bundle), pad_id=0)

@@ -1,4 +1,4 @@
-"""WebGPU on a GPU in software: what runs bundles there, once for all tests, in a process apart."""
+"""WebGPU on a software GPU: one separate process runs all cases for all tests."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.runtime.devices.recordable import make_recordable
 
 
 def run(command: list[str], *, environment: dict[str, str], **options: Any) -> Any:
-    """A Python process with the repository on its path."""
+    """Run a Python process with the repository on its path."""
     unset = (DRIVER, SOFTWARE_ADAPTER)
     inherited = {name: value for name, value in os.environ.items() if name not in unset}
     return subprocess.run(
@@ -45,7 +45,7 @@ def webgpu(
     llama_adapters: dict[str, Path],
     bert_adapters: dict[str, Path],
 ) -> dict[str, Any]:
-    """What `measure` found, by case; `status` is how its process ended."""
+    """The results of `measure` by case; `status` is the exit status of its process."""
     environment = swiftshader()
 
     def make(place: Path) -> None:

@@ -1,9 +1,9 @@
-"""Runs bundles on WebGPU beside the CPU, and writes what came out: a JSON object a line.
+"""Run bundles on WebGPU and on the CPU and write the results, one JSON object per line.
 
     python -m tests.runtime.devices.measure RESULTS < JOB.json
 
-A process of its own, because a fault of a plugin ends the process. JOB has `bundles` and
-`adapters`, paths by name. Each case writes as soon as it is done.
+Runs in a separate process, because a crash of the plugin ends the process. JOB has `bundles` and
+`adapters`, paths by name. Each case writes its result as soon as it is done.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CASES: dict[str, Callable[[Job], dict[str, Any]]] = {}
 
 
 def case(work: Callable[[Job], dict[str, Any]]) -> Callable[[Job], dict[str, Any]]:
-    """A case of the name of its function."""
+    """Register a case under the name of its function."""
     CASES[work.__name__] = work
     return work
 
@@ -55,7 +55,7 @@ class Pair:
         self.sample = Sample(self.host.manifest.inputs, model_config(Path(path)))
 
     def compare(self, adapters: Any) -> dict[str, float]:
-        """The largest error of the device, and how much the adapters change, in the logits."""
+        """Return the largest error of the device and the effect of the adapters, in the logits."""
         rows = len(adapters) if isinstance(adapters, list) else 1
         feeds = self.sample.feeds(rows, TOKENS)
         here = self.device.run(self.outputs, feeds, adapters)[0]
@@ -68,7 +68,7 @@ class Pair:
         }
 
     def texts(self, adapters: Any) -> list[list[str]]:
-        """What the CPU and WebGPU generate."""
+        """Return the texts that the CPU and WebGPU generate."""
         return [
             [
                 answer.text
@@ -82,9 +82,9 @@ class Pair:
 
 @case
 def heads(job: Job) -> dict[str, Any]:
-    """Classifiers, each adapter with its own.
+    """Classifier heads, one per adapter.
 
-    First, because kernels that serve other shapes after it are wrong in the sessions behind.
+    Runs first: kernels reused for other shapes are wrong in later sessions.
     """
     pair = Pair(job, "bert", ["bert small", "bert large"])
     adapters = ["bert small", "bert large", "bert small"]
@@ -144,7 +144,7 @@ def branches(job: Job) -> dict[str, Any]:
 
 @case
 def required_inputs(job: Job) -> dict[str, Any]:
-    """As of a provider that takes no inputs with defaults."""
+    """The graph for providers that do not support inputs with defaults."""
     row = table.BY_FULL_NAME[WEBGPU]
     table.BY_FULL_NAME[WEBGPU] = dataclasses.replace(row, takes_defaults=False)
     try:
@@ -162,7 +162,7 @@ def required_inputs(job: Job) -> dict[str, Any]:
 
 @case
 def output_changes(job: Job) -> dict[str, Any]:
-    """DoRA's scales, beside an adapter without."""
+    """DoRA's output scales, in a batch with an adapter without them."""
     pair = Pair(job, "dora", ["small", "dora"])
     return {
         "base": pair.compare(None),
@@ -173,7 +173,7 @@ def output_changes(job: Job) -> dict[str, Any]:
 
 @case
 def gqa(job: Job) -> dict[str, Any]:
-    """Below the length from which SwiftShader is wrong, with the cache in place."""
+    """GroupQueryAttention with a cache in place, below the length at which SwiftShader is wrong."""
     pair = Pair(job, "gqa", ["small", "partial"], check_device=False)
     return {
         "base": pair.compare(None),
@@ -185,7 +185,7 @@ def gqa(job: Job) -> dict[str, Any]:
 
 @case
 def replays(job: Job) -> dict[str, Any]:
-    """Recorded runs, the adapters of each step other ones, on a graph that WebGPU runs alone."""
+    """Recorded runs with different adapters in each step, on a graph entirely on WebGPU."""
     host = ld.AdapterSession(job["bundles"]["in place"])
     device = ld.AdapterSession(
         job["bundles"]["recordable"], ["webgpu"], check_device=False, capture_graphs=True
@@ -199,8 +199,8 @@ def replays(job: Job) -> dict[str, Any]:
     here, there = (logits_of_steps(session, tokens, steps) for session in (device, host))
     base = logits_of_steps(host, tokens, [None] * len(steps))
     again = logits_of_steps(device, tokens, steps)
-    # A recording reads the buffers that it was made with, whatever is bound afterwards, which
-    # onnxruntime's Python would refuse.
+    # A replay reads the recorded buffers, whatever is bound later: onnxruntime's Python API cannot
+    # express that, so the recording is replayed directly.
     assert device._replays is not None
     recording = next(iter(device._replays._recordings.values()))
     numbers = []
@@ -244,7 +244,7 @@ def wrong_kernel(job: Job) -> dict[str, Any]:
 
 @case
 def session_options(job: Job) -> dict[str, Any]:
-    """Who chooses the provider, and how often."""
+    """Providers chosen by name or in session options, also several times."""
     bundle = job["bundles"]["slots"]
     options = onnxruntime.SessionOptions()
     opened = []
@@ -274,7 +274,7 @@ def session_options(job: Job) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Every case, or that the arguments name; what a case raises is its result."""
+    """Run every case, or those named by the arguments; an exception of a case is its result."""
     job = json.load(sys.stdin)
     results, *names = sys.argv[1:]
     with open(results, "a", encoding="utf-8") as out:

@@ -1,8 +1,8 @@
-"""A bundle of GroupQueryAttention of whose every node WebGPU has a kernel, to capture its runs.
+"""A GroupQueryAttention bundle for which WebGPU has all kernels, so that its runs can be recorded.
 
-onnxruntime-ep-webgpu 0.4.0 has no Cos and Sin of opset 22, and takes the size of a mask from the
-host. Here angles come from a table, and the number of positions is a constant. The numbers are the
-bundle's; positions are few, as GroupQueryAttention is wrong from 32 on where tests run.
+onnxruntime-ep-webgpu 0.4.0 has no Cos and Sin of opset 22, and reads the size of a mask from the
+host. Here angles come from a table, and the number of positions is a constant. Results are those
+of the bundle; positions are few, as GroupQueryAttention is wrong from 32 on with SwiftShader.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ POSITIONS: Final = 24
 
 
 def make_recordable(bundle: Path, place: Path) -> Path:
-    """The bundle, of rows, GroupQueryAttention and all logits, in the directory `place`."""
+    """Rewrite `bundle` (rows layout, GroupQueryAttention, all logits) to the directory `place`."""
     import onnx
     from onnx import helper, numpy_helper
 
@@ -37,7 +37,7 @@ def make_recordable(bundle: Path, place: Path) -> Path:
     dropped: list[Any] = []
 
     def drop(node: Any) -> Any:
-        """`node`, and what nothing but it and others that are dropped reads of the nodes before."""
+        """Remove `node` and all earlier nodes whose outputs only removed nodes read."""
         dropped.append(node)
         for name in node.input:
             readers = [other for other in graph.node if name in other.input]

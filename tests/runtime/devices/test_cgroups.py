@@ -1,4 +1,4 @@
-"""The memory that a container leaves, by the files of its control groups."""
+"""Available memory in containers, from the files of control groups."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import pytest
 from loradeploy.runtime.decoding.caches.memory import available_memory
 
 MIB = 1 << 20
-UNLIMITED = 9223372036854771712  # what version 1 says where there is no limit
+UNLIMITED = 9223372036854771712  # version 1's value for no limit
 
 
 def group(root: Path, place: str, version: int, limit: object, used: int, files: int = 0) -> None:
-    """A control group with `files` MiB of its `used` ones as the page cache."""
+    """Write a control group; `files` of its `used` MiB are page cache."""
     names = {
         1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
         2: ("memory.max", "memory.current", ""),
@@ -31,14 +31,14 @@ def group(root: Path, place: str, version: int, limit: object, used: int, files:
 
 
 def process(root: Path, *lines: str, available: int = 900) -> Path:
-    """A machine with `available` MiB, and a process in the groups of `lines`."""
+    """Write a machine with `available` MiB and a process in the groups of `lines`."""
     (root / "proc/self").mkdir(parents=True)
     (root / "proc/self/cgroup").write_text("".join(line + "\n" for line in lines))
     (root / "proc/meminfo").write_text(f"MemTotal: 9 kB\nMemAvailable: {available << 10} kB\n")
     return root
 
 
-def test_without_a_limit_it_is_the_machines(tmp_path: Path) -> None:
+def test_without_a_limit_the_memory_of_the_machine_counts(tmp_path: Path) -> None:
     assert available_memory(tmp_path) is None
     root = process(tmp_path, "2:memory:/one", "0::/one")
     assert available_memory(root) == 900 * MIB
@@ -56,12 +56,12 @@ def test_the_page_cache_of_a_container_counts_as_free(
     assert available_memory(root) == 20 * MIB
     group(root, mount, version, 500, 480, files=430)
     assert available_memory(root) == 450 * MIB
-    group(root, mount, version, 500, 520)  # above its limit for a moment
+    group(root, mount, version, 500, 520)  # temporarily above its limit
     assert available_memory(root) == 0
 
 
 @pytest.mark.parametrize(("version", "mount"), [(2, ""), (1, "memory")])
-def test_the_narrowest_of_the_groups_around_a_process_counts(
+def test_the_lowest_limit_of_all_parent_groups_counts(
     tmp_path: Path, version: int, mount: str
 ) -> None:
     root = process(tmp_path, "4:freezer,memory:/pods/one", "3:cpu:/other", "0::/pods/one")
@@ -75,7 +75,7 @@ def test_the_narrowest_of_the_groups_around_a_process_counts(
 
 
 @pytest.mark.parametrize("path", ["/docker/0f3a", "/../../system.slice", "/"])
-def test_a_container_that_sees_its_own_group_alone_reads_that(tmp_path: Path, path: str) -> None:
+def test_a_container_that_sees_only_its_own_group_uses_it(tmp_path: Path, path: str) -> None:
     root = process(tmp_path, f"0::{path}")
     group(root, "", 2, 400, 100)
     assert available_memory(root) == 300 * MIB

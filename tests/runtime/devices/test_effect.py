@@ -1,4 +1,4 @@
-"""The comparison at the opening sees a device that drops, doubles or rounds what adapters do."""
+"""The probe at opening detects devices that drop, exchange or scale the effect of adapters."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ Change = Callable[[Any], Any]
 
 
 class Device:
-    """A session as a device that computes something else.
+    """A session as a device that computes wrongly.
 
-    `adapters` changes what a run is asked for, `outputs` what it gives.
+    `adapters` changes the adapters of a run, `outputs` its outputs.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Device:
 
 @pytest.fixture(scope="module")
 def sessions(tiny_bert_bundle: Path) -> tuple[ld.AdapterSession, ld.AdapterSession]:
-    """Two of the tiny classifier with the probe; the second one's is twice as strong."""
+    """Two sessions on the tiny classifier with the probe adapter, doubled in the second one."""
     pair = ld.AdapterSession(tiny_bert_bundle), ld.AdapterSession(tiny_bert_bundle)
     for session, scale in zip(pair, (1, 2), strict=True):
         arrays = probe(session.manifest, session._reader.defaults())
@@ -75,8 +75,8 @@ def test_a_device_that_computes_the_same_passes(
     ("adapters", "fault"),
     [
         (lambda adapters: None, "with an adapter"),  # ignored
-        (lambda adapters: adapters and adapters[::-1], "with an adapter"),  # the rows mixed up
-        (lambda adapters: PROBE, "the base"),  # never without
+        (lambda adapters: adapters and adapters[::-1], "with an adapter"),  # rows exchanged
+        (lambda adapters: PROBE, "the base"),  # always with an adapter
     ],
     ids=["dropped", "reversed", "stuck"],
 )
@@ -96,7 +96,7 @@ def test_a_doubled_scale_is_refused(
         _check(sessions[1], sessions[0])
 
 
-def test_outputs_that_are_no_numbers_are_refused(
+def test_nan_outputs_are_refused(
     sessions: tuple[ld.AdapterSession, ld.AdapterSession],
 ) -> None:
     broken = Device(sessions[0], outputs=lambda values: values * np.nan)
@@ -117,10 +117,10 @@ def test_the_probe_touches_every_side_input(tiny_bert_bundle: Path) -> None:
     )
 
 
-# -- providers that want every input -------------------------------------------------------------
+# -- providers that need every input -------------------------------------------------------------
 
 
-def test_a_provider_without_defaults_and_ranks_of_zero_is_fed_all(
+def test_a_provider_without_defaults_and_rank_0_gets_all_inputs(
     tiny_llama_bundle: Path, llama_adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = ld.AdapterSession(tiny_llama_bundle)
@@ -139,7 +139,7 @@ def test_a_provider_without_defaults_and_ranks_of_zero_is_fed_all(
         assert adapters is None or np.abs(expected - base).max() > 0.1
 
 
-def test_a_graph_without_defaults_is_otherwise_the_same(tiny_llama_bundle: Path) -> None:
+def test_a_graph_without_defaults_is_otherwise_equal(tiny_llama_bundle: Path) -> None:
     names = [spec.name for spec in read_manifest(tiny_llama_bundle).side_inputs()]
     content = (tiny_llama_bundle / "model.onnx").read_bytes()
     before, after = onnx.ModelProto(), onnx.ModelProto()

@@ -1,4 +1,4 @@
-"""Execution providers by the names of the command line and by ONNX Runtime's."""
+"""Execution providers by their names on the command line and in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from loradeploy.runtime.devices.providers import Provider, resolve
 from loradeploy.runtime.devices.table import BY_NAME, KNOWN, KnownProvider, known
 from tests.conftest import ROOT
 
-# Products of fp32 in fp32, which CUDA would round to TF32.
+# fp32 products in fp32; CUDA's default may be TF32.
 FP32 = {"use_tf32": "0"}
 CPU, CUDA, TENSORRT, OPENVINO = (
     f"{name}ExecutionProvider" for name in ("CPU", "CUDA", "Tensorrt", "OpenVINO")
 )
-# OpenVINO computes in bf16 where it can, unless it is asked for f32.
+# OpenVINO computes in bf16 where supported, unless f32 is requested.
 PRECISE = BY_NAME["openvino"].options
 
 
@@ -46,7 +46,7 @@ def every_provider_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
         ([("openvino", {"load_config": "{}"})], [(OPENVINO, {"load_config": "{}"})]),
     ],
 )
-def test_a_provider_goes_by_either_name(
+def test_a_provider_can_be_given_by_either_name(
     providers: list[Provider] | None, resolved: list[tuple[str, dict[str, Any]]]
 ) -> None:
     assert resolve(providers) == resolved
@@ -67,7 +67,7 @@ def test_a_provider_goes_by_either_name(
         (["nothing"], "this onnxruntime has no 'nothing', it has CPUExecutionProvider, CUDA"),
     ],
 )
-def test_what_is_no_provider_is_refused(providers: Any, message: str) -> None:
+def test_an_unknown_provider_is_refused(providers: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         resolve(providers)
 
@@ -86,7 +86,7 @@ def test_a_plugin_that_is_not_installed_names_its_package(monkeypatch: pytest.Mo
         resolve(["qnn"])
 
 
-def test_what_is_not_known_of_a_provider_is_not_assumed() -> None:
+def test_capabilities_of_an_unknown_provider_are_not_assumed() -> None:
     row = known("NewExecutionProvider")
     assert row.feeds_all
     assert not row.takes_defaults
@@ -94,7 +94,7 @@ def test_what_is_not_known_of_a_provider_is_not_assumed() -> None:
     assert known("OpenVINOExecutionProvider.AUTO").options == PRECISE
 
 
-def test_a_provider_that_is_named_keeps_its_options_behind_one_that_brings_it() -> None:
+def test_a_named_provider_keeps_its_options_after_one_that_includes_it() -> None:
     limits = {"gpu_mem_limit": 5}
     found = dict(resolve(["tensorrt", ("cuda", limits), "cpu"]))
     assert found["CUDAExecutionProvider"] == {**FP32, **limits}
@@ -111,14 +111,14 @@ def test_two_devices_of_one_provider_are_refused(providers: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("value", ["1", 1, True])
-def test_captured_runs_that_would_read_the_first_feeds_again_are_refused(value: Any) -> None:
+def test_provider_options_that_would_replay_the_first_inputs_are_refused(value: Any) -> None:
     with pytest.raises(UsageError, match="enable_cuda_graph: .* go on reading the first ones"):
         resolve([("cuda", {"enable_cuda_graph": value})])
     ((_, options),) = resolve([("cuda", {"enable_cuda_graph": "0"})])
     assert options["enable_cuda_graph"] == "0"
 
 
-def test_openvino_is_asked_for_f32() -> None:
+def test_openvino_gets_the_option_for_f32() -> None:
     devices = json.loads(PRECISE["load_config"])
     assert devices["CPU"] == devices["GPU"] == {"INFERENCE_PRECISION_HINT": "f32"}
 

@@ -1,4 +1,4 @@
-"""ONNX Runtime's own log is silent until the last of those who asked for it is through."""
+"""Silencing ONNX Runtime's log: it stays silent until the last concurrent user has finished."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from loradeploy.runtime.devices.quiet import FATAL, WARNINGS, unlogged
 
 @pytest.fixture
 def levels(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The severities that ONNX Runtime was given; there is no way to ask for the present one."""
+    """The severities set in ONNX Runtime, which has no function to read the current one."""
     given: list[int] = []
     monkeypatch.setattr(onnxruntime, "set_default_logger_severity", given.append)
     return given
 
 
-def test_the_log_comes_back_when_the_last_thread_is_through(levels: list[int]) -> None:
+def test_the_log_level_is_restored_after_the_last_thread(levels: list[int]) -> None:
     first, second = unlogged(), unlogged()
     first.__enter__()
     second.__enter__()
@@ -28,13 +28,13 @@ def test_the_log_comes_back_when_the_last_thread_is_through(levels: list[int]) -
     assert levels == [FATAL, WARNINGS]
 
 
-def test_the_log_comes_back_after_an_error(levels: list[int]) -> None:
+def test_the_log_level_is_restored_after_an_error(levels: list[int]) -> None:
     with pytest.raises(ValueError, match="a provider"), unlogged():
         raise ValueError("a provider")
     assert levels == [FATAL, WARNINGS]
 
 
-def test_the_log_is_left_alone_where_all_is_logged(
+def test_the_log_level_is_not_changed_in_debug_mode(
     levels: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG, "loradeploy")

@@ -1,4 +1,4 @@
-"""WebGPU, on SwiftShader: every form of graph computes what the CPU does, adapters included."""
+"""WebGPU (on SwiftShader): every form of graph computes the same as the CPU, with adapters too."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.runtime.devices.conftest import run
 from tests.tolerances import tolerance
 
 WEBGPU, CPU = "WebGpuExecutionProvider", "CPUExecutionProvider"
-# Of each case: what is compared with the CPU.
+# By case: the adapters whose results are compared with the CPU.
 COMPARED = {
     "slots": ["base", "small", "large", "partial", "small again", "mixed", "blend"],
     "rows": ["base", "partial", "mixed"],
@@ -23,19 +23,19 @@ COMPARED = {
     "heads": ["base", "small", "mixed"],
     "gqa": ["base", "mixed"],
 }
-# What its kernels lack, or get wrong, in the tiny Llama's graph.
+# Nodes of the tiny Llama's graph without a WebGPU kernel, or with a wrong one.
 ON_CPU = {
     "Add", "And", "Attention", "Cast", "Concat", "Cos", "Equal", "LessOrEqual", "Or", "Range",
     "Reshape", "Shape", "Sin", "Squeeze", "Unsqueeze", "Expand", "ConstantOfShape", "CumSum",
 }  # fmt: skip
 
 
-def test_the_process_came_to_its_end(webgpu: dict[str, Any]) -> None:
+def test_the_process_did_not_crash(webgpu: dict[str, Any]) -> None:
     assert webgpu["status"] == 0, webgpu["errors"]
 
 
 @pytest.mark.parametrize("case", COMPARED)
-def test_every_form_computes_what_the_cpu_does(webgpu: dict[str, Any], case: str) -> None:
+def test_every_form_computes_the_same_as_the_cpu(webgpu: dict[str, Any], case: str) -> None:
     for what in COMPARED[case]:
         found = webgpu[case][what]
         assert found["error"] <= tolerance("webgpu-cpu"), what
@@ -43,19 +43,19 @@ def test_every_form_computes_what_the_cpu_does(webgpu: dict[str, Any], case: str
             assert found["effect"] >= 1000 * tolerance("webgpu-cpu"), what
 
 
-def test_a_swap_back_gives_the_same_numbers(webgpu: dict[str, Any]) -> None:
+def test_swapping_back_gives_identical_results(webgpu: dict[str, Any]) -> None:
     slots = webgpu["slots"]
     assert slots["small again"] == slots["small"]
     assert slots["large"]["effect"] != slots["small"]["effect"]
 
 
-def test_factors_and_caches_stay_in_the_memory_of_the_device(webgpu: dict[str, Any]) -> None:
+def test_factors_and_caches_are_in_device_memory(webgpu: dict[str, Any]) -> None:
     slots = webgpu["slots"]
     assert slots["memory"] == ["webgpu"]
     assert slots["device_bytes"] > slots["host_device_bytes"] == 0
 
 
-def test_what_is_generated_is_what_the_cpu_generates(webgpu: dict[str, Any]) -> None:
+def test_generated_text_is_that_of_the_cpu(webgpu: dict[str, Any]) -> None:
     base, _, mixed = webgpu["slots"]["texts"]
     assert mixed[0] != base[0]
     for case in ("slots", "rows", "gqa"):
@@ -73,17 +73,17 @@ def test_no_product_of_an_adapter_falls_back_to_the_cpu(webgpu: dict[str, Any]) 
     assert webgpu["slots"]["providers"] == [WEBGPU, CPU]
     placed = webgpu["slots"]["placement"]
     assert set(placed[CPU]) - ON_CPU == {"Mul"}
-    assert placed[CPU]["Mul"] == 1  # of the number of logits
-    assert placed[CPU]["And"] == 2  # broadcast: wrong there after other shapes
+    assert placed[CPU]["Mul"] == 1  # for the number of logits
+    assert placed[CPU]["And"] == 2  # broadcasting: WebGPU's kernel is wrong after other shapes
     assert "MatMul" not in placed[CPU]
     assert "GroupQueryAttention" in webgpu["gqa"]["placement"][WEBGPU]
 
 
-def test_a_graph_without_defaults_takes_every_side_input(webgpu: dict[str, Any]) -> None:
+def test_a_graph_without_defaults_gets_every_side_input(webgpu: dict[str, Any]) -> None:
     assert webgpu["required_inputs"]["optional"] == 0
 
 
-def test_a_wrong_kernel_is_seen_at_the_opening(webgpu: dict[str, Any]) -> None:
+def test_a_wrong_kernel_is_detected_at_opening(webgpu: dict[str, Any]) -> None:
     found = webgpu["wrong_kernel"]
     assert found["kind"] == "DeviceError"
     assert found["message"].startswith(f"{WEBGPU} computes something else than the CPU (the base)")
@@ -95,12 +95,12 @@ def test_recorded_runs_are_replayed_with_the_adapters_of_each_step(webgpu: dict[
     assert found["placement"] == [WEBGPU]
     assert found["error"] <= tolerance("webgpu-cpu") and found["again"] == 0
     assert found["effect"] >= 1000 * tolerance("webgpu-cpu")
-    # The base, ranks of 64 and 8, a slot for each row of rank 8.
+    # The base, ranks 64 and 8, and one slot per row of rank 8.
     assert found["captured"] == 4 and found["device_bytes"] > 0
     assert found["after other feeds"] == 0
 
 
-def test_a_graph_with_nodes_on_the_cpu_is_not_captured(webgpu: dict[str, Any]) -> None:
+def test_a_graph_with_nodes_on_the_cpu_is_not_recorded(webgpu: dict[str, Any]) -> None:
     found = webgpu["not_recordable"]
     assert found["kind"] == "UsageError"
     assert found["message"].startswith(f"`capture_graphs`: {WEBGPU} leaves nodes of ")
@@ -132,7 +132,7 @@ ld.AdapterSession(sys.argv[1], ["webgpu"])
         ("VK_ICD_FILENAMES", "is installed and finds a device, which does not start"),
     ],
 )
-def test_without_a_device_the_cpu_serves_where_it_is_named_too(
+def test_without_a_device_the_cpu_is_used_if_it_is_named_too(
     tiny_llama_bundle: Path, unset: str, message: str
 ) -> None:
     environment = {name: value for name, value in swiftshader().items() if name != unset}

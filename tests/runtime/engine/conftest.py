@@ -1,4 +1,4 @@
-"""The sessions that specifications of the engine share."""
+"""Sessions shared by the tests of the engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An engine without its threads."""
+"""Drives an engine round by round, without its threads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from loradeploy.runtime.session import AdapterSession
 
 
 class Rounds:
-    """An engine whose rounds are made by hand, with requests that are ready."""
+    """An engine whose rounds are called by the test, with prepared requests."""
 
     def __init__(self, session: AdapterSession, **options: Any) -> None:
         self.engine = Engine(session, **options)
@@ -22,7 +22,7 @@ class Rounds:
     def ask(
         self, prompts: Sequence[list[int]], adapters: Sequence[Any], tokens: int = 6
     ) -> list[Submission]:
-        """Have requests take part, all at once."""
+        """Submit several requests together and prepare them."""
         worker = self.engine._worker
         submissions = []
         for prompt, adapter in zip(prompts, adapters, strict=True):
@@ -42,7 +42,7 @@ class Rounds:
         return submissions
 
     def round(self) -> dict[int, BaseException]:
-        """What came of the requests that have failed with it, by their numbers."""
+        """Run one round; return the errors of the requests that failed in it, by number."""
         failed = {}
         for one, problem in self.engine._worker.advance():
             one.close()
@@ -51,7 +51,7 @@ class Rounds:
         return failed
 
     def finish(self, submissions: Sequence[Submission]) -> list[tuple[int, ...]]:
-        """The tokens of each request."""
+        """Run rounds until all requests have ended; return the tokens of each."""
         for _ in range(100):
             if all(one.done for one in submissions):
                 break

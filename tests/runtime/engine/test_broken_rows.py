@@ -1,4 +1,4 @@
-"""Rows of a batch that cannot be moved: their requests fail, and none gets another's tokens."""
+"""Errors while rows of a batch are moved: requests fail, and none gets tokens of another."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOKENS = 12
 
 @pytest.mark.parametrize("failing", ["rows", "adapters"])
 @pytest.mark.parametrize("when", ["a request is cancelled", "a request ends", "one joins"])
-def test_the_rest_of_a_batch_fails_and_later_requests_are_right(
+def test_the_rest_of_a_batch_fails_and_later_requests_are_correct(
     session: AdapterSession, monkeypatch: pytest.MonkeyPatch, failing: str, when: str
 ) -> None:
     generator = TextGenerator(session)
@@ -42,7 +42,7 @@ def test_the_rest_of_a_batch_fails_and_later_requests_are_right(
     def fails(*given: Any) -> None:
         monkeypatch.undo()
         if method == "move":
-            rows.move(given[0][::-1][:2])  # half of it is done
+            rows.move(given[0][::-1][:2])  # half of the move succeeds
         raise MemoryError("no room for the rows")
 
     monkeypatch.setattr(target, method, fails)
@@ -54,11 +54,11 @@ def test_the_rest_of_a_batch_fails_and_later_requests_are_right(
     failed: dict[int, BaseException] = {}
     for _ in range(4):
         failed |= made.round()
-    if (when, failing) == ("one joins", "adapters"):  # the others can be run without it
+    if (when, failing) == ("one joins", "adapters"):  # the others can run without it
         assert failed.keys() == {one.number for one in late}
         assert made.finish([*leaves, *others]) == lone
     else:
-        # A step that cannot be made is one of all that take part in it.
+        # A step that fails is a failure of all requests in it.
         whole = when == "one joins" or (when, failing) == ("a request ends", "rows")
         expected = [*others, *(leaves if whole else ()), *late]
         assert failed.keys() == {one.number for one in expected}
@@ -71,7 +71,7 @@ def test_the_rest_of_a_batch_fails_and_later_requests_are_right(
     assert again == lone
 
 
-def test_a_request_that_cannot_join_alone_leaves_the_engine_whole(
+def test_a_request_that_fails_to_join_an_empty_batch_leaves_the_engine_usable(
     session: AdapterSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator = TextGenerator(session)

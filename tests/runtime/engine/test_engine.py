@@ -1,4 +1,4 @@
-"""What an engine promises beside right answers: order, bounds, ends, and whose keys are whose."""
+"""The engine: order, limits, endings, prefix cache and failures. Results: see test_load.py."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_events_are_the_text_and_the_tokens_of_the_result(session: AdapterSessio
     assert usage.completion_tokens == sum(one.completion_tokens for one in alone)
 
 
-def test_what_a_prompt_begins_with_is_read_once_for_its_adapter_and_scope_alone(
+def test_a_common_prefix_is_processed_once_per_adapter_and_scope(
     session: AdapterSession,
 ) -> None:
     def ask(engine: Engine, adapter: Any, scope: str | None, last: int) -> tuple[int, Any]:
@@ -79,7 +79,7 @@ def test_what_a_prompt_begins_with_is_read_once_for_its_adapter_and_scope_alone(
     with Engine(session, prefill_chunk=16) as engine:
         for adapter, scope, last, cached in (
             ("large", "a", 7, 0),
-            ("large", "a", 9, shared),  # the control: it is found where it may be
+            ("large", "a", 9, shared),  # the control: found where sharing is allowed
             ("small", "a", 9, 0),
             (None, "a", 9, 0),
             ("large", "b", 9, 0),
@@ -109,10 +109,10 @@ def test_the_prefix_cache_stays_below_its_budget(session: AdapterSession) -> Non
         assert stats.prefix_entries == 4
         assert stats.prefix_evictions == 6 * 3 - 4
         again = engine.submit([5 + 3, *LONG], max_new_tokens=1).result(60)
-        assert again.usage.cached_tokens == 3 * BLOCK  # what was used last is there
+        assert again.usage.cached_tokens == 3 * BLOCK  # the most recent prefix is kept
 
 
-def test_a_long_prompt_is_read_between_the_steps_of_others(session: AdapterSession) -> None:
+def test_a_long_prompt_is_processed_between_the_steps_of_others(session: AdapterSession) -> None:
     with Engine(session, prefill_chunk=8, prefix_budget=0) as engine:
         going = engine.submit("The bank", "small", max_new_tokens=60)
         next(going)
@@ -125,7 +125,7 @@ def test_a_long_prompt_is_read_between_the_steps_of_others(session: AdapterSessi
         assert len(going.result(60).generations[0].token_ids) == 60
 
 
-def test_rows_that_are_free_are_taken_before_a_request_ends(session: AdapterSession) -> None:
+def test_free_rows_are_used_before_a_request_ends(session: AdapterSession) -> None:
     engine = Engine(session, max_rows=24)
     all_of_them = [engine.submit([5 + number], "small", max_new_tokens=80) for number in range(24)]
     with engine:
@@ -136,10 +136,10 @@ def test_rows_that_are_free_are_taken_before_a_request_ends(session: AdapterSess
     assert sizes[24] > sum(count for size, count in sizes.items() if size < 12)
 
 
-def test_as_many_wait_as_may_and_a_scope_with_few_goes_before_one_with_many(
+def test_the_queue_is_limited_and_a_scope_with_few_requests_displaces_one_with_many(
     session: AdapterSession,
 ) -> None:
-    engine = Engine(session, max_waiting=4)  # nothing is taken before its start
+    engine = Engine(session, max_waiting=4)  # requests wait until it is started
     first = [engine.submit("A", scope="many", max_new_tokens=2) for _ in range(4)]
     with pytest.raises(EngineFullError, match="4 requests wait") as full:
         engine.submit("A", scope="many")
@@ -234,7 +234,7 @@ def test_a_request_that_cannot_be_served_is_refused_by_name(
         assert engine.submit("A", max_new_tokens=2).result(60)
 
 
-def test_settings_are_checked_at_once(session: AdapterSession) -> None:
+def test_settings_are_checked_immediately(session: AdapterSession) -> None:
     engine = Engine(session)
     with pytest.raises(UsageError, match="temperature"):
         engine.submit("A", temperature=-1)
@@ -246,7 +246,7 @@ def test_settings_are_checked_at_once(session: AdapterSession) -> None:
         Engine(session, prefix_budget=-1)
 
 
-def test_an_observer_sees_what_a_request_waited_for_and_cannot_hurt_it(
+def test_an_observer_gets_the_times_of_a_request_and_its_errors_are_ignored(
     session: AdapterSession,
 ) -> None:
     seen: list[tuple[str, float]] = []
@@ -267,7 +267,7 @@ def test_an_observer_sees_what_a_request_waited_for_and_cannot_hurt_it(
     assert all(0 <= seconds <= took for _, seconds in seen)
 
 
-def test_an_engine_that_a_defect_ended_says_so(
+def test_an_engine_ended_by_a_defect_reports_it(
     session: AdapterSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def defect() -> None:
@@ -289,11 +289,13 @@ def test_an_engine_that_a_defect_ended_says_so(
 
 
 class Panic(BaseException):
-    """As pyo3 raises it for a panic of a library in Rust."""
+    """Like pyo3's exception for a panic in a Rust library."""
 
 
 @pytest.mark.parametrize("after", [0, 2], ids=["with the prompt", "in a step"])
-def test_a_panic_of_a_mask_fails_its_own_request_alone(session: AdapterSession, after: int) -> None:
+def test_a_panic_in_a_token_mask_fails_only_its_request(
+    session: AdapterSession, after: int
+) -> None:
     def mask(made: Any) -> Any:
         if len(made) >= after:
             raise Panic("of a grammar")
@@ -313,7 +315,7 @@ def test_a_panic_of_a_mask_fails_its_own_request_alone(session: AdapterSession, 
         assert engine.stats().failed == {"RunError": 1}
 
 
-def test_a_panic_of_a_tokenizer_fails_its_own_request_alone(
+def test_a_panic_in_the_tokenizer_fails_only_its_request(
     session: AdapterSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Engine(session) as engine:
@@ -335,7 +337,7 @@ def test_a_panic_of_a_tokenizer_fails_its_own_request_alone(
 def test_a_defect_of_a_thread_fails_every_request(
     session: AdapterSession, monkeypatch: pytest.MonkeyPatch, thread: str
 ) -> None:
-    """One runs, one is being read, and one waits."""
+    """One request runs, one is being prepared, and one waits."""
     reading, go_on = threading.Event(), threading.Event()
     with Engine(session) as engine:
         read, advance = engine._loader._reader.read, engine._worker.advance
@@ -368,11 +370,11 @@ def test_a_defect_of_a_thread_fails_every_request(
         go_on.set()
         assert engine.drain(60)
         assert not engine.alive
-    assert not session._bank._users  # no adapter stays in use
+    assert not session._bank._users  # no adapter is in use
 
 
 @pytest.mark.parametrize("then", ["is read", "is refused", "is cancelled"])
-def test_a_request_that_is_read_while_a_defect_comes_ends_once(
+def test_a_request_that_is_being_prepared_at_a_defect_ends_once(
     session: AdapterSession, monkeypatch: pytest.MonkeyPatch, then: str
 ) -> None:
     engine = Engine(session)
@@ -401,7 +403,7 @@ def test_a_request_that_is_read_while_a_defect_comes_ends_once(
     assert not session._bank._users  # its adapter is not in use
 
 
-def test_no_row_runs_with_another_adapter_after_a_join_that_failed(
+def test_no_row_runs_with_another_adapter_after_a_failed_join(
     session: AdapterSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with ExitStack() as stack:
@@ -436,7 +438,7 @@ def test_no_row_runs_with_another_adapter_after_a_join_that_failed(
         assert [row is small for row in joined._lease.rows] == [True, False, True]
 
 
-def test_others_get_their_text_where_the_adapters_of_a_request_cannot_be_joined(
+def test_a_request_whose_adapter_cannot_join_does_not_affect_others(
     session: AdapterSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alone = TextGenerator(session).generate(["The bank"], "large", max_new_tokens=40)[0]
@@ -458,7 +460,7 @@ def test_others_get_their_text_where_the_adapters_of_a_request_cannot_be_joined(
         assert going.result(60).generations[0].token_ids == alone.token_ids
 
 
-def test_max_new_tokens_that_nobody_named_is_what_a_row_has_room_for(
+def test_the_default_of_max_new_tokens_is_the_room_of_a_row(
     session: AdapterSession,
 ) -> None:
     prompt = list(range(20, 60))
@@ -471,11 +473,11 @@ def test_max_new_tokens_that_nobody_named_is_what_a_row_has_room_for(
             assert got.finish_reason == "length"
         with pytest.raises(BudgetError):
             engine.submit(prompt, "large", max_new_tokens=20).result(60)
-        with pytest.raises(BudgetError):  # no room for a single token
+        with pytest.raises(BudgetError):  # no room for one token
             engine.submit(prompt + prompt, "large").result(60)
 
 
-def test_a_graph_that_reads_prompts_in_parts_wrongly_is_refused(
+def test_a_graph_that_processes_prompts_in_parts_wrongly_is_refused(
     tiny_llama_bundle: Path, tmp_path: Path
 ) -> None:
     bundle = shutil.copytree(tiny_llama_bundle, tmp_path / "bundle")

@@ -1,4 +1,4 @@
-"""Every answer under load is the one that its request gets alone."""
+"""Results under load: each request gets the same result as alone."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SETTINGS: tuple[dict[str, Any], ...] = (
 
 @dataclass(frozen=True)
 class Asked:
-    """A request, with what it gets alone."""
+    """A request and its result when it runs alone."""
 
     prompt: str
     adapter: Any
@@ -61,7 +61,7 @@ def opened(bundle: Path, adapters: dict[str, Path], **options: Any) -> AdapterSe
 
 
 def requests(adapters: list[str], count: int, seed: int = 0) -> list[Asked]:
-    """As many requests of all kinds, some of which begin alike."""
+    """Return `count` requests of all kinds; some have a common prefix."""
     chance = random.Random(seed)
     specs = [None, *adapters, {adapters[0]: 0.5, adapters[1]: 0.7}]
     return [
@@ -77,7 +77,7 @@ def requests(adapters: list[str], count: int, seed: int = 0) -> list[Asked]:
 
 
 def ask_alone(session: AdapterSession, asked: list[Asked]) -> None:
-    """Note what each request gets from a generator, by itself."""
+    """Run each request alone by a TextGenerator and store its result."""
     generator = TextGenerator(session)
     for one in asked:
         one.alone.extend(
@@ -86,12 +86,12 @@ def ask_alone(session: AdapterSession, asked: list[Asked]) -> None:
 
 
 def ids_of(text: Generation) -> list[list[int]]:
-    """The tokens that log-probabilities are given of."""
+    """Return the token ids of all log-probabilities."""
     return [[part.token_id, *(t.token_id for t in part.top)] for part in text.logprobs or ()]
 
 
 def same(found: Completion, one: Asked) -> bool:
-    """Whether a request got what it gets alone, its log-probabilities but for rounding."""
+    """Whether a result equals that of the request alone; log-probabilities up to rounding."""
     pairs = list(zip(found.generations, one.alone, strict=True))
     return all(
         (a.text, a.token_ids, a.finish_reason, a.choice, a.completion_tokens, ids_of(a))
@@ -101,12 +101,12 @@ def same(found: Completion, one: Asked) -> bool:
 
 
 @pytest.mark.parametrize("way", ["grows", "in place"])
-def test_200_requests_over_adapters_of_mixed_ranks_get_what_each_gets_alone(
+def test_200_requests_with_adapters_of_mixed_ranks_get_the_same_results_as_alone(
     way: str, tiny_llama_bundle: Path, in_place: Path, mixed: dict[str, Path]
 ) -> None:
     bundle = tiny_llama_bundle if way == "grows" else in_place
     count = 200 if way == "grows" else 40
-    # Room for the largest adapter and little more: the others go and come again while requests run.
+    # Room for the largest adapter and little more: the others are evicted and reloaded constantly.
     with opened(bundle, mixed, host_budget=700_000) as session:
         asked = requests(list(mixed), count)
         ask_alone(session, asked)
@@ -137,7 +137,7 @@ def test_200_requests_over_adapters_of_mixed_ranks_get_what_each_gets_alone(
     assert 0 < stats.one_adapter_steps < stats.steps
 
 
-def test_requests_end_with_the_adapter_that_they_began_with_however_names_change(
+def test_requests_keep_their_adapter_when_its_name_is_replaced_or_unloaded(
     tiny_llama_bundle: Path, mixed: dict[str, Path]
 ) -> None:
     first, second = mixed["r4"], mixed["r64"]
@@ -154,7 +154,7 @@ def test_requests_end_with_the_adapter_that_they_began_with_however_names_change
         session.unload("new")
         session.load("live", first)
         running = engine.submit("The bank", "live", max_new_tokens=40)
-        next(running)  # it has begun
+        next(running)  # it has started
         session.load("live", second, replace=True)
         later = engine.submit("The bank", "live", max_new_tokens=40)
         assert running.result(60).generations[0].token_ids == lone["old"]
@@ -168,7 +168,7 @@ def test_requests_end_with_the_adapter_that_they_began_with_however_names_change
             engine.submit("The bank", "live").result(60)
 
 
-def test_hot_reloads_cancellations_and_failures_leave_all_others_as_they_are(
+def test_reloads_cancellations_and_failures_do_not_affect_other_requests(
     tiny_llama_bundle: Path, mixed: dict[str, Path], tmp_path: Path
 ) -> None:
     broken = tmp_path / "broken"
@@ -216,13 +216,13 @@ def test_hot_reloads_cancellations_and_failures_leave_all_others_as_they_are(
         assert sum(stats.failed.values()) == 8
         assert stats.running == stats.waiting == 0
         for name in [*mixed, "broken", "live"]:
-            session.unload(name)  # nobody uses them any more
+            session.unload(name)  # none is in use any more
 
 
 def test_requests_of_many_threads_are_all_accounted_for(
     in_place: Path, mixed: dict[str, Path]
 ) -> None:
-    """The soak of tools/soak_engine.py, in short: twice as many askers as there are rows."""
+    """A short run of tools/soak_engine.py, with four client threads per row."""
     from tools.soak_engine import soak
 
     report = soak(in_place, mixed, seconds=3, max_rows=4)
@@ -232,7 +232,7 @@ def test_requests_of_many_threads_are_all_accounted_for(
     assert report.answered + report.cancelled + report.refused == report.asked
 
 
-def test_a_request_that_never_ends_is_lost_once_the_engine_has_nothing_left_to_do(
+def test_a_request_that_never_ends_is_reported_as_lost_once_the_engine_is_idle(
     in_place: Path, mixed: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tools.soak_engine import soak

@@ -1,4 +1,4 @@
-"""Prompts that wait are read together, and become what each of them is alone."""
+"""Waiting prompts are processed together, with the same results as alone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def alone(
     ]
 
 
-def test_prompts_of_different_lengths_and_adapters_are_read_in_one_run(
+def test_prompts_of_different_lengths_and_adapters_are_processed_in_one_run(
     session: AdapterSession,
 ) -> None:
     made = Rounds(session)
@@ -39,24 +39,24 @@ def test_prompts_of_different_lengths_and_adapters_are_read_in_one_run(
     assert found != alone(session, SHORT, [None] * len(SHORT))
 
 
-def test_they_join_rows_that_go_on_a_chunk_at_a_time(session: AdapterSession) -> None:
+def test_prompts_join_running_rows_in_chunks_of_limited_size(session: AdapterSession) -> None:
     made = Rounds(session, prefill_chunk=12)
     first = made.ask(SHORT[:1], ["large"])
     made.round()
     rest = made.ask(SHORT[1:], ADAPTERS[1:])
     before = made.prefills
     made.round()
-    # Of 6, 2, 4 and 1 tokens, two at a time are 12 with their padding, and the others 8.
+    # Prompts of 6, 2, 4 and 1 tokens, two at a time: 12 tokens with padding, then 8.
     assert [one.prompt_tokens is not None for one in rest] == [True, True, False, False]
     found = made.finish([*first, *rest])
     assert made.prefills == before + 2
     assert found == alone(session, SHORT, ["large", *ADAPTERS[1:]])
 
 
-def test_what_they_begin_with_is_read_once_and_each_rest_by_itself(
+def test_a_common_prefix_is_processed_once_and_each_rest_separately(
     session: AdapterSession,
 ) -> None:
-    """Together, their padding would lie behind what they begin with, where a window counts it."""
+    """Together, padding would come after the prefix, where a sliding window counts it."""
     prompts = [[*SYSTEM, *own] for own in SHORT]
     made = Rounds(session)
     found = made.finish(made.ask(prompts, ["small"] * len(prompts)))

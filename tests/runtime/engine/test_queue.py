@@ -1,4 +1,4 @@
-"""Who is next: scopes and adapters take turns by the work that they ask for."""
+"""The fair queue: scopes and adapters take turns in proportion to their requested work."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ def order(queue: FairQueue[str], most: int = 100) -> str:
     return "".join(queue.pop() for _ in range(min(most, len(queue))))
 
 
-def test_scopes_take_turns_and_in_each_its_adapters() -> None:
+def test_scopes_take_turns_and_so_do_the_adapters_of_a_scope() -> None:
     queue: FairQueue[str] = FairQueue()
     for item in "aaaa":
         queue.push(item, "one", "x", 1)
@@ -27,7 +27,7 @@ def test_a_scope_that_asks_for_more_work_gets_fewer_turns() -> None:
     assert order(queue, 5) == "LsssL"
 
 
-def test_who_asks_one_at_a_time_does_not_go_before_those_that_wait() -> None:
+def test_a_scope_with_one_request_at_a_time_does_not_overtake_waiting_ones() -> None:
     queue: FairQueue[str] = FairQueue()
     for _ in range(4):
         queue.push("w", "waits", None, 1)
@@ -39,7 +39,7 @@ def test_who_asks_one_at_a_time_does_not_go_before_those_that_wait() -> None:
     assert got.count("w") == got.count("s") == 3
 
 
-def test_nobody_saves_up_turns() -> None:
+def test_unused_turns_are_not_saved() -> None:
     queue: FairQueue[str] = FairQueue()
     for _ in range(20):
         queue.push("w", "waits", None, 1)
@@ -49,7 +49,7 @@ def test_nobody_saves_up_turns() -> None:
     assert order(queue, 6).count("w") >= 2
 
 
-def test_the_scope_with_most_gives_way_to_one_with_fewer() -> None:
+def test_the_scope_with_most_requests_is_displaced_by_one_with_fewer() -> None:
     queue: FairQueue[str] = FairQueue()
     for item in ("m1", "m2", "m3"):
         queue.push(item, "many", None, 1)
@@ -66,7 +66,7 @@ def flows(queue: FairQueue[str]) -> int:
     return sum(len(scope.flows) for scope in queue._scopes.values())
 
 
-def test_who_comes_back_with_a_debt_is_served_however_many_others_begin_anew() -> None:
+def test_a_returning_scope_with_a_debt_is_served_despite_many_new_ones() -> None:
     for scopes in (False, True):
         queue: FairQueue[str] = FairQueue()
 

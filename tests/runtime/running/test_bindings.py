@@ -1,4 +1,4 @@
-"""A cache that is written in place is bound once: runs give what they give with it bound again."""
+"""A cache in place is bound once; results are the same as with binding it for every run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def session(in_place: Path, llama_adapters: dict[str, Path]) -> AdapterSession:
 
 
 def cache_of(session: AdapterSession) -> tuple[dict[str, np.ndarray[Any, Any]], FixedBuffers]:
-    """An empty cache of two rows, and the values that are it."""
+    """Return an empty cache of two rows, as arrays and as bound buffers."""
     arrays = {
         spec.name: np.zeros((2, int(spec.shape[1]), POSITIONS, int(spec.shape[3])), spec.dtype)
         for spec in cache_inputs(session.manifest)
@@ -43,7 +43,7 @@ def cache_of(session: AdapterSession) -> tuple[dict[str, np.ndarray[Any, Any]], 
 
 
 def feeds_of(rows: int, number: int) -> dict[str, np.ndarray[Any, Any]]:
-    """A token for each row, after so many."""
+    """Return inputs of one token per row, at position `number`."""
     ids = np.array([[5 + number], [9 + number]], np.int64)[:rows]
     return {
         "input_ids": ids,
@@ -59,13 +59,13 @@ def step(
     fixed: FixedBuffers,
     buffers: Mapping[str, onnxruntime.OrtValue],
 ) -> np.ndarray[Any, Any]:
-    """The logits of the token after so many."""
+    """Run one step at position `number` and return its logits."""
     feeds = {**feeds_of(2, number), **fixed.inputs}
     outputs = session.run_with_ort_values(["logits", *fixed], feeds, adapters, buffers=buffers)
     return np.array(outputs[0].numpy())
 
 
-def test_steps_are_what_they_are_with_everything_bound_anew(session: AdapterSession) -> None:
+def test_steps_equal_those_with_everything_bound_again(session: AdapterSession) -> None:
     kept, kept_buffers = cache_of(session)
     anew, anew_buffers = cache_of(session)
     found = []
@@ -82,7 +82,7 @@ def test_steps_are_what_they_are_with_everything_bound_anew(session: AdapterSess
     assert np.abs(found[1][1] - found[1][0]).max() > 0.01
 
 
-def test_a_step_like_the_last_binds_what_has_changed_alone(
+def test_a_step_binds_only_values_that_changed(
     session: AdapterSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, fixed = cache_of(session)
@@ -100,11 +100,11 @@ def test_a_step_like_the_last_binds_what_has_changed_alone(
             feeds = {**feeds_of(2, number), **fixed.inputs}
             held.run_with_ort_values(["logits", *fixed], feeds, buffers=fixed)
     assert set(feeds_of(2, 0)) <= set(bound)
-    assert len(set(bound) & set(fixed.inputs)) <= 1  # the one that tells the rows
+    assert len(set(bound) & set(fixed.inputs)) <= 1  # the one that has the number of rows
     assert not set(bound) & set(session.manifest.factors)
 
 
-def test_what_is_bound_goes_with_the_side_inputs(session: AdapterSession) -> None:
+def test_bindings_are_dropped_with_the_side_inputs(session: AdapterSession) -> None:
     _, fixed = cache_of(session)
     step(session, 0, "large", fixed, fixed)
     assert fixed._kept is not None

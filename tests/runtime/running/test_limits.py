@@ -1,4 +1,4 @@
-"""What a graph would answer wrongly, or not at all, is refused before it runs."""
+"""Inputs for which a graph would fail or return wrong results are refused before the run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Feeds = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def session(tiny_llama_bundle: Path, llama_adapters: dict[str, Path]) -> AdapterSession:
-    """A session on the tiny Llama: 512 words, 128 positions."""
+    """A session on the tiny Llama: 512 tokens, 128 positions."""
     session = AdapterSession(tiny_llama_bundle)
     session.load("small", llama_adapters["small"])
     return session
@@ -62,7 +62,7 @@ REFUSED: dict[str, tuple[Callable[[Feeds], Any], str]] = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_a_feed_that_would_be_answered_wrongly_is_refused(
+def test_an_input_that_would_give_wrong_results_is_refused(
     what: str, session: AdapterSession
 ) -> None:
     change, message = REFUSED[what]
@@ -71,7 +71,7 @@ def test_a_feed_that_would_be_answered_wrongly_is_refused(
     assert np.isfinite(session.run(["logits"], good(session))[0]).all()
 
 
-def test_what_onnxruntime_refuses_is_one_typed_line(session: AdapterSession) -> None:
+def test_an_error_of_onnxruntime_becomes_a_typed_one_line_error(session: AdapterSession) -> None:
     values = good(session)
     values["past_key_values.1.value"] = onnxruntime.OrtValue.ortvalue_from_numpy(
         np.zeros((2, 2, 0, 16))
@@ -81,7 +81,7 @@ def test_what_onnxruntime_refuses_is_one_typed_line(session: AdapterSession) -> 
     assert "\n" not in str(raised.value)
 
 
-def test_the_last_position_and_the_last_word_are_taken(session: AdapterSession) -> None:
+def test_the_last_position_and_the_last_token_are_accepted(session: AdapterSession) -> None:
     values = feeds(session.manifest, np.full((1, 128), 511))
     assert np.isfinite(session.run(["logits"], values)[0]).all()
 
@@ -94,13 +94,15 @@ def test_the_last_position_and_the_last_word_are_taken(session: AdapterSession) 
     ],
     ids=repr,
 )
-def test_what_names_no_adapters_is_refused(adapters: Any, session: AdapterSession) -> None:
+def test_invalid_adapter_arguments_are_refused(adapters: Any, session: AdapterSession) -> None:
     with pytest.raises(UsageError):
         session.run(["logits"], good(session), adapters)
 
 
 @pytest.mark.parametrize("name", [3, "", None, b"x", "\ud800"])
-def test_a_name_is_a_text(name: Any, session: AdapterSession, tmp_path: Path) -> None:
+def test_the_name_of_an_adapter_must_be_valid_text(
+    name: Any, session: AdapterSession, tmp_path: Path
+) -> None:
     before = session.adapters
     with pytest.raises(UsageError, match="adapter"):
         session.register(name, tmp_path)
@@ -123,7 +125,7 @@ def test_a_name_is_a_text(name: Any, session: AdapterSession, tmp_path: Path) ->
     ],
     ids=repr,
 )
-def test_what_cannot_be_generated_is_refused(
+def test_invalid_prompts_and_options_are_refused(
     prompts: Any, options: dict[str, Any], session: AdapterSession
 ) -> None:
     with pytest.raises(LoraDeployError):

@@ -1,4 +1,4 @@
-"""Labels and vectors: as transformers gives them, and the same in every batch."""
+"""Labels and vectors: equal to those of transformers, and independent of the batch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ TEXTS = ["Shares fell.", "The match was won in the last minute of extra time", "
 def classifier(
     tiny_bert_bundle: Path, bert_adapters: dict[str, Path], tmp_path: Path
 ) -> TextClassifier:
-    """A classifier whose adapter `large` names its labels and `small` does not."""
+    """A classifier with an adapter `large` that names its labels and `small` that does not."""
     named = dataclasses.replace(load_adapter(bert_adapters["large"]), labels=("sport", "business"))
     save_adapter(named, tmp_path / "large")
     session = AdapterSession(tiny_bert_bundle)
@@ -67,7 +67,7 @@ def test_scores_are_those_of_peft(
         assert result.label == list(result.scores)[int(scores.argmax())]
 
 
-def test_a_text_gets_the_same_score_in_every_batch(classifier: TextClassifier) -> None:
+def test_the_score_of_a_text_does_not_depend_on_the_batch(classifier: TextClassifier) -> None:
     adapters = ["small", None, "large"]
     together = classifier(TEXTS, adapters)
     for batch_size in (1, 2):
@@ -80,7 +80,7 @@ def test_a_text_gets_the_same_score_in_every_batch(classifier: TextClassifier) -
     assert abs(alone.score - together[2].score) <= tolerance("rows")
 
 
-def test_labels_are_the_adapters_own_else_the_bundles(classifier: TextClassifier) -> None:
+def test_labels_are_those_of_the_adapter_or_else_of_the_bundle(classifier: TextClassifier) -> None:
     small, large, base = classifier([TEXTS[0]] * 3, ["small", "large", None])
     assert list(large.scores) == ["sport", "business"]
     assert list(small.scores) == list(base.scores) == ["LABEL_0", "LABEL_1"]
@@ -88,7 +88,7 @@ def test_labels_are_the_adapters_own_else_the_bundles(classifier: TextClassifier
     assert base.score == 0.5  # the checkpoint has no head
 
 
-def test_a_long_text_is_cut_and_not_refused(classifier: TextClassifier) -> None:
+def test_a_long_text_is_truncated_and_not_refused(classifier: TextClassifier) -> None:
     (result,) = classifier(["word " * 500], "small")
     assert 0 < result.score <= 1
 
@@ -101,14 +101,14 @@ def test_a_long_text_is_cut_and_not_refused(classifier: TextClassifier) -> None:
         (["a"], {"batch_size": 0}, "batch_size is 0"),
     ],
 )
-def test_what_cannot_be_classified_is_refused(
+def test_invalid_texts_and_options_are_refused(
     classifier: TextClassifier, texts: list[str], options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
         classifier(texts, **options)
 
 
-def test_a_decoder_is_no_classifier(llama_session: AdapterSession) -> None:
+def test_a_decoder_is_refused_as_a_classifier(llama_session: AdapterSession) -> None:
     with pytest.raises(UsageError, match="no classifier"):
         TextClassifier(llama_session)
     with pytest.raises(UsageError, match="no embeddings"):
@@ -118,7 +118,7 @@ def test_a_decoder_is_no_classifier(llama_session: AdapterSession) -> None:
 # -- problem types -----------------------------------------------------------------------------
 
 LABELS = ("business", "sport", "tech", "world", "health")
-# By adapter: the problem type that its files declare and how, its outputs, and what it comes to.
+# By adapter: its declared problem type, where it is declared, its outputs, the resulting type.
 DECLARED: dict[str, tuple[str | None, str | None, int, str]] = {
     "several": ("multi_label_classification", "weights", 4, "multi_label_classification"),
     "number": ("regression", "weights", 1, "regression"),
@@ -134,7 +134,7 @@ DECLARED: dict[str, tuple[str | None, str | None, int, str]] = {
 def declared(
     tiny_bert: Path, make_adapter: MakeAdapter, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
-    """Adapters by PEFT with heads of all problem types, which their files declare or do not."""
+    """PEFT adapters with heads of all problem types, which their files declare or not."""
     place = tmp_path_factory.mktemp("declared")
     task = "sequence-classification"
     for seed, (name, (problem, where, count, _)) in enumerate(DECLARED.items()):
@@ -157,7 +157,7 @@ def declared(
 def typed_bundle(
     tiny_bert: Path, declared: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A bundle with all of them but `silent` and `one`, which have no bundle to remember them."""
+    """A bundle with all of them except `number` and `one`, which are loaded from elsewhere."""
     bundle = tmp_path_factory.mktemp("typed") / "bundle"
     inside = {name: path for name, path in declared.items() if name not in ("number", "one")}
     export(tiny_bert, bundle, adapters=inside, task="sequence-classification")
@@ -165,7 +165,7 @@ def typed_bundle(
 
 
 def pipeline_scores(model: Path, adapter: Path, text: str, problem: str | None) -> NDArray[Any]:
-    """What transformers' pipeline gives for PEFT's model, in the order of the outputs."""
+    """Return the scores of transformers' pipeline with PEFT's model, in output order."""
     import peft
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
@@ -181,7 +181,7 @@ def pipeline_scores(model: Path, adapter: Path, text: str, problem: str | None) 
     return np.array([given[f"LABEL_{number}"] for number in range(count)])
 
 
-def test_each_row_is_answered_by_its_own_problem_type_as_transformers_does(
+def test_each_row_has_the_problem_type_of_its_adapter_as_in_transformers(
     typed_bundle: Path, tiny_bert: Path, declared: dict[str, Path]
 ) -> None:
     session = AdapterSession(typed_bundle)
@@ -206,7 +206,7 @@ def test_each_row_is_answered_by_its_own_problem_type_as_transformers_does(
     assert list(answers["saved"].scores) == list(LABELS[:3]), "as config.json beside it names them"
     assert answers["number"].labels == answers["one"].labels == ()
     assert answers["silent"].labels == (answers["silent"].label,)
-    # Another adapter's answer would be seen.
+    # The result of another adapter would be detected.
     assert abs(answers["number"].score - answers["one"].score) > 1e-2
 
 
@@ -219,7 +219,7 @@ def test_the_manifest_has_the_problem_type_of_each_head(typed_bundle: Path) -> N
 
 
 @pytest.mark.parametrize("name", ["several", "number", "saved"])
-def test_a_merged_bundle_answers_as_its_adapter(
+def test_a_merged_bundle_classifies_like_its_adapter(
     name: str, typed_bundle: Path, declared: dict[str, Path], tmp_path: Path
 ) -> None:
     export(typed_bundle, tmp_path / "b", adapters={name: declared[name]}, merge=True)
@@ -268,7 +268,7 @@ def test_the_command_prints_labels_and_numbers(
     assert (values["problem_type"], values["labels"]) == ("regression", [])
 
 
-def test_what_a_head_answers_is_never_guessed(
+def test_the_problem_type_of_a_head_is_never_guessed(
     typed_bundle: Path, declared: dict[str, Path], tmp_path: Path
 ) -> None:
     older = shutil.copytree(typed_bundle, tmp_path / "older")
@@ -283,11 +283,11 @@ def test_what_a_head_answers_is_never_guessed(
         TextClassifier(session)(TEXTS[0], "native")
 
 
-# -- names of one adapter's numbers ------------------------------------------------------------
+# -- several names of equal weights ------------------------------------------------------------
 
 
 def labeled(place: Path, source: Path, **changes: Any) -> Path:
-    """The adapter at `source` with other declarations, at `place`; its tensors are the same."""
+    """Copy the adapter to `place` with other declared labels and the same tensors."""
     save_adapter(dataclasses.replace(load_adapter(source), **changes), place)
     return place
 
@@ -320,7 +320,7 @@ def test_each_name_has_the_labels_of_its_own_files(
     assert list(classify(TEXTS[1], "news")[0].scores) == ["finance", "sport"]
 
 
-def test_an_adapter_of_the_bundle_keeps_its_labels_beside_one_of_equal_numbers(
+def test_an_adapter_of_the_bundle_keeps_its_labels_beside_one_with_equal_weights(
     typed_bundle: Path, declared: dict[str, Path], tmp_path: Path
 ) -> None:
     session = AdapterSession(typed_bundle)
@@ -330,7 +330,7 @@ def test_an_adapter_of_the_bundle_keeps_its_labels_beside_one_of_equal_numbers(
     assert list(own.scores) == list(LABELS[:4])
 
 
-def test_labels_of_a_bundles_adapter_that_were_edited_are_refused(
+def test_edited_labels_of_an_adapter_in_the_bundle_are_refused(
     typed_bundle: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(typed_bundle, tmp_path / "bundle")
@@ -358,7 +358,7 @@ def test_labels_that_changed_on_disk_are_refused_and_not_mixed(
         classify(TEXTS[1], "it")
 
 
-def test_the_way_through_an_onnx_adapter_loses_no_answer_silently(
+def test_a_conversion_to_onnx_adapter_and_back_loses_no_label_silently(
     typed_bundle: Path, declared: dict[str, Path], tiny_bert: Path, tmp_path: Path
 ) -> None:
     source, native, back = declared["several"], tmp_path / "a.onnx_adapter", tmp_path / "back"
@@ -392,10 +392,10 @@ def test_the_way_through_an_onnx_adapter_loses_no_answer_silently(
         ((0, 1, "two"), "are not numbers"),
     ],
 )
-def test_an_output_has_the_name_of_its_own_number(
+def test_an_output_has_the_label_of_its_index(
     numbers: tuple[Any, ...], expected: tuple[str, ...] | str, tmp_path: Path
 ) -> None:
-    """As transformers has it, which fails where a number is missing."""
+    """As in transformers, which fails if an index is missing."""
     config = {"id2label": {str(n): name for n, name in zip(numbers, "abc", strict=True)}}
     if isinstance(expected, str):
         with pytest.raises(BundleError, match=expected):
@@ -404,9 +404,7 @@ def test_an_output_has_the_name_of_its_own_number(
     assert config_labels(config, "it", error=BundleError, outputs=3) == expected
 
 
-def test_a_classifier_answers_with_the_names_of_the_numbers(
-    tiny_bert: Path, tmp_path: Path
-) -> None:
+def test_a_classifier_uses_the_labels_by_index(tiny_bert: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 
     model = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=3)
@@ -421,7 +419,7 @@ def test_a_classifier_answers_with_the_names_of_the_numbers(
     assert [*answer.scores] == ["a", "LABEL_1", "b"]
 
 
-def test_numbers_that_are_not_finite_are_refused_and_never_answered(
+def test_scores_that_are_not_finite_are_refused(
     tiny_bert_bundle: Path, bert_adapters: dict[str, Path], tmp_path: Path
 ) -> None:
     adapter = load_adapter(bert_adapters["small"])
@@ -437,7 +435,7 @@ def test_numbers_that_are_not_finite_are_refused_and_never_answered(
         TextClassifier(session)(TEXTS[:2], [None, "wide"])
 
 
-def test_a_base_with_a_head_of_its_own_keeps_it_beside_smaller_ones(
+def test_a_base_with_its_own_head_keeps_it_beside_smaller_ones(
     tiny_bert: Path,
     declared: dict[str, Path],
     bert_adapters: dict[str, Path],
@@ -468,7 +466,7 @@ def test_a_base_with_a_head_of_its_own_keeps_it_beside_smaller_ones(
     (number,) = pipeline_scores(tiny_bert, declared["number"], TEXTS[1], "regression")
     assert abs(own.score - number) <= tolerance("torch-onnx-tiny")
 
-    # A blend answers with the base's head, as all its members declare, or is refused.
+    # A blend uses the base's head with the problem type of all its members, or is refused.
     for name, problem in (("a", "regression"), ("b", "regression"), ("c", None)):
         changed = labeled(tmp_path / name, bert_adapters["headless"], problem_type=problem)
         classify.session.load(name, changed)
@@ -550,7 +548,7 @@ def test_adapters_with_different_numbers_of_labels_share_a_batch(
         assert result.score == pytest.approx(alone.score, abs=1e-5)
     report = ld.parity(bundle, model=tiny_bert, prompts=texts)
     assert report.passed
-    # What makes the labels that an adapter lacks impossible does not count as its effect.
+    # The offset that hides labels that an adapter lacks does not count as its effect.
     assert all(0.1 < facts.effect < 100 for facts in report.adapters)
     later = make_adapter(tiny_bert, task=task, num_labels=4, seed=9)
     classify.session.load("later", later)

@@ -1,4 +1,4 @@
-"""Vectors of an embedder: as sentence-transformers' files beside the base and adapters say."""
+"""Sentence vectors, according to sentence-transformers' files of the base and of adapters."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _projection() -> torch.nn.Linear:
 
 @pytest.fixture(scope="session")
 def sentence_base(tiny_bert: Path, shared: Path) -> Path:
-    """The tiny BERT as a sentence encoder: its first token, normalized, of at most 6 tokens."""
+    """The tiny BERT as a sentence encoder: normalized first token state, at most 6 tokens."""
 
     def make(place: Path) -> None:
         shutil.copytree(tiny_bert, place)
@@ -55,7 +55,7 @@ def sentence_base(tiny_bert: Path, shared: Path) -> Path:
 def sentence_adapters(
     tiny_bert: Path, sentence_base: Path, shared: Path, make_adapter: MakeAdapter
 ) -> dict[str, Path]:
-    """One adapter that brings nothing, and one that was trained to other vectors."""
+    """One adapter without such files, and one that was trained with another pooling."""
 
     def make(place: Path) -> None:
         for seed, name in enumerate(("plain", "other")):
@@ -85,7 +85,7 @@ def sentence_adapters(
 
 @pytest.fixture(scope="session")
 def sentence_bundle(sentence_base: Path, sentence_adapters: dict[str, Path], shared: Path) -> Path:
-    """The sentence encoder with both adapters in it."""
+    """A bundle of the sentence encoder with both adapters."""
 
     def make(place: Path) -> None:
         export(sentence_base, place, adapters=sentence_adapters, task="feature-extraction")
@@ -97,7 +97,7 @@ def sentence_bundle(sentence_base: Path, sentence_adapters: dict[str, Path], sha
 def expected(
     tiny_bert: Path, sentence_adapters: dict[str, Path]
 ) -> Callable[[str, str | None, str], Any]:
-    """A function (text, adapter, prompt) → the vector by PyTorch."""
+    """A function (text, adapter, prompt) → the vector computed by PyTorch."""
     words = AutoTokenizer.from_pretrained(tiny_bert)
     models = {
         name: peft.PeftModel.from_pretrained(AutoModel.from_pretrained(tiny_bert), place).eval()
@@ -118,7 +118,7 @@ def expected(
     return vector
 
 
-def test_each_text_is_embedded_as_its_adapter_says(
+def test_each_text_is_embedded_with_the_settings_of_its_adapter(
     sentence_bundle: Path, expected: Callable[[str, str | None, str], Any]
 ) -> None:
     embed = TextEmbedder(AdapterSession(sentence_bundle))
@@ -131,7 +131,7 @@ def test_each_text_is_embedded_as_its_adapter_says(
         assert np.abs(vectors[0] - vectors[1]).max() > 1e-2
 
 
-def test_a_vector_does_not_depend_on_its_neighbors(sentence_bundle: Path) -> None:
+def test_a_vector_does_not_depend_on_the_rest_of_the_batch(sentence_bundle: Path) -> None:
     embed = TextEmbedder(AdapterSession(sentence_bundle))
     for name in (None, "other"):
         together = embed(TEXTS, name)
@@ -139,7 +139,7 @@ def test_a_vector_does_not_depend_on_its_neighbors(sentence_bundle: Path) -> Non
         assert np.abs(together - alone).max() <= tolerance("rows")
 
 
-def test_a_prompt_is_chosen_by_name(
+def test_a_prompt_is_selected_by_name(
     sentence_bundle: Path, expected: Callable[[str, str | None, str], Any]
 ) -> None:
     embed = TextEmbedder(AdapterSession(sentence_bundle))
@@ -152,7 +152,7 @@ def test_a_prompt_is_chosen_by_name(
         embed(TEXTS[0], prompt_name="query")
 
 
-def test_the_command_embeds_as_the_class_does(sentence_bundle: Path) -> None:
+def test_the_command_embeds_like_the_class(sentence_bundle: Path) -> None:
     embed = TextEmbedder(AdapterSession(sentence_bundle))
     for flags, options in (((), {}), (("--prompt-name", "none"), {"prompt_name": "none"})):
         result = run(sentence_bundle, TEXTS[0], "--adapter", "other", *flags)
@@ -161,7 +161,7 @@ def test_the_command_embeds_as_the_class_does(sentence_bundle: Path) -> None:
         np.testing.assert_allclose(json.loads(result.stdout), vector, atol=1e-6)
 
 
-def test_an_adapter_loaded_later_brings_its_own_too(
+def test_an_adapter_loaded_later_has_its_own_settings_too(
     sentence_bundle: Path, sentence_adapters: dict[str, Path]
 ) -> None:
     session = AdapterSession(sentence_bundle)
@@ -175,7 +175,7 @@ def test_an_adapter_loaded_later_brings_its_own_too(
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
-def test_texts_whose_adapter_is_replaced_meanwhile_are_encoded_again_in_their_order(
+def test_texts_whose_adapter_is_replaced_during_the_call_are_tokenized_again_in_order(
     batch_size: int,
     sentence_bundle: Path,
     sentence_adapters: dict[str, Path],
@@ -191,7 +191,7 @@ def test_texts_whose_adapter_is_replaced_meanwhile_are_encoded_again_in_their_or
     def of(self: TextSides, spec: Any) -> Any:
         side = right(self, spec)
         calls.extend(["x"] * (spec == "x"))
-        if len(calls) == 2:  # after its texts were read, before its factors are held
+        if len(calls) == 2:  # after its text files were read, before its factors are in use
             calls.append("replaced")
             session.load("x", sentence_adapters["other"], replace=True)
         return side
@@ -206,7 +206,7 @@ def test_texts_whose_adapter_is_replaced_meanwhile_are_encoded_again_in_their_or
     assert np.abs(alone[0] - embed(texts[0], "plain")[0]).max() > 1e-2
 
 
-def test_a_longest_text_beyond_the_models_positions_is_cut_at_these(
+def test_a_maximum_length_beyond_the_models_positions_is_limited_to_them(
     sentence_bundle: Path, tmp_path: Path, sentence_adapters: dict[str, Path]
 ) -> None:
     adapter = shutil.copytree(sentence_adapters["other"], tmp_path / "a")
@@ -216,7 +216,7 @@ def test_a_longest_text_beyond_the_models_positions_is_cut_at_these(
     assert np.isfinite(TextEmbedder(session)("word " * 500, "long")).all()
 
 
-def test_states_that_are_not_finite_are_refused_but_for_those_of_padding(
+def test_states_that_are_not_finite_are_refused_except_at_padding(
     sentence_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     embed = TextEmbedder(AdapterSession(sentence_bundle))
@@ -260,7 +260,7 @@ def test_a_file_that_changed_since_the_export_is_refused(
         TextEmbedder(AdapterSession(bundle))(TEXTS[0], "other")
 
 
-def test_a_merged_bundle_embeds_as_its_adapter_does(
+def test_a_merged_bundle_embeds_like_its_adapter(
     sentence_bundle: Path, sentence_base: Path, sentence_adapters: dict[str, Path], tmp_path: Path
 ) -> None:
     merged = tmp_path / "merged"
@@ -270,7 +270,7 @@ def test_a_merged_bundle_embeds_as_its_adapter_does(
     assert np.abs(found - wanted).max() <= tolerance("torch-onnx-tiny")
 
 
-def test_an_encoder_in_a_folder_of_its_own(
+def test_an_encoder_in_a_subdirectory_is_supported(
     sentence_base: Path, sentence_bundle: Path, tmp_path: Path
 ) -> None:
     place = shutil.copytree(sentence_base, tmp_path / "m" / "0_Transformer")
@@ -284,9 +284,7 @@ def test_an_encoder_in_a_folder_of_its_own(
     assert np.abs(both[0] - both[1]).max() <= tolerance("torch-onnx-tiny")
 
 
-def test_a_decoder_with_a_pooling_beside_it_is_an_embedder(
-    tiny_llama: Path, tmp_path: Path
-) -> None:
+def test_a_decoder_with_a_pooling_file_is_an_embedder(tiny_llama: Path, tmp_path: Path) -> None:
     base = shutil.copytree(tiny_llama, tmp_path / "m")
     write(base, ("Pooling", "1_Pooling", {"pooling_mode": "lasttoken"}), NORMALIZE)
     assert export(base, tmp_path / "b").task == "feature-extraction"
@@ -299,7 +297,7 @@ def test_a_decoder_with_a_pooling_beside_it_is_an_embedder(
         assert np.abs(vector - expected).max() <= tolerance("torch-onnx-tiny")
 
 
-def test_what_is_used_where_nothing_tells_is_said_once(
+def test_the_default_pooling_is_logged_once(
     sentence_bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):

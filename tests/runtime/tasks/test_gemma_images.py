@@ -1,6 +1,6 @@
-"""Text about images by Gemma 3: prompts as its processor writes them, and greedy texts.
+"""Text generation from images with Gemma 3: prompts like its processor's, and greedy text.
 
-The right answer is transformers' with PEFT and Gemma3Processor.
+The reference is transformers with PEFT and Gemma3Processor.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _CHAT: Final = [
         "content": [{"type": "image"}, {"type": "text", "text": "w20 w21"}, {"type": "image"}],
     }
 ]
-# With how many images each has.
+# By case: the prompt and its number of images.
 PROMPTS: Final[dict[str, tuple[Any, int]]] = {
     "between words": ("w10 <start_of_image> w11 w12", 1),
     "beside newlines": ("w10\n<start_of_image>\nw11", 1),
@@ -66,7 +66,7 @@ PROMPTS: Final[dict[str, tuple[Any, int]]] = {
 
 
 @pytest.mark.parametrize("case", PROMPTS)
-def test_a_prompt_is_continued_as_by_the_whole_model(
+def test_generated_text_is_that_of_the_whole_model(
     case: str, made: Path, generator: ld.ImageTextGenerator
 ) -> None:
     prompt, count = PROMPTS[case]
@@ -101,7 +101,7 @@ def test_rows_of_a_batch_have_their_own_images_and_adapters(
         assert list(result.token_ids) == gemma.greedy(model, ids, images, NEW), name
 
 
-def test_tokens_as_the_processor_writes_them_are_taken_as_they_are(
+def test_tokens_of_the_processor_are_used_unchanged(
     made: Path, generator: ld.ImageTextGenerator
 ) -> None:
     prompt, images = "w10\n<start_of_image>\nw11", [list(pictures(1))]
@@ -131,7 +131,7 @@ def test_images_that_do_not_fit_a_prompt_are_refused(
         generator.generate([prompt], [list(pictures(count))])
 
 
-def test_a_chat_with_an_image_is_not_answered_without_it(generator: ld.ImageTextGenerator) -> None:
+def test_a_chat_with_an_image_is_refused_without_it(generator: ld.ImageTextGenerator) -> None:
     text = ld.TextGenerator(generator.decoder)
     with pytest.raises(UsageError, match=r"a message of prompt 2 has an image \(image\), which is"):
         text.generate(["w1", _CHAT])
@@ -154,7 +154,7 @@ def test_pixel_values_that_are_not_normalized_are_refused(
             generator.generate(["w1 <start_of_image>"], [[wrong]])
 
 
-def test_results_name_the_adapter_that_was_asked_for(generator: ld.ImageTextGenerator) -> None:
+def test_results_name_the_requested_adapter(generator: ld.ImageTextGenerator) -> None:
     names = ["vision", None, "text", "all"]
     images = [[image] for image in pictures(4)]
     few: Any = {"max_new_tokens": 1, "num_beams": 2, "n": 2}
@@ -170,7 +170,7 @@ def test_sessions_that_do_not_belong_together_are_refused(
         ld.ImageTextGenerator(tower, decoder)
     with pytest.raises(UsageError, match="only takes text, no images"):
         ld.ImageTextGenerator(ld.AdapterSession(tiny_llama_bundle), tower)
-    # Of another checkpoint, of which every size is the same.
+    # A bundle of another checkpoint with the same sizes.
     file = shutil.copytree(bundles / "t", tmp_path / "t") / "loradeploy.json"
     manifest = json.loads(file.read_text())
     manifest["base"]["digest"] = "sha256:" + "0" * 64
@@ -179,7 +179,7 @@ def test_sessions_that_do_not_belong_together_are_refused(
         ld.ImageTextGenerator(decoder, ld.AdapterSession(tmp_path / "t"))
 
 
-def test_inspect_tells_a_decoder_that_reads_images(bundles: Path, tiny_llama_bundle: Path) -> None:
+def test_inspect_shows_that_a_decoder_reads_images(bundles: Path, tiny_llama_bundle: Path) -> None:
     found = inspect_bundle(bundles / "d")
     assert found.image_inputs == ["inputs_embeds", "inputs_embeds_mask"]
     assert inspect_bundle(bundles / "t").image_inputs is None

@@ -1,4 +1,4 @@
-"""Generated text: as transformers generates it, and the same whatever batch a row sits in."""
+"""Text generation: equal to that of transformers, and independent of the batch."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_greedy_tokens_are_those_of_transformers(
         assert result.prompt_tokens == len(ids)
 
 
-def test_gpt2_with_learned_positions_generates_as_transformers_does(
+def test_gpt2_with_learned_positions_generates_the_same_as_transformers(
     tiny_gpt2: Path, tiny_gpt2_bundle: Path
 ) -> None:
     generator = TextGenerator(AdapterSession(tiny_gpt2_bundle))
@@ -74,7 +74,7 @@ def test_gpt2_with_learned_positions_generates_as_transformers_does(
 
 
 @pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
-def test_a_row_is_the_same_in_every_batch(
+def test_the_text_of_a_row_does_not_depend_on_the_batch(
     generator: TextGenerator, options: dict[str, Any]
 ) -> None:
     adapters = ["large", None, "small"]
@@ -94,7 +94,9 @@ def test_the_adapter_changes_the_text(generator: TextGenerator) -> None:
     assert [result.adapter for result in results] == [None, "small", "large"]
 
 
-def test_seeds_repeat_and_differ(generator: TextGenerator) -> None:
+def test_a_seed_gives_the_same_text_again_and_another_seed_another_text(
+    generator: TextGenerator,
+) -> None:
     def texts(seed: int | list[int]) -> list[str]:
         return [r.text for r in generator.generate(PROMPTS[:2], seed=seed, **SAMPLED)]
 
@@ -113,11 +115,11 @@ def _ending_at(bundle: Path, place: Path, ends: list[int]) -> TextGenerator:
     return TextGenerator(AdapterSession(copy))
 
 
-def test_each_row_ends_at_its_own_end(
+def test_each_row_ends_at_its_own_end_token(
     generator: TextGenerator, tiny_llama_bundle: Path, tmp_path: Path
 ) -> None:
     free = generator.generate(PROMPTS, max_new_tokens=20)
-    # Of each free text, one token becomes an end: the others must not notice.
+    # One token of each unrestricted text becomes an end token: other rows must not change.
     ends = [free[0].token_ids[3], free[2].token_ids[9]]
     ended = _ending_at(tiny_llama_bundle, tmp_path / "b", ends).generate(PROMPTS, max_new_tokens=20)
     for before, after in zip(free, ended, strict=True):
@@ -127,7 +129,7 @@ def test_each_row_ends_at_its_own_end(
     assert {result.finish_reason for result in ended} >= {"stop"}
 
 
-def test_an_end_at_once_is_an_empty_text(
+def test_an_end_token_at_the_start_gives_an_empty_text(
     generator: TextGenerator, tiny_llama_bundle: Path, tmp_path: Path
 ) -> None:
     (first,) = generator.generate(PROMPTS[:1], max_new_tokens=1)
@@ -138,7 +140,7 @@ def test_an_end_at_once_is_an_empty_text(
     )
 
 
-def test_a_row_may_use_all_positions_beside_a_longer_one(generator: TextGenerator) -> None:
+def test_a_row_can_use_all_positions_beside_a_longer_one(generator: TextGenerator) -> None:
     long, short = [7] * 125, [7] * 3  # the model has 128 positions
     results = generator.generate([long, short], max_new_tokens=20)
     assert [len(result.token_ids) for result in results] == [3, 20]
@@ -148,7 +150,7 @@ def test_a_row_may_use_all_positions_beside_a_longer_one(generator: TextGenerato
 # -- prompts -----------------------------------------------------------------------------------
 
 
-def test_a_prompt_may_be_text_tokens_or_a_conversation(generator: TextGenerator) -> None:
+def test_a_prompt_can_be_text_tokens_or_a_conversation(generator: TextGenerator) -> None:
     text = PROMPTS[0]
     ids = generator.tokenizer.encode(text)
     assert generator.generate([ids]) == generator.generate([text]) == generator.generate(text)
@@ -177,7 +179,7 @@ def test_a_prompt_may_be_text_tokens_or_a_conversation(generator: TextGenerator)
         (["x"], {"top_k": 5}, "no effect at temperature 0"),
     ],
 )
-def test_what_cannot_be_generated_is_refused(
+def test_invalid_prompts_and_options_are_refused(
     generator: TextGenerator, prompts: list[Any], options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
@@ -194,7 +196,7 @@ def test_a_classifier_generates_no_text(tiny_bert_bundle: Path) -> None:
         TextGenerator(AdapterSession(tiny_bert_bundle))
 
 
-# -- streaming and the life of adapters --------------------------------------------------------
+# -- streaming and the lifetime of adapters ----------------------------------------------------
 
 
 def test_streamed_pieces_are_the_text_of_their_row(generator: TextGenerator) -> None:
@@ -209,7 +211,7 @@ def test_streamed_pieces_are_the_text_of_their_row(generator: TextGenerator) -> 
     assert all(len(pieces) > 1 for pieces in message.values())
 
 
-def test_an_adapter_replaced_in_the_middle_does_not_change_the_text(
+def test_replacing_an_adapter_during_a_generation_does_not_change_its_text(
     generator: TextGenerator, llama_adapters: dict[str, Path]
 ) -> None:
     expected = generator.generate(PROMPTS, "small")
@@ -221,7 +223,7 @@ def test_an_adapter_replaced_in_the_middle_does_not_change_the_text(
     assert generator.generate(PROMPTS, "small") != expected
 
 
-def test_a_listener_that_fails_lets_the_adapter_go(generator: TextGenerator) -> None:
+def test_a_callback_that_raises_releases_the_adapter(generator: TextGenerator) -> None:
     def fail(row: int, piece: str) -> None:
         raise ConnectionError("the client went away")
 
@@ -246,7 +248,7 @@ def test_sampling_follows_the_probabilities() -> None:
     assert np.abs(shares - probabilities).max() < 0.03
 
 
-def test_temperature_sharpens() -> None:
+def test_a_low_temperature_sharpens_the_distribution() -> None:
     probabilities = np.array([0.1, 0.2, 0.3, 0.4])
     shares = _shares(Sampling(temperature=0.5), list(np.log(probabilities)))
     assert np.abs(shares - probabilities**2 / (probabilities**2).sum()).max() < 0.03
@@ -266,7 +268,9 @@ def test_temperature_sharpens() -> None:
         (Sampling(2, min_p=0.51), {1, 2, 3}),
     ],
 )
-def test_only_the_likeliest_tokens_are_kept(sampling: Sampling, kept: set[int]) -> None:
+def test_top_k_top_p_and_min_p_keep_only_the_likeliest_tokens(
+    sampling: Sampling, kept: set[int]
+) -> None:
     shares = _shares(sampling, list(np.log([0.1, 0.2, 0.3, 0.4])))
     assert set(np.flatnonzero(shares)) == kept
 

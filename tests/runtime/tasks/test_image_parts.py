@@ -1,7 +1,7 @@
-"""What each of two bundles runs for an adapter's name: the parts of one adapter, or nothing.
+"""Which adapters two bundles run for one name: always the two parts of one adapter.
 
-Sessions are stand-ins here: their adapters, and what is known of the wholes. Real ones are in
-test_image_text.py.
+Sessions are simulated by their adapters and the known whole adapters of these. Real sessions are
+tested in test_image_text.py.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from loradeploy.errors import UsageError
 from loradeploy.runtime.adapters.wholes import Whole
 from loradeploy.runtime.tasks.image_parts import ImageParts
 
-# Whole adapters: what is called A changes both parts, T the decoder's alone.
+# Digests of whole adapters: A changes both parts, T only the decoder.
 A, B, T = "sha256:aaaa", "sha256:bbbb", "sha256:0000"
 SPLIT, OTHER, ALONE = Whole(A, split=True), Whole(B, split=True), Whole(T, split=False)
 UNKNOWN: Final = "unknown"
 
 
 def _session(name: str, merged: AdapterEntry | None = None, **adapters: Whole | str | None) -> Any:
-    """A session with these adapters, which are parts of these; None was not read yet."""
+    """A simulated session; values are the whole adapters of its adapters, None if not read yet."""
     known = {n: whole for n, whole in adapters.items() if isinstance(whole, Whole)}
     digests = {n: None if whole is None else f"{name} {n}" for n, whole in adapters.items()}
     return SimpleNamespace(
@@ -39,7 +39,7 @@ def _session(name: str, merged: AdapterEntry | None = None, **adapters: Whole | 
 
 
 def _names(parts: ImageParts, *names: Any) -> Any:
-    """What the parts run for prompts with images."""
+    """Return the adapter names that the parts run for prompts with images."""
     return parts.names(names, [True] * len(names))
 
 
@@ -47,7 +47,7 @@ def _merged(whole: str | None, *, split: bool = False, digest: str = A) -> Adapt
     return AdapterEntry(digest, whole_digest=whole, split=split)
 
 
-def test_parts_of_one_adapter_are_run_together() -> None:
+def test_parts_of_one_adapter_run_together() -> None:
     parts = ImageParts(_session("d", a=SPLIT), _session("t", a=SPLIT))
     assert _names(parts, "a", None, "a") == [("a", "a"), (None, None), ("a", "a")]
 
@@ -59,23 +59,23 @@ def test_parts_of_two_adapters_under_one_name_are_refused(whole: Whole) -> None:
         ImageParts(decoder, tower)
     loaded = _session("t")
     parts = ImageParts(decoder, loaded)
-    loaded.adapters, loaded.wholes = tower.adapters, tower.wholes  # after the generator was made
+    loaded.adapters, loaded.wholes = tower.adapters, tower.wholes  # after construction
     with pytest.raises(UsageError, match="'a' stands for two adapters"):
         _names(parts, "a")
 
 
 @pytest.mark.parametrize("known", [SPLIT, UNKNOWN])
-def test_adapters_of_which_nothing_is_known_are_run_as_they_are(known: Whole | str) -> None:
+def test_adapters_of_unknown_origin_run_by_their_name(known: Whole | str) -> None:
     parts = ImageParts(_session("d", a=UNKNOWN), _session("t", a=known))
     assert _names(parts, "a") == [("a", "a")]
 
 
-def test_a_part_that_the_adapter_has_nothing_for_runs_the_base() -> None:
+def test_a_part_that_the_adapter_does_not_change_runs_the_base() -> None:
     assert _names(ImageParts(_session("d", t=ALONE), _session("t")), "t") == [("t", None)]
     assert _names(ImageParts(_session("d"), _session("t", t=ALONE)), "t") == [(None, "t")]
 
 
-def test_a_part_without_what_the_adapter_has_for_it_is_refused() -> None:
+def test_a_missing_part_of_an_adapter_is_refused() -> None:
     parts = ImageParts(_session("d", a=SPLIT), _session("t"))
     with pytest.raises(UsageError, match="'a' is not in t: d has only its own part of it: `load`"):
         _names(parts, "a")
@@ -87,14 +87,14 @@ def test_a_part_without_what_the_adapter_has_for_it_is_refused() -> None:
         _names(parts, {"a": 0.5})
 
 
-def test_a_prompt_without_images_needs_the_decoder_s_part_alone() -> None:
+def test_a_prompt_without_images_needs_only_the_decoders_part() -> None:
     parts = ImageParts(_session("d", a=SPLIT), _session("t", b=SPLIT))
     assert parts.names(["a", None], [False, False]) == [("a", None), (None, None)]
     with pytest.raises(UsageError, match="'b' is not in d: t has only its own part of it"):
         parts.names(["b"], [False])
 
 
-def test_what_was_loaded_into_one_part_alone_is_run_there_until_it_is_replaced() -> None:
+def test_an_adapter_loaded_into_one_part_runs_there_until_it_is_replaced() -> None:
     decoder, tower = _session("d", t=ALONE), _session("t", t=SPLIT)
     with pytest.raises(UsageError, match="stands for two adapters"):
         ImageParts(decoder, tower)
@@ -102,7 +102,7 @@ def test_what_was_loaded_into_one_part_alone_is_run_there_until_it_is_replaced()
     parts = ImageParts(decoder, tower)
     parts.loaded("t", tower)
     assert _names(parts, "t") == [("t", None)]
-    tower.adapters = {"t": "t t"}  # another one, which the name does not stand for
+    tower.adapters = {"t": "t t"}  # another adapter under the name
     assert _names(parts, "t") == [("t", None)]
     tower.adapters = {}
     decoder.wholes = _session("d", t=SPLIT).wholes
@@ -110,7 +110,7 @@ def test_what_was_loaded_into_one_part_alone_is_run_there_until_it_is_replaced()
         _names(parts, "t")
 
 
-def test_an_adapter_that_was_only_registered_is_read_first() -> None:
+def test_a_registered_adapter_is_read_first() -> None:
     decoder = _session("d", a=None)
     parts = ImageParts(decoder, _session("t", a=SPLIT))
 
@@ -124,7 +124,7 @@ def test_an_adapter_that_was_only_registered_is_read_first() -> None:
         _names(parts, "a")
 
 
-def test_two_merged_parts_are_those_of_one_adapter() -> None:
+def test_two_merged_parts_must_be_of_one_adapter() -> None:
     def make(first: AdapterEntry, second: AdapterEntry) -> ImageParts:
         return ImageParts(_session("d", first), _session("t", second))
 
@@ -135,7 +135,7 @@ def test_two_merged_parts_are_those_of_one_adapter() -> None:
             make(_merged(A, split=True), other)
 
 
-def test_a_merged_part_beside_the_other_as_side_inputs_is_proved_by_the_digest(
+def test_a_merged_part_and_one_as_side_inputs_are_matched_by_the_digest(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     tower = _session("t", a=SPLIT, b=OTHER)
@@ -150,12 +150,12 @@ def test_a_merged_part_beside_the_other_as_side_inputs_is_proved_by_the_digest(
     assert not caplog.records
 
 
-def test_a_merged_part_beside_the_base_of_the_other_is_refused() -> None:
+def test_a_merged_part_with_the_base_of_the_other_part_is_refused() -> None:
     with pytest.raises(UsageError, match=r"d has an adapter merged \(aaaa\) that changes t too"):
         ImageParts(_session("d", _merged(A, split=True)), _session("t", b=OTHER))
 
 
-def test_a_merged_adapter_of_one_part_alone_needs_nothing_of_the_other(
+def test_a_merged_adapter_of_only_one_part_needs_no_other_part(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     parts = ImageParts(_session("d", _merged(T)), _session("t", b=OTHER))
@@ -168,7 +168,7 @@ def test_a_merged_adapter_of_one_part_alone_needs_nothing_of_the_other(
     assert not caplog.records
 
 
-def test_a_merged_adapter_of_an_earlier_version_is_warned_of(
+def test_a_merged_adapter_of_an_earlier_bundle_format_is_a_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with caplog.at_level(logging.WARNING, "loradeploy"):

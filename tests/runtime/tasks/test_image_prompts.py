@@ -1,4 +1,4 @@
-"""Prompts whose images are written as the processor of their model does."""
+"""Prompts with image tokens, expanded as by the processor of the model."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def test_each_of_two_adjacent_images_has_the_tokens_around_it(model: str) -> Non
 
 
 @pytest.mark.parametrize("model", ["llava", "qwen2_vl", "qwen2_5_vl"])
-def test_an_image_at_the_very_start_is_its_own_tokens(model: str) -> None:
+def test_an_image_at_the_start_of_a_prompt_has_its_own_tokens(model: str) -> None:
     assert prompts(model).expanded([IMAGE, 1], [3], "it") == [9, 9, 9, 1]
 
 
-def test_a_prompt_of_all_image_tokens_or_of_none_stays_as_it_is() -> None:
+def test_a_prompt_with_all_image_tokens_or_none_is_not_changed() -> None:
     made = prompts("smolvlm")
     whole = [1, 20, 21, 9, 9, 9, 20]
     assert made.expanded(whole, [3], "it") == whole
@@ -50,7 +50,7 @@ def test_images_that_do_not_fit_are_refused() -> None:
         prompts("other").expanded([IMAGE], [3], "it")
 
 
-def test_the_images_of_gemma_are_written_into_the_text() -> None:
+def test_the_images_of_gemma_are_expanded_in_the_text() -> None:
     words = {"<boi>": 5, "<image>": IMAGE, "<eoi>": 6}
     tokens = {"boi_token_index": 5, "image_token_index": IMAGE, "eoi_token_index": 6}
     made = prompts("gemma3", words, **tokens)

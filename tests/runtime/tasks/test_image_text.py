@@ -1,6 +1,6 @@
-"""LLaVA's usual recipe, the projector whole and LoRA on the decoder, in two bundles.
+"""LLaVA's usual recipe, a fully trained projector and LoRA on the decoder, in two bundles.
 
-The right answer is transformers' with PEFT. What is run together are the parts of one adapter.
+The reference is transformers with PEFT. The two parts of an adapter always run together.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from tests.tolerances import tolerance
 
 LLAVA: Final = "Llava"
 PROMPT: Final = "w1 w13 <image> w9"
-TOKENS: Final = 16  # of an image
+TOKENS: Final = 16  # tokens per image
 WEIGHTS: Final = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
 class Made:
-    """The checkpoint, two adapters of the recipe, and the first one's part for the decoder.
+    """The checkpoint, two adapters of the recipe, and the decoder part of the first one.
 
-    The bundles have the adapters as side inputs, each under its own name.
+    The bundles have the adapters as side inputs, each under its name.
     """
 
     place: Path
@@ -64,7 +64,7 @@ class Made:
 
 
 def _train(model: Path, output: Path, seed: int) -> None:
-    """An adapter that trained the projector whole, and factors on the decoder."""
+    """Train an adapter with a full projector and factors on the decoder."""
     import peft
     import torch
     from transformers import AutoModelForImageTextToText
@@ -86,7 +86,7 @@ def _train(model: Path, output: Path, seed: int) -> None:
 
 
 def _text_alone(adapter: Path, output: Path) -> None:
-    """What the adapter has for the decoder, as one that was trained without the projector."""
+    """Write the decoder part of the adapter, as if trained without the projector."""
     shutil.copytree(adapter, output)
     tensors = load_file(adapter / WEIGHTS)
     save_file({n: v for n, v in tensors.items() if "projector" not in n}, output / WEIGHTS)
@@ -118,7 +118,7 @@ def _logits(made: Made, name: str | None) -> Any:
 
 
 def _text(made: Made, name: str | None, image: Any = None) -> list[int]:
-    """Greedy tokens of transformers with PEFT, of the first image unless another is given."""
+    """Return greedy tokens of transformers with PEFT, for the first image unless one is given."""
     ids = _processed(LLAVA, PROMPT, TOKENS)
     adapter = None if name is None else made.adapter(name)
     shown = _images()[0] if image is None else image
@@ -132,7 +132,7 @@ def _answers(generator: ld.ImageTextGenerator, *names: str | None) -> list[list[
     return [list(result.token_ids) for result in results]
 
 
-def test_a_trained_projector_and_factors_answer_as_the_whole_model(made: Made) -> None:
+def test_a_trained_projector_and_factors_give_the_text_of_the_whole_model(made: Made) -> None:
     decoder, tower = made.sessions()
     expected = {name: _logits(made, name) for name in (None, "charts", "maps", "words")}
     allowed = tolerance("torch-onnx-tiny")
@@ -156,7 +156,7 @@ def test_a_trained_projector_and_factors_answer_as_the_whole_model(made: Made) -
         assert all(own != text for other, text in texts.items() if other != name), name
 
 
-def test_run_does_not_answer_a_row_without_its_image(made: Made, tmp_path: Path) -> None:
+def test_run_refuses_a_row_without_its_image(made: Made, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": "What is this?", "images": ["cat.png"]}))
     with pytest.raises(UsageError, match="^images: this command only reads text.*ImageText"):
@@ -165,17 +165,19 @@ def test_run_does_not_answer_a_row_without_its_image(made: Made, tmp_path: Path)
     call("run", made.decoder, "--input", rows, "--max-new-tokens", 2)
 
 
-def test_parity_of_a_part_without_factors_leaves_peft_out(made: Made) -> None:
+def test_parity_of_a_part_without_factors_skips_peft(made: Made) -> None:
     report = ld.parity(made.tower, model=made.model, certificate=False)
     assert report.passed, report.failures
     left = {found.backend: found.message for found in report.results if found.outcome == "not run"}
     assert left["peft"] == "PEFT loads no adapter without factors, as charts is"
 
 
-def test_the_recipe_merged_into_both_answers_as_the_whole_model(made: Made, tmp_path: Path) -> None:
+def test_the_recipe_merged_into_both_bundles_gives_the_text_of_the_whole_model(
+    made: Made, tmp_path: Path
+) -> None:
     charts = made.adapter("charts")
     whole = load_adapter(charts).digest
-    # The decoder's own part, as it lies in its bundle, and the whole: it is the same adapter.
+    # The decoder's part from its bundle, and the whole adapter: both are the same adapter.
     sources = {"decoder": made.decoder / "adapters" / "charts", "tower": charts}
     for part, source in sources.items():
         bundle = made.place / part
@@ -191,7 +193,7 @@ def test_the_recipe_merged_into_both_answers_as_the_whole_model(made: Made, tmp_
     assert difference(found, _logits(made, "charts")) <= tolerance("torch-onnx-tiny")
     assert _answers(ld.ImageTextGenerator(decoder, tower), None) == [_text(made, "charts")]
 
-    # One part merged, the other a side input: by the name, and not without it.
+    # One part merged, the other as side inputs: works with the name, and only with it.
     _, sides = made.sessions()
     generator = ld.ImageTextGenerator(decoder, sides)
     assert _answers(generator, "charts") == [_text(made, "charts")]
@@ -206,7 +208,7 @@ def test_the_recipe_merged_into_both_answers_as_the_whole_model(made: Made, tmp_
         ld.ImageTextGenerator(decoder, sides)
 
 
-def test_a_manifest_tells_what_its_adapters_are_parts_of(made: Made) -> None:
+def test_a_manifest_records_the_whole_adapters_of_its_parts(made: Made) -> None:
     decoder, tower = (session.manifest for session in made.sessions())
     for name in ("charts", "maps"):
         whole = load_adapter(made.adapter(name)).digest
@@ -243,7 +245,7 @@ def test_one_name_for_two_trainings_is_refused(made: Made, tmp_path: Path) -> No
     assert _answers(generator, "late", "words") == [_text(made, n) for n in ("charts", "words")]
 
 
-def test_bundles_of_earlier_versions_are_run_as_before(made: Made, tmp_path: Path) -> None:
+def test_bundles_of_earlier_formats_run_as_before(made: Made, tmp_path: Path) -> None:
     bundles = [
         shutil.copytree(bundle, tmp_path / bundle.name) for bundle in (made.decoder, made.tower)
     ]

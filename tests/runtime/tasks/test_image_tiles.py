@@ -1,4 +1,4 @@
-"""An image that the processor of transformers splits into tiles, as docs/images.md shows it."""
+"""Images that transformers' processor splits into tiles, as in docs/images.md."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from tests.conftest import once
 from tests.export.trace.test_vision_tower import IMAGE, NEW, _make
 
 FAMILY: Final = "Idefics3"
-SIDE: Final = 28  # of a tile
+SIDE: Final = 28  # pixels per side of a tile
 TOKENS: Final = 4
 _WORDS: Final = 120
-# The first is split into two rows of two tiles, the second into one of two; and both whole.
+# Split into 2 × 2 and 1 × 2 tiles; each has the whole image as one more tile.
 _SIZES: Final = ((56, 56), (28, 56))
 _TILES: Final = (4 + 1) + (2 + 1)
 
 
 def _processor() -> Any:
-    """With the token of an image of the tiny model, and others for what is around a tile."""
+    """Return a processor with the image token of the tiny model and tokens around tiles."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import Idefics3ImageProcessor, Idefics3Processor, PreTrainedTokenizerFast
 
@@ -53,7 +53,7 @@ def _processor() -> Any:
     return Idefics3Processor(pixels, tokenizer, image_seq_len=TOKENS)
 
 
-def test_tiles_of_a_processor_are_read_as_by_the_whole_model(shared: Path, tmp_path: Path) -> None:
+def test_text_generated_from_tiles_is_that_of_the_whole_model(shared: Path, tmp_path: Path) -> None:
     pillow = pytest.importorskip("PIL.Image")
     import torch
     from transformers import AutoModelForImageTextToText

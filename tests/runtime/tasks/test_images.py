@@ -1,4 +1,4 @@
-"""Images are classified as transformers and PEFT do, row by row."""
+"""Image classification: each row equals that of transformers and PEFT."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from tests.cli.calling import call
 from tests.inputs.vit import COLORS, IMAGES, LABELS, color_folders, make_vit
 from tests.tolerances import tolerance
 
-# "second" is trained on two colors; "first" has the labels of its base.
+# "second" was trained on two colors; "first" has the labels of its base.
 LABELS_OF = {"first": LABELS, "second": sorted(COLORS)}
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny ViT with its processor, an adapter by PEFT and one trained here, and their bundle."""
+    """A tiny ViT with its image processor, a PEFT adapter, a trained one, and their bundle."""
     import peft
     import torch
     import transformers
@@ -50,7 +50,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def expected(place: Path, adapter: str | None, image: Any) -> Any:
-    """The probabilities by transformers and PEFT."""
+    """Return the probabilities of transformers and PEFT."""
     import peft
     import torch
     import transformers
@@ -86,15 +86,13 @@ def test_each_image_is_classified_with_its_own_adapter(place: Path) -> None:
         assert one.label == other.label
 
 
-def test_what_was_trained_is_recognized(place: Path) -> None:
+def test_trained_classes_are_recognized(place: Path) -> None:
     classify = ld.ImageClassifier(ld.AdapterSession(place / "bundle"))
     files = [place / "colors" / color / "0.png" for color in COLORS]
     assert [found.label for found in classify(files, "second")] == list(COLORS)
 
 
-def test_parity_scores_a_classifier_on_images_that_it_has_not_seen(
-    place: Path, tmp_path: Path
-) -> None:
+def test_parity_scores_a_classifier_on_held_out_images(place: Path, tmp_path: Path) -> None:
     colors = color_folders(tmp_path / "held-out", count=10)
     how: dict[str, Any] = {
         "model": place / "model",
@@ -110,7 +108,7 @@ def test_parity_scores_a_classifier_on_images_that_it_has_not_seen(
     for score in scores.values():
         assert (score.adapter, score.metric, score.examples) == ("second", "accuracy", 16)
         assert score.value == score.reference == 1.0
-    # The labels decide: with every third one wrong, fewer answers are right.
+    # The labels decide: with every third one wrong, the accuracy is lower.
     rows = [
         {"image": str(file), "label": sorted(COLORS)[(file.parent.name == "red") ^ (n % 3 == 0)]}
         for n, file in enumerate(sorted(colors.glob("*/*.png")))
@@ -149,7 +147,7 @@ def test_a_graph_with_another_adapter_loses_its_accuracy_on_images(
     assert "for certain worse" in str(score.message)
 
 
-def test_data_that_is_not_of_images_is_named(place: Path, tmp_path: Path) -> None:
+def test_data_without_images_is_refused_by_name(place: Path, tmp_path: Path) -> None:
     task = {"task": "image-classification", "max_steps": 1}
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "empty").mkdir()
@@ -197,7 +195,7 @@ def test_the_command_labels_images_by_their_paths(place: Path, tmp_path: Path) -
     assert plain == f"{right.label}\t{right.score:.4f}\n"
 
 
-def test_what_does_not_fit_is_refused_by_name(place: Path, tmp_path: Path) -> None:
+def test_unsupported_images_are_refused_by_name(place: Path, tmp_path: Path) -> None:
     session = ld.AdapterSession(place / "bundle")
     with pytest.raises(UsageError, match="there are no images"):
         ld.ImageClassifier(session)([])

@@ -1,4 +1,4 @@
-"""Encoder-decoders: two graphs on one set of weights, and the texts that transformers makes."""
+"""Encoder-decoders: two graphs with one set of weights, and the text of transformers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SIZES = (("layers", 2), ("attention_heads", 4), ("ffn_dim", 48))
 
 @pytest.fixture(scope="module")
 def adapters(tiny_t5: Path, make_adapter: MakeAdapter) -> dict[str, Path]:
-    """Two adapters of different ranks, on every linear layer of both halves."""
+    """Two adapters of different ranks on every linear layer of encoder and decoder."""
     return {
         name: make_adapter(tiny_t5, task="seq2seq-lm", r=rank, seed=rank, scale=0.2)
         for name, rank in (("first", 2), ("second", 4))
@@ -43,7 +43,7 @@ def adapters(tiny_t5: Path, make_adapter: MakeAdapter) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def bundle(tiny_t5: Path, adapters: dict[str, Path], shared: Path) -> Path:
-    """The tiny T5 with both adapters."""
+    """A bundle of the tiny T5 with both adapters."""
     return once(shared / "seq2seq", lambda place: ld.export(tiny_t5, place, adapters=adapters))
 
 
@@ -53,7 +53,7 @@ def generator(bundle: Path) -> ld.TextGenerator:
 
 
 def expected(model: Path, adapter: Path | None, text: str, **settings: Any) -> list[int]:
-    """What PyTorch, transformers and PEFT generate of a text, up to its end."""
+    """Return the tokens that transformers and PEFT generate for a text, up to the end token."""
     import peft
     import torch
     import transformers
@@ -71,7 +71,7 @@ def expected(model: Path, adapter: Path | None, text: str, **settings: Any) -> l
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_each_row_generates_what_transformers_does_with_its_adapter(
+def test_each_row_generates_the_same_as_transformers_with_its_adapter(
     settings: dict[str, Any],
     generator: ld.TextGenerator,
     tiny_t5: Path,
@@ -85,7 +85,7 @@ def test_each_row_generates_what_transformers_does_with_its_adapter(
     assert len({answer.token_ids for answer in one}) == 3, "each adapter's effect is seen"
 
 
-# What differs from T5: learned or sinusoidal positions, biases, end tokens.
+# Models with learned or sinusoidal positions, biases, other end tokens.
 OTHERS = {
     "bart": ("BartConfig", {}),
     "mbart": ("MBartConfig", {"scale_embedding": True}),
@@ -95,7 +95,7 @@ OTHERS = {
 
 @pytest.mark.breadth
 @pytest.mark.parametrize("name", OTHERS)
-def test_other_encoder_decoders_generate_what_transformers_does(
+def test_other_encoder_decoders_generate_the_same_as_transformers(
     name: str, tiny_t5: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     import torch
@@ -128,7 +128,7 @@ def test_other_encoder_decoders_generate_what_transformers_does(
     assert len({answer.token_ids for answer in one}) == 3, "each adapter's effect is seen"
 
 
-def test_generation_config_is_obeyed_as_transformers_does(
+def test_generation_config_has_the_same_effect_as_in_transformers(
     bundle: Path, tiny_t5: Path, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
     own = {"forced_bos_token_id": 17, "forced_eos_token_id": 2, "min_length": 6}
@@ -158,7 +158,7 @@ def test_an_encoder_decoder_is_not_served(bundle: Path) -> None:
         Service(ld.AdapterSession(bundle), limits=ServeLimits())
 
 
-def test_the_halves_are_the_model_with_every_form_of_an_adapter(
+def test_encoder_and_decoder_graphs_equal_the_model_with_every_form_of_an_adapter(
     bundle: Path, tiny_t5: Path, adapters: dict[str, Path]
 ) -> None:
     import peft
@@ -185,7 +185,7 @@ def test_the_halves_are_the_model_with_every_form_of_an_adapter(
         assert np.abs(mixed[row] - answers[name][row]).max() <= allowed
         assert name is None or np.abs(mixed[row] - answers[None][row]).max() > 0.1
 
-    # The same in two steps, on the caches, in plain onnxruntime with onnxruntime's own adapter.
+    # The same in two steps with caches, in plain onnxruntime with a native adapter.
     adapter, active = onnxruntime.LoraAdapter(), onnxruntime.RunOptions()
     adapter.Load(str(bundle / "adapters" / "first.onnx_adapter"))
     active.add_active_adapter(adapter)
@@ -229,7 +229,7 @@ def test_both_graphs_read_one_set_of_weights_and_one_adapter(bundle: Path, tiny_
         "model.onnx.data",
     }
     weights = (tiny_t5 / "model.safetensors").stat().st_size
-    # The embedding, a third of the weights, is in both graphs.
+    # The embedding, a third of the weights, is used by both graphs.
     assert (bundle / "model.onnx.data").stat().st_size < 1.1 * weights
     modules = {target.module for target in manifest.targets}
     assert "encoder.block.0.layer.0.SelfAttention.q" in modules
@@ -253,7 +253,7 @@ def test_a_merged_bundle_and_the_command_give_the_adapters_text(
         assert (again / name).read_bytes() == (merged / name).read_bytes(), "same bytes"
 
 
-def test_what_cannot_be_is_refused_in_a_line(
+def test_unsupported_uses_are_refused_in_one_line(
     bundle: Path, generator: ld.TextGenerator, tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match="whose texts have a source"):
@@ -277,7 +277,7 @@ def test_what_cannot_be_is_refused_in_a_line(
         ld.AdapterSession(broken)
 
 
-def test_parity_scores_an_adapter_by_the_settings_beside_it(
+def test_parity_scores_an_adapter_with_its_own_generation_settings(
     bundle: Path, tiny_t5: Path, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
     import transformers
@@ -313,7 +313,7 @@ def test_a_budget_counts_the_keys_and_values_of_sources(bundle: Path) -> None:
     each = sum(4 * int(spec.shape[1]) * int(spec.shape[3]) for spec in cross)
     tokens = list(range(3, 43))
     assert cross and session.limits.vocabulary
-    # 2 new tokens behind 40, as of a decoder, and the logits of the rows.
+    # 2 new tokens after 40, as for a decoder, plus the logits of the rows.
     grows = 3 * 42 * row_bytes(session.manifest) + 3 * 42 * session.limits.vocabulary * 4
     settings = {"max_new_tokens": 2, "num_beams": 3}
     enough = ld.TextGenerator(session, cache_budget=grows + 3 * 40 * each)

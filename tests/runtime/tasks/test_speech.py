@@ -1,4 +1,4 @@
-"""Whisper: the transcripts of transformers and PEFT, each with its own adapter."""
+"""Whisper: each row has the transcript of transformers and PEFT with its adapter."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SETTINGS: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def adapters(tiny_whisper: Path, make_adapter: MakeAdapter) -> dict[str, Path]:
-    """Two adapters of different ranks, on every linear layer of both halves."""
+    """Two adapters of different ranks on every linear layer of encoder and decoder."""
     return {
         name: make_adapter(tiny_whisper, task="speech", r=rank, seed=rank, scale=0.2)
         for name, rank in (("first", 2), ("second", 4))
@@ -40,7 +40,7 @@ def adapters(tiny_whisper: Path, make_adapter: MakeAdapter) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def bundle(tiny_whisper: Path, adapters: dict[str, Path], shared: Path) -> Path:
-    """The tiny Whisper with both adapters."""
+    """A bundle of the tiny Whisper with both adapters."""
     return once(shared / "speech", lambda place: ld.export(tiny_whisper, place, adapters=adapters))
 
 
@@ -50,7 +50,7 @@ def recognizer(bundle: Path) -> ld.SpeechRecognizer:
 
 
 class Reference:
-    """PyTorch, transformers and PEFT: the segments of a sound, and all of their tokens."""
+    """Transcripts of transformers and PEFT: the segments and tokens of audio."""
 
     def __init__(self, model: Path, adapters: dict[str, Path]) -> None:
         import peft
@@ -102,37 +102,37 @@ def reference(tiny_whisper: Path, adapters: dict[str, Path]) -> Reference:
     return Reference(tiny_whisper, adapters)
 
 
-def asked(settings: dict[str, Any]) -> dict[str, Any]:
-    """transformers' settings by our names."""
+def options_of(settings: dict[str, Any]) -> dict[str, Any]:
+    """Translate transformers' settings to the names of loradeploy."""
     return {("timestamps" if n == "return_timestamps" else n): v for n, v in settings.items()}
 
 
 @pytest.mark.breadth(2)
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_each_row_transcribes_as_transformers_does_with_its_adapter(
+def test_each_row_has_the_transcript_of_transformers_with_its_adapter(
     settings: dict[str, Any], recognizer: ld.SpeechRecognizer, reference: Reference
 ) -> None:
     settings = {"max_new_tokens": 10, **settings}
-    found = recognizer.transcribe(SOUNDS, ROWS, **asked(settings))
+    found = recognizer.transcribe(SOUNDS, ROWS, **options_of(settings))
     for sound, row, answer in zip(SOUNDS, ROWS, found, strict=True):
         assert answer == reference(sound, row, **settings)
     if settings.get("return_timestamps"):
         assert any(len(answer.segments) > 1 for answer in found), "windows begin within windows"
 
 
-def test_a_long_sound_is_heard_window_by_window_as_transformers_does(
+def test_long_audio_is_transcribed_in_windows_as_in_transformers(
     recognizer: ld.SpeechRecognizer, reference: Reference
 ) -> None:
     found = recognizer.transcribe([LONG, SOUNDS[0], LONG], ["first", "second", None], language="en")
     for row, answer in (("first", found[0]), (None, found[2])):
         assert answer == reference(LONG, row, language="en")
         assert answer.segments[-1].end > 1, "behind the first window"
-    # A short one in the same batch has the text that it has by itself.
+    # Short audio in the same batch has the same text as alone.
     (alone,) = recognizer.transcribe(SOUNDS[0], "second", language="en")
     assert found[1] == alone and not alone.segments
 
 
-def test_an_adapters_effect_is_seen_and_a_doubled_alpha_too(
+def test_an_adapter_has_an_effect_and_a_doubled_alpha_another_one(
     recognizer: ld.SpeechRecognizer,
     adapters: dict[str, Path],
     reference: Reference,
@@ -153,7 +153,7 @@ def test_an_adapters_effect_is_seen_and_a_doubled_alpha_too(
     assert found[0].token_ids == expected.token_ids != wrong.token_ids
 
 
-def test_parity_proves_both_graphs_and_sees_mistakes(bundle: Path, tiny_whisper: Path) -> None:
+def test_parity_passes_for_both_graphs_and_fails_mistakes(bundle: Path, tiny_whisper: Path) -> None:
     report = ld.parity(
         bundle,
         model=tiny_whisper,
@@ -168,7 +168,7 @@ def test_parity_proves_both_graphs_and_sees_mistakes(bundle: Path, tiny_whisper:
     assert report.controls and all(control.caught for control in report.controls)
 
 
-def test_sampling_is_repeatable_and_a_language_may_be_each_sounds_own(
+def test_sampling_is_repeatable_and_each_row_can_have_its_own_language(
     recognizer: ld.SpeechRecognizer,
 ) -> None:
     def sampled(seed: int) -> list[ld.Transcript]:
@@ -194,7 +194,7 @@ def test_the_command_prints_transcripts(
     assert printed.splitlines()[0] == (
         f"[{first.start:.2f} - {first.end:.2f}] {first.text.strip()}"
     )
-    # A text beside a sound, such as the right one, is not read.
+    # A text field beside the audio, such as a reference transcript, is ignored.
     lines = [
         json.dumps({"audio": f"{n}.wav", "text": "Good morning", "adapter": row})
         for n, row in enumerate(ROWS)
@@ -262,7 +262,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_what_cannot_be_heard_is_refused_in_a_line(
+def test_invalid_audio_and_options_are_refused_in_one_line(
     case: str, recognizer: ld.SpeechRecognizer
 ) -> None:
     given, kind, message = BAD[case]
@@ -272,7 +272,7 @@ def test_what_cannot_be_heard_is_refused_in_a_line(
     assert "\n" not in str(problem.value)
 
 
-def test_sounds_of_hours_are_refused_by_figures(
+def test_audio_of_hours_is_refused_with_figures(
     recognizer: ld.SpeechRecognizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("loradeploy.runtime.tasks.speech.MAX_SECONDS", 1)

@@ -1,4 +1,4 @@
-"""Pairs of texts: classified, scored and ranked as transformers and PEFT do, row by row."""
+"""Pairs of texts: classes, scores and ranks equal those of transformers and PEFT, per row."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TRAINED = {"task": "sequence-classification", "problem_type": "multi-label", "le
 
 
 def related(file: Path) -> Path:
-    """Pairs of words, which are related where they are of one topic."""
+    """Write pairs of words, labeled as related if both are of one topic."""
     topics = list(WORDS)
     rows = [
         {
@@ -52,7 +52,7 @@ def related(file: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def model(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny BERT with a tokenizer that gives pairs token types."""
+    """The tiny BERT with a tokenizer that sets token types for pairs."""
     place = tmp_path_factory.mktemp("pairs") / "model"
     shutil.copytree(tiny_bert, place)
     return give_rules(place)
@@ -60,7 +60,7 @@ def model(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapter(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter with one output, trained on pairs."""
+    """An adapter with a single output, trained on pairs."""
     place = tmp_path_factory.mktemp("adapter")
     data = related(place / "related.jsonl")
     ld.train(model, data, place / "related", max_steps=6, batch_size=8, rank=4, **TRAINED)
@@ -83,7 +83,7 @@ def session(bundle: Path, adapter: Path, bert_adapters: dict[str, Path]) -> ld.A
 
 
 def peft_logits(model: Path, adapter: Path, *, labels: int = 1, types: bool = True) -> NDArray[Any]:
-    """What transformers and PEFT make of PAIRS [pairs, labels]; without `types` they are all 0."""
+    """Return PEFT's logits [pairs, labels] for PAIRS; token types are all 0 without `types`."""
     import peft
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -105,7 +105,7 @@ def sigmoid(logits: NDArray[Any]) -> NDArray[Any]:
     return 1 / (1 + np.exp(-logits.astype(np.float64)))
 
 
-def test_pairs_are_classified_and_scored_as_by_transformers_and_peft(
+def test_classes_and_scores_of_pairs_are_those_of_transformers_and_peft(
     session: ld.AdapterSession,
     model: Path,
     adapter: Path,
@@ -121,7 +121,7 @@ def test_pairs_are_classified_and_scored_as_by_transformers_and_peft(
     assert np.abs(scores - sigmoid(untyped)).max() > 10 * limit, "token types are seen"
     numbers = ld.TextPairScorer(session, activation="identity").score(PAIRS, "related")
     assert np.abs(numbers - logits).max() <= limit
-    session.load("peft", one_output)  # whose files declare no labels
+    session.load("peft", one_output)  # its files declare no labels
     theirs = sigmoid(peft_logits(model, one_output)[:, 0])
     assert np.abs(scorer.score(PAIRS, "peft") - theirs).max() <= limit
 
@@ -132,7 +132,7 @@ def test_pairs_are_classified_and_scored_as_by_transformers_and_peft(
     assert np.abs(given - exponents / exponents.sum(-1, keepdims=True)).max() <= limit
 
 
-def test_a_pair_gets_the_same_answer_in_every_batch(session: ld.AdapterSession) -> None:
+def test_the_score_of_a_pair_does_not_depend_on_the_batch(session: ld.AdapterSession) -> None:
     classify = ld.TextClassifier(session)
     texts = [PAIRS[1], PAIRS[1], PAIRS[1], PAIRS[1][0], PAIRS[3]]
     adapters = ["related", "small", None, "small", "related"]
@@ -173,7 +173,9 @@ def test_documents_are_ranked_by_their_scores(session: ld.AdapterSession) -> Non
         (lambda s: type(s)(s.session, activation="tanh"), "`activation` is 'tanh': give sigmoid"),
     ],
 )
-def test_what_has_no_score_is_refused(session: ld.AdapterSession, call: Any, message: str) -> None:
+def test_adapters_and_texts_without_a_score_are_refused(
+    session: ld.AdapterSession, call: Any, message: str
+) -> None:
     with pytest.raises(UsageError, match=message):
         call(ld.TextPairScorer(session))
 
@@ -190,7 +192,7 @@ def test_what_has_no_score_is_refused(session: ld.AdapterSession, call: Any, mes
         ({}, "sigmoid"),
     ],
 )
-def test_the_activation_is_what_sentence_transformers_writes(
+def test_the_activation_is_read_from_sentence_transformers_files(
     bundle: Path, tmp_path: Path, declared: dict[str, Any], activation: str | None
 ) -> None:
     shutil.copytree(bundle, tmp_path / "bundle")
@@ -232,7 +234,7 @@ def test_the_command_line_runs_and_checks_pairs(
     assert {score.metric for score in report.scores} >= {"micro_f1"}
 
 
-def test_parity_feeds_pairs_their_token_types(bundle: Path, tmp_path: Path) -> None:
+def test_parity_uses_token_types_for_pairs(bundle: Path, tmp_path: Path) -> None:
     manifest = read_manifest(bundle)
     cases = make_cases(bundle, manifest, prompts=[PAIRS[1], QUERY], generated=None, seed=0)
     (tokens, text, *_), tokenizer = cases.prompts, Tokenizer(bundle)
@@ -268,7 +270,7 @@ def test_an_export_declares_whether_pairs_have_token_types(
     assert Tokenizer(tmp_path / "bundle").token_types
 
 
-def test_pairs_elsewhere_are_refused(
+def test_other_tasks_refuse_pairs(
     session: ld.AdapterSession, tiny_llama_bundle: Path, tmp_path: Path
 ) -> None:
     asked = write_lines(tmp_path / "asked.jsonl", [{"text": "a", "text_pair": "b"}])

@@ -1,4 +1,4 @@
-"""Entities: those of transformers' pipeline, each text by its own adapter."""
+"""Token classification: each row has the entities of transformers' pipeline with its adapter."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ ADAPTERS = [*LABELS]
 
 
 def word_pieces(place: Path) -> None:
-    """A tokenizer like BERT's beside an adapter: words, pieces of them, tokens around a text."""
+    """Write a WordPiece tokenizer with special tokens around a text to the adapter directory."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -61,10 +61,10 @@ def word_pieces(place: Path) -> None:
 def taggers(
     tiny_bert: Path, make_adapter: MakeAdapter, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
-    """Adapters with label sets of their own; `pieces` has a tokenizer of its own too."""
+    """Adapters with their own label sets; `pieces` has its own tokenizer too."""
     place = tmp_path_factory.mktemp("taggers")
     for seed, (name, labels) in enumerate(LABELS.items()):
-        # PEFT's all-linear would take the head too.
+        # PEFT's all-linear would include the head.
         targets = ["query", "value", "dense"]
         made = make_adapter(
             tiny_bert,
@@ -84,7 +84,7 @@ def taggers(
 def tagged_bundle(
     tiny_bert: Path, taggers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A bundle with all of them but `plain`, which is loaded later."""
+    """A bundle with all of them except `plain`, which is loaded later."""
     bundle = tmp_path_factory.mktemp("tagged") / "bundle"
     inside = {name: path for name, path in taggers.items() if name != "plain"}
     ld.export(tiny_bert, bundle, adapters=inside)
@@ -100,7 +100,7 @@ def classify(tagged_bundle: Path, taggers: dict[str, Path]) -> TokenClassifier:
 
 @pytest.fixture(scope="module")
 def pipelines(tiny_bert: Path, taggers: dict[str, Path]) -> dict[str, Any]:
-    """transformers' pipeline of PEFT's model, by adapter."""
+    """transformers' pipeline with PEFT's model, by adapter."""
     import peft
     from transformers import AutoModelForTokenClassification, AutoTokenizer, pipeline
 
@@ -145,7 +145,7 @@ def test_entities_of_a_mixed_batch_are_those_of_transformers_pipeline(
 
 @pytest.mark.filterwarnings("ignore:Tokenizer does not support real words")
 @pytest.mark.parametrize("name", ["bytes", "pieces"])
-def test_a_long_text_is_cut_into_parts_that_overlap_as_the_pipeline_does(
+def test_a_long_text_is_split_into_overlapping_parts_as_in_the_pipeline(
     name: str, classify: TokenClassifier, pipelines: dict[str, Any]
 ) -> None:
     pipe = pipelines[name]
@@ -159,7 +159,7 @@ def test_a_long_text_is_cut_into_parts_that_overlap_as_the_pipeline_does(
         classify(LONG, name)
 
 
-def test_a_merged_bundle_finds_what_its_adapter_finds(
+def test_a_merged_bundle_finds_the_entities_of_its_adapter(
     classify: TokenClassifier, tagged_bundle: Path, taggers: dict[str, Path], tmp_path: Path
 ) -> None:
     assert {read_manifest(tagged_bundle).adapters[n].labels for n in ("bytes", "pieces")} == {
@@ -176,21 +176,21 @@ def test_a_merged_bundle_finds_what_its_adapter_finds(
             assert spans[0] == spans[1]
 
 
-def test_a_native_file_with_a_head_is_refused_for_it_does_not_name_its_labels(
+def test_a_native_file_with_a_head_is_refused_because_it_has_no_labels(
     tagged_bundle: Path,
 ) -> None:
     session = AdapterSession(tagged_bundle)
     session.load("native", tagged_bundle / "adapters" / "pieces.onnx_adapter")
     with pytest.raises(UsageError, match="'native' was loaded from a file that does not say"):
         TokenClassifier(session)(TEXTS[0], "native")
-    # Under a name that has them it changes nothing.
+    # Under a name that has labels it changes nothing.
     session.load("pieces")
     session.load("bytes", tagged_bundle / "adapters" / "bytes.onnx_adapter")
     found = TokenClassifier(session)(TEXTS[0], "bytes", aggregation="none")[0].entities
     assert {entity.label for entity in found} <= set(LABELS["bytes"])
 
 
-def test_labels_are_declared_again_after_the_way_through_an_onnx_adapter(
+def test_labels_are_declared_again_after_a_conversion_to_onnx_adapter_and_back(
     classify: TokenClassifier, tagged_bundle: Path, tmp_path: Path
 ) -> None:
     native = tagged_bundle / "adapters" / "pieces.onnx_adapter"
@@ -243,7 +243,7 @@ def test_a_text_without_words_has_no_entities(classify: TokenClassifier) -> None
         (["a"], {"adapters": ["bytes"] * 2}, "2 adapters for a batch of 1 rows"),
     ],
 )
-def test_what_cannot_be_tagged_is_refused(
+def test_invalid_texts_and_options_are_refused(
     classify: TokenClassifier, texts: list[str], options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
@@ -269,7 +269,7 @@ def test_the_command_prints_entities(classify: TokenClassifier, tagged_bundle: P
         call("run", tagged_bundle, TEXTS[0], "--threshold", 0.5)
 
 
-def test_of_entities_in_two_parts_the_longer_one_counts() -> None:
+def test_the_longer_of_two_overlapping_entities_is_kept() -> None:
     short, long = Entity("A", 0.9, "x", 2, 4), Entity("B", 0.1, "y", 3, 9)
     likelier, apart = Entity("C", 0.2, "z", 4, 10), Entity("D", 0.3, "w", 10, 11)
     assert without_overlaps([apart, short, long, likelier]) == [likelier, apart]

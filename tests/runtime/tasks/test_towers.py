@@ -1,4 +1,4 @@
-"""The towers of CLIP and SigLIP give the vectors of transformers and PEFT, row by row."""
+"""The towers of CLIP and SigLIP: vectors equal those of transformers and PEFT, per row."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.tolerances import tolerance
 
 TEXT_TASK, IMAGE_TASK = "feature-extraction", "image-feature-extraction"
 LONG = " ".join(["a photo of the sea"] * 9)
-# Adapters by model: of both towers, and of one that was wrapped as a model of its own.
+# Adapters by model: for both towers, and for one tower that PEFT wrapped as a separate model.
 ADAPTERS = {
     "clip": {"both": "CLIPModel", "one": "CLIPTextModelWithProjection"},
     "siglip": {"both": "SiglipModel", "one": "SiglipVisionModel"},
@@ -64,7 +64,7 @@ BUNDLES = [
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny models, adapters by PEFT for both towers and, of CLIP and SigLIP, for one."""
+    """Tiny models, PEFT adapters for both towers and, for CLIP and SigLIP, for one."""
     import transformers
 
     place = tmp_path_factory.mktemp("towers")
@@ -78,7 +78,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def bundle(place: Path, name: str, task: str) -> Path:
-    """The bundle of a tower, exported when it is first needed."""
+    """Return the bundle of a tower, exported at first use."""
     output = place / f"{name}.{task}"
     if not output.exists():
         adapters = {"both": place / f"{name}-both"}
@@ -89,7 +89,7 @@ def bundle(place: Path, name: str, task: str) -> Path:
 
 
 def expected(place: Path, name: str, task: str, adapter: str | None, rows: Sequence[Any]) -> Any:
-    """The vectors that transformers and PEFT give, at length 1."""
+    """Return the normalized vectors of transformers and PEFT."""
     import peft
     import torch
     import transformers
@@ -115,7 +115,7 @@ def expected(place: Path, name: str, task: str, adapter: str | None, rows: Seque
 
 
 def make_wrong(adapter: Path, place: Path) -> Path:
-    """Another adapter of the same shapes."""
+    """Write another adapter with the same shapes."""
     wrong = wrong_adapter(load_adapter(adapter))
     assert wrong is not None
     save_adapter(wrong, place)
@@ -152,7 +152,9 @@ def test_each_row_has_the_vector_of_its_own_adapter(place: Path, name: str, task
     ("name", "task"),
     [("clip", IMAGE_TASK), ("clip", TEXT_TASK), ("siglip", TEXT_TASK), ("siglip", IMAGE_TASK)],
 )
-def test_a_tower_is_proved_and_wrong_adapters_are_seen(place: Path, name: str, task: str) -> None:
+def test_parity_passes_for_a_tower_and_fails_wrong_adapters(
+    place: Path, name: str, task: str
+) -> None:
     report = ld.parity(
         bundle(place, name, task),
         model=place / name,
@@ -167,7 +169,7 @@ def test_a_tower_is_proved_and_wrong_adapters_are_seen(place: Path, name: str, t
 
 @pytest.mark.breadth(2)
 @pytest.mark.parametrize("name", ["clip", "siglip"])
-def test_a_text_tower_is_scored_as_transformers_and_peft_do(
+def test_scores_of_a_text_tower_are_those_of_transformers_and_peft(
     place: Path, name: str, tmp_path: Path
 ) -> None:
     first = ["a photo of a red cat", "the blue sea", "dog", "the sky"]
@@ -214,7 +216,7 @@ def test_an_adapter_is_merged_into_a_tower(
     assert report.passed, report.failures
 
 
-def test_texts_of_siglip_have_the_full_length_and_clip_pools_at_the_end_of_the_text(
+def test_siglip_pads_texts_to_the_full_length_and_clip_pools_at_the_end_token(
     place: Path,
 ) -> None:
     inputs = read_manifest(bundle(place, "siglip", TEXT_TASK)).inputs
@@ -226,7 +228,9 @@ def test_texts_of_siglip_have_the_full_length_and_clip_pools_at_the_end_of_the_t
     assert config["architectures"] == ["CLIPTextModelWithProjection"]
 
 
-def test_the_number_of_images_is_called_batch_and_can_be_fixed(place: Path, tmp_path: Path) -> None:
+def test_the_number_of_images_is_the_dimension_batch_and_can_be_fixed(
+    place: Path, tmp_path: Path
+) -> None:
     images = bundle(place, "clip", IMAGE_TASK)
     manifest = read_manifest(images)
     assert [spec.shape for spec in manifest.inputs] == [("batch", 3, 16, 16)]
@@ -240,7 +244,7 @@ def test_the_number_of_images_is_called_batch_and_can_be_fixed(place: Path, tmp_
     np.testing.assert_allclose(found, right, rtol=0, atol=1e-6)
 
 
-def test_labels_without_training_are_those_of_the_whole_model(place: Path) -> None:
+def test_zero_shot_labels_are_those_of_the_whole_model(place: Path) -> None:
     import torch
     import transformers
 
@@ -257,7 +261,7 @@ def test_labels_without_training_are_those_of_the_whole_model(place: Path) -> No
     np.testing.assert_allclose(found, right.numpy(), rtol=0, atol=1e-4)
 
 
-def test_the_part_of_the_other_tower_is_named(
+def test_the_unused_part_for_the_other_tower_is_named(
     place: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     session = ld.AdapterSession(bundle(place, "clip", IMAGE_TASK))
@@ -283,7 +287,7 @@ def test_an_adapter_of_another_tower_is_refused(
 ) -> None:
     source = place / adapter
     session = ld.AdapterSession(bundle(place, "clip", IMAGE_TASK))
-    if adapter == "siglip-one":  # of the same names and shapes: told apart by the text tower alone
+    if adapter == "siglip-one":  # same names and shapes: only the text tower tells them apart
         session = ld.AdapterSession(bundle(place, "clip", TEXT_TASK))
         message = "all of the adapter is for the image tower"
     if adapter == "bare":
@@ -310,7 +314,7 @@ def test_an_adapter_of_another_tower_is_refused(
         ("siglip", "sequence-classification", UsageError, "each a bundle of its own"),
     ],
 )
-def test_the_tower_is_chosen_by_the_task(
+def test_the_task_selects_the_tower(
     place: Path, name: str, task: str | None, error: type[Exception], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(error, match=message):
@@ -338,7 +342,7 @@ def test_a_model_that_cannot_be_a_tower_is_refused(place: Path, tmp_path: Path) 
             ld.export(other, tmp_path / "b", task=IMAGE_TASK)
 
 
-def test_maps_in_place_of_states_are_refused_by_name(tmp_path: Path) -> None:
+def test_feature_maps_instead_of_states_are_refused_by_name(tmp_path: Path) -> None:
     import transformers
 
     sizes = {"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "image_size": 32}
@@ -350,7 +354,7 @@ def test_maps_in_place_of_states_are_refused_by_name(tmp_path: Path) -> None:
 
 @pytest.mark.breadth(3)
 @pytest.mark.parametrize("kind", ["Siglip"])
-def test_a_classifier_on_an_image_tower_gives_the_labels_of_peft(kind: str, tmp_path: Path) -> None:
+def test_a_classifier_on_an_image_tower_has_the_scores_of_peft(kind: str, tmp_path: Path) -> None:
     import peft
     import torch
     import transformers
@@ -424,7 +428,7 @@ def _animated(file: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [_grayscale, _transparent, _animated])
-def test_pictures_of_all_kinds_are_read_as_the_processor_reads_them(
+def test_images_of_all_formats_are_read_like_the_processor_reads_them(
     place: Path, make: Callable[[Path], None], tmp_path: Path
 ) -> None:
     from PIL import Image
@@ -436,7 +440,7 @@ def test_pictures_of_all_kinds_are_read_as_the_processor_reads_them(
     np.testing.assert_allclose(found, right, rtol=0, atol=tolerance("torch-onnx-tiny"))
 
 
-def test_pictures_that_cannot_be_read_are_named(place: Path, tmp_path: Path) -> None:
+def test_images_that_cannot_be_read_are_named(place: Path, tmp_path: Path) -> None:
     from PIL import Image
 
     embed = embedder(place, "clip", IMAGE_TASK)

@@ -1,4 +1,4 @@
-"""The pieces of a stream are together what all of its tokens decode to, whatever they are."""
+"""Streaming: the pieces of a text joined equal its decoded tokens, for any tokens."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _words(decoder: Any, words: Sequence[str] = (*BYTES, *WORDS)) -> Fast:
 
 def _byte_level() -> Fast:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    # Two words of whole characters, and one that begins in the middle of one and ends in another.
+    # Two words of complete characters, and one that starts and ends in the middle of characters.
     return _words(decoders.ByteLevel(), [*alphabet, "Ġa", "æĿ±", "Ŀ±æ", "not of the alphabet: 東"])
 
 
@@ -62,7 +62,7 @@ KINDS: dict[str, Callable[[], Fast]] = {
     "unigram": _unigram,
     "WordPiece": _word_piece,
     "no decoder": lambda: _words(None),
-    # Of these the text of tokens changes with what follows.
+    # Decoders for which the text of a token depends on the following tokens.
     "ends stripped": lambda: _words(decoders.Sequence([*LLAMA, decoders.Strip(" ", 0, 2)])),
     "pairs replaced": lambda: _words(decoders.Sequence([*LLAMA, decoders.Replace("aa", "k")])),
     "bytes made": lambda: _words(decoders.Sequence([decoders.Replace("k", "<0xE6>"), *LLAMA[1:]])),
@@ -92,7 +92,7 @@ def _pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     return [*(decoder.push(token) for token in ids), decoder.close()]
 
 
-# Bytes are of every kind: of characters of two to four, cut off, overlong, surrogates, no UTF-8.
+# Bytes of every kind: characters of two to four bytes, truncated, overlong, surrogates, not UTF-8.
 @given(data=st.data())
 @settings(
     max_examples=60,
@@ -102,12 +102,12 @@ def _pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
 )
 def test_pieces_of_random_tokens_are_the_whole_text(tokenizer: Tokenizer, data: Any) -> None:
     size = len(tokenizer.vocabulary)
-    token = st.integers(0, size + 3)  # those beyond the vocabulary have no text
-    last = st.integers(max(0, size - 16), size - 1)  # words and added tokens, as often as bytes
+    token = st.integers(0, size + 3)  # ids beyond the vocabulary have no text
+    last = st.integers(max(0, size - 16), size - 1)  # words and added tokens as often as bytes
     ids = data.draw(st.lists(token | last, max_size=40))
     try:
         whole = tokenizer.decode(ids)
-    except BundleError:  # tokenizers panics where it is to strip more than there is
+    except BundleError:  # tokenizers panics if it has to strip more than there is
         with pytest.raises(BundleError):
             _pieces(tokenizer, ids)
     else:
@@ -135,14 +135,14 @@ _BYTE_TOKENIZERS: dict[str, Tokenizer] = {}
 
 
 @pytest.mark.parametrize("kind", STREAMED)
-def test_words_are_told_as_they_come(kind: str, tmp_path: Path) -> None:
+def test_words_are_emitted_immediately(kind: str, tmp_path: Path) -> None:
     tokenizer = _saved(kind, tmp_path)
     word = tokenizer.vocabulary["a" if kind != "byte-level" else "Ġa"]
     for piece in _pieces(tokenizer, [word] * 4)[:-1]:
         assert piece.strip() == "a"
 
 
-def test_a_byte_waits_for_what_decides_on_it(tmp_path: Path) -> None:
+def test_a_byte_is_held_back_until_its_character_is_known(tmp_path: Path) -> None:
     tokenizer = _saved("gemma", tmp_path)
     newline, half, k = (tokenizer.vocabulary[word] for word in ("<0x0A>", "<0xC3>", "k"))
     assert _pieces(tokenizer, [newline, k]) == ["", "\nk", ""]
@@ -154,7 +154,7 @@ def test_a_byte_waits_for_what_decides_on_it(tmp_path: Path) -> None:
 def test_the_time_of_a_stream_is_linear_in_its_length(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Counted in tokens that are decoded: a few for each, however long the stream is."""
+    """Measured in decoded tokens: a few per token, for any length of the stream."""
     tokenizer = _saved(kind, tmp_path)
     decoded: list[int] = []
     decode = Tokenizer.decode

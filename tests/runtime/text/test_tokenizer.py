@@ -1,4 +1,4 @@
-"""The tokenizer without transformers does what transformers' does."""
+"""The tokenizer without transformers gives the same results as transformers' tokenizer."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_tokens_are_those_of_transformers(model: Path) -> None:
         assert ours.encode(text) == theirs(text)["input_ids"], text
 
 
-def test_a_cut_text_is_cut_as_transformers_cuts_it(model: Path) -> None:
+def test_a_text_is_truncated_like_in_transformers(model: Path) -> None:
     ours, theirs = Tokenizer(model), _reference(model)
     for text in TEXTS:
         for length in (3, 7, 500):
@@ -62,7 +62,7 @@ def test_a_cut_text_is_cut_as_transformers_cuts_it(model: Path) -> None:
             assert ours.encode(text, max_length=length) == cut, (text, length)
 
 
-def test_text_comes_back_as_from_transformers(model: Path) -> None:
+def test_decoded_text_is_that_of_transformers(model: Path) -> None:
     ours, theirs = Tokenizer(model), _reference(model)
     for text in TEXTS:
         ids = ours.encode(text)
@@ -93,7 +93,9 @@ TEMPLATES = {
 
 
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES.keys())
-def test_templates_see_what_transformers_shows_them(tiny_llama: Path, template: str) -> None:
+def test_templates_have_the_variables_and_functions_of_transformers(
+    tiny_llama: Path, template: str
+) -> None:
     theirs = _reference(tiny_llama)
     messages = [*CHATS[1], {"role": "assistant", "content": None}]
     expected = theirs.apply_chat_template(
@@ -104,7 +106,7 @@ def test_templates_see_what_transformers_shows_them(tiny_llama: Path, template: 
 
 
 @pytest.mark.parametrize("messages", [CHATS[0], [{"role": "user", "content": "What is it?"}]])
-def test_a_template_of_parts_is_given_parts(
+def test_a_template_for_content_parts_gets_parts(
     tiny_llama: Path, messages: list[dict[str, Any]]
 ) -> None:
     from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE
@@ -118,14 +120,14 @@ def test_a_template_of_parts_is_given_parts(
     assert all(message["content"] in expected for message in messages)
 
 
-def test_a_template_that_shows_no_text_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_template_that_drops_the_text_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_llama, tmp_path / "m")
     (tmp_path / "m" / "chat_template.jinja").write_text("{% for m in messages %}w1{% endfor %}")
     with pytest.raises(UsageError, match="shows nothing of a user's text"):
         Tokenizer(tmp_path / "m").encode_chat([{"role": "user", "content": "w5"}])
 
 
-def test_the_time_can_be_asked_for() -> None:
+def test_a_template_can_use_the_current_date() -> None:
     from datetime import datetime
 
     text = ChatTemplate("{{ strftime_now('%Y') }}", {}).render(CHATS[0])
@@ -143,24 +145,26 @@ def test_the_time_can_be_asked_for() -> None:
         ("{{ namespace(__x=1) }}", "not allowed in a namespace"),
     ],
 )
-def test_a_template_that_refuses_or_misbehaves_is_one_line(template: str, message: str) -> None:
+def test_a_template_that_raises_or_misbehaves_is_a_one_line_error(
+    template: str, message: str
+) -> None:
     with pytest.raises(UsageError, match=message) as refusal:
         ChatTemplate(template, {}).render(CHATS[0])
     assert "\n" not in str(refusal.value)
 
 
-def test_a_broken_template_is_refused_when_it_is_used() -> None:
+def test_a_broken_template_is_refused_at_its_use() -> None:
     with pytest.raises(BundleError, match="not a valid template"):
         ChatTemplate("{% for %}", {}).render([{"role": "user", "content": "a"}])
 
 
 @pytest.mark.parametrize("messages", [[], ["hello"], [{"content": "no role"}]])
-def test_what_is_no_conversation_is_refused(tiny_llama: Path, messages: list[Any]) -> None:
+def test_invalid_conversations_are_refused(tiny_llama: Path, messages: list[Any]) -> None:
     with pytest.raises(UsageError):
         Tokenizer(tiny_llama).render_chat(messages)
 
 
-def test_a_model_without_a_chat_template_says_so(minilm: Path) -> None:
+def test_a_model_without_a_chat_template_is_reported(minilm: Path) -> None:
     tokenizer = Tokenizer(minilm)
     assert not tokenizer.has_chat_template
     with pytest.raises(UsageError, match="has no chat template"):
@@ -172,7 +176,7 @@ def test_a_model_without_a_chat_template_says_so(minilm: Path) -> None:
 
 @pytest.fixture
 def edited(tiny_llama: Path, tmp_path: Path) -> Callable[..., Path]:
-    """A copy of the tiny Llama's files; `edited(file, **changes)` changes one JSON file."""
+    """A function that copies the tiny Llama's files and changes one JSON file of them."""
     place = shutil.copytree(tiny_llama, tmp_path / "model")
 
     def edit(file: str, **changes: Any) -> Path:
@@ -184,30 +188,32 @@ def edited(tiny_llama: Path, tmp_path: Path) -> Callable[..., Path]:
     return edit
 
 
-def test_ends_come_from_the_generation_config_first(edited: Callable[..., Path]) -> None:
+def test_end_tokens_come_from_the_generation_config_first(edited: Callable[..., Path]) -> None:
     assert Tokenizer(edited("generation_config.json", eos_token_id=[5, 9])).eos_ids == {5, 9}
     assert Tokenizer(edited("generation_config.json", eos_token_id=7)).eos_ids == {7}
     place = edited("generation_config.json", eos_token_id=None)
     assert Tokenizer(edited("config.json", eos_token_id=11)).eos_ids == {11}
     edited("config.json", eos_token_id=None)
-    assert Tokenizer(place).eos_ids == {2}  # the tokenizer's <|im_end|>
+    assert Tokenizer(place).eos_ids == {2}  # <|im_end|> of the tokenizer
 
 
-def test_the_length_is_the_smaller_of_model_and_tokenizer(edited: Callable[..., Path]) -> None:
+def test_the_maximum_length_is_the_smaller_one_of_model_and_tokenizer(
+    edited: Callable[..., Path],
+) -> None:
     assert Tokenizer(edited("tokenizer_config.json", model_max_length=10**30)).max_length == 128
     assert Tokenizer(edited("tokenizer_config.json", model_max_length=100)).max_length == 100
 
 
-def test_tokens_around_a_text_come_from_the_tokenizers_own_file(
+def test_special_tokens_around_a_text_come_from_tokenizer_json(
     edited: Callable[..., Path],
 ) -> None:
-    """transformers too heeds add_bos_token only where there is no tokenizer.json (5.23)."""
+    """transformers too uses add_bos_token only without a tokenizer.json (5.23)."""
     place = edited("tokenizer_config.json", add_bos_token=True, add_eos_token=True)
     expected = _reference(place)("hello")["input_ids"]
     assert Tokenizer(place).encode("hello") == expected
 
 
-def test_special_tokens_may_be_objects_or_in_a_file_of_their_own(
+def test_special_tokens_can_be_objects_or_in_a_separate_file(
     edited: Callable[..., Path],
 ) -> None:
     place = edited("tokenizer_config.json", eos_token={"content": "<|endoftext|>"})
@@ -216,7 +222,7 @@ def test_special_tokens_may_be_objects_or_in_a_file_of_their_own(
     assert Tokenizer(place).special_tokens["cls_token"] == "<|im_start|>"
 
 
-def test_a_template_may_be_in_the_tokenizers_settings(edited: Callable[..., Path]) -> None:
+def test_a_template_can_be_in_the_tokenizers_settings(edited: Callable[..., Path]) -> None:
     place = edited("tokenizer_config.json", chat_template="one {{ messages[0].role }}")
     (place / "chat_template.jinja").unlink()
     assert Tokenizer(place).render_chat(CHATS[0]) == "one user"
@@ -235,7 +241,7 @@ def test_a_missing_or_broken_tokenizer_is_named(tmp_path: Path, content: str | N
 # -- pieces and padding ------------------------------------------------------------------------
 
 
-def test_pieces_together_are_the_whole_text(model: Path) -> None:
+def test_joined_pieces_are_the_whole_text(model: Path) -> None:
     tokenizer = Tokenizer(model)
     for text in TEXTS:
         ids = tokenizer.encode(text, special_tokens=False)
@@ -244,7 +250,7 @@ def test_pieces_together_are_the_whole_text(model: Path) -> None:
         assert "".join(message) == tokenizer.decode(ids)
 
 
-def test_half_a_character_is_held_back_until_the_rest_comes(smollm2: Path) -> None:
+def test_an_incomplete_character_is_held_back_until_it_is_complete(smollm2: Path) -> None:
     tokenizer = Tokenizer(smollm2)
     ids = tokenizer.encode("🦙", special_tokens=False)
     assert len(ids) > 1
@@ -255,7 +261,7 @@ def test_half_a_character_is_held_back_until_the_rest_comes(smollm2: Path) -> No
     assert half.close() == tokenizer.decode(ids[:1])
 
 
-def test_rows_are_padded_on_the_side_asked_for() -> None:
+def test_rows_are_padded_on_the_requested_side() -> None:
     ids, mask = pad([[5, 6, 7], [8]], 0, left=True)
     assert ids.tolist() == [[5, 6, 7], [0, 0, 8]]
     assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
@@ -264,19 +270,19 @@ def test_rows_are_padded_on_the_side_asked_for() -> None:
     assert mask.tolist() == [[1, 1, 1], [1, 0, 0]]
 
 
-# -- an adapter's files over the base's ------------------------------------------------------------
+# -- an adapter's files instead of the base's ------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("answer", "ends"),
     [
-        ("{{ m.content }}<|im_end|>", {0, 2}),  # an added token: the end of a turn
+        ("{{ m.content }}<|im_end|>", {0, 2}),  # an added token that ends a turn
         ("{{ m.content }} \n<|im_end|>\n", {0, 2}),
-        ("{{ m.content }} the end", {0}),  # words end nothing
+        ("{{ m.content }} the end", {0}),  # ordinary words are no end token
         ("{{ raise_exception('no') }}", {0}),
     ],
 )
-def test_the_end_of_a_turn_in_an_adapters_own_template_ends_its_texts(
+def test_the_token_that_ends_a_turn_in_an_adapters_template_is_an_end_token(
     answer: str, ends: set[int], edited: Callable[..., Path], tmp_path: Path
 ) -> None:
     base = Tokenizer(edited("generation_config.json", eos_token_id=0))
@@ -289,14 +295,16 @@ def test_the_end_of_a_turn_in_an_adapters_own_template_ends_its_texts(
     assert own.encode("The bank") == base.encode("The bank") and not own.own_words
 
 
-def test_an_adapter_without_files_is_read_as_the_base(tiny_llama: Path, tmp_path: Path) -> None:
+def test_an_adapter_without_text_files_uses_those_of_the_base(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
     base = Tokenizer(tiny_llama)
     own = Tokenizer(tmp_path, base)
     assert (own.eos_ids, own.template, own.settings) == (base.eos_ids, base.template, base.settings)
     assert own.render_chat(CHATS[0]) == base.render_chat(CHATS[0])
 
 
-def test_positions_that_are_counted_from_the_padding_on_are_no_texts(
+def test_position_offsets_of_padding_reduce_the_maximum_length(
     edited: Callable[..., Path],
 ) -> None:
     place = edited("config.json", model_type="roberta", pad_token_id=1)
@@ -304,7 +312,7 @@ def test_positions_that_are_counted_from_the_padding_on_are_no_texts(
 
 
 @pytest.mark.parametrize("form", ["null", "absent", "absent in another class"])
-def test_a_chat_template_writes_no_token_that_the_adapters_tokenizer_dropped(
+def test_a_chat_template_writes_no_token_that_the_adapters_tokenizer_lacks(
     tiny_llama: Path, tmp_path: Path, form: str
 ) -> None:
     from transformers import AutoTokenizer
@@ -332,7 +340,7 @@ def test_a_chat_template_writes_no_token_that_the_adapters_tokenizer_dropped(
 
 
 @pytest.mark.parametrize("own_words", [True, False], ids=["tokenizer", "settings alone"])
-def test_special_tokens_in_texts_are_characters_where_the_settings_split_them(
+def test_special_tokens_in_texts_are_plain_text_if_the_settings_split_them(
     tiny_llama: Path, tmp_path: Path, own_words: bool
 ) -> None:
     from transformers import AutoTokenizer
