@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 SINGLE_LABEL: Final = "single_label_classification"
 MULTI_LABEL: Final = "multi_label_classification"
 REGRESSION: Final = "regression"
-# The limit for the keys of id2label.
-_MOST_LABELS: Final = 2**20
 PROBLEM_TYPES: Final = (SINGLE_LABEL, MULTI_LABEL, REGRESSION)
 # Used instead of these for a head whose labels and problem type no file declares.
 UNDECLARED: Final = "undeclared"
@@ -30,6 +28,8 @@ TRAINED_PROBLEMS: Final[Mapping[str, str]] = {
     "multi-label": MULTI_LABEL,
     "regression": REGRESSION,
 }
+
+_MOST_LABELS: Final = 2**20  # the maximum for the keys of id2label
 
 # Keys in the metadata of an adapter's weight file. PEFT ignores them.
 LABELS_KEY: Final = "loradeploy.labels"
@@ -182,11 +182,11 @@ def config_labels(
 ) -> tuple[str, ...] | None:
     """The label names in a config.json, in the order of the outputs; None if it has none.
 
-    An output whose number is not among those of id2label is LABEL_n. `outputs`: how many there are,
-    if that is known; it counts where numbers are missing.
+    Outputs that id2label does not include are named LABEL_n. `outputs`: the number of outputs, if
+    it is known; it is only used if id2label does not include all numbers up to its highest.
 
     Raises:
-        `error`: the keys of its id2label are not numbers.
+        `error`: the keys of its id2label are not numbers, or negative or too large.
     """
     names = config.get("id2label")
     if not isinstance(names, Mapping):

@@ -161,7 +161,7 @@ def load_base(
             )
         model.config.pad_token_id = checkpoint.pad_id
     for name in heads:
-        _widen(model.get_submodule(name))
+        _to_float32(model.get_submodule(name))
     return Base(model, heads)
 
 
@@ -181,7 +181,7 @@ def _heads(model: PreTrainedModel, missing: set[str]) -> tuple[str, ...]:
     return tuple(sorted(heads))
 
 
-def _widen(head: nn.Module) -> None:
+def _to_float32(head: nn.Module) -> None:
     """Convert a head's weights and inputs to float32, because bfloat16 loses small steps."""
     if all(weight.dtype == torch.float32 for weight in head.parameters()):
         return

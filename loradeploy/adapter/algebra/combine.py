@@ -92,7 +92,7 @@ def combine(
         carried=_carried(adapters),
         rows=rows,
         problem_type=_common("different problem types", [a.problem_type for a in found], str),
-        part_of=_whole(adapters, method),
+        part_of=_combined_part_of(adapters, method),
     )
     if method != "svd":
         return combined
@@ -100,7 +100,7 @@ def combine(
     return reduce_rank(combined, rank or highest)[0]
 
 
-def _whole(adapters: Sequence[tuple[str, Adapter, float]], method: str) -> str | None:
+def _combined_part_of(adapters: Sequence[tuple[str, Adapter, float]], method: str) -> str | None:
     """`part_of` of a combination of parts: equal in all bundles that combine them in one way."""
     if all(adapter.part_of is None for _, adapter, _ in adapters):
         return None

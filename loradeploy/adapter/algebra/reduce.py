@@ -82,7 +82,7 @@ def reduce_rank(
         errors[module] = math.sqrt(removed / float(squares.sum())) if removed else 0.0
         energy_removed += adapter.scaling(module) ** 2 * removed
         energy_of_all += adapter.scaling(module) ** 2 * float(squares.sum())
-        factors[module] = pair if kept >= pair.rank else _shortened(pair, U, S, Vh, kept)
+        factors[module] = pair if kept >= pair.rank else _truncated(pair, U, S, Vh, kept)
     ranks = {module: pair.rank for module, pair in factors.items()}
     config = with_ranks(adapter.config, ranks, {m: adapter.scaling(m) for m in ranks})
     report = RankReport(
@@ -102,7 +102,7 @@ def _svd(
     return Q_B @ U, S, Vh @ Q_A.T
 
 
-def _shortened(
+def _truncated(
     pair: Factors,
     U: NDArray[np.float64],
     S: NDArray[np.float64],

@@ -58,7 +58,7 @@ def weight_files(directory: Path) -> tuple[Path, ...]:
             return (directory / SINGLE_NAME,)
         index = directory / INDEX_NAME
         if not index.is_file():
-            raise ModelError(_nothing(directory))
+            raise ModelError(_no_weights(directory))
     return _shards(index)
 
 
@@ -174,7 +174,7 @@ def _within(directory: Path, name: str, source: Path) -> Path:
     return directory / name
 
 
-def _nothing(directory: Path) -> str:
+def _no_weights(directory: Path) -> str:
     others = sorted(
         file.name for file in directory.glob("*.safetensors") if not file.match(_ADAPTERS)
     )

@@ -32,7 +32,7 @@ _BETWEEN: Final = re.compile(
 # Put before names by DistributedDataParallel and PEFT; twice if PEFT wrapped a model again.
 _BEFORE: Final = re.compile(r"(?:module\.)*(?:base_model\.model\.)+")
 
-# Of TRL's models with a value head, before or behind PEFT's prefix.
+# The prefix of TRL's models with a value head, before or after PEFT's.
 _BEFORE_VALUE_HEAD: Final = re.compile(
     r"(?P<peft>(?:module\.)*(?:base_model\.model\.)*)pretrained_model\."
 )

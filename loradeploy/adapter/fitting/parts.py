@@ -34,16 +34,16 @@ def own_part(
     if not left_out:
         return adapter
     if len(left_out) == len(names):
-        tops = listed_names(_tops(left_out, others, rules))
+        owners = listed_names(_modules_of(left_out, others, rules))
         raise AdapterMismatchError(
-            f"all of its tensors are of {tops}, in another bundle"
+            f"all of its tensors are of {owners}, in another bundle"
             " of this model: give it there, and no adapter here"
         )
     active = [name for name in left_out if _is_active(name, adapter)]
     if active:
         logger.warning(
             "%d tensors of the adapter are of %s, which is in another bundle of this model",
-            *(len(active), listed_names(_tops(active, others, rules))),
+            *(len(active), listed_names(_modules_of(active, others, rules))),
         )
         adapter = dataclasses.replace(adapter, part_of=adapter.whole_digest)
     excluded = adapter.config.exclude_modules
@@ -136,7 +136,7 @@ def _is_below(name: str, modules: Collection[str]) -> bool:
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
-def _tops(
+def _modules_of(
     names: Collection[str], modules: Collection[str], rules: Callable[[], Sequence[Renaming]]
 ) -> list[str]:
     return [module for module in modules if any(map(_of_others([module], rules), names))]

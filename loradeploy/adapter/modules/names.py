@@ -72,7 +72,7 @@ def named_as(
     unmatched = [] if any(final[name] in known for name in working) else working
     prefixes = _prefixes(unmatched, known)
     if len(prefixes) > 1:
-        shown = " or ".join(_spelled(unmatched[0], p) for p in sorted(prefixes)[:2])
+        shown = " or ".join(_with_prefix(unmatched[0], p) for p in sorted(prefixes)[:2])
         raise AdapterMismatchError(
             f"{unmatched[0]} is not in this base and may be {shown}: give the base that the"
             " adapter was trained on, or rename the tensors of the adapter"
@@ -146,7 +146,7 @@ def _shortened(prefixes: Prefixes) -> Prefixes:
     return one, other
 
 
-def _spelled(name: str, prefixes: Prefixes) -> str:
+def _with_prefix(name: str, prefixes: Prefixes) -> str:
     before, after = prefixes
     return after + name.removeprefix(before)
 

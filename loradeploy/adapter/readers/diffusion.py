@@ -91,7 +91,7 @@ def read(source: Source) -> Adapter:
 
 
 def _check_one_scaling(without_alpha: list[str], ranks: list[int], *, others: int) -> None:
-    """Raise AdapterError if diffusers may scale the modules without alpha by another s than 1.
+    """Raise AdapterError if diffusers may scale the modules without alpha by an s other than 1.
 
     `others`: the number of modules that have an alpha.
     """

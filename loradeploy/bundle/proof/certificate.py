@@ -102,14 +102,14 @@ def check_provider(
     certified: list[frozenset[str]] = []
     for providers in sets:
         part = certificate.on(providers)
-        why = _not_on(checked, running) if not providers else _unchecked(part, manifest)
+        why = _not_covered(checked, running) if not providers else _unchecked(part, manifest)
         if why is None and minimum is not None:
             least = dataclasses.replace(minimum, providers=())
             why = least.lacking(part.coverage, part.precision)
         if why is not None:
             captured = any(p.captured for p in (*checked, running))
             command = parity_command(
-                bundle, providers=_to_check(checked, running), captured=captured
+                bundle, providers=_providers_to_check(checked, running), captured=captured
             )
             raise BundleError(
                 f"{bundle} is not certified for {running.provider} ({running}): {why}; run"
@@ -119,7 +119,9 @@ def check_provider(
     return frozenset.intersection(*certified)
 
 
-def _to_check(checked: Collection[ProviderFacts], running: ProviderFacts) -> list[_Provider]:
+def _providers_to_check(
+    checked: Collection[ProviderFacts], running: ProviderFacts
+) -> list[_Provider]:
     """The providers for a new check: the `checked` ones and `running`, with options if needed."""
     found: list[_Provider] = []
     for one in (*checked, running):
@@ -136,7 +138,7 @@ def _to_check(checked: Collection[ProviderFacts], running: ProviderFacts) -> lis
     return found
 
 
-def _not_on(checked: Collection[ProviderFacts], running: ProviderFacts) -> str:
+def _not_covered(checked: Collection[ProviderFacts], running: ProviderFacts) -> str:
     """Why none of the `checked` providers covers `running`, from the one that is closest to it."""
     for one in checked:
         if one.chain[:1] == running.chain[:1]:

@@ -65,7 +65,7 @@ def private_key(file: str | os.PathLike[str]) -> Ed25519PrivateKey:
 
     key = _loaded(file, lambda content: load_pem_private_key(content, None))
     if not isinstance(key, Ed25519PrivateKey):
-        raise UsageError(_no_key(file, "private"))
+        raise UsageError(_invalid_key(file, "private"))
     return key
 
 
@@ -81,7 +81,7 @@ def public_key(file: str | os.PathLike[str]) -> Ed25519PublicKey:
 
     key = _loaded(file, load_pem_public_key)
     if not isinstance(key, Ed25519PublicKey):
-        raise UsageError(_no_key(file, "public"))
+        raise UsageError(_invalid_key(file, "public"))
     return key
 
 
@@ -103,7 +103,7 @@ def _content(file: Path, error: type[BundleError] | type[UsageError]) -> bytes:
         ) from None
 
 
-def _no_key(file: str | os.PathLike[str], kind: str) -> str:
+def _invalid_key(file: str | os.PathLike[str], kind: str) -> str:
     return (
         f"{os.fspath(file)} is not a {kind} ed25519 key in PEM without a password: openssl genpkey"
         " -algorithm ed25519 writes one, openssl pkey -pubout its public half"

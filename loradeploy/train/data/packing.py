@@ -61,10 +61,10 @@ def enable_packing(model: PreTrainedModel) -> bool:
     with quiet(), suppress(Exception):  # any exception means that the model does not support it
         if before == "sdpa" and _chunk(model) is None:
             examples = _examples(model)
-            expected = _alone(model, examples)
+            expected = _separate_logits(model, examples)
             model.set_attn_implementation(PACKED)
             limit = _SAME.get(model.dtype, _SAME_HALF) * float(expected.abs().max())
-            if torch.allclose(_together(model, examples), expected, rtol=0, atol=limit):
+            if torch.allclose(_packed_logits(model, examples), expected, rtol=0, atol=limit):
                 return True
     model.set_attn_implementation(before)
     return False
@@ -122,13 +122,13 @@ def _examples(model: PreTrainedModel) -> list[list[int]]:
 
 
 @torch.no_grad()
-def _alone(model: PreTrainedModel, examples: Sequence[list[int]]) -> Tensor:
+def _separate_logits(model: PreTrainedModel, examples: Sequence[list[int]]) -> Tensor:
     rows = [torch.tensor([row], device=model.device) for row in examples]
     return torch.cat([_evaluated(model, input_ids=row) for row in rows], dim=1)
 
 
 @torch.no_grad()
-def _together(model: PreTrainedModel, examples: Sequence[list[int]]) -> Tensor:
+def _packed_logits(model: PreTrainedModel, examples: Sequence[list[int]]) -> Tensor:
     batch = PackingCollator()([{"input_ids": row, "labels": row} for row in examples])
     del batch["labels"]
     return _evaluated(model, **{name: value.to(model.device) for name, value in batch.items()})
