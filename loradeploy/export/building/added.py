@@ -108,7 +108,7 @@ def without_added_tokens(base: Base, findings: Findings) -> Findings:
     """Remove a bundle's rows for added tokens from its graph, for a merge.
 
     Raises:
-        ExportError: the graph's output head is quantized.
+        ExportError: the graph's output head is quantized or fused.
     """
     added = None if base.before is None else base.before.added_tokens
     vocabulary = _vocabulary_of_base(base, findings)

@@ -1,9 +1,9 @@
 """Names of the nodes and values that surgery adds.
 
-Passes that undo others, the branches and the probe of parity find nodes by these names.
+Passes that undo others, the branches and parity's probe find nodes by these names.
 
     LABEL/STEP           a node of a step, and its output; LABEL is MODULE, or MODULE/N for call N
-    PARENT.q+k+v         the label of one product of the modules PARENT.q, PARENT.k and PARENT.v
+    PARENT.q+k+v         the label of the fused product of PARENT.q, PARENT.k and PARENT.v
     MODULE/output        the output of a module whose product is part of a fused one
 """
 

@@ -21,7 +21,7 @@ _AN: Final = "AEIO"
 def check_reached(graph: ir.Graph, findings: Findings, adapters: Iterable[Adapter]) -> None:
     """Raise ExportError if a layer that an adapter targets is inside a branch or loop.
 
-    Also if a layer in the main graph is computed in a branch or loop too.
+    It is also an error if a layer of the main graph is computed in a branch or loop too.
     """
     targeted = {
         module

@@ -1,7 +1,7 @@
 """Identify the modules of graphs of other exporters, and complete them from files beside them.
 
-The onnxruntime-genai builder writes no config.json, and a symbol for the size of a head; both are
-in its genai_config.json.
+The onnxruntime-genai builder writes no config.json, and only a symbol for the size of a head; its
+genai_config.json has both.
 """
 
 from __future__ import annotations

@@ -63,9 +63,9 @@ def load_model(
 
     A head that the checkpoint lacks is set to zero, so that exports of the same checkpoint are
     equal; the second value has the names of its parameters. A pooler that an encoder's checkpoint
-    lacks is removed, unless it is part of a classifier's head or `brought`, the parameters in
-    adapters, has it. With `meta` only the config is read, and the modules have shapes but no
-    values. For a two-tower model it is the tower of the task (`towers.make_tower`).
+    lacks is removed, unless it is part of a classifier's head or an adapter has it. `brought`: the
+    names of parameters in adapters. With `meta` only the config is read, and the modules have
+    shapes but no values. For a two-tower model it is the tower of the task (`towers.make_tower`).
 
     Raises:
         ModelError: transformers cannot load the checkpoint, or it lacks more than a head.

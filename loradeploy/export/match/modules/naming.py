@@ -2,7 +2,7 @@
 
 A product may compute several modules with concatenated outputs (fused q, k and v). Evidence, from
 the strongest to the weakest: a map that the user gives, module paths in the nodes' metadata, node
-names that spell a path, and the weights of a checkpoint (identity.py).
+names that spell a path. If the checkpoint is given, its weights prove the modules (identity.py).
 """
 
 from __future__ import annotations

@@ -141,7 +141,7 @@ def separate_biases(
     """Turn the fused biases of `modules` into separate additions, and return the new `linears`.
 
     Raises:
-        ExportError: a module that is called several times has a bias at some calls.
+        ExportError: a module that is called several times has different biases.
     """
     for module in sorted(set(modules) & linears.keys()):
         linear = linears[module]
