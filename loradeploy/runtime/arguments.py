@@ -91,4 +91,4 @@ def check_name(name: object) -> None:
     try:
         name.encode()
     except UnicodeEncodeError:
-        raise UsageError(f"an adapter's name is {name!a}, which is not a text") from None
+        raise UsageError(f"an adapter's name is {name!a}, which is not valid Unicode") from None

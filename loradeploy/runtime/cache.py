@@ -39,14 +39,14 @@ def cache_inputs(manifest: Manifest) -> list[TensorSpec]:
     for spec in specs:
         if spec.dtype not in _DTYPES:
             raise UsageError(
-                f"{spec.name} is of {spec.dtype}, of which numpy makes no cache: give"
-                " OrtValues of your own to AdapterSession.run"
+                f"{spec.name} is {spec.dtype}, of which numpy makes no cache: pass your own"
+                " OrtValues to AdapterSession.run"
             )
     for spec in specs:
         if len(spec.shape) != 4 or not all(isinstance(spec.shape[i], int) for i in (1, 3)):
             raise UsageError(
                 f"{spec.name} is {list(spec.shape)}, a cache of [batch, heads, past, size] with"
-                " numbers for heads and size is needed: give OrtValues of your own to"
+                " numbers for heads and size is needed: pass your own OrtValues to"
                 " AdapterSession.run"
             )
     return specs

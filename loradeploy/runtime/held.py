@@ -115,7 +115,7 @@ class HeldAdapters:
         with self._changed:
             if self._ended:
                 raise UsageError(
-                    "these adapters were held by a context that has ended: run inside its with"
+                    "the context that held these adapters has ended: run inside its `with` block"
                 )
             self._running += 1
         try:

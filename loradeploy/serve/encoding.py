@@ -138,7 +138,7 @@ class EncoderQueue:
         if waiting >= most or crowded:
             whose = " of this API key" if crowded else ""
             raise EngineFullError(
-                f"{own if crowded else waiting} requests{whose} wait, as many as may",
+                f"{own if crowded else waiting} requests{whose} are waiting, the maximum",
                 retry_after=max(self._seconds * (waiting + 1) / 2, 0.1),
             )
 

@@ -187,7 +187,7 @@ class Router:
             if request.method == "POST":
                 self._keys.count(key)
         if path == "/metrics":
-            raise RequestError(404, "each replica has figures of its own: see those of Ray Serve")
+            raise RequestError(404, "each replica has its own metrics: see those of Ray Serve")
         body = await body_of(request.receive, self._limits.max_request_bytes)
         if body is None:
             return Response(status_code=499)
@@ -288,11 +288,11 @@ def run(spec: ServiceSpec, scale: Scale, port: int) -> str:
     """
     if spec.updates:
         raise UsageError(
-            "`allow_adapter_updates` loads adapters of one replica only: without it each replica"
-            " finds them in `adapter_root`"
+            "`allow_adapter_updates` would load adapters in one replica only: leave it out, each"
+            " replica finds adapters in `adapter_root`"
         )
     if port == 0:
-        raise UsageError("`port` is 0: give Ray one")
+        raise UsageError("`port` is 0: give a port number for Ray Serve")
     spec = replace(spec, bundle=str(resolved(spec.bundle)))
     if not ray.is_initialized():
         ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)

@@ -296,7 +296,7 @@ def test_a_client_that_reads_nothing_does_not_keep_its_rows(
     finally:
         service.close()
     assert stats.finished == {"cancelled": 1}
-    assert "accepted no more" in caplog.text
+    assert "did not accept its response" in caplog.text
 
 
 def test_a_limit_is_a_number_above_0() -> None:

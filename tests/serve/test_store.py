@@ -161,7 +161,7 @@ def test_files_with_odd_names_are_not_fetched(
     store.pipe(f"/bucket/adapters/news/{name}", b"{}")
     root = store_root(tmp_path / "cache")
     with (
-        pytest.raises(AdapterError, match="has no usual name"),
+        pytest.raises(AdapterError, match="is not allowed"),
         root.local(_found(root, "news")),
     ):
         pass

@@ -354,8 +354,8 @@ class AdapterBank:
         arrays, digest, head = entry.read()
         if entry.digest not in (None, digest) or entry.head not in (None, head):
             raise AdapterError(
-                f"the adapter {entry.name!r} has changed on disk since it was named: load it again"
-                " with replace=True"
+                f"the adapter {entry.name!r} has changed on disk since it was registered: load it"
+                " again with replace=True"
             )
         return self._in_order(arrays), digest, head
 

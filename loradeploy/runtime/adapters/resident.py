@@ -125,8 +125,8 @@ def blend(members: Sequence[tuple[Resident, float]], manifest: Manifest) -> Resi
     for resident, _ in members:
         if more := sorted(resident.host.keys() - set(manifest.factors)):
             raise UsageError(
-                f"an adapter with {more[0]} has no scale and cannot be blended: its low-rank"
-                " factors alone would add up"
+                f"an adapter with {more[0]} cannot be blended: only low-rank factors can be scaled"
+                " and added"
             )
         if manifest.added_tokens is not None and (
             tokens_in(resident.host, manifest) != manifest.added_tokens.base
@@ -161,8 +161,8 @@ def blend_head(heads: Mapping[str, Head]) -> Head:
     for name, other in others:
         if other != head:
             raise UsageError(
-                f"{first!r} and {name!r} declare different labels or problem types: a blend of them"
-                " has no names for its answers"
+                f"{first!r} and {name!r} declare different labels or problem types: they cannot be"
+                " blended"
             )
     return head
 

@@ -85,8 +85,8 @@ class DecoderGraph:
         other = [name for name in names if name not in known and not name.startswith(PAST)]
         if other:
             raise UsageError(
-                f"{session.path} takes {other[0]}, which text generation does not make: run it with"
-                " AdapterSession.run"
+                f"{session.path} takes {other[0]}, which text generation does not provide: run it"
+                " with AdapterSession.run"
             )
         cached = any(name.startswith(PAST) for name in names)
         if session.captured is not None and not (cached and manifest.cache_in_place):
@@ -200,11 +200,11 @@ def check_embeds(
         return
     if not graph.cached:
         raise UsageError(
-            "embeddings in the places of tokens need a graph with a cache: export the checkpoint"
+            "embeddings instead of tokens need a graph with a cache: export the checkpoint"
         )
     sizes = [spec.shape[-1] for spec in graph.session.manifest.embeds if spec.name == INPUTS_EMBEDS]
     if not sizes:
-        raise UsageError("this bundle takes no embeddings in the places of tokens")
+        raise UsageError("this bundle takes no embeddings instead of tokens")
     shape, places = embeds.values.shape, sum(token == embeds.token for token in ids)
     if shape != (places, sizes[0]):
         raise UsageError(

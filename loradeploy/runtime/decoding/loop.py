@@ -220,7 +220,7 @@ class DecodingBatch:
     def _check_whole(self) -> None:
         if not self._whole:
             raise RunError(
-                "the rows of a batch could not be moved when one of them ended: nothing is run"
+                "an error left the rows of the batch in an unknown state: nothing is run"
             )
 
     def _placed(self, counts: dict[int, int], rows: list[int]) -> list[int]:

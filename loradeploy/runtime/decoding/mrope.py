@@ -49,8 +49,8 @@ def check_grids(places: NDArray[np.bool_], grids: Sequence[Grid] | None, what: s
     """
     if grids is None:
         raise UsageError(
-            f"the embeddings of {what} have no `grids`, the rows and columns of each image, by"
-            " which this model counts positions"
+            f"the embeddings of {what} have no `grids`, the rows and columns of each image,"
+            " which this model needs to compute positions"
         )
     sizes, count = [rows * columns for rows, columns in grids], int(places.sum())
     if any(size < 1 for grid in grids for size in grid) or sum(sizes) != count:

@@ -153,8 +153,8 @@ def _are_chosen(
 
 def _used_before() -> UsageError:
     return UsageError(
-        "these session_options opened a session with other providers before, which stay in them:"
-        " give new SessionOptions"
+        "these session_options still contain the providers of an earlier session: give new"
+        " SessionOptions"
     )
 
 

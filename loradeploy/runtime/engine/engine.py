@@ -79,7 +79,7 @@ class Engine:
         self.session = generator.session
         if self.session.manifest.whole_prompts:
             raise UsageError(
-                f"{self.session.path} answers otherwise where a prompt is read in parts, as Engine"
+                f"{self.session.path} gives other results if a prompt is read in parts, as Engine"
                 " does: use TextGenerator, or export it from the checkpoint"
             )
         self.tokenizer = generator.tokenizer

@@ -59,14 +59,14 @@ class EngineRequests:
         if self.broken is not None:
             raise ended_by_defect(self.broken)
         if self.draining:
-            raise EngineClosedError("the engine takes no more requests: it is closed, or drains")
+            raise EngineClosedError("the engine accepts no more requests: it is closed or draining")
 
     def full(self) -> EngineFullError:
         """The error of a request when the queue is full."""
         waiting = self.most
         after = min(max(self._pace * (waiting + 1) / 2, 0.1), 60.0)
         return EngineFullError(
-            f"{waiting} requests wait, as many as may: try again in {after:.1f} seconds",
+            f"{waiting} requests are waiting, the maximum: try again in {after:.1f} seconds",
             retry_after=after,
         )
 

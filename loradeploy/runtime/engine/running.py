@@ -160,7 +160,7 @@ def prepare(
     if rows > slots:
         raise UsageError(
             f"the request takes {rows} rows (n or num_beams), the engine has {slots}: give fewer,"
-            " or the engine more `max_rows`"
+            " or give the engine more `max_rows`"
         )
     each = rows * position_bytes(session)  # bytes per position
     fitting = budget // each if budget is not None and each else None

@@ -110,9 +110,9 @@ def open_graph(
         except BundleError as problem:
             if capture and _NOT_CAPTURED in str(problem):
                 raise UsageError(
-                    f"`capture_graphs`: {names[0]} leaves nodes of {graph} to the CPU, and then"
-                    " captures no runs. The `placement` of a session without it has them;"
-                    " docs/devices.md has the forms that fit"
+                    f"`capture_graphs`: {names[0]} leaves nodes of {graph} on the CPU, and then"
+                    " captures no runs. The `placement` of a session without it shows them;"
+                    " docs/devices.md lists the forms that can be captured"
                 ) from None
             raise
     return_freed_memory()

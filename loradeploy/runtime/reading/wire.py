@@ -125,4 +125,4 @@ def _varint(value: int) -> bytes:
 
 
 def _broken() -> BundleError:
-    return BundleError("the graph is no ONNX model: export again")
+    return BundleError("the graph is not an ONNX model: export again")

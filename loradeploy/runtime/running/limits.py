@@ -121,8 +121,8 @@ class Limits:
                 if self.mrope and MROPE_POSITION_IDS not in shapes:
                     raise UsageError(
                         f"the feed {name} is given without {MROPE_POSITION_IDS} [3, batch,"
-                        " sequence], the positions of an image's tokens: give them too, of other"
-                        f" embeddings {POSITION_IDS} three times"
+                        " sequence], the positions of an image's tokens: give them too, for"
+                        f" other embeddings {POSITION_IDS} three times"
                     )
                 continue
             if name == MROPE_POSITION_IDS:
@@ -165,7 +165,7 @@ class Limits:
         if self.image_blocks and past and places is not None and places[:, 0].any():
             raise UsageError(
                 f"the feed {INPUTS_EMBEDS_MASK} begins within an image, of which a part may be in"
-                " the cache: all positions of an image are read in one run, behind a token of text"
+                " the cache: give all positions of an image in one run, after a text token"
             )
         if mask is not None:
             length = mask.shape[1]

@@ -164,8 +164,8 @@ class Windows:
         if long and self.timestamps is False:
             raise UsageError(
                 f"{sound.what} lasts {len(sound.samples) / self.features.rate:.1f} s, more than the"
-                f" {self.features.chunk} s of a window: its windows follow its timestamps, leave"
-                " out timestamps=False"
+                f" {self.features.chunk} s of a window: windows follow timestamps, so leave out"
+                " timestamps=False"
             )
         forced = own.forced_decoder_ids
         if not forced:

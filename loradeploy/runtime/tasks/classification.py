@@ -150,8 +150,8 @@ def base_head(session: AdapterSession) -> Head:
     labels = config_labels(config, CONFIG_NAME, error=BundleError, outputs=count)
     if manifest.task == SEQUENCE_CLASSIFICATION and manifest.problem_type is None:
         raise BundleError(
-            f"{session.path} was exported before bundles said whether their outputs are of one"
-            " label, of several or numbers: export again"
+            f"{session.path} has no problem_type, because it was exported by an older version:"
+            " export again"
         )
     if merged is not None and merged.labels is not None:
         return Head(merged.labels, manifest.problem_type, len(merged.labels))
@@ -168,9 +168,8 @@ def head_of_row(own: Head | None, base: Head, adapter: AdapterSpec | None) -> He
         return base
     if not own.declared:
         raise UsageError(
-            f"the adapter {shown(adapter)} was loaded from a file that does not say what its head"
-            " answers: load its PEFT directory, where a config.json may state problem_type and"
-            " id2label"
+            f"the adapter {shown(adapter)} was loaded from a file without the problem_type of its"
+            " head: load its PEFT directory, where a config.json may have problem_type and id2label"
         )
     return own if own.labels else Head(base.labels, own.problem_type)
 

@@ -236,8 +236,8 @@ class TextGenerator:
             text = self._reader.read(number, given[number], each[number], chat, what)
             if len(text.ids) < 2:
                 raise UsageError(
-                    f"{what} has {len(text.ids)} tokens, expected 2 or more: the first one has"
-                    " nothing before it that it could follow"
+                    f"{what} has {len(text.ids)} tokens, expected 2 or more: the first token"
+                    " has no probability"
                 )
             self._reader.check_length(len(text.ids), 0, what)
             return text

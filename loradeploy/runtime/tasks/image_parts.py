@@ -130,8 +130,8 @@ class ImageParts:
         for own, other, entry in merged:
             if entry.whole_digest is None:
                 logger.warning(
-                    "%s has an adapter merged and %s has none: right only if the adapter has"
-                    " nothing for that part",
+                    "%s has an adapter merged and %s has none: correct only if the adapter does"
+                    " not change that part",
                     *(own.path, other.path),
                 )
             elif entry.split and _name_of(entry.whole_digest, other) is None:
@@ -149,8 +149,8 @@ class ImageParts:
                 name = _name_of(entry.whole_digest, other)
                 advice = "load it there" if name is None else f"give its name there, {shown(name)}"
                 raise UsageError(
-                    f"{own.path} has an adapter merged that changes {other.path} too, and without"
-                    f" an adapter that one answers as the base: {advice}"
+                    f"{own.path} has an adapter merged that changes {other.path} too, which runs"
+                    f" the base without an adapter: {advice}"
                 )
 
 

@@ -151,13 +151,13 @@ class ImagePrompts:
         """The tokens before and after those of an image."""
         if self._written is not None:
             raise UsageError(
-                f"what a processor writes around an image is text: give a text that has"
+                "the processor inserts images into the text: give a text with"
                 f" {self._written.placeholder} for each image, or one image token for each feature"
             )
         if self._surround is None:
             raise UsageError(
-                f"what a processor writes around an image of {self.where} is not known: give one"
-                " image token for each feature"
+                f"the tokens around an image of {self.where} are not known: give one image token"
+                " for each feature"
             )
         known = self.vocabulary
         if lacking := [word for words in self._surround for word in words if word not in known]:

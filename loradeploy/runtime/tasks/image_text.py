@@ -147,13 +147,13 @@ class ImageTextGenerator:
         if len(images) != len(given):
             raise UsageError(
                 f"there are lists of images for {len(images)} of {len(given)} prompts: give one"
-                " for each, empty where it has none"
+                " for each, empty if it has none"
             )
         for number, own in enumerate(images):
             if not isinstance(own, list | tuple | np.ndarray):
                 raise UsageError(
-                    f"the images of prompt {number + 1} are {shown(own)}: give a list, empty where"
-                    " it has none"
+                    f"the images of prompt {number + 1} are {shown(own)}: give a list, empty if it"
+                    " has none"
                 )
         seeing = [len(own) > 0 for own in images]
         own_names = each_row(adapters, len(given))

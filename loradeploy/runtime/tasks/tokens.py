@@ -103,11 +103,11 @@ class TokenClassifier:
             check_stride(stride)
         if stride is not None and aggregation == NONE:
             raise UsageError(
-                '`stride` needs an `aggregation`: with "none" the tokens of overlaps come twice'
+                '`stride` needs an `aggregation`: with "none", tokens of overlaps would be repeated'
             )
         if stride is not None and self.session.manifest.padding == NO_PADDING:
             raise UsageError(
-                f"`stride`: {self.session.path} takes rows of one length, and parts are of several"
+                f"`stride`: {self.session.path} needs rows of one length, and parts have several"
             )
         given = given_texts(texts)
         found: list[list[Entity]] = [[] for _ in given]

@@ -312,7 +312,7 @@ class Catalog:
         if named and f"sha256:{found.entry}" not in digests:
             self.session.unload(name)
             raise AdapterError(
-                f"{found.entry} is the name of a digest, and that of its adapter is"
+                f"the name {found.entry} is a digest, but the digest of its adapter is"
                 f" {' or '.join(sorted(digests))}"
             )
 

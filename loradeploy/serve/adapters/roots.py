@@ -271,7 +271,7 @@ class StoreRoot:
             for inner, info in files.items():
                 parts = inner.split("/")
                 if len(parts) > _MOST_DEPTH or not all(map(ENTRY_NAME.fullmatch, parts)):
-                    raise AdapterError(f"{found.entry}: the file {inner!a} has no usual name")
+                    raise AdapterError(f"{found.entry}: the file name {inner!a} is not allowed")
                 source = f"{self._path}/{name}"
                 source = source if inner == name else f"{source}/{inner}"
                 target = directory.joinpath(*parts)
@@ -345,7 +345,7 @@ def _opened(url: str) -> tuple[AbstractFileSystem, str]:
         from fsspec.core import url_to_fs
     except ImportError:
         raise UsageError(
-            f"{shown}: pip install 'loradeploy[store]' for adapters elsewhere"
+            f"{shown}: pip install 'loradeploy[store]' for adapters in object stores"
         ) from None
     if "::" in url:
         raise UsageError(f"{shown}: give `adapter_root` one URL, not a chain of them")

@@ -77,7 +77,7 @@ class Gate:
             body = _json_of(scope, body)
             await self._app(scope, _with_body(body, noted_receive), limited_send)
         except _SlowClientError:
-            logger.info("a client accepted no more of its answer")
+            logger.info("a client did not accept its response in time")
         except Exception as error:
             if not begun:  # otherwise the application has logged and answered it
                 await _answer(problem_of(error), scope["path"], limited_send)

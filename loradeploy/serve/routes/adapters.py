@@ -39,8 +39,6 @@ async def unload_adapter(body: AdapterName, service: ServiceOf, key: KeyOf) -> s
 
 def _check(service: Service, key: ApiKey) -> None:
     if not service.updates:
-        raise RequestError(
-            404, "adapters are not loaded by requests: the service runs without adapter updates"
-        )
+        raise RequestError(404, "this service does not allow requests to load or unload adapters")
     if not key.admin:
         raise RequestError(403, "this API key may not load or unload adapters")

@@ -198,7 +198,7 @@ def _usage(
         if longest is not None and tokens > longest:
             if not truncate:
                 message = f"text {number} has {tokens} tokens, the model takes {longest}: give"
-                raise refused("truncate", f"{message} truncate to cut it")
+                raise refused("truncate", f"{message} truncate=true to shorten it")
             tokens = longest
         count += tokens
     return TextUsage(prompt_tokens=count, total_tokens=count)

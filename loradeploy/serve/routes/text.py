@@ -59,7 +59,7 @@ async def complete(
 ) -> Completion | Response:
     """Continue one or several prompts."""
     if body.best_of is not None and body.best_of != body.n:
-        raise refused("best_of", "has to be n: texts are not chosen among")
+        raise refused("best_of", "must be equal to n: choosing the best texts is not supported")
     asked = await ask(service, key, body, completion_prompts(body), body.logprobs)
     async with watched(request, asked):
         if not body.stream:

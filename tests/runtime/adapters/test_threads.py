@@ -147,7 +147,7 @@ def test_held_adapters_are_refused_once_their_context_has_ended(
         held.run(["logits"], feeds(session.manifest, IDS))
     logits(session, IDS, ["a1", None, "a1"])  # in the slots of a0
     for run in (held.run, held.run_with_ort_values):
-        with pytest.raises(UsageError, match="a context that has ended"):
+        with pytest.raises(UsageError, match="the context that held these adapters has ended"):
             run(["logits"], feeds(session.manifest, IDS))
 
 

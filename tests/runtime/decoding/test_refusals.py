@@ -22,8 +22,8 @@ NEW = 12
     ("options", "message"),
     [
         ({"num_beams": 2, "temperature": 0.5}, "num_beams is 2 and temperature is 0.5"),
-        ({"num_beams": 2, "n": 3}, "n is 3 of 2 beams"),
-        ({"num_beams": 2, "logprobs": 1}, "logprobs are not given of beams"),
+        ({"num_beams": 2, "n": 3}, "n is 3, of only 2 beams"),
+        ({"num_beams": 2, "logprobs": 1}, "logprobs are not available for beams"),
         ({"num_beams": 2, "early_stopping": "soon"}, "early_stopping is 'soon'"),
         ({"num_beams": 2, "early_stopping": 1}, "early_stopping is 1"),
         ({"num_beams": 2, "early_stopping": np.ones(2)}, "early_stopping is array"),
@@ -72,7 +72,7 @@ def test_a_token_mask_that_allows_nothing_is_refused_with_its_row(
         return np.full(512, len(made) < 3)
 
     own = [None, {"allowed_tokens": none_of}]
-    with pytest.raises(UsageError, match="prompt 2: no token is allowed behind 3 generated ones"):
+    with pytest.raises(UsageError, match="prompt 2: no token is allowed after 3 generated ones"):
         generators["grows"].generate(PROMPTS[:2], per_prompt=own, num_beams=beams)
 
 

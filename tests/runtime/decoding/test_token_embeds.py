@@ -18,7 +18,7 @@ def test_embeddings_are_refused_where_the_graph_has_no_input_for_them(
 ) -> None:
     graph = DecoderGraph.of(ld.AdapterSession(tiny_llama_bundle), pad_id=0)
     embeds = TokenEmbeds(7, np.ones((1, 64), np.float32))
-    with pytest.raises(UsageError, match="this bundle takes no embeddings in the places"):
+    with pytest.raises(UsageError, match="this bundle takes no embeddings instead of tokens"):
         check_embeds(graph, [3, 7], embeds, 0)
     # Rows that have ended are not processed again, so their values do not matter.
     with pytest.raises(UsageError, match="need a graph with a cache"):

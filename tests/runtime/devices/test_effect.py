@@ -163,7 +163,7 @@ def test_nodes_are_found_in_branches_too() -> None:
     model = onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", [], []))
     content = model.SerializeToString()
     assert node_names(content, ("And", "Or")) == ["inside", "inside", "outside"]
-    with pytest.raises(BundleError, match="no ONNX model"):
+    with pytest.raises(BundleError, match="not an ONNX model"):
         node_names(content[:-3], ("And",))
     model.graph.node[1].name = ""
     with pytest.raises(BundleError, match="has no name"):

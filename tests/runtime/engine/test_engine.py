@@ -141,7 +141,7 @@ def test_the_queue_is_limited_and_a_scope_with_few_requests_displaces_one_with_m
 ) -> None:
     engine = Engine(session, max_waiting=4)  # requests wait until it is started
     first = [engine.submit("A", scope="many", max_new_tokens=2) for _ in range(4)]
-    with pytest.raises(EngineFullError, match="4 requests wait") as full:
+    with pytest.raises(EngineFullError, match="4 requests are waiting") as full:
         engine.submit("A", scope="many")
     assert full.value.retry_after > 0
     other = engine.submit("A", scope="few", max_new_tokens=2)

@@ -173,5 +173,5 @@ def test_a_merged_adapter_of_an_earlier_bundle_format_is_a_warning(
 ) -> None:
     with caplog.at_level(logging.WARNING, "loradeploy"):
         parts = ImageParts(_session("d"), _session("t", _merged(None)))
-    assert "t has an adapter merged and d has none: right only if" in caplog.text
+    assert "t has an adapter merged and d has none: correct only if" in caplog.text
     assert _names(parts, None) == [(None, None)]

@@ -178,10 +178,10 @@ class GenerationOptions:
                 " does not sample, give one of the two"
             )
         if self.n > self.num_beams:
-            raise UsageError(f"n is {self.n} of {self.num_beams} beams: give more num_beams")
+            raise UsageError(f"n is {self.n}, of only {self.num_beams} beams: give more num_beams")
         if self.logprobs is not None:
             raise UsageError(
-                "logprobs are not given of beams: score the text with TextGenerator.score"
+                "logprobs are not available for beams: score the text with TextGenerator.score"
             )
         penalty = self.length_penalty
         if penalty is not None and not (_number(penalty) and abs(penalty) <= _MOST_PENALTY):

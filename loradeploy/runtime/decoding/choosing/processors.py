@@ -143,7 +143,7 @@ class Processors:
             scores = self.rule(scores, made)
         if not scores.max() > -np.inf:
             raise UsageError(
-                f"{self.what}: no token is allowed behind {len(made)} generated ones"
+                f"{self.what}: no token is allowed after {len(made)} generated ones"
                 f" ({'its mask' if self.allowed_tokens else 'its settings'} excludes all of"
                 f" {scores.size})"
             )
