@@ -143,7 +143,9 @@ def test_a_merged_part_and_one_as_side_inputs_are_matched_by_the_digest(
     assert _names(parts, "a") == [(None, "a")]
     with pytest.raises(UsageError, match="d has another adapter merged than 'b' of t: merge th"):
         _names(parts, "b")
-    with pytest.raises(UsageError, match="that one answers as the base: give its name there, 'a'"):
+    with pytest.raises(
+        UsageError, match="runs the base without an adapter: give its name there, 'a'"
+    ):
         _names(parts, None)
     with pytest.raises(UsageError, match="'x' is not in d"):
         _names(parts, "x")
