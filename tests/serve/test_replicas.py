@@ -311,7 +311,7 @@ def test_ray_scales_replicas_by_the_rows_that_they_have() -> None:
 
 def test_what_replicas_would_not_share_is_refused(tmp_path: Path) -> None:
     spec = ServiceSpec("bundle", adapter_root=str(tmp_path), updates=True)
-    with pytest.raises(UsageError, match="of one replica only"):
+    with pytest.raises(UsageError, match="in one replica only"):
         run(spec, Scale(2, 2), 8000)
 
 

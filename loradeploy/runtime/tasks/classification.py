@@ -168,8 +168,9 @@ def head_of_row(own: Head | None, base: Head, adapter: AdapterSpec | None) -> He
         return base
     if not own.declared:
         raise UsageError(
-            f"the adapter {shown(adapter)} was loaded from a file without the problem_type of its"
-            " head: load its PEFT directory, where a config.json may have problem_type and id2label"
+            f"the adapter {shown(adapter)} was loaded from a file that does not declare labels and"
+            " problem type: load its PEFT directory, where a config.json may have problem_type and"
+            " id2label"
         )
     return own if own.labels else Head(base.labels, own.problem_type)
 

@@ -279,7 +279,7 @@ def test_the_problem_type_of_a_head_is_never_guessed(
         TextClassifier(AdapterSession(older))
     session = AdapterSession(typed_bundle)
     session.load("native", typed_bundle / "adapters" / "several.onnx_adapter")
-    with pytest.raises(UsageError, match="'native' was loaded from a file that does not say"):
+    with pytest.raises(UsageError, match="'native' was loaded from a file that does not declare"):
         TextClassifier(session)(TEXTS[0], "native")
 
 
@@ -367,7 +367,7 @@ def test_a_conversion_to_onnx_adapter_and_back_loses_no_label_silently(
     assert load_adapter(back).saved["classifier.bias"].shape == (4,), "what was padded is gone"
     session = AdapterSession(typed_bundle)
     session.load("back", back)
-    with pytest.raises(UsageError, match="'back' was loaded from a file that does not say"):
+    with pytest.raises(UsageError, match="'back' was loaded from a file that does not declare"):
         TextClassifier(session)(TEXTS[1], "back")
     with pytest.raises(AdapterError, match="it: its files do not declare what its head answers"):
         export(tiny_bert, tmp_path / "b", adapters={"it": back}, task="sequence-classification")

@@ -197,7 +197,9 @@ def test_the_recipe_merged_into_both_bundles_gives_the_text_of_the_whole_model(
     _, sides = made.sessions()
     generator = ld.ImageTextGenerator(decoder, sides)
     assert _answers(generator, "charts") == [_text(made, "charts")]
-    with pytest.raises(UsageError, match="that one answers as the base: give its name there, 'ch"):
+    with pytest.raises(
+        UsageError, match="runs the base without an adapter: give its name there, 'ch"
+    ):
         _answers(generator, None)
     with pytest.raises(UsageError, match="has another adapter merged than 'maps' of"):
         _answers(generator, "maps")

@@ -181,7 +181,7 @@ def test_a_native_file_with_a_head_is_refused_because_it_has_no_labels(
 ) -> None:
     session = AdapterSession(tagged_bundle)
     session.load("native", tagged_bundle / "adapters" / "pieces.onnx_adapter")
-    with pytest.raises(UsageError, match="'native' was loaded from a file that does not say"):
+    with pytest.raises(UsageError, match="'native' was loaded from a file that does not declare"):
         TokenClassifier(session)(TEXTS[0], "native")
     # Under a name that has labels it changes nothing.
     session.load("pieces")
@@ -198,7 +198,7 @@ def test_labels_are_declared_again_after_a_conversion_to_onnx_adapter_and_back(
     word_pieces(tmp_path / "back")
     session = AdapterSession(tagged_bundle)
     session.load("back", tmp_path / "back")
-    with pytest.raises(UsageError, match="'back' was loaded from a file that does not say"):
+    with pytest.raises(UsageError, match="'back' was loaded from a file that does not declare"):
         TokenClassifier(session)(TEXTS[0], "back")
     config = {"id2label": dict(enumerate(LABELS["pieces"]))}
     (tmp_path / "back" / "config.json").write_text(json.dumps(config))
