@@ -115,18 +115,18 @@ def export(
     from loradeploy.export.read.source import resolve
     from loradeploy.export.read.third_party import Evidence
     from loradeploy.export.tasks import check_task
-    from loradeploy.export.triton import check_asked, write_repository
+    from loradeploy.export.triton import check_requested_form, write_repository
     from loradeploy.export.write import check_output, write_bundle
     from loradeploy.files import check_keeps_inputs, check_replaceable
     from loradeploy.lora.base.checkpoint import warn_of_unused_files
     from loradeploy.lora.base.loading import custom_code
 
-    place = Path(output)
-    check_output(place, overwrite=overwrite)
-    check_replaceable(place, marker=MANIFEST_NAME, own_files=own_files)
+    destination = Path(output)
+    check_output(destination, overwrite=overwrite)
+    check_replaceable(destination, marker=MANIFEST_NAME, own_files=own_files)
     if task is not None:
         check_task(task)
-    asked: dict[str, Any] = {
+    requested: dict[str, Any] = {
         "merge": merge,
         "precision": precision,
         "side_inputs": frozenset([side_inputs] if isinstance(side_inputs, str) else side_inputs),
@@ -138,15 +138,15 @@ def export(
         "logits_to_keep": logits_to_keep,
         "target": target,
     }
-    check_form(asked)
+    check_form(requested)
     if requantize and not merge:
         raise UsageError("`requantize` is for `merge`: side inputs do not change packed weights")
     directories = resolve_bundle_adapters(adapter_directories(adapters), model)
-    beside = (path for path in (checkpoint, module_map) if path is not None)
-    check_keeps_inputs(place, [model, *directories.values(), *beside])
-    read = read_adapters(directories)
-    if merge and len(read) != 1:
-        raise UsageError(f"`merge` takes exactly one adapter, {len(read)} are given")
+    evidence_paths = (path for path in (checkpoint, module_map) if path is not None)
+    check_keeps_inputs(destination, [model, *directories.values(), *evidence_paths])
+    loaded = read_adapters(directories)
+    if merge and len(loaded) != 1:
+        raise UsageError(f"`merge` takes exactly one adapter, {len(loaded)} are given")
     with custom_code(trust_remote_code):
         source = resolve(model, precision)
     if trust_remote_code and source.graph is not None:
@@ -162,9 +162,9 @@ def export(
     if source.kind != "bundle":
         advice = "add it to the adapters, if it is not merged already"
         warn_of_unused_files(source.directory, advice, given=directories.values())
-    given = None if checkpoint is None else expanded(checkpoint)
+    checkpoint_directory = None if checkpoint is None else expanded(checkpoint)
     if source.manifest is not None:
-        asked = inherit(asked, source.manifest)
+        requested = inherit(requested, source.manifest)
         if not merge and (
             names := omitted_adapters(directories, source.directory, source.manifest)
         ):
@@ -174,26 +174,28 @@ def export(
                 *(model, output, listed_names(names)),
             )
     elif source.graph is None and precision is None:
-        asked["precision"] = choice_of(target, "precision", DEFAULT_PRECISION)
+        requested["precision"] = choice_of(target, "precision", DEFAULT_PRECISION)
     if source.graph is None:  # before it is traced
-        floats = "float16" if asked["precision"] == "fp16" else "float32"
-        check_runs(target, {**asked, "cache": floats})
-    if asked["required_inputs"] is None and not merge:
-        asked["required_inputs"] = choice_of(asked["target"], "required_inputs", DEFAULT_PRECISION)
+        floats = "float16" if requested["precision"] == "fp16" else "float32"
+        check_runs(target, {**requested, "cache": floats})
+    if requested["required_inputs"] is None and not merge:
+        requested["required_inputs"] = choice_of(
+            requested["target"], "required_inputs", DEFAULT_PRECISION
+        )
     if triton is not None:
-        check_asked(asked)
+        check_requested_form(requested)
     options = Options(
-        adapters=read,
-        **asked,
+        adapters=loaded,
+        **requested,
         task=task,
         requantize=requantize,
-        evidence=Evidence(given, module_map),
+        evidence=Evidence(checkpoint_directory, module_map),
         directories=directories,
     )
     with custom_code(trust_remote_code):
         manifest, content = build(source, options)
-        logger.info("writing %s", place)
-        written = write_bundle(place, manifest, content)
+        logger.info("writing %s", destination)
+        written = write_bundle(destination, manifest, content)
     if triton is not None:
-        logger.info("writing %s", write_repository(place, triton, written))
+        logger.info("writing %s", write_repository(destination, triton, written))
     return written

@@ -95,7 +95,7 @@ def from_graph(source: Source, options: Options) -> Base:
         own = settings_beside(source.directory, options.evidence.checkpoint)
         take_branches(graph, source.graph.parent, own)
         check_mask(graph, renamed, source.graph.parent, own)
-        made = add_logits(graph.graph, _asked(options.task, own), own.get("problem_type"))
+        made = add_logits(graph.graph, _requested_task(options.task, own), own.get("problem_type"))
         renamed |= {} if made is None else made.renamed
     current = precision_of(graph) if source.manifest is None else source.manifest.precision
     if source.manifest is None and current == BFLOAT16 and has_float32_weights(graph.graph):
@@ -126,7 +126,7 @@ def from_graph(source: Source, options: Options) -> Base:
         refuse_adapter_products(graph.graph)
         complete_shapes(graph)  # after operators that inference did not know before
         warn_of_ranges(graph.graph)
-        task = _task_of(source, graph, _asked(options.task, own), own)
+        task = _task_of(source, graph, _requested_task(options.task, own), own)
         parameters = replaced = lacking = frozenset()
     if options.evidence.checkpoint is not None:
         annotate_forms(graph, vectors_in(options.evidence.checkpoint).get)
@@ -197,7 +197,7 @@ def _identity(source: Source, graph: ir.Model, checkpoint: Path | None) -> BaseI
     return BaseIdentity(resolved(checkpoint).name, base_digest(checkpoint), "checkpoint")
 
 
-def _asked(task: str | None, config: Mapping[str, Any]) -> str | None:
+def _requested_task(task: str | None, config: Mapping[str, Any]) -> str | None:
     """The requested task, or token classification if the config declares it.
 
     The shapes of a token classifier's outputs are those of a language model.
@@ -206,17 +206,19 @@ def _asked(task: str | None, config: Mapping[str, Any]) -> str | None:
     return TOKEN_CLASSIFICATION if classifies else task
 
 
-def _task_of(source: Source, graph: ir.Model, asked: str | None, config: Mapping[str, Any]) -> str:
+def _task_of(
+    source: Source, graph: ir.Model, requested: str | None, config: Mapping[str, Any]
+) -> str:
     shapes = {str(value.name): value.shape for value in graph.graph.outputs}
     ranks = {name: None if shape is None else len(shape) for name, shape in shapes.items()}
-    task = task_of_graph([str(value.name) for value in graph.graph.inputs], ranks) or asked
-    if task == SEQUENCE_CLASSIFICATION and asked in (None, CAUSAL_LM):
+    task = task_of_graph([str(value.name) for value in graph.graph.inputs], ranks) or requested
+    if task == SEQUENCE_CLASSIFICATION and requested in (None, CAUSAL_LM):
         logits = shapes.get(main_output(task, ranks) or "")
         of_words = logits is not None and logits[-1] == config.get("vocab_size")
         if of_words and own_task(config) == CAUSAL_LM:
             task = CAUSAL_LM  # with the logits of the last position only
-    if asked == TOKEN_CLASSIFICATION and task == CAUSAL_LM:
-        task = asked  # the outputs have the ranks of a language model's
+    if requested == TOKEN_CLASSIFICATION and task == CAUSAL_LM:
+        task = requested  # the outputs have the ranks of a language model's
     if task is not None and main_output(task, ranks) is None:
         raise UsageError(
             f"none of the outputs of {source.name} is known to be what {task} gives:"

@@ -59,7 +59,7 @@ _ENDINGS: Final = {
 
 
 def choose_task(
-    config: Mapping[str, Any], asked: str | None, adapters: Iterable[Adapter] = ()
+    config: Mapping[str, Any], requested: str | None, adapters: Iterable[Adapter] = ()
 ) -> str:
     """The task of a checkpoint: the requested one, else the adapters', else the architecture's.
 
@@ -69,22 +69,22 @@ def choose_task(
         ExportError: an encoder-decoder model, for another task than its own.
     """
     if config.get("is_encoder_decoder"):
-        if asked not in (None, SEQ2SEQ_LM) or _architecture(config).endswith(_HEADS):
+        if requested not in (None, SEQ2SEQ_LM) or _architecture(config).endswith(_HEADS):
             raise ExportError(
                 f"{_architecture(config)} is an encoder-decoder model, which is exported for"
                 f" {SEQ2SEQ_LM} only"
             )
         return SEQ2SEQ_LM
-    if (tower := _tower_task(config, asked)) is not None:
+    if (tower := _tower_task(config, requested)) is not None:
         return tower
-    if asked == VISION_TOWER and not is_image_text(config):
+    if requested == VISION_TOWER and not is_image_text(config):
         raise UsageError(
             f"{_architecture(config)} is not a model of images and text: only these have a"
             f" {VISION_TOWER} to export"
         )
-    if asked is not None:
-        _check_vectors(config, check_task(asked))
-        return asked
+    if requested is not None:
+        _check_vectors(config, check_task(requested))
+        return requested
     own = own_task(config)
     if own == IMAGE_FEATURE_EXTRACTION:
         return own
@@ -122,7 +122,7 @@ def choose_task(
     )
 
 
-def _tower_task(config: Mapping[str, Any], asked: str | None) -> str | None:
+def _tower_task(config: Mapping[str, Any], requested: str | None) -> str | None:
     """The requested task of a model with two towers; None for other models.
 
     Raises:
@@ -143,7 +143,7 @@ def _tower_task(config: Mapping[str, Any], asked: str | None) -> str | None:
     if model_type not in (*KINDS, *_TWO_TOWERS):
         return None
     towers = {TOWER_TASKS[kind.tower]: kind.tower for kind in KINDS.get(model_type, ())}
-    classifies = (asked or own_task(config)) == IMAGE_CLASSIFICATION
+    classifies = (requested or own_task(config)) == IMAGE_CLASSIFICATION
     if classifies and (not towers or IMAGE_FEATURE_EXTRACTION in towers):
         return None
     if model_type not in KINDS:
@@ -151,9 +151,9 @@ def _tower_task(config: Mapping[str, Any], asked: str | None) -> str | None:
             f"{_architecture(config)} has a tower for texts and one for images, which is not"
             f" supported; of such models {', '.join(KINDS)} are"
         )
-    if asked in towers:
-        return asked
-    if classifies or asked == IMAGE_FEATURE_EXTRACTION:
+    if requested in towers:
+        return requested
+    if classifies or requested == IMAGE_FEATURE_EXTRACTION:
         its = "" if classifies else f': its text tower is (`task="{FEATURE_EXTRACTION}"`)'
         raise ExportError(
             f"the image tower of {architecture} takes patches of images of any size, which is not"

@@ -95,7 +95,7 @@ def _own_files(directory: Path) -> set[str]:
     }
 
 
-def check_asked(form: Mapping[str, Any]) -> None:
+def check_requested_form(form: Mapping[str, Any]) -> None:
     """Raise UsageError if `check_form` would refuse a bundle of this form, before the export."""
     if not (form["merge"] or form["required_inputs"]):
         raise UsageError(_NO_DEFAULTS)

@@ -54,20 +54,20 @@ class Needs:
 
 def needs_of(
     adapters: Iterable[Adapter],
-    asked: Collection[str],
+    requested: Collection[str],
     before: Manifest | None = None,
     *,
     embeddings_of: Collection[str] = (),
     own_weights: Mapping[str, str] = MappingProxyType({}),
 ) -> Needs:
-    """The needs of `adapters`, with the kinds in `asked` and those of the bundle `before`.
+    """The needs of `adapters`, with the kinds in `requested` and those of the bundle `before`.
 
     `embeddings_of`: the embeddings of the graph. `own_weights`: as in the manifest.
     """
     scaled, shifted, embeddings, tokens, experts = set(), set(), set(), set(), set()
     saved: set[str] = set()
     users = sharing(own_weights)
-    if TOKENS in asked:
+    if TOKENS in requested:
         inputs = [name for name in users if name.removesuffix(".weight") in embeddings_of]
         tokens |= {module for name in inputs for module in users[name]}
     for adapter in adapters:
@@ -87,7 +87,7 @@ def needs_of(
         embeddings |= {t.module for t in before.targets if t.kind == "embedding"}
         tokens |= {t.module for t in before.targets if f"{t.module}.weight" in users} - saved
         experts |= {t.module for t in before.targets if t.kind == "experts"}
-    return Needs(*map(frozenset, (scaled, shifted, embeddings, tokens, experts, asked)))
+    return Needs(*map(frozenset, (scaled, shifted, embeddings, tokens, experts, requested)))
 
 
 def choose_embeddings(graph: ir.Graph, parts: Mapping[str, Part], needs: Needs) -> list[Part]:
@@ -131,10 +131,10 @@ def choose_changes(
         module, norm = layer.module, layer in norms
         biased = layer.bias is not None or f"{module}.bias" in parameters
         scale = not norm and (module in needs.scaled or DORA in needs.everywhere)
-        asked = BIAS in needs.everywhere and biased
-        if norm and asked:
-            asked = rows_problem(graph, layer.nodes, module) is None
-        shift = module in needs.shifted or asked
+        requested = BIAS in needs.everywhere and biased
+        if norm and requested:
+            requested = rows_problem(graph, layer.nodes, module) is None
+        shift = module in needs.shifted or requested
         if not scale and not shift:
             continue
         if isinstance(layer, Linear) and layer.slice is not None:

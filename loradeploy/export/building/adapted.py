@@ -133,11 +133,11 @@ def with_side_inputs(
 
 def _check_form_of_halves(base: Base, options: Options) -> None:
     """Raise UsageError for options that an encoder-decoder, which is two graphs, does not have."""
-    for name, asked in (
+    for name, requested in (
         ("branches", options.branches),
         ("required_inputs", options.required_inputs),
     ):
-        if asked and encoder_part(base):
+        if requested and encoder_part(base):
             raise UsageError(
                 f"`{name}` is not for encoder-decoders, which are two graphs: leave it out"
             )

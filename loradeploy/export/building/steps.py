@@ -95,8 +95,8 @@ def with_logits_to_keep(base: Base, manifest: Manifest, options: Options) -> Man
     Raises:
         ExportError: it is requested, and the graph does not support it.
     """
-    asked, graph = options.logits_to_keep, base.graph.graph
-    if asked is None:
+    requested, graph = options.logits_to_keep, base.graph.graph
+    if requested is None:
         default = default_of("logits_to_keep", base.precision, options.target)
         # A merged graph has only the model's inputs, unless others are requested.
         if base.task != CAUSAL_LM or options.fixed or not default or options.merge:
@@ -104,7 +104,7 @@ def with_logits_to_keep(base: Base, manifest: Manifest, options: Options) -> Man
         if (problem := logits_to_keep_problem(graph, manifest)) is not None:
             logger.info("logits are computed for all positions: %s", problem)
             return manifest
-    elif not asked:
+    elif not requested:
         return manifest
     add_logits_to_keep(graph, manifest)
     return dataclasses.replace(manifest, logits_to_keep=True, outputs=outputs(base.graph))

@@ -140,15 +140,15 @@ def _run(
     """The values of each run, by size and order of the rows."""
     specs = required_inputs(model)
     given = {value for value in values if value.is_graph_input()}
-    asked = [value for value in values if value not in given]
+    requested = [value for value in values if value not in given]
     before = list(model.graph.outputs)
-    model.graph.outputs.extend(value for value in asked if value not in before)
+    model.graph.outputs.extend(value for value in requested if value not in before)
     try:
         session = open_model(model, directory)
     finally:
         model.graph.outputs.clear()
         model.graph.outputs.extend(before)
-    names = [str(value.name) for value in asked]
+    names = [str(value.name) for value in requested]
 
     def arrays(feeds: Feeds) -> Feeds:
         own = dict(zip(names, session.run(names, feeds), strict=True)) if names else {}

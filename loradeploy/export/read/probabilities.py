@@ -50,8 +50,8 @@ def add_logits(graph: ir.Graph, task: str | None, stated: str | None) -> Probabi
     one, a Sigmoid counts only if its output is named as logits or probabilities. `stated`: the
     problem type of the model's config; the output of a regression is not changed.
     """
-    asked = None if task is None else TASK_TABLE.get(task)
-    if asked is not None and asked.output != LOGITS:
+    requested = None if task is None else TASK_TABLE.get(task)
+    if requested is not None and requested.output != LOGITS:
         return None
     names = {str(value.name) for value in graph.outputs}
     found = {value: node for value in graph.outputs if (node := _made_by(value)) is not None}

@@ -230,9 +230,9 @@ def run_source_graph(
     every = {**feeds, **Sample(specs, {}).feeds()}
     own = [new.get(node.name, node.name) for node in session.get_outputs()]
     given = {node.name: every[name] for name, node in taken.items()}
-    asked = {renamed.get(name, name): name for name in names if name in own}
-    outputs = run_graph(session, given, list(asked))
-    return Original(feeds, {asked[name]: values for name, values in outputs.items()})
+    requested = {renamed.get(name, name): name for name in names if name in own}
+    outputs = run_graph(session, given, list(requested))
+    return Original(feeds, {requested[name]: values for name, values in outputs.items()})
 
 
 def _named(shape: Sequence[int | str | None]) -> tuple[int | str, ...]:
