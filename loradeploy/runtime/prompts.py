@@ -136,7 +136,7 @@ def _check_choice(values: Mapping[str, Any], where: str) -> None:
         chooses = name == "model" and "adapter" not in values
         if value is not None and name != "adapter" and (chooses or _CHOICE.search(name)):
             raise DataError(
-                f"{where}: {shown(name)} is not supported, and may choose an adapter: rename it to"
+                f"{where}: {shown(name)} is not read, and may choose an adapter: rename it to"
                 " adapter (null is the base), or leave the field out"
             )
 
