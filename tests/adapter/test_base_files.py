@@ -1,4 +1,4 @@
-"""Of all files in a model directory, those that transformers loads are the base."""
+"""The base model is the set of files in a model directory that transformers loads."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ B = {"b": np.ones((2, 2), np.float32)}
 
 
 def directory(place: Path, files: Mapping[str, Any]) -> Path:
-    """A directory of safetensors (a dict of arrays), JSON (of other values) and empty files."""
+    """Write a directory of safetensors (dicts of arrays), JSON (other values) and empty files."""
     place.mkdir()
     for name, content in files.items():
         if content is None:
@@ -57,7 +57,7 @@ STRAY = {
 
 @pytest.mark.parametrize("base", [SINGLE, SHARDED], ids=["single", "sharded"])
 @pytest.mark.parametrize("stray", STRAY.values(), ids=STRAY)
-def test_what_lies_beside_is_neither_in_the_files_nor_in_the_digest(
+def test_other_files_are_neither_listed_nor_in_the_digest(
     base: Mapping[str, Any], stray: Mapping[str, Any], tmp_path: Path
 ) -> None:
     alone = directory(tmp_path / "alone", base)
@@ -67,14 +67,14 @@ def test_what_lies_beside_is_neither_in_the_files_nor_in_the_digest(
     assert base_digest(both) != base_digest(directory(tmp_path / "other", {"model.safetensors": A}))
 
 
-def test_a_single_file_comes_before_an_index_and_that_is_told(tmp_path: Path) -> None:
+def test_a_single_file_takes_precedence_over_an_index_and_that_is_logged(tmp_path: Path) -> None:
     both = directory(tmp_path / "both", {**SHARDED, "model.safetensors": A})
     assert [file.name for file in weight_files(both)] == ["model.safetensors"]
     assert INDEX in str(stray_weights(both))
     assert stray_weights(directory(tmp_path / "one", SHARDED)) is None
 
 
-def test_the_file_that_the_config_names_comes_first(tmp_path: Path) -> None:
+def test_the_file_named_by_the_config_takes_precedence(tmp_path: Path) -> None:
     config = {"transformers_weights": "other.safetensors"}
     named = {**SINGLE, "other.safetensors": A, "config.json": config}
     assert [f.name for f in weight_files(directory(tmp_path / "m", named))] == ["other.safetensors"]
@@ -114,7 +114,7 @@ def test_weights_that_transformers_would_not_load_are_named(
     [{}, {"config.json": {}}, {"model.safetensors": A}],
     ids=["alone", "config", "weights"],
 )
-def test_an_adapter_is_no_model_and_its_base_is_named(
+def test_an_adapter_directory_is_refused_as_a_model_and_its_base_is_named(
     beside: Mapping[str, Any], tmp_path: Path
 ) -> None:
     config = {"base_model_name_or_path": "org/base"}
@@ -123,7 +123,7 @@ def test_an_adapter_is_no_model_and_its_base_is_named(
         refuse_adapter(place)
 
 
-def test_an_adapter_beside_a_model_leaves_it_one(tmp_path: Path) -> None:
+def test_a_model_directory_with_an_adapter_in_it_is_a_model(tmp_path: Path) -> None:
     beside = {"adapter_config.json": {}, "adapter_model.safetensors": A, "config.json": {}}
     refuse_adapter(directory(tmp_path / "m", {**SINGLE, **beside}))
 
@@ -140,12 +140,12 @@ def test_an_adapter_beside_a_model_leaves_it_one(tmp_path: Path) -> None:
         "base_model.model.model.norm.weight",
     ],
 )
-def test_a_model_saved_with_peft_s_layers_in_it_is_refused(name: str) -> None:
+def test_a_model_saved_with_peft_layers_is_refused(name: str) -> None:
     with pytest.raises(ModelError, match="saved with PEFT's layers in it .*merge_and_unload"):
         check_no_peft_layers(Path("m"), ["model.norm.weight", name])
 
 
-def test_names_that_only_look_like_peft_s_are_plain() -> None:
+def test_names_that_only_resemble_peft_layers_are_accepted() -> None:
     check_no_peft_layers(
         Path("m"), ["model.base_model.weight", "flora_A.weight", "model.q_a_proj.weight"]
     )

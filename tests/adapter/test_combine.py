@@ -1,4 +1,4 @@
-"""Combining adapters and lowering their rank: the sums of their updates, and the error told."""
+"""Combining adapters and reducing their rank: sums of updates, and the reported error."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_combination_is_the_weighted_sum_of_the_updates(method: str, weight: f
     assert {pair.rank for pair in combined.factors.values()} == {6}
 
 
-def test_an_adapter_taken_from_itself_leaves_nothing() -> None:
+def test_an_adapter_minus_itself_is_zero() -> None:
     one = an_adapter(1)
     same = Adapter(one.config, one.factors)
     for method in ("cat", "svd"):
@@ -78,7 +78,7 @@ def test_an_adapter_taken_from_itself_leaves_nothing() -> None:
     assert max(np.abs(v).max() for v in updates(one).values()) > 1
 
 
-def test_svd_keeps_the_highest_rank_and_is_the_best_of_it() -> None:
+def test_svd_keeps_the_highest_rank_and_is_the_best_approximation() -> None:
     one, other = an_adapter(1, rank=2), an_adapter(2, rank=4)
     combined = ld.combine({one: 1, other: 1}, method="svd")
     exact = weighted((one, 1), (other, 1))
@@ -92,7 +92,7 @@ def test_svd_keeps_the_highest_rank_and_is_the_best_of_it() -> None:
 
 
 @pytest.mark.parametrize("method", ["linear", "cat", "svd"])
-def test_a_combination_is_pefts(method: str, tiny_gpt2: Path, make_adapter: Any) -> None:
+def test_a_combination_equals_that_of_peft(method: str, tiny_gpt2: Path, make_adapter: Any) -> None:
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM
 
@@ -127,7 +127,7 @@ def test_a_combination_is_pefts(method: str, tiny_gpt2: Path, make_adapter: Any)
         ),
     ],
 )
-def test_what_cannot_be_combined_is_refused(change: dict[str, Any], message: str) -> None:
+def test_adapters_that_cannot_be_combined_are_refused(change: dict[str, Any], message: str) -> None:
     head = {"saved": {"h.weight": np.zeros(3)}, "config": {"modules_to_save": ("h",)}}
     one = an_adapter(1, base_digest="sha256:00", **head)
     with pytest.raises(AdapterError, match=message):
@@ -147,12 +147,12 @@ def test_what_cannot_be_combined_is_refused(change: dict[str, Any], message: str
         (lambda a: ld.reduce_rank(a, energy=1.5), "a fraction above 0"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(call: Any, message: str) -> None:
+def test_invalid_options_are_refused(call: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         call(an_adapter())
 
 
-def test_what_is_trained_in_full_comes_from_the_one_that_has_it() -> None:
+def test_fully_trained_parameters_come_from_the_adapter_that_has_them() -> None:
     head = np.ones((2, 3), np.float32)
     one = an_adapter(1, saved={"h.weight": head}, config={"modules_to_save": ("h",)}, labels=("a",))
     combined = ld.combine({one: 1, an_adapter(2): -0.5})
@@ -163,7 +163,7 @@ def test_what_is_trained_in_full_comes_from_the_one_that_has_it() -> None:
 
 
 def bringing(seed: int = 1, size: float = 1.0, tokens: float = 2.0) -> Adapter:
-    """An adapter with a weight of the base below its factors, and two trained rows."""
+    """Return an adapter with a changed base weight under its factors, and two trained rows."""
     return an_adapter(
         seed,
         carried={"emb.weight": np.full((30, 8), size, np.float32)},
@@ -182,7 +182,7 @@ def bringing(seed: int = 1, size: float = 1.0, tokens: float = 2.0) -> Adapter:
     ],
     ids=["reduced", "cat of one", "svd of one", "cat of two with the same"],
 )
-def test_what_came_of_the_base_and_trained_rows_stay(changed: Any, tmp_path: Path) -> None:
+def test_changed_base_weights_and_trained_rows_are_kept(changed: Any, tmp_path: Path) -> None:
     before = bringing()
     save_adapter(changed(before), tmp_path)
     after = ld.load_adapter(tmp_path)
@@ -212,7 +212,7 @@ def test_weights_and_rows_that_cannot_be_combined_are_refused(weights: Any, mess
 
 @pytest.mark.parametrize("config", [{}, {"use_rslora": True}, {"use_dora": True}], ids=str)
 @pytest.mark.parametrize("rank", [1, 3, 4, 9])
-def test_the_error_of_a_reduction_is_told(rank: int, config: dict[str, Any]) -> None:
+def test_the_error_of_a_reduction_is_reported(rank: int, config: dict[str, Any]) -> None:
     adapter = an_adapter(config=config)
     reduced, report = ld.reduce_rank(adapter, rank)
     gone = all_of_it = 0.0
@@ -229,7 +229,7 @@ def test_the_error_of_a_reduction_is_told(rank: int, config: dict[str, Any]) -> 
     assert (report.worst == 0) == (rank >= 4)
 
 
-def test_an_energy_keeps_as_many_values_as_it_needs() -> None:
+def test_an_energy_threshold_keeps_as_many_singular_values_as_needed() -> None:
     adapter = an_adapter()
     reduced, report = ld.reduce_rank(adapter, energy=0.8)
     for module, pair in reduced.factors.items():
@@ -240,7 +240,7 @@ def test_an_energy_keeps_as_many_values_as_it_needs() -> None:
     assert ld.reduce_rank(adapter, energy=1.0)[1].worst <= 1e-6
 
 
-def test_a_combination_with_patterns_survives_the_disk(tmp_path: Path) -> None:
+def test_a_combination_with_patterns_can_be_saved_and_loaded(tmp_path: Path) -> None:
     one = an_adapter(1)
     less = Adapter(
         AdapterConfig(r=2, target_modules=("l.q",)), {"l.q": an_adapter(2, 2).factors["l.q"]}
@@ -252,13 +252,15 @@ def test_a_combination_with_patterns_survives_the_disk(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("module", list(SHAPES))
-def test_doras_scale_is_magnitude_over_norm(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_scale_of_dora_is_magnitude_over_norm(
+    module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pair = an_adapter(config={"use_dora": True}).factors[module]
     rng = np.random.default_rng(3)
     W = rng.normal(size=update(pair, 1.0).shape).astype(np.float32)
     merged = as_matrix(W + update(pair, 0.5), pair)
     expected = pair.magnitude / np.linalg.norm(merged, axis=1)
-    monkeypatch.setattr("loradeploy.adapter.algebra.dora._BLOCK", 40)  # several blocks of rows
+    monkeypatch.setattr("loradeploy.adapter.algebra.dora._BLOCK", 40)  # several row blocks
     np.testing.assert_allclose(output_scale(as_matrix(W, pair), pair, 0.5), expected, rtol=1e-5)
     with pytest.raises(AdapterError, match="no magnitude"):
         output_scale(as_matrix(W, pair), an_adapter().factors[module], 0.5)

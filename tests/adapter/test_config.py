@@ -1,4 +1,4 @@
-"""`adapter_config.json`: what is honored, what is kept, what is refused by name."""
+"""`adapter_config.json`: which fields are supported, kept, or refused by name."""
 
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ def test_a_config_survives_the_round_trip_through_pefts_own_class() -> None:
         ("method_version", 2),
     ],
 )
-def test_a_field_that_changes_the_numbers_is_refused_by_name(field: str, value: object) -> None:
+def test_an_unsupported_field_that_affects_results_is_refused_by_name(
+    field: str, value: object
+) -> None:
     with pytest.raises(AdapterError, match=field):
         AdapterConfig.from_peft({"r": 4, "target_modules": ["q"], field: value})
 
@@ -65,13 +67,13 @@ def test_a_field_that_changes_the_numbers_is_refused_by_name(field: str, value: 
     ("field", "value"),
     [("unsloth_version", "2025.3.19"), ("swift_version", "3.1.0"), ("lorap_emb_lr", 1e-6)],
 )
-def test_what_only_says_who_trained_an_adapter_and_how_is_kept(field: str, value: object) -> None:
+def test_fields_about_the_training_are_kept(field: str, value: object) -> None:
     config = AdapterConfig.from_peft({"r": 4, "target_modules": ["q"], field: value})
     assert config.to_peft()[field] == value
 
 
 @pytest.mark.parametrize("value", [None, False, {}, []])
-def test_a_field_of_tomorrow_that_is_off_is_kept(value: object) -> None:
+def test_an_unknown_field_that_is_off_is_kept(value: object) -> None:
     config = AdapterConfig.from_peft({"r": 4, "target_modules": ["q"], "tomorrow": value})
     assert config.to_peft()["tomorrow"] == value
 
@@ -99,7 +101,7 @@ def test_a_field_of_tomorrow_that_is_off_is_kept(value: object) -> None:
         ("layers_to_transform", ["0"]),
     ],
 )
-def test_a_value_of_the_wrong_kind_is_named(field: str, value: object) -> None:
+def test_a_value_of_the_wrong_type_is_named(field: str, value: object) -> None:
     with pytest.raises(AdapterError, match=field):
         AdapterConfig.from_peft({"target_modules": ["q"], field: value})
 

@@ -1,4 +1,4 @@
-"""One check of an adapter against a base, whatever the base is."""
+"""The check that an adapter fits a base, for every kind of base."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def convolution(groups: int) -> Factors:
     ],
     ids=["linear", "convolution", "embedding", "parameters"],
 )
-def test_what_fits_is_accepted(fits: Adapter) -> None:
+def test_a_fitting_adapter_is_accepted(fits: Adapter) -> None:
     check_fit(fits, BASE)
 
 
@@ -107,7 +107,7 @@ def test_what_fits_is_accepted(fits: Adapter) -> None:
         ),
     ],
 )
-def test_a_misfit_names_what_the_adapter_was_compared_with(
+def test_a_mismatch_names_the_base_that_was_compared(
     base: AdaptableBase, other: Adapter, message: str
 ) -> None:
     with pytest.raises(AdapterMismatchError, match=message) as refusal:
@@ -129,14 +129,14 @@ def test_an_adapter_of_another_model_is_refused_in_one_sentence() -> None:
     [
         ("org/Llama-1B", "org/Llama-1B-Instruct", False, True),
         ("org/Llama-1B", "ORG/llama-1b", False, False),
-        ("org/Llama-2B", "mirror/Llama-2B", False, False),  # a copy
+        ("org/Llama-2B", "mirror/Llama-2B", False, False),  # a mirror
         ("org/Llama-3B", "org/Llama-3B-Instruct", True, False),  # compared by digest
         ("/models/Llama", "org/Llama-1B-Instruct", False, False),
         ("org/Llama-1B", "base", False, False),  # a directory
         (None, "org/Llama-1B", False, False),
     ],
 )
-def test_a_base_of_another_name_is_named_once(
+def test_a_base_of_another_name_is_a_warning_once(
     trained_on: str | None,
     base: str,
     digests: bool,

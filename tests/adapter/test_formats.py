@@ -1,4 +1,4 @@
-"""What is not an adapter of PEFT is called what it is, by its content, with what to do about it."""
+"""Adapters of other libraries are recognized by content and refused with a way to convert them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from loradeploy.adapter.files.tensors import write_arrays
 from loradeploy.errors import AdapterError
 from tests.adapter.test_peft import PREFIX, write
 
-LONGEST = 320  # characters of a message, paths apart
+LONGEST = 320  # characters of a message, without paths
 PAIR = {
     f"{PREFIX}l.q.lora_A.weight": np.ones((2, 3), np.float32),
     f"{PREFIX}l.q.lora_B.weight": np.ones((4, 2), np.float32),
@@ -153,7 +153,7 @@ FORMATS: dict[Callable[[Path], None], tuple[str, str]] = {
 
 
 @pytest.mark.parametrize("make", FORMATS, ids=lambda make: make.__name__)
-def test_what_another_library_wrote_is_named_with_what_to_do(
+def test_a_directory_of_another_library_is_named_with_advice(
     make: Callable[[Path], None], tmp_path: Path
 ) -> None:
     place = tmp_path / "adapter"
@@ -165,7 +165,7 @@ def test_what_another_library_wrote_is_named_with_what_to_do(
     assert len(str(refusal.value).replace(str(place), "")) <= LONGEST
 
 
-def test_a_checkpoint_with_its_trainers_files_is_an_adapter(tmp_path: Path) -> None:
+def test_a_training_checkpoint_with_trainer_files_is_an_adapter(tmp_path: Path) -> None:
     place = write(tmp_path / "checkpoint-500", PAIR)
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):
         (place / name).write_bytes(b"")
@@ -184,7 +184,7 @@ def test_a_checkpoint_with_its_trainers_files_is_an_adapter(tmp_path: Path) -> N
         (["LORA"], "merge it with PEFT"),
     ],
 )
-def test_another_of_pefts_types_is_named_with_what_to_do(peft_type: Any, advice: str) -> None:
+def test_another_peft_type_is_named_with_advice(peft_type: Any, advice: str) -> None:
     with pytest.raises(AdapterError, match=f"only LORA is supported: .*{advice}"):
         AdapterConfig.from_peft({"peft_type": peft_type})
 
@@ -200,7 +200,7 @@ def test_another_of_pefts_types_is_named_with_what_to_do(peft_type: Any, advice:
         ("base_model_name_or_path", 3, "base_model_name_or_path is 3, expected a name or null"),
     ],
 )
-def test_the_file_the_field_the_value_and_what_is_expected_are_named(
+def test_an_invalid_field_is_reported_with_file_field_value_and_expectation(
     field: str, value: Any, expected: str, tmp_path: Path
 ) -> None:
     place = write(tmp_path / "sport", PAIR, **{field: value})
@@ -208,7 +208,7 @@ def test_the_file_the_field_the_value_and_what_is_expected_are_named(
         load_adapter(place)
 
 
-def test_a_repository_without_its_large_files_is_told(tmp_path: Path) -> None:
+def test_git_lfs_pointers_instead_of_files_are_reported(tmp_path: Path) -> None:
     place = write(tmp_path / "sport", PAIR)
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4\n"
     (place / "adapter_model.safetensors").write_text(pointer)

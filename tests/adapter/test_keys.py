@@ -1,4 +1,4 @@
-"""How the keys of adapter files are spelled, and what their modules are called in a base."""
+"""Spellings of the keys in adapter files, and the names of their modules in the base."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ P = "base_model.model."
         (f"{P}head.weight", "parameter", "head.weight", ""),
     ],
 )
-def test_a_key_is_read_however_it_is_spelled(key: str, part: str, name: str, half: str) -> None:
+def test_every_spelling_of_a_key_is_read(key: str, part: str, name: str, half: str) -> None:
     found = read_keys([key])[key]
     assert (found.part, found.name, found.half) == (part, name, half)
 
@@ -55,7 +55,7 @@ def test_a_key_is_read_however_it_is_spelled(key: str, part: str, name: str, hal
         ([f"{P}l.q.lora_A.one.weight", f"{P}l.q.lora_A.two.weight"], "2 adapters"),
     ],
 )
-def test_keys_of_several_files_in_one_are_refused(keys: list[str], message: str) -> None:
+def test_keys_of_several_adapters_in_one_file_are_refused(keys: list[str], message: str) -> None:
     with pytest.raises(AdapterError, match=message):
         read_keys(keys)
 
@@ -81,13 +81,13 @@ def an_adapter(*modules: str, zeros: str | None = None, **changes: Any) -> Adapt
     ],
     ids=["the same", "added", "subtracted", "inserted", "another part of a model", "unknown"],
 )
-def test_a_beginning_that_can_only_be_one_is_changed(
+def test_an_unambiguous_prefix_is_adjusted_to_the_base(
     module: str, base: list[str], expected: str
 ) -> None:
     assert list(named_as(an_adapter(module), base, list).factors) == [expected]
 
 
-def test_a_beginning_that_can_be_two_is_refused() -> None:
+def test_an_ambiguous_prefix_is_refused() -> None:
     with pytest.raises(AdapterMismatchError, match=r"may be one\.l\.q or two\.l\.q"):
         named_as(an_adapter("l.q"), ["one.l.q", "two.l.q"], list)
 
@@ -102,7 +102,7 @@ def test_a_beginning_that_can_be_two_is_refused() -> None:
     ],
     ids=["zero and absent", "zero and there", "not zero", "zero with a magnitude"],
 )
-def test_factors_of_zeros_are_left_out_where_the_module_is_absent(
+def test_zero_factors_of_absent_modules_are_omitted(
     options: dict[str, Any], kept: list[str]
 ) -> None:
     adapter = without_idle(an_adapter("text.q", "vision.q", **options), {"text.q"})

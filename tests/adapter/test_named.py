@@ -1,4 +1,4 @@
-"""`[NAME=]DIR`: what names an adapter, and where it is."""
+"""The argument form `[NAME=]DIR` of adapters."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from loradeploy.adapter.files.named import named_directory
 from loradeploy.errors import UsageError
 
 
-def test_a_folder_of_a_sweep_may_have_an_equals_sign_in_its_path(tmp_path: Path) -> None:
+def test_a_path_can_contain_an_equals_sign(tmp_path: Path) -> None:
     place = tmp_path / "lr=1e-4" / "final"
     place.mkdir(parents=True)
     assert named_directory(str(place)) == ("final", place)
     assert named_directory(f"sport={place}") == ("sport", place)
 
 
-def test_a_tilde_behind_the_name_is_the_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tilde_after_the_name_is_the_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
     assert named_directory("sport=~/final") == ("sport", Path("/home/somebody/final"))
 
@@ -28,5 +28,5 @@ def test_no_path_is_refused(text: str) -> None:
         named_directory(text)
 
 
-def test_a_directory_names_itself() -> None:
+def test_without_a_name_the_directory_name_is_used() -> None:
     assert named_directory("adapters/sport/") == ("sport", Path("adapters/sport"))

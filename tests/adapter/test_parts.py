@@ -1,4 +1,4 @@
-"""An adapter of a model that is exported in parts."""
+"""Adapters of models that are exported in parts (decoder and vision tower)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ def _adapter(*modules: str, value: float = 1.0) -> Adapter:
     return Adapter(config, dict.fromkeys(modules, pair))
 
 
-def test_each_part_keeps_its_own_and_names_the_others(caplog: pytest.LogCaptureFixture) -> None:
+def test_each_part_keeps_its_own_modules_and_logs_the_others(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     given = _adapter("model.text.q", "model.vision_tower.q", "model.projector.v")
     with caplog.at_level(logging.WARNING, "loradeploy"):
         kept = own_part(given, TOWER)
@@ -37,7 +39,7 @@ def test_each_part_keeps_its_own_and_names_the_others(caplog: pytest.LogCaptureF
     assert own_part(kept, TOWER).part_of == given.digest, "a part stays one of the same whole"
 
 
-def test_a_part_is_known_as_one_in_its_files_and_in_what_is_made_of_it(tmp_path: Path) -> None:
+def test_a_part_is_recorded_in_its_files_and_in_derived_adapters(tmp_path: Path) -> None:
     given = _adapter("model.text.q", "model.projector.v")
     kept = own_part(given, TOWER)
     save_adapter(kept, tmp_path)
@@ -48,11 +50,11 @@ def test_a_part_is_known_as_one_in_its_files_and_in_what_is_made_of_it(tmp_path:
     assert combine({given: 0.5}).part_of is None
 
 
-def test_a_name_that_only_begins_alike_is_kept() -> None:
+def test_a_module_name_with_the_same_prefix_is_kept() -> None:
     assert own_part(_adapter("model.vision_tower_2.q"), TOWER).modules
 
 
-def test_older_names_of_the_other_part_are_its_own() -> None:
+def test_older_module_names_of_the_other_part_are_recognized() -> None:
     rules = (Renaming(("vision_tower",), ("model.vision_tower",)),)
     given = _adapter("model.text.q", "vision_tower.q")
     assert own_part(given, TOWER, lambda: rules).modules == ("model.text.q",)
@@ -60,7 +62,7 @@ def test_older_names_of_the_other_part_are_its_own() -> None:
     assert not has_part(_adapter("vision_tower.q"), TOWER, lambda: rules)
 
 
-def test_a_trained_projector_is_the_other_part() -> None:
+def test_a_trained_projector_belongs_to_the_other_part() -> None:
     given = _adapter("model.text.q")
     config = dataclasses.replace(given.config, modules_to_save=("projector", "head"))
     saved = {
@@ -72,7 +74,7 @@ def test_a_trained_projector_is_the_other_part() -> None:
     assert set(kept.saved) == {"head.weight"}
 
 
-def test_zero_factors_of_the_other_part_are_not_worth_a_word(
+def test_zero_factors_of_the_other_part_are_not_logged(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     pairs = {**_adapter("model.text.q").factors, **_adapter("model.projector.q", value=0).factors}
@@ -82,6 +84,6 @@ def test_zero_factors_of_the_other_part_are_not_worth_a_word(
     assert not caplog.records
 
 
-def test_an_adapter_of_the_other_part_alone_is_refused() -> None:
+def test_an_adapter_of_only_the_other_part_is_refused() -> None:
     with pytest.raises(AdapterMismatchError, match=r"all of its tensors are of model\.projector"):
         own_part(_adapter("model.projector.q"), TOWER)

@@ -1,4 +1,4 @@
-"""Patterns out of configs: PEFT's meaning, in time that whoever wrote them cannot stretch."""
+"""Regular expressions in configs: PEFT's semantics in bounded time."""
 
 from __future__ import annotations
 
@@ -76,14 +76,14 @@ PIECES = [
 
 @settings(max_examples=400, deadline=None, derandomize=True, database=None)
 @given(st.lists(st.sampled_from(PIECES), min_size=1, max_size=6).map("".join))
-def test_patterns_mean_what_they_mean_in_peft(pattern: str) -> None:
+def test_patterns_match_as_in_peft(pattern: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         try:
             re.compile(pattern)
             re.compile(rf"(.*\.)?({pattern})$")
         except (re.error, DeprecationWarning, FutureWarning):
-            return  # PEFT fails on it too, or will
+            return  # PEFT fails on it too
     matcher = Matcher()
     for name in NAMES:
         assert matcher.fullmatch(pattern, name) == bool(re.fullmatch(pattern, name)), name
@@ -91,7 +91,7 @@ def test_patterns_mean_what_they_mean_in_peft(pattern: str) -> None:
         assert found == bool(re.match(rf"(.*\.)?({pattern})$", name)), name
 
 
-def test_the_first_of_several_keys_is_taken_whether_names_or_expressions() -> None:
+def test_the_first_matching_key_is_used_for_names_and_expressions() -> None:
     keys = [
         r"^model\.layers\.0\.q_proj",
         "layers.0.q_proj",
@@ -124,7 +124,7 @@ CATASTROPHIC = [
     "field",
     ["target_modules", "exclude_modules", "rank_pattern", "layers_pattern", "modules_to_save"],
 )
-def test_no_pattern_takes_for_ever(pattern: str, field: str) -> None:
+def test_no_pattern_takes_unbounded_time(pattern: str, field: str) -> None:
     value = {"rank_pattern": {pattern: 4}, "modules_to_save": (pattern,)}.get(field, pattern)
     layers = {"layers_to_transform": 0} if field == "layers_pattern" else {}
     rest = {} if field == "target_modules" else {"target_modules": ("c",)}
@@ -134,7 +134,7 @@ def test_no_pattern_takes_for_ever(pattern: str, field: str) -> None:
         match_targets([name], config)
         assert config.rank_of(name) == 8
     except AdapterError as problem:
-        assert "takes too long on" in str(problem)  # refused by name
+        assert "takes too long on" in str(problem)
         assert len(str(problem)) < 300
 
 
@@ -142,12 +142,12 @@ def test_no_pattern_takes_for_ever(pattern: str, field: str) -> None:
     ("pattern", "message"),
     [
         ("(", "not a regular expression"),
-        ("[[:alpha:]]", "not a regular expression"),  # a set of other letters to each library
+        ("[[:alpha:]]", "not a regular expression"),  # libraries disagree on this set
         ("x" * 5000, "a pattern of 5,000 characters"),
         ("(?:" * 1000 + ")" * 1000, "not a regular expression"),
     ],
 )
-def test_what_cannot_be_matched_is_refused_by_name(pattern: str, message: str) -> None:
+def test_an_unsupported_pattern_is_refused_by_name(pattern: str, message: str) -> None:
     for field in ("target_modules", "exclude_modules", "layers_pattern"):
         with pytest.raises(AdapterError, match=rf"{field} has .*{message}"):
             AdapterConfig(**{field: pattern})  # type: ignore[arg-type]
@@ -158,7 +158,7 @@ def test_what_cannot_be_matched_is_refused_by_name(pattern: str, message: str) -
         AdapterConfig(rank_pattern={f"x{number}*": 1 for number in range(1001)})
 
 
-def test_a_config_that_has_matched_is_copied_and_pickled() -> None:
+def test_a_config_can_be_copied_and_pickled_after_matching() -> None:
     config = AdapterConfig(target_modules="(?!b).*", rank_pattern={"a+": 2, "q": 3})
     assert (config.rank_of("x.aa"), match_targets(["a", "b"], config)) == (2, ["a"])
     for copied in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
@@ -169,8 +169,8 @@ def test_a_config_that_has_matched_is_copied_and_pickled() -> None:
 MANY = 30_000
 
 
-def test_many_names_take_time_in_proportion_to_them(tmp_path: Path) -> None:
-    # Each of the names against each other would take hours.
+def test_matching_time_is_linear_in_the_number_of_names(tmp_path: Path) -> None:
+    # Comparing every name with every other would take hours.
     names = [f"model.layers.{number}.mlp.up_proj" for number in range(MANY)]
     config = AdapterConfig(
         r=1,

@@ -1,4 +1,4 @@
-"""Adapter directories: PEFT's, ours, and every way in which one can be wrong."""
+"""Reading and writing PEFT adapter directories, and refusals of invalid ones."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def good_tensors() -> dict[str, Any]:
     }
 
 
-def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
+def test_a_saved_adapter_is_loaded_unchanged(tmp_path: Path) -> None:
     adapter = an_adapter()
     digest = save_adapter(adapter, tmp_path / "a")
     loaded = load_adapter(tmp_path / "a")
@@ -86,7 +86,7 @@ def test_the_same_adapter_gives_the_same_bytes(tmp_path: Path) -> None:
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
 
-def test_golden_bytes_do_not_depend_on_the_order_given(tmp_path: Path) -> None:
+def test_golden_bytes_do_not_depend_on_the_order_of_tensors(tmp_path: Path) -> None:
     tensors = {"n": np.zeros((1, 1), np.float32), "m": np.zeros(1, np.float16)}
     write_arrays(tmp_path / "g", tensors, {"b": "2", "a": "1"})
     content = (tmp_path / "g").read_bytes()
@@ -96,7 +96,7 @@ def test_golden_bytes_do_not_depend_on_the_order_given(tmp_path: Path) -> None:
     assert content[8 + length :] == bytes(6)
 
 
-def test_nothing_of_a_peft_adapter_is_lost_when_it_is_saved_again(
+def test_nothing_of_a_peft_adapter_is_lost_by_loading_and_saving(
     tiny_llama: Path, make_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
     from safetensors.numpy import load_file
@@ -111,7 +111,7 @@ def test_nothing_of_a_peft_adapter_is_lost_when_it_is_saved_again(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_every_float_width_is_read(dtype: str, tmp_path: Path) -> None:
+def test_every_float_dtype_is_read(dtype: str, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     from safetensors.torch import save_file
 
@@ -121,7 +121,7 @@ def test_every_float_width_is_read(dtype: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(arrays["x"], values.float().numpy())
 
 
-def test_the_digest_is_of_the_numbers_not_of_their_width_or_spelling() -> None:
+def test_the_digest_depends_on_values_and_not_on_dtype_or_key_spelling() -> None:
     half = {"l.q": Factors(np.ones((2, 3), np.float16), np.ones((4, 2), np.float16))}
     spelled = AdapterConfig(
         r=9,
@@ -134,7 +134,7 @@ def test_the_digest_is_of_the_numbers_not_of_their_width_or_spelling() -> None:
     assert an_adapter(config=spelled).digest == an_adapter().digest
 
 
-def test_the_digest_of_an_adapter_stays_what_it_is() -> None:
+def test_the_digest_of_an_adapter_is_stable_across_versions() -> None:
     golden = "sha256:2606aa2aedc0fbfe197e856bd7984308d44bae4d42d18656f11d67cdef24882b"
     assert an_adapter().digest == golden, "bundles and certificates know adapters by their digests"
 
@@ -142,7 +142,7 @@ def test_the_digest_of_an_adapter_stays_what_it_is() -> None:
 @pytest.mark.parametrize(
     "change", ["A", "B", "alpha", "saved", "module", "kind", "magnitude", "changed base"]
 )
-def test_the_digest_changes_with_everything_that_is_computed(change: str) -> None:
+def test_the_digest_changes_with_everything_that_affects_results(change: str) -> None:
     base = an_adapter()
     pair = base.factors["l.q"]
     other = {
@@ -163,7 +163,7 @@ def test_the_digest_changes_with_everything_that_is_computed(change: str) -> Non
 
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("kind", ["linear", "embedding", "conv2d"])
-def test_every_kind_of_factors_is_written_as_peft_names_it(
+def test_every_kind_of_factors_is_written_with_pefts_names(
     kind: Any, dora: bool, tmp_path: Path
 ) -> None:
     ones = (4, 2, 1, 1) if kind == "conv2d" else (4, 2)
@@ -207,8 +207,8 @@ def test_a_damaged_file_is_refused_or_read_but_never_crashes(
         assert "\n" not in str(refusal)
 
 
-def spoil(change: str, directory: Path) -> Path:
-    """An adapter directory that is wrong in the way that `change` says."""
+def break_adapter(change: str, directory: Path) -> Path:
+    """Break an adapter directory in the way named by `change`."""
     tensors: dict[str, Any] = good_tensors()
     key = f"{PREFIX}l.q.lora_A.weight"
     if change == "nan":
@@ -276,9 +276,9 @@ def spoil(change: str, directory: Path) -> Path:
         ("pickle", "is a pickle.*torch.load"),
     ],
 )
-def test_a_spoilt_adapter_is_refused_in_one_line(change: str, message: str, tmp_path: Path) -> None:
+def test_a_broken_adapter_is_refused_in_one_line(change: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=message) as refusal:
-        load_adapter(spoil(change, tmp_path / "adapter"))
+        load_adapter(break_adapter(change, tmp_path / "adapter"))
     assert "\n" not in str(refusal.value)
     assert "adapter" in str(refusal.value)
 
@@ -300,7 +300,7 @@ def test_a_spoilt_adapter_is_refused_in_one_line(change: str, message: str, tmp_
     ],
 )
 @pytest.mark.parametrize("before", ["", "model."])
-def test_factors_that_the_config_leaves_out_are_refused_and_not_applied(
+def test_factors_outside_the_target_modules_are_refused(
     config: dict[str, Any], ignored: str | None, before: str, tmp_path: Path
 ) -> None:
     tensors = {}
@@ -319,14 +319,14 @@ def test_factors_that_the_config_leaves_out_are_refused_and_not_applied(
 
 
 @pytest.mark.parametrize("module", ["head", "pre_head", "model.head", "head.dense"])
-def test_what_ends_in_a_saved_name_is_saved_as_in_peft(module: str, tmp_path: Path) -> None:
+def test_modules_to_save_match_by_suffix_as_in_peft(module: str, tmp_path: Path) -> None:
     tensors = {**good_tensors(), f"{PREFIX}{module}.weight": np.ones((5, 4), np.float32)}
     adapter = load_adapter(write(tmp_path / "a", tensors, modules_to_save=["head"]))
     assert set(adapter.saved) == {f"{module}.weight"}
 
 
 @pytest.mark.parametrize("prefix", ["", PREFIX])
-def test_a_value_head_of_trl_is_left_out_by_name(
+def test_a_value_head_of_trl_is_omitted_with_a_log_line(
     prefix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     roles._warn_of_value_head.cache_clear()
@@ -362,21 +362,21 @@ def test_names_below_trl_s_value_head_are_read_and_said(
     assert "all other keys have TRL's pretrained_model. in front" in caplog.text
 
 
-def test_a_value_head_that_is_of_the_model_is_kept(tmp_path: Path) -> None:
+def test_a_value_head_of_the_model_itself_is_kept(tmp_path: Path) -> None:
     head = {f"{PREFIX}v_head.summary.weight": np.ones((1, 4), np.float32)}
     place = write(tmp_path / "adapter", {**good_tensors(), **head}, modules_to_save=["v_head"])
     assert "v_head.summary.weight" in load_adapter(place).saved
 
 
 @pytest.mark.parametrize("place", ["nowhere", "empty", "file.txt"])
-def test_a_place_without_an_adapter_says_so(place: str, tmp_path: Path) -> None:
+def test_a_directory_without_an_adapter_is_refused(place: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file.txt").write_text("hello")
     with pytest.raises(AdapterError, match=place):
         load_adapter(tmp_path / place)
 
 
-def test_the_base_digest_ignores_sharding_and_sees_every_byte(tmp_path: Path) -> None:
+def test_the_base_digest_ignores_sharding_and_depends_on_every_byte(tmp_path: Path) -> None:
     a, b = np.arange(6, dtype=np.float32), np.ones((2, 2), np.float16)
     for name, files in {
         "whole": {"model.safetensors": {"a": a, "b": b}},
@@ -396,7 +396,7 @@ def test_the_base_digest_ignores_sharding_and_sees_every_byte(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("tokens", [[3.5, 5], ["3", 5], [-1, 5], [True, 5]])
-def test_the_id_that_no_token_can_have_is_named(tokens: list[Any], tmp_path: Path) -> None:
+def test_an_invalid_token_id_is_named(tokens: list[Any], tmp_path: Path) -> None:
     rows = {f"{PREFIX}embed.token_adapter.trainable_tokens_delta": np.ones((2, 3), np.float32)}
     place = write(tmp_path / "a", {**good_tensors(), **rows}, trainable_token_indices=tokens)
     with pytest.raises(AdapterError, match=rf"names {tokens[0]!r} for embed, which is not the id"):

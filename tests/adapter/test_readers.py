@@ -1,8 +1,8 @@
-"""Adapters of other libraries, converted to PEFT directories, compute what those libraries compute.
+"""Adapters of other libraries, converted to PEFT, compute the same as in those libraries.
 
-Each case writes the library's files with random numbers, and gives the library's own equation: the
-weight that each module has with the adapter. PEFT with the converted adapter must give the logits
-of the model with these weights.
+Each case writes the library's files with random values and defines the library's equation for the
+adapted weight of each module. PEFT with the converted adapter must give the logits of the model
+with these weights.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Arrays = dict[str, np.ndarray]
-# The weight of a module with the adapter, from the base's weight.
+# Computes the adapted weight of a module from its base weight.
 Equation = Callable[[np.ndarray], np.ndarray]
 
 SMALL = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -58,9 +58,9 @@ def models() -> dict[str, Callable[[], nn.Module]]:
 
 @dataclass
 class Case:
-    """What a library writes, and the weights that it computes with.
+    """The files of a library and the adapted weights that it uses.
 
-    `wrong`: equations with a mistake that a conversion may make, which must be seen.
+    `wrong`: equations with a possible mistake of a conversion, which the test must detect.
     """
 
     model: str
@@ -96,7 +96,7 @@ def mlx() -> Case:
 
 
 def mlx_dora() -> Case:
-    """W' = m · (W + scale · (a b)ᵀ) / ‖W + scale · (a b)ᵀ‖, the norms of rows."""
+    """W' = m · (W + scale · (a b)ᵀ) / ‖W + scale · (a b)ᵀ‖, with row norms."""
     module = "model.layers.0.self_attn.v_proj"
     a, b, m = random(32, 4), random(4, 16), 1 + np.abs(random(16))
 
@@ -115,12 +115,12 @@ def mlx_dora() -> Case:
 
 
 def tune_order(heads: int, size: int) -> np.ndarray:
-    """The row of transformers' weight at each row of torchtune's, as its hf_to_tune permutes."""
+    """Return the rows of transformers' weight in torchtune's order, as its hf_to_tune permutes."""
     return np.arange(heads * size).reshape(heads, 2, size // 2).swapaxes(1, 2).reshape(-1)
 
 
 def torchtune(model: str = "llama") -> Case:
-    """W' = W + α/r · B A in torchtune's order of rows, which differs in query and key of Llama."""
+    """W' = W + α/r · B A in torchtune's row order, which differs for query and key of Llama."""
     tensors, right, wrong = {}, {}, {}
     for name, module, heads, shape in (
         ("layers.0.attn.q_proj", "model.layers.0.self_attn.q_proj", 4, (32, 32)),
@@ -160,9 +160,9 @@ def adapter_hub() -> Case:
 
 
 def adapter_hub_fused() -> Case:
-    """Rows of query and value get α/r · B A of their own factors, the key none; W is [in, out]."""
+    """Query and value rows get α/r · B A of their own factors, key rows none; W is [in, out]."""
     module = "transformer.h.0.attn.c_attn"
-    A, B = random(2 * 4, 32), random(2 * 32, 4)  # of query and value
+    A, B = random(2 * 4, 32), random(2 * 32, 4)  # for query and value
     q, v = (B[32 * i : 32 * (i + 1)] @ A[4 * i : 4 * (i + 1)] for i in (0, 1))
     update, mixed = (2 * np.concatenate(parts).T for parts in ((q, 0 * q, v), (q, v, 0 * q)))
     tensors = {f"{module}.loras.sport.lora_A": A, f"{module}.loras.sport.lora_B": B}
@@ -173,7 +173,7 @@ def adapter_hub_fused() -> Case:
 
 
 def jina() -> Case:
-    """W' = W + α/r · B A of the task; of an embedding α/r · A B. Query, key and value are fused."""
+    """W' = W + α/r · B A of one task, α/r · A B for an embedding; fused query, key and value."""
     layer, stack = "roberta.encoder.layers.1", "parametrizations.weight.0"
     fused = (random(3, 4, 32), random(3, 96, 4))
     out = (random(3, 4, 48), random(3, 32, 4))
@@ -247,7 +247,7 @@ def kohya() -> Case:
 
 
 def diffusers() -> Case:
-    """The same, with dots in the names and diffusers' names of the halves."""
+    """The same, with dots in the names and diffusers' names for A and B."""
     down, up = random(4, 32), random(32, 4)
     module = f"{TEXT}.1.self_attn.v_proj"
     key = f"text_encoder.text_model.{module}.lora_linear_layer"
@@ -274,13 +274,13 @@ V_PROJ = f"text_encoder.text_model.{TEXT}.1.self_attn.v_proj"
 
 
 def peft_header(**fields: Any) -> dict[str, str]:
-    """The header's metadata that diffusers (0.34) writes for two components."""
+    """Return the header metadata that diffusers (0.34) writes for two components."""
     own = {f"text_encoder.{name}": value for name, value in fields.items()}
     return {"format": "pt", "lora_adapter_metadata": json.dumps({"unet.lora_alpha": 64, **own})}
 
 
 def diffusers_header(expected: float = 8.0, **fields: Any) -> Case:
-    """s is that of PEFT's config in the header: not 1, and not that of another component."""
+    """The scaling comes from PEFT's config in the header: not 1, and not of another component."""
     A, B = random(4, 32), random(32, 4)
     tensors = {f"{V_PROJ}.lora_A.weight": A, f"{V_PROJ}.lora_B.weight": B}
     module = f"{TEXT}.1.self_attn.v_proj"
@@ -296,7 +296,7 @@ def with_alpha(case: Case, alpha: float) -> Case:
 
 
 def kohya_header() -> Case:
-    """Where the file has the alpha of a module, it rules over the header's."""
+    """An alpha per module in the file takes precedence over the header."""
     case = kohya()
     found = {key for key in case.tensors if "fc2" not in key}
     module = f"{TEXT}.0.self_attn.q_proj"
@@ -310,7 +310,7 @@ def kohya_header() -> Case:
 
 
 def state_dict() -> Case:
-    """PEFT's own layers with the name of each adapter in the keys."""
+    """A state dict of PEFT layers, with the adapter name in the keys."""
     module = "model.layers.0.self_attn.q_proj"
     tensors: Arrays = {}
     for name, sign in (("sport", 1), ("tech", -1)):
@@ -369,7 +369,7 @@ def outputs(model: nn.Module) -> Tensor:
 
 
 def with_weights(case: Case, equations: Mapping[str, Equation]) -> Tensor:
-    """What the model computes with the weights that `equations` give."""
+    """Return the outputs of the model with the weights computed by `equations`."""
     import torch
 
     model = model_of(case)
@@ -381,7 +381,7 @@ def with_weights(case: Case, equations: Mapping[str, Equation]) -> Tensor:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_converted_adapter_computes_what_its_library_computes(name: str, tmp_path: Path) -> None:
+def test_a_converted_adapter_computes_the_same_as_in_its_library(name: str, tmp_path: Path) -> None:
     import torch
     from peft import PeftModel
 
@@ -561,7 +561,7 @@ REFUSED: dict[str, tuple[Callable[[], Case], str]] = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_cannot_be_told_is_refused_by_name(what: str, tmp_path: Path) -> None:
+def test_ambiguous_adapters_are_refused_by_name(what: str, tmp_path: Path) -> None:
     make, message = REFUSED[what]
     case = make()
     source = written(case, tmp_path / "theirs")
@@ -576,7 +576,7 @@ def test_what_cannot_be_told_is_refused_by_name(what: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_form_is_named_where_an_adapter_is_read(name: str, tmp_path: Path) -> None:
+def test_every_format_is_named_when_it_is_read_as_an_adapter(name: str, tmp_path: Path) -> None:
     source = written(CASES[name](), tmp_path / "theirs")
     with pytest.raises(LoraDeployError, match="loradeploy convert"):
         load_adapter(source)
@@ -594,7 +594,7 @@ def test_a_prediction_head_that_is_not_converted_is_named(
 
 
 def torchtune_export(place: Path, base: str, *, dora: bool = False) -> Path:
-    """A directory that torchtune writes for PEFT: few settings, and its own pickle beside."""
+    """Write a directory like torchtune's export for PEFT: few settings, and its own pickle."""
     module = "base_model.model.model.layers.0.self_attn.q_proj"
     tensors: Arrays = {f"{module}.lora_A.weight": random(4, 32)}
     tensors[f"{module}.lora_B.weight"] = random(32, 4)
@@ -624,5 +624,5 @@ def test_torchtunes_export_with_misordered_rows_is_refused(
     if refused:
         with pytest.raises(LoraDeployError, match=r"export of torchtune.* adapter_model\.pt"):
             load_adapter(directory)
-        (directory / "adapter_model.pt").unlink()  # nothing else tells it from PEFT's own
+        (directory / "adapter_model.pt").unlink()  # without it the export looks like PEFT's
     assert len(load_adapter(directory).factors) == 1

@@ -1,4 +1,4 @@
-"""The table of renamed modules is transformers' own, and is applied as transformers applies it."""
+"""The table of renamed modules equals that of transformers and is applied in the same way."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_the_table_is_that_of_the_installed_transformers() -> None:
 @pytest.mark.parametrize(
     "architecture", ["Gemma3ForConditionalGeneration", "ViTModel", "LlamaModel"]
 )
-def test_names_are_renamed_as_transformers_renames_them(architecture: str) -> None:
+def test_names_are_renamed_as_in_transformers(architecture: str) -> None:
     import transformers
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key

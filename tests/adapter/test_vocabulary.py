@@ -1,4 +1,4 @@
-"""The vocabulary that an adapter was trained with, by its tensors."""
+"""The vocabulary size of an adapter, determined by its tensors."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def factors(tokens: int) -> dict[str, Factors]:
     ],
     ids=["factors", "factors, tied", "one of two tables", "the head of tied ones"],
 )
-def test_no_base_is_cut_for_an_adapter_that_lacks_the_tables(
+def test_a_base_is_not_resized_for_an_adapter_without_embeddings(
     parts: dict[str, Any], base: Vocabulary
 ) -> None:
     with pytest.raises(AdapterMismatchError, match="of 30 tokens, the base has 32, .* whole"):
@@ -60,7 +60,7 @@ def test_no_base_is_cut_for_an_adapter_that_lacks_the_tables(
         ({"factors": factors(30), "carried": {"embed.weight": FEWER}}, TIED),
     ],
 )
-def test_a_base_is_cut_for_an_adapter_that_has_the_tables(
+def test_a_base_is_resized_for_an_adapter_with_embeddings(
     parts: dict[str, Any], base: Vocabulary
 ) -> None:
     assert resized_vocabulary(adapter(**parts), base) == 30
@@ -81,7 +81,7 @@ def table(added: int, *, changed: tuple[int, ...] = ()) -> np.ndarray[Any, Any]:
     return values
 
 
-def test_rows_behind_the_bases_and_few_changed_ones_are_trained_rows() -> None:
+def test_added_rows_and_a_few_changed_ones_are_trained_rows() -> None:
     given = adapter(carried={"embed.weight": table(2, changed=(5,)), "head.weight": table(2)})
     found = with_rows(given, lambda name: OWN, 64)
     assert found.carried == {}
@@ -92,7 +92,7 @@ def test_rows_behind_the_bases_and_few_changed_ones_are_trained_rows() -> None:
     assert added_tokens(found, UNTIED, 64) == 2
 
 
-def test_fully_trained_tables_are_rows_where_they_are_named() -> None:
+def test_fully_trained_embeddings_become_rows_if_the_tokens_are_named() -> None:
     config = AdapterConfig(r=2, lora_alpha=2, modules_to_save=("embed", "head"))
     saved = {"embed.weight": table(2), "head.weight": table(2)}
     given = Adapter(config, {}, saved)
@@ -104,14 +104,14 @@ def test_fully_trained_tables_are_rows_where_they_are_named() -> None:
     assert token_tables(alone, TIED) == (), "PEFT leaves the base's head as it is"
 
 
-def test_rows_that_were_trained_besides_take_the_tables_place() -> None:
+def test_individually_trained_rows_replace_those_of_the_embedding() -> None:
     rows = {"embed.weight": Rows((32, 33), np.ones((2, 4)))}
     found = with_rows(adapter(carried={"embed.weight": table(2)}, rows=rows), lambda name: OWN, 64)
     assert found.carried == {}
     np.testing.assert_array_equal(found.rows["embed.weight"].values, 1)
 
 
-def test_a_table_that_differs_in_many_rows_is_refused_with_figures() -> None:
+def test_an_embedding_that_differs_in_many_rows_is_refused_with_figures() -> None:
     given = adapter(carried={"embed.weight": table(2, changed=tuple(range(20)))})
     with pytest.raises(
         AdapterMismatchError, match=r"2 more than the base's, .* in 20 of .* 32: .*8"
@@ -127,7 +127,7 @@ def test_a_table_that_differs_in_many_rows_is_refused_with_figures() -> None:
         (Vocabulary(32, "embed", "head", biased=True), 34, "a bias, whose rows"),
     ],
 )
-def test_what_cannot_be_added_is_refused(base: Vocabulary, tokens: int, message: str) -> None:
+def test_unsupported_added_tokens_are_refused(base: Vocabulary, tokens: int, message: str) -> None:
     saved = {"embed.weight": np.ones((tokens, 4)), "head.weight": np.ones((tokens, 4))}
     saved["head.bias"] = np.ones(tokens)
     most = 1 if tokens > 32 and not base.biased else 64
@@ -135,7 +135,7 @@ def test_what_cannot_be_added_is_refused(base: Vocabulary, tokens: int, message:
         added_tokens(adapter(saved=saved), base, most)
 
 
-def test_what_is_left_without_added_tokens_is_of_the_bases_size() -> None:
+def test_without_its_added_tokens_an_adapter_has_the_size_of_the_base() -> None:
     rows = {"head.weight": Rows((3, 32, 33), np.ones((3, 4)))}
     carried = {"embed.weight": table(2)}
     found = without_added(adapter(factors=factors(34), carried=carried, rows=rows), UNTIED)

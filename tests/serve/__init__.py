@@ -1,1 +1,1 @@
-"""Specifications of `loradeploy.serve`: real servers on a free port, real clients."""
+"""Tests of `loradeploy.serve`: real servers on free ports, real clients."""

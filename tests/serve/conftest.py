@@ -1,4 +1,4 @@
-"""Servers of the tiny bundles, each on a free port of this machine, in a thread of this process."""
+"""Servers of the tiny bundles, each on a free port, in a thread of this process."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from loradeploy.serve.service import Service
 from loradeploy.serve.settings import ServeLimits
 from tests.conftest import MakeAdapter
 
-# The adapters' effect is seen in greedy texts of a few tokens.
+# Large enough that adapters change greedy texts of a few tokens.
 LARGE = {"scale": 0.3}
 
 
 @dataclass(frozen=True)
 class Running:
-    """A server that runs."""
+    """A running server."""
 
     url: str
     service: Service
@@ -39,21 +39,21 @@ class Running:
     made: dict[str, openai.OpenAI] = field(default_factory=dict)
 
     def client(self, key: str = "unused-by-servers-without-keys") -> openai.OpenAI:
-        """The official client."""
-        if key not in self.made:  # it takes a while to make one
+        """Return the official OpenAI client for an API key."""
+        if key not in self.made:  # clients are slow to create
             client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
             self.made[key] = self.clients.enter_context(client)
         return self.made[key]
 
     def http(self, **options: Any) -> httpx.Client:
-        """A client of no interface."""
+        """Return a plain HTTP client."""
         client = httpx.Client(base_url=self.url, timeout=60, **options)
         return self.clients.enter_context(client)
 
 
 @contextmanager
 def serving(bundle: Path, **options: Any) -> Iterator[Running]:
-    """A server of `bundle`; what is not an option of `Service` is a limit."""
+    """Run a server of `bundle`; options that are not of `Service` are limits."""
     keys = options.pop("keys", None)
     own = {name: options.pop(name) for name in ("root", "updates", "host") if name in options}
     if isinstance(own.get("root"), Path):
@@ -93,7 +93,7 @@ def serve_adapters(tiny_llama: Path, make_adapter: MakeAdapter) -> dict[str, Pat
 
 @pytest.fixture(scope="module")
 def llama(tiny_llama_bundle: Path, serve_adapters: dict[str, Path]) -> Iterator[Running]:
-    """The tiny Llama, served with two adapters."""
+    """A server of the tiny Llama with two adapters."""
     adapters = {name: serve_adapters[name] for name in ("headline", "sport")}
     with serving(tiny_llama_bundle, adapters=adapters, max_tokens=64) as running:
         yield running

@@ -1,4 +1,4 @@
-"""Adapters of the adapter root: found by name, read again when changed, loaded by request."""
+"""Adapters in the adapter root: found by name, reloaded when changed, loaded by request."""
 
 from __future__ import annotations
 
@@ -42,23 +42,23 @@ def figure(running: Running, name: str) -> float:
 
 
 def put(adapter: Path, place: Path) -> None:
-    """Put an adapter there as one step, over what is there."""
+    """Replace the adapter at `place` atomically."""
     ready = place.with_name(f".{place.name}.new")
     shutil.copytree(adapter, ready)
     shutil.rmtree(place, ignore_errors=True)
     ready.rename(place)
 
 
-def test_an_adapter_is_found_replaced_and_gone_without_a_restart(
+def test_an_adapter_can_be_added_replaced_and_removed_without_a_restart(
     tiny_llama_bundle: Path, serve_adapters: dict[str, Path], root: Path
 ) -> None:
     with serving(tiny_llama_bundle, root=root) as running:
         base, first = text(running, "bundle-llama"), text(running, "headline")
         assert names(running) == {"headline"}
-        put(serve_adapters["sport"], root / "sport")  # a new one
+        put(serve_adapters["sport"], root / "sport")  # a new adapter
         assert names(running) == {"headline", "sport"}
         sport = text(running, "sport")
-        put(serve_adapters["topic"], root / "headline")  # under the same name
+        put(serve_adapters["topic"], root / "headline")  # another one under the same name
         replaced = text(running, "headline")
         put(serve_adapters["topic"], root / "topic")
         assert text(running, "topic") == replaced
@@ -66,7 +66,7 @@ def test_an_adapter_is_found_replaced_and_gone_without_a_restart(
         loads = figure(running, "adapter_load_time_seconds_count")
         assert loads == 4
         text(running, "sport")
-        assert figure(running, "adapter_load_time_seconds_count") == loads  # it had not changed
+        assert figure(running, "adapter_load_time_seconds_count") == loads  # unchanged
 
         (root / "broken").mkdir()
         config = (root / "sport" / "adapter_config.json").read_text()
@@ -75,7 +75,7 @@ def test_an_adapter_is_found_replaced_and_gone_without_a_restart(
             text(running, "broken")
         assert failed.value.status_code == 503
         assert str(root) not in str(failed.value)
-        assert text(running, "sport") == sport  # it failed that request alone
+        assert text(running, "sport") == sport  # only that request failed
         put(serve_adapters["headline"], root / "broken")
         assert text(running, "broken") == first
 
@@ -85,7 +85,7 @@ def test_an_adapter_is_found_replaced_and_gone_without_a_restart(
         assert "sport" not in names(running)
 
 
-def test_config_and_weights_are_of_one_version(
+def test_config_and_weights_are_of_the_same_version(
     tiny_llama: Path,
     tiny_llama_bundle: Path,
     make_adapter: MakeAdapter,
@@ -100,7 +100,7 @@ def test_config_and_weights_are_of_one_version(
     writing: list[bool] = []
 
     def changed_meanwhile(file: Any, **options: Any) -> Any:
-        """The weights, after another version came between them and the config."""
+        """Read the weights after the directory was replaced since the config was read."""
         if "headline" in str(file) and (writing or next(changes, False)):
             put(new, root / "headline")
         return read(file, **options)
@@ -109,7 +109,7 @@ def test_config_and_weights_are_of_one_version(
         first = text(running, "headline")
         put(new, root / "whole")
         whole = text(running, "whole")
-        config["lora_alpha"] *= 2  # any other, so that it is read again
+        config["lora_alpha"] *= 2  # any change, so that it is read again
         (root / "headline" / "adapter_config.json").write_text(json.dumps(config))
         monkeypatch.setattr(peft, "read_arrays", changed_meanwhile)
         assert text(running, "headline") == whole != first
@@ -122,13 +122,13 @@ def test_config_and_weights_are_of_one_version(
         assert text(running, "headline") == whole
 
 
-def test_a_version_that_comes_back_is_read_again(
+def test_a_version_that_is_restored_is_read_again(
     tiny_llama_bundle: Path,
     serve_adapters: dict[str, Path],
     root: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A first version, one that goes while it is read, one that is refused, and the first again."""
+    """A first version, one that is replaced during reading, a refused one, and the first again."""
     first, kept = root / "headline", root.parent / "kept"
     with serving(tiny_llama_bundle, root=root) as running:
         expected = text(running, "headline")
@@ -151,7 +151,7 @@ def test_a_version_that_comes_back_is_read_again(
         assert text(running, "headline") == expected
 
 
-def test_an_adapter_that_went_from_memory_is_read_again(
+def test_an_adapter_evicted_from_memory_is_read_again(
     tiny_llama_bundle: Path, serve_adapters: dict[str, Path], root: Path
 ) -> None:
     put(serve_adapters["topic"], root / "topic")
@@ -166,7 +166,7 @@ def test_an_adapter_that_went_from_memory_is_read_again(
         assert figure(running, "adapters_resident") == 1
 
 
-def test_a_name_leads_nowhere_but_below_the_root(
+def test_a_name_cannot_leave_the_root(
     tiny_llama_bundle: Path, serve_adapters: dict[str, Path], root: Path
 ) -> None:
     shutil.copytree(serve_adapters["sport"], root / ".hidden")
@@ -188,7 +188,7 @@ def test_a_name_leads_nowhere_but_below_the_root(
         assert set(running.service.session.adapters) == set()
 
 
-def test_adapters_are_loaded_and_unloaded_in_vllms_shape(
+def test_adapters_are_loaded_and_unloaded_by_vllms_api(
     tiny_llama_bundle: Path, serve_adapters: dict[str, Path], root: Path
 ) -> None:
     put(serve_adapters["sport"], root / "sport")
@@ -213,13 +213,13 @@ def test_adapters_are_loaded_and_unloaded_in_vllms_shape(
         shutil.copy(root / "sport" / "adapter_config.json", root / "cut")
         status, answer = post("load", lora_name="news", lora_path="cut", load_inplace=True)
         assert (status, json.loads(answer)["error"]["code"]) == (400, "adapter_load_failed")
-        assert text(running, "news") == sport  # as it was
+        assert text(running, "news") == sport  # unchanged
         assert post("unload", lora_name="news")[0] == 200
         assert post("unload", lora_name="news")[0] == 404
         with pytest.raises(openai.NotFoundError):
             text(running, "news")
         assert post("unload", lora_name="sport")[0] == 200
-        with pytest.raises(openai.NotFoundError):  # though its files are there
+        with pytest.raises(openai.NotFoundError):  # although its files exist
             text(running, "sport")
         assert "sport" not in names(running)
         assert post("load", lora_name="sport")[0] == 200
@@ -228,7 +228,7 @@ def test_adapters_are_loaded_and_unloaded_in_vllms_shape(
         assert post("load", lora_name="x", lora_path="nobody")[0] == 404
 
 
-def test_loads_and_unloads_of_a_name_follow_each_other(
+def test_loads_and_unloads_of_a_name_are_serialized(
     tiny_llama_bundle: Path,
     serve_adapters: dict[str, Path],
     root: Path,
@@ -248,7 +248,7 @@ def test_loads_and_unloads_of_a_name_follow_each_other(
             return http.post(f"/v1/{verb}_lora_adapter", json=body).status_code
 
         monkeypatch.setattr(session, "load", slow)
-        with ThreadPoolExecutor(2) as pool:  # an unload in the middle of a load
+        with ThreadPoolExecutor(2) as pool:  # an unload during a load
             loaded = pool.submit(post, "load", lora_name="sport")
             assert begun.wait(30)
             unloaded = pool.submit(post, "unload", lora_name="sport")
@@ -264,11 +264,11 @@ def test_loads_and_unloads_of_a_name_follow_each_other(
             return load(name, *given, **options)
 
         monkeypatch.setattr(session, "load", vanishing)
-        assert post("load", lora_name="headline") == 404  # it is not there any more
+        assert post("load", lora_name="headline") == 404  # removed
         assert "headline" not in names(running)
 
 
-def test_a_failure_of_the_system_is_not_remembered(
+def test_a_temporary_system_error_is_not_cached(
     tiny_llama_bundle: Path, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def exhausted(*given: Any, **options: Any) -> Any:
@@ -289,7 +289,7 @@ def test_a_failure_of_the_system_is_not_remembered(
         assert text(running, "headline") != text(running, "bundle-llama")
 
 
-def test_updates_are_off_unless_asked_for(tiny_llama_bundle: Path, root: Path) -> None:
+def test_updates_are_off_by_default(tiny_llama_bundle: Path, root: Path) -> None:
     with serving(tiny_llama_bundle, root=root) as running:
         http = running.http()
         for verb in ("load", "unload"):
@@ -298,7 +298,7 @@ def test_updates_are_off_unless_asked_for(tiny_llama_bundle: Path, root: Path) -
             assert "does not allow requests" in answer.json()["error"]["message"]
 
 
-def test_one_name_is_not_two_models(
+def test_one_name_cannot_be_two_models(
     tiny_llama_bundle: Path, serve_adapters: dict[str, Path], tmp_path: Path
 ) -> None:
     from loradeploy.runtime.session import AdapterSession

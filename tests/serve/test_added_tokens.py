@@ -1,4 +1,4 @@
-"""A chat with an adapter that adds tokens and has a template of them, beside one with the base."""
+"""Chats with an adapter that adds tokens and a template that uses them, beside the base."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.export.adapters.vocabularies import BASE, CASES, WORDS, make
 from tests.serve.conftest import serving
 
 CHAT: list[Any] = [{"role": "user", "content": "What is new?"}]
-NEW = 80  # long enough that requests of one moment meet in a batch
+NEW = 80  # long enough that concurrent requests share a batch
 TEMPLATE = (
     "{% for m in messages %}"
     + WORDS[0]
@@ -45,7 +45,7 @@ def test_chats_with_an_adapters_own_tokens_and_with_the_base_share_a_batch(
                 model=name or "bundle", messages=CHAT, temperature=0, max_completion_tokens=NEW
             )
 
-        ask(None)  # the client is made
+        ask(None)  # creates the client
         with ThreadPoolExecutor(len(names)) as threads:
             answers = list(threads.map(ask, names))
         texts = {}
@@ -59,7 +59,7 @@ def test_chats_with_an_adapters_own_tokens_and_with_the_base_share_a_batch(
         assert done.steps > done.one_adapter_steps, "no step had rows of both"
 
 
-def test_an_adapter_with_tables_of_its_tokens_is_served_by_the_digest_of_its_files(
+def test_an_adapter_with_its_own_embeddings_is_served_by_the_digest_of_its_files(
     tiny_llama: Path, tmp_path: Path
 ) -> None:
     made, root = tmp_path / "made", tmp_path / "root"

@@ -1,4 +1,4 @@
-"""`loradeploy serve`: what its flags change, its life as a process, its mistakes."""
+"""`loradeploy serve`: the effect of its flags, its process, and user errors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Seen = dict[str, Any]
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
-    """What a server was made of when it would have begun."""
+    """The settings of the server at the moment it would start to listen."""
     found: Seen = {}
 
     def serve_on(self: Server, listening: socket.socket, on_ready: Callable[[], None]) -> None:
@@ -60,7 +60,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     return found
 
 
-# A flag with its value, and what it changes.
+# Flags with a value, the setting that they change, and its value.
 FLAGS: list[tuple[list[str], Callable[[Seen], Any], Any]] = [
     (["--host", "127.0.0.2"], lambda s: s["address"][0], "127.0.0.2"),
     (["--adapter", "news={adapter}"], lambda s: s["adapters"], ["news"]),
@@ -114,7 +114,7 @@ def test_every_flag_changes_what_is_served(
         if "--allow" not in flags[-1]:
             assert repr(seen) != repr({**plain, "address": seen["address"]}) or flags[0] == "--host"
     assert plain["address"][0] == "127.0.0.1"
-    monkeypatch.setattr("loradeploy.serve.opening.cores", lambda root: 1.5)  # of a container
+    monkeypatch.setattr("loradeploy.serve.opening.cores", lambda root: 1.5)  # a container's limit
     call(*line)
     assert seen["threads"] == 1
 
@@ -140,7 +140,7 @@ def test_a_flag_reaches_the_session(
         call("serve", "bundle", "--port", "0", *flags)
 
 
-def test_the_demo_opens_its_page(
+def test_the_demo_opens_its_web_page(
     seen: Seen, tiny_llama_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[str] = []
@@ -179,7 +179,7 @@ def test_a_mistake_is_one_line(
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         given = {"bundle": tiny_llama_bundle, "taken": taken.getsockname()[1]}
-        # Where nothing is wrong, a port that cannot be listened on ends it.
+        # If a mistake were not detected, the invalid port would end the command.
         line = ["serve", *(flag.format(**given) for flag in flags)]
         status = exit_status(*(line if "--port" in line else [*line, "--port", "0"]))
     (text,) = capsys.readouterr().err.splitlines()
@@ -216,7 +216,7 @@ def test_replicas_are_run_by_ray(
         call(*line)
 
 
-def test_sigterm_ends_it_when_what_it_has_begun_is_answered(certified_bundle: Path) -> None:
+def test_sigterm_ends_the_server_after_requests_in_progress(certified_bundle: Path) -> None:
     command = [sys.executable, "-m", "loradeploy", "serve", str(certified_bundle), "--port", "0"]
     process = subprocess.Popen(
         [*command, "--json", "--require-certificate"],
@@ -234,14 +234,14 @@ def test_sigterm_ends_it_when_what_it_has_begun_is_answered(certified_bundle: Pa
         result = json.loads("".join(lines))
         assert list(result["adapters"]) == ["one"]
         body = {"model": "one", "prompt": "The", "temperature": 0, "max_tokens": 120}
-        body["logit_bias"] = {"2": -1000}  # the token that ends a text
+        body["logit_bias"] = {"2": -1000}  # the end token
         whole = httpx.post(f"{result['url']}/v1/completions", json=body, timeout=60).json()
         host = result["url"].removeprefix("http://")
         asked = http.client.HTTPConnection(host, timeout=60)
         headers = {"Content-Type": "application/json"}
         content = json.dumps({**body, "stream": True})
         asked.request("POST", "/v1/completions", content, headers)
-        answer = asked.getresponse()  # it streams
+        answer = asked.getresponse()  # the stream has started
         process.send_signal(signal.SIGTERM)
         streamed = answer.read().decode()
         asked.close()
@@ -257,7 +257,7 @@ def test_sigterm_ends_it_when_what_it_has_begun_is_answered(certified_bundle: Pa
 
 
 @pytest.mark.usefixtures("slow_steps")
-def test_a_client_that_reads_nothing_does_not_keep_its_rows(
+def test_a_client_that_reads_nothing_loses_its_rows(
     tiny_llama_bundle: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "loradeploy.serve")
@@ -281,7 +281,7 @@ def test_a_client_that_reads_nothing_does_not_keep_its_rows(
 
         async def send(message: Any) -> None:
             if message["type"] == "http.response.body":
-                await asyncio.Event().wait()  # the client's side of the connection is full
+                await asyncio.Event().wait()  # the client does not read: its buffer is full
 
         assert service.engine is not None
         await create_app(service)(scope, receive, send)
@@ -299,7 +299,7 @@ def test_a_client_that_reads_nothing_does_not_keep_its_rows(
     assert "did not accept its response" in caplog.text
 
 
-def test_a_limit_is_a_number_above_0() -> None:
+def test_a_limit_must_be_a_number_above_0() -> None:
     for wrong in (0, -1, True, "3", float("nan")):
         with pytest.raises(LoraDeployError, match="`max_rows` is"):
             ServeLimits(max_rows=wrong)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What docs/serving.md tells a user to type works, against the server that it tells to start."""
+"""The commands and programs of docs/serving.md work with the server that it starts."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def desk(
     serve_adapters: dict[str, Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """A directory with the files that the document speaks of."""
+    """A directory with the files that the page mentions."""
     place = tmp_path_factory.mktemp("desk")
     shutil.copytree(tiny_llama_bundle, place / "bundle")
     for name in ("headline", "sport"):
@@ -61,7 +61,7 @@ def documented(desk: Path) -> Iterator[Running]:
         yield running
 
 
-def test_the_servers_start(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_documented_servers_start(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun = []
 
     def serve_on(self: Server, listening: socket.socket, on_ready: Callable[[], None]) -> None:
@@ -85,7 +85,7 @@ def test_the_requests_of_curl_are_answered(documented: Running, desk: Path) -> N
     answers = []
     for words in lines:
         words = [word.replace(URL, documented.url) for word in words]
-        if "--json" in words:  # of curl 7.82; the older one of some systems has it in two
+        if "--json" in words:  # curl 7.82 and later; replaced for older versions
             at = words.index("--json")
             kind = ["--header", "Content-Type: application/json"]
             words[at : at + 2] = ["--data", words[at + 1], *kind]
@@ -106,7 +106,7 @@ def test_the_requests_of_curl_are_answered(documented: Running, desk: Path) -> N
     assert "removed" in unloaded
 
 
-def test_the_program_prints_what_the_adapters_answer(documented: Running) -> None:
+def test_the_documented_program_prints_the_texts_of_the_adapters(documented: Running) -> None:
     (program,) = blocks("python")
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -122,7 +122,7 @@ def test_the_program_prints_what_the_adapters_answer(documented: Running) -> Non
     assert sum(line.startswith("usage") for line in lines) == 1
 
 
-def test_the_keys_are_a_file_of_keys(desk: Path) -> None:
+def test_the_documented_key_file_is_valid(desk: Path) -> None:
     ring = KeyRing.read(desk / "keys.json")
     assert ring.check("Bearer replace-me-0123456789").requests_per_minute == 60
     assert ring.check("Bearer replace-me-9876543210").admin

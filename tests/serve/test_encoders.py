@@ -1,4 +1,4 @@
-"""Embeddings, labels and scores over HTTP are what the library gives."""
+"""Embeddings, labels and scores over HTTP equal those of the library."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from loradeploy.runtime.tasks.embedding import TextEmbedder
 from loradeploy.runtime.tasks.pairs import TextPairScorer
 from tests.conftest import MakeAdapter
 from tests.inputs.pairs import give_rules
-from tests.runtime.tasks.test_embedding import (  # noqa: F401 - the bundle and what it is made of
+from tests.runtime.tasks.test_embedding import (  # noqa: F401 - fixtures
     sentence_adapters,
     sentence_base,
     sentence_bundle,
@@ -30,7 +30,7 @@ TEXTS = ["Shares fell.", "The team won the cup in extra time"]
 
 @pytest.fixture(scope="module")
 def embedder(sentence_bundle: Path) -> Iterator[Running]:  # noqa: F811
-    """The tiny BERT as an embedding model, served with its adapters."""
+    """A server of the tiny BERT as an embedding model with its adapters."""
     with serving(sentence_bundle, max_inputs=8) as running:
         yield running
 
@@ -42,7 +42,7 @@ def classifier(
     make_adapter: MakeAdapter,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Running]:
-    """The tiny BERT as a classifier, served with an adapter of two labels and one of one score."""
+    """A server of the tiny BERT as a classifier with adapters of two labels and of one score."""
     place = tmp_path_factory.mktemp("classifier")
     shutil.copytree(tiny_bert_bundle, place / "bundle")
     give_rules(place / "bundle")
@@ -63,14 +63,14 @@ def classifier(
 def test_the_client_gets_the_librarys_vectors(embedder: Running) -> None:
     client, library = embedder.client(), TextEmbedder(embedder.service.session)
     base = embedder.service.catalog.base
-    texts = ["The bank", "A b"]  # the adapter `other` has a prompt of its own: "Find: "
+    texts = ["The bank", "A b"]  # the adapter `other` has its own prompt "Find: "
     effect = []
     for model, adapter, prompt in (
         (base, None, ""),
         ("plain", "plain", ""),
         ("other",) * 2 + ("Find: ",),
     ):
-        answer = client.embeddings.create(model=model, input=texts)  # as base64, unseen
+        answer = client.embeddings.create(model=model, input=texts)  # base64, decoded by the client
         found = np.array([one.embedding for one in answer.data], np.float32)
         expected = library(texts, adapter)
         assert np.array_equal(found, expected)
@@ -105,7 +105,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("body", "param"), REFUSED, ids=lambda value: str(value)[:30])
-def test_what_cannot_be_embedded_is_refused_by_name(
+def test_invalid_embedding_requests_are_refused_by_name(
     embedder: Running, body: dict[str, Any], param: str
 ) -> None:
     http = embedder.http()
@@ -115,24 +115,24 @@ def test_what_cannot_be_embedded_is_refused_by_name(
     assert answer.json()["error"]["param"].partition(".")[0] == param
 
 
-def test_a_long_text_is_cut_where_that_is_asked_for(embedder: Running) -> None:
+def test_a_long_text_is_truncated_on_request(embedder: Running) -> None:
     text = "word " * 400
     library = TextEmbedder(embedder.service.session)
     http = embedder.http()
     body = {"model": "plain", "input": text, "truncate": True}
     answer = http.post("/v1/embeddings", json=body).json()
-    assert answer["usage"]["prompt_tokens"] == 6  # as its own files have it
+    assert answer["usage"]["prompt_tokens"] == 6  # the limit in its own files
     assert np.array_equal(np.float32(answer["data"][0]["embedding"]), library([text], "plain")[0])
 
 
-def test_texts_of_a_model_that_names_no_length_have_a_most(
+def test_texts_of_a_model_without_a_maximum_length_are_limited(
     classifier: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = classifier.service.session.texts.of("small").tokenizer
     monkeypatch.setattr(tokenizer, "positions", None)
     monkeypatch.setattr(tokenizer, "max_length", None)
     http = classifier.http()
-    for truncate in (False, True):  # there is no length to cut it to
+    for truncate in (False, True):  # there is no length to truncate to
         body = {"model": "small", "input": ["x", "word " * 8200], "truncate": truncate}
         answer = http.post("/v1/classify", json=body)
         assert answer.status_code == 400
@@ -172,10 +172,10 @@ def test_documents_are_ranked_as_by_the_library(classifier: Running) -> None:
     assert answer["results"][0]["document"]["text"] == documents[found[0][0]]
     assert [one["index"] for one in best["results"]] == [index for index, _ in found[:2]]
     assert best["results"][0]["document"] is None
-    assert several.status_code == 400  # of two outputs none is a score
+    assert several.status_code == 400  # a score needs a single output
 
 
-def test_other_tasks_are_refused_in_a_sentence(classifier: Running) -> None:
+def test_other_tasks_are_refused_with_a_message(classifier: Running) -> None:
     client = classifier.client()
     with pytest.raises(openai.NotFoundError, match="it generates no text"):
         client.completions.create(model="small", prompt="x")
@@ -183,7 +183,7 @@ def test_other_tasks_are_refused_in_a_sentence(classifier: Running) -> None:
         client.embeddings.create(model="small", input="x")
 
 
-def test_an_encoders_figures_are_counted(classifier: Running) -> None:
+def test_the_metrics_of_an_encoder_are_counted(classifier: Running) -> None:
     http = classifier.http()
     http.post("/v1/classify", json={"model": "small", "input": TEXTS})
     text = http.get("/metrics").text

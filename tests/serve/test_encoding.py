@@ -1,4 +1,4 @@
-"""Requests of an encoder share runs of the graph, and each gets what it gets alone."""
+"""The encoder queue: requests share runs of the graph and get the same results as alone."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Adapters = Any
 
 
 class FakeSession:
-    """What the queue asks of a session: whether rows are independent, and changes of adapters."""
+    """The parts of a session that the queue uses: independence of rows, and adapter changes."""
 
     def __init__(self, *operators: str) -> None:
         self.placement = {"CPUExecutionProvider": dict.fromkeys(operators, 1)}
@@ -42,7 +42,7 @@ class FakeSession:
 
 
 class Recorder:
-    """Work whose runs are recorded; a run waits until it may go on."""
+    """Work whose runs are recorded; a run waits while `go_on` is cleared."""
 
     def __init__(self) -> None:
         self.runs: list[tuple[list[Any], Any]] = []
@@ -78,7 +78,7 @@ async def until(true: Callable[[], Any]) -> None:
         await asyncio.sleep(0.005)
 
 
-def test_rows_of_several_requests_and_adapters_are_one_run() -> None:
+def test_rows_of_several_requests_and_adapters_share_a_run() -> None:
     async def check() -> None:
         queue, made = queue_of(), Recorder()
         answers = await asyncio.gather(
@@ -92,7 +92,7 @@ def test_rows_of_several_requests_and_adapters_are_one_run() -> None:
     run(check)
 
 
-def test_what_fails_fails_its_own_request() -> None:
+def test_an_error_fails_only_its_own_request() -> None:
     async def check() -> None:
         queue, made = queue_of(), Recorder()
 
@@ -112,7 +112,7 @@ def test_what_fails_fails_its_own_request() -> None:
     run(check)
 
 
-def test_a_request_of_many_rows_lets_others_through_and_keys_take_turns() -> None:
+def test_requests_of_many_rows_are_interleaved_and_keys_take_turns() -> None:
     async def check() -> None:
         queue, made = queue_of(max_rows=2), Recorder()
         done: list[str] = []
@@ -130,7 +130,7 @@ def test_a_request_of_many_rows_lets_others_through_and_keys_take_turns() -> Non
     run(check)
 
 
-def test_a_request_that_an_adapter_changes_under_is_run_again() -> None:
+def test_a_request_whose_adapter_changes_meanwhile_runs_again() -> None:
     async def check() -> None:
         session, made = FakeSession("MatMul"), Recorder()
         queue = queue_of(session, max_rows=1)
@@ -172,7 +172,7 @@ def test_rows_that_depend_on_each_other_are_not_run_together() -> None:
     run(check)
 
 
-def test_the_queue_has_room_for_every_key_and_no_request_without_end() -> None:
+def test_the_queue_has_room_for_every_key_and_requests_have_a_deadline() -> None:
     async def check() -> None:
         queue = queue_of(max_waiting=4, request_timeout=2.0, batch_delay=0.001)
         made = Recorder()
@@ -189,13 +189,13 @@ def test_the_queue_has_room_for_every_key_and_no_request_without_end() -> None:
         with pytest.raises(EngineFullError, match="2 requests of this API key wait"):
             await queue.run(made.work(), ["a"], None, ONE)
         other = asked(OTHER)
-        for late in (first, *waiting, other):  # the first had its turn, and is late all the same
+        for late in (first, *waiting, other):  # the first is running, and is late too
             with pytest.raises(DeadlineError):
                 await late
         assert (queue.running, queue.waiting) == (1, 0)
         made.go_on.set()
         assert await queue.run(made.work(), ["b"], None, ONE) == (None, ["b!"])
-        assert [rows for rows, _ in made.runs] == [["a"], ["b"]]  # no more for nobody
+        assert [rows for rows, _ in made.runs] == [["a"], ["b"]]  # none for requests that ended
         with pytest.raises(UsageError):
             await queue.run(made.work(), ["bad"], None, ONE)
         queue.closed = True
@@ -212,7 +212,7 @@ def test_the_queue_has_room_for_every_key_and_no_request_without_end() -> None:
 def classifier(
     tiny_bert: Path, tiny_bert_bundle: Path, make_adapter: MakeAdapter
 ) -> Iterator[Running]:
-    """The tiny BERT as a classifier with two adapters; it waits for requests to share a run."""
+    """A server of the tiny BERT as a classifier with two adapters and a batch delay."""
     adapters = {
         name: make_adapter(tiny_bert, r=rank, seed=rank, task="sequence-classification", scale=0.3)
         for name, rank in (("small", 2), ("large", 8))
@@ -241,7 +241,7 @@ def test_concurrent_requests_share_runs_and_get_their_own_adapters_answers(
 
     with ThreadPoolExecutor(len(jobs)) as pool:
         answers = list(pool.map(ask, jobs))
-    # 12 texts, four in a run at most, however late some of them come.
+    # 12 texts, at most four per run, even if some arrive late.
     assert 3 <= figure(classifier, "encoder_runs_total") - before < len(jobs)
     worst = max(
         abs(scores[label] - alone[job][label])
@@ -249,6 +249,6 @@ def test_concurrent_requests_share_runs_and_get_their_own_adapters_answers(
         for label in scores
     )
     assert worst <= tolerance("rows")
-    for text in texts:  # another adapter's answer is another one
+    for text in texts:  # the two adapters give different results
         values = [np.array(list(alone[name, text].values())) for name in (base, "small", "large")]
         assert min(np.abs(a - b).max() for a, b in itertools.pairwise(values)) > 0.01

@@ -1,4 +1,4 @@
-"""Random requests of the OpenAPI description are answered, none of them with 500."""
+"""Random requests generated from the OpenAPI description never get status 500."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def fuzzed(
     serve_adapters: dict[str, Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Running]:
-    """A server with all that there is."""
+    """A server with all features enabled."""
     root = tmp_path_factory.mktemp("root")
     shutil.copytree(serve_adapters["headline"], root / "headline")
     with serving(tiny_llama_bundle, root=root, updates=True, max_tokens=4) as running:
@@ -49,14 +49,14 @@ def test_no_request_is_answered_with_500(fuzzed: Running, mode: str) -> None:
     for found in schema.get_all_operations():
         operation = found.ok()
         if mode == "NEGATIVE" and operation.method != "post":
-            continue  # there is nothing to be wrong
+            continue  # nothing can be invalid
 
         @FEW
         @given(case=operation.as_strategy(generation_mode=schemathesis.GenerationMode[mode]))
         def check(case: Any) -> None:
             if isinstance(case.body, dict) and "model" in case.body:
                 known = {"model": fuzzed.service.catalog.base, "adapters": None}
-                case.body = {**case.body, **known}  # another one is not found, and that is all
+                case.body = {**case.body, **known}  # other names would only be not found
             status = case.call().status_code
             statuses[status] = statuses.get(status, 0) + 1
             assert status != 500, case.as_curl_command()
@@ -67,7 +67,7 @@ def test_no_request_is_answered_with_500(fuzzed: Running, mode: str) -> None:
     assert any(400 <= status < 500 for status in statuses)
 
 
-# What the description's generator does not make.
+# Requests that the generator does not produce.
 ODD: list[tuple[bytes, int]] = [
     (b"", 400),
     (b"{", 400),
@@ -86,7 +86,7 @@ ODD: list[tuple[bytes, int]] = [
 
 
 @pytest.mark.parametrize(("content", "status"), ODD, ids=[str(body[:40]) for body, _ in ODD])
-def test_what_is_no_request_is_refused(fuzzed: Running, content: bytes, status: int) -> None:
+def test_malformed_requests_are_refused(fuzzed: Running, content: bytes, status: int) -> None:
     answer = fuzzed.http().post(
         "/v1/completions", content=content, headers={"Content-Type": "application/json"}
     )

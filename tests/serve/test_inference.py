@@ -1,4 +1,4 @@
-"""The Open Inference Protocol, version 2: tensors in, the graph's outputs with an adapter out."""
+"""The Open Inference Protocol, version 2: input tensors, and outputs of the graph per adapter."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def running(
     make_adapter: MakeAdapter,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Running]:
-    """The tiny BERT as a classifier, with an adapter and one whose head has one output."""
+    """A server of the tiny BERT as a classifier; the head of one adapter has a single output."""
     made = {"task": "sequence-classification", "scale": 0.3}
     head = {"modules_to_save": ["classifier"], "num_labels": 1}
     place = tmp_path_factory.mktemp("adapters")
@@ -80,7 +80,7 @@ def test_the_server_and_its_models_are_described(running: Running, http: httpx.C
             assert http.get(f"{path}/ready").json() == {"name": name, "ready": True}
 
 
-def test_a_model_gives_what_the_session_gives_with_its_adapter(
+def test_outputs_equal_those_of_the_session_with_the_adapter(
     running: Running, http: httpx.Client
 ) -> None:
     session, base = running.service.session, running.service.catalog.base
@@ -91,7 +91,7 @@ def test_a_model_gives_what_the_session_gives_with_its_adapter(
         assert (answer["model_name"], answer["model_version"], answer["id"]) == (name, "1", "17")
         (found,) = answer["outputs"]
         assert (found["name"], found["datatype"]) == ("logits", "FP32")
-        labels = 1 if name == "score" else 2  # those of its own head, none of the graph's others
+        labels = 1 if name == "score" else 2  # only the outputs of its own head
         assert found["shape"] == [2, labels]
         values = np.array(found["data"], np.float32).reshape(found["shape"])
         assert np.abs(values - expected[:, :labels]).max() <= tolerance("rows")
@@ -104,7 +104,7 @@ def test_a_model_gives_what_the_session_gives_with_its_adapter(
     assert again["outputs"][0]["data"] == effects[0].ravel().tolist()
 
 
-def test_tensors_are_sent_as_bytes_behind_the_json(running: Running, http: httpx.Client) -> None:
+def test_tensors_can_be_sent_as_bytes_after_the_json(running: Running, http: httpx.Client) -> None:
     (expected,) = running.service.session.run(["logits"], FEEDS, "small")
     contents = [array.astype("<i8").tobytes() for array in FEEDS.values()]
     inputs = []
@@ -178,12 +178,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("content", "message"), REFUSED, ids=[message for _, message in REFUSED])
-def test_what_cannot_be_run_is_refused_in_a_sentence(
+def test_invalid_requests_are_refused_with_a_message(
     http: httpx.Client, content: dict[str, Any], message: str
 ) -> None:
     answer = http.post("/v2/models/small/infer", json=content)
     assert answer.status_code == 400
-    assert message in answer.json()["error"]  # as the protocol has it
+    assert message in answer.json()["error"]  # a string, as in the protocol
 
 
 def test_a_mask_does_not_hide_tokens_beyond_the_positions(
@@ -210,7 +210,9 @@ def test_a_mask_does_not_hide_tokens_beyond_the_positions(
     assert [answer(length)[0] for length in (16, 17)] == [200, 400]
 
 
-def test_models_that_are_not_there_or_not_for_a_key(running: Running, http: httpx.Client) -> None:
+def test_unknown_models_and_models_of_other_keys_are_not_found(
+    running: Running, http: httpx.Client
+) -> None:
     narrow = running.http(headers={"Authorization": f"Bearer {NARROW}"})
     base = running.service.catalog.base
     assert narrow.post("/v2/models/small/infer", json=body()).status_code == 200
@@ -227,7 +229,7 @@ def test_models_that_are_not_there_or_not_for_a_key(running: Running, http: http
     assert (unsigned.status_code, "API key" in unsigned.json()["error"]) == (401, True)
 
 
-def test_a_browsers_page_cannot_ask_without_being_asked(http: httpx.Client) -> None:
+def test_a_page_of_another_origin_cannot_send_requests(http: httpx.Client) -> None:
     content = json.dumps(body()).encode()
     path = "/v2/models/small/infer"
     assert http.post(path, content=content).status_code == 200
@@ -237,24 +239,24 @@ def test_a_browsers_page_cannot_ask_without_being_asked(http: httpx.Client) -> N
     assert http.post(path, content=content, headers=form).status_code == 415
 
 
-def test_outputs_larger_than_an_answer_are_refused(
+def test_outputs_above_the_response_limit_are_refused(
     running: Running, monkeypatch: pytest.MonkeyPatch, http: httpx.Client
 ) -> None:
     monkeypatch.setattr("loradeploy.serve.answering.tensors._MOST", 20)
-    answer = http.post("/v2/models/small/infer", json=body())  # 4 numbers
+    answer = http.post("/v2/models/small/infer", json=body())  # 4 values
     assert (answer.status_code, "ask for fewer rows" in answer.text) == (400, True)
     raw = body(parameters={"binary_data_output": True})
     assert http.post("/v2/models/small/infer", json=raw).status_code == 200
 
 
-def test_a_decoder_takes_no_tensors(llama: Running) -> None:
+def test_a_decoder_is_refused(llama: Running) -> None:
     http = llama.http()
     for answer in (http.get("/v2/models/sport"), http.post("/v2/models/sport/infer", json=body())):
         assert (answer.status_code, "/v1/completions" in answer.json()["error"]) == (404, True)
     assert http.get("/v2/health/ready").status_code == 200
 
 
-def test_triton_client_is_answered(running: Running) -> None:
+def test_tritons_client_works(running: Running) -> None:
     client = pytest.importorskip("tritonclient.http", reason="tritonclient[http] is not installed")
     (expected,) = running.service.session.run(["logits"], FEEDS, "small")
     server = client.InferenceServerClient(running.url.removeprefix("http://"))
@@ -264,7 +266,7 @@ def test_triton_client_is_answered(running: Running) -> None:
     assert (
         server.get_model_metadata("small", headers=dict(SIGNED))["outputs"][0]["name"] == "logits"
     )
-    for as_bytes in (True, False):  # it adds to the headers that it is given
+    for as_bytes in (True, False):  # the client modifies the given headers
         inputs = []
         for name, array in FEEDS.items():
             inputs.append(client.InferInput(name, list(array.shape), "INT64"))

@@ -1,4 +1,4 @@
-"""Under load, each request gets what it gets alone, whatever else is in the batch."""
+"""Under load, each request gets the same text as alone."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TOKENS = 5
 def many(
     serve_adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
-    """32 adapters of three ranks, whose updates have nothing to do with each other."""
+    """32 adapters of three ranks with independent random updates."""
     place = tmp_path_factory.mktemp("many")
     sources = list(serve_adapters.values())
     made = {}
@@ -51,7 +51,7 @@ def many(
     return made
 
 
-def test_concurrent_requests_get_what_they_get_alone(
+def test_concurrent_requests_get_the_same_text_as_alone(
     tiny_llama_bundle: Path,
     serve_adapters: dict[str, Path],
     many: dict[str, Path],
@@ -78,11 +78,11 @@ def test_concurrent_requests_get_what_they_get_alone(
 
     @cache
     def alone(name: str | None, prompt: str, seed: int) -> str:
-        """The text of a request by itself: greedy, or sampled."""
+        """Return the text of a request alone, greedy or sampled."""
         options: dict[str, Any] = {"temperature": 1.2, "seed": 1} if seed else {}
         return generator.generate([prompt], name, max_new_tokens=TOKENS, **options)[0].text
 
-    # Memory is for four adapters at a time, of more than thirty.
+    # Room for four of more than thirty adapters.
     budget = 4 * max(resident_bytes(session, name) for name in serve_adapters) + 1
     with serving(tiny_llama_bundle, root=root, max_rows=4, host_budget=budget) as running:
         client = running.client()
@@ -93,7 +93,7 @@ def test_concurrent_requests_get_what_they_get_alone(
             model, prompt, seed, stream = job
             sampled = {"temperature": 1.2, "seed": 1} if seed else {"temperature": 0}
             body: dict[str, Any] = {"prompt": prompt, "max_tokens": TOKENS, **sampled}
-            if model == "gone":  # the client is, after the first piece
+            if model == "gone":  # a client that disconnects after the first piece
                 with httpx.stream(
                     "POST",
                     f"{running.url}/v1/completions",
@@ -105,7 +105,7 @@ def test_concurrent_requests_get_what_they_get_alone(
             try:
                 made = client.completions.create(model=model, stream=stream, **body)
             except openai.InternalServerError as refused:
-                # Files that changed while they were read are refused as well.
+                # Files that changed while they were read are refused too.
                 assert model in ("broken", "moving")
                 assert refused.status_code == 503
                 return
@@ -116,7 +116,7 @@ def test_concurrent_requests_get_what_they_get_alone(
 
         with ThreadPoolExecutor(12) as pool:
             asked = [pool.submit(answer, job) for job in jobs]
-            for number in range(4):  # another adapter under the same name, and back
+            for number in range(4):  # replaces the adapter, and restores it
                 asked[number * 10].result()
                 replace(root / "moving", serve_adapters[["sport", "headline"][number % 2]])
             for one in asked:
@@ -139,7 +139,7 @@ def test_concurrent_requests_get_what_they_get_alone(
 
 
 def replace(place: Path, adapter: Path) -> None:
-    """Put another adapter there: first a whole copy, then one name for another."""
+    """Replace the adapter at `place`: write a complete copy, then rename it."""
     fresh = place.with_name(".fresh")
     shutil.copytree(adapter, fresh)
     _exchange(fresh, place)
@@ -147,6 +147,6 @@ def replace(place: Path, adapter: Path) -> None:
 
 
 def resident_bytes(session: AdapterSession, name: str) -> int:
-    """What an adapter takes in memory."""
+    """Return the memory that an adapter takes."""
     digest = session.adapters[name]
     return int(session._bank._residents[digest].nbytes)

@@ -1,4 +1,4 @@
-"""Replicas on a local Ray cluster: adapters stay with one, and a death makes no wrong answer."""
+"""Replicas on a local Ray cluster: adapter affinity, and no wrong text if a replica is killed."""
 
 from __future__ import annotations
 
@@ -48,48 +48,48 @@ PROMPT = "Shares rose"
 KEYS = {"keys": [{"name": "me", "key": "a-key-0123456789abcdef", "requests_per_minute": 1000}]}
 SIGNED = {"Authorization": "Bearer a-key-0123456789abcdef"}
 LONG = {"max_tokens": 110, "logit_bias": {"2": -1000}}
-IN_A_ROW = 8  # answers of one replica, of two, by which an adapter is known to be with it
-PATIENCE = 300  # seconds, for what comes sooner or later on any machine
-# Ray's router gives up on replicas that respond slowly, as all of them do on a busy machine.
+IN_A_ROW = 8  # consecutive responses from one of two replicas that show adapter affinity
+PATIENCE = 300  # seconds, enough on any machine
+# Ray's router gives up on slow replicas; on a busy machine all of them are slow.
 PATIENT_ROUTER = {
     "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "60",
     "RAY_SERVE_MAX_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "60",
     "RAY_SERVE_MULTIPLEXED_MODEL_ID_MATCHING_TIMEOUT_S": "60",
 }
 
-Texts = dict[str, tuple[str, str]]  # the short and the long one by adapter
+Texts = dict[str, tuple[str, str]]  # by adapter: the short and the long text
 
 
 def body(model: str, **changes: Any) -> dict[str, Any]:
     return {"model": model, "prompt": PROMPT, "max_tokens": 6, "temperature": 0, **changes}
 
 
-def held_by(stop: Path) -> type[Replica]:
-    """Replicas, of which the first to go on with a text while `stop` is there takes it, and stands.
+def blocking_replicas(stop: Path) -> type[Replica]:
+    """Replicas that block: the first one to run a step while `stop` exists removes it and hangs.
 
-    A class in a function, so that Ray sends all of it to processes that know nothing of the tests.
+    The class is local, so that Ray pickles it by value for processes that cannot import the tests.
     """
 
-    class Held(Replica):
+    class Blocking(Replica):
         def __init__(self, spec: ServiceSpec) -> None:
             step = Worker._step
 
-            def held(worker: Worker) -> None:
+            def blocking(worker: Worker) -> None:
                 with contextlib.suppress(FileNotFoundError):
                     if worker._active:
                         stop.unlink()
                         threading.Event().wait()
                 step(worker)
 
-            Worker._step = held  # type: ignore[method-assign]
+            Worker._step = blocking  # type: ignore[method-assign]
             super().__init__(spec)
 
-    return Held
+    return Blocking
 
 
 @pytest.fixture(scope="module")
 def stop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where a file makes a replica stand in the middle of a text."""
+    """The path of the file that makes a replica hang in the middle of a text."""
     return tmp_path_factory.mktemp("stop") / "stop"
 
 
@@ -100,7 +100,7 @@ def url(
     serve_adapters: dict[str, Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[str]:
-    """The tiny Llama with its adapters, served by two replicas."""
+    """The URL of the tiny Llama with its adapters, served by two replicas."""
     keys = tmp_path_factory.mktemp("keys") / "keys.json"
     keys.write_text(json.dumps(KEYS))
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -111,9 +111,9 @@ def url(
         api_keys=str(keys),
     )
     with pytest.MonkeyPatch.context() as patched:
-        for name, seconds in PATIENT_ROUTER.items():  # read by the processes that Ray starts
+        for name, seconds in PATIENT_ROUTER.items():  # inherited by Ray's processes
             patched.setenv(name, seconds)
-        patched.setattr(replicas, "Replica", held_by(stop))
+        patched.setattr(replicas, "Replica", blocking_replicas(stop))
         ray.init(
             num_cpus=2, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False
         )
@@ -126,7 +126,7 @@ def url(
 
 @pytest.fixture(scope="module")
 def expected(tiny_llama_bundle: Path, serve_adapters: dict[str, Path]) -> Texts:
-    """The short text and the long one of each adapter and of the base."""
+    """The short and the long text of each adapter and of the base."""
     with AdapterSession(tiny_llama_bundle) as session:
         for name, path in serve_adapters.items():
             session.load(name, path)
@@ -150,7 +150,7 @@ def until(reached: Callable[[], bool]) -> None:
 
 
 def home_of(http: httpx.Client, name: str, text: str) -> str:
-    """The replica that an adapter stays with, once the router has heard of it."""
+    """Send requests until one replica has answered all of the last ones; return its id."""
     answered: list[str] = []
 
     def stays() -> bool:
@@ -184,9 +184,7 @@ def test_an_adapter_stays_with_its_replica(url: str, expected: Texts) -> None:
         assert large.status_code == 413
 
 
-def test_a_replica_that_is_killed_gives_no_wrong_answer(
-    url: str, expected: Texts, stop: Path
-) -> None:
+def test_a_killed_replica_causes_no_wrong_text(url: str, expected: Texts, stop: Path) -> None:
     whole: list[httpx.Response] = []
     short, long = expected["sport"]
     with httpx.Client(base_url=url, headers=SIGNED, timeout=PATIENCE) as http:
@@ -195,10 +193,12 @@ def test_a_replica_that_is_killed_gives_no_wrong_answer(
         with http.stream(
             "POST", "/v1/completions", json=body("sport", stream=True, **LONG)
         ) as stream:
-            replica = stream.headers[REPLICA_HEADER]  # mostly the home: Ray does not promise it
+            replica = stream.headers[
+                REPLICA_HEADER
+            ]  # usually the home, but Ray does not guarantee it
             lines = stream.iter_lines()
             events = [next(lines)]
-            until(lambda: not stop.exists())  # it stands in the middle of this text
+            until(lambda: not stop.exists())  # the replica hangs in the middle of this text
             actor = actor_of(replica)
 
             def ask() -> None:
@@ -209,7 +209,7 @@ def test_a_replica_that_is_killed_gives_no_wrong_answer(
                 thread.start()
 
             def all_wait_for_it() -> bool:
-                """Those that Ray gave to the other replica have their answers."""
+                """Whether all unfinished requests are at the hanging replica."""
                 waiting = sum(thread.is_alive() for thread in threads)
                 return ray.get(actor.get_num_ongoing_requests.remote()) == 1 + waiting
 
@@ -224,7 +224,7 @@ def test_a_replica_that_is_killed_gives_no_wrong_answer(
         text = "".join(value["choices"][0]["text"] for value in values[:-1])
         assert long.startswith(text)
         assert len(text) < len(long)
-        for answer in whole:  # another replica gave it
+        for answer in whole:  # from another replica
             assert answer.status_code == 200
             assert answer.json()["choices"][0]["text"] == long
             assert answer.headers[REPLICA_HEADER] != replica
@@ -235,14 +235,14 @@ def test_a_replica_that_is_killed_gives_no_wrong_answer(
 
 
 def actor_of(replica: str) -> Any:
-    """Ray's handle of a replica."""
+    """Return Ray's actor handle of a replica."""
     actors = ray.util.list_named_actors(all_namespaces=True)
     (found,) = [actor for actor in actors if replica in actor["name"]]
     return ray.get_actor(found["name"], namespace=found["namespace"])
 
 
 class Dying:
-    """Replicas of which some die: before they answer, or in the middle of it."""
+    """Simulated replicas of which some die, before their response or during it."""
 
     def __init__(self, *answers: list[Any]) -> None:
         self._answers = iter(answers)
@@ -269,14 +269,14 @@ LOST = "replica_failed"
 @pytest.mark.parametrize(
     ("answers", "status", "text", "asked"),
     [
-        ([[DEATH], [JSON, b"{}"]], 200, "{}", 2),  # another one answers
+        ([[DEATH], [JSON, b"{}"]], 200, "{}", 2),  # another replica responds
         ([[DEATH]] * 3, 503, LOST, 3),
-        ([[EVENTS, b"data: 1\n\n", DEATH], []], 200, LOST, 1),  # what has begun is not begun again
+        ([[EVENTS, b"data: 1\n\n", DEATH], []], 200, LOST, 1),  # a started response is not retried
         ([[EVENTS, b"data: [DONE]\n\n"]], 200, "data: [DONE]\n\n", 1),
         ([[JSON, b"half", DEATH], []], None, "", 1),  # the connection breaks
     ],
 )
-def test_a_request_is_given_to_another_replica_until_its_answer_has_begun(
+def test_a_request_is_retried_on_another_replica_until_its_response_has_started(
     answers: list[Any], status: int | None, text: str, asked: int
 ) -> None:
     replicas = Dying(*answers)
@@ -297,7 +297,7 @@ def test_a_request_is_given_to_another_replica_until_its_answer_has_begun(
     assert replicas.asked == ["sport"] * asked
 
 
-def test_ray_scales_replicas_by_the_rows_that_they_have() -> None:
+def test_ray_scales_replicas_by_their_rows() -> None:
     spec = ServiceSpec("bundle", limits=ServeLimits(max_rows=16))
     assert replicas_of(spec, Scale.of("2")) == {"num_replicas": 2}
     config = AutoscalingConfig(**replicas_of(spec, Scale.of("1-4"))["autoscaling_config"])
@@ -309,13 +309,13 @@ def test_ray_scales_replicas_by_the_rows_that_they_have() -> None:
                 Scale.of(wrong)
 
 
-def test_what_replicas_would_not_share_is_refused(tmp_path: Path) -> None:
+def test_options_with_state_per_replica_are_refused(tmp_path: Path) -> None:
     spec = ServiceSpec("bundle", adapter_root=str(tmp_path), updates=True)
     with pytest.raises(UsageError, match="in one replica only"):
         run(spec, Scale(2, 2), 8000)
 
 
-def test_a_body_that_does_not_arrive_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_incomplete_body_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gate, "_BODY_TIMEOUT", 0.05)
     parts = iter([{"type": "http.request", "body": b"{", "more_body": True}])
 

@@ -1,4 +1,4 @@
-"""The simulation that plans nodes: its arithmetic where that is known, and what the page shows."""
+"""The capacity simulation: known results, plausibility, and the figures in the documentation."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_one_client_of_one_node_is_the_sum_of_its_parts() -> None:
     found = simulate(ALONE, Cluster(nodes=1), FIGURES)
     prefill, decode = 0.05 + 0.001 * 50, 20 * 0.01
     assert found.whole[5] == pytest.approx(prefill + decode + 0.002)
-    assert found.whole[0] == pytest.approx(found.whole[5] + 0.1 + 1e-6 * 8000)  # it was read
+    assert found.whole[0] == pytest.approx(found.whole[5] + 0.1 + 1e-6 * 8000)  # plus a load
     assert found.first[5] == pytest.approx(prefill + 0.002)
     assert found.between[5] == pytest.approx(0.01)
     assert (found.loads, found.hits, found.tokens) == (1, 9, 210)
@@ -68,19 +68,19 @@ def test_a_request_waits_for_an_adapter_that_is_being_read() -> None:
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
-def test_every_request_is_answered_and_more_nodes_wait_less(routing: str) -> None:
+def test_every_request_is_served_and_more_nodes_wait_less(routing: str) -> None:
     few = simulate(BUSY, Cluster(nodes=1, routing=routing), FIGURES)
     many = simulate(BUSY, Cluster(nodes=4, routing=routing), FIGURES)
     for found in (few, many):
         assert len(found.whole) == len(found.first) == found.hits + found.loads == 600
         assert 0 < found.busy <= 1
     assert quantile(many.first, 0.9) < quantile(few.first, 0.9)
-    assert simulate(BUSY, Cluster(nodes=4, routing=routing), FIGURES) == many  # the same again
+    assert simulate(BUSY, Cluster(nodes=4, routing=routing), FIGURES) == many  # deterministic
     other = dataclasses.replace(BUSY, seed=1)
     assert simulate(other, Cluster(nodes=4, routing=routing), FIGURES) != many
 
 
-def test_adapters_that_stay_at_their_nodes_are_read_less_often() -> None:
+def test_adapters_with_node_affinity_are_loaded_less_often() -> None:
     found = {
         routing: simulate(BUSY, Cluster(nodes=4, routing=routing, memory=4e5), FIGURES)
         for routing in ROUTINGS
@@ -91,12 +91,12 @@ def test_adapters_that_stay_at_their_nodes_are_read_less_often() -> None:
     assert small.loads > found["sticky"].loads
 
 
-def test_a_plan_spreads_the_work_and_keeps_to_memory() -> None:
+def test_a_plan_spreads_the_work_within_the_memory() -> None:
     load = Load(adapters=40, zipf=1.2, ranks=(8, 64))
     total = sum(load.rank(adapter) for adapter in range(40)) * FIGURES.rank_bytes
     cluster = Cluster(nodes=4, memory=0.4 * total)
     homes = planned(load, cluster, FIGURES)
-    assert len(homes[0]) > len(homes[-1]) == 1  # the most popular one is on several
+    assert len(homes[0]) > len(homes[-1]) == 1  # the most popular adapter is on several nodes
     work, held = [0.0] * 4, [0.0] * 4
     for adapter, nodes in enumerate(homes):
         for node in nodes:
@@ -109,10 +109,10 @@ def test_a_plan_spreads_the_work_and_keeps_to_memory() -> None:
         by_hash[hashed(adapter, 4)] += share
     assert max(by_hash) > max(work)
     moved = sum(hashed(adapter, 4) != hashed(adapter, 5) for adapter in range(1000))
-    assert moved < 300  # a new node takes over its part alone
+    assert moved < 300  # a new node takes over only its share
 
 
-def test_nodes_that_start_make_the_first_requests_wait() -> None:
+def test_the_first_requests_wait_for_nodes_to_start() -> None:
     warm = simulate(BUSY, Cluster(nodes=4), FIGURES)
     cold = simulate(BUSY, Cluster(nodes=4, cold=3), FIGURES)
     assert quantile(cold.first, 0.99) > quantile(warm.first, 0.99)

@@ -1,4 +1,4 @@
-"""Who may ask, how much, and what nobody gets to see."""
+"""API keys, limits, secrets and the shutdown of a server."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ KEYS = [
     ApiKey("part", PART, frozenset({"headline", "mine"}), admin=True),
 ]
 BODY: dict[str, Any] = {"model": BASE, "prompt": PROMPT, "max_tokens": 2, "temperature": 0}
-# Ends at the last position of the tiny model, some seconds later.
+# Generates up to the last position of the tiny model.
 LONG: dict[str, Any] = {
     **BODY,
     "max_tokens": 120,
-    "logit_bias": {"2": -1000},  # the token that ends a text
+    "logit_bias": {"2": -1000},  # the end token
 }
 
 
@@ -54,7 +54,7 @@ def guarded(
     serve_adapters: dict[str, Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Running]:
-    """A server that asks for keys."""
+    """A server that requires API keys."""
     root = tmp_path_factory.mktemp("root")
     adapters = {name: serve_adapters[name] for name in ("headline", "sport")}
     with serving(
@@ -63,7 +63,7 @@ def guarded(
         yield running
 
 
-def test_every_route_but_health_asks_for_a_key(guarded: Running) -> None:
+def test_every_route_except_health_requires_a_key(guarded: Running) -> None:
     http = guarded.http()
     paths = http.get("/openapi.json", headers={"Authorization": f"Bearer {ALL}"}).json()["paths"]
     pages = ["/", "/page.js", "/page.css", "/openapi.json", "/nothing"]
@@ -75,20 +75,20 @@ def test_every_route_but_health_asks_for_a_key(guarded: Running) -> None:
             continue
         error = answer.json()["error"]
         assert answer.status_code == 401
-        if path.startswith("/v2"):  # whose errors are a sentence
+        if path.startswith("/v2"):  # errors of this API are strings
             assert "give a valid API key" in error
         else:
             assert error["code"] == "invalid_api_key"
     for wrong in (f"Bearer {ALL}x", f"Bearer {ALL[:-1]}", "Bearer", f"Token {ALL}", "Basic !"):
         assert http.get("/v1/models", headers={"Authorization": wrong}).status_code == 401
-    # A browser asks for it by itself.
+    # Browsers show a login dialog.
     assert "Basic" in http.get("/").headers["www-authenticate"]
     assert http.get("/", auth=("", ALL)).status_code == 200
     with pytest.raises(openai.AuthenticationError):
         guarded.client("wrong-0123456789abcdef").models.list()
 
 
-def test_a_key_sees_and_uses_its_own_adapters_alone(guarded: Running) -> None:
+def test_a_key_sees_and_uses_only_its_own_adapters(guarded: Running) -> None:
     client = guarded.client(NEWS)
     assert [model.id for model in client.models.list()] == ["headline"]
     assert client.completions.create(**{**BODY, "model": "headline"}).choices
@@ -104,7 +104,7 @@ def test_a_key_sees_and_uses_its_own_adapters_alone(guarded: Running) -> None:
         guarded.client(ADMIN).post("/load_lora_adapter", body={"lora_name": "x"}, cast_to=object)
 
 
-def test_an_admin_of_some_adapters_changes_no_others(
+def test_an_admin_key_for_some_adapters_cannot_change_others(
     guarded: Running, serve_adapters: dict[str, Path]
 ) -> None:
     root = guarded.service.catalog.root
@@ -122,7 +122,7 @@ def test_an_admin_of_some_adapters_changes_no_others(
     assert post("load", lora_name="mine") == post("unload", lora_name="mine") == 200
 
 
-def test_a_key_has_its_rate(guarded: Running) -> None:
+def test_a_key_has_its_own_rate_limit(guarded: Running) -> None:
     client = guarded.client(SLOW)
     for _ in range(2):
         client.completions.create(**BODY)
@@ -132,7 +132,7 @@ def test_a_key_has_its_rate(guarded: Running) -> None:
     assert guarded.client(ALL).completions.create(**BODY).choices
 
 
-def test_the_prefix_cache_is_of_one_key(guarded: Running) -> None:
+def test_the_prefix_cache_is_not_shared_between_keys(guarded: Running) -> None:
     prompt = "The story begins like this: " * 4
 
     def cached(key: str) -> int:
@@ -160,7 +160,9 @@ WRONG_FILES: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG_FILES)
-def test_a_wrong_file_of_keys_is_refused_without_its_secrets(name: str, tmp_path: Path) -> None:
+def test_an_invalid_key_file_is_refused_without_showing_its_secrets(
+    name: str, tmp_path: Path
+) -> None:
     content, message = WRONG_FILES[name]
     file = tmp_path / "keys.json"
     file.write_text(json.dumps(content))
@@ -170,14 +172,14 @@ def test_a_wrong_file_of_keys_is_refused_without_its_secrets(name: str, tmp_path
     assert not any(secret in str(refused.value) for secret in (ALL, "short-secret"))
 
 
-def test_a_file_of_keys_is_what_it_says(tmp_path: Path) -> None:
+def test_a_key_file_is_read(tmp_path: Path) -> None:
     file = tmp_path / "keys.json"
     own = {"adapters": ["a"], "requests_per_minute": 3, "admin": True}
     file.write_text(json.dumps({"keys": [{"name": "n", "key": ALL, **own}]}))
     assert KeyRing.read(file).check(f"bearer {ALL}") == ApiKey("n", ALL, frozenset("a"), 3, True)
 
 
-def test_a_rate_comes_back_with_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rate_limit_recovers_with_time(monkeypatch: pytest.MonkeyPatch) -> None:
     key = ApiKey("n", ALL, requests_per_minute=60)
     ring, now = KeyRing([key]), [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
@@ -195,7 +197,7 @@ def test_a_rate_comes_back_with_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def narrow(tiny_llama_bundle: Path) -> Iterator[Running]:
-    """A server of one row, with little room and little time."""
+    """A server with one row and low limits."""
     with serving(
         tiny_llama_bundle,
         max_rows=1,
@@ -223,7 +225,7 @@ def until(condition: Any, seconds: float = 60) -> None:
 
 
 def connection(running: Running, body: dict[str, Any]) -> socket.socket:
-    """A client that has sent a request, and reads nothing yet."""
+    """Send a request and return the socket, without reading."""
     host, _, port = running.url.removeprefix("http://").partition(":")
     made = socket.create_connection((host, int(port)), timeout=20)
     content = json.dumps(body).encode()
@@ -245,12 +247,12 @@ def test_one_request_too_many_is_answered_with_429(narrow: Running) -> None:
     assert int(refused.headers["retry-after"]) >= 1
     assert refused.json()["error"]["type"] == "rate_limit_error"
     texts = {a.json()["choices"][0]["text"] for a in answers if a.status_code == 200}
-    assert len(texts) == 1  # what is answered is right
+    assert len(texts) == 1  # all accepted requests have the same text
 
 
 @pytest.mark.usefixtures("slow_steps")
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_is_gone_cancels_its_request(narrow: Running, stream: bool) -> None:
+def test_a_client_that_disconnects_cancels_its_request(narrow: Running, stream: bool) -> None:
     until(lambda: idle(narrow))
     assert narrow.service.engine is not None
     before = narrow.service.engine.stats().finished.get("cancelled", 0)
@@ -259,7 +261,7 @@ def test_a_client_that_is_gone_cancels_its_request(narrow: Running, stream: bool
     client.close()
     until(lambda: idle(narrow))
     assert narrow.service.engine.stats().finished["cancelled"] == before + 1
-    figures = narrow.http().get("/metrics").text  # it is no failure of the service
+    figures = narrow.http().get("/metrics").text  # not counted as a failure of the service
     assert 'http_responses_total{status="503"}' not in figures
 
 
@@ -268,7 +270,7 @@ def test_a_body_that_is_too_long_is_refused_before_it_is_read(narrow: Running) -
     body = {**BODY, "prompt": "x" * 5000}
     assert http.post("/v1/completions", json=body).status_code == 413
     parts = (json.dumps(body).encode()[n : n + 100] for n in range(0, 5000, 100))
-    headers = {"Content-Type": "application/json"}  # in chunks, of no declared length
+    headers = {"Content-Type": "application/json"}  # chunked, without a Content-Length
     assert http.post("/v1/completions", content=parts, headers=headers).status_code == 413
 
 
@@ -278,8 +280,8 @@ def test_a_body_that_is_too_long_is_refused_before_it_is_read(narrow: Running) -
         ({**BODY, "max_tokens": 121}, 400),
         ({**BODY, "n": 3, "temperature": 1}, 400),
         ({**BODY, "prompt": ["a", "b", "c"]}, 400),
-        ({**BODY, "n": 2, "temperature": 1, "max_tokens": 2}, 400),  # of one row
-        ({**BODY, "prompt": ["a", "b"]}, 400),  # of which one may wait
+        ({**BODY, "n": 2, "temperature": 1, "max_tokens": 2}, 400),  # there is one row
+        ({**BODY, "prompt": ["a", "b"]}, 400),  # one request can wait
     ],
 )
 def test_a_request_beyond_a_limit_is_refused(
@@ -289,7 +291,7 @@ def test_a_request_beyond_a_limit_is_refused(
 
 
 @pytest.mark.parametrize("name", ["request_timeout", "send_timeout", "drain_timeout"])
-def test_a_time_has_an_end(name: str) -> None:
+def test_an_infinite_timeout_is_refused(name: str) -> None:
     with pytest.raises(UsageError, match=f"`{name}` is inf: give at most"):
         ServeLimits(**{name: float("inf")})
 
@@ -302,13 +304,13 @@ def test_a_request_that_takes_too_long_ends_with_504(tiny_llama_bundle: Path) ->
         assert late.value.status_code == 504
 
 
-def test_a_page_of_another_site_cannot_ask(narrow: Running) -> None:
+def test_a_page_of_another_site_cannot_send_requests(narrow: Running) -> None:
     http = narrow.http()
-    # By a name of its own for this machine's address.
+    # By a host name that resolves to this machine (DNS rebinding).
     answer = http.get("/v1/models", headers={"Host": "evil.example:8000"})
     assert (answer.status_code, "localhost" in answer.text) == (421, True)
     assert http.get("/v1/models", headers={"Host": "localhost:8000"}).status_code == 200
-    # By a form, which browsers send without asking.
+    # By a form, which browsers send to other sites without a preflight request.
     content = json.dumps(BODY).encode()
     for kind in ("text/plain", "application/x-www-form-urlencoded"):
         sent = http.post("/v1/completions", content=content, headers={"Content-Type": kind})
@@ -344,7 +346,7 @@ def test_nothing_of_a_prompt_is_logged_or_counted(
     assert not any(SECRET in text for text in seen)
 
 
-def test_of_a_defect_neither_the_client_nor_the_log_has_the_message(
+def test_the_message_of_an_internal_error_is_neither_sent_nor_logged(
     narrow: Running, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*given: Any, **options: Any) -> None:
@@ -357,7 +359,7 @@ def test_of_a_defect_neither_the_client_nor_the_log_has_the_message(
     assert SECRET not in caplog.text
 
 
-def test_a_failure_of_the_server_is_not_told_to_the_client() -> None:
+def test_details_of_a_server_failure_are_not_sent_to_the_client() -> None:
     problem = problem_of(LoraDeployError("/srv/secret/bundle is broken"))
     assert (problem.status, "secret" in problem.message) == (500, False)
 
@@ -365,7 +367,7 @@ def test_a_failure_of_the_server_is_not_told_to_the_client() -> None:
 # -- the end -----------------------------------------------------------------------------------
 
 
-def test_a_server_that_stops_ends_what_it_has_begun(tiny_llama_bundle: Path) -> None:
+def test_a_server_that_stops_completes_requests_in_progress(tiny_llama_bundle: Path) -> None:
     with serving(tiny_llama_bundle, max_tokens=120) as running:
         whole = running.client().completions.create(**LONG).choices[0].text
         done: list[str] = []

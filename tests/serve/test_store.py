@@ -1,4 +1,4 @@
-"""Adapters of an object store, which fsspec opens: here one in memory, and one of files."""
+"""Adapters in an object store opened by fsspec: tested with stores in memory and of files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def store() -> Iterator[Any]:
 
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The store is asked each time."""
+    """Query the store at every request, without the cache time."""
     monkeypatch.setattr(roots, "_REFRESH", 0.0)
 
 
@@ -49,7 +49,7 @@ def store_root(cache: Path, max_bytes: int = 1 << 30) -> StoreRoot:
     return StoreRoot(URL, cache=cache, max_bytes=max_bytes)
 
 
-def test_adapters_are_fetched_when_they_are_named_and_again_when_they_change(
+def test_adapters_are_fetched_at_first_use_and_again_when_they_change(
     tiny_llama_bundle: Path,
     serve_adapters: dict[str, Path],
     store: Any,
@@ -58,8 +58,8 @@ def test_adapters_are_fetched_when_they_are_named_and_again_when_they_change(
 ) -> None:
     put(store, serve_adapters["headline"], "news")
     digest = load_adapter(serve_adapters["topic"]).digest.removeprefix("sha256:")
-    put(store, serve_adapters["topic"], digest)  # a name that says what it is
-    put(store, serve_adapters["topic"], "0" * 64)  # another's
+    put(store, serve_adapters["topic"], digest)  # named by its digest
+    put(store, serve_adapters["topic"], "0" * 64)  # another digest
     shutil.copytree(serve_adapters["headline"], tmp_path / "files" / "news")
     shutil.copytree(serve_adapters["sport"], tmp_path / "files" / "other")
     files = StoreRoot(f"file://{tmp_path}/files", cache=None, max_bytes=1 << 30)
@@ -67,7 +67,7 @@ def test_adapters_are_fetched_when_they_are_named_and_again_when_they_change(
     with serving(tiny_llama_bundle, root=files) as running:
         expected = {name: text(running, name) for name in ("news", "other")}
         assert names(running) == {"news", "other"}
-    assert not temporary.exists()  # it was for the service
+    assert not temporary.exists()  # removed with the service
 
     cache = tmp_path / "cache"
     with serving(tiny_llama_bundle, root=store_root(cache), updates=True) as running:
@@ -82,7 +82,7 @@ def test_adapters_are_fetched_when_they_are_named_and_again_when_they_change(
             text(running, "0" * 64)
         put(store, serve_adapters["sport"], "news")
         assert text(running, "news") == expected["other"]
-        for entry in cache.iterdir():  # as another process would that has no room
+        for entry in cache.iterdir():  # as another process does that needs the space
             shutil.rmtree(entry)
         assert text(running, "news") == expected["other"]
         assert text(running, digest) == topic
@@ -97,7 +97,7 @@ def test_adapters_are_fetched_when_they_are_named_and_again_when_they_change(
 
 
 def text_of_restart(bundle: Path, cache: Path, name: str) -> str:
-    """A service with the same cache fetches nothing again."""
+    """Start a service with the same cache, which must fetch nothing, and return its text."""
     root = store_root(cache)
 
     def refused(*given: Any) -> None:
@@ -108,7 +108,7 @@ def text_of_restart(bundle: Path, cache: Path, name: str) -> str:
         return text(running, name)
 
 
-def test_the_cache_has_a_size(
+def test_the_cache_has_a_maximum_size(
     serve_adapters: dict[str, Path], store: Any, always: None, tmp_path: Path
 ) -> None:
     for name, adapter in serve_adapters.items():
@@ -123,7 +123,7 @@ def test_the_cache_has_a_size(
         kept = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
         assert kept <= small._max_bytes
     assert small.has(_found(small, "sport"))
-    assert not small.has(_found(small, "topic"))  # it was not used for the longest
+    assert not small.has(_found(small, "topic"))  # least recently used
     with (
         pytest.raises(AdapterError, match="`max_cache_bytes`"),
         store_root(tmp_path / "other", 10).local(found),
@@ -131,7 +131,7 @@ def test_the_cache_has_a_size(
         pass
 
 
-def test_a_store_that_cannot_be_asked_leaves_what_is_loaded(
+def test_an_unreachable_store_does_not_affect_loaded_adapters(
     tiny_llama_bundle: Path,
     serve_adapters: dict[str, Path],
     store: Any,
@@ -168,7 +168,7 @@ def test_files_with_odd_names_are_not_fetched(
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_a_store_is_not_asked_for_every_request(
+def test_the_store_is_not_queried_for_every_request(
     serve_adapters: dict[str, Path], store: Any, tmp_path: Path
 ) -> None:
     put(store, serve_adapters["headline"], "news")
@@ -185,7 +185,7 @@ def write(store: Any, version: bytes, name: str = "news") -> None:
         store.pipe(f"/bucket/adapters/{name}/{file}", version)
 
 
-def test_a_load_sees_what_was_put_there_just_now(
+def test_a_load_sees_files_that_were_just_uploaded(
     tiny_llama_bundle: Path, serve_adapters: dict[str, Path], store: Any, tmp_path: Path
 ) -> None:
     put(store, serve_adapters["headline"], "news")
@@ -205,10 +205,10 @@ def test_a_load_sees_what_was_put_there_just_now(
 
 
 @pytest.mark.parametrize("moment", ["before", "between", "after"])
-def test_what_changes_while_it_is_fetched_is_not_kept(
+def test_an_adapter_that_changes_while_it_is_fetched_is_not_cached(
     store: Any, tmp_path: Path, moment: str
 ) -> None:
-    """`moment`: of the new version, seen from the first file that is fetched."""
+    """`moment`: when the new version is written, relative to the first fetched file."""
     write(store, b"v1")
     root = store_root(tmp_path)
     first = _found(root, "news")
@@ -240,7 +240,7 @@ def test_what_changes_while_it_is_fetched_is_not_kept(
         assert {file.read_bytes() for file in place.iterdir()} == {b"v2"}
 
 
-def test_what_was_known_is_no_answer_to_a_fresh_question(store: Any, tmp_path: Path) -> None:
+def test_a_fresh_query_does_not_use_cached_results(store: Any, tmp_path: Path) -> None:
     write(store, b"v1")
     root = store_root(tmp_path)
     known = _found(root, "news")
@@ -254,14 +254,16 @@ def test_what_was_known_is_no_answer_to_a_fresh_question(store: Any, tmp_path: P
     assert root.find("news") == known
 
 
-def test_an_entry_has_no_files_of_one_whose_name_begins_so(store: Any, tmp_path: Path) -> None:
+def test_an_adapter_does_not_include_files_of_another_with_the_same_prefix(
+    store: Any, tmp_path: Path
+) -> None:
     write(store, b"v1", "a")
     write(store, b"v2", "ab")
     root = store_root(tmp_path)
     listed = root._store.find
 
     def by_prefix(place: str, **options: Any) -> Any:
-        """As stores list that know prefixes of names alone."""
+        """List by prefix, like stores without directories."""
         names = listed("/bucket/adapters", **options)
         return {name: info for name, info in names.items() if name.startswith(place)}
 
@@ -297,7 +299,7 @@ def fill(size: int) -> Callable[[Path], None]:
     return write_file
 
 
-def test_what_is_read_stays_and_what_others_left_goes(tmp_path: Path) -> None:
+def test_entries_in_use_are_kept_and_abandoned_ones_are_removed(tmp_path: Path) -> None:
     abandoned, growing = tmp_path / ".partial-old", tmp_path / ".partial-new"
     for partial in (abandoned, growing):
         partial.mkdir()
@@ -305,12 +307,12 @@ def test_what_is_read_stays_and_what_others_left_goes(tmp_path: Path) -> None:
     for place in (abandoned, abandoned / "file", growing):
         os.utime(place, (0, 0))
     fetched = FetchedAdapters(tmp_path, 100)
-    assert growing.exists()  # it was written to just now
+    assert growing.exists()  # written to just now
     assert not abandoned.exists()
     with fetched.reading("a", 50, fill(50)) as place:
         with fetched.reading("b", 40, fill(40)):
             pass
-        with fetched.reading("c", 40, fill(40)):  # in place of b
+        with fetched.reading("c", 40, fill(40)):  # evicts b
             assert not fetched.has("b")
             with (
                 pytest.raises(AdapterStoreError, match="being read"),

@@ -1,4 +1,4 @@
-"""Text generation by the official `openai` client, unchanged."""
+"""Text generation with the official `openai` client."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ AS_TEMPLATED = [
 
 
 def alone(running: Running, prompt: Any, adapter: Any = None, **options: Any) -> Any:
-    """What the library answers to the same request."""
+    """Return the library's result for the same request."""
     (answer,) = TextGenerator(running.service.session).generate([prompt], [adapter], **options)
     return answer
 
 
-def test_a_model_is_an_adapter_and_answers_as_the_library_does(llama: Running) -> None:
+def test_a_model_name_is_an_adapter_and_its_text_is_the_librarys(llama: Running) -> None:
     texts = set()
     for model, adapter in ((BASE, None), ("headline", "headline"), ("sport", "sport")):
         answer = llama.client().completions.create(
@@ -63,7 +63,7 @@ def test_a_conversation_goes_through_the_chat_template(llama: Running) -> None:
     assert answer.usage.total_tokens == expected.prompt_tokens + expected.completion_tokens
 
 
-def test_a_stream_is_the_whole_answer_in_pieces(llama: Running) -> None:
+def test_a_stream_is_the_whole_text_in_pieces(llama: Running) -> None:
     stream = llama.client().chat.completions.create(
         model="sport",
         messages=CHAT,
@@ -89,14 +89,14 @@ def test_a_stream_is_the_whole_answer_in_pieces(llama: Running) -> None:
         model="sport", prompt=PROMPT, temperature=0, max_tokens=6, stream=True
     )
     found = list(silent)
-    assert all(chunk.choices for chunk in found)  # no usage was asked for
+    assert all(chunk.choices for chunk in found)  # no usage was requested
     assert (
         "".join(chunk.choices[0].text for chunk in found)
         == alone(llama, PROMPT, "sport", max_new_tokens=6).text
     )
 
 
-# What is asked of OpenAI's interface, and the same of the library.
+# Parameters of OpenAI's API and the same settings of the library.
 SETTINGS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"temperature": 1.5, "seed": 7}, {"temperature": 1.5, "seed": 7}),
     ({"seed": 9}, {"temperature": 1.0, "seed": 9}),
@@ -122,7 +122,7 @@ SETTINGS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("asked", "meant"), SETTINGS, ids=lambda v: str(v)[:40])
-def test_a_setting_is_the_librarys(
+def test_a_setting_has_the_effect_of_the_librarys(
     llama: Running, asked: dict[str, Any], meant: dict[str, Any]
 ) -> None:
     given = {"max_tokens": 10, **asked}
@@ -163,7 +163,7 @@ def test_without_a_seed_texts_differ_and_n_gives_several(llama: Running) -> None
     assert list(streamed.values()) == [one.text for one in expected]
 
 
-def test_a_prompt_given_several_times_has_several_texts_unless_there_is_a_seed(
+def test_a_repeated_prompt_has_several_texts_unless_there_is_a_seed(
     llama: Running,
 ) -> None:
     asked: dict[str, Any] = {"model": BASE, "max_tokens": 8, "temperature": 2}
@@ -217,7 +217,7 @@ def test_a_blend_of_adapters_is_an_extension(llama: Running) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_schema_is_kept(llama: Running, stream: bool) -> None:
+def test_a_json_schema_is_followed(llama: Running, stream: bool) -> None:
     pytest.importorskip("llguidance")
     schema = {
         "type": "object",
@@ -238,7 +238,7 @@ def test_a_schema_is_kept(llama: Running, stream: bool) -> None:
     assert isinstance(value["good"], bool)
 
 
-def test_every_token_that_ends_a_text_may_end_a_json_text(
+def test_every_end_token_can_end_a_json_text(
     llama: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("llguidance")
@@ -258,7 +258,7 @@ def test_every_token_that_ends_a_text_may_end_a_json_text(
     assert refused.value.status == 400
 
 
-# A body beside model and prompt, and the field that the refusal names.
+# By case: fields of the body and the field that the refusal names.
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "tools": ({"tools": [{"type": "function"}]}, "tools"),
     "unknown": ({"beam_width": 3}, "beam_width"),
@@ -302,7 +302,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_would_change_the_answer_is_refused_by_name(llama: Running, name: str) -> None:
+def test_unsupported_fields_that_would_change_the_text_are_refused_by_name(
+    llama: Running, name: str
+) -> None:
     body, param = REFUSED[name]
     http = llama.http()
     answer = http.post("/v1/completions", json={"model": BASE, "prompt": PROMPT, **body})
@@ -313,7 +315,7 @@ def test_what_would_change_the_answer_is_refused_by_name(llama: Running, name: s
     assert set(error) == {"message", "type", "param", "code"}
 
 
-def test_a_field_that_is_null_or_has_no_effect_is_taken(llama: Running) -> None:
+def test_a_field_that_is_null_or_has_no_effect_is_accepted(llama: Running) -> None:
     given = {"tools": None, "stop": None, "user": "u", "metadata": {"a": "b"}, "store": False}
     body = {"model": BASE, "prompt": PROMPT, "temperature": 0, "max_tokens": 4, **given}
     http = llama.http()
@@ -321,13 +323,13 @@ def test_a_field_that_is_null_or_has_no_effect_is_taken(llama: Running) -> None:
     assert answer.json()["choices"][0]["text"] == alone(llama, PROMPT, max_new_tokens=4).text
 
 
-def test_the_client_raises_what_it_raises_with_openai(llama: Running) -> None:
+def test_the_client_raises_the_same_errors_as_with_openai(llama: Running) -> None:
     client = llama.client()
     with pytest.raises(openai.NotFoundError, match="'nobody' does not exist"):
         client.completions.create(model="nobody", prompt=PROMPT)
     with pytest.raises(openai.BadRequestError, match="prompt 1 has .* tokens") as refused:
         client.completions.create(model=BASE, prompt=PROMPT * 100, stream=True)
-    assert refused.value.status_code == 400  # before the stream began
+    assert refused.value.status_code == 400  # before the stream started
     with pytest.raises(openai.NotFoundError, match="it gives no embeddings"):
         client.embeddings.create(model=BASE, input="x")
 
@@ -344,7 +346,7 @@ def test_models_are_listed_with_their_parent_and_digest(llama: Running) -> None:
         llama.client().models.retrieve("nobody")
 
 
-def test_figures_are_counted(llama: Running) -> None:
+def test_metrics_are_counted(llama: Running) -> None:
     http = llama.http()
 
     def figures() -> dict[str, float]:
@@ -373,12 +375,12 @@ def test_figures_are_counted(llama: Running) -> None:
     assert "secret" not in text
 
 
-def test_the_service_says_that_it_is_well(llama: Running) -> None:
+def test_the_service_reports_that_it_is_healthy(llama: Running) -> None:
     assert httpx.get(f"{llama.url}/health").json() == {"status": "ok"}
     assert httpx.get(f"{llama.url}/ready").json() == {"status": "ready"}
 
 
-def test_a_service_whose_engine_failed_says_so(
+def test_a_service_with_a_failed_engine_reports_it(
     tiny_llama_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serving(tiny_llama_bundle) as running:
