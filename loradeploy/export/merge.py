@@ -23,6 +23,7 @@ from loradeploy.export.graph.edit import (
     constant_of,
     free_name,
     remove_unused,
+    set_computed,
     set_constant,
 )
 from loradeploy.export.match.experts import Experts, find_experts
@@ -32,7 +33,7 @@ from loradeploy.export.match.products import products
 from loradeploy.export.match.quantized import MATMUL_NBITS
 from loradeploy.export.match.whole.parameters import Layers, cast
 from loradeploy.export.match.whole.parts import Part, find_parts
-from loradeploy.export.merge_error import Round, Tally
+from loradeploy.export.merge_error import Round, Tally, sampled
 from loradeploy.export.passes.precision.quantize import requantize_product
 
 if TYPE_CHECKING:
@@ -104,11 +105,7 @@ def merge_adapter(
             _merge_quantized(model.graph, layer, pair, s, tally)
             continue
         start = None if weights is None else weights.get(module)
-        before, W, transposed = _merged(layer, pair, s, start)
-        dtype = constant_of(layer.weight).dtype
-        merged = cast(W, dtype, module)
-        _count(tally, layer, before, W.T if transposed else as_matrix(W, pair), dtype, rounding)
-        if layers.replace_weight(layer, merged):
+        if _merge_weight(layers, layer, pair, s, start, tally, rounding):
             untied.append(module)
     for parameter, values in sorted(adapter.saved.items()):
         if layers.replace(parameter, values):
@@ -145,22 +142,66 @@ def _layer(layers: Layers, module: str, pair: Factors) -> Linear | Part | None:
     return part if part is not None and part.kind == pair.kind else None
 
 
-def _merged(
-    layer: Linear | Part, pair: Factors, s: float, start: NDArray[Any] | None
-) -> tuple[NDArray[np.float32], NDArray[np.float32], bool]:
-    """The matrix [out, in] before, the graph's new weight, and whether that is transposed."""
-    numbers = constant_of(layer.weight)
-    transposed = isinstance(layer, Linear) and not layer.transposed
-    if start is None:
-        before = np.asarray(numbers, np.float32)  # in float32 the numbers themselves
-    else:
-        before = np.array(start.T if transposed else start, dtype=np.float32, order="C")
-    W = before.copy()
-    matrix = W.T if transposed else as_matrix(W, pair)  # [out, in], a view
+def _merge_weight(
+    layers: Layers,
+    layer: Linear | Part,
+    pair: Factors,
+    s: float,
+    start: NDArray[Any] | None,
+    tally: Tally,
+    rounding: Mapping[str, Round],
+) -> bool:
+    """Merge into the weight of a layer, and return whether it had to be untied.
+
+    A weight of one layer is computed again when it is written, so that the merged weights of a
+    model are never in memory together.
+    """
+    stored = layer.weight.const_value
+    assert stored is not None
+    dtype = stored.dtype.numpy()
+    W = _float_weight(layer, stored, start)
+    rows = _own_rows(layer, _matrix(layer, W, pair))
+    before = sampled(rows)
+    _update(rows, pair, s)
+    merged = cast(W, dtype, layer.module)
+    kind = "linear" if isinstance(layer, Linear) else layer.kind
+    tally.add(before, sampled(rows), rounding.get(kind, lambda W: W.astype(dtype)))
+
+    def computed() -> NDArray[Any]:
+        W = _float_weight(layer, stored, start)
+        _update(_own_rows(layer, _matrix(layer, W, pair)), pair, s)
+        return cast(W, dtype, layer.module)
+
+    if not layers.is_shared(layer):
+        set_computed(layer.weight, computed)
+        return False
+    layers.untie(layer, merged)
+    return True
+
+
+def _float_weight(
+    layer: Linear | Part, stored: ir.TensorProtocol, start: NDArray[Any] | None
+) -> NDArray[np.float32]:
+    """A copy of the `stored` weight, or of `start` in its orientation, in float32."""
+    numbers = stored.numpy() if start is None else start.T if _transposed(layer) else start
+    return np.array(numbers, np.float32, order="C")
+
+
+def _matrix(layer: Linear | Part, W: NDArray[np.float32], pair: Factors) -> NDArray[np.float32]:
+    """The weight in the graph as a matrix [out, in], a view."""
+    return W.T if _transposed(layer) else as_matrix(W, pair)
+
+
+def _transposed(layer: Linear | Part) -> bool:
+    """Whether the graph has the weight as [in, out]."""
+    return isinstance(layer, Linear) and not layer.transposed
+
+
+def _own_rows(layer: Linear | Part, matrix: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The rows of the matrix [out, in] that are the layer's, if others are packed with it."""
     if isinstance(layer, Linear) and layer.slice is not None:
-        matrix = matrix[slice(*layer.slice)]
-    _update(matrix, pair, s)
-    return before.T if transposed else as_matrix(before, pair), W, transposed
+        return matrix[slice(*layer.slice)]
+    return matrix
 
 
 def _merge_experts(
@@ -183,7 +224,7 @@ def _merge_experts(
         set_constant(experts.weight, values)
     matrix = (-1, pair.A.shape[1])
     old, new = (each.swapaxes(1, 2).reshape(matrix) for each in (before, after))
-    tally.add(old, new, rounding.get("experts", lambda W: W.astype(stored.dtype)))
+    tally.add(sampled(old), sampled(new), rounding.get("experts", lambda W: W.astype(stored.dtype)))
 
 
 def _update(matrix: NDArray[np.float32], pair: Factors, s: float) -> None:
@@ -209,30 +250,13 @@ def _merge_quantized(graph: ir.Graph, layer: Linear, pair: Factors, s: float, ta
             " merge into the unquantized graph, or use side inputs"
         )
     W = before.copy()
-    _update(W if layer.slice is None else W[slice(*layer.slice)], pair, s)
+    _update(_own_rows(layer, W), pair, s)
     for each in layer.nodes:
         requantize_product(each, graph, W)
     after = next(each for each in products(graph) if each.node is node)
     stored = after.rows(list(range(product.out_features)))
     assert stored is not None
-    part = slice(None) if layer.slice is None else slice(*layer.slice)
-    tally.add_stored(before[part], W[part], stored[part])
-
-
-def _count(
-    tally: Tally,
-    layer: Linear | Part,
-    before: NDArray[np.float32],
-    after: NDArray[np.float32],
-    dtype: np.dtype[Any],
-    rounding: Mapping[str, Round],
-) -> None:
-    """Add the error of one weight, [out, in] before and after, to the tally."""
-    if isinstance(layer, Linear) and layer.slice is not None:
-        part = slice(*layer.slice)
-        before, after = before[part], after[part]
-    kind = "linear" if isinstance(layer, Linear) else layer.kind
-    tally.add(before, after, rounding.get(kind, lambda W: W.astype(dtype)))
+    tally.add_stored(*(_own_rows(layer, each) for each in (before, W, stored)))
 
 
 def _check(

@@ -29,16 +29,22 @@ _MOST_NOISE: Final = 0.25
 Round = Callable[["NDArray[np.float32]"], "NDArray[Any]"]
 
 
+def sampled(matrix: NDArray[np.float32]) -> NDArray[np.float32]:
+    """A copy of the rows of a weight [out, in] by which its error is computed."""
+    rows: NDArray[np.float32] = matrix[
+        np.unique(np.linspace(0, len(matrix) - 1, _ROWS).astype(int))
+    ]
+    return rows
+
+
 class Tally:
-    """The error of several weights, each added as [out, in] before and after its merge."""
+    """The error of several weights, each added by rows before and after its merge."""
 
     def __init__(self) -> None:
         self._exact = self._along = self._stored = 0.0
 
     def add(self, before: NDArray[np.float32], after: NDArray[np.float32], rounded: Round) -> None:
-        """Add the update of one weight, by a sample of its rows."""
-        picks = np.unique(np.linspace(0, len(before) - 1, _ROWS).astype(int))
-        before, after = before[picks], after[picks]
+        """Add the update of one weight, by its `sampled` rows."""
         delta = (after - before).astype(np.float64)
         stored = rounded(after).astype(np.float64) - rounded(before).astype(np.float64)
         self._exact += float((delta * delta).sum())

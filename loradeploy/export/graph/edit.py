@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -66,6 +66,20 @@ def set_constant(value: ir.Value, numbers: NDArray[Any]) -> None:
     import onnx_ir as ir
 
     value.const_value = ir.tensor(numbers, name=value.name)
+
+
+def set_computed(value: ir.Value, compute: Callable[[], NDArray[Any]]) -> None:
+    """As `set_constant`, with values that `compute` returns each time they are needed."""
+    import onnx_ir as ir
+
+    tensor = value.const_value
+    assert tensor is not None
+    value.const_value = ir.LazyTensor(
+        lambda: ir.tensor(compute(), dtype=tensor.dtype, name=value.name),
+        dtype=tensor.dtype,
+        shape=ir.Shape(tensor.shape.numpy()),
+        name=value.name,
+    )
 
 
 def add_constant(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tracemalloc
 from typing import Any
 
 import ml_dtypes
@@ -45,6 +46,29 @@ def test_a_merged_weight_is_the_base_plus_the_scaled_product() -> None:
     assert dataclasses.replace(report, error=None) == MergeReport(("block.proj",), (), ())
     assert report.error is not None
     assert report.error.kept == 1
+
+
+def test_merged_weights_are_computed_when_they_are_written_not_kept_in_memory() -> None:
+    b = Builder()
+    size, modules = 256, [f"m{number}" for number in range(6)]
+    y = b.input("x", ["batch", size])
+    for module in modules:
+        y = b.node("MatMul", [y, b.weight(f"{module}.w", size, size)], module=module)
+    model = b.model(y)
+    pair = Factors(A=numbers(2, size, seed=1), B=numbers(size, 2, seed=2))
+    config = AdapterConfig(r=2, lora_alpha=8, target_modules=tuple(modules))
+    adapter = Adapter(config=config, factors=dict.fromkeys(modules, pair))
+    before = {name: value.const_value.numpy() for name, value in model.graph.initializers.items()}
+    tracemalloc.start()
+    _merge(model, adapter)
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    weight = 4 * size * size  # bytes
+    assert kept < weight
+    assert peak < 4 * weight
+    update = _delta(adapter, "m0").T
+    for name, value in model.graph.initializers.items():
+        np.testing.assert_allclose(value.const_value.numpy(), before[name] + update, atol=1e-5)
 
 
 @pytest.mark.parametrize("how", ["Gemm", "Transpose"])

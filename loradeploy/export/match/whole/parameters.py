@@ -173,9 +173,18 @@ class Layers:
 
     def replace_weight(self, layer: Linear | Part, values: NDArray[Any]) -> bool:
         """Replace the weight by `values`, in the graph's layout; return whether it was untied."""
-        if _users(layer.weight) <= set(layer.nodes):
+        if not self.is_shared(layer):
             set_constant(layer.weight, values)
             return False
+        self.untie(layer, values)
+        return True
+
+    def is_shared(self, layer: Linear | Part) -> bool:
+        """Whether other layers or nodes use the weight of `layer` too."""
+        return not _users(layer.weight) <= set(layer.nodes)
+
+    def untie(self, layer: Linear | Part, values: NDArray[Any]) -> None:
+        """Give `layer` a separate weight, `values` in the layout of the shared one."""
         # The copy bypasses the operators between the shared weight and its user.
         own: dict[bool, ir.Value] = {}
         for node in layer.nodes:
@@ -189,7 +198,6 @@ class Layers:
                     oriented = cast(oriented, kind.numpy(), name)  # as the bypassed Cast did
                 own[transposed] = add_constant(self.graph, name, oriented)
             node.replace_input_with(index, own[transposed])
-        return True
 
     def _replace_linear_bias(self, linear: Linear, values: NDArray[Any]) -> None:
         """Replace the bias of every call, or add it: a graph does not show biases of zeros."""
