@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     type=GivenPath(),
     help="Read prompts from this file: one per line, or JSONL objects with prompt, messages, text"
     " (and text_pair) or audio, optionally with adapter and settings such as temperature or stop. -"
-    " is standard input.",
+    " is standard input, which is JSONL if it begins with an object.",
 )
 @click.option(
     "--adapter",
@@ -195,6 +195,8 @@ def command(
             f"{images}: this command only reads text, and {bundle} is the decoder of a"
             " vision-language model: ImageTextGenerator runs it with the bundle of its vision tower"
         )
+    if images is not None and run not in (classify_images, embed_images):
+        raise UsageError(f"{images}: {bundle} only reads text: leave the field out")
     if run not in (generate, transcribe) and options:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in options)
         raise UsageError(f"{flags}: only for text generation, {bundle} is a {kind} bundle")
@@ -312,10 +314,12 @@ def _name(session: AdapterSession, adapter: str, given: Collection[str]) -> str:
 
 def _read(name: str, adapter: str | None) -> list[InputPrompt]:
     """Read the prompts in the file `name`, or from standard input if it is "-"."""
-    from loradeploy.runtime.prompts import parse_requests, read_requests
+    from loradeploy.runtime.prompts import looks_like_json_lines, parse_requests, read_requests
 
     if name == "-":
-        return parse_requests(_standard_input(), "standard input", adapter)
+        content = _standard_input()
+        as_json = looks_like_json_lines(content)
+        return parse_requests(content, "standard input", adapter, as_json=as_json)
     return read_requests(name, adapter)
 
 

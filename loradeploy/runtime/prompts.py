@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.errors import DataError, shown
@@ -31,6 +32,14 @@ _IMAGES: Final = ("image", "images", "image_url", "pixel_values", "video", "vide
 _SETTINGS: Final = (
     *(option.name for option in fields(GenerationOptions) if option.name != "allowed_tokens"),
     "seed",
+)
+
+
+# How similar a name must be to that of a setting, and other programs' names of settings.
+_ALIKE: Final = 0.85
+_SYNONYMS: Final = dict.fromkeys(
+    ("max_tokens", "max_completion_tokens", "max_length", "max_gen_len", "num_predict"),
+    "max_new_tokens",
 )
 
 
@@ -102,10 +111,11 @@ def request_of(
     """The request described by an object of a JSONL line; see `parse_requests`.
 
     Raises:
-        DataError: it has no prompt, a field of a wrong type, or chooses an adapter by another
-            field.
+        DataError: it has no prompt, a field of a wrong type, or chooses an adapter or a setting by
+            another field.
     """
     _check_choice(values, where)
+    _check_misspelled(values, where)
     audio = values.get("audio")
     name = next((name for name in _FIELDS if values.get(name) is not None), None)
     if isinstance(audio, str) and audio and name is None:
@@ -129,6 +139,14 @@ def request_of(
     return InputPrompt((values[name], pair), named, _settings(values))
 
 
+def looks_like_json_lines(content: str) -> bool:
+    r"""Whether `content`, whose source has no name, is JSONL: it begins with an object, `{"`.
+
+    Otherwise its lines would be answered as texts, with their braces and names.
+    """
+    return re.match(r'\s*\{\s*"', content) is not None
+
+
 def _check_choice(values: Mapping[str, Any], where: str) -> None:
     """Refuse other programs' fields for an adapter: if they were ignored, the base would answer."""
     for name, value in values.items():
@@ -138,6 +156,22 @@ def _check_choice(values: Mapping[str, Any], where: str) -> None:
             raise DataError(
                 f"{where}: {shown(name)} is not read, and may choose an adapter: rename it to"
                 " adapter (null is the base), or leave the field out"
+            )
+
+
+def _check_misspelled(values: Mapping[str, Any], where: str) -> None:
+    """Refuse a field with almost the name of a setting: if ignored, it would have no effect."""
+    for name, value in values.items():
+        if value is None or name in _SETTINGS:
+            continue
+        spelled = name.lower().replace("-", "_")
+        near = _SYNONYMS.get(spelled) or next(
+            iter(get_close_matches(spelled, _SETTINGS, n=1, cutoff=_ALIKE)), None
+        )
+        if near is not None:
+            raise DataError(
+                f"{where}: {shown(name)} is not read: name the setting {near}, or leave the field"
+                " out"
             )
 
 

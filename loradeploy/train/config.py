@@ -16,7 +16,7 @@ from loradeploy.adapter.tasks import (
     SEQUENCE_CLASSIFICATION,
     TRAINED_TASKS,
 )
-from loradeploy.errors import UsageError
+from loradeploy.errors import UsageError, shown
 
 TASKS: Final = TRAINED_TASKS
 PROBLEMS: Final = tuple(TRAINED_PROBLEMS)
@@ -189,7 +189,7 @@ class TrainConfig:
         for name, low, high in _RANGES:
             value = getattr(self, name)
             if not low <= value <= high:
-                raise UsageError(f"`{name}` is {value}: give a value from {low} to {high}")
+                raise UsageError(f"`{name}` is {shown(value)}: give a value from {low} to {high}")
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise UsageError(

@@ -5,18 +5,26 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import re
+from collections import Counter
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from loradeploy.errors import UsageError
+from loradeploy.errors import UsageError, shown
 from loradeploy.files import read_text
 from loradeploy.printable import printable
 from loradeploy.train.config import OF_ADAPTER, TrainConfig, check_initial
 
+if TYPE_CHECKING:
+    import yaml
+
 # Keys of the YAML file that are not fields of TrainConfig: see `read_paths`.
 PATHS: Final = ("model", "data", "output")
 _MAX_YAML_BYTES: Final = 1 << 20
+# Whole numbers that mean the same in YAML 1.1 and 1.2.
+_NUMBER: Final = re.compile(r"[-+]?(?:0|[1-9][0-9]*)$|0x[0-9a-fA-F]+$")
 _LISTS: Final = ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save")
 _PATTERNS: Final = ("columns", "rank_pattern", "alpha_pattern")
 
@@ -58,7 +66,7 @@ def read_paths(config: Mapping[str, Any], given: Mapping[str, str | None]) -> di
     paths = {name: given.get(name) or config.get(name) for name in PATHS}
     for name, path in paths.items():
         if path is not None and not isinstance(path, str):
-            raise UsageError(f"`{name}` is {path!r}: give a path")
+            raise UsageError(f"`{name}` is {shown(path)}: give a path")
     return {name: path for name, path in paths.items() if path is not None}
 
 
@@ -90,19 +98,20 @@ def _typed(name: str, value: Any, kind: str) -> Any:
     if name in _LISTS and isinstance(value, list | tuple):
         value = ",".join(map(str, value))
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if kind == "float" and isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
+    # YAML 1.1 reads 1e-4 as a string.
+    if kind == "float" and (number or isinstance(value, str)):
         try:
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             number = False
     valid = {
         "str": isinstance(value, str),
         "bool": isinstance(value, bool),
-        "int": number and float(value).is_integer() if number else False,
+        "int": number and (isinstance(value, int) or value.is_integer()),
         "float": number,
     }[kind]
     if not valid:
-        raise UsageError(f"`{name}` is {value!r}: give a value of type {kind}")
+        raise UsageError(f"`{name}` is {shown(value)}: give a value of type {kind}")
     return {"int": int, "float": float}.get(kind, lambda v: v)(value)
 
 
@@ -118,10 +127,42 @@ def read_yaml(config: str | os.PathLike[str] | Mapping[str, Any] | None) -> Mapp
         return config or {}
     file = Path(config)
     try:
-        values = yaml.safe_load(read_text(file, error=UsageError, limit=_MAX_YAML_BYTES))
-    except (yaml.YAMLError, RecursionError) as problem:
+        text = read_text(file, error=UsageError, limit=_MAX_YAML_BYTES)
+        values = yaml.load(text, _strict_loader())
+    except (yaml.YAMLError, RecursionError, ValueError) as problem:  # a date, or a long number
         text = " ".join(str(problem).split())
         raise UsageError(f"{file} is not valid YAML: {text}") from None
     if not isinstance(values, dict):
         raise UsageError(f"{file} has no settings: write lines such as `rank: 16`")
+    for name in values:
+        if not isinstance(name, str):
+            raise UsageError(f"{file}: unknown setting {shown(name)}, which is not a text")
     return values
+
+
+@cache
+def _strict_loader() -> type[yaml.SafeLoader]:
+    """The safe loader, without what has two meanings: a repeated key, 010 and 1:20.
+
+    YAML 1.1 reads these numbers as 8 and 80, YAML 1.2 as 10 and as a text. Here they are texts,
+    which are refused as numbers.
+    """
+    import yaml
+
+    number = "tag:yaml.org,2002:int"
+
+    class Strict(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            for name, count in Counter(names).items():
+                if count > 1:
+                    message = f"the key {shown(name)} is given {count} times"
+                    raise yaml.constructor.ConstructorError(None, None, message, node.start_mark)
+            return super().construct_mapping(node, deep)
+
+    Strict.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in known if tag != number]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    Strict.add_implicit_resolver(number, _NUMBER, [*"-+0123456789"])
+    return Strict

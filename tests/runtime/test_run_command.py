@@ -267,6 +267,38 @@ def test_a_byte_order_mark_is_not_part_of_a_prompt(
     assert json.loads(result.stdout)["prompt"] == "The bank"
 
 
+def test_standard_input_that_begins_with_an_object_is_json_lines(
+    tiny_llama_bundle: Path, llama_session: AdapterSession
+) -> None:
+    content = '\n{"prompt": "One"}\n{"text": "Two", "max_new_tokens": 3}\n'
+    printed = run(tiny_llama_bundle, "--input", "-", "--json", stdin=content).stdout.splitlines()
+    expected = TextGenerator(llama_session).generate(
+        ["One", "Two"], per_prompt=[{}, {"max_new_tokens": 3}]
+    )
+    assert [json.loads(line)["text"] for line in printed] == [text.text for text in expected]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "b"', "standard input, line 2: not JSON"),
+        ("b", "standard input, line 2: not JSON"),
+        ('["b"]', "standard input, line 2: not an object"),
+        ('{"prompt": "b", "max_tokens": 3}', "'max_tokens' is not read: name the setting max_new"),
+        ('{"prompt": "b", "max-new-tokens": 3}', "'max-new-tokens' is not read"),
+        ('{"prompt": "b", "temprature": 1}', "'temprature' is not read: name the setting temp"),
+        ('{"prompt": "b", "images": ["a.png"]}', "images: "),
+    ],
+)
+def test_a_line_of_standard_input_that_cannot_be_used_is_named(
+    line: str, message: str, tiny_llama_bundle: Path
+) -> None:
+    result = run(tiny_llama_bundle, "--input", "-", stdin=f'{{"prompt": "a"}}\n{line}\n')
+    assert isinstance(result.exception, LoraDeployError)
+    assert message in str(result.exception)
+    assert result.stdout == ""
+
+
 Arguments = Callable[[Path, Path], list[object]]
 
 
