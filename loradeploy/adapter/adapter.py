@@ -197,7 +197,7 @@ def _mismatches(pair: Factors, rank: int, dora: bool) -> list[str]:
         ranked = shaped and A[0] == rank and B[1] == rank
     if not shaped:
         problem = (
-            f"lora_A {list(A)} and lora_B {list(B)} are no factors of a linear layer, of an"
+            f"lora_A {list(A)} and lora_B {list(B)} are not factors of a linear layer, of an"
             " embedding, or of a two-dimensional convolution"
         )
         return [problem]

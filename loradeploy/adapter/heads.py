@@ -138,8 +138,9 @@ def check_declared(adapter: Adapter) -> None:
     """Raise AdapterError if no file declares what the outputs of the adapter's head mean."""
     if adapter.problem_type == UNDECLARED:
         raise AdapterError(
-            "its files do not declare what its head answers, because it was converted from an"
-            " .onnx_adapter file: state problem_type and id2label in a config.json beside it"
+            "its files do not declare what the outputs of its head mean, because it was converted"
+            " from an .onnx_adapter file: state problem_type and id2label in a config.json beside"
+            " it"
         )
 
 

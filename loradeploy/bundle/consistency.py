@@ -30,7 +30,7 @@ def check_consistency(manifest: Manifest) -> None:
         )
     if manifest.target is not None and manifest.target not in BY_TARGET:
         raise BundleError(
-            f"{MANIFEST_NAME}: target is {shown(manifest.target)}, none of {', '.join(BY_TARGET)}"
+            f"{MANIFEST_NAME}: target {shown(manifest.target)} is not one of {', '.join(BY_TARGET)}"
         )
     if manifest.padding not in (LEFT, RIGHT, NO_PADDING):
         raise BundleError(
@@ -51,7 +51,7 @@ def check_consistency(manifest: Manifest) -> None:
     check_specs("outputs", manifest.outputs)
     given = manifest.probabilities
     if given is not None and given not in {spec.name for spec in manifest.outputs}:
-        raise BundleError(f"{MANIFEST_NAME}: probabilities is {shown(given)}, which is no output")
+        raise BundleError(f"{MANIFEST_NAME}: probabilities is {shown(given)}, not an output")
     if manifest.encoder is not None:
         _check_encoder(manifest, manifest.encoder)
     for target in manifest.targets:
@@ -102,7 +102,9 @@ def _check_encoder(manifest: Manifest, encoder: EncoderGraph) -> None:
                 f" {shown(names)}"
             )
     if manifest.branches or manifest.cache_in_place:
-        raise BundleError(f"{MANIFEST_NAME}: an encoder-decoder has branches or a cache in place")
+        raise BundleError(
+            f"{MANIFEST_NAME}: an encoder-decoder cannot have branches or a cache in place"
+        )
 
 
 def _check_added(manifest: Manifest, added: AddedTokens) -> None:

@@ -169,7 +169,7 @@ def check_specs(where: str, specs: Iterable[TensorSpec]) -> None:
     """Raise BundleError if `specs` is empty, or has duplicate names or an implausible size."""
     names = [spec.name for spec in specs]
     if not names or len(set(names)) != len(names):
-        raise BundleError(f"{MANIFEST_NAME}: {where} is empty, or names one twice")
+        raise BundleError(f"{MANIFEST_NAME}: {where} is empty, or has a name twice")
     for spec in specs:
         if math.prod(d for d in spec.shape if isinstance(d, int) and d) > _LARGEST_SHAPE:
             raise BundleError(
@@ -221,5 +221,5 @@ def check_names(
         if name not in (None, expected):
             raise BundleError(
                 f"{MANIFEST_NAME}: {shortened(module)} has the side input {shown(name)}, which is"
-                " not called after it: export again"
+                " not named after it: export again"
             )

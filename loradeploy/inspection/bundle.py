@@ -165,7 +165,7 @@ def inspect_bundle(path: Path) -> BundleFacts:
         cache_in_place=manifest.cache_in_place,
         logits_to_keep=form.logits_to_keep,
         padding=manifest.padding,
-        added_tokens=None if added is None else f"{added.count} behind the base's {added.base}",
+        added_tokens=None if added is None else f"{added.count} after the base's {added.base}",
         image_inputs=[spec.name for spec in manifest.embeds] or None,
         required_inputs=form.required_inputs,
         static_shapes=[f"{name}={size}" for name, size in form.static_shapes.items()],

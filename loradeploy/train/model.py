@@ -157,7 +157,7 @@ def load_base(
         if rows < words:
             raise ModelError(
                 f"{checkpoint.directory}: the tokenizer has {words} tokens, the model {rows}: they"
-                " are not of one model"
+                " belong to different models"
             )
         model.config.pad_token_id = checkpoint.pad_id
     for name in heads:

@@ -264,7 +264,7 @@ def break_adapter(change: str, directory: Path) -> Path:
         ("prefix", "does not begin with"),
         ("dora", "use_dora is False, and the file has a lora_magnitude_vector"),
         ("embedding", "e has lora_embedding_A but no lora_embedding_B"),
-        ("convolution", "are no factors of a linear layer"),
+        ("convolution", "are not factors of a linear layer"),
         ("empty", "has no tensors"),
         ("truncated", "not a valid safetensors"),
         ("lying header", "not a valid safetensors"),
@@ -359,7 +359,7 @@ def test_names_below_trl_s_value_head_are_read_and_said(
     head = {"v_head.summary.weight": np.ones((1, 4), np.float32)}
     found = load_adapter(write(tmp_path / "below", {**below, **head}))
     assert found.digest == expected.digest
-    assert "all other keys have TRL's pretrained_model. in front" in caplog.text
+    assert "all other keys have TRL's prefix pretrained_model. before" in caplog.text
 
 
 def test_a_value_head_of_the_model_itself_is_kept(tmp_path: Path) -> None:

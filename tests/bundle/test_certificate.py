@@ -108,8 +108,8 @@ def failed_check(values: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda v: v.update(passed=False), "its verdict is not that it passed"),
-        (lambda v: v.update(passed="yes"), "its verdict is not that it passed"),
+        (lambda v: v.update(passed=False), "its verdict is not `passed`"),
+        (lambda v: v.update(passed="yes"), "its verdict is not `passed`"),
         (lambda v: v.update(failures=["ONNX: too far off"]), "failed: ONNX: too far off"),
         (failed_result, "the check failed: ONNX"),
         (failed_check, "the check failed: ONNX"),

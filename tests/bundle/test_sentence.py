@@ -229,7 +229,7 @@ def test_prompts_and_the_encoders_settings_are_read(tmp_path: Path) -> None:
         (
             [("Pooling", "1_P", {"embedding_dimension": 6})],
             {"config": {"hidden_size": 8}},
-            "the Pooling is of states of 6, the encoder's hidden_size is 8",
+            "the Pooling is for states of size 6, the encoder's hidden_size is 8",
         ),
         ([POOL, ("Dense", "2_D", {})], {}, "model.safetensors does not exist"),
         ([POOL, ("Dense", "../d", None)], {}, "is outside"),
@@ -269,7 +269,7 @@ def test_a_dense_layer_of_another_size_than_the_pooled_vector_is_refused(tmp_pat
         save_file({"linear.weight": torch.zeros(2, size)}, file)
         if refused:
             with pytest.raises(
-                BundleError, match="2_D takes vectors of 6, those before it are of 12"
+                BundleError, match="2_D takes vectors of size 6, the step before it"
             ):
                 read_recipe(place)
         else:

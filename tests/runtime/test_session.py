@@ -366,7 +366,7 @@ def _edit(bundle: Path, change: Callable[[dict[str, Any]], Any]) -> None:
             ),
             r"no side input elsewhere\.lora_A",
         ),
-        (lambda m: m["targets"][-1].update(lora_A="elsewhere"), "not called after it"),
+        (lambda m: m["targets"][-1].update(lora_A="elsewhere"), "not named after it"),
         (
             lambda m: m["targets"][-1].update(in_features=97),
             r"down_proj.lora_A is .*\[adapters, 96, .*rank\].*float32 \[adapters, 97, rank\]",

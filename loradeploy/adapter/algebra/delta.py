@@ -52,7 +52,7 @@ def matrices(pair: Factors) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
             " leave that layer out of target_modules"
         )
     if pair.kind == "experts":
-        raise AdapterError("factors of experts are an update of each: see `expert_updates`")
+        raise AdapterError("factors of experts have an update for each: use `expert_updates`")
     A, B = pair.A.astype(np.float32), pair.B.astype(np.float32)
     return A.reshape(A.shape[0], -1), B.reshape(B.shape[0], -1)
 

@@ -106,7 +106,7 @@ def expert_factors(
     experts = A.shape[0] // rank
     if experts == 1:
         return (
-            "is no parameter of several experts (a router?), and is refused as a target parameter:"
+            "is not a parameter of several experts (a router?), which target parameters must be:"
             " merge it with PEFT and export the merged model"
         )
     if A.shape[1] == B.shape[0] and _version(config) < _UNSWAPPED:

@@ -216,9 +216,9 @@ def _warn_of_value_head(names: str) -> None:
 @functools.cache
 def _warn_of_wrapper(key: str) -> None:
     logger.warning(
-        "%s and all other keys have TRL's pretrained_model. in front of the model's names. It is"
-        " ignored; PEFT does not, loads none of these tensors and computes the base: rename the"
-        " keys for PEFT",
+        "%s and all other keys have TRL's prefix pretrained_model. before the model's names. It is"
+        " ignored here. PEFT does not ignore it, loads none of these tensors and computes the base:"
+        " rename the keys for PEFT",
         key,
     )
 

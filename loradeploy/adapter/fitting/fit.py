@@ -287,13 +287,13 @@ def _rows_problem(parameter: str, adapter: Adapter, base: AdaptableBase) -> str 
                 " untied (tie_word_embeddings: false), as it was trained"
             )
         if own in adapter.carried:
-            return f"beside all of {own}: merge it instead"
+            return f"and so was all of {own}: merge it instead"
         if pair is not None and pair.magnitude is not None:
             return f"and {module} has DoRA, whose scale depends on them: merge it instead"
         head = base.layers.get(parameter.removesuffix(".weight"))
         of_head = head is not None and head.kind == "linear"
         if of_head and layer is not None and layer.kind == "embedding" and own not in adapter.rows:
-            return f"and none of {own}, which is tied to it: in PEFT these change the output alone"
+            return f"and none of {own}, which is tied to it: in PEFT these only change the output"
         if layer is None or layer.kind not in ("linear", "embedding"):
             return (
                 f"and {module} has no side inputs in {base.name}: export with"

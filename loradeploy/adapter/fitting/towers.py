@@ -77,8 +77,8 @@ def _with_full_names(adapter: Adapter, tower: str) -> Adapter:
     if own is None:
         text, image = (f"'{TOWERS[part][0]}.'" for part in (TEXT, IMAGE))
         raise AdapterMismatchError(
-            f"{min(names)} does not show the tower that it is of, and this is the {tower} tower of"
-            f" a model with two: put {text} or {image} before the names of the adapter's tensors"
+            f"{min(names)} does not show its tower, and this is the {tower} tower of a model with"
+            f" two: put {text} or {image} before the names of the adapter's tensors"
         )
     return with_names(adapter, {name: f"{TOWERS[own][0]}.{name}" for name in names})
 

@@ -189,7 +189,7 @@ def tied_head_refusal(embedding: str, head: str) -> str:
     """Why trained rows of only the output head, which is tied to the embedding, are refused."""
     return (
         f"rows of {head} were trained (trainable_token_indices) and none of {embedding}, which is"
-        " tied to it in the base: in PEFT these change the output alone. Give the base untied"
+        " tied to it in the base: in PEFT these only change the output. Give the base untied"
         " (tie_word_embeddings: false), or train the rows of the embedding"
     )
 

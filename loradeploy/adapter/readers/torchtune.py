@@ -46,7 +46,7 @@ def read(source: Source) -> Adapter:
     """The adapter with transformers' names and order of rows, s = α/r."""
     config = source.settings("its rank and alpha")
     alpha, rank = number(config, "lora_alpha"), number(config, "r")
-    base = source.needs_base("its number of heads says how query and key are ordered")
+    base = source.needs_base("its number of heads determines the order of rows in query and key")
     permuted = _ROTARY.get(str(base.config.get("model_type")))
     if permuted is None:
         raise ModelError(

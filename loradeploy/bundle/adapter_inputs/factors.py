@@ -97,7 +97,7 @@ def check_side_inputs(arrays: Mapping[str, NDArray[Any]], manifest: Manifest) ->
         if (target.lora_A in arrays) != (target.lora_B in arrays):
             problems.append(f"{target.module} has one factor without the other")
         elif (_rank(target, arrays) or 0) % target.experts:
-            problems.append(f"{target.module} has a rank that {target.experts} experts cannot have")
+            problems.append(f"{target.module} has a rank not divisible by {target.experts} experts")
     problems += [
         f"{saved.parameter} is missing, which the base lacks too"
         for saved in manifest.saved
@@ -141,8 +141,8 @@ def adapter_from_side_inputs(
     added = manifest.added_tokens
     if added is not None and tokens_in(arrays, manifest) != added.base:
         raise AdapterMismatchError(
-            "it adds tokens to the base's, which as factors would depend on what PEFT puts into"
-            " their rows: keep the PEFT directory that it was made from"
+            "it adds tokens to the base's, and their factors would depend on the values that PEFT"
+            " writes into the added rows: use the PEFT directory that it was made from"
         )
     factors: dict[str, Factors] = {}
     for target in manifest.targets:

@@ -104,8 +104,7 @@ def _header(path: Path, file: BinaryIO, rate: int) -> tuple[_Format, int]:
                 break
             if (actual := end - at - 8) < size:
                 raise DataError(
-                    f"{path} ends early: {size:,} bytes of samples are announced, {actual:,} are"
-                    " there"
+                    f"{path} ends early: it has {actual:,} of {size:,} bytes of samples"
                 )
             return form, size
         at += 8 + size + size % 2

@@ -23,7 +23,7 @@ from loradeploy.errors import AdapterMismatchError
 
 THIS_BUNDLE: Final = "this bundle"
 _BY_NUMBERS: Final = (
-    " (of an ONNX model: an export of it with `checkpoint` identifies modules that names do not)"
+    " (for an ONNX model: export it with `checkpoint`, which identifies modules by weights too)"
 )
 
 

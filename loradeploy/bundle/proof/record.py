@@ -183,7 +183,7 @@ def _failures(values: Mapping[str, Any], results: list[Mapping[str, Any]]) -> li
         ]
     if found or values.get("passed") is True:
         return found
-    return ["its verdict is not that it passed"]
+    return ["its verdict is not `passed`"]
 
 
 def _error(ran: list[Mapping[str, Any]], name: object) -> float | None:

@@ -208,7 +208,7 @@ class Tokenizer:
         rendered = self.render_chat(messages)
         if self._chat is not None and self._chat.reads is None:
             raise UsageError(
-                f"the chat template of {self._directory} shows nothing of a user's text: give"
+                f"the chat template of {self._directory} omits a user's text: give"
                 " prompts without a chat"
             )
         text = rendered if write is None else write(rendered)

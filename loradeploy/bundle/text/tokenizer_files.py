@@ -97,7 +97,7 @@ def positions_of_model(config: Mapping[str, Any], file: Path) -> int | None:
     """
     positions = context_length(config)
     if positions is not None and positions < 1:
-        raise BundleError(f"{file}: {positions} positions, which leaves none for a token")
+        raise BundleError(f"{file}: {positions} positions, which leaves no room for a token")
     return positions
 
 
@@ -113,6 +113,8 @@ def max_length_of(positions: int | None, settings: Mapping[str, Any], file: Path
     own = settings.get("model_max_length")
     if isinstance(own, int | float) and own < _NO_LIMIT:
         if own < 1:
-            raise BundleError(f"{file}: model_max_length is {own}, which leaves no token of a text")
+            raise BundleError(
+                f"{file}: model_max_length is {own}, which leaves no room for a token"
+            )
         limits.append(int(own))
     return min(limits, default=None)

@@ -93,7 +93,7 @@ class ImageSettings:
             raise ModelError(str(problem)) from None
         if settings is None:
             raise ModelError(
-                f"{directory} has no {PREPROCESSOR_NAME}, which says how an image becomes pixel"
+                f"{directory} has no {PREPROCESSOR_NAME}, which specifies how to compute pixel"
                 " values"
             )
         given = model_config(directory, error=ModelError).get("image_size")
@@ -147,7 +147,7 @@ class ImageCollator:
         if len(shapes) > 1:
             raise DataError(
                 f"images of a batch have different sizes, {' and '.join(map(str, shapes))}:"
-                f" {PREPROCESSOR_NAME} does not make them one"
+                f" {PREPROCESSOR_NAME} does not resize them to one size"
             )
         labels = torch.tensor([feature["labels"] for feature in features])
         return {PIXEL_VALUES: torch.stack(images), "labels": labels}

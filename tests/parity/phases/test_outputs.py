@@ -59,5 +59,5 @@ def test_parity_compares_the_logits_where_probabilities_are_an_output_too(
 
 def test_probabilities_have_to_be_an_output(tiny_llama_bundle: Path) -> None:
     manifest = dataclasses.replace(read_manifest(tiny_llama_bundle), probabilities="others")
-    with pytest.raises(BundleError, match="probabilities is 'others', which is no output"):
+    with pytest.raises(BundleError, match="probabilities is 'others', not an output"):
         type(manifest).from_json(manifest.to_json())

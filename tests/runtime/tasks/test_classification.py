@@ -369,7 +369,7 @@ def test_a_conversion_to_onnx_adapter_and_back_loses_no_label_silently(
     session.load("back", back)
     with pytest.raises(UsageError, match="'back' was loaded from a file that does not declare"):
         TextClassifier(session)(TEXTS[1], "back")
-    with pytest.raises(AdapterError, match="it: its files do not declare what its head answers"):
+    with pytest.raises(AdapterError, match="it: its files do not declare what the outputs"):
         export(tiny_bert, tmp_path / "b", adapters={"it": back}, task="sequence-classification")
 
     config = {"problem_type": DECLARED["several"][0], "id2label": dict(enumerate(LABELS[:4]))}

@@ -279,7 +279,7 @@ def test_the_unused_part_for_the_other_tower_is_named(
     [
         ("clip-one", r"all of the adapter is for the text tower \(text_model.*export the other"),
         ("siglip-one", "does not fit|takes"),
-        ("bare", "does not show the tower that it is of, .* put 'text_model.' or 'vision_model.'"),
+        ("bare", "does not show its tower, .* put 'text_model.' or 'vision_model.'"),
     ],
 )
 def test_an_adapter_of_another_tower_is_refused(

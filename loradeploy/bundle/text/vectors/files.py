@@ -94,11 +94,14 @@ class RecipeReader:
         where = self.directory / path
         if values.get("transformer_task") not in (None, "feature-extraction"):
             raise BundleError(
-                f"{where}: the encoder is used for {shown(values['transformer_task'])}, not for its"
-                " states"
+                f"{where}: transformer_task is {shown(values['transformer_task'])}, expected"
+                " feature-extraction"
             )
         if values.get("module_output_name") not in (None, "token_embeddings"):
-            raise BundleError(f"{where}: the encoder gives {shown(values['module_output_name'])}")
+            raise BundleError(
+                f"{where}: module_output_name is {shown(values['module_output_name'])}, expected"
+                " token_embeddings"
+            )
         ways = values.get("modality_config")
         if isinstance(ways, dict) and "text" not in ways:
             raise BundleError(f"{where}: the encoder takes {listed_names(ways)}, and no plain text")
@@ -114,7 +117,7 @@ class RecipeReader:
         flags = [key for key in values if key.startswith("pooling_mode_") and values[key]]
         if unknown := [key for key in flags if key not in _FLAGS]:
             raise BundleError(
-                f"{self.directory / name}: {unknown[0]} is not supported; there are"
+                f"{self.directory / name}: {unknown[0]} is not supported: expected one of"
                 f" {', '.join(_FLAGS)}"
             )
         flagged = [mode for key, mode in _FLAGS.items() if values.get(key)]
@@ -126,8 +129,8 @@ class RecipeReader:
             raise BundleError(f"{self.directory / name}: pooling_mode is {shown(given)}")
         if unknown := [mode for mode in modes if mode not in POOLS]:
             raise BundleError(
-                f"{self.directory / name}: the pooling {shown(unknown[0])} is not supported;"
-                f" there are {', '.join(POOLS)}"
+                f"{self.directory / name}: the pooling {shown(unknown[0])} is not supported:"
+                f" expected one of {', '.join(POOLS)}"
             )
         if flagged and set(flagged) != set(modes):
             raise BundleError(
@@ -151,8 +154,8 @@ class RecipeReader:
             own = read_json(file, error=BundleError).get("hidden_size")
             if type(own) is int and own != size:
                 raise BundleError(
-                    f"{self.directory}: the Pooling is of states of {size}, the encoder's"
-                    f" hidden_size is {own}: they are not of one model"
+                    f"{self.directory}: the Pooling is for states of size {size}, the encoder's"
+                    f" hidden_size is {own}: they belong to different models"
                 )
             return
 
@@ -171,7 +174,9 @@ class RecipeReader:
             if required and tensor not in arrays:
                 raise BundleError(f"{file} lacks {tensor}")
         if more := sorted(arrays.keys() - names.keys()):
-            raise BundleError(f"{file} contains {shortened(more[0])}, which is not of its module")
+            raise BundleError(
+                f"{file} contains {shortened(more[0])}, which its module does not have"
+            )
         sizes = {array.shape[0] for array in arrays.values() if array.ndim}
         ranks = {tensor: 1 if _is_vector(tensor) else 2 for tensor in arrays}
         if len(sizes) != 1 or any(arrays[tensor].ndim != rank for tensor, rank in ranks.items()):

@@ -82,8 +82,9 @@ class SentenceRecipe:
             pooled_over[:, :prompt_tokens] = 0
             if not pooled_over.any(axis=1).all():
                 raise UsageError(
-                    "a text has no tokens after its prompt, whose own are not pooled: it has no"
-                    " vector. Leave out empty texts, and prompts longer than the longest text"
+                    "a text has no tokens after its prompt, and those of the prompt are not pooled:"
+                    " it has no vector. Leave out empty texts, and prompts that fill the maximum"
+                    " length"
                 )
         values = states.astype(np.float32)
         vectors = np.concatenate([POOLS[m](values, pooled_over) for m in self.pooling], axis=1)
@@ -120,7 +121,7 @@ def read_recipe(directory: Path) -> SentenceRecipe | None:
     if model_type != "SentenceTransformer":
         raise BundleError(
             f"{directory / PROMPTS_NAME} is a {shortened(model_type)}'s, which is not supported: a"
-            " SentenceTransformer gives one vector a text"
+            " SentenceTransformer returns one vector per text"
         )
     max_length, lowercase = reader.encoder(encoder[1])
     pooling: tuple[str, ...] = ()
@@ -148,7 +149,7 @@ def read_recipe(directory: Path) -> SentenceRecipe | None:
                 f" supported; there are {known}"
             )
     if not pooling:
-        raise BundleError(f"{file} names no Pooling: nothing specifies what a text's vector is")
+        raise BundleError(f"{file} names no Pooling, which defines the vector of a text")
     return SentenceRecipe(
         pooling=pooling,
         steps=tuple(steps),

@@ -147,4 +147,6 @@ def _only_on_vectors(values: Mapping[str, Any], where: Path) -> None:
 def check_size(given: int, size: int, where: Path) -> None:
     """Raise BundleError unless the `given` size of vectors is that of the step at `where`."""
     if given != size:
-        raise BundleError(f"{where} takes vectors of {size}, those before it are of {given}")
+        raise BundleError(
+            f"{where} takes vectors of size {size}, the step before it returns size {given}"
+        )

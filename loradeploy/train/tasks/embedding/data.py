@@ -109,7 +109,7 @@ def _score(where: str, value: Any, bounded: bool) -> float:
         raise DataError(f"{where}: score is {reprlib.repr(value)}, expected a number")
     if bounded and not -1 <= score <= 1:
         raise DataError(
-            f'{where}: score is {score:g}, which no cosine is: `embedding_loss="cosine"` needs -1'
-            ' to 1, "cosent" takes any scale'
+            f'{where}: score is {score:g}: `embedding_loss="cosine"` needs -1 to 1, "cosent" takes'
+            " any scale"
         )
     return score
