@@ -1,4 +1,4 @@
-"""What all tests of LoRA in PyTorch share."""
+"""Fixtures of all tests of LoRA in PyTorch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @pytest.fixture(scope="package", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Tiny models on one thread: several would wait for each other longer than they compute."""
+    """Run tiny models on one thread: synchronizing several takes longer than computing."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

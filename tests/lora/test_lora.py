@@ -1,4 +1,4 @@
-"""LoRA in PyTorch computes what PEFT computes, and gives the base back untouched."""
+"""LoRA in PyTorch computes the same as PEFT and restores the base unchanged."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.tolerances import tolerance
 
 TOKENS = torch.arange(3, 27).reshape(2, 12)
 
-# What PEFT made, by the options it was made with.
+# PEFT adapters by name: the model and the options of PEFT.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-all-linear": ("tiny_llama", {}),
     "llama-list": ("tiny_llama", {"target_modules": ["q_proj", "down_proj"]}),
@@ -69,7 +69,7 @@ def case(request: pytest.FixtureRequest, make_adapter: MakeAdapter) -> tuple[Pat
     return model, make_adapter(model, **options), options
 
 
-def test_an_adapter_of_pefts_gives_pefts_logits(case: tuple[Path, Path, Any]) -> None:
+def test_an_adapter_by_peft_gives_pefts_logits(case: tuple[Path, Path, Any]) -> None:
     import peft
 
     model, adapter, options = case
@@ -83,7 +83,7 @@ def test_an_adapter_of_pefts_gives_pefts_logits(case: tuple[Path, Path, Any]) ->
     assert difference(ours, before) > 100 * tolerance("same-torch"), "the adapter did nothing"
 
 
-def test_peft_gives_our_logits_for_an_adapter_of_ours(
+def test_peft_gives_the_same_logits_for_an_adapter_by_loradeploy(
     case: tuple[Path, Path, Any], tmp_path: Path
 ) -> None:
     import peft
@@ -106,7 +106,7 @@ def test_merging_changes_nothing_and_unmerging_is_exact(case: tuple[Path, Path, 
     injection = load(base, load_adapter(adapter))
     unmerged = logits(base)
     injection.merge()
-    injection.merge()  # a second time does nothing
+    injection.merge()  # a second call has no effect
     merged = logits(base)
     injection.remove()
 
@@ -129,7 +129,7 @@ def test_smollm2_gives_pefts_logits(smollm2: Path, smollm2_adapters: dict[str, P
     assert difference(ours, before) > 0.1
 
 
-def test_a_fresh_adapter_leaves_the_model_as_it_is(tiny_llama: Path) -> None:
+def test_a_new_adapter_does_not_change_the_model(tiny_llama: Path) -> None:
     base = base_of(tiny_llama, {})
     before = logits(base)
     injection = inject(base, AdapterConfig(r=4, target_modules="all-linear"), seed=1)
@@ -139,7 +139,7 @@ def test_a_fresh_adapter_leaves_the_model_as_it_is(tiny_llama: Path) -> None:
     assert trainable == {id(p) for p in injection.parameters()}
 
 
-def test_the_seed_decides_the_fresh_adapter(tiny_llama: Path) -> None:
+def test_a_new_adapter_depends_on_the_seed(tiny_llama: Path) -> None:
     config = AdapterConfig(r=4, target_modules="all-linear")
     one, same, other = (
         inject(base_of(tiny_llama, {}), config, seed=seed).adapter().digest for seed in (1, 1, 2)
@@ -164,7 +164,7 @@ def test_a_merged_weight_is_cast_once(kind: Any, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_narrow_base_gives_pefts_logits(
+def test_a_half_precision_base_gives_pefts_logits(
     dtype: torch.dtype, tiny_llama: Path, make_adapter: MakeAdapter
 ) -> None:
     import peft
@@ -176,13 +176,13 @@ def test_a_narrow_base_gives_pefts_logits(
         ours = logits(base)
     theirs = logits(peft.PeftModel.from_pretrained(base, adapter).eval())
     assert ours.dtype == dtype
-    # PEFT multiplies by s at another place: at most the last of the few bits differs.
+    # PEFT multiplies by s at another place: at most the last bit differs.
     widest = float(theirs.abs().max())
     assert difference(ours, theirs) <= 4 * torch.finfo(dtype).eps * widest
     assert difference(ours, before) > 10 * torch.finfo(dtype).eps * widest
 
 
-def test_a_second_adapter_is_refused_while_the_first_is_there(
+def test_a_second_adapter_is_refused_while_the_first_is_injected(
     tiny_llama: Path, make_adapter: MakeAdapter
 ) -> None:
     adapter = load_adapter(make_adapter(tiny_llama))
@@ -197,7 +197,7 @@ def test_a_second_adapter_is_refused_while_the_first_is_there(
     load(base, adapter)
 
 
-def test_dropout_is_on_the_low_rank_path_alone() -> None:
+def test_dropout_is_only_on_the_low_rank_path() -> None:
     torch.manual_seed(0)
     layer = LoraLinear(nn.Linear(8, 6), rank=2, scaling=1.0, dropout=0.5)
     x = torch.randn(4, 8)
@@ -226,7 +226,7 @@ def test_dropout_is_on_the_low_rank_path_alone() -> None:
         ),
     ],
 )
-def test_targets_that_make_no_sense_are_refused(
+def test_invalid_targets_are_refused(
     config: dict[str, Any], message: str, tiny_llama: Path
 ) -> None:
     with pytest.raises(UsageError, match=message):
@@ -234,9 +234,7 @@ def test_targets_that_make_no_sense_are_refused(
 
 
 @pytest.mark.parametrize("whole", ["lm_head", "wte"])
-def test_a_tied_weight_that_is_trained_whole_leaves_the_other_as_it_is(
-    whole: str, tiny_gpt2: Path
-) -> None:
+def test_a_fully_trained_tied_weight_does_not_change_the_other(whole: str, tiny_gpt2: Path) -> None:
     base = base_of(tiny_gpt2, {})
     tied, before = base.lm_head.weight, logits(base)
     config = AdapterConfig(target_modules=("c_attn",), modules_to_save=(whole,))
@@ -253,7 +251,7 @@ def test_a_tied_weight_that_is_trained_whole_leaves_the_other_as_it_is(
     assert torch.equal(logits(base), before)
 
 
-def test_an_adapter_of_another_model_is_refused_with_every_misfit(
+def test_an_adapter_of_another_model_is_refused_with_every_mismatch(
     tiny_llama: Path, tiny_gpt2: Path, make_adapter: MakeAdapter
 ) -> None:
     adapter = load_adapter(make_adapter(tiny_gpt2))

@@ -1,7 +1,7 @@
 """PEFT's whole configuration space: the same logits as PEFT from the same directory, or a refusal.
 
-Every field of `peft.LoraConfig` is decided in FIELDS. A release of PEFT with a new field fails here
-until someone has decided what it does to a finished adapter's numbers.
+FIELDS has a decision for every field of `peft.LoraConfig`. A release of PEFT with a new field fails
+here until someone has decided how it affects the results of a trained adapter.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from loradeploy.lora.inject import adapted
 from tests.lora import tiny
 from tests.tolerances import tolerance
 
-# PEFT's remarks on tied embeddings.
+# PEFT warns about tied embeddings.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @dataclasses.dataclass(frozen=True)
 class Tried:
-    """Values that are trained, saved and loaded on both sides, by model where they differ."""
+    """Values with which adapters are trained, saved and loaded by both, or values per model."""
 
     values: tuple[Any, ...] = ()
     by_model: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
@@ -41,14 +41,14 @@ class Tried:
 
 @dataclasses.dataclass(frozen=True)
 class Neutral:
-    """It says how an adapter was trained or where it came from; `value` is read and kept."""
+    """A field about the training or origin of an adapter; `value` is read and kept."""
 
     value: Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Refused:
-    """It changes the numbers in a way that is not supported: `value` is refused by name."""
+    """A field that affects results in an unsupported way: `value` is refused by name."""
 
     value: Any
 
@@ -146,7 +146,7 @@ FIELDS: Final[Mapping[str, Tried | Neutral | Refused]] = {
     "ensure_weight_tying": Tried((False, True)),
 }
 
-# What cannot be undone without the base, and is made plain with it first.
+# Methods that modify the base; adapters of them are converted with the base first.
 CHANGES_BASE: Final = ("pissa", "olora")
 SAMPLES: Final = 20
 
@@ -156,7 +156,7 @@ def of(kind: type) -> list[str]:
 
 
 def configurations(model: str) -> list[dict[str, Any]]:
-    """Every value once beside the defaults, then a seeded sample of everything with everything."""
+    """Return every value once with defaults, then a seeded sample of combinations of all values."""
     tried = {name: d.on(model) for name, d in FIELDS.items() if isinstance(d, Tried)}
     first = {name: values[0] for name, values in tried.items()}
     found = [first]
@@ -167,7 +167,7 @@ def configurations(model: str) -> list[dict[str, Any]]:
         found.append({**first, **{name: dice.choice(tried[name]) for name in changed}})
     for values in found:
         if isinstance(values["target_modules"], str):
-            values["layers_to_transform"] = None  # which PEFT wants with lists alone
+            values["layers_to_transform"] = None  # PEFT accepts it only with lists
         if values["layers_to_transform"] is None:
             values["layers_pattern"] = None
     return [values for n, values in enumerate(found) if values not in found[:n]]
@@ -181,7 +181,7 @@ CASES: Final = [
 
 
 def trained(model: str, values: Mapping[str, Any], place: Path) -> None:
-    """An adapter of PEFT's with random numbers in all that it trains; skips what PEFT refuses."""
+    """Write a PEFT adapter with random trained values; skip configurations that PEFT refuses."""
     try:
         made = peft.get_peft_model(
             tiny.model(model), peft.LoraConfig(**json.loads(json.dumps(values)))
@@ -197,12 +197,12 @@ def trained(model: str, values: Mapping[str, Any], place: Path) -> None:
     made.save_pretrained(place)
 
 
-def test_every_field_is_decided() -> None:
+def test_every_field_has_a_decision() -> None:
     assert set(FIELDS) == {field.name for field in dataclasses.fields(peft.LoraConfig)}
 
 
 @pytest.mark.parametrize("name", of(Neutral))
-def test_a_field_of_training_alone_is_kept(name: str) -> None:
+def test_a_field_about_training_is_kept(name: str) -> None:
     value = FIELDS[name].value  # type: ignore[union-attr]
     config = AdapterConfig.from_peft({"r": 4, "target_modules": ["q"], name: value})
     assert config.to_peft()[name] == value
@@ -253,7 +253,7 @@ def test_the_logits_are_pefts_or_the_adapter_is_refused(
     ],
     ids=["the embedding", "the head", "both", "an expression", "the head left out"],
 )
-def test_factors_of_an_embedding_are_its_heads_too_where_peft_ties_them(
+def test_factors_of_an_embedding_apply_to_its_head_where_peft_ties_them(
     options: dict[str, Any], tmp_path: Path
 ) -> None:
     first = {name: d.on("llama")[0] for name, d in FIELDS.items() if isinstance(d, Tried)}
@@ -278,7 +278,7 @@ def test_factors_of_an_embedding_are_its_heads_too_where_peft_ties_them(
     assert tiny.difference(tiny.logits(again, "llama-tied"), expected) <= tolerance("same-torch")
 
 
-def test_other_factors_of_a_head_that_is_no_target_are_refused(tmp_path: Path) -> None:
+def test_other_factors_of_a_head_that_is_not_a_target_are_refused(tmp_path: Path) -> None:
     first = {name: d.on("llama")[0] for name, d in FIELDS.items() if isinstance(d, Tried)}
     values = {**first, "target_modules": ["embed_tokens"], "ensure_weight_tying": True}
     trained("llama-tied", values, tmp_path)

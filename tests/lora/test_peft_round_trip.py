@@ -1,4 +1,4 @@
-"""What PEFT trains computes the same here, and what is trained here computes the same in PEFT."""
+"""Adapters trained by PEFT compute the same here, and adapters trained here the same in PEFT."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from tests.lora import tiny
 from tests.tolerances import tolerance
 
 peft = pytest.importorskip("peft")
-# PEFT's remarks on tied embeddings and on grouped convolutions.
+# PEFT warns about tied embeddings and grouped convolutions.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-# Layers by kind: the model, what is targeted, what is trained whole, and a pattern.
+# By kind of layer: the model, the targets, the fully trained module, and a pattern.
 KINDS: Final[dict[str, tuple[str, Any, str, str]]] = {
     "linear": ("llama", ["q_proj", "down_proj"], "lm_head", "down_proj"),
     "conv1d": ("gpt2", ["c_attn", "c_proj"], "lm_head", r"attn\.c_proj"),
@@ -59,8 +59,8 @@ METHODS: Final[dict[str, dict[str, Any]]] = {
     "layers": {"layers_to_transform": [1]},
 }
 
-# What PEFT has not: it takes no part out of these weights, has no norm for groups that means
-# something, and looks for layer numbers where images have none.
+# Combinations that PEFT does not support: it does not decompose these weights (PiSSA, OLoRA), its
+# norm for grouped convolutions has no meaning, and image models have no layer numbers.
 _CHANGING: Final = ("pissa", "pissa-rslora", "pissa-dora", "pissa-niter", "olora")
 _GROUPED: Final = ("dora", "dora-rslora", "patterns-rslora-dora")
 UNDEFINED: Final = {
@@ -79,7 +79,7 @@ TABLE: Final = [(k, m) for k in KINDS for m in METHODS if (k, m) not in UNDEFINE
 
 
 def fields(kind: str, method: str) -> dict[str, Any]:
-    """The configuration of `method` for the layers of `kind`."""
+    """Return the configuration of `method` for the layers of `kind`."""
     _, targets, whole, pattern = KINDS[kind]
     values: dict[str, Any] = {"r": 16 if kind == "grouped-conv2d" else 4, "lora_alpha": 8}
     values["target_modules"] = targets
@@ -96,7 +96,7 @@ def fields(kind: str, method: str) -> dict[str, Any]:
 
 
 def trained_by_peft(kind: str, method: str, place: Path) -> torch.Tensor:
-    """An adapter that PEFT trained and saved in `place`; its logits there."""
+    """Train and save an adapter by PEFT in `place`; return its logits in PEFT."""
     name = KINDS[kind][0]
     torch.manual_seed(1)
     options = fields(kind, method)
@@ -108,7 +108,7 @@ def trained_by_peft(kind: str, method: str, place: Path) -> torch.Tensor:
 
 
 def without_blanks(config: Path) -> dict[str, Any]:
-    """What `config` says, but for the fields that say nothing and the order of targets."""
+    """Return the fields of `config` without empty ones, with sorted targets."""
     values = json.loads((config / "adapter_config.json").read_text())
     return {
         name: sorted(value) if name == "target_modules" and isinstance(value, list) else value
@@ -119,7 +119,9 @@ def without_blanks(config: Path) -> dict[str, Any]:
 
 @pytest.mark.breadth(2)
 @pytest.mark.parametrize(("kind", "method"), TABLE)
-def test_what_peft_trained_gives_pefts_logits(kind: str, method: str, tmp_path: Path) -> None:
+def test_an_adapter_trained_by_peft_gives_pefts_logits(
+    kind: str, method: str, tmp_path: Path
+) -> None:
     theirs = trained_by_peft(kind, method, tmp_path / "theirs")
     name = KINDS[kind][0]
     base = tiny.model(name)
@@ -142,7 +144,7 @@ def test_what_peft_trained_gives_pefts_logits(kind: str, method: str, tmp_path: 
 
 @pytest.mark.breadth(2)
 @pytest.mark.parametrize(("kind", "method"), TABLE)
-def test_what_is_trained_here_gives_the_same_logits_in_peft(
+def test_an_adapter_trained_here_gives_the_same_logits_in_peft(
     kind: str, method: str, tmp_path: Path
 ) -> None:
     name = KINDS[kind][0]
@@ -165,7 +167,7 @@ def test_what_is_trained_here_gives_the_same_logits_in_peft(
 
 @pytest.mark.breadth(2)
 @pytest.mark.parametrize(("kind", "method"), TABLE)
-def test_no_field_and_no_tensor_of_pefts_is_lost(kind: str, method: str, tmp_path: Path) -> None:
+def test_no_field_and_no_tensor_of_peft_is_lost(kind: str, method: str, tmp_path: Path) -> None:
     trained_by_peft(kind, method, tmp_path / "theirs")
     save_adapter(load_adapter(tmp_path / "theirs"), tmp_path / "ours")
 
@@ -198,7 +200,7 @@ def test_the_gradients_are_pefts(kind: str, method: str, dropout: float, tmp_pat
     injection = load(base, load_adapter(tmp_path / "theirs"))
     for net in (theirs, base):
         net.train()
-        torch.manual_seed(5)  # the same dropout
+        torch.manual_seed(5)  # the same dropout mask
         tiny.loss(net, name).backward()
 
     expected = {
@@ -224,7 +226,7 @@ def test_the_gradients_are_pefts(kind: str, method: str, dropout: float, tmp_pat
 
 @pytest.mark.parametrize("method", ["lora", "dora", "dora-rslora", "pissa", "bias-all"])
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "grouped-conv2d"])
-def test_merged_it_computes_the_same_and_unmerging_is_exact(kind: str, method: str) -> None:
+def test_a_merge_computes_the_same_and_unmerging_is_exact(kind: str, method: str) -> None:
     name = KINDS[kind][0]
     base = tiny.model(name)
     before = {key: value.clone() for key, value in base.state_dict().items()}
@@ -243,7 +245,7 @@ def test_merged_it_computes_the_same_and_unmerging_is_exact(kind: str, method: s
     assert all(torch.equal(after[key], value) for key, value in before.items())
 
 
-def test_groups_cannot_be_merged(tmp_path: Path) -> None:
+def test_grouped_convolutions_cannot_be_merged(tmp_path: Path) -> None:
     trained_by_peft("grouped-conv2d", "lora", tmp_path)
     base = tiny.model("convnext")
     injection = load(base, load_adapter(tmp_path))
@@ -253,7 +255,7 @@ def test_groups_cannot_be_merged(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("whole", [["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]])
 @pytest.mark.parametrize("trainer", ["peft", "here"])
-def test_a_tied_weight_that_is_trained_whole_is_untied_as_in_peft(
+def test_a_fully_trained_tied_weight_is_untied_as_in_peft(
     trainer: str, whole: list[str], tmp_path: Path
 ) -> None:
     name, fields = "llama-tied", {"r": 4, "target_modules": ["o_proj"], "modules_to_save": whole}
@@ -281,7 +283,7 @@ def test_a_tied_weight_that_is_trained_whole_is_untied_as_in_peft(
 
 @pytest.mark.parametrize("method", ["lora", "rslora", "dora", "patterns"])
 @pytest.mark.parametrize("kind", ["linear", "tied-embedding", "strided-conv2d"])
-def test_an_adapter_with_a_rank_for_each_module_is_read_by_peft(
+def test_an_adapter_with_a_rank_per_module_is_read_by_peft(
     kind: str, method: str, tmp_path: Path
 ) -> None:
     name = KINDS[kind][0]

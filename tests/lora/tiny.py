@@ -1,4 +1,4 @@
-"""Tiny models of every kind of layer that takes LoRA, and a few steps of training on them."""
+"""Tiny models with every kind of layer that supports LoRA, and a few training steps on them."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def _bert() -> nn.Module:
     )
 
 
-# Each builds the same weights whenever it is called.
+# Each function builds the same weights at every call.
 MODELS: Final[Mapping[str, Callable[[], nn.Module]]] = {
     "llama": _llama,
     "llama-tied": lambda: _llama(tied=True),
@@ -106,7 +106,7 @@ MODELS: Final[Mapping[str, Callable[[], nn.Module]]] = {
 
 
 def model(name: str) -> nn.Module:
-    """The tiny model `name`, in evaluation mode, with biases that are not zero."""
+    """Return the tiny model `name` in evaluation mode, with nonzero biases."""
     torch.manual_seed(0)
     built = MODELS[name]().eval()
     with torch.no_grad():
@@ -117,7 +117,7 @@ def model(name: str) -> nn.Module:
 
 
 def batch(name: str) -> dict[str, Tensor]:
-    """What the model `name` takes, with labels."""
+    """Return inputs of the model `name`, with labels."""
     if name in ("vit", "convnext"):
         pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
         return {"pixel_values": pixels, "labels": _LABELS}
@@ -126,25 +126,25 @@ def batch(name: str) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def logits(net: nn.Module, name: str) -> Tensor:
-    """The logits of `net`, which is the model `name` with or without an adapter."""
+    """Return the logits of `net`, which is the model `name` with or without an adapter."""
     result: Any = net.eval()(**_for(net, name))
     return result.logits
 
 
 def loss(net: nn.Module, name: str) -> Tensor:
-    """The loss of `net` on its batch, with its graph."""
+    """Return the loss of `net` on its batch, with its autograd graph."""
     result: Any = net(**_for(net, name))
     return result.loss
 
 
 def _for(net: nn.Module, name: str) -> dict[str, Tensor]:
-    """The batch in the width of the model."""
+    """Return the batch in the dtype of the model."""
     width = next(p.dtype for n, p in net.named_parameters() if "lora" not in n)
     return {k: v.to(width) if v.is_floating_point() else v for k, v in batch(name).items()}
 
 
 def train(net: nn.Module, name: str, parameters: Iterable[nn.Parameter], steps: int = 4) -> None:
-    """A few real steps of AdamW."""
+    """Train a few steps with AdamW."""
     net.train()
     optimizer = torch.optim.AdamW(list(parameters), lr=1e-2)
     for _ in range(steps):
@@ -155,5 +155,5 @@ def train(net: nn.Module, name: str, parameters: Iterable[nn.Parameter], steps: 
 
 
 def difference(one: Tensor, other: Tensor) -> float:
-    """The largest absolute difference."""
+    """Return the largest absolute difference."""
     return float((one.double() - other.double()).abs().max())

@@ -24,7 +24,7 @@ WORDS = {
 
 @pytest.fixture(autouse=True)
 def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Tiny matrices gain nothing from threads, and wait long for them on a busy machine."""
+    """Run on one thread: tiny matrices gain nothing from more, and synchronizing them is slow."""
     threads = torch.get_num_threads()
     torch.set_num_threads(threads if "slow" in request.keywords else 1)
     yield
@@ -47,20 +47,20 @@ def write_lessons(file: Path) -> Path:
 
 
 def train_quickly(model: Path, data: Path, output: Path, **flags: Any) -> TrainResult:
-    """`train` with few steps on short texts."""
+    """Call `train` with few steps on short texts."""
     settings = {"max_steps": 4, "batch_size": 4, "rank": 4, "max_length": 64, **flags}
     return train(model, data, output, **settings)
 
 
 @pytest.fixture
 def lessons(tmp_path: Path) -> Path:
-    """Twelve prompts of different lengths with completions, as JSONL."""
+    """JSONL with twelve prompts of different lengths and completions."""
     return write_lessons(tmp_path / "lessons.jsonl")
 
 
 @pytest.fixture
 def topics(tmp_path: Path) -> Path:
-    """Eight texts of each of three topics that share no word, as class folders."""
+    """Class directories with eight texts of each of three topics that share no word."""
     place = tmp_path / "topics"
     for topic, words in WORDS.items():
         (place / topic).mkdir(parents=True)
@@ -72,5 +72,5 @@ def topics(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def quick() -> Quick:
-    """`train` with few steps on short texts."""
+    """A function that calls `train` with few steps on short texts."""
     return train_quickly

@@ -1,4 +1,4 @@
-"""`loradeploy train`: flags and files are settings, results are on stdout, mistakes one line."""
+"""`loradeploy train`: settings by flags and files, results on stdout, one-line errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings come from a file and from flags, and none is taken for another."""
+"""Training settings from a file and from flags."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ from loradeploy.train.flags import TrainFlags
         ("rank: [", "is not valid YAML"),
     ],
 )
-def test_a_setting_that_makes_no_sense_is_refused(text: str, message: str, tmp_path: Path) -> None:
+def test_an_invalid_setting_is_refused(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "train.yaml").write_text(text)
     with pytest.raises(UsageError, match=message):
         read_config(tmp_path / "train.yaml")
@@ -74,7 +74,7 @@ def test_flags_take_precedence_over_the_file(tmp_path: Path) -> None:
     assert (config.rank, config.learning_rate) == (16, 1e-4)
 
 
-def test_the_settings_in_full_are_read_back_the_same(tmp_path: Path) -> None:
+def test_written_settings_are_read_back_unchanged(tmp_path: Path) -> None:
     config = TrainConfig(rank=3, target_modules="q_proj,v_proj", learning_rate=1e-7)
     file = tmp_path / "train.yaml"
     file.write_text(yaml.safe_dump(dataclasses.asdict(config)))
@@ -90,14 +90,14 @@ def test_the_settings_in_full_are_read_back_the_same(tmp_path: Path) -> None:
         (r"re:.*\.0\..*", r".*\.0\..*"),
     ],
 )
-def test_targets_are_a_word_a_list_or_a_pattern(
+def test_targets_can_be_a_word_a_list_or_a_pattern(
     written: str, targets: str | tuple[str, ...], tmp_path: Path
 ) -> None:
     (tmp_path / "train.yaml").write_text(f"target_modules: {written}\n")
     assert read_config(tmp_path / "train.yaml").targets == targets
 
 
-def test_type_checkers_know_every_setting_that_train_takes() -> None:
+def test_every_setting_of_train_is_typed() -> None:
     settings = {field.name: field.type for field in dataclasses.fields(TrainConfig)}
     assert TrainFlags.__annotations__.keys() == settings.keys()
     known = typing.get_type_hints(TrainFlags)

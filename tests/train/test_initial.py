@@ -1,4 +1,4 @@
-"""`init_adapter`: training goes on from an existing adapter, and refuses what contradicts it."""
+"""`init_adapter`: training continues from an existing adapter; contradictions are refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def goes_on(model: Path, data: Path, output: Path, adapter: Path, **settings: An
     return train(model, data, output, init_adapter=str(adapter), **{**SHORT, **settings})
 
 
-def test_training_goes_on_where_the_adapter_is(
+def test_training_continues_from_the_adapter(
     tiny_llama: Path, lessons: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     first = train(
@@ -44,7 +44,7 @@ def test_training_goes_on_where_the_adapter_is(
     again = goes_on(tiny_llama, lessons, tmp_path / "c", first.adapter)
     assert again.digest == second.digest
 
-    # What PEFT trained states no base and no labels.
+    # An adapter trained by PEFT has no base digest and no labels.
     theirs = make_adapter(tiny_llama, r=5, use_rslora=True, use_dora=True)
     third = load_adapter(goes_on(tiny_llama, lessons, tmp_path / "d", theirs).adapter)
     assert (third.config.r, third.config.use_rslora, third.config.use_dora) == (5, True, True)
@@ -72,7 +72,7 @@ def test_a_classifier_keeps_its_head(tiny_bert: Path, topics: Path, tmp_path: Pa
     ],
     ids=lambda setting: next(iter(setting)),
 )
-def test_a_setting_that_the_adapter_has_itself_is_refused(
+def test_a_setting_defined_by_the_adapter_is_refused(
     setting: dict[str, Any], tmp_path: Path
 ) -> None:
     (name,) = setting
@@ -81,8 +81,8 @@ def test_a_setting_that_the_adapter_has_itself_is_refused(
 
 
 @pytest.mark.parametrize("flags", [{}, {"init_adapter": "a"}], ids=["in the file", "a flag"])
-def test_a_setting_of_the_file_is_refused_as_a_flag_is(flags: dict[str, Any]) -> None:
-    values = {"rank": TrainConfig().rank, "alpha": 16, "seed": 0}  # the defaults
+def test_such_a_setting_is_refused_in_the_file_too(flags: dict[str, Any]) -> None:
+    values = {"rank": TrainConfig().rank, "alpha": 16, "seed": 0}  # a rank equal to the default
     if not flags:
         values["init_adapter"] = "a"
     with pytest.raises(UsageError, match="`rank`, `alpha` cannot be set with `init_adapter`"):

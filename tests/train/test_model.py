@@ -1,4 +1,4 @@
-"""Whatever the base model is, its head is found and trained, and PEFT reads the result."""
+"""The classification head is found and trained for every base model, and PEFT reads the result."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SIZES: dict[str, Any] = {
 }
 DISTILBERT = {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "vocab_size": 512}
 
-# Encoders and decoders as they are published, and which modules beside them are trained whole.
+# Published encoders and decoders, and which of their modules are fully trained.
 BASES: dict[str, tuple[Callable[[], Any], set[str]]] = {
     "bert": (lambda: transformers.BertModel(transformers.BertConfig(**SIZES)), {"classifier"}),
     "bert-without-pooler": (
@@ -104,7 +104,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.breadth(2)
-def test_a_classifier_of_any_kind_is_read_by_peft(
+def test_a_classifier_on_any_base_is_read_by_peft(
     base: tuple[Path, set[str]], topics: Path, tmp_path: Path, quick: Quick
 ) -> None:
     import peft
@@ -128,10 +128,10 @@ def test_a_classifier_of_any_kind_is_read_by_peft(
     assert float((logits(ours) - logits(fresh)).abs().max()) > 0.01, "the adapter did nothing"
 
 
-def test_a_decoder_that_pads_with_its_end_looks_at_the_last_word(
+def test_a_decoder_padded_with_its_end_token_uses_the_last_real_token(
     tiny_llama: Path, topics: Path, tmp_path: Path, quick: Quick
 ) -> None:
-    """Batches of texts of many lengths are judged as each text is by itself."""
+    """Texts of many lengths in a batch have the same scores as alone."""
     directory = tmp_path / "base"
     shutil.copytree(tiny_llama, directory)
     config = json.loads((directory / "config.json").read_text())
@@ -156,7 +156,7 @@ def test_a_decoder_that_pads_with_its_end_looks_at_the_last_word(
 
 
 @pytest.mark.parametrize("name", ["nowhere", "empty"])
-def test_a_place_without_a_model_is_told(
+def test_a_directory_without_a_model_is_refused(
     name: str, lessons: Path, tmp_path: Path, quick: Quick
 ) -> None:
     (tmp_path / "empty").mkdir()
@@ -189,7 +189,7 @@ def test_weights_of_another_model_are_refused(
         ("tokenizer.json", b"{", "has no tokenizer that can be used"),
     ],
 )
-def test_a_broken_file_of_the_model_is_told(
+def test_a_broken_file_of_the_model_is_named(
     file: str,
     content: bytes,
     message: str,

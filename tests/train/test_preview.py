@@ -1,4 +1,4 @@
-"""Before a run: what it would train on, and what its settings are; and after it, its card."""
+"""Previews of training data and settings before a run, and the model card after it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.cli.calling import exit_status
 from tests.train.conftest import Quick
 
 
-def test_a_dry_run_shows_three_examples_with_the_tokens_of_the_loss_marked(
+def test_a_dry_run_shows_three_examples_with_marked_loss_tokens(
     tiny_llama: Path, lessons: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     given = ("train", "--model", tiny_llama, "--data", lessons, "--dry-run", "--epochs", 2)
@@ -44,7 +44,7 @@ def test_a_classifiers_examples_are_shown_with_their_labels(
     assert {example["label"] for example in found["shown"]} <= set(found["labels"])
 
 
-def test_the_printed_settings_are_a_file_that_gives_them_again(
+def test_the_printed_settings_are_a_valid_settings_file(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     flags = ("--rank", 16, "--rank-pattern", "q_proj=4,up_proj=8", "--columns", "prompt=question")
@@ -61,7 +61,7 @@ def test_the_printed_settings_are_a_file_that_gives_them_again(
     assert capfd.readouterr().out == text
 
 
-def test_model_data_and_output_may_stand_in_the_file(
+def test_model_data_and_output_can_be_in_the_file(
     tiny_llama: Path, lessons: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "train.yaml"
@@ -89,7 +89,7 @@ def test_model_data_and_output_may_stand_in_the_file(
         ("lora_plus_ratio: 0.5", "`lora_plus_ratio` is 0.5: give a value from 1"),
     ],
 )
-def test_a_setting_that_cannot_be_is_named(settings: str, message: str, tmp_path: Path) -> None:
+def test_an_invalid_setting_is_named(settings: str, message: str, tmp_path: Path) -> None:
     from loradeploy.errors import UsageError
 
     file = tmp_path / "train.yaml"
@@ -98,7 +98,7 @@ def test_a_setting_that_cannot_be_is_named(settings: str, message: str, tmp_path
         read_config(file)
 
 
-def test_every_setting_survives_the_way_through_the_file(tmp_path: Path) -> None:
+def test_every_setting_can_be_written_and_read(tmp_path: Path) -> None:
     from loradeploy.train.config_file import to_yaml
 
     file = tmp_path / "train.yaml"

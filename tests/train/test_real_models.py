@@ -15,7 +15,9 @@ from tests.train.conftest import write_lines
 
 
 @pytest.mark.slow
-def test_smollm2s_template_shows_what_the_assistant_says(smollm2: Path, tmp_path: Path) -> None:
+def test_the_loss_with_smollm2s_template_is_on_the_assistant_messages(
+    smollm2: Path, tmp_path: Path
+) -> None:
     message = ["Paris.", "Rome, of course."]
     messages = [
         {"role": "user", "content": "What is the capital of France?"},

@@ -1,4 +1,4 @@
-"""Training learns, is repeatable, and writes what PEFT reads."""
+"""Training lowers the loss, is deterministic, and writes adapters that PEFT reads."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.tolerances import tolerance
 from tests.train.conftest import Quick
 
 
-def test_training_lowers_the_loss_and_writes_all_that_was_promised(
+def test_training_lowers_the_loss_and_writes_all_documented_files(
     tiny_llama: Path, lessons: Path, tmp_path: Path, quick: Quick
 ) -> None:
     result = quick(
@@ -116,7 +116,7 @@ def test_a_classifier_learns_its_labels(
     ],
     ids=["causal-lm", "sequence-classification"],
 )
-def test_batches_that_are_accumulated_train_as_one_of_their_size(
+def test_accumulated_batches_train_the_same_as_one_large_batch(
     settings: dict[str, Any],
     data: str,
     tiny_llama: Path,
@@ -125,7 +125,7 @@ def test_batches_that_are_accumulated_train_as_one_of_their_size(
     request: pytest.FixtureRequest,
 ) -> None:
     directory = request.getfixturevalue(data)
-    # Without clipping, a gradient that is too large by a factor would show.
+    # Without clipping, a gradient that is too large by a factor would be detected.
     settings = {**settings, "max_steps": 2, "max_grad_norm": 1e9, "weight_decay": 0.0}
     whole = quick(tiny_llama, directory, tmp_path / "whole", batch_size=8, **settings)
     parts = quick(
@@ -147,7 +147,7 @@ def test_batches_that_are_accumulated_train_as_one_of_their_size(
     assert parts.loss_after == pytest.approx(whole.loss_after, rel=1e-3)
 
 
-def test_a_validation_split_is_judged_by_and_not_trained_on(
+def test_a_validation_split_is_evaluated_and_not_trained_on(
     tiny_llama: Path, lessons: Path, tmp_path: Path, quick: Quick
 ) -> None:
     result = quick(tiny_llama, lessons, tmp_path / "a", validation_split=0.25, max_steps=0)
@@ -180,14 +180,14 @@ def test_a_base_in_bfloat16_trains_factors_and_head_in_float32(
     assert results[1].loss_before == pytest.approx(results[0].loss_before, abs=0.05)
 
 
-def test_examples_that_are_cut_are_counted(
+def test_truncated_examples_are_counted(
     tiny_llama: Path, tmp_path: Path, lessons: Path, quick: Quick
 ) -> None:
     result = quick(tiny_llama, lessons, tmp_path / "adapter", max_length=22)
     assert 0 < result.truncated < 12
 
 
-def test_targets_are_those_asked_for(
+def test_the_requested_targets_are_trained(
     tiny_llama: Path, lessons: Path, tmp_path: Path, quick: Quick
 ) -> None:
     listed = quick(tiny_llama, lessons, tmp_path / "a", target_modules="q_proj, v_proj")
@@ -199,7 +199,7 @@ def test_targets_are_those_asked_for(
         quick(tiny_llama, lessons, tmp_path / "c", target_modules="query")
 
 
-def test_rslora_is_trained_as_it_is_read(
+def test_rslora_has_the_same_scaling_in_training_and_when_loaded(
     tiny_llama: Path, lessons: Path, tmp_path: Path, quick: Quick
 ) -> None:
     result = quick(tiny_llama, lessons, tmp_path / "a", use_rslora=True, alpha=6.0)
@@ -212,7 +212,7 @@ def test_rslora_is_trained_as_it_is_read(
 # -- what is refused ---------------------------------------------------------------------------
 
 
-def test_missing_data_is_said_and_nothing_is_written(
+def test_missing_data_is_reported_and_nothing_is_written(
     tiny_llama: Path, tmp_path: Path, quick: Quick
 ) -> None:
     with pytest.raises(DataError, match=r"nowhere.jsonl does not exist"):
@@ -220,14 +220,14 @@ def test_missing_data_is_said_and_nothing_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_prompt_that_leaves_nothing_to_learn_is_named(
+def test_a_prompt_that_leaves_no_loss_tokens_is_named(
     tiny_llama: Path, lessons: Path, tmp_path: Path, quick: Quick
 ) -> None:
     with pytest.raises(DataError, match=r"line 1: no tokens of the loss within 3 tokens"):
         quick(tiny_llama, lessons, tmp_path / "adapter", max_length=3)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_the_old_adapter_stays(
+def test_a_loss_that_is_not_finite_stops_the_run_and_the_old_adapter_is_kept(
     tiny_llama: Path, lessons: Path, tmp_path: Path, quick: Quick
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
@@ -247,7 +247,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_the_old_adapter_stays(
         ("mat1 and mat2 shapes cannot be multiplied", False),
     ],
 )
-def test_memory_that_runs_out_is_told_and_other_errors_are_not_hidden(
+def test_running_out_of_memory_is_reported_and_other_errors_are_not_hidden(
     message: str,
     expected: bool,
     tiny_llama: Path,
@@ -267,7 +267,7 @@ def test_memory_that_runs_out_is_told_and_other_errors_are_not_hidden(
     assert ("lower `batch_size`" in str(problem.value)) == expected
 
 
-def test_a_full_disk_is_told_the_old_adapter_stays_and_the_new_one_is_kept_elsewhere(
+def test_on_a_full_disk_the_old_adapter_is_kept_and_the_new_one_saved_elsewhere(
     tiny_llama: Path,
     lessons: Path,
     tmp_path: Path,

@@ -1,4 +1,4 @@
-"""A base whose weights are packed is named with its quantizer and the way out, before any work."""
+"""Quantized base models are refused early, with the name of the quantizer and advice."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from loradeploy.lora.base.checkpoint import find_checkpoint
 from loradeploy.lora.base.formats import BITSANDBYTES, check_unquantized, original_name
 from tests.conftest import MakeAdapter
 
-LONGEST = 320  # characters of a message, paths apart
+LONGEST = 320  # characters of a message, without paths
 
 CONFIGS: dict[str, tuple[dict[str, Any], str, str]] = {
     "bitsandbytes": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes", "deq"),
@@ -52,7 +52,7 @@ def refusal_of(place: Path, **options: Any) -> str:
 
 @pytest.mark.parametrize("inner", [False, True])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_quantizer_is_named_with_the_way_out(name: str, inner: bool, tmp_path: Path) -> None:
+def test_the_quantizer_is_named_with_advice(name: str, inner: bool, tmp_path: Path) -> None:
     settings, message, advice = CONFIGS[name]
     config: dict[str, Any] = {"quantization_config": settings}
     place = write_base(tmp_path / "base", **({"text_config": config} if inner else config))
@@ -71,17 +71,17 @@ def test_the_quantizer_is_named_with_the_way_out(name: str, inner: bool, tmp_pat
         ("model.layers.0.mlp.experts.gate_up_proj_blocks", "MXFP4"),
     ],
 )
-def test_the_tensors_tell_it_where_the_config_does_not(
+def test_the_tensors_show_the_quantizer_where_the_config_does_not(
     tensor: str, message: str, tmp_path: Path
 ) -> None:
     assert message in refusal_of(write_base(tmp_path / "base", tensor))
 
 
 @pytest.mark.parametrize(("dtype", "message"), [(np.int8, "stores integers"), (np.float16, None)])
-def test_weights_of_integers_are_quantized_whatever_they_are_called(
+def test_integer_weights_count_as_quantized_under_any_name(
     dtype: Any, message: str | None, tmp_path: Path
 ) -> None:
-    """Without their scales transformers loads them as numbers."""
+    """transformers would load the integers as weights, without scales."""
     place = write_base(tmp_path / "base")
     weights = {"model.layers.0.self_attn.q_proj.weight": np.ones((2, 2), dtype)}
     write_arrays(place / "model.safetensors", weights, {})
@@ -91,13 +91,13 @@ def test_weights_of_integers_are_quantized_whatever_they_are_called(
         assert message in refusal_of(place)
 
 
-def test_a_model_of_mlx_in_few_bits_is_named(tmp_path: Path) -> None:
+def test_a_quantized_mlx_model_is_named(tmp_path: Path) -> None:
     place = write_base(tmp_path / "base", quantization={"group_size": 64, "bits": 4})
     assert "MLX" in refusal_of(place) and "mlx_lm.convert" in refusal_of(place)
 
 
 @pytest.mark.parametrize("config", [{}, {"quantization_config": {"quant_method": "gguf"}}])
-def test_plain_weights_are_taken(config: dict[str, Any], tmp_path: Path) -> None:
+def test_plain_weights_are_accepted(config: dict[str, Any], tmp_path: Path) -> None:
     check_unquantized(write_base(tmp_path / "base", **config))
 
 
@@ -114,17 +114,17 @@ def test_plain_weights_are_taken(config: dict[str, Any], tmp_path: Path) -> None
         ("4bit", None),
     ],
 )
-def test_the_original_is_told_by_the_name(name: str, original: str | None) -> None:
+def test_the_original_model_is_derived_from_the_name(name: str, original: str | None) -> None:
     assert original_name(name) == original
 
 
-def test_the_original_that_an_adapter_names_is_told(tmp_path: Path) -> None:
+def test_the_original_model_named_by_an_adapter_is_suggested(tmp_path: Path) -> None:
     place = write_base(tmp_path / "base", quantization_config={"load_in_4bit": True})
     names = [None, "unsloth/Llama-3.2-1B-bnb-4bit"]
     assert "give the original, unsloth/Llama-3.2-1B," in refusal_of(place, names=names)
 
 
-def test_training_takes_what_bitsandbytes_packed_and_refuses_others(tmp_path: Path) -> None:
+def test_training_accepts_bitsandbytes_weights_and_refuses_others(tmp_path: Path) -> None:
     packed = write_base(tmp_path / "a", quantization_config={"load_in_4bit": True})
     assert find_checkpoint(packed, quantized=[BITSANDBYTES]) == packed
     other = write_base(tmp_path / "b", quantization_config={"quant_method": "gptq"})
@@ -133,7 +133,7 @@ def test_training_takes_what_bitsandbytes_packed_and_refuses_others(tmp_path: Pa
 
 
 @pytest.mark.parametrize("directory", [False, True])
-def test_a_gguf_model_is_named_with_the_way_out(directory: bool, tmp_path: Path) -> None:
+def test_a_gguf_model_is_named_with_advice(directory: bool, tmp_path: Path) -> None:
     file = tmp_path / "model-Q4_K_M.gguf"
     file.write_bytes(b"GGUF\x03\0\0\0")
     place = tmp_path if directory else file
@@ -143,7 +143,7 @@ def test_a_gguf_model_is_named_with_the_way_out(directory: bool, tmp_path: Path)
 
 
 @pytest.mark.parametrize("verb", ["export", "merge", "parity"])
-def test_a_packed_base_is_refused_before_anything_is_traced(
+def test_a_quantized_base_is_refused_before_anything_is_traced(
     verb: str, tiny_llama: Path, tiny_llama_bundle: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     place = Path(shutil.copytree(tiny_llama, tmp_path / "base"))

@@ -1,4 +1,4 @@
-"""A base is its own weights: nothing beside them is put in, and nothing is random in silence."""
+"""Loading a base model: only its own weights are used, and none is silently random."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ def loader(request: pytest.FixtureRequest) -> Callable[[Path], Any]:
 
 @pytest.fixture
 def copy(tiny_llama: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny Llama, to be changed."""
+    """A copy of the tiny Llama that a test may modify."""
     return Path(shutil.copytree(tiny_llama, tmp_path / "base"))
 
 
 def change(directory: Path, how: Callable[[Tensors], None]) -> None:
-    """Let `how` alter the tensors of the checkpoint."""
+    """Apply `how` to the tensors of the checkpoint."""
     tensors = load_file(directory / "model.safetensors")
     how(tensors)
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
@@ -69,7 +69,7 @@ def rename(tensors: Tensors, old: str, new: str) -> None:
     tensors[new] = tensors.pop(old)
 
 
-# -- what lies beside ------------------------------------------------------------------------------
+# -- other files in the directory ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def rename(tensors: Tensors, old: str, new: str) -> None:
     [{}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}],
     ids=["lora", "dora", "a head"],
 )
-def test_an_adapter_beside_the_base_is_not_put_in(
+def test_an_adapter_in_the_base_directory_is_not_applied(
     options: dict[str, Any],
     loader: Callable[[Path], Any],
     tiny_llama: Path,
@@ -89,14 +89,14 @@ def test_an_adapter_beside_the_base_is_not_put_in(
         shutil.copy(adapter / name, copy)
     unasked = transformers.AutoModelForCausalLM.from_pretrained(copy)
     base = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama)
-    # The control: this is what transformers itself makes of the directory.
+    # The control: transformers itself applies the adapter.
     assert (logits(unasked) - logits(base)).abs().max() > 0.1
     model = loader(copy)
     assert torch.equal(logits(model), logits(base))
     assert {name for name, _ in model.named_modules()} == {name for name, _ in base.named_modules()}
 
 
-def test_an_adapter_s_config_alone_beside_the_base_changes_nothing(
+def test_only_the_config_of_an_adapter_in_the_directory_changes_nothing(
     loader: Callable[[Path], Any], tiny_llama: Path, copy: Path
 ) -> None:
     (copy / "adapter_config.json").write_text(
@@ -105,7 +105,7 @@ def test_an_adapter_s_config_alone_beside_the_base_changes_nothing(
     assert torch.equal(logits(loader(copy)), logits(loader(tiny_llama)))
 
 
-def test_an_adapter_beside_is_told_unless_it_is_given(
+def test_an_adapter_in_the_directory_is_logged_unless_it_is_given(
     copy: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (copy / "adapter_config.json").write_text("{}")
@@ -118,7 +118,7 @@ def test_an_adapter_beside_is_told_unless_it_is_given(
 
 
 @pytest.mark.parametrize("beside", [(), ("config.json", "tokenizer.json")], ids=["alone", "config"])
-def test_a_training_checkpoint_of_an_adapter_is_no_base(
+def test_a_training_checkpoint_of_an_adapter_is_refused_as_a_base(
     beside: tuple[str, ...], tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     place = tmp_path / "checkpoint-500"
@@ -132,7 +132,7 @@ def test_a_training_checkpoint_of_an_adapter_is_no_base(
             find(place)
 
 
-def test_shards_are_the_base_whatever_lies_beside_them(
+def test_shards_are_the_base_regardless_of_other_files(
     loader: Callable[[Path], Any], tiny_llama: Path, tmp_path: Path
 ) -> None:
     base = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama)
@@ -149,7 +149,7 @@ def test_shards_are_the_base_whatever_lies_beside_them(
         loader(place)
 
 
-# -- what the files hold ---------------------------------------------------------------------------
+# -- contents of the files -------------------------------------------------------------------------
 
 
 def wrapped(tensors: Tensors) -> None:
@@ -162,7 +162,7 @@ def wrapped_whole(tensors: Tensors) -> None:
 
 
 def with_factors(tensors: Tensors) -> None:
-    """PEFT before 0.7 kept the factors beside the layer's own weight."""
+    """Use the format of PEFT before 0.7: factors beside the layer's own weight."""
     tensors["lm_head.lora_A.default.weight"] = torch.ones(2, 64)
     tensors["lm_head.lora_B.default.weight"] = torch.ones(512, 2)
 
@@ -208,7 +208,7 @@ def fewer_words(tensors: Tensors) -> None:
         (fewer_words, r"as \[500, 64\], and by its config.json it is \[512, 64\], and 1 more"),
     ],
 )
-def test_weights_that_are_not_the_model_s_are_refused_by_name(
+def test_weights_that_do_not_fit_the_model_are_refused_by_name(
     how: Callable[[Tensors], None], message: str, loader: Callable[[Path], Any], copy: Path
 ) -> None:
     change(copy, how)
@@ -216,7 +216,7 @@ def test_weights_that_are_not_the_model_s_are_refused_by_name(
         loader(copy)
 
 
-def test_layers_that_the_config_leaves_out_are_told(
+def test_layers_that_the_config_omits_are_logged(
     copy: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = json.loads((copy / "config.json").read_text())
@@ -253,7 +253,7 @@ def test_an_adapter_without_the_head_that_its_base_lacks_is_refused(
         check_brought("topic", headless, lacking)
 
 
-def test_an_adapter_is_not_made_plain_on_random_weights(
+def test_an_adapter_is_not_converted_with_random_base_weights(
     copy: Path, make_adapter: MakeAdapter, tiny_llama: Path
 ) -> None:
     adapter = load_adapter(make_adapter(tiny_llama, init_lora_weights="pissa"))

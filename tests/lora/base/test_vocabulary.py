@@ -1,4 +1,4 @@
-"""Where models in PyTorch have a row per token."""
+"""Which parameters of PyTorch models have one row per token."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.export.reference import difference, onnx_output, torch_output
 from tests.lora import tiny
 
 
-def test_a_model_of_images_without_an_embedding_has_no_vocabulary() -> None:
+def test_an_image_model_without_an_embedding_has_no_vocabulary() -> None:
     assert vocabulary_of(tiny.model("convnext")) is None
     assert vocabulary_of(tiny.model("vit")) is None, "its embedding is of patches"
 
@@ -34,7 +34,7 @@ def test_a_vocabulary_names_the_tables_and_whether_they_are_tied() -> None:
     assert vocabulary_of(tiny.model("llama-tied")) == Vocabulary(64, *names, tied=True)
 
 
-def test_a_text_configuration_that_says_nothing_of_ties_has_none() -> None:
+def test_a_text_config_without_tie_word_embeddings_is_untied() -> None:
     small = {"hidden_size": 32, "intermediate_size": 32}
     text = {**small, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
     image = {**small, "depth": 1, "num_heads": 2, "out_hidden_size": 32}
@@ -49,7 +49,7 @@ def test_a_text_configuration_that_says_nothing_of_ties_has_none() -> None:
 
 
 def _with_head_of_its_own(tied: Path, place: Path) -> Path:
-    """The checkpoint `tied`, with another head in its file than config.json has it."""
+    """Copy the checkpoint `tied` with a separate head, which contradicts its config.json."""
     shutil.copytree(tied, place)
     tensors = load_file(place / "model.safetensors")
     tensors["lm_head.weight"] = torch.flip(tensors["transformer.wte.weight"], (0,)).contiguous()
@@ -58,10 +58,10 @@ def _with_head_of_its_own(tied: Path, place: Path) -> Path:
 
 
 @pytest.mark.parametrize("merge", [False, True], ids=["side inputs", "merged"])
-def test_rows_of_an_embedding_whose_head_is_tied_by_the_config_alone_are_refused(
+def test_rows_of_an_embedding_whose_head_is_tied_only_by_the_config_are_refused(
     merge: bool, tiny_gpt2: Path, tmp_path: Path
 ) -> None:
-    """transformers has two weights then, and PEFT puts the rows into both."""
+    """transformers then has two weights, and PEFT changes the rows of both."""
     base = _with_head_of_its_own(tiny_gpt2, tmp_path / "base")
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
     assert model.config.tie_word_embeddings
@@ -106,7 +106,7 @@ def _adapter(model: Any, place: Path, **options: Any) -> Path:
 
 
 @pytest.mark.parametrize("brought", ["rows", "a table"])
-def test_what_belongs_into_a_quantized_head_too_is_not_put_into_its_embedding_alone(
+def test_changes_of_a_tied_embedding_with_a_quantized_head_are_refused(
     brought: str, tied_int8: Path, tiny_gpt2: Path, tmp_path: Path
 ) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_gpt2)
@@ -121,10 +121,10 @@ def test_what_belongs_into_a_quantized_head_too_is_not_put_into_its_embedding_al
         ld.export(tied_int8, tmp_path / "b", adapters=[adapter], merge=True, requantize=True)
 
 
-def test_rows_are_merged_into_every_constant_that_a_bundle_has_of_a_tied_weight(
+def test_rows_are_merged_into_every_copy_of_a_tied_weight_in_a_bundle(
     tiny_gpt2: Path, tmp_path: Path
 ) -> None:
-    """Side inputs for rows give the head a constant of its own."""
+    """With side inputs for rows, the head is a separate constant."""
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_gpt2)
     adapter = _adapter(model, tmp_path / "a", trainable_token_indices=[3, 9])
     ld.export(tiny_gpt2, tmp_path / "bundle", side_inputs=["tokens"])
@@ -136,7 +136,7 @@ def test_rows_are_merged_into_every_constant_that_a_bundle_has_of_a_tied_weight(
     assert difference(*results) < 1e-5 < 0.1 < difference(results[0], torch_output(tiny_gpt2, ids))
 
 
-def test_copies_of_the_embedding_are_no_hindrance_to_a_merge_into_quantized_weights(
+def test_copies_of_the_embedding_do_not_prevent_a_merge_into_quantized_weights(
     tied_int8: Path, tiny_gpt2: Path, tmp_path: Path
 ) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_gpt2)
@@ -146,8 +146,8 @@ def test_copies_of_the_embedding_are_no_hindrance_to_a_merge_into_quantized_weig
     assert made.merged_adapter is not None
 
 
-def test_rows_of_a_tied_head_alone_are_refused(tiny_gpt2: Path, tmp_path: Path) -> None:
-    """In PEFT they change the output alone; the embedding has the same weight."""
+def test_rows_of_only_a_tied_head_are_refused(tiny_gpt2: Path, tmp_path: Path) -> None:
+    """In PEFT they change only the output, although the embedding has the same weight."""
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_gpt2)
     adapter = _adapter(model, tmp_path / "a", trainable_token_indices={"lm_head": [3, 9]})
     assert [*load_adapter(adapter).rows] == ["lm_head.weight"]

@@ -1,4 +1,4 @@
-"""How adapters begin: at the base, and where the papers say."""
+"""Initialization of adapters: at the base function, and as defined in the papers."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def begin(method: bool | str, rank: int = 4, s: float = 2.0, seed: int = 0) -> A
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_an_initialization_has_the_shapes_of_its_rank(method: bool | str) -> None:
+def test_an_initialization_has_the_shapes_of_the_rank(method: bool | str) -> None:
     A, B = begin(method)
     assert (A.shape, B.shape, A.dtype, B.dtype) == ((4, 40), (24, 4), torch.float32, torch.float32)
     assert A.any()
     assert bool(B.any()) == (method not in (True, "gaussian"))
 
 
-def test_kaiming_and_gaussian_have_their_spread() -> None:
+def test_kaiming_and_gaussian_have_their_variance() -> None:
     wide = torch.empty(8, 4000)
     A, _ = initialization(True)(wide, 64, 1.0, torch.Generator().manual_seed(0))
     assert float(A.abs().max()) == pytest.approx(1 / math.sqrt(4000), rel=0.01)
@@ -46,14 +46,14 @@ def test_kaiming_and_gaussian_have_their_spread() -> None:
 
 
 @pytest.mark.parametrize(("method", "error"), [("pissa", 1e-5), ("pissa_niter_4", 1e-3)])
-def test_pissa_begins_at_the_principal_part(method: str, error: float) -> None:
+def test_pissa_starts_at_the_principal_part(method: str, error: float) -> None:
     A, B = begin(method)
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     assert tiny.difference(2.0 * B @ A, (U[:, :4] * S[:4]) @ Vh[:4]) <= error * float(S[0])
     assert tiny.difference(B.norm(dim=0), A.norm(dim=1)) <= 1e-4, "half of each value to a side"
 
 
-def test_olora_begins_at_an_orthonormal_b() -> None:
+def test_olora_starts_with_an_orthonormal_b() -> None:
     A, B = begin("olora")
     assert tiny.difference(B.T @ B, torch.eye(4)) <= 1e-5
     Q, R = torch.linalg.qr(W)
@@ -61,13 +61,13 @@ def test_olora_begins_at_an_orthonormal_b() -> None:
 
 
 @pytest.mark.parametrize("method", ["pissa", "pissa_niter_4", "olora"])
-def test_a_rank_that_the_weight_has_not_is_refused(method: str) -> None:
+def test_a_rank_above_that_of_the_weight_is_refused(method: str) -> None:
     with pytest.raises(UsageError, match=r"\[24, 40\] has no part of rank 25"):
         begin(method, rank=25)
 
 
 @pytest.mark.parametrize("method", ["pissa", "olora"])
-def test_the_start_is_pefts(method: str) -> None:
+def test_the_initialization_equals_that_of_peft(method: str) -> None:
     peft = pytest.importorskip("peft")
     fields = {"r": 4, "lora_alpha": 6, "init_lora_weights": method}
     theirs = peft.get_peft_model(
@@ -86,7 +86,7 @@ def test_the_start_is_pefts(method: str) -> None:
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("method", ["pissa", "pissa_niter_4", "olora"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "vit"])
-def test_what_began_at_a_part_of_the_base_is_a_plain_adapter_of_twice_the_rank(
+def test_pissa_and_olora_convert_to_a_plain_adapter_of_twice_the_rank(
     name: str, method: str, rslora: bool
 ) -> None:
     targets = {"llama": ("q_proj", "embed_tokens"), "gpt2": ("c_fc",), "vit": ("projection",)}
@@ -117,7 +117,9 @@ def test_what_began_at_a_part_of_the_base_is_a_plain_adapter_of_twice_the_rank(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_saved_adapter_goes_back_into_its_injection(method: bool | str, tmp_path: Path) -> None:
+def test_a_saved_adapter_can_be_loaded_into_an_injection(
+    method: bool | str, tmp_path: Path
+) -> None:
     config = AdapterConfig(
         r=4, target_modules=("q_proj", "embed_tokens"), use_dora=True, init_lora_weights=method
     )
@@ -141,7 +143,7 @@ def test_a_saved_adapter_goes_back_into_its_injection(method: bool | str, tmp_pa
 @pytest.mark.parametrize("method", [True, "pissa", "olora"])
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "vit"])
-def test_every_method_trains_on_a_base_in_half_the_width(
+def test_every_method_trains_on_a_base_in_half_precision(
     name: str, dora: bool, method: bool | str
 ) -> None:
     targets = {"llama": ("q_proj", "embed_tokens"), "gpt2": ("c_fc",), "vit": ("projection",)}

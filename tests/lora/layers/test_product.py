@@ -1,4 +1,4 @@
-"""One autograd function is the equation, forwards and backwards."""
+"""The autograd function of LoRA computes the equation and its gradients."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def plainly(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: flo
     return (y + s * linear(linear(x.to(A.dtype), A), B)).to(y.dtype)
 
 
-def test_the_derivatives_are_those_of_finite_differences() -> None:
+def test_the_gradients_are_those_of_finite_differences() -> None:
     x, W, b, A, B = operands(torch.float64, factors=torch.float64)
     assert torch.autograd.gradcheck(lambda x, A, B: low_rank_linear(x, W, b, A, B, 1.7), (x, A, B))
 
@@ -41,7 +41,9 @@ def test_the_derivatives_are_those_of_finite_differences() -> None:
     [(torch.float32, "same-torch"), (torch.bfloat16, "bf16-rounding")],
     ids=["fp32", "bf16"],
 )
-def test_it_is_the_equation_written_out(width: torch.dtype, row: str, bias: bool) -> None:
+def test_the_function_equals_the_explicit_equation(
+    width: torch.dtype, row: str, bias: bool
+) -> None:
     results = []
     for product in (low_rank_linear, plainly):
         x, W, b, A, B = operands(width, factors=torch.float32)
@@ -77,7 +79,7 @@ def layer_on(base: nn.Module, method: bool | str = True) -> LoraLinear:
 
 @pytest.mark.parametrize("method", [True, "pissa"], ids=["lora", "pissa"])
 @pytest.mark.parametrize("base", BASES)
-def test_a_layer_computes_the_same_in_one_function_as_in_several(base: str, method: str) -> None:
+def test_a_layer_computes_the_same_with_and_without_the_function(base: str, method: str) -> None:
     torch.manual_seed(0)
     layer = layer_on(BASES[base](), method)
     x = torch.randn(2, 5, 6, requires_grad=True)
@@ -90,7 +92,7 @@ def test_a_layer_computes_the_same_in_one_function_as_in_several(base: str, meth
         torch.testing.assert_close(ours, theirs, atol=tolerance("same-torch"), rtol=1e-5)
 
 
-def test_what_is_no_plain_case_is_not_taken_for_one() -> None:
+def test_special_cases_do_not_use_the_function() -> None:
     x = torch.randn(2, 6)
     hooked, trained_bias, dropping = (layer_on(nn.Linear(6, 4)) for _ in range(3))
     hooked.base.register_forward_hook(lambda *_: None)

@@ -1,4 +1,4 @@
-"""A base in 8 or 4 bits: near the base it was, and every method trains on it."""
+"""A base quantized to 8 or 4 bits: close to the original, and trainable by every method."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from loradeploy.lora.inject import adapted, inject
 from loradeploy.lora.layers.quantized import dequantized_weight, is_quantized, quantize
 from tests.lora import tiny
 
-# Bytes a weight, and the relative error that normally distributed weights have in these widths.
+# Bytes per weight, and the relative error of normally distributed weights.
 WIDTHS = {"int8": (1, 0.01), "int4": (0.5, 0.12)}
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -38,7 +38,9 @@ def library() -> Any:
 @pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("width", WIDTHS)
-def test_a_packed_base_is_small_and_near(width: str, dtype: torch.dtype) -> None:
+def test_a_quantized_base_is_small_and_close_to_the_original(
+    width: str, dtype: torch.dtype
+) -> None:
     base = tiny.model("llama-wide").to(dtype)
     linear = {
         name: module.weight.detach().clone()
@@ -59,7 +61,7 @@ def test_a_packed_base_is_small_and_near(width: str, dtype: torch.dtype) -> None
         assert 0 < difference.norm() / weight.norm() <= error, name
     after = tiny.logits(base, "llama-wide").float()
     assert 0 < (after - before).norm() <= 10 * error * before.norm()
-    for name in packed:  # evaluation has not changed the stored weight
+    for name in packed:  # evaluation did not change the stored weight
         weight = linear[name].float()
         difference = dequantized_weight(base.get_submodule(name)).float() - weight
         assert difference.norm() <= error * weight.norm()
@@ -68,7 +70,7 @@ def test_a_packed_base_is_small_and_near(width: str, dtype: torch.dtype) -> None
 @pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("width", WIDTHS)
-def test_an_adapter_trains_on_a_packed_base(width: str, method: str, tmp_path: Path) -> None:
+def test_an_adapter_trains_on_a_quantized_base(width: str, method: str, tmp_path: Path) -> None:
     config = AdapterConfig(r=4, target_modules=("q_proj", "down_proj"), **METHODS[method])
     base = tiny.model("llama-wide")
     quantize(base, width, keep=config.modules_to_save)
@@ -90,7 +92,7 @@ def test_an_adapter_trains_on_a_packed_base(width: str, method: str, tmp_path: P
 
 
 @pytest.mark.usefixtures("library")
-def test_what_cannot_be_packed_is_refused() -> None:
+def test_layers_that_cannot_be_quantized_are_refused() -> None:
     with pytest.raises(
         UsageError, match="unknown precision 'int3' of a quantized base: use int8, int4"
     ):
@@ -98,11 +100,11 @@ def test_what_cannot_be_packed_is_refused() -> None:
     with pytest.raises(UsageError, match="no linear layers that can be quantized to int4"):
         quantize(tiny.model("gpt2"), "int4")
     with pytest.raises(UsageError, match="no linear layers that can be quantized to int4"):
-        quantize(tiny.model("llama"), "int4")  # 32 and 48 inputs
+        quantize(tiny.model("llama"), "int4")  # 32 and 48 input features
     assert len(quantize(tiny.model("llama"), "int8")) == 14
 
 
-def test_without_the_library_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'loradeploy\[quantized\]'"):
         quantize(tiny.model("llama-wide"), "int4")

@@ -1,4 +1,4 @@
-"""Data is read in every form that is promised, and a line that cannot be used is named."""
+"""Training data is read from every documented format; an invalid line is named."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_label_that_contradicts_the_problem_type_is_refused(
         CLASSIFIERS[problem_type](Source(file))
 
 
-def test_several_numbers_are_as_many_in_every_row(tmp_path: Path) -> None:
+def test_every_row_must_have_the_same_number_of_regression_values(tmp_path: Path) -> None:
     rows = [{"text": "x", "label": [1.0, 2]}, {"text": "y", "label": [0.5, -1.0]}]
     examples = read_measured_texts(Source(write_lines(tmp_path / "a.jsonl", rows)))
     assert [example.values for example in examples] == [(1.0, 2.0), (0.5, -1.0)]
@@ -123,7 +123,7 @@ def test_a_broken_label_is_named(name: str, content: str, message: str, tmp_path
         ({"a/1.txt": "x", "b/1.txt": " \n"}, r"1.txt is empty"),
     ],
 )
-def test_a_folder_without_classes_is_told(
+def test_a_directory_without_classes_is_reported(
     files: dict[str, str], message: str, tmp_path: Path
 ) -> None:
     for name, content in files.items():
@@ -139,7 +139,7 @@ def test_a_language_model_learns_from_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "folders"])
-def test_labeled_texts_are_read_the_same_from_every_form(suffix: str, tmp_path: Path) -> None:
+def test_labeled_texts_are_the_same_from_every_format(suffix: str, tmp_path: Path) -> None:
     rows = [("one, two\nthree", "a"), ('say "hi" \u2028 there', "b")]
     place = tmp_path / f"data.{suffix}"
     if suffix == "csv":
@@ -154,16 +154,16 @@ def test_labeled_texts_are_read_the_same_from_every_form(suffix: str, tmp_path: 
     assert [(example.text, example.label) for example in read_labeled_texts(Source(place))] == rows
 
 
-def test_a_text_may_hold_any_line_separator(tmp_path: Path) -> None:
+def test_a_text_can_contain_any_line_separator(tmp_path: Path) -> None:
     text = "one\u2028two\x85three\x0bfour"
     file = tmp_path / "data.jsonl"
     file.write_text(json.dumps({"text": text}, ensure_ascii=False) + "\r\n", encoding="utf-8")
-    # JSON escapes control characters, but for those above 0x7f.
+    # JSON escapes control characters, except those above 0x7f.
     (example,) = read_conversations(Source(file))
     assert example.parts == ((text, True),)
 
 
-def test_labels_that_are_numbers_are_in_their_order(tmp_path: Path) -> None:
+def test_numeric_labels_are_in_numeric_order(tmp_path: Path) -> None:
     lines = [{"text": "x", "label": label} for label in (10, 2, 1)]
     assert label_names(read_labeled_texts(Source(write_lines(tmp_path / "a.jsonl", lines)))) == (
         "1",
@@ -180,7 +180,7 @@ LABELS: dict[str, Any] = {"single-label": "x", "multi-label": ["x"], "regression
 
 @pytest.mark.parametrize("form", ["jsonl", "csv", "parquet"])
 @pytest.mark.parametrize("problem", CLASSIFIERS)
-def test_a_row_may_have_a_pair_of_texts(problem: str, form: str, tmp_path: Path) -> None:
+def test_a_row_can_have_a_pair_of_texts(problem: str, form: str, tmp_path: Path) -> None:
     rows = [{"text": text, "text_pair": "b, c", "label": LABELS[problem]} for text in "ad"]
     if form == "csv" and problem == "multi-label":
         rows = [{**row, "label": "x"} for row in rows]

@@ -1,4 +1,4 @@
-"""The loss is where it should be, on what is learnt and nowhere else."""
+"""The loss is on exactly the tokens that should be learned."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def learnt(feature: dict[str, Any], tokenizer: Any) -> str:
     ],
     ids=["prompt", "empty-prompt", "text"],
 )
-def test_the_loss_is_on_completions_and_the_end(
+def test_the_loss_is_on_completions_and_the_end_token(
     line: dict[str, Any], whole: str, part: str, tokenizer: Any, tmp_path: Path
 ) -> None:
     (feature,) = encode(line, tokenizer, tmp_path).features
@@ -62,14 +62,14 @@ def test_the_loss_is_on_completions_and_the_end(
     assert feature["labels"][0] == IGNORED, "nothing predicts the first token"
 
 
-def test_the_loss_is_on_what_the_assistant_says(tokenizer: Any, tmp_path: Path) -> None:
+def test_the_loss_is_on_the_assistant_messages(tokenizer: Any, tmp_path: Path) -> None:
     (feature,) = encode({"messages": CHAT}, tokenizer, tmp_path).features
     assert learnt(feature, tokenizer) == "good day<|im_end|>bye<|im_end|>"
     shown = tokenizer.apply_chat_template(CHAT, tokenize=False)
     assert tokenizer.decode(feature["input_ids"]) == shown
 
 
-def test_a_template_that_marks_what_the_assistant_says_is_believed(
+def test_a_template_with_generation_markers_defines_the_assistant_tokens(
     tokenizer: Any, tmp_path: Path
 ) -> None:
     tokenizer.chat_template = (
@@ -100,7 +100,7 @@ def test_a_template_that_marks_what_the_assistant_says_is_believed(
         ("{% if 0 %}{{ 9|urlize }}{% endif %}", "line 1: the chat template exceeds a limit"),
     ],
 )
-def test_a_template_that_does_not_serve_is_told(
+def test_an_unsuitable_template_is_reported(
     template: str | None, message: str, tokenizer: Any, tmp_path: Path
 ) -> None:
     tokenizer.chat_template = template
@@ -108,7 +108,9 @@ def test_a_template_that_does_not_serve_is_told(
         encode({"messages": CHAT}, tokenizer, tmp_path)
 
 
-def test_what_is_too_long_is_cut_and_counted(tokenizer: Any, tmp_path: Path) -> None:
+def test_examples_that_are_too_long_are_truncated_and_counted(
+    tokenizer: Any, tmp_path: Path
+) -> None:
     line = {"prompt": "Question:", "completion": " yes, and much more than fits here."}
     whole = encode(line, tokenizer, tmp_path)
     cut = encode(line, tokenizer, tmp_path, max_length=8)
@@ -117,7 +119,7 @@ def test_what_is_too_long_is_cut_and_counted(tokenizer: Any, tmp_path: Path) -> 
         assert cut.features[0][name] == whole.features[0][name][:8]
 
 
-def test_a_text_is_cut_between_its_special_tokens(tiny_bert: Path) -> None:
+def test_a_text_is_truncated_between_its_special_tokens(tiny_bert: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
     texts = [LabeledText("a", "a b c d e f g h i j", "x"), LabeledText("b", "a", "y")]
     encoded = text_features(texts, ("x", "y"), tokenizer, 6)
@@ -150,7 +152,7 @@ def test_batches_are_padded_on_the_right() -> None:
     assert {tensor.dtype for tensor in (*batch.values(), *classes.values())} == {torch.int64}
 
 
-def test_pairs_are_encoded_as_by_the_tokenizer_with_their_token_types(
+def test_pairs_are_encoded_like_by_the_tokenizer_with_token_types(
     tiny_bert: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(tiny_bert, tmp_path / "model")
@@ -171,5 +173,5 @@ def test_pairs_are_encoded_as_by_the_tokenizer_with_their_token_types(
     assert batch["token_type_ids"].shape == batch["input_ids"].shape == (2, 12)
     short = len(encoded.features[1]["input_ids"])
     assert batch["token_type_ids"][1, short:].tolist() == [0] * (12 - short)
-    opened.config.type_vocab_size = 1  # as of RoBERTa
+    opened.config.type_vocab_size = 1  # like RoBERTa
     assert "token_type_ids" not in opened.encode(task, examples, ("x", "y"), 12).features[0]

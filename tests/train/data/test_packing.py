@@ -1,4 +1,4 @@
-"""Packed batches: no padding, and nothing but the padding is different."""
+"""Packed batches have no padding and the same loss and gradients as padded ones."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ NOT_PACKING: dict[str, PreTrainedConfig] = {
 
 
 def features(count: int = 4) -> list[dict[str, Any]]:
-    """Examples of 3, 6, 9, … tokens, the loss on their last two."""
+    """Return examples of 3, 6, 9, … tokens with the loss on the last two."""
     generator = torch.Generator().manual_seed(1)
     made = []
     for number in range(1, count + 1):
@@ -65,7 +65,7 @@ def features(count: int = 4) -> list[dict[str, Any]]:
 def model_of(config: PreTrainedConfig) -> PreTrainedModel:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()  # no dropout
-    for parameter in model.parameters():  # far from uniform, so that what is attended to matters
+    for parameter in model.parameters():  # large weights, so that attention matters
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=0.15)
     return model
@@ -97,7 +97,7 @@ def test_a_packed_batch_has_the_loss_and_gradients_of_the_padded_one(name: str) 
         torch.testing.assert_close(one, other, atol=tolerance("same-torch"), rtol=1e-4)
 
 
-def test_examples_that_see_each_other_have_another_loss() -> None:
+def test_examples_that_attend_to_each_other_have_another_loss() -> None:
     injection = adapter_in(model_of(PACKING["llama"]))
     assert enable_packing(injection.model)
     batch = PackingCollator()(features())
@@ -108,7 +108,7 @@ def test_examples_that_see_each_other_have_another_loss() -> None:
 
 
 @pytest.mark.parametrize("name", NOT_PACKING)
-def test_a_model_that_cannot_pack_stays_as_it_is(name: str) -> None:
+def test_a_model_that_does_not_support_packing_is_not_packed(name: str) -> None:
     model = model_of(NOT_PACKING[name])
     before = model.config._attn_implementation
     assert not enable_packing(model)
@@ -116,7 +116,9 @@ def test_a_model_that_cannot_pack_stays_as_it_is(name: str) -> None:
     assert float(causal_lm_loss(model, Collator(0)(features())).total.detach()) > 0
 
 
-def test_a_model_that_leaks_is_found_by_trying_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_leaks_between_packed_examples_is_detected_by_a_trial(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def leaking(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
         options.pop("cu_seq_lens_q", None)
         return packing.sdpa_attention_forward(module, query, key, value, None, **options)

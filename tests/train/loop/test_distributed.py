@@ -1,4 +1,4 @@
-"""Several processes train as one does on the same batches; the command stays as it is."""
+"""Several processes give the same training as one on the same batches, with the same command."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def free_port() -> int:
 
 
 def trained(model: Path, data: Path, output: Path, *more: object, launcher: str = "") -> Any:
-    """The result of the command, under a launcher of two processes or alone."""
+    """Run the command, under a launcher of two processes or alone, and return its result."""
     given = ("train", "--model", model, "--data", data, "--output", output, "--json")
     command = [str(word) for word in (*given, *SETTINGS, *more)]
     if not launcher:
@@ -63,7 +63,7 @@ def losses(adapter: Path) -> list[float]:
     [("torchrun", ("--no-packing", "--gradient-accumulation", 2)), ("accelerate", ())],
     ids=["torchrun-accumulating", "accelerate"],
 )
-def test_two_processes_train_as_one_does_on_the_same_batches(
+def test_two_processes_train_the_same_as_one_on_the_same_batches(
     launcher: str, more: tuple[object, ...], tiny_llama: Path, lessons: Path, tmp_path: Path
 ) -> None:
     one = trained(tiny_llama, lessons, tmp_path / "one", "--batch-size", 4, *more)

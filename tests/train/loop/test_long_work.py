@@ -1,4 +1,4 @@
-"""Long runs: evaluated on the way, stopped early, interrupted, killed, and taken up again."""
+"""Long runs: evaluation, early stopping, interruption, kills, and resuming."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.tolerances import tolerance
 from tests.train.conftest import Quick
 
 EVALUATED = {"validation_split": 0.25, "eval_steps": 2}
-# A rate at which the loss on what is not trained on falls first, and never settles.
+# A learning rate at which the evaluation loss first falls and then never settles.
 RUINOUS = {
     **EVALUATED,
     "max_steps": 24,
@@ -44,12 +44,12 @@ def curve_of(adapter: Path) -> list[dict[str, str]]:
 
 
 def evaluations(adapter: Path) -> dict[int, float]:
-    """The evaluation losses by step."""
+    """Return the evaluation losses by step."""
     rows = curve_of(adapter)
     return {int(row["step"]): float(row["eval_loss"]) for row in rows if row["eval_loss"]}
 
 
-def test_a_run_is_evaluated_on_the_way(
+def test_a_run_is_evaluated_during_training(
     tiny_llama: Path, lessons: Path, tmp_path: Path, quick: Quick
 ) -> None:
     result = quick(tiny_llama, lessons, tmp_path / "adapter", max_steps=6, **EVALUATED)
@@ -68,7 +68,7 @@ def test_evaluating_does_not_change_the_adapter(
     assert watched.digest == plain.digest
 
 
-def test_the_best_adapter_is_kept_where_that_is_asked_for(
+def test_the_best_adapter_is_kept_on_request(
     tiny_llama: Path, lessons: Path, tmp_path: Path, quick: Quick
 ) -> None:
     last = quick(tiny_llama, lessons, tmp_path / "last", **RUINOUS)
@@ -81,7 +81,7 @@ def test_the_best_adapter_is_kept_where_that_is_asked_for(
     assert last.kept_step == last.steps == 24
 
 
-def test_a_run_stops_when_its_loss_has_not_fallen_for_so_many_evaluations(
+def test_a_run_stops_after_the_given_number_of_evaluations_without_improvement(
     tiny_llama: Path, lessons: Path, tmp_path: Path, quick: Quick
 ) -> None:
     result = quick(tiny_llama, lessons, tmp_path / "adapter", early_stopping=2, **RUINOUS)
@@ -91,7 +91,7 @@ def test_a_run_stops_when_its_loss_has_not_fallen_for_so_many_evaluations(
 
 
 @pytest.mark.parametrize("setting", [{"early_stopping": 2}, {"keep_best": True}])
-def test_what_needs_evaluations_says_so(
+def test_settings_that_need_evaluations_are_refused_without_them(
     setting: dict[str, Any], tiny_llama: Path, lessons: Path, tmp_path: Path, quick: Quick
 ) -> None:
     with pytest.raises(UsageError, match="needs evaluations: set `eval_steps`"):
@@ -101,7 +101,7 @@ def test_what_needs_evaluations_says_so(
 
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int) -> None:
-    """Send this process one signal in the middle of a step."""
+    """Send this process a signal in the middle of a step."""
     whole, pending = AdapterTrainer.training_step, [number]
 
     def interrupted(self: AdapterTrainer, *inputs: Any) -> Any:
@@ -125,7 +125,7 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int) -> Non
     ],
     ids=["dropout", "accumulation", "by-length", "best"],
 )
-def test_an_interrupted_run_goes_on_to_the_same_adapter(
+def test_an_interrupted_run_is_resumed_to_the_same_adapter(
     settings: dict[str, Any],
     number: signal.Signals,
     tiny_llama: Path,
@@ -164,7 +164,7 @@ def environment() -> dict[str, str]:
 
 
 def wait_for(place: Path, name: str, process: subprocess.Popen[str]) -> None:
-    """Until the checkpoints `place` hold one called `name`."""
+    """Wait until the directory `place` has a checkpoint `name`."""
     deadline = time.monotonic() + 120
     while not (place / name).exists():
         assert process.poll() is None, process.communicate()
@@ -172,7 +172,7 @@ def wait_for(place: Path, name: str, process: subprocess.Popen[str]) -> None:
         time.sleep(0.005)
 
 
-def test_the_command_ends_as_a_signal_ends_a_program_and_says_how_to_go_on(
+def test_a_signal_ends_the_command_with_its_status_and_advice_to_resume(
     tiny_llama: Path, lessons: Path, tmp_path: Path
 ) -> None:
     line = command(tiny_llama, lessons, tmp_path / "cut", "--max-steps", 4000, "--save-steps", 20)
@@ -191,10 +191,10 @@ def test_the_command_ends_as_a_signal_ends_a_program_and_says_how_to_go_on(
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the runs that are killed are forks")
-def test_runs_that_are_killed_at_any_moment_are_resumed_to_the_same_adapter(
+def test_runs_killed_at_any_moment_are_resumed_to_the_same_adapter(
     tiny_llama: Path, lessons: Path
 ) -> None:
-    """Once at a file of theirs, once at some time, once by SIGTERM."""
+    """Killed once at a file operation, once at a random time, once by SIGTERM."""
     given = ["--runs", "3", "--seed", "0", "--model", str(tiny_llama), "--data", str(lessons)]
     done = subprocess.run(
         [sys.executable, "-m", "tools.kill_training", *given],
@@ -210,8 +210,8 @@ def test_runs_that_are_killed_at_any_moment_are_resumed_to_the_same_adapter(
     assert [result["kills"][kind] for kind in ("file", "time", "term")] == [1, 1, 1]
 
 
-def spoil(monkeypatch: pytest.MonkeyPatch, step: int, value: float) -> None:
-    """Let the gradients of a step be `value`."""
+def set_gradients(monkeypatch: pytest.MonkeyPatch, step: int, value: float) -> None:
+    """Set the gradients of a step to `value`."""
     whole = AdapterTrainer.training_step
 
     def spoilt(self: AdapterTrainer, *inputs: Any) -> Any:
@@ -224,7 +224,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, step: int, value: float) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_gradients_that_are_no_numbers_stop_it_and_the_last_good_checkpoint_is_named(
+def test_gradients_that_are_not_finite_stop_a_run_and_the_last_good_checkpoint_is_named(
     value: float,
     tiny_llama: Path,
     lessons: Path,
@@ -232,7 +232,7 @@ def test_gradients_that_are_no_numbers_stop_it_and_the_last_good_checkpoint_is_n
     quick: Quick,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    spoil(monkeypatch, 4, value)
+    set_gradients(monkeypatch, 4, value)
     with pytest.raises(TrainingError, match=r"norm is (nan|inf) at step 4: .*checkpoint-3$"):
         quick(tiny_llama, lessons, tmp_path / "adapter", max_steps=6, save_steps=1)
     kept = load_adapter(tmp_path / "adapter-checkpoints" / "checkpoint-3")
@@ -240,7 +240,7 @@ def test_gradients_that_are_no_numbers_stop_it_and_the_last_good_checkpoint_is_n
     assert not (tmp_path / "adapter").exists()
 
 
-def test_activations_that_are_computed_again_give_the_same_adapter(
+def test_gradient_checkpointing_gives_the_same_adapter(
     tiny_llama: Path, lessons: Path, tmp_path: Path, quick: Quick
 ) -> None:
     kept = quick(tiny_llama, lessons, tmp_path / "kept")
@@ -268,7 +268,7 @@ def test_autocast_trains_nearly_the_same_in_bfloat16_and_refuses_fp16_without_a_
 
 @pytest.mark.breadth(2)
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_a_base_in_few_bits_trains_an_adapter_in_full_width(
+def test_a_quantized_base_trains_an_adapter_in_full_precision(
     precision: str, tiny_llama: Path, lessons: Path, tmp_path: Path, quick: Quick
 ) -> None:
     pytest.importorskip("bitsandbytes")
@@ -283,7 +283,7 @@ def test_a_base_in_few_bits_trains_an_adapter_in_full_width(
     assert {pair.B.dtype.name for pair in pairs} == {"float32"}
 
 
-def test_with_lora_plus_b_moves_further(
+def test_with_lora_plus_b_changes_more(
     tiny_llama: Path, lessons: Path, tmp_path: Path, quick: Quick
 ) -> None:
     sizes = {}
@@ -301,7 +301,7 @@ def test_with_lora_plus_b_moves_further(
     assert sizes[16] == pytest.approx(16 * sizes[1], rel=0.01)
 
 
-def test_tensorboard_is_refused_by_name_where_it_is_missing(
+def test_a_missing_tensorboard_is_named(
     tiny_llama: Path,
     lessons: Path,
     tmp_path: Path,

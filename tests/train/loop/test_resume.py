@@ -1,4 +1,4 @@
-"""A run that was cut off goes on to the same adapter, or says why it cannot."""
+"""An interrupted run is resumed to the same adapter, or the refusal says why it cannot be."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ SETTINGS = {"max_steps": 8, "save_steps": 2, "dropout": 0.1, "warmup_steps": 2}
 
 
 class Killed(BaseException):
-    """What ends a run in the middle."""
+    """Ends a run in the middle."""
 
 
 @pytest.fixture
 def cut(quick: Quick) -> Any:
-    """A function that trains as `quick` does and is killed after a number of steps."""
+    """A function that trains like `quick` and is killed after `after` steps."""
 
     def run(*arguments: Any, after: int, **flags: Any) -> None:
         with killed_after(after):
@@ -44,7 +44,7 @@ def cut(quick: Quick) -> Any:
 
 @contextlib.contextmanager
 def killed_after(steps: int) -> Iterator[None]:
-    """Whatever trains inside dies in the step after so many."""
+    """Within the context, training raises `Killed` in the step after `steps`."""
     counter = itertools.count(1)
     whole = AdapterTrainer.training_step
 
@@ -86,7 +86,7 @@ def test_a_classifier_is_resumed_with_its_head(
 
 @pytest.fixture(scope="module")
 def interrupted_once(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a run leaves that was killed after step 5; checkpoints of steps 2 and 4."""
+    """The output of a run killed after step 5, with checkpoints of steps 2 and 4."""
     place = tmp_path_factory.mktemp("interrupted")
     data = write_lessons(place / "lessons.jsonl")
     with killed_after(5):
@@ -96,12 +96,12 @@ def interrupted_once(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture
 def interrupted(interrupted_once: Path, tmp_path: Path) -> Path:
-    """The output of such a run, with the data `lessons`."""
+    """A copy of `interrupted_once`; the training data is `lessons`."""
     shutil.copytree(interrupted_once, tmp_path / "adapter-checkpoints")
     return tmp_path / "adapter"
 
 
-def test_a_checkpoint_is_an_adapter_and_goes_when_the_run_is_done(
+def test_a_checkpoint_is_an_adapter_and_is_removed_at_the_end_of_the_run(
     interrupted: Path, tiny_llama: Path, lessons: Path, quick: Quick
 ) -> None:
     checkpoints = interrupted.with_name("adapter-checkpoints")
@@ -117,7 +117,7 @@ def test_a_checkpoint_is_an_adapter_and_goes_when_the_run_is_done(
     assert not checkpoints.exists()
 
 
-def test_a_checkpoint_that_a_kill_cut_short_is_passed_over(
+def test_an_incomplete_checkpoint_of_a_killed_run_is_skipped(
     interrupted: Path, tiny_llama: Path, lessons: Path, tmp_path: Path, quick: Quick
 ) -> None:
     checkpoints = interrupted.with_name("adapter-checkpoints")
@@ -132,7 +132,7 @@ def checkpoint_of(output: Path, step: int) -> Path:
 
 
 def flip(file: Path) -> None:
-    """Let one bit of `file` be another."""
+    """Flip one bit of `file`."""
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(bytes(data))
@@ -159,7 +159,7 @@ def make_a_pipe(file: Path) -> None:
         ("checkpoint.json", Path.unlink, "no checkpoint.json"),
     ],
 )
-def test_of_a_damaged_checkpoint_nothing_is_read_and_the_one_before_is_taken(
+def test_a_damaged_checkpoint_is_not_read_and_the_previous_one_is_used(
     file: str,
     damage: Callable[[Path], None],
     message: str,
@@ -185,7 +185,7 @@ def test_a_run_whose_last_checkpoint_is_damaged_ends_at_the_same_adapter(
     assert quick(tiny_llama, lessons, interrupted, resume=True, **SETTINGS).digest == whole.digest
 
 
-def test_where_every_checkpoint_is_damaged_the_run_is_refused_and_they_are_left(
+def test_a_run_with_only_damaged_checkpoints_is_refused_and_they_are_kept(
     interrupted: Path, tiny_llama: Path, lessons: Path, quick: Quick
 ) -> None:
     for step in (2, 4):
@@ -205,7 +205,7 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(
 
 
 class Runs:
-    """Something that leaves a file where it is unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -215,7 +215,7 @@ class Runs:
 
 
 @pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
-def test_a_checkpoint_that_would_run_code_is_refused_and_does_not(
+def test_a_checkpoint_with_code_is_refused_and_does_not_run_it(
     file: str, interrupted: Path, tiny_llama: Path, lessons: Path, tmp_path: Path, quick: Quick
 ) -> None:
     place = checkpoint_of(interrupted, 4)
@@ -231,14 +231,14 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_does_not(
     assert not (tmp_path / "trace").exists()
 
 
-def test_a_run_that_was_killed_at_its_end_takes_no_further_step(
+def test_a_run_killed_at_its_end_takes_no_further_step(
     tiny_llama: Path,
     lessons: Path,
     tmp_path: Path,
     quick: Quick,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of 3 batches an epoch, so that the last step is in the middle of one."""
+    """With 3 batches per epoch, so that the last step is in the middle of one."""
     settings = {**SETTINGS, "keep_best": True, "eval_steps": 2, "validation_split": 0.1}
     whole = quick(tiny_llama, lessons, tmp_path / "whole", **settings)
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -252,7 +252,7 @@ def test_a_run_that_was_killed_at_its_end_takes_no_further_step(
     assert (resumed.adapter / "loss.csv").read_bytes() == (whole.adapter / "loss.csv").read_bytes()
 
 
-def test_a_run_that_was_killed_when_its_patience_ended_does_not_go_on(
+def test_a_run_killed_at_early_stopping_does_not_continue(
     tiny_llama: Path,
     lessons: Path,
     tmp_path: Path,
@@ -281,7 +281,7 @@ def _raise(problem: BaseException) -> None:
     raise problem
 
 
-def test_two_runs_of_one_output_do_not_write_at_the_same_time(
+def test_two_concurrent_runs_with_one_output_are_refused(
     interrupted: Path, tiny_llama: Path, lessons: Path, quick: Quick
 ) -> None:
     checkpoints = Checkpoints(interrupted)
@@ -293,7 +293,7 @@ def test_two_runs_of_one_output_do_not_write_at_the_same_time(
     assert quick(tiny_llama, lessons, interrupted, resume=True, **SETTINGS).steps == 8
 
 
-def test_checkpoints_may_lie_on_another_disk_behind_a_link(
+def test_checkpoints_can_be_on_another_disk_behind_a_link(
     interrupted: Path, tiny_llama: Path, lessons: Path, tmp_path: Path, quick: Quick
 ) -> None:
     place = Checkpoints(interrupted).directory
@@ -313,7 +313,7 @@ def test_checkpoints_of_another_version_are_refused(
         quick(tiny_llama, lessons, interrupted, resume=True, **SETTINGS)
 
 
-def test_notes_in_a_checkpoint_are_kept_when_it_goes(
+def test_other_files_in_a_checkpoint_are_kept_when_it_is_removed(
     interrupted: Path, tiny_llama: Path, lessons: Path, quick: Quick
 ) -> None:
     notes = checkpoint_of(interrupted, 4) / "notes.txt"
@@ -322,7 +322,7 @@ def test_notes_in_a_checkpoint_are_kept_when_it_goes(
     assert [path.name for path in notes.parent.parent.glob("**/*")] == ["checkpoint-4", "notes.txt"]
 
 
-def test_as_many_processes_as_before_and_the_same_config_are_needed(
+def test_resuming_needs_the_same_number_of_processes_and_the_same_config(
     interrupted: Path,
     tiny_llama: Path,
     lessons: Path,
@@ -342,7 +342,7 @@ def test_as_many_processes_as_before_and_the_same_config_are_needed(
 
 
 @pytest.mark.parametrize("name", ["ENOSPC", "EDQUOT", "EIO", "EROFS", "EACCES"])
-def test_what_keeps_a_checkpoint_from_being_written_is_told_with_its_path_and_the_last_is_left(
+def test_an_error_while_a_checkpoint_is_written_names_it_and_keeps_the_last_one(
     name: str, interrupted: Path
 ) -> None:
     number = getattr(errno, name)
@@ -359,7 +359,7 @@ def test_what_keeps_a_checkpoint_from_being_written_is_told_with_its_path_and_th
 
 
 @pytest.mark.parametrize("place", ["checkpoint-4", "adapter"])
-def test_a_run_that_a_full_disk_ends_says_from_where_to_go_on(
+def test_a_run_ended_by_a_full_disk_reports_how_to_continue(
     place: str,
     tiny_llama: Path,
     lessons: Path,
@@ -393,7 +393,7 @@ def test_a_run_that_a_full_disk_ends_says_from_where_to_go_on(
     assert quick(tiny_llama, lessons, tmp_path / "adapter", resume=True, **settings).steps == 4
 
 
-def test_an_unfinished_run_is_not_lost_to_a_fresh_one(
+def test_an_unfinished_run_is_not_overwritten_by_a_new_one(
     interrupted: Path, tiny_llama: Path, lessons: Path, quick: Quick
 ) -> None:
     with pytest.raises(UsageError, match="checkpoint-4 is from a run that did not finish"):
@@ -429,7 +429,7 @@ def test_a_run_on_other_data_or_another_base_is_not_resumed(
         quick(tiny_llama, lessons, interrupted, resume=True, **SETTINGS)
 
 
-def test_how_often_checkpoints_are_written_may_change(
+def test_the_checkpoint_interval_can_change(
     interrupted: Path, tiny_llama: Path, lessons: Path, quick: Quick
 ) -> None:
     result: TrainResult = quick(
@@ -438,14 +438,14 @@ def test_how_often_checkpoints_are_written_may_change(
     assert result.steps == 8
 
 
-def test_nothing_to_resume_is_told(
+def test_resuming_without_a_checkpoint_is_reported(
     tiny_llama: Path, lessons: Path, tmp_path: Path, quick: Quick
 ) -> None:
     with pytest.raises(UsageError, match="nothing to resume in .*adapter-checkpoints"):
         quick(tiny_llama, lessons, tmp_path / "adapter", resume=True)
 
 
-def test_what_a_run_left_that_was_killed_at_its_very_end_goes_when_there_is_nothing_to_resume(
+def test_remains_of_a_run_killed_at_its_very_end_are_removed(
     interrupted: Path, tiny_llama: Path, lessons: Path, tmp_path: Path, quick: Quick
 ) -> None:
     for step in (2, 4):
@@ -455,7 +455,7 @@ def test_what_a_run_left_that_was_killed_at_its_very_end_goes_when_there_is_noth
     assert [path.name for path in tmp_path.iterdir()] == [lessons.name]
 
 
-def test_what_others_put_beside_the_checkpoints_stays(
+def test_other_files_beside_the_checkpoints_are_kept(
     tiny_llama: Path, lessons: Path, tmp_path: Path, quick: Quick
 ) -> None:
     notes = tmp_path / "adapter-checkpoints" / "notes.txt"

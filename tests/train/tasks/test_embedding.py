@@ -1,4 +1,4 @@
-"""Embedders are trained as sentence-transformers trains them."""
+"""Sentence encoders are trained with the losses of sentence-transformers."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def hidden_size(base: Path) -> int:
 
 
 def embedder(base: Path, place: Path, *modes: str, more: bool = False, **pooling: Any) -> Path:
-    """A copy of `base` with sentence-transformers' files; `more`: layers on the pooled vector."""
+    """Copy `base` with sentence-transformers' files; `more`: layers after the pooling."""
     shutil.copytree(base, place)
     size = hidden_size(base)
     modules: list[Any] = [
@@ -65,7 +65,7 @@ def embedder(base: Path, place: Path, *modes: str, more: bool = False, **pooling
     modules[0][2].update(pooling)
     files: dict[str, Any] = {"config_sentence_transformers": PROMPTS}
     if more:
-        # tiny_bert's positions are enough: long texts are cut, so that it is seen.
+        # Shorter than tiny_bert's positions, so that truncation is tested.
         files["sentence_bert_config"] = {"max_seq_length": 9, "do_lower_case": True}
         gelu = "torch.nn.modules.activation.GELU"
         dense = {"in_features": size, "out_features": 5, "bias": True, "activation_function": gelu}
@@ -93,7 +93,7 @@ def embedder(base: Path, place: Path, *modes: str, more: bool = False, **pooling
 
 
 def our_loss(base: Path, rows: Path, **settings: Any) -> float:
-    """The loss of one batch of all rows, before any training."""
+    """Return the loss of one batch of all rows before training."""
     config = TrainConfig(task="feature-extraction", **settings)
     task = task_of(config, base)
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -101,7 +101,7 @@ def our_loss(base: Path, rows: Path, **settings: Any) -> float:
     with torch.no_grad():
         found = task.loss(
             AutoModel.from_pretrained(base).eval(),
-            task.collate(0)(features),  # tiny_bert's padding
+            task.collate(0)(features),  # 0 is tiny_bert's padding token
         )
     assert int(found.items) == len(features)
     return float(found.total / found.items)
@@ -161,12 +161,14 @@ def test_every_loss_is_that_of_sentence_transformers(
     assert bare != pytest.approx(expected, abs=1e-4), "the prompts change nothing"
 
 
-def test_the_losses_are_those_that_a_run_may_ask_for() -> None:
+def test_the_table_of_losses_has_every_loss_of_the_settings() -> None:
     assert tuple(LOSSES) == CHOICES["embedding_loss"]
 
 
 @pytest.mark.parametrize("loss", ["triplet", "cosent", "cosine"])
-def test_a_loss_is_learnt(loss: str, tiny_bert: Path, tmp_path: Path, quick: Quick) -> None:
+def test_training_lowers_every_loss(
+    loss: str, tiny_bert: Path, tmp_path: Path, quick: Quick
+) -> None:
     rows = [SCORED, RANKED][loss == "triplet"]
     data = write_lines(tmp_path / "rows.jsonl", rows)
     result = quick(
@@ -182,7 +184,7 @@ def test_a_loss_is_learnt(loss: str, tiny_bert: Path, tmp_path: Path, quick: Qui
     assert (result.accuracy_after is None) == (loss != "triplet")
 
 
-def test_sentence_transformers_gives_the_vectors_of_a_trained_adapter(
+def test_sentence_transformers_computes_the_same_vectors_with_a_trained_adapter(
     tiny_bert: Path, tmp_path: Path
 ) -> None:
     from sentence_transformers import SentenceTransformer
@@ -211,7 +213,7 @@ def test_sentence_transformers_gives_the_vectors_of_a_trained_adapter(
 
 
 @pytest.mark.parametrize("saved", [False, True], ids=["without-modules.json", "with"])
-def test_prompts_that_were_given_are_written_beside_the_adapter(
+def test_given_prompts_are_saved_with_the_adapter(
     saved: bool, tiny_bert: Path, tmp_path: Path, quick: Quick
 ) -> None:
     base = embedder(tiny_bert, tmp_path / "base", "cls", more=True) if saved else tiny_bert
@@ -229,7 +231,7 @@ def test_prompts_that_were_given_are_written_beside_the_adapter(
         states = np.random.default_rng(0).normal(size=(2, 3, hidden_size(base)))
         assert ours is not None
         assert (ours.vectors(states, mask) == own.vectors(states, mask)).all()
-    # Training goes on with what is beside the adapter.
+    # Continued training uses the files saved with the adapter.
     options = {"task": "feature-extraction", "init_adapter": str(result.adapter)}
     config = {"max_steps": 1, "batch_size": 4, "max_length": 64}
     again = train(base, data, tmp_path / "again", config=config, **options)
@@ -238,7 +240,7 @@ def test_prompts_that_were_given_are_written_beside_the_adapter(
 
 
 @pytest.mark.parametrize("loss", ["cosent", "cosine"])
-def test_pairs_with_scores_have_the_prompts_that_the_adapter_was_trained_with(
+def test_pairs_with_scores_have_the_prompts_of_the_adapters_training(
     loss: str, tmp_path: Path
 ) -> None:
     base, adapter = tmp_path / "base", tmp_path / "adapter"
@@ -271,7 +273,7 @@ def test_pairs_with_scores_have_the_prompts_that_the_adapter_was_trained_with(
         ({}, RANKED[0] | {"positive": ""}, "positive is '', expected a text"),
     ],
 )
-def test_data_of_another_form_is_named(
+def test_data_of_another_format_is_named(
     settings: dict[str, Any], row: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     task = task_of(TrainConfig(task="feature-extraction", **settings), tmp_path)
@@ -287,7 +289,7 @@ def test_settings_of_embedders_are_refused_for_other_tasks(setting: dict[str, st
         TrainConfig(**setting)
 
 
-def test_a_module_that_is_not_computed_is_refused_by_name(
+def test_an_unsupported_module_is_refused_by_name(
     tiny_bert: Path, tmp_path: Path, quick: Quick
 ) -> None:
     base = shutil.copytree(tiny_bert, tmp_path / "base")
@@ -296,7 +298,7 @@ def test_a_module_that_is_not_computed_is_refused_by_name(
         quick(base, pairs(tmp_path / "d.jsonl"), tmp_path / "a", task="feature-extraction")
 
 
-def test_rows_of_a_batch_do_not_change_by_their_padding(tiny_bert: Path, tmp_path: Path) -> None:
+def test_padding_does_not_change_the_rows_of_a_batch(tiny_bert: Path, tmp_path: Path) -> None:
     rows = write_lines(tmp_path / "rows.jsonl", RANKED)
     found = our_loss(tiny_bert, rows)
     model = AutoModel.from_pretrained(tiny_bert).eval()

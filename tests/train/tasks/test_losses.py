@@ -1,4 +1,4 @@
-"""The losses are those of the models themselves, however they are computed."""
+"""The computed losses equal those of the models themselves."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.tolerances import tolerance
 
 
 @pytest.mark.parametrize("model", ["tiny_llama", "tiny_gpt2"])
-def test_logits_at_labels_alone_give_the_loss_and_gradients_of_all_logits(
+def test_logits_only_at_labels_give_the_loss_and_gradients_of_all_logits(
     model: str, lessons: Path, request: pytest.FixtureRequest
 ) -> None:
     directory = request.getfixturevalue(model)
@@ -51,7 +51,7 @@ def test_logits_at_labels_alone_give_the_loss_and_gradients_of_all_logits(
         torch.testing.assert_close(one, other, atol=tolerance("same-torch"), rtol=1e-4)
 
 
-def test_a_model_that_cannot_choose_its_logits_gives_the_same(
+def test_a_model_without_logits_to_keep_gives_the_same_loss(
     tiny_llama: Path, lessons: Path
 ) -> None:
     class Plain(torch.nn.Module):
@@ -72,7 +72,7 @@ def test_a_model_that_cannot_choose_its_logits_gives_the_same(
     assert (chosen.items, chosen.right) == (whole.items, whole.right)
 
 
-def test_logits_that_a_model_caps_behind_its_head_are_capped_in_the_loss() -> None:
+def test_softcapping_of_logits_is_applied_in_the_loss() -> None:
     config = Gemma2Config(
         num_hidden_layers=2,
         hidden_size=32,
@@ -90,14 +90,14 @@ def test_logits_that_a_model_caps_behind_its_head_are_capped_in_the_loss() -> No
     ids = torch.randint(2, 99, (2, 9))
     batch = {"input_ids": ids, "labels": ids}
     with torch.no_grad():
-        for _ in range(2):  # found out at the first batch, known at the second
+        for _ in range(2):  # detected at the first batch, known at the second
             ours = causal_lm_loss(model, batch)
             assert float(ours.total / ours.items) == pytest.approx(
                 float(model(**batch).loss), abs=tolerance("same-torch")
             )
 
 
-def test_chunks_of_logits_are_the_same_as_all_at_once(
+def test_chunked_logits_give_the_same_loss(
     tiny_llama: Path, lessons: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
@@ -134,7 +134,7 @@ def test_a_head_that_is_trained_gets_its_gradients(tiny_llama: Path, lessons: Pa
         torch.testing.assert_close(one, other, atol=tolerance("same-torch"), rtol=1e-4)
 
 
-def test_nothing_is_computed_backwards_below_the_first_adapted_layer(
+def test_no_gradients_are_computed_below_the_first_adapted_layer(
     tiny_llama: Path, lessons: Path
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
@@ -163,7 +163,7 @@ def test_a_batch_without_labels_has_no_loss(tiny_llama: Path) -> None:
     assert (summed.total.item(), int(summed.items), int(summed.right)) == (0, 0, 0)
 
 
-def test_a_classifiers_loss_is_its_own(tiny_bert: Path) -> None:
+def test_the_loss_of_a_classifier_is_that_of_the_model(tiny_bert: Path) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=3).eval()
     batch = Collator(0)([{"input_ids": list(range(5, 9 + n)), "labels": n % 3} for n in range(4)])
     with torch.no_grad():

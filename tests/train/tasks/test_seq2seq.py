@@ -1,4 +1,4 @@
-"""Encoder-decoders: what they learn of texts and of sounds is what PEFT reads of their adapters."""
+"""Encoder-decoders: training on text and audio, and the same loss in PEFT."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def translations(file: Path) -> Path:
 
 
 def spoken(file: Path, **more: Any) -> Path:
-    """Tones with their names, beside `file`."""
+    """Write tones beside `file`, and their names as transcripts to `file`."""
     rows = []
     for seed in range(2):
         for hertz, word in WORDS.items():
@@ -38,7 +38,7 @@ def spoken(file: Path, **more: Any) -> Path:
 
 
 def of_peft(model: Path, adapter: Path, batch: dict[str, Any], auto: str) -> float:
-    """The loss that transformers computes with PEFT's adapter."""
+    """Return the loss of transformers with the adapter loaded by PEFT."""
     import peft
     import torch
     import transformers
@@ -49,7 +49,9 @@ def of_peft(model: Path, adapter: Path, batch: dict[str, Any], auto: str) -> flo
         return float(made(**batch).loss)
 
 
-def test_texts_are_learnt_and_peft_has_the_same_loss(tiny_t5: Path, tmp_path: Path) -> None:
+def test_training_on_texts_lowers_the_loss_and_peft_has_the_same_loss(
+    tiny_t5: Path, tmp_path: Path
+) -> None:
     import torch
     import transformers
 
@@ -62,7 +64,7 @@ def test_texts_are_learnt_and_peft_has_the_same_loss(tiny_t5: Path, tmp_path: Pa
     sources = [f"translate {w}" for w in ("one", "two", "three")]
     batch = tokenizer(sources, padding=True, return_tensors="pt").data
     batch.pop("token_type_ids", None)
-    # The end of the text, which this tokenizer does not add, is learnt too.
+    # The end token, which this tokenizer does not add, is learned too.
     rows = [[*tokenizer.encode(text), 2] for text in ("eins", "zwei und zwanzig", "drei")]
     longest = max(map(len, rows))
     batch["labels"] = torch.tensor([row + [-100] * (longest - len(row)) for row in rows])
@@ -70,7 +72,9 @@ def test_texts_are_learnt_and_peft_has_the_same_loss(tiny_t5: Path, tmp_path: Pa
     assert abs(found - result.loss_after) <= tolerance("same-torch")
 
 
-def test_sounds_are_learnt_and_peft_has_the_same_loss(tiny_whisper: Path, tmp_path: Path) -> None:
+def test_training_on_audio_lowers_the_loss_and_peft_has_the_same_loss(
+    tiny_whisper: Path, tmp_path: Path
+) -> None:
     import torch
     import transformers
 
@@ -82,7 +86,7 @@ def test_sounds_are_learnt_and_peft_has_the_same_loss(tiny_whisper: Path, tmp_pa
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_whisper)
     sounds = [tone(hertz, 0.6, noise=0.05, seed=seed) for seed in (0, 1) for hertz in WORDS]
     features = extract(sounds, sampling_rate=16_000, return_tensors="pt").input_features
-    # English, to be transcribed, without timestamps; the text; its end.
+    # The tokens for English, transcribe and no timestamps; the text; the end token.
     rows = [[514, 517, 520, *tokenizer.encode(word), 512] for word in WORDS.values()] * 2
     longest = max(map(len, rows))
     labels = torch.tensor([row + [-100] * (longest - len(row)) for row in rows])
@@ -133,7 +137,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_sounds_that_cannot_be_learnt_are_refused_in_a_line(
+def test_invalid_audio_is_refused_in_one_line(
     case: str, tiny_whisper: Path, tmp_path: Path
 ) -> None:
     make, message = BAD[case]

@@ -1,4 +1,4 @@
-"""Every task learns, from every form its data may come in."""
+"""Every task of the table can be trained, from every format of data."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ TASKS: dict[str, tuple[Callable[[Path], Path], dict[str, Any], str, tuple[str, .
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_task_is_learnt_and_its_adapter_read_by_peft(
+def test_every_task_is_trained_and_its_adapter_read_by_peft(
     task: str, tiny_bert: Path, tmp_path: Path, quick: Quick, caplog: pytest.LogCaptureFixture
 ) -> None:
     import peft
@@ -98,7 +98,7 @@ def test_a_task_is_learnt_and_its_adapter_read_by_peft(
     result = quick(tiny_bert, data, tmp_path / "adapter", **LEARNING, **settings)
     assumed = "has no modules.json: the embedder is trained with mean pooling" in caplog.text
     assert assumed == (task == "feature-extraction")
-    # Half of a batch may be of the anchor's own topic, where an embedder cannot be right.
+    # Half of a batch can be of the anchor's topic, which a sentence encoder cannot tell apart.
     assert result.loss_after < (0.85 if task == "feature-extraction" else 0.7) * result.loss_before
     if task == "regression":
         assert result.accuracy_after is None
@@ -114,7 +114,7 @@ def test_a_task_is_learnt_and_its_adapter_read_by_peft(
 
 
 @pytest.mark.parametrize("problem", ["multi-label", "regression"])
-def test_the_loss_of_a_classifier_is_transformers_own(problem: str, tiny_bert: Path) -> None:
+def test_the_loss_of_a_classifier_is_that_of_transformers(problem: str, tiny_bert: Path) -> None:
     count, name = (3, "multi_label_classification") if problem == "multi-label" else (1, problem)
     model = AutoModelForSequenceClassification.from_pretrained(
         tiny_bert, num_labels=count, problem_type=name
@@ -141,7 +141,7 @@ def test_the_first_token_of_a_word_has_its_tag(tiny_bert: Path) -> None:
     assert len(feature["labels"]) == len(feature["input_ids"]) > 3
 
 
-# -- forms --------------------------------------------------------------------------------------
+# -- formats ------------------------------------------------------------------------------------
 
 LESSONS = [{"prompt": f"Question {n}:", "completion": f" answer {n}, surely"} for n in range(4)]
 
@@ -170,7 +170,7 @@ FORMS = ("jsonl", "csv", "parquet", "dataset", "dataset-of-splits")
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_examples_are_the_same_from_every_form(form: str, tmp_path: Path) -> None:
+def test_examples_are_the_same_from_every_format(form: str, tmp_path: Path) -> None:
     found = read_conversations(Source(as_form(form, tmp_path / "data", LESSONS)))
     parts = [(("Question 1:", False), (" answer 1, surely", True))]
     assert [example.parts for example in found][1:2] == parts
@@ -189,7 +189,7 @@ def test_columns_of_other_names_are_mapped(form: str, tmp_path: Path) -> None:
         read_labeled_texts(Source(as_form(form, tmp_path / "again", others), columns=wrong))
 
 
-def test_classes_of_a_dataset_are_known_by_their_names(tmp_path: Path) -> None:
+def test_class_features_of_a_dataset_become_label_names(tmp_path: Path) -> None:
     feature = datasets.Features(
         {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])}
     )
@@ -199,7 +199,7 @@ def test_classes_of_a_dataset_are_known_by_their_names(tmp_path: Path) -> None:
     assert [example.label for example in found] == ["yes", "no"]
 
 
-def test_what_cannot_be_read_is_told_in_a_line(
+def test_unreadable_data_is_reported_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -224,17 +224,15 @@ def test_what_cannot_be_read_is_told_in_a_line(
         ({"tokens": "a b", "tags": ["X"]}, "line 1: tokens is 'a b'"),
     ],
 )
-def test_words_without_a_tag_each_are_named(
-    row: dict[str, Any], message: str, tmp_path: Path
-) -> None:
+def test_words_without_a_tag_are_named(row: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=message):
         read_tagged_words(Source(write_lines(tmp_path / "a.jsonl", [row])))
 
 
-# -- what it is judged by -----------------------------------------------------------------------
+# -- evaluation data ----------------------------------------------------------------------------
 
 
-def test_other_data_is_evaluated_on_where_it_is_given(
+def test_given_evaluation_data_is_used(
     tiny_llama: Path, lessons: Path, tmp_path: Path, quick: Quick
 ) -> None:
     others = write_lines(tmp_path / "others.jsonl", [{"prompt": "Why?", "completion": " Because."}])
@@ -245,7 +243,7 @@ def test_other_data_is_evaluated_on_where_it_is_given(
     assert result.loss_before != plain.loss_before
 
 
-def test_a_split_of_the_same_dataset_is_evaluated_on_by_its_name(
+def test_a_split_of_the_dataset_can_be_the_evaluation_data(
     tiny_llama: Path, tmp_path: Path, quick: Quick
 ) -> None:
     data = as_form("dataset-of-splits", tmp_path / "data", LESSONS)
@@ -253,7 +251,7 @@ def test_a_split_of_the_same_dataset_is_evaluated_on_by_its_name(
     assert (result.examples, result.evaluated_on) == (4, "validation")
 
 
-def test_a_label_that_is_not_trained_on_is_named(
+def test_an_evaluation_label_without_training_data_is_named(
     tiny_bert: Path, topics: Path, tmp_path: Path, quick: Quick
 ) -> None:
     others = [{"text": "rain", "label": "weather"}, {"text": "oil", "label": "business"}]
@@ -270,7 +268,7 @@ def test_a_label_that_is_not_trained_on_is_named(
         )
 
 
-def test_one_class_is_enough_to_evaluate_on_and_not_to_train_on(
+def test_a_single_class_is_enough_for_evaluation_but_not_for_training(
     tiny_bert: Path, tmp_path: Path, quick: Quick
 ) -> None:
     task = "sequence-classification"
@@ -302,7 +300,7 @@ def test_one_class_is_enough_to_evaluate_on_and_not_to_train_on(
     ],
     ids=lambda settings: "-".join(settings),
 )
-def test_every_method_is_trained_by_its_settings_and_read_by_peft(
+def test_every_method_is_trained_with_its_settings_and_read_by_peft(
     settings: dict[str, Any], tiny_llama: Path, lessons: Path, tmp_path: Path, quick: Quick
 ) -> None:
     import peft
