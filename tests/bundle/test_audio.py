@@ -1,4 +1,4 @@
-"""Sound as Whisper reads it: WAV files of every common encoding, and transformers' features."""
+"""Audio for Whisper: WAV files of every common encoding, and the features of transformers."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_features_are_those_of_transformers(mels: int, seconds: float, tmp_path:
     found = ours.of(sound)
     assert found.dtype == np.float32 and found.shape == expected.shape
     assert np.abs(found - expected).max() <= tolerance("log-mel-torch")
-    # transformers' other way, without torch's float32
+    # transformers' numpy implementation, which does not use torch's float32
     whole = np.concatenate([sound, np.zeros(max(0, 30 * RATE - len(sound)), np.float32)])
     exact = theirs._np_extract_fbank_features(whole[np.newaxis], "cpu")[0]
     assert np.abs(found - exact).max() <= tolerance("log-mel")
@@ -68,7 +68,7 @@ ENCODINGS: dict[str, tuple[Callable[[Any], bytes], int, int, float]] = {
 
 @pytest.mark.parametrize("extensible", [False, True], ids=["", "extensible"])
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_a_wav_file_is_its_samples(encoding: str, extensible: bool, tmp_path: Path) -> None:
+def test_a_wav_file_gives_its_samples(encoding: str, extensible: bool, tmp_path: Path) -> None:
     encode, code, bits, allowed = ENCODINGS[encoding]
     left, right = tone(200, 0.1).astype(np.float64), tone(300, 0.1).astype(np.float64)
     mono = wav(tmp_path / "mono.wav", encode(left), code=code, bits=bits, extensible=extensible)
@@ -80,7 +80,7 @@ def test_a_wav_file_is_its_samples(encoding: str, extensible: bool, tmp_path: Pa
     assert np.abs(read_wav(file, RATE).samples - (left + right) / 2).max() <= allowed
 
 
-def test_the_standard_librarys_files_and_other_chunks_are_read(tmp_path: Path) -> None:
+def test_files_of_the_wave_module_and_files_with_other_chunks_are_read(tmp_path: Path) -> None:
     import wave
 
     with wave.open(str(tmp_path / "a.wav"), "wb") as file:
@@ -95,7 +95,7 @@ def test_the_standard_librarys_files_and_other_chunks_are_read(tmp_path: Path) -
     assert len(read_wav(tmp_path / "b.wav", RATE).samples) == 100
 
 
-def test_reading_a_file_takes_little_more_than_its_samples(tmp_path: Path) -> None:
+def test_reading_a_file_takes_little_more_memory_than_its_samples(tmp_path: Path) -> None:
     import tracemalloc
 
     count = 1 << 21
@@ -144,7 +144,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_other_files_are_refused_in_a_line(case: str, tmp_path: Path) -> None:
+def test_other_files_are_refused_in_one_line(case: str, tmp_path: Path) -> None:
     make, message = BAD[case]
     file = tmp_path / "sound.wav"
     made = make(file)
@@ -179,7 +179,7 @@ def test_a_file_that_is_missing_or_too_large_is_refused(
         (np.array([0.1, -16384], np.float32), "as large as 16384.*divide those of 16 bits by"),
     ],
 )
-def test_samples_that_are_none_are_refused(samples: Any, message: str) -> None:
+def test_invalid_samples_are_refused(samples: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         checked_samples(samples, "sound 1")
 
@@ -194,15 +194,13 @@ def test_samples_that_are_none_are_refused(samples: Any, message: str) -> None:
         ({"dither": 0.1}, "random noise"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(
-    values: dict[str, Any], message: str, tmp_path: Path
-) -> None:
+def test_invalid_settings_are_refused(values: dict[str, Any], message: str, tmp_path: Path) -> None:
     write_json(tmp_path / "preprocessor_config.json", values)
     with pytest.raises(BundleError, match=message):
         feature_settings(tmp_path)
 
 
-def test_settings_are_found_in_a_processors_file_too(tmp_path: Path) -> None:
+def test_settings_are_read_from_a_processor_config_too(tmp_path: Path) -> None:
     assert feature_settings(tmp_path) is None
     nested = {"feature_extractor": {"feature_size": 128}, "processor_class": "WhisperProcessor"}
     write_json(tmp_path / "processor_config.json", nested)

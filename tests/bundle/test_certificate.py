@@ -1,4 +1,4 @@
-"""A certificate counts for the very files that were checked, and for what the check really ran."""
+"""A certificate is valid only for the checked files and for what the check actually ran."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ Edit = Callable[[dict[str, Any]], object]
 
 @pytest.fixture
 def bundle(certified_bundle: Path, tmp_path: Path) -> Path:
-    """A certified bundle to be tampered with."""
+    """A copy of a certified bundle that a test may modify."""
     return shutil.copytree(certified_bundle, tmp_path / "bundle")
 
 
 @pytest.fixture(scope="session")
 def merged_bundle(tiny_llama: Path, make_adapter: MakeAdapter, shared: Path) -> Path:
-    """A merged bundle and its certificate."""
+    """A merged bundle with a certificate."""
     place = shared / "bundle-certified-merged"
     adapters = {"one": make_adapter(tiny_llama)}
     return export_and_check(tiny_llama, place, adapters=adapters, merge=True)
@@ -46,52 +46,52 @@ def edit(file: Path, change: Edit) -> None:
 
 
 def flip(file: Path) -> None:
-    """Another value for one byte in the middle."""
+    """Change one byte in the middle of a file."""
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
 
 
-def test_it_holds_for_what_was_checked(bundle: Path) -> None:
+def test_a_certificate_is_valid_for_the_checked_files(bundle: Path) -> None:
     certificate = check(bundle)
     assert certificate.passed
     assert certificate.certified == {read_manifest(bundle).adapters["one"].digest}
     assert json.loads((bundle / "parity.json").read_text())["format"] == FORMAT
 
 
-def test_that_of_a_merged_bundle_is_about_its_one_adapter(merged_bundle: Path) -> None:
+def test_the_certificate_of_a_merged_bundle_covers_its_adapter(merged_bundle: Path) -> None:
     merged = read_manifest(merged_bundle).merged_adapter
     assert merged is not None
     assert check(merged_bundle).certified == {merged.digest}
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data"])
-def test_one_other_bit_is_seen(bundle: Path, name: str) -> None:
+def test_a_change_of_one_byte_is_detected(bundle: Path, name: str) -> None:
     flip(bundle / name)
     with pytest.raises(BundleError, match=f"{name} has changed since it was checked; run `lora"):
         check(bundle)
 
 
 @pytest.mark.parametrize("name", ["base.safetensors", "defaults.safetensors"])
-def test_a_file_that_came_later_is_seen(bundle: Path, name: str) -> None:
+def test_an_added_file_is_detected(bundle: Path, name: str) -> None:
     (bundle / name).write_bytes(b"")
     with pytest.raises(BundleError, match=f"{name} has changed"):
         check(bundle)
 
 
-def test_a_graph_without_its_data_is_seen(bundle: Path) -> None:
+def test_a_graph_without_its_data_is_detected(bundle: Path) -> None:
     (bundle / "model.onnx.data").unlink()
     with pytest.raises(BundleError, match=r"model\.onnx\.data has changed"):
         check(bundle)
 
 
 def swap_weights(manifest: dict[str, Any]) -> None:
-    """A merge would go into another layer's weight: every shape still fits."""
+    """Exchange two weights: a merge would change another layer, with all shapes valid."""
     first, second = (t for t in manifest["targets"] if t["module"].endswith("o_proj"))
     first["weight"], second["weight"] = second["weight"], first["weight"]
 
 
-def test_an_edited_manifest_is_seen(bundle: Path) -> None:
+def test_an_edited_manifest_is_detected(bundle: Path) -> None:
     edit(bundle / "loradeploy.json", swap_weights)
     with pytest.raises(BundleError, match=r"loradeploy\.json has changed"):
         check(bundle)
@@ -126,7 +126,7 @@ def failed_check(values: dict[str, Any]) -> None:
         (lambda v: v.update(results=7, adapters={"a": 1}, environment=[]), "'one'"),
     ],
 )  # fmt: skip
-def test_a_certificate_must_say_that_it_passed_in_every_entry(
+def test_every_entry_of_a_certificate_must_have_passed(
     bundle: Path, change: Edit, message: str
 ) -> None:
     edit(bundle / "parity.json", change)
@@ -150,7 +150,7 @@ def test_a_certificate_must_say_that_it_passed_in_every_entry(
     ],
     ids=["none", "empty", "cut off", "list", "object", "another", "1", "3", "bare", "oversized"],
 )
-def test_what_is_no_certificate_is_refused_in_one_line(
+def test_an_invalid_certificate_is_refused_in_one_line(
     bundle: Path, content: str | None, message: str
 ) -> None:
     file = bundle / "parity.json"
@@ -160,6 +160,6 @@ def test_what_is_no_certificate_is_refused_in_one_line(
     assert "\n" not in str(refused.value)
 
 
-def test_the_backends_that_run_a_bundle_are_backends() -> None:
+def test_the_backends_that_run_a_bundle_exist() -> None:
     known = {(mode, backend.name) for backend in BACKENDS for mode in backend.modes}
     assert known >= {(mode, name) for mode, names in RUN_THE_BUNDLE.items() for name in names}

@@ -1,4 +1,4 @@
-"""An adapter becomes side inputs, or is refused with every misfit named."""
+"""An adapter is converted to side inputs, or refused with every mismatch named."""
 
 from __future__ import annotations
 
@@ -76,17 +76,17 @@ def test_factors_are_transposed_and_the_scaling_is_folded_into_B() -> None:
         ({"base_digest": "sha256:77"}, "trained on another base"),
     ],
 )
-def test_a_misfit_is_named(changes: dict[str, Any], message: str) -> None:
+def test_a_mismatch_is_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(AdapterMismatchError, match=message):
         side_inputs(an_adapter(**changes), a_manifest())
 
 
-def test_what_the_base_lacks_comes_with_every_adapter(tmp_path: Path) -> None:
+def test_a_head_that_the_base_lacks_is_required_of_every_adapter(tmp_path: Path) -> None:
     (head,) = a_manifest().saved
     lacking = a_manifest(saved=(dataclasses.replace(head, lacking=True),))
     plain = dataclasses.replace(CONFIG, modules_to_save=())
     whole, headless = an_adapter(), an_adapter(saved={}, config=plain)
-    side_inputs(headless, a_manifest())  # the base's own head is there
+    side_inputs(headless, a_manifest())  # accepted if the base has a head
     side_inputs(whole, lacking)
     with pytest.raises(AdapterMismatchError, match=r"head\.weight is in neither the base nor"):
         side_inputs(headless, lacking)
@@ -95,7 +95,7 @@ def test_what_the_base_lacks_comes_with_every_adapter(tmp_path: Path) -> None:
         check_side_inputs(read_onnx_adapter(tmp_path / "a.onnx_adapter"), lacking)
 
 
-def test_every_misfit_is_in_the_one_message() -> None:
+def test_one_message_lists_every_mismatch() -> None:
     wrong = an_adapter(factors={"l.x": factors(), "l.q": factors(into=9)})
     with pytest.raises(AdapterMismatchError) as refusal:
         side_inputs(wrong, a_manifest())
@@ -103,14 +103,14 @@ def test_every_misfit_is_in_the_one_message() -> None:
         assert misfit in str(refusal.value)
 
 
-def test_a_merged_bundle_takes_no_adapter() -> None:
+def test_a_merged_bundle_refuses_adapters() -> None:
     merged = a_manifest(mode="merged", targets=(), saved=(), adapters={})
     with pytest.raises(AdapterMismatchError, match="is merged"):
         side_inputs(an_adapter(), merged)
 
 
 @pytest.mark.parametrize(("dtype", "most"), [("float16", 65504), ("float32", 1e18)])
-def test_numbers_are_computed_with_up_to_a_size(dtype: str, most: float) -> None:
+def test_values_up_to_a_maximum_are_accepted(dtype: str, most: float) -> None:
     fits = np.array([most, -most, 0], dtype)
     assert computable(fits)
     assert computable(fits[:0])
@@ -128,9 +128,7 @@ def test_factors_that_overflow_their_dtype_are_refused() -> None:
 
 @pytest.mark.parametrize("size", [1e-8, 1e-5, 1.0, 1e6])
 @pytest.mark.parametrize("small", ["A", "B"])
-def test_float16_holds_the_product_of_factors_whatever_the_size_of_one(
-    size: float, small: str
-) -> None:
+def test_factors_are_rescaled_to_fit_float16(size: float, small: str) -> None:
     pair = factors()
     sized = dataclasses.replace(pair, **{small: getattr(pair, small) * np.float32(size)})
     adapter = an_adapter(factors={"l.q": sized, "l.k": pair})
@@ -158,7 +156,7 @@ def test_the_product_with_A_fits_into_float16_where_that_with_both_factors_does(
     assert one @ other == pytest.approx(3.0 * (B.astype(np.float64) @ A).T, rel=2e-3)
 
 
-def test_a_native_file_holds_the_side_inputs(tmp_path: Path) -> None:
+def test_a_native_file_contains_the_side_inputs(tmp_path: Path) -> None:
     manifest, adapter = a_manifest(), an_adapter()
     write_onnx_adapter(adapter, manifest, tmp_path / "a.onnx_adapter")
     expected, read = (
@@ -200,7 +198,7 @@ def test_a_broken_native_file_is_refused(content: bytes | None, tmp_path: Path) 
         ),
     ],
 )
-def test_what_takes_no_side_inputs_is_refused_by_name(pair: Factors, message: str) -> None:
+def test_factors_without_side_inputs_are_refused_by_name(pair: Factors, message: str) -> None:
     adapter = an_adapter(factors={"l.q": pair, "l.k": factors()})
     with pytest.raises(AdapterMismatchError, match=message):
         side_inputs(adapter, a_manifest())

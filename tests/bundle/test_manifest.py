@@ -1,4 +1,4 @@
-"""The manifest survives the round trip and refuses what it does not mean."""
+"""The manifest is written and read without loss, and invalid manifests are refused."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def a_manifest(**changes: Any) -> Manifest:
     return Manifest(**{**values, **changes})
 
 
-def test_a_manifest_survives_the_round_trip() -> None:
+def test_a_manifest_is_unchanged_by_a_round_trip() -> None:
     manifest = a_manifest()
     written = json.dumps(manifest.to_json())
     assert Manifest.from_json(json.loads(written)) == manifest
@@ -90,7 +90,7 @@ def test_a_manifest_edited_by_hand_is_refused_by_field(
         Manifest.from_json(edited)
 
 
-def test_names_of_side_inputs_that_were_swapped_are_refused() -> None:
+def test_exchanged_names_of_side_inputs_are_refused() -> None:
     edited = a_manifest().to_json()
     q, k, _ = edited["targets"]
     q["lora_A"], k["lora_A"] = k["lora_A"], q["lora_A"]
@@ -106,7 +106,7 @@ def test_a_missing_field_is_named(field: str) -> None:
         Manifest.from_json(edited)
 
 
-def test_a_place_without_a_bundle_says_so(tmp_path: Path) -> None:
+def test_a_directory_without_a_bundle_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="does not exist"):
         read_manifest(tmp_path / "nowhere")
     with pytest.raises(BundleError, match="has no loradeploy.json"):
@@ -116,13 +116,13 @@ def test_a_place_without_a_bundle_says_so(tmp_path: Path) -> None:
         read_manifest(tmp_path)
 
 
-def test_what_adapters_are_parts_of_survives_the_round_trip() -> None:
+def test_whole_adapters_of_parts_are_unchanged_by_a_round_trip() -> None:
     part = AdapterEntry("sha256:01", "adapters/sport", whole_digest="sha256:02", split=True)
     manifest = a_manifest(adapters={"sport": part})
     assert Manifest.from_json(json.loads(json.dumps(manifest.to_json()))) == manifest
 
 
-def test_a_manifest_from_before_scales_and_offsets_reads() -> None:
+def test_a_manifest_of_a_version_without_scales_and_offsets_is_read() -> None:
     older = a_manifest().to_json()
     del older["changed"]
     for target in older["targets"]:
@@ -140,7 +140,7 @@ def _with_changes(**stored: Any) -> Manifest:
     )
 
 
-def test_scales_offsets_and_places_of_weights_survive_the_round_trip() -> None:
+def test_scales_offsets_and_weight_locations_are_unchanged_by_a_round_trip() -> None:
     manifest = _with_changes()
     assert Manifest.from_json(json.loads(json.dumps(manifest.to_json()))) == manifest
 
@@ -148,7 +148,7 @@ def test_scales_offsets_and_places_of_weights_survive_the_round_trip() -> None:
 @pytest.mark.parametrize(
     "wrong", [{"offset": -1}, {"length": 47}, {"length": 1 << 40}, {"dtype": "object"}]
 )
-def test_a_place_that_cannot_be_a_weight_s_is_refused(wrong: dict[str, Any]) -> None:
+def test_an_invalid_weight_location_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(
         BundleError, match=r"stored weight of l\.q has another size than the module"
     ):

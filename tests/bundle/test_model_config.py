@@ -1,4 +1,4 @@
-"""How many tokens a model's configuration leaves room for."""
+"""The maximum number of tokens according to a model's config."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ _LONG: Final = {
         ({}, None),
     ],
 )
-def test_texts_end_where_rotary_frequencies_change(
+def test_texts_are_limited_to_the_length_at_which_rotary_frequencies_change(
     config: dict[str, Any], limit: int | None
 ) -> None:
     config = {"max_position_embeddings": 64, **config}
@@ -71,10 +71,10 @@ def test_texts_end_where_rotary_frequencies_change(
         assert context_length(given) == (limit or 64)
 
 
-def test_a_model_that_would_read_its_text_again_is_told_and_stops_before(
+def test_text_generation_stops_before_rotary_frequencies_change_and_logs_it(
     tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Phi-3's keys of the first tokens change once a text is longer than the original length."""
+    """Phi-3's keys of earlier tokens change once a text is longer than the original length."""
     config = Phi3Config(
         vocab_size=512,
         hidden_size=32,

@@ -1,4 +1,4 @@
-"""Pairs of texts as tokens: as transformers' fast tokenizers make them."""
+"""Tokenization of text pairs equals that of transformers' fast tokenizers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from loradeploy.errors import BundleError, UsageError
 from tests.inputs.pairs import BERT, NAMES, give_rules
 
 WORDS = "the match was won in extra time and shares fell after the bank said so"
-# The special tokens around pairs: BERT's, RoBERTa's, those of a template with types, and none.
+# Special tokens around pairs: of BERT, of RoBERTa, of a template with types, and none.
 AROUND: dict[str, Any] = {
     "bert": BERT,
     "roberta": processors.RobertaProcessing(("<|im_end|>", 2), ("<|im_start|>", 1)),
@@ -29,7 +29,7 @@ AROUND: dict[str, Any] = {
 
 
 def with_rules(model: Path, place: Path, around: Any, **settings: Any) -> Path:
-    """The tokenizer files of `model`, with the special tokens `around` texts and `settings`."""
+    """Copy the tokenizer files of `model` with the special tokens `around` and `settings`."""
     place.mkdir()
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(model / name, place / name)
@@ -38,7 +38,7 @@ def with_rules(model: Path, place: Path, around: Any, **settings: Any) -> Path:
 
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("around", AROUND)
-def test_a_pair_is_encoded_and_cut_as_by_transformers(
+def test_a_pair_is_encoded_and_truncated_like_in_transformers(
     around: str, side: str, tiny_bert: Path, tmp_path: Path
 ) -> None:
     from transformers import AutoTokenizer
@@ -49,7 +49,7 @@ def test_a_pair_is_encoded_and_cut_as_by_transformers(
     for first, second in [(0, 3), (1, 1), (2, 14), (14, 2), (9, 10), (14, 14), (3, 0)]:
         text, pair = " ".join(words[:first]), " ".join(words[-second:] if second else [])
         for longest in (6, 7, 8, 13, 21, 200):
-            # As a batch: transformers takes a single empty pair for none.
+            # As a batch: transformers treats a single empty second text as no pair.
             expected = theirs([text], [pair], truncation="longest_first", max_length=longest)
             found = pair_tokens(ours, text, pair, max_length=longest)
             assert list(found.ids) == expected["input_ids"][0], (first, second, longest)

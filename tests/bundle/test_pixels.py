@@ -1,4 +1,4 @@
-"""Images become pixel values as transformers' processors make them."""
+"""Pixel values of images equal those of transformers' processors."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_an_image_is_the_same_from_a_file_and_in_memory(tmp_path: Path) -> None:
     assert (settings.values(file) == expected).all()
     assert (settings.values(Image.fromarray(NOISE)) == expected).all()
     turned = Image.Exif()
-    turned[0x0112] = 6  # the camera was held upright
+    turned[0x0112] = 6  # EXIF orientation: rotated by 90 degrees
     Image.fromarray(np.rot90(NOISE)).save(file, exif=turned)
     assert (settings.values(file) == expected).all(), "an image is read as it was held"
     gray = Image.fromarray(NOISE[:, :, 0])
@@ -85,14 +85,14 @@ def test_an_image_is_the_same_from_a_file_and_in_memory(tmp_path: Path) -> None:
         ({"rescale_factor": "1/255"}, "rescale_factor is '1/255', expected a number"),
     ],
 )
-def test_settings_that_are_not_computed_are_refused_by_name(
+def test_unsupported_settings_are_refused_by_name(
     values: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(BundleError, match=message):
         pixel_settings(settings_file(tmp_path, **values))
 
 
-def test_what_is_no_image_is_named(tmp_path: Path) -> None:
+def test_invalid_images_are_named(tmp_path: Path) -> None:
     crop = {"do_resize": False, "do_center_crop": True, "crop_size": 64}
     settings = pixel_settings(settings_file(tmp_path, **crop))
     assert settings is not None
@@ -117,7 +117,7 @@ def test_what_is_no_image_is_named(tmp_path: Path) -> None:
         ((NOISE[:, :, 0] / 255).astype(np.float32), "F", "scale its values to 0 to 255"),
     ],
 )
-def test_values_that_do_not_fit_in_8_bits_are_refused_with_a_conversion(
+def test_images_with_more_than_8_bits_are_refused_with_advice(
     values: Any, mode: str, message: str, tmp_path: Path
 ) -> None:
     settings = pixel_settings(settings_file(tmp_path))
@@ -132,7 +132,7 @@ def test_values_that_do_not_fit_in_8_bits_are_refused_with_a_conversion(
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr"])
-def test_images_of_other_modes_of_8_bits_are_read(mode: str, tmp_path: Path) -> None:
+def test_images_of_other_8_bit_modes_are_read(mode: str, tmp_path: Path) -> None:
     settings = pixel_settings(settings_file(tmp_path))
     assert settings is not None
     image = Image.fromarray(NOISE).convert(mode)

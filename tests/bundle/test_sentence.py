@@ -1,4 +1,4 @@
-"""A text's vector as sentence-transformers defines it, computed by hand with torch."""
+"""Sentence vectors as defined by sentence-transformers, compared with plain torch code."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NEW, OLD = "sentence_transformers.sentence_transformer.modules.", "sentence_tran
 
 
 def write(place: Path, *modules: tuple[str, str, dict[str, Any] | None], **files: Any) -> Path:
-    """A directory with modules of (type, folder, config) behind a Transformer."""
+    """Write a directory with modules (type, folder, config) after a Transformer module."""
     place.mkdir(parents=True, exist_ok=True)
     encoder = {"idx": 0, "name": "0", "path": "", "type": f"{OLD}Transformer"}
     entries = [encoder]
@@ -47,12 +47,12 @@ def write(place: Path, *modules: tuple[str, str, dict[str, Any] | None], **files
 def vectors(place: Path, skipped: int = 0) -> Any:
     recipe = read_recipe(place)
     assert recipe is not None
-    rows = slice(1) if skipped else slice(None)  # the others are not longer than what is skipped
+    rows = slice(1) if skipped else slice(None)  # other rows are no longer than the prompt
     return recipe.vectors(STATES[rows].numpy(), MASK[rows].numpy(), skipped)
 
 
 def _rows(pool: Callable[[Any], Any]) -> Any:
-    """`pool` of each row's real states [tokens, hidden], one row at a time."""
+    """Apply `pool` to the unpadded states [tokens, hidden] of each row."""
     return torch.stack([pool(s[m.bool()]) for s, m in zip(STATES, MASK, strict=True)]).numpy()
 
 
@@ -81,7 +81,7 @@ FLAGS = {
 
 @pytest.mark.parametrize("form", ["flags", "name", "list"])
 @pytest.mark.parametrize("mode", POOLINGS)
-def test_each_way_of_pooling_is_obeyed(mode: str, form: str, tmp_path: Path) -> None:
+def test_each_pooling_mode_is_computed(mode: str, form: str, tmp_path: Path) -> None:
     config: dict[str, Any] = {"flags": {flag: flag == FLAGS[mode] for flag in FLAGS.values()}}.get(
         form, {"pooling_mode": mode if form == "name" else [mode]}
     )
@@ -93,29 +93,29 @@ def test_each_way_of_pooling_is_obeyed(mode: str, form: str, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "config",
     [
-        {"pooling_mode_max_tokens": True, "pooling_mode_cls_token": True},  # the older order
+        {"pooling_mode_max_tokens": True, "pooling_mode_cls_token": True},  # older format
         {"pooling_mode": ["cls", "max"]},
     ],
 )
-def test_several_ways_are_put_side_by_side(config: dict[str, Any], tmp_path: Path) -> None:
+def test_several_pooling_modes_are_concatenated(config: dict[str, Any], tmp_path: Path) -> None:
     place = write(tmp_path / "m", ("Pooling", "1_Pooling", config))
     expected = np.concatenate([_rows(POOLINGS["cls"]), _rows(POOLINGS["max"])], axis=1)
     assert np.abs(vectors(place) - expected).max() <= tolerance("same-torch")
 
 
 @pytest.mark.parametrize("mode", POOLINGS)
-def test_a_prompts_tokens_are_left_out_where_it_says_so(mode: str, tmp_path: Path) -> None:
+def test_prompt_tokens_are_excluded_if_the_config_says_so(mode: str, tmp_path: Path) -> None:
     place = write(
         tmp_path / "m",
         ("Pooling", "1_Pooling", {"pooling_mode": mode, "include_prompt": False}),
     )
     rest = STATES[0, 2:]
-    weights = torch.arange(3, 6)[:, None]  # a token's weight is its place in the whole row
+    weights = torch.arange(3, 6)[:, None]  # a token's weight is its position in the whole row
     expected = (
         (rest * weights).sum(0) / weights.sum() if mode == "weightedmean" else POOLINGS[mode](rest)
     ).numpy()
     assert np.abs(vectors(place, skipped=2)[0] - expected).max() <= tolerance("same-torch")
-    if mode not in ("lasttoken", "max"):  # whose token is none of the prompt's here
+    if mode not in ("lasttoken", "max"):  # these use no prompt token here
         assert np.abs(vectors(place, skipped=2)[0] - vectors(place)[0]).max() > 1e-3
 
 
@@ -133,7 +133,7 @@ MEAN = torch.from_numpy(_rows(POOLINGS["mean"]))
         ("torch.nn.modules.activation.ReLU", torch.relu),
         ("torch.nn.modules.activation.Sigmoid", torch.sigmoid),
         ("torch.nn.modules.activation.SiLU", torch.nn.functional.silu),
-        (None, torch.tanh),  # nothing said: sentence-transformers takes tanh
+        (None, torch.tanh),  # the default of sentence-transformers
     ],
 )
 def test_a_dense_layer_is_computed(
@@ -152,7 +152,7 @@ def test_a_dense_layer_is_computed(
 
 
 @pytest.mark.parametrize("out", [HIDDEN, 4])
-def test_a_dense_layer_beside_which_its_input_goes_on(out: int, tmp_path: Path) -> None:
+def test_a_dense_layer_with_a_residual_is_computed(out: int, tmp_path: Path) -> None:
     config = {"in_features": HIDDEN, "out_features": out, "use_residual": True}
     layer, beside = torch.nn.Linear(HIDDEN, out), torch.nn.Linear(HIDDEN, out, bias=False)
     place = write(tmp_path / "m", POOL, ("Dense", "2_Dense", config))
@@ -179,7 +179,7 @@ def test_a_layer_norm_is_computed(tmp_path: Path) -> None:
         assert np.abs(vectors(place) - norm(MEAN).numpy()).max() <= tolerance("same-torch")
 
 
-def test_without_normalization_there_is_none(tmp_path: Path) -> None:
+def test_vectors_are_normalized_only_with_a_normalize_module(tmp_path: Path) -> None:
     plain = vectors(write(tmp_path / "m", POOL))
     assert np.abs(plain - MEAN.numpy()).max() <= tolerance("same-torch")
     usual = default_recipe().vectors(STATES.numpy(), MASK.numpy())
@@ -239,7 +239,7 @@ def test_prompts_and_the_encoders_settings_are_read(tmp_path: Path) -> None:
         ([POOL], {"sentence_bert_config": {"max_seq_length": "long"}}, "max_seq_length is 'long'"),
     ],
 )
-def test_what_is_not_computed_is_refused_by_name(
+def test_unsupported_modules_are_refused_by_name(
     modules: list[Any], files: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     place = write(tmp_path / "m", *modules, **files)
@@ -249,9 +249,7 @@ def test_what_is_not_computed_is_refused_by_name(
 
 
 @pytest.mark.parametrize("change", [{"activation_function": "torch.nn.Softplus"}, {"bias": False}])
-def test_a_dense_layer_that_is_not_understood_is_refused(
-    change: dict[str, Any], tmp_path: Path
-) -> None:
+def test_an_invalid_dense_layer_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
     place = write(tmp_path / "m", POOL, ("Dense", "2_D", {"out_features": 2, **change}))
     tensors = {"linear.weight": torch.zeros(2, HIDDEN), "linear.bias": torch.zeros(2)}
     if "bias" in change:
@@ -277,7 +275,9 @@ def test_a_dense_layer_of_another_size_than_the_pooled_vector_is_refused(tmp_pat
 
 
 @pytest.mark.parametrize("folder", ["", "onnx", "0_Transformer"])
-def test_the_recipe_is_found_from_the_folder_of_the_encoder(folder: str, tmp_path: Path) -> None:
+def test_the_modules_are_found_from_the_directory_of_the_encoder(
+    folder: str, tmp_path: Path
+) -> None:
     place = write(tmp_path / "m", POOL)
     modules = json.loads((place / "modules.json").read_text())
     modules[0]["path"] = "0_Transformer"
@@ -289,7 +289,7 @@ def test_the_recipe_is_found_from_the_folder_of_the_encoder(folder: str, tmp_pat
 
 
 @pytest.mark.parametrize("mode", ["mean", "max"])
-def test_a_text_of_which_nothing_is_pooled_has_no_vector(mode: str) -> None:
+def test_a_text_without_pooled_tokens_is_refused(mode: str) -> None:
     recipe = SentenceRecipe((mode,), (), include_prompt=False)
     states, mask = np.ones((2, 3, 4), np.float32), np.array([[1, 1, 1], [1, 1, 0]])
     assert np.array_equal(recipe.vectors(states, mask, 1), np.ones((2, 4)))

@@ -1,5 +1,5 @@
 # ruff: noqa: E501
-"""Templates of others come to an end, small, wherever they are made to take long or grow."""
+"""Untrusted chat templates are limited in time and memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from loradeploy.bundle.text.chat import MAX_TEMPLATE_BYTES, ChatTemplate
 from loradeploy.errors import BundleError, UsageError
 
-resource = pytest.importorskip("resource")  # which Windows lacks
+resource = pytest.importorskip("resource")  # missing on Windows
 
 CHAT = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
 DOUBLED = "{% set ns = namespace(x='ab') %}{% for i in range(60) %}"
@@ -71,8 +71,8 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("what", BOMBS)
-def test_a_template_comes_to_an_end(what: str) -> None:
-    template = ChatTemplate(BOMBS[what], {})  # nothing happens here
+def test_a_template_that_takes_too_long_or_grows_is_stopped(what: str) -> None:
+    template = ChatTemplate(BOMBS[what], {})  # does not run the template
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.process_time()
     try:
@@ -81,13 +81,13 @@ def test_a_template_comes_to_an_end(what: str) -> None:
         text = ""
         assert "chat template" in str(problem)
         assert len(str(problem)) < 400
-    # Far above what it takes here, far below what any of them would take.
+    # Far above the usual time, far below that of any of the templates without limits.
     assert time.process_time() - started < 60
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500e3  # kB
     assert len(text) < 2e6
 
 
-def test_what_templates_do_is_as_without_limits() -> None:
+def test_limits_do_not_change_the_output_of_templates() -> None:
     import jinja2
 
     sources = [

@@ -1,4 +1,4 @@
-"""Calling the command line, in this process or in one of its own."""
+"""Helpers that call the command line, in this process or in a separate one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from loradeploy.cli.main import commands, main
 # (*arguments) → exit status, stdout, stderr
 Run = Callable[..., tuple[int, str, str]]
 
-# As on a machine where the extras were not installed.
+# Simulates a machine without the extras.
 WITHOUT_EXTRAS = """
 import sys
 
@@ -50,7 +50,7 @@ def call(*arguments: object) -> str:
 
 
 def exit_status(*arguments: object) -> int:
-    """What the command line ends with, errors printed as it does."""
+    """Call the command line and return its exit status; errors are printed as usual."""
     with pytest.raises(SystemExit) as ended:
         main([str(argument) for argument in arguments])
     status = ended.value.code

@@ -12,7 +12,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
     """A function (*arguments) → exit status, stdout, stderr."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()  # what making the fixtures had to say
+        capsys.readouterr()  # discard the output of fixtures
         status = exit_status(*arguments)
         out, err = capsys.readouterr()
         return status, out, err

@@ -1,4 +1,4 @@
-"""A user's mistake is one line on stderr, exit status 2, and nothing half-written."""
+"""User errors: one line on stderr, exit status 2, and no partial output."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.fixture
 def adapter(tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path) -> Path:
-    """A copy of a good adapter, to be spoilt."""
+    """A copy of a valid adapter, to be broken."""
     return Path(shutil.copytree(make_adapter(tiny_llama), tmp_path / "adapter"))
 
 
 @pytest.mark.parametrize("verb", ["inspect", "run", "export", "convert"])
-@pytest.mark.parametrize("spoilt", SPOILT)
-def test_a_spoilt_adapter_is_refused_by_every_verb(
-    spoilt: str,
+@pytest.mark.parametrize("broken", SPOILT)
+def test_a_broken_adapter_is_refused_by_every_command(
+    broken: str,
     verb: str,
     adapter: Path,
     tiny_llama: Path,
@@ -69,7 +69,7 @@ def test_a_spoilt_adapter_is_refused_by_every_verb(
     tmp_path: Path,
     run: Run,
 ) -> None:
-    spoil, message = SPOILT[spoilt]
+    spoil, message = SPOILT[broken]
     spoil(adapter)
     output = tmp_path / "output"
     arguments = {
@@ -172,7 +172,7 @@ def test_an_adapter_of_another_model_is_refused(
 
 @pytest.mark.parametrize("suffix", [".onnx", ".onnx_adapter", ".safetensors"])
 @pytest.mark.parametrize("content", [b"", b"\x08", b"not what its name says" * 9])
-def test_inspect_says_that_a_file_is_not_what_its_name_says(
+def test_inspect_reports_that_a_file_is_not_of_the_type_of_its_name(
     suffix: str, content: bytes, tmp_path: Path, run: Run
 ) -> None:
     file = tmp_path / f"broken{suffix}"
@@ -182,7 +182,7 @@ def test_inspect_says_that_a_file_is_not_what_its_name_says(
     assert file.name in one_line(err)
 
 
-def test_convert_replaces_nobodys_directory(
+def test_convert_does_not_replace_other_directories(
     adapter: Path, tiny_llama_bundle: Path, tmp_path: Path, run: Run
 ) -> None:
     native, thesis = tmp_path / "a.onnx_adapter", tmp_path / "thesis"
@@ -290,7 +290,7 @@ def test_an_onnx_adapter_for_another_bundle_is_refused(
     assert not (tmp_path / "back").exists()
 
 
-def test_a_graph_that_is_not_the_manifests_is_refused(
+def test_a_graph_that_does_not_match_the_manifest_is_refused(
     tiny_llama_bundle: Path, tmp_path: Path, run: Run
 ) -> None:
     bundle = tmp_path / "bundle"
@@ -303,7 +303,9 @@ def test_a_graph_that_is_not_the_manifests_is_refused(
     assert "manifest" in one_line(err)
 
 
-def test_somebodys_directory_is_never_replaced(tiny_llama: Path, tmp_path: Path, run: Run) -> None:
+def test_a_directory_with_other_files_is_never_replaced(
+    tiny_llama: Path, tmp_path: Path, run: Run
+) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     status, _, err = run("export", "--model", tiny_llama, "--output", tmp_path)
     assert status == 2

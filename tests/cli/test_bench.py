@@ -1,4 +1,4 @@
-"""`bench` times every side."""
+"""`bench` measures all variants."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.cli.calling import call
 from tests.conftest import MakeAdapter
 
 
-def test_bench_times_every_side(
+def test_bench_measures_all_variants(
     tiny_llama: Path, tiny_llama_bundle: Path, make_adapter: MakeAdapter
 ) -> None:
     adapters = [make_adapter(tiny_llama, r=4, seed=seed) for seed in (1, 2)]

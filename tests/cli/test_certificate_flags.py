@@ -1,4 +1,4 @@
-"""`run` requires what its flags ask of a certificate, and `parity --sign` signs one."""
+"""`run` enforces its certificate flags, and `parity --sign` signs a certificate."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ pytest.importorskip("cryptography")
 
 @pytest.fixture
 def bundle(certified_bundle: Path, tmp_path: Path) -> Path:
-    """A bundle whose certificate may be changed."""
+    """A copy of the certified bundle that a test may modify."""
     return shutil.copytree(certified_bundle, tmp_path / "bundle")
 
 
-def test_run_requires_the_least_that_its_flag_names(bundle: Path, run: Run) -> None:
+def test_run_requires_the_minimum_given_by_its_flag(bundle: Path, run: Run) -> None:
     prompt = (bundle, "hi", "--max-new-tokens", 1)
     status, _, err = run("run", *prompt, "--certificate-minimum", "prompts=1,phases=decode")
     assert (status, err) == (0, "")
@@ -30,7 +30,7 @@ def test_run_requires_the_least_that_its_flag_names(bundle: Path, run: Run) -> N
     assert run("run", *prompt, "--certificate-minimum", "prompts=0")[0] == 2, "one is required"
 
 
-def test_run_requires_the_signature_that_parity_writes(
+def test_run_accepts_only_the_signature_written_by_parity(
     bundle: Path, tiny_llama: Path, tmp_path: Path, run: Run
 ) -> None:
     private, public = key_pair(tmp_path, "owner")

@@ -1,4 +1,4 @@
-"""`convert`: an adapter as an .onnx_adapter file and back, of a lower rank, as standard LoRA."""
+"""`convert`: .onnx_adapter files and back, rank reduction, and conversion to standard LoRA."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 
 def logits(model: Path, adapter: Path | None, kind: str) -> Tensor:
-    """What PEFT computes with the adapter, from fixed tokens."""
+    """Return PEFT's logits with the adapter for fixed tokens."""
     import torch
     import transformers
     from peft import PeftModel
 
     options = {"num_labels": 2} if kind == "AutoModelForSequenceClassification" else {}
-    torch.manual_seed(0)  # of a head that is not in the checkpoint
+    torch.manual_seed(0)  # for a head that the checkpoint lacks
     base = getattr(transformers, kind).from_pretrained(model, **options).eval()
     adapted = base if adapter is None else PeftModel.from_pretrained(base, adapter).eval()
     with torch.no_grad():
@@ -53,7 +53,7 @@ CASES: dict[str, tuple[str, str, dict[str, object]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_an_adapter_survives_the_way_to_onnx_adapter_and_back(
+def test_an_adapter_is_unchanged_by_a_conversion_to_onnx_adapter_and_back(
     case: str, request: pytest.FixtureRequest, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     import torch
@@ -75,7 +75,7 @@ def test_an_adapter_survives_the_way_to_onnx_adapter_and_back(
     assert effect > 1e-3, f"the adapter changes {effect} at most: the test would see nothing"
 
 
-def test_the_way_back_says_what_the_adapter_is_for(
+def test_the_conversion_back_restores_base_and_task(
     tiny_llama: Path, tiny_llama_bundle: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     native, back = tmp_path / "a.onnx_adapter", tmp_path / "back"
@@ -110,7 +110,7 @@ def test_a_lower_rank_is_written_with_its_error(
 
 @pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"]], ids=["q", "head too"])
 @pytest.mark.parametrize("method", ["pissa", "olora"])
-def test_an_adapter_for_a_changed_base_becomes_a_plain_one(
+def test_an_adapter_trained_on_a_modified_base_is_converted_to_a_plain_one(
     method: str, targets: list[str], tiny_llama: Path, tmp_path: Path
 ) -> None:
     import torch
@@ -148,7 +148,7 @@ def test_an_adapter_for_a_changed_base_becomes_a_plain_one(
         (["--model", "nowhere/at all"], "is for the unchanged base"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(
+def test_invalid_options_are_refused(
     options: list[str], message: str, tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     source = make_adapter(tiny_llama, r=8)

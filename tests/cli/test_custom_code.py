@@ -1,4 +1,4 @@
-"""Python files that a model directory brings along are run only where the user says so."""
+"""Python files in a model directory run only with the user's permission."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Model(LlamaForCausalLM):
 
 @pytest.fixture
 def with_code(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A model directory whose config names Python files; they leave `tmp_path`/ran."""
+    """A model directory whose config names Python files; when run, they create `tmp_path`/ran."""
     import transformers.dynamic_module_utils as dynamic
 
     monkeypatch.setattr(dynamic, "HF_MODULES_CACHE", str(tmp_path / "cache"))
-    # Whoever is asked says yes.
+    # Any interactive question is answered with yes.
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     place = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
     config = json.loads((place / "config.json").read_text())
@@ -41,7 +41,7 @@ def with_code(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     return place
 
 
-def test_code_of_a_models_own_is_refused_by_every_verb(
+def test_custom_model_code_is_refused_by_every_command(
     with_code: Path,
     tiny_llama_bundle: Path,
     make_adapter: MakeAdapter,
@@ -67,7 +67,7 @@ def test_code_of_a_models_own_is_refused_by_every_verb(
         assert not (tmp_path / "ran").exists(), arguments
 
 
-def test_code_of_a_models_own_is_run_where_it_is_trusted(with_code: Path, tmp_path: Path) -> None:
+def test_custom_model_code_runs_if_it_is_trusted(with_code: Path, tmp_path: Path) -> None:
     import transformers
 
     from loradeploy.lora.base.loading import custom_code, from_pretrained, load_pretrained
@@ -76,11 +76,11 @@ def test_code_of_a_models_own_is_run_where_it_is_trusted(with_code: Path, tmp_pa
         loaded = load_pretrained(transformers.AutoModelForCausalLM, with_code)
     assert (tmp_path / "ran").exists()
     assert type(loaded.model).__name__ == "Model"
-    with pytest.raises(ModelError, match="`trust_remote_code=True`"):  # it was for that time alone
+    with pytest.raises(ModelError, match="`trust_remote_code=True`"):  # trust was for one call
         from_pretrained(transformers.AutoConfig, with_code)
 
 
-def test_trust_is_refused_where_there_is_no_model_to_trust(
+def test_trust_remote_code_is_refused_without_a_model(
     tiny_llama_bundle: Path, tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     import loradeploy as ld

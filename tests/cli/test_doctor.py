@@ -1,4 +1,4 @@
-"""`doctor` sees the traps: real metadata of distributions that are not there."""
+"""`doctor` detects broken installations, simulated with real package metadata."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ REAL = onnxruntime.__version__
 
 @pytest.fixture
 def site(tmp_path: Path) -> Path:
-    """A directory of installed distributions, to be filled; it stands before the real ones."""
+    """An empty site directory that precedes the real one on the path."""
     return tmp_path / "site"
 
 
@@ -47,7 +47,7 @@ def doctor(site: Path, **environment: str) -> tuple[int, list[dict[str, str]]]:
         check=False,
         env={**os.environ, "PYTHONPATH": str(site), **environment},
     )
-    if SOFTWARE_ADAPTER not in environment:  # a driver's own library writes there
+    if SOFTWARE_ADAPTER not in environment:  # with it, the driver's library writes to stderr
         assert done.stderr == ""
     return done.returncode, json.loads(done.stdout)
 
@@ -57,7 +57,7 @@ def the(findings: list[dict[str, str]], **wanted: str) -> dict[str, str]:
     return found
 
 
-def test_the_doctor_is_content_here(site: Path) -> None:
+def test_the_doctor_finds_no_problem_in_this_environment(site: Path) -> None:
     status, findings = doctor(site)
     problems = [finding for finding in findings if finding["status"] == "problem"]
     assert (status, problems) == (0, [])
@@ -65,7 +65,7 @@ def test_the_doctor_is_content_here(site: Path) -> None:
 
 
 @pytest.mark.parametrize("other", ["onnxruntime", "onnxruntime-directml", "onnxruntime-openvino"])
-def test_the_doctor_sees_two_onnxruntimes(other: str, site: Path) -> None:
+def test_the_doctor_detects_two_onnxruntime_packages(other: str, site: Path) -> None:
     for name in (other, "onnxruntime-gpu"):
         install(site, name, REAL)
     install(site, "some-plugin", "1.0", requires=["onnxruntime>=1.20", "numpy"])
@@ -83,8 +83,10 @@ def test_the_doctor_sees_two_onnxruntimes(other: str, site: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="makes symbolic links")
-def test_the_doctor_sees_files_that_another_package_of_the_same_version_wrote(site: Path) -> None:
-    """Its metadata is gone, as after an installation of both and the removal of one."""
+def test_the_doctor_detects_files_overwritten_by_another_package_of_the_same_version(
+    site: Path,
+) -> None:
+    """Without its metadata, as after installing both packages and removing one."""
     (real,) = onnxruntime.__path__
     fake = site / "onnxruntime"
     (fake / "capi").mkdir(parents=True)
@@ -103,7 +105,7 @@ def test_the_doctor_sees_files_that_another_package_of_the_same_version_wrote(si
     assert "onnxruntime-other" in problem["advice"]
 
 
-def test_the_doctor_sees_files_of_another_onnxruntime(site: Path) -> None:
+def test_the_doctor_detects_files_of_another_onnxruntime_version(site: Path) -> None:
     for name in ("onnxruntime", "onnxruntime-gpu"):
         if (name == "onnxruntime-gpu") == on_gpu_package():
             install(site, name, "1.2.3")
@@ -123,7 +125,7 @@ def on_gpu_package() -> bool:
     return True
 
 
-def test_the_doctor_sees_a_package_that_is_too_old(site: Path) -> None:
+def test_the_doctor_detects_a_package_that_is_too_old(site: Path) -> None:
     install(site, "transformers", "4.40.0")
     status, findings = doctor(site)
     problem = the(findings, status="problem")
@@ -131,7 +133,7 @@ def test_the_doctor_sees_a_package_that_is_too_old(site: Path) -> None:
     assert problem["advice"] == "pip install 'transformers>=5'"
 
 
-def test_the_doctor_sees_two_versions_of_cuda(site: Path) -> None:
+def test_the_doctor_detects_two_versions_of_cuda(site: Path) -> None:
     install(site, "torch", "2.13.0+cu118")
     status, findings = doctor(site)
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
@@ -141,7 +143,7 @@ def test_the_doctor_sees_two_versions_of_cuda(site: Path) -> None:
     assert "torch is built for CUDA 11" in note["detail"]
 
 
-def test_the_doctor_tells_that_models_cannot_be_fetched(site: Path, tmp_path: Path) -> None:
+def test_the_doctor_reports_that_models_cannot_be_downloaded(site: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     home = {"HF_HOME": str(tmp_path / "file"), "HF_HUB_OFFLINE": ""}
     assert "cannot be written" in the(doctor(site, **home)[1], name="model cache")["detail"]
@@ -153,7 +155,7 @@ def test_the_doctor_tells_that_models_cannot_be_fetched(site: Path, tmp_path: Pa
 
 
 def machine(root: Path, *files: str) -> Path:
-    """A directory with `files` of a machine in it."""
+    """Write a simulated file system root with `files`."""
     for name in files:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).touch()
@@ -166,7 +168,7 @@ def provider(name: str, root: Path) -> Finding:
 
 
 @without_cuda
-def test_without_a_gpu_there_is_a_note_about_cuda_and_none_about_tensorrt(tmp_path: Path) -> None:
+def test_without_a_gpu_there_is_a_note_about_cuda_but_not_about_tensorrt(tmp_path: Path) -> None:
     names = [finding.name for finding in provider_findings(tmp_path)]
     assert provider("cuda", tmp_path).status == "note"
     assert "provider tensorrt" not in names
@@ -183,7 +185,7 @@ def test_with_a_driver_and_no_cuda_toolkit_the_missing_library_and_its_package_a
     assert "onnxruntime-gpu[cuda,cudnn]" in found.advice
 
 
-def test_the_cpu_starts_and_what_is_not_installed_is_listed_with_its_package(
+def test_the_cpu_starts_and_missing_providers_are_listed_with_their_packages(
     tmp_path: Path,
 ) -> None:
     assert provider("cpu", tmp_path).status == "ok"
@@ -196,10 +198,8 @@ def test_the_cpu_starts_and_what_is_not_installed_is_listed_with_its_package(
 
 @pytest.mark.skipif(find_spec("onnxruntime_ep_webgpu") is None, reason="the plugin is not there")
 @pytest.mark.parametrize("software", [False, True])
-def test_a_plugin_without_a_device_is_a_note_that_says_how_to_get_one(
-    software: bool, site: Path
-) -> None:
-    """Without a driver a software adapter is listed, and does not start."""
+def test_a_plugin_without_a_device_is_a_note_with_advice(software: bool, site: Path) -> None:
+    """Without a driver a software adapter is listed but does not start."""
     allow = {SOFTWARE_ADAPTER: "1" if software else "", "VK_ICD_FILENAMES": "/no/driver.json"}
     _, findings = doctor(site, **allow)
     found = the(findings, name="provider webgpu")
@@ -238,14 +238,14 @@ def test_a_container_with_less_than_a_core_is_noted(tmp_path: Path, files: dict[
     assert "0.5 of " in threads.detail
 
 
-def test_every_problem_and_note_says_what_to_do(site: Path) -> None:
+def test_every_problem_and_note_has_advice(site: Path) -> None:
     install(site, "onnxruntime", "1.2.3")
     _, findings = doctor(site)
     for finding in findings:
         assert finding["status"] == "ok" or finding["advice"], finding
 
 
-def test_the_graph_that_tries_a_provider_is_a_graph() -> None:
+def test_the_graph_for_testing_providers_is_valid() -> None:
     session = onnxruntime.InferenceSession(TINY_GRAPH, providers=["CPUExecutionProvider"])
     (y,) = session.run(None, {"x": np.ones(1, np.float32)})
     assert y.tolist() == [-1.0]

@@ -1,4 +1,4 @@
-"""How a command ends: its exit status, and the one line that says why."""
+"""How a command ends: its exit status and its one-line message."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CALL = "from loradeploy.cli.main import main; main()"
         (["bench", "b", "--rounds", "many"], "'many' is not a valid integer"),
     ],
 )
-def test_wrong_usage_is_one_line_that_tells_where_help_is(
+def test_a_usage_error_is_one_line_that_refers_to_help(
     arguments: list[str], message: str, run: Run
 ) -> None:
     status, out, err = run(*arguments)
@@ -44,14 +44,16 @@ def test_no_verb_at_all_shows_the_help(run: Run) -> None:
     assert "Commands:" in err
 
 
-def test_the_version_is_told(run: Run) -> None:
+def test_the_version_is_printed(run: Run) -> None:
     status, out, _ = run("--version")
     assert status == 0
     assert out.startswith("loradeploy, version ")
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
-def test_debug_shows_the_traceback_wherever_it_stands(place: int, tmp_path: Path, run: Run) -> None:
+def test_debug_shows_the_traceback_at_any_position_in_the_command(
+    place: int, tmp_path: Path, run: Run
+) -> None:
     arguments = ["inspect", str(tmp_path)]
     arguments.insert(place, "--debug")
     status, out, err = run(*arguments)
@@ -60,13 +62,13 @@ def test_debug_shows_the_traceback_wherever_it_stands(place: int, tmp_path: Path
     assert one_line(err.splitlines()[-1])
 
 
-def test_behind_two_dashes_debug_is_a_text(run: Run) -> None:
+def test_after_two_dashes_debug_is_an_argument(run: Run) -> None:
     status, _, err = run("run", "--", "nowhere", "--debug")
     assert status == 2
     assert "nowhere" in one_line(err)
 
 
-def test_an_error_of_several_lines_is_told_in_one(
+def test_an_error_of_several_lines_is_printed_as_one(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(path: object) -> None:
@@ -76,7 +78,7 @@ def test_an_error_of_several_lines_is_told_in_one(
     assert run("inspect", ".") == (2, "", "Error: first second\n")
 
 
-def test_a_defect_says_that_it_is_one(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_internal_error_is_reported_as_such(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(path: object) -> None:
         raise ZeroDivisionError("a slip\nof ours")
 
@@ -88,9 +90,7 @@ def test_a_defect_says_that_it_is_one(run: Run, monkeypatch: pytest.MonkeyPatch)
     assert "--debug" in line
 
 
-def test_a_file_that_ends_too_early_is_no_interruption(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_truncated_file_is_not_an_interruption(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(path: object) -> None:
         raise EOFError("EOF read where object expected")
 
@@ -100,7 +100,7 @@ def test_a_file_that_ends_too_early_is_no_interruption(
     assert "a defect of loradeploy, EOFError: EOF read" in one_line(err.lstrip("\n"))
 
 
-def test_an_interruption_is_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interruption_is_reported(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     class Terminal(io.StringIO):
         def read(self, size: int | None = -1) -> str:
             raise KeyboardInterrupt
@@ -115,7 +115,7 @@ def test_an_interruption_is_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
     ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"]
 )
 @pytest.mark.parametrize("moment", ["quiet_process", "_explain"])
-def test_a_signal_before_the_verb_begins_or_after_it_failed_is_told_too(
+def test_a_signal_before_or_after_the_command_runs_is_reported_too(
     moment: str,
     number: signal.Signals,
     status: int,
@@ -128,7 +128,7 @@ def test_a_signal_before_the_verb_begins_or_after_it_failed_is_told_too(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGTERM to handle")
-def test_sigterm_ends_a_command_and_its_writer_leaves_nothing(
+def test_sigterm_ends_a_command_without_leaving_partial_files(
     tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     arguments = ["convert", str(make_adapter(tiny_llama)), "--rank", "1", "--output"]
@@ -156,7 +156,7 @@ def test_sigterm_ends_a_command_and_its_writer_leaves_nothing(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes break otherwise there")
-def test_a_closed_pipe_ends_quietly_and_not_as_a_success(tiny_llama: Path) -> None:
+def test_a_closed_pipe_ends_the_command_silently_with_an_error_status(tiny_llama: Path) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run(
@@ -235,14 +235,14 @@ def test_a_removed_current_directory_matters_to_relative_paths_alone(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no limit on files there")
-def test_a_disk_without_room_leaves_nothing_behind(
+def test_a_full_disk_leaves_no_partial_files(
     tiny_llama: Path, tiny_llama_bundle: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     output = tmp_path / "a.onnx_adapter"
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)); "
     place = str(make_adapter(tiny_llama))
     arguments = ["convert", place, "--bundle", str(tiny_llama_bundle), "--output", str(output)]
-    # -B: the compiled modules would be cut short too.
+    # -B: compiled modules would be truncated too.
     done = subprocess.run(
         [sys.executable, "-B", "-c", limit + CALL, *arguments],
         capture_output=True,
@@ -254,7 +254,7 @@ def test_a_disk_without_room_leaves_nothing_behind(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_in_the_way_is_named(
+def test_a_file_in_place_of_a_directory_is_named(
     tiny_llama: Path, tiny_llama_bundle: Path, make_adapter: MakeAdapter, tmp_path: Path, run: Run
 ) -> None:
     (tmp_path / "file").touch()

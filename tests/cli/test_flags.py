@@ -1,4 +1,4 @@
-"""Parameters that the library's messages name are shown as flags to whoever typed a command."""
+"""Parameter names in messages of the library are shown as flags by the command line."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from tests.cli.calling import Run
         ("parity", "`model=DIR`", "--model DIR"),
         ("parity", "`reference`", "--against"),
         ("run", '`providers="cuda"`', "--provider cuda"),
-        ("run", "`branches=False`", "--no-branches"),  # of the export before it
+        ("run", "`branches=False`", "--no-branches"),  # a flag of the earlier export
         (None, "`merge`", "--merge"),
         ("train", '`lora_alpha`, `precision="bf16"`', "`lora_alpha`, --precision bf16"),
-        ("parity", "`certificate=False`", "`certificate=False`"),  # no flag sets it
+        ("parity", "`certificate=False`", "`certificate=False`"),  # there is no flag for it
         ("parity", "`loradeploy parity bundle`", "`loradeploy parity bundle`"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Every flag changes what the function behind its verb is given."""
+"""Every flag changes the arguments of the function that its command calls."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COMPARE = ["parity", "candidate.onnx", "--against", "reference.onnx"]
 RUN = ["run", "bundle", "a prompt"]
 BENCH = ["bench", "bundle"]
 
-# The functions that are called in the end.
+# The functions that the commands finally call.
 LAST = {
     "train": "loradeploy.train.api.train",
     "export": "loradeploy.export.api.export",
@@ -33,8 +33,8 @@ LAST = {
     "bench": "loradeploy.runtime.timing.time_bundle",
 }
 OF_COMPARE = {"reference", "inputs", "cases", "tolerances"}
-# What the verb answers itself, and what other tests try by its effect: printing, a training run
-# that is only shown, a file of settings or prompts, an adapter that is loaded, other tasks.
+# Flags that the command handles itself or that other tests cover: output formats, dry runs, files
+# of settings or prompts, loaded adapters, other tasks.
 ELSEWHERE = {
     "train": {"as_json", "print_config", "dry_run", "config"},
     "export": {"as_json"},
@@ -43,7 +43,7 @@ ELSEWHERE = {
     | {"prompt_name", "threshold", "aggregation", "stride", "language", "task", "timestamps"},
     "bench": {"as_json", "adapters"},
 }
-# Values that mean something, where any text will not do.
+# Valid values for options that do not accept any text.
 VALUES = {
     "certificate_minimum": "prompts=3",
     "provider": "cuda",
@@ -57,7 +57,7 @@ VALUES = {
 
 
 def flags(line: list[str]) -> list[Any]:
-    """A row a flag of the verb: the line before, and with the flag."""
+    """Return a row per flag of the command: the line without and with the flag."""
     verb, compared = line[0], line is COMPARE
     rows = []
     for option in command(verb).params:
@@ -74,7 +74,7 @@ def flags(line: list[str]) -> list[Any]:
 
 
 def value(option: click.Option) -> list[str]:
-    """A value of the option that is not its default; none for a switch."""
+    """Return a value of the option other than its default; empty for a switch."""
     kind = option.type
     if option.is_flag:
         return []
@@ -91,7 +91,7 @@ def value(option: click.Option) -> list[str]:
 
 @pytest.fixture
 def calls(tiny_llama_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Calls:
-    """What the functions behind the verbs are given; the last one does not return."""
+    """The arguments of the functions that the commands call; the last call raises."""
     found: Calls = []
     session = AdapterSession(tiny_llama_bundle)
 

@@ -1,4 +1,4 @@
-"""What --help tells, at which cost, and that each flag reaches the function behind it."""
+"""--help: its contents and its cost, and that every flag is a parameter of a function."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from tests.cli.calling import call, command, without_extras
 HEAVY = ("numpy", "onnxruntime", "torch", "transformers", "onnx", "onnx_ir", "rich", "tokenizers")
 
 
-def test_help_imports_no_verb() -> None:
+def test_help_imports_no_command() -> None:
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "loradeploy", "--help"],
         capture_output=True,
@@ -53,19 +53,19 @@ def test_help_imports_no_verb() -> None:
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_explains_itself_with_an_example(verb: str) -> None:
+def test_the_help_of_every_command_has_an_example(verb: str) -> None:
     text = call(verb, "--help")
     assert f"Example: loradeploy {verb}" in " ".join(text.split())
     assert command(verb).short_help == VERBS[verb], "the list of verbs tells another story"
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_has_json(verb: str) -> None:
+def test_every_command_has_json(verb: str) -> None:
     assert any("--json" in parameter.opts for parameter in command(verb).params)
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_explains_itself_where_the_extras_are_missing(verb: str) -> None:
+def test_the_help_of_every_command_works_without_the_extras(verb: str) -> None:
     done = without_extras(verb, "--help")
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -93,7 +93,7 @@ def test_a_missing_extra_is_named(
 
 
 def names(verb: str) -> set[str]:
-    """The options and arguments of a verb, but for --json, which is about printing alone."""
+    """Return the options and arguments of a command, except --json."""
     return {p.name for p in command(verb).params if p.name is not None} - {"as_json"}
 
 
@@ -107,10 +107,10 @@ def test_every_flag_of_train_is_a_setting_and_every_setting_a_flag() -> None:
     assert names("train") == settings | parameters(train) - {"flags"} | own
 
 
-# What the command makes of its flags itself, before it calls the functions, is listed last.
+# By command: the functions that it calls, and parameters that it computes from other flags.
 FUNCTIONS: dict[str, tuple[tuple[Callable[..., object], ...], set[str]]] = {
     "export": ((export,), set()),
-    "parity": ((parity, compare), {"reports"}),  # `report`, which is one or more
+    "parity": ((parity, compare), {"reports"}),  # the repeatable --report
     "run": (
         (
             *(AdapterSession, TextGenerator.generate, GenerationOptions, TextEmbedder.__call__),
@@ -133,19 +133,19 @@ FUNCTIONS: dict[str, tuple[tuple[Callable[..., object], ...], set[str]]] = {
 
 
 @pytest.mark.parametrize("verb", FUNCTIONS)
-def test_every_flag_is_a_parameter_of_the_function_behind(verb: str) -> None:
+def test_every_flag_is_a_parameter_of_a_called_function(verb: str) -> None:
     functions, own = FUNCTIONS[verb]
     assert names(verb) <= parameters(*functions) | own
     assert names(verb) >= own
 
 
-def test_no_verb_is_left_out() -> None:
+def test_the_table_has_every_command() -> None:
     assert {"train", *FUNCTIONS} == set(VERBS)
 
 
-def test_every_setting_of_a_generation_is_a_flag() -> None:
+def test_every_generation_setting_is_a_flag() -> None:
     settings = {field.name for field in dataclasses.fields(GenerationOptions)}
-    assert settings - names("run") == {"allowed_tokens"}  # a function
+    assert settings - names("run") == {"allowed_tokens"}  # is a function
 
 
 @pytest.mark.parametrize("verb", VERBS)

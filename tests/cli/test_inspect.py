@@ -1,4 +1,4 @@
-"""`inspect` tells what a thing is, to people in a table and to programs in JSON."""
+"""`inspect` describes adapters, bundles and models, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.cli.calling import call, without_extras
 from tests.conftest import MakeAdapter
 
 
-def test_inspect_tells_what_an_adapter_is(tiny_llama: Path, make_adapter: MakeAdapter) -> None:
+def test_inspect_describes_an_adapter(tiny_llama: Path, make_adapter: MakeAdapter) -> None:
     place = make_adapter(tiny_llama, r=4, alpha=8)
     facts = json.loads(call("inspect", place, "--json"))
     assert facts["kind"] == "LoRA adapter"
@@ -29,7 +29,7 @@ def test_inspect_tells_what_an_adapter_is(tiny_llama: Path, make_adapter: MakeAd
     assert "model.layers.N.self_attn.q_proj  4     2        [4, 64]  [64, 4]  2" in table
 
 
-def test_inspect_tells_what_an_adapter_lies_beside(
+def test_inspect_reports_a_base_model_in_the_directory_of_an_adapter(
     tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     adapter = make_adapter(tiny_llama, r=4, alpha=8)
@@ -41,7 +41,7 @@ def test_inspect_tells_what_an_adapter_lies_beside(
     assert result == "a base model (model.safetensors), which is loaded without the adapter"
 
 
-def test_inspect_tells_which_adapter_a_part_is_of(checked: Path, tmp_path: Path) -> None:
+def test_inspect_shows_the_whole_adapter_of_a_part(checked: Path, tmp_path: Path) -> None:
     part = dataclasses.replace(load_adapter(checked / "adapters/one"), part_of="sha256:11")
     save_adapter(part, tmp_path / "part")
     assert json.loads(call("inspect", tmp_path / "part", "--json"))["part_of"] == "sha256:11"
@@ -52,7 +52,7 @@ def test_inspect_tells_which_adapter_a_part_is_of(checked: Path, tmp_path: Path)
     (checked / "loradeploy.json").write_text(json.dumps(manifest))
     (entry,) = json.loads(call("inspect", checked, "--json"))["adapters"]
     assert entry["part_of"] == "sha256:11"
-    # Beside an adapter that changes this bundle alone, of which nothing more is known.
+    # Beside an adapter that is not split over several bundles.
     shutil.copytree(checked / "adapters/one", checked / "adapters/alone")
     alone = {**manifest["adapters"]["one"], "split": False}
     manifest["adapters"] = {"alone": alone, **manifest["adapters"]}
@@ -63,7 +63,7 @@ def test_inspect_tells_which_adapter_a_part_is_of(checked: Path, tmp_path: Path)
     assert [line.endswith("sha256:11") for line in lines[1:]] == [False, True]
 
 
-def test_inspect_tells_what_a_bundle_is(tiny_llama_bundle: Path) -> None:
+def test_inspect_describes_a_bundle(tiny_llama_bundle: Path) -> None:
     facts = json.loads(call("inspect", tiny_llama_bundle, "--json"))
     assert (facts["kind"], facts["task"], facts["mode"]) == ("bundle", "causal-lm", "side-inputs")
     assert (facts["graph"], facts["parity"]) == ("as exported", "unchecked")
@@ -76,7 +76,7 @@ def test_inspect_tells_what_a_bundle_is(tiny_llama_bundle: Path) -> None:
 
 @pytest.fixture
 def checked(certified_bundle: Path, tmp_path: Path) -> Path:
-    """A bundle with an adapter inside and a certificate for both, to be tampered with."""
+    """A copy of a certified bundle with an adapter, that a test may modify."""
     return shutil.copytree(certified_bundle, tmp_path / "bundle")
 
 
@@ -84,7 +84,7 @@ def spoil(file: Path) -> None:
     file.write_bytes(file.read_bytes() + b" ")
 
 
-def test_a_certificate_counts_while_the_files_are_those_that_were_checked(checked: Path) -> None:
+def test_a_certificate_is_valid_as_long_as_the_checked_files_are_unchanged(checked: Path) -> None:
     def verdict() -> tuple[str, str, str]:
         facts = json.loads(call("inspect", checked, "--json"))
         (adapter,) = facts["adapters"]
@@ -109,7 +109,7 @@ def test_a_certificate_counts_while_the_files_are_those_that_were_checked(checke
     assert "not a valid safetensors" in verdict()[2]
 
 
-def test_the_certificate_is_shown_with_what_it_was_made_of(checked: Path) -> None:
+def test_the_certificate_is_shown_with_the_scope_of_the_check(checked: Path) -> None:
     certificate = json.loads((checked / "parity.json").read_text())
     facts = json.loads(call("inspect", checked, "--json"))
     assert facts["parity_created"] == certificate["created"]
@@ -125,14 +125,14 @@ def test_the_certificate_is_shown_with_what_it_was_made_of(checked: Path) -> Non
     assert f"{adapter['effect']:g}" in table
 
 
-def test_a_certificate_whose_graph_has_changed_is_called_stale(checked: Path) -> None:
+def test_a_certificate_of_a_changed_graph_is_shown_as_stale(checked: Path) -> None:
     spoil(checked / "model.onnx.data")
     table = call("inspect", checked)
     assert "stale" in table
     assert "model.onnx.data has changed since it was checked: run `loradeploy parity" in table
 
 
-def test_inspect_tells_what_an_onnx_file_takes(tiny_llama_bundle: Path) -> None:
+def test_inspect_shows_the_inputs_of_an_onnx_file(tiny_llama_bundle: Path) -> None:
     facts = json.loads(call("inspect", tiny_llama_bundle / "model.onnx", "--json"))
     assert facts["kind"] == "ONNX file"
     assert facts["opsets"] == ["ai.onnx 23"]
@@ -141,7 +141,7 @@ def test_inspect_tells_what_an_onnx_file_takes(tiny_llama_bundle: Path) -> None:
     assert "adapter_ids" not in {row["name"] for row in facts["inputs"]}
 
 
-def test_inspect_tells_what_a_checkpoint_holds(tiny_llama: Path) -> None:
+def test_inspect_shows_the_contents_of_a_checkpoint(tiny_llama: Path) -> None:
     facts = json.loads(call("inspect", tiny_llama / "model.safetensors", "--json"))
     assert facts["kind"] == "safetensors file"
     assert {"name": "lm_head.weight", "dtype": "F32", "shape": [512, 64]} in facts["tensors"]
@@ -150,7 +150,7 @@ def test_inspect_tells_what_a_checkpoint_holds(tiny_llama: Path) -> None:
     assert "model.norm.weight " in table
 
 
-def test_a_serving_machine_inspects_with_what_it_has(
+def test_inspect_works_without_the_extras(
     tiny_llama: Path, tiny_llama_bundle: Path, make_adapter: MakeAdapter
 ) -> None:
     with_all = json.loads(call("inspect", tiny_llama_bundle / "model.onnx", "--json"))
@@ -174,7 +174,7 @@ def test_a_serving_machine_inspects_with_what_it_has(
     ],
     ids=["lora", "dora", "embedding", "olora"],
 )
-def test_inspect_tells_an_adapters_method(
+def test_inspect_shows_the_method_of_an_adapter(
     options: dict[str, object],
     method: str,
     layers: list[str],
@@ -185,7 +185,7 @@ def test_inspect_tells_an_adapters_method(
     assert (facts["method"], facts["layers"], facts["bias"]) == (method, layers, "none")
 
 
-def test_inspect_tells_which_biases_were_trained(
+def test_inspect_shows_which_biases_were_trained(
     tiny_gpt2: Path, make_adapter: MakeAdapter
 ) -> None:
     place = make_adapter(tiny_gpt2, target_modules=["c_attn"], bias="lora_only")

@@ -1,4 +1,4 @@
-"""Only our own lines reach the user: libraries' remarks, bars and colors do not."""
+"""Log lines, progress bars and colors of libraries are not shown to the user."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import MakeAdapter
 
-# A library that has remarks when it is imported, and on every call.
+# A library that logs and warns at import and at every call.
 NOISY = """
 import logging, sys, warnings
 import click
@@ -32,7 +32,7 @@ main.main(sys.argv[1:])
 
 
 def called(*arguments: object, code: str | None = None) -> tuple[int, str]:
-    """Exit status and stderr of a process of its own, as a user starts it."""
+    """Run the command in a separate process, like a user; return exit status and stderr."""
     program = ["-m", "loradeploy"] if code is None else ["-c", code]
     hidden = ("TRANSFORMERS_VERBOSITY", "PYTHONWARNINGS", "TOKENIZERS_PARALLELISM")
     done = subprocess.run(
@@ -45,31 +45,33 @@ def called(*arguments: object, code: str | None = None) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
-def test_what_libraries_log_and_warn_of_is_kept_from_the_user() -> None:
+def test_logs_and_warnings_of_libraries_are_not_shown() -> None:
     assert called("noise", code=NOISY) == (0, "what matters\n")
 
 
-def test_with_debug_all_is_shown() -> None:
+def test_debug_shows_everything() -> None:
     _, err = called("--debug", "noise", code=NOISY)
     for message in ("gemm_4bit_forward", "a remark", "deprecated", "what matters"):
         assert message in err
 
 
-def test_a_good_parity_says_nothing_on_stderr(
+def test_a_successful_parity_check_writes_nothing_to_stderr(
     certified_bundle: Path, tiny_llama: Path, tmp_path: Path
 ) -> None:
-    # A copy: parity writes its certificate into the bundle, and this one is narrower.
+    # A copy: parity writes a certificate of this smaller check to the bundle.
     bundle = shutil.copytree(certified_bundle, tmp_path / "bundle")
     options = ("--tokens", 1, "--backends", "peft,onnx-side-inputs", "--phases", "prefill")
     assert called("parity", bundle, "--model", tiny_llama, *options) == (0, "")
 
 
-def test_a_good_export_says_nothing_on_stderr(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_successful_export_writes_nothing_to_stderr(tiny_llama: Path, tmp_path: Path) -> None:
     assert called("export", "--model", tiny_llama, "--output", tmp_path / "b") == (0, "")
 
 
 @pytest.mark.parametrize("verb", ["run", "bench", "parity"])
-def test_a_broken_graph_is_one_line(verb: str, tiny_llama_bundle: Path, tmp_path: Path) -> None:
+def test_a_broken_graph_is_a_one_line_error(
+    verb: str, tiny_llama_bundle: Path, tmp_path: Path
+) -> None:
     bundle = Path(shutil.copytree(tiny_llama_bundle, tmp_path / "bundle"))
     (bundle / "model.onnx").write_bytes(b"\x08\x08nonsense")
     graph = bundle / "model.onnx"
@@ -80,7 +82,7 @@ def test_a_broken_graph_is_one_line(verb: str, tiny_llama_bundle: Path, tmp_path
     assert "\x1b" not in line
 
 
-def test_a_provider_that_does_not_start_is_one_line(tiny_llama_bundle: Path) -> None:
+def test_a_provider_that_does_not_start_is_a_one_line_error(tiny_llama_bundle: Path) -> None:
     if Path("/dev/nvidia0").exists():
         pytest.skip("there is a device here")
     status, err = called("run", tiny_llama_bundle, "hi", "--provider", "cuda")
@@ -92,7 +94,7 @@ def test_a_provider_that_does_not_start_is_one_line(tiny_llama_bundle: Path) -> 
     ("model", "called_base"),
     [("tiny_llama", "this base model"), ("tiny_llama_bundle", "this bundle")],
 )
-def test_an_adapter_of_another_model_is_one_line(
+def test_an_adapter_of_another_model_is_a_one_line_error(
     model: str,
     called_base: str,
     tiny_gpt2: Path,

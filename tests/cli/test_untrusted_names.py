@@ -1,4 +1,4 @@
-"""Names and values that others wrote, on their way to a terminal, a log or a page."""
+"""Untrusted names and values are escaped in terminals, logs and reports."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SHOWN = printable(NAME)
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., Path]:
-    """`write(**config)`: an adapter of one module, by hand."""
+    """A function `write(**config)` that writes an adapter of one module."""
 
     def write(**config: Any) -> Path:
         place = tmp_path / "adapter"
@@ -50,8 +50,8 @@ def write(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-def test_inspect_shows_them_escaped(run: Run, write: Callable[..., Path]) -> None:
-    name = NAME.replace("\udcff", "")  # JSON with half a pair is refused
+def test_inspect_escapes_untrusted_names(run: Run, write: Callable[..., Path]) -> None:
+    name = NAME.replace("\udcff", "")  # JSON with a lone surrogate is refused
     place = write(base_model_name_or_path=name)
     status, out, err = run("inspect", place)
     assert status == 0, err
@@ -61,7 +61,9 @@ def test_inspect_shows_them_escaped(run: Run, write: Callable[..., Path]) -> Non
     assert json.loads(out)["base_model"] == name and printable(out, lines=True) == out
 
 
-def test_errors_show_them_escaped(run: Run, write: Callable[..., Path], tmp_path: Path) -> None:
+def test_errors_escape_untrusted_names(
+    run: Run, write: Callable[..., Path], tmp_path: Path
+) -> None:
     for place in (write(**{NAME: 1}), tmp_path / "no\x1b[2J\u202e"):
         status, _, err = run("inspect", place)
         assert status == 2 and "\\x1b" in err
@@ -71,7 +73,7 @@ def test_errors_show_them_escaped(run: Run, write: Callable[..., Path], tmp_path
 @pytest.mark.parametrize(
     ("terminal", "message"), [(True, "a\\x1b[2J\\u202e❤\ufe0f"), (False, None)]
 )
-def test_what_a_model_says_acts_on_no_terminal(
+def test_control_characters_of_generated_text_do_not_reach_a_terminal(
     terminal: bool, message: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = "a\x1b[2J\u202e❤\ufe0f"
@@ -79,14 +81,14 @@ def test_what_a_model_says_acts_on_no_terminal(
     monkeypatch.setattr(out, "isatty", lambda: terminal)
     monkeypatch.setattr("sys.stdout", out)
     say_text(text, end="")
-    assert out.getvalue() == (message or text)  # whoever reads a pipe gets it as it is
+    assert out.getvalue() == (message or text)  # a pipe gets the text unchanged
 
 
 # -- reports -----------------------------------------------------------------------------------
 
 
 def _with_names(value: Any) -> Any:
-    """`value` with every text in it that comes from outside followed by one that acts."""
+    """Return `value` with control characters appended to every untrusted text in it."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         own = {"outcome", "mode", "phase", "metric", "provider", "optimization", "backend"}
         changed = {
@@ -106,7 +108,7 @@ def report() -> ParityReport:
     return changed
 
 
-def test_junit_is_xml_and_hides_nothing(report: ParityReport) -> None:
+def test_junit_is_valid_xml_and_hides_nothing(report: ParityReport) -> None:
     text = junit(report)
     assert printable(text, lines=True) == text
     suite = ET.fromstring(text)
@@ -114,7 +116,7 @@ def test_junit_is_xml_and_hides_nothing(report: ParityReport) -> None:
     assert all("\n" not in case.get("name", "") for case in suite)
 
 
-def test_markdown_has_a_table_and_no_html_of_theirs(report: ParityReport) -> None:
+def test_markdown_keeps_its_table_and_escapes_html(report: ParityReport) -> None:
     text = markdown(report)
     assert printable(text, lines=True) == text
     assert not re.search(r"(?<!\\)(<b>|&#)", text)
@@ -123,20 +125,20 @@ def test_markdown_has_a_table_and_no_html_of_theirs(report: ParityReport) -> Non
     assert "INFO fine" not in [line[:9] for line in text.splitlines()]
 
 
-def test_the_page_escapes_them(report: ParityReport) -> None:
+def test_the_html_report_escapes_untrusted_names(report: ParityReport) -> None:
     text = html(report)
     assert printable(text, lines=True) == text
     assert "<b>&#" not in text and "&lt;b&gt;&amp;#x202e;" in text
 
 
-def test_the_table_escapes_them(report: ParityReport) -> None:
+def test_the_table_escapes_untrusted_names(report: ParityReport) -> None:
     out = io.StringIO()
     print_report(report, Console(file=out, color_system=None, width=200))
     assert printable(out.getvalue(), lines=True) == out.getvalue()
 
 
 @pytest.mark.parametrize("ending", [".json", ".md", ".html", ".xml"])
-def test_files_of_reports_hold_nothing_that_acts(
+def test_report_files_have_no_active_characters(
     report: ParityReport, ending: str, tmp_path: Path
 ) -> None:
     file = tmp_path / f"report{ending}"

@@ -1,4 +1,4 @@
-"""Bundles for clients that feed required inputs; the examples in JavaScript, with packages."""
+"""Bundles for clients that feed all inputs, and the JavaScript examples with their packages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.conftest import ROOT, MakeAdapter, once
 from tests.devices import unavailable
 
 CLIENTS = ROOT / "examples" / "clients"
-# The forms of a graph that clients have to tell apart, and the export's options for each.
+# The forms of a graph that clients must distinguish, with the options of the export.
 FORMS: dict[str, dict[str, Any]] = {
     "slots": {},
     "rows": {"layout": "rows"},
@@ -33,9 +33,9 @@ Node = Callable[[Jobs], list[Any]]
 
 @pytest.fixture(scope="session")
 def client_adapters(tiny_llama: Path, make_adapter: MakeAdapter, shared: Path) -> dict[str, Path]:
-    """Two adapters of the tiny Llama, of rank 4 on all linear layers and of rank 2 on some.
+    """Two adapters for the tiny Llama: rank 4 on all linear layers, and rank 2 on some.
 
-    The second has a chat template, tokens that end a text, and settings of its own.
+    The second has its own chat template, end tokens and generation settings.
     """
     few = make_adapter(tiny_llama, r=2, seed=6, scale=0.3, target_modules=["q_proj"])
 
@@ -56,13 +56,13 @@ def client_adapters(tiny_llama: Path, make_adapter: MakeAdapter, shared: Path) -
 def required(
     tiny_llama: Path, tiny_llama_bundle: Path, client_adapters: dict[str, Path], shared: Path
 ) -> Required:
-    """A function (name of a form) → the tiny Llama's bundle with required inputs and adapters."""
+    """A function: form → the tiny Llama's bundle with required inputs and the adapters."""
 
     def made(form: str) -> Path:
         return once(
             shared / f"required-{form}",
             lambda place: export(
-                tiny_llama if form == "fp16" else tiny_llama_bundle,  # of no graph in fp32
+                tiny_llama if form == "fp16" else tiny_llama_bundle,  # fp16 needs the checkpoint
                 place,
                 adapters=client_adapters,
                 required_inputs=True,
@@ -75,7 +75,7 @@ def required(
 
 @pytest.fixture(scope="session")
 def javascript(shared: Path) -> Path:
-    """The examples' `web` and `clients/{js,node}`, with the packages that are locked in `js`."""
+    """The examples `web` and `clients/{js,node}` with the packages of the lock file in `js`."""
     npm = shutil.which("npm")
     for program, found in (("node", shutil.which("node")), ("npm", npm)):
         if found is None:
@@ -87,7 +87,7 @@ def javascript(shared: Path) -> Path:
         place.mkdir()
         for file in (lock, CLIENTS / "js" / "package.json"):
             shutil.copyfile(file, place / file.name)
-        # The packages have the CPU's library in them; the script would fetch one for GPUs.
+        # The packages include the CPU library; the install script would download one for GPUs.
         command = [str(npm), "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
         subprocess.run(command, cwd=place, check=True, capture_output=True, timeout=300)
 
@@ -108,7 +108,7 @@ def javascript(shared: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def node(javascript: Path) -> Node:
-    """A function that runs jobs (js/jobs.mjs) by the client in Node."""
+    """A function that runs jobs (js/jobs.mjs) in the Node client."""
 
     def run(jobs: Jobs) -> list[Any]:
         client = javascript / "clients" / "js" / "index.js"

@@ -1,4 +1,4 @@
-"""A program of someone who has onnxruntime-genai and nothing of this project.
+"""A client program that uses only onnxruntime-genai and nothing of this project.
 
 python genai_client.py BUNDLE ADAPTER COUNT TOKEN…    prints the base's and the adapter's tokens
 """

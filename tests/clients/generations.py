@@ -1,4 +1,4 @@
-"""What the clients in JavaScript are asked to generate, and what Python answers to it."""
+"""The text generation jobs of the JavaScript clients, and Python's results for them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ TOKENS = [5, 6, 7, 8, 9]
 TEXT = "News story: café £3m — “Shares” 🙂 rose\n"
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}]
 COUNT = 8
-# Prompts of different lengths in one batch, and the adapter of each.
+# A batch of prompts of different lengths, and their adapters.
 PROMPTS = [TEXT, TOKENS, TOKENS, CHAT, CHAT]
 ADAPTERS = ["all", None, "few", "few", None]
 
 
 def calls() -> list[list[Any]]:
-    """The base, each adapter alone, and a batch in which each row has its own."""
+    """Return calls with the base, with each adapter, and with a mixed batch."""
     solo = [
         ["generate", {"prompt": TOKENS, "adapter": name, "maxNewTokens": COUNT}]
         for name in (None, "all", "few")
@@ -29,7 +29,7 @@ def calls() -> list[list[Any]]:
 
 
 def answers(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The answers to all of `calls`, one after the other; their pieces are the texts."""
+    """Return the results of all `calls` in order; assert that their pieces join to the texts."""
     found = []
     for call in result["value"]["answers"]:
         assert "value" in call, call
@@ -40,8 +40,8 @@ def answers(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def told_by_python(bundle: Path) -> list[dict[str, Any]]:
-    """What TextGenerator answers to all of `calls`."""
+def results_of_python(bundle: Path) -> list[dict[str, Any]]:
+    """Return TextGenerator's results for all `calls`."""
     generator = TextGenerator(AdapterSession(bundle))
     solo = [(TOKENS, name) for name in (None, "all", "few")]
     made = [generator.generate([p], adapters=a, max_new_tokens=COUNT)[0] for p, a in solo]
@@ -59,7 +59,7 @@ def told_by_python(bundle: Path) -> list[dict[str, Any]]:
 
 
 def check_effect(found: list[dict[str, Any]]) -> None:
-    """The base and both adapters say different things, alone and in a batch."""
+    """Assert that the base and both adapters give different texts, alone and in a batch."""
     assert len({tuple(answer["tokenIds"]) for answer in found[:3]}) == 3
     base, few = found[4], found[5]  # the same prompt
     assert base["tokenIds"] != few["tokenIds"]

@@ -1,4 +1,4 @@
-"""The client in Chromium gives Python's tokens, by WebAssembly and WebGPU, and the page works."""
+"""The browser client in Chromium: Python's tokens with WebAssembly and WebGPU, and the page."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from tests.clients.generations import (
     answers,
     calls,
     check_effect,
-    told_by_python,
+    results_of_python,
 )
 from tests.conftest import ROOT, once
 from tests.devices import unavailable
 
 CHROMIUM = Path("/usr/bin/chromium")
-# A software GPU takes seconds for the shaders of one batch: the prompt, and one step. The mask
-# matters, since the rows differ in length; kernels take 36 columns, a multiple of 4, by fours.
+# A software GPU takes seconds to compile the shaders of a batch, so: the prompt and one step. Rows
+# of different lengths test the mask; 36 columns, a multiple of 4, use the vectorized kernels.
 LONG = list(range(20, 56))
 ON_GPU: dict[str, Any] = {
     "prompts": [LONG, TOKENS, LONG, TOKENS],
     "adapters": [None, None, "all", "few"],
     "maxNewTokens": 2,
 }
-# The prompts of a batch alone: their logits in int4 are nearly those of the batch.
+# The prompts of the batch, alone: their int4 logits are close to those in the batch.
 ALONE = [
     ["generate", {"prompt": prompt, "adapter": name, "maxNewTokens": COUNT}]
     for prompt, name in zip(PROMPTS, ADAPTERS, strict=True)
@@ -57,7 +57,7 @@ JOBS: dict[str, dict[str, Any]] = {
 
 
 def joined_bools() -> bytes:
-    """An ONNX model of one And, of bools in any shapes of four sides."""
+    """Return an ONNX model of a single And on 4-dimensional bools of any shape."""
     import onnx
 
     bools = onnx.helper.make_tensor_value_info
@@ -75,7 +75,7 @@ def joined_bools() -> bytes:
 
 
 def on_gpu_by_python(bundle: Path) -> list[Generation]:
-    """What TextGenerator answers to `ON_GPU`."""
+    """Return TextGenerator's results for `ON_GPU`."""
     generator = TextGenerator(AdapterSession(bundle))
     return generator.generate(
         ON_GPU["prompts"], adapters=ON_GPU["adapters"], max_new_tokens=ON_GPU["maxNewTokens"]
@@ -84,7 +84,7 @@ def on_gpu_by_python(bundle: Path) -> list[Generation]:
 
 @pytest.fixture(scope="session")
 def browser(javascript: Path, required: Required, shared: Path) -> dict[str, Any]:
-    """What js/browser.mjs saw: the jobs' results, the page, and a directory of screenshots."""
+    """The output of js/browser.mjs: results of the jobs, page states, and screenshots."""
     if not CHROMIUM.exists():
         unavailable("Chromium is not installed: make devices")
     place = shared / "browser"
@@ -126,24 +126,24 @@ def test_wasm_gives_pythons_tokens(browser: dict[str, Any], required: Required) 
     result = browser["jobs"]["wasm"]
     assert "value" in result, result
     theirs = answers(result)
-    assert theirs == told_by_python(required("slots"))
+    assert theirs == results_of_python(required("slots"))
     check_effect(theirs)
     assert {"loradeploy.json", "required.onnx", "model.onnx.data"} <= set(result["value"]["files"])
 
 
-def test_wasm_gives_rows_of_an_int4_batch_what_it_gives_them_alone(browser: dict[str, Any]) -> None:
+def test_wasm_gives_rows_of_an_int4_batch_the_same_text_as_alone(browser: dict[str, Any]) -> None:
     found = [row["tokenIds"] for row in answers(browser["jobs"]["int4"])]
     batch, alone = found[: len(PROMPTS)], found[len(PROMPTS) :]
     assert batch == alone
     assert len({tuple(row) for row in batch}) == len(batch)
 
 
-def test_wasm_reads_adapters_by_url_and_refuses_what_is_broken(browser: dict[str, Any]) -> None:
+def test_wasm_reads_adapters_by_url_and_refuses_broken_ones(browser: dict[str, Any]) -> None:
     result = browser["jobs"]["adapters"]["value"]
     cut = result["added"]["cut"]
     assert cut["error"] == "AdapterError"
     assert "cut.safetensors is no valid safetensors file" in cut["message"]
-    own = answers(browser["jobs"]["wasm"])[1]  # that adapter, from the bundle's .onnx_adapter file
+    own = answers(browser["jobs"]["wasm"])[1]  # the same adapter from the bundle
     assert result["answers"][0]["value"]["tokenIds"] == own["tokenIds"]
     missing = browser["jobs"]["missing"]
     assert missing["error"] == "BundleError"
@@ -162,27 +162,27 @@ def test_webgpu_gives_pythons_tokens_to_rows_of_different_lengths(
     assert theirs[1] != theirs[3]
 
 
-def test_webgpu_is_wrong_about_and_which_is_therefore_left_to_the_cpu(
+def test_webgpu_computes_and_wrongly_so_it_is_placed_on_the_cpu(
     browser: dict[str, Any],
 ) -> None:
-    # As another session of the page may have left it; the batches above came after it.
+    # Reproduces the state after another session of the page; the batches above ran after it.
     assert browser["and"] > 0, (
         "this onnxruntime-web is right: src/backend.js may give And to the GPU"
     )
 
 
-def test_webgpu_refuses_fp16_where_the_gpu_has_none(browser: dict[str, Any]) -> None:
+def test_webgpu_refuses_fp16_if_the_gpu_does_not_support_it(browser: dict[str, Any]) -> None:
     result = browser["jobs"]["fp16"]
     assert result.get("error") == "BundleError", result
     assert "shader-f16" in result["message"]
 
 
-def test_the_page_answers_by_the_adapter_that_is_picked(browser: dict[str, Any]) -> None:
+def test_the_page_generates_with_the_selected_adapter(browser: dict[str, Any]) -> None:
     page = browser["page"]
     assert page["problems"] == []
     assert page["ready"].startswith("Ready after")
     assert page["options"] == ["Base model, no adapter", "all", "few"]
-    # All of it by keyboard: the prompt has the focus, the picker is one step before it.
+    # By keyboard only: the prompt has the focus, and the selection is one tab stop before it.
     assert (page["focused"], page["picker"]) == ("prompt", "adapter")
     assert set(page["answers"]) == {"", "all", "few"}
     assert len(set(page["answers"].values())) == 3
@@ -190,16 +190,16 @@ def test_the_page_answers_by_the_adapter_that_is_picked(browser: dict[str, Any])
     assert "tokens in" in page["figures"]
 
 
-def test_the_page_says_what_went_wrong(browser: dict[str, Any]) -> None:
+def test_the_page_shows_errors(browser: dict[str, Any]) -> None:
     too_long, missing = browser["page"]["tooLong"], browser["page"]["missing"]
     assert "the model takes 127: shorten it" in too_long["error"]
-    assert too_long["enabled"]  # another prompt can be tried
+    assert too_long["enabled"]  # another prompt can be sent
     assert missing["status"] == "The model could not be loaded."
     assert missing["error"].endswith("/nothing/loradeploy.json does not exist")
     assert not missing["enabled"]
 
 
-def test_the_page_says_that_a_package_is_missing(browser: dict[str, Any]) -> None:
+def test_the_page_shows_that_a_package_is_missing(browser: dict[str, Any]) -> None:
     missing = browser["page"]["noPackages"]
     assert missing["status"] == "The model could not be loaded."
     assert missing["error"].startswith("The client or one of its packages cannot be loaded.")

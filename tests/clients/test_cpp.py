@@ -1,4 +1,4 @@
-"""A program in C++ gives what the runtime gives, told by the adapters' effect."""
+"""The C++ example generates the same tokens as the runtime, with and without adapters."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COUNT = 8
 
 
 def _library() -> Path:
-    """The library of the installed wheel, by which Python runs graphs too."""
+    """Return the onnxruntime library of the installed wheel."""
     wheel = Path(onnxruntime.__file__).parent / "capi"
     found = sorted(wheel.glob("libonnxruntime.so.*"))
     if not found:
@@ -35,7 +35,7 @@ def _library() -> Path:
 
 @pytest.fixture(scope="session")
 def program(shared: Path) -> Path:
-    """The example, built as its CMakeLists.txt says, against the installed onnxruntime."""
+    """The example, built with its CMakeLists.txt against the installed onnxruntime."""
     if not sys.platform.startswith("linux") or None in map(shutil.which, ("cmake", "c++")):
         pytest.skip("a compiler for C++ and cmake on Linux are needed")
     library = _library()
@@ -85,7 +85,7 @@ def _run(program: Path, *words: object) -> subprocess.CompletedProcess[str]:
     [{}, {"layout": "rows"}, {"layout": "rows", "branches": True}, {"precision": "int4"}],
     ids=["slots", "rows", "branches", "int4"],
 )
-def test_cpp_generates_what_the_runtime_generates(
+def test_cpp_generates_the_same_as_the_runtime(
     options: dict[str, object],
     program: Path,
     tiny_llama: Path,
@@ -114,7 +114,9 @@ def test_cpp_generates_what_the_runtime_generates(
     assert len({tuple(tokens) for tokens in ours.values()}) == 3, "the adapters did nothing"
 
 
-def test_cpp_is_told_what_bundle_it_needs(program: Path, tiny_llama_bundle: Path) -> None:
+def test_cpp_refuses_a_bundle_without_required_inputs_with_advice(
+    program: Path, tiny_llama_bundle: Path
+) -> None:
     done = _run(program, tiny_llama_bundle, COUNT, "5,6")
     assert done.returncode == 2
     assert "export --required-inputs" in done.stderr

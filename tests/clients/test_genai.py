@@ -1,4 +1,4 @@
-"""onnxruntime-genai opens the same bundle, and its adapters have the same effect."""
+"""onnxruntime-genai opens the same bundle and generates the same tokens with its adapters."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ COUNT = 12
         ("slots", True, "standard"),
         ("rows", False, "standard"),
         ("rows", True, "standard"),
-        ("rows", False, "gqa"),  # and one buffer for the cache
+        ("rows", False, "gqa"),  # with one buffer for past and present
     ],
 )
-def test_genai_generates_what_the_runtime_generates(
+def test_genai_generates_the_same_as_the_runtime(
     layout: str,
     branches: bool,
     attention: str,

@@ -1,4 +1,4 @@
-"""The client for Node gives Python's tokens for every adapter, and refuses what it cannot run."""
+"""The Node client: Python's tokens for every adapter, and refusals of unsupported bundles."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from loradeploy.runtime.tasks.embedding import TextEmbedder
 from loradeploy.runtime.tasks.generation import TextGenerator
 from loradeploy.runtime.tasks.tokens import TokenClassifier
 from tests.clients.conftest import FORMS, Node, Required
-from tests.clients.generations import COUNT, TOKENS, answers, calls, check_effect, told_by_python
+from tests.clients.generations import COUNT, TOKENS, answers, calls, check_effect, results_of_python
 from tests.conftest import MakeAdapter
 from tests.export.adapters.vocabularies import BASE, CASES, TABLES, WORDS, Case, make
 from tests.runtime.feeds import feeds
@@ -31,23 +31,23 @@ from tests.tolerances import tolerance
 def test_node_gives_pythons_tokens_in_every_form(
     node: Node, required: Required, client_adapters: dict[str, Path]
 ) -> None:
-    # From PEFT's file too, whose factors the client casts and scales itself.
+    # Also from PEFT's file, where the client casts and scales the factors itself.
     again = {"prompt": TOKENS, "adapter": "again", "maxNewTokens": COUNT}
     job = {"add": {"again": client_adapters["all"]}, "calls": [*calls(), ["generate", again]]}
     results = node([{"bundle": required(form), **job} for form in FORMS])
     for form, result in zip(FORMS, results, strict=True):
         assert sorted(result["value"]["adapters"]) == ["again", "all", "few"]
         *theirs, from_peft = answers(result)
-        ours = told_by_python(required(form))
+        ours = results_of_python(required(form))
         assert theirs == ours, form
         check_effect(theirs)
         assert from_peft["tokenIds"] == theirs[1]["tokenIds"]
-        # The second adapter's own tokens end its texts, and its template makes its prompt.
+        # The second adapter has its own end tokens and chat template.
         assert "stop" in {answer["finishReason"] for answer in ours if answer["adapter"] == "few"}
         assert ours[6]["promptTokens"] != ours[7]["promptTokens"]
 
 
-def test_node_takes_the_tokens_that_a_rows_own_adapter_adds(
+def test_node_supports_tokens_added_by_the_adapter_of_a_row(
     node: Node, tiny_llama: Path, tmp_path: Path
 ) -> None:
     make(CASES["trained rows"], tiny_llama, tmp_path / "two")
@@ -163,7 +163,7 @@ def test_node_classifies_each_text_by_its_adapter(
     assert np.abs(theirs[0] - theirs[2]).max() > 100 * tolerance("rows")
 
 
-def test_node_blends_adapters_as_python_does(
+def test_node_blends_adapters_like_python(
     node: Node, required: Required, tiny_llama: Path, make_adapter: MakeAdapter
 ) -> None:
     other = make_adapter(tiny_llama, r=2, seed=6, scale=0.3, target_modules=["q_proj"])
@@ -247,7 +247,7 @@ def test_node_embeds_each_text_by_its_adapter(
     assert "no prompt is called" in second[2]["message"]
 
 
-# Fields of a pooling that contradict each other, or name none.
+# Pooling configs that contradict themselves or have no mode.
 OTHERWISE: list[tuple[int, dict[str, Any]]] = list(
     enumerate(
         [
@@ -260,7 +260,7 @@ OTHERWISE: list[tuple[int, dict[str, Any]]] = list(
 
 
 def pooled_otherwise(bundle: Path, place: Path, values: dict[str, Any]) -> Path:
-    """A copy of the bundle, its graph a link, with another 1_Pooling/config.json."""
+    """Copy the bundle, with its graph as a link and another 1_Pooling/config.json."""
     shutil.copytree(bundle, place, copy_function=os.link)
     file = place / "1_Pooling" / "config.json"
     file.unlink()
@@ -269,7 +269,7 @@ def pooled_otherwise(bundle: Path, place: Path, values: dict[str, Any]) -> Path:
 
 
 def with_sentence_files(model: Path, place: Path) -> None:
-    """A copy of the model that pools in two ways, and has prompts that are not pooled."""
+    """Copy the model with two pooling modes, and prompts that are excluded from pooling."""
     shutil.copytree(model, place)
     kinds = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
     modules = [
@@ -329,7 +329,7 @@ def test_node_classifies_tokens_by_each_adapters_labels(
     }
     ((call, *_, other, two),) = [result["value"]["answers"] for result in node([job])]
     assert "value" in call, call
-    # Another adapter of the name has not the labels of the one that came with the bundle.
+    # Another adapter of the name does not have the labels of the bundle's adapter.
     assert other["value"]["labels"] is None and two["value"]["labels"] is not None
     assert [t["logits"] for t in other["value"]["tokens"]] == [
         t["logits"] for t in two["value"]["tokens"]
@@ -368,7 +368,7 @@ console.log(JSON.stringify(process.argv.slice(2).map(names)));
 """
 
 
-def test_the_nodes_that_stay_off_the_gpu_are_found_by_operator(
+def test_the_nodes_placed_on_the_cpu_are_found_by_operator(
     javascript: Path, required: Required, tmp_path: Path
 ) -> None:
     graph = required("branches") / "required.onnx"
@@ -401,7 +401,7 @@ export { one, many, logits, vector, label, AdapterError };
 """
 
 
-def test_the_types_are_those_of_the_package(javascript: Path, tmp_path: Path) -> None:
+def test_the_type_declarations_match_the_package(javascript: Path, tmp_path: Path) -> None:
     client = javascript / "clients" / "js"
     (tmp_path / "node_modules").mkdir()
     (tmp_path / "node_modules" / "loradeploy-client").symlink_to(client)
@@ -410,7 +410,7 @@ def test_the_types_are_those_of_the_package(javascript: Path, tmp_path: Path) ->
     command += ["--module", "nodenext", "--lib", "esnext,dom", "--target", "esnext", "use.mts"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
-    # And what the package has at run time is what they declare.
+    # The exports at run time equal the declared ones.
     declared = {
         line.split()[2].split("(")[0].split("<")[0]
         for line in (client / "index.d.ts").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""The client for Node reads PEFT directories as Python does, and refuses adapters by name."""
+"""The Node client reads PEFT directories like Python, and refuses invalid adapters by name."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from tests.clients.generations import (
 def peft_directory(
     place: Path, like: Path, *, store: str = "F32", change: Any = None, **config: Any
 ) -> Path:
-    """A copy of the PEFT directory `like` with another config, or its factors as another dtype.
+    """Copy the PEFT directory `like` with config changes, or with its factors as another dtype.
 
-    `change`: a function that is given the arrays by key, to change them.
+    `change`: a function that modifies the arrays by key.
     """
     place.mkdir(parents=True)
     values = json.loads((like / "adapter_config.json").read_text()) | config
@@ -39,7 +39,7 @@ def peft_directory(
         write_arrays(weights, arrays, metadata)
     elif store == "F16":
         write_arrays(weights, {n: v.astype(np.float16) for n, v in arrays.items()}, metadata)
-    else:  # numpy has no bfloat16: the upper half of a float32's bits
+    else:  # numpy has no bfloat16: use the upper half of the bits of a float32
         halves = {n: (v.view(np.uint32) >> 16).astype(np.int16) for n, v in arrays.items()}
         write_arrays(weights, halves, metadata)
         header = weights.read_bytes()
@@ -50,7 +50,7 @@ def peft_directory(
 
 
 def shrink_q(arrays: dict[str, Any]) -> None:
-    """One module has rank 3 in place of 4."""
+    """Reduce one module from rank 4 to rank 3."""
     for name in list(arrays):
         if "layers.0.self_attn.q_proj" in name:
             arrays[name] = arrays[name][:3] if "lora_A" in name else arrays[name][:, :3].copy()
@@ -60,7 +60,7 @@ def shrink_q(arrays: dict[str, Any]) -> None:
 def peft_adapters(
     client_adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
-    """The first adapter in what other forms PEFT writes."""
+    """The first adapter in the other forms that PEFT writes."""
     place, like = tmp_path_factory.mktemp("peft"), client_adapters["all"]
     pattern = {"layers.0.self_attn.q_proj": 3, "down_proj": 4}
     alphas = {"gate_proj": 3, "layers.1.mlp.up_proj": 20.5, r"^model\.layers\.0\.mlp\.up_proj": 1}
@@ -76,7 +76,7 @@ def peft_adapters(
     }
 
 
-def test_node_reads_peft_directories_as_python_does(
+def test_node_reads_peft_directories_like_python(
     node: Node, required: Required, peft_adapters: dict[str, Path]
 ) -> None:
     bundle = required("slots")
@@ -92,19 +92,19 @@ def test_node_reads_peft_directories_as_python_does(
     )
     theirs = dict(zip(rows, answers(result), strict=True))
     assert [theirs[name]["tokenIds"] for name in rows] == [list(a.token_ids) for a in ours]
-    # Scaling that is read wrongly is seen: each of these has another s somewhere.
+    # A wrong scaling would be detected: each of these has a different s in some module.
     different = ("plain", "rslora", "patterns", "another alpha", None)
     assert len({tuple(theirs[name]["tokenIds"]) for name in different}) == len(different)
 
 
 def uneven(arrays: dict[str, Any]) -> dict[str, str]:
-    """A and B of the same products, of which float16 holds neither."""
+    """Rescale A and B so that the products are the same and neither fits float16."""
     for key in arrays:
         arrays[key] = arrays[key] * np.float32(2.0**20 if "lora_A" in key else 2.0**-20)
     return {}
 
 
-def test_node_keeps_factors_of_any_size_in_float16(
+def test_node_rescales_factors_to_fit_float16(
     node: Node, required: Required, client_adapters: dict[str, Path], tmp_path: Path
 ) -> None:
     place = peft_directory(tmp_path / "uneven", client_adapters["all"], change=uneven)
@@ -150,8 +150,8 @@ def not_finite(arrays: dict[str, Any]) -> None:
     next(iter(arrays.values()))[0, 0] = np.nan
 
 
-# How an adapter is spoilt, and what the refusal says.
-SPOILT: dict[str, tuple[dict[str, Any], str]] = {
+# By case: how an adapter is broken, and the expected message.
+BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "another base": ({"change": other_base}, "trained on another base"),
     "another model": ({"change": of_another_model}, "is no target module of this bundle"),
     "wrong sizes": ({"change": wrong_sizes}, "q_proj.lora_A is [4,63]"),
@@ -190,11 +190,11 @@ def test_node_refuses_adapters_by_name(
 ) -> None:
     bundle, like = required("slots"), client_adapters["all"]
     places: dict[str, Any] = {
-        name: peft_directory(tmp_path / name, like, **how) for name, (how, _) in SPOILT.items()
+        name: peft_directory(tmp_path / name, like, **how) for name, (how, _) in BROKEN.items()
     }
-    message = {name: what for name, (_, what) in SPOILT.items()}
+    message = {name: what for name, (_, what) in BROKEN.items()}
 
-    def spoil(name: str, file: Path, content: bytes, what: str) -> None:
+    def break_file(name: str, file: Path, content: bytes, what: str) -> None:
         if file.name == "adapter_model.safetensors":
             peft_directory(tmp_path / name, like)
             file = tmp_path / name / file.name
@@ -205,13 +205,15 @@ def test_node_refuses_adapters_by_name(
     native = (bundle / "adapters" / "all.onnx_adapter").read_bytes()
     in_directory, alone = Path("adapter_model.safetensors"), tmp_path / "x"
     alone.mkdir()
-    spoil("a cut file", in_directory, weights[:-100], "no valid safetensors file")
-    spoil("a cut header", in_directory, weights[:50], "no valid safetensors file")
-    spoil("a long header", in_directory, b"\xff" * 16, "no valid safetensors file")
-    spoil("more bytes", in_directory, weights + b"0000", "no valid safetensors file")
-    spoil("a cut adapter", alone / "cut.onnx_adapter", native[:-4000], "truncated")
-    spoil("no adapter", alone / "no.onnx_adapter", weights, "truncated or not an .onnx_adapter")
-    spoil("a pickle", alone / "a.bin", b"", "is refused")
+    break_file("a cut file", in_directory, weights[:-100], "no valid safetensors file")
+    break_file("a cut header", in_directory, weights[:50], "no valid safetensors file")
+    break_file("a long header", in_directory, b"\xff" * 16, "no valid safetensors file")
+    break_file("more bytes", in_directory, weights + b"0000", "no valid safetensors file")
+    break_file("a cut adapter", alone / "cut.onnx_adapter", native[:-4000], "truncated")
+    break_file(
+        "no adapter", alone / "no.onnx_adapter", weights, "truncated or not an .onnx_adapter"
+    )
+    break_file("a pickle", alone / "a.bin", b"", "is refused")
     of_texts = client_adapters["few"]
     places |= {"own texts": of_texts, "nothing": tmp_path / "nothing"}
     message |= {"own texts": "chat_template.jinja is not the base's", "nothing": "does not exist"}
@@ -222,5 +224,5 @@ def test_node_refuses_adapters_by_name(
         assert reported.get("error") == "AdapterError", (name, reported)
         assert what in reported["message"], (name, reported)
         assert "\n" not in reported["message"]
-    assert sorted(result["value"]["adapters"]) == ["all", "few"]  # what is refused is not there
+    assert sorted(result["value"]["adapters"]) == ["all", "few"]  # refused ones are not listed
     assert "no adapter is loaded as" in result["value"]["answers"][0]["message"]

@@ -1,4 +1,4 @@
-"""A program in Node gives what the runtime gives, told by the adapter's effect."""
+"""The Node example computes the same logits as the runtime, with and without adapters."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def run(javascript: Path, *words: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_node_has_the_effect_of_every_adapter(
+def test_node_computes_the_same_as_the_runtime_with_every_adapter(
     javascript: Path, required: Required, form: str
 ) -> None:
     bundle = required(form)
@@ -49,7 +49,9 @@ def test_node_has_the_effect_of_every_adapter(
     assert min(theirs[name]["distance"] for name in ("all", "few")) > 10 * limit
 
 
-def test_node_is_told_what_bundle_it_needs(javascript: Path, tiny_llama_bundle: Path) -> None:
+def test_node_refuses_a_bundle_without_required_inputs_with_advice(
+    javascript: Path, tiny_llama_bundle: Path
+) -> None:
     done = run(javascript, tiny_llama_bundle, "5,6")
     assert done.returncode == 2
     assert "export --required-inputs" in done.stderr
@@ -63,7 +65,7 @@ def test_the_required_graph_has_no_defaults_and_no_weights_of_its_own(
     assert not any(value.is_initializer() for value in graph.inputs)
     fed, _ = read_arrays(bundle / "required.safetensors", error=BundleError)
     plain = load_graph(bundle / "model.onnx").graph
-    # Its clients give every input, so that it has none that chooses positions.
+    # Clients give every input, so it has no input that selects positions.
     inputs = [value for value in plain.inputs if value.name != LOGITS_TO_KEEP]
     assert set(fed) == {str(v.name) for v in inputs if v.is_initializer()}
     assert [v.name for v in graph.inputs] == [v.name for v in inputs]
@@ -71,7 +73,7 @@ def test_the_required_graph_has_no_defaults_and_no_weights_of_its_own(
     assert sizes[0] < sizes[1]
 
 
-def test_a_merged_graph_has_nothing_to_require(
+def test_required_inputs_are_refused_for_a_merged_graph(
     tiny_llama_bundle: Path, tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match="`required_inputs` and `merge` do not go together"):

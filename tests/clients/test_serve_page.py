@@ -1,4 +1,4 @@
-"""The page of `loradeploy serve` in Chromium: two adapters' answers side by side."""
+"""The web page of `loradeploy serve` in Chromium: texts of two adapters side by side."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def seen(
     client_adapters: dict[str, Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Any]:
-    """What js/serve_page.mjs saw, the screenshots, and what the library answers."""
+    """The output of js/serve_page.mjs and the screenshots."""
     if not CHROMIUM.exists():
         unavailable("Chromium is not installed: make devices")
     screenshots = tmp_path_factory.mktemp("screenshots")
@@ -55,9 +55,11 @@ def library(tiny_llama_bundle: Path, client_adapters: dict[str, Path]) -> TextGe
     return TextGenerator(session)
 
 
-def test_two_adapters_answer_side_by_side(seen: dict[str, Any], library: TextGenerator) -> None:
+def test_texts_of_two_adapters_are_shown_side_by_side(
+    seen: dict[str, Any], library: TextGenerator
+) -> None:
     assert seen["problems"] == []
-    assert seen["hosts"] == [seen["host"]]  # nothing of other hosts
+    assert seen["hosts"] == [seen["host"]]  # no requests to other hosts
     assert seen["models"] == ["bundle-llama (base)", "all", "few"]
     assert (seen["picked"], seen["focused"]) == (["all", "few"], "prompt")
     assert "2 adapters" in seen["status"]
@@ -75,14 +77,14 @@ def test_two_adapters_answer_side_by_side(seen: dict[str, Any], library: TextGen
     assert "tokens in" in seen["figures"][0][0]
 
 
-def test_a_prompt_goes_without_the_chat_template(
+def test_a_prompt_can_be_sent_without_the_chat_template(
     seen: dict[str, Any], library: TextGenerator
 ) -> None:
     (expected,) = library.generate(["Shares rose"], max_new_tokens=12)
     assert seen["plain"] == [[expected.text], []]
 
 
-def test_what_the_service_refuses_is_shown(seen: dict[str, Any]) -> None:
+def test_refusals_of_the_service_are_shown(seen: dict[str, Any]) -> None:
     assert "positions" in seen["wrong"][0][0]
     assert seen["enabled"]
     assert seen["stopped"][0][-1] == "stopped" or "tokens in" in seen["stopped"][0][-1]

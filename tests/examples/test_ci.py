@@ -1,4 +1,4 @@
-"""The files for CI hold what their README says, and every command in them runs."""
+"""The CI examples match their README, and every command in them works."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ README = (CI / "README.md").read_text(encoding="utf-8")
 def desk(
     tiny_llama: Path, make_adapter: MakeAdapter, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A repository with an adapter, its model beside it under the name that the README has."""
+    """A directory with an adapter and its model, named as in the README."""
     place = tmp_path_factory.mktemp("ci")
     (place / "SmolLM2-135M-Instruct").symlink_to(tiny_llama)
     make_adapter(tiny_llama, seed=1, out=place / "adapters" / "headline")
@@ -52,7 +52,7 @@ def workflow() -> dict[Any, Any]:
 
 @pytest.fixture(scope="module")
 def bundle(desk: Path) -> Path:
-    """The bundle, by the steps of the workflow but for the installation."""
+    """The bundle made by the steps of the workflow, without the installation."""
     summary = desk / "summary.md"
     model = {"MODEL": "SmolLM2-135M-Instruct", "GITHUB_STEP_SUMMARY": str(summary)}
     scripts = [step["run"] for step in workflow()["jobs"]["parity"]["steps"] if "run" in step]
@@ -64,7 +64,7 @@ def bundle(desk: Path) -> Path:
     return desk / "bundle"
 
 
-def test_the_workflow_proves_the_bundle_and_keeps_its_reports(desk: Path, bundle: Path) -> None:
+def test_the_workflow_checks_the_bundle_and_uploads_its_reports(desk: Path, bundle: Path) -> None:
     assert "parity passed" in (desk / "summary.md").read_text(encoding="utf-8")
     kept = {file.name for file in (desk / "parity").iterdir()}
     assert kept == {"parity.md", "parity.xml", "parity.html", "parity.json"}
@@ -72,7 +72,7 @@ def test_the_workflow_proves_the_bundle_and_keeps_its_reports(desk: Path, bundle
     assert uploads[0]["path"] == "parity/"
 
 
-def test_the_workflow_fails_where_the_check_does(desk: Path, bundle: Path, tmp_path: Path) -> None:
+def test_the_workflow_fails_if_the_check_fails(desk: Path, bundle: Path, tmp_path: Path) -> None:
     broken = Path(shutil.copytree(bundle, tmp_path / "bundle"))
     (prove,) = (
         step["run"] for step in workflow()["jobs"]["parity"]["steps"] if step.get("name") == "Prove"
@@ -83,7 +83,7 @@ def test_the_workflow_fails_where_the_check_does(desk: Path, bundle: Path, tmp_p
     assert run(tmp_path, "bash", "-eo", "pipefail", "-c", prove, **model).returncode == 2
 
 
-def test_the_hook_refuses_a_bundle_that_changed_since_it_was_proved(
+def test_the_hook_refuses_a_bundle_that_changed_since_the_check(
     desk: Path, bundle: Path, tmp_path: Path
 ) -> None:
     text = (CI / ".pre-commit-config.yaml").read_text(encoding="utf-8")
@@ -113,8 +113,8 @@ def test_the_tests_of_the_example_pass(desk: Path, bundle: Path) -> None:
     assert "2 passed" in done.stdout
 
 
-def test_the_commands_of_the_readme_run(desk: Path, bundle: Path) -> None:
-    """Each line of the `console` blocks, in its order."""
+def test_the_commands_of_the_readme_work(desk: Path, bundle: Path) -> None:
+    """Run each line of the `console` blocks in order."""
     for name in ("old.onnx", "new.onnx"):
         token_model(desk / name)
     (desk / "service").mkdir()

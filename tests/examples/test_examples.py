@@ -1,4 +1,4 @@
-"""The examples run, and show what they say they show."""
+"""The examples run and print the documented results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.inputs.sounds import save, tone
 
 
 def example(name: str, *arguments: object) -> str:
-    """What the program prints, run here: imports and traces of the tests are there already."""
+    """Run the program in this process, with its imports and cached traces; return its output."""
     program = ROOT / "examples" / name
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
@@ -30,7 +30,7 @@ def example(name: str, *arguments: object) -> str:
 def bundle(
     tiny_llama: Path, make_adapter: MakeAdapter, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """The tiny Llama with two adapters of different ranks."""
+    """A bundle of the tiny Llama with two adapters of different ranks."""
     from loradeploy.export.api import export
 
     place = tmp_path_factory.mktemp("examples") / "bundle"
@@ -43,12 +43,12 @@ def bundle(
 
 
 def answers(output: str) -> dict[str, str]:
-    """What each adapter said, by its name."""
+    """Return the text of each adapter by name."""
     found = re.findall(r"^(\w+)(?: \(.*\))?: (.*)$", output, re.MULTILINE)
     return dict(found)
 
 
-def test_plain_onnxruntime_swaps_adapters_as_the_runtime_does(bundle: Path) -> None:
+def test_plain_onnxruntime_swaps_adapters_like_the_runtime(bundle: Path) -> None:
     plain = answers(example("swap_adapters.py", bundle, "Good morning", "--max-new-tokens", 8))
     ours = answers(example("mixed_batch.py", bundle, "Good morning", "--max-new-tokens", 8))
     assert set(plain) == {"base", "first", "second"}
@@ -57,7 +57,7 @@ def test_plain_onnxruntime_swaps_adapters_as_the_runtime_does(bundle: Path) -> N
     assert "import loradeploy" not in (ROOT / "examples" / "swap_adapters.py").read_text()
 
 
-def test_each_row_of_the_mixed_batch_is_as_alone(bundle: Path) -> None:
+def test_each_row_of_the_mixed_batch_has_the_same_text_as_alone(bundle: Path) -> None:
     output = example("mixed_batch.py", bundle, "Good morning", "--max-new-tokens", 8)
     assert output.count("(as alone)") == 3
 
@@ -74,7 +74,7 @@ def test_every_row_writes_json_of_the_schema(bundle: Path) -> None:
         assert isinstance(values["important"], bool)
 
 
-def test_an_adapter_is_trained_deployed_and_proved(tiny_llama: Path, tmp_path: Path) -> None:
+def test_an_adapter_is_trained_deployed_and_checked(tiny_llama: Path, tmp_path: Path) -> None:
     data = tmp_path / "lessons.jsonl"
     lessons = [{"prompt": f"Question {n}:", "completion": f" answer {n % 3}."} for n in range(8)]
     data.write_text("".join(json.dumps(lesson) + "\n" for lesson in lessons))
@@ -85,7 +85,7 @@ def test_an_adapter_is_trained_deployed_and_proved(tiny_llama: Path, tmp_path: P
     assert after < before
 
 
-def test_entities_are_learnt_proved_and_found(tiny_bert: Path, tmp_path: Path) -> None:
+def test_a_token_classifier_is_trained_checked_and_run(tiny_bert: Path, tmp_path: Path) -> None:
     names = {"Paris": "B-LOC", "Rome": "B-LOC", "Anna": "B-PER", "Tom": "B-PER"}
     rows = [
         {"tokens": [name, word, "again"], "tags": [tag, "O", "O"]}
@@ -101,7 +101,7 @@ def test_entities_are_learnt_proved_and_found(tiny_bert: Path, tmp_path: Path) -
     assert re.search(r"^0-4 Rome: LOC \(", output, re.MULTILINE)
 
 
-def test_sounds_are_learnt_proved_and_transcribed(tiny_whisper: Path, tmp_path: Path) -> None:
+def test_a_speech_recognizer_is_trained_checked_and_run(tiny_whisper: Path, tmp_path: Path) -> None:
     from tests.train.tasks.test_seq2seq import spoken
 
     data = spoken(tmp_path / "sounds.jsonl")
@@ -116,7 +116,7 @@ def test_sounds_are_learnt_proved_and_transcribed(tiny_whisper: Path, tmp_path: 
     assert base is not None and float(base[1]) == float(base[2]) > 0.5
 
 
-# A query's own document has its words in it.
+# The document of a query contains the words of the query.
 SOUGHT = {
     "who won the cup": "the home side won the cup",
     "where did shares rise": "shares rise in the bank market",
@@ -124,7 +124,9 @@ SOUGHT = {
 }
 
 
-def test_vectors_are_learnt_proved_and_searched(tiny_bert: Path, tmp_path: Path) -> None:
+def test_a_sentence_encoder_is_trained_checked_and_used_for_search(
+    tiny_bert: Path, tmp_path: Path
+) -> None:
     data = tmp_path / "pairs.jsonl"
     rows = [{"anchor": query, "positive": document} for query, document in SOUGHT.items()]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -136,7 +138,9 @@ def test_vectors_are_learnt_proved_and_searched(tiny_bert: Path, tmp_path: Path)
     assert output.splitlines()[-3].endswith(SOUGHT[query])
 
 
-def test_pairs_are_learnt_proved_and_ranked(tiny_bert: Path, tmp_path: Path) -> None:
+def test_a_pair_classifier_is_trained_checked_and_used_for_ranking(
+    tiny_bert: Path, tmp_path: Path
+) -> None:
     data = tmp_path / "pairs.jsonl"
     query, other = "who won the cup", "which team has the cup"
     rows = [

@@ -1,4 +1,4 @@
-"""The containers of examples/serving say what the server understands, and stop it in time."""
+"""The container files of examples/serving use valid flags, routes and shutdown times."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ POD = BY_KIND["Deployment"]["spec"]["template"]["spec"]
 
 
 def instructions() -> Iterator[tuple[str, str]]:
-    """The instructions of the Dockerfile with what they are given."""
+    """Yield the instructions of the Dockerfile with their arguments."""
     text = re.sub(r"^#.*\n", "", DOCKERFILE, flags=re.MULTILINE).replace("\\\n", " ")
     for line in filter(None, text.splitlines()):
         word, _, rest = line.partition(" ")
@@ -45,21 +45,21 @@ COMMANDS = {
 
 
 def parsed(arguments: list[str]) -> dict[str, Any]:
-    """The flags as the command reads them, none of which it does not know."""
+    """Parse the flags like the command; unknown ones raise."""
     context = click.Context(command("serve"), info_name="serve")
     command("serve").parse_args(context, list(arguments))
     return context.params
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_the_command_is_one_of_the_server(name: str) -> None:
+def test_the_command_is_valid_for_the_server(name: str) -> None:
     flags = parsed(COMMANDS[name])
     assert (flags["bundle"], flags["host"], flags["port"]) == ("/bundle", "0.0.0.0", 8000)
     assert flags["adapter_root"] == "/adapters"
-    assert flags["api_keys"]  # others can reach it
+    assert flags["api_keys"]  # required: others can reach the port
 
 
-def test_the_image_is_slim_has_no_root_and_builds_of_what_there_is() -> None:
+def test_the_image_is_slim_runs_without_root_and_uses_existing_files() -> None:
     assert all(
         rest.startswith("python:3.12-slim") for word, rest in instructions() if word == "FROM"
     )
@@ -78,13 +78,15 @@ def test_the_image_is_slim_has_no_root_and_builds_of_what_there_is() -> None:
                 assert f"!{source}" in taken
 
 
-def test_the_health_check_asks_the_server(llama_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_health_check_queries_the_server(
+    llama_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = json.loads(LAST["HEALTHCHECK"].partition("CMD ")[2])
     assert words[:2] == ["python", "-c"]
     program = words[2]
     assert "http://127.0.0.1:8000/health" in program
     exec(program.replace("http://127.0.0.1:8000", llama_url), {})
-    with pytest.raises(OSError, match="404"):  # what is no answer of 200 fails
+    with pytest.raises(OSError, match="404"):  # any status but 200 fails
         exec(program.replace("http://127.0.0.1:8000/health", f"{llama_url}/nothing"), {})
 
 
@@ -100,7 +102,7 @@ def llama_url(tiny_llama_bundle: Path) -> Iterator[str]:
     ("probe", "path"),
     [("startupProbe", "/health"), ("livenessProbe", "/health"), ("readinessProbe", "/ready")],
 )
-def test_a_probe_needs_no_key(probe: str, path: str) -> None:
+def test_probes_need_no_key(probe: str, path: str) -> None:
     asked = CONTAINER[probe]["httpGet"]
     (port,) = CONTAINER["ports"]
     assert asked == {"path": path, "port": port["name"]}
@@ -108,7 +110,7 @@ def test_a_probe_needs_no_key(probe: str, path: str) -> None:
     assert path in OPEN_PATHS
 
 
-def test_what_stops_it_waits_for_its_last_answers() -> None:
+def test_the_shutdown_waits_for_requests_in_progress() -> None:
     drain = parsed(CONTAINER["args"])["drain_timeout"]
     word, before = CONTAINER["lifecycle"]["preStop"]["exec"]["command"]
     assert word == "sleep"
@@ -117,7 +119,7 @@ def test_what_stops_it_waits_for_its_last_answers() -> None:
     assert grace >= parsed(COMPOSE["command"])["drain_timeout"] + 5
 
 
-def test_it_may_do_no_more_than_serve() -> None:
+def test_the_pod_has_minimal_privileges() -> None:
     assert POD["securityContext"]["runAsNonRoot"] is True
     user = int(LAST["USER"].partition(":")[0])
     assert POD["securityContext"]["runAsUser"] == user
@@ -134,7 +136,7 @@ def test_it_may_do_no_more_than_serve() -> None:
     assert all(one["read_only"] for one in COMPOSE["volumes"])
     for part in ("requests", "limits"):
         assert {"cpu", "memory"} <= set(CONTAINER["resources"][part])
-    # What is named is there.
+    # Every referenced name exists.
     volumes = {volume["name"] for volume in POD["volumes"]}
     assert {one["name"] for one in CONTAINER["volumeMounts"]} == volumes
     flags = parsed(CONTAINER["args"])
@@ -142,7 +144,7 @@ def test_it_may_do_no_more_than_serve() -> None:
         assert path in mounted
 
 
-def test_the_service_and_the_budget_are_of_the_deployments_pods() -> None:
+def test_the_service_and_the_disruption_budget_select_the_pods_of_the_deployment() -> None:
     labels = BY_KIND["Deployment"]["spec"]["template"]["metadata"]["labels"]
     assert BY_KIND["Deployment"]["spec"]["selector"]["matchLabels"] == labels
     assert BY_KIND["Service"]["spec"]["selector"] == labels

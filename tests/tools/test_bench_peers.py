@@ -1,4 +1,4 @@
-"""The comparison with other engines concludes nothing where it compares nothing."""
+"""The benchmark against other engines draws no conclusions from unequal work."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ QUIET = [0.0] * ROUNDS
 
 
 def far(parting: Parting) -> float:
-    """Logits that no rounding brings together."""
+    """Logits that differ by more than rounding."""
     return 10 * NEAR
 
 
 def run(seconds: float, tokens: list[int]) -> dict[str, Any]:
-    """What a side reports of a round in which everything took `seconds`."""
+    """Return a side's report of a round in which everything took `seconds`."""
     times = dict.fromkeys([*GOALS, "alternating", "kept"], seconds)
     del times["resident"]
     return {
@@ -39,7 +39,7 @@ def run(seconds: float, tokens: list[int]) -> dict[str, Any]:
 
 @pytest.fixture
 def runs() -> dict[str, list[dict[str, Any]]]:
-    """Peers that take twice our time, for the same tokens."""
+    """Reports of other engines that take twice the time of loradeploy for the same tokens."""
     peers = ("OpenVINO GenAI", "llama.cpp")
     return {
         side: [run(0.2 if side in peers else 0.1, [1, 2, 3]) for _ in range(ROUNDS)]
@@ -47,7 +47,7 @@ def runs() -> dict[str, list[dict[str, Any]]]:
     }
 
 
-def test_ratios_are_ours_over_theirs(runs: dict[str, Any]) -> None:
+def test_ratios_are_loradeploys_over_the_others(runs: dict[str, Any]) -> None:
     found = summary("fp32", runs, QUIET, far)
     assert not found["not_concluded"]
     ratios = {(row["what"], row["ours"], row["peer"]): row["median"] for row in found["ratios"]}
@@ -63,7 +63,7 @@ def test_ratios_are_ours_over_theirs(runs: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("side", ["rows", "llama.cpp"])
-def test_other_tokens_are_other_work(runs: dict[str, Any], side: str) -> None:
+def test_different_tokens_are_not_comparable(runs: dict[str, Any], side: str) -> None:
     runs[side][-1] = run(0.1, [1, 2, 4])
     found = summary("fp32", runs, QUIET, far)
     assert found["not_concluded"] == [f"other tokens from {side}: not the same work"]
@@ -73,7 +73,7 @@ def test_other_tokens_are_other_work(runs: dict[str, Any], side: str) -> None:
     assert "not concluded" in shown
 
 
-def test_tokens_that_are_as_good_as_equal_are_the_same_work(runs: dict[str, Any]) -> None:
+def test_tokens_that_differ_by_rounding_are_comparable(runs: dict[str, Any]) -> None:
     runs["llama.cpp"][-1] = run(0.1, [1, 5, 4])
     (parting,) = partings(*(runs[side][-1]["tokens"] for side in ("llama.cpp", "slots")))
     assert parting == Parting("128 base", 0, [1], 5, 2)
@@ -84,14 +84,14 @@ def test_tokens_that_are_as_good_as_equal_are_the_same_work(runs: dict[str, Any]
     )
 
 
-def test_quantized_models_may_differ_and_the_part_is_shown(runs: dict[str, Any]) -> None:
+def test_quantized_models_can_differ_and_the_share_is_shown(runs: dict[str, Any]) -> None:
     runs["llama.cpp"][-1] = run(0.1, [1, 2, 4])
     found = summary("int4", runs, QUIET, far)
     assert not found["not_concluded"]
     assert "llama.cpp 67%" in markdown({"results": [found]})
 
 
-def test_a_figure_whose_control_is_far_from_itself_is_not_concluded(runs: dict[str, Any]) -> None:
+def test_a_figure_with_an_unstable_control_has_no_conclusion(runs: dict[str, Any]) -> None:
     slow = copy.deepcopy(runs[CONTROLLED])
     for one in slow:
         one["seconds"]["eight"] *= 1 + 2 * NOISE
@@ -106,12 +106,14 @@ def test_a_figure_whose_control_is_far_from_itself_is_not_concluded(runs: dict[s
 
 
 @pytest.mark.parametrize("work", [[0.0, 2 * BUSY], [0.0, None]])
-def test_a_busy_machine_concludes_nothing(runs: dict[str, Any], work: list[float | None]) -> None:
+def test_a_busy_machine_gives_no_conclusions(
+    runs: dict[str, Any], work: list[float | None]
+) -> None:
     (problem,) = summary("fp32", runs, work, far)["not_concluded"]
     assert problem.startswith("the machine has other work")
 
 
 def test_rows_of_queries_have_the_order_of_llama_cpp() -> None:
-    # Of a head of 4: transformers rotates 0 with 2 and 1 with 3, llama.cpp neighbors.
+    # In a head of 4, transformers rotates 0 with 2 and 1 with 3, llama.cpp 0 with 1 and 2 with 3.
     rows = np.arange(8)[:, None]
     assert _interleaved(rows, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]

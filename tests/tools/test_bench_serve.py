@@ -1,4 +1,4 @@
-"""The bench of serving on a tiny model: what it counts, and the picture that it draws."""
+"""The serving benchmark on a tiny model: its figures and its chart."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from tools.bench_serve.latency import Arrival, arrivals, offer
 from tools.bench_serve.report import markdown, summary
 from tools.bench_serve.sides import RunReport
 
-REGISTERED = 40  # more adapters than there is room for
+REGISTERED = 40  # more adapters than fit in memory
 
 
-def test_requests_come_at_their_rate_and_wait_from_when_they_should_have_come() -> None:
+def test_requests_arrive_at_their_rate_and_latency_counts_from_the_planned_arrival() -> None:
     found = arrivals([[1]] * 400, ["a"] * 400, 100.0, 0)
     assert found[0].at == 0.0
     assert found[-1].at == pytest.approx(4.0, rel=0.2)
@@ -67,7 +67,7 @@ def test_latency_against_load_is_measured_and_drawn(
         assert 0 <= point["adapters_read"] <= point["requests"]
         assert 0 < point["first_token_ms"][0] <= point["first_token_ms"][1]
         assert 0 < point["inter_token_ms"][0] <= point["inter_token_ms"][1]
-    assert sum(point["adapters_read"] for point in few) == 0  # they are in memory
+    assert sum(point["adapters_read"] for point in few) == 0  # all are in memory
     drawn = (tmp_path / "load-tiny.svg").read_bytes()
     assert b"<svg" in drawn
     (tmp_path / "load-tiny.svg").unlink()
@@ -75,7 +75,7 @@ def test_latency_against_load_is_measured_and_drawn(
     assert (tmp_path / "load-tiny.svg").read_bytes() == drawn
 
 
-def test_a_step_is_costed_by_the_engine_and_over_http(
+def test_the_cost_of_a_step_is_measured_in_the_engine_and_over_http(
     tiny_llama_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_tool(
@@ -96,7 +96,7 @@ def runs_of(speed: float, text: str, **times: list[float]) -> list[RunReport]:
     return [RunReport(speed=speed, economy=speed / 2, texts=[text], **times) for _ in range(3)]
 
 
-def test_an_engine_that_gives_whole_texts_at_once_is_compared_by_its_tokens_a_second() -> None:
+def test_an_engine_without_streaming_is_compared_by_tokens_per_second() -> None:
     timed = {"first": [0.1], "between": [0.01]}
     runs = {side: runs_of(60.0, "a", **timed) for side in ("engine", "control")}
     found = summary("fp32", runs | {"llama.cpp": runs_of(20.0, "b")}, 0.0)
@@ -107,7 +107,7 @@ def test_an_engine_that_gives_whole_texts_at_once_is_compared_by_its_tokens_a_se
         True,
     )
     assert found["same_texts"] == {"control": 1.0, "llama.cpp": 0.0}
-    assert not found["not_concluded"]  # another engine rounds in another way
+    assert not found["not_concluded"]  # another engine rounds differently
     assert json.loads(json.dumps(found, allow_nan=False))["sides"]["llama.cpp"] == {
         "tokens_per_second": 20.0,
         "tokens_per_processor_second": 10.0,
@@ -118,7 +118,7 @@ def test_an_engine_that_gives_whole_texts_at_once_is_compared_by_its_tokens_a_se
     assert "| fp32 | llama.cpp | 20.0 | 10.0 | – | – | – |" in markdown([found])
 
 
-def test_nothing_is_concluded_where_the_server_gives_other_texts() -> None:
+def test_there_is_no_conclusion_if_the_server_gives_other_texts() -> None:
     runs = {side: runs_of(60.0, "a") for side in ("engine", "control")}
     found = summary("fp32", runs | {"http": runs_of(60.0, "b")}, 0.0)
     assert found["not_concluded"] == ["http gives other texts than the engine"]

@@ -1,4 +1,4 @@
-"""The table of forms and providers has what a session on each did, and why where it did nothing."""
+"""The table of graph forms by provider: the results of a session on each, or why it failed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def adapters(tiny_llama_bundle: Path, tmp_path_factory: pytest.TempPathFactory) 
     return {**made, **make_adapters(tiny_llama_bundle, place / "small", 1, rank=4)}
 
 
-def test_a_row_has_the_errors_and_what_the_adapter_changes(
+def test_a_row_has_the_errors_and_the_effect_of_the_adapter(
     tiny_llama_bundle: Path, adapters: dict[str, str]
 ) -> None:
     bundle = str(tiny_llama_bundle)
@@ -32,7 +32,7 @@ def test_a_row_has_the_errors_and_what_the_adapter_changes(
     assert f"| 0 of {sum(found['nodes'].values())} |" in line
 
 
-def test_a_provider_that_is_not_there_is_a_row_with_its_reason(
+def test_an_unavailable_provider_is_a_row_with_the_reason(
     tiny_llama_bundle: Path, adapters: dict[str, str]
 ) -> None:
     bundle = str(tiny_llama_bundle)

@@ -1,4 +1,4 @@
-"""The check for machines with a GPU runs to its end without one, on stub libraries."""
+"""The check for GPU machines runs completely without a GPU, on stub libraries."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tools.gpu_check import ALLOWED, EXACT, SCALES, TASKS, wrong, wrong_captured
 
 @pytest.fixture(scope="module")
 def report(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What it wrote for the form of --target cuda."""
+    """The report for the graph form of --target cuda."""
     try:
         stubs()
     except StubsUnavailableError as problem:
@@ -43,7 +43,7 @@ def report(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return found
 
 
-def test_it_runs_the_whole_way_and_writes_one_json(report: dict[str, Any]) -> None:
+def test_the_check_runs_completely_and_writes_one_json(report: dict[str, Any]) -> None:
     assert report["passed"] and report["stubs"] and report["failures"] == []
     assert report["machine"]["device"] == "stub libraries"
     assert list(report["training"]) == list(TASKS)
@@ -66,15 +66,15 @@ def test_it_runs_the_whole_way_and_writes_one_json(report: dict[str, Any]) -> No
 def test_parity_on_cuda_computes_float32(report: dict[str, Any]) -> None:
     assert EXACT == {"use_tf32": "0"}
     assert report["forms"]["cuda"]["cuda"]["options"]["use_tf32"] == "0"
-    # What computes nothing does not pass.
+    # The stubs compute nothing, so it must not pass.
     cuda = report["forms"]["cuda"]["cuda"]
     assert not cuda["parity"]["passed"] and wrong(cuda)
 
 
-def test_captured_runs_that_say_something_else_fail_on_a_device(report: dict[str, Any]) -> None:
+def test_captured_runs_with_other_results_fail_on_a_device(report: dict[str, Any]) -> None:
     found = report["forms"]["cuda"]
     usual, captured = found["cuda"], found["cuda_captured"]
-    # On stubs nothing was computed: what a device would have found stands in its place.
+    # The stubs compute nothing: the results of a device are simulated.
     assert captured["replays"].keys() == {"base", *TASKS, "mixed"}
     right = {
         name: {"error": 1e-5, "effect": 0.0 if name == "base" else 4.0}
@@ -84,7 +84,7 @@ def test_captured_runs_that_say_something_else_fail_on_a_device(report: dict[str
     assert wrong_captured(good, usual, True) == []
     assert wrong_captured({**good, "texts": ["other"]}, usual, True) == ["other texts than without"]
     assert wrong_captured({**captured, "graphs": 0}, usual, False) == ["no run was captured"]
-    # Where the cache is not in place there are no texts, and the logits have to show it.
+    # Without a cache in place there are no texts, so the logits must show the difference.
     alone = {name: value for name, value in good.items() if name != "texts"}
     assert wrong_captured(alone, usual, True) == []
     stale = {**alone, "replays": {**right, "headline": {"error": 3.9, "effect": 4.0}}}
@@ -100,7 +100,7 @@ def test_captured_runs_that_say_something_else_fail_on_a_device(report: dict[str
 
 @pytest.fixture
 def recording(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU's provider stands for CUDA's, and counts as one that records runs."""
+    """Use the CPU provider in place of CUDA, and treat it as one that can record runs."""
     row = dataclasses.replace(table.BY_FULL_NAME[table.CPU], recording={"records": "1"})
     monkeypatch.setitem(table.BY_FULL_NAME, table.CPU, row)
     monkeypatch.setattr(gpu_check, "CUDA", table.CPU)
@@ -131,18 +131,18 @@ def llama_with_two(
     return place
 
 
-def test_replays_are_compared_with_the_same_runs_by_themselves(
+def test_replays_are_compared_with_the_same_runs_without_recording(
     bundle: Path, recording: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scale = SCALES["tiny"]
     with ld.AdapterSession(bundle) as usual:
         with ld.AdapterSession(bundle, ["cpu"], capture_graphs=True) as session:
             right = gpu_check.replayed(session, usual, scale)
-            assert session.captured == 3  # the base, one adapter of rank 8 at most, a mixed batch
+            assert session.captured == 3  # the base, an adapter of rank 8 or less, a mixed batch
         assert wrong_captured({"graphs": 3, "replays": right}, {}, True) == []
         assert right["one"]["effect"] > 0.1 and right["base"]["effect"] == 0
 
-        # Slots that are written once, and never again.
+        # Write slots only once.
         fill = FixedSlots._fill
         written: set[int] = set()
 

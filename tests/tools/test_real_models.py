@@ -1,4 +1,4 @@
-"""The models and texts that the tests call real are what they are said to be."""
+"""The real models and texts of the tests are what their names say."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 
-def test_smollm2_says_what_the_capital_of_france_is(smollm2: Path) -> None:
+def test_smollm2_knows_the_capital_of_france(smollm2: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -24,7 +24,7 @@ def test_smollm2_says_what_the_capital_of_france_is(smollm2: Path) -> None:
     with torch.no_grad():
         answer = model.generate(**prompt, max_new_tokens=24, do_sample=False)[0]
     assert "Paris" in tokenizer.decode(answer[prompt["input_ids"].shape[1] :])
-    # The turn ends, by the token that the chat template ends it with.
+    # The answer ends with the token that ends a turn in the chat template.
     assert answer[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 

@@ -111,7 +111,7 @@ def test_one_node_computes_the_same_as_the_attention_and_its_mask(past: int, new
 
 
 @pytest.mark.parametrize(
-    ("spoilt", "message"),
+    ("broken", "message"),
     [
         (attention(window=True), "a mask that is more than causal"),
         (attention(bare=True), "heads that are not merged after it"),
@@ -119,10 +119,10 @@ def test_one_node_computes_the_same_as_the_attention_and_its_mask(past: int, new
     ids=["window", "bare"],
 )
 def test_an_attention_that_gqa_cannot_compute_is_refused_by_name(
-    spoilt: ir.Model, message: str
+    broken: ir.Model, message: str
 ) -> None:
     with pytest.raises(ExportError, match=f"has {message}"):
-        group_queries(spoilt)
+        group_queries(broken)
 
 
 @pytest.fixture(scope="module")

@@ -370,8 +370,8 @@ def test_another_checkpoint_is_detected_by_its_weights(
 def test_modules_of_the_checkpoint_that_the_graph_lacks_are_listed(
     encoder: Graph, tiny_bert: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    spoilt = copy_of(encoder("legacy"), tmp_path / "graph")
-    model = ir.load(spoilt / "model.onnx")
+    broken = copy_of(encoder("legacy"), tmp_path / "graph")
+    model = ir.load(broken / "model.onnx")
     weight = next(
         value
         for node in model.graph
@@ -381,8 +381,8 @@ def test_modules_of_the_checkpoint_that_the_graph_lacks_are_listed(
     assert weight.const_value is not None
     numbers = np.random.default_rng(0).standard_normal(weight.const_value.numpy().shape)
     weight.const_value = ir.tensor(numbers.astype(np.float32), name=weight.name)
-    ir.save(model, spoilt / "model.onnx")
-    manifest = export(spoilt, tmp_path / "out", checkpoint=tiny_bert)
+    ir.save(model, broken / "model.onnx")
+    manifest = export(broken, tmp_path / "out", checkpoint=tiny_bert)
     assert "encoder.layer.1.output.dense" not in {t.module for t in manifest.targets}
     assert "that were not found in the graph: encoder.layer.1.output.dense" in caplog.text
 

@@ -205,14 +205,14 @@ def test_a_different_vocabulary_of_the_same_size_fails(tiny_llama: Path, tmp_pat
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf])
 def test_values_that_are_not_finite_on_both_sides_fail(wrong: float, reference: Path) -> None:
-    def spoilt(feeds: Feeds) -> Feeds:
+    def damaged(feeds: Feeds) -> Feeds:
         logits = in_numpy(feeds)["logits"]
         logits[0, 0, 0] = wrong
         return {"logits": logits}
 
     inputs = [{"input_ids": np.ones((2, 3), np.int64)}]
-    assert "1 of 6 positions" in failure_of(ld.compare(reference, spoilt, inputs))
-    message = failure_of(ld.compare(spoilt, spoilt, inputs))
+    assert "1 of 6 positions" in failure_of(ld.compare(reference, damaged, inputs))
+    message = failure_of(ld.compare(damaged, damaged, inputs))
     assert "1 of 6 positions hold NaN or infinite" in message
     assert ("NaN on both sides proves nothing" in message) == np.isnan(wrong)
 

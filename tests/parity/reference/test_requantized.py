@@ -153,9 +153,9 @@ def test_a_merge_with_a_damaged_graph_fails(
     make_adapter: MakeAdapter,
     tmp_path: Path,
 ) -> None:
-    spoilt = Path(shutil.copytree(merged(kind), tmp_path / "spoilt"))
-    change_graph(spoilt, change)
-    report = _check(spoilt, bert, _adapter(make_adapter, bert))
+    broken = Path(shutil.copytree(merged(kind), tmp_path / "broken"))
+    change_graph(broken, change)
+    report = _check(broken, bert, _adapter(make_adapter, bert))
     assert not report.passed
 
 

@@ -202,10 +202,10 @@ def test_a_result_that_failed_before_is_no_regression(since: Since) -> None:
 
 
 def test_a_figure_that_became_nan_is_reported(since: Since) -> None:
-    spoilt = dataclasses.replace(
+    broken = dataclasses.replace(
         result(), checks=(dataclasses.replace(result().checks[0], value=np.nan),)
     )
-    assert {"max_abs"} <= {regression.metric for regression in since(with_first(spoilt))}
+    assert {"max_abs"} <= {regression.metric for regression in since(with_first(broken))}
 
 
 # -- what cannot be compared -------------------------------------------------------------------

@@ -214,13 +214,13 @@ def set_gradients(monkeypatch: pytest.MonkeyPatch, step: int, value: float) -> N
     """Set the gradients of a step to `value`."""
     whole = AdapterTrainer.training_step
 
-    def spoilt(self: AdapterTrainer, *inputs: Any) -> Any:
+    def broken(self: AdapterTrainer, *inputs: Any) -> Any:
         loss = whole(self, *inputs)
         if self.state.global_step + 1 == step:
             next(iter(self._injection.parameters())).grad.fill_(value)
         return loss
 
-    monkeypatch.setattr(AdapterTrainer, "training_step", spoilt)
+    monkeypatch.setattr(AdapterTrainer, "training_step", broken)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
