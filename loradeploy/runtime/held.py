@@ -48,11 +48,11 @@ class HeldAdapters:
         lease: Lease,
         device: tuple[str, int],
         join: Join,
-        part: Callable[[Lease], None],
+        end_lease: Callable[[Lease], None],
     ) -> None:
         self._run = run
         self._all = self._lease = lease
-        self._join, self._part = join, part
+        self._join, self._end_lease = join, end_lease
         self._past: list[Lease] = []  # earlier rows, which runs may still read
         self._device = device
         self._running = 0
@@ -108,7 +108,7 @@ class HeldAdapters:
                 old, self._lease = self._lease, lease
                 if old is not self._all:
                     self._past.append(old)
-                self._part_with_past(but=1)  # this call itself
+                self._release_past(but=1)  # this call itself
 
     @contextmanager
     def _while_held(self) -> Iterator[None]:
@@ -132,13 +132,13 @@ class HeldAdapters:
             self._changed.wait_for(lambda: not self._running)
             if self._lease is not self._all:
                 self._past.append(self._lease)
-            self._part_with_past()
+            self._release_past()
 
-    def _part_with_past(self, but: int = 0) -> None:
+    def _release_past(self, but: int = 0) -> None:
         """Release earlier rows if at most `but` runs are running. The caller holds `_changed`."""
         if self._running <= but:
             while self._past:
-                self._part(self._past.pop())
+                self._end_lease(self._past.pop())
 
 
 class JoinedAdapters:
@@ -152,10 +152,10 @@ class JoinedAdapters:
         run: Run,
         device: tuple[str, int],
         join: Join,
-        part: Callable[[Lease], None],
+        end_lease: Callable[[Lease], None],
     ) -> None:
         self._run, self._device = run, device
-        self._join, self._part = join, part
+        self._join, self._end_lease = join, end_lease
         self._holds: dict[int, HeldAdapters] = {}
         self._rows: tuple[Lease, ...] = ()  # one for each row of the batch
         self._lease: Lease | None = None
@@ -201,7 +201,7 @@ class JoinedAdapters:
                 raise
             old_lease, self._lease = self._lease, lease
             if old_lease is not None:
-                self._part(old_lease)
+                self._end_lease(old_lease)
         self._rows = chosen
 
     def run_with_ort_values(
@@ -229,5 +229,5 @@ class JoinedAdapters:
         """Release all rows."""
         self._rows = ()
         if self._lease is not None:
-            self._part(self._lease)
+            self._end_lease(self._lease)
             self._lease = None

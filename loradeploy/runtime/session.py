@@ -414,7 +414,9 @@ class AdapterSession:
                 f"{self.path} is merged and takes no adapters: export the base without `merge`"
             )
         with self._lifetime.use(), self._bank.lease(adapters) as lease:
-            held = HeldAdapters(self._run, lease, self._device, self._bank.join, self._bank.part)
+            held = HeldAdapters(
+                self._run, lease, self._device, self._bank.join, self._bank.end_lease
+            )
             try:
                 yield held
             finally:
@@ -422,7 +424,7 @@ class AdapterSession:
 
     def joined(self) -> JoinedAdapters:
         """Return the adapters of a batch whose rows join and leave; each row has its own `hold`."""
-        return JoinedAdapters(self._run, self._device, self._bank.join, self._bank.part)
+        return JoinedAdapters(self._run, self._device, self._bank.join, self._bank.end_lease)
 
     def close(self) -> None:
         """Wait for running calls, then release the graph and the adapters.

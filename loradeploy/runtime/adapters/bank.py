@@ -281,7 +281,7 @@ class AdapterBank:
                 self._leases.end(lease)
 
     def join(self, rows: Sequence[tuple[Lease, int]], instead: Lease | None) -> Lease:
-        """Make a lease of rows of other leases, as the rows of one batch; end it with `part`.
+        """Make a lease of rows of other leases, as the rows of one batch, until `end_lease`.
 
         The other leases must last longer. `instead`: the caller's earlier lease, which no run reads
         any more; its memory may be reused.
@@ -290,7 +290,7 @@ class AdapterBank:
         heads = tuple(lease.heads[row] for lease, row in rows)
         return self._leases.make(residents, heads, per_row=True, instead=instead)
 
-    def part(self, lease: Lease) -> None:
+    def end_lease(self, lease: Lease) -> None:
         """End a lease that `join` made."""
         self._leases.end(lease)
 

@@ -146,7 +146,7 @@ class DecodingBatch:
             member = self._members[number]
             parents += [member.rows[row.parent] for row in rows]
             member.tokens = [row.token for row in rows]
-        self._settle({number: len(rows) for number, rows in going.items()}, parents)
+        self._replace_rows({number: len(rows) for number, rows in going.items()}, parents)
 
     def enter(self, number: int, sequences: Sequences) -> None:
         """Add a prompt that was not processed yet; only for graphs without a cache."""
@@ -154,7 +154,7 @@ class DecodingBatch:
         self._members[number] = self._member(number, sequences, [])
         counts = {known: len(member.rows) for known, member in self._members.items()}
         rows = [row for member in self._members.values() for row in member.rows]
-        self._settle({**counts, number: 1}, [*rows, 0])
+        self._replace_rows({**counts, number: 1}, [*rows, 0])
 
     def join(
         self, reading: Reading, entrants: Sequence[Entrant], logits: NDArray[Any]
@@ -196,9 +196,11 @@ class DecodingBatch:
         """Remove a prompt before it has ended."""
         if self._members.pop(number, None) is not None and self._whole:
             counts = {known: len(member.rows) for known, member in self._members.items()}
-            self._settle(counts, [row for member in self._members.values() for row in member.rows])
+            self._replace_rows(
+                counts, [row for member in self._members.values() for row in member.rows]
+            )
 
-    def _settle(self, counts: dict[int, int], parents: list[int]) -> None:
+    def _replace_rows(self, counts: dict[int, int], parents: list[int]) -> None:
         """Replace the rows by successors of `parents`; `counts`: the rows of each prompt."""
         with self._changing():
             owners = self._placed(counts, self._rows.move(parents))

@@ -125,8 +125,8 @@ KNOWN: Final = (
         faults=(
             Fault(
                 "all",
-                "rounds what fp32 products multiply to TF32, 10 bits, on GPUs since Ampere",
-                "use_tf32=0 is set, unless the options name it",
+                "rounds the inputs of fp32 products to TF32, 10 bits, on GPUs since Ampere",
+                "use_tf32=0 is set, unless the options set it",
             ),
             Fault(
                 "onnxruntime < 1.24",
@@ -161,8 +161,8 @@ KNOWN: Final = (
     KnownProvider(
         "webgpu",
         f"WebGpu{SUFFIX}",
-        "a GPU with a driver for Vulkan (Linux; and libvulkan.so.1), Direct3D 12 or Metal; an"
-        f" adapter in software counts where {SOFTWARE_ADAPTER}=1 is set before the session opens,"
+        "a GPU with a driver for Vulkan (Linux; and libvulkan.so.1), Direct3D 12 or Metal; a"
+        f" software adapter works too if {SOFTWARE_ADAPTER}=1 is set before the session is opened"
         " and a Vulkan driver such as SwiftShader is installed (VK_ICD_FILENAMES names its .json)",
         plugin=Plugin("onnxruntime-ep-webgpu", "onnxruntime_ep_webgpu"),
         device="webgpu",
@@ -176,8 +176,8 @@ KNOWN: Final = (
         faults=(
             Fault(
                 "0.4.0",
-                "And of tensors that are broadcast is wrong after others of other shapes, in any"
-                " session of the process: masks of a batch are wrong",
+                "And with broadcasting is wrong after one with other shapes, in any session of the"
+                " process: masks of a batch are wrong",
                 "And, Or and Xor are kept on the CPU (forceCpuNodeNames)",
             ),
             Fault(
@@ -192,8 +192,8 @@ KNOWN: Final = (
             ),
             Fault(
                 "0.4.0, on SwiftShader",
-                "GroupQueryAttention is wrong from 32 tokens on; not known of a GPU",
-                "the comparison at the opening refuses it",
+                "GroupQueryAttention is wrong from 32 tokens on; unknown for a GPU",
+                "the comparison when a session is opened refuses it",
             ),
         ),
     ),
@@ -215,8 +215,8 @@ KNOWN: Final = (
             ),
             Fault(
                 "1.8.1",
-                "computes in bf16 where the processor can, unless f32 is asked for",
-                "load_config asks for f32, unless the options have one",
+                "computes in bf16 if the processor supports it, unless f32 is requested",
+                "load_config requests f32, unless the options set it",
             ),
         ),
     ),

@@ -43,7 +43,7 @@ def abandon(
         fail(one.submission, problem)
 
 
-def end_unread(submission: Submission) -> int:
+def end_unprocessed(submission: Submission) -> int:
     """End a request that was cancelled before its prompt was processed.
 
     Returns the number of its texts that this ends.

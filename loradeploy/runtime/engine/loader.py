@@ -87,7 +87,7 @@ class Loader:
             requests.fail(submission, problem)
         else:
             if running is None:
-                requests.end_unread(submission)
+                requests.end_unprocessed(submission)
         with requests.changed:
             requests.preparing = None
             broken = requests.broken

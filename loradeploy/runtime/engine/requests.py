@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from loradeploy.errors import EngineClosedError, EngineFullError
 from loradeploy.printable import logger_of
-from loradeploy.runtime.engine.endings import abandon, end_unread, ended_by_defect
+from loradeploy.runtime.engine.endings import abandon, end_unprocessed, ended_by_defect
 from loradeploy.runtime.engine.queue import FairQueue
 from loradeploy.runtime.engine.submission import Submission, too_late
 
@@ -94,11 +94,11 @@ class EngineRequests:
             waited = self.queue.remove(submission)
             self.changed.notify_all()
         if waited:
-            self.end_unread(submission)
+            self.end_unprocessed(submission)
 
-    def end_unread(self, submission: Submission) -> None:
+    def end_unprocessed(self, submission: Submission) -> None:
         """End a request that was cancelled before its prompt was processed."""
-        choices = end_unread(submission)
+        choices = end_unprocessed(submission)
         with self.changed:
             if choices:
                 self.statistics.finished["cancelled"] += choices
@@ -148,7 +148,7 @@ class EngineRequests:
         for one in late:
             self.fail(one.submission, too_late())
         for one in idle:
-            self.end_unread(one.submission)
+            self.end_unprocessed(one.submission)
 
     def release(self, ended: Sequence[tuple[Running, BaseException | None]]) -> None:
         """Release the requests that ended in a round of the worker."""

@@ -204,7 +204,7 @@ def _open(
         preload_cuda()
     if asked is not None:
         content = source if isinstance(source, bytes) else None
-        asked = [_kept_off(provider, content, graph) for provider in asked]
+        asked = [_with_cpu_nodes(provider, content, graph) for provider in asked]
     by_name = None if asked is None else add_started(options, asked)
     try:
         with nullcontext() if names == [CPU] else unlogged():
@@ -217,7 +217,7 @@ def _open(
     return session
 
 
-def _kept_off(provider: Resolved, content: bytes | None, graph: Path) -> Resolved:
+def _with_cpu_nodes(provider: Resolved, content: bytes | None, graph: Path) -> Resolved:
     """The provider with an option that keeps the operators it computes incorrectly on the CPU.
 
     `content`: that of `graph`, if it was read already.
@@ -290,11 +290,11 @@ def check_graph(
         inputs = tuple(spec for spec in inputs if (spec.name in apart.inputs) is encoder)
         given = tuple(spec for spec in given if (spec.name in apart.outputs) is encoder)
     problems = [
-        *_misfits("input", inputs, required),
+        *_mismatches("input", inputs, required),
         *_unknown("input", inputs, required),
-        *_misfits("output", given, outputs),
+        *_mismatches("output", given, outputs),
         *_unknown("output", given, outputs),
-        *_misfits("side input", sides, overridable),
+        *_mismatches("side input", sides, overridable),
         *_unknown("side input", sides, overridable),
     ]
     if problems:
@@ -309,7 +309,7 @@ def lacks_defaults(manifest: Manifest, session: onnxruntime.InferenceSession) ->
     return bool(_optional(manifest)) and not session.get_overridable_initializers()
 
 
-def _misfits(kind: str, specs: Sequence[TensorSpec], nodes: Mapping[str, Any]) -> list[str]:
+def _mismatches(kind: str, specs: Sequence[TensorSpec], nodes: Mapping[str, Any]) -> list[str]:
     problems = []
     for spec in specs:
         node = nodes.get(spec.name)

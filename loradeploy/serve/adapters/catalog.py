@@ -247,13 +247,13 @@ class Catalog:
             begin = time.perf_counter()
             problem: LoraDeployError | None = None
             try:
-                await self._read_to_the_end(name, found)
+                await self._read_uninterrupted(name, found)
             except LoraDeployError as error:
                 problem = error
             if found != await asyncio.to_thread(self._find, entry, fresh=True):
                 continue  # the files may be of two versions
             if problem is not None:
-                if _lasting(problem):
+                if _is_permanent(problem):
                     self._failed[name] = found, problem
                 raise problem
             self._failed.pop(name, None)
@@ -284,7 +284,7 @@ class Catalog:
         assert self.root is not None
         return found == self._loaded.get(name) and await asyncio.to_thread(self.root.has, found)
 
-    async def _read_to_the_end(self, name: str, found: Found) -> None:
+    async def _read_uninterrupted(self, name: str, found: Found) -> None:
         """Like `_read`, but completes even if the request is cancelled: reads must not overlap."""
         reading = asyncio.ensure_future(asyncio.to_thread(self._read, name, found))
         try:
@@ -327,7 +327,7 @@ class Catalog:
         return [name for name in names if name != self.base]
 
 
-def _lasting(problem: BaseException) -> bool:
+def _is_permanent(problem: BaseException) -> bool:
     """Whether the same files would be refused again: not after an error of the system or store."""
     if not isinstance(problem, AdapterError) or isinstance(problem, AdapterStoreError):
         return False

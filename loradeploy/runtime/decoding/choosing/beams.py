@@ -84,7 +84,7 @@ class BeamSearch:
             self._ended += [_Beam((), -np.inf, reason="cancelled")] * missing
             self._running = []
             return []
-        candidates = [self._judged(beam) for beam in self._candidates(logits)]
+        candidates = [self._ended_if_complete(beam) for beam in self._candidates(logits)]
         length = len(self._running[0].ids) + 1  # includes the end token, which is not in `ids`
         best = candidates[: self._num_beams]
         if self._improvable and not (self._full and self._early_stopping is True):
@@ -126,7 +126,7 @@ class BeamSearch:
             found.append(_Beam(ids, float(flat[index]), row))
         return found
 
-    def _judged(self, beam: _Beam) -> _Beam:
+    def _ended_if_complete(self, beam: _Beam) -> _Beam:
         """Return `beam`, ended if its last token ends it."""
         token = beam.ids[-1]
         if token in self._process.ends:
