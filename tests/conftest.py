@@ -28,7 +28,7 @@ from tools.inputs import real_models
 ROOT = Path(__file__).parent.parent
 MakeAdapter = Callable[..., Path]
 
-# Of a test marked breadth, one in this many cases runs by default; the mark can set another number.
+# One in this many cases of a test marked breadth runs by default; the mark can change the number.
 _ONE_IN = 3
 
 

@@ -38,7 +38,7 @@ def test_a_snapshot_of_the_hugging_face_cache_is_read_through_its_links(tmp_path
             inside(snapshot, escape)
 
 
-def test_json_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+def test_json_can_start_with_a_byte_order_mark(tmp_path: Path) -> None:
     (tmp_path / "file.json").write_text('{"r": 8}', encoding="utf-8-sig")
     assert read_json(tmp_path / "file.json", error=BundleError) == {"r": 8}
 

@@ -28,7 +28,7 @@ def test_a_null_byte_ends_nowhere() -> None:
     assert resolved("a\0b") == Path("a\0b")
 
 
-def test_a_tilde_is_a_home_directory_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tilde_is_expanded_if_the_home_directory_exists(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
     assert expanded("~/x") == Path("/home/somebody/x")
     assert expanded("~nobody-of-this-name/x") == Path("~nobody-of-this-name/x")

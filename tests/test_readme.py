@@ -33,7 +33,7 @@ DOCUMENTS = {
     "docs/training.md": (2, set(), "adapters/headline/README.md"),
 }
 
-# What a program of a client is tried by: the numbers that it has at its end are AdapterSession's.
+# By page: code appended to its programs, which compares their results with AdapterSession's.
 EFFECTS = {
     "docs/generation.md": """
 rows = [generator.generate(prompts, adapters=name)[0].text for name in (None, "topic", "sport")]

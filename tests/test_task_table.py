@@ -185,7 +185,7 @@ def test_a_vision_tower_is_neither_run_nor_served_and_the_refusal_names_what_run
         Service(session, limits=ServeLimits())
 
 
-def test_the_page_of_what_is_supported_has_the_table() -> None:
+def test_the_documentation_has_the_table_of_tasks() -> None:
     page = (ROOT / "docs" / "support.md").read_text(encoding="utf-8")
     for name, task in TASK_TABLE.items():
         if not task.exported:

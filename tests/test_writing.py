@@ -125,7 +125,7 @@ def test_a_file_that_is_not_ours_is_never_replaced(
 
 
 @pytest.mark.parametrize("name", ["n" * 255, "é" * 127, "a\nb", " x", "-x"])
-def test_a_name_may_be_as_long_as_the_file_system_allows(name: str, tmp_path: Path) -> None:
+def test_a_name_can_be_as_long_as_the_file_system_allows(name: str, tmp_path: Path) -> None:
     (tmp_path / name[:-1]).write_text("of another target, with the same beginning")
     for text in ("old", "new"):
         write_bundle(tmp_path / name, text)
@@ -222,7 +222,7 @@ def test_a_link_is_refused_and_its_target_is_kept(tmp_path: Path) -> None:
     assert (tmp_path / "b" / MARKER).read_text() == "old"
 
 
-def test_a_home_directory_and_a_root_are_refused_whatever_is_in_them(
+def test_a_home_directory_and_a_root_are_refused_regardless_of_their_contents(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_bundle(tmp_path / "home", "old")
@@ -233,7 +233,7 @@ def test_a_home_directory_and_a_root_are_refused_whatever_is_in_them(
 
 
 @pytest.mark.parametrize("given", ["b", "b/", "b/adapters/a", "link", "b/../b"])
-def test_an_output_that_is_or_holds_an_input_is_refused(given: str, tmp_path: Path) -> None:
+def test_an_output_that_is_or_contains_an_input_is_refused(given: str, tmp_path: Path) -> None:
     (tmp_path / "b/adapters/a").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "b")
     with pytest.raises(UsageError, match="would be replaced by the output"):

@@ -196,7 +196,7 @@ def test_convert_does_not_replace_other_directories(
 
 
 @pytest.mark.parametrize("suffix", [".onnx_adapter", ".json", ".xml", ".md", ".html"])
-def test_a_file_of_something_else_is_replaced_by_no_command(
+def test_no_command_replaces_a_file_of_another_kind(
     suffix: str, adapter: Path, tiny_llama_bundle: Path, tmp_path: Path, run: Run
 ) -> None:
     thesis = (tmp_path / "thesis").with_suffix(suffix)

@@ -350,7 +350,7 @@ def test_a_decoder_classifies(tiny_llama: Path, make_adapter: MakeAdapter, tmp_p
 # -- the bundle's files ------------------------------------------------------------------------
 
 
-def test_the_bundle_holds_what_the_runtime_needs(
+def test_the_bundle_has_the_files_that_the_runtime_needs(
     tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     adapter = make_adapter(tiny_llama)

@@ -439,7 +439,7 @@ def test_the_command_prints_json(
 
 
 @pytest.mark.parametrize("mistake", MISTAKES[:2], ids=lambda mistake: mistake.name)
-def test_the_command_exits_with_1_where_the_graph_holds_something_else(
+def test_the_command_exits_with_1_for_a_graph_with_a_wrong_adapter(
     mistake: Mistake,
     tiny_llama: Path,
     bundle: Path,

@@ -33,10 +33,10 @@ def bundle(certified_bundle: Path, tmp_path: Path) -> Path:
     return shutil.copytree(certified_bundle, tmp_path / "bundle")
 
 
-def test_a_directory_that_is_no_bundle_is_not_searched(
+def test_a_directory_without_a_manifest_is_refused_without_listing_its_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It may be the root of a disk."""
+    """It could be the root of a disk."""
     monkeypatch.setattr("os.walk", lambda *_: pytest.fail("all of its files are listed"))
     with pytest.raises(BundleError, match="is not a bundle: it has no loradeploy.json"):
         AdapterSession(tmp_path)

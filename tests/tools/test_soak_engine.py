@@ -1,4 +1,4 @@
-"""The soak tells answers that rounding changes from wrong ones."""
+"""The soak test distinguishes texts that differ by rounding from wrong ones."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LONE = LoneAnswer((1, 2, 3), (frozenset({1}), frozenset({2, 5}), frozenset({3}),
         ((1, 2, 3), True, False, False),
         ((1, 2), False, False, False),  # canceled
         ((1, 2), True, True, False),
-        ((1, 5, 9), True, True, True),  # another text from the tie on
+        ((1, 5, 9), True, True, True),  # another text after the tie
         ((1, 5), False, True, True),
         ((1, 6, 3), True, True, False),
         ((7, 2, 3), True, True, False),
@@ -32,7 +32,7 @@ LONE = LoneAnswer((1, 2, 3), (frozenset({1}), frozenset({2, 5}), frozenset({3}),
         ((1, 2, 3, 8), True, True, False),
     ],
 )
-def test_only_tokens_that_rounding_decides_may_differ(
+def test_only_tokens_decided_by_rounding_can_differ(
     ids: Sequence[int], whole: bool, differs: bool, tied: bool
 ) -> None:
     assert LONE.differs(ids, whole=whole) is differs

@@ -81,7 +81,7 @@ def test_a_setting_defined_by_the_adapter_is_refused(
 
 
 @pytest.mark.parametrize("flags", [{}, {"init_adapter": "a"}], ids=["in the file", "a flag"])
-def test_such_a_setting_is_refused_in_the_file_too(flags: dict[str, Any]) -> None:
+def test_settings_defined_by_the_adapter_are_refused_in_the_file_too(flags: dict[str, Any]) -> None:
     values = {"rank": TrainConfig().rank, "alpha": 16, "seed": 0}  # a rank equal to the default
     if not flags:
         values["init_adapter"] = "a"

@@ -1,4 +1,4 @@
-// Runs jobs in Chromium, and uses the example's page as a person would.
+// Runs jobs in Chromium, and operates the example's page like a user.
 //
 //     node browser.mjs EXAMPLES BUNDLE SCREENSHOTS < JOBS
 //
@@ -15,10 +15,10 @@ const { chromium } = createRequire(join(examples, "clients", "js", "package.json
 const FLAGS = [
   ...["--no-sandbox", "--disable-quic", "--no-first-run", "--disable-background-networking"],
   ...["--disable-component-update", "--disable-sync"],
-  // WebGPU on SwiftShader, which is a GPU in software.
+  // WebGPU on SwiftShader, a software GPU.
   ...["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan"],
   ...["--use-vulkan=swiftshader", "--disable-vulkan-surface"],
-  "--js-flags=--liftoff-only", // tiny models do not repay the optimizing of 40 MB of WebAssembly
+  "--js-flags=--liftoff-only", // optimizing 40 MB of WebAssembly takes longer than tiny models
 ];
 const PATIENCE = 300_000; // ms: machines may be busy
 const VIEWS = [
@@ -103,7 +103,7 @@ async function useThePage() {
   });
   await page.locator("#tokens").fill("12");
   await page.locator("#prompt").focus();
-  // From the prompt, where the focus is: the text, then back to the picker.
+  // From the prompt, which has the focus: type the text, then go back to the selection.
   await page.keyboard.type("Shares rose");
   await page.keyboard.press("Shift+Tab");
   const picker = await focused();
@@ -132,7 +132,7 @@ async function useThePage() {
     }));
   }
 
-  // A prompt that is too long, then a bundle that is not there.
+  // A prompt that is too long, then a bundle that does not exist.
   await page.locator("#prompt").fill("word ".repeat(200));
   await page.locator("#prompt").press("Control+Enter");
   await page.waitForFunction(() => !document.getElementById("error").hidden);
@@ -142,7 +142,7 @@ async function useThePage() {
   await page.setViewportSize(VIEWS[0]);
   await page.screenshot({ path: join(screenshots, "missing.png"), fullPage: true });
   const missing = { status: await shown("status"), error: await shown("error"), enabled: await page.locator("#generate").isEnabled() };
-  // Then without the client's packages, as where they were not installed.
+  // Then without the client's packages, as if they were not installed.
   await page.route("**/@huggingface/jinja/**", (route) => route.fulfill({ status: 404 }));
   await page.goto(url);
   await page.waitForFunction(() => !document.getElementById("error").hidden);

@@ -1,4 +1,4 @@
-// Runs the jobs on stdin in Node, by the client at the path that is given.
+// Runs the jobs on stdin in Node, with the client at the given path.
 import { readFileSync } from "node:fs";
 import { runJobs } from "./jobs.mjs";
 

@@ -1,8 +1,7 @@
-// Uses the page of `loradeploy serve` as a person would.
+// Operates the page of `loradeploy serve` like a user.
 //
 //     node serve_page.mjs EXAMPLES URL SCREENSHOTS
-//
-// EXAMPLES has clients/js/ with its node_modules. Prints what was seen as JSON.
+// EXAMPLES has clients/js/ with its node_modules. Prints the observed page states as JSON.
 import { mkdtempSync, rmSync } from "node:fs";
 import { createRequire } from "node:module";
 import { tmpdir } from "node:os";
@@ -24,7 +23,7 @@ try {
   const problems = [];
   const hosts = new Set();
   page.on("pageerror", (problem) => problems.push(problem.message));
-  // A refusal is an error too, which the page shows.
+  // The page shows refusals as errors.
   page.on("console", (message) => message.type() === "error" && !message.text().includes("status of 400") && problems.push(message.text()));
   page.on("request", (request) => hosts.add(new URL(request.url()).host));
   await page.goto(url);
@@ -50,7 +49,7 @@ try {
   seen.figures = await answers("figures");
   seen.steps = await page.evaluate(() => [0, 1].map((n) => new Set(window.lengths.map((both) => both[n])).size));
 
-  // The second turn has the first one before it.
+  // The second turn includes the first one.
   await page.keyboard.type("And then?");
   await page.keyboard.press("Enter");
   await page.waitForFunction(() => document.querySelectorAll(".figures").length === 4);
@@ -68,7 +67,7 @@ try {
     }));
   }
 
-  // Without a chat template, the base alone.
+  // Without a chat template, with the base only.
   await page.click("#clear");
   await page.uncheck("#chat");
   await page.selectOption("#model-0", seen.models[0].replace(" (base)", ""));
@@ -78,7 +77,7 @@ try {
   await page.waitForFunction(() => document.querySelectorAll(".figures").length === 1);
   seen.plain = await answers("assistant");
 
-  // What the service refuses is said, and the next prompt can be sent.
+  // A refusal of the service is shown, and the next prompt can be sent.
   await page.fill("#prompt", "word ".repeat(200));
   await page.click("#send");
   await page.waitForSelector(".wrong");
@@ -91,7 +90,7 @@ try {
   await page.fill("#prompt", "The");
   await page.evaluate(() => {
     document.getElementById("send").click();
-    document.getElementById("stop").click(); // in the same task: no answer is as fast
+    document.getElementById("stop").click(); // in the same task, before any response
   });
   await page.waitForFunction(() => !document.getElementById("send").disabled);
   seen.stopped = await answers("figures");

@@ -182,7 +182,7 @@ def test_a_merge_into_quantized_weights_is_refused() -> None:
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2])
-def test_weights_of_eight_bit_floats_are_merged_into_only_if_asked_for(dtype: Any) -> None:
+def test_a_merge_into_float8_weights_needs_requantize(dtype: Any) -> None:
     def model() -> ir.Model:
         b = Builder()
         x = b.input("x", ["batch", "sequence", IN])

@@ -145,7 +145,7 @@ def grouped(
     return place
 
 
-def test_parity_holds(grouped: Path, tiny_llama: Path) -> None:
+def test_parity_passes(grouped: Path, tiny_llama: Path) -> None:
     prompts = ["The capital of", "Hi"]
     report = ld.parity(grouped, model=tiny_llama, prompts=prompts, tokens=3, certificate=False)
     assert report.passed, report.failures

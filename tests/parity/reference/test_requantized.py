@@ -176,7 +176,7 @@ def _rounded(weight: np.ndarray, bits: int) -> np.ndarray:
     [(1, 0, True), (0, 0, False), (2, 0, False), (0.5, 0, False), (1, 1, False)],
     ids=["right", "missing", "doubled", "halved", "on-top-of-another"],
 )
-def test_a_wrong_update_in_packed_weights_is_told_from_rounding(
+def test_a_wrong_update_in_packed_weights_is_distinguished_from_rounding(
     share: float, extra: float, right: bool, bits: int
 ) -> None:
     generator = np.random.default_rng(0)

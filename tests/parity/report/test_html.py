@@ -174,7 +174,7 @@ def test_every_limit_comes_with_its_reason() -> None:
 
 
 @WHATEVER_IS_TOLD
-def test_every_plot_says_in_words_what_it_shows(report: ParityReport) -> None:
+def test_every_plot_has_a_text_description(report: ParityReport) -> None:
     plots = [attributes for tag, attributes in Page(html(report)).elements if tag == "svg"]
     shown = [own for own in plots if own.get("role") == "img"]
     assert all(own.get("aria-label") for own in shown)

@@ -19,7 +19,7 @@ def test_scopes_take_turns_and_so_do_the_adapters_of_a_scope() -> None:
     assert order(queue) == "acbcaaa"
 
 
-def test_a_scope_that_asks_for_more_work_gets_fewer_turns() -> None:
+def test_a_scope_that_requests_more_work_gets_fewer_turns() -> None:
     queue: FairQueue[str] = FairQueue()
     for _ in range(4):
         queue.push("L", "long", None, 3)

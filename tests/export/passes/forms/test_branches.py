@@ -177,7 +177,7 @@ def test_a_bundle_with_branches_can_be_exported_again(
     )
 
 
-def test_parity_holds_with_branches(kinds: Kinds, tiny_llama: Path, tmp_path: Path) -> None:
+def test_parity_passes_with_branches(kinds: Kinds, tiny_llama: Path, tmp_path: Path) -> None:
     bundle = _exported(*_factors(kinds, tmp_path), ROWS_AND_BRANCHES)
     report = ld.parity(bundle, model=tiny_llama, prompts=["The capital of", "Hi"], tokens=2)
     assert report.passed

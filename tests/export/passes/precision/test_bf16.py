@@ -176,7 +176,7 @@ def test_float32_weights_beside_bfloat16_ones_are_rounded_only_on_request(
     assert kept == (asked is None)
 
 
-def test_parity_holds(published: Path, make_adapter: MakeAdapter, tmp_path: Path) -> None:
+def test_parity_passes(published: Path, make_adapter: MakeAdapter, tmp_path: Path) -> None:
     adapter = make_adapter(published, r=4, seed=1, scale=0.1)
     export(published, tmp_path / "b", precision="bf16", adapters={"a": adapter})
     report = ld.parity(tmp_path / "b", model=published, prompts=["The capital of", "Hi"], tokens=2)
