@@ -161,17 +161,18 @@ def _notes(context: CheckContext, reference: Reference) -> list[str]:
     manifest = context.manifest
     if manifest.precision in QUANTIZED:
         notes.append(
-            f"{manifest.precision} products round activations in each provider's own way: the"
-            f" verdict holds on {', '.join(context.variants.chains)} and not on other providers"
+            f"providers round the activations of {manifest.precision} products differently: the"
+            f" verdict applies to {', '.join(context.variants.chains)}, not to other providers"
             f" (`loradeploy parity {context.bundle} --provider NAME` checks one)"
         )
     if not context.adapters:
         notes.append("no adapter is in the bundle or given: only the base was compared")
     if not context.merged and not reference.scale[None]:
-        notes.append("the base only gives zeros (an untrained head): it proves nothing")
+        notes.append("all outputs of the base are zero (an untrained head), which proves nothing")
     if manifest.base.kind == "onnx":
         notes.append(
-            "the bundle was made from an ONNX file: its values show that it is the given model's"
+            "the bundle was made from an ONNX file: only the compared values show that it belongs"
+            " to the given model"
         )
     if manifest.merge_error is not None:
         error = manifest.merge_error
@@ -181,8 +182,8 @@ def _notes(context: CheckContext, reference: Reference) -> list[str]:
         )
     if context.cases.unfed:
         notes.append(
-            f"{context.cases.unfed} tokens whose rows of the vocabulary an adapter changed were not"
-            f" fed: {MOST_TRAINED} are at most"
+            f"{context.cases.unfed} tokens whose embedding or head rows an adapter changed were not"
+            f" fed: the maximum is {MOST_TRAINED}"
         )
     claimed = manifest.merged_adapter
     for tested in context.adapters if claimed is not None else ():

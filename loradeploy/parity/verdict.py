@@ -101,7 +101,7 @@ def _checks(
 
 def _failure(figures: Figures, checks: tuple[Check, ...]) -> str | None:
     if figures.not_finite:
-        return f"{figures.not_finite} of {figures.positions} positions hold NaN or infinite values"
+        return f"{figures.not_finite} of {figures.positions} positions have NaN or infinite values"
     if not figures.positions:
         return "no positions were compared"
     failed = [check for check in checks if not check.passed]
@@ -121,7 +121,7 @@ def _failure(figures: Figures, checks: tuple[Check, ...]) -> str | None:
         step = f"generated token {first.step + 1}" if first.step is not None else "position"
         at = "" if first.step is not None else f" {first.position}"
         where += (
-            f"; first other token at prompt {first.case + 1}, {step}{at}:"
-            f" {first.actual} for {first.expected} (margin {first.margin:.2g})"
+            f"; first different token at prompt {first.case + 1}, {step}{at}:"
+            f" {first.actual} instead of {first.expected} (margin {first.margin:.2g})"
         )
     return listed + where

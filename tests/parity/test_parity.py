@@ -298,7 +298,7 @@ def test_peft_that_is_not_installed_is_named(
     (result,) = (r for r in report.results if r.backend == "peft")
     assert (result.outcome, result.message) == ("not run", "peft is not installed")
     asked = parity(bundle, model=tiny_llama, backends=["peft", "onnx-native"])
-    assert asked.failures == ("PEFT was asked for and not run: peft is not installed",)
+    assert asked.failures == ("PEFT was requested but not run: peft is not installed",)
 
 
 def test_controls_fail_and_do_not_change_the_verdict(

@@ -97,7 +97,7 @@ def _lacks(context: CheckContext, largest: int) -> str | None:
         parameters += sum(prod(tensor.dims) for tensor in part.initializer)
         for node in part.node:
             if node.domain not in _STANDARD:
-                return f"{node.domain}.{node.op_type} is no operator of the ONNX standard"
+                return f"{node.domain}.{node.op_type} is not an operator of the ONNX standard"
     if nodes * parameters <= largest:
         return None
     return f"the graph is too large for it ({nodes} nodes, {parameters / 1e6:.0f} M parameters)"

@@ -71,7 +71,7 @@ def native_adapter(context: CheckContext) -> Iterator[tuple[str | None, OnnxMode
 
     rows = [known(name) for name, _ in context.providers]
     if names := [row.name for row in rows if not row.takes_defaults]:
-        raise NotRunError(f"{names[0]} needs every side input to be fed, which they do not do")
+        raise NotRunError(f"{names[0]} does not support defaults of side inputs")
     manifest = context.manifest
     sessions = [open_graph(context.bundle, context.providers, _options(context))]
     if manifest.encoder is not None:
@@ -98,7 +98,7 @@ def native_adapter(context: CheckContext) -> Iterator[tuple[str | None, OnnxMode
         )
     if left_out:
         raise NotRunError(
-            f"{listed(left_out)}, whose default of rank 0 {ranks[0]} does not take"
+            f"{listed(left_out)}, whose default of rank 0 {ranks[0]} does not support"
             " (`AdapterSession` feeds zeros there)"
         )
 

@@ -83,7 +83,7 @@ class Backend:
         if self.needs_adapter and not context.adapters:
             return "no adapter is in the bundle or given"
         if self.on_torch and context.merged and context.manifest.precision in QUANTIZED:
-            return "it does not round what it merged, as the graph does"
+            return "it does not round the merged weights, as the graph does"
         return None if self.lacks is None else self.lacks(context)
 
 
@@ -115,7 +115,7 @@ def _peft_lacks(context: CheckContext) -> str | None:
     for tested in context.adapters:
         own = tested.adapter.factors
         if not own and not tested.adapter.rows:
-            return f"PEFT loads no adapter without factors, as {tested.name} is"
+            return f"PEFT cannot load {tested.name}, an adapter without factors"
         whole = with_all_tokens(tested.adapter, context.manifest).factors
         if any(
             (own[module].A.shape, own[module].B.shape) != (pair.A.shape, pair.B.shape)
@@ -124,8 +124,8 @@ def _peft_lacks(context: CheckContext) -> str | None:
             return f"{tested.name} has factors for fewer tokens than the bundle has rows"
         for shared in rows_of_tied(tested.adapter, context.manifest).values():
             return (
-                f"PEFT replaces trained rows of {shared[0]}, what {tested.name} trained is added"
-                " to the quantized ones here"
+                f"PEFT replaces the trained rows of {shared[0]}; here the difference that"
+                f" {tested.name} trained is added to the quantized rows"
             )
     return None
 

@@ -85,7 +85,7 @@ def run_backends(
         missing = backend.missing(context)
         phases = _phases(backend, context)
         if missing is None and not phases:
-            missing = f"it has none of the phases {', '.join(context.phases or ())}"
+            missing = f"it does not have the phases {', '.join(context.phases or ())}"
         if missing is not None:
             results.append(_not_run(backend, missing))
             continue
@@ -310,7 +310,7 @@ def _run_rows(
         alike=context.cases.alike,
         batched=backend.batched,
     )
-    problem = "it gave less than all positions"
+    problem = "it returned fewer positions than expected"
     while True:
         begin = time.perf_counter()
         try:
@@ -331,7 +331,7 @@ def _run_rows(
         yield _result(backend, adapter, phase, tally, failure, context, reference)
     for phase in phases:
         for adapter in left_out(phase, rows, batched=backend.batched):
-            why = f"{phase}: no row of {adapter or BASE_LABEL} is among those that it is shown"
+            why = f"{phase}: no row of {adapter or BASE_LABEL} is among those of this phase"
             skipped = dataclasses.replace(_not_run(backend, why), adapter=adapter, phase=phase)
             yield dataclasses.replace(skipped, variant=_variant(backend, context))
 

@@ -156,7 +156,7 @@ OFF_BY_ONE: Final = Mistake(
 
 
 BASE_ENCODER: Final = Mistake(
-    "encoder without adapter", "the encoder gives what the base's gives", lambda _: None
+    "encoder without adapter", "the encoder's outputs are the base's", lambda _: None
 )
 
 # The decoders that a mistake with embeddings applies to: all, those in which an image's positions
@@ -164,17 +164,19 @@ BASE_ENCODER: Final = Mistake(
 ALWAYS, BLOCKS, MROPE = "always", "blocks", "mrope"
 EMBEDS_MISTAKES: Final = (
     (
-        Mistake("shifted places", "embeddings are read one token too late", lambda _: None),
+        Mistake("shifted places", "embeddings are fed one token too late", lambda _: None),
         Fed.shifted,
         ALWAYS,
     ),
     (
-        Mistake("exchanged embeddings", "images have each other's places", lambda _: None),
+        Mistake("exchanged embeddings", "images have each other's embeddings", lambda _: None),
         Fed.exchanged,
         ALWAYS,
     ),
     (
-        Mistake("causal images", "an image's positions see those before alone", lambda _: None),
+        Mistake(
+            "causal images", "an image's positions attend to earlier ones only", lambda _: None
+        ),
         Fed.causal,
         BLOCKS,
     ),

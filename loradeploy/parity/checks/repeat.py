@@ -47,7 +47,7 @@ def second_run(context: CheckContext, reference: Reference, base: Base) -> Resul
         adapter=None,
         phase=REPEAT,
         problem=(
-            "the reference is nondeterministic by itself: two runs differ by"
+            "the reference is nondeterministic: two runs differ by"
             f" {verdict.figures.max_abs:.2g}; nothing can be compared with it"
         ),
     )

@@ -200,7 +200,7 @@ def _unused_inputs(expected: Side, actual: Side, fed: Fed, renamed: Mapping[str,
         if side.inputs is not None:
             takes = {spec.name for spec in side.inputs}
             left = [name for name in fed.cases[0] if own.get(name, name) not in takes]
-            notes += [f"{side.title} takes no {name}" for name in left]
+            notes += [f"{side.title} does not take {name}" for name in left]
     return notes
 
 
@@ -248,7 +248,7 @@ def _same_meaning(expected: Side, actual: Side) -> list[Result]:
         if differ:
             first = differ[0]
             message = (
-                f"the {what} is another one, in {len(differ)} places: {first!r} is"
+                f"the {what} differs in {len(differ)} places: {first!r} is"
                 f" {one.get(first)!r} in the reference and {other.get(first)!r} in the candidate"
             )
         results.append(

@@ -152,8 +152,8 @@ def make_feeds(
         meaning = _meaning(spec)
         if meaning.assumption is not None and (vocabulary is None or meaning.make is not _ids):
             assumed[spec.name] = meaning.assumption.format(vocabulary=below)
-    notes = tuple(f"assumed of {name}: {assumption}" for name, assumption in assumed.items())
-    return Fed(tuple(cases), f"made from the inputs' shapes, seed {seed}", notes)
+    notes = tuple(f"assumed for {name}: {assumption}" for name, assumption in assumed.items())
+    return Fed(tuple(cases), f"generated from the inputs' shapes, seed {seed}", notes)
 
 
 def _meaning(spec: TensorSpec) -> Meaning:

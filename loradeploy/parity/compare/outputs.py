@@ -88,7 +88,7 @@ class Outputs:
         """Judge every output and return its result."""
         results = []
         if not self._found:
-            self._of(_ALL).problems.append("there is none that both sides gave")
+            self._of(_ALL).problems.append("no output is common to both sides")
         for aspect, output in self._found.items():
             figures = output.comparison.figures()
             verdict = judge(figures, limits(scale=output.scale), effect=None)
@@ -111,7 +111,7 @@ class Outputs:
         output = self._of(_family(name))
         if expected.shape != actual.shape:
             narrow = expected.ndim > 1 and expected.shape[:-1] == actual.shape[:-1]
-            why = ": another vocabulary, or another number of labels" if narrow else ""
+            why = ": the vocabulary or the number of labels differs" if narrow else ""
             output.problems.append(
                 f"{name} is {list(actual.shape)} where {list(expected.shape)} is expected,"
                 f" in {case}{why}"

@@ -98,10 +98,10 @@ class Runs:
         return given
 
     def _nondeterminism(self, first: Given, second: Given, limits: LimitsOf) -> str | None:
-        beginning = f"the {self.role} is nondeterministic by itself: "
+        beginning = f"the {self.role} is nondeterministic: "
         one, two = named(first, first), named(second, second)
         if {n: v.shape for n, v in one.items()} != {n: v.shape for n, v in two.items()}:
-            why = "two runs give other outputs, or outputs of other shapes"
+            why = "two runs return different outputs, or outputs of different shapes"
             return f"{beginning}{why}{self.side.hint}"
         largest, where, fails = 0.0, "", False
         for name, values in one.items():
@@ -119,7 +119,7 @@ class Runs:
             return f"{beginning}{difference}{self.side.hint}"
         if where:
             self.notes.append(
-                f"the {self.role} is not the same twice: {difference}, within the limits"
+                f"the {self.role} is nondeterministic, but within the limits: {difference}"
             )
         return None
 

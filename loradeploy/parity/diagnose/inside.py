@@ -159,7 +159,7 @@ def other_side(row: TorchRow, backend: str, sites: Sequence[Site]) -> Iterator[O
         values = row.values(points, lambda: MODELS[backend](context, base, tested))
         yield OtherSide(points, values)
     else:
-        raise ValueError(f"nothing is known of what is inside of {backend}")
+        raise ValueError(f"the inner values of {backend} are not accessible")
 
 
 def _scratch(row: TorchRow) -> AbstractContextManager[str]:

@@ -188,10 +188,11 @@ def _message(found: Found, limit: float, failed: bool) -> str | None:
         return "no module of the model was found in the graph"
     if found.largest > limit:
         return (
-            f"no module stands out: the error grows little by little, to {found.largest:.0f} times"
-            " what rounding does"
+            f"no single module diverges: the error grows gradually, to {found.largest:.0f} times"
+            " the rounding error"
         )
     return (
-        "alone in its batch, without a cache and with its inner values shown, every module agrees"
-        " but for rounding: it is a batch, the cache, a fusion of onnxruntime's, or a tight limit"
+        "in a batch of one row, without a cache and with inner values as outputs, every module"
+        " agrees within rounding: the cause is the batch, the cache, a fusion of onnxruntime, or a"
+        " tight limit"
     )

@@ -130,8 +130,8 @@ def shrink_failures(
             example = _smallest(backend, result, context, reference, base)
             if example is None:
                 remarks.append(
-                    f"{result.title}, {result.adapter_label}, {result.phase}: no prompt by itself"
-                    " fails again, so no smallest input was found"
+                    f"{result.title}, {result.adapter_label}, {result.phase}: the failure was"
+                    " not reproduced with a single prompt, so no smallest input was found"
                 )
             else:
                 found.append(example)

@@ -308,7 +308,7 @@ def _limits(
     except (RuntimeError, TypeError, ValueError) as problem:  # a model that mixes its own dtypes
         who = manifest.base.name if name is None else f"{manifest.base.name} with {name}"
         notes.append(
-            f"the limits are assumed, not measured: {who} cannot be computed in other numbers"
+            f"the limits are assumed, not measured: {who} cannot run in another dtype"
             f" ({first_line(problem)})"
         )
         return assumed(manifest.precision, scale=scale)

@@ -95,7 +95,9 @@ def with_roundings(
         else:
             problems.append(f"the quantized weight of {name} {problem}")
     if abs(total.share - 1) > _SHARE or _SURE * total.error > 2 * _SHARE:
-        problems.insert(0, f"the quantized weights hold {total.share:.0%} of the adapter's update")
+        problems.insert(
+            0, f"the quantized weights contain {total.share:.0%} of the adapter's update"
+        )
         found = dict(quantized)
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return found, ((f"{problems[0]}{more}",) if problems else ())
@@ -123,7 +125,7 @@ def _problem(
     if (off > most).any():
         row = int((off / most).argmax())
         times = off[row] / most[row]
-        return f"is not the merged one: row {row} is off by {times:.3g} × what rounding may leave"
+        return f"is not the merged one: the error of row {row} is {times:.3g} × that of rounding"
     if abs(along.share - 1) > _SHARE + _SURE * along.error:
         return f"contains {along.share:.0%} of the adapter's update"
     return None

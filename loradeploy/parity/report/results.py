@@ -334,7 +334,7 @@ def _failures(report: ParityReport) -> list[str]:
     ]
     ran = {result.backend for result in report.results if result.outcome != "not run"}
     found += [
-        f"{result.title} was asked for and not run: {result.message}"
+        f"{result.title} was requested but not run: {result.message}"
         for result in report.results
         if result.backend in report.asked and result.backend not in ran
     ]
@@ -346,7 +346,7 @@ def _failures(report: ParityReport) -> list[str]:
     ]
     # The phase "repeat" compares a backend with itself, not with the reference.
     if not any(r.outcome == "passed" and r.phase != REPEAT for r in report.results):
-        found.append("nothing was found to agree with the reference")
+        found.append("nothing agrees with the reference")
     return found
 
 

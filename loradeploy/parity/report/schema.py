@@ -79,7 +79,7 @@ def _schema(hint: Any, nouns: dict[str, Any]) -> dict[str, Any]:
     if origin is tuple:
         parts = [_schema(part, nouns) for part in inner]
         return {"type": "array", "prefixItems": parts, "minItems": len(parts), "items": False}
-    raise TypeError(f"a report cannot hold {hint}: JSON has no such thing")
+    raise TypeError(f"a report cannot have {hint}: it has no form in JSON")
 
 
 if __name__ == "__main__":

@@ -82,8 +82,8 @@ def inputs_line(report: ParityReport) -> str:
 def score_lines(report: ParityReport) -> list[str]:
     """Return a line for each score, with its confidence interval."""
     return [
-        f"{score.metric} of {score.title}, {score.adapter or BASE_LABEL}: {score.value:.4g} for"
-        f" PyTorch's {score.reference:.4g}, {score.difference:+.2g}"
+        f"{score.metric} of {score.title}, {score.adapter or BASE_LABEL}: {score.value:.4g}"
+        f" (PyTorch {score.reference:.4g}), {score.difference:+.2g}"
         f" [95 %: {score.low:+.2g} to {score.high:+.2g}] on {score.examples} examples"
         for score in report.scores
     ]
@@ -144,7 +144,7 @@ def _text(text: str, style: str = "") -> Text:
 def _localization(localization: Localization) -> str:
     first = localization.first
     if first is None:
-        return localization.message or "no module diverges by itself"
+        return localization.message or "no single module diverges"
     text = f"{first.module} ({first.op}) is the first to diverge, relative error {first.share:.1g}"
     if localization.before is not None:
         text += f", after {localization.before.module} with {localization.before.share:.1g}"

@@ -312,10 +312,10 @@ def _verdict(
     if not math.isfinite(value - reference):
         side = "it" if math.isfinite(reference) else "PyTorch"
         return True, f"is not a number: {side} gives NaN or infinite values"
-    text = f"is {value:.4g} for PyTorch's {reference:.4g}"
-    lost = f"a loss of {least:.2g} to {most:.2g} where {limit:.2g} may be"
+    text = f"is {value:.4g} (PyTorch {reference:.4g})"
+    lost = f"a loss of {least:.2g} to {most:.2g}, where at most {limit:.2g} is allowed"
     if least > limit:
-        return True, f"{text}, for certain worse: {lost}"
+        return True, f"{text}, certainly worse: {lost}"
     if most > limit >= most - least:
         return True, f"{text}, and may be worse: {lost}"
     if most > limit and not same:
@@ -342,7 +342,7 @@ def _score_backend(
             except Exception as raised:  # any error that a backend raises is its failure
                 unknown = None if right.tallies is None else np.full_like(right.tallies, np.nan)
                 found = Answers(np.full_like(right.sums, np.nan), right.counts, unknown)
-                problem = f"was not to be had: {kind_and_line(raised)}"
+                problem = f"could not be computed: {kind_and_line(raised)}"
             for metric in held_out[adapter].metrics:
                 limit = getattr(share, MEASURES[metric].limit)
                 score = judge_score(backend, adapter, metric, right, found, limit)

@@ -174,7 +174,7 @@ BROKEN: dict[str, tuple[Callable[[Feeds, Any], Any], str]] = {
         ", 511] where [1, ",
     ),
     "too few positions": (lambda _, g: {**g, "logits": g["logits"][:, :-1]}, "is expected"),
-    "NaN": (lambda _, g: {**g, "logits": g["logits"] * np.nan}, "hold NaN"),
+    "NaN": (lambda _, g: {**g, "logits": g["logits"] * np.nan}, "have NaN"),
 }
 
 

@@ -152,7 +152,10 @@ def numbers(report: ParityReport) -> set[str]:
         texts |= {", ".join(map(str, found_input.tokens)), number(found_input.error)}
         texts |= {f"{found_input.length} tokens", f"{found_input.tried} tries"}
     for score in report.scores:
-        texts |= {f"{score.value:.4g} for {score.reference:.4g}", f"{score.examples} examples"}
+        texts |= {
+            f"{score.value:.4g} (PyTorch {score.reference:.4g})",
+            f"{score.examples} examples",
+        }
         texts |= {f"{value:+.2g}" for value in (score.low, score.difference, score.high)}
     for item in report.regressions:
         texts |= {v if isinstance(v, str) else number(v) for v in (item.before, item.now)}

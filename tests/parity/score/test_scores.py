@@ -276,7 +276,7 @@ def test_a_merged_graph_with_another_adapter_fails(
     (score,) = report.scores
     assert not score.passed
     assert f"ONNX merged, it: {metric} {score.message}" in report.failures
-    assert "for certain worse" in str(score.message)
+    assert "certainly worse" in str(score.message)
 
 
 def answers(*sums: float, counts: int = 1) -> Answers:

@@ -144,7 +144,7 @@ def test_a_graph_with_another_adapter_loses_its_accuracy_on_images(
     )
     (score,) = report.scores
     assert score.reference == 1.0 and score.value == 0.0 and not score.passed
-    assert "for certain worse" in str(score.message)
+    assert "certainly worse" in str(score.message)
 
 
 def test_data_without_images_is_refused_by_name(place: Path, tmp_path: Path) -> None:
