@@ -39,7 +39,7 @@ def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
             parse_int=_integer,
             parse_float=_number if finite else float,
             parse_constant=_refuse_constant if finite else float,
-            object_pairs_hook=_object,
+            object_pairs_hook=distinct,
         )
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
@@ -72,7 +72,12 @@ def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not a number in JSON")
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of `pairs`, a hook of the json module.
+
+    Raises:
+        ValueError: two values of one name.
+    """
     made = dict(pairs)
     if len(made) < len(pairs):
         for name, value in pairs:

@@ -301,6 +301,27 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "reason"),
+    [
+        ("/v1/completions", '{"model": "x", "prompt": "a", "model": "y"}', "two values of 'model'"),
+        ("/v1/completions", '{"logit_bias": {"5": 1, "5": 2}}', "two values of '5'"),
+        ("/v1/chat/completions", '{"messages": [], "messages": [1]}', "two values of 'messages'"),
+        ("/v1/embeddings", '{"input": "a", "input": "b"}', "two values of 'input'"),
+        ("/v2/models/x/infer", '{"inputs": [], "inputs": [1]}', "two values of 'inputs'"),
+        ("/v1/completions", '{"model": ', "the body is not JSON: Expecting value"),
+    ],
+)
+def test_a_body_of_two_meanings_or_of_none_is_refused(
+    path: str, body: str, reason: str, llama: Running
+) -> None:
+    headers = {"Content-Type": "application/json"}
+    answer = llama.http().post(path, content=body, headers=headers)
+    assert answer.status_code == 400
+    assert "the body is not JSON: " in answer.text
+    assert reason in answer.text
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_unsupported_fields_that_would_change_the_text_are_refused_by_name(
     llama: Running, name: str

@@ -69,5 +69,8 @@ def _of_validation(error: RequestValidationError) -> RequestError:
             400, f"{param} is not supported", param=param, code="unsupported_parameter"
         )
     if first["type"] == "json_invalid":
-        return RequestError(400, "the body is not JSON")
+        reason = str(first.get("ctx", {}).get("error", ""))
+        return RequestError(
+            400, f"the body is not JSON: {reason}" if reason else "the body is not JSON"
+        )
     return RequestError(400, f"{param or 'the body'}: {first['msg']}", param=param or None)

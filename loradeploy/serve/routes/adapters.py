@@ -8,11 +8,12 @@ from fastapi.responses import PlainTextResponse
 from loradeploy.errors import AdapterError
 from loradeploy.serve.keys import ApiKey
 from loradeploy.serve.problems import RequestError
+from loradeploy.serve.routes.bodies import JsonRoute
 from loradeploy.serve.routes.dependencies import KeyOf, ServiceOf
 from loradeploy.serve.schemas.common import AdapterName, AdapterRequest
 from loradeploy.serve.service import Service
 
-router = APIRouter(tags=["adapters"])
+router = APIRouter(route_class=JsonRoute, tags=["adapters"])
 
 
 @router.post("/v1/load_lora_adapter", response_class=PlainTextResponse)

@@ -21,6 +21,7 @@ from loradeploy.serve.answering.answers import new_id
 from loradeploy.serve.encoding import RowWork
 from loradeploy.serve.keys import ApiKey
 from loradeploy.serve.problems import refused
+from loradeploy.serve.routes.bodies import JsonRoute
 from loradeploy.serve.routes.dependencies import KeyOf, ServiceOf
 from loradeploy.serve.schemas.encoders import (
     ClassifyRequest,
@@ -41,7 +42,7 @@ from loradeploy.serve.settings import MOST_TOKENS
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-router = APIRouter(tags=["encoders"])
+router = APIRouter(route_class=JsonRoute, tags=["encoders"])
 _Row = TypeVar("_Row")
 _Result = TypeVar("_Result")
 

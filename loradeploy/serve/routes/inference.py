@@ -24,6 +24,7 @@ from loradeploy.serve.answering.tensors import DATATYPES, answer_body, arrays_of
 from loradeploy.serve.encoding import RowWork
 from loradeploy.serve.keys import ApiKey
 from loradeploy.serve.problems import RequestError, refused
+from loradeploy.serve.routes.bodies import JsonRoute
 from loradeploy.serve.routes.dependencies import KeyOf, ServiceOf
 from loradeploy.serve.schemas.inference import (
     InferAnswer,
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
     _Row = Mapping[str, NDArray[Any]]  # inputs or outputs by name, without the axis of rows
 
-router = APIRouter(prefix="/v2", tags=["open inference protocol"])
+router = APIRouter(route_class=JsonRoute, prefix="/v2", tags=["open inference protocol"])
 _VERSION: Final = "1"
 # Triton's name of the platform.
 _PLATFORM: Final = "onnxruntime_onnx"

@@ -16,6 +16,7 @@ from loradeploy.serve.answering.answers import (
 from loradeploy.serve.answering.generating import ask, chat_prompt, completion_prompts, watched
 from loradeploy.serve.answering.streaming import EventStream
 from loradeploy.serve.problems import refused
+from loradeploy.serve.routes.bodies import JsonRoute
 from loradeploy.serve.routes.dependencies import KeyOf, ServiceOf
 from loradeploy.serve.schemas.text import (
     ChatCompletion,
@@ -25,7 +26,7 @@ from loradeploy.serve.schemas.text import (
     TextRequest,
 )
 
-router = APIRouter(tags=["text generation"])
+router = APIRouter(route_class=JsonRoute, tags=["text generation"])
 _STREAMED: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The answer; with stream, its pieces as server-sent events.",
