@@ -122,7 +122,10 @@ BAD = {
     "no samples": (lambda d: wav(d, b""), "has no samples"),
     "no channels": (lambda d: wav(d, bytes(64), channels=0), "0 channels"),
     "a part of a sample": (lambda d: wav(d, bytes(63)), "not a whole number of samples"),
-    "an early end": (lambda d: wav(d, bytes(640)).read_bytes()[:-9], "ends early: it has 631 of 640 bytes"),
+    "an early end": (
+        lambda d: wav(d, bytes(640)).read_bytes()[:-9],
+        "ends early: it has 631 of 640 bytes",
+    ),
     "no data": (lambda d: wav(d, bytes(64)).read_bytes()[:36], "its data chunk is missing"),
     "24 bits in 4 bytes": (
         lambda d: wav(d, bytes(64), bits=24, frame=4),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -51,20 +53,29 @@ def test_each_row_of_a_mixed_batch_equals_its_solo_run(
         assert difference(mixed[row], solo[0]) <= tolerance("torch-onnx-smollm2"), f"row {row}"
 
 
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Assert a time limit, in wall time or CPU time.
+
+    On a busy machine the wall time is larger; with many BLAS threads the CPU time is.
+    """
+    wall, cpu = time.perf_counter(), time.process_time()
+    yield
+    assert min(time.perf_counter() - wall, time.process_time() - cpu) <= seconds
+
+
 def test_surgery_takes_seconds(smollm2_bundle: Path) -> None:
     graph = load_graph(smollm2_bundle / "model.onnx")
     remove_side_inputs(graph, read_manifest(smollm2_bundle))
-    started = time.process_time()
-    linears = find_linears(graph).linears
-    inject_side_inputs(graph, list(linears.values()))
-    assert time.process_time() - started <= 3
+    with at_most(3):
+        linears = find_linears(graph).linears
+        inject_side_inputs(graph, list(linears.values()))
 
 
 def test_a_merge_takes_seconds(smollm2_bundle: Path, smollm2_adapters: dict[str, Path]) -> None:
     graph = load_graph(smollm2_bundle / "model.onnx")
     remove_side_inputs(graph, read_manifest(smollm2_bundle))
     adapter = load_adapter(smollm2_adapters["first"])
-    started = time.process_time()
-    report = merge_adapter(graph, find_linears(graph).linears, adapter)
-    assert time.process_time() - started <= 5
+    with at_most(5):
+        report = merge_adapter(graph, find_linears(graph).linears, adapter)
     assert len(report.modules) == 210
