@@ -142,7 +142,7 @@ def test_wasm_reads_adapters_by_url_and_refuses_broken_ones(browser: dict[str, A
     result = browser["jobs"]["adapters"]["value"]
     cut = result["added"]["cut"]
     assert cut["error"] == "AdapterError"
-    assert "cut.safetensors is no valid safetensors file" in cut["message"]
+    assert "cut.safetensors is not a valid safetensors file" in cut["message"]
     own = answers(browser["jobs"]["wasm"])[1]  # the same adapter from the bundle
     assert result["answers"][0]["value"]["tokenIds"] == own["tokenIds"]
     missing = browser["jobs"]["missing"]

@@ -89,7 +89,7 @@ def test_node_refuses_bundles_by_name(
         changed("version", format_version=3): "format version 3, this client reads 2",
         changed("format", format="other"): "the field 'format'",
         changed("dtype", factor_dtype="bfloat16"): "factor_dtype is bfloat16",
-        no_data: "no valid safetensors file",
+        no_data: "not a valid safetensors file",
         tmp_path / "none": "loradeploy.json does not exist",
     }
     for (bundle, what), message in zip(
@@ -173,7 +173,7 @@ def test_node_blends_adapters_like_python(
         'the weight of "all" is 1e+39': {"all": 1e39},
         "names no adapter": {},
         'no adapter is loaded as "none"': {"all": 1, "none": 1},
-        "all and few read or write texts differently": {"all": 1, "few": 1},
+        "all and few have different tokenizers, chat templates or settings": {"all": 1, "few": 1},
         "give a name": ["all"],
     }
     calls = [["generate", {"prompt": TOKENS, "adapter": spec}] for spec in wrong.values()]
@@ -380,7 +380,7 @@ def test_the_nodes_placed_on_the_cpu_are_found_by_operator(
     found, cut = json.loads(done.stdout)
     assert sorted(found) == sorted(node_names(content, ("And", "Or", "Xor")))
     assert {name.split("/")[0] for name in found} == {"adapted", "base"}  # both branches
-    assert "no ONNX model" in cut
+    assert "not an ONNX model" in cut
 
 
 TYPED = """

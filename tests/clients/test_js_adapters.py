@@ -153,7 +153,7 @@ def not_finite(arrays: dict[str, Any]) -> None:
 # By case: how an adapter is broken, and the expected message.
 BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "another base": ({"change": other_base}, "trained on another base"),
-    "another model": ({"change": of_another_model}, "is no target module of this bundle"),
+    "another model": ({"change": of_another_model}, "is not a target module of this bundle"),
     "wrong sizes": ({"change": wrong_sizes}, "q_proj.lora_A is [4,63]"),
     "half a module": ({"change": half_missing}, "lora_A and lora_B are needed"),
     "a module less": (
@@ -205,10 +205,10 @@ def test_node_refuses_adapters_by_name(
     native = (bundle / "adapters" / "all.onnx_adapter").read_bytes()
     in_directory, alone = Path("adapter_model.safetensors"), tmp_path / "x"
     alone.mkdir()
-    break_file("a cut file", in_directory, weights[:-100], "no valid safetensors file")
-    break_file("a cut header", in_directory, weights[:50], "no valid safetensors file")
-    break_file("a long header", in_directory, b"\xff" * 16, "no valid safetensors file")
-    break_file("more bytes", in_directory, weights + b"0000", "no valid safetensors file")
+    break_file("a cut file", in_directory, weights[:-100], "not a valid safetensors file")
+    break_file("a cut header", in_directory, weights[:50], "not a valid safetensors file")
+    break_file("a long header", in_directory, b"\xff" * 16, "not a valid safetensors file")
+    break_file("more bytes", in_directory, weights + b"0000", "not a valid safetensors file")
     break_file("a cut adapter", alone / "cut.onnx_adapter", native[:-4000], "truncated")
     break_file(
         "no adapter", alone / "no.onnx_adapter", weights, "truncated or not an .onnx_adapter"
@@ -216,7 +216,10 @@ def test_node_refuses_adapters_by_name(
     break_file("a pickle", alone / "a.bin", b"", "is refused")
     of_texts = client_adapters["few"]
     places |= {"own texts": of_texts, "nothing": tmp_path / "nothing"}
-    message |= {"own texts": "chat_template.jinja is not the base's", "nothing": "does not exist"}
+    message |= {
+        "own texts": "chat_template.jinja differs from the base's",
+        "nothing": "does not exist",
+    }
     lost = [["generate", {"prompt": TOKENS, "adapter": "DoRA"}]]
     (result,) = node([{"bundle": bundle, "add": places, "calls": lost}])
     for name, what in message.items():

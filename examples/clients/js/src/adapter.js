@@ -18,7 +18,7 @@ const BASE_DIGEST = "loradeploy.base_digest";
  */
 export async function readAdapter(place, manifest) {
   if (manifest.sideInputs.size === 0) {
-    throw new AdapterError("this bundle is merged and takes no adapters: export the base without --merge");
+    throw new AdapterError("this bundle is merged and does not take adapters: export the base without --merge");
   }
   const { directory, file } = split(String(place));
   const source = openSource(directory);
@@ -89,13 +89,13 @@ function checked(arrays, manifest, where) {
   }
   for (const { input, parameter, lacking } of manifest.saved) {
     if (lacking && !arrays.has(input)) {
-      problems.push(`${parameter} is not there, which the base lacks too`);
+      problems.push(`${parameter} is missing, and the base does not have it either`);
     }
   }
   for (const [name, { dtype, shape, data }] of arrays) {
     const expected = manifest.sideInputs.get(name);
     if (expected === undefined) {
-      problems.push(`${name} is no side input of this bundle`);
+      problems.push(`${name} is not a side input of this bundle`);
       continue;
     }
     const sizes = { adapters: 1, rank: ranks.get(name) };
@@ -103,7 +103,7 @@ function checked(arrays, manifest, where) {
     if (dtype !== manifest.factor_dtype || String(shape) !== String(needed)) {
       problems.push(`${name} is ${dtype} [${shape}], the bundle takes ${manifest.factor_dtype} [${needed}]`);
     } else if (!computable(data)) {
-      problems.push(`${name} holds values that are not finite, or overflow`);
+      problems.push(`${name} has values that are not finite, or too large to compute with`);
     }
   }
   if (arrays.size === 0) problems.push("it has no side inputs");

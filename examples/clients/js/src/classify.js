@@ -4,12 +4,12 @@ import { UsageError } from "./errors.js";
 
 /** Throw UsageError unless the bundle is a sequence classifier. */
 export function checkClassifier({ task }) {
-  if (task !== "sequence-classification") throw new UsageError(`this bundle is for ${task}: it is no classifier of texts`);
+  if (task !== "sequence-classification") throw new UsageError(`this bundle is for ${task}: it does not classify texts`);
 }
 
 /** Throw UsageError unless the bundle is a token classifier. */
 export function checkTokenClassifier({ task }) {
-  if (task !== "token-classification") throw new UsageError(`this bundle is for ${task}: it is no classifier of tokens`);
+  if (task !== "token-classification") throw new UsageError(`this bundle is for ${task}: it does not classify tokens`);
 }
 
 /** The logits, a Float32Array for each of `rows`; rows are the same as for `generate`. */

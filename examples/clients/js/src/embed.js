@@ -101,7 +101,7 @@ export async function embed(graph, manifest, rows, stackOf, recipe) {
     if (whole) throw new BundleError(`the graph gives ${output} for whole texts, which this client does not embed: use Python`);
     const states = prompt.map((_, place) => ({ place, state: data.subarray(place * width, (place + 1) * width) }));
     const counted = states.slice(skipped);
-    if (!counted.length) throw new UsageError(`text ${number + 1} has no tokens behind its prompt`);
+    if (!counted.length) throw new UsageError(`text ${number + 1} has no tokens after its prompt`);
     const vector = recipe.pooling.flatMap((mode) => Array.from(POOLS[mode](counted)));
     if (!vector.every(Number.isFinite)) throw new BundleError("the graph gave states that are not finite numbers");
     return Float32Array.from(recipe.normalize ? scaled(vector) : vector);

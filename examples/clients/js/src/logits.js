@@ -14,7 +14,7 @@ export function readSettings(values, where) {
   const count = (value) => Number.isSafeInteger(value) && value >= 0;
   const tokens = (name) => {
     const listed = [values[name] ?? []].flat();
-    if (!listed.every(Number.isSafeInteger)) throw new BundleError(`${where}: ${name} is no list of tokens`);
+    if (!listed.every(Number.isSafeInteger)) throw new BundleError(`${where}: ${name} is not a list of tokens`);
     return listed.filter((token) => token >= 0);
   };
   return {

@@ -28,7 +28,7 @@ export async function readManifest(source) {
   const merged = values.mode === "merged";
   if (!merged && values.mode !== "side-inputs") refuse(`mode is ${JSON.stringify(values.mode)}`);
   for (const name of ["inputs", "outputs", "targets", "saved", "changed", "files"]) {
-    if (!Array.isArray(values[name])) refuse(`${name} is no list`);
+    if (!Array.isArray(values[name])) refuse(`${name} is not a list`);
   }
   if (!merged && !values.files.includes("required.onnx")) {
     refuse(

@@ -59,7 +59,7 @@ class Model {
 
   async addAdapter(name, place) {
     if (typeof name !== "string" || !name) throw new UsageError("an adapter needs a name");
-    if (this.#adapters.has(name)) throw new UsageError(`there is an adapter ${JSON.stringify(name)} already: remove it first`);
+    if (this.#adapters.has(name)) throw new UsageError(`there is already an adapter ${JSON.stringify(name)}: remove it first`);
     const sideInputs = await readAdapter(place, this.#manifest);
     const directory = directoryOf(place);
     if (directory !== null) {
@@ -145,7 +145,7 @@ class Model {
     if (one in options === many in options) throw new UsageError(`give either ${one} or ${many}`);
     if ("adapter" in options && "adapters" in options) throw new UsageError("give either adapter or adapters");
     const given = one in options ? [options[one]] : options[many];
-    if (!Array.isArray(given) || !given.length) throw new UsageError(`${many} is no list, or an empty one`);
+    if (!Array.isArray(given) || !given.length) throw new UsageError(`${many} is not a list, or is empty`);
     const names = options.adapters ?? Array(given.length).fill(options.adapter ?? null);
     if (!Array.isArray(names) || names.length !== given.length) {
       throw new UsageError(`${names.length} adapters for ${given.length} ${many}: give one for each, null for the base`);
@@ -188,7 +188,7 @@ class Model {
     if (members.length === 1 && members[0][1] === 1) return found[0];
     if (found.some(({ texts }) => texts !== found[0].texts)) {
       const names = members.map(([name]) => name).join(" and ");
-      throw new UsageError(`${names} read or write texts differently: a blend of them has no chat template, tokenizer or settings`);
+      throw new UsageError(`${names} have different tokenizers, chat templates or settings, so they cannot be blended`);
     }
     const key = JSON.stringify(members);
     if (!blends.has(key)) blends.set(key, blend(found.map(({ sideInputs }, index) => [sideInputs, members[index][1]]), this.#manifest));
@@ -208,7 +208,7 @@ class Model {
   async #checkSameRecipe(source, folder, name) {
     const own = this.#recipe === null ? null : await readRecipe(source, folder, true);
     if (own !== null && JSON.stringify(own) !== JSON.stringify(this.#recipe)) {
-      throw new AdapterError(`the adapter ${JSON.stringify(name)} makes vectors in another way than the base (modules.json): use Python`);
+      throw new AdapterError(`the adapter ${JSON.stringify(name)} has another pooling recipe than the base (modules.json): use Python`);
     }
   }
 
@@ -240,7 +240,7 @@ class Model {
 }
 
 function string(text) {
-  if (typeof text !== "string") throw new UsageError("a text is no string");
+  if (typeof text !== "string") throw new UsageError("a text is not a string");
   return text;
 }
 
@@ -249,6 +249,6 @@ function encode(prompt, texts, chat) {
     if (prompt === "") return [];
     return chat ? texts.encodeChat([{ role: "user", content: prompt }]) : texts.encode(prompt);
   }
-  if (!Array.isArray(prompt)) throw new UsageError("a prompt is no text: give a string, a list of messages, or of token ids");
+  if (!Array.isArray(prompt)) throw new UsageError("a prompt is not a text: give a string, a list of messages, or a list of token ids");
   return prompt.every((token) => typeof token === "number") ? prompt : texts.encodeChat(prompt);
 }

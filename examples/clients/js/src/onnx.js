@@ -25,7 +25,7 @@ export function nodeNames(bytes, operators) {
   bytesOf(bytes, GRAPH).forEach(inGraph);
   if (found.includes("")) {
     throw new BundleError(
-      `a node of ${operators.join(" or ")} in the graph has no name, by which it could be kept off the GPU:` +
+      `a node of ${operators.join(" or ")} in the graph has no name, which is needed to keep it off the GPU:` +
         " export the bundle again, or use the backend wasm",
     );
   }
@@ -66,5 +66,5 @@ function text(message, number) {
 }
 
 function broken() {
-  return new BundleError("the graph is no ONNX model: export the bundle again");
+  return new BundleError("the graph is not an ONNX model: export the bundle again");
 }

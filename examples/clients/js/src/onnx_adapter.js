@@ -39,10 +39,10 @@ export function readOnnxAdapter(file, where, Problem) {
   };
 
   if (file.length < 8) refuse(`it has ${file.length} bytes`);
-  if (new TextDecoder().decode(file.subarray(4, 8)) !== IDENTIFIER) refuse("its mark is missing");
+  if (new TextDecoder().decode(file.subarray(4, 8)) !== IDENTIFIER) refuse("its identifier is missing");
   const root = at(0);
   const version = field(root, 0);
-  if (version === null || int(version) !== FORMAT_VERSION) refuse("its format version is another");
+  if (version === null || int(version) !== FORMAT_VERSION) refuse("its format version is not supported");
   const found = new Map();
   const [list, count] = vector(field(root, 3), 4);
   for (let index = 0; index < count; ++index) {
@@ -59,7 +59,7 @@ export function readOnnxAdapter(file, where, Problem) {
     if (shape.some((side) => !Number.isSafeInteger(side) || side < 0) || size !== length) {
       refuse(`${name} [${shape}] has ${length} bytes`);
     }
-    if (found.has(name)) refuse(`${name} is there twice`);
+    if (found.has(name)) refuse(`${name} occurs twice`);
     const copy = file.slice(dataAt, dataAt + length).buffer;
     found.set(name, { dtype, shape, data: new Values(copy) });
   }

@@ -143,14 +143,14 @@ export function peftSideInputs(config, tensors, manifest, where) {
     if (!modules.has(module)) modules.set(module, {});
     modules.get(module)[part] = stored;
   }
-  if (names.size > 1) problems.push(`the file holds several adapters: ${[...names].join(", ")}`);
+  if (names.size > 1) problems.push(`the file has several adapters: ${[...names].join(", ")}`);
 
   const targets = new Map(manifest.targets.map((target) => [target.module, target]));
   const found = new Map();
   for (const [module, parts] of modules) {
     const target = targets.get(module);
     if (target === undefined) {
-      problems.push(`${module} is no target module of this bundle`);
+      problems.push(`${module} is not a target module of this bundle`);
       continue;
     }
     const half = target.kind === "embedding" ? "lora_embedding_" : "lora_";
@@ -168,7 +168,7 @@ export function peftSideInputs(config, tensors, manifest, where) {
     } else {
       const s = Math.fround(scaling(config, module));
       const first = transposed(A.values, rank, wide);
-      // A double holds the product of two float32 exactly: storing it rounds once.
+      // The product of two float32 is exact in a double, so storing it rounds once.
       const folded = transposed(B.values, high, rank).map((value) => value * s);
       if (manifest.factor_dtype === "float16") balance(first, folded, rank);
       found.set(target.lora_A, { shape: [1, wide, rank], data: first });

@@ -13,7 +13,7 @@ const LONGEST_HEADER = 100_000_000;
  */
 export function readTensors(file, where, Problem) {
   const refuse = (problem) => {
-    throw new Problem(`${where} is no valid safetensors file: ${problem}`);
+    throw new Problem(`${where} is not a valid safetensors file: ${problem}`);
   };
   if (file.length < 8) refuse(`it has ${file.length} bytes`);
   const view = new DataView(file.buffer, file.byteOffset, file.byteLength);

@@ -157,7 +157,7 @@ function decoded(bytes, where, Problem) {
   try {
     return new TextDecoder("utf-8", { fatal: true }).decode(bytes);
   } catch {
-    throw new Problem(`${where} is no UTF-8`);
+    throw new Problem(`${where} is not UTF-8`);
   }
 }
 
@@ -167,10 +167,10 @@ export function parsed(text, where, Problem) {
   try {
     value = JSON.parse(text);
   } catch (problem) {
-    throw new Problem(`${where} is no JSON: ${problem.message}`);
+    throw new Problem(`${where} is not JSON: ${problem.message}`);
   }
   if (value === null || typeof value !== "object" || Array.isArray(value)) {
-    throw new Problem(`${where} holds no JSON object`);
+    throw new Problem(`${where} is not a JSON object`);
   }
   return value;
 }

@@ -32,7 +32,7 @@ class Texts {
   }
 
   encode(text, special = true) {
-    if (!text.isWellFormed()) throw new UsageError("a text holds half a surrogate pair, which is no character");
+    if (!text.isWellFormed()) throw new UsageError("a text contains half of a surrogate pair");
     return this.tokenizer.encode(text, { add_special_tokens: special }).ids;
   }
 
@@ -133,7 +133,7 @@ export async function checkSameTexts(directory, base) {
   const source = openSource(directory);
   const refuse = (file) => {
     throw new AdapterError(
-      `${source.where(file)} is not the base's: the adapter has texts of its own, export it with the` +
+      `${source.where(file)} differs from the base's: export the adapter with the` +
         " bundle (loradeploy export --adapter)",
     );
   };
