@@ -23,6 +23,8 @@ _NAMES: Final = (
 FROM_PADDING_ON: Final = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl")
 _SWITCHING: Final = ("longrope", "su")
 _ORIGINAL: Final = "original_max_position_embeddings"
+# transformers' defaults; for other models it is the maximum number of positions, never exceeded.
+_DEFAULT_ORIGINAL: Final = {"phi3": 4096, "phi3_v": 4096, "phi4_multimodal": 4096}
 _PADDING: Final = 1  # the id of their padding token if the configuration has none
 
 
@@ -65,9 +67,12 @@ def rotary_limit(config: Mapping[str, Any]) -> int | None:
             kind = each.get("rope_type", each.get("type"))
             if kind not in _SWITCHING or each.get("short_factor") == each.get("long_factor"):
                 continue
-            length = each.get(_ORIGINAL, texts.get(_ORIGINAL))
-            if type(length) in (int, float) and float(length).is_integer():
-                found.append(int(length))
+            default = _DEFAULT_ORIGINAL.get(str(texts.get("model_type")))
+            # transformers takes the model's own value, versions before 5 that of the scaling.
+            lengths: tuple[Any, ...] = (each.get(_ORIGINAL), texts.get(_ORIGINAL, default))
+            for length in lengths:
+                if type(length) in (int, float) and float(length).is_integer():
+                    found.append(int(length))
     return min(found, default=None)
 
 

@@ -38,6 +38,7 @@ from loradeploy.bundle.sample import Sample
 from loradeploy.errors import (
     ExportError,
     ModelError,
+    UsageError,
     listed_names,
 )
 from loradeploy.export.adapters.given import (
@@ -112,6 +113,11 @@ def from_checkpoint(source: Source, options: Options) -> Base:
     model, zeroed = load_model(source.directory, task, labels=labels, brought=brought)
     for name, adapter in adapters.items():
         check_brought(name, adapter, zeroed)
+    if TOKENS in options.side_inputs and task == SEQ2SEQ_LM:
+        raise UsageError(
+            f"{source.name} is an encoder-decoder, whose tokens have no side inputs: merge adapters"
+            f" with trained tokens, and export without {TOKENS!r}"
+        )
     if TOKENS in options.side_inputs and (apart := tied_by_config_alone(model)) is not None:
         raise ModelError(
             f"{source.name}: its config.json ties {apart[0]} and {apart[1]}, and the checkpoint has"

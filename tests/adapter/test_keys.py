@@ -9,6 +9,7 @@ import pytest
 
 from loradeploy.adapter import Adapter, AdapterConfig, Factors
 from loradeploy.adapter.files.keys import read_keys
+from loradeploy.adapter.fitting.fit import AdaptableBase, Layer, check_fit
 from loradeploy.adapter.fitting.settle import without_idle
 from loradeploy.adapter.modules.names import named_as
 from loradeploy.errors import AdapterError, AdapterMismatchError
@@ -85,6 +86,20 @@ def test_an_unambiguous_prefix_is_adjusted_to_the_base(
     module: str, base: list[str], expected: str
 ) -> None:
     assert list(named_as(an_adapter(module), base, list).factors) == [expected]
+
+
+def test_most_names_are_found_if_the_base_has_another_head() -> None:
+    """An adapter of BertForMaskedLM on BertModel: only the modules of its head are refused."""
+    modules = ["bert.l.0.q", "bert.l.1.q", "cls.dense"]
+    base = ["l.0.q", "l.0.k", "l.1.q", "l.1.k"]
+    found = named_as(an_adapter(*modules), base, list)
+    assert sorted(found.factors) == ["cls.dense", "l.0.q", "l.1.q"]
+    layers = {name: Layer("linear", (3,), 4) for name in base}
+    with pytest.raises(AdapterMismatchError) as refusal:
+        check_fit(found, AdaptableBase("this base", layers))
+    assert "cls.dense is not a linear layer of this base (it has no cls: " in str(refusal.value)
+    assert "another model" not in str(refusal.value)
+    assert "l.0.q" not in str(refusal.value)
 
 
 def test_an_ambiguous_prefix_is_refused() -> None:

@@ -58,6 +58,15 @@ _LONG: Final = {
             {"rope_parameters": {"rope_type": "yarn", "original_max_position_embeddings": 8}},
             None,
         ),
+        ({"rope_parameters": _LONG}, None),
+        ({"rope_parameters": _LONG, "model_type": "phi3"}, 4096),
+        (
+            {
+                "rope_scaling": {**_LONG, "original_max_position_embeddings": 32},
+                "original_max_position_embeddings": 8,
+            },
+            8,
+        ),
         ({}, None),
     ],
 )
@@ -68,7 +77,7 @@ def test_texts_are_limited_to_the_length_at_which_rotary_frequencies_change(
     for given in (config, {"text_config": config}):
         assert rotary_limit(given) == limit
         assert stated_length(given) == 64
-        assert context_length(given) == (limit or 64)
+        assert context_length(given) == min(limit or 64, 64)
 
 
 def test_text_generation_stops_before_rotary_frequencies_change_and_logs_it(

@@ -85,6 +85,7 @@ class AdaptableBase:
     `lacking`: parameters that get their values from an adapter.
     `digest`: digest of the checkpoint, if known. `model`: its id on the hub, or another name.
     `remedy`: advice at the end of a message about a missing module that the base model may have.
+    `remedy_for_rows`: advice for trained rows of a module without side inputs.
     """
 
     name: str
@@ -100,6 +101,7 @@ class AdaptableBase:
     digest: str | None = None
     model: str | None = None
     remedy: str = ""
+    remedy_for_rows: str = "merge it instead"
 
 
 def check_fit(adapter: Adapter, base: AdaptableBase) -> None:
@@ -187,6 +189,20 @@ def _factor_mismatches(adapter: Adapter, base: AdaptableBase) -> list[str]:
     ]
 
 
+def _of_another_head(module: str, base: AdaptableBase) -> str:
+    """The end of a message on a module below a name that the base lacks, as cls of BertForMaskedLM.
+
+    Empty for other modules.
+    """
+    top = module.partition(".")[0]
+    if any(name == top or name.startswith(f"{top}.") for name in base.layers):
+        return ""
+    return (
+        f" (it has no {shortened(top, 60)}: the adapter was trained with another head; train it"
+        " without this module, or remove the module's tensors if its outputs are not needed)"
+    )
+
+
 def _absent(kind: Kind, base: AdaptableBase) -> str:
     if base.side_inputs:
         return _NO_SIDE_INPUTS[kind].format(base=base.name)
@@ -197,7 +213,7 @@ def _layer_mismatches(module: str, pair: Factors, base: AdaptableBase) -> list[s
     layer = base.layers.get(module)
     if layer is None or (layer.kind != pair.kind and base.side_inputs):
         remedy = base.remedy if layer is None and pair.kind == "linear" else ""
-        return [f"{module} is {_absent(pair.kind, base)}{remedy}"]
+        return [f"{module} is {_absent(pair.kind, base)}{_of_another_head(module, base) or remedy}"]
     if layer.kind != pair.kind:
         actual, expected = _A_LAYER[layer.kind], _A_LAYER[pair.kind]
         return [f"{module} is not {expected} of {base.name}, but {actual}"]
@@ -295,10 +311,7 @@ def _rows_problem(parameter: str, adapter: Adapter, base: AdaptableBase) -> str 
         if of_head and layer is not None and layer.kind == "embedding" and own not in adapter.rows:
             return f"and none of {own}, which is tied to it: in PEFT these only change the output"
         if layer is None or layer.kind not in ("linear", "embedding"):
-            return (
-                f"and {module} has no side inputs in {base.name}: export with"
-                " `side_inputs=['tokens']`, or merge it instead"
-            )
+            return f"and {module} has no side inputs in {base.name}: {base.remedy_for_rows}"
         vocabulary, size = (
             (layer.inputs[0], layer.outputs)
             if layer.kind == "embedding"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Final, TypeVar
 
@@ -40,9 +40,9 @@ def named_as(
     """`adapter` with its modules named as in a base that has `modules`.
 
     Unknown names are first renamed by transformers' `renamings`. If no name is known then, and one
-    change of prefix maps all names to modules of the base, that change is applied. Names that
-    remain unknown are kept; `check_fit` refuses them. Ranks and scalings are those that the config
-    has for the old names (PEFT would match its patterns with the new ones).
+    change of prefix maps all or most names to modules of the base, that change is applied. Names
+    that remain unknown are kept; `check_fit` refuses them. Ranks and scalings are those that the
+    config has for the old names (PEFT would match its patterns with the new ones).
 
     Raises:
         AdapterMismatchError: several changes of prefix are possible, or two names become equal.
@@ -107,15 +107,16 @@ def _has_effect(adapter: Adapter, module: str) -> bool:
 
 
 def _prefixes(names: Sequence[str], known: Collection[str]) -> set[Prefixes]:
-    """Every change of prefix that maps all `names` to modules of the base.
+    """Every change of prefix that maps `names` to modules of the base: all, or most of them.
 
-    Only changes that add, remove or extend a prefix are included, in their shortest form.
+    Only changes that add, remove or extend a prefix are included, in their shortest form. Most of
+    the names count only if one change maps more than half of them: the base has another head then.
     """
     endings: dict[str, list[str]] = defaultdict(list)
     for module in known:
         for start in _starts(module):
             endings[module[start:]].append(module[:start])
-    found: set[Prefixes] | None = None
+    mapped: Counter[Prefixes] = Counter()
     for name in names:
         candidates = {
             (name[:start], before)
@@ -123,13 +124,12 @@ def _prefixes(names: Sequence[str], known: Collection[str]) -> set[Prefixes]:
             for before in endings.get(name[start:], ())
             if name[:start].startswith(before) or before.startswith(name[:start])
         }
-        candidates = {
-            pair for pair in map(_shortened, candidates) if not _PARTS.search("".join(pair))
-        }
-        found = candidates if found is None else found & candidates
-        if not found:
-            return set()
-    return found or set()
+        mapped.update(
+            pair for pair in set(map(_shortened, candidates)) if not _PARTS.search("".join(pair))
+        )
+    found = {pair for pair, count in mapped.items() if count == len(names)}
+    most = {pair for pair, count in mapped.items() if 2 * count > len(names)}
+    return found or (most if len(most) == 1 else set())
 
 
 def _starts(name: str) -> list[int]:

@@ -15,6 +15,7 @@ from loradeploy.adapter.fitting.settle import values_digest, without_copies, wit
 from loradeploy.adapter.fitting.towers import tower_part
 from loradeploy.adapter.modules.names import named_as
 from loradeploy.adapter.modules.renamings import renamings
+from loradeploy.adapter.tasks import SEQ2SEQ_LM
 from loradeploy.bundle.fitting.added_tokens import check_tokens, with_all_tokens, with_trained_rows
 from loradeploy.bundle.fitting.labels import with_all_labels
 from loradeploy.bundle.manifest import Manifest
@@ -22,6 +23,7 @@ from loradeploy.bundle.targets import sharing
 from loradeploy.errors import AdapterMismatchError
 
 THIS_BUNDLE: Final = "this bundle"
+_WITH_TOKENS: Final = "export with `side_inputs=['tokens']`, or merge it instead"
 _BY_NUMBERS: Final = (
     " (for an ONNX model: export it with `checkpoint`, which identifies modules by weights too)"
 )
@@ -112,6 +114,7 @@ def adaptable(manifest: Manifest, name: str = THIS_BUNDLE) -> AdaptableBase:
         lacking=[saved.parameter for saved in manifest.saved if saved.lacking],
         digest=manifest.base.digest if manifest.base.kind == "checkpoint" else None,
         model=manifest.base.name,
+        remedy_for_rows=_WITH_TOKENS if manifest.task != SEQ2SEQ_LM else "merge it instead",
         remedy=_BY_NUMBERS if manifest.base.kind == "onnx" and name == THIS_BUNDLE else "",
     )
 

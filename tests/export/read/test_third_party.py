@@ -494,6 +494,28 @@ def test_a_scaled_product_is_not_identified_by_names_alone(
             find_modules(model, tmp_path, evidence, [adapter])
 
 
+def test_a_graph_and_its_checkpoint_take_adapters_whose_names_have_a_prefix(
+    tmp_path: Path,
+) -> None:
+    """Graph and checkpoint are of BertModel, the adapter of BertForMaskedLM."""
+    b = Builder()
+    x = b.input("x", ["batch", IN])
+    y = b.node("MatMul", [x, b.weight("w", IN, OUT)], ["batch", OUT], module="block.proj")
+    z = b.node("MatMul", [y, b.weight("v", OUT, IN)], ["batch", IN], module="block.other")
+    model = b.model(z)
+    stored = {"w": "block.proj", "v": "block.other"}
+    weights = {
+        f"{module}.weight": np.ascontiguousarray(model.graph.initializers[n].const_value.numpy().T)
+        for n, module in stored.items()
+    }
+    save_file(weights, tmp_path / "model.safetensors")
+    pair = Factors(np.ones((2, IN), np.float32), np.ones((OUT, 2), np.float32))
+    config = AdapterConfig(r=2, lora_alpha=4, target_modules=("proj",))
+    adapter = Adapter(config, {"bert.block.proj": pair})
+    found = find_modules(model, tmp_path, Evidence(checkpoint=tmp_path), [adapter])
+    assert found.linears.keys() == {"bert.block.proj", "bert.block.other"}
+
+
 def test_operators_that_take_no_adapters_are_named_where_the_checkpoint_has_no_match(
     tmp_path: Path,
 ) -> None:

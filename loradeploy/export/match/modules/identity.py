@@ -98,12 +98,14 @@ class CheckpointWeights:
                 self._stored(module) in self._modules for module, _ in named.modules
             )
             if named is not None and known:
-                chosen = [one for one in fitting if self._called(one) == named.modules]
+                # A graph may have the checkpoint's names, and the adapters those with a prefix.
+                modules = tuple((self._name(self._stored(m)), size) for m, size in named.modules)
+                chosen = [one for one in fitting if self._called(one) == modules]
                 padded = [
                     reason
                     for reason in reasons
                     if reason.padded
-                    and tuple(map(self._name, reason.modules)) == tuple(m for m, _ in named.modules)
+                    and tuple(map(self._name, reason.modules)) == tuple(m for m, _ in modules)
                 ]
                 if not chosen and padded:
                     self._note(product, padded)
@@ -124,12 +126,12 @@ class CheckpointWeights:
                     return self._proved(product, fitting[0], named.found_by)
             if len(fitting) == 1:
                 # Tied modules are stored once, like one module that is called several times.
-                modules = tuple(matrix.module for matrix in fitting[0])
+                alike = tuple(matrix.module for matrix in fitting[0])
                 text = (
-                    f"its weight, that of {listed_names(modules)}, is also that of"
+                    f"its weight, that of {listed_names(alike)}, is also that of"
                     f" {calls - 1} more, and no name says whether they are one module"
                 )
-                reasons = [_Reason(modules, text, "identify it in `module_map`")]
+                reasons = [_Reason(alike, text, "identify it in `module_map`")]
             elif fitting:
                 alike = tuple(m.module for one in fitting for m in one)
                 text = f"its weight is that of {listed_names(alike)}, and no name says which"

@@ -14,11 +14,12 @@ import pytest
 from numpy.typing import NDArray
 
 import loradeploy as ld
-from loradeploy.adapter import load_adapter
+from loradeploy.adapter import Adapter, AdapterConfig, load_adapter, save_adapter
+from loradeploy.adapter.adapter import Rows
 from loradeploy.bundle.adapter_inputs.native import read_onnx_adapter
 from loradeploy.bundle.graph_form import form_of
 from loradeploy.bundle.manifest import read_manifest
-from loradeploy.errors import AdapterMismatchError
+from loradeploy.errors import AdapterMismatchError, LoraDeployError
 from tests.cli.calling import call
 from tests.conftest import MakeAdapter, once
 from tests.export.reference import apart, onnx_output, token_feeds
@@ -337,3 +338,21 @@ def test_convert_refuses_adapters_that_the_bundle_does_not_support(
                 out,
             )
     assert not out.exists()
+
+
+@pytest.mark.parametrize("how", ["an adapter", "asked for"])
+def test_trained_rows_of_an_encoder_decoder_are_merged_and_no_other_way_is_recommended(
+    how: str, tiny_t5: Path, tmp_path: Path
+) -> None:
+    rows = Rows((5, 6), np.ones((2, 48), np.float32))
+    config = AdapterConfig(
+        task_type="SEQ_2_SEQ_LM", extra={"trainable_token_indices": {"shared": [5, 6]}}
+    )
+    save_adapter(Adapter(config, {}, rows={"shared.weight": rows}), tmp_path / "rows")
+    with pytest.raises(LoraDeployError, match="merge") as refusal:
+        if how == "an adapter":
+            ld.export(tiny_t5, tmp_path / "b", adapters={"rows": tmp_path / "rows"})
+        else:
+            ld.export(tiny_t5, tmp_path / "b", side_inputs=["tokens"])
+    assert "--side-inputs" not in str(refusal.value)
+    assert "side_inputs=" not in str(refusal.value)
