@@ -119,21 +119,32 @@ class _Terminated(BaseException):
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """Inside the context, SIGTERM raises an exception."""
+def _interruptible() -> Iterator[list[int]]:
+    """Inside the context, SIGTERM and SIGINT raise exceptions.
 
-    def terminate(number: int, frame: FrameType | None) -> None:
+    Yields the exit statuses of the signals received so far: a library that is being imported may
+    raise another exception instead, such as an ImportError.
+    """
+    received: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        received.append(128 + number)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # ignore further signals during the clean-up
         raise _Terminated
 
     if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread receives signals
+        yield received  # only the main thread receives signals
         return
-    before = signal.signal(signal.SIGTERM, terminate)
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, interrupt)}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as by nohup
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
     try:
-        yield
+        yield received
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -145,9 +156,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = [argument for argument in given[:end] if argument != "--debug"]
     # Frozen objects are not searched for cycles at exit, which takes a second after an export.
     atexit.register(gc.freeze)
-    with _terminable():
+    with _interruptible() as received:
         try:
-            status = _run([*options, *given[end:]], debug=len(options) < end)
+            status = _run([*options, *given[end:]], received, debug=len(options) < end)
         except KeyboardInterrupt:
             status = _say("interrupted", INTERRUPTED)
         except _Terminated:
@@ -172,7 +183,7 @@ def _open_streams() -> None:
         setattr(sys, name, os.fdopen(null, "r" if number == 0 else "w", encoding="utf-8"))
 
 
-def _run(given: list[str], *, debug: bool) -> int:
+def _run(given: list[str], received: list[int], *, debug: bool) -> int:
     if debug:
         logging.getLogger("loradeploy").setLevel(logging.DEBUG)
     else:
@@ -188,6 +199,8 @@ def _run(given: list[str], *, debug: bool) -> int:
         hint = f": see {context.command_path} --help" if context is not None else ""
         return _say(f"Error: {problem.format_message().rstrip('.')}{hint}", REFUSED)
     except click.Abort as problem:
+        if received:
+            return _say("interrupted", received[0])
         # click converts every EOFError to Abort, as if a prompt was aborted; there are no prompts.
         if isinstance(problem.__cause__, EOFError):
             return _report(problem.__cause__, given, debug=debug)
@@ -197,6 +210,8 @@ def _run(given: list[str], *, debug: bool) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return UNREAD
     except Exception as problem:
+        if received and not isinstance(problem, TrainingInterruptedError):
+            return _say("interrupted", received[0])
         return _report(problem, given, debug=debug)
 
 

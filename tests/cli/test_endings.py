@@ -128,6 +128,30 @@ def test_a_signal_before_or_after_the_command_runs_is_reported_too(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGTERM to handle")
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"]
+)
+@pytest.mark.parametrize("problem", [ImportError, RuntimeError, LoraDeployError, EOFError])
+def test_a_signal_that_a_library_turns_into_another_error_is_an_interruption(
+    problem: type[Exception],
+    number: signal.Signals,
+    status: int,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def load(path: object) -> None:
+        try:
+            os.kill(os.getpid(), number)
+            pytest.fail("the signal raised nothing")
+        except BaseException:
+            raise problem("initialization failed") from None
+
+    monkeypatch.setattr("loradeploy.adapter.load_adapter", load)
+    told, out, err = run("inspect", ".")
+    assert (told, out, err.strip()) == (status, "", "interrupted")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGTERM to handle")
 def test_sigterm_ends_a_command_without_leaving_partial_files(
     tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
