@@ -186,7 +186,7 @@ def test_the_queue_has_room_for_every_key_and_requests_have_a_deadline() -> None
         waiting = [asked(ONE), asked(ONE)]
         await asyncio.sleep(0)
         assert (queue.running, queue.waiting) == (1, 2)
-        with pytest.raises(EngineFullError, match="2 requests of this API key wait"):
+        with pytest.raises(EngineFullError, match="2 requests of this API key are waiting"):
             await queue.run(made.work(), ["a"], None, ONE)
         other = asked(OTHER)
         for late in (first, *waiting, other):  # the first is running, and is late too
