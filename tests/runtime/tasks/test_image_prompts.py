@@ -46,7 +46,7 @@ def test_images_that_do_not_fit_are_refused() -> None:
             made.expanded(ids, features, "it")
     with pytest.raises(UsageError, match="the tokenizer of decoder has no <fake_token_around_im"):
         prompts("smolvlm", {"<image>": IMAGE}).expanded([IMAGE], [3], "it")
-    with pytest.raises(UsageError, match="around an image of decoder is not known: give one"):
+    with pytest.raises(UsageError, match="around an image of decoder are not known: give one"):
         prompts("other").expanded([IMAGE], [3], "it")
 
 
@@ -57,7 +57,7 @@ def test_the_images_of_gemma_are_expanded_in_the_text() -> None:
     one = "\n\n<boi><image><image><image><eoi>\n\n"
     assert made.write("a <boi><boi>b") == f"a {one}{one}b"
     assert made.write(one) == one
-    with pytest.raises(UsageError, match="give a text that has <boi> for each image"):
+    with pytest.raises(UsageError, match="give a text with <boi> for each image"):
         made.expanded([IMAGE], [3], "it")
     with pytest.raises(BundleError, match="has the boi_token_index 7, which the tokenizer does"):
         prompts("gemma3", words, **{**tokens, "boi_token_index": 7})
