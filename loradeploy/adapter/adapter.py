@@ -52,6 +52,11 @@ class Factors:
         return int(self.A.shape[0]) // self.experts
 
     @property
+    def has_update(self) -> bool:
+        """Whether neither factor is all zeros. Untrained factors have one that is."""
+        return bool(self.A.any() and self.B.any())
+
+    @property
     def groups(self) -> int:
         """The number of groups of a convolution; 1 for other kinds."""
         return int(self.A.shape[0]) // int(self.B.shape[1])

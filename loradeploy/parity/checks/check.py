@@ -171,7 +171,7 @@ def adapter_facts(context: CheckContext, reference: Reference) -> tuple[AdapterF
 def _without_effect(context: CheckContext, tested: AdapterUnderTest) -> tuple[bool, str]:
     """For an adapter without an effect: whether that is a failure, and the explanation."""
     adapter, added = tested.adapter, context.manifest.added_tokens
-    if any(pair.B.any() for pair in adapter.factors.values()):
+    if any(pair.has_update for pair in adapter.factors.values()):
         return True, "the adapter has factors other than zero, yet it changes nothing in PyTorch"
     if added is not None and any(
         token >= added.base and values.any()
@@ -180,8 +180,8 @@ def _without_effect(context: CheckContext, tested: AdapterUnderTest) -> tuple[bo
     ):
         return False, "its only effect is on tokens that the base does not have"
     if adapter.rows:
-        return False, "no effect: all of its B are zero, and the rows of its tokens change nothing"
-    return False, "no effect: it is untrained, all of its B are zero"
+        return False, "no effect: all of its updates are zero, and its tokens' rows change nothing"
+    return False, "no effect: it is untrained, all of its updates are zero"
 
 
 def _run_backend(

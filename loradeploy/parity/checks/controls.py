@@ -16,6 +16,7 @@ import numpy as np
 
 from loradeploy.adapter.adapter import Adapter, Factors
 from loradeploy.adapter.config import TOKENS
+from loradeploy.adapter.heads import label_parameters
 from loradeploy.adapter.modules.targets import is_saved
 from loradeploy.parity.context import AdapterUnderTest, CheckContext
 from loradeploy.parity.figures.metrics import Comparison
@@ -45,7 +46,7 @@ class Mistake:
 
 def wrong_adapter(adapter: Adapter) -> Adapter | None:
     """Return another adapter of the same shapes: the values of each factor are shuffled."""
-    if not adapter.factors and not adapter.rows:
+    if not adapter.rows and not any(pair.has_update for pair in adapter.factors.values()):
         return None
     random = np.random.default_rng(_WRONG_ADAPTER_SEED)
     factors = {
@@ -61,7 +62,7 @@ def wrong_adapter(adapter: Adapter) -> Adapter | None:
 
 def doubled_alpha(adapter: Adapter) -> Adapter | None:
     """Return the adapter with its scaling doubled, by doubling B."""
-    if not adapter.factors:
+    if not any(pair.has_update for pair in adapter.factors.values()):
         return None
     return _with_factors(
         adapter,
@@ -83,7 +84,7 @@ def swapped_factors(adapter: Adapter) -> Adapter | None:
 
 def missing_target(adapter: Adapter) -> Adapter | None:
     """Remove the update of the last module that has one."""
-    updated = [module for module in adapter.modules if adapter.factors[module].B.any()]
+    updated = [module for module in adapter.modules if adapter.factors[module].has_update]
     if len(adapter.factors) < 2 or not updated:
         return None
     last = updated[-1]
@@ -94,7 +95,7 @@ def missing_target(adapter: Adapter) -> Adapter | None:
 
 
 def _updates(pair: Factors) -> bool:
-    return pair.magnitude is not None or bool(pair.B.any())
+    return pair.magnitude is not None or pair.has_update
 
 
 def ignored_magnitude(adapter: Adapter) -> Adapter | None:
@@ -140,6 +141,20 @@ def swapped_tokens(adapter: Adapter) -> Adapter | None:
     return dataclasses.replace(adapter, rows=rows)
 
 
+def swapped_labels(adapter: Adapter) -> Adapter | None:
+    """Give each label of a trained head the weights of another label."""
+    heads = [name for name in label_parameters(adapter) if len(adapter.saved[name]) > 1]
+    if not heads:
+        return None
+    biases = (f"{name.removesuffix('weight')}bias" for name in heads)
+    rolled = {
+        name: np.roll(adapter.saved[name], 1, axis=0)
+        for name in (*heads, *biases)
+        if name in adapter.saved
+    }
+    return dataclasses.replace(adapter, saved={**adapter.saved, **rolled})
+
+
 MISTAKES: Final[tuple[Mistake, ...]] = (
     Mistake("wrong adapter", "another adapter of the same shapes", wrong_adapter),
     Mistake("doubled alpha", "the scaling is twice what it should be", doubled_alpha),
@@ -149,6 +164,7 @@ MISTAKES: Final[tuple[Mistake, ...]] = (
     Mistake("ignored bias", "the trained biases are left out", ignored_bias),
     Mistake("ignored tokens", "trained rows of tokens are left out", ignored_tokens),
     Mistake("swapped tokens", "trained tokens have each other's rows", swapped_tokens),
+    Mistake("swapped labels", "labels have each other's rows of the head", swapped_labels),
 )
 OFF_BY_ONE: Final = Mistake(
     "off-by-one row", "each row of a mixed batch has its neighbor's adapter", lambda _: None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,10 +14,13 @@ from loradeploy.adapter.config import AdapterConfig
 from loradeploy.parity.checks import controls
 from loradeploy.parity.checks.controls import (
     OFF_BY_ONE,
+    doubled_alpha,
     judge_mistake,
     missing_target,
     run_controls,
     swapped_factors,
+    swapped_labels,
+    wrong_adapter,
 )
 from loradeploy.parity.figures.tolerances import assumed
 from loradeploy.parity.phases.rows import Row
@@ -82,6 +86,24 @@ def test_a_mistake_uses_modules_that_have_an_update() -> None:
     assert swapped is not None and lacking is not None
     assert {m for m in "abcde" if swapped.factors[m] is not adapter.factors[m]} == {"a", "c"}
     assert not lacking.factors["d"].B.any() and lacking.factors["c"].B.any()
+    for mistake in (wrong_adapter, doubled_alpha):
+        assert mistake(adapter) is not None
+        assert mistake(adapter_of({"a": 0.0, "b": 0.0})) is None
     for nothing in ({"a": 0.0, "b": 0.0}, {"a": 1.0}):
         assert swapped_factors(adapter_of(nothing)) is None
         assert missing_target(adapter_of(nothing)) is None
+
+
+def test_labels_are_swapped_in_the_weights_and_the_bias_of_a_head() -> None:
+    saved = {
+        "classifier.weight": np.arange(6, dtype=np.float32).reshape(3, 2),
+        "classifier.bias": np.arange(3, dtype=np.float32),
+        "pooler.bias": np.arange(3, dtype=np.float32),
+    }
+    wrong = swapped_labels(dataclasses.replace(adapter_of({"a": 1.0}), saved=saved))
+    assert wrong is not None
+    assert wrong.saved["classifier.weight"][:, 0].tolist() == [4, 0, 2]
+    assert wrong.saved["classifier.bias"].tolist() == [2, 0, 1]
+    assert wrong.saved["pooler.bias"] is saved["pooler.bias"]
+    one = {"score.weight": np.ones((1, 2), np.float32)}
+    assert swapped_labels(dataclasses.replace(adapter_of({"a": 1.0}), saved=one)) is None
