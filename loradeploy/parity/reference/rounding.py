@@ -32,8 +32,9 @@ class Activations:
 def in_dtype(model: torch.nn.Module, name: str) -> Iterator[None]:
     """Run `model` with its parameters and its activations in another dtype while the block lasts.
 
-    Embeddings cast their outputs, convolutions (of images and sounds) their inputs. What the model
-    itself computes in float32 (norms, rotary embeddings) stays in float32.
+    Embeddings cast their outputs, convolutions (of images and sounds) their inputs; in float64, all
+    modules with parameters do. What the model itself computes in float32 (norms, rotary embeddings)
+    stays in float32.
     """
     import torch
 
@@ -57,8 +58,11 @@ def in_dtype(model: torch.nn.Module, name: str) -> Iterator[None]:
                 room.give_back(parameter.data)
             parameter.data = data
 
-    def cast_input(module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> Any:
-        return tuple(given.to(dtype) for given in inputs)
+    def cast_input(module: torch.nn.Module, inputs: tuple[Any, ...]) -> Any:
+        return tuple(
+            given.to(dtype) if torch.is_tensor(given) and given.is_floating_point() else given
+            for given in inputs
+        )
 
     def cast_output(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
         return output.to(dtype)
@@ -70,7 +74,8 @@ def in_dtype(model: torch.nn.Module, name: str) -> Iterator[None]:
                 hooks.callback(module.register_forward_hook(cast_output).remove)
             elif any(True for _ in module.parameters(recurse=False)):
                 hooks.callback(module.register_forward_pre_hook(cast).remove)
-                if isinstance(module, convolutions):
+                # T5 casts what some layers read to the dtype of their weights, float32 until then.
+                if isinstance(module, convolutions) or dtype == torch.float64:
                     hooks.callback(module.register_forward_pre_hook(cast_input).remove)
                 after = module.register_forward_hook(give_back, always_call=True)
                 hooks.callback(after.remove)

@@ -59,6 +59,25 @@ def test_a_run_in_another_dtype_equals_a_cast_model_and_restores_the_model(
     assert not torch.equal(here.double(), before.double())
 
 
+def test_a_t5_can_be_computed_in_float64(tiny_t5: Path) -> None:
+    """Its feed-forward layers cast their inputs to the dtype of the weights of the second one."""
+    from transformers import AutoModelForSeq2SeqLM
+
+    t5 = AutoModelForSeq2SeqLM.from_pretrained(tiny_t5).eval()
+
+    def outputs(model: torch.nn.Module) -> torch.Tensor:
+        with torch.inference_mode():
+            return model(input_ids=IDS, decoder_input_ids=IDS[:, :4]).logits
+
+    before = outputs(t5)
+    with in_dtype(t5, "float64"):
+        here = outputs(t5)
+    assert torch.equal(outputs(t5), before)
+    exact = outputs(t5.double())
+    assert here.dtype == torch.float64
+    assert (here - exact).abs().max() < (before - exact).abs().max()
+
+
 def test_a_second_run_in_another_dtype_repeats_the_first(model: torch.nn.Module) -> None:
     with in_dtype(model, "float64"):
         first = logits(model)
@@ -290,7 +309,7 @@ def test_limits_that_cannot_be_measured_are_assumed_and_the_report_says_so(
     from transformers.models.llama.modeling_llama import LlamaMLP
 
     def mixes(self: LlamaMLP, x: torch.Tensor) -> torch.Tensor:
-        x = x.float()  # float64 weights cannot be multiplied with it
+        x = x @ torch.eye(x.shape[-1])  # float64 cannot be multiplied with float32
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
     monkeypatch.setattr(LlamaMLP, "forward", mixes)

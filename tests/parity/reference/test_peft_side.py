@@ -20,6 +20,7 @@ from loradeploy.errors import AdapterError
 from loradeploy.parity.context import AdapterUnderTest, find_adapters
 from loradeploy.parity.reference.peft import with_peft
 from tests.conftest import MakeAdapter
+from tests.export.trace.test_architectures import ARCHITECTURES, make_model
 from tests.parity.conftest import Check
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -184,6 +185,31 @@ def test_the_base_model_is_restored_after_peft(
     assert set(after) == set(before)
     assert all(torch.equal(after[name], values) for name, values in before.items())
     assert torch.equal(logits(model), base)
+
+
+def test_experts_that_peft_parametrizes_are_the_bases_afterwards(
+    make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    """With `target_parameters`, PEFT sets each parameter of the experts to its own values."""
+    place = make_model(tmp_path / "model", *ARCHITECTURES["mixtral: a mixture of experts"])
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    adapter = make_adapter(
+        place, out=tmp_path / "adapter", target_modules=["q_proj"], target_parameters=names
+    )
+    model = llama(place)
+    before = {name: values.clone() for name, values in model.state_dict().items()}
+    base = logits(model)
+    with with_peft(model, peft_adapter(adapter)):
+        assert (logits(model) - base).abs().max() > 0.01
+    assert all(torch.equal(own, before[name]) for name, own in model.state_dict().items())
+    assert torch.equal(logits(model), base)
+    experts = model.model.layers[0].mlp.experts.gate_up_proj
+    with (
+        pytest.raises(AdapterError, match=r"writes over the base's .*gate_up_proj"),
+        with_peft(model, peft_adapter(adapter)),
+        torch.no_grad(),
+    ):
+        experts.add_(1)
 
 
 def test_a_base_model_that_was_not_restored_is_reported_by_name(
