@@ -41,9 +41,8 @@ if TYPE_CHECKING:
 @click.option(
     "--length",
     type=int,
-    default=128,
-    show_default=True,
-    help="Number of tokens in a decoder's cache, or in an encoder's texts.",
+    help="Number of tokens in a decoder's cache, or in an encoder's texts. [default: 128, or as"
+    " many as the model has positions for]",
 )
 @click.option(
     "--rounds", type=int, default=15, show_default=True, help="Number of measurements of each side."
@@ -55,7 +54,7 @@ def command(
     bundle: str,
     adapters: tuple[str, ...],
     batch: int,
-    length: int,
+    length: int | None,
     rounds: int,
     provider: str,
     capture_graphs: bool,
@@ -68,7 +67,7 @@ def command(
     """
     from loradeploy.adapter.files.named import named_directory
     from loradeploy.runtime.session import AdapterSession
-    from loradeploy.runtime.timing import time_bundle
+    from loradeploy.runtime.timing import default_length, time_bundle
 
     begin = time.perf_counter()
     session = AdapterSession(bundle, [provider], capture_graphs=capture_graphs)
@@ -79,6 +78,7 @@ def command(
         begin = time.perf_counter()
         session.load(name, path)
         loads[name] = (time.perf_counter() - begin) * 1e3
+    length = default_length(session) if length is None else length
     timings = time_bundle(session, batch=batch, length=length, rounds=rounds)
     own, *_ = session.providers
     off_device = {name: counts for name, counts in session.placement.items() if name != own}

@@ -237,9 +237,9 @@ class Printer:
     def piece(self, text: str) -> None:
         say_text(text, end="")
 
-    def result(self, plain: str, values: dict[str, Any]) -> None:
-        if self.as_json:
-            click.echo(as_json(values, indent=2 if self.one else None))
+    def result(self, plain: str, values: dict[str, Any], *, several: bool = False) -> None:
+        if self.as_json:  # several results are JSONL
+            click.echo(as_json(values, indent=2 if self.one and not several else None))
         else:
             say_text(plain if self.one else one_line(plain))
 

@@ -14,7 +14,9 @@ import onnxruntime
 
 from loradeploy.adapter.tasks import CAUSAL_LM
 from loradeploy.bundle.model_config import model_config
+from loradeploy.bundle.names import CONFIG_NAME
 from loradeploy.bundle.sample import Sample
+from loradeploy.bundle.text.tokenizer_files import positions_of_model
 from loradeploy.errors import UsageError
 from loradeploy.runtime.arguments import Adapters
 from loradeploy.runtime.session import AdapterSession
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _WARM_UP = 2
+_LENGTH = 128
 
 
 @dataclass(frozen=True)
@@ -42,17 +45,28 @@ class Timing:
     ratio_high: float | None = None
 
 
+def default_length(session: AdapterSession) -> int:
+    """128 tokens, or as many as the model has positions for, with one for a decoder's new token."""
+    positions = positions_of_model(model_config(session.path), session.path / CONFIG_NAME)
+    if positions is None:
+        return _LENGTH
+    return max(1, min(_LENGTH, positions - (session.manifest.task == CAUSAL_LM)))
+
+
 def time_bundle(
-    session: AdapterSession, *, batch: int = 1, length: int = 128, rounds: int = 15
+    session: AdapterSession, *, batch: int = 1, length: int | None = None, rounds: int = 15
 ) -> list[Timing]:
     """Time one forward pass: a new token after `length` for decoders, otherwise `length` tokens.
 
     Cases: the base, the base again as a control, each adapter for all rows, a different adapter at
     each call, and a mixed batch if `batch` > 1. They alternate within each round, in random order.
 
+    The default length is that of `default_length`.
+
     Raises:
         UsageError: a size that is not positive.
     """
+    length = default_length(session) if length is None else length
     for name, value in (("batch", batch), ("length", length), ("rounds", rounds)):
         if value < 1:
             raise UsageError(f"{name} is {value}: give 1 or more")

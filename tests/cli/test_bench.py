@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 from tests.cli.calling import call
@@ -35,3 +36,14 @@ def test_bench_measures_all_variants(
     table = call("bench", tiny_llama_bundle, *given, *sizes)
     assert "mixed batch" in table
     assert re.search(r"ran on CPU, .*; 0 of \d+ nodes run on other providers", table)
+
+
+def test_the_default_length_fits_into_the_positions_of_a_small_model(
+    tiny_llama_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = shutil.copytree(tiny_llama_bundle, tmp_path / "bundle")
+    config = json.loads((bundle / "config.json").read_text())
+    for positions, length in ((64, 63), (4096, 128)):
+        config["max_position_embeddings"] = positions
+        (bundle / "config.json").write_text(json.dumps(config))
+        assert json.loads(call("bench", bundle, "--rounds", 1, "--json"))["length"] == length

@@ -267,6 +267,12 @@ def test_a_byte_order_mark_is_not_part_of_a_prompt(
     assert json.loads(result.stdout)["prompt"] == "The bank"
 
 
+def test_several_results_of_one_prompt_are_json_lines(tiny_llama_bundle: Path) -> None:
+    options = ("--n", 3, "--temperature", 1, "--max-new-tokens", 2, "--json")
+    printed = run(tiny_llama_bundle, "One", *options).stdout.splitlines()
+    assert [json.loads(line)["choice"] for line in printed] == [0, 1, 2]
+
+
 def test_standard_input_that_begins_with_an_object_is_json_lines(
     tiny_llama_bundle: Path, llama_session: AdapterSession
 ) -> None:

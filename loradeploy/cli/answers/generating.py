@@ -120,7 +120,7 @@ class Results(Protocol):
 
     def piece(self, text: str) -> None: ...
 
-    def result(self, plain: str, values: dict[str, Any]) -> None: ...
+    def result(self, plain: str, values: dict[str, Any], *, several: bool = False) -> None: ...
 
 
 def generation_flags(command: _Command) -> _Command:
@@ -180,7 +180,8 @@ def generate(
         done += result.choice == 0
         values = asdict(result)
         values["token_ids"] = list(result.token_ids)
-        printer.result("" if streamed else result.text, {"prompt": prompts[done], **values})
+        text = "" if streamed else result.text
+        printer.result(text, {"prompt": prompts[done], **values}, several=options.get("n", 1) > 1)
 
     TextGenerator(session).generate(
         prompts,
