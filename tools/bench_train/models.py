@@ -37,7 +37,7 @@ class Benchmarked:
         """Load the base in `dtype`, the name of a torch dtype."""
         import torch
 
-        return self.load(self.directory(), trust_remote_code=False, dtype=getattr(torch, dtype))
+        return self.load(self.directory(), dtype=getattr(torch, dtype))
 
     def tokenizer(self) -> Any:
         from transformers import AutoTokenizer
@@ -48,7 +48,7 @@ class Benchmarked:
 def _decoder(*arguments: Any, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(*arguments, **options)
+    return AutoModelForCausalLM.from_pretrained(*arguments, trust_remote_code=False, **options)
 
 
 def _classifier(*arguments: Any, **options: Any) -> Any:
@@ -58,7 +58,7 @@ def _classifier(*arguments: Any, **options: Any) -> Any:
 
     torch.manual_seed(0)
     return AutoModelForSequenceClassification.from_pretrained(
-        *arguments, **options, num_labels=TOPICS
+        *arguments, **options, num_labels=TOPICS, trust_remote_code=False
     )
 
 
