@@ -273,7 +273,7 @@ def check_initial(config: TrainConfig, given: Iterable[str]) -> None:
     both = [f"`{name}`" for name in given if name in OF_ADAPTER]
     if config.init_adapter and both:
         raise UsageError(
-            f"{', '.join(both)} cannot be set with `init_adapter`: the adapter states them"
+            f"{', '.join(both)} cannot be set with `init_adapter`: the adapter determines this"
         )
 
 

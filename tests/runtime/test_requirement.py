@@ -70,6 +70,7 @@ COVERAGE = Coverage(frozenset({"decode"}), (ON_CPU,), frozenset(), 2, 9, 3)
         ("prompts=3", "2 prompts, 3 are required"),
         ("generated=4,prompts=1", "3 generated, 4"),
         ("phases=decode+padded batch", "'?padded batch"),
+        ("phases=decode+padded-batch", "'?padded batch"),
         ("providers=cuda", "not checked on 'cuda'"),
         ("precision=int8", "precision is fp32"),
     ],

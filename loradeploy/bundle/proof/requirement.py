@@ -83,6 +83,8 @@ class CertificateMinimum:
                 values[name] = int(value)
             elif name == "precision":
                 values[name] = value
+            elif name == "phases":  # also spelled as `loradeploy parity --phases` does
+                values[name] = tuple(each.strip().replace("-", " ") for each in value.split("+"))
             else:
                 values[name] = tuple(piece.strip() for piece in value.split("+"))
         return cls(**values)

@@ -32,14 +32,17 @@ class Activations:
 def in_dtype(model: torch.nn.Module, name: str) -> Iterator[None]:
     """Run `model` with its parameters and its activations in another dtype while the block lasts.
 
-    Embeddings cast their outputs, convolutions (of images and sounds) their inputs; in float64, all
-    modules with parameters do. What the model itself computes in float32 (norms, rotary embeddings)
-    stays in float32.
+    Embeddings cast their outputs, convolutions (of images and sounds) and linear layers their
+    inputs; in float64, all modules with parameters do. What the model itself computes in float32
+    (norms, rotary embeddings) stays in float32.
     """
     import torch
 
+    from loradeploy.lora.layers.linear import LoraLinear
+
     dtype: torch.dtype = getattr(torch, name)
     convolutions = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+    products = (*convolutions, torch.nn.Linear, LoraLinear)
     kept: dict[torch.nn.Module, list[tuple[torch.nn.Parameter, torch.Tensor]]] = {}
     room = _Room(dtype)
 
@@ -75,7 +78,7 @@ def in_dtype(model: torch.nn.Module, name: str) -> Iterator[None]:
             elif any(True for _ in module.parameters(recurse=False)):
                 hooks.callback(module.register_forward_pre_hook(cast).remove)
                 # T5 casts what some layers read to the dtype of their weights, float32 until then.
-                if isinstance(module, convolutions) or dtype == torch.float64:
+                if isinstance(module, products) or dtype == torch.float64:
                     hooks.callback(module.register_forward_pre_hook(cast_input).remove)
                 after = module.register_forward_hook(give_back, always_call=True)
                 hooks.callback(after.remove)

@@ -78,6 +78,24 @@ def test_a_t5_can_be_computed_in_float64(tiny_t5: Path) -> None:
     assert (here - exact).abs().max() < (before - exact).abs().max()
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_t5_with_an_adapter_can_be_computed_in_16_bits(
+    dtype: str, tiny_t5: Path, make_adapter: MakeAdapter
+) -> None:
+    from transformers import AutoModelForSeq2SeqLM
+
+    from loradeploy.lora.inject import adapted
+
+    adapter = ld.load_adapter(make_adapter(tiny_t5, task="seq2seq-lm"))
+    t5 = AutoModelForSeq2SeqLM.from_pretrained(tiny_t5).eval()
+    with adapted(t5, adapter), torch.inference_mode():
+        before = t5(input_ids=IDS, decoder_input_ids=IDS).logits
+        with in_dtype(t5, dtype):
+            here = t5(input_ids=IDS, decoder_input_ids=IDS).logits
+    assert here.dtype == getattr(torch, dtype)
+    assert 0 < (here - before).abs().max() < before.abs().max() / 10
+
+
 def test_a_second_run_in_another_dtype_repeats_the_first(model: torch.nn.Module) -> None:
     with in_dtype(model, "float64"):
         first = logits(model)
