@@ -96,7 +96,8 @@ def _form_option(option: FormOption) -> Callable[[Callable[..., None]], Callable
     "--requantise",  # the former spelling
     "requantize",
     is_flag=True,
-    help="Merge into int8 or int4 weights and quantize them again. The merge error is reported.",
+    help="Merge into int8, int4 or float8 weights and quantize them again. The merge error is"
+    " reported.",
 )
 @click.option(
     "--checkpoint",

@@ -68,7 +68,7 @@ def export(
             for its weights.
         required_inputs: also write required.onnx, the graph for clients that drop feeds of inputs
             with defaults (onnxruntime-node), and the base's side inputs as .safetensors.
-        requantize: merge into int8 or int4 weights and quantize them again; the manifest's
+        requantize: merge into int8, int4 or float8 weights and quantize them again; the manifest's
             merge_error is the part of the adapter that rounding lost.
         checkpoint: the directory that an ONNX model was exported from. Its weights identify the
             modules of the graph, regardless of node names, and the base model.
