@@ -68,7 +68,6 @@ from tools.timing.alternate import BUSY, Worker, busy
 console = Console(stderr=True, highlight=False)
 
 ADAPTERS: Final = 8
-RANK: Final = 16  # of the adapters, on all linear layers
 REGISTERED: Final = 1000
 ROOM: Final = 32
 
@@ -84,6 +83,9 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=2, help="requests per client and round")
     parser.add_argument("--tokens", type=int, default=32, help="generated tokens per request")
     parser.add_argument("--rounds", type=int, default=5, help="timed runs of each side")
+    parser.add_argument(
+        "--rank", type=int, default=16, help="of the eight adapters, on all linear layers"
+    )
     parser.add_argument(
         "--registered", type=int, default=REGISTERED, help="registered small adapters"
     )
@@ -200,7 +202,7 @@ def costs_of(bundle: Path, arguments: Any, scratch: Path) -> dict[str, Any]:
     load = traffic(max(arguments.costs), 1, arguments.tokens, tokenizer, 0)
     given = {
         "bundle": str(bundle),
-        "adapters": make_adapters(bundle, scratch / "a", ADAPTERS, rank=RANK),
+        "adapters": make_adapters(bundle, scratch / "a", ADAPTERS, rank=arguments.rank),
         "prompts": [own for (own,) in load.prompts],
         "asked": [f"a{number % ADAPTERS}" for number in range(max(arguments.costs))],
         "tokens": load.tokens,
@@ -250,7 +252,7 @@ def _arguments(
     """Return the arguments of each chosen side's process."""
     chosen = None if arguments.sides is None else arguments.sides.split(",")
     load = traffic(arguments.clients, arguments.requests, arguments.tokens, tokenizer, 0)
-    adapters = make_adapters(bundle, scratch / "a", ADAPTERS, rank=RANK)
+    adapters = make_adapters(bundle, scratch / "a", ADAPTERS, rank=arguments.rank)
     common = {
         "bundle": str(bundle),
         "prompts": load.prompts,
