@@ -132,6 +132,14 @@ class Adapter:
             raise AdapterError(f"adapter tensors do not fit the config: {listed(problems)}")
 
     @property
+    def is_untrained(self) -> bool:
+        """Whether it cannot change any output: it only has factors, and all updates are zero."""
+        others = self.saved or self.carried or self.rows
+        return not others and not any(
+            pair.has_update or pair.magnitude is not None for pair in self.factors.values()
+        )
+
+    @property
     def modules(self) -> tuple[str, ...]:
         """The target modules, in name order."""
         return tuple(sorted(self.factors))

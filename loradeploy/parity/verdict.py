@@ -72,7 +72,7 @@ def judge(figures: Figures, limits: Mapping[str, Limit], *, effect: float | None
     where the error has nothing to be compared with.
     """
     checks = _checks(figures, limits, effect)
-    return Verdict(figures, checks, _failure(figures, checks))
+    return Verdict(figures, checks, _failure(figures, checks, effect))
 
 
 def _checks(
@@ -99,7 +99,7 @@ def _checks(
     return tuple(checks)
 
 
-def _failure(figures: Figures, checks: tuple[Check, ...]) -> str | None:
+def _failure(figures: Figures, checks: tuple[Check, ...], effect: float | None) -> str | None:
     if figures.not_finite:
         return f"{figures.not_finite} of {figures.positions} positions have NaN or infinite values"
     if not figures.positions:
@@ -107,6 +107,12 @@ def _failure(figures: Figures, checks: tuple[Check, ...]) -> str | None:
     failed = [check for check in checks if not check.passed]
     if not failed:
         return None
+    if effect and [check.metric for check in failed] == ["effect_share"]:
+        return (
+            f"the error of {figures.max_abs:.2g} is within rounding, and the adapter's effect of"
+            f" {effect:.2g} is too small to be told from it ({failed[0].title}"
+            f" {failed[0].value:.2g} > {failed[0].limit:.2g}): the adapter is nearly untrained"
+        )
     listed = ", ".join(
         f"{check.title} {check.value:.2g} > {check.limit:.2g}" for check in failed[:_LISTED]
     )

@@ -161,9 +161,31 @@ def test_an_untrained_adapter_passes_with_a_remark(
         return dataclasses.replace(adapter, factors=zero)
 
     place = change(adapter, tmp_path / "untrained", untrained)
-    report = parity(tiny_llama_bundle, model=tiny_llama, adapters=[place])
-    assert report.passed, report.failures
-    assert "no effect" in str(report.adapters[0].message)
+    ld.export(tiny_llama_bundle, tmp_path / "merged", adapters=[place], merge=True)
+    for bundle in (tiny_llama_bundle, tmp_path / "merged"):
+        report = parity(bundle, model=tiny_llama, adapters=[place], controls=True)
+        assert report.passed, report.failures
+        assert report.adapters[0].effect == 0
+        assert "no effect" in str(report.adapters[0].message)
+        assert report.controls == ()
+        assert "no control was made with untrained, which has no effect" in report.notes
+    # The merged graph is the base's: with a trained adapter it does not agree.
+    assert not parity(tmp_path / "merged", model=tiny_llama, adapters=[adapter]).passed
+
+
+def test_a_nearly_untrained_adapter_fails_with_the_reason(
+    tiny_llama: Path, tiny_llama_bundle: Path, adapter: Path, tmp_path: Path, parity: Parity
+) -> None:
+    def barely(adapter: Adapter) -> Adapter:
+        small = {m: Factors(pair.A, pair.B * 1e-6) for m, pair in adapter.factors.items()}
+        return dataclasses.replace(adapter, factors=small)
+
+    place = change(adapter, tmp_path / "barely", barely)
+    backends = ["onnx-side-inputs"]
+    report = parity(tiny_llama_bundle, model=tiny_llama, adapters=[place], backends=backends)
+    failed = [result for result in report.results if result.outcome == "failed"]
+    assert failed and all(result.adapter == "barely" for result in failed)
+    assert all("nearly untrained" in str(result.message) for result in failed)
 
 
 def test_an_adapter_that_changes_nothing_though_it_is_trained_fails(

@@ -61,6 +61,15 @@ def test_an_error_that_is_not_far_below_the_effect_fails() -> None:
     assert verdict(figures(1e-5), effect=1e-5 * 11) is None
 
 
+def test_rounding_that_hides_a_small_effect_is_named_as_such() -> None:
+    message = verdict(figures(1e-5), effect=2e-5)
+    assert message is not None
+    assert "within rounding" in message and "nearly untrained" in message
+    assert "\n" not in message
+    wrong = verdict(figures(1e-2), effect=2e-5)
+    assert wrong is not None and "untrained" not in wrong
+
+
 @pytest.mark.parametrize("effect", [None, 0.0])
 def test_without_an_effect_only_the_error_is_judged(effect: float | None) -> None:
     assert verdict(figures(1e-5), effect=effect) is None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from loradeploy.bundle.fitting.added_tokens import with_all_tokens
 from loradeploy.errors import UsageError
 from loradeploy.parity.backends import evaluator, genai, ort
+from loradeploy.parity.backends.onnx_model import NotRunError
 from loradeploy.parity.context import CheckContext
 from loradeploy.parity.names import (
     CHUNKED,
@@ -98,12 +99,18 @@ def _torch_merged(context: CheckContext, model: torch.nn.Module) -> Opened:
 
 
 def _peft(context: CheckContext, model: torch.nn.Module) -> Opened:
+    unread: list[str] = []
     for tested in context.adapters:
-        with with_peft(model, tested):
+        with with_peft(model, tested) as tensor:
+            if tensor is not None:
+                unread.append(f"PEFT does not read {tensor} of {tested.name}: it has other names")
+                continue
             yield (
                 tested.name,
                 TorchModel(model, context.manifest, context.cases.known, tokens=context.tokens),
             )
+    if unread:
+        raise NotRunError("; ".join(unread))
 
 
 def _peft_lacks(context: CheckContext) -> str | None:

@@ -235,6 +235,7 @@ def run_controls(context: CheckContext, reference: Reference, base: Base) -> Con
     before: str | None = None  # the neighbor in a mixed batch, the base at first
     for tested in context.adapters:
         if not reference.effect[tested.name].largest:
+            notes.append(f"no control was made with {tested.name}, which has no effect")
             continue
         for mistake in MISTAKES:
             wrong = mistake.make(tested.adapter)

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from loradeploy.parity.backends.table import Opened
 
-    InTorch = Callable[[CheckContext, Base, AdapterUnderTest], AbstractContextManager[None]]
+    InTorch = Callable[[CheckContext, Base, AdapterUnderTest], AbstractContextManager[object]]
 
 # The functions that open a backend's graph. Other backends run in PyTorch, where modules are named.
 GRAPHS: Final[Mapping[str, Callable[[CheckContext], Opened]]] = {
@@ -61,7 +61,7 @@ def _merged(context: CheckContext, base: Base, tested: AdapterUnderTest) -> Iter
 
 def _with_peft(
     context: CheckContext, base: Base, tested: AdapterUnderTest
-) -> AbstractContextManager[None]:
+) -> AbstractContextManager[object]:
     return with_peft(base.model, tested)
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -29,10 +30,19 @@ if TYPE_CHECKING:
 
     from loradeploy.parity.context import AdapterUnderTest
 
+# What PEFT's warning says if a file lacks factors of the adapter, and what all their names contain.
+_MISSING: Final = "missing adapter keys"
+_FACTOR: Final = "lora_"
+
 
 @contextmanager
-def with_peft(model: torch.nn.Module, tested: AdapterUnderTest) -> Iterator[None]:
-    """Let PEFT load the adapter from its directory into `model`; removed when the block ends."""
+def with_peft(model: torch.nn.Module, tested: AdapterUnderTest) -> Iterator[str | None]:
+    """Let PEFT load the adapter from its directory into `model`; removed when the block ends.
+
+    The block gets the name of a tensor of the file that PEFT does not read, although the file has
+    all tensors of the adapter: it has names that only loradeploy understands. None if there is no
+    such tensor.
+    """
     from loradeploy.lora.quiet import quiet
 
     with quiet():  # peft imports bitsandbytes, which prints warnings
@@ -51,8 +61,15 @@ def with_peft(model: torch.nn.Module, tested: AdapterUnderTest) -> Iterator[None
     try:
         with quiet(), _directory_for_peft(tested) as path:
             own = _may_be_written(path / WEIGHTS_NAME, parameters)
-            peft.PeftModel.from_pretrained(root, os.fspath(path), torch_device="cpu").eval()
-        yield
+            with warnings.catch_warnings(record=True) as raised:
+                warnings.simplefilter("always")
+                loaded = peft.PeftModel.from_pretrained(root, os.fspath(path), torch_device="cpu")
+            loaded.eval()
+            unread = None
+            if any(_MISSING in str(warning.message) for warning in raised):
+                names = peft.get_peft_model_state_dict(loaded, save_embedding_layers=False)
+                unread = _unread(path / WEIGHTS_NAME, names)
+        yield unread
     finally:
         _restore(model, modules, parameters)
         for trace in ("peft_config", "_hf_peft_config_loaded"):
@@ -70,6 +87,14 @@ def with_peft(model: torch.nn.Module, tested: AdapterUnderTest) -> Iterator[None
             f"the adapter {tested.name!r}: PEFT writes over the base's {shortened(changed[0])},"
             " so that what is compared next would be another base: give `backends` without peft"
         )
+
+
+def _unread(weights: Path, known: Iterable[str]) -> str | None:
+    """Return a factor in the file that is not among `known`, if it has as many factors as those."""
+    factors = {name for name in known if _FACTOR in name}
+    stored = [name for name in read_tensors(weights, error=AdapterError)[0] if _FACTOR in name]
+    unknown = [name for name in stored if name not in factors]
+    return unknown[0] if unknown and len(stored) >= len(factors) else None
 
 
 def _wrapped(model: torch.nn.Module, tested: AdapterUnderTest) -> Any:

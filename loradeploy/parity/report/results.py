@@ -340,7 +340,8 @@ def _failures(report: ParityReport) -> list[str]:
     ]
     found += [f"{regression.where}: {regression.message}" for regression in report.regressions]
     found += [
-        f"control {control.name!r} with {control.adapter} was not caught"
+        f"control {control.name!r} with {control.adapter} was not caught: its error of"
+        f" {control.error:.2g} is within the limits"
         for control in report.controls
         if not control.caught
     ]

@@ -97,6 +97,33 @@ def test_peft_is_compared_unless_it_is_not_installed(
     assert outcomes == {"passed"}
 
 
+@pytest.mark.parametrize("backends", [None, ["onnx-side-inputs", "peft"]])
+def test_peft_is_not_run_on_names_that_only_loradeploy_understands(
+    backends: list[str] | None,
+    adapter: Path,
+    tiny_llama: Path,
+    tiny_llama_bundle: Path,
+    make_adapter: MakeAdapter,
+    tmp_path: Path,
+    check: Check,
+) -> None:
+    """PEFT only warns of the factors that it misses, and computes with the base."""
+    renamed = tmp_path / "renamed"
+    shutil.copytree(adapter, renamed)
+    tensors = load_file(renamed / FILES[1])
+    changed = {name.removeprefix("base_model.model."): value for name, value in tensors.items()}
+    save_file(changed, renamed / FILES[1], {"format": "pt"})
+    other = make_adapter(tiny_llama, seed=3)
+    adapters = {"renamed": renamed, "other": other}
+    options: dict[str, Any] = {"phases": ["prefill"], "localize": False, "backends": backends}
+    report = check(tiny_llama_bundle, adapters=adapters, **options)
+    assert report.passed, report.failures
+    of_peft = {(r.adapter, r.outcome) for r in report.results if r.backend == "peft"}
+    assert of_peft == {("other", "passed"), (None, "not run")}
+    (reason,) = [r.message for r in report.results if r.backend == "peft" and r.adapter is None]
+    assert reason is not None and reason.startswith("PEFT does not read ")
+
+
 # -- which files PEFT reads ------------------------------------------------------------------------
 
 
