@@ -151,7 +151,7 @@ def _failures(
     for result in results:
         if result.outcome != "failed" or result.figures is None:
             continue
-        if result.backend not in (*GRAPHS, *MODELS):
+        if result.backend not in (*GRAPHS, *MODELS) or result.nearly_untrained:
             continue
         worst = result.figures.worst
         rows = reference.rows[result.adapter]

@@ -151,7 +151,7 @@ def _failures(
         # "repeat" does not depend on the input, and embeddings and sources cannot be shrunk.
         if result.outcome != "failed" or result.phase in (None, REPEAT, EMBEDDED, ENCODER):
             continue
-        if result.backend not in known:
+        if result.backend not in known or result.nearly_untrained:
             continue
         key = (result.backend, result.adapter)
         before = plainest.get(key)

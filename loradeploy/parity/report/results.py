@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
@@ -36,6 +36,13 @@ class Check:
     limit: float
     passed: bool
     reason: str
+
+
+def no_more_than_rounding(checks: Sequence[Check], effect: float | None) -> bool:
+    """Whether errors only fail next to an effect that is itself within the limit of errors."""
+    failed = [check.metric for check in checks if not check.passed]
+    allowed = next((check.limit for check in checks if check.metric == "max_abs"), 0.0)
+    return failed == ["effect_share"] and effect is not None and effect <= allowed
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,11 @@ class Result:
     seconds: float = 0.0
     variant: Variant | None = None
     aspect: str | None = None
+
+    @property
+    def nearly_untrained(self) -> bool:
+        """Whether it failed only because the adapter's effect is no larger than rounding errors."""
+        return no_more_than_rounding(self.checks, self.effect)
 
     @property
     def adapter_label(self) -> str:
