@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 DTYPES: Final[Mapping[str, str]] = {"fp32": "float64", "fp16": "float16", "bf16": "bfloat16"}
 # The largest weight, in values, whose memory is reused for the next one of its shape.
 _KEPT: Final = 1 << 24
+# How transformers runs experts, as a config has it. The property of it also sets nested configs.
+_EXPERTS: Final = "_experts_implementation_internal"
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ def in_dtype(model: torch.nn.Module, name: str) -> Iterator[None]:
         return output.to(dtype)
 
     with ExitStack() as hooks:
+        if dtype == torch.float64:
+            _run_experts_one_by_one(model, hooks)
         for module in model.modules():
             if type(module) is torch.nn.Embedding and module.max_norm is None:
                 # Cast the selected rows, not the weights of a whole vocabulary.
@@ -83,6 +87,18 @@ def in_dtype(model: torch.nn.Module, name: str) -> Iterator[None]:
                 after = module.register_forward_hook(give_back, always_call=True)
                 hooks.callback(after.remove)
         yield
+
+
+def _run_experts_one_by_one(model: torch.nn.Module, until: ExitStack) -> None:
+    """Let transformers run experts as separate products: its grouped product takes no float64."""
+    configs = {
+        id(config): config for m in model.modules() if (config := getattr(m, "config", None))
+    }
+    for config in configs.values():
+        chosen = getattr(config, _EXPERTS, None)
+        if chosen is not None:
+            setattr(config, _EXPERTS, "eager")
+            until.callback(setattr, config, _EXPERTS, chosen)
 
 
 def _to(dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:

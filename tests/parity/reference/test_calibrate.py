@@ -22,6 +22,7 @@ from loradeploy.parity.reference.rounding import (
 )
 from loradeploy.parity.report.results import ParityReport
 from tests.conftest import MakeAdapter
+from tests.export.trace.test_architectures import ARCHITECTURES, make_model
 
 PROMPTS = ["The capital of France is", "Hi", "Shares fell as 日本"]
 
@@ -94,6 +95,29 @@ def test_a_t5_with_an_adapter_can_be_computed_in_16_bits(
             here = t5(input_ids=IDS, decoder_input_ids=IDS).logits
     assert here.dtype == getattr(torch, dtype)
     assert 0 < (here - before).abs().max() < before.abs().max() / 10
+
+
+def test_a_mixture_of_experts_can_be_computed_in_float64(tmp_path: Path) -> None:
+    """transformers' grouped product of experts takes no float64."""
+    from transformers import AutoModelForCausalLM
+
+    place = make_model(tmp_path / "model", *ARCHITECTURES["mixtral: a mixture of experts"])
+    mixture = AutoModelForCausalLM.from_pretrained(place).eval()
+    how = mixture.config._experts_implementation
+    ids = IDS % mixture.config.vocab_size
+
+    def outputs() -> torch.Tensor:
+        with torch.inference_mode():
+            return mixture(input_ids=ids).logits
+
+    before = outputs()
+    with in_dtype(mixture, "float64"):
+        here = outputs()
+    assert here.dtype == torch.float64
+    assert torch.equal(outputs(), before) and mixture.config._experts_implementation == how
+    mixture.set_experts_implementation("eager")
+    exact = mixture.double()(input_ids=ids).logits
+    assert (here - exact).abs().max() < (before - exact).abs().max()
 
 
 def test_a_second_run_in_another_dtype_repeats_the_first(model: torch.nn.Module) -> None:
