@@ -457,7 +457,7 @@ def test_a_check_that_passes_is_localized_only_on_request(
         ("onnx-side-inputs", "one"),
     ]
     assert all(found.first is None for found in report.localizations)
-    assert "no module diverges" in diagnosis_lines(report)[0]
+    assert "no single module diverges" in diagnosis_lines(report)[0]
 
 
 def test_the_command_prints_the_faulty_module(
