@@ -119,10 +119,11 @@ def test_the_first_requests_wait_for_nodes_to_start() -> None:
     assert len(cold.whole) == 600
 
 
-def test_the_page_shows_what_the_command_prints(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("option", ["--routing least sticky", "--cold"])
+def test_the_page_shows_what_a_command_prints(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
     monkeypatch.chdir(ROOT)
-    line = next(row for row in page.splitlines() if "--routing least sticky" in row)
+    line = next(row for row in page.splitlines() if row.startswith("$") and option in row)
     words = shlex.split(line.removeprefix("$ python -m "))
     assert words[0] == "tools.simulate_serving"
     monkeypatch.setattr(sys, "argv", words)
@@ -130,7 +131,8 @@ def test_the_page_shows_what_the_command_prints(monkeypatch: pytest.MonkeyPatch)
     with redirect_stdout(printed):
         main()
     head, *rows = printed.getvalue().splitlines()
-    shown = [row.strip("| ") for row in re.findall(r"^\| .*", page, re.MULTILINE)]
+    below = page.partition(line)[2]
+    shown = [row.strip("| ") for row in re.findall(r"^\| .*", below, re.MULTILINE)]
     assert [head, *rows] == shown[: len(rows) + 1]
     assert {field.name for field in dataclasses.fields(read_figures("docs/scaling.json"))} == set(
         re.findall(
