@@ -196,7 +196,9 @@ def command(
             " vision-language model: ImageTextGenerator runs it with the bundle of its vision tower"
         )
     if images is not None and run not in (classify_images, embed_images):
-        raise UsageError(f"{images}: {bundle} only reads text: leave the field out")
+        raise UsageError(
+            f"{images}: {bundle} is a {kind} bundle, which takes no images: leave the field out"
+        )
     if run not in (generate, transcribe) and options:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in options)
         raise UsageError(f"{flags}: only for text generation, {bundle} is a {kind} bundle")

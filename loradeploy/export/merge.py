@@ -296,7 +296,8 @@ def _is_quantized(
     layer = experts[module] if pair.kind == "experts" else _layer(layers, module, pair)
     assert layer is not None  # check_fit found it
     packed = isinstance(layer, Linear) and layer.quantized
-    return packed or constant_of(layer.weight).dtype.itemsize == 1
+    stored = layer.weight.const_value
+    return packed or (stored is not None and stored.dtype.itemsize == 1)
 
 
 def adaptable(

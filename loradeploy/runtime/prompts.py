@@ -35,8 +35,10 @@ _SETTINGS: Final = (
 )
 
 
-# How similar a name must be to that of a setting, and other programs' names of settings.
+# How similar a name must be to that of a setting, of how many letters; of shorter ones, other words
+# are as similar (speed and seed). And other programs' names of settings.
 _ALIKE: Final = 0.85
+_LONG: Final = 6
 _SYNONYMS: Final = dict.fromkeys(
     ("max_tokens", "max_completion_tokens", "max_length", "max_gen_len", "num_predict"),
     "max_new_tokens",
@@ -165,8 +167,11 @@ def _check_misspelled(values: Mapping[str, Any], where: str) -> None:
         if value is None or name in _SETTINGS:
             continue
         spelled = name.lower().replace("-", "_")
-        near = _SYNONYMS.get(spelled) or next(
-            iter(get_close_matches(spelled, _SETTINGS, n=1, cutoff=_ALIKE)), None
+        long = [setting for setting in _SETTINGS if len(setting) >= _LONG]
+        near = (
+            _SYNONYMS.get(spelled)
+            or (spelled if spelled in _SETTINGS else None)
+            or next(iter(get_close_matches(spelled, long, n=1, cutoff=_ALIKE)), None)
         )
         if near is not None:
             raise DataError(

@@ -13,8 +13,12 @@ from loradeploy.runtime.tasks.generation import TextGenerator
 from tools import soak_engine
 from tools.soak_engine import LoneAnswer, answer_alone
 
-# Rounding decides the second of three tokens, and whether the text ends after them.
-LONE = LoneAnswer((1, 2, 3), (frozenset({1}), frozenset({2, 5}), frozenset({3}), frozenset({0, 4})))
+# Rounding decides the second of three tokens, and whether the text ends before or after the third.
+LONE = LoneAnswer(
+    (1, 2, 3),
+    (frozenset({1}), frozenset({2, 5}), frozenset({3, 0}), frozenset({0, 4})),
+    ends=frozenset({0}),
+)
 
 
 @pytest.mark.parametrize(
@@ -22,12 +26,12 @@ LONE = LoneAnswer((1, 2, 3), (frozenset({1}), frozenset({2, 5}), frozenset({3}),
     [
         ((1, 2, 3), True, False, False),
         ((1, 2), False, False, False),  # canceled
-        ((1, 2), True, True, False),
+        ((1, 2), True, True, True),  # the token that ends a text is not in its ids
         ((1, 5, 9), True, True, True),  # another text after the tie
         ((1, 5), False, True, True),
         ((1, 6, 3), True, True, False),
         ((7, 2, 3), True, True, False),
-        ((1,), True, True, True),  # the token that ends a text is not in its ids
+        ((1,), True, True, False),  # truncated
         ((1, 2, 3, 4), True, True, True),
         ((1, 2, 3, 8), True, True, False),
     ],

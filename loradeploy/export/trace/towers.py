@@ -30,7 +30,7 @@ class TextForm:
 
 
 def text_form(config: Any, tokenizer: Any, where: object) -> TextForm:
-    """The form of texts of a padded tower, by its `config` and its `tokenizer`, or None.
+    """The form of texts of a padded tower, by its `config` and `tokenizer`: None if it has none.
 
     Raises:
         ModelError: the tokenizer pads on the left, or has no padding token.

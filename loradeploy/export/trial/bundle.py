@@ -152,7 +152,7 @@ def _check(trial: Trial, original: Original, *, quantized_here: bool) -> None:
         for name, expected in original.outputs.items():
             if (error := _error(base[name], expected)) > limit:
                 raise refused(
-                    f"its output {name} is {error:.2g} of its size away from the source's"
+                    f"its output {name} differs by {error:.2g} of its size from the source's"
                 )
         adapted = _check_side_inputs(trial, original.feeds, base)
         _check_required(trial, original.feeds, base)
@@ -217,7 +217,7 @@ def _check_update(trial: Trial, original: Original, base: Outputs) -> None:
         if (error := _norm(got[name] - expected) / effect) > limit or not np.isfinite(error):
             raise refused(
                 f"with {'the adapter ' + update.of if update.of else 'an adapter'} its output"
-                f" {name} is {error:.2g} of the adapter's effect away from PyTorch's"
+                f" {name} differs by {error:.2g} of the adapter's effect from PyTorch's"
             )
 
 
@@ -243,8 +243,8 @@ def _check_side_inputs(trial: Trial, feeds: Feeds, base: Outputs) -> Outputs | N
             alone = (adapted if row == 0 else base)[name][row]
             if (error := _error(values[row], alone)) > limit:
                 raise refused(
-                    f"row {row + 1} of a batch of mixed adapters is {error:.2g} of its size"
-                    f" away from what it is alone, in its output {name}"
+                    f"row {row + 1} of a batch of mixed adapters differs by {error:.2g} of its"
+                    f" size from the same row alone, in output {name}"
                 )
     return adapted
 
@@ -254,7 +254,7 @@ def _check_required(trial: Trial, feeds: Feeds, base: Outputs) -> None:
     for name, values in (trial.run_required(feeds) or {}).items():
         if (error := _error(values, base[name])) > _LIMITS[trial.manifest.precision]:
             raise refused(
-                f"{REQUIRED_NAME}'s {name} is {error:.2g} of its size away from {GRAPH_NAME}'s"
+                f"{REQUIRED_NAME}'s {name} differs by {error:.2g} of its size from {GRAPH_NAME}'s"
             )
 
 
@@ -266,7 +266,7 @@ def _check_embedded(trial: Trial, original: Original, base: Outputs, limit: floa
     for name, expected in original.outputs.items():
         if (error := _error(given[name], expected)) > limit:
             raise refused(
-                f"with {INPUTS_EMBEDS} its output {name} is {error:.2g} of its size away from"
+                f"with {INPUTS_EMBEDS} its output {name} differs by {error:.2g} of its size from"
                 " PyTorch's"
             )
 

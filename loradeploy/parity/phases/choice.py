@@ -62,7 +62,7 @@ def choose_phases(
 
 
 def rows_of(phase: str, rows: Sequence[Row], *, batched: bool = True) -> Sequence[Row]:
-    """Return those of `rows` that a phase runs; see `run_phases`."""
+    """Return those of `rows` that a phase runs; see `phases.run.run_phases`."""
     if phase == DECODE and not batched:
         return rows[:_DECODED_ALONE]
     if phase == EMBEDDED:

@@ -105,7 +105,6 @@ class TextClassifier:
             check_probability("threshold", threshold)
         results, problems = [], set[str]()
         output = output_of(self.session.manifest)
-        activated = ends_in_sigmoid(self.session.manifest)
         for batch in encoded_batches(
             self.session,
             given_texts_or_pairs(texts),
@@ -117,11 +116,7 @@ class TextClassifier:
             for row, (values, one) in enumerate(zip(logits, batch.rows, strict=True)):
                 head = head_of_row(batch.held.head(row), self._head, one.adapter)
                 problems.add(str(head.problem_type))
-                if activated and head.problem_type != REGRESSION:
-                    raise UsageError(
-                        f"the adapter {shown(one.adapter)} is for {head.problem_type}, and the"
-                        " graph ends in the Sigmoid of a regression: export the graph without it"
-                    )
+                check_activation(self.session.manifest, head, one.adapter)
                 least = THRESHOLD if threshold is None else threshold
                 own, labels = named_outputs(values, head)
                 check_answer(own, one)
@@ -136,6 +131,15 @@ class TextClassifier:
 def ends_in_sigmoid(manifest: Manifest) -> bool:
     """Whether the main output is that of a Sigmoid, of a regression in an ONNX graph."""
     return manifest.probabilities == output_of(manifest)
+
+
+def check_activation(manifest: Manifest, head: Head, adapter: object) -> None:
+    """Raise UsageError if the graph applies a Sigmoid to outputs that are not a regression's."""
+    if ends_in_sigmoid(manifest) and head.problem_type != REGRESSION:
+        raise UsageError(
+            f"the adapter {shown(adapter)} is for {head.problem_type}, and the graph ends in the"
+            " Sigmoid of a regression: export the graph without it"
+        )
 
 
 def base_head(session: AdapterSession) -> Head:

@@ -20,6 +20,7 @@ from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.classification import (
     SCORES,
     base_head,
+    check_activation,
     ends_in_sigmoid,
     head_of_row,
     named_outputs,
@@ -107,6 +108,7 @@ class TextPairScorer:
             (logits,) = batch.held.run([output], batch.feeds)  # [batch, labels]
             for row, (values, one) in enumerate(zip(logits, batch.rows, strict=True)):
                 head = head_of_row(batch.held.head(row), self._head, one.adapter)
+                check_activation(self.session.manifest, head, one.adapter)
                 own, labels = named_outputs(values, head)
                 if len(own) != 1:
                     whose = "the base" if one.adapter is None else f"adapter {shown(one.adapter)}"

@@ -405,7 +405,7 @@ def test_an_adapter_loaded_later_can_add_as_many_tokens(
     np.testing.assert_array_equal(first, again)
     with pytest.raises(UsageError, match="cannot be blended"):
         wide.run(["logits"], given, {"rows": 0.5, "none": 0.5})
-    with pytest.raises(AdapterError, match="keep the PEFT directory"):
+    with pytest.raises(AdapterError, match="use the PEFT directory"):
         convert(bundle / "adapters" / "rows.onnx_adapter", tmp_path / "back", bundle=bundle)
 
 

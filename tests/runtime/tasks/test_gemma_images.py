@@ -121,7 +121,7 @@ def test_tokens_of_the_processor_are_used_unchanged(
     [
         ("w1 <start_of_image> w2", 2, "prompt 1 has 4 image tokens, and 2 images of together 8"),
         ("w1 <start_of_image> w2", 0, "prompt 1 has 4 image tokens, and 0 images of together 0"),
-        ([2, IMAGE, 9], 1, "give a text that has <start_of_image> for each image, or one image"),
+        ([2, IMAGE, 9], 1, "give a text with <start_of_image> for each image, or one image"),
     ],
 )
 def test_images_that_do_not_fit_a_prompt_are_refused(

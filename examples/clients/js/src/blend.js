@@ -28,7 +28,7 @@ export function blend(members, manifest) {
   for (const [own] of members) {
     const more = [...own.keys()].find((name) => !factors.has(name));
     if (more) {
-      throw new UsageError(`an adapter that brings ${more} has no scale and cannot be blended: its low-rank factors alone would add up`);
+      throw new UsageError(`an adapter with ${more} cannot be blended: only low-rank factors can be scaled and added`);
     }
   }
   const found = new Map();

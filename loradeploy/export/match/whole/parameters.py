@@ -146,7 +146,7 @@ class Layers:
             named = f"{other}.weight"
             if twin.weight is not layer.weight and named not in others and self._same(twin, layer):
                 raise ExportError(
-                    f"{named} has the numbers of {parameter} in a constant of its own: whether it"
+                    f"{named} has the values of {parameter} in a separate constant: whether it"
                     " shares the adapter's weight is unknown; merge into the checkpoint"
                 )
         numbers = values if isinstance(layer, Part) or layer.transposed else values.T

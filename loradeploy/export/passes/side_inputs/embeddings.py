@@ -48,7 +48,7 @@ def add_embedding_factors(surgery: Surgery, part: Part) -> LoraTarget:
     if not has_token_rows(surgery.graph, part):
         raise ExportError(
             f"{part.module} is an embedding of ids that are not [batch, sequence], which cannot"
-            " have adapters of their own: merge the adapter instead"
+            " have separate adapters: merge the adapter instead"
         )
     vocabulary, size = part.shape
     A, B = surgery.factors(part.module, vocabulary, size)

@@ -113,7 +113,7 @@ def _rows(graph: ir.Graph, x: ir.Value | None, y: ir.Value, module: str) -> Rows
     if len(shape) not in (2, 3) or not _is_batch(graph, shape, exactly=exactly):
         raise ExportError(
             f"{module} takes an input of shape {shape}, whose rows are not those of the batch and"
-            " cannot have adapters of their own: merge the adapter instead"
+            " cannot have separate adapters: merge the adapter instead"
             + ("" if why is None else f" (the graph does not run here: {why[:_SHOWN]})")
         )
     return Rows(x, no_sequence=len(shape) == 2, rank=len(shape))
@@ -148,7 +148,7 @@ def _seen_rows(x: ir.Value, seen: Seen, module: str) -> Rows:
         return Rows(x, flattened=True, rank=rank)
     raise ExportError(
         f"{module} takes an input of shape {list(seen.shape)} for a batch of {seen.batch}, whose"
-        " rows are not those of the batch and cannot have adapters of their own: merge the adapter"
+        " rows are not those of the batch and cannot have separate adapters: merge the adapter"
         " instead"
     )
 
