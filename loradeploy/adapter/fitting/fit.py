@@ -194,8 +194,8 @@ def _of_another_head(module: str, base: AdaptableBase) -> str:
 
     Empty for other modules.
     """
-    top = module.partition(".")[0]
-    if any(name == top or name.startswith(f"{top}.") for name in base.layers):
+    top, _, below = module.partition(".")
+    if not below or any(name == top or name.startswith(f"{top}.") for name in base.layers):
         return ""
     return (
         f" (it has no {shortened(top, 60)}: the adapter was trained with another head; train it"

@@ -565,7 +565,9 @@ def test_an_adapter_loaded_later_is_refused_for_interleaved_rows(tmp_path: Path)
         save_adapter(_pairs(modules), tmp_path / name)
     session.load("v", tmp_path / "v")
     for name in ("q", "both"):
-        with pytest.raises(AdapterMismatchError, match=r"q_proj is not .*`checkpoint`, which identifies"):
+        with pytest.raises(
+            AdapterMismatchError, match=r"q_proj is not .*`checkpoint`, which identifies"
+        ):
             session.load(name, tmp_path / name)
 
 
