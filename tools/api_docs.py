@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -79,8 +79,16 @@ def _object(name: str, found: Any) -> Iterator[str]:
     yield from _docstring(found)
     if not found.is_class:
         return
-    if fields := [m for m in found.members.values() if _is_public(m) and m.is_attribute]:
-        yield from _table(name, [field for field in fields if "property" not in field.labels])
+    fields = [m for m in found.members.values() if _is_public(m) and m.is_attribute]
+    if fields := [field for field in fields if _type_of(found, field) is not None]:
+        yield from _table(
+            name,
+            {
+                field.name: _type_of(found, field)
+                for field in fields
+                if "property" not in field.labels
+            },
+        )
         for field in fields:
             if "property" in field.labels:
                 yield f"#### `{name}.{field.name}`\n\nProperty, `{field.annotation}`.\n"
@@ -96,19 +104,30 @@ def _object(name: str, found: Any) -> Iterator[str]:
             yield from _docstring(method)
 
 
-def _table(name: str, fields: list[Any]) -> Iterator[str]:
-    """Yield the table of a dataclass's fields; with defaults and meanings if it has help texts."""
+def _type_of(found: Any, field: Any) -> Any:
+    """Return the annotation of an attribute, or that of the parameter it is set from, or None."""
+    if field.annotation is not None or "__init__" not in found.members:
+        return field.annotation
+    parameters = found.members["__init__"].parameters
+    return parameters[field.name].annotation if field.name in parameters else None
+
+
+def _table(name: str, fields: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the table of a class's attributes; with defaults and meanings if it has help texts.
+
+    `fields`: the type of each attribute.
+    """
     if not fields:
         return
     found = getattr(loradeploy, name)
     kept = {f.name: f for f in dataclasses.fields(found)} if dataclasses.is_dataclass(found) else {}
-    explained = all("help" in kept[f.name].metadata for f in fields if f.name in kept) and kept
+    explained = all("help" in kept[field].metadata for field in fields if field in kept) and kept
     columns = ("Field", "Type", "Default", "Meaning")[: 4 if explained else 2]
     yield f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}"
-    for field in fields:
-        row = f"| `{field.name}` | `{_escaped(str(field.annotation))}` |"
+    for field, annotation in fields.items():
+        row = f"| `{field}` | `{_escaped(str(annotation))}` |"
         if explained:
-            own = kept[field.name]
+            own = kept[field]
             row += f" `{own.default!r}` | {_escaped(own.metadata['help'])} |"
         yield row
     yield ""

@@ -318,7 +318,8 @@ class AdapterSession:
         """Load the adapter `name`, and keep it in memory regardless of the budget.
 
         Raises:
-            UnknownAdapterError: no adapter has this name. AdapterError: as `load`.
+            UnknownAdapterError: no adapter has this name.
+            AdapterError: as `load`.
         """
         check_name(name)
         self._bank.pin(name)
