@@ -242,7 +242,7 @@ def test_a_packed_bundle_agrees_with_its_own_weights(
     assert report.passed, report.failures
     reasons = {c.reason for r in report.results for c in r.checks if c.metric == "max_abs"}
     assert all("rounded to 8 bits" in reason for reason in reasons)
-    assert any("the verdict holds on cpu and not on other providers" in n for n in report.notes)
+    assert any("the verdict applies to cpu, not to other providers" in n for n in report.notes)
     assert 1e-3 < limit(report, "max_abs") < report.adapters[0].effect
 
 

@@ -49,7 +49,7 @@ def test_parity_compares_the_rows_of_a_quantized_head_that_is_tied(
     assert report.adapters[0].effect > 1, "the adapter did nothing"
     assert report.controls and all(control.caught for control in report.controls)
     skipped = {r.backend: r.message for r in report.results if r.outcome == "not run"}
-    assert "replaces trained rows of lm_head.weight" in str(skipped["peft"])
+    assert "replaces the trained rows of lm_head.weight" in str(skipped["peft"])
     assert "is quantized in the graph" in str(skipped["onnx-merged"])
 
 
