@@ -130,6 +130,7 @@ def main() -> None:
         "clients": arguments.clients,
         "requests": arguments.requests,
         "tokens": arguments.tokens,
+        "rank": arguments.rank,
         "results": reports,
     }
     write_json(arguments.output / "serve.json", result)

@@ -48,7 +48,7 @@ def floor(record: str, **given: Any) -> Side:
 
     trainer, injection = _ours(**given)
     injection.remove()
-    model = trainer.model
+    model = trainer.model.train()  # with the base's own dropout, as in training
     model.get_input_embeddings().register_forward_hook(lambda *io: io[-1].requires_grad_())
     batches = iter(trainer.get_train_dataloader())
 
