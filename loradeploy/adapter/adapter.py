@@ -57,6 +57,11 @@ class Factors:
         return bool(self.A.any() and self.B.any())
 
     @property
+    def has_effect(self) -> bool:
+        """Whether they can change the base's outputs: by an update, or by DoRA's magnitude."""
+        return self.magnitude is not None or self.has_update
+
+    @property
     def groups(self) -> int:
         """The number of groups of a convolution; 1 for other kinds."""
         return int(self.A.shape[0]) // int(self.B.shape[1])
@@ -135,9 +140,7 @@ class Adapter:
     def is_untrained(self) -> bool:
         """Whether it cannot change any output: it only has factors, and all updates are zero."""
         others = self.saved or self.carried or self.rows
-        return not others and not any(
-            pair.has_update or pair.magnitude is not None for pair in self.factors.values()
-        )
+        return not others and not any(pair.has_effect for pair in self.factors.values())
 
     @property
     def modules(self) -> tuple[str, ...]:

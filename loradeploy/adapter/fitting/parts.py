@@ -6,9 +6,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from loradeploy.adapter.adapter import Adapter, Factors
+from loradeploy.adapter.adapter import Adapter
 from loradeploy.adapter.config import AdapterConfig
 from loradeploy.adapter.modules.renamings import Renaming
 from loradeploy.errors import AdapterMismatchError, listed_names
@@ -84,11 +82,6 @@ def tensor_names(adapter: Adapter) -> list[str]:
     return [name for group in _groups(adapter).values() for name in group]
 
 
-def changes(pair: Factors) -> bool:
-    """Whether factors can change the base's outputs: neither is zero, or there is a magnitude."""
-    return pair.magnitude is not None or bool(np.any(pair.A) and np.any(pair.B))
-
-
 def has_part(
     adapter: Adapter, others: Collection[str], rules: Callable[[], Sequence[Renaming]] = tuple
 ) -> bool:
@@ -129,7 +122,7 @@ def _groups(adapter: Adapter) -> dict[str, Mapping[str, Any]]:
 
 def _is_active(name: str, adapter: Adapter) -> bool:
     pair = adapter.factors.get(name)
-    return pair is None or changes(pair)
+    return pair is None or pair.has_effect
 
 
 def _is_below(name: str, modules: Collection[str]) -> bool:

@@ -134,9 +134,7 @@ def without_idle(adapter: Adapter, modules: Container[str]) -> Adapter:
     idle = [
         name
         for name, pair in adapter.factors.items()
-        if name not in modules
-        and pair.magnitude is None
-        and not (np.any(pair.A) and np.any(pair.B))
+        if name not in modules and not pair.has_effect
     ]
     if not idle or len(idle) == len(adapter.factors):
         return adapter

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from loradeploy.adapter.adapter import Adapter
-from loradeploy.adapter.fitting.parts import changes, tensor_names, without
+from loradeploy.adapter.fitting.parts import tensor_names, without
 from loradeploy.adapter.modules.names import with_names
 from loradeploy.adapter.tasks import FEATURE_EXTRACTION, IMAGE_FEATURE_EXTRACTION
 from loradeploy.errors import AdapterMismatchError
@@ -90,4 +90,4 @@ def _is_of(name: str, tower: str) -> bool:
 def _is_trained(adapter: Adapter, name: str) -> bool:
     """Whether the tensors of `name` change the base, unlike copies of its weights."""
     pair = adapter.factors.get(name)
-    return changes(pair) if pair is not None else name in adapter.saved or name in adapter.rows
+    return pair.has_effect if pair is not None else name in adapter.saved or name in adapter.rows

@@ -12,8 +12,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Final, TypeVar
 
-import numpy as np
-
 from loradeploy.adapter.adapter import Adapter
 from loradeploy.adapter.algebra.experts import with_targets
 from loradeploy.adapter.modules.renamings import Renaming
@@ -67,7 +65,7 @@ def named_as(
     for name, module in old.items():
         is_new = module not in known and module_of(name, new[name]) in known
         final[name] = new[name] if is_new else name
-    working = [name for name in owners if _has_effect(adapter, name)]
+    working = [name for name in owners if adapter.factors[name].has_effect]
     # If some names are known, the others belong to another part of the model, not to a wrapper.
     unmatched = [] if any(final[name] in known for name in working) else working
     prefixes = _prefixes(unmatched, known)
@@ -99,11 +97,6 @@ def _renamed(name: str, rules: Sequence[Renaming]) -> str:
     for rule in rules:
         name = rule(name)
     return name
-
-
-def _has_effect(adapter: Adapter, module: str) -> bool:
-    pair = adapter.factors[module]
-    return pair.magnitude is not None or bool(np.any(pair.A) and np.any(pair.B))
 
 
 def _prefixes(names: Sequence[str], known: Collection[str]) -> set[Prefixes]:

@@ -95,7 +95,7 @@ def missing_target(adapter: Adapter) -> Adapter | None:
 
 
 def _updates(pair: Factors) -> bool:
-    return pair.magnitude is not None or pair.has_update
+    return pair.has_effect
 
 
 def ignored_magnitude(adapter: Adapter) -> Adapter | None:
