@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.errors import DataError, shown
@@ -33,8 +34,6 @@ _SETTINGS: Final = (
     *(option.name for option in fields(GenerationOptions) if option.name != "allowed_tokens"),
     "seed",
 )
-
-
 # How similar a name must be to that of a setting, of how many letters; of shorter ones, other words
 # are as similar (speed and seed). And other programs' names of settings.
 _ALIKE: Final = 0.85
@@ -166,18 +165,22 @@ def _check_misspelled(values: Mapping[str, Any], where: str) -> None:
     for name, value in values.items():
         if value is None or name in _SETTINGS:
             continue
-        spelled = name.lower().replace("-", "_")
-        long = [setting for setting in _SETTINGS if len(setting) >= _LONG]
-        near = (
-            _SYNONYMS.get(spelled)
-            or (spelled if spelled in _SETTINGS else None)
-            or next(iter(get_close_matches(spelled, long, n=1, cutoff=_ALIKE)), None)
-        )
-        if near is not None:
+        if (near := _setting_like(name)) is not None:
             raise DataError(
                 f"{where}: {shown(name)} is not read: name the setting {near}, or leave the field"
                 " out"
             )
+
+
+@lru_cache(maxsize=256)  # all rows of a file have the same fields
+def _setting_like(name: str) -> str | None:
+    """The setting that a field `name` may stand for, or None."""
+    spelled = name.lower().replace("-", "_")
+    if spelled in _SETTINGS:
+        return spelled
+    long = [setting for setting in _SETTINGS if len(setting) >= _LONG]
+    near = get_close_matches(spelled, long, n=1, cutoff=_ALIKE)
+    return _SYNONYMS.get(spelled) or next(iter(near), None)
 
 
 def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
