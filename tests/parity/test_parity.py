@@ -173,14 +173,20 @@ def test_an_untrained_adapter_passes_with_a_remark(
     assert not parity(tmp_path / "merged", model=tiny_llama, adapters=[adapter]).passed
 
 
+def with_smaller_update(factor: float) -> Callable[[Adapter], Adapter]:
+    """Return a function that multiplies the B of all modules by `factor`."""
+
+    def changed(adapter: Adapter) -> Adapter:
+        smaller = {m: Factors(pair.A, pair.B * factor) for m, pair in adapter.factors.items()}
+        return dataclasses.replace(adapter, factors=smaller)
+
+    return changed
+
+
 def test_a_nearly_untrained_adapter_fails_with_the_reason(
     tiny_llama: Path, tiny_llama_bundle: Path, adapter: Path, tmp_path: Path, parity: Parity
 ) -> None:
-    def barely(adapter: Adapter) -> Adapter:
-        small = {m: Factors(pair.A, pair.B * 1e-6) for m, pair in adapter.factors.items()}
-        return dataclasses.replace(adapter, factors=small)
-
-    place = change(adapter, tmp_path / "barely", barely)
+    place = change(adapter, tmp_path / "barely", with_smaller_update(1e-6))
     options: dict[str, Any] = {"backends": ["onnx-side-inputs"], "shrink": True}
     report = parity(tiny_llama_bundle, model=tiny_llama, adapters=[place], **options)
     failed = [result for result in report.results if result.outcome == "failed"]
@@ -192,11 +198,7 @@ def test_a_nearly_untrained_adapter_fails_with_the_reason(
 def test_an_adapter_that_changes_nothing_though_it_is_trained_fails(
     tiny_llama: Path, tiny_llama_bundle: Path, adapter: Path, tmp_path: Path, parity: Parity
 ) -> None:
-    def ineffective(adapter: Adapter) -> Adapter:
-        tiny = {m: Factors(pair.A, pair.B * 1e-12) for m, pair in adapter.factors.items()}
-        return dataclasses.replace(adapter, factors=tiny)
-
-    place = change(adapter, tmp_path / "ineffective", ineffective)
+    place = change(adapter, tmp_path / "ineffective", with_smaller_update(1e-12))
     report = parity(
         tiny_llama_bundle, model=tiny_llama, adapters=[place], backends=["onnx-side-inputs"]
     )

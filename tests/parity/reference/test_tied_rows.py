@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import loradeploy as ld
-from loradeploy.adapter import load_adapter
-from loradeploy.bundle.manifest import read_manifest
+from loradeploy.adapter import Adapter, load_adapter
+from loradeploy.bundle.manifest import Manifest, read_manifest
 from loradeploy.errors import AdapterMismatchError
 from loradeploy.parity.backends.onnx_model import NotRunError
 from loradeploy.parity.backends.ort import merged_bundle
@@ -33,6 +33,14 @@ def make_base(place: Path, tokens: int = 64) -> Path:
     )
     LlamaForCausalLM(config).eval().save_pretrained(place)
     return place
+
+
+def make_quantized(make_adapter: MakeAdapter, place: Path) -> tuple[Path, Adapter, Manifest]:
+    """Return a base, an adapter of it with trained rows, and the manifest of their int4 bundle."""
+    base = make_base(place / "base")
+    adapter = make_adapter(base, out=place / "a", trainable_token_indices=TOKENS)
+    ld.export(base, place / "bundle", adapters={"a": adapter}, precision="int4")
+    return base, load_adapter(adapter), read_manifest(place / "bundle")
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
@@ -58,10 +66,7 @@ def test_the_reference_adds_the_trained_change_to_the_rounded_rows(
 ) -> None:
     from transformers import LlamaForCausalLM
 
-    base = make_base(tmp_path / "base")
-    adapter = make_adapter(base, out=tmp_path / "a", trainable_token_indices=TOKENS)
-    ld.export(base, tmp_path / "bundle", adapters={"a": adapter}, precision="int4")
-    manifest = read_manifest(tmp_path / "bundle")
+    base, given, manifest = make_quantized(make_adapter, tmp_path)
     model = LlamaForCausalLM.from_pretrained(base).eval()
     dequantize_into(model, quantized_weights(tmp_path / "bundle", manifest), manifest)
     weights = {"embedding": model.model.embed_tokens.weight, "head": model.lm_head.weight}
@@ -69,7 +74,6 @@ def test_the_reference_adds_the_trained_change_to_the_rounded_rows(
     rounding = before["head"] - before["embedding"]
     assert np.abs(rounding[TOKENS]).max() > 1e-3, "the head is not quantized"
 
-    given = load_adapter(adapter)
     (trained,) = given.rows.values()
     with with_rows_of_tied(model, given, manifest) as left:
         assert not left.rows
@@ -91,10 +95,7 @@ def test_only_the_trained_rows_of_the_tables_are_read(
     from torch.utils._python_dispatch import TorchDispatchMode
     from transformers import LlamaForCausalLM
 
-    base = make_base(tmp_path / "base")
-    adapter = make_adapter(base, out=tmp_path / "a", trainable_token_indices=TOKENS)
-    ld.export(base, tmp_path / "bundle", adapters={"a": adapter}, precision="int4")
-    manifest = read_manifest(tmp_path / "bundle")
+    base, given, manifest = make_quantized(make_adapter, tmp_path)
     model = LlamaForCausalLM.from_pretrained(base).eval()
     subtracted = []
 
@@ -104,7 +105,6 @@ def test_only_the_trained_rows_of_the_tables_are_read(
                 subtracted.append(tuple(args[0].shape))
             return func(*args, **(kwargs or {}))
 
-    given = load_adapter(adapter)
     with torch.no_grad(), Recording(), with_rows_of_tied(model, given, manifest):
         pass
     assert subtracted == [(len(TOKENS), SMALL["hidden_size"])]
