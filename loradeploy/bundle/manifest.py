@@ -27,6 +27,7 @@ from loradeploy.bundle.names import (
     ROWS,
     SIGNATURE_NAME,
     SLOTS,
+    is_cross,
 )
 from loradeploy.bundle.targets import AddedTokens as AddedTokens
 from loradeploy.bundle.targets import LoraTarget as LoraTarget
@@ -116,13 +117,19 @@ class EncoderGraph:
 
     `inputs`, `outputs`: the names of the manifest's inputs and outputs that are the encoder's; all
     others are the decoder's. The decoder takes the encoder's outputs `present.{i}.encoder.key` and
-    `.value` as `past_key_values.{i}.encoder.key` and `.value` at every step.
+    `.value` as `past_key_values.{i}.encoder.key` and `.value` at every step. An encoder of audio
+    has the output `encoder_hidden_states` too, for onnxruntime-genai.
     `graph_digest`: digest of encoder.onnx.
     """
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     graph_digest: str | None = None
+
+    @property
+    def caches(self) -> tuple[str, ...]:
+        """The outputs that the decoder takes: the keys and values of the source."""
+        return tuple(name for name in self.outputs if is_cross(name))
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ INPUTS_EMBEDS_MASK: Final = "inputs_embeds_mask"  # bool [batch, sequence]: wher
 MROPE_POSITION_IDS: Final = "mrope_position_ids"
 IMAGE_FEATURES: Final = "image_features"  # float [images, tokens, hidden]
 INPUT_FEATURES: Final = "input_features"  # float [batch, mel bins, frames]
+ENCODER_HIDDEN_STATES: Final = "encoder_hidden_states"  # float [batch, source, hidden]
 ADAPTER_IDS: Final = "adapter_ids"  # int64 [batch] or [1]: each row's slot in the side inputs
 # int64 [1]: 0 for the branch of the base, 1 for the one with adapters
 ADAPTER_MODE: Final = "adapter_mode"
@@ -53,6 +54,7 @@ CONFIG_NAME: Final = "config.json"
 PREPROCESSOR_NAME: Final = "preprocessor_config.json"
 PROCESSOR_NAME: Final = "processor_config.json"
 GENAI_CONFIG_NAME: Final = "genai_config.json"
+GENAI_AUDIO_NAME: Final = "audio_processor_config.json"
 ADAPTERS_DIRECTORY: Final = "adapters"
 NATIVE_SUFFIX: Final = ".onnx_adapter"
 

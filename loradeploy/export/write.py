@@ -14,7 +14,7 @@ from loradeploy.adapter.files.peft import copy_adapter, load_adapter, save_adapt
 from loradeploy.adapter.files.tensors import write_arrays
 from loradeploy.adapter.tasks import CAUSAL_LM, SEQ2SEQ_LM, SEQUENCE_CLASSIFICATION
 from loradeploy.bundle.adapter_inputs.native import write_side_inputs
-from loradeploy.bundle.audio.features import feature_values
+from loradeploy.bundle.audio.features import feature_settings, feature_values
 from loradeploy.bundle.fingerprint import file_fingerprint
 from loradeploy.bundle.fitting.added_tokens import tokens_of
 from loradeploy.bundle.fitting.labels import head_of
@@ -25,6 +25,7 @@ from loradeploy.bundle.names import (
     CONFIG_NAME,
     DEFAULTS_NAME,
     ENCODER_NAME,
+    GENAI_AUDIO_NAME,
     GENAI_CONFIG_NAME,
     GRAPH_DATA_NAME,
     GRAPH_NAME,
@@ -39,7 +40,7 @@ from loradeploy.bundle.text.settings import read_settings
 from loradeploy.bundle.text.tokenizer import Tokenizer
 from loradeploy.bundle.text.tokenizer_files import GENERATION_NAME, TOKENIZER_NAME
 from loradeploy.errors import ExportError, ModelError, UsageError
-from loradeploy.export.genai import genai_config
+from loradeploy.export.genai import audio_processor, genai_config, whisper_config
 from loradeploy.export.graph.halves import with_digests, write_halves
 from loradeploy.export.graph.streamed import save_graph
 from loradeploy.export.passes.forms.required import write_required
@@ -301,14 +302,27 @@ def _write_assets(directory: Path, manifest: Manifest, content: Content) -> Mani
         generation = read_json(file, error=ModelError) if file.is_file() else {}
         if not content.merged:
             warn_of_ignored(manifest.base.name, read_settings(generation, GENERATION_NAME))
-    if manifest.task == CAUSAL_LM:
-        genai = genai_config(manifest, config, generation)
-        if genai is not None:
-            # onnxruntime-genai's parser is certain to read ASCII.
-            (directory / GENAI_CONFIG_NAME).write_text(
-                json.dumps(genai, indent=4) + "\n", encoding="ascii"
-            )
+        _write_genai(directory, manifest, config, generation)
     return manifest
+
+
+def _write_genai(
+    directory: Path, manifest: Manifest, config: Mapping[str, Any], generation: Mapping[str, Any]
+) -> None:
+    """Write the files with which onnxruntime-genai opens the bundle, if it can."""
+    make = genai_config if manifest.task == CAUSAL_LM else whisper_config
+    genai = make(manifest, config, generation)
+    if genai is None:
+        return
+    audio = None
+    if manifest.task == SEQ2SEQ_LM:
+        features = feature_settings(directory)
+        audio = None if features is None else audio_processor(features)
+    for name, values in ((GENAI_CONFIG_NAME, genai), (GENAI_AUDIO_NAME, audio)):
+        if values is not None:
+            # onnxruntime-genai's parser is certain to read ASCII.
+            text = json.dumps(values, indent=4) + "\n"
+            (directory / name).write_text(text, encoding="ascii")
 
 
 def _write_feature_settings(directory: Path, content: Content) -> None:

@@ -103,8 +103,11 @@ _SPEECH_WORDS = (
 )
 
 
-def make_tiny_whisper(place: Path, news: Path) -> None:
-    """Write a Whisper with random weights and the settings of a released checkpoint."""
+def make_tiny_whisper(place: Path, news: Path, *, seconds: int = 1, mels: int = 8) -> None:
+    """Write a Whisper with random weights and the settings of a released checkpoint.
+
+    `seconds`: of a window.
+    """
     import torch
     from tokenizers import AddedToken
     from transformers import (
@@ -114,7 +117,9 @@ def make_tiny_whisper(place: Path, news: Path) -> None:
     )
 
     torch.manual_seed(0)
-    model = WhisperForConditionalGeneration(_tiny_config("whisper")).eval()
+    config = _tiny_config("whisper")
+    config.max_source_positions, config.num_mel_bins = 50 * seconds, mels
+    model = WhisperForConditionalGeneration(config).eval()
     known = {word: number for number, word in enumerate(_SPEECH_WORDS, start=512)}
     model.generation_config = GenerationConfig(
         decoder_start_token_id=513,
@@ -135,7 +140,7 @@ def make_tiny_whisper(place: Path, news: Path) -> None:
     tokenizer.add_tokens([AddedToken(w, special=w[2] not in "0123") for w in _SPEECH_WORDS])
     tokenizer.eos_token = _SPEECH_WORDS[0]
     tokenizer.save_pretrained(place)
-    WhisperFeatureExtractor(feature_size=8, chunk_length=1).save_pretrained(place)
+    WhisperFeatureExtractor(feature_size=mels, chunk_length=seconds).save_pretrained(place)
 
 
 def make_tiny(name: str, place: Path, news: Path) -> None:

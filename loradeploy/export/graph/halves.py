@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 
 from loradeploy.bundle.manifest import EncoderGraph, Manifest
 from loradeploy.bundle.names import (
-    CROSS,
     DECODER_INPUT_IDS,
     ENCODER_ATTENTION_MASK,
+    ENCODER_HIDDEN_STATES,
     ENCODER_NAME,
     GRAPH_NAME,
     PAST,
-    PRESENT,
+    is_cross,
 )
 from loradeploy.export.graph.file import load_graph
 from loradeploy.export.graph.file import outputs as outputs_of
@@ -34,14 +34,17 @@ if TYPE_CHECKING:
 
 def encoder_of(inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec]) -> EncoderGraph | None:
     """The encoder's inputs and outputs; None if the graph has no cross-attention cache."""
-    given = tuple(s.name for s in outputs if s.name.startswith(PRESENT) and f".{CROSS}" in s.name)
+    made = [spec.name for spec in outputs]
+    if not any(map(is_cross, made)):
+        return None
     taken = tuple(
         spec.name
         for spec in inputs
         if not spec.name.startswith(PAST)
         and spec.name not in (DECODER_INPUT_IDS, ENCODER_ATTENTION_MASK)
     )
-    return EncoderGraph(taken, given) if given else None
+    given = tuple(name for name in made if is_cross(name) or name == ENCODER_HIDDEN_STATES)
+    return EncoderGraph(taken, given)
 
 
 def write_halves(directory: Path, manifest: Manifest) -> None:

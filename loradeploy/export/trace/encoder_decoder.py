@@ -2,7 +2,8 @@
 
 Its graph has two halves that share nothing but weights (see `graph/halves.py`):
 
-    encoder   the source → each decoder layer's cross-attention keys and values
+    encoder   the source → each decoder layer's cross-attention keys and values, and of audio also
+              the encoder's hidden states, which onnxruntime-genai asks for
     decoder   the target's new tokens, those keys and values, and the self-attention cache → logits
 
 The keys and values of the source are computed once, in the encoder's half, which has the decoder's
@@ -20,6 +21,7 @@ from loradeploy.bundle.names import (
     CROSS,
     DECODER_INPUT_IDS,
     ENCODER_ATTENTION_MASK,
+    ENCODER_HIDDEN_STATES,
     INPUT_FEATURES,
     INPUT_IDS,
     LOGITS,
@@ -49,9 +51,10 @@ def plain_inputs(model: Any) -> list[str]:
     return [*sources_of(model), DECODER_INPUT_IDS, *mask]
 
 
-def output_names(layers: int) -> list[str]:
+def output_names(layers: int, *, of_sound: bool) -> list[str]:
     """The outputs of both halves."""
-    return [LOGITS, *(present_name(i, p) for i, p in cache_parts(layers, SELF, CROSS, apart=True))]
+    caches = [present_name(i, p) for i, p in cache_parts(layers, SELF, CROSS, apart=True)]
+    return [LOGITS, *caches, *([ENCODER_HIDDEN_STATES] if of_sound else [])]
 
 
 def cache_parts(layers: int, *whose: str, apart: bool = False) -> Iterator[tuple[int, str]]:
@@ -79,7 +82,7 @@ def wrapper(model: Any) -> torch.nn.Module:
             self, plain: Sequence[torch.Tensor], past: Sequence[tuple[torch.Tensor, torch.Tensor]]
         ) -> tuple[torch.Tensor, ...]:
             feeds = dict(zip(names, plain, strict=True))
-            crossed = self._cross({name: feeds[name] for name in sources})
+            source, crossed = self._cross({name: feeds[name] for name in sources})
             cache = EncoderDecoderCache(DynamicCache(past[::2]), DynamicCache(past[1::2]))
             cache.is_updated = dict.fromkeys(range(len(past) // 2), True)
             # The cross-attention cache is complete: only the shape of the states is used.
@@ -90,16 +93,20 @@ def wrapper(model: Any) -> torch.nn.Module:
                 feeds[DECODER_INPUT_IDS], states, feeds.get(ENCODER_ATTENTION_MASK), cache
             )
             present = cache.self_attention_cache.layers
-            return (result.logits, *_tensors(present), *_tensors(crossed))
+            hidden = [source] if INPUT_FEATURES in sources else []
+            return (result.logits, *_tensors(present), *_tensors(crossed), *hidden)
 
-        def _cross(self, source: dict[str, torch.Tensor]) -> Any:
-            """The cross-attention cache of a source, which decoding a first token computes."""
+        def _cross(self, source: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Any]:
+            """The hidden states of a source, and its cross-attention cache.
+
+            Decoding a first token computes the cache.
+            """
             states = self.wrapped.get_encoder()(**source).last_hidden_state
             cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
             mask = source.get(ATTENTION_MASK)
             first = torch.zeros((states.shape[0], 1), dtype=torch.int64)
             self._decode(first, states, mask, cache)
-            return cache.cross_attention_cache.layers
+            return states, cache.cross_attention_cache.layers
 
         def _decode(
             self, ids: torch.Tensor, states: torch.Tensor, mask: torch.Tensor | None, cache: Any

@@ -331,7 +331,8 @@ def _example(
     if kind.name == SEQ2SEQ_LM:
         fixed = _fixed_sizes(model.config, encoder_decoder.sources_of(model)[0])
         arguments, dynamic, names = encoder_decoder.example(model, fixed)
-        given = encoder_decoder.output_names(encoder_decoder.layers_of(names))
+        layers = encoder_decoder.layers_of(names)
+        given = encoder_decoder.output_names(layers, of_sound=fixed is not None)
         return arguments, dynamic, names, given
     caches = _caches(model) if kind.cached else ()
     outputs = _outputs(model, kind)

@@ -65,8 +65,8 @@ class Halves:
         """Return the source's keys and values, and the decoder's other feeds except the cache."""
         encoder = self.manifest.encoder
         assert encoder is not None
-        given = self.run(encoder.outputs, {name: feeds[name] for name in encoder.inputs}, adapters)
-        source = dict(zip(map(past_of, encoder.outputs), given, strict=True))
+        given = self.run(encoder.caches, {name: feeds[name] for name in encoder.inputs}, adapters)
+        source = dict(zip(map(past_of, encoder.caches), given, strict=True))
         return source, {n: values for n, values in feeds.items() if n not in encoder.inputs}
 
     def _empty(self, rows: int) -> dict[str, NDArray[Any]]:

@@ -26,11 +26,14 @@ def has_logits(task: str) -> bool:
 def output_names(manifest: Manifest) -> tuple[str, ...]:
     """Return the names of the outputs to compare: the task's main output, then the others.
 
-    Cache outputs are left out, and so are probabilities, which PyTorch does not return.
+    Cache outputs and those of an encoder are left out, and so are probabilities, which PyTorch does
+    not return.
     """
     first = output_of(manifest)
     named = [spec.name for spec in manifest.outputs if not spec.name.startswith(PRESENT)]
-    return (first, *(name for name in named if name not in (first, manifest.probabilities)))
+    encoder = () if manifest.encoder is None else manifest.encoder.outputs
+    left_out = (first, manifest.probabilities, *encoder)
+    return (first, *(name for name in named if name not in left_out))
 
 
 def joined(values: Sequence[NDArray[Any]]) -> NDArray[Any]:

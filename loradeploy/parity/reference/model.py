@@ -132,7 +132,7 @@ class TorchModel:
             for part, value in (("key", layer.keys), ("value", layer.values)):
                 exact = value if value.dtype == torch.float64 else value.float()
                 found[present_name(number, f"{CROSS}{part}")] = exact.numpy()
-        return by_source([found[name] for name in self._manifest.encoder.outputs])
+        return by_source([found[name] for name in self._manifest.encoder.caches])
 
     def embedding(self, ids: torch.Tensor) -> torch.Tensor:
         """Return the input embeddings of `ids` [rows, tokens]: [rows, tokens, hidden]."""

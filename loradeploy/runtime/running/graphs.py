@@ -241,7 +241,9 @@ class Graphs:
         crosses = [name for name in self._decoder.inputs if is_cross(name)]
         lacking = bool(rest and source) and not any(name in target for name in crosses)
         if own or lacking or not (target or rest):
-            names = list(encoder.outputs) if lacking else own or list(encoder.outputs)
+            names = own or list(encoder.outputs)
+            if lacking:
+                names = [*map(present_of, crosses), *(n for n in own if not is_cross(n))]
             given = encoder.run(
                 lease, names, source, device, {n: buffers[n] for n in names if n in buffers}
             )

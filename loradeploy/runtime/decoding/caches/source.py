@@ -122,8 +122,8 @@ class EncodedSource:
         encoder = session.manifest.encoder
         assert encoder is not None
         own = {name: values for name, values in feeds.items() if name in encoder.inputs}
-        given = adapters.run_with_ort_values(encoder.outputs, own)
-        named = zip((past_of(name) for name in encoder.outputs), given, strict=True)
+        given = adapters.run_with_ort_values(encoder.caches, own)
+        named = zip(map(past_of, encoder.caches), given, strict=True)
         return cls({**dict(named), **besides})
 
     def take_rows(self, rows: Sequence[int]) -> None:
