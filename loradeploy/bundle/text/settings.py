@@ -5,14 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Final
+from numbers import Real
+from typing import Any, Final, Literal
 
 from loradeploy.bundle.text.speech import SpeechSettings, forced_tokens, read_speech
 from loradeploy.errors import BundleError, shown
 
+MOST_LENGTH_PENALTY: Final = 20
 # Settings that change texts and are not supported, with their values that have no effect.
 _NOT_APPLIED: Final[Mapping[str, tuple[Any, ...]]] = {
     "num_beams": (1,),
+    "num_beam_groups": (1,),
+    "diversity_penalty": (0, 0.0),
+    "constraints": ([],),
+    "force_words_ids": ([],),
+    "renormalize_logits": (False,),
+    "token_healing": (False,),
+    "max_time": (),
     "sequence_bias": ([], {}),
     "forced_decoder_ids": ([],),
     "penalty_alpha": (0, 0.0),
@@ -21,6 +30,7 @@ _NOT_APPLIED: Final[Mapping[str, tuple[Any, ...]]] = {
     "encoder_no_repeat_ngram_size": (0,),
     "exponential_decay_length_penalty": (),
     "dola_layers": (),
+    "top_h": (),
     "typical_p": (1, 1.0),
     "epsilon_cutoff": (0, 0.0),
     "eta_cutoff": (0, 0.0),
@@ -37,6 +47,7 @@ class GenerationSettings:
     """Settings of generation, with transformers' names and definitions.
 
     `top_k`, `top_p`, `min_p`: parameters of sampling, None if the file has none.
+    `length_penalty`, `early_stopping`: parameters of beam search.
     `stop_strings`: texts that end a generation.
     `decoder_start_token_id`: the first token of an encoder-decoder's target.
     `ignored`: settings in the file that would change the text and are not supported.
@@ -52,6 +63,8 @@ class GenerationSettings:
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
     stop_strings: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
     min_length: int = 0
@@ -64,7 +77,7 @@ class GenerationSettings:
 
     @cached_property
     def changes_scores(self) -> bool:
-        """Whether the logits of any step are changed. Parameters of sampling do not count."""
+        """Whether the logits of any step are changed. Parameters of a search do not count."""
         return self.repetition_penalty != 1 or any(
             (
                 self.no_repeat_ngram_size,
@@ -77,6 +90,15 @@ class GenerationSettings:
                 self.forced_eos_token_id,
             )
         )
+
+
+def is_length_penalty(value: object) -> bool:
+    """Whether `value` is a number by which the lengths of beams can be weighted.
+
+    A text's length to this power is finite, and so is a score divided by it.
+    """
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    return number and abs(float(value)) <= MOST_LENGTH_PENALTY  # type: ignore[arg-type]
 
 
 def read_settings(values: Mapping[str, Any], where: str) -> GenerationSettings:
@@ -123,6 +145,14 @@ def read_settings(values: Mapping[str, Any], where: str) -> GenerationSettings:
     stops = [stops] if isinstance(stops, str) else stops
     if not isinstance(stops, list) or not all(isinstance(s, str) and s for s in stops):
         raise BundleError(f"{where}: stop_strings is {shown(stops)}, expected a list of texts")
+    penalty_of_length = values.get("length_penalty")
+    if penalty_of_length is None:
+        penalty_of_length = 1.0
+    if not is_length_penalty(penalty_of_length):
+        raise BundleError(f"{where}: length_penalty is {shown(penalty_of_length)}")
+    early = values.get("early_stopping")
+    if not isinstance(early, bool | None) and early != "never":
+        raise BundleError(f"{where}: early_stopping is {shown(early)}")
     speech = read_speech(values, where)
     return GenerationSettings(
         repetition_penalty=float(penalty),
@@ -133,6 +163,8 @@ def read_settings(values: Mapping[str, Any], where: str) -> GenerationSettings:
         top_k=top_k if isinstance(top_k, int) and top_k >= 0 else None,
         top_p=top_p if isinstance(top_p, int | float) and 0 < top_p <= 1 else None,
         min_p=min_p if isinstance(min_p, int | float) and 0 <= min_p <= 1 else None,
+        length_penalty=float(penalty_of_length),
+        early_stopping=early or False,
         stop_strings=tuple(stops),
         min_length=number("min_length", 0, 0, whole=True),
         bad_words_ids=words("bad_words_ids"),

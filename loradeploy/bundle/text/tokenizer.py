@@ -47,6 +47,8 @@ from loradeploy.errors import (
 )
 
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
+# Characters per token of the counted beginning of a long text; usual texts have 1 to 5.
+_COUNTED: Final = 8
 # A placeholder for an answer, to find what a template writes after answers.
 _ANSWER: Final = "⟦answer⟧"
 
@@ -176,6 +178,18 @@ class Tokenizer:
             ids: list[int] = encoding.ids
         return ids
 
+    def exceeds(self, text: str, tokens: int) -> bool:
+        """Whether `text` has more than `tokens` tokens, if its beginning is enough to tell.
+
+        Counting the tokens of a text of megabytes takes many seconds. The beginning of a text that
+        is much longer than usual texts of `tokens` tokens is counted; what follows can only change
+        the last ones of these. False if it is not enough, or the text is not as long.
+        """
+        size = _COUNTED * tokens
+        if not isinstance(text, str) or len(text) <= 2 * size:
+            return False
+        return len(self.encode(text[:size], special_tokens=False)) > tokens + tokens // 4
+
     @contextmanager
     def library(self, *texts: str) -> Iterator[FastTokenizer]:
         """The library's tokenizer, to use for `texts`. It must not be changed.
@@ -247,7 +261,7 @@ class Tokenizer:
     def word(self, token: int) -> str | None:
         """The string of `token` in the vocabulary; None if `decode` skips it."""
         word: str | None = self._tokenizer.id_to_token(token)
-        return None if word in self._skipped else word
+        return None if word in self.special_words else word
 
     @property
     def decoder(self) -> str | None:
@@ -256,7 +270,8 @@ class Tokenizer:
         return None if decoder is None else decoder.__getstate__().decode()
 
     @cached_property
-    def _skipped(self) -> frozenset[str]:
+    def special_words(self) -> frozenset[str]:
+        """The special tokens, which `decode` skips."""
         added = self._tokenizer.get_added_tokens_decoder().values()
         return frozenset(token.content for token in added if token.special)
 

@@ -89,13 +89,13 @@ _FLAGS: Final = (
     click.option(
         "--length-penalty",
         type=float,
-        help="Divide the score of a beam by its length raised to this power [default: 1].",
+        help=f"Divide the score of a beam by its length raised to this power {_OWN}.",
     ),
     click.option(
         "--early-stopping",
         type=click.Choice(list(_EARLY)),
         help="End a beam search as soon as there are enough texts (yes), when better ones are"
-        " unlikely (no), or when no better one is possible (never) [default: no].",
+        f" unlikely (no), or when no better one is possible (never) {_OWN}.",
     ),
     click.option(
         "--logprobs",

@@ -100,7 +100,7 @@ class TextGenerator:
         self.tokenizer = session.texts.base.tokenizer
         self._graph = DecoderGraph.of(session, self.tokenizer.pad_id, source=True)
         self._budget = cache_budget
-        self._reader = PromptReader(session)
+        self._reader = PromptReader(session, target=self._target)
 
     def generate(
         self,

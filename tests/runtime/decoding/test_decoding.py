@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -219,6 +221,56 @@ def test_the_first_of_several_stop_strings_counts(generators: dict[str, TextGene
     one, other = free.text[2], free.text[1:3]
     (got,) = generator.generate(PROMPTS[:1], max_new_tokens=NEW, stop=[one, other])
     assert (got.text, got.stop_reason) == (free.text[:1], other)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_special_token_as_a_stop_string_ends_a_text_as_in_transformers(
+    generators: dict[str, TextGenerator], transformers: Reference, beams: int
+) -> None:
+    """It has no text in which it could be found."""
+    generator, prompt = generators["grows"], PROMPTS[0]
+    special = "<|im_start|>"
+    token = generator.tokenizer.vocabulary[special]
+    options: dict[str, Any] = {"max_new_tokens": NEW, "logit_bias": {token: 6.0}}
+    if beams > 1:
+        options["num_beams"] = beams
+    (free,) = generator.generate(prompt, "large", **options)
+    (got,) = generator.generate(prompt, "large", stop=["no such", special], **options)
+    ids = generator.tokenizer.encode(prompt)
+    expected = transformers(
+        "large",
+        ids,
+        stop_strings=[special, "no such"],
+        num_beams=beams,
+        sequence_bias={(token,): 6.0},
+    )
+    assert whole(got) == generated(expected, ids)[0]
+    assert whole(got) != whole(free)
+    assert (got.finish_reason, got.stop_reason) == ("stop", special)
+    assert got.token_ids[-1] == token
+    assert got.completion_tokens == len(got.token_ids)
+    assert got.text == generator.tokenizer.decode(got.token_ids)
+
+
+def test_beams_use_the_parameters_in_generation_config(
+    generators: dict[str, TextGenerator], llama_adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    generator, own = generators["grows"], {"length_penalty": 2.0, "early_stopping": True}
+    shutil.copytree(llama_adapters["large"], tmp_path / "long")
+    (tmp_path / "long/generation_config.json").write_text(json.dumps(own))
+    generator.session.load("long", tmp_path / "long")
+    beams: dict[str, Any] = {"num_beams": 3, "n": 3, "logit_bias": {END: 4.0}}
+
+    def scores(adapter: str, **settings: Any) -> list[float | None]:
+        made = generator.generate(PROMPTS[2], adapter, **beams, **settings)
+        return [result.score for result in made]
+
+    try:
+        assert scores("long") == scores("large", **own) != scores("large")
+        given = {"length_penalty": 1.0, "early_stopping": False}
+        assert scores("long", **given) == scores("large")
+    finally:
+        generator.session.unload("long")
 
 
 # -- samples -----------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ import numpy as np
 import onnxruntime
 import pytest
 
+import loradeploy as ld
+from loradeploy.bundle.text.tokenizer import Tokenizer
 from loradeploy.errors import BudgetError, RunError, UsageError
 from loradeploy.runtime.decoding.asking.calls import Call
 from loradeploy.runtime.decoding.asking.requests import read_request
@@ -39,6 +41,7 @@ NEW = 12
         ({"stop": ""}, "a stop string is empty"),
         ({"stop": ["a", ""]}, "a stop string is empty"),
         ({"stop": 5}, "stop is 5"),
+        ({"stop": "\n<|im_end|>"}, r"prompt 1: the stop string .* contains the special token <"),
         ({"repetition_penalty": 0}, "repetition_penalty is 0"),
         ({"presence_penalty": float("nan")}, "presence_penalty is nan"),
         ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size is -1"),
@@ -62,6 +65,36 @@ def test_invalid_settings_are_refused_by_name(
 ) -> None:
     with pytest.raises(UsageError, match=message):
         generators["grows"].generate(["A", "B"], **options)
+
+
+def test_a_prompt_far_beyond_the_context_is_refused_by_its_beginning(
+    generators: dict[str, TextGenerator], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tokens of all of it would take seconds to count."""
+    counted = []
+    encode = Tokenizer.encode
+
+    def recorded(self: Tokenizer, text: str, **options: Any) -> list[int]:
+        counted.append(len(text))
+        return encode(self, text, **options)
+
+    monkeypatch.setattr(Tokenizer, "encode", recorded)
+    generator, text = generators["grows"], "It is so. " * 200_000
+    refused = (
+        r"has 2,000,\d{3} characters, which are more tokens than the 128 positions of the model"
+    )
+    with pytest.raises(UsageError, match=f"prompt 2 {refused}"):
+        generator.generate(["A", text])
+    with pytest.raises(UsageError, match=f"prompt 1 {refused}"):
+        generator.generate([[{"role": "user", "content": text}]])
+    with pytest.raises(UsageError, match=f"text 1 {refused}"):
+        generator.score(text)
+    engine = ld.Engine(generator, cache_budget=1 << 20)
+    with engine, pytest.raises(UsageError, match=f"prompt 1 {refused}"):
+        engine.submit(text).result()
+    assert max(counted) <= 8 * 128
+    with pytest.raises(UsageError, match=r"prompt 1 has \d+ tokens, the model has 128 positions"):
+        generator.generate(text[:2000])
 
 
 @pytest.mark.parametrize("beams", [1, 2])

@@ -20,6 +20,8 @@ from loradeploy.runtime.decoding.choosing.processors import Processors
 
 VOCABULARY, ENDS = 24, (2,)
 PROMPT, MADE = [5, 6, 7, 5, 6], [9, 5]
+LIMIT = len(MADE) + 1
+MASK = np.isin(np.arange(VOCABULARY), [4, 5, 11])
 
 
 @pytest.mark.parametrize("made", [[], MADE], ids=["first-token", "later"])
@@ -34,10 +36,19 @@ PROMPT, MADE = [5, 6, 7, 5, 6], [9, 5]
         {"suppress_tokens": [3, 4]},
         {"begin_suppress_tokens": [8]},
         {"repetition_penalty": 1.2, "no_repeat_ngram_size": 3, "suppress_tokens": [1]},
+        {"bad_words_ids": [[4], [6, 3], [9, 5, 11]]},
+        {"min_length": 9},
+        # The last token of a text is forced even if an end token would be too early there.
+        {"min_new_tokens": 9, "forced_eos_token_id": 2},
+        {"min_length": 30, "bad_words_ids": [[8]], "forced_eos_token_id": [2, 8]},
+        {"forced_eos_token_id": [2, 3], "suppress_tokens": [3]},
     ],
     ids=lambda settings: "+".join(settings),
 )
-def test_scores_are_those_of_transformers(settings: dict[str, Any], made: list[int]) -> None:
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+def test_scores_are_those_of_transformers(
+    settings: dict[str, Any], made: list[int], masked: bool
+) -> None:
     import torch
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
@@ -45,19 +56,22 @@ def test_scores_are_those_of_transformers(settings: dict[str, Any], made: list[i
     tiny = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
     config = LlamaConfig(num_hidden_layers=1, vocab_size=VOCABULARY, **tiny)
     model = LlamaForCausalLM(config)
-    message = GenerationConfig(**settings, eos_token_id=list(ENDS), pad_token_id=0, max_length=64)
+    values = {"eos_token_id": list(ENDS), "pad_token_id": 0, "num_beams": 1}
+    message = GenerationConfig(**settings, **values, max_length=len(PROMPT) + LIMIT)
     message._eos_token_tensor = torch.tensor(ENDS)
     processors = model._get_logits_processor(
         generation_config=message,
         input_ids_seq_length=len(PROMPT),
         encoder_input_ids=torch.tensor([PROMPT]),
-        prefix_allowed_tokens_fn=None,
+        prefix_allowed_tokens_fn=(lambda *_: MASK.nonzero()[0].tolist()) if masked else None,
         logits_processor=[],
         device="cpu",
     )
     ids = torch.tensor([[*PROMPT, *made]])
     expected = processors(ids, torch.from_numpy(logits.copy())[None])[0].numpy()
-    got = Processors(read_settings(settings, "s"), ENDS)(logits, PROMPT, made)
+    mask: dict[str, Any] = {"allowed_tokens": lambda _: MASK} if masked else {}
+    process = Processors(read_settings(settings, "s"), ENDS, limit=LIMIT, **mask)
+    got = process(logits, PROMPT, made)
     np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
@@ -95,12 +109,23 @@ def test_a_prompt_can_have_tokens_beyond_the_logits_of_the_head() -> None:
         ("num_beams", 1, 4),
         ("typical_p", 1.0, 0.9),
         ("dola_layers", None, "high"),
+        ("renormalize_logits", False, True),
+        ("num_beam_groups", 1, 2),
     ],
 )
 def test_settings_that_are_not_applied_are_named(name: str, harmless: Any, telling: Any) -> None:
     assert read_settings({name: harmless}, "s") == GenerationSettings()
     message = read_settings({name: telling}, "s")
     assert message == dataclasses.replace(GenerationSettings(), ignored=(name,))
+
+
+def test_parameters_of_beam_search_can_come_from_the_model() -> None:
+    own = read_settings({"length_penalty": 2.0, "early_stopping": True}, "s")
+    assert (own.length_penalty, own.early_stopping, own.ignored) == (2.0, True, ())
+    assert not own.changes_scores
+    for wrong in ({"length_penalty": "long"}, {"length_penalty": 99}, {"early_stopping": "soon"}):
+        with pytest.raises(BundleError, match=f"s: {next(iter(wrong))} is"):
+            read_settings(wrong, "s")
 
 
 def test_stop_strings_and_min_p_can_come_from_the_model() -> None:

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from loradeploy.bundle.text.chat import ChatTemplate
 from loradeploy.bundle.text.tokenizer import Tokenizer
@@ -365,3 +368,14 @@ def test_special_tokens_in_texts_are_plain_text_if_the_settings_split_them(
     messages = [{"role": "user", "content": text}]
     rendered = theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     assert own.encode_chat(messages) == rendered
+
+
+def test_a_long_text_of_few_tokens_is_not_taken_for_one_of_many(tmp_path: Path) -> None:
+    words = WordLevel({"x" * 200: 0, "y": 1, "?": 2}, unk_token="?")
+    tokenizer = FastTokenizer(words)
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    exceeds = Tokenizer(tmp_path).exceeds
+    assert not exceeds(" ".join(["x" * 200] * 20), 20)
+    assert exceeds("y " * 1000, 20)
+    assert not exceeds("y " * 150, 20)  # short enough to count all of it

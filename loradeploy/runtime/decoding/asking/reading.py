@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from loradeploy.errors import UsageError, shown
 from loradeploy.runtime.adapters.resident import AdapterSpec
 from loradeploy.runtime.decoding.asking.calls import LISTS, Prompt
+from loradeploy.runtime.decoding.caches.source import Target
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.text.sides import TextSide
 
@@ -38,7 +40,8 @@ class PromptReader:
 
     `write`: changes a text, or the text of a chat, before it is tokenized. `images`: whether the
     images of a chat are given separately. Otherwise they are refused: the chat template writes a
-    token for each, and the model would answer without the image.
+    token for each, and the model would answer without the image. `target`: of an encoder-decoder,
+    whose prompts are limited by the encoder's positions.
     """
 
     def __init__(
@@ -47,11 +50,13 @@ class PromptReader:
         write: Callable[[str], str] | None = None,
         *,
         images: bool = False,
+        target: Target | None = None,
     ) -> None:
         self._session = session
         self._write = write
         self._refused = _OTHER_MEDIA if images else (*_IMAGES, *_OTHER_MEDIA)
-        self._positions = session.texts.base.tokenizer.max_length
+        own = session.texts.base.tokenizer.max_length
+        self._positions = own if target is None else target.sources
 
     def read(
         self, number: int, prompt: Prompt, adapter: AdapterSpec | None, chat: bool, what: str
@@ -84,17 +89,33 @@ class PromptReader:
             raise UsageError(
                 f"{what} is {shown(prompt)}: give a text, a list of messages, or of token ids"
             )
+        written = partial(self._written, side, what)
         if isinstance(prompt, str):
-            ids = side.tokenizer.encode(prompt if self._write is None else self._write(prompt))
+            ids = side.tokenizer.encode(written(prompt))
         elif all(isinstance(t, int | np.integer) and not isinstance(t, bool) for t in prompt):
             ids = [int(token) for token in cast("Sequence[int]", prompt)]
         else:
             side.check_chat()
             self._check_media(prompt, what)
-            ids = side.tokenizer.encode_chat(cast("Sequence[Message]", prompt), self._write)
+            ids = side.tokenizer.encode_chat(cast("Sequence[Message]", prompt), written)
         if ids:
             self._session.limits.check_tokens((min(ids), max(ids)), what)
         return ids
+
+    def _written(self, side: TextSide, what: str, text: str) -> str:
+        """The text to tokenize for `text`.
+
+        Raises:
+            UsageError: it has far too many tokens, which would take long to count.
+        """
+        text = text if self._write is None else self._write(text)
+        most = self._positions
+        if most is not None and side.tokenizer.exceeds(text, most):
+            raise UsageError(
+                f"{what} has {len(text):,} characters, which are more tokens than the {most}"
+                " positions of the model: shorten it"
+            )
+        return text
 
     def _check_media(self, messages: Sequence[Any], what: str) -> None:
         """Raise UsageError if a message of a chat has a part that is not supported."""

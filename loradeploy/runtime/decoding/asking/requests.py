@@ -14,6 +14,7 @@ from loradeploy.runtime.decoding.choosing.options import GenerationOptions
 from loradeploy.runtime.decoding.choosing.processors import Processors
 from loradeploy.runtime.decoding.choosing.samples import Samples
 from loradeploy.runtime.decoding.choosing.sampling import Sampling
+from loradeploy.runtime.decoding.choosing.stopping import Stops
 from loradeploy.runtime.text.sides import TextSide
 
 if TYPE_CHECKING:
@@ -76,15 +77,17 @@ def sequences_of(
     """The sequences of a prompt, by `options` and the settings in generation_config.json."""
     own, tokenizer = side.settings, side.tokenizer
     processors = Processors.of(options, own, tokenizer, side.ends, what, limit, rule)
-    stops = own.stop_strings if options.stop is None else options.stops
+    texts = own.stop_strings if options.stop is None else options.stops
+    stops = Stops.of(texts, tokenizer, what)
     if options.num_beams > 1:
+        penalty, early = options.length_penalty, options.early_stopping
         return BeamSearch(
             prompt,
             num_beams=options.num_beams,
             n=options.n,
             limit=limit,
-            length_penalty=1.0 if options.length_penalty is None else options.length_penalty,
-            early_stopping=options.early_stopping or False,
+            length_penalty=own.length_penalty if penalty is None else penalty,
+            early_stopping=own.early_stopping if early is None else early,
             processors=processors,
             tokenizer=tokenizer,
             stops=stops,

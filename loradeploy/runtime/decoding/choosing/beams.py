@@ -13,7 +13,7 @@ from loradeploy.errors import UsageError
 from loradeploy.runtime.decoding.choosing.logprobs import TokenLogprob, check_logits, log_softmax
 from loradeploy.runtime.decoding.choosing.processors import Processors
 from loradeploy.runtime.decoding.choosing.sequences import Finished, FinishReason, Row
-from loradeploy.runtime.decoding.choosing.stopping import first_stop
+from loradeploy.runtime.decoding.choosing.stopping import Stops, first_stop
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -57,7 +57,7 @@ class BeamSearch:
         early_stopping: bool | Literal["never"],
         processors: Processors,
         tokenizer: Tokenizer,
-        stops: Sequence[str],
+        stops: Stops,
     ) -> None:
         self.prompt = prompt
         self._num_beams = num_beams
@@ -67,7 +67,7 @@ class BeamSearch:
         self._early_stopping = early_stopping
         self._process = processors
         self._tokenizer = tokenizer
-        self._stops = tuple(stops)
+        self._stops = stops
         self._running = [_Beam((), 0.0)]
         self._ended: list[_Beam] = []
         self._improvable = True
@@ -131,8 +131,10 @@ class BeamSearch:
         token = beam.ids[-1]
         if token in self._process.ends:
             return self._end(beam, "stop", token)
-        if self._stops:
-            found = first_stop(self._tokenizer.decode(beam.ids), self._stops)
+        if token in self._stops.tokens:
+            return self._end(beam, "stop", self._stops.tokens[token])
+        if self._stops.texts:
+            found = first_stop(self._tokenizer.decode(beam.ids), self._stops.texts)
             if found is not None:
                 return self._end(beam, "stop", found[1])
         return self._end(beam, "length", None) if len(beam.ids) >= self.limit else beam

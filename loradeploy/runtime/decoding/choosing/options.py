@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict
 
 import numpy as np
 
+from loradeploy.bundle.text.settings import MOST_LENGTH_PENALTY, is_length_penalty
 from loradeploy.errors import UsageError, listed_names, shown
 from loradeploy.runtime.arguments import check_count
 from loradeploy.runtime.decoding.choosing.sampling import Sampling
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
 
 # From the generated tokens to the allowed next tokens, bool [vocabulary]; None allows all.
 AllowedTokens = Callable[[tuple[int, ...]], "NDArray[np.bool_] | None"]
-# A text's length to this power is finite, and so is a score divided by it.
-_MOST_PENALTY: Final = 20
 Number: Final = (int, float, np.integer, np.floating)
 
 
@@ -52,8 +51,9 @@ def _option(default: Any, text: str) -> Any:
 class GenerationOptions:
     """Generation settings of one prompt. docs/generation.md defines each of them.
 
-    If repetition_penalty, no_repeat_ngram_size, stop or, when sampling, top_k, top_p or min_p is
-    None, the value in the row's generation_config.json is used, if there is one.
+    If repetition_penalty, no_repeat_ngram_size, stop, when sampling top_k, top_p or min_p, or with
+    beams length_penalty or early_stopping is None, the value in the row's generation_config.json is
+    used, if there is one.
 
     Raises:
         UsageError: a value out of range, or settings that contradict each other.
@@ -81,10 +81,10 @@ class GenerationOptions:
     n: int = _option(1, "number of texts per prompt: samples, or best beams")
     num_beams: int = _option(1, "beam search, if 2 or more")
     length_penalty: float | None = _option(
-        None, "a beam's score is divided by its length to this power; 1.0 by default"
+        None, "a beam's score is divided by its length to this power"
     )
     early_stopping: bool | Literal["never"] | None = _option(
-        None, 'when beam search ends: True, "never", or by default False'
+        None, 'when beam search ends: True, False or "never"'
     )
     logprobs: int | None = _option(
         None, "give each token's log-probability, and this many most likely tokens at its position"
@@ -184,10 +184,10 @@ class GenerationOptions:
                 "logprobs are not available for beams: score the text with TextGenerator.score"
             )
         penalty = self.length_penalty
-        if penalty is not None and not (_number(penalty) and abs(penalty) <= _MOST_PENALTY):
+        if penalty is not None and not is_length_penalty(penalty):
+            most = MOST_LENGTH_PENALTY
             raise UsageError(
-                f"length_penalty is {shown(penalty)}: give a number from -{_MOST_PENALTY} to"
-                f" {_MOST_PENALTY}"
+                f"length_penalty is {shown(penalty)}: give a number from -{most} to {most}"
             )
         early = self.early_stopping
         kind = isinstance(early, bool | str | None)  # `in` would accept 1 for True

@@ -10,9 +10,9 @@ no_repeat_ngram_size    excludes tokens that would repeat a sequence of this man
 min_new_tokens          excludes end tokens until there are this many generated tokens
 bad_words_ids           excludes tokens that would complete one of these sequences
 min_length              excludes end tokens until prompt and text have this length
-forced_bos_token_id     excludes all other tokens after a prompt of a single token
-forced_eos_token_id     excludes all other tokens at the last position of a text
 allowed_tokens          excludes tokens outside its mask
+forced_bos_token_id     replaces all that by this token after a prompt of a single token
+forced_eos_token_id     replaces all that by these tokens at the last position of a text
 suppress_tokens         excludes these, begin_suppress_tokens only at the first token
 rule                    excludes by another rule, such as timestamps in a transcript
 """
@@ -126,19 +126,20 @@ class Processors:
             taken = self.frequency_penalty * counts + self.presence_penalty
             scores[tokens] -= taken.astype(np.float32)
         _bar_repeated(scores, before, own.no_repeat_ngram_size)
-        barred = [*own.suppress_tokens, *_bad(own.bad_words_ids, before, self.ends)]
+        barred = _bad(own.bad_words_ids, before, self.ends)
         if len(made) < own.min_new_tokens or len(before) < own.min_length:
             barred += self.ends
+        _bar(scores, barred)
+        if self.allowed_tokens is not None:
+            scores[~self._mask(tuple(made), scores.size)] = -np.inf
         opens = own.forced_bos_token_id is not None and len(prompt) == 1
-        if len(made) == (1 if opens else 0):
-            barred += own.begin_suppress_tokens
         if opens and not made and own.forced_bos_token_id is not None:
             _force(scores, (own.forced_bos_token_id,))
         if own.forced_eos_token_id and self.limit is not None and len(made) == self.limit - 1:
             _force(scores, own.forced_eos_token_id)
-        scores[[token for token in barred if token < scores.size]] = -np.inf
-        if self.allowed_tokens is not None:
-            scores[~self._mask(tuple(made), scores.size)] = -np.inf
+        _bar(scores, own.suppress_tokens)
+        if len(made) == (1 if opens else 0):
+            _bar(scores, own.begin_suppress_tokens)
         if self.rule is not None and scores.max() > -np.inf:
             scores = self.rule(scores, made)
         if not scores.max() > -np.inf:
@@ -172,6 +173,11 @@ class Processors:
         whole = np.zeros(size, np.bool_)
         whole[: mask.size] = mask[:size]
         return whole
+
+
+def _bar(scores: NDArray[np.float32], tokens: Collection[int]) -> None:
+    """Exclude `tokens`."""
+    scores[[token for token in tokens if token < scores.size]] = -np.inf
 
 
 def _force(scores: NDArray[np.float32], tokens: Sequence[int]) -> None:

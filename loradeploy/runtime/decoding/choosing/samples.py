@@ -12,7 +12,7 @@ from loradeploy.runtime.decoding.choosing.logprobs import TokenLogprob, check_lo
 from loradeploy.runtime.decoding.choosing.processors import Processors
 from loradeploy.runtime.decoding.choosing.sampling import Sampling
 from loradeploy.runtime.decoding.choosing.sequences import Finished, FinishReason, Row
-from loradeploy.runtime.decoding.choosing.stopping import Transcript
+from loradeploy.runtime.decoding.choosing.stopping import Stops, Transcript
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -50,7 +50,7 @@ class Samples:
         sampling: Sampling,
         processors: Processors,
         tokenizer: Tokenizer,
-        stops: Sequence[str],
+        stops: Stops,
         logprobs: int | None,
     ) -> None:
         self.prompt = prompt
@@ -59,10 +59,11 @@ class Samples:
         self._process = processors
         self._tokenizer = tokenizer
         self._top = logprobs
+        self._stop_tokens = stops.tokens
         self._samples = [
             _Sample(
                 np.random.default_rng([seed, number] if number else seed),
-                Transcript(tokenizer, stops),
+                Transcript(tokenizer, stops.texts),
             )
             for number in range(n)
         ]
@@ -98,6 +99,8 @@ class Samples:
         if self._top is not None:
             sample.logprobs.append(token_logprob(logits, token, self._top, self._tokenizer))
         piece = sample.transcript.push(token)
+        if token in self._stop_tokens:
+            return piece + sample.end("stop", self._stop_tokens[token])
         if sample.transcript.stopped_by is not None:
             return piece + sample.end("stop", sample.transcript.stopped_by)
         return piece + sample.end("length") if len(sample.ids) >= self.limit else piece
@@ -131,7 +134,7 @@ class Samples:
         sample = self._samples[choice]
         assert sample.reason is not None
         stopped = sample.transcript.stopped_by is not None
-        ended = sample.reason == "stop" and not stopped
+        ended = isinstance(sample.stop_reason, int)
         return Finished(
             ids=tuple(sample.ids),
             text=sample.transcript.text if stopped else self._tokenizer.decode(sample.ids),

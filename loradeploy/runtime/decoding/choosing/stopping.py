@@ -2,10 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from loradeploy.bundle.text.tokenizer import Tokenizer
+from loradeploy.errors import UsageError, shown
 from loradeploy.runtime.text.pieces import PieceDecoder
+
+
+@dataclass(frozen=True)
+class Stops:
+    """The stop strings of a text.
+
+    `texts`: those that are searched in the text. `tokens`: those that are special tokens, by token.
+    Special tokens have no text.
+    """
+
+    texts: tuple[str, ...] = ()
+    tokens: Mapping[int, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, given: Sequence[str], tokenizer: Tokenizer, what: str) -> Stops:
+        """The stop strings `given`. `what`: the prompt's name in messages.
+
+        Raises:
+            UsageError: one has a special token beside other text, and would never be found.
+        """
+        tokens = {}
+        for stop in given:
+            inside = [word for word in tokenizer.special_words if word in stop]
+            if stop in inside:
+                tokens[tokenizer.vocabulary[stop]] = stop
+            elif inside:
+                raise UsageError(
+                    f"{what}: the stop string {shown(stop)} contains the special token"
+                    f" {max(inside, key=len)}, which is not part of a text: give the token alone"
+                )
+        return cls(tuple(given), tokens)
 
 
 class Transcript:
