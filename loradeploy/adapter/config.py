@@ -36,6 +36,7 @@ _NEUTRAL: Final = frozenset(
         "loftq_config",
         "lora_ga_config",
         "megatron_core",
+        "merge_weights",  # of PEFT before 0.4: whether eval() merged them
         "qalora_group_size",
         "revision",
         "runtime_config",
@@ -55,6 +56,8 @@ _REFUSED: Final = {
         ("alora_invocation_tokens", "alora_invocation_string", "invocation_string"),
         "activated LoRA depends on the prompt and cannot be exported",
     ),
+    "enable_lora": "PEFT before 0.4 adapted parts of a fused layer with it: merge the adapter with"
+    " that PEFT and export the merged model",
     "arrow_config": "routing between adapters cannot be exported",
     "kasa_config": "merge it with PEFT and export the merged model",
     "layer_replication": "apply it to the base model first and train on the result",

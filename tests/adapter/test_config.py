@@ -43,6 +43,7 @@ def test_a_config_survives_the_round_trip_through_pefts_own_class() -> None:
         ("alora_invocation_tokens", [1, 2]),
         ("alora_invocation_string", "<think>"),
         ("layer_replication", [[0, 2]]),
+        ("enable_lora", [True, False, True]),
         ("target_parameters", "experts.gate_up_proj"),
         ("target_parameters", ["experts.gate_up_proj", 1]),
         ("use_qalora", True),
@@ -65,7 +66,12 @@ def test_an_unsupported_field_that_affects_results_is_refused_by_name(
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("unsloth_version", "2025.3.19"), ("swift_version", "3.1.0"), ("lorap_emb_lr", 1e-6)],
+    [
+        ("unsloth_version", "2025.3.19"),
+        ("swift_version", "3.1.0"),
+        ("lorap_emb_lr", 1e-6),
+        ("merge_weights", True),
+    ],
 )
 def test_fields_about_the_training_are_kept(field: str, value: object) -> None:
     config = AdapterConfig.from_peft({"r": 4, "target_modules": ["q"], field: value})

@@ -173,6 +173,18 @@ def test_a_training_checkpoint_with_trainer_files_is_an_adapter(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
+    "name", ["non_lora_trainables.bin", "trainable_params.bin", "new_embeddings.safetensors"]
+)
+def test_trained_weights_in_another_file_beside_an_adapter_are_refused_by_name(
+    name: str, tmp_path: Path
+) -> None:
+    place = write(tmp_path / "sport", PAIR)
+    (place / name).write_bytes(b"")
+    with pytest.raises(AdapterError, match=f"sport has {name}, weights .*remove the file"):
+        load_adapter(place)
+
+
+@pytest.mark.parametrize(
     ("peft_type", "advice"),
     [
         ("IA3", "merge it with PEFT"),

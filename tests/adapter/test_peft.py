@@ -229,6 +229,8 @@ def break_adapter(change: str, directory: Path) -> Path:
         tensors[f"{PREFIX}e.lora_embedding_A"] = np.ones((2, 4), np.float32)
     elif change == "convolution":
         tensors[key] = np.ones((2, 3, 1, 1), np.float32)
+    elif change == "twice":
+        tensors[f"{PREFIX}_orig_mod.l.q.lora_A.weight"] = 2 * tensors[key]
     elif change == "empty":
         tensors = {}
     write(directory, tensors)
@@ -265,6 +267,7 @@ def break_adapter(change: str, directory: Path) -> Path:
         ("dora", "use_dora is False, and the file has a lora_magnitude_vector"),
         ("embedding", "e has lora_embedding_A but no lora_embedding_B"),
         ("convolution", "are not factors of a linear layer"),
+        ("twice", r"differs from what the file has for l\.q\.lora_A under another key"),
         ("empty", "has no tensors"),
         ("truncated", "not a valid safetensors"),
         ("lying header", "not a valid safetensors"),

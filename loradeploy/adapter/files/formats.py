@@ -97,6 +97,10 @@ _MISORDERED: Final = (
     " a copy of adapter_config.json, and run loradeploy convert DIR --model BASE"
 )
 
+# Files in which other programs save weights that they trained beside an adapter and load before it:
+# LLaVA's projector, the embeddings and norms of LongLoRA, the added tokens of vLLM and LoRAX.
+_BESIDE: Final = ("non_lora_trainables", "trainable_params", "new_embeddings")
+
 # Values of peft_type for methods that learn inputs instead of weights: they cannot be merged.
 _PROMPTS: Final = (
     *("ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING"),
@@ -202,6 +206,21 @@ def misordered_export(
     qwen = any("qwen" in name.lower() for name in names if isinstance(name, str))
     dora = any("lora_magnitude_vector" in key for key in rotary)
     return _MISORDERED if dora or (qwen and rotary) else None
+
+
+def trained_beside(directory: Path) -> str | None:
+    """Message for a file with more trained weights beside an adapter, None if there is none.
+
+    PEFT ignores these files, so that its results are not those of the training.
+    """
+    for file in sorted(directory.glob("*")):
+        if file.name.partition(".")[0] in _BESIDE and file.is_file():
+            return (
+                f"has {file.name}, weights that were trained with the adapter and that PEFT does"
+                " not load: put them into the base and export that with the adapter, or remove the"
+                " file if the base has them already"
+            )
+    return None
 
 
 def other_directory(directory: Path) -> str | None:

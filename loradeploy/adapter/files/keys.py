@@ -29,8 +29,11 @@ TRAINED_ROWS: Final = ".token_adapter.trainable_tokens_delta"
 _BETWEEN: Final = re.compile(
     r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
-# Put before names by DistributedDataParallel and PEFT; twice if PEFT wrapped a model again.
-_BEFORE: Final = re.compile(r"(?:module\.)*(?:base_model\.model\.)+")
+# Put before names by DistributedDataParallel, Lightning and PEFT; twice if PEFT wrapped a model
+# again.
+_BEFORE: Final = re.compile(
+    r"(?:^|(?<=\.))(?:(?:_forward_module|module)\.)*(?:base_model\.model\.)+"
+)
 
 # The prefix of TRL's models with a value head, before or after PEFT's.
 _BEFORE_VALUE_HEAD: Final = re.compile(

@@ -39,6 +39,7 @@ from loradeploy.adapter.files.formats import (
     other_directory,
     other_file,
     other_tensors,
+    trained_beside,
 )
 from loradeploy.adapter.files.keys import INNER, ORIGINAL, PREFIX, TRAINED_ROWS
 from loradeploy.adapter.files.roles import MAGNITUDE, PARTS, tensors_by_role
@@ -74,7 +75,8 @@ def load_adapter(path: str | os.PathLike[str]) -> Adapter:
     weights = _weights_file(source)
     values, config = _read_config(weights)
     arrays, metadata = read_arrays(weights, error=AdapterError)
-    if (found := misordered_export(weights.parent, values, arrays)) is not None:
+    found = misordered_export(weights.parent, values, arrays) or trained_beside(weights.parent)
+    if found is not None:
         raise AdapterError(f"{weights.parent} {found}")
     try:
         _check_not_empty(arrays)

@@ -77,7 +77,9 @@ def tensors_by_role(
             problems.append(f"{key} belongs to a trained LoRA bias, which is not supported")
         elif what.part == "factor":
             half = f"{what.half}.weight" if what.half in ("lora_A", "lora_B") else what.half
-            parts.setdefault(what.name, {})[half] = values
+            first = parts.setdefault(what.name, {}).setdefault(half, values)
+            if not np.array_equal(first, values):
+                problems.append(_differs(key, f"{what.name}.{what.half}"))
         else:
             others.append((key, what, values))
     factors = _all_factors(parts, config, problems)
@@ -189,8 +191,13 @@ def _slots(
         else:
             slot = "carried"
         if not np.array_equal(slots.setdefault((slot, name), values), values):
-            problems.append(f"{key} differs from what the file has for {name} under another key")
+            problems.append(_differs(key, name))
     return slots, named
+
+
+def _differs(key: str, name: str) -> str:
+    """The message for a second tensor of `name` with other values."""
+    return f"{key} differs from what the file has for {name} under another key"
 
 
 def _without_value_head(
