@@ -153,8 +153,9 @@ class Manifest:
     `cache_in_place`: whether one buffer can be both past and present of the KV cache.
     `target`: the device that the bundle is for, if the export was given one (run_target.py).
     `files`: all files that the export wrote, except the manifest; only these may be replaced.
-    `sentence`: digests of the files that define how hidden states are pooled into an embedding, by
-    name (modules.json and the files it names); empty if the base has none.
+    `sentence`: digests of sentence-transformers' files by name (modules.json and the files it
+    names), which define how hidden states become an embedding, or how a cross-encoder scores pairs
+    of texts; empty if the base has none.
     `own_weights`: digests of the base's embeddings and output head, by parameter, to recognize
     copies of them in an adapter's file (`adapter.fitting.settle.values_digest`).
     `submodels`: the transformers models in the base, if module paths in some of them were renamed;

@@ -21,6 +21,7 @@ from loradeploy.bundle.text.beside import (
     text_files,
     vocabulary_of,
 )
+from loradeploy.bundle.text.scoring import read_scoring
 from loradeploy.bundle.text.settings import GenerationSettings
 from loradeploy.bundle.text.speech import SpeechSettings
 from loradeploy.bundle.text.tokenizer import Tokenizer
@@ -45,6 +46,11 @@ logger = logger_of(__name__)
 _MORE_TEMPLATES: Final = "additional_chat_templates"
 _LISTED: Final = 6
 _SPECIAL: Final = ("bos_token_id", "eos_token_id", "pad_token_id")
+# What sentence-transformers' files specify, by task.
+_SENTENCE_FILES: Final = {
+    FEATURE_EXTRACTION: "pooling and prompts",
+    SEQUENCE_CLASSIFICATION: "activation and prompts of pairs",
+}
 
 
 def is_embedding_model(directory: Path) -> bool:
@@ -66,26 +72,39 @@ def check_recipe(directories: Sequence[Path], task: str) -> None:
 
 
 def write_recipe(directories: Sequence[Path], output: Path, task: str) -> dict[str, str]:
-    """Copy the recipe that makes a text's vector from hidden states; return its files' digests.
+    """Copy the files of an embedder's vectors or a cross-encoder's scores; return their digests.
 
-    The first of `directories` that has a recipe is used. If none has, the default is logged.
+    The first of `directories` that has such files is used. If none has, an embedder's default is
+    logged.
 
     Raises:
-        BundleError: the recipe has a module of an unsupported kind.
+        BundleError: the files of vectors have a module of an unsupported kind.
     """
+    for directory in directories:
+        found, files = _sentence_files(text_directory(directory), task)
+        if found is not None:
+            return digests_of(output, copy_recipe(found, files, output))
     if task != FEATURE_EXTRACTION:
         return {}
-    for directory in directories:
-        found = recipe_directory(text_directory(directory))
-        recipe = None if found is None else read_recipe(found)
-        if found is not None and recipe is not None:
-            return digests_of(output, copy_recipe(found, recipe, output))
     logger.warning(
         "%s has no modules.json with the pooling: a text's vector is the mean of its tokens'"
         " states, scaled to length 1",
         directories[-1],
     )
     return {}
+
+
+def _sentence_files(directory: Path, task: str) -> tuple[Path | None, tuple[str, ...]]:
+    """The directory of sentence-transformers' files for `task`, and their names, if there are any.
+
+    Raises:
+        BundleError: the files of vectors have a module of an unsupported kind.
+    """
+    found = recipe_directory(directory) if task in _SENTENCE_FILES else None
+    if found is None:
+        return None, ()
+    own = read_recipe(found) if task == FEATURE_EXTRACTION else read_scoring(found)
+    return (None, ()) if own is None else (found, own.files)
 
 
 def write_texts(
@@ -110,14 +129,11 @@ def write_texts(
         if own is not None and (changes := _differences(own, base)):
             differences += changes
             files += _copy_text(source, output)
-        found = None
-        if manifest.task == FEATURE_EXTRACTION:
-            found = recipe_directory(text_directory(directory))
-        recipe = None if found is None else read_recipe(found)
-        if found is not None and recipe is not None:
-            copied = copy_recipe(found, recipe, output)
+        found, own_files = _sentence_files(text_directory(directory), manifest.task)
+        if found is not None:
+            copied = copy_recipe(found, own_files, output)
             if digests_of(output, copied) != manifest.sentence:
-                differences.append("pooling and prompts")
+                differences.append(_SENTENCE_FILES[manifest.task])
             files += copied
     if not differences:
         for file in files:

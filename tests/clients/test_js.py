@@ -269,7 +269,7 @@ def pooled_otherwise(bundle: Path, place: Path, values: dict[str, Any]) -> Path:
 
 
 def with_sentence_files(model: Path, place: Path) -> None:
-    """Copy the model with two pooling modes, and prompts that are excluded from pooling."""
+    """Copy the model with three pooling modes, truncated vectors, and prompts not pooled."""
     shutil.copytree(model, place)
     kinds = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
     modules = [
@@ -282,7 +282,10 @@ def with_sentence_files(model: Path, place: Path) -> None:
         ("modules.json", modules),
         ("1_Pooling/config.json", pooling),
         ("sentence_bert_config.json", {"max_seq_length": 24, "do_lower_case": False}),
-        ("config_sentence_transformers.json", {"prompts": {"query": "Search:"}}),
+        (
+            "config_sentence_transformers.json",
+            {"prompts": {"query": "Search:"}, "truncate_dim": 100},
+        ),
     ):
         (place / name).write_text(json.dumps(values), encoding="utf-8")
 

@@ -19,7 +19,7 @@ from loradeploy.bundle.text.tokenizer_files import (
     TOKENIZER_NAME,
 )
 from loradeploy.bundle.text.vectors.files import ENCODER_NAMES, MODULES_NAME
-from loradeploy.bundle.text.vectors.recipe import SentenceRecipe, flat_modules, recipe_directory
+from loradeploy.bundle.text.vectors.recipe import flat_modules, recipe_directory
 from loradeploy.errors import BundleError
 from loradeploy.files import copy_file, inside, write_json
 
@@ -53,13 +53,13 @@ def describes_texts(directory: Path) -> bool:
     return bool(text_files(directory)) or recipe_directory(directory) is not None
 
 
-def copy_recipe(directory: Path, recipe: SentenceRecipe, output: Path) -> list[str]:
-    """Copy the files of `recipe` from `directory`, and return their names in `output`.
+def copy_recipe(directory: Path, files: Iterable[str], output: Path) -> list[str]:
+    """Copy sentence-transformers' `files` from `directory`; return their names in `output`.
 
     Files from the encoder's folder are written to `output` itself.
     """
     copied = []
-    for name in recipe.files:
+    for name in files:
         base = name.rpartition("/")[2]
         target = output / (base if base in ENCODER_NAMES else name)
         target.parent.mkdir(parents=True, exist_ok=True)

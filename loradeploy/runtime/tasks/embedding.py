@@ -15,6 +15,7 @@ from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.encoder import (
     PlainTokens,
     check_answer,
+    chosen_prompt,
     encoded_batches,
     fixed_length,
     given_texts,
@@ -71,7 +72,7 @@ class TextEmbedder:
 
         def encode(text: str, side: TextSide) -> list[PlainTokens]:
             prompt = _prompt(side, prompt_name)
-            longest = _longest(side, full)
+            longest = side.longest(side.recipe.max_length, full)
             return [PlainTokens(side.tokenizer.encode(prompt + text, max_length=longest))]
 
         vectors: list[NDArray[np.float32]] = []
@@ -110,29 +111,12 @@ class TextEmbedder:
 
 
 def _prompt(side: TextSide, name: str | None) -> str:
-    prompts = side.recipe.prompts
-    if name is None:
-        name = side.recipe.default_prompt
-        return "" if name is None else prompts[name]
-    if not isinstance(name, str) or name not in prompts:
-        known = ", ".join(prompts) or "none"
-        raise UsageError(f"no prompt is named {name!r}; there are: {known}")
-    return prompts[name]
-
-
-def _longest(side: TextSide, full: int | None = None) -> int | None:
-    """The maximum tokens of a text: the saved maximum, limited by the model's positions.
-
-    `full`: the length of the graph's rows, if it is fixed.
-    """
-    own = side.recipe.max_length
-    limits = [side.tokenizer.max_length if own is None else own, side.tokenizer.positions, full]
-    return min((limit for limit in limits if limit is not None), default=None)
+    return chosen_prompt(side.recipe.prompts, side.recipe.default_prompt, name)
 
 
 def _prompt_tokens(side: TextSide, prompt: str) -> int:
     """The number of tokens of a prompt before a text, with the special tokens before it."""
     if not prompt or side.recipe.include_prompt:
         return 0
-    ids = side.tokenizer.encode(prompt, max_length=_longest(side))
+    ids = side.tokenizer.encode(prompt, max_length=side.longest(side.recipe.max_length))
     return len(ids) - bool(ids and side.tokenizer.is_special(ids[-1]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
@@ -176,11 +176,30 @@ def given_texts_or_pairs(texts: str | Sequence[str | Pair]) -> Sequence[str | Pa
     return found
 
 
+def takes_types(session: AdapterSession) -> bool:
+    """Whether the graph takes token types."""
+    return any(spec.name == TOKEN_TYPE_IDS for spec in session.manifest.inputs)
+
+
+def chosen_prompt(prompts: Mapping[str, str], default: str | None, name: str | None) -> str:
+    """The text of the prompt `name`, by default of that named `default`; empty without both.
+
+    Raises:
+        UsageError: no prompt has this name.
+    """
+    if name is None:
+        return "" if default is None else prompts[default]
+    if not isinstance(name, str) or name not in prompts:
+        known = ", ".join(prompts) or "none"
+        raise UsageError(f"no prompt is named {shown(name)}; there are: {known}")
+    return prompts[name]
+
+
 def encode_texts_or_pairs(
     session: AdapterSession,
 ) -> Callable[[str | Pair, TextSide], Sequence[Tokens]]:
     """Return a function that encodes a text or a pair to one row, truncated to the maximum."""
-    typed = any(spec.name == TOKEN_TYPE_IDS for spec in session.manifest.inputs)
+    typed = takes_types(session)
 
     def encode(text: str | Pair, side: TextSide) -> Sequence[Tokens]:
         tokenizer, longest = side.tokenizer, side.tokenizer.max_length

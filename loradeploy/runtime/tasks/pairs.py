@@ -10,10 +10,10 @@ import numpy as np
 
 from loradeploy.adapter.heads import MULTI_LABEL, REGRESSION
 from loradeploy.adapter.tasks import SEQUENCE_CLASSIFICATION
-from loradeploy.bundle.model_config import model_config
-from loradeploy.bundle.names import CONFIG_NAME
 from loradeploy.bundle.outputs import output_of
-from loradeploy.errors import BundleError, UsageError, listed_names, shown
+from loradeploy.bundle.text.pairs import pair_tokens
+from loradeploy.bundle.text.scoring import ACTIVATIONS, IDENTITY, SIGMOID
+from loradeploy.errors import UsageError, listed_names, shown
 from loradeploy.runtime.adapters.resident import AdapterSpec
 from loradeploy.runtime.arguments import Adapters, check_count
 from loradeploy.runtime.session import AdapterSession
@@ -26,20 +26,24 @@ from loradeploy.runtime.tasks.classification import (
     named_outputs,
 )
 from loradeploy.runtime.tasks.encoder import (
+    Pair,
+    Tokens,
     check_answer,
-    encode_texts_or_pairs,
+    chosen_prompt,
     encoded_batches,
     given_texts,
     given_texts_or_pairs,
+    takes_types,
 )
+from loradeploy.runtime.text.sides import TextSide
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 # From the logit to the score.
-_ACTIVATIONS: Final[Mapping[str, Callable[[NDArray[Any]], NDArray[np.float64]]]] = {
-    "sigmoid": SCORES[MULTI_LABEL],
-    "identity": SCORES[REGRESSION],
+_SCORES: Final[Mapping[str, Callable[[NDArray[Any]], NDArray[np.float64]]]] = {
+    SIGMOID: SCORES[MULTI_LABEL],
+    IDENTITY: SCORES[REGRESSION],
 }
 
 
@@ -55,30 +59,30 @@ class TextPairScorer:
     """Scores pairs of texts, with a session on a sequence classification bundle with one output.
 
     A score equals that of sentence-transformers' `CrossEncoder.predict`: the sigmoid of the logit,
-    or the logit if the base's config.json declares the identity as activation function. If an ONNX
-    graph ends in a Sigmoid, that is the only one.
+    or the logit if the files of the cross-encoder declare the identity as activation function. The
+    files of the pair's adapter, or else of the base, specify the activation, prompts and maximum
+    length. If an ONNX graph ends in a Sigmoid, that is the only one.
 
     `activation`: overrides this with "sigmoid" or "identity". Adapters that were trained as a
     regression give their number with "identity". The order of documents does not change.
 
     Raises:
         UsageError: the bundle is not a text classifier, or the activation is unknown.
-        BundleError: the bundle has no tokenizer, or declares another activation function.
+        BundleError: the bundle has no tokenizer, or its files declare another activation function
+            or modules behind the classifier.
     """
 
     def __init__(self, session: AdapterSession, *, activation: str | None = None) -> None:
         if session.manifest.task != SEQUENCE_CLASSIFICATION:
             raise UsageError(f"{session.path} is a {session.manifest.task} bundle, no classifier")
-        if activation is not None and activation not in _ACTIVATIONS:
+        if activation is not None and activation not in ACTIVATIONS:
             raise UsageError(
-                f"`activation` is {shown(activation)}: give {' or '.join(_ACTIVATIONS)}"
+                f"`activation` is {shown(activation)}: give {' or '.join(ACTIVATIONS)}"
             )
         self.session = session
         self.tokenizer = session.texts.base.tokenizer
-        self.activation: str = activation or _declared_activation(session)
-        # The number of a regression whose graph ends in a Sigmoid is the score.
-        of_graph = "identity" if ends_in_sigmoid(session.manifest) else self.activation
-        self._scores = _ACTIVATIONS[of_graph]
+        self._given = activation
+        self.activation: str = self._activation(session.texts.base)
         self._head = base_head(session)
 
     def score(
@@ -86,15 +90,20 @@ class TextPairScorer:
         pairs: Sequence[tuple[str, str]],
         adapters: Adapters = None,
         *,
+        prompt_name: str | None = None,
         batch_size: int = 32,
     ) -> NDArray[np.float64]:
         """The score of each pair, float64 [pairs]. `adapters` is as in `AdapterSession.run`.
 
         If a pair is longer than the model's maximum, the longer text is truncated first.
 
+        `prompt_name`: the named prompt of the base or the pair's adapter that is put before the
+        first text; by default their default prompt, if any.
+
         Raises:
-            UsageError: no pairs, a text that is not a pair, not one adapter for each, or a head
-                with several outputs.
+            UsageError: no pairs, a text that is not a pair, not one adapter for each, no prompt of
+                this name, or a head with several outputs.
+            BundleError: the files of an adapter declare another activation function.
             UnknownAdapterError: an adapter that was never loaded.
             RunError: the graph gave logits that are not finite numbers.
         """
@@ -103,7 +112,17 @@ class TextPairScorer:
             if isinstance(text, str):
                 raise UsageError(f"pair {number} is the text {shown(text)}: give two texts")
         scores, output = [], output_of(self.session.manifest)
-        encode = encode_texts_or_pairs(self.session)
+        typed = takes_types(self.session)
+
+        def encode(pair: Pair, side: TextSide) -> Sequence[Tokens]:
+            own = side.scoring
+            prompt = chosen_prompt(own.prompts, own.default_prompt, prompt_name)
+            longest = side.longest(own.max_length)
+            first, second = pair
+            return [
+                pair_tokens(side.tokenizer, prompt + first, second, max_length=longest, typed=typed)
+            ]
+
         for batch in encoded_batches(self.session, given, adapters, batch_size, encode):
             (logits,) = batch.held.run([output], batch.feeds)  # [batch, labels]
             for row, (values, one) in enumerate(zip(logits, batch.rows, strict=True)):
@@ -117,7 +136,7 @@ class TextPairScorer:
                         " is of one: use TextClassifier"
                     )
                 check_answer(own, one)
-                scores.append(self._scores(own)[0])
+                scores.append(_SCORES[self._activation(one.side)](own)[0])
         return np.array(scores, np.float64)
 
     def rerank(
@@ -127,11 +146,12 @@ class TextPairScorer:
         adapter: AdapterSpec | None = None,
         *,
         top_k: int | None = None,
+        prompt_name: str | None = None,
         batch_size: int = 32,
     ) -> list[RankedDocument]:
         """Sort `documents` by their score with `query`, the best first; ties keep their order.
 
-        `top_k`: maximum number of documents to return.
+        `top_k`: maximum number of documents to return. `prompt_name`: as in `score`.
 
         Raises:
             UsageError: as `score`, or `top_k` is below 1.
@@ -141,24 +161,13 @@ class TextPairScorer:
         if not isinstance(query, str) or isinstance(documents, str):
             raise UsageError("give one query and a list of documents")
         pairs = [(query, document) for document in given_texts(documents)]
-        scores = self.score(pairs, adapter, batch_size=batch_size)
+        scores = self.score(pairs, adapter, prompt_name=prompt_name, batch_size=batch_size)
         best = np.argsort(-scores, kind="stable")[:top_k]
         return [RankedDocument(int(index), float(scores[index])) for index in best]
 
-
-def _declared_activation(session: AdapterSession) -> str:
-    """The activation of a cross-encoder's base, as sentence-transformers declares it."""
-    config = model_config(session.path)
-    known = config.get("sentence_transformers")
-    declared = known.get("activation_fn") if isinstance(known, Mapping) else None
-    # Versions before 4 wrote it beside the model's settings.
-    declared = declared or config.get("sbert_ce_default_activation_function")
-    if declared is None:
-        return "sigmoid"
-    name = str(declared).rpartition(".")[2].lower()
-    if name not in _ACTIVATIONS:
-        raise BundleError(
-            f"{session.path / CONFIG_NAME}: the activation function is {shown(declared)}: choose"
-            f" `activation`, {' or '.join(_ACTIVATIONS)}"
-        )
-    return name
+    def _activation(self, side: TextSide) -> str:
+        """The activation of rows with the text settings `side`."""
+        side.scoring.check()
+        declared = self._given or side.scoring.activation()
+        # The number of a regression whose graph ends in a Sigmoid is the score.
+        return IDENTITY if ends_in_sigmoid(self.session.manifest) else declared

@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from loradeploy.adapter.tasks import FEATURE_EXTRACTION, SEQUENCE_CLASSIFICATION
+from loradeploy.bundle.model_config import model_config
 from loradeploy.bundle.names import CONFIG_NAME
 from loradeploy.bundle.text.beside import (
     TEXT_NAMES,
@@ -19,10 +20,16 @@ from loradeploy.bundle.text.beside import (
     text_directory,
     vocabulary_of,
 )
+from loradeploy.bundle.text.scoring import PairScoring, declared_in_config, read_scoring
 from loradeploy.bundle.text.settings import GenerationSettings
 from loradeploy.bundle.text.tokenizer import Tokenizer
 from loradeploy.bundle.text.tokenizer_files import TOKENIZER_NAME
-from loradeploy.bundle.text.vectors.files import MODULES_NAME
+from loradeploy.bundle.text.vectors.files import (
+    ENCODER_NAMES,
+    MODULES_NAME,
+    PROMPTS_NAME,
+    WEIGHTS_NAME,
+)
 from loradeploy.bundle.text.vectors.recipe import (
     SentenceRecipe,
     default_recipe,
@@ -54,8 +61,8 @@ _FROM_BUNDLE: Final = Path()  # an adapter that came with the bundle
 class TextSide:
     """The text settings of one adapter, or of the base.
 
-    `recipe`: the pooling of an embedder. `ends`: the tokens that end a text. `torn`: two members of
-    a blend whose chat templates differ, or None.
+    `recipe`: the pooling of an embedder. `scoring`: how pairs of texts are scored. `ends`: the
+    tokens that end a text. `torn`: two members of a blend whose chat templates differ, or None.
     """
 
     tokenizer: Tokenizer
@@ -63,6 +70,16 @@ class TextSide:
     ends: frozenset[int]
     settings: GenerationSettings
     torn: tuple[str, str] | None = None
+    scoring: PairScoring = field(default_factory=PairScoring)
+
+    def longest(self, own: int | None, full: int | None = None) -> int | None:
+        """The maximum number of tokens of a text; None if there is none.
+
+        `own`: the saved maximum, by default the tokenizer's; the model's positions limit it.
+        `full`: the length of the graph's rows, if it is fixed.
+        """
+        limits = [self.tokenizer.max_length if own is None else own, self.tokenizer.positions, full]
+        return min((limit for limit in limits if limit is not None), default=None)
 
     def check_chat(self) -> None:
         """Raise UsageError if the members of a blend have different chat templates."""
@@ -175,6 +192,7 @@ class TextSides:
             and now.tokenizer.template == then.tokenizer.template
             and (now.ends, now.settings) == (then.ends, then.settings)
             and now.recipe.same(then.recipe)
+            and now.scoring == then.scoring
         )
 
     def remove(self, name: str, count: int) -> None:
@@ -192,9 +210,10 @@ class TextSides:
     def base(self) -> TextSide:
         """The text settings of the base."""
         recipe = None
-        if self._manifest.task == FEATURE_EXTRACTION and self._manifest.sentence:
+        if self._manifest.sentence:
             check_digests(self._bundle, self._manifest.sentence)
-            recipe = read_recipe(self._bundle)
+            if self._manifest.task == FEATURE_EXTRACTION:
+                recipe = read_recipe(self._bundle)
         recipe = recipe or default_recipe()
         tokenizer = Tokenizer(self._bundle, lowercase=recipe.lowercase)
         vocabulary = self._vocabulary()
@@ -207,7 +226,18 @@ class TextSides:
             )
         tokenizer.pad_within(vocabulary)
         self._check(None)
-        return _side(tokenizer, recipe)
+        return _side(tokenizer, recipe, self._scoring())
+
+    def _scoring(self) -> PairScoring:
+        """How pairs of texts are scored without an adapter's own files."""
+        if self._manifest.task != SEQUENCE_CLASSIFICATION:
+            return PairScoring()
+        config = model_config(self._bundle)
+        in_config = declared_in_config(config, self._bundle / CONFIG_NAME)
+        own = read_scoring(self._bundle) if self._manifest.sentence else None
+        if own is None:
+            return in_config
+        return own if own.declared or own.refusal else replace(own, declared=in_config.declared)
 
     def _vocabulary(self) -> int:
         file = self._bundle / CONFIG_NAME
@@ -278,6 +308,9 @@ class TextSides:
             found = recipe_directory(directory)
             recipe = None if found is None else read_recipe(found)
         recipe = recipe or base.recipe
+        scoring = None
+        if self._manifest.task == SEQUENCE_CLASSIFICATION:
+            scoring = read_scoring(directory)
         tokenizer = Tokenizer(directory, base.tokenizer, lowercase=recipe.lowercase)
         added = self._manifest.added_tokens
         tokenizer.check_words(self._vocabulary() if added is None else added.size)
@@ -288,21 +321,22 @@ class TextSides:
                 "the adapter %r has generation settings that are not applied: %s",
                 *(name, listed_names(tokenizer.settings.ignored)),
             )
-        return _side(tokenizer, recipe)
+        return _side(tokenizer, recipe, scoring or base.scoring)
 
 
 def files_for_texts(source: Path) -> Snapshot:
     """The state of the text files of an adapter whose weights are loaded from `source`."""
     directory = text_directory(source)
-    names = {*TEXT_NAMES, MODULES_NAME}
+    names = {*TEXT_NAMES, MODULES_NAME, PROMPTS_NAME, *ENCODER_NAMES}
     if directory.is_dir():
-        inner = directory.glob("*/config.json")  # of the pooling
-        names.update(file.relative_to(directory).as_posix() for file in inner)
+        for name in (CONFIG_NAME, WEIGHTS_NAME):  # of the pooling and the layers behind it
+            inner = directory.glob(f"*/{name}")
+            names.update(file.relative_to(directory).as_posix() for file in inner)
     return Snapshot.of(directory, names)
 
 
-def _side(tokenizer: Tokenizer, recipe: SentenceRecipe) -> TextSide:
-    return TextSide(tokenizer, recipe, tokenizer.eos_ids, tokenizer.settings)
+def _side(tokenizer: Tokenizer, recipe: SentenceRecipe, scoring: PairScoring) -> TextSide:
+    return TextSide(tokenizer, recipe, tokenizer.eos_ids, tokenizer.settings, scoring=scoring)
 
 
 def _blend(members: Mapping[str, TextSide]) -> TextSide:
@@ -318,6 +352,11 @@ def _blend(members: Mapping[str, TextSide]) -> TextSide:
             raise UsageError(
                 f"the adapters {first!r} and {name!r} of the blend have different poolings:"
                 " use AdapterSession.run"
+            )
+        if other.scoring != side.scoring:
+            raise UsageError(
+                f"the adapters {first!r} and {name!r} of the blend have different files of"
+                " cross-encoders (activation, prompts, maximum length): use AdapterSession.run"
             )
         if other.settings != side.settings:
             raise UsageError(

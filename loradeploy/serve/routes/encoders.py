@@ -16,6 +16,7 @@ from loradeploy.runtime.adapters.resident import AdapterSpec
 from loradeploy.runtime.arguments import Adapters
 from loradeploy.runtime.tasks.classification import Classification, TextClassifier
 from loradeploy.runtime.tasks.embedding import TextEmbedder
+from loradeploy.runtime.tasks.encoder import chosen_prompt
 from loradeploy.runtime.tasks.pairs import TextPairScorer
 from loradeploy.serve.answering.answers import new_id
 from loradeploy.serve.encoding import RowWork
@@ -58,7 +59,8 @@ async def embed(body: EmbeddingRequest, service: ServiceOf, key: KeyOf) -> Embed
         recipe = service.session.texts.of(adapter).recipe
         name = recipe.default_prompt if body.prompt_name is None else body.prompt_name
         prompt = recipe.prompts.get(name or "", "")  # an unknown name is refused below
-        return _usage(service, [prompt + text for text in texts], adapter, truncate=body.truncate)
+        prompted, own = [prompt + text for text in texts], recipe.max_length
+        return _usage(service, prompted, adapter, truncate=body.truncate, own=own)
 
     def run(rows: Sequence[str], adapters: Adapters) -> Sequence[NDArray[np.float32]]:
         embedder = TextEmbedder(service.session)
@@ -126,7 +128,10 @@ async def rerank(body: RerankRequest, service: ServiceOf, key: KeyOf) -> Ranking
     pairs = [(body.query, document) for document in documents]
 
     def usage() -> TextUsage:
-        return _usage(service, pairs, adapter, truncate=body.truncate)
+        own = service.session.texts.of(adapter).scoring
+        query = chosen_prompt(own.prompts, own.default_prompt, None) + body.query
+        prompted = [(query, document) for document in documents]
+        return _usage(service, prompted, adapter, truncate=body.truncate, own=own.max_length)
 
     def run(rows: Sequence[tuple[str, str]], adapters: Adapters) -> Sequence[float]:
         return [float(score) for score in TextPairScorer(service.session).score(rows, adapters)]
@@ -174,8 +179,11 @@ def _usage(
     adapter: AdapterSpec | None,
     *,
     truncate: bool,
+    own: int | None = None,
 ) -> TextUsage:
     """Count the tokens of texts or pairs, with the adapter's tokenizer.
+
+    `own`: the maximum number of tokens in sentence-transformers' files.
 
     Raises:
         RequestError: 400, one is too long for the model and must not be truncated, or too long for
@@ -183,9 +191,7 @@ def _usage(
     """
     side = service.session.texts.of(adapter)
     tokenizer = side.tokenizer
-    own = side.recipe.max_length
-    limits = (tokenizer.max_length if own is None else own, tokenizer.positions)
-    longest = min((limit for limit in limits if limit is not None), default=None)
+    longest = side.longest(own)
     count = 0
     for number, text in enumerate(texts, start=1):
         if isinstance(text, str):

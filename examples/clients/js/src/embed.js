@@ -36,7 +36,7 @@ export function checkEmbedder({ task }) {
 
 /**
  * The pooling recipe of the base, or of the adapter in `folder`; null if an adapter does not have its own:
- * { pooling, normalize, includePrompt, prompts, defaultPrompt, maxLength }.
+ * { pooling, normalize, includePrompt, prompts, defaultPrompt, maxLength, size }.
  */
 export async function readRecipe(source, folder = "", ofAdapter = false) {
   const usual = { pooling: ["mean"], normalize: true, includePrompt: true, prompts: {}, defaultPrompt: null, maxLength: Infinity };
@@ -67,7 +67,9 @@ export async function readRecipe(source, folder = "", ofAdapter = false) {
   if (unknown !== undefined) throw new BundleError(`${source.where(pooling.path)}: the pooling ${JSON.stringify(unknown)} is not supported: use Python`);
   const limits = (await Promise.all(ENCODERS.map(read))).find((own) => Object.keys(own).length) ?? {};
   if (limits.do_lower_case === true) throw new BundleError(`${where}: do_lower_case is not supported: use Python`);
-  const { prompts = {}, default_prompt_name: defaultPrompt = null } = await read("config_sentence_transformers.json");
+  const options = ["processing_kwargs", "processor_kwargs", "tokenizer_args"].find((name) => Object.keys(limits[name] ?? {}).length);
+  if (options) throw new BundleError(`${where}: ${options} is not supported: use Python`);
+  const { prompts = {}, default_prompt_name: defaultPrompt = null, truncate_dim: size } = await read("config_sentence_transformers.json");
   return {
     pooling: modes,
     normalize: steps.some(({ kind }) => kind === "Normalize"),
@@ -75,6 +77,7 @@ export async function readRecipe(source, folder = "", ofAdapter = false) {
     prompts,
     defaultPrompt,
     maxLength: limits.max_seq_length ?? Infinity,
+    size: size ?? undefined,
   };
 }
 
@@ -104,7 +107,7 @@ export async function embed(graph, manifest, rows, stackOf, recipe) {
     if (!counted.length) throw new UsageError(`text ${number + 1} has no tokens after its prompt`);
     const vector = recipe.pooling.flatMap((mode) => Array.from(POOLS[mode](counted)));
     if (!vector.every(Number.isFinite)) throw new BundleError("the graph gave states that are not finite numbers");
-    return Float32Array.from(recipe.normalize ? scaled(vector) : vector);
+    return Float32Array.from((recipe.normalize ? scaled(vector) : vector).slice(0, recipe.size));
   });
 }
 

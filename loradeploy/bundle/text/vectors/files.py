@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from loradeploy.adapter.files.tensors import read_arrays
 from loradeploy.bundle.names import CONFIG_NAME
+from loradeploy.bundle.text.vectors.options import EXPECTED_OUTPUTS, longest_text
 from loradeploy.bundle.text.vectors.pooling import POOLS
 from loradeploy.errors import BundleError, first_line, listed_names, shortened, shown
 from loradeploy.files import inside, read_bytes, read_json
@@ -37,6 +39,25 @@ _FLAGS: Final = {
 }
 # The names of the size of a token's state, the second in older files.
 _SIZES: Final = ("embedding_dimension", "word_embedding_dimension")
+# The classes of models in `model_type`.
+EMBEDDER: Final = "SentenceTransformer"
+CROSS_ENCODER: Final = "CrossEncoder"
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The contents of config_sentence_transformers.json.
+
+    `kind`: the class of the model. `prompts`: by name; `default_prompt`: the name of one of them.
+    `size`: the number of leading values of a vector that are kept; None for all. `activation`: the
+    class that converts the logits of a cross-encoder to scores; None if it is not declared.
+    """
+
+    kind: str
+    prompts: Mapping[str, str]
+    default_prompt: str | None
+    size: int | None
+    activation: str | None
 
 
 class RecipeReader:
@@ -66,8 +87,8 @@ class RecipeReader:
         self.files.append(name)
         return read_json(file, error=BundleError)
 
-    def prompts(self) -> tuple[str, dict[str, str], str | None]:
-        """The type of the model, the prompts by name, and the name of the default prompt."""
+    def settings(self) -> ModelSettings:
+        """The settings of the model, with their defaults if the file does not exist."""
         values = self.object(PROMPTS_NAME)
         where = self.directory / PROMPTS_NAME
         given = values.get("prompts") or {}
@@ -81,10 +102,24 @@ class RecipeReader:
             raise BundleError(
                 f"{where}: the default prompt {shown(default)} is not among its prompts"
             )
-        return str(values.get("model_type") or "SentenceTransformer"), prompts, default
+        size, activation = values.get("truncate_dim"), values.get("activation_fn")
+        if size is not None and not (type(size) is int and size > 0):
+            raise BundleError(f"{where}: truncate_dim is {shown(size)}")
+        return ModelSettings(
+            kind=str(values.get("model_type") or EMBEDDER),
+            prompts=prompts,
+            default_prompt=default,
+            size=size,
+            activation=None if activation is None else str(activation),
+        )
 
-    def encoder(self, path: str) -> tuple[int | None, bool]:
-        """The maximum number of tokens of a text, and whether texts are lowercased."""
+    def encoder(
+        self, path: str, *, task: str = "feature-extraction", output: str = "token_embeddings"
+    ) -> tuple[int | None, bool]:
+        """The maximum number of tokens of a text, and whether texts are lowercased.
+
+        `task`, `output`: the encoder's task and the name of its output.
+        """
         values: dict[str, Any] = {}
         for name in ENCODER_NAMES:
             # In a bundle, the encoder has no separate folder: the file is beside modules.json.
@@ -92,22 +127,10 @@ class RecipeReader:
             if values:
                 break
         where = self.directory / path
-        if values.get("transformer_task") not in (None, "feature-extraction"):
-            raise BundleError(
-                f"{where}: transformer_task is {shown(values['transformer_task'])}, expected"
-                " feature-extraction"
-            )
-        if values.get("module_output_name") not in (None, "token_embeddings"):
-            raise BundleError(
-                f"{where}: module_output_name is {shown(values['module_output_name'])}, expected"
-                " token_embeddings"
-            )
-        ways = values.get("modality_config")
-        if isinstance(ways, dict) and "text" not in ways:
-            raise BundleError(f"{where}: the encoder takes {listed_names(ways)}, and no plain text")
-        longest = values.get("max_seq_length")
-        if longest is not None and not (type(longest) is int and longest > 0):
-            raise BundleError(f"{where}: max_seq_length is {shown(longest)}")
+        for name, expected in (("transformer_task", task), ("module_output_name", output)):
+            if values.get(name) not in (None, expected):
+                raise BundleError(f"{where}: {name} is {shown(values[name])}, expected {expected}")
+        longest = longest_text(values, where, EXPECTED_OUTPUTS[task])
         return longest, values.get("do_lower_case") is True
 
     def pooling(self, path: str) -> tuple[tuple[str, ...], bool, int | None]:

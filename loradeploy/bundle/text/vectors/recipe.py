@@ -20,6 +20,7 @@ import numpy as np
 
 from loradeploy.adapter.files.digest import file_digest
 from loradeploy.bundle.text.vectors.files import (
+    EMBEDDER,
     MODULES_NAME,
     PACKAGE,
     PROMPTS_NAME,
@@ -48,6 +49,7 @@ class SentenceRecipe:
     `include_prompt`: whether a prompt's tokens are pooled, too.
     `steps`: the functions that are applied to the pooled vectors, in order.
     `max_length`: the maximum number of tokens of a text, None for the tokenizer's limit.
+    `size`: the number of leading values of a vector that are kept (truncate_dim), None for all.
     `files`: the files that it was read from, relative to its directory; `digest`: their digest.
     """
 
@@ -58,6 +60,7 @@ class SentenceRecipe:
     default_prompt: str | None = None
     max_length: int | None = None
     lowercase: bool = False
+    size: int | None = None
     files: tuple[str, ...] = ()
     digest: str = ""
 
@@ -93,14 +96,15 @@ class SentenceRecipe:
     @property
     def only_scales(self) -> bool:
         """Whether all tokens are pooled and the only steps are normalization."""
-        return self.include_prompt and all(step is normalize for step in self.steps)
+        scaled = all(step is normalize for step in self.steps)
+        return self.include_prompt and scaled and self.size is None
 
     def scaled(self, pooled: NDArray[Any]) -> Floats:
-        """Apply the steps to pooled vectors [batch, size]."""
+        """Apply the steps to pooled vectors [batch, size], and truncate them to `size`."""
         vectors = pooled.astype(np.float32)
         for step in self.steps:
             vectors = step(vectors)
-        return vectors.astype(np.float32)
+        return vectors[:, : self.size].astype(np.float32)
 
 
 def read_recipe(directory: Path) -> SentenceRecipe | None:
@@ -117,11 +121,11 @@ def read_recipe(directory: Path) -> SentenceRecipe | None:
     encoder = module_of(entries[0], file) if entries else None
     if encoder is None or encoder[0] != "Transformer":
         raise BundleError(f"{file}: the first module is not a Transformer: only that is supported")
-    model_type, prompts, default = reader.prompts()
-    if model_type != "SentenceTransformer":
+    settings = reader.settings()
+    if settings.kind != EMBEDDER:
         raise BundleError(
-            f"{directory / PROMPTS_NAME} is a {shortened(model_type)}'s, which is not supported: a"
-            " SentenceTransformer returns one vector per text"
+            f"{directory / PROMPTS_NAME} is a {shortened(settings.kind)}'s, which is not supported:"
+            f" a {EMBEDDER} returns one vector per text"
         )
     max_length, lowercase = reader.encoder(encoder[1])
     pooling: tuple[str, ...] = ()
@@ -154,10 +158,11 @@ def read_recipe(directory: Path) -> SentenceRecipe | None:
         pooling=pooling,
         steps=tuple(steps),
         include_prompt=include_prompt,
-        prompts=prompts,
-        default_prompt=default,
+        prompts=settings.prompts,
+        default_prompt=settings.default_prompt,
         max_length=max_length,
         lowercase=lowercase,
+        size=settings.size,
         files=tuple(reader.files),
         digest=" ".join(file_digest(directory / name) for name in sorted(reader.files)),
     )
@@ -199,5 +204,5 @@ def write_default(directory: Path) -> None:
 
 def flat_modules(directory: Path) -> list[Any]:
     """The entries of modules.json with the encoder in the directory itself, as in a bundle."""
-    first, *rest = RecipeReader(directory).list(MODULES_NAME)
-    return [{**first, "path": ""}, *rest]
+    entries = RecipeReader(directory).list(MODULES_NAME)
+    return [{**entry, "path": ""} if entry is entries[0] else entry for entry in entries]

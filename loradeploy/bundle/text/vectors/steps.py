@@ -131,9 +131,13 @@ ACTIVATIONS: Final[Mapping[str, Callable[[Any], Any]]] = {
     "Tanh": np.tanh,
     "ReLU": lambda x: np.maximum(x, 0),
     "GELU": lambda x: 0.5 * x * (1 + np.vectorize(math.erf, otypes=[np.float32])(x / math.sqrt(2))),
-    "Sigmoid": lambda x: 1 / (1 + np.exp(-x)),
-    "SiLU": lambda x: x / (1 + np.exp(-x)),
+    "Sigmoid": lambda x: _sigmoid(x),
+    "SiLU": lambda x: x * _sigmoid(x),
 }
+
+
+def _sigmoid(x: Any) -> Any:
+    return 0.5 * (1 + np.tanh(0.5 * x))  # does not overflow
 
 
 def _only_on_vectors(values: Mapping[str, Any], where: Path) -> None:

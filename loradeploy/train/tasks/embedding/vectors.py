@@ -68,7 +68,7 @@ class Vectors:
         if self.source is None:
             write_default(directory)
         else:
-            copy_recipe(self.source, self.recipe, directory)
+            copy_recipe(self.source, self.recipe.files, directory)
         if not self.given:
             return
         file = directory / PROMPTS_NAME
