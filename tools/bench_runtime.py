@@ -221,14 +221,14 @@ def main() -> None:
 
 # The first is exported from the checkpoint, the others from the first.
 FORMS: Final[Mapping[str, Mapping[str, Any]]] = {
-    "slots": {},
+    "slots": {"layout": "slots"},
     "merged": {"merge": True},
     "rows": {"layout": "rows"},
     "branches": {"layout": "rows", "branches": True},
     "in place": {"layout": "rows", "attention": "gqa"},
     "merged4": {"merge": True, "precision": "int4"},
     "slots4": {"layout": "slots", "branches": False, "precision": "int4"},
-    "rows4": {"precision": "int4"},
+    "rows4": {"layout": "rows", "precision": "int4"},
 }
 
 

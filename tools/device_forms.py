@@ -40,19 +40,19 @@ from tools.inputs.tiny_llama import random_llama
 # The export options of each form. Forms in fp16 are exported from the checkpoint, those with `half`
 # from fp16 slots, all others from fp32 slots.
 FORMS: Final[Mapping[str, Mapping[str, Any]]] = {
-    "fp32 slots": {},
+    "fp32 slots": {"layout": "slots"},
     "fp32 rows": {"layout": "rows"},
     "fp32 branches": {"layout": "rows", "branches": True},
     "fp32 gqa rows": {"layout": "rows", "attention": "gqa"},
     "fp32 merged": {"merge": True},
-    "fp16 slots": {"precision": "fp16"},
+    "fp16 slots": {"precision": "fp16", "layout": "slots"},
     "fp16 gqa rows": {"precision": "fp16", "layout": "rows", "attention": "gqa"},
     "bf16 slots": {"precision": "bf16"},
     "bf16 rows": {"precision": "bf16", "layout": "rows"},
-    "int8 rows": {"precision": "int8", "branches": False},
+    "int8 rows": {"precision": "int8", "layout": "rows", "branches": False},
     "int4 slots": {"precision": "int4", "layout": "slots", "branches": False},
-    "int4 rows": {"precision": "int4", "branches": False},
-    "int4 branches": {"precision": "int4"},
+    "int4 rows": {"precision": "int4", "layout": "rows", "branches": False},
+    "int4 branches": {"precision": "int4", "layout": "rows"},
     "int4 fp16 gqa rows": {
         "half": True,
         "precision": "int4",

@@ -21,7 +21,6 @@ from loradeploy.bundle.names import (
     PIXEL_VALUES,
     REQUIRED_NAME,
     ROWS,
-    SLOTS,
 )
 from loradeploy.bundle.run_target import RUN_TARGETS, check_runs, choice_of
 from loradeploy.bundle.targets import takes_tokens
@@ -137,9 +136,9 @@ FORM_OPTIONS: Final = (
     FormOption(
         "layout",
         "--layout",
-        "Layout of side inputs: slots, which adapter_ids selects for each row, or rows, where slot"
-        " i belongs to row i, which is faster.",
-        "rows for int8 and int4, else slots",
+        "Layout of side inputs: rows, where slot i belongs to row i, which is faster, or slots,"
+        " which adapter_ids selects for each row.",
+        "rows; slots if embeddings have factors",
         LAYOUTS,
     ),
     FormOption(
@@ -203,7 +202,7 @@ def default_of(option: str, precision: str, target: str | None) -> Any:
     """The value of an option that is not given, if the graph can have any of its values."""
     packed = is_packed(precision)
     own = {
-        "layout": ROWS if packed else SLOTS,
+        "layout": ROWS,
         "branches": packed,
         "required_inputs": False,
         "logits_to_keep": True,
@@ -283,10 +282,10 @@ def check_form(asked: Mapping[str, Any]) -> None:
 def inherit(asked: Mapping[str, Any], before: Manifest) -> dict[str, Any]:
     """The options `asked` for, with those that are not given inherited from the bundle `before`.
 
-    If another precision or target is given, two kinds of options are not inherited: those with the
-    default of the old precision or target, so that they get the new default, and those that the new
-    target sets. Options of side inputs are not inherited from or by merged graphs. Precision,
-    attention and the kinds of side inputs are properties of the graph itself.
+    Options that have the default of the bundle's precision and target are not inherited: they get
+    the default of the new ones, or what the graph can have. Neither are those that a new target
+    sets. Options of side inputs are not inherited from or by merged graphs. Precision, attention
+    and the kinds of side inputs are properties of the graph itself.
 
     Raises:
         UsageError: a static shape is given with another size than the bundle has.
@@ -299,14 +298,13 @@ def inherit(asked: Mapping[str, Any], before: Manifest) -> dict[str, Any]:
         # Without the checkpoint, a graph in fp32 can only be packed.
         result["precision"] = smaller if smaller in PACKED_BITS else None
     precision = result.get("precision") or form.precision
-    anew = moved or precision != form.precision
     for name in ("layout", "branches", "required_inputs"):
         value = getattr(form, name)
         if result.get(name) is not None or (
             moved and choice_of(target, name, precision) is not None
         ):
             continue
-        if not (anew and value == default_of(name, form.precision, form.target)):
+        if value != default_of(name, form.precision, form.target):
             result[name] = None if asked.get("merge") or form.merge else value
     sizes = dict(asked.get("fixed") or {})
     for name, size in sizes.items():

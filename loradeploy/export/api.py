@@ -60,9 +60,9 @@ def export(
         side_inputs: kinds of side inputs that every layer gets in addition to those that the given
             adapters need, for adapters that are loaded later: dora, bias, embedding, tokens,
             experts (lora is always included).
-        layout: "slots", where `adapter_ids` selects the slot of each row, or "rows", where slot i
-            belongs to row i, which is faster. The default is rows for int8 and int4, otherwise
-            slots.
+        layout: "rows", where slot i belongs to row i, which is faster, or "slots", where
+            `adapter_ids` selects the slot of each row. The default is rows, and slots if embeddings
+            have factors, which need the slot numbers.
         branches: give the base model its own branch of the graph, so that idle side inputs cost
             nothing. On by default for int8 and int4 only: in fp32 and fp16 each branch takes memory
             for its weights.

@@ -137,8 +137,9 @@ def test_inspect_shows_the_inputs_of_an_onnx_file(tiny_llama_bundle: Path) -> No
     assert facts["kind"] == "ONNX file"
     assert facts["opsets"] == ["ai.onnx 23"]
     assert {"operator": "Attention", "nodes": 2} in facts["operators"]
-    assert "adapter_ids" in {row["name"] for row in facts["side_inputs"]}
-    assert "adapter_ids" not in {row["name"] for row in facts["inputs"]}
+    factors = "model.layers.0.self_attn.q_proj.lora_A"
+    assert factors in {row["name"] for row in facts["side_inputs"]}
+    assert factors not in {row["name"] for row in facts["inputs"]}
 
 
 def test_inspect_shows_the_contents_of_a_checkpoint(tiny_llama: Path) -> None:

@@ -19,9 +19,9 @@ from tests.devices import unavailable
 CLIENTS = ROOT / "examples" / "clients"
 # The forms of a graph that clients must distinguish, with the options of the export.
 FORMS: dict[str, dict[str, Any]] = {
-    "slots": {},
-    "rows": {"layout": "rows"},
-    "branches": {"layout": "rows", "branches": True},
+    "slots": {"layout": "slots"},
+    "rows": {},
+    "branches": {"branches": True},
     "int4": {"precision": "int4"},
     "gqa": {"attention": "gqa"},
     "fp16": {"precision": "fp16"},

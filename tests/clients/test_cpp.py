@@ -82,7 +82,7 @@ def _run(program: Path, *words: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"layout": "rows"}, {"layout": "rows", "branches": True}, {"precision": "int4"}],
+    [{"layout": "slots"}, {}, {"branches": True}, {"precision": "int4"}],
     ids=["slots", "rows", "branches", "int4"],
 )
 def test_cpp_generates_the_same_as_the_runtime(

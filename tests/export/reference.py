@@ -16,6 +16,7 @@ from loradeploy.adapter.files.tensors import read_arrays
 from loradeploy.adapter.tasks import CLASSIFICATIONS, TASK_TABLE
 from loradeploy.bundle.adapter_inputs.factors import branch_choice, side_inputs
 from loradeploy.bundle.manifest import read_manifest
+from loradeploy.bundle.names import ADAPTER_IDS, ROWS
 from loradeploy.errors import BundleError
 
 Arrays = dict[str, NDArray[Any]]
@@ -105,6 +106,14 @@ def stacked(slots: list[Arrays], base: Arrays) -> Arrays:
         ]
         stack[name] = np.concatenate(padded)
     return stack
+
+
+def mixed_batch(bundle: Path, slots: list[Arrays], ids: NDArray[np.int64]) -> Arrays:
+    """Return side inputs of a batch in which row i uses `slots[ids[i]]`, in the bundle's layout."""
+    base = defaults(bundle)
+    if read_manifest(bundle).layout == ROWS:
+        return stacked([slots[slot] for slot in ids], base)
+    return {**stacked(slots, base), ADAPTER_IDS: ids}
 
 
 def torch_output(

@@ -18,12 +18,11 @@ from loradeploy.bundle.manifest import read_manifest
 from loradeploy.export.api import export
 from tests.conftest import ROOT, MakeAdapter
 from tests.export.reference import (
-    defaults,
     difference,
     factors,
+    mixed_batch,
     onnx_output,
     session,
-    stacked,
     token_feeds,
     torch_output,
 )
@@ -93,9 +92,9 @@ def test_each_row_of_a_mixed_batch_equals_its_solo_run(
     small = factors(bundle, make_adapter(model, r=2, seed=1))
     large = factors(bundle, make_adapter(model, r=8, seed=2))
     row = np.random.default_rng(1).integers(3, 500, (1, 7))
-    side = stacked([{}, small, large], {})
     slots = np.array([2, 0, 1, 2])
-    mixed = onnx_output(bundle, row.repeat(4, axis=0), side={**side, "adapter_ids": slots})
+    side = mixed_batch(bundle, [{}, small, large], slots)
+    mixed = onnx_output(bundle, row.repeat(4, axis=0), side=side)
     for number, slot in enumerate(slots):
         solo = onnx_output(bundle, row, side=[{}, small, large][slot])
         assert difference(mixed[number], solo[0]) <= tolerance("rows"), f"row {number}"
@@ -279,7 +278,7 @@ def test_a_classifier_takes_heads_and_factors_per_row(
         solo[name] = onnx_output(tmp_path / "b", ids, side=side)
         assert difference(solo[name], expected) <= tolerance("torch-onnx-tiny"), name
     slots = [{}, *(factors(tmp_path / "b", a) for a in classifier_adapters.values())]
-    side = {**stacked(slots, defaults(tmp_path / "b")), "adapter_ids": np.array([2, 0])}
+    side = mixed_batch(tmp_path / "b", slots, np.array([2, 0]))
     mixed = onnx_output(tmp_path / "b", ids, side=side)
     assert difference(mixed[0], solo["two"][0]) <= tolerance("rows")
     assert difference(mixed[1], onnx_output(tmp_path / "b", ids)[1]) <= tolerance("rows")

@@ -432,6 +432,8 @@ for name in ("torch", "transformers", "onnxscript", "peft"):
 from loradeploy.export.api import export
 export(sys.argv[1], sys.argv[2] + "/side", adapters={"a": sys.argv[3]})
 export(sys.argv[1], sys.argv[2] + "/merged", adapters=[sys.argv[3]], merge=True)
+export(sys.argv[2] + "/side", sys.argv[2] + "/slots", adapters={"a": "a"}, layout="slots")
+export(sys.argv[2] + "/slots", sys.argv[2] + "/rows", adapters={"a": "a"}, layout="rows")
 """
 
 
@@ -477,13 +479,17 @@ def test_a_killed_first_export_leaves_no_half_bundle(
     assert not (tmp_path / "b").exists()
 
 
-def test_surgery_and_merge_need_no_torch(
+def test_surgery_merge_and_another_layout_need_no_torch(
     tiny_llama: Path, tiny_llama_bundle: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     done = _python(_WITHOUT_TORCH, tiny_llama_bundle, tmp_path, make_adapter(tiny_llama))
     assert done.returncode == 0, done.stderr
     assert read_manifest(tmp_path / "side").mode == "side-inputs"
     assert read_manifest(tmp_path / "merged").mode == "merged"
+    assert read_manifest(tmp_path / "slots").layout == "slots"
+    assert read_manifest(tmp_path / "rows").layout == "rows"
+    rows, side = ((tmp_path / name / "model.onnx").read_bytes() for name in ("rows", "side"))
+    assert rows == side
 
 
 # -- the command -------------------------------------------------------------------------------

@@ -168,7 +168,7 @@ def again(tiny_llama: Path, shared: Path, tmp_path: Path) -> Again:
 @pytest.mark.parametrize(
     "first",
     [
-        {"layout": "rows", "branches": True},
+        {"layout": "slots", "branches": True},
         {"attention": "gqa", "required_inputs": True},
         {"precision": "int8", "layout": "slots", "branches": False},
         {"side_inputs": ("dora", "embedding"), "fixed": {"batch": 2}},
@@ -190,7 +190,7 @@ def test_options_that_are_not_given_are_inherited(first: dict[str, Any], again: 
     ("first", "asked"),
     [
         ({"layout": "rows", "branches": True}, {"layout": "slots"}),
-        ({"layout": "rows", "branches": True}, {"branches": False}),
+        ({"layout": "slots", "branches": True}, {"branches": False}),
         ({"attention": "gqa", "required_inputs": True}, {"required_inputs": False}),
         ({}, {"attention": "gqa"}),
         ({}, {"precision": "bf16"}),
@@ -206,12 +206,19 @@ def test_given_options_are_applied_and_the_others_inherited(
 
 
 @pytest.mark.parametrize(
-    ("first", "expected"), [({}, ("rows", True)), ({"layout": "rows"}, ("rows", True))], ids=str
+    ("first", "asked", "expected"),
+    [
+        ({}, {"precision": "int8"}, ("rows", True)),
+        ({"layout": "slots"}, {"precision": "int8"}, ("slots", True)),
+        ({}, {"side_inputs": ("embedding",)}, ("slots", False)),
+        ({"side_inputs": ("embedding",)}, {"precision": "int8"}, ("slots", True)),
+    ],
+    ids=str,
 )
-def test_the_default_of_a_precision_is_not_a_choice(
-    first: dict[str, Any], expected: tuple[str, bool], again: Again
+def test_what_a_bundle_has_by_default_is_not_a_choice(
+    first: dict[str, Any], asked: dict[str, Any], expected: tuple[str, bool], again: Again
 ) -> None:
-    form = again(first, precision="int8")
+    form = again(first, **asked)
     assert (form.layout, form.branches) == expected
 
 
@@ -221,7 +228,11 @@ def test_the_default_of_a_precision_is_not_a_choice(
         ({"attention": "gqa"}, {"attention": "standard"}, "GroupQueryAttention.*checkpoint"),
         ({"fixed": {"batch": 2}}, {"fixed": {"batch": 3}}, "'batch': 3.* has batch=2"),
         ({"precision": "int8"}, {"precision": "fp32"}, "int8 and cannot be made fp32"),
-        ({"layout": "rows"}, {"side_inputs": ("embedding",)}, "layout=.slots.`"),
+        (
+            {},
+            {"layout": "rows", "side_inputs": ("embedding",)},
+            "embeddings need slot numbers",
+        ),
     ],
     ids=lambda value: named(value) if isinstance(value, dict) else "",
 )
@@ -239,19 +250,20 @@ def test_an_impossible_conversion_of_a_bundle_is_refused_by_name(
     ("first", "asked", "expected"),
     [
         ({}, {"target": "cuda"}, {"layout": "rows", "branches": False, "attention": "standard"}),
+        ({"layout": "slots"}, {"target": "cuda"}, {"layout": "rows", "branches": False}),
         ({}, {"target": "cuda", "layout": "slots"}, {"layout": "slots", "branches": False}),
         ({}, {"target": "cuda", "precision": "int4"}, {"layout": "rows", "branches": False}),
         ({}, {"target": "webgpu"}, {"precision": "fp32", "layout": "rows", "branches": False}),
         ({}, {"target": "openvino"}, {"branches": False, "required_inputs": True}),
         ({}, {"target": "web"}, {"precision": "int4", "required_inputs": True, "branches": True}),
-        ({}, {"target": "web", "precision": "fp32"}, {"precision": "fp32", "layout": "slots"}),
+        ({}, {"target": "web", "precision": "fp32"}, {"precision": "fp32", "layout": "rows"}),
         # Options given to the first export for another device are chosen again.
         ({"layout": "rows", "branches": True}, {"target": "cuda"}, {"branches": False}),
         # The target is inherited, with its defaults at another precision, and with given options.
         ({"target": "cuda"}, {"precision": "int8"}, {"target": "cuda", "branches": False}),
         ({"target": "cuda", "layout": "slots"}, {}, {"target": "cuda", "layout": "slots"}),
         # The CPU's choices are the defaults again.
-        ({"target": "cuda"}, {"target": "cpu"}, {"layout": "slots", "target": "cpu"}),
+        ({"target": "cuda"}, {"target": "cpu"}, {"layout": "rows", "target": "cpu"}),
         ({"target": "openvino"}, {"target": "cpu"}, {"required_inputs": False}),
     ],
     ids=lambda value: named(value) or "plain",

@@ -17,7 +17,7 @@ from loradeploy.export.graph.file import load_graph
 from loradeploy.export.match.linears import find_linears
 from loradeploy.export.merge import merge_adapter
 from loradeploy.export.passes.side_inputs.inject import inject_side_inputs, remove_side_inputs
-from tests.export.reference import difference, factors, onnx_output, stacked, torch_output
+from tests.export.reference import difference, factors, mixed_batch, onnx_output, torch_output
 from tests.tolerances import tolerance
 
 pytestmark = pytest.mark.slow
@@ -47,7 +47,7 @@ def test_each_row_of_a_mixed_batch_equals_its_solo_run(
     slots = [{}, *(factors(smollm2_bundle, a) for a in smollm2_adapters.values())]
     ids = np.array([2, 0, 1])
     rows = TEXT[:1].repeat(3, axis=0)
-    mixed = onnx_output(smollm2_bundle, rows, side={**stacked(slots, {}), "adapter_ids": ids})
+    mixed = onnx_output(smollm2_bundle, rows, side=mixed_batch(smollm2_bundle, slots, ids))
     for row, slot in enumerate(ids):
         solo = onnx_output(smollm2_bundle, TEXT[:1], side=slots[slot])
         assert difference(mixed[row], solo[0]) <= tolerance("torch-onnx-smollm2"), f"row {row}"

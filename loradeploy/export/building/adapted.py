@@ -144,7 +144,7 @@ def _check_form_of_halves(base: Base, options: Options) -> None:
 
 
 def _layout(base: Base, target: str | None) -> str:
-    """The default layout; slots if the graph cannot have rows."""
+    """The default layout; slots if the graph needs their numbers, as factors of embeddings do."""
     layout: str = default_of("layout", base.precision, target)
     return layout if layout == SLOTS or supports_rows(base.graph.graph) else SLOTS
 

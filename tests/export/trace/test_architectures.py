@@ -17,12 +17,11 @@ from loradeploy.errors import ModelError
 from loradeploy.export.api import export
 from tests.conftest import MakeAdapter
 from tests.export.reference import (
-    defaults,
     difference,
     factors,
     idle,
+    mixed_batch,
     onnx_output,
-    stacked,
     torch_output,
 )
 from tests.tolerances import tolerance
@@ -278,8 +277,8 @@ def test_every_path_is_the_pytorch_model(
     assert difference(onnx_output(tmp_path / "merged", ids), adapted) <= allowed
     assert difference(base, adapted) > 0.1
     base_slot = idle(tmp_path / "side")  # includes the routers of mixtures, which no adapter has
-    slots = stacked([base_slot, {**base_slot, **side}], defaults(tmp_path / "side"))
-    mixed = onnx_output(tmp_path / "side", ids, side={**slots, "adapter_ids": np.array([1, 0])})
+    both = mixed_batch(tmp_path / "side", [base_slot, {**base_slot, **side}], np.array([1, 0]))
+    mixed = onnx_output(tmp_path / "side", ids, side=both)
     assert difference(mixed[0], adapted[0]) <= allowed
     assert difference(mixed[1], base[1]) <= allowed
     # Decoders are padded on the left, encoders on the right.

@@ -210,7 +210,7 @@ def test_an_error_at_one_position_is_shown_at_that_position(
 @pytest.mark.breadth(4)  # one in 4 still covers each model and each form
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
 @pytest.mark.parametrize(
-    "options", [{}, {"layout": "rows"}, {"branches": True}], ids=["slots", "rows", "branches"]
+    "options", [{"layout": "slots"}, {}, {"branches": True}], ids=["slots", "rows", "branches"]
 )
 def test_a_correct_graph_has_no_faulty_module(
     options: dict[str, Any],

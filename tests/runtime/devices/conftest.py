@@ -50,11 +50,11 @@ def webgpu(
 
     def make(place: Path) -> None:
         place.mkdir()
-        bundles = {"slots": tiny_llama_bundle, "bert": tiny_bert_bundle, "in place": in_place}
+        bundles = {"rows": tiny_llama_bundle, "bert": tiny_bert_bundle, "in place": in_place}
         export(in_place, place / "all logits", logits_to_keep=False)
         bundles["recordable"] = make_recordable(place / "all logits", place / "recordable")
         forms: dict[str, dict[str, Any]] = {
-            "rows": {"layout": "rows"},
+            "slots": {"layout": "slots"},
             "branches": {"branches": True},
             "gqa": {"attention": "gqa"},
             "dora": {"side_inputs": ["dora"]},

@@ -119,7 +119,7 @@ def _factors(kinds: Kinds, tmp_path: Path) -> tuple[Path, Path, dict[str, Path]]
 
 @pytest.mark.parametrize(
     ("precision", "layout", "branches"),
-    [("fp32", "slots", False), ("int8", "rows", True), ("int4", "rows", True)],
+    [("fp32", "rows", False), ("int8", "rows", True), ("int4", "rows", True)],
 )
 def test_branches_are_the_default_where_they_cost_no_memory(
     kinds: Kinds, tmp_path: Path, precision: str, layout: str, branches: bool

@@ -59,7 +59,7 @@ def test_a_symbol_becomes_its_number_and_other_symbols_are_kept() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"layout": "rows", "branches": True}], ids=["slots", "branches"]
+    "options", [{"layout": "slots"}, {"branches": True}], ids=["slots", "branches"]
 )
 def test_a_fixed_decoder_computes_the_same_as_the_dynamic_one(
     options: dict[str, Any],

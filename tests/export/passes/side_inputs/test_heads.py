@@ -12,7 +12,7 @@ import pytest
 import loradeploy as ld
 from loradeploy.export.api import export
 from tests.conftest import MakeAdapter
-from tests.export.reference import defaults, difference, factors, onnx_output, stacked, torch_output
+from tests.export.reference import difference, factors, mixed_batch, onnx_output, torch_output
 from tests.tolerances import tolerance
 
 TASK = "sequence-classification"
@@ -53,10 +53,8 @@ def _agree(bundles: Path, adapter: Path, base: Any, adapted: Any, ids: Any, mask
     """Assert that the merged graph, the side inputs and a mixed batch compute what PyTorch does."""
     allowed = tolerance("torch-onnx-tiny")
     side = factors(bundles / "side", adapter)
-    slots = stacked([{}, side], defaults(bundles / "side"))
-    mixed = onnx_output(
-        bundles / "side", ids, mask, side={**slots, "adapter_ids": np.array([1, 0])}
-    )
+    both = mixed_batch(bundles / "side", [{}, side], np.array([1, 0]))
+    mixed = onnx_output(bundles / "side", ids, mask, side=both)
     assert difference(onnx_output(bundles / "merged", ids, mask), adapted) <= allowed
     assert difference(onnx_output(bundles / "side", ids, mask, side=side), adapted) <= allowed
     assert difference(mixed[0], adapted[0]) <= allowed
