@@ -38,7 +38,8 @@ class Engine:
 
     `bundle`: a session on a decoder bundle, or a generator of one.
     `max_rows`: maximum number of texts in a batch. `max_waiting`: maximum number of waiting
-    requests. `prefill_chunk`: number of prompt tokens that are processed between two decode steps.
+    requests. `prefill_chunk`: number of prompt tokens that are processed between two decode steps;
+    up to four times as many of a long prompt (at most 256) while no row is decoding.
     `cache_budget`: limit in bytes for the rows' keys and values, by default half of the available
     memory (Linux, on the CPU).
     `prefix_budget`: limit in bytes for the keys and values of prompt prefixes, which later prompts

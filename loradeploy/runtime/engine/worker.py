@@ -12,6 +12,7 @@ import numpy as np
 from loradeploy.bundle.names import NO_PADDING
 from loradeploy.printable import logger_of
 from loradeploy.runtime.decoding.caches.memory import memory_for_rows, position_bytes
+from loradeploy.runtime.decoding.caches.parts import TOKENS as LARGEST_PART
 from loradeploy.runtime.decoding.caches.rows import CachedRows, UncachedRows
 from loradeploy.runtime.decoding.caches.slots import SlotRows, keeps_slots
 from loradeploy.runtime.decoding.graph import DecoderGraph
@@ -30,13 +31,15 @@ if TYPE_CHECKING:
 logger = logger_of(__name__)
 
 _POSITIONS: Final = 4096  # of a row, if the model has no maximum
+_IDLE_CHUNKS: Final = 4  # chunks that are processed at once while no request is decoding
 Ended = tuple["Running", "BaseException | None"]
 
 
 class Worker:
     """The requests that are decoding, and those whose prompt is being processed.
 
-    `slots`: maximum number of rows. `chunk`: prompt tokens that are processed between two steps.
+    `slots`: maximum number of rows. `chunk`: prompt tokens that are processed between two steps;
+    of a long prompt, up to four times as many while no request is decoding.
     `budget`: bytes of the rows' cache, None for no limit. `prefixes`: bytes of the prefix cache, 0
     for none.
     """
@@ -59,6 +62,8 @@ class Worker:
         self._observer = observer
         self.slots = slots
         self._chunk = chunk
+        # Not more than what is fastest: a request that arrives meanwhile waits for it.
+        self._idle_chunk = max(chunk, min(_IDLE_CHUNKS * chunk, LARGEST_PART))
         # Rows of different lengths cannot share a run if padding changes results. If a graph
         # derives positions from cache columns, its cache cannot be padded later.
         columns = self._graph.cached and self._graph.left and not self._graph.takes_positions
@@ -217,7 +222,8 @@ class Worker:
             del group[reading.count :]  # the others are processed later
             self._begin(reading, group)
         began = time.monotonic()
-        prompts = [one.request.ids[one.read : one.read + self._chunk] for one in group]
+        most = self._chunk if self._active else self._idle_chunk
+        prompts = [one.request.ids[one.read : one.read + most] for one in group]
         with self._adapters_of(group) as adapters:
             logits = reading.read(adapters, *self._graph.padded(prompts))
         for one, tokens in zip(group, prompts, strict=True):

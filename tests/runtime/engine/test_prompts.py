@@ -13,7 +13,7 @@ from tests.runtime.engine.rounds import Rounds
 ADAPTERS = ["small", None, "large", "partial", "small"]
 SHORT = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [14, 15], [16, 17, 18, 19], [20]]
 SYSTEM = list(range(30, 30 + BLOCK))
-LONG = list(range(60, 60 + 2 * BLOCK))
+LONG = list(range(60, 60 + 5 * BLOCK))
 
 
 def alone(
@@ -63,6 +63,22 @@ def test_a_common_prefix_is_processed_once_and_each_rest_separately(
     assert found == alone(session, prompts, ["small"] * len(prompts))
     assert made.engine.stats().cached_tokens == BLOCK * (len(prompts) - 1)
     assert made.prefills == len(prompts)
+
+
+def test_a_long_prompt_is_processed_in_larger_parts_while_no_request_is_decoding(
+    session: AdapterSession,
+) -> None:
+    idle = Rounds(session, prefill_chunk=8, prefix_budget=0)
+    found = idle.finish(idle.ask([LONG], ["large"]))
+    assert idle.prefills == len(LONG) / 32 + 0.5  # the last part has 16 tokens
+    busy = Rounds(session, prefill_chunk=8, prefix_budget=0)
+    first = busy.ask(SHORT[:1], ["small"], tokens=60)
+    busy.round()
+    late = busy.ask([LONG], ["large"])
+    assert busy.finish([*first, *late])[1] == found[0]
+    assert busy.prefills == 1 + len(LONG) / 8
+    assert found == alone(session, [LONG], ["large"])
+    assert found != alone(session, [LONG], [None])
 
 
 def test_short_prompts_take_turns_with_the_chunks_of_a_long_one(session: AdapterSession) -> None:
