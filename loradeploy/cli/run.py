@@ -87,6 +87,13 @@ if TYPE_CHECKING:
     " first, average or max [default: first].",
 )
 @click.option(
+    "--ignore-label",
+    metavar="LABEL",
+    multiple=True,
+    help="With a token classifier, omit entities with this label; repeat it for several labels, and"
+    " give an empty one to omit none [default: O].",
+)
+@click.option(
     "--stride",
     type=int,
     help="With a token classifier, split texts that are too long into parts that overlap by this"
@@ -145,6 +152,7 @@ def command(
     prompt_name: str | None,
     threshold: float | None,
     aggregation: str | None,
+    ignore_label: tuple[str, ...],
     stride: int | None,
     language: str | None,
     task: str | None,
@@ -206,6 +214,7 @@ def command(
         "prompt_name": (prompt_name, embed, "embedding models"),
         "threshold": (threshold, classify, "classifiers"),
         "aggregation": (aggregation, tag, "token classifiers"),
+        "ignore_label": (ignore_label or None, tag, "token classifiers"),
         "stride": (stride, tag, "token classifiers"),
         "language": (language, transcribe, "speech recognizers"),
         "task": (task, transcribe, "speech recognizers"),

@@ -40,7 +40,16 @@ ELSEWHERE = {
     "export": {"as_json"},
     "parity": {"as_json"},
     "run": {"as_json", "file", "adapter", "score"}
-    | {"prompt_name", "threshold", "aggregation", "stride", "language", "task", "timestamps"},
+    | {
+        "prompt_name",
+        "threshold",
+        "aggregation",
+        "stride",
+        "ignore_label",
+        "language",
+        "task",
+        "timestamps",
+    },
     "bench": {"as_json", "adapters"},
 }
 # Valid values for options that do not accept any text.

@@ -118,7 +118,7 @@ FUNCTIONS: dict[str, tuple[tuple[Callable[..., object], ...], set[str]]] = {
             SpeechRecognizer.transcribe,
         ),
         {"prompt", "file", "adapter", "provider", "certificate_minimum", "certificate_key"}
-        | {"score"},
+        | {"score", "ignore_label"},
     ),
     "bench": ((AdapterSession, time_bundle), {"adapters", "provider"}),
     "serve": (

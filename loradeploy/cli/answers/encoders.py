@@ -51,11 +51,15 @@ def tag(
     adapters: Sequence[AdapterSpec | None],
     batch_size: int,
     printer: Results,
+    *,
+    ignore_label: Sequence[str] | None = None,
     **options: Any,
 ) -> None:
     """Print the entities of each text."""
     from loradeploy.runtime.tasks.tokens import TokenClassifier
 
+    if ignore_label is not None:
+        options["ignore_labels"] = ignore_label
     results = TokenClassifier(session)(_texts(prompts), adapters, batch_size=batch_size, **options)
     for text, result in zip(prompts, results, strict=True):
         found = [

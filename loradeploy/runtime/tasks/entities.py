@@ -11,7 +11,7 @@ B-X begins an entity of the kind X, I-X continues one; other labels are kinds th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -72,8 +72,9 @@ def entities_of(
     labels: Sequence[str],
     aggregation: str,
     join: Callable[[Sequence[str]], str],
+    ignored: Collection[str] = (OUTSIDE,),
 ) -> list[Entity]:
-    """The entities of the `tokens` of a text, or of a part of it.
+    """The entities of the `tokens` of a text, or of a part of it, without those labeled `ignored`.
 
     `join`: converts words of tokens to text.
     """
@@ -83,7 +84,7 @@ def entities_of(
         found = [_token(token, labels) for token in tokens]
     if aggregation != NONE:
         found = [_group(group, join) for group in _groups(found)]
-    return [entity for entity in found if entity.label != OUTSIDE]
+    return [entity for entity in found if entity.label not in ignored]
 
 
 def without_overlaps(entities: Sequence[Entity]) -> list[Entity]:

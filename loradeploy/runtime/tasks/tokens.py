@@ -27,6 +27,7 @@ from loradeploy.runtime.tasks.encoder import (
 from loradeploy.runtime.tasks.entities import (
     AGGREGATIONS,
     NONE,
+    OUTSIDE,
     Entity,
     Token,
     entities_of,
@@ -72,6 +73,7 @@ class TokenClassifier:
         adapters: Adapters = None,
         *,
         aggregation: str = "first",
+        ignore_labels: Sequence[str] = (OUTSIDE,),
         stride: int | None = None,
         batch_size: int = 32,
     ) -> list[TokenClassification]:
@@ -84,14 +86,16 @@ class TokenClassifier:
         or of its most likely token. Training puts a word's label on its first token, which "first"
         evaluates. A text without words has no entities.
 
+        `ignore_labels`: omit entities with these labels: with "none" the labels of tokens, with
+        other aggregations the kinds of entities, without B- and I-.
         `stride`: split texts that are longer than the model's maximum into parts that overlap by
         this many tokens; of overlapping entities, the longer one is kept. By default, such texts
         are refused.
 
         Raises:
             UsageError: no texts, not one adapter for each, a text that is too long, an unknown
-                aggregation, a stride with "none" or that does not fit, or an adapter whose file
-                does not declare its labels.
+                aggregation, ignored labels that are no list of texts, a stride with "none" or that
+                does not fit, or an adapter whose file does not declare its labels.
             UnknownAdapterError: an adapter that was never loaded.
             RunError: the graph gave logits that are not finite numbers.
         """
@@ -99,6 +103,8 @@ class TokenClassifier:
             raise UsageError(
                 f"`aggregation` is {shown(aggregation)}: give one of {', '.join(AGGREGATIONS)}"
             )
+        if isinstance(ignore_labels, str) or not all(isinstance(n, str) for n in ignore_labels):
+            raise UsageError(f"`ignore_labels` is {shown(ignore_labels)}: give a list of labels")
         if stride is not None:
             check_stride(stride)
         if stride is not None and aggregation == NONE:
@@ -126,7 +132,7 @@ class TokenClassifier:
                 check_answer(own, row)
                 tokens = _tokens(row, given[row.text], self._scores(own))
                 join = partial(joined, row.side.tokenizer)
-                found[row.text] += entities_of(tokens, labels, aggregation, join)
+                found[row.text] += entities_of(tokens, labels, aggregation, join, ignore_labels)
                 parts[row.text] += 1
         return [
             TokenClassification(tuple(without_overlaps(own) if count > 1 else own), adapter)

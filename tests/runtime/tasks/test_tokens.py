@@ -144,6 +144,22 @@ def test_entities_of_a_mixed_batch_are_those_of_transformers_pipeline(
 
 
 @pytest.mark.filterwarnings("ignore:Tokenizer does not support real words")
+@pytest.mark.parametrize("aggregation", ["none", "simple", "max"])
+@pytest.mark.parametrize("ignored", [[], ["O", "B-LOC"], ["LOC", "place"]], ids=str)
+def test_ignored_labels_are_those_of_the_pipeline(
+    ignored: list[str], aggregation: str, classify: TokenClassifier, pipelines: dict[str, Any]
+) -> None:
+    results = classify(TEXTS[:2], "bytes", aggregation=aggregation, ignore_labels=ignored)
+    for text, result in zip(TEXTS, results, strict=False):
+        pipe = pipelines["bytes"]
+        pipe._postprocess_params, kept = dict(pipe._postprocess_params), pipe._postprocess_params
+        expected = pipe(text, aggregation_strategy=aggregation, ignore_labels=ignored)
+        pipe._postprocess_params = kept
+        check(result.entities, expected)
+        assert not {entity.label for entity in result.entities} & set(ignored)
+
+
+@pytest.mark.filterwarnings("ignore:Tokenizer does not support real words")
 @pytest.mark.parametrize("name", ["bytes", "pieces"])
 def test_a_long_text_is_split_into_overlapping_parts_as_in_the_pipeline(
     name: str, classify: TokenClassifier, pipelines: dict[str, Any]
@@ -240,6 +256,8 @@ def test_a_text_without_words_has_no_entities(classify: TokenClassifier) -> None
         (["a"], {"aggregation": "none", "stride": 4}, "`stride` needs an `aggregation`"),
         (["a"], {"stride": 128}, "`stride` is 128: give 0 to 127 tokens"),
         (["a"], {"stride": "4"}, "`stride` is '4': give a number of tokens"),
+        (["a"], {"ignore_labels": "O"}, "`ignore_labels` is 'O': give a list of labels"),
+        (["a"], {"ignore_labels": [1]}, "`ignore_labels` is .*: give a list of labels"),
         (["a"], {"adapters": ["bytes"] * 2}, "2 adapters for a batch of 1 rows"),
     ],
 )
@@ -265,6 +283,13 @@ def test_the_command_prints_entities(classify: TokenClassifier, tagged_bundle: P
         call("run", tagged_bundle, LONG, "--adapter", "pieces", "--stride", 9, "--json")
     )
     assert max(entity["end"] for entity in values["entities"]) > 0.8 * len(LONG)
+    flags = ("--ignore-label", "ORG", "--ignore-label", "O", "--json")
+    values = json.loads(call("run", tagged_bundle, TEXTS[0], "--adapter", "pieces", *flags))
+    assert values["entities"] == []
+    flags = ("--ignore-label", "", "--json")
+    values = json.loads(call("run", tagged_bundle, TEXTS[0], "--adapter", "pieces", *flags))
+    (every,) = classify(TEXTS[0], "pieces", ignore_labels=[])
+    assert values["entities"] == [dataclasses.asdict(entity) for entity in every.entities]
     with pytest.raises(UsageError, match="--threshold: only for classifiers"):
         call("run", tagged_bundle, TEXTS[0], "--threshold", 0.5)
 
