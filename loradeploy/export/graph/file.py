@@ -45,8 +45,10 @@ def load_graph(file: Path) -> ir.Model:
         model = ir.load(file)
     except Exception as problem:  # errors of protobuf, and of reading a broken graph
         _refuse_sparse(file)
-        reason = first_line(problem)
-        raise ModelError(f"{file} is not a readable ONNX model: {reason}") from None
+        cause: BaseException = problem
+        while cause.__cause__ is not None:  # onnx-ir names the function that failed first
+            cause = cause.__cause__
+        raise ModelError(f"{file} is not a readable ONNX model: {first_line(cause)}") from None
     if not len(model.graph):
         raise ModelError(f"{file} is not a readable ONNX model: its graph is empty")
     try:

@@ -32,9 +32,9 @@ def own_factor(linear: Linear) -> ir.Node | None:
     """The node that scales the input or output of `linear` inside its module, if there is one.
 
     Nodes that quantizers add may lack a module name: a node that scales each feature directly
-    before the product counts, unless its name has a module or it is a norm's weight.
-    onnxruntime-genai's builder names factors of the logits after the head, but they belong to the
-    model.
+    before the product counts, unless its name has a module or it is a norm's weight. So does one
+    between the product and its bias. onnxruntime-genai's builder names factors of the logits after
+    the head, but they belong to the model.
     """
     for product in linear.nodes:
         own = module_of(product)
@@ -47,6 +47,9 @@ def own_factor(linear: Linear) -> ir.Node | None:
                 return node
         for node in before:
             if module_of(node) is None and _scales_features(node, linear.in_features):
+                return node
+        for node in behind:
+            if module_of(node) is None and _precedes_bias(node, linear.out_features):
                 return node
     return None
 
@@ -63,6 +66,15 @@ def _beside(product: ir.Node) -> tuple[list[ir.Node], list[ir.Node]]:
 
 def _scales(nodes: Sequence[ir.Node | None]) -> list[ir.Node]:
     return [n for n in nodes if n is not None and n.op_type in _SCALES and n.domain == ""]
+
+
+def _precedes_bias(node: ir.Node, size: int) -> bool:
+    """Whether `node` has a constant factor, and a constant [out] is added to its output."""
+    adder = only_user(node.outputs[0])
+    if adder is None or adder.op_type != "Add" or not any(map(_is_constant, node.inputs)):
+        return False
+    constants = (value for value in adder.inputs if value is not None and _is_constant(value))
+    return any(v.const_value is not None and v.const_value.size == size for v in constants)
 
 
 def _scales_features(node: ir.Node, size: int) -> bool:

@@ -74,6 +74,23 @@ def test_a_factor_of_another_module_is_accepted(where: str, tmp_path: Path) -> N
         assert MODULE in find_modules(model, tmp_path, Evidence(), [ADAPTER]).linears
 
 
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_factor_without_a_module_name_is_the_layers_if_its_bias_follows(
+    biased: bool, tmp_path: Path
+) -> None:
+    """Without a bias after it, it may be the factor of an attention on its queries."""
+    b = Builder()
+    x = b.input("x", ["batch", IN])
+    y = b.node("MatMul", [x, b.weight("w", IN, OUT)], ["batch", OUT], name=f"{SCOPE}/MatMul")
+    y = b.node("Mul", [y, b.constant("factor", np.float32(2))], ["batch", OUT], name="scaled")
+    model = b.model(b.node("Add", [y, b.weight("b", OUT)], ["batch", OUT]) if biased else y)
+    if not biased:
+        assert MODULE in find_modules(model, tmp_path, Evidence(), [ADAPTER]).linears
+        return
+    with pytest.raises(ExportError, match="its node scaled scales the product"):
+        find_modules(model, tmp_path, Evidence(), [ADAPTER])
+
+
 @pytest.mark.parametrize("norm", ["", "RMSNormalization", "Sqrt", "Reciprocal"])
 def test_a_per_feature_scale_before_the_product_is_refused_unless_a_norm_precedes_it(
     norm: str, tmp_path: Path

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from loradeploy.errors import ExportError
-from loradeploy.export.graph.edit import add_constant, constant_of, free_name
+from loradeploy.export.graph.edit import add_constant, constant_of, free_name, only_user
 from loradeploy.export.match.linears import Linear
 from loradeploy.export.match.operators import MICROSOFT
 from loradeploy.export.match.products import (
@@ -119,12 +119,22 @@ def bias_numbers(product: ir.Node, size: int) -> NDArray[np.generic] | None:
 def hides_bias(product: ir.Node, size: int) -> bool:
     """Whether the product may have a bias that is not found.
 
-    It may if a constant is added after the output is reshaped, split or scaled, or if an unknown
-    operator takes the output.
+    It may if a constant is added after the output is reshaped, split or scaled, if an unknown
+    operator takes the output, or if the bias is the sum of two constants.
     """
     if bias_numbers(product, size) is not None:
-        return False
+        return _adds_another(product, size)
     return own_bias(product) is not None or _hides(output_of(product))
+
+
+def _adds_another(product: ir.Node, size: int) -> bool:
+    """Whether a second constant [out] is added after the bias, which may be a part of it."""
+    use = bias_use(product, size)
+    adder = None if use is None else only_user(use[0].outputs[0])
+    if adder is None or adder.op_type != "Add":
+        return False
+    constants = (value.const_value for value in adder.inputs if value is not None)
+    return any(constant is not None and constant.size == size for constant in constants)
 
 
 def has_unclear_bias(linear: Linear) -> bool:

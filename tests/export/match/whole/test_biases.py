@@ -76,6 +76,16 @@ def test_a_layer_before_an_operator_that_may_hide_a_bias_does_not_count_as_witho
     assert hides_bias(product, OUT) == (behind != "Relu")
 
 
+@pytest.mark.parametrize("second", [OUT, 2])
+def test_a_bias_in_two_constants_counts_as_hidden(second: int) -> None:
+    b = Builder()
+    y = b.node("MatMul", [b.input("x", ["batch", IN]), b.weight("w", IN, OUT)], module="m")
+    y = b.node("Add", [y, b.weight("b", OUT)])
+    y = b.node("Add", [b.weight("c", *([OUT] if second == OUT else [second, OUT])), y])
+    product = find_linears(b.model(y)).linears["m"].nodes[0]
+    assert hides_bias(product, OUT) == (second == OUT)
+
+
 @pytest.mark.parametrize("modules", [["q"], ["k", "q"], ["k", "q", "v"]], ids=",".join)
 def test_a_fused_bias_of_several_layers_becomes_one_add_per_layer(modules: list[str]) -> None:
     """MultiHeadAttention has the biases of q, k and v as one concatenated constant."""
