@@ -268,6 +268,18 @@ def topics_of_news(minilm: Path, bbc: Path, shared: Path) -> Topics:
     return Topics(place / "topic", result, place / "held-out.jsonl")
 
 
+@pytest.fixture(scope="session")
+def operator_library(shared: Path) -> Path:
+    """The operator's library, built here; without a compiler, the test is skipped."""
+    from loradeploy.errors import MissingDependencyError
+    from loradeploy.runtime.operator.build import build_operator
+
+    try:
+        return once(shared / "operator" / "lora_add.so", build_operator)
+    except MissingDependencyError as problem:
+        pytest.skip(str(problem))
+
+
 # -- bundles -----------------------------------------------------------------------------------
 
 

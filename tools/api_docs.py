@@ -21,8 +21,8 @@ ROOMS: Final = {
     "Train": ("train", "TrainConfig", "TrainResult"),
     "Export": ("export", "GraphForm", "Manifest"),
     "Run": (
-        "AdapterSession", "TextGenerator", "GenerationOptions", "Generation", "TextPiece",
-        "TokenLogprob", "TextScore", "TextClassifier", "Classification",
+        "AdapterSession", "build_operator", "TextGenerator", "GenerationOptions", "Generation",
+        "TextPiece", "TokenLogprob", "TextScore", "TextClassifier", "Classification",
         "TextPairScorer", "RankedDocument", "TokenClassifier", "TokenClassification", "Entity",
         "SpeechRecognizer", "Transcript", "Segment",
         "TextEmbedder", "ImageClassifier", "ImageEmbedder", "ImageTextGenerator",

@@ -8,7 +8,7 @@ from loradeploy.adapter.fitting.towers import TOWERS
 from loradeploy.adapter.heads import PROBLEM_TYPES
 from loradeploy.adapter.tasks import TASKS
 from loradeploy.bundle.fields import LARGEST
-from loradeploy.bundle.names import LAYOUTS, LEFT, MANIFEST_NAME, NO_PADDING, RIGHT
+from loradeploy.bundle.names import LAYOUTS, LEFT, MANIFEST_NAME, NO_PADDING, RIGHT, SLOTS
 from loradeploy.bundle.run_target import BY_TARGET
 from loradeploy.bundle.targets import check_names, check_slices, check_specs, check_stored
 from loradeploy.errors import BundleError, shortened, shown
@@ -27,6 +27,17 @@ def check_consistency(manifest: Manifest) -> None:
     if manifest.layout not in LAYOUTS:
         raise BundleError(
             f"{MANIFEST_NAME}: layout is {shown(manifest.layout)}, not one of {LAYOUTS}"
+        )
+    if manifest.operator and (
+        manifest.mode == "merged"
+        or manifest.layout != SLOTS
+        or manifest.branches
+        or manifest.encoder is not None
+        or manifest.factor_dtype != "float32"
+    ):
+        raise BundleError(
+            f"{MANIFEST_NAME}: operator is for float32 side inputs in the layout {SLOTS!r}, without"
+            " branches and in one graph"
         )
     if manifest.target is not None and manifest.target not in BY_TARGET:
         raise BundleError(

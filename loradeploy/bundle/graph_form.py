@@ -70,6 +70,7 @@ class GraphForm:
     `merge`: an adapter is merged into the weights. `layout` and `branches` are then None, because
     there are no side inputs.
     `side_inputs`: the kinds of side inputs in the graph, except lora.
+    `operator`: whether low-rank updates are calls that the operator's library can replace.
     `static_shapes`: the sizes of static dimensions.
     `logits_to_keep`: whether the positions that get logits can be chosen.
     `target`: the device that the bundle is for, which set the options that were not given.
@@ -82,6 +83,7 @@ class GraphForm:
     attention: str = STANDARD
     side_inputs: frozenset[str] = frozenset()
     required_inputs: bool = False
+    operator: bool = False
     static_shapes: Mapping[str, int] = field(default_factory=dict)
     logits_to_keep: bool = False
     target: str | None = None
@@ -116,7 +118,7 @@ FORM_OPTIONS: Final = (
         "off",
         inherited=False,
         excludes=dict.fromkeys(
-            ("layout", "branches", "side_inputs", "required_inputs"), _NO_SIDE_INPUTS
+            ("layout", "branches", "side_inputs", "required_inputs", "operator"), _NO_SIDE_INPUTS
         ),
     ),
     FormOption(
@@ -153,6 +155,15 @@ FORM_OPTIONS: Final = (
         "--required-inputs/--no-required-inputs",
         "Also write required.onnx, for clients such as onnxruntime-node that drop inputs with"
         " defaults.",
+        "off",
+    ),
+    FormOption(
+        "operator",
+        "--operator/--no-operator",
+        "Make each low-rank update a call that the library of `loradeploy operator` can replace, so"
+        " that mixed batches read every adapter once and only up to its rank. Clients without the"
+        " library run the same file with standard operators. Uses slots and no branches; fp32 side"
+        " inputs only.",
         "off",
     ),
     FormOption(
@@ -205,6 +216,7 @@ def default_of(option: str, precision: str, target: str | None) -> Any:
         "layout": ROWS,
         "branches": packed,
         "required_inputs": False,
+        "operator": False,
         "logits_to_keep": True,
     }
     chosen = choice_of(target, option, precision)
@@ -234,6 +246,7 @@ def form_of(manifest: Manifest) -> GraphForm:
         attention=GQA if manifest.cache_in_place else STANDARD,
         side_inputs=frozenset(kind for kind, present in kinds.items() if present),
         required_inputs=REQUIRED_NAME in manifest.files,
+        operator=manifest.operator,
         static_shapes=dict(_static(manifest)),
         logits_to_keep=manifest.logits_to_keep,
         target=manifest.target,
@@ -275,6 +288,14 @@ def check_form(asked: Mapping[str, Any]) -> None:
                 f"`layout='rows'` and `side_inputs=['{kind}']` do not go together: factors of"
                 " embeddings need slot numbers"
             )
+    if asked.get("operator"):
+        for name, value, reason in (
+            ("layout", ROWS, "it reads the slot of each row"),
+            ("branches", True, "it costs an idle graph nothing that branches could save"),
+            ("precision", "fp16", "it computes in fp32"),
+        ):
+            if asked.get(name) == value:
+                raise UsageError(f"`{name}={value!r}` and `operator` do not go together: {reason}")
     known = {name: value for name, value in asked.items() if value is not None}
     check_runs(asked.get("target"), known)
 
@@ -287,6 +308,8 @@ def inherit(asked: Mapping[str, Any], before: Manifest) -> dict[str, Any]:
     sets. Options of side inputs are not inherited from or by merged graphs. Precision, attention
     and the kinds of side inputs are properties of the graph itself.
 
+    The operator and the forms that it excludes are not inherited where the other is given.
+
     Raises:
         UsageError: a static shape is given with another size than the bundle has.
     """
@@ -298,7 +321,9 @@ def inherit(asked: Mapping[str, Any], before: Manifest) -> dict[str, Any]:
         # Without the checkpoint, a graph in fp32 can only be packed.
         result["precision"] = smaller if smaller in PACKED_BITS else None
     precision = result.get("precision") or form.precision
-    for name in ("layout", "branches", "required_inputs"):
+    for name in ("layout", "branches", "required_inputs", "operator"):
+        if _conflicts(name, asked):
+            continue
         value = getattr(form, name)
         if result.get(name) is not None or (
             moved and choice_of(target, name, precision) is not None
@@ -316,3 +341,11 @@ def inherit(asked: Mapping[str, Any], before: Manifest) -> dict[str, Any]:
             )
     result["fixed"] = {n: size for n, size in sizes.items() if n not in form.static_shapes}
     return result
+
+
+def _conflicts(name: str, asked: Mapping[str, Any]) -> bool:
+    """Whether the inherited value of `name` may contradict an option that is asked for."""
+    if name == "operator":
+        other = asked.get("layout") == ROWS or asked.get("branches")
+        return bool(other or asked.get("precision") == "fp16")
+    return name in ("layout", "branches") and bool(asked.get("operator"))

@@ -18,6 +18,7 @@ from loradeploy.bundle.fields import BaseKind, Mode, digests, json_object, noun,
 from loradeploy.bundle.names import (
     ADAPTER_IDS,
     ADAPTER_MODE,
+    ADAPTER_RANKS,
     CERTIFICATE_NAME,
     KEPT,
     LEFT,
@@ -46,6 +47,8 @@ FORMAT_VERSION: Final = 2
 # Symbols of the dynamic dimensions of side inputs.
 ADAPTERS: Final = "adapters"
 RANK: Final = "rank"
+# A symbol of its own: without ranks the dimension is 0.
+RANKED: Final = "ranked"
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,8 @@ class Manifest:
     `layout`: layout of the side inputs: "slots", selected by `adapter_ids` for each row, or "rows",
     where slot i belongs to row i and the graph has no `adapter_ids`.
     `branches`: whether the graph has a separate branch for the base, selected by `adapter_mode`.
+    `operator`: whether low-rank updates are calls of the function loradeploy.LoraAdd, which the
+    operator's library can replace (export/passes/forms/operator.py).
     `merge_error`: the rounding error of a merge in the precision of the graph.
     `requantized`: whether the merge dequantized and quantized weights of the source again.
     `padding`: the side on which rows of a batch are padded, as measured by the export: "left",
@@ -205,6 +210,7 @@ class Manifest:
     changed: tuple[OutputTarget, ...] = ()
     layout: str = SLOTS
     branches: bool = False
+    operator: bool = False
     padding: str = LEFT
     cache_in_place: bool = False
     merge_error: MergeError | None = None
@@ -241,7 +247,8 @@ class Manifest:
 
         One slot of the dimension `adapters` is one adapter: `M.lora_A` [adapters, in, rank],
         `M.lora_B` [adapters, rank, out], saved parameters [adapters, …], and `M.scale` and
-        `M.offset` [adapters, out]; then `adapter_ids` and `adapter_mode`, if the graph has them.
+        `M.offset` [adapters, out]; then `adapter_ids`, `adapter_ranks` [adapters, targets] and
+        `adapter_mode`, if the graph has them.
         """
         shapes: dict[str, tuple[int | str, ...]] = {}
         for target in self.targets:
@@ -255,6 +262,8 @@ class Manifest:
         specs = [TensorSpec(name, self.factor_dtype, shape) for name, shape in shapes.items()]
         if specs and self.layout != ROWS:
             specs.append(TensorSpec(ADAPTER_IDS, "int64", ("rows",)))
+        if self.operator:
+            specs.append(TensorSpec(ADAPTER_RANKS, "int64", (RANKED, len(self.targets))))
         if self.branches:
             specs.append(TensorSpec(ADAPTER_MODE, "int64", (1,)))
         return tuple(specs)

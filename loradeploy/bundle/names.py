@@ -20,6 +20,8 @@ IMAGE_FEATURES: Final = "image_features"  # float [images, tokens, hidden]
 INPUT_FEATURES: Final = "input_features"  # float [batch, mel bins, frames]
 ENCODER_HIDDEN_STATES: Final = "encoder_hidden_states"  # float [batch, source, hidden]
 ADAPTER_IDS: Final = "adapter_ids"  # int64 [batch] or [1]: each row's slot in the side inputs
+# int64 [slots, targets], or [0, targets]: the ranks of the adapters in the slots of the side inputs
+ADAPTER_RANKS: Final = "adapter_ranks"
 # int64 [1]: 0 for the branch of the base, 1 for the one with adapters
 ADAPTER_MODE: Final = "adapter_mode"
 # int64 [batch, kept] or [1, kept]: the positions that get logits; [1, 0] is all
@@ -28,6 +30,9 @@ KEPT: Final = "kept"  # the dimension of the positions that logits_to_keep selec
 BASE, ROWS, SLOTS = "base", "rows", "slots"
 LEFT, RIGHT, NO_PADDING = "left", "right", "none"
 LAYOUTS: Final = (SLOTS, ROWS)  # of the first dimension of side inputs
+# The function that a graph calls for each low-rank update, and the operator that may replace it.
+OPERATOR_DOMAIN: Final = "loradeploy"
+OPERATOR_NAME: Final = "LoraAdd"
 LOGITS: Final = "logits"
 LAST_HIDDEN_STATE: Final = "last_hidden_state"
 POOLER_OUTPUT: Final = "pooler_output"  # float [batch, size]

@@ -50,6 +50,9 @@ class RunTarget:
 
 _NOT_FP16: Final = ("fp32", "bf16", "int8", "int4")
 _ROWS: Final = "rows gather nothing"
+_NO_OPERATOR: Final = Refusal(
+    {"operator": (True,)}, "the operator's library computes on the CPU, for target='cpu'"
+)
 
 RUN_TARGETS: Final = (
     RunTarget(
@@ -70,6 +73,7 @@ RUN_TARGETS: Final = (
                 " compute it in fp16)",
                 cache="float32",
             ),
+            _NO_OPERATOR,
         ),
     ),
     RunTarget(
@@ -79,6 +83,7 @@ RUN_TARGETS: Final = (
         " that zeros have rank 1. Attention is on the CPU: GroupQueryAttention has a kernel, which"
         " was wrong from 32 tokens on where it was tried (SwiftShader)",
         {"layout": ROWS, "branches": False},
+        refuses=(_NO_OPERATOR,),
         rank_one=True,
     ),
     RunTarget(
@@ -95,6 +100,7 @@ RUN_TARGETS: Final = (
             Refusal(
                 {"branches": (True,)}, "it leaves all nodes within branches to the CPU provider"
             ),
+            _NO_OPERATOR,
         ),
     ),
     RunTarget(
@@ -109,6 +115,7 @@ RUN_TARGETS: Final = (
                 "onnxruntime-web drops feeds of inputs that have defaults, and every adapter would"
                 " answer as the base",
             ),
+            _NO_OPERATOR,
         ),
         rank_one=True,
     ),

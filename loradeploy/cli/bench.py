@@ -12,6 +12,7 @@ from loradeploy.cli.console import (
     GivenPath,
     capture_option,
     json_option,
+    operator_option,
     print_json,
     print_rows,
     provider_option,
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 )
 @provider_option
 @capture_option
+@operator_option
 @json_option
 def command(
     bundle: str,
@@ -58,6 +60,7 @@ def command(
     rounds: int,
     provider: str,
     capture_graphs: bool,
+    operator: str | None,
     as_json: bool,
 ) -> None:
     """Time one forward pass of BUNDLE, with the sides taking turns in random order.
@@ -70,7 +73,7 @@ def command(
     from loradeploy.runtime.timing import default_length, time_bundle
 
     begin = time.perf_counter()
-    session = AdapterSession(bundle, [provider], capture_graphs=capture_graphs)
+    session = AdapterSession(bundle, [provider], capture_graphs=capture_graphs, operator=operator)
     opened = time.perf_counter() - begin
     loads = {}
     for text in adapters:

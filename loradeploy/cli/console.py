@@ -60,6 +60,13 @@ capture_option = click.option(
     help="Record runs on the device and replay them (CUDA graphs). Requires cuda or webgpu, with"
     " every node on the device.",
 )
+operator_option = click.option(
+    "--operator",
+    type=GivenPath(),
+    metavar="FILE",
+    help="Compute low-rank updates with this library, which `loradeploy operator` built. The bundle"
+    " must be exported with --operator.",
+)
 trust_option = click.option(
     "--trust-remote-code",
     is_flag=True,

@@ -137,6 +137,7 @@ def command(
     attention: str | None,
     logits_to_keep: bool | None,
     target: str | None,
+    operator: bool | None,
     triton: str | None,
     trust_remote_code: bool,
     as_json: bool,
@@ -171,6 +172,7 @@ def command(
             attention=attention,
             logits_to_keep=logits_to_keep,
             target=target,
+            operator=operator,
             triton=triton,
             trust_remote_code=trust_remote_code,
         )

@@ -154,6 +154,13 @@ DASHED_PHASES: Final = tuple(phase.replace(" ", "-") for phase in ALL_PHASES)
     " certificate then covers sessions with and without capture.",
 )
 @click.option(
+    "--operator",
+    type=GivenPath(),
+    metavar="FILE",
+    help="Also check the bundle with this library, which `loradeploy operator` built. The"
+    " certificate then covers sessions with and without it.",
+)
+@click.option(
     "--genai-python",
     metavar="FILE",
     help="Check onnxruntime-genai too, with this Python interpreter, which has it installed.",
@@ -214,6 +221,7 @@ def command(
     providers: tuple[str, ...],
     optimization: tuple[str, ...],
     capture_graphs: bool,
+    operator: str | None,
     genai_python: str | None,
     controls: bool,
     shrink: bool,
@@ -264,6 +272,7 @@ def command(
             providers=providers or None,
             optimization=optimization or None,
             capture_graphs=capture_graphs,
+            operator=operator,
             genai_python=genai_python,
             controls=controls,
             others=others,

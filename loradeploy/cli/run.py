@@ -30,7 +30,13 @@ from loradeploy.cli.answers.encoders import (
     tag,
 )
 from loradeploy.cli.answers.generating import generate, generation_flags, given_settings
-from loradeploy.cli.console import GivenPath, capture_option, provider_option, say_text
+from loradeploy.cli.console import (
+    GivenPath,
+    capture_option,
+    operator_option,
+    provider_option,
+    say_text,
+)
 from loradeploy.errors import (
     DataError,
     UnknownAdapterError,
@@ -120,6 +126,7 @@ if TYPE_CHECKING:
 )
 @provider_option
 @capture_option
+@operator_option
 @click.option(
     "--require-certificate",
     is_flag=True,
@@ -145,6 +152,7 @@ def command(
     batch_size: int,
     provider: str,
     capture_graphs: bool,
+    operator: str | None,
     require_certificate: bool,
     certificate_minimum: str | None,
     certificate_key: str | None,
@@ -185,7 +193,11 @@ def command(
         least = CertificateMinimum.parse(certificate_minimum) if certificate_minimum else None
         required = dataclasses.replace(least or CertificateMinimum(), public_key=certificate_key)
     session = AdapterSession(
-        bundle, [provider], require_certificate=required, capture_graphs=capture_graphs
+        bundle,
+        [provider],
+        require_certificate=required,
+        capture_graphs=capture_graphs,
+        operator=operator,
     )
     options = given_settings(generation)
     prompts = [request.prompt for request in requests]

@@ -15,6 +15,7 @@ from loradeploy.cli.console import (
     GivenPath,
     capture_option,
     json_option,
+    operator_option,
     print_json,
     progress,
     provider_option,
@@ -106,6 +107,7 @@ def _limits(command: _Command) -> _Command:
 @_limits
 @provider_option
 @capture_option
+@operator_option
 @click.option(
     "--require-certificate",
     is_flag=True,
@@ -147,6 +149,7 @@ def command(
     api_keys: str | None,
     provider: str,
     capture_graphs: bool,
+    operator: str | None,
     require_certificate: bool,
     threads: int | None,
     on_ray: bool,
@@ -186,6 +189,7 @@ def command(
         updates=allow_adapter_updates,
         provider=provider,
         capture_graphs=capture_graphs,
+        operator=operator,
         require_certificate=require_certificate,
         host=host,
         threads=threads,

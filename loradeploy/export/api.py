@@ -35,6 +35,7 @@ def export(
     attention: str | None = None,
     logits_to_keep: bool | None = None,
     target: str | None = None,
+    operator: bool | None = None,
     trust_remote_code: bool = False,
     overwrite: bool = True,
     triton: str | os.PathLike[str] | None = None,
@@ -85,6 +86,8 @@ def export(
         target: the device that the bundle is for: "cpu", "cuda", "webgpu", "openvino" or "web".
             Sets the options that are not given to what runs on the device (see the table in
             docs/bundles.md), and refuses options that do not run there.
+        operator: make each low-rank update a call that the library of `loradeploy.build_operator`
+            can replace (docs/bundles.md). Clients without the library run the same file.
         trust_remote_code: run the Python files that a checkpoint's config names; they can do
             anything. Without it such a checkpoint is refused.
         overwrite: whether a bundle at `output` may be replaced.
@@ -137,6 +140,7 @@ def export(
         "attention": attention,
         "logits_to_keep": logits_to_keep,
         "target": target,
+        "operator": operator,
     }
     check_form(requested)
     if requantize and not merge:

@@ -38,6 +38,7 @@ class Options:
     attention: str | None = None
     logits_to_keep: bool | None = None
     target: str | None = None
+    operator: bool | None = None
     directories: Mapping[str, Path] = field(default_factory=dict)
 
 

@@ -103,7 +103,7 @@ def from_graph(source: Source, options: Options) -> Base:
     compute_as_float32(graph.graph)
     complete_shapes(graph)
     if source.manifest is not None:
-        remove_choices(graph.graph, source.manifest)
+        remove_choices(graph, source.manifest)
         remove_side_inputs(graph, source.manifest)
         identity, task = source.manifest.base, source.manifest.task
         probabilities = source.manifest.probabilities

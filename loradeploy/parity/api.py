@@ -32,6 +32,7 @@ def parity(
     providers: Sequence[Provider] | None = None,
     optimization: Sequence[str] | None = None,
     capture_graphs: bool = False,
+    operator: str | os.PathLike[str] | None = None,
     genai_python: str | os.PathLike[str] | None = None,
     controls: bool = False,
     shrink: bool = True,
@@ -73,6 +74,8 @@ def parity(
         capture_graphs: also check captured runs, on the providers that support them (CUDA graphs,
             `AdapterSession(…, capture_graphs=True)`). An adapter without a replayed run is not
             certified for captured runs.
+        operator: also check the bundle with this library of the operator, on the CPU
+            (`AdapterSession(…, operator=…)`).
         genai_python: the Python interpreter that has onnxruntime-genai; by default this one, if it
             has it.
         controls: also run negative controls (deliberate mistakes); fail unless each is caught.
@@ -98,6 +101,7 @@ def parity(
         ModelError: the model is missing or is not the bundle's base.
         AdapterError: an adapter is refused, or (AdapterMismatchError) does not fit.
         BundleError: the bundle is broken.
+        OperatorError: as `AdapterSession`.
         DataError: the prompts or the held-out data cannot be read, or are for another task.
         MissingDependencyError: torch or transformers is not installed.
     """
@@ -158,7 +162,16 @@ def parity(
     if evaluate is not None:
         check_scored(chosen, manifest.precision)
     shown = choose_phases(manifest.task, phases, embeds=bool(manifest.embeds))
-    variants = choose_variants(providers, optimization, capture_graphs=capture_graphs)
+    variants = choose_variants(
+        providers,
+        optimization,
+        capture_graphs=capture_graphs,
+        operator=None if operator is None else Path(operator),
+    )
+    if operator is not None and not manifest.operator:
+        raise UsageError(
+            f"`operator`: {path} has no calls of the operator: export it again with `operator=True`"
+        )
     interpreter = find_interpreter(genai_python)
     asked = {*(backends or ()), *(() if interpreter is None else (ONNX_GENAI,))}
     tested = find_adapters(path, manifest, adapters)

@@ -88,6 +88,12 @@ class CheckContext:
         return self.variant.provider in self.variants.captured
 
     @property
+    def operator(self) -> Path | None:
+        """The operator's library, if the current variant uses it and the graph has its calls."""
+        used = self.variant.provider in self.variants.operated and self.manifest.operator
+        return self.variants.operator if used else None
+
+    @property
     def merged(self) -> bool:
         """Whether the manifest says that one adapter is merged into the graph."""
         return self.manifest.mode == "merged"

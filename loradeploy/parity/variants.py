@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from loradeploy.bundle.proof.provider import CAPTURED
+from loradeploy.bundle.proof.provider import CAPTURED, OPERATOR
 from loradeploy.errors import UsageError
 from loradeploy.parity.names import LEVELS
 from loradeploy.parity.report.results import Variant
@@ -31,12 +31,15 @@ class Variants:
     """The variants in which onnxruntime runs the graphs.
 
     `chains`: the providers to open sessions with, by a variant's `provider`. `captured`: the keys
-    of `chains` whose runs are captured.
+    of `chains` whose runs are captured. `operated`: the keys of `chains` whose low-rank updates the
+    library `operator` computes.
     """
 
     each: tuple[Variant, ...] = (DEFAULT,)
     chains: Mapping[str, list[Resolved]] = field(default_factory=lambda: {"cpu": ON_CPU})
     captured: frozenset[str] = frozenset()
+    operated: frozenset[str] = frozenset()
+    operator: Path | None = None
 
 
 DEFAULTS: Final = Variants()
@@ -47,16 +50,19 @@ def choose_variants(
     optimization: Sequence[str] | None,
     *,
     capture_graphs: bool = False,
+    operator: Path | None = None,
 ) -> Variants:
     """Return every provider at every level; by default the CPU at "all".
 
     `capture_graphs`: add each provider that can capture runs a second time, with captured runs.
+    `operator`: add the CPU a second time, with this library of the operator.
 
     A provider is resolved as a session resolves it, so that it has the same fallback providers.
 
     Raises:
         UsageError: a provider that this onnxruntime does not have, an unknown level, or
-            `capture_graphs` without a provider that can capture runs.
+            `capture_graphs` without a provider that can capture runs, or `operator` without the
+            CPU.
     """
     from loradeploy.runtime.devices.facts import label_of
     from loradeploy.runtime.devices.providers import recording, resolve
@@ -67,7 +73,7 @@ def choose_variants(
     if not given or not levels:
         raise UsageError("no provider or no level of optimization is given: nothing would be run")
     chains: dict[str, list[Resolved]] = {}
-    captured = {}
+    captured, operated = {}, {}
     for provider in given:
         chain = resolve([provider])
         options = "" if isinstance(provider, str) else _shown(provider[1])
@@ -75,15 +81,19 @@ def choose_variants(
         chains[label] = chain
         if capture_graphs and known(chain[0][0]).recording:
             captured[label + CAPTURED] = chain
+        if operator is not None and chain[0][0] == CPU:
+            operated[label + OPERATOR] = chain
     if capture_graphs and not captured:
         recording(next(iter(chains.values())))  # raises an error that names the provider
-    chains |= captured
+    if operator is not None and not operated:
+        raise UsageError("`operator`: its library computes on the CPU, which is not checked here")
+    chains |= captured | operated
     if unknown := [level for level in levels if level not in LEVELS]:
         raise UsageError(
             f"{unknown[0]!r} is not a level of optimization: there are {', '.join(LEVELS)}"
         )
     each = dict.fromkeys(Variant(name, level) for name in chains for level in levels)
-    return Variants(tuple(each), chains, frozenset(captured))
+    return Variants(tuple(each), chains, frozenset(captured), frozenset(operated), operator)
 
 
 def _shown(options: Mapping[str, object]) -> str:
@@ -136,7 +146,12 @@ def start(bundle: Path, variants: Variants) -> Started:
     crashed: dict[str, str] = {}
     for provider, chain in variants.chains.items():
         captured = provider in variants.captured
-        named = dataclasses.replace(facts_of_chain(chain), provider=provider, captured=captured)
+        named = dataclasses.replace(
+            facts_of_chain(chain),
+            provider=provider,
+            captured=captured,
+            operator=provider in variants.operated,
+        )
         facts[provider] = named
         if not all(known(name).like_cpu for name, _ in chain):
             crash = crash_of(bundle, chain, captured=captured)
@@ -145,7 +160,8 @@ def start(bundle: Path, variants: Variants) -> Started:
     for variant in variants.each:
         chain = variants.chains[variant.provider]
         captured = variant.provider in variants.captured
-        on_cpu_alone = [name for name, _ in chain] == [CPU] and not captured
+        operator = variants.operator if variant.provider in variants.operated else None
+        on_cpu_alone = [name for name, _ in chain] == [CPU] and not captured and not operator
         if variant.provider in crashed or on_cpu_alone:
             continue
         # onnxruntime itself appends the CPU provider, as a fallback for single nodes.
@@ -155,11 +171,12 @@ def start(bundle: Path, variants: Variants) -> Started:
             session_options=session_options(variant),
             check_device=False,
             capture_graphs=captured,
+            operator=operator,
         )
         facts[variant.provider] = dataclasses.replace(session.provider, provider=variant.provider)
         placement = session.placement
         on_cpu = placement.get(CPU, {})
-        if on_cpu:
+        if on_cpu and operator is None:
             count = sum(on_cpu.values())
             total = sum(sum(counts.values()) for counts in placement.values())
             operators = [f"{times} {op}" for op, times in list(on_cpu.items())[:_LISTED]]

@@ -80,6 +80,10 @@ class AdapterSession:
     of several threads then take turns. Requires CUDA or WebGPU, with every node on the device
     (docs/devices.md).
 
+    `operator`: the library that `loradeploy operator` built, which computes the low-rank updates of
+    a bundle that was exported with `operator` (docs/bundles.md). It is native code, and is loaded
+    into this process. On the CPU only.
+
     `limits`: what the graph accepts, such as the size of its vocabulary.
     `texts`: the text settings (tokenizer, chat template, pooling) of the base and the adapters.
     `wholes`: the complete adapters of those that were split between bundles (docs/images.md).
@@ -92,8 +96,10 @@ class AdapterSession:
         BundleError: the bundle is malformed, its graph does not match its manifest, or a
             certificate is required and there is no valid one.
         UsageError: a provider that is not installed or does not start, a budget below 1, or
-            `capture_graphs` with a provider or a graph that does not support it.
+            `capture_graphs` or `operator` with a provider or a graph that does not support it.
         DeviceError: a provider whose results differ from the CPU's.
+        OperatorError: the operator's library is missing, is another file, or was built for another
+            version or processor.
     """
 
     def __init__(
@@ -107,13 +113,17 @@ class AdapterSession:
         require_certificate: bool | CertificateMinimum = False,
         check_device: bool = True,
         capture_graphs: bool = False,
+        operator: str | os.PathLike[str] | None = None,
     ) -> None:
         self._lifetime = Lifetime()
         self.path = Path(bundle)
+        library = None if operator is None else Path(operator)
 
         def opened(place: Path, manifest: Manifest) -> onnxruntime.InferenceSession:
             session = open_graph(
-                place, providers, session_options, manifest, GRAPH_NAME, capture_graphs
+                *(place, providers, session_options, manifest, GRAPH_NAME),
+                capture=capture_graphs,
+                operator=library,
             )
             check_graph(place, manifest, session)
             encoders[:] = open_encoder(place, providers, session_options, manifest)
@@ -121,7 +131,11 @@ class AdapterSession:
 
         encoders: list[onnxruntime.InferenceSession] = []
 
-        self._opened = open_bundle(self.path, opened, require_certificate, captured=capture_graphs)
+        self._opened = open_bundle(
+            *(self.path, opened, require_certificate),
+            captured=capture_graphs,
+            operator=library is not None,
+        )
         self._place = self._opened.place
         self.manifest: Manifest = self._opened.manifest
         self._session = self._opened.graph
@@ -149,6 +163,7 @@ class AdapterSession:
             device_id=self._device[1],
             feeds_all=feeds_all,
             fixed=capture_graphs,
+            ranked=library is not None,
         )
         self._bank = new_bank(host_budget=host_budget, device_budget=device_budget)
         for name, entry in self.manifest.adapters.items():

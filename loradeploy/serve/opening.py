@@ -28,8 +28,9 @@ class ServiceSpec:
     `adapters`: directories of adapters by name, in addition to those of the bundle. `adapter_root`:
     a directory or URL; `adapter_cache`: where adapters from a URL are cached. `adapter_memory`:
     bytes of adapters in memory, None for no limit. `api_keys`: a file with keys. `host`: the
-    address that clients use. `threads`: number of threads of a run; by default as many as the
-    container allows if it limits them, otherwise onnxruntime's default.
+    address that clients use. `operator`: the operator's library (`AdapterSession`). `threads`:
+    number of threads of a run; by default as many as the container allows if it limits them,
+    otherwise onnxruntime's default.
 
     Raises:
         UsageError: fields that cannot be combined.
@@ -45,6 +46,7 @@ class ServiceSpec:
     updates: bool = False
     provider: str = "CPUExecutionProvider"
     capture_graphs: bool = False
+    operator: str | None = None
     require_certificate: bool = False
     host: str = "127.0.0.1"
     threads: int | None = None
@@ -93,6 +95,7 @@ def open_service(spec: ServiceSpec, keys: KeyRing | None) -> Service:
         host_budget=spec.adapter_memory,
         require_certificate=spec.require_certificate,
         capture_graphs=spec.capture_graphs,
+        operator=spec.operator,
     )
     for name, path in spec.adapters.items():
         session.load(name, path)

@@ -21,6 +21,7 @@ from loradeploy.parity.api import parity
 from loradeploy.parity.compare.api import compare
 from loradeploy.runtime.decoding.choosing.options import GenerationOptions
 from loradeploy.runtime.devices.environment import examine
+from loradeploy.runtime.operator.build import build_operator
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.classification import TextClassifier
 from loradeploy.runtime.tasks.embedding import TextEmbedder
@@ -128,6 +129,7 @@ FUNCTIONS: dict[str, tuple[tuple[Callable[..., object], ...], set[str]]] = {
     ),
     "convert": ((convert,), set()),
     "inspect": ((inspect_path,), set()),
+    "operator": ((build_operator,), set()),
     "doctor": ((examine,), set()),
 }
 

@@ -33,16 +33,25 @@ VALUES: Mapping[str, tuple[Any, ...]] = {
     "attention": (None, "gqa"),
     "logits_to_keep": (None, False),
     "target": (None, "cuda", "openvino", "web"),
+    "operator": (None, True),
 }
 REFUSED: Mapping[tuple[str, Any, str, Any], str] = {
     ("layout", "rows", "side_inputs", ("embedding",)): "do not go together",
     **{
         ("merge", True, name, value): "do not go together: a merged graph has no side inputs"
-        for name in ("side_inputs", "layout", "branches", "required_inputs")
+        for name in ("side_inputs", "layout", "branches", "required_inputs", "operator")
         for value in VALUES[name]
         if value
     },
     ("branches", True, "target", "openvino"): "does not run on the device of `target='openvino'`",
+    **{
+        (name, value, "operator", True): "`operator` do not go together"
+        for name, value in (("layout", "rows"), ("branches", True), ("precision", "fp16"))
+    },
+    **{
+        ("operator", True, "target", target): "`operator=True` does not run on the device"
+        for target in ("cuda", "openvino", "web")
+    },
 }
 # CUDA computes GroupQueryAttention only in fp16.
 OFF_CUDA = {"attention": "gqa", "target": "cuda"}
@@ -113,6 +122,7 @@ def test_every_pair_of_options_computes_what_pytorch_computes(
         "required_inputs": form["required_inputs"],
         "logits_to_keep": form["logits_to_keep"],
         "target": form["target"],
+        "operator": form["operator"],
     }
     actual = {name: getattr(has, name) for name in asked}
     assert actual == {
@@ -172,6 +182,7 @@ def again(tiny_llama: Path, shared: Path, tmp_path: Path) -> Again:
         {"attention": "gqa", "required_inputs": True},
         {"precision": "int8", "layout": "slots", "branches": False},
         {"side_inputs": ("dora", "embedding"), "fixed": {"batch": 2}},
+        {"operator": True, "attention": "gqa"},
     ],
     ids=named,
 )
@@ -194,6 +205,10 @@ def test_options_that_are_not_given_are_inherited(first: dict[str, Any], again: 
         ({"attention": "gqa", "required_inputs": True}, {"required_inputs": False}),
         ({}, {"attention": "gqa"}),
         ({}, {"precision": "bf16"}),
+        ({"layout": "rows"}, {"operator": True, "layout": "slots"}),
+        ({"precision": "int8"}, {"operator": True, "layout": "slots", "branches": False}),
+        ({"operator": True}, {"layout": "rows", "operator": False}),
+        ({"operator": True}, {"precision": "int8"}),
     ],
     ids=lambda value: named(value) or "plain",
 )
@@ -203,6 +218,23 @@ def test_given_options_are_applied_and_the_others_inherited(
     form = again(first, **asked)
     for name, value in {**first, **asked}.items():
         assert getattr(form, name) == value, name
+
+
+@pytest.mark.parametrize(
+    ("first", "asked", "expected"),
+    [
+        ({"precision": "int8"}, {"operator": True}, ("slots", False, True)),
+        ({"layout": "rows", "branches": True}, {"operator": True}, ("slots", False, True)),
+        ({"operator": True}, {"layout": "rows"}, ("rows", False, False)),
+        ({"operator": True}, {"branches": True}, ("slots", True, False)),
+    ],
+    ids=lambda value: named(value) if isinstance(value, dict) else "",
+)
+def test_the_operator_and_the_forms_that_it_excludes_are_not_inherited_together(
+    first: dict[str, Any], asked: dict[str, Any], expected: tuple[str, bool, bool], again: Again
+) -> None:
+    form = again(first, **asked)
+    assert (form.layout, form.branches, form.operator) == expected
 
 
 @pytest.mark.parametrize(
@@ -233,6 +265,7 @@ def test_what_a_bundle_has_by_default_is_not_a_choice(
             {"layout": "rows", "side_inputs": ("embedding",)},
             "embeddings need slot numbers",
         ),
+        ({"precision": "fp16"}, {"operator": True}, "compute in float16, the operator computes"),
     ],
     ids=lambda value: named(value) if isinstance(value, dict) else "",
 )

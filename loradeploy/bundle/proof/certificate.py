@@ -24,7 +24,7 @@ from loradeploy.bundle.names import (
     MANIFEST_NAME,
     SIGNATURE_NAME,
 )
-from loradeploy.bundle.proof.provider import CAPTURED, ProviderFacts
+from loradeploy.bundle.proof.provider import CAPTURED, OPERATOR, ProviderFacts
 from loradeploy.bundle.proof.record import Certificate, certificate_of
 from loradeploy.bundle.proof.requirement import CertificateMinimum
 from loradeploy.bundle.text.beside import TEXT_NAMES
@@ -107,9 +107,12 @@ def check_provider(
             least = dataclasses.replace(minimum, providers=())
             why = least.lacking(part.coverage, part.precision)
         if why is not None:
-            captured = any(p.captured for p in (*checked, running))
+            each = (*checked, running)
             command = parity_command(
-                bundle, providers=_providers_to_check(checked, running), captured=captured
+                bundle,
+                providers=_providers_to_check(checked, running),
+                captured=any(p.captured for p in each),
+                operator=any(p.operator for p in each),
             )
             raise BundleError(
                 f"{bundle} is not certified for {running.provider} ({running}): {why}; run"
@@ -119,14 +122,19 @@ def check_provider(
     return frozenset.intersection(*certified)
 
 
+def _without_ending(checked: ProviderFacts) -> str:
+    """The provider's name without `CAPTURED` or `OPERATOR`."""
+    return checked.provider.removesuffix(CAPTURED).removesuffix(OPERATOR)
+
+
 def _providers_to_check(
     checked: Collection[ProviderFacts], running: ProviderFacts
 ) -> list[_Provider]:
     """The providers for a new check: the `checked` ones and `running`, with options if needed."""
     found: list[_Provider] = []
     for one in (*checked, running):
-        name, _, given = one.provider.removesuffix(CAPTURED).partition(" ")
-        others = (p.options for p in checked if " " not in p.provider.removesuffix(CAPTURED))
+        name, _, given = _without_ending(one).partition(" ")
+        others = (p.options for p in checked if " " not in _without_ending(p))
         # The name of a session's provider lacks its options, which are the difference here.
         known = one.chain[:1] in {p.chain[:1] for p in checked}
         differs = one is running and known and one.options not in others
@@ -223,19 +231,23 @@ def parity_command(
     adapter: bool = False,
     providers: Iterable[_Provider] = (),
     captured: bool = False,
+    operator: bool = False,
 ) -> str:
     """The command that writes a certificate, for use in messages.
 
-    `adapter`: whether it includes an adapter that is not in the bundle. The command is in Python if
+    `adapter`: whether it includes an adapter that is not in the bundle. `operator`: whether it
+    needs the operator's library. The command is in Python if
     `providers` have options, because the command line does not accept them.
     """
     providers = list(providers)
     if not all(isinstance(provider, str) for provider in providers):
         more = ", capture_graphs=True" if captured else ""
+        more += ', operator="FILE"' if operator else ""
         given = f'"{bundle}", model="MODEL", providers={providers!r}{more}'
         return f"`loradeploy.parity({given})`"
     on = "".join(f" --provider {name}" for name in providers)
     on += " --capture-graphs" if captured else ""
+    on += " --operator FILE" if operator else ""
     return f"`loradeploy parity {bundle} --model MODEL{' --adapter DIR' if adapter else ''}{on}`"
 
 

@@ -6,8 +6,9 @@ provider in the chain. So a verdict names the provider, the kind of device, and 
 affect results, and it covers sessions with the same ones. Runs that are captured and replayed use
 the same kernels, but read the buffers and sizes of the recorded run: if one of these belongs to
 another run, results are wrong that are right without capture. So a verdict covers either captured
-runs or other runs. The device's number and model are recorded, but not compared, because they are
-facts about one machine.
+runs or other runs. In the same way it covers runs either with or without the operator's library,
+which has another kernel for low-rank updates. The device's number and model are recorded, but not
+compared, because they are facts about one machine.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ SUFFIX: Final = "ExecutionProvider"
 CPU: Final = f"CPU{SUFFIX}"
 # The end of a provider's name if a check captured its runs.
 CAPTURED: Final = " captured"
+# The end of a provider's name if the operator's library computed the low-rank updates.
+OPERATOR: Final = " operator"
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,12 @@ class ProviderFacts:
     """An execution provider and its settings.
 
     `provider`: its name on the command line, with the device's number: "cuda:1"; for a check, also
-    the given options, and `CAPTURED` if it captured runs. `chain`: ONNX Runtime's names of the
-    providers that nodes are assigned to, in order. `version`: the version of ONNX Runtime, or of
-    the provider's plugin. `device`: None if ONNX Runtime reports none. `options`: its options that
-    affect results. `captured`: whether runs are recorded and replayed (`capture_graphs`).
+    the given options, and `CAPTURED` if it captured runs or `OPERATOR` if it used the library.
+    `chain`: ONNX Runtime's names of the providers that nodes are assigned to, in order. `version`:
+    the version of ONNX Runtime, or of the provider's plugin. `device`: None if ONNX Runtime reports
+    none. `options`: its options that affect results. `captured`: whether runs are recorded and
+    replayed (`capture_graphs`).
+    `operator`: whether the operator's library computes the low-rank updates.
     """
 
     provider: str
@@ -59,6 +64,7 @@ class ProviderFacts:
     device: Device | None = None
     options: Mapping[str, str] = field(default_factory=dict)
     captured: bool = False
+    operator: bool = False
 
     @property
     def name(self) -> str:
@@ -87,6 +93,8 @@ class ProviderFacts:
                 return f"its option {name} is {its or 'not set'}, not {mine or 'not set'}"
         if other.captured != self.captured:
             return "its runs are captured" if other.captured else "its runs are not captured"
+        if other.operator != self.operator:
+            return f"it runs {'with' if other.operator else 'without'} the operator's library"
         return None
 
     def __str__(self) -> str:
@@ -95,6 +103,7 @@ class ProviderFacts:
         parts += [str(self.device)] if self.device is not None else []
         parts += [f"{name}={value}" for name, value in sorted(self.options.items())]
         parts += ["captured runs"] if self.captured else []
+        parts += ["with the operator"] if self.operator else []
         return ", ".join(parts)
 
 

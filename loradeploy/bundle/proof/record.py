@@ -157,6 +157,7 @@ def _provider(values: Mapping[str, Any]) -> ProviderFacts:
         ),
         options=_texts(values, "options"),
         captured=values.get("captured") is True,
+        operator=values.get("operator") is True,
     )
 
 

@@ -115,14 +115,22 @@ def with_side_inputs(
     # Before the weights are quantized: DoRA's scales are computed from them.
     weights = GraphWeights(graph, added.biases)
     arrays = {n: side_inputs_of_fitted(each, manifest, weights) for n, each in adapters.items()}
+    if options.operator and added.dtype != "float32":
+        raise ExportError(
+            f"the linear layers compute in {added.dtype}, the operator computes in float32: export"
+            " without `operator`"
+        )
     manifest = with_quantized_weights(base, manifest)
-    if (layout := options.layout or _layout(base, options.target)) == ROWS:
+    if (layout := options.layout or _layout(base, options)) == ROWS:
         use_row_layout(graph)
     # Branches cost no memory where weights are quantized: those are shared between them.
     shared = default_of("branches", base.precision, options.target)
     manifest = with_logits_to_keep(base, manifest, options)
     if branches := (
-        shared and branches_problem(graph) is None and not encoder_part(base)
+        shared
+        and not options.operator
+        and branches_problem(graph) is None
+        and not encoder_part(base)
         if options.branches is None
         else options.branches
     ):
@@ -136,6 +144,7 @@ def _check_form_of_halves(base: Base, options: Options) -> None:
     for name, requested in (
         ("branches", options.branches),
         ("required_inputs", options.required_inputs),
+        ("operator", options.operator),
     ):
         if requested and encoder_part(base):
             raise UsageError(
@@ -143,9 +152,11 @@ def _check_form_of_halves(base: Base, options: Options) -> None:
             )
 
 
-def _layout(base: Base, target: str | None) -> str:
-    """The default layout; slots if the graph needs their numbers, as factors of embeddings do."""
-    layout: str = default_of("layout", base.precision, target)
+def _layout(base: Base, options: Options) -> str:
+    """The default layout; slots for the operator, or if the graph needs their numbers."""
+    if options.operator:
+        return SLOTS
+    layout: str = default_of("layout", base.precision, options.target)
     return layout if layout == SLOTS or supports_rows(base.graph.graph) else SLOTS
 
 

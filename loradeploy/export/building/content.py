@@ -39,6 +39,7 @@ from loradeploy.export.match.linears import Findings, find_linears
 from loradeploy.export.match.observe import observe
 from loradeploy.export.match.products import input_of, output_of, repeated_for_rows
 from loradeploy.export.match.whole.parts import find_parts
+from loradeploy.export.passes.forms.operator import use_operator
 from loradeploy.export.passes.forms.static_shapes import use_static_shapes
 from loradeploy.export.passes.gqa import (
     group_queries,
@@ -116,6 +117,9 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
         use_static_shapes(base.graph.graph, options.fixed)
         inputs, given = required_inputs(base.graph), outputs(base.graph)
         manifest = dataclasses.replace(manifest, inputs=inputs, outputs=given)
+    if options.operator:  # last, because no other pass knows its calls
+        use_operator(base.graph, manifest)
+        manifest = dataclasses.replace(manifest, operator=True)
     manifest = dataclasses.replace(manifest, target=options.target)
     check_runs(
         options.target,

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 LORA_ADD: Final = "lora_add"  # y + (x A) B, of a product and of an embedding
+LORA_A_GATHER: Final = "lora_A_gather"
+LORA_B_GATHER: Final = "lora_B_gather"
+LORA_A_MATMUL: Final = "lora_A_matmul"
+LORA_B_MATMUL: Final = "lora_B_matmul"
 SCALE_MUL: Final = "scale_mul"
 OFFSET_ADD: Final = "offset_add"
 SCALE_FRONT: Final = "unflatten"  # before the scale: moves the batch axis to the front

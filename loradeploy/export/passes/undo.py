@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from loradeploy.export.passes.forms.branches import remove_branches
+from loradeploy.export.passes.forms.operator import remove_operator
 from loradeploy.export.passes.tokens.kept_logits import remove_logits_to_keep
 
 if TYPE_CHECKING:
@@ -13,13 +14,15 @@ if TYPE_CHECKING:
     from loradeploy.bundle.manifest import Manifest
 
 
-def remove_choices(graph: ir.Graph, manifest: Manifest) -> None:
-    """Remove the branches and the input `logits_to_keep`, if the manifest lists them.
+def remove_choices(model: ir.Model, manifest: Manifest) -> None:
+    """Remove the operator's calls, the branches and `logits_to_keep`, if the manifest lists them.
 
     Raises:
         ExportError: the graph lacks what its manifest lists.
     """
+    if manifest.operator:
+        remove_operator(model)
     if manifest.branches:
-        remove_branches(graph)
+        remove_branches(model.graph)
     if manifest.logits_to_keep:
-        remove_logits_to_keep(graph, manifest)
+        remove_logits_to_keep(model.graph, manifest)

@@ -90,13 +90,15 @@ def _evaluate(
 def _lacks(context: CheckContext, largest: int) -> str | None:
     import onnx
 
-    graph = onnx.load(os.fspath(context.bundle / GRAPH_NAME), load_external_data=False).graph
+    model = onnx.load(os.fspath(context.bundle / GRAPH_NAME), load_external_data=False)
+    functions = {(function.domain, function.name) for function in model.functions}
     nodes = parameters = 0
-    for part in _graphs(graph):
+    for part in _graphs(model.graph):
         nodes += len(part.node)
         parameters += sum(prod(tensor.dims) for tensor in part.initializer)
         for node in part.node:
-            if node.domain not in _STANDARD:
+            known = node.domain in _STANDARD or (node.domain, node.op_type) in functions
+            if not known:
                 return f"{node.domain}.{node.op_type} is not an operator of the ONNX standard"
     if nodes * parameters <= largest:
         return None

@@ -229,6 +229,7 @@ def _open(context: CheckContext, bundle: Path) -> AdapterSession:
         session_options=_options(context),
         check_device=False,
         capture_graphs=context.captured,
+        operator=context.operator,
     )
 
 

@@ -56,7 +56,8 @@ class Backend:
     `modes`: the kinds of bundle that it applies to. `needs`: an optional package that it requires.
     `on_torch`: it uses the reference's PyTorch model; other backends open ONNX files.
     `on_onnxruntime`: it runs in this process's onnxruntime, once for each variant of the check.
-    `captured`: it runs in an `AdapterSession`, which can capture runs.
+    `captured`: it runs in an `AdapterSession`, which can capture runs. `operated`: it runs in one
+    with side inputs, whose low-rank updates the operator's library can compute.
     `batched`: it takes more than one row. `lacks`: returns any other reason why it cannot be run.
     `unasked`: returns whether it runs without being requested by name; if it does not, the report
     does not mention it.
@@ -73,6 +74,7 @@ class Backend:
     needs: str | None = None
     on_onnxruntime: bool = False
     captured: bool = False
+    operated: bool = False
     batched: bool = True
     lacks: Callable[[CheckContext], str | None] | None = None
     unasked: Callable[[CheckContext], bool] | None = None
@@ -181,6 +183,7 @@ BACKENDS: Final[tuple[Backend, ...]] = (
         needs_adapter=False,
         on_onnxruntime=True,
         captured=True,
+        operated=True,
     ),
     Backend(
         ONNX_NATIVE,
@@ -199,6 +202,7 @@ BACKENDS: Final[tuple[Backend, ...]] = (
         mixed=True,
         on_onnxruntime=True,
         captured=True,
+        operated=True,
     ),
     Backend(
         ONNX_GENAI,

@@ -103,7 +103,11 @@ def _varied(backend: Backend, context: CheckContext) -> list[CheckContext]:
     if not backend.on_onnxruntime:
         return [context]
     every = [context.at(variant) for variant in context.variants.each]
-    return [at for at in every if backend.captured or not at.captured]
+    return [
+        at
+        for at in every
+        if (backend.captured or not at.captured) and (backend.operated or not at.operator)
+    ]
 
 
 class Progress:

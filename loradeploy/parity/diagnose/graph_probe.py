@@ -121,6 +121,7 @@ class ProbedGraph:
             with_encoder_outputs(self.model, self.manifest),
             graph_digest=None,
             branches=False,
+            operator=False,
             logits_to_keep=False,
         )
         if manifest.encoder is not None:
@@ -139,7 +140,7 @@ def probe_graph(
         ExportError: it does not have the branches that its manifest names.
     """
     model = load_bundle_graph(bundle, manifest)
-    remove_choices(model.graph, manifest)
+    remove_choices(model, manifest)
     complete_shapes(model)
     graph = _Graph(model, manifest)
     probes: list[Probe] = []

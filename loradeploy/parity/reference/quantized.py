@@ -77,7 +77,7 @@ def quantized_weights(bundle: Path, manifest: Manifest) -> Mapping[str, Quantize
     from loradeploy.export.passes.undo import remove_choices
 
     graph = load_bundle_graph(bundle, manifest)
-    remove_choices(graph.graph, manifest)
+    remove_choices(graph, manifest)
     remove_side_inputs(graph, manifest)
     at = {product.node: product for product in products(graph.graph)}
     found: dict[str, QuantizedWeight] = {}

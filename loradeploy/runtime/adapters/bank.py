@@ -92,6 +92,7 @@ class AdapterBank:
     a rank above 0.
     `fixed`: whether runs copy adapters into their own slots, so that the bank keeps no copies on
     the device.
+    `ranked`: whether stacks have the ranks of their adapters, which the operator reads.
     `host_budget`: bytes of adapters in host memory; `device_budget`: bytes of their copies on the
     device, which on the CPU are the stacks of mixed batches. None is no limit. Adapters that are in
     use at the same time may exceed the budget temporarily.
@@ -106,6 +107,7 @@ class AdapterBank:
         device_id: int = 0,
         feeds_all: bool = False,
         fixed: bool = False,
+        ranked: bool = False,
         host_budget: int | None = None,
         device_budget: int | None = None,
     ) -> None:
@@ -128,6 +130,7 @@ class AdapterBank:
             (device, device_id),
             feeds_all=feeds_all,
             fixed=fixed,
+            ranked=ranked,
             budget=device_budget,
             users=self._users,
             changed=self._changed,

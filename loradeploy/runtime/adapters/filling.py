@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loradeploy.bundle.adapter_inputs.changes import change_inputs
+from loradeploy.bundle.names import ADAPTER_RANKS
 from loradeploy.runtime.adapters.block import empty_block
 from loradeploy.runtime.adapters.resident import Arrays, Resident
 
@@ -21,12 +22,14 @@ class Filler:
     """Allocates arrays [slots, …] for the side inputs of a bundle, and writes adapters into them.
 
     `defaults`: the base's values of parameters that adapters replace, by side input, [1, …].
+    `ranked`: whether `adapter_ranks` is one of the arrays.
     """
 
-    def __init__(self, manifest: Manifest, defaults: Arrays) -> None:
+    def __init__(self, manifest: Manifest, defaults: Arrays, *, ranked: bool = False) -> None:
         self._targets, self._saved = manifest.targets, manifest.saved
         self._defaults = defaults
         self._changes = change_inputs(manifest)
+        self._ranked = ranked
         self.dtype = np.dtype(manifest.factor_dtype)
 
     def ranks(self, residents: Sequence[Resident], least: int) -> dict[str, int]:
@@ -57,7 +60,10 @@ class Filler:
 
     def unfilled(self, slots: int, ranks: Mapping[str, int]) -> dict[str, NDArray[Any]]:
         """Uninitialized side inputs [slots, …]; each slot must be written before it is read."""
-        return empty_block(self.shapes(slots, ranks), self.dtype)
+        arrays = empty_block(self.shapes(slots, ranks), self.dtype)
+        if self._ranked:
+            arrays[ADAPTER_RANKS] = np.empty((slots, len(self._targets)), np.int64)
+        return arrays
 
     def empty(self, slots: int, ranks: Mapping[str, int]) -> dict[str, NDArray[Any]]:
         """The side inputs [slots, …] with the base in every slot."""
@@ -71,11 +77,13 @@ class Filler:
     ) -> None:
         """Write an adapter, or the base, into a slot that may contain another adapter."""
         host: Arrays = {} if resident is None else resident.host
-        for target in self._targets:
+        for index, target in enumerate(self._targets):
             A, B = arrays[target.lora_A][slot], arrays[target.lora_B][slot]
             rank = host[target.lora_A].shape[2] if target.lora_A in host else 0
             if rank:
                 A[:, :rank], B[:rank] = host[target.lora_A][0], host[target.lora_B][0]
+            if self._ranked:
+                arrays[ADAPTER_RANKS][slot, index] = rank
             # Zeros in B alone would not suffice: the padding of A may contain values that are not
             # finite.
             A[:, rank:], B[rank:] = 0, 0

@@ -51,8 +51,8 @@ class Lease:
 class Leases:
     """Makes leases, and keeps the copies on the device that they read.
 
-    `defaults`, `device`, `feeds_all`, `fixed`: see `AdapterBank`. `budget`: bytes of the copies and
-    the stacks; None is no limit.
+    `defaults`, `device`, `feeds_all`, `fixed`, `ranked`: see `AdapterBank`. `budget`: bytes of the
+    copies and the stacks; None is no limit.
     `users`: the digests in use, guarded by `changed`, the bank's lock.
     """
 
@@ -64,6 +64,7 @@ class Leases:
         *,
         feeds_all: bool,
         fixed: bool,
+        ranked: bool,
         budget: int | None,
         users: Mapping[str, object],
         changed: threading.Condition,
@@ -73,7 +74,7 @@ class Leases:
         # Without `feeds_all`, the defaults in the graph are the base.
         self._base = neutral(manifest, defaults, device) if feeds_all else Bindable({})
         self._bound: dict[Resident, Bindable] = {}  # in the order of their last use
-        self._stacks = Stacks(manifest, defaults, device, budget, self._base)
+        self._stacks = Stacks(manifest, defaults, device, budget, self._base, ranked=ranked)
         self._rows = RowStacks(
             Filler(manifest, defaults),
             lambda arrays: bindable(arrays, manifest, device, self._base),

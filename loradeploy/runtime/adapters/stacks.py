@@ -58,6 +58,7 @@ class Stacks:
     `device`: where the tensors are, in onnxruntime's terms. `budget`: their maximum size in bytes,
     unless a single batch needs more.
     `base`: what is bound for the base; if it is not empty, side inputs must not have rank 0.
+    `ranked`: see `AdapterBank`.
     """
 
     def __init__(
@@ -67,6 +68,8 @@ class Stacks:
         device: tuple[str, int],
         budget: int | None,
         base: Bindable,
+        *,
+        ranked: bool = False,
     ) -> None:
         self._manifest = manifest
         self._device = device
@@ -74,7 +77,7 @@ class Stacks:
         self._base = base
         self._least_rank = 1 if base.values else 0
         self._targets = manifest.targets
-        self._fill = Filler(manifest, defaults)
+        self._fill = Filler(manifest, defaults, ranked=ranked)
         self._stack: Stack | None = None
 
     @property

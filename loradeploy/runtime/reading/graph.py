@@ -29,6 +29,7 @@ from loradeploy.runtime.devices.providers import (
 )
 from loradeploy.runtime.devices.quiet import UNSET, severity, unlogged
 from loradeploy.runtime.devices.table import CPU, known
+from loradeploy.runtime.operator.library import check_runs, register
 from loradeploy.runtime.reading.weights import MAPPED as MAPPED
 from loradeploy.runtime.reading.weights import WEIGHTS_AT as WEIGHTS_AT
 from loradeploy.runtime.reading.weights import (
@@ -58,6 +59,7 @@ def open_graph(
     manifest: Manifest | None = None,
     name: str = GRAPH_NAME,
     capture: bool = False,
+    operator: Path | None = None,
 ) -> onnxruntime.InferenceSession:
     """Open an inference session on the bundle's graph; on the CPU if `providers` is None.
 
@@ -69,11 +71,12 @@ def open_graph(
     For a provider that does not support inputs with defaults, the graph is opened without the
     defaults, and every side input must be fed.
     `manifest`: what the graph and its weights are checked against. `name`: the graph's file.
-    `capture`: whether the first provider records runs.
+    `capture`: whether the first provider records runs. `operator`: the operator's library.
 
     Raises:
         UsageError: a provider that is not installed or does not start, providers in both arguments,
-            or a provider or graph whose runs cannot be captured.
+            or a provider or graph whose runs cannot be captured, or that the operator is not for.
+        OperatorError: the operator's library cannot be used.
         BundleError: there is no graph, onnxruntime cannot read it, or it does not match the
             manifest.
     """
@@ -102,9 +105,13 @@ def open_graph(
                 row.full,
                 ", ".join(row.cpu_operators),
             )
+    if operator is not None:
+        _check_operator(bundle, manifest or read_manifest(bundle), names)
     without = _all_fed(bundle, manifest, names)
     keep_freed_memory()
     with graph_source(bundle, options, manifest, without, name) as source:
+        if operator is not None:
+            register(operator, source.options)
         try:
             session = _open(graph, source.graph, asked, source.options)
         except BundleError as problem:
@@ -116,6 +123,8 @@ def open_graph(
                 ) from None
             raise
     return_freed_memory()
+    if operator is not None:
+        check_runs(placement_of(session).get(CPU, {}))
     if capture and session.get_providers()[0] != names[0]:
         raise UsageError(
             f"`capture_graphs`: {names[0]} does not start here, and the CPU captures no runs"
@@ -143,6 +152,20 @@ def _recording(
             f"`capture_graphs`: {bundle} is an encoder-decoder, whose runs cannot be captured"
         )
     return recording(asked)
+
+
+def _check_operator(bundle: Path, manifest: Manifest, names: Sequence[str]) -> None:
+    """Raise UsageError for a bundle or providers that the operator's library is not for."""
+    if not manifest.operator:
+        raise UsageError(
+            f"`operator`: {bundle} has no calls of the operator: export it again with"
+            " `operator=True`"
+        )
+    if names[0] != CPU:
+        raise UsageError(
+            f"`operator`: its library computes on the CPU, and {names[0]} is the provider: open the"
+            " bundle without it"
+        )
 
 
 def open_encoder(

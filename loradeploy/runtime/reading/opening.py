@@ -90,10 +90,12 @@ def open_bundle(
     required: bool | CertificateMinimum,
     *,
     captured: bool = False,
+    operator: bool = False,
 ) -> OpenedBundle:
     """Open the bundle at `bundle` in one consistent state; `open_graph` opens its graph.
 
-    `captured`: whether runs of the graph are captured.
+    `captured`: whether runs of the graph are captured. `operator`: whether it has the operator's
+    library.
 
     Raises:
         BundleError: as `read_manifest`, `check_certificate` and `open_graph`; or it was written to
@@ -112,7 +114,7 @@ def open_bundle(
             if required:
                 certificate = check_certificate(place, manifest, minimum)
             graph = open_graph(place, manifest)
-            running = dataclasses.replace(facts_of(graph), captured=captured)
+            running = dataclasses.replace(facts_of(graph), captured=captured, operator=operator)
             if certificate is not None:
                 certified = check_provider(bundle, manifest, certificate, running, minimum)
         except LoraDeployError:

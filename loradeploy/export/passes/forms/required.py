@@ -18,6 +18,7 @@ import numpy as np
 from loradeploy.adapter.files.tensors import write_arrays
 from loradeploy.bundle.adapter_inputs.factors import branch_choice
 from loradeploy.bundle.names import (
+    ADAPTER_RANKS,
     ADAPTERS_DIRECTORY,
     GRAPH_NAME,
     INPUTS_EMBEDS,
@@ -35,8 +36,14 @@ if TYPE_CHECKING:
 
     from loradeploy.bundle.manifest import Manifest
 
-# Inputs that keep their defaults: logits of all positions, and text only.
-_LEFT_OUT: Final = (LOGITS_TO_KEEP, INPUTS_EMBEDS, INPUTS_EMBEDS_MASK, MROPE_POSITION_IDS)
+# Inputs that keep their defaults: logits of all positions, text only, adapters of the whole rank.
+_LEFT_OUT: Final = (
+    LOGITS_TO_KEEP,
+    ADAPTER_RANKS,
+    INPUTS_EMBEDS,
+    INPUTS_EMBEDS_MASK,
+    MROPE_POSITION_IDS,
+)
 BASE_INPUTS_NAME: Final = "required.safetensors"
 
 

@@ -20,7 +20,15 @@ from typing import TYPE_CHECKING, Any
 from loradeploy.bundle.manifest import AddedTokens, LoraTarget, Manifest, OutputTarget, SavedTarget
 from loradeploy.errors import ExportError
 from loradeploy.export.graph.edit import Chain, free_constants, remove_unused, replace_uses
-from loradeploy.export.graph.names import LORA_ADD, call_label, step_name
+from loradeploy.export.graph.names import (
+    LORA_A_GATHER,
+    LORA_A_MATMUL,
+    LORA_ADD,
+    LORA_B_GATHER,
+    LORA_B_MATMUL,
+    call_label,
+    step_name,
+)
 from loradeploy.export.match.experts import Experts
 from loradeploy.export.match.linears import Linear
 from loradeploy.export.match.products import input_of, output_of
@@ -190,10 +198,10 @@ def _add_factors_at(
     updates = []
     for own, (A, B) in zip(labels, factors, strict=True):
         chain.label = own
-        a = chain.add("Gather", "lora_A_gather", [A, surgery.ids], axis=0)  # [rows, in, rank]
-        b = chain.add("Gather", "lora_B_gather", [B, surgery.ids], axis=0)  # [rows, rank, out]
-        low = chain.add("MatMul", "lora_A_matmul", [x, a])  # [batch, sequence, rank]
-        updates.append(chain.add("MatMul", "lora_B_matmul", [low, b]))  # [batch, sequence, out]
+        a = chain.add("Gather", LORA_A_GATHER, [A, surgery.ids], axis=0)  # [rows, in, rank]
+        b = chain.add("Gather", LORA_B_GATHER, [B, surgery.ids], axis=0)  # [rows, rank, out]
+        low = chain.add("MatMul", LORA_A_MATMUL, [x, a])  # [batch, sequence, rank]
+        updates.append(chain.add("MatMul", LORA_B_MATMUL, [low, b]))  # [batch, sequence, out]
     sizes = [member.out_features for member in product.members]
     if len(outputs) < len(updates):  # came fused: the next node uses the output of all members
         chain.label = label

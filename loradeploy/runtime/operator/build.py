@@ -1,0 +1,82 @@
+"""Build the operator's library with the system's C++ compiler."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Final
+
+from loradeploy.errors import MissingDependencyError, OperatorError, shortened
+from loradeploy.files import atomic_file, check_replaceable_file
+from loradeploy.printable import printable
+from loradeploy.runtime.operator.library import SOURCE, check_library, is_library, source_digest
+
+_COMPILERS: Final = ("g++", "clang++", "c++")
+_SECONDS: Final = 300
+# The source has explicit vectors. If the compiler vectorized the rest, it could fuse or separate
+# multiplications and additions in one case and not in another, and results would depend on the
+# number of rows.
+_FLAGS: Final = (
+    *("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden"),
+    *("-ffp-contract=fast", "-fno-tree-vectorize", "-fno-tree-slp-vectorize"),
+)
+
+
+def build_operator(output: str | os.PathLike[str]) -> Path:
+    """Compile the operator's library for this machine's processor, and return its path.
+
+    The compiler is $CXX, or the first of g++, clang++ and c++ that is installed; $CXXFLAGS are
+    added to its flags. No headers of onnxruntime are needed. An earlier library at `output` is
+    replaced when the new one is complete.
+
+    Raises:
+        MissingDependencyError: there is no compiler.
+        OperatorError: the source cannot be compiled, or the library cannot be used here.
+        UsageError: `output` is another file. OutputError: it cannot be written.
+    """
+    path = Path(output)
+    check_replaceable_file(path, kind="a library of the operator", own=is_library)
+    compiler = _compiler()
+    native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+    own = shlex.split(os.environ.get("CXXFLAGS", ""))
+    with atomic_file(path) as temporary:
+        command = [
+            *(*compiler, *_FLAGS, native, f'-DLORADEPLOY_SOURCE="{source_digest()}"', *own),
+            *(os.fspath(SOURCE), "-o", os.fspath(temporary)),
+        ]
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, errors="replace", timeout=_SECONDS
+            )
+        except (OSError, subprocess.TimeoutExpired) as problem:
+            raise OperatorError(f"{compiler[0]} does not run: {problem}") from None
+        if done.returncode:
+            raise OperatorError(
+                f"{compiler[0]} cannot compile the operator: {_error_in(done.stderr)}"
+            )
+        check_library(temporary)
+    return path
+
+
+def _compiler() -> list[str]:
+    """The command of the C++ compiler."""
+    given = shlex.split(os.environ.get("CXX", ""))
+    for command in [given] if given else [[name] for name in _COMPILERS]:
+        if shutil.which(command[0]) is not None:
+            return command
+    if given:
+        raise MissingDependencyError(f"the compiler {given[0]}, named in $CXX, is not installed")
+    raise MissingDependencyError(
+        f"no C++ compiler is installed: install one of {', '.join(_COMPILERS)}, or name one in $CXX"
+    )
+
+
+def _error_in(output: str) -> str:
+    """The first error in the compiler's output, or its last line."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    found = next((line for line in lines if "error" in line), lines[-1] if lines else "no message")
+    return shortened(printable(found), 200)

@@ -1,0 +1,113 @@
+"""Check the operator's library, and register it with a session's options.
+
+The library is native code: loading it runs it. A session loads it only from the path that its
+caller gives, never from a bundle.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+import onnxruntime
+
+from loradeploy.adapter.files.digest import bytes_digest
+from loradeploy.bundle.names import OPERATOR_NAME
+from loradeploy.errors import OperatorError, first_line
+from loradeploy.files import MAX_GRAPH_BYTES, check_file, read_bytes
+from loradeploy.paths import resolved
+
+SOURCE: Final = Path(__file__).with_name("lora_add.cc")
+_HEADER: Final = SOURCE.with_name("onnxruntime_abi.h")
+# Functions of the library: its source's digest, and an instruction set that the processor lacks.
+_IDENTITY: Final = "loradeploy_operator"
+_LACKS: Final = "loradeploy_operator_lacks"
+# Session option of loradeploy: the library was registered.
+_REGISTERED: Final = "loradeploy.operator"
+_LARGEST: Final = 1 << 20  # bytes of a source file
+
+
+@cache
+def source_digest() -> str:
+    """The digest of the operator's source, by which a library is recognized."""
+    contents = (read_bytes(f, error=OperatorError, limit=_LARGEST) for f in (SOURCE, _HEADER))
+    return bytes_digest(b"\0".join(contents))
+
+
+def is_library(path: Path) -> bool:
+    """Whether the file may be a library that `build_operator` wrote; it is not loaded."""
+    content = read_bytes(path, error=OperatorError, limit=MAX_GRAPH_BYTES)
+    return f"{_IDENTITY}\0".encode() in content
+
+
+def check_library(path: Path) -> None:
+    """Load the library and check that this version of loradeploy can use it on this processor.
+
+    Raises:
+        OperatorError: there is no such file, it is not the operator's library, or it was built
+            from another version's source or for another processor.
+    """
+    if not path.exists():
+        raise OperatorError(f"{path} does not exist: build it with `loradeploy operator {path}`")
+    check_file(path, error=OperatorError, limit=MAX_GRAPH_BYTES)
+    if not is_library(path):
+        raise OperatorError(f"{path} is not the library that `loradeploy operator` builds")
+    try:
+        library = ctypes.CDLL(os.fspath(resolved(path)))
+        identity, lacks = getattr(library, _IDENTITY), getattr(library, _LACKS)
+    except (OSError, AttributeError) as problem:
+        raise OperatorError(
+            f"{path} cannot be loaded ({first_line(problem)}): build it again here"
+        ) from None
+    identity.restype = lacks.restype = ctypes.c_char_p
+    if identity() != source_digest().encode():
+        raise OperatorError(
+            f"{path} was built by another version of loradeploy: build it again with"
+            f" `loradeploy operator {path}`"
+        )
+    if (missing := lacks()) is not None:
+        raise OperatorError(
+            f"{path} was built for a processor with {missing.decode()}, which this one lacks: build"
+            " it again here"
+        )
+
+
+def register(path: Path, options: onnxruntime.SessionOptions) -> None:
+    """Make sessions that are opened with `options` run the operator.
+
+    Raises:
+        OperatorError: as `check_library`, or onnxruntime refuses the library.
+    """
+    check_library(path)
+    if _is_registered(options):
+        return
+    try:
+        options.register_custom_ops_library(os.fspath(resolved(path)))
+    except Exception as problem:  # onnxruntime's exceptions have no other common base
+        raise OperatorError(f"onnxruntime does not load {path}: {first_line(problem)}") from None
+    options.add_session_config_entry(_REGISTERED, "1")
+
+
+def _is_registered(options: onnxruntime.SessionOptions) -> bool:
+    """Whether `options` of an earlier session have the operator; onnxruntime refuses it twice."""
+    try:
+        return bool(options.get_session_config_entry(_REGISTERED))
+    except RuntimeError:  # raised if there is no such entry
+        return False
+
+
+def check_runs(operators: Mapping[str, int]) -> None:
+    """Raise OperatorError if onnxruntime inlined the function instead of using the library.
+
+    `operators`: the number of nodes of each operator in the opened graph; empty if onnxruntime does
+    not report it.
+    """
+    if operators and OPERATOR_NAME not in operators:
+        raise OperatorError(
+            f"onnxruntime {onnxruntime.__version__} does not use the operator's library for this"
+            " graph: update onnxruntime, or open the bundle without `operator`"
+        )
