@@ -45,6 +45,7 @@ from loradeploy.printable import logger_of
 from loradeploy.train.config import QUANTIZED, TrainConfig
 from loradeploy.train.config_file import to_yaml
 from loradeploy.train.data.packing import PackingCollator, enable_packing
+from loradeploy.train.fusion.modules import fuse
 from loradeploy.train.initial import initial_adapter
 from loradeploy.train.loop.checkpoints import Checkpoints
 from loradeploy.train.loop.processes import (
@@ -110,6 +111,7 @@ def run(
         else:
             initial = _continued(initial, config, task)
             adapter_config = initial.config
+        fuse(base.model)
         if config.precision in QUANTIZED:
             quantize(base.model, config.precision, keep=adapter_config.modules_to_save)
         if initial is None:

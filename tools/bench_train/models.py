@@ -100,10 +100,12 @@ def _padded(tokenizer: Any) -> Any:
 
 def _packed(model: Any, tokenizer: Any) -> tuple[Any, LossFunction]:
     from loradeploy.train.data.packing import PackingCollator, enable_packing
+    from loradeploy.train.fusion.modules import fuse
     from loradeploy.train.tasks.losses import causal_lm_loss
 
     if not enable_packing(model):
         raise RuntimeError("SmolLM2 is expected to pack")
+    fuse(model)
     return PackingCollator(), causal_lm_loss
 
 

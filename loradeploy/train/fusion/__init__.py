@@ -1,0 +1,1 @@
+"""Parts of a model computed in few passes over memory, for training on a CPU."""

@@ -1,0 +1,135 @@
+"""Modules are fused only if they compute what the function computes; results stay the same."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedConfig,
+    Qwen3Config,
+)
+
+from loradeploy.adapter import AdapterConfig
+from loradeploy.lora.inject import Injection, inject
+from loradeploy.train.data.features import Collator
+from loradeploy.train.fusion import modules
+from loradeploy.train.fusion.modules import fuse
+from loradeploy.train.tasks.losses import causal_lm_loss
+from tests.tolerances import tolerance
+
+SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 99}
+WIDE = {**SMALL, "intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8}
+
+# The number of fused modules: norms and MLPs.
+FUSED: dict[str, tuple[PreTrainedConfig, int]] = {
+    "llama": (LlamaConfig(**WIDE), 5 + 2),
+    "qwen3-norms-of-heads": (Qwen3Config(**WIDE), 9 + 2),
+    "gemma3-weights-from-1-and-gelu": (Gemma3TextConfig(**WIDE, eos_token_id=1), 13 + 0),
+    "gpt2-layer-norms": (
+        GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=99, eos_token_id=1),
+        0,
+    ),
+}
+
+
+def injected(config: PreTrainedConfig, *, fused: int | None) -> Injection:
+    """Return a model with an adapter; `fused`: the number of modules to be fused."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=0.1, std=0.15)
+    if fused is not None:
+        assert fuse(model) == fused
+    injection = inject(model, AdapterConfig(r=4, target_modules="all-linear"))
+    for layer in injection.layers.values():
+        torch.nn.init.normal_(layer.lora_B, std=0.05)
+    return injection
+
+
+def loss_and_gradients(injection: Injection) -> tuple[Tensor, list[Tensor]]:
+    ids = torch.randint(2, 99, (7,), generator=torch.Generator().manual_seed(1)).tolist()
+    loss = causal_lm_loss(injection.model, Collator(0)([{"input_ids": ids, "labels": ids}]))
+    return loss.total, list(torch.autograd.grad(loss.total, injection.parameters()))
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_a_fused_model_has_the_loss_and_gradients_of_the_original(name: str) -> None:
+    config, count = FUSED[name]
+    original, original_slopes = loss_and_gradients(injected(config, fused=None))
+    fused, slopes = loss_and_gradients(injected(config, fused=count))
+    torch.testing.assert_close(fused, original, atol=0, rtol=tolerance("same-torch"))
+    assert any(bool(slope.any()) for slope in slopes)
+    for one, other in zip(slopes, original_slopes, strict=True):
+        limit = tolerance("same-torch") * max(1.0, float(other.abs().max()))
+        torch.testing.assert_close(one, other, atol=limit, rtol=1e-4)
+
+
+class Norm(nn.Module):
+    """An RMSNorm of which one detail differs."""
+
+    def __init__(self, detail: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((8,), 0.5))
+        self.eps = 1e-3
+        self.detail = detail
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.detail == "centered":
+            x = x - x.mean(-1, keepdim=True)
+        epsilon = self.eps * (10 if self.detail == "another epsilon" else 1)
+        y = self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon)
+        return nn.functional.dropout(y, 0.5, self.training and self.detail == "dropout")
+
+
+class Gated(nn.Module):
+    """A gated MLP of which one detail differs."""
+
+    def __init__(self, detail: str) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(8, 12), nn.Linear(8, 12)
+        self.down_proj = nn.Linear(12, 8)
+        self.detail = detail
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if self.detail == "clamped":
+            gate = gate.clamp(max=7.0)
+        act = nn.functional.gelu if self.detail == "gelu" else nn.functional.silu
+        return self.down_proj(act(gate) * up)
+
+
+@pytest.mark.parametrize("detail", ["centered", "another epsilon", "dropout"])
+def test_a_norm_that_computes_something_else_is_not_fused(detail: str) -> None:
+    assert modules._norm(Norm("")) is not None
+    assert modules._norm(Norm(detail)) is None
+
+
+@pytest.mark.parametrize("detail", ["clamped", "gelu"])
+def test_an_mlp_that_computes_something_else_is_not_fused(detail: str) -> None:
+    torch.manual_seed(0)
+    assert modules._gated_mlp(Gated("")) is not None
+    assert modules._gated_mlp(Gated(detail)) is None
+
+
+def test_a_norm_that_is_trained_gets_its_gradient() -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**WIDE)).eval()
+    fuse(model)
+    config = AdapterConfig(r=4, target_modules="all-linear", modules_to_save=("norm",))
+    injection = inject(model, config)
+    _, slopes = loss_and_gradients(injection)
+    saved = [slopes[-1]] if injection.saved else []
+    assert saved and bool(saved[0].any())
+
+
+def test_a_module_keeps_its_mode() -> None:
+    norm = Norm("").eval()
+    assert modules._norm(norm) is not None
+    assert not norm.training
