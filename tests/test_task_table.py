@@ -179,7 +179,7 @@ def test_a_vision_tower_is_neither_run_nor_served_and_the_refusal_names_what_run
     from loradeploy.serve.settings import ServeLimits
 
     session: Any = SimpleNamespace(path="tower", manifest=SimpleNamespace(task="vision-tower"))
-    with pytest.raises(UsageError, match="cannot run: use ImageTextGenerator with the bundle of"):
+    with pytest.raises(UsageError, match="cannot run alone: give the bundle of the decoder"):
         _runner(session)
     with pytest.raises(UsageError, match="is not served, .*: run it with ImageTextGenerator"):
         Service(session, limits=ServeLimits())

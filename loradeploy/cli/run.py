@@ -30,6 +30,7 @@ from loradeploy.cli.answers.encoders import (
     tag,
 )
 from loradeploy.cli.answers.generating import generate, generation_flags, given_settings
+from loradeploy.cli.answers.vision import shown_images
 from loradeploy.cli.console import (
     GivenPath,
     capture_option,
@@ -65,8 +66,21 @@ if TYPE_CHECKING:
     "file",
     type=GivenPath(),
     help="Read prompts from this file: one per line, or JSONL objects with prompt, messages, text"
-    " (and text_pair) or audio, optionally with adapter and settings such as temperature or stop. -"
-    " is standard input, which is JSONL if it begins with an object.",
+    " (and text_pair) or audio, optionally with images, adapter and settings such as temperature or"
+    " stop. - is standard input, which is JSONL if it begins with an object.",
+)
+@click.option(
+    "--vision",
+    type=GivenPath(),
+    help="The bundle of the vision tower of a vision-language model, whose decoder BUNDLE is.",
+)
+@click.option(
+    "--image",
+    "images",
+    type=GivenPath(),
+    multiple=True,
+    help="With --vision, an image for PROMPT. Repeat for more. With --chat, the images come before"
+    " the text; otherwise PROMPT contains the model's placeholder for each, such as <image>.",
 )
 @click.option(
     "--adapter",
@@ -148,6 +162,8 @@ def command(
     bundle: str,
     prompt: str | None,
     file: str | None,
+    vision: str | None,
+    images: tuple[str, ...],
     adapter: str | None,
     batch_size: int,
     provider: str,
@@ -171,7 +187,8 @@ def command(
 
     Decoders print text as it is generated; classifiers print labels with their scores, or numbers;
     token classifiers print entities; embedding models print a vector. For speech recognizers and
-    image models, PROMPT is the path of a WAV file or an image.
+    image models, PROMPT is the path of a WAV file or an image. For vision-language models, --vision
+    is the bundle of the vision tower.
 
     With --input, each result is one line, in which a line break is written as \\n. Lines with
     different adapters and settings share batches. --json prints the unchanged texts, for decoders
@@ -201,7 +218,21 @@ def command(
     )
     options = given_settings(generation)
     prompts = [request.prompt for request in requests]
-    adapters = _load(session, [request.adapter for request in requests])
+    beside = Path() if file in (None, "-") else Path(str(file)).parent
+    asked = [request.adapter for request in requests]
+    if vision is None:
+        if images:
+            raise UsageError("--image: give --vision, the bundle of the model's vision tower")
+        adapters = _load(session, session.adapters, session.load, asked)
+    else:
+        if images and file is not None:
+            raise UsageError(
+                "--image: only with PROMPT, give the images of a file's rows as images"
+            )
+        tower = AdapterSession(vision, [provider], require_certificate=required)
+        shown = options["shown"] = shown_images(session, tower, requests, images, beside)
+        known = {**session.adapters, **tower.adapters}
+        adapters = _load(session, known, shown.generator.load, asked)
     run, kind = _runner(session)
     if run is not classify and any(isinstance(prompt, tuple) for prompt in prompts):
         raise UsageError(f"text_pair: only for sequence classifiers, {bundle} is for {kind}")
@@ -209,15 +240,15 @@ def command(
         prompts = [request.audio or request.prompt for request in requests]
     elif any(request.audio and not request.prompt for request in requests):
         raise UsageError(f"audio: only for speech recognizers, {bundle} is for {kind}")
-    images = next((request.images for request in requests if request.images), None)
-    if session.manifest.embeds and images is not None:
+    found = next((name for request in requests for name in request.images), None)
+    if vision is None and session.manifest.embeds and found is not None:
         raise UsageError(
-            f"{images}: this command only reads text, and {bundle} is the decoder of a"
-            " vision-language model: ImageTextGenerator runs it with the bundle of its vision tower"
+            f"{found}: {bundle} is the decoder of a vision-language model: give --vision, the"
+            " bundle of its vision tower"
         )
-    if images is not None and run not in (classify_images, embed_images):
+    if vision is None and found is not None and run not in (classify_images, embed_images):
         raise UsageError(
-            f"{images}: {bundle} is a {kind} bundle, which takes no images: leave the field out"
+            f"{found}: {bundle} is a {kind} bundle, which takes no images: leave the field out"
         )
     if run not in (generate, transcribe) and options:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in options)
@@ -246,7 +277,7 @@ def command(
             raise UsageError(
                 f"{file}: audio files have no settings of their own: give them as flags"
             )
-        options["beside"] = Path() if file in (None, "-") else Path(str(file)).parent
+        options["beside"] = beside
     run(session, prompts, adapters, batch_size, Printer(as_json, one=file is None), **options)
 
 
@@ -282,10 +313,10 @@ def _runner(session: AdapterSession) -> tuple[Callable[..., None], str]:
     """Return the function that runs a bundle and prints the results, and the bundle's task."""
     task = session.manifest.task
     if task not in _TASKS:
-        pair = "ImageTextGenerator with the bundle of the decoder, or "
+        pair = "give the bundle of the decoder, and this one as --vision, or "
         raise UsageError(
-            f"{session.path} is a {task} bundle, which this command cannot run: use"
-            f" {pair if task == VISION_TOWER else ''}AdapterSession.run"
+            f"{session.path} is a {task} bundle, which this command cannot run alone:"
+            f" {pair if task == VISION_TOWER else ''}use AdapterSession.run"
         )
     if session.manifest.encoder is not None:
         from loradeploy.runtime.tasks.speech import takes_audio
@@ -295,15 +326,32 @@ def _runner(session: AdapterSession) -> tuple[Callable[..., None], str]:
     return _TASKS[task], task
 
 
-def _load(session: AdapterSession, asked: Sequence[AdapterSpec | None]) -> list[AdapterSpec | None]:
-    """Return the requested adapters by name in the session; paths are loaded, in blends too."""
+def _load(
+    session: AdapterSession,
+    known: Collection[str],
+    load: Callable[[str, Path], object],
+    asked: Sequence[AdapterSpec | None],
+) -> list[AdapterSpec | None]:
+    """Return the requested adapters by name in the session; paths are loaded, in blends too.
+
+    `known`: the names of adapters. `load`: loads a path as a name.
+    """
     given = dict.fromkeys(
         adapter
         for spec in asked
         if spec is not None
         for adapter in ((spec,) if isinstance(spec, str) else spec)
     )
-    names = {adapter: _name(session, adapter, given) for adapter in given}
+    names: dict[str, str] = {}
+    for adapter in given:
+        names[adapter] = adapter
+        if adapter not in known:
+            place = _place(session, known, adapter)
+            # The name of a path is its last part; if that is ambiguous, it is the path.
+            name = resolved(place).stem if place.is_file() else resolved(place).name
+            taken = (*known, *given, *names.values())
+            names[adapter] = adapter if name in taken else name
+            load(names[adapter], place)
     return [
         None
         if spec is None
@@ -314,25 +362,15 @@ def _load(session: AdapterSession, asked: Sequence[AdapterSpec | None]) -> list[
     ]
 
 
-def _name(session: AdapterSession, adapter: str, given: Collection[str]) -> str:
-    """Return the session's name of an adapter that is given as a name or a path, and load a path.
-
-    The name of a path is its last part; if that is ambiguous, it is the path. `given`: all names
-    and paths that are requested.
-    """
-    if adapter in session.adapters:
-        return adapter
+def _place(session: AdapterSession, known: Collection[str], adapter: str) -> Path:
+    """The path of an adapter that is not known by name."""
     place = Path(adapter)
     if not adapter or not place.exists():
-        known = listed_names(session.adapters)
         raise UnknownAdapterError(
-            f"{adapter!r} is neither an adapter of {session.path}, which has {known},"
-            " nor a directory"
+            f"{adapter!r} is neither an adapter of {session.path}, which has"
+            f" {listed_names(known)}, nor a directory"
         )
-    name = resolved(place).stem if place.is_file() else resolved(place).name
-    name = adapter if name in session.adapters or name in given else name
-    session.load(name, place)
-    return name
+    return place
 
 
 def _read(name: str, adapter: str | None) -> list[InputPrompt]:

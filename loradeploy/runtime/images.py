@@ -19,7 +19,7 @@ from loradeploy.runtime.session import AdapterSession
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from loradeploy.bundle.image.pixels import GivenImage
+    from loradeploy.bundle.image.opening import GivenImage
 
 
 @dataclass(frozen=True)

@@ -51,14 +51,14 @@ class InputPrompt:
     `prompt`: a text, a pair of texts, or a conversation as a list of messages. `settings`: this
     prompt's own generation settings, by the names in `GenerationOptions`, and `seed`.
     `audio`: the path of an audio file, which a speech recognizer takes instead of a prompt.
-    `images`: the name of the object's field with images or videos, which are not read here.
+    `images`: the object's fields with images or videos, by their names.
     """
 
     prompt: str | tuple[str, str] | list[Any]
     adapter: AdapterSpec | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     audio: str | None = None
-    images: str | None = None
+    images: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_requests(
@@ -81,8 +81,8 @@ def parse_requests(
     """The prompts in `content`, one per line; blank lines are skipped.
 
     With `as_json`, each line is a JSON string or an object with `prompt`, `messages`, `text` or
-    `audio` (a path). An object may also have `text_pair` beside `text`, `adapter` instead of the
-    argument `adapter`, and generation settings.
+    `audio` (a path). An object may also have `text_pair` beside `text`, `images` (paths), `adapter`
+    instead of the argument `adapter`, and generation settings.
     `source`: the name of the content in messages.
 
     Raises:
@@ -133,7 +133,7 @@ def request_of(
         raise DataError(f"{where}: adapter is an empty text: give a name, or null for the base")
     if (pair := values.get("text_pair")) is None:
         sound = audio if isinstance(audio, str) and audio else None
-        images = next((key for key in _IMAGES if values.get(key)), None)
+        images = {key: values[key] for key in _IMAGES if values.get(key)}
         return InputPrompt(values[name], named, _settings(values), sound, images)
     if name != "text" or not isinstance(pair, str):
         raise DataError(f"{where}: give a pair as two texts, text and text_pair")

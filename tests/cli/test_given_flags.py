@@ -39,7 +39,7 @@ ELSEWHERE = {
     "train": {"as_json", "print_config", "dry_run", "config"},
     "export": {"as_json"},
     "parity": {"as_json"},
-    "run": {"as_json", "file", "adapter", "score"}
+    "run": {"as_json", "file", "adapter", "score", "vision", "images"}
     | {
         "prompt_name",
         "threshold",

@@ -26,6 +26,7 @@ from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.classification import TextClassifier
 from loradeploy.runtime.tasks.embedding import TextEmbedder
 from loradeploy.runtime.tasks.generation import TextGenerator
+from loradeploy.runtime.tasks.image_text import ImageTextGenerator
 from loradeploy.runtime.tasks.speech import SpeechRecognizer
 from loradeploy.runtime.tasks.tokens import TokenClassifier
 from loradeploy.runtime.timing import time_bundle
@@ -116,10 +117,10 @@ FUNCTIONS: dict[str, tuple[tuple[Callable[..., object], ...], set[str]]] = {
         (
             *(AdapterSession, TextGenerator.generate, GenerationOptions, TextEmbedder.__call__),
             *(TextClassifier.__call__, TokenClassifier.__call__),
-            SpeechRecognizer.transcribe,
+            *(SpeechRecognizer.transcribe, ImageTextGenerator.generate),
         ),
         {"prompt", "file", "adapter", "provider", "certificate_minimum", "certificate_key"}
-        | {"score", "ignore_label"},
+        | {"score", "ignore_label", "vision"},
     ),
     "bench": ((AdapterSession, time_bundle), {"adapters", "provider"}),
     "serve": (

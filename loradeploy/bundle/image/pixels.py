@@ -6,7 +6,6 @@ RGB, resize, center crop, rescale, normalize. Settings for other steps are refus
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,38 +13,22 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from loradeploy.bundle.image.opening import opened
 from loradeploy.bundle.names import PREPROCESSOR_NAME, PROCESSOR_NAME
-from loradeploy.errors import (
-    BundleError,
-    DataError,
-    LoraDeployError,
-    MissingDependencyError,
-    UsageError,
-    first_line,
-    shown,
-)
-from loradeploy.files import check_file, read_json
+from loradeploy.errors import BundleError, DataError, shown
+from loradeploy.files import read_json
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL.Image import Image
 
-    # A file, an image of Pillow, or uint8 [height, width, 3].
-    GivenImage = str | os.PathLike[str] | Image | NDArray[np.uint8]
+    from loradeploy.bundle.image.opening import GivenImage
 
 _NESTED: Final = "image_processor"
 _DONE: Final = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
 _SCALE: Final = 1 / 255
 _FILTERS: Final = range(6)  # Pillow's numbers of resampling filters
 _LARGEST: Final = 4096  # pixels of a side
-# Pillow's modes with up to 8 bits per channel. `convert("RGB")` clips others, such as I;16, at 255.
-_MODES: Final = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
-# Advice for other modes: how to convert their values to 8 bits.
-_TO_BYTES: Final = dict.fromkeys(
-    ("I;16", "I;16L", "I;16B", "I;16N"),
-    "convert it, such as with Image.fromarray((numpy.asarray(image) >> 8).astype('uint8'))",
-)
-_SCALED: Final = "scale its values to 0 to 255 and store them as uint8"
 
 
 @dataclass(frozen=True)
@@ -73,8 +56,11 @@ class PixelSettings:
                 smaller than the crop.
             MissingDependencyError: Pillow is not installed.
         """
-        image = _resized(_opened(given, where), self.size, self.resample)
-        pixels = np.asarray(image)  # uint8 [height, width, 3]
+        return self.values_of(opened(given, where), where)
+
+    def values_of(self, image: Image, where: str) -> NDArray[np.float32]:
+        """Like `values`, of an image that was opened as RGB."""
+        pixels = np.asarray(_resized(image, self.size, self.resample))  # uint8 [height, width, 3]
         if self.crop is not None:
             pixels = _cropped(pixels, self.crop, where)
         scaled = (pixels.astype(np.float64) * self.scale).astype(np.float32)
@@ -88,19 +74,39 @@ def pixel_settings(directory: Path) -> PixelSettings | None:
     Raises:
         BundleError: a value is missing or out of range, or the processor has other steps.
     """
-    file = directory / PREPROCESSOR_NAME
-    values: Any = read_json(file, error=BundleError) if file.is_file() else None
-    if values is None and (directory / PROCESSOR_NAME).is_file():
-        file = directory / PROCESSOR_NAME
-        values = read_json(file, error=BundleError).get(_NESTED)
-    if values is None:
-        return None
-    if not isinstance(values, Mapping):
-        raise BundleError(f"{file}: {_NESTED} is not an object")
-    return _settings(values, file)
+    found = processor_values(directory)
+    return None if found is None else settings_of(*found)
 
 
-def _settings(values: Mapping[str, Any], file: Path) -> PixelSettings:
+def processor_values(directory: Path) -> tuple[Mapping[str, Any], Path] | None:
+    """The image processor's values in a directory, and their file; None if it has none.
+
+    Like transformers, those within processor_config.json take precedence.
+
+    Raises:
+        BundleError: a file cannot be read, or has no object.
+    """
+    for name in (PROCESSOR_NAME, PREPROCESSOR_NAME):
+        file = directory / name
+        if not file.is_file():
+            continue
+        values: Any = read_json(file, error=BundleError)
+        if name == PROCESSOR_NAME:
+            values = values.get(_NESTED)
+        if values is None:
+            continue
+        if not isinstance(values, Mapping):
+            raise BundleError(f"{file}: {_NESTED} is not an object")
+        return values, file
+    return None
+
+
+def settings_of(values: Mapping[str, Any], file: Path) -> PixelSettings:
+    """The settings by an image processor's `values`, which were read from `file`.
+
+    Raises:
+        BundleError: a value is missing or out of range, or the processor has other steps.
+    """
     more = [key for key in values if key.startswith("do_") and values[key] and key not in _DONE]
     more += [key for key in ("crop_pct", "size_divisor") if values.get(key) is not None]
     if more:
@@ -112,16 +118,15 @@ def _settings(values: Mapping[str, Any], file: Path) -> PixelSettings:
     if crops is None and values.get("crop_size") is not None:
         raise BundleError(f"{file} has a crop_size, and no do_center_crop: set it to true or false")
     size: tuple[int, int] | int | None = None
+    resample = 2
     if values.get("do_resize", True) is not False:
         size = _size(values.get("size"), file, crops=bool(crops))
-    resample = values.get("resample")
-    if size is not None and (type(resample) is not int or resample not in _FILTERS):
-        raise BundleError(f"{file}: resample is {shown(resample)}, expected a number from 0 to 5")
+        resample = filter_of(values, file)
     crop = None
     if crops:
         found = values.get("crop_size")
-        crop = (found, found) if type(found) is int else _height_width(found)
-        if crop is None or not all(_is_side(side) for side in crop):
+        crop = (found, found) if type(found) is int else height_width(found)
+        if crop is None or not all(map(is_side, crop)):
             raise BundleError(f"{file}: crop_size is {shown(found)}: give height and width")
     scale = 1.0
     if values.get("do_rescale", True) is not False:
@@ -132,17 +137,29 @@ def _settings(values: Mapping[str, Any], file: Path) -> PixelSettings:
         std = _channels(values.get("image_std"), "image_std", file)
         if not all(std):
             raise BundleError(f"{file}: image_std is {shown(std)}, expected numbers other than 0")
-    return PixelSettings(size, resample if type(resample) is int else 2, crop, scale, mean, std)
+    return PixelSettings(size, resample, crop, scale, mean, std)
+
+
+def filter_of(values: Mapping[str, Any], file: Path) -> int:
+    """Pillow's number of the resampling filter.
+
+    Raises:
+        BundleError: it is missing or out of range.
+    """
+    resample = values.get("resample")
+    if type(resample) is not int or resample not in _FILTERS:
+        raise BundleError(f"{file}: resample is {shown(resample)}, expected a number from 0 to 5")
+    return resample
 
 
 def _size(given: Any, file: Path, *, crops: bool) -> tuple[int, int] | int:
-    found: tuple[Any, Any] | int | None = _height_width(given)
+    found: tuple[Any, Any] | int | None = height_width(given)
     if type(given) is int and not crops:
         found = (given, given)
     if isinstance(given, Mapping) and set(given) == {"shortest_edge"}:
         found = given["shortest_edge"]
     sides = found if isinstance(found, tuple) else (found,)
-    if not all(_is_side(side) for side in sides):
+    if not all(map(is_side, sides)):
         raise BundleError(
             f"{file}: size is {shown(given)}: give height and width, or shortest_edge, from 1 to"
             f" {_LARGEST}"
@@ -151,13 +168,15 @@ def _size(given: Any, file: Path, *, crops: bool) -> tuple[int, int] | int:
     return found
 
 
-def _height_width(given: Any) -> tuple[Any, Any] | None:
+def height_width(given: Any) -> tuple[Any, Any] | None:
+    """The values of an object with exactly height and width; None for another one."""
     if isinstance(given, Mapping) and set(given) == {"height", "width"}:
         return given["height"], given["width"]
     return None
 
 
-def _is_side(value: Any) -> bool:
+def is_side(value: Any) -> bool:
+    """Whether a value is a length of a side in pixels, within the limit."""
     return type(value) is int and 0 < value <= _LARGEST
 
 
@@ -172,45 +191,6 @@ def _channels(value: Any, name: str, file: Path) -> tuple[float, float, float]:
         raise BundleError(f"{file}: {name} is {shown(value)}, three numbers are needed")
     red, green, blue = (_number(one, name, file) for one in value)
     return red, green, blue
-
-
-def _opened(given: GivenImage, where: str) -> Image:
-    """The image as RGB. An image file is rotated by its EXIF orientation."""
-    try:
-        from PIL import Image, ImageOps
-    except ImportError:
-        raise MissingDependencyError("images are read by Pillow: pip install pillow") from None
-    if isinstance(given, str | os.PathLike):
-        file = Path(given)
-        check_file(file, error=DataError)
-        try:
-            with Image.open(file) as opened:
-                upright = ImageOps.exif_transpose(opened)
-                upright.load()
-        except Exception as problem:  # Pillow's readers raise exceptions of many types
-            raise DataError(f"{file} cannot be read as an image: {first_line(problem)}") from None
-        _check_mode(upright, str(file), DataError)
-        return upright.convert("RGB")
-    if isinstance(given, Image.Image):
-        _check_mode(given, where, UsageError)
-        return given.convert("RGB")
-    if not isinstance(given, np.ndarray):
-        raise UsageError(f"{where} is {shown(given)}: give a path, an image of Pillow, or an array")
-    if given.dtype != np.uint8 or given.ndim != 3 or given.shape[2] != 3 or not given.size:
-        raise UsageError(
-            f"{where} is an array {given.dtype} {list(given.shape)}: give uint8 [height, width, 3]"
-        )
-    return Image.fromarray(given)
-
-
-def _check_mode(image: Image, where: str, error: type[LoraDeployError]) -> None:
-    """Raise `error` if the values of the image's mode do not fit in 8 bits."""
-    if image.mode in _MODES:
-        return
-    raise error(
-        f"{where} has the mode {image.mode}, expected one of {', '.join(_MODES)}:"
-        f" {_TO_BYTES.get(image.mode, _SCALED)}"
-    )
 
 
 def _resized(image: Image, size: tuple[int, int] | int | None, resample: int) -> Image:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 import click
@@ -13,6 +15,7 @@ from loradeploy.errors import UsageError
 if TYPE_CHECKING:
     from loradeploy.runtime.adapters.resident import AdapterSpec
     from loradeploy.runtime.session import AdapterSession
+    from loradeploy.runtime.tasks.image_text import ImageTextGenerator
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _OWN: Final = "[default: generation_config.json's]"
@@ -123,6 +126,19 @@ class Results(Protocol):
     def result(self, plain: str, values: dict[str, Any], *, several: bool = False) -> None: ...
 
 
+@dataclass(frozen=True)
+class Shown:
+    """The images of each prompt, and the generator that reads them."""
+
+    generator: ImageTextGenerator
+    images: Sequence[Sequence[Path]]
+
+
+def _images(shown: Shown | None, number: int) -> dict[str, Any]:
+    """The images of a prompt, for JSON."""
+    return {} if shown is None else {"images": list(map(str, shown.images[number]))}
+
+
 def generation_flags(command: _Command) -> _Command:
     """Add the flags of text generation to `command`."""
     for flag in reversed(_FLAGS):
@@ -161,13 +177,17 @@ def generate(
     printer: Results,
     *,
     per_prompt: Sequence[Mapping[str, Any]],
+    shown: Shown | None = None,
     **options: Any,
 ) -> None:
-    """Print the text generated for each prompt; a single text is printed while it is generated."""
+    """Print the text generated for each prompt; a single text is printed while it is generated.
+
+    `shown`: the images of a vision-language model.
+    """
     from loradeploy.runtime.tasks.generation import Generation, TextGenerator
 
     if options.pop("score", None):
-        _score(session, prompts, adapters, batch_size, printer, **options)
+        _score(session, prompts, adapters, batch_size, printer, shown, **options)
         return
     if options.get("logprobs") is not None and not printer.as_json:
         raise UsageError("--logprobs: give --json too, which prints them")
@@ -181,10 +201,14 @@ def generate(
         values = asdict(result)
         values["token_ids"] = list(result.token_ids)
         text = "" if streamed else result.text
-        printer.result(text, {"prompt": prompts[done], **values}, several=options.get("n", 1) > 1)
+        given = {"prompt": prompts[done], **_images(shown, done)}
+        printer.result(text, {**given, **values}, several=options.get("n", 1) > 1)
 
-    TextGenerator(session).generate(
-        prompts,
+    if shown is None:
+        run = partial(TextGenerator(session).generate, prompts)
+    else:
+        run = partial(shown.generator.generate, prompts, shown.images)
+    run(
         adapters,
         batch_size=batch_size,
         per_prompt=list(per_prompt) if any(per_prompt) else None,
@@ -200,6 +224,7 @@ def _score(
     adapters: Sequence[AdapterSpec | None],
     batch_size: int,
     printer: Results,
+    shown: Shown | None,
     *,
     chat: bool = False,
     logprobs: int | None = None,
@@ -210,11 +235,13 @@ def _score(
     if others:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in others)
         raise UsageError(f"--score generates nothing, and takes no {flags}")
-    scores = TextGenerator(session).score(
-        texts, adapters, chat=chat, batch_size=batch_size, logprobs=logprobs or 0
-    )
-    for text, score in zip(texts, scores, strict=True):
-        values = asdict(score)
+    if shown is None:
+        run = partial(TextGenerator(session).score, texts)
+    else:
+        run = partial(shown.generator.score, texts, shown.images)
+    scores = run(adapters, chat=chat, batch_size=batch_size, logprobs=logprobs or 0)
+    for number, (text, score) in enumerate(zip(texts, scores, strict=True)):
+        values = {**_images(shown, number), **asdict(score)}
         values["token_ids"] = list(score.token_ids)
         if logprobs is None:
             del values["logprobs"]

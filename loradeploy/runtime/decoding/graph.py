@@ -189,9 +189,9 @@ class DecoderGraph:
 
 
 def check_embeds(
-    graph: DecoderGraph, ids: Sequence[int], embeds: TokenEmbeds | None, number: int
+    graph: DecoderGraph, ids: Sequence[int], embeds: TokenEmbeds | None, what: str
 ) -> None:
-    """Raise UsageError unless a prompt has one embedding for each occurrence of their token.
+    """Raise UsageError unless the prompt `what` has one embedding for each of their token.
 
     A graph without a cache is refused: it processes prompts again at each step, when other rows may
     have ended.
@@ -208,8 +208,8 @@ def check_embeds(
     shape, places = embeds.values.shape, sum(token == embeds.token for token in ids)
     if shape != (places, sizes[0]):
         raise UsageError(
-            f"prompt {number + 1} has the token {embeds.token} {places} times, and embeddings"
+            f"{what} has the token {embeds.token} {places} times, and embeddings"
             f" {list(shape)}, expected [{places}, {sizes[0]}]"
         )
     if graph.counts_in_grids:
-        check_grids(np.equal(ids, embeds.token), embeds.grids, f"prompt {number + 1}")
+        check_grids(np.equal(ids, embeds.token), embeds.grids, what)

@@ -19,7 +19,7 @@ from loradeploy.runtime.decoding.choosing.logprobs import (
     log_softmax,
     token_logprob,
 )
-from loradeploy.runtime.decoding.graph import DecoderGraph
+from loradeploy.runtime.decoding.graph import DecoderGraph, TokenEmbeds
 from loradeploy.runtime.held import HeldAdapters
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ class TextScore:
 
     Args:
         token_ids: the text's tokens.
-        logprobs: one for each of `token_ids` but the first, which nothing precedes.
+        logprobs: one for each of `token_ids` but the first, which nothing precedes, and those of
+            images, which are no text.
         logprob: their sum, the natural logarithm of the text's probability after its first token.
         adapter: the adapter of the score.
     """
@@ -84,27 +85,41 @@ def scores_of(
         vocabulary = vocabulary_of_row(held.resident(row), graph.session.manifest)
         own = values[row, mask[row] == 1, :vocabulary]
         check_logits(own, f"text {numbers[row] + 1}")
-        results.append(_score(own, text, adapter, tokenizer, most))
+        embeds = None if graph.embeds is None else graph.embeds[row]
+        scored = [place for place in range(1, len(text)) if not _replaced(text[place], embeds)]
+        if not scored:
+            raise UsageError(
+                f"text {numbers[row] + 1} has only tokens of images after its first token"
+            )
+        tokens = [text[place] for place in scored]
+        # [scored tokens, vocabulary]; a view if all tokens are scored, because it is large
+        before = own[:-1] if len(scored) == len(text) - 1 else own[np.array(scored) - 1]
+        results.append(_score(before, text, tokens, adapter, tokenizer, most))
     return results
+
+
+def _replaced(token: int, embeds: TokenEmbeds | None) -> bool:
+    return embeds is not None and token == embeds.token
 
 
 def _score(
     logits: NDArray[Any],
     text: Sequence[int],
+    tokens: Sequence[int],
     adapter: AdapterSpec | None,
     tokenizer: Tokenizer,
     most: int,
 ) -> TextScore:
-    """The score of one text, by its logits [tokens, vocabulary]."""
+    """The score of a text by `logits` [tokens, vocabulary], those before each of `tokens`."""
     if most:
         logprobs = tuple(
             token_logprob(values, token, most, tokenizer)
-            for values, token in zip(logits, text[1:], strict=False)
+            for values, token in zip(logits, tokens, strict=True)
         )
     else:
-        found = log_softmax(logits[:-1])[np.arange(len(text) - 1), np.array(text[1:])]
+        found = log_softmax(logits)[np.arange(len(tokens)), np.array(tokens)]
         logprobs = tuple(
             TokenLogprob(token, tokenizer.decode([token]), float(value))
-            for token, value in zip(text[1:], found, strict=True)
+            for token, value in zip(tokens, found, strict=True)
         )
     return TextScore(tuple(text), logprobs, sum(part.logprob for part in logprobs), adapter)

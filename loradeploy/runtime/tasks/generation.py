@@ -12,7 +12,7 @@ from loradeploy.errors import UsageError, listed_names
 from loradeploy.runtime.adapters.resident import AdapterSpec
 from loradeploy.runtime.arguments import Adapters, check_count, each_row
 from loradeploy.runtime.decoding.asking.batches import batches
-from loradeploy.runtime.decoding.asking.calls import Call, Prompt, listed
+from loradeploy.runtime.decoding.asking.calls import Call, Prompt, check_one_each, listed
 from loradeploy.runtime.decoding.asking.reading import PromptReader, ReadText
 from loradeploy.runtime.decoding.asking.requests import Request, read_request
 from loradeploy.runtime.decoding.caches.memory import check_memory
@@ -146,6 +146,11 @@ class TextGenerator:
             BudgetError: a batch that needs more memory than is available.
         """
         call = Call.of(prompts, adapters, seed, chat, batch_size, per_prompt, options, embeds)
+        return self._results(call, on_text, on_result)
+
+    def _results(
+        self, call: Call, on_text: OnText | None, on_result: OnResult | None
+    ) -> list[Generation]:
         results: dict[int, Generation] = {}
         reported = 0
         for piece in self._decode(call, set()):
@@ -209,11 +214,12 @@ class TextGenerator:
         chat: bool = False,
         batch_size: int | None = None,
         logprobs: int = 0,
+        embeds: Sequence[TokenEmbeds | None] | None = None,
     ) -> list[TextScore]:
         """The log-probability of every token of each text, given the tokens before it.
 
-        `texts` are as the prompts of `generate`. `logprobs`: this many most likely tokens are
-        given for each position.
+        `texts` and `embeds` are as in `generate`; tokens that are replaced by embeddings have no
+        probability. `logprobs`: this many most likely tokens are given for each position.
 
         Raises:
             UsageError: no texts, one of fewer than two tokens or of more than the model has
@@ -227,6 +233,7 @@ class TextGenerator:
             )
         given = listed(texts, "texts")
         each = each_row(adapters, len(given))
+        replaced = check_one_each(embeds, len(given), "texts")
         if batch_size is not None:
             check_count("batch_size", batch_size)
         GenerationOptions(logprobs=logprobs)
@@ -240,6 +247,7 @@ class TextGenerator:
                     " has no probability"
                 )
             self._reader.check_length(len(text.ids), 0, what)
+            check_embeds(self._graph, text.ids, replaced[number], what)
             return text
 
         results: dict[int, TextScore] = {}
@@ -249,7 +257,7 @@ class TextGenerator:
             ones, none = [1] * len(together), [0] * len(together)
             check_memory(self.session, self._budget, lengths, ones, none)
             found = scores_of(
-                self._graph,
+                self._graph.with_embeds([replaced[text.number] for text in together]),
                 held,
                 [text.ids for text in together],
                 [text.adapter for text in together],
@@ -272,7 +280,7 @@ class TextGenerator:
 
         def read(number: int) -> Request:
             request = read_request(self._reader, call, number, self._target)
-            check_embeds(self._graph, request.ids, call.embeds[number], number)
+            check_embeds(self._graph, request.ids, call.embeds[number], f"prompt {number + 1}")
             return request
 
         requests = [read(number) for number in range(len(call.prompts))]

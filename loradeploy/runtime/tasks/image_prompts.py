@@ -4,10 +4,11 @@ Most models have one token for an image, which is repeated, between other tokens
 
     <image>          ->   <fake_token_around_image><global-img><image><image>…<fake_token…>
 
-For Gemma 3 this is done in the text, because newlines merge with adjacent ones into other tokens,
-so that it cannot be done with tokens:
+For Gemma 3 and for images that are split into tiles this is done in the text, because newlines
+merge with adjacent ones into other tokens, so that it cannot be done with tokens:
 
     "A <boi> b"      ->   "A \\n\\n<boi>, all of the image's tokens, <eoi>\\n\\n b"
+    "A <image> b"    ->   "A <fake…><row_1_col_1><image>…\\n\\n<fake…><global-img><image>…<fake…> b"
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from typing import Any, Final
 from loradeploy.errors import BundleError, UsageError
 
 Surround = tuple[tuple[str, ...], tuple[str, ...]]
+Tiles = tuple[int, int]  # rows and columns of an image's tiles; (0, 0) if it is not split
 
-_AROUND: Final = (("<fake_token_around_image>", "<global-img>"), ("<fake_token_around_image>",))
+_FAKE: Final = "<fake_token_around_image>"
+_AROUND: Final = ((_FAKE, "<global-img>"), (_FAKE,))
 # Tokens before and after those of an image that is not split, by model type.
 _SURROUNDS: Final[Mapping[str, Surround]] = {
     "llava": ((), ()),
@@ -87,12 +90,13 @@ class _Written:
 class ImagePrompts:
     """How images are inserted into a decoder's prompts.
 
-    `token`: the token of an image. `vocabulary`: the tokenizer's. `where`: the decoder's path, for
-    messages.
+    `token`: the token of an image. `vocabulary`: the tokenizer's. `count`: tokens per image or
+    tile, if fixed, otherwise 0. `where`: the decoder's path, for messages.
     """
 
     token: int
     vocabulary: Mapping[str, int]
+    count: int
     where: Path
     _written: _Written | None
     _surround: Surround | None
@@ -106,24 +110,57 @@ class ImagePrompts:
         count: int,
         where: Path,
     ) -> ImagePrompts:
-        """The rules of a model, by its config.json; `count`: tokens per image, if fixed.
+        """The rules of a model, by its config.json; `count`: tokens per image or tile, if fixed.
 
         Raises:
             BundleError: the configuration or the vocabulary lacks a required token.
         """
         written = _Written.of(config, vocabulary, count)
         surround = _SURROUNDS.get(str(config.get("model_type")))
-        return cls(token, vocabulary, where, written, surround)
+        return cls(token, vocabulary, count, where, written, surround)
 
-    def write(self, text: str) -> str:
-        """Replace each image's placeholder in `text`, unless it already has the images' tokens."""
+    @property
+    def placeholder(self) -> str:
+        """The text that marks the place of an image in a prompt."""
+        if self._written is not None:
+            return self._written.placeholder
+        return next((word for word, index in self.vocabulary.items() if index == self.token), "")
+
+    def write(self, text: str, images: Sequence[Tiles] = ()) -> str:
+        """Replace each image's placeholder in `text`, unless it already has the images' tokens.
+
+        `images`: the tiles of each image. Images that are not split are inserted by `expanded`, for
+        models with one token for an image.
+        """
         written = self._written
-        if written is None or written.token in text:
+        if written is not None:
+            if written.token in text:
+                return text
+            return text.replace(written.placeholder, written.whole)
+        if not any(map(any, images)) or text.count(self.placeholder) != len(images):
             return text
-        return text.replace(written.placeholder, written.whole)
+        first, *others = text.split(self.placeholder)
+        pairs = zip(images, others, strict=True)
+        return first + "".join(self._tiled(*tiles) + after for tiles, after in pairs)
+
+    def _tiled(self, rows: int, columns: int) -> str:
+        """The text of an image with `rows` × `columns` tiles."""
+        before, after = self._surround or ((), ())
+        tokens = self.placeholder * self.count
+        whole = "".join((*before, tokens, *after))
+        if not rows:
+            return whole
+        tiles = [
+            f"{_FAKE}<row_{row + 1}_col_{column + 1}>{tokens}" + "\n" * (column + 1 == columns)
+            for row in range(rows)
+            for column in range(columns)
+        ]
+        return "".join(tiles) + f"\n{whole}"
 
     def expanded(self, ids: list[int], features: Sequence[int], what: str) -> list[int]:
         """Repeat the image tokens of the prompt `what`, as many as its images have `features`.
+
+        Images that are split into tiles were inserted by `write`.
 
         Raises:
             UsageError: the number of image tokens is neither that of the images nor of their
@@ -135,7 +172,8 @@ class ImagePrompts:
         if count != len(features):
             raise UsageError(
                 f"{what} has {count} image tokens, and {len(features)} images of together {needed}"
-                " features: give one token for each image, or one for each feature"
+                f" features: give {self.placeholder} once for each image (`chat` adds it), or one"
+                " token for each feature"
             )
         before, after = self._around()
         made: list[int] = []

@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-from collections.abc import Sequence
-from dataclasses import replace
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from loradeploy.adapter.files.peft import load_adapter
 from loradeploy.adapter.fitting.parts import has_part
 from loradeploy.adapter.modules.renamings import renamings
-from loradeploy.adapter.tasks import CAUSAL_LM, VISION_TOWER
 from loradeploy.bundle.fitting.fit import fit_to
-from loradeploy.bundle.model_config import model_config
-from loradeploy.bundle.names import CONFIG_NAME, IMAGE_FEATURES, PIXEL_VALUES
-from loradeploy.errors import BundleError, UsageError, shown
-from loradeploy.runtime.arguments import Adapters, check_count, each_row
-from loradeploy.runtime.decoding.asking.calls import Prompt, listed
-from loradeploy.runtime.decoding.asking.reading import PromptReader
-from loradeploy.runtime.decoding.graph import TokenEmbeds
-from loradeploy.runtime.tasks.generation import Generation, TextGenerator
-from loradeploy.runtime.tasks.image_grids import ImageSizes
-from loradeploy.runtime.tasks.image_parts import ImageParts
-from loradeploy.runtime.tasks.image_prompts import ImagePrompts
+from loradeploy.runtime.arguments import Adapters
+from loradeploy.runtime.decoding.asking.calls import Call, Prompt
+from loradeploy.runtime.decoding.scoring import TextScore
+from loradeploy.runtime.tasks.generation import Generation, OnResult, OnText, TextGenerator
+from loradeploy.runtime.tasks.image_reading import ImagePromptReader, ReadPrompts
+from loradeploy.runtime.tasks.streaming import TextPiece, TextStream
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
     from typing_extensions import Unpack
 
@@ -36,8 +29,8 @@ if TYPE_CHECKING:
     from loradeploy.bundle.manifest import Manifest
     from loradeploy.runtime.decoding.choosing.options import GenerationFlags
     from loradeploy.runtime.session import AdapterSession
-
-_TOKENS: Final = ("image_token_id", "image_token_index")  # in config.json
+    from loradeploy.runtime.tasks.async_streaming import AsyncTextStream
+    from loradeploy.runtime.tasks.image_reading import ShownImage
 
 
 def _has_part(adapter: Adapter, manifest: Manifest) -> bool:
@@ -65,29 +58,10 @@ class ImageTextGenerator:
         *,
         cache_budget: int | None = None,
     ) -> None:
-        for session, task in ((decoder, CAUSAL_LM), (tower, VISION_TOWER)):
-            if session.manifest.task != task:
-                raise UsageError(f"{session.path} is a {session.manifest.task} bundle, no {task}")
-        if not decoder.manifest.embeds:
-            raise UsageError(f"{decoder.path} only takes text, no images")
-        if decoder.manifest.base.digest != tower.manifest.base.digest:
-            raise UsageError(
-                f"{decoder.path} and {tower.path} are of two models: export both of one checkpoint"
-            )
-        self._parts = ImageParts(decoder, tower)
-        config = model_config(decoder.path)
-        token = next((config[name] for name in _TOKENS if name in config), None)
-        if not isinstance(token, int):
-            raise BundleError(f"{decoder.path / CONFIG_NAME} has no {_TOKENS[0]}")
+        self.reader = ImagePromptReader(decoder, tower)
         self.decoder, self.tower = decoder, tower
-        self.image_token = token
-        self._video_token = config.get("video_token_id")
-        self._sizes = ImageSizes.of(tower)
+        self.image_token = self.reader.token
         self._text = TextGenerator(decoder, cache_budget=cache_budget)
-        words = decoder.texts.base.tokenizer.vocabulary
-        features = self._sizes.features or 0
-        self._prompts = ImagePrompts.of(config, token, words, features, decoder.path)
-        self._reader = PromptReader(decoder, self._prompts.write, images=True)
 
     def load(self, name: str, path: str | os.PathLike[str], *, replace: bool = False) -> None:
         """Load the adapter at `path` as `name` into both parts, like `AdapterSession.load`.
@@ -115,71 +89,118 @@ class ImageTextGenerator:
                 session.unload(name)
             raise
         without = next((session for session in both if session not in parts), None)
-        self._parts.loaded(name, without)
+        self.reader.parts.loaded(name, without)
 
     def generate(
         self,
         prompts: str | Sequence[Prompt],
-        images: Sequence[Sequence[NDArray[np.floating[Any]]]],
+        images: Sequence[Sequence[ShownImage]],
         adapters: Adapters = None,
         *,
+        seed: int | Sequence[int] = 0,
         chat: bool = False,
         batch_size: int = 8,
+        per_prompt: Sequence[Mapping[str, Any] | None] | None = None,
+        on_text: OnText | None = None,
+        on_result: OnResult | None = None,
         **options: Unpack[GenerationFlags],
     ) -> list[Generation]:
         """Continue each prompt. `images` has for each prompt the list of its images.
 
-        An image, or a tile of one, is float [channels, height, width]: normalized pixel values, as
-        the model's processor makes them; for Qwen-VL see `split`. A prompt contains either as many
-        image tokens as its images have features, as processors write it, or one for each image. The
-        latter is replaced by all tokens of the image and those that the processor writes around it.
-        For Gemma 3, a text or a chat contains `<start_of_image>` for each image. Adapters, by name
-        or None, and options are as in `TextGenerator.generate`.
+        An image is a path, a Pillow image, or a uint8 array [height, width, 3], which is converted
+        as by the model's processor in transformers. A float array [channels, height, width] is the
+        pixel values of an image or of one of its tiles, as that processor makes them; for Qwen-VL
+        see `split`.
+
+        A prompt contains the model's placeholder once for each image, such as `<image>`, or all
+        tokens of its images, as processors write them. With `chat`, the images come before the
+        text. Adapters are names or None; the other arguments are as in `TextGenerator.generate`.
 
         Raises:
-            UsageError: not a list of images for each prompt, images of another shape or that are
-                not normalized, image tokens that do not fit the images, an adapter that one of the
-                two parts lacks though it has something for it, a name for two adapters, and as
+            UsageError: not a list of images for each prompt, pixel values of another shape or that
+                are not normalized, image tokens that do not fit the images, an adapter that one of
+                the two parts lacks though it has something for it, a name for two adapters, and as
                 `TextGenerator.generate`.
+            DataError: a file cannot be read as an image.
+            BundleError: images other than pixel values, and a processor that is not supported.
+            MissingDependencyError: Pillow is not installed.
         """
-        check_count("batch_size", batch_size)
-        given = listed(prompts, "prompts")
-        if len(images) != len(given):
-            raise UsageError(
-                f"there are lists of images for {len(images)} of {len(given)} prompts: give one"
-                " for each, empty if it has none"
-            )
-        for number, own in enumerate(images):
-            if not isinstance(own, list | tuple | np.ndarray):
-                raise UsageError(
-                    f"the images of prompt {number + 1} are {shown(own)}: give a list, empty if it"
-                    " has none"
-                )
-        seeing = [len(own) > 0 for own in images]
-        own_names = each_row(adapters, len(given))
-        names = self._parts.names(own_names, seeing)
-        reads, sees = [of_decoder for of_decoder, _ in names], [of_tower for _, of_tower in names]
-        ids, grids = [], []
-        for number, prompt in enumerate(given):
-            what = f"prompt {number + 1}"
-            read = self._reader.read(number, prompt, reads[number], chat, what)
-            if self._video_token in read.ids:
-                raise UsageError(f"{what} has the token of a video: videos are not supported")
-            sizes = [self._sizes.checked(image, what) for image in images[number]]
-            tokens = [self._sizes.tokens(size) for size in sizes]
-            ids.append(self._prompts.expanded(read.ids, tokens, what))
-            grids.append(self._sizes.grids(sizes))
-        embeds = [
-            TokenEmbeds(self.image_token, np.concatenate(own), its) if own else None
-            for own, its in zip(self._features(images, sees, batch_size), grids, strict=True)
-        ]
-        found = self._text.generate(ids, reads, batch_size=batch_size, embeds=embeds, **options)
-        numbers = itertools.accumulate(one.choice == 0 for one in found)  # prompt numbers, from 1
-        # An adapter that only changes the tower has no name in the decoder.
-        return [
-            replace(one, adapter=own_names[number - 1])
-            for one, number in zip(found, numbers, strict=True)
-        ]
+        asked = _Asked(prompts, images, adapters, seed, chat, batch_size, per_prompt, options)
+        read, call = asked.read(self.reader)
+        named = _Named(read, call)
+
+        def show(row: int, result: Generation) -> None:
+            assert on_result is not None
+            on_result(row, named(row, result))
+
+        found = self._text._results(call, on_text, None if on_result is None else show)
+        return [named(row, result) for row, result in enumerate(found)]
+
+    def stream(
+        self,
+        prompts: str | Sequence[Prompt],
+        images: Sequence[Sequence[ShownImage]],
+        adapters: Adapters = None,
+        *,
+        seed: int | Sequence[int] = 0,
+        chat: bool = False,
+        batch_size: int = 8,
+        per_prompt: Sequence[Mapping[str, Any] | None] | None = None,
+        **options: Unpack[GenerationFlags],
+    ) -> TextStream:
+        """Like `generate`, piece by piece: `for piece in generator.stream(…)`.
+
+        Raises:
+            LoraDeployError: as `generate`, with the first piece.
+        """
+        asked = _Asked(prompts, images, adapters, seed, chat, batch_size, per_prompt, options)
+        return TextStream(lambda cancelled: self._pieces(asked, cancelled))
+
+    def astream(
+        self,
+        prompts: str | Sequence[Prompt],
+        images: Sequence[Sequence[ShownImage]],
+        adapters: Adapters = None,
+        *,
+        seed: int | Sequence[int] = 0,
+        chat: bool = False,
+        batch_size: int = 8,
+        per_prompt: Sequence[Mapping[str, Any] | None] | None = None,
+        **options: Unpack[GenerationFlags],
+    ) -> AsyncTextStream:
+        """Like `stream`, for asyncio, as `TextGenerator.astream`."""
+        from loradeploy.runtime.tasks.async_streaming import AsyncTextStream
+
+        asked = _Asked(prompts, images, adapters, seed, chat, batch_size, per_prompt, options)
+        return AsyncTextStream(lambda cancelled: self._pieces(asked, cancelled))
+
+    def score(
+        self,
+        texts: str | Sequence[Prompt],
+        images: Sequence[Sequence[ShownImage]],
+        adapters: Adapters = None,
+        *,
+        chat: bool = False,
+        batch_size: int = 8,
+        logprobs: int = 0,
+    ) -> list[TextScore]:
+        """The log-probability of every token of each text, given the tokens and images before it.
+
+        The tokens of images have no probability. Arguments are as in `generate` and
+        `TextGenerator.score`.
+
+        Raises:
+            LoraDeployError: as `generate` and `TextGenerator.score`.
+        """
+        read = self.reader.read(texts, images, adapters, chat=chat, batch_size=batch_size, new=0)
+        found = self._text.score(
+            read.ids,
+            read.adapters,
+            batch_size=batch_size,
+            logprobs=logprobs,
+            embeds=read.embeds,
+        )
+        return [replace(score, adapter=name) for score, name in zip(found, read.names, strict=True)]
 
     def split(
         self, pixel_values: NDArray[np.floating[Any]], image_grid_thw: NDArray[np.integer[Any]]
@@ -192,26 +213,53 @@ class ImageTextGenerator:
             UsageError: the tower takes no patches, the patches do not fit the grids, or a video is
                 given.
         """
-        return self._sizes.split(pixel_values, image_grid_thw)
+        return self.reader.sizes.split(pixel_values, image_grid_thw)
 
-    def _features(
-        self, images: Sequence[Sequence[Any]], names: Sequence[str | None], batch_size: int
-    ) -> list[list[NDArray[Any]]]:
-        """Run the tower on the images of each prompt: their features, [tokens, hidden] each."""
-        # Images of one size share runs.
-        alike: dict[tuple[int, ...], list[tuple[int, int]]] = {}
-        for row, own in enumerate(images):
-            for place, image in enumerate(own):
-                alike.setdefault(np.shape(image), []).append((row, place))
-        found: dict[tuple[int, int], NDArray[Any]] = {}
-        for every in alike.values():
-            for start in range(0, len(every), batch_size):
-                some = every[start : start + batch_size]
-                pixels = np.stack([images[row][place] for row, place in some])
-                (values,) = self.tower.run(
-                    [IMAGE_FEATURES],
-                    {PIXEL_VALUES: pixels.astype(self._sizes.pixels.dtype)},
-                    [names[row] for row, _ in some],
-                )
-                found.update(zip(some, values, strict=True))
-        return [[found[row, place] for place in range(len(own))] for row, own in enumerate(images)]
+    def _pieces(self, asked: _Asked, cancelled: set[int]) -> Iterator[TextPiece]:
+        read, call = asked.read(self.reader)
+        named = _Named(read, call)
+        for piece in self._text._pieces(call, cancelled):
+            if piece.result is not None:
+                piece = replace(piece, result=named(piece.row, piece.result))
+            yield piece
+
+
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """The arguments of a call."""
+
+    prompts: str | Sequence[Prompt]
+    images: Sequence[Sequence[ShownImage]]
+    adapters: Adapters
+    seed: int | Sequence[int]
+    chat: bool
+    batch_size: int
+    per_prompt: Sequence[Mapping[str, Any] | None] | None
+    options: Mapping[str, Any]
+
+    def read(self, reader: ImagePromptReader) -> tuple[ReadPrompts, Call]:
+        """The prompts with their images, and the call of the decoder."""
+        read = reader.read(
+            self.prompts, self.images, self.adapters, chat=self.chat, batch_size=self.batch_size
+        )
+        return read, Call.of(
+            read.ids,
+            read.adapters,
+            self.seed,
+            False,
+            self.batch_size,
+            self.per_prompt,
+            self.options,
+            read.embeds,
+        )
+
+
+class _Named:
+    """Sets the requested adapter of a result: one that only changes the tower is no decoder's."""
+
+    def __init__(self, read: ReadPrompts, call: Call) -> None:
+        self._names, self._firsts = read.names, call.firsts
+
+    def __call__(self, row: int, result: Generation) -> Generation:
+        prompt = bisect_right(self._firsts, row) - 1
+        return replace(result, adapter=self._names[prompt])

@@ -28,7 +28,7 @@ from loradeploy.runtime.tasks.classification import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from loradeploy.bundle.image.pixels import GivenImage
+    from loradeploy.bundle.image.opening import GivenImage
 
 # Models whose first token represents the image if they have no pooler.
 _FIRST_TOKEN: Final = ("vit", "deit")

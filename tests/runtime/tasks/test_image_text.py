@@ -159,7 +159,9 @@ def test_a_trained_projector_and_factors_give_the_text_of_the_whole_model(made: 
 def test_run_refuses_a_row_without_its_image(made: Made, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": "What is this?", "images": ["cat.png"]}))
-    with pytest.raises(UsageError, match="^images: this command only reads text.*ImageText"):
+    with pytest.raises(
+        UsageError, match="^images: .* is the decoder of a vision-lang.* give --vision"
+    ):
         call("run", made.decoder, "--input", rows, "--max-new-tokens", 2)
     rows.write_text(json.dumps({"prompt": "What is this?", "images": []}))
     call("run", made.decoder, "--input", rows, "--max-new-tokens", 2)

@@ -85,8 +85,6 @@ class Call:
         for own in seeds:
             if not isinstance(own, int | np.integer) or isinstance(own, bool) or own < 0:
                 raise UsageError(f"a seed is {shown(own)}: give a whole number of 0 or more")
-        if embeds is not None and len(embeds) != len(given):
-            raise UsageError(f"{len(embeds)} embeds for {len(given)} prompts: give one for each")
         counts = [one.n for one in each]
         return cls(
             prompts=given,
@@ -96,8 +94,19 @@ class Call:
             firsts=[0, *accumulate(counts)][:-1],
             chat=chat,
             batch_size=batch_size or len(given),
-            embeds=[None] * len(given) if embeds is None else embeds,
+            embeds=check_one_each(embeds, len(given), "prompts"),
         )
+
+
+def check_one_each(
+    embeds: Sequence[TokenEmbeds | None] | None, count: int, what: str
+) -> Sequence[TokenEmbeds | None]:
+    """The embeddings of each of `count` prompts or texts; by default None for each."""
+    if embeds is None:
+        return [None] * count
+    if len(embeds) != count:
+        raise UsageError(f"{len(embeds)} embeds for {count} {what}: give one for each")
+    return embeds
 
 
 def listed(given: str | Sequence[Prompt], what: str) -> Sequence[Prompt]:
