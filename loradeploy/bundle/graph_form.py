@@ -73,6 +73,7 @@ class GraphForm:
     `operator`: whether low-rank updates are calls that the operator's library can replace.
     `static_shapes`: the sizes of static dimensions.
     `logits_to_keep`: whether the positions that get logits can be chosen.
+    `quantize_embedding`: the token embedding is stored in 8 bits.
     `target`: the device that the bundle is for, which set the options that were not given.
     """
 
@@ -86,6 +87,7 @@ class GraphForm:
     operator: bool = False
     static_shapes: Mapping[str, int] = field(default_factory=dict)
     logits_to_keep: bool = False
+    quantize_embedding: bool = False
     target: str | None = None
 
 
@@ -96,7 +98,8 @@ class FormOption:
     `name`: the argument of `loradeploy.export`, whose flag is `flag`. `values`: the allowed values,
     if they are limited. `help`: a sentence that describes it. `default`: describes the value if
     neither the user nor the exported bundle has one. `inherited`: whether a bundle that is exported
-    again keeps it. `excludes`: options that cannot be given with it, and why.
+    again keeps it. `excludes`: options that cannot be given with it, and why. `switch`: it is on
+    if the flag is there, and has no value.
     """
 
     name: str
@@ -106,6 +109,7 @@ class FormOption:
     values: tuple[str, ...] = ()
     inherited: bool = True
     excludes: Mapping[str, str] = field(default_factory=dict)
+    switch: bool = False
 
 
 _NO_SIDE_INPUTS: Final = "a merged graph has no side inputs"
@@ -120,6 +124,7 @@ FORM_OPTIONS: Final = (
         excludes=dict.fromkeys(
             ("layout", "branches", "side_inputs", "required_inputs", "operator"), _NO_SIDE_INPUTS
         ),
+        switch=True,
     ),
     FormOption(
         "precision",
@@ -191,6 +196,15 @@ FORM_OPTIONS: Final = (
         excludes={"fixed": "with fixed sizes the logits are of all positions"},
     ),
     FormOption(
+        "quantize_embedding",
+        "--quantize-embedding",
+        "Store the token embedding of an int8 or int4 graph in 8 bits too, and once if the output"
+        " head is tied to it. Adapters that change the embedding can then only be merged in the"
+        " same export.",
+        "off",
+        switch=True,
+    ),
+    FormOption(
         "target",
         "--target",
         "The device that the bundle is for. Sets the options that are not given to what runs on"
@@ -249,6 +263,7 @@ def form_of(manifest: Manifest) -> GraphForm:
         operator=manifest.operator,
         static_shapes=dict(_static(manifest)),
         logits_to_keep=manifest.logits_to_keep,
+        quantize_embedding=manifest.quantized_embedding is not None,
         target=manifest.target,
     )
 
@@ -296,8 +311,23 @@ def check_form(asked: Mapping[str, Any]) -> None:
         ):
             if asked.get(name) == value:
                 raise UsageError(f"`{name}={value!r}` and `operator` do not go together: {reason}")
+    _check_embedding(asked)
     known = {name: value for name, value in asked.items() if value is not None}
     check_runs(asked.get("target"), known)
+
+
+def _check_embedding(asked: Mapping[str, Any]) -> None:
+    """Raise UsageError if `quantize_embedding` cannot be combined with the other options."""
+    if not asked.get("quantize_embedding"):
+        return
+    if asked.get("precision") not in (None, *PACKED_BITS):
+        raise UsageError("`quantize_embedding` is for `precision='int8'` and `precision='int4'`")
+    for kind in (EMBEDDING, TOKENS):
+        if kind in (asked.get("side_inputs") or ()):
+            raise UsageError(
+                f"`quantize_embedding` and `side_inputs=['{kind}']` do not go together: side inputs"
+                " add to an embedding that is not quantized"
+            )
 
 
 def inherit(asked: Mapping[str, Any], before: Manifest) -> dict[str, Any]:

@@ -190,6 +190,8 @@ class Manifest:
     `probabilities`: the output that is a Softmax or Sigmoid of the main output, if the graph of an
     ONNX file has one; the main output itself, if the graph of a regression ends in a Sigmoid; None
     for other bundles.
+    `quantized_embedding`: the module of the token embedding, if it is stored in 8 bits
+    (export/passes/precision/embedding.py).
     """
 
     task: str
@@ -232,6 +234,7 @@ class Manifest:
     traced: bool = False
     whole_prompts: bool = False
     probabilities: str | None = None
+    quantized_embedding: str | None = None
 
     @property
     def factors(self) -> tuple[str, ...]:

@@ -51,7 +51,7 @@ def form_options(command: Callable[..., None]) -> Callable[..., None]:
 def _form_option(option: FormOption) -> Callable[[Callable[..., None]], Callable[..., None]]:
     kept = "; a bundle that is exported again keeps its value" if option.inherited else ""
     text = f"{option.help} [default: {option.default}{kept}]"
-    if option.name == "merge":
+    if option.switch:
         return click.option(option.flag, is_flag=True, help=text)
     if "/" in option.flag:
         return click.option(option.flag, default=None, help=text)
@@ -136,6 +136,7 @@ def command(
     fixed: str | None,
     attention: str | None,
     logits_to_keep: bool | None,
+    quantize_embedding: bool,
     target: str | None,
     operator: bool | None,
     triton: str | None,
@@ -171,6 +172,7 @@ def command(
             fixed=None if fixed is None else parse_sizes(fixed),
             attention=attention,
             logits_to_keep=logits_to_keep,
+            quantize_embedding=quantize_embedding,
             target=target,
             operator=operator,
             triton=triton,

@@ -34,6 +34,7 @@ def export(
     fixed: Mapping[str, int] | None = None,
     attention: str | None = None,
     logits_to_keep: bool | None = None,
+    quantize_embedding: bool = False,
     target: str | None = None,
     operator: bool | None = None,
     trust_remote_code: bool = False,
@@ -83,6 +84,9 @@ def export(
         logits_to_keep: give a decoder the optional input `logits_to_keep` [rows, kept], the
             positions to compute logits for. On by default if the graph has side inputs and supports
             it.
+        quantize_embedding: store the token embedding of an int8 or int4 graph in 8 bits too, and
+            once if the output head is tied to it. Adapters that change the embedding can then only
+            be merged in the same export.
         target: the device that the bundle is for: "cpu", "cuda", "webgpu", "openvino" or "web".
             Sets the options that are not given to what runs on the device (see the table in
             docs/bundles.md), and refuses options that do not run there.
@@ -139,6 +143,7 @@ def export(
         "fixed": dict(fixed or {}),
         "attention": attention,
         "logits_to_keep": logits_to_keep,
+        "quantize_embedding": quantize_embedding,
         "target": target,
         "operator": operator,
     }

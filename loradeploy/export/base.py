@@ -37,6 +37,7 @@ class Options:
     fixed: Mapping[str, int] = field(default_factory=dict)
     attention: str | None = None
     logits_to_keep: bool | None = None
+    quantize_embedding: bool = False
     target: str | None = None
     operator: bool | None = None
     directories: Mapping[str, Path] = field(default_factory=dict)

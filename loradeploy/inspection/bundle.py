@@ -109,6 +109,7 @@ class BundleFacts:
     cache_in_place: bool
     logits_to_keep: bool
     padding: str | None
+    quantized_embedding: str | None = field(default=None, metadata=IF_KNOWN)
     added_tokens: str | None = field(default=None, metadata=IF_KNOWN)
     image_inputs: list[str] | None = field(default=None, metadata=IF_KNOWN)
     required_inputs: bool
@@ -165,6 +166,7 @@ def inspect_bundle(path: Path) -> BundleFacts:
         cache_in_place=manifest.cache_in_place,
         logits_to_keep=form.logits_to_keep,
         padding=manifest.padding,
+        quantized_embedding=manifest.quantized_embedding,
         added_tokens=None if added is None else f"{added.count} after the base's {added.base}",
         image_inputs=[spec.name for spec in manifest.embeds] or None,
         required_inputs=form.required_inputs,

@@ -32,6 +32,7 @@ VALUES: Mapping[str, tuple[Any, ...]] = {
     "fixed": (None, {"batch": 2, "sequence": 5, "past": 0}),
     "attention": (None, "gqa"),
     "logits_to_keep": (None, False),
+    "quantize_embedding": (False, True),
     "target": (None, "cuda", "openvino", "web"),
     "operator": (None, True),
 }
@@ -51,6 +52,11 @@ REFUSED: Mapping[tuple[str, Any, str, Any], str] = {
     **{
         ("operator", True, "target", target): "`operator=True` does not run on the device"
         for target in ("cuda", "openvino", "web")
+    },
+    ("quantize_embedding", True, "side_inputs", ("embedding",)): "do not go together",
+    **{
+        ("quantize_embedding", True, "precision", precision): "is for `precision='int8'`"
+        for precision in ("fp32", "fp16", "bf16")
     },
 }
 # CUDA computes GroupQueryAttention only in fp16.
@@ -121,6 +127,7 @@ def test_every_pair_of_options_computes_what_pytorch_computes(
         "attention": form["attention"],
         "required_inputs": form["required_inputs"],
         "logits_to_keep": form["logits_to_keep"],
+        "quantize_embedding": form["quantize_embedding"],
         "target": form["target"],
         "operator": form["operator"],
     }

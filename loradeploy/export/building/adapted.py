@@ -120,7 +120,7 @@ def with_side_inputs(
             f"the linear layers compute in {added.dtype}, the operator computes in float32: export"
             " without `operator`"
         )
-    manifest = with_quantized_weights(base, manifest)
+    manifest = with_quantized_weights(base, manifest, options)
     if (layout := options.layout or _layout(base, options)) == ROWS:
         use_row_layout(graph)
     # Branches cost no memory where weights are quantized: those are shared between them.

@@ -96,7 +96,8 @@ def merged(
         merge_error=report.error,
         requantized=base.quantized and options.requantize and base.precision in PACKED_BITS,
     )
-    return with_logits_to_keep(base, with_quantized_weights(base, manifest), options)
+    manifest = with_quantized_weights(base, manifest, options)
+    return with_logits_to_keep(base, manifest, options)
 
 
 def with_resized_vocabulary(

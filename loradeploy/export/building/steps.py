@@ -20,6 +20,7 @@ from loradeploy.bundle.manifest import (
 )
 from loradeploy.errors import (
     AdapterMismatchError,
+    ExportError,
     shortened,
 )
 from loradeploy.export.adapters.given import (
@@ -43,6 +44,7 @@ from loradeploy.export.match.operators import unreached_layers
 from loradeploy.export.match.whole.biases import separate_biases
 from loradeploy.export.match.whole.parts import find_parts
 from loradeploy.export.passes.gqa import updates_cache_in_place
+from loradeploy.export.passes.precision.embedding import quantize_embedding
 from loradeploy.export.passes.precision.quantize import quantize
 from loradeploy.export.passes.tokens.kept_logits import add_logits_to_keep, logits_to_keep_problem
 from loradeploy.export.passes.tokens.vocabulary import vocabulary_in
@@ -155,6 +157,7 @@ def base_manifest(base: Base, mode: Any) -> Manifest:
         tower=base.tower,
         traced=base.traced,
         probabilities=base.probabilities,
+        quantized_embedding=None if base.before is None else base.before.quantized_embedding,
     )
 
 
@@ -165,10 +168,20 @@ def encoder_part(base: Base) -> EncoderGraph | None:
     return encoder_of(required_inputs(base.graph), outputs(base.graph))
 
 
-def with_quantized_weights(base: Base, manifest: Manifest) -> Manifest:
-    """Quantize the weights if the precision requires it; return the manifest."""
+def with_quantized_weights(base: Base, manifest: Manifest, options: Options) -> Manifest:
+    """Quantize the weights if the precision requires it; return the manifest.
+
+    Raises:
+        ExportError: the graph cannot be quantized as requested.
+    """
     bits = PACKED_BITS.get(base.precision)
-    if bits is None or base.quantized:
+    if bits is not None and not base.quantized:
+        logger.info("quantizing the weights to %s", base.precision)
+        manifest = quantize(base.graph, manifest, bits)
+    if not options.quantize_embedding or manifest.quantized_embedding is not None:
         return manifest
-    logger.info("quantizing the weights to %s", base.precision)
-    return quantize(base.graph, manifest, bits)
+    if bits is None:
+        raise ExportError(
+            f"`quantize_embedding` is for int8 and int4, and the graph is in {base.precision}"
+        )
+    return quantize_embedding(base.graph, manifest)

@@ -49,8 +49,9 @@ _INT8_ACTIVATIONS: Final = 4
 class QuantizedWeight:
     """A quantized weight of a graph.
 
-    `values`: the dequantized weight [out, in]; modules that share a product all have the values of
-    the whole product. `bits`, `block`: bits and block size of the quantization.
+    `values`: the dequantized weight [out, in], or [vocabulary, size] of an embedding; modules that
+    share a product all have the values of the whole product. `bits`, `block`: bits and block size
+    of the quantization.
     `activations`: how the product rounds its activations; None if it does not.
     `rounding`: the rounding error of a merged weight, [out, in], if it is read from the graph.
     """
@@ -63,7 +64,7 @@ class QuantizedWeight:
 
 
 def quantized_weights(bundle: Path, manifest: Manifest) -> Mapping[str, QuantizedWeight]:
-    """Return the quantized weights of the bundle's graph, by module.
+    """Return the quantized weights of the bundle's graph, by module; of embeddings [tokens, size].
 
     Raises:
         BundleError: a weight is quantized in an unsupported way.
@@ -73,6 +74,7 @@ def quantized_weights(bundle: Path, manifest: Manifest) -> Mapping[str, Quantize
     from loradeploy.export.match.linears import find_linears
     from loradeploy.export.match.products import products
     from loradeploy.export.match.quantized import INTEGER
+    from loradeploy.export.passes.precision.embedding import BITS, packed_embedding
     from loradeploy.export.passes.side_inputs.inject import remove_side_inputs
     from loradeploy.export.passes.undo import remove_choices
 
@@ -96,6 +98,13 @@ def quantized_weights(bundle: Path, manifest: Manifest) -> Mapping[str, Quantize
         weight = _quantized_weight(product, values)
         # A merged graph may have q, k and v in one product; no block spans two modules.
         found |= dict.fromkeys(modules_of_label(name), weight)
+    if (module := manifest.quantized_embedding) is not None:
+        if (embedding := packed_embedding(graph, module)) is None:
+            raise BundleError(
+                f"{bundle}: the graph has no quantized {module}, which the manifest names: export"
+                " again"
+            )
+        found[module] = QuantizedWeight(embedding.values, BITS, embedding.block, None)
     return found
 
 

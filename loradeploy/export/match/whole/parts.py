@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
 
 from loradeploy.bundle.manifest import LoraTarget
-from loradeploy.bundle.names import lora_a_name, lora_b_name
+from loradeploy.bundle.names import INPUT_IDS, lora_a_name, lora_b_name
+from loradeploy.export.graph.edit import source_of
 from loradeploy.export.match.modules.naming import module_of
 from loradeploy.export.match.operators import MICROSOFT
 
@@ -40,6 +41,10 @@ _OPERATORS: Final[Mapping[str, _Operator]] = {
     "SkipLayerNormalization": _Operator("norm", 2, 3, 1, MICROSOFT),
     "SkipSimplifiedLayerNormalization": _Operator("norm", 2, None, 1, MICROSOFT),
 }
+
+
+# Operators between the ids and the embedding.
+_ID_CARRIERS: Final = ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze")
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +128,15 @@ def find_parts(model: ir.Model) -> dict[str, Part]:
             found_by=found_by,
         )
     return {module: part for module, part in parts.items() if module not in ambiguous}
+
+
+def embedding_of(model: ir.Model) -> Part | None:
+    """The embedding of `input_ids`, if it is known."""
+    for part in find_parts(model).values():
+        ids = source_of(part.nodes[0].inputs[1], _ID_CARRIERS) if part.kind == "embedding" else None
+        if ids is not None and ids.name == INPUT_IDS:
+            return part
+    return None
 
 
 def _weight(node: ir.Node, operator: _Operator) -> ir.Value | None:

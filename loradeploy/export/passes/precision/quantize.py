@@ -37,8 +37,8 @@ def quantize(model: ir.Model, manifest: Manifest, bits: int) -> Manifest:
     """Quantize every product with a constant weight; return the manifest with the new names.
 
     Weights are quantized to `bits` bits, symmetrically, in blocks of 32 along the input; the output
-    head, which loses most, to at least 8 bits. Embeddings, and products with a bias input (Gemm),
-    are not quantized.
+    head, which loses most, to at least 8 bits. Embeddings (see embedding.py), and products with a
+    bias input (Gemm), are not quantized.
 
     Raises:
         ExportError: nothing can be quantized. MissingDependencyError: onnx is not installed.
@@ -76,6 +76,15 @@ def rounded(weight: NDArray[np.float32], bits: int, block: int = _BLOCK) -> NDAr
     result = unpacked(attributes, packed, scales, None, list(range(len(weight))))
     assert result is not None
     return result
+
+
+def packed_rows(
+    weight: NDArray[Any], bits: int
+) -> tuple[NDArray[np.uint8], NDArray[np.floating[Any]]]:
+    """A weight [out, in] as integers [out, blocks, bytes of a block] and scales [out, blocks]."""
+    node, constants = _quantized(np.ascontiguousarray(weight.T), bits)
+    packed, scales = (constants[name] for name in node.input[1:3])
+    return packed, scales
 
 
 def requantize_product(product: ir.Node, graph: ir.Graph, weight: NDArray[np.float32]) -> None:

@@ -23,7 +23,7 @@ from loradeploy.export.graph.edit import Chain, add_constant, constant_of, repla
 from loradeploy.export.graph.file import spec_of
 from loradeploy.export.graph.names import step_name
 from loradeploy.export.graph.scopes import module_path
-from loradeploy.export.passes.tokens.vocabulary import embedding_of
+from loradeploy.export.match.whole.parts import embedding_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -12,18 +12,17 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from loradeploy.adapter.fitting.vocabulary import Vocabulary
-from loradeploy.bundle.names import DECODER_INPUT_IDS, INPUT_IDS
+from loradeploy.bundle.names import DECODER_INPUT_IDS
 from loradeploy.errors import ExportError
-from loradeploy.export.graph.edit import constant_of, set_constant, source_of
+from loradeploy.export.graph.edit import constant_of, set_constant
 from loradeploy.export.match.linears import Findings, Linear, output_head
-from loradeploy.export.match.whole.parts import Part, find_parts
+from loradeploy.export.match.whole.parts import embedding_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     from numpy.typing import NDArray
 
-# Operators between ids and the embedding, and between a weight and its product.
-_ID_CARRIERS: Final = ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze")
+# Operators between a weight and its product.
 _WEIGHT_CARRIERS: Final = ("Cast", "Identity", "Transpose")
 
 
@@ -82,15 +81,6 @@ def resize_vocabulary(model: ir.Model, findings: Findings, size: int, why: str) 
         _resize_outputs(node.outputs[0], before, size)
     linears = {**findings.linears, head.module: dataclasses.replace(head, out_features=size)}
     return dataclasses.replace(findings, linears=linears)
-
-
-def embedding_of(model: ir.Model) -> Part | None:
-    """The embedding of `input_ids`, if it is known."""
-    for part in find_parts(model).values():
-        ids = source_of(part.nodes[0].inputs[1], _ID_CARRIERS) if part.kind == "embedding" else None
-        if ids is not None and ids.name == INPUT_IDS:
-            return part
-    return None
 
 
 def _head(model: ir.Model, findings: Findings) -> Linear | None:
