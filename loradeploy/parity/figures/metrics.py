@@ -234,11 +234,12 @@ class Comparison:
         self._absolute.add(error, float(furthest[row]))
         base = np.abs(expected)
         np.maximum(base, self._guard, out=base)
-        relative = error / base
+        relative = np.divide(error, base, out=base)
         largest = float(relative.max())
         if largest > self._relative.largest:
             worst = int(relative.argmax())
-            unit = float(np.spacing(np.float32(base.flat[worst])))
+            near = max(abs(float(expected.flat[worst])), self._guard)
+            unit = float(np.spacing(np.float32(near)))
             self._max_ulp = max(self._max_ulp, float(error.flat[worst]) / unit)
         self._relative.add(relative, largest)
 
