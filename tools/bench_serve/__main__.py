@@ -87,6 +87,9 @@ def main() -> None:
         "--rank", type=int, default=16, help="of the eight adapters, on all linear layers"
     )
     parser.add_argument(
+        "--operator", metavar="FILE", help="the operator's library, for bundles exported for it"
+    )
+    parser.add_argument(
         "--registered", type=int, default=REGISTERED, help="registered small adapters"
     )
     parser.add_argument(
@@ -264,11 +267,12 @@ def _arguments(
     requests = range(arguments.requests)
     mixed = [[f"a{client % ADAPTERS}" for _ in requests] for client in clients]
     own = {**common, "adapters": adapters, "asked": mixed}
+    library = {} if arguments.operator is None else {"operator": arguments.operator}
     sides: dict[str, dict[str, Any]] = {
-        "engine": own,
-        "control": own,
-        "one adapter": {**own, "asked": [["a0" for _ in requests] for _ in clients]},
-        "http": {**own, "http": True},
+        "engine": {**own, **library},
+        "control": {**own, **library},
+        "one adapter": {**own, **library, "asked": [["a0" for _ in requests] for _ in clients]},
+        "http": {**own, **library, "http": True},
     }
     pythons = pythons_of(arguments)
     if name in PRECISIONS:
@@ -289,7 +293,7 @@ def _arguments(
         drawn = zipf(len(small), len(clients) * len(requests), 1)
         names = list(small)
         few = {name: small[name] for name in names[:ADAPTERS]}
-        own = {**common, "room": ROOM}
+        own = {**common, **library, "room": ROOM}
         by_zipf = [
             [names[drawn[client * len(requests) + turn]] for turn in requests] for client in clients
         ]

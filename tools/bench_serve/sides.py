@@ -110,11 +110,15 @@ def served(
     ends: Sequence[int],
     http: bool = False,
     room: int | None = None,
+    operator: str | None = None,
 ) -> Side:
-    """Return a run of all clients. `room`: number of adapters that fit in memory; None: all."""
+    """Return a run of all clients.
+
+    `room`: number of adapters that fit in memory; None: all. `operator`: the operator's library.
+    """
     graph = GraphTime()
     budget = None if room is None else room * bytes_of(bundle, next(iter(adapters.values())))
-    session = ld.AdapterSession(bundle, host_budget=budget)
+    session = ld.AdapterSession(bundle, host_budget=budget, operator=operator)
     for name, path in adapters.items():
         session.register(name, path)
     barred: dict[int | str, float] = dict.fromkeys(ends, -100.0)
