@@ -25,6 +25,7 @@ from loradeploy.bundle.dtypes import PROTOCOL_NAMES
 from loradeploy.bundle.graph_form import GQA, SHARED_SCALE
 from loradeploy.bundle.manifest import ADAPTERS, Manifest, TensorSpec
 from loradeploy.bundle.names import (
+    ADAPTER_RANKS,
     ADAPTERS_DIRECTORY,
     GRAPH_DATA_NAME,
     GRAPH_NAME,
@@ -163,8 +164,12 @@ def _parameters(manifest: Manifest) -> Iterator[tuple[str, str]]:
 
 
 def _inputs(manifest: Manifest) -> list[TensorSpec]:
-    """The inputs of the graph that Triton runs: the base's and the side inputs."""
-    return [*manifest.inputs, *manifest.side_inputs()]
+    """The inputs of the graph that Triton runs: the base's and the side inputs.
+
+    `adapter_ranks` is not an input of required.onnx.
+    """
+    sides = (spec for spec in manifest.side_inputs() if spec.name != ADAPTER_RANKS)
+    return [*manifest.inputs, *sides]
 
 
 def shares_batches(graph: Path, manifest: Manifest, specs: Sequence[TensorSpec]) -> bool:

@@ -170,7 +170,8 @@ def parity(
     )
     if operator is not None and not manifest.operator:
         raise UsageError(
-            f"`operator`: {path} has no calls of the operator: export it again with `operator=True`"
+            f"`operator`: {path} has no calls of the operator: export it again with"
+            " `loradeploy export --operator`"
         )
     interpreter = find_interpreter(genai_python)
     asked = {*(backends or ()), *(() if interpreter is None else (ONNX_GENAI,))}

@@ -38,12 +38,13 @@ def adapters(tiny_bert: Path, make_adapter: MakeAdapter) -> dict[str, Path]:
 def repository(
     tiny_bert_bundle: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A merged model, one with one slot per row, and one with adapter_ids per row."""
+    """A merged model, one with one slot per row, and two with adapter_ids per row."""
     place, models = tmp_path_factory.mktemp("bundles"), tmp_path_factory.mktemp("models")
     forms: dict[str, dict[str, Any]] = {
         "merged": {"adapters": {"sport": adapters["sport"]}, "merge": True},
         "rows": {"adapters": adapters, "required_inputs": True, "layout": "rows"},
         "slots": {"adapters": adapters, "required_inputs": True, "layout": "slots"},
+        "calls": {"adapters": adapters, "required_inputs": True, "operator": True},
     }
     for name, form in forms.items():
         ld.export(tiny_bert_bundle, place / name, **form, triton=models)
@@ -125,13 +126,14 @@ def test_requests_of_different_adapters_share_a_batch_of_rows(
     assert min(effects) > 0.01
 
 
+@pytest.mark.parametrize("model", ["slots", "calls"])
 def test_slots_selected_by_adapter_ids_are_not_batched_by_triton(
-    repository: Path, expected: dict[str, Any]
+    repository: Path, expected: dict[str, Any], model: str
 ) -> None:
-    triton = Triton(repository / "slots")
+    triton = Triton(repository / model)
     assert (triton.max_batch, triton.dynamic) == (0, False)
     sides = [
-        load_file(repository / "slots" / "side_inputs" / f"{name}.safetensors") for name in NAMES
+        load_file(repository / model / "side_inputs" / f"{name}.safetensors") for name in NAMES
     ]
     both = {
         key: np.concatenate([one[key] for one in sides]) for key in sides[0] if key != "adapter_ids"

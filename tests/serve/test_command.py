@@ -125,14 +125,15 @@ def test_every_flag_changes_what_is_served(
         ([], "capture_graphs", False),
         (["--capture-graphs"], "capture_graphs", True),
         (["--require-certificate"], "require_certificate", True),
+        (["--operator", "lora_add.so"], "operator", "lora_add.so"),
     ],
-    ids=["none", "capture", "certificate"],
+    ids=["none", "capture", "certificate", "operator"],
 )
 def test_a_flag_reaches_the_session(
-    flags: list[str], option: str, value: bool, monkeypatch: pytest.MonkeyPatch
+    flags: list[str], option: str, value: bool | str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def opened(*given: Any, **options: Any) -> AdapterSession:
-        assert options[option] is value
+        assert options[option] == value
         raise LoraDeployError("enough was seen")
 
     monkeypatch.setattr("loradeploy.serve.opening.AdapterSession", opened)

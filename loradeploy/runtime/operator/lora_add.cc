@@ -290,6 +290,10 @@ class Kernel {
       next += kRows * task.rank;
     }
     if (work.tasks.size() > 1 && multiplications >= kParallelFrom) {
+      // The largest first: a thread that began it last would keep the others waiting.
+      std::stable_sort(work.tasks.begin(), work.tasks.end(), [](const Task& one, const Task& other) {
+        return one.rank * (one.end - one.begin) > other.rank * (other.end - other.begin);
+      });
       check(api_.KernelContext_ParallelFor(context, run_task_at, work.tasks.size(), 0, &work));
     } else {
       for (const Task& task : work.tasks) run_task(work.call, task);

@@ -159,7 +159,7 @@ def _check_operator(bundle: Path, manifest: Manifest, names: Sequence[str]) -> N
     if not manifest.operator:
         raise UsageError(
             f"`operator`: {bundle} has no calls of the operator: export it again with"
-            " `operator=True`"
+            " `loradeploy export --operator`"
         )
     if names[0] != CPU:
         raise UsageError(
