@@ -2,7 +2,8 @@
 
 The answer of a model to one example is reduced to an array of counts, by kind of task:
 
-    several labels   true positives, false positives, false negatives of each label, [labels, 3]
+    one label, several labels
+                     true positives, false positives, false negatives of each label, [labels, 3]
     numbers          the answer and the expected number, for each number, [numbers, 2]
     entities         true positives, false positives, false negatives, [1, 3]
     retrieval        reciprocal rank of a query, recall at 1, recall at 10, [3]
@@ -61,8 +62,13 @@ def micro_f1(counts: Counts) -> float:
 
 
 def macro_f1(counts: Counts) -> float:
-    """Return the mean of the labels' F1, of [examples, labels, 3]."""
-    return float(np.mean(_f1(counts.sum(axis=0))))
+    """Return the mean F1 of the labels that occur, expected or predicted, of [examples, labels, 3].
+
+    Equals scikit-learn's f1_score with average="macro" and, for several labels, zero_division=nan.
+    """
+    by_label = counts.sum(axis=0)
+    occurring = by_label[by_label.sum(axis=1) != 0]  # NaN counts as occurring
+    return float(np.mean(_f1(occurring))) if len(occurring) else 0.0
 
 
 def rmse(pairs: Counts) -> float:
@@ -122,7 +128,7 @@ _RECALLS: Final = (1, 10)
 # task itself.
 MEASURED: Final[Mapping[str, tuple[str, ...]]] = {
     CAUSAL_LM: ("perplexity",),
-    SINGLE_LABEL: ("accuracy",),
+    SINGLE_LABEL: ("accuracy", "macro_f1"),
     MULTI_LABEL: ("micro_f1", "macro_f1"),
     REGRESSION: ("rmse", "pearson", "spearman"),
     TOKEN_CLASSIFICATION: ("entity_f1",),
@@ -138,6 +144,14 @@ KINDS: Final[Mapping[str, tuple[str, ...]]] = {
     FEATURE_EXTRACTION: (RETRIEVAL, SIMILARITY),
     SEQ2SEQ_LM: (TRANSLATION, TRANSCRIPTION),
 }
+
+
+def class_counts(logits: NDArray[Any], truth: int) -> Counts:
+    """Return [labels, 3] of one example; the label with the largest logit is predicted."""
+    if not np.isfinite(logits).all():
+        return np.full((len(logits), 3), np.nan)
+    found, right = (np.arange(len(logits)) == label for label in (logits.argmax(), truth))
+    return np.stack([found & right, found & ~right, ~found & right], axis=1).astype(np.float64)
 
 
 def label_counts(logits: NDArray[Any], truth: Sequence[float]) -> Counts:
@@ -218,7 +232,7 @@ def resampled_interval(
 def _f1(counts: Counts) -> Counts:
     tp, fp, fn = np.moveaxis(counts, -1, 0)
     of = 2 * tp + fp + fn
-    found: Counts = np.divide(2 * tp, of, out=np.zeros_like(tp), where=of > 0)
+    found: Counts = np.divide(2 * tp, of, out=np.zeros_like(tp), where=of != 0)  # NaN stays
     return found
 
 

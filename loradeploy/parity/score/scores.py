@@ -1,10 +1,10 @@
 """Task metrics on held-out data: how well a deployment performs the adapter's task.
 
-The metrics (`measures`) are accuracy for classifiers, F1 for several labels and entities, errors
-and correlations for numbers, ranks of documents for embedders, perplexity for causal language
-models, and chrF or word error rate for generated texts. They are computed for the float32 PyTorch
-model with the adapter and for every scored ONNX backend, on the same examples. For a bundle of
-lower precision they are the most informative figures: rounding changes every logit, but what
+The metrics (`measures`) are accuracy and F1 for classifiers, F1 for several labels and entities,
+errors and correlations for numbers, ranks of documents for embedders, perplexity for causal
+language models, and chrF or word error rate for generated texts. They are computed for the float32
+PyTorch model with the adapter and for every scored ONNX backend, on the same examples. For a bundle
+of lower precision they are the most informative figures: rounding changes every logit, but what
 matters is the answers.
 
 A score is judged like a non-inferiority trial. It fails if a loss of more than the limit is
@@ -39,6 +39,7 @@ from loradeploy.parity.score.generated import of_session, of_torch
 from loradeploy.parity.score.intervals import mean_interval, proportions_interval
 from loradeploy.parity.score.measures import (
     MEASURES,
+    class_counts,
     entity_counts,
     label_counts,
     number_pairs,
@@ -91,7 +92,7 @@ class Answers:
 
     `sums`, `counts`, both [examples]: for a classifier, 1 for a correct answer or 0, and 1; for a
     language model, the negative log-likelihood of the labeled tokens, in nats, and their number.
-    `tallies` [examples, …]: the counts of other kinds of task (see `measures`).
+    `tallies` [examples, …]: the counts of classifiers and other kinds of task (see `measures`).
     """
 
     sums: NDArray[np.float64]
@@ -210,6 +211,8 @@ def answers(model: Model, data: HeldOut, adapter: str | None, context: CheckCont
                 tallies[index] = _TALLIES[data.kind](values[row], examples[index], data.labels)
             else:
                 sums[index] = _right(values[row], examples[index])
+                own = values[row][: len(data.labels)]
+                tallies[index] = class_counts(own, int(examples[index].labels[0]))
     if data.embedded is not None:
         compared = data.embedded.compared
         found = compared.counts(np.stack([vectors[index] for index in range(len(examples))]))
@@ -309,7 +312,7 @@ def _verdict(
     reference: float, value: float, *, least: float, most: float, limit: float, same: bool
 ) -> tuple[bool, str | None]:
     """Return whether a score fails, and its message; `least`, `most`: the interval of the loss."""
-    if not math.isfinite(value - reference):
+    if not math.isfinite(value - reference) or math.isnan(most - least):
         side = "it" if math.isfinite(reference) else "PyTorch"
         return True, f"is not a number: {side} gives NaN or infinite values"
     text = f"is {value:.4g} (PyTorch {reference:.4g})"

@@ -10,6 +10,7 @@ import pytest
 from loradeploy.parity.score.measures import (
     MEASURED,
     MEASURES,
+    class_counts,
     entity_counts,
     entity_spans,
     label_counts,
@@ -65,7 +66,30 @@ def test_micro_and_per_label_f1() -> None:
     # By label: 2 of 2 correct; 1 missed; 1 correct, 1 false positive, 1 missed.
     assert micro_f1(counts) == pytest.approx(2 * 3 / (2 * 3 + 1 + 2))
     assert macro_f1(counts) == pytest.approx((1 + 0 + 0.5) / 3)
-    assert micro_f1(np.zeros((2, 3, 3))) == 0.0
+    assert micro_f1(np.zeros((2, 3, 3))) == macro_f1(np.zeros((2, 3, 3))) == 0.0
+
+
+def test_f1_scores_are_those_of_scikit_learn() -> None:
+    from sklearn.metrics import f1_score
+
+    draw = np.random.default_rng(0)
+    truth = draw.integers(0, 4, 30)  # the fifth label never occurs
+    logits = draw.normal(size=(30, 5))
+    logits[:, 4] = -9
+    counts = np.stack([class_counts(row, int(t)) for row, t in zip(logits, truth, strict=True)])
+    expected = f1_score(truth, logits.argmax(axis=1), average="macro")
+    assert macro_f1(counts) == pytest.approx(expected)
+    several = draw.integers(0, 2, (30, 5))
+    several[:, 4] = 0
+    counts = np.stack([label_counts(row, own) for row, own in zip(logits, several, strict=True)])
+    for measure, average in ((micro_f1, "micro"), (macro_f1, "macro")):
+        given = {"average": average, "zero_division": np.nan}
+        assert measure(counts) == pytest.approx(f1_score(several, logits >= 0, **given))
+    for counted in (
+        class_counts(np.array([np.nan, 0.0]), 0),
+        label_counts(np.array([np.nan]), [1.0]),
+    ):
+        assert np.isnan(macro_f1(counted[None])) and np.isnan(micro_f1(counted[None]))
 
 
 def test_errors_and_correlations_of_regression_values() -> None:
