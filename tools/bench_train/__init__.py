@@ -1,1 +1,1 @@
-"""Training benchmarks: PEFT with transformers' Trainer and loradeploy, in turns."""
+"""Training benchmarks: loradeploy and other trainers, in turns."""

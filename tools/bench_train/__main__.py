@@ -1,11 +1,15 @@
-"""Benchmark training with PEFT and transformers' Trainer against loradeploy.
+"""Benchmark training with other trainers against loradeploy.
 
     python -m tools.bench_train [--rounds 9] [--plans 0 3] [--output build/bench]
+        [--peers peft unsloth torchtune] [--torchtune VENV/bin/python]
 
-Both train the same adapter (rank 16, all linear layers, the same initial values) on the same
-batches of BBC News in the same order: a decoder writes a story's headline, an encoder predicts its
-topic. A call is one optimizer step. Writes train.json and train.md. The timing method is described
-in `tools/timing/alternate.py`.
+The others are PEFT with transformers' Trainer, techniques of Unsloth on top of both (`unsloth.py`),
+and torchtune, in an environment of its own (`torchtune.py`), if `--torchtune` is given. All train
+the same adapter (rank 16, all linear layers, the same initial values) on the same batches of BBC
+News in the same order: a decoder writes a story's headline, an encoder predicts its topic. A call
+is one optimizer step. If the losses of a step differ by more than rounding, the benchmark ends
+without a figure. Writes train.json and train.md. The timing method is described in
+`tools/timing/alternate.py`.
 """
 
 from __future__ import annotations
@@ -25,19 +29,24 @@ from rich.console import Console
 
 from loradeploy.files import atomic_file, write_json
 from tools.bench_train.models import MODELS
+from tools.bench_train.sides import LEARNING_RATE
 from tools.timing.alternate import WARM_UP, Worker, alternate, ratio
 
 RANK: Final = 16
-PEFT_PAIR, CONTROL = ("peft", "loradeploy"), ("loradeploy", "loradeploy")
-FLOOR_PAIR = ("loradeploy", "floor")
+OURS: Final = "loradeploy"
+PEFT, UNSLOTH, TORCHTUNE = PEERS = ("peft", "unsloth", "torchtune")
+CONTROL, FLOOR_PAIR = (OURS, OURS), (OURS, "floor")
+# The largest allowed difference of a step's loss: rounding in float32, and in bfloat16.
+SAME: Final = {"float32": 1e-4, "bfloat16": 5e-2}
 console = Console(stderr=True)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A batch size, and the pairs of sides to time.
+    """A batch size, and the sides to time.
 
     `max_length`: tokens of an example at most. `batch`: examples. `dtype`: of the frozen base.
+    `peers`: the trainers to compare with. `floor`: whether to time the frozen model alone, too.
     Two processes run at a time, because PEFT's takes 10 GB with SmolLM2.
     """
 
@@ -45,14 +54,15 @@ class Plan:
     max_length: int
     batch: int
     dtype: str = "float32"
-    pairs: tuple[tuple[str, str], ...] = (PEFT_PAIR, CONTROL, FLOOR_PAIR)
+    peers: tuple[str, ...] = PEERS
+    floor: bool = True
 
 
 PLANS: Final = (
     Plan("SmolLM2-135M", 512, 8),
     Plan("SmolLM2-135M", 1024, 4),
-    Plan("SmolLM2-135M", 512, 8, "bfloat16", (PEFT_PAIR, CONTROL)),
-    Plan("MiniLM-L6", 128, 16),
+    Plan("SmolLM2-135M", 512, 8, "bfloat16", (PEFT,), floor=False),
+    Plan("MiniLM-L6", 128, 16, peers=(PEFT,)),
 )
 
 
@@ -63,12 +73,18 @@ def main() -> None:
     parser.add_argument(
         "--plans", type=int, nargs="*", default=range(len(PLANS)), help="indices of PLANS to run"
     )
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS)
+    parser.add_argument("--torchtune", type=Path, help="the Python that has torchtune")
     arguments = parser.parse_args()
 
     results = []
     for number in arguments.plans:
         with TemporaryDirectory() as place:
-            results.append(measure(PLANS[number], Path(place), arguments.rounds))
+            plan = PLANS[number]
+            names = [name for name in plan.peers if name in arguments.peers]
+            if arguments.torchtune is None and TORCHTUNE in names:
+                names.remove(TORCHTUNE)
+            results.append(measure(plan, Path(place), arguments.rounds, names, arguments.torchtune))
     machine = {"cores": os.cpu_count(), "machine": platform.machine(), "rank": RANK}
     report = {"machine": machine, "rounds": arguments.rounds, "results": results}
     write_json(arguments.output / "train.json", report)
@@ -78,7 +94,7 @@ def main() -> None:
 
 
 def _first_adapter(model: str, place: Path) -> Path:
-    """Write the adapter with the initial values of both sides."""
+    """Write the adapter with the initial values of all sides."""
     from loradeploy.adapter import AdapterConfig, save_adapter
     from loradeploy.lora.inject import inject
 
@@ -94,46 +110,72 @@ def _first_adapter(model: str, place: Path) -> Path:
     return place
 
 
-def measure(plan: Plan, place: Path, rounds: int) -> dict[str, Any]:
-    """Measure ratios of a plan's pairs, and tokens/s, peak memory and losses of both trainers."""
+def measure(
+    plan: Plan, place: Path, rounds: int, peers: Sequence[str], torchtune: Path | None
+) -> dict[str, Any]:
+    """Measure ratios of a plan's pairs, and tokens/s, peak memory and losses of each trainer.
+
+    Raises:
+        RuntimeError: a peer's losses are not loradeploy's, so that it does other work.
+    """
     steps = WARM_UP + rounds
     sizes = {"max_length": plan.max_length, "batch": plan.batch, "steps": steps}
     benchmarked = MODELS[plan.model]
     features = benchmarked.features(benchmarked.tokenizer(), plan.batch * steps, plan.max_length)
+    write_json(place / "examples.json", features)
     tokens = sum(len(feature["input_ids"]) for feature in features) / steps
     adapter = _first_adapter(plan.model, place / "adapter")
     given = {**sizes, "model": plan.model, "dtype": plan.dtype, "adapter": str(adapter)}
+    files = {"base": str(benchmarked.directory()), "examples": str(place / "examples.json")}
+
+    def worker(name: str, record: Path) -> Worker:
+        arguments = {**given, "record": str(record)}
+        if name != TORCHTUNE:
+            return Worker("tools.bench_train.sides", name, arguments)
+        arguments |= {**files, "learning_rate": LEARNING_RATE}
+        return Worker("tools.bench_train.torchtune", name, arguments, python=str(torchtune))
+
     report: dict[str, Any] = {
         **sizes,
         "model": plan.model,
         "dtype": plan.dtype,
         "tokens_a_step": tokens,
+        "peers": {},
     }
-    for pair in plan.pairs:
+    for pair in (*((peer, OURS) for peer in peers), CONTROL, *((FLOOR_PAIR,) * plan.floor)):
         console.print(
             f"{plan.model}, {plan.batch} × {plan.max_length} tokens, {plan.dtype}:"
             f" {pair[0]} compared with {pair[1]}"
         )
         records = [place / f"{name}-{number}.json" for number, name in enumerate(pair)]
-        workers = [
-            Worker("tools.bench_train.sides", name, {**given, "record": str(record)})
-            for name, record in zip(pair, records, strict=True)
-        ]
+        workers: list[Worker] = []
         try:
+            workers += [worker(*part) for part in zip(pair, records, strict=True)]
             taken = alternate(workers, rounds=rounds, calls=1)
         finally:
-            for worker in workers:
-                worker.close()
+            for started in workers:
+                started.close()
         report[" / ".join(pair)] = vars(ratio(*taken))
-        if pair == PEFT_PAIR:
+        if pair[0] in PEERS:
             seen = [json.loads(record.read_text()) for record in records]
             for name, record, seconds in zip(pair, seen, taken, strict=True):
                 report[name] = {**record, "tokens_a_second": tokens / median(seconds)}
-            losses = zip(*(record["losses"][: steps - 1] for record in seen), strict=True)
-            report["largest_loss_difference"] = max(abs(one - other) for one, other in losses)
-            report["peak"] = seen[1]["peak_bytes"] / seen[0]["peak_bytes"]
-            report["start"] = seen[1]["start_seconds"] / seen[0]["start_seconds"]
+            report["peers"][pair[0]] = _compared(plan, pair[0], *seen)
     return report
+
+
+def _compared(plan: Plan, name: str, peer: Any, ours: Any) -> dict[str, float]:
+    """Compare the losses, the memory and the start of a peer with those of loradeploy."""
+    count = min(len(peer["losses"]), len(ours["losses"])) - 1  # the last one may not be logged
+    losses = zip(peer["losses"][:count], ours["losses"][:count], strict=True)
+    difference = max(abs(one - other) for one, other in losses)
+    if difference > SAME[plan.dtype]:
+        raise RuntimeError(f"a step's loss with {name} differs by {difference:.1e}: other work")
+    return {
+        "largest_loss_difference": difference,
+        "peak": ours["peak_bytes"] / peer["peak_bytes"],
+        "start": ours["start_seconds"] / peer["start_seconds"],
+    }
 
 
 def markdown(results: Sequence[Any]) -> str:
@@ -145,19 +187,21 @@ def markdown(results: Sequence[Any]) -> str:
     for result in results:
         size = f"{result['max_length']} × {result['batch']}"
         head = f"| {result['model']} | {size} | {result['dtype']} |"
-        for pair in (PEFT_PAIR, CONTROL, FLOOR_PAIR):
-            if found := result.get(" / ".join(pair)):
+        for name in (
+            *(f"{peer} / {OURS}" for peer in PEERS),
+            *map(" / ".join, (CONTROL, FLOOR_PAIR)),
+        ):
+            if found := result.get(name):
                 spread = f"{found['low']:.2f}–{found['high']:.2f}"
-                lines.append(
-                    f"{head} time, {' / '.join(pair)} | {found['median']:.2f} | {spread} |"
-                )
-        lines.append(f"{head} peak memory, loradeploy / peft | {result['peak']:.2f} | |")
-        lines.append(
-            f"{head} processor time before the first step, loradeploy / peft"
-            f" | {result['start']:.2f} | |"
-        )
-        difference = result["largest_loss_difference"]
-        lines.append(f"{head} largest difference of a step's loss | {difference:.1e} | |")
+                lines.append(f"{head} time, {name} | {found['median']:.2f} | {spread} |")
+        for peer, found in result["peers"].items():
+            difference = found["largest_loss_difference"]
+            start = f"processor time before the first step, {OURS} / {peer}"
+            lines += [
+                f"{head} peak memory, {OURS} / {peer} | {found['peak']:.2f} | |",
+                f"{head} {start} | {found['start']:.2f} | |",
+                f"{head} largest difference of a step's loss to {peer}'s | {difference:.1e} | |",
+            ]
     return "\n".join(lines) + "\n"
 
 

@@ -23,16 +23,17 @@ LEARNING_RATE: Final = 5e-4
 
 def peft(model: str, dtype: str, adapter: str, record: str, **given: Any) -> Side:
     """Typical code of PEFT users: the Trainer's defaults, a padding collator, the model's loss."""
-    from peft import PeftModel
     from transformers import Trainer
 
-    benchmarked = MODELS[model]
-    trainer = Trainer(
-        model=PeftModel.from_pretrained(benchmarked.model(dtype), adapter, is_trainable=True),
-        args=_arguments(**given),
-        train_dataset=_features(model, **given),
-        data_collator=benchmarked.peft_collator(benchmarked.tokenizer()),
-    )
+    return _step_by_step(_on_peft(Trainer, model, dtype, adapter, **given), Path(record))
+
+
+def unsloth(model: str, dtype: str, adapter: str, record: str, **given: Any) -> Side:
+    """The same with techniques of Unsloth."""
+    from tools.bench_train.unsloth import UnslothTrainer, patch
+
+    trainer = _on_peft(UnslothTrainer, model, dtype, adapter, **given)
+    patch(trainer.model)
     return _step_by_step(trainer, Path(record))
 
 
@@ -61,8 +62,20 @@ def floor(record: str, **given: Any) -> Side:
 
 
 SIDES: Final[dict[str, Callable[..., Side]]] = {
-    side.__name__: side for side in (peft, loradeploy, floor)
+    side.__name__: side for side in (peft, loradeploy, floor, unsloth)
 }
+
+
+def _on_peft(trainer: Any, model: str, dtype: str, adapter: str, **given: Any) -> Any:
+    from peft import PeftModel
+
+    benchmarked = MODELS[model]
+    return trainer(
+        model=PeftModel.from_pretrained(benchmarked.model(dtype), adapter, is_trainable=True),
+        args=_arguments(**given),
+        train_dataset=_features(model, **given),
+        data_collator=benchmarked.peft_collator(benchmarked.tokenizer()),
+    )
 
 
 def _ours(
@@ -102,6 +115,7 @@ def _arguments(*, batch: int, steps: int, **_: Any) -> Any:
         output_dir="build/bench/trainer",
         per_device_train_batch_size=batch,
         max_steps=steps,
+        train_sampling_strategy="sequential",  # the order for which torchtune's side has no sampler
         learning_rate=LEARNING_RATE,
         logging_steps=1,
         save_strategy="no",
