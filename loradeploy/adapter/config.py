@@ -210,6 +210,18 @@ class AdapterConfig:
         key = self._alpha_ends.first(module)
         return self.lora_alpha if key is None else self.alpha_pattern[key]
 
+    def unused_patterns(self, modules: Iterable[str]) -> list[str]:
+        """The keys of `rank_pattern` and `alpha_pattern` that apply to none of `modules`."""
+        names = list(modules)
+        return [
+            f"{field}: {key}"
+            for field, ends, keys in (
+                ("rank_pattern", self._rank_ends, self.rank_pattern),
+                ("alpha_pattern", self._alpha_ends, self.alpha_pattern),
+            )
+            for key in sorted(set(keys) - {ends.first(name) for name in names})
+        ]
+
     @cached_property
     def matcher(self) -> Matcher:
         """Matches the patterns of this config in bounded time."""

@@ -105,8 +105,8 @@ class TrainConfig:
     )
     layers_to_transform: str = _option(
         "",
-        "Indices of the layers to adapt, comma-separated. Applies if `target_modules` is a list."
-        " All layers are adapted if not set.",
+        "Indices of the layers to adapt, comma-separated. `target_modules` must be a list of"
+        " names. All layers are adapted if not set.",
     )
     modules_to_save: str = _option(
         "", "Modules to train in full and save with the adapter, comma-separated."
@@ -190,6 +190,9 @@ class TrainConfig:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise UsageError(f"`{name}` is {shown(value)}: give a value from {low} to {high}")
+        for name in ("alpha", "learning_rate"):
+            if getattr(self, name) == 0:
+                raise UsageError(f"`{name}` is 0, with which the adapter has no effect")
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise UsageError(
@@ -219,11 +222,16 @@ class TrainConfig:
             ),
         )
         # Values that cannot be parsed are refused here, not on first use.
-        for name in ("rank_pattern", "alpha_pattern"):
-            self.pattern(name)
+        for name, setting in (("rank_pattern", "rank"), ("alpha_pattern", "alpha")):
+            self._check_pattern(name, setting)
         _ = self.column_names, self.layers
         if not self.targets:
             raise UsageError("`target_modules` is empty: give all-linear, names, or re:PATTERN")
+        if self.layers is not None and isinstance(self.targets, str):
+            raise UsageError(
+                "`layers_to_transform` needs a list of names in `target_modules`, which is"
+                f" {self.target_modules!r}: give names, or a pattern that includes the layers"
+            )
 
     @property
     def targets(self) -> str | tuple[str, ...]:
@@ -266,6 +274,20 @@ class TrainConfig:
             return {module.strip(): float(number) for module, _, number in parts}
         except ValueError:
             raise UsageError(f"`{name}` is {text!r}: give NAME=8,NAME=4") from None
+
+    def _check_pattern(self, name: str, setting: str) -> None:
+        """Check the values of a pattern like those of `setting`."""
+        low, high = next((low, high) for field, low, high in _RANGES if field == setting)
+        for module, value in self.pattern(name).items():
+            if value == 0 and setting == "alpha":
+                raise UsageError(
+                    f"`{name}` has 0 for {module}, with which the adapter has no effect there"
+                )
+            if not low <= value <= high or (setting == "rank" and not value.is_integer()):
+                kind = "whole number" if setting == "rank" else "value"
+                raise UsageError(
+                    f"`{name}` has {value:g} for {module}: give a {kind} from {low} to {high}"
+                )
 
 
 def check_initial(config: TrainConfig, given: Iterable[str]) -> None:

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +24,12 @@ from transformers import PreTrainedModel, set_seed
 from loradeploy.adapter import Adapter, AdapterConfig, base_digest, save_adapter
 from loradeploy.adapter.config import CONFIG_NAME
 from loradeploy.adapter.files.peft import own_files
-from loradeploy.adapter.tasks import CAUSAL_LM, IMAGE_CLASSIFICATION
+from loradeploy.adapter.tasks import (
+    CAUSAL_LM,
+    IMAGE_CLASSIFICATION,
+    SEQUENCE_CLASSIFICATION,
+    TOKEN_CLASSIFICATION,
+)
 from loradeploy.bundle.text.vectors.files import MODULES_NAME
 from loradeploy.errors import (
     LoraDeployError,
@@ -34,6 +40,7 @@ from loradeploy.errors import (
     UsageError,
     first_line,
     kind_and_line,
+    listed_names,
 )
 from loradeploy.files import atomic_directory, check_replaceable, read_json
 from loradeploy.lora.base.checkpoint import find_checkpoint, warn_of_unused_files
@@ -69,6 +76,9 @@ logger = logger_of(__name__)
 
 # Settings that do not affect the adapter: a resumed run may change them.
 _FREE: Final = ("save_steps", "tensorboard")
+# Tasks in which the loss of an example does not depend on the others of its batch, and an example
+# is not much larger than its tokens.
+_REGROUPED: Final = (CAUSAL_LM, SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION)
 # Fields of the base's config.json that do not affect the model.
 _IGNORED_FIELDS: Final = ("_name_or_path", "transformers_version")
 
@@ -98,9 +108,11 @@ def run(
         task = task_of(config, checkpoint_directory, begun)
         config = opened.within(config)
         prepared = prepare(data, task, opened, config)
-        digest_of_base = base_digest(checkpoint_directory)
         set_seed(config.seed)
-        base = load_base(opened, task, prepared.labels, config.precision)
+        with ThreadPoolExecutor(1) as hashing:  # in this time the weights are loaded
+            digest = hashing.submit(base_digest, checkpoint_directory)
+            base = load_base(opened, task, prepared.labels, config.precision)
+            digest_of_base = digest.result()
         if task.vectors is not None and task.vectors.source is None and main:
             logger.warning(
                 "%s has no %s: the embedder is trained with mean pooling", model, MODULES_NAME
@@ -116,6 +128,11 @@ def run(
             quantize(base.model, config.precision, keep=adapter_config.modules_to_save)
         if initial is None:
             injection = inject(base.model, adapter_config, seed=config.seed)
+            if unused := adapter_config.unused_patterns(injection.layers):
+                raise UsageError(
+                    f"{listed_names(unused)}: applies to none of the target modules, or an earlier"
+                    " entry does"
+                )
         else:
             injection = load(base.model, initial)
         describe = functools.partial(
@@ -151,6 +168,7 @@ def run(
                 patience=config.early_stopping,
                 keep_best=config.keep_best,
                 ratio=config.lora_plus_ratio,
+                regroup=task.name in _REGROUPED,
                 callbacks=[*callbacks, StopAfterStep(stop)],
             )
             before = trainer.mean_loss(prepared.evaluation)

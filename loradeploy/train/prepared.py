@@ -8,6 +8,7 @@ import os
 import random
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.errors import DataError, UsageError
@@ -18,9 +19,11 @@ if TYPE_CHECKING:
     from loradeploy.train.config import TrainConfig
     from loradeploy.train.model import Checkpoint
 
-# The loss before and after training is measured on this many training examples if the run has no
-# evaluation data.
+# If the run has no evaluation data, the loss before and after training is measured on the first
+# training examples: at most so many, and so many tokens. Long examples would take as long as
+# several steps.
 _EVALUATED: Final = 32
+_EVALUATED_TOKENS: Final = 4096
 
 
 @dataclass(frozen=True)
@@ -82,11 +85,17 @@ def prepare(
         )
     return Prepared(
         training=features,
-        evaluation=evaluation or features[:_EVALUATED],
+        evaluation=evaluation or _first(features),
         evaluated_on="validation" if evaluation else "training",
         truncated=truncated,
         labels=labels,
     )
+
+
+def _first(features: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The training examples to measure the loss on; at least one."""
+    totals = accumulate(len(feature["input_ids"]) for feature in features[:_EVALUATED])
+    return features[: max(1, sum(total <= _EVALUATED_TOKENS for total in totals))]
 
 
 def _validation(source: Source, config: TrainConfig) -> Source:

@@ -79,7 +79,15 @@ def test_model_data_and_output_can_be_in_the_file(
     [
         ("init: loftq", "`init` is 'loftq': give kaiming, gaussian, pissa, olora or pissa_niter_N"),
         ("rank_pattern: q_proj", "`rank_pattern` is 'q_proj': give NAME=8,NAME=4"),
+        ("rank_pattern: q_proj=2.5", "`rank_pattern` has 2.5 for q_proj: give a whole number"),
+        ("rank_pattern: q_proj=nan", "`rank_pattern` has nan for q_proj: give a whole number"),
+        ("rank_pattern: q_proj=0", "`rank_pattern` has 0 for q_proj: give a whole number from 1"),
+        ("alpha_pattern: q_proj=inf", "`alpha_pattern` has inf for q_proj: give a value from 0"),
         ("layers_to_transform: first", "`layers_to_transform` is 'first': give whole numbers"),
+        ("alpha_pattern: q_proj=0", "`alpha_pattern` has 0 for q_proj, with which the adapter has"),
+        ("alpha: 0", "`alpha` is 0, with which the adapter has no effect"),
+        ("learning_rate: 0", "`learning_rate` is 0, with which the adapter has no effect"),
+        ("layers_to_transform: [1]", "`layers_to_transform` needs a list of names in"),
         ("columns: prompt", "`columns` is 'prompt': give NAME=COLUMN"),
         (
             "validation: a\nvalidation_split: 0.1",

@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from loradeploy.adapter import base_digest, load_adapter
 from loradeploy.errors import DataError, ModelError, TrainingError, UsageError
 from loradeploy.lora.inject import load
-from loradeploy.train import job
+from loradeploy.train import job, prepared
 from loradeploy.train.config_file import read_config
 from loradeploy.train.data.examples import read_conversations
 from loradeploy.train.data.features import Collator, conversation_features
 from loradeploy.train.data.sources import Source
-from loradeploy.train.loop.trainer import AdapterTrainer
+from loradeploy.train.loop.trainer import AdapterTrainer, evaluation_batches
 from tests.tolerances import tolerance
 from tests.train.conftest import Quick
 
@@ -159,6 +159,58 @@ def test_a_validation_split_is_evaluated_and_not_trained_on(
         quick(tiny_llama, lessons, tmp_path / "b", validation_split=0.01)
 
 
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        {"rank_pattern": "q_porj=2"},
+        {"alpha_pattern": "lm_head=2"},
+        {"rank_pattern": "q_proj=2,layers.0.self_attn.q_proj=3"},
+    ],
+    ids=["misspelled", "not-a-target", "shadowed"],
+)
+def test_a_pattern_that_applies_to_no_target_is_refused(
+    patterns: dict[str, str], tiny_llama: Path, lessons: Path, tmp_path: Path, quick: Quick
+) -> None:
+    with pytest.raises(UsageError, match="pattern: .*applies to none of the target modules"):
+        quick(tiny_llama, lessons, tmp_path / "a", **patterns)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "count"),
+    [([10] * 40, 32), ([512] * 40, 8), ([9000, 10], 1), ([10, 20], 2)],
+    ids=["short", "long", "one-longer-than-the-limit", "few"],
+)
+def test_without_evaluation_data_the_loss_is_measured_on_few_tokens(
+    lengths: list[int], count: int
+) -> None:
+    features = [{"input_ids": [0] * length} for length in lengths]
+    assert prepared._first(features) == features[:count]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "counts"),
+    [(0, [2, 2, 2, 1]), (12, [4, 2, 1]), (1000, [7])],
+    ids=["of-the-size", "of-few-tokens", "all-in-one"],
+)
+def test_short_examples_are_evaluated_in_larger_batches(tokens: int, counts: list[int]) -> None:
+    ordered = [{"input_ids": [0] * length} for length in (1, 2, 3, 3, 6, 6, 40)]
+    batches = list(evaluation_batches(ordered, 2, tokens))
+    assert [len(batch) for batch in batches] == counts
+    assert [example for batch in batches for example in batch] == ordered
+
+
+def test_the_evaluated_loss_does_not_depend_on_the_batch_size(
+    tiny_llama: Path, lessons: Path, tmp_path: Path, quick: Quick, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    regrouped = quick(tiny_llama, lessons, tmp_path / "regrouped", batch_size=1)
+    monkeypatch.setattr(job, "_REGROUPED", ())
+    one_by_one = quick(tiny_llama, lessons, tmp_path / "one-by-one", batch_size=1)
+    assert regrouped.digest == one_by_one.digest
+    for name in ("loss_before", "loss_after"):
+        expected = pytest.approx(getattr(one_by_one, name), abs=tolerance("same-torch"))
+        assert getattr(regrouped, name) == expected
+
+
 def test_a_base_in_bfloat16_trains_factors_and_head_in_float32(
     tiny_bert: Path, topics: Path, tmp_path: Path, quick: Quick
 ) -> None:
@@ -178,6 +230,25 @@ def test_a_base_in_bfloat16_trains_factors_and_head_in_float32(
         assert (head != head.astype("float16")).any(), "the head has no float32 steps"
     assert results[0].digest != results[1].digest
     assert results[1].loss_before == pytest.approx(results[0].loss_before, abs=0.05)
+
+
+def test_a_single_step_trains_although_the_rate_is_warmed_up(
+    tiny_llama: Path, lessons: Path, tmp_path: Path, quick: Quick
+) -> None:
+    result = quick(tiny_llama, lessons, tmp_path / "adapter", max_steps=1)
+    factors = load_adapter(result.adapter).factors.values()
+    assert result.loss_after != result.loss_before
+    assert all(pair.B.any() for pair in factors)
+
+
+@pytest.mark.parametrize("fewer", [{"exclude_modules": "re:.*"}, {"layers_to_transform": "7"}])
+def test_targets_of_which_none_is_left_are_refused_by_the_setting(
+    fewer: dict[str, str], tiny_llama: Path, lessons: Path, tmp_path: Path, quick: Quick
+) -> None:
+    with pytest.raises(
+        UsageError, match=f"match nothing in this model with this {next(iter(fewer))}"
+    ):
+        quick(tiny_llama, lessons, tmp_path / "a", target_modules="q_proj", **fewer)
 
 
 def test_truncated_examples_are_counted(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Final
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -26,6 +26,8 @@ from loradeploy.train.loop.processes import process_count
 from loradeploy.train.reporting.curve import COLUMNS
 from loradeploy.train.tasks.losses import BatchLoss, LossFunction
 
+# A forward pass of fewer tokens takes most of its time to read the weights.
+_FEW_TOKENS: Final = 1024
 _ADVICE = "lower `learning_rate`, or check the data"
 
 
@@ -37,7 +39,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
     step, which is complete when the context exits. `evaluation`: the evaluation examples.
     `patience`: the number of evaluations without a lower loss after which training stops; 0: never.
     `keep_best`: keep the adapter with the lowest loss in `best`. `ratio`: B's learning rate divided
-    by A's (LoRA+).
+    by A's (LoRA+). `regroup`: evaluate short examples in larger batches than those of training; the
+    loss of an example must not depend on the others of its batch.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         patience: int = 0,
         keep_best: bool = False,
         ratio: float = 1.0,
+        regroup: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(model=injection.model, eval_dataset=evaluation or None, **options)
@@ -62,6 +66,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         self._patience = patience
         self._keep_best = keep_best
         self._ratio = ratio
+        self._regroup = regroup
         self.optimizer: Any
         self.control: Any
         self.state: Any
@@ -110,8 +115,9 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         count, rank = self.accelerator.num_processes, self.accelerator.process_index
         size = self.args.per_device_eval_batch_size
         sums = torch.zeros(3, dtype=torch.float64)
-        for start in range(0, len(ordered), size * count):
-            share = ordered[start : start + size * count][rank::count]
+        tokens = max(_FEW_TOKENS, size * len(ordered[-1]["input_ids"])) if self._regroup else 0
+        for batch_of_all in evaluation_batches(ordered, size * count, tokens * count):
+            share = batch_of_all[rank::count]
             # Sharded models need every process in every batch: one without a share repeats an
             # example.
             batch = self._prepare_inputs(self.data_collator(share or ordered[:1]))
@@ -290,7 +296,8 @@ def arguments(config: TrainConfig, checkpoints: Path, *, examples: int) -> Train
         fp16=config.autocast == "fp16",
         learning_rate=config.learning_rate,
         lr_scheduler_type=schedules.get(config.schedule, config.schedule),
-        warmup_steps=min(config.warmup_steps, steps),
+        # The rate of the first step of a warm-up is 0: one step alone would train nothing.
+        warmup_steps=min(config.warmup_steps, steps - 1),
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         max_steps=steps,
@@ -325,6 +332,22 @@ def steps_of(config: TrainConfig, examples: int) -> int:
         return config.max_steps
     batches = math.ceil(examples / (config.batch_size * process_count()))
     return max(1, math.ceil(math.ceil(batches / config.gradient_accumulation) * config.epochs))
+
+
+def evaluation_batches(
+    ordered: Sequence[dict[str, Any]], size: int, tokens: int
+) -> Iterator[Sequence[dict[str, Any]]]:
+    """Batches of `size` examples, and of more as long as they have at most `tokens` when padded.
+
+    `ordered`: sorted by length.
+    """
+    begin = 0
+    while begin < len(ordered):
+        end = begin + size
+        while end < len(ordered) and (end + 1 - begin) * len(ordered[end]["input_ids"]) <= tokens:
+            end += 1
+        yield ordered[begin:end]
+        begin = end
 
 
 class ByLength(LengthGroupedSampler):  # type: ignore[misc]
