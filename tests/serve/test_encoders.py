@@ -16,6 +16,7 @@ import pytest
 from loradeploy.runtime.tasks.classification import TextClassifier
 from loradeploy.runtime.tasks.embedding import TextEmbedder
 from loradeploy.runtime.tasks.pairs import TextPairScorer
+from tests.bundle.test_sentence import write
 from tests.conftest import MakeAdapter
 from tests.inputs.pairs import give_rules
 from tests.runtime.tasks.test_embedding import (  # noqa: F401 - fixtures
@@ -193,3 +194,37 @@ def test_the_metrics_of_an_encoder_are_counted(classifier: Running) -> None:
         line for line in text.splitlines() if line.startswith("loradeploy:encoder_texts_total ")
     )
     assert float(count.split()[1]) >= 2
+
+
+def test_documents_are_scored_by_the_files_of_the_adapters_cross_encoder(
+    tiny_bert: Path, tiny_bert_bundle: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_bert_bundle, tmp_path / "bundle")
+    give_rules(tmp_path / "bundle")
+    made = {"task": "sequence-classification", "modules_to_save": ["classifier"], "scale": 0.3}
+    own = make_adapter(tiny_bert, r=4, seed=1, num_labels=1, **made)
+    adapters = {name: tmp_path / name for name in ("plain", "prompted")}
+    for place in adapters.values():
+        shutil.copytree(own, place)
+        (place / "config.json").write_text(json.dumps({"problem_type": "regression"}))
+    settings = {
+        "model_type": "CrossEncoder",
+        "activation_fn": "torch.nn.modules.linear.Identity",
+        "prompts": {"query": "Which of these: "},
+        "default_prompt_name": "query",
+    }
+    write(adapters["prompted"], config_sentence_transformers=settings)
+    body = {"query": "Which match was won?", "documents": TEXTS}
+    with serving(tmp_path / "bundle", adapters=adapters) as running:
+        scorer = TextPairScorer(running.service.session)
+        http = running.http()
+        found = {
+            name: http.post("/v1/rerank", json={**body, "model": name}).json() for name in adapters
+        }
+        for name, answer in found.items():
+            expected = scorer.rerank(str(body["query"]), TEXTS, name)
+            scores = [one["relevance_score"] for one in answer["results"]]
+            assert scores == pytest.approx([one.score for one in expected], abs=1e-6)
+        tokens = {name: answer["usage"]["prompt_tokens"] for name, answer in found.items()}
+        prompt = len(scorer.tokenizer.encode("Which of these:", special_tokens=False))
+        assert tokens["prompted"] - tokens["plain"] >= len(TEXTS) * prompt > 0

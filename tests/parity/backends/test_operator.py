@@ -73,7 +73,9 @@ def test_a_certificate_without_the_library_does_not_cover_it(
 ) -> None:
     assert quick(bundle, operator=None, certificate=True).passed
     AdapterSession(bundle, require_certificate=True).close()
-    with pytest.raises(BundleError, match=r"runs with the operator's library; run .* --operator FILE"):
+    with pytest.raises(
+        BundleError, match=r"runs with the operator's library; run .* --operator FILE"
+    ):
         AdapterSession(bundle, operator=operator_library, require_certificate=True)
 
 
