@@ -36,6 +36,8 @@ _LIMITS: Final = {
     "max_tokens": "Maximum number of generated tokens of a text.",
     "max_n": "Maximum number of generated texts of a request, over all of its prompts.",
     "max_inputs": "Maximum number of prompts, texts or documents in a request.",
+    "max_images": "With --vision, maximum number of images in a request.",
+    "max_image_pixels": "With --vision, maximum number of pixels of an image.",
     "max_request_bytes": "Maximum size of a request in bytes.",
     "max_adapter_bytes": "Maximum size in bytes of an adapter of the adapter root.",
     "max_cache_bytes": "Maximum size in bytes of the disk cache for an object store's adapters.",
@@ -65,6 +67,12 @@ def _limits(command: _Command) -> _Command:
     epilog="Example: loradeploy serve bundle --adapter-root adapters --api-keys keys.json",
 )
 @click.argument("bundle", type=GivenPath(), required=False)
+@click.option(
+    "--vision",
+    type=GivenPath(),
+    help="The bundle of the vision tower of a vision-language model, whose decoder BUNDLE is: chat"
+    " requests may have images.",
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Listen on this address.")
 @click.option(
     "--port", type=int, default=8000, show_default=True, help="Listen on this port; 0: any."
@@ -139,6 +147,7 @@ def _limits(command: _Command) -> _Command:
 @json_option
 def command(
     bundle: str | None,
+    vision: str | None,
     host: str,
     port: int,
     adapters: tuple[str, ...],
@@ -178,8 +187,11 @@ def command(
         raise UsageError(f"--adapter-memory is {adapter_memory} MiB: give 1 or more")
     if replicas is not None and not on_ray:
         raise UsageError("--replicas: give --ray, which runs them")
+    if vision is not None and on_ray:
+        raise UsageError("--vision: not supported with --ray, start a service on each machine")
     spec = ServiceSpec(
         bundle,
+        vision=vision,
         limits=ServeLimits(**limits),
         adapters=dict(map(_named, adapters)),
         adapter_root=adapter_root,

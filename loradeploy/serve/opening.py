@@ -17,6 +17,7 @@ from loradeploy.serve.adapters.roots import AdapterRoot, DirectoryRoot, StoreRoo
 from loradeploy.serve.keys import KeyRing
 from loradeploy.serve.service import Service
 from loradeploy.serve.settings import ServeLimits
+from loradeploy.serve.vision import Vision
 
 _URL: Final = "://"
 
@@ -25,18 +26,19 @@ _URL: Final = "://"
 class ServiceSpec:
     """The arguments of a service.
 
-    `adapters`: directories of adapters by name, in addition to those of the bundle. `adapter_root`:
-    a directory or URL; `adapter_cache`: where adapters from a URL are cached. `adapter_memory`:
-    bytes of adapters in memory, None for no limit. `api_keys`: a file with keys. `host`: the
-    address that clients use. `operator`: the operator's library (`AdapterSession`). `threads`:
-    number of threads of a run; by default as many as the container allows if it limits them,
-    otherwise onnxruntime's default.
+    `vision`: the bundle of the decoder's vision tower, or None. `adapters`: directories of adapters
+    by name, in addition to those of the bundle. `adapter_root`: a directory or URL;
+    `adapter_cache`: where adapters from a URL are cached. `adapter_memory`: bytes of adapters in
+    memory, None for no limit. `api_keys`: a file with keys. `host`: the address that clients use.
+    `operator`: the operator's library (`AdapterSession`). `threads`: number of threads of a run; by
+    default as many as the container allows if it limits them, otherwise onnxruntime's default.
 
     Raises:
         UsageError: fields that cannot be combined.
     """
 
     bundle: str
+    vision: str | None = None
     limits: ServeLimits = field(default_factory=ServeLimits)
     adapters: Mapping[str, str] = field(default_factory=dict)
     adapter_root: str | None = None
@@ -57,6 +59,11 @@ class ServiceSpec:
         if self.updates and self.adapter_root is None:
             raise UsageError(
                 "`allow_adapter_updates`: give `adapter_root`, where adapters are found"
+            )
+        if self.vision is not None and self.adapter_root is not None:
+            raise UsageError(
+                "`adapter_root`: not supported with `vision`, whose adapters have two parts: give"
+                " them as `adapter`, or export both bundles with them"
             )
         if self.adapter_cache is not None and not self.stored:
             raise UsageError("`adapter_cache`: give `adapter_root` the URL of an object store")
@@ -97,10 +104,26 @@ def open_service(spec: ServiceSpec, keys: KeyRing | None) -> Service:
         capture_graphs=spec.capture_graphs,
         operator=spec.operator,
     )
+    vision = None
+    if spec.vision is not None:
+        tower = AdapterSession(
+            spec.vision,
+            [spec.provider],
+            session_options=_session_options(spec.threads),
+            require_certificate=spec.require_certificate,
+        )
+        vision = Vision(session, tower, spec.limits)
+    load = session.load if vision is None else vision.generator.load
     for name, path in spec.adapters.items():
-        session.load(name, path)
+        load(name, path)
     return Service(
-        session, limits=spec.limits, keys=keys, root=root, updates=spec.updates, host=spec.host
+        session,
+        limits=spec.limits,
+        keys=keys,
+        root=root,
+        updates=spec.updates,
+        host=spec.host,
+        vision=vision,
     )
 
 

@@ -17,6 +17,7 @@ from loradeploy.serve.keys import KeyRing
 from loradeploy.serve.metrics import Metrics
 from loradeploy.serve.problems import RequestError
 from loradeploy.serve.settings import ServeLimits
+from loradeploy.serve.vision import Vision
 
 # The tasks that have routes.
 _SERVED: Final = (CAUSAL_LM, FEATURE_EXTRACTION, *CLASSIFICATIONS)
@@ -26,7 +27,8 @@ class Service:
     """A bundle that is served.
 
     `root`: the adapter root. `updates`: whether requests may load and unload adapters. `keys`: None
-    if no key is required. `host`: the address that clients use.
+    if no key is required. `host`: the address that clients use. `vision`: the vision tower of a
+    vision-language model, whose decoder the bundle is.
 
     Raises:
         UsageError: as `Catalog`, or the bundle is for a task without routes.
@@ -41,6 +43,7 @@ class Service:
         root: AdapterRoot | None = None,
         updates: bool = False,
         host: str = "127.0.0.1",
+        vision: Vision | None = None,
     ) -> None:
         if session.manifest.task not in _SERVED:
             runner = TASK_TABLE[session.manifest.task].runner
@@ -50,6 +53,7 @@ class Service:
                 f" {', '.join(_SERVED)}: run it with {use}"
             )
         self.session = session
+        self.vision = vision
         self.limits = limits
         self.keys = keys
         self.updates = updates
@@ -61,6 +65,7 @@ class Service:
         self.catalog = Catalog(
             session,
             root=root,
+            others=() if vision is None else vision.generator.tower.adapters,
             max_bytes=limits.max_adapter_bytes,
             on_load=self.metrics.adapter_loaded,
         )
@@ -131,6 +136,8 @@ class Service:
         self.draining = self.encoder.closed = True
         if self.engine is not None:
             self.engine.close()
+        if self.vision is not None:
+            self.vision.close()
         self.session.close()
         if self.catalog.root is not None:
             self.catalog.root.close()

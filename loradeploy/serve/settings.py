@@ -23,6 +23,8 @@ class ServeLimits:
         max_tokens: tokens of one generated text.
         max_n: generated texts of one request, over all of its prompts.
         max_inputs: texts, documents or prompts of one request.
+        max_images: images of one request.
+        max_image_pixels: pixels of one image.
         max_request_bytes: bytes of one request's body.
         max_adapter_bytes: bytes of the files of one adapter in the adapter root.
         max_cache_bytes: bytes of cached adapters from an object store.
@@ -40,6 +42,8 @@ class ServeLimits:
     max_tokens: int = 2048
     max_n: int = 8
     max_inputs: int = 256
+    max_images: int = 8
+    max_image_pixels: int = 1 << 25
     max_request_bytes: int = 4 << 20
     max_adapter_bytes: int = 4 << 30
     max_cache_bytes: int = 16 << 30

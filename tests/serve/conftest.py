@@ -22,6 +22,7 @@ from loradeploy.serve.http.server import Server, listen, url_of
 from loradeploy.serve.keys import KeyRing
 from loradeploy.serve.service import Service
 from loradeploy.serve.settings import ServeLimits
+from loradeploy.serve.vision import Vision
 from tests.conftest import MakeAdapter
 
 # Large enough that adapters change greedy texts of a few tokens.
@@ -60,11 +61,16 @@ def serving(bundle: Path, **options: Any) -> Iterator[Running]:
         own["root"] = DirectoryRoot(own["root"])
     adapters = options.pop("adapters", {})
     budget = options.pop("host_budget", None)
-    session = AdapterSession(bundle, host_budget=budget)
+    tower = options.pop("vision", None)
+    session, limits = AdapterSession(bundle, host_budget=budget), ServeLimits(**options)
+    load = session.load
+    if tower is not None:
+        own["vision"] = Vision(session, AdapterSession(tower), limits)
+        load = own["vision"].generator.load
     for name, path in adapters.items():
-        session.load(name, path)
+        load(name, path)
     ring = None if keys is None else KeyRing(keys)
-    service = Service(session, limits=ServeLimits(**options), keys=ring, **own)
+    service = Service(session, limits=limits, keys=ring, **own)
     server = Server(service)
     listening = listen("127.0.0.1", 0)
     url = url_of(listening)

@@ -86,6 +86,8 @@ FLAGS: list[tuple[list[str], Callable[[Seen], Any], Any]] = [
     (["--max-tokens", "3"], lambda s: s["limits"]["max_tokens"], 3),
     (["--max-n", "3"], lambda s: s["limits"]["max_n"], 3),
     (["--max-inputs", "3"], lambda s: s["limits"]["max_inputs"], 3),
+    (["--max-images", "3"], lambda s: s["limits"]["max_images"], 3),
+    (["--max-image-pixels", "3"], lambda s: s["limits"]["max_image_pixels"], 3),
     (["--max-request-bytes", "3"], lambda s: s["limits"]["max_request_bytes"], 3),
     (["--max-adapter-bytes", "3"], lambda s: s["limits"]["max_adapter_bytes"], 3),
     (["--request-timeout", "3"], lambda s: s["limits"]["request_timeout"], 3.0),

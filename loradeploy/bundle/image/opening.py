@@ -50,12 +50,12 @@ def opened(given: GivenImage, where: str = "the image") -> Image:
             than Pillow allows (`PIL.Image.MAX_IMAGE_PIXELS`).
         MissingDependencyError: Pillow is not installed.
     """
-    pillow = _pillow()
+    pil = pillow()
     if isinstance(given, str | os.PathLike):
         file = Path(given)
         check_file(file, error=DataError)
-        return _read(file, str(file), pillow.MAX_IMAGE_PIXELS, None)
-    if isinstance(given, pillow.Image):
+        return _read(file, str(file), pil.MAX_IMAGE_PIXELS, None)
+    if isinstance(given, pil.Image):
         _check_mode(given, where, UsageError)
         return _as_rgb(given)
     if not isinstance(given, np.ndarray):
@@ -64,7 +64,7 @@ def opened(given: GivenImage, where: str = "the image") -> Image:
         raise UsageError(
             f"{where} is an array {given.dtype} {list(given.shape)}: give uint8 [height, width, 3]"
         )
-    made: Image = pillow.fromarray(given)
+    made: Image = pil.fromarray(given)
     return made
 
 
@@ -78,7 +78,12 @@ def decoded(content: bytes, where: str, most_pixels: int) -> Image:
     return _read(io.BytesIO(content), where, most_pixels, FORMATS)
 
 
-def _pillow() -> Any:
+def pillow() -> Any:
+    """The module PIL.Image.
+
+    Raises:
+        MissingDependencyError: Pillow is not installed.
+    """
     try:
         from PIL import Image
     except ImportError:
@@ -90,11 +95,11 @@ def _read(
     source: Path | io.BytesIO, where: str, most: int | None, formats: tuple[str, ...] | None
 ) -> Image:
     """The image in a file; its size is checked before its pixels are decoded."""
-    pillow = _pillow()
+    pil = pillow()
     from PIL import ImageOps
 
     try:
-        with pillow.open(source, formats=formats) as image:
+        with pil.open(source, formats=formats) as image:
             width, height = image.size
             if most is not None and width * height > most:
                 raise DataError(
@@ -113,11 +118,11 @@ def _read(
 
 def _as_rgb(image: Image) -> Image:
     """The image as RGB; transparency is composited onto white, as in transformers 5."""
-    pillow = _pillow()
+    pil = pillow()
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
-        white = pillow.new("RGBA", image.size, (255, 255, 255, 255))
-        image = pillow.alpha_composite(white, image)
+        white = pil.new("RGBA", image.size, (255, 255, 255, 255))
+        image = pil.alpha_composite(white, image)
     return image.convert("RGB")
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 from loradeploy.errors import EngineClosedError, UsageError
 from loradeploy.runtime.adapters.resident import AdapterSpec, weights_of
 from loradeploy.runtime.arguments import check_adapters, check_count
 from loradeploy.runtime.decoding.asking.calls import Call, Prompt
+from loradeploy.runtime.decoding.graph import TokenEmbeds, check_embeds
 from loradeploy.runtime.engine.endings import abandon, ended_by_defect, guarded
 from loradeploy.runtime.engine.loader import Loader
 from loradeploy.runtime.engine.requests import EngineRequests
@@ -178,6 +180,7 @@ class Engine:
         scope: str | None = None,
         deadline: float | None = None,
         shorten: bool = False,
+        embeds: TokenEmbeds | None = None,
         **options: Unpack[GenerationFlags],
     ) -> Submission:
         """Submit a request, and return immediately.
@@ -186,7 +189,9 @@ class Engine:
         `TextGenerator.generate`. `scope`: the owner, such as an API key; scopes take turns, and do
         not share prefix cache entries. `deadline`: seconds from now after which the request fails,
         waiting or running. `shorten`: if a row has no room for `max_new_tokens`, generate fewer
-        instead of raising a BudgetError; always so if `max_new_tokens` is not given.
+        instead of raising a BudgetError; always so if `max_new_tokens` is not given. `embeds`:
+        embeddings that replace tokens of `prompt`, which is token ids then. Such a prompt is
+        processed in one run, and not stored in the prefix cache.
 
         Raises:
             UsageError: as `TextGenerator.generate`. Errors that depend on the adapter or the
@@ -199,7 +204,11 @@ class Engine:
             check_adapters([adapter])
             weights_of(adapter)
         until = deadline_of(deadline)
-        call = Call.of([prompt], [adapter], seed, chat, None, None, options)
+        call = Call.of([prompt], [adapter], seed, chat, None, None, options, [embeds])
+        if embeds is not None:
+            if isinstance(prompt, str):
+                raise UsageError("`embeds`: give the prompt as token ids")
+            check_embeds(self._worker.graph, cast("Sequence[int]", prompt), embeds, "the prompt")
         own = call.options[0]
         # Blends of the same adapters share a flow, whatever their weights are.
         names = () if adapter is None else tuple(name for name, _ in weights_of(adapter))

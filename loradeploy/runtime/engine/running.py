@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from loradeploy.runtime.decoding.asking.reading import PromptReader
     from loradeploy.runtime.decoding.caches.protocols import Reading
+    from loradeploy.runtime.decoding.graph import TokenEmbeds
     from loradeploy.runtime.engine.prefix import Owner
     from loradeploy.runtime.engine.statistics import EngineStatistics, Observer
     from loradeploy.runtime.held import HeldAdapters
@@ -52,6 +53,11 @@ class Running:
     def number(self) -> int:
         """Its number in the batch."""
         return self.submission.number
+
+    @property
+    def embeds(self) -> TokenEmbeds | None:
+        """Embeddings that replace tokens of its prompt."""
+        return self.submission.call.embeds[0]
 
     @property
     def most(self) -> int:

@@ -57,7 +57,7 @@ class Worker:
         prefixes: int,
     ) -> None:
         self._session = session
-        self._graph = DecoderGraph.of(session, pad_id)
+        self.graph = self._graph = DecoderGraph.of(session, pad_id)
         self._statistics = statistics
         self._observer = observer
         self.slots = slots
@@ -204,7 +204,12 @@ class Worker:
         return group
 
     def _short_rest(self, one: Running) -> int:
-        """The number of remaining tokens of a prompt, if they fit in one chunk; otherwise 0."""
+        """The number of remaining tokens of a prompt, if they fit in one chunk; otherwise 0.
+
+        0 also for a prompt with embeddings, which is processed alone, in one run.
+        """
+        if one.embeds is not None:
+            return 0
         rest = len(one.request.ids) - len(one.blocks) * BLOCK
         return rest if rest <= self._chunk else 0
 
@@ -218,11 +223,13 @@ class Worker:
     def _run_prompts(self, beside: RowsBeside, group: list[Running]) -> None:
         reading = group[0].reading
         if reading is None:
-            reading = beside.begin(len(group))
+            reading = beside.begin(len(group), [one.embeds for one in group])
             del group[reading.count :]  # the others are processed later
             self._begin(reading, group)
         began = time.monotonic()
         most = self._chunk if self._active else self._idle_chunk
+        if group[0].embeds is not None:
+            most = len(group[0].request.ids)
         prompts = [one.request.ids[one.read : one.read + most] for one in group]
         with self._adapters_of(group) as adapters:
             logits = reading.read(adapters, *self._graph.padded(prompts))
@@ -279,14 +286,14 @@ class Worker:
                 self._readers.leave(one.number)
 
     def _find(self, one: Running) -> list[list[NDArray[Any]]]:
-        """The blocks of a prompt in the prefix cache."""
-        if self._prefixes is None:
+        """The blocks of a prompt in the prefix cache, which has none with embeddings."""
+        if self._prefixes is None or one.embeds is not None:
             return []
         return self._prefixes.find(one.owner, one.request.ids)
 
     def _keep(self, one: Running, reading: Reading, row: int) -> None:
         """Store a processed prompt in the prefix cache."""
-        if self._prefixes is None or len(one.request.ids) < BLOCK:
+        if self._prefixes is None or one.embeds is not None or len(one.request.ids) < BLOCK:
             return
         self._prefixes.keep(one.owner, one.request.ids, reading.past(row))
         self._statistics.prefix_entries = len(self._prefixes)

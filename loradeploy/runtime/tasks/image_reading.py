@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from loradeploy.adapter.tasks import CAUSAL_LM, VISION_TOWER
-from loradeploy.bundle.image.opening import opened
+from loradeploy.bundle.image.opening import opened, pillow
 from loradeploy.bundle.image.processors import ImageProcessor, ModelImage, image_processor
 from loradeploy.bundle.model_config import model_config
 from loradeploy.bundle.names import CONFIG_NAME, IMAGE_FEATURES, PIXEL_VALUES
@@ -85,6 +85,16 @@ class ImagePromptReader:
         words = decoder.texts.base.tokenizer.vocabulary
         features = self.sizes.features or 0
         self._prompts = ImagePrompts.of(config, token, words, features, decoder.path)
+
+    def check_processor(self) -> None:
+        """Check that images can be read.
+
+        Raises:
+            BundleError: there are no settings of an image processor, or it is not supported.
+            MissingDependencyError: Pillow is not installed.
+        """
+        pillow()
+        assert self._processor is not None
 
     @cached_property
     def _processor(self) -> ImageProcessor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -51,7 +51,8 @@ class Model:
 class Catalog:
     """The models of one service.
 
-    `root`: the adapter root, or None. `max_bytes`: of one adapter's files. `on_load`: called with
+    `root`: the adapter root, or None. `others`: names of adapters without a part in the session, of
+    a vision-language model. `max_bytes`: of one adapter's files. `on_load`: called with
     the seconds that it took to read an adapter.
 
     Raises:
@@ -65,10 +66,11 @@ class Catalog:
         root: AdapterRoot | None,
         max_bytes: int,
         on_load: Callable[[float], None],
+        others: Collection[str] = (),
     ) -> None:
         self.session = session
         self.base = resolved(session.path).name
-        self._bundled = set(session.adapters)
+        self._bundled = {*session.adapters, *others}
         if self.base in self._bundled:
             raise UsageError(
                 f"{session.path} and an adapter have the same name, {self.base!r}, which would"

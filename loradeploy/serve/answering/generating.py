@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any, cast
 
 from fastapi import Request
 
-from loradeploy.errors import EngineClosedError
+from loradeploy.errors import EngineClosedError, shown
 from loradeploy.runtime.decoding.asking.calls import Prompt
 from loradeploy.runtime.engine.submission import GenerationEvent, Submission
 from loradeploy.runtime.tasks.generation import Generation
@@ -20,8 +21,11 @@ from loradeploy.serve.problems import refused
 from loradeploy.serve.schemas.text import (
     STOP_LENGTH,
     CachedTokens,
+    ChatMessage,
     ChatRequest,
     CompletionRequest,
+    ImagePart,
+    TextPart,
     TextRequest,
     Usage,
 )
@@ -119,15 +123,45 @@ def _check_whole(text: Generation) -> None:
         raise EngineClosedError("the text was cancelled")
 
 
+def chat_images(body: ChatRequest) -> list[str]:
+    """The URLs of the conversation's images.
+
+    Raises:
+        RequestError: an image with another `detail` than auto.
+    """
+    images = [
+        part.image_url
+        for message in body.messages
+        if not isinstance(message.content, str)
+        for part in message.content
+        if isinstance(part, ImagePart)
+    ]
+    if other := [image.detail for image in images if image.detail != "auto"]:
+        raise refused("messages", f"the detail of an image is {shown(other[0])}: give auto")
+    return [image.url for image in images]
+
+
+def _content(message: ChatMessage) -> str | list[dict[str, str]]:
+    """The text of a message, or its texts and the places of its images."""
+    parts = message.content
+    if isinstance(parts, str):
+        return parts
+    texts = [part.text for part in parts if isinstance(part, TextPart)]
+    if len(texts) == len(parts):
+        return "".join(texts)
+    return [
+        {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": "image"}
+        for part in parts
+    ]
+
+
 def chat_prompt(body: ChatRequest) -> Prompt:
     """The conversation in the form that chat templates expect."""
     messages = []
     for message in body.messages:
-        content = message.content
-        text = content if isinstance(content, str) else "".join(part.text for part in content)
         role = "system" if message.role == "developer" else message.role
         name = {} if message.name is None else {"name": message.name}
-        messages.append({"role": role, "content": text, **name})
+        messages.append({"role": role, "content": _content(message), **name})
     return cast(Prompt, messages)
 
 
@@ -145,8 +179,9 @@ async def ask(
     body: TextRequest,
     prompts: Sequence[Prompt],
     logprobs: int | None,
+    images: Sequence[str] = (),
 ) -> Asked:
-    """Submit the prompts of a request.
+    """Submit the prompts of a request. `images`: URLs of images, of its only prompt.
 
     Raises:
         RequestError, LoraDeployError: the request is refused, or too many requests are waiting.
@@ -170,6 +205,17 @@ async def ask(
         raise refused("stream_options", "only with stream")
     adapter = await service.catalog.resolve(body.model, body.adapters, key)
     options = _options(service, body, logprobs)
+    deadline = limits.request_timeout
+    if images:
+        if service.vision is None:
+            raise refused("messages", "this service reads no images: it has no vision tower")
+        began = time.monotonic()
+        (prompt,) = prompts
+        seen = await service.vision.read(prompt, images, adapter)
+        prompts, adapter, options["embeds"] = [seen.ids], seen.adapter, seen.embeds
+        deadline = max(deadline - (time.monotonic() - began), 1e-3)
+    elif service.vision is not None:
+        adapter = service.vision.decoder_adapter(adapter)
     submissions: list[Submission] = []
     try:
         for prompt in prompts:
@@ -184,7 +230,7 @@ async def ask(
                     # With a seed, a prompt's text does not depend on the other prompts.
                     seed=secrets.randbits(63) if body.seed is None else body.seed % 2**64,
                     scope=key.name or None,
-                    deadline=limits.request_timeout,
+                    deadline=deadline,
                     **options,
                 )
             )

@@ -13,7 +13,13 @@ from loradeploy.serve.answering.answers import (
     chat_completion,
     completion,
 )
-from loradeploy.serve.answering.generating import ask, chat_prompt, completion_prompts, watched
+from loradeploy.serve.answering.generating import (
+    ask,
+    chat_images,
+    chat_prompt,
+    completion_prompts,
+    watched,
+)
 from loradeploy.serve.answering.streaming import EventStream
 from loradeploy.serve.problems import refused
 from loradeploy.serve.routes.bodies import JsonRoute
@@ -43,7 +49,8 @@ async def answer_chat(
     if body.top_logprobs is not None and not body.logprobs:
         raise refused("top_logprobs", "only with logprobs")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    asked = await ask(service, key, body, [chat_prompt(body)], logprobs)
+    images = chat_images(body)
+    asked = await ask(service, key, body, [chat_prompt(body)], logprobs, images)
     async with watched(request, asked):
         if not body.stream:
             texts = await asked.generations()

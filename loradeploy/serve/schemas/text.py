@@ -91,11 +91,28 @@ class CompletionRequest(TextRequest):
     best_of: int | None = Field(default=None, description="Must be n.")
 
 
-class ContentPart(RequestBody):
-    """A part of a message."""
+class TextPart(RequestBody):
+    """A text in a message."""
 
     type: Literal["text"]
     text: str
+
+
+class ImageUrl(RequestBody):
+    """An image."""
+
+    url: str = Field(description="A data: URL; nothing is fetched.")
+    detail: str = Field(default="auto", description="Must be auto.")
+
+
+class ImagePart(RequestBody):
+    """An image in a message, for a service with a vision tower."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+ContentPart = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
 class ChatMessage(RequestBody):

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from loradeploy.runtime.adapters.resident import Resident
+    from loradeploy.runtime.decoding.graph import TokenEmbeds
     from loradeploy.runtime.running.feeds import Feeds
 
 
@@ -90,5 +91,8 @@ class Reading(Readers, Protocol):
 class RowsBeside(Protocol):
     """Rows of a batch beside which prompts can be processed."""
 
-    def begin(self, count: int, /) -> Reading:
-        """Start a reading of `count` prompts, or of fewer if these do not fit in one run."""
+    def begin(self, count: int, embeds: Sequence[TokenEmbeds | None] = (), /) -> Reading:
+        """Start a reading of `count` prompts, or of fewer if these do not fit in one run.
+
+        `embeds`: for each prompt, embeddings that replace tokens; such a prompt is read in one run.
+        """

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from loradeploy.runtime.decoding.caches.source import EncodedSource
-    from loradeploy.runtime.decoding.graph import DecoderGraph
+    from loradeploy.runtime.decoding.graph import DecoderGraph, TokenEmbeds
 
 
 class UncachedRows:
@@ -139,9 +139,9 @@ class CachedRows:
             return list(range(len(parents)))
         return list(parents)
 
-    def begin(self, count: int) -> CachedReading:
+    def begin(self, count: int, embeds: Sequence[TokenEmbeds | None] = ()) -> CachedReading:
         """See `RowsBeside.begin`."""
-        return CachedReading(self, CachedRows(self._graph, count))
+        return CachedReading(self, CachedRows(self._graph.with_embeds(embeds), count))
 
     def load(self, past: Past) -> None:
         """Load keys and values into the only row, as if it had processed the tokens."""

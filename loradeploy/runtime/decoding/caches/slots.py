@@ -24,7 +24,7 @@ from loradeploy.runtime.running.bindings import FixedBuffers
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from loradeploy.runtime.decoding.graph import DecoderGraph
+    from loradeploy.runtime.decoding.graph import DecoderGraph, TokenEmbeds
 
 
 def keeps_slots(graph: DecoderGraph) -> bool:
@@ -53,6 +53,7 @@ class SlotRows:
         self._views: dict[tuple[int, int], FixedBuffers] = {}
         self.positions = positions
         self._lengths = np.zeros(slots, np.int64)
+        self._shifts = np.zeros(slots, np.int64)  # of positions after images
         self._used: set[int] = set()
         self._reading: set[int] = set()  # the slots in use whose prompt is being processed
 
@@ -70,12 +71,13 @@ class SlotRows:
     ) -> NDArray[Any]:
         """See `Rows.read`; one token per row."""
         count = len(ids)
-        logits = self._run(adapters, ids, mask, 0, ends)
+        logits = self._run(self._graph, adapters, ids, mask, 0, ends)
         self._lengths[:count] += mask[:, 0]
         return logits
 
     def _run(
         self,
+        graph: DecoderGraph,
         adapters: RowAdapters,
         ids: NDArray[np.int64],
         mask: NDArray[np.int64],
@@ -95,8 +97,11 @@ class SlotRows:
             mask[np.arange(mask.shape[1]) < lengths[:, np.newaxis]] = 1
         fixed = self._view(first, count)
         logits, *_ = adapters.run_with_ort_values(
-            (self._graph.output, *self._outputs),
-            {**self._graph.feeds(ids, mask, ends), **fixed.inputs},
+            (graph.output, *self._outputs),
+            {
+                **graph.feeds(ids, mask, ends, self._shifts[first : first + count]),
+                **fixed.inputs,
+            },
             # A prompt is processed in one run, or few, so its bindings are not kept.
             buffers=fixed if new == 1 else dict(fixed),
         )
@@ -126,13 +131,13 @@ class SlotRows:
             found = [self._lowered(slot) for slot in found]
         return found
 
-    def begin(self, count: int) -> SlotReading:
+    def begin(self, count: int, embeds: Sequence[TokenEmbeds | None] = ()) -> SlotReading:
         """See `RowsBeside.begin`; uses free slots that are adjacent."""
         slots = self._adjacent(count)
         for slot in slots:
             self._use(slot)
         self._reading.update(slots)
-        return SlotReading(self, slots)
+        return SlotReading(self, slots, self._graph.with_embeds(embeds))
 
     def join(self, rows: Sequence[int], joining: Sequence[int]) -> list[int]:
         """Continue with `rows` and the slots `joining`, whose prompts were processed."""
@@ -155,7 +160,7 @@ class SlotRows:
 
     def _use(self, slot: int) -> None:
         self._used.add(slot)
-        self._lengths[slot] = 0
+        self._lengths[slot] = self._shifts[slot] = 0
 
     def _take(self) -> int:
         slot = next(slot for slot in range(len(self._lengths)) if slot not in self._used)
@@ -165,11 +170,12 @@ class SlotRows:
     def _free(self, slot: int) -> None:
         self._used.discard(slot)
         self._reading.discard(slot)
-        self._lengths[slot] = 0
+        self._lengths[slot] = self._shifts[slot] = 0
 
     def _copy(self, source: int, slot: int) -> int:
         """Copy the contents of `source` to `slot`."""
         length = self._lengths[slot] = self._lengths[source]
+        self._shifts[slot] = self._shifts[source]
         for array in self._arrays.values():
             array[slot, :, :length] = array[source, :, :length]
         return slot
@@ -187,9 +193,10 @@ class SlotRows:
 class SlotReading:
     """Adjacent slots in which prompts are processed; joined slots belong to the batch."""
 
-    def __init__(self, rows: SlotRows, slots: list[int]) -> None:
+    def __init__(self, rows: SlotRows, slots: list[int], graph: DecoderGraph) -> None:
         self._rows = rows
         self._slots = slots
+        self._graph = graph
         self._joined: set[int] = set()
 
     @property
@@ -212,8 +219,9 @@ class SlotReading:
         ends: NDArray[np.int64],
     ) -> NDArray[Any]:
         """See `Rows.read`; several prompts start at position 0, padded on the right."""
-        logits = self._rows._run(adapters, ids, mask, self._slots[0], ends)
+        logits = self._rows._run(self._graph, adapters, ids, mask, self._slots[0], ends)
         self._rows._lengths[self._slots] += mask.sum(axis=1)
+        self._rows._shifts[self._slots] = self._graph.shifts(len(self._slots))
         return logits
 
     def past(self, row: int) -> Past:
