@@ -29,6 +29,7 @@ from loradeploy.export.match.linears import Findings, Linear, annotate_modules, 
 from loradeploy.export.match.modules.identity import CheckpointWeights
 from loradeploy.export.match.modules.mapping import ModuleMap
 from loradeploy.export.match.modules.naming import Namer, by_graph, first_of, keeping_fused
+from loradeploy.export.match.modules.wrappers import name_parts
 from loradeploy.export.match.operators import GROUP_QUERY_ATTENTION, unreached_layers
 from loradeploy.export.match.own_factors import own_factor
 from loradeploy.export.read.normalize import SCALE
@@ -133,6 +134,7 @@ def find_modules(
         _compare(model.graph, findings, weights)
         for node in (node for linear in findings.linears.values() for node in linear.nodes):
             node.metadata_props.pop(SCALE, None)  # the comparison proved that its weight is W
+        name_parts(model, findings.linears)
     annotate_modules(findings.linears)
     if weights is None and not proven and _has_rows_in_doubt(model, directory, findings):
         _check_order_of_rows(adapters)

@@ -20,6 +20,7 @@ from loradeploy.errors import AdapterMismatchError, ExportError, ModelError, Usa
 from loradeploy.export.api import export
 from loradeploy.export.match.modules.naming import FUSED_MODULES
 from loradeploy.export.match.operators import MICROSOFT
+from loradeploy.export.match.whole.parts import find_parts
 from loradeploy.export.read.normalize import normalize_products
 from loradeploy.export.read.third_party import Evidence, complete_cache, find_modules
 from loradeploy.runtime.decoding.caches.parts import parts_of
@@ -515,6 +516,33 @@ def test_a_graph_and_its_checkpoint_take_adapters_whose_names_have_a_prefix(
     adapter = Adapter(config, {"bert.block.proj": pair})
     found = find_modules(model, tmp_path, Evidence(checkpoint=tmp_path), [adapter])
     assert found.linears.keys() == {"bert.block.proj", "bert.block.other"}
+
+
+@pytest.mark.parametrize(
+    ("graph", "adapter", "expected"),
+    [
+        ("wrapper.model.", "model.", "model.embed"),
+        ("", "model.", "model.embed"),
+        ("model.", "model.", "model.embed"),
+    ],
+    ids=["a wrapper", "the bare model", "the same"],
+)
+def test_an_embedding_is_named_as_the_linear_layers_that_weights_identify(
+    graph: str, adapter: str, expected: str, tmp_path: Path
+) -> None:
+    b = Builder()
+    ids = b.input("ids", ["batch", "sequence"])
+    table = b.weight("e", 7, IN)
+    x = b.node("Gather", [table, ids], ["batch", "sequence", IN], module=f"{graph}embed")
+    y = b.node(
+        "MatMul", [x, b.weight("w", IN, OUT)], ["batch", "sequence", OUT], module=f"{graph}q"
+    )
+    model = b.model(y)
+    weight = np.ascontiguousarray(model.graph.initializers["w"].const_value.numpy().T)
+    save_file({f"{adapter}q.weight": weight}, tmp_path / "model.safetensors")
+    found = find_modules(model, tmp_path, Evidence(checkpoint=tmp_path), [])
+    assert found.linears.keys() == {f"{adapter}q"}
+    assert find_parts(model).keys() == {expected}
 
 
 def test_operators_that_take_no_adapters_are_named_where_the_checkpoint_has_no_match(
