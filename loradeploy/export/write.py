@@ -36,7 +36,7 @@ from loradeploy.bundle.names import (
     TOKEN_TYPE_IDS,
 )
 from loradeploy.bundle.text.beside import vocabulary_of
-from loradeploy.bundle.text.settings import read_settings
+from loradeploy.bundle.text.settings import read_settings, settings_in_config
 from loradeploy.bundle.text.tokenizer import Tokenizer
 from loradeploy.bundle.text.tokenizer_files import GENERATION_NAME, TOKENIZER_NAME
 from loradeploy.errors import ExportError, ModelError, UsageError
@@ -276,6 +276,10 @@ def _write_assets(directory: Path, manifest: Manifest, content: Content) -> Mani
         file = recipe / GENERATION_NAME
         if file.is_file() and not (directory / GENERATION_NAME).exists():
             copy_file(file, directory / GENERATION_NAME, error=ModelError)
+    generates = manifest.task in (CAUSAL_LM, SEQ2SEQ_LM)
+    settings = settings_in_config(content.config) if generates else {}
+    if settings and not (directory / GENERATION_NAME).exists():
+        write_json(directory / GENERATION_NAME, settings)
     if not (directory / TOKENIZER_NAME).exists():
         make_tokenizer(content.assets, directory)
     elif not (content.assets / MANIFEST_NAME).is_file():  # a bundle's is corrected already
@@ -297,7 +301,7 @@ def _write_assets(directory: Path, manifest: Manifest, content: Content) -> Mani
     write_json(directory / CONFIG_NAME, config)
     if any(spec.name == INPUT_FEATURES for spec in manifest.inputs):
         _write_feature_settings(directory, content)
-    if manifest.task in (CAUSAL_LM, SEQ2SEQ_LM):
+    if generates:
         file = directory / GENERATION_NAME
         generation = read_json(file, error=ModelError) if file.is_file() else {}
         if not content.merged:

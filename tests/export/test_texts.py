@@ -431,3 +431,34 @@ def test_a_combination_uses_text_files_only_if_its_adapters_agree(worded_bundle:
         generator.generate([TEXT], torn, chat=True)
     with pytest.raises(UsageError, match="'template' and 'word' of the blend have different tok"):
         generator.generate([TEXT], {"template": 0.5, "word": 0.5})
+
+
+def test_settings_of_generation_in_config_json_apply_without_a_generation_config(
+    worded_llama: Path, tmp_path: Path
+) -> None:
+    """transformers before 4.26 saved them there, and later versions read them from there."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    base = tmp_path / "base"
+    shutil.copytree(worded_llama, base)
+    (base / "generation_config.json").unlink()
+    file = base / "config.json"
+    penalty = {"repetition_penalty": 1.8, "no_repeat_ngram_size": 1}
+    file.write_text(json.dumps(json.loads(file.read_text()) | penalty))
+    export(base, tmp_path / "bundle")
+    export(worded_llama, tmp_path / "other")
+    (got,) = TextGenerator(AdapterSession(tmp_path / "bundle")).generate([TEXT], max_new_tokens=NEW)
+    (other,) = TextGenerator(AdapterSession(tmp_path / "other")).generate(
+        [TEXT], max_new_tokens=NEW
+    )
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    ids = torch.tensor([Tokenizer(base).encode(TEXT)])
+    with torch.no_grad():
+        out = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False
+        )
+    made = out[0, ids.shape[1] :].tolist()
+    ends = Tokenizer(base).eos_ids
+    assert list(got.token_ids) == (made[:-1] if made[-1] in ends else made)
+    assert got.token_ids != other.token_ids

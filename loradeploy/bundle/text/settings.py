@@ -42,6 +42,17 @@ _NOT_APPLIED: Final[Mapping[str, tuple[Any, ...]]] = {
 }
 
 
+# Settings that are supported, by their names in a model's config.
+_APPLIED: Final = (
+    *("repetition_penalty", "no_repeat_ngram_size", "min_new_tokens", "min_length"),
+    *("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "stop_strings"),
+    *("top_k", "top_p", "min_p", "length_penalty", "early_stopping"),
+    *("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id"),
+)
+# The configs inside a model's config in which transformers finds such settings, too.
+_INNER: Final = ("decoder", "generator", "text_config")
+
+
 @dataclass(frozen=True)
 class GenerationSettings:
     """Settings of generation, with transformers' names and definitions.
@@ -99,6 +110,20 @@ def is_length_penalty(value: object) -> bool:
     """
     number = isinstance(value, Real) and not isinstance(value, bool)
     return number and abs(float(value)) <= MOST_LENGTH_PENALTY  # type: ignore[arg-type]
+
+
+def settings_in_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of generation in a config.json, where older versions of transformers put them.
+
+    transformers applies them if the model has no generation_config.json.
+    """
+    found = (config.get(name) for name in _INNER)
+    inner: Mapping[str, Any] = next((each for each in found if isinstance(each, Mapping)), {})
+    names = (*_APPLIED, *_NOT_APPLIED)
+    values = {name: inner.get(name) if config.get(name) is None else config[name] for name in names}
+    if config.get("force_bos_token_to_be_generated"):
+        values["forced_bos_token_id"] = config.get("bos_token_id")
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def read_settings(values: Mapping[str, Any], where: str) -> GenerationSettings:
