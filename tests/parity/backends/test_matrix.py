@@ -263,7 +263,7 @@ def test_a_mask_that_is_wrong_past_the_cache_fails_in_chunks_alone(
     assert failed(check(llama_bundle, backends=["onnx-side-inputs"])) == {"chunked prefill"}
 
 
-def test_adapter_ids_of_an_earlier_batch_fail_in_the_permuted_batch(
+def test_adapters_of_an_earlier_batch_fail_in_the_permuted_batch(
     llama_with_adapter: Path, check: Check, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = AdapterSession.run_with_ort_values

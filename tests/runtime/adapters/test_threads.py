@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from loradeploy.errors import UnknownAdapterError, UsageError
+from loradeploy.export.api import export
 from loradeploy.runtime.adapters.stacks import Stacks
 from loradeploy.runtime.session import AdapterSession
 from tests.conftest import MakeAdapter
@@ -152,14 +153,19 @@ def test_held_adapters_are_refused_once_their_context_has_ended(
 
 
 def test_an_idle_slot_is_not_taken_once_another_thread_uses_its_adapter(
-    tiny_llama_bundle: Path, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    tiny_llama_bundle: Path,
+    adapters: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     """The adapter of an idle slot comes into use after the slot is found and before it is taken."""
-    room = AdapterSession(tiny_llama_bundle)
+    bundle = tmp_path / "slots"
+    export(tiny_llama_bundle, bundle, layout="slots")
+    room = AdapterSession(bundle)
     room.load("a1", adapters["a1"])
     with room.hold(["a1", None]):
         budget = room.statistics.device_bytes  # a stack of one slot
-    session = AdapterSession(tiny_llama_bundle, device_budget=budget)
+    session = AdapterSession(bundle, device_budget=budget)
     for name in ("a0", "a1"):
         session.load(name, adapters[name])
     expected = logits(session, IDS, "a1")
