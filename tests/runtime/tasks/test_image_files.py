@@ -6,11 +6,13 @@ The reference is transformers with PEFT, from the same files.
 from __future__ import annotations
 
 import asyncio
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from loradeploy.errors import DataError, UsageError
 from tests.inputs.pictures import FAMILIES, NEW, PROMPTS, Made, image_file, prepared
@@ -130,3 +132,56 @@ def test_tokens_of_tiles_are_only_inserted_into_texts(shared: Path, tmp_path: Pa
         for prompt in ("w11 <image> w12", complete)
     ]
     assert texts[0] == texts[1]
+
+
+# By family: parts of the names of tensors, and the same in adapters that transformers 4 saved.
+OLD_NAMES = {
+    "Llava": (
+        ("model.model.language_model.", "model.language_model.model."),
+        ("model.model.vision_tower.", "model.vision_tower.vision_model."),
+        ("model.model.multi_modal_projector.", "model.multi_modal_projector."),
+    ),
+    "Gemma3": (
+        ("model.model.language_model.", "model.language_model.model."),
+        ("model.model.vision_tower.", "model.vision_tower.vision_model."),
+    ),
+    "Qwen2_5_VL": (
+        ("model.model.language_model.", "model.model."),
+        ("model.model.visual.", "model.visual."),
+    ),
+}
+
+
+@pytest.mark.parametrize("family", OLD_NAMES)
+def test_an_adapter_saved_by_transformers_4_has_the_same_effect_on_each_part(
+    family: str, shared: Path, tmp_path: Path, files: list[Path]
+) -> None:
+    made = prepared(shared, family)
+    prompt, shown = [PROMPTS[family]], [files[:2]]
+    tensors = load_file(made.place / "all" / "adapter_model.safetensors")
+    generator, scores = made.generator(), {}
+    for part in ("all", *(new for new, _ in OLD_NAMES[family])):
+        kept = {}
+        for name, values in tensors.items():
+            own = part == "all" or part in name
+            for new, old in OLD_NAMES[family]:
+                name = name.replace(f"base_model.{new}", f"base_model.{old}")
+            kept[name] = values if own else np.zeros_like(values)
+        assert kept.keys() != tensors.keys()
+        place = tmp_path / part
+        shutil.copytree(made.place / "all", place)
+        save_file(kept, place / "adapter_model.safetensors")
+        generator.load(f"old {part}", place)
+        scores[part] = _token_scores(generator, prompt, shown, f"old {part}")
+    expected = _token_scores(generator, prompt, shown, "all")
+    base = _token_scores(generator, prompt, shown, None)
+    allowed = tolerance("torch-onnx-tiny")
+    assert np.abs(scores.pop("all") - expected).max() <= allowed
+    for part, found in scores.items():
+        for other in (expected, base):
+            assert np.abs(found - other).max() > 10 * allowed, part
+
+
+def _token_scores(generator: Any, prompt: Any, shown: Any, adapter: str | None) -> Any:
+    (score,) = generator.score(prompt, shown, adapter)
+    return np.array([part.logprob for part in score.logprobs])
