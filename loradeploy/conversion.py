@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from loradeploy.bundle.names import NATIVE_SUFFIX
 from loradeploy.errors import UsageError
 from loradeploy.files import check_keeps_inputs, check_replaceable_file
+from loradeploy.paths import takes_paths
 
 if TYPE_CHECKING:
     from loradeploy.adapter import Adapter
@@ -26,6 +27,7 @@ class Conversion:
     reduction: RankReport | None = None
 
 
+@takes_paths("adapter", "output", "bundle", "model")
 def convert(
     adapter: StrPath,
     output: StrPath,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from loradeploy.errors import UsageError, listed_names
-from loradeploy.paths import expanded
+from loradeploy.paths import expanded, takes_paths
 from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 logger = logger_of(__name__)
 
 
+@takes_paths("model", "output", "adapters", "checkpoint", "module_map", "triton")
 def export(
     model: str | os.PathLike[str],
     output: str | os.PathLike[str],

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from loradeploy.errors import BundleError, UsageError
 from loradeploy.parity.inputs.prompts import EXAMPLES
+from loradeploy.paths import takes_paths
 
 if TYPE_CHECKING:
     from loradeploy.parity.backends.others import Others
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from loradeploy.runtime.devices.providers import Provider
 
 
+@takes_paths("bundle", "model", "adapters", "report", "genai_python", "sign", "baseline")
 def parity(
     bundle: str | os.PathLike[str],
     *,

@@ -21,6 +21,7 @@ from loradeploy.bundle.names import CONFIG_NAME, GRAPH_NAME
 from loradeploy.bundle.proof.provider import ProviderFacts
 from loradeploy.bundle.proof.requirement import CertificateMinimum
 from loradeploy.errors import AdapterError, UsageError
+from loradeploy.paths import takes_paths
 from loradeploy.runtime.adapters.bank import AdapterBank, BankStatistics
 from loradeploy.runtime.adapters.leases import Lease
 from loradeploy.runtime.adapters.reading import AdapterReader
@@ -102,6 +103,7 @@ class AdapterSession:
             version or processor.
     """
 
+    @takes_paths("bundle")
     def __init__(
         self,
         bundle: str | os.PathLike[str],
@@ -266,6 +268,7 @@ class AdapterSession:
         return None if self._replays is None else self._replays.statistics
 
     @while_open
+    @takes_paths("path")
     def load(
         self, name: str, path: str | os.PathLike[str] | None = None, *, replace: bool = False
     ) -> str:
@@ -311,6 +314,7 @@ class AdapterSession:
             return digest
 
     @while_open
+    @takes_paths("path")
     def register(self, name: str, path: str | os.PathLike[str], *, replace: bool = False) -> None:
         """Register the adapter at `path` as `name`. It is read when a run first uses it.
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from loradeploy.paths import takes_paths
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from loradeploy.train.result import TrainResult
 
 
+@takes_paths("model", "data", "output")
 def train(
     model: str | os.PathLike[str],
     data: str | os.PathLike[str],

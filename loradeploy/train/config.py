@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ QUANTIZED: Final = ("int8", "int4")
 PRECISIONS: Final = ("fp32", "bf16", *QUANTIZED)
 INITS: Final = ("kaiming", "gaussian", "pissa", "olora")
 AUTOCAST: Final = ("fp32", "bf16", "fp16")
+# Settings that can also be given as a pathlib.Path.
+OF_PATHS: Final = ("validation", "init_adapter")
 # Settings that an adapter to continue from already has.
 OF_ADAPTER: Final = (
     *("rank", "alpha", "use_rslora", "use_dora", "init", "bias", "target_modules"),
@@ -186,6 +189,14 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in OF_PATHS and isinstance(value, os.PathLike):
+                object.__setattr__(self, field.name, os.fspath(value))
+            elif not has_type(value, str(field.type)):
+                raise UsageError(
+                    f"`{field.name}` is {shown(value)}: give a value of type {field.type}"
+                )
         for name, low, high in _RANGES:
             value = getattr(self, name)
             if not low <= value <= high:
@@ -288,6 +299,12 @@ class TrainConfig:
                 raise UsageError(
                     f"`{name}` has {value:g} for {module}: give a {kind} from {low} to {high}"
                 )
+
+
+def has_type(value: object, kind: str) -> bool:
+    """Whether `value` is of the type `kind` of a setting; a whole number is also a float."""
+    types = {"str": str, "bool": bool, "int": int, "float": int | float}
+    return isinstance(value, types[kind]) and (kind == "bool" or not isinstance(value, bool))
 
 
 def check_initial(config: TrainConfig, given: Iterable[str]) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from loradeploy.errors import UsageError, shown
 from loradeploy.files import read_text
 from loradeploy.printable import printable
-from loradeploy.train.config import OF_ADAPTER, TrainConfig, check_initial
+from loradeploy.train.config import OF_ADAPTER, OF_PATHS, TrainConfig, check_initial, has_type
 
 if TYPE_CHECKING:
     import yaml
@@ -97,20 +97,17 @@ def _typed(name: str, value: Any, kind: str) -> Any:
         value = str(value)
     if name in _LISTS and isinstance(value, list | tuple):
         value = ",".join(map(str, value))
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if name in OF_PATHS and isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    number = has_type(value, "float")
     # YAML 1.1 reads 1e-4 as a string.
     if kind == "float" and (number or isinstance(value, str)):
         try:
             return float(value)
         except (ValueError, OverflowError):
             number = False
-    valid = {
-        "str": isinstance(value, str),
-        "bool": isinstance(value, bool),
-        "int": number and (isinstance(value, int) or value.is_integer()),
-        "float": number,
-    }[kind]
-    if not valid:
+    whole = number and (isinstance(value, int) or value.is_integer())
+    if not {"int": whole, "float": number}.get(kind, has_type(value, kind)):
         raise UsageError(f"`{name}` is {shown(value)}: give a value of type {kind}")
     return {"int": int, "float": float}.get(kind, lambda v: v)(value)
 
@@ -125,6 +122,8 @@ def read_yaml(config: str | os.PathLike[str] | Mapping[str, Any] | None) -> Mapp
 
     if config is None or isinstance(config, Mapping):
         return config or {}
+    if not isinstance(config, str | os.PathLike):
+        raise UsageError(f"`config` is {shown(config)}: give a YAML file or a mapping")
     file = Path(config)
     try:
         text = read_text(file, error=UsageError, limit=_MAX_YAML_BYTES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TypedDict
 
 
@@ -15,8 +16,8 @@ class TrainFlags(TypedDict, total=False):
     document_prompt: str
     columns: str
     split: str
-    init_adapter: str
-    validation: str
+    init_adapter: str | os.PathLike[str]
+    validation: str | os.PathLike[str]
     rank: int
     alpha: float
     dropout: float

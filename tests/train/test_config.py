@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import typing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from loradeploy.errors import UsageError
-from loradeploy.train.config import TrainConfig
-from loradeploy.train.config_file import read_config
+from loradeploy.train.config import OF_PATHS, TrainConfig
+from loradeploy.train.config_file import read_config, to_yaml
 from loradeploy.train.flags import TrainFlags
 
 
@@ -101,4 +103,30 @@ def test_every_setting_of_train_is_typed() -> None:
     settings = {field.name: field.type for field in dataclasses.fields(TrainConfig)}
     assert TrainFlags.__annotations__.keys() == settings.keys()
     known = typing.get_type_hints(TrainFlags)
-    assert known == typing.get_type_hints(TrainConfig)
+    paths = dict.fromkeys(OF_PATHS, str | os.PathLike[str])  # stored as a text
+    assert known == {**typing.get_type_hints(TrainConfig), **paths}
+
+
+@pytest.mark.parametrize("name", OF_PATHS)
+def test_a_path_is_stored_as_a_text(name: str, tmp_path: Path) -> None:
+    for made in (
+        TrainConfig(**{name: tmp_path}),
+        read_config(None, {name: tmp_path}),
+        read_config({name: tmp_path}),
+    ):
+        assert getattr(made, name) == str(tmp_path)
+        assert f"{name}: {tmp_path}" in to_yaml(made)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [("rank", "8", "int"), ("rank", True, "int"), ("task", None, "str"), ("alpha", None, "float")],
+)
+def test_a_value_of_another_type_is_refused_by_name(name: str, value: Any, kind: str) -> None:
+    with pytest.raises(UsageError, match=f"`{name}` is .*: give a value of type {kind}"):
+        TrainConfig(**{name: value})
+
+
+def test_a_config_of_another_type_is_refused() -> None:
+    with pytest.raises(UsageError, match="`config` is 5: give a YAML file or a mapping"):
+        read_config(5)  # type: ignore[arg-type]

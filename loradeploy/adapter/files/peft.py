@@ -49,6 +49,7 @@ from loradeploy.adapter.modules.targets import is_saved
 from loradeploy.adapter.tasks import SEQUENCE_CLASSIFICATION, task_of_peft
 from loradeploy.errors import AdapterError
 from loradeploy.files import copy_file, read_json, write_json
+from loradeploy.paths import takes_paths
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -64,6 +65,7 @@ _PART_OF: Final = "loradeploy.part_of"
 _PICKLES: Final = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
+@takes_paths("path")
 def load_adapter(path: str | os.PathLike[str]) -> Adapter:
     """The adapter in a PEFT directory, or in a .safetensors file with its config beside it.
 
@@ -135,6 +137,7 @@ def own_files(directory: Path) -> frozenset[str]:
     return OWN_FILES
 
 
+@takes_paths("directory")
 def save_adapter(adapter: Adapter, directory: str | os.PathLike[str]) -> str:
     """Write `adapter` as a PEFT directory and return its digest.
 

@@ -35,6 +35,7 @@ from loradeploy.parity.report.results import (
     outcome_of,
 )
 from loradeploy.parity.report.writers import check_reports
+from loradeploy.paths import takes_paths
 
 if TYPE_CHECKING:
     from loradeploy.parity.compare.feeds import Feed
@@ -47,6 +48,7 @@ Tolerances = str | Mapping[str, float | Limit]
 _LISTED: Final = 5
 
 
+@takes_paths("report", "baseline")
 def compare(
     reference: Comparable,
     candidate: Comparable,
