@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -80,12 +81,15 @@ def stated_length(config: Mapping[str, Any]) -> int | None:
     """The maximum number of tokens, prompt and generated, of the model of `config`.
 
     `config`: the contents of config.json; its text_config has precedence. None if it does not
-    specify a length. If it is below 1, the model has no position for a token.
+    specify a length. If it is below 1, the model has no position for a token. Rope scaling of type
+    yarn extends the original length by its factor; users enable it without another change (Qwen).
     """
     text = config.get("text_config")
     found = _named(text) if isinstance(text, Mapping) else None
     settings: Mapping[str, Any] = config if found is None or text is None else text
     positions = _named(config) if found is None else found
+    if positions is not None:
+        positions = max(positions, _extended(settings, positions))
     if positions is None or settings.get("model_type") not in FROM_PADDING_ON:
         return positions
     padding = settings.get("pad_token_id")
@@ -95,3 +99,16 @@ def stated_length(config: Mapping[str, Any]) -> int | None:
 def _named(config: Mapping[str, Any]) -> int | None:
     values = (config.get(name) for name in _NAMES)
     return next((value for value in values if type(value) is int), None)
+
+
+def _extended(config: Mapping[str, Any], positions: int) -> int:
+    """The length to which rope scaling of type yarn extends the original one; 0 without it."""
+    for name in ("rope_parameters", "rope_scaling"):
+        given = config.get(name)
+        if not isinstance(given, Mapping) or given.get("rope_type", given.get("type")) != "yarn":
+            continue
+        original, factor = given.get(_ORIGINAL) or positions, given.get("factor")
+        if isinstance(original, int | float) and isinstance(factor, int | float):
+            extended = original * factor
+            return int(extended) if math.isfinite(extended) else 0
+    return 0

@@ -10,7 +10,11 @@ from typing import Any, Final
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, Phi3Config, Phi3ForCausalLM
+from transformers import (
+    AutoTokenizer,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
 
 import loradeploy as ld
 from loradeploy.bundle.model_config import context_length, rotary_limit, stated_length
@@ -78,6 +82,29 @@ def test_texts_are_limited_to_the_length_at_which_rotary_frequencies_change(
         assert rotary_limit(given) == limit
         assert stated_length(given) == 64
         assert context_length(given) == min(limit or 64, 64)
+
+
+_YARN: Final = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+@pytest.mark.parametrize(
+    ("config", "length"),
+    [
+        ({"max_position_embeddings": 16, "rope_scaling": _YARN}, 64),
+        ({"max_position_embeddings": 16, "rope_scaling": {"type": "yarn", "factor": 2}}, 32),
+        ({"max_position_embeddings": 24, "rope_parameters": _YARN}, 64),
+        ({"max_position_embeddings": 64, "rope_parameters": _YARN}, 64),
+        ({"max_position_embeddings": 99, "rope_parameters": _YARN}, 99),
+        ({"max_position_embeddings": 16, "rope_scaling": {"type": "yarn", "factor": "4"}}, 16),
+        # Whether its maximum is that before or after scaling differs between models.
+        ({"max_position_embeddings": 16, "rope_scaling": {"type": "linear", "factor": 4.0}}, 16),
+    ],
+)
+def test_yarn_extends_the_original_length_by_its_factor(
+    config: dict[str, Any], length: int
+) -> None:
+    for given in (config, {"text_config": config}):
+        assert context_length(given) == stated_length(given) == length
 
 
 def test_text_generation_stops_before_rotary_frequencies_change_and_logs_it(

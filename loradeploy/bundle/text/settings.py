@@ -178,6 +178,7 @@ def read_settings(values: Mapping[str, Any], where: str) -> GenerationSettings:
     early = values.get("early_stopping")
     if not isinstance(early, bool | None) and early != "never":
         raise BundleError(f"{where}: early_stopping is {shown(early)}")
+    counted = values.get("min_new_tokens") is not None  # takes precedence, as in transformers
     speech = read_speech(values, where)
     return GenerationSettings(
         repetition_penalty=float(penalty),
@@ -191,7 +192,7 @@ def read_settings(values: Mapping[str, Any], where: str) -> GenerationSettings:
         length_penalty=float(penalty_of_length),
         early_stopping=early or False,
         stop_strings=tuple(stops),
-        min_length=number("min_length", 0, 0, whole=True),
+        min_length=0 if counted else number("min_length", 0, 0, whole=True),
         bad_words_ids=words("bad_words_ids"),
         decoder_start_token_id=number("decoder_start_token_id", None, 0, whole=True),
         forced_bos_token_id=number("forced_bos_token_id", None, 0, whole=True),

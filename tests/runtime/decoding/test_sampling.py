@@ -128,6 +128,12 @@ def test_parameters_of_beam_search_can_come_from_the_model() -> None:
             read_settings(wrong, "s")
 
 
+def test_a_minimum_of_new_tokens_takes_precedence_over_a_minimum_length() -> None:
+    assert read_settings({"min_length": 30}, "s").min_length == 30
+    own = read_settings({"min_length": 30, "min_new_tokens": 3}, "s")
+    assert (own.min_length, own.min_new_tokens) == (0, 3)
+
+
 def test_stop_strings_and_min_p_can_come_from_the_model() -> None:
     own = read_settings({"min_p": 0.1, "stop_strings": "end"}, "s")
     assert (own.min_p, own.stop_strings, own.ignored) == (0.1, ("end",), ())
