@@ -33,6 +33,8 @@ TARGETS: Final = "target_parameters"
 _VERSION: Final = "peft_version"
 # The first version of PEFT that does not swap input and output dimensions.
 _UNSWAPPED: Final = (0, 19)
+# The entry in an adapter's config that says so.
+SAVED_UNSWAPPED: Final = {_VERSION: ".".join(map(str, (*_UNSWAPPED, 0)))}
 # In the order of registration in transformers' modules of experts.
 _ORDER: Final = ("gate_up_proj", "up_proj", "down_proj")
 # The ending of the names of transformers' modules that own parameters of experts.

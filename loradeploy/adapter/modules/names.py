@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Final, TypeVar
 
 from loradeploy.adapter.adapter import Adapter
+from loradeploy.adapter.algebra.expert_lists import with_joined_experts
 from loradeploy.adapter.algebra.experts import with_targets
 from loradeploy.adapter.modules.renamings import Renaming
 from loradeploy.adapter.modules.targets import is_saved
@@ -37,15 +38,20 @@ def named_as(
 ) -> Adapter:
     """`adapter` with its modules named as in a base that has `modules`.
 
-    Unknown names are first renamed by transformers' `renamings`. If no name is known then, and one
-    change of prefix maps all or most names to modules of the base, that change is applied. Names
-    that remain unknown are kept; `check_fit` refuses them. Ranks and scalings are those that the
-    config has for the old names (PEFT would match its patterns with the new ones).
+    Separate experts are first joined (algebra/expert_lists.py). Unknown names are renamed by
+    transformers' `renamings`. If no name is known then, and one change of prefix maps all or most
+    names to modules of the base, that change is applied. Names that remain unknown are kept;
+    `check_fit` refuses them. Ranks and scalings are those that the config has for the old names
+    (PEFT would match its patterns with the new ones).
 
     Raises:
-        AdapterMismatchError: several changes of prefix are possible, or two names become equal.
+        AdapterMismatchError: several changes of prefix are possible, two names become equal, or
+            only some of a layer's experts have factors.
     """
     known = frozenset(modules)
+    if any(".experts." in name and name not in known for name in adapter.factors):
+        rules = renamings()
+        adapter = with_joined_experts(adapter, known, lambda name: _module_renamed(name, rules))
     owners = {name: name for name in adapter.factors}
     parameters = {
         name: name.rpartition(".")[0] for name in (*adapter.saved, *adapter.carried, *adapter.rows)
@@ -53,7 +59,7 @@ def named_as(
     if known.issuperset([*owners, *parameters.values()]):
         return adapter
     rules = renamings()
-    new = {name: _renamed(name + _FACTOR, rules).removesuffix(_FACTOR) for name in owners}
+    new = {name: _module_renamed(name, rules) for name in owners}
     new |= {name: _renamed(name, rules) for name in parameters}
     old = {**owners, **parameters}
 
@@ -91,6 +97,10 @@ def named_as(
         "modules of the adapter are renamed for this base: %s is %s, and so on", first, final[first]
     )
     return with_names(adapter, final)
+
+
+def _module_renamed(name: str, rules: Sequence[Renaming]) -> str:
+    return _renamed(name + _FACTOR, rules).removesuffix(_FACTOR)
 
 
 def _renamed(name: str, rules: Sequence[Renaming]) -> str:

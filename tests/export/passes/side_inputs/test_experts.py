@@ -174,6 +174,77 @@ def test_every_mixture_computes_what_peft_computes(
     assert np.abs(expected - base).max() > 0.1, "it does nothing"
 
 
+# Names of transformers 4: of the module that owns the experts, and of their gate, up and down.
+OLDER: Final = {
+    "MixtralConfig": ("block_sparse_moe", ("w1", "w3", "w2")),
+    "Qwen3MoeConfig": ("mlp", ("gate_proj", "up_proj", "down_proj")),
+}
+
+
+def _made_with_separate_experts(model: Path, name: str, place: Path) -> Logits:
+    """Write an adapter with the keys of transformers 4; return the logits of the merged weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    owner, names = OLDER[name]
+    rng = np.random.default_rng(3)
+    merged = AutoModelForCausalLM.from_pretrained(model).eval()
+    layer = merged.model.layers[0]
+    fused, down = layer.mlp.experts.gate_up_proj.data, layer.mlp.experts.down_proj.data
+    height, width = fused.shape[1] // 2, fused.shape[2]
+    tensors = {}
+
+    def factors(key: str, weight: torch.Tensor, scaling: float) -> None:
+        A = rng.standard_normal((2, weight.shape[1])).astype(np.float32) * 0.2
+        B = rng.standard_normal((weight.shape[0], 2)).astype(np.float32) * 0.2
+        tensors[f"base_model.model.model.layers.0.{key}.lora_A.weight"] = A
+        tensors[f"base_model.model.model.layers.0.{key}.lora_B.weight"] = B
+        weight += torch.from_numpy(scaling * (B @ A))
+
+    factors("self_attn.q_proj", layer.self_attn.q_proj.weight.data, 3.0)
+    for expert in range(len(fused)):
+        inside = f"{owner}.experts.{expert}"
+        assert fused[expert, :height].shape == (height, width)
+        factors(f"{inside}.{names[0]}", fused[expert, :height], 3.0)
+        factors(f"{inside}.{names[1]}", fused[expert, height:], 1.5)
+        factors(f"{inside}.{names[2]}", down[expert], 3.0)
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 6}
+    config |= {"target_modules": ["q_proj", *names], "alpha_pattern": {names[1]: 3}}
+    place.mkdir(parents=True)
+    (place / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, place / "adapter_model.safetensors")
+    with torch.no_grad():
+        logits: Logits = merged(torch.from_numpy(IDS)).logits.numpy()
+    return logits
+
+
+@pytest.mark.parametrize("name", OLDER)
+def test_separate_experts_of_transformers_4_are_joined(
+    name: str, mixture: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = mixture(name)
+    expected = _made_with_separate_experts(model, name, tmp_path / "a")
+    base = _logits(model, None)
+    assert np.abs(expected - base).max() > 0.1, "it does nothing"
+    ld.export(model, tmp_path / "side", adapters={"a": tmp_path / "a"})
+    found = _mixed(tmp_path / "side", {"later": tmp_path / "a"})
+    assert np.abs(found["later"] - expected).max() <= tolerance("torch-onnx-tiny")
+    assert np.abs(found[None] - base).max() <= tolerance("torch-onnx-tiny")
+    ld.export(model, tmp_path / "merged", adapters={"a": tmp_path / "a"}, merge=True)
+    merged = onnx_output(tmp_path / "merged", IDS)
+    assert np.abs(merged - expected).max() <= tolerance("torch-onnx-tiny")
+    report = ld.parity(
+        tmp_path / "side", model=model, tokens=2, backends=["onnx-side-inputs", "onnx-merged"]
+    )
+    assert report.passed, report.failures
+    # Only some of the experts: the base has one parameter of all of them.
+    tensors = load_file(tmp_path / "a/adapter_model.safetensors")
+    left = {key: values for key, values in tensors.items() if ".experts.2." not in key}
+    save_file(left, tmp_path / "a/adapter_model.safetensors")
+    with pytest.raises(AdapterMismatchError, match="factors of some of them only: merge it"):
+        ld.export(model, tmp_path / "other", adapters={"a": tmp_path / "a"})
+
+
 def test_merges_into_a_bundle_and_native_adapters_compute_what_peft_computes(
     bundle: Path,
     mixture: Callable[[str], Path],
