@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from loradeploy.adapter import Adapter
+from loradeploy.adapter.fitting.parts import without_masked_lm_head
 from loradeploy.adapter.modules.names import named_as
 from loradeploy.adapter.modules.renamings import Renaming, Submodel, renamings
 from loradeploy.lora.experts import expert_parameters
@@ -35,4 +36,5 @@ def named_as_in(model: nn.Module, adapter: Adapter) -> Adapter:
         return renamings(submodels(model), getattr(model, "base_model_prefix", ""))
 
     modules = {name for name, _ in model.named_modules()}
+    adapter = without_masked_lm_head(adapter, modules)
     return named_as(adapter, modules.union(expert_parameters(model)), rules)

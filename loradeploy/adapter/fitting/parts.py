@@ -1,10 +1,12 @@
-"""Split an adapter of a model that is exported as several bundles: each takes its own modules."""
+"""Split an adapter: bundles of one model take their own modules, and no head that they lack."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from loradeploy.adapter.adapter import Adapter
 from loradeploy.adapter.config import AdapterConfig
@@ -13,6 +15,13 @@ from loradeploy.errors import AdapterMismatchError, listed_names
 from loradeploy.printable import logger_of
 
 logger = logger_of(__name__)
+
+# The heads of masked language models in transformers: of BERT, RoBERTa, DistilBERT, ELECTRA and
+# ALBERT. ModernBERT's has the names of its classifiers' heads.
+_MASKED_LM: Final = re.compile(
+    r"(cls\.predictions|lm_head\.(dense|decoder|layer_norm|bias$)|vocab_(transform|projector)"
+    r"|vocab_layer_norm|generator_(predictions|lm_head)|predictions\.(dense|decoder|LayerNorm))(\.|$)"
+)
 
 
 def own_part(
@@ -51,6 +60,38 @@ def own_part(
         config = dataclasses.replace(adapter.config, exclude_modules=(*(excluded or ()), *modules))
         adapter = dataclasses.replace(adapter, config=config)
     return without(adapter, set(left_out))
+
+
+def without_masked_lm_head(adapter: Adapter, modules: Collection[str]) -> Adapter:
+    """`adapter` without the tensors of a masked language model's head that the base lacks.
+
+    An encoder without this head computes the same hidden states. A warning names the modules if
+    their tensors have an effect. `modules`: the names of the base's modules.
+    """
+    tops = {name.partition(".")[0] for name in modules}
+    left_out = [
+        name
+        for name in tensor_names(adapter)
+        if _MASKED_LM.match(name) and name.partition(".")[0] not in tops
+    ]
+    if not left_out or len(left_out) == len(tensor_names(adapter)):
+        return adapter
+    if active := [name for name in left_out if _is_active(name, adapter)]:
+        _warn_of_head(listed_names(active, 3))
+    config, excluded = adapter.config, adapter.config.exclude_modules
+    if excluded is None or isinstance(excluded, tuple):  # see own_part
+        modules_left = [name for name in left_out if name in adapter.factors]
+        config = dataclasses.replace(config, exclude_modules=(*(excluded or ()), *modules_left))
+    return without(dataclasses.replace(adapter, config=config), set(left_out))
+
+
+@functools.cache  # warns once, although an export and a run fit an adapter several times
+def _warn_of_head(names: str) -> None:
+    logger.warning(
+        "%s: of a masked language model's head, which this base lacks. They are left out: its"
+        " outputs do not depend on them",
+        names,
+    )
 
 
 def without(adapter: Adapter, left_out: Collection[str]) -> Adapter:

@@ -10,12 +10,12 @@ from typing import Final
 from loradeploy.adapter.adapter import Adapter
 from loradeploy.adapter.fitting import fit
 from loradeploy.adapter.fitting.fit import AdaptableBase, Layer
-from loradeploy.adapter.fitting.parts import own_part
+from loradeploy.adapter.fitting.parts import own_part, without_masked_lm_head
 from loradeploy.adapter.fitting.settle import values_digest, without_copies, without_idle
 from loradeploy.adapter.fitting.towers import tower_part
 from loradeploy.adapter.modules.names import named_as
 from loradeploy.adapter.modules.renamings import renamings
-from loradeploy.adapter.tasks import SEQ2SEQ_LM
+from loradeploy.adapter.tasks import CAUSAL_LM, SEQ2SEQ_LM
 from loradeploy.bundle.fitting.added_tokens import check_tokens, with_all_tokens, with_trained_rows
 from loradeploy.bundle.fitting.labels import with_all_labels
 from loradeploy.bundle.manifest import Manifest
@@ -69,7 +69,10 @@ def fitted(adapter: Adapter, manifest: Manifest) -> Adapter:
         return adapter
     rules = partial(renamings, manifest.submodels, manifest.base_prefix)
     adapter = own_part(adapter, manifest.other_part, rules)
-    adapter = named_as(adapter, _modules(manifest), rules)
+    modules = _modules(manifest)
+    if manifest.task not in (CAUSAL_LM, SEQ2SEQ_LM):
+        adapter = without_masked_lm_head(adapter, modules)
+    adapter = named_as(adapter, modules, rules)
     adapter = with_trained_rows(adapter, manifest)
     known = manifest.own_weights
     adapter = without_copies(

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from loradeploy.adapter.fitting.parts import own_part
+from loradeploy.adapter.fitting.parts import own_part, without_masked_lm_head
 from loradeploy.adapter.fitting.towers import tower_part
 from loradeploy.adapter.heads import LABELED, problem_of, stated_problem, usual_problem
 from loradeploy.adapter.modules.names import named_as
@@ -16,6 +16,7 @@ from loradeploy.adapter.tasks import (
     CAUSAL_LM,
     CLASSIFICATIONS,
     IMAGE_CLASSIFICATION,
+    SEQ2SEQ_LM,
     SEQUENCE_CLASSIFICATION,
     TOKEN_CLASSIFICATION,
 )
@@ -89,6 +90,8 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
         for name, adapter in options.adapters.items():
             with prefixing_errors(name):
                 own = own_part(tower_part(adapter, base.tower), base.other_part, rules)
+                if base.task not in (CAUSAL_LM, SEQ2SEQ_LM):
+                    own = without_masked_lm_head(own, modules)
                 adapters[name] = named_as(own, modules, rules)
         options = dataclasses.replace(options, adapters=adapters)
     options = dataclasses.replace(
