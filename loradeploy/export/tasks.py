@@ -43,6 +43,22 @@ _ALONE: Final = re.compile(r"(\w+?)_(text|vision)_model")
 # Class name endings of encoder-decoders that are not language models.
 _HEADS: Final = ("ForSequenceClassification", "ForQuestionAnswering", "ForTokenClassification")
 
+# Encoder-decoders that cannot be two graphs with caches, by model type, and why.
+_IN_BLOCKS: Final = "its encoder attends in blocks of the source, whose number a graph fixes"
+_EXPERTS: Final = "its mixtures of experts drop tokens by the size of a batch"
+_OLD_CACHE: Final = "it has no cache in transformers' common form"
+_NOT_SPLIT: Final[Mapping[str, str]] = {
+    "encoder-decoder": "its decoder is a model of its own",
+    "fsmt": _OLD_CACHE,
+    "led": _IN_BLOCKS,
+    "longt5": _IN_BLOCKS,
+    "nllb-moe": _EXPERTS,
+    "prophetnet": "it decodes several tokens at once, for its own cache",
+    "speech-encoder-decoder": "its decoder is a model of its own",
+    "switch_transformers": _EXPERTS,
+    "vision-encoder-decoder": "its decoder is a model of its own",
+}
+
 # Modules of a model without a head, whose layers are at its top level.
 _BARE: Final = re.compile(r"(layers?|h|blocks?|decoder\.layers|encoder\.layers?)\.\d+\.|embed|wte")
 
@@ -66,9 +82,15 @@ def choose_task(
     Raises:
         UsageError: the requested task is unknown, nothing shows the task, or an adapter's task does
             not fit the architecture; the message names a task that fits.
-        ExportError: an encoder-decoder model, for another task than its own.
+        ExportError: an encoder-decoder model, for another task than its own, or one that is not
+            supported.
     """
     if config.get("is_encoder_decoder"):
+        if (why := _NOT_SPLIT.get(str(config.get("model_type")))) is not None:
+            raise ExportError(
+                f"{_architecture(config)} is not supported: {why}. Encoder-decoders with two graphs"
+                " are listed in docs/seq2seq.md"
+            )
         if requested not in (None, SEQ2SEQ_LM) or _architecture(config).endswith(_HEADS):
             raise ExportError(
                 f"{_architecture(config)} is an encoder-decoder model, which is exported for"

@@ -25,6 +25,7 @@ from loradeploy.bundle.names import (
     INPUT_FEATURES,
     INPUT_IDS,
     LOGITS,
+    POSITION_IDS,
     SELF,
     past_name,
     present_name,
@@ -72,6 +73,8 @@ def wrapper(model: Any) -> torch.nn.Module:
     from transformers.modeling_outputs import BaseModelOutput
 
     names, sources = plain_inputs(model), sources_of(model)
+    # The fused rotary embedding needs positions for every row; a model's default has one row.
+    rotates = hasattr(model.get_encoder(), "rotary_emb")
 
     class Halves(torch.nn.Module):
         def __init__(self) -> None:
@@ -101,7 +104,14 @@ def wrapper(model: Any) -> torch.nn.Module:
 
             Decoding a first token computes the cache.
             """
-            states = self.wrapped.get_encoder()(**source).last_hidden_state
+            encoder = self.wrapped.get_encoder()
+            if rotates:
+                ids = source[INPUT_IDS]
+                source = {
+                    **source,
+                    POSITION_IDS: torch.zeros_like(ids) + torch.arange(ids.shape[1]),
+                }
+            states = encoder(**source).last_hidden_state
             cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
             mask = source.get(ATTENTION_MASK)
             first = torch.zeros((states.shape[0], 1), dtype=torch.int64)
@@ -111,13 +121,16 @@ def wrapper(model: Any) -> torch.nn.Module:
         def _decode(
             self, ids: torch.Tensor, states: torch.Tensor, mask: torch.Tensor | None, cache: Any
         ) -> Any:
-            masked = {} if mask is None else {ATTENTION_MASK: mask}
+            others = {} if mask is None else {ATTENTION_MASK: mask}
+            if rotates:
+                steps = torch.arange(ids.shape[1]) + cache.get_seq_length()
+                others[f"decoder_{POSITION_IDS}"] = torch.zeros_like(ids) + steps
             return self.wrapped(
                 decoder_input_ids=ids,
                 encoder_outputs=BaseModelOutput(last_hidden_state=states),
                 past_key_values=cache,
                 use_cache=True,
-                **masked,
+                **others,
             )
 
     return Halves()

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
-from loradeploy.export.trace import deberta, gpt_neo
+from loradeploy.export.trace import deberta, gpt_neo, m2m_100
 
 if TYPE_CHECKING:
     import torch
@@ -46,22 +46,29 @@ def traceable() -> Iterator[None]:
       expert, as transformers does, and gathering weights by token would copy them for each token.
     - DeBERTa's positions are repeated for each row before its heads are split (deberta.py).
     - GPT-Neo's mask is computed from positions, not sliced from a table (gpt_neo.py).
+    - M2M-100's table of positions does not grow with a text (m2m_100.py).
+    - BART and its relatives limit the states in fp16 at every run, not only after an overflow.
     """
     import torch
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.models.deberta_v2.modeling_deberta_v2 import DisentangledSelfAttention
     from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
+    from transformers.models.m2m_100.modeling_m2m_100 import M2M100SinusoidalPositionalEmbedding
     from transformers.pytorch_utils import Conv1D
 
     conv1d_forward = Conv1D.forward
     scores_of_positions = DisentangledSelfAttention.disentangled_attention_bias
     attend = GPTNeoSelfAttention._attn
+    positions = M2M100SinusoidalPositionalEmbedding.forward
     grouped = os.environ.get("TRANSFORMERS_SDPA_FORCE_GQA")
     attention = torch.nn.functional.scaled_dot_product_attention
+    isfinite = torch.isfinite
+    torch.isfinite = _never_finite(isfinite)
     Conv1D.forward = _conv1d_as_matmul
     DisentangledSelfAttention.disentangled_attention_bias = deberta.scores_of_positions
     GPTNeoSelfAttention._attn = gpt_neo.attend
+    M2M100SinusoidalPositionalEmbedding.forward = m2m_100.positions
     torch.nn.functional.scaled_dot_product_attention = _grouped(attention)
     ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = _mask_without_empty_rows
     for name in _EXPERTS:
@@ -73,7 +80,9 @@ def traceable() -> Iterator[None]:
         Conv1D.forward = conv1d_forward
         DisentangledSelfAttention.disentangled_attention_bias = scores_of_positions
         GPTNeoSelfAttention._attn = attend
+        M2M100SinusoidalPositionalEmbedding.forward = positions
         torch.nn.functional.scaled_dot_product_attention = attention
+        torch.isfinite = isfinite
         del ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
         for name in _EXPERTS:
             del ALL_EXPERTS_FUNCTIONS[name]
@@ -92,6 +101,26 @@ def _grouped(attention: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
         return attention(query, key, value, *rest, **options)
 
     return grouped
+
+
+class _Overflow:
+    """The result of torch.isfinite if some number may be infinite."""
+
+    def all(self) -> bool:
+        return False
+
+
+def _never_finite(isfinite: Callable[..., torch.Tensor]) -> Callable[..., Any]:
+    """torch.isfinite for `if not isfinite(x).all(): x = clamp(x)`, with the clamp in the graph.
+
+    It only changes numbers that are within 1000 of the largest one of fp16, or beyond it.
+    """
+    import torch
+
+    def patched(x: torch.Tensor) -> torch.Tensor | _Overflow:
+        return _Overflow() if x.dtype is torch.float16 else isfinite(x)
+
+    return patched
 
 
 def _every_expert(

@@ -184,3 +184,23 @@ def test_an_image_classifier_without_a_fixed_image_size_is_refused(asked: str | 
     config = {"model_type": "siglip2", "architectures": ["Siglip2ForImageClassification"]}
     with pytest.raises(ExportError, match="Siglip2ForImageClassification takes patches of images"):
         choose_task(config, asked)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("longt5", "attends in blocks"),
+        ("led", "attends in blocks"),
+        ("switch_transformers", "mixtures of experts drop tokens"),
+        ("nllb-moe", "mixtures of experts drop tokens"),
+        ("prophetnet", "decodes several tokens at once"),
+        ("fsmt", "no cache in transformers' common form"),
+        ("encoder-decoder", "its decoder is a model of its own"),
+    ],
+)
+def test_encoder_decoders_that_cannot_be_split_are_refused_by_name(
+    model_type: str, reason: str
+) -> None:
+    config = config_of("NameOfTheModel", is_encoder_decoder=True, model_type=model_type)
+    with pytest.raises(ExportError, match=f"NameOfTheModel is not supported: .*{reason}"):
+        choose_task(config, None)
