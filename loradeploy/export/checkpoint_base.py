@@ -141,7 +141,7 @@ def from_checkpoint(source: Source, options: Options) -> Base:
     weights = None
     if precision == "fp16":
         weights = _float_weights(model) if options.merge else None
-        model = model.half()
+        model = _halved(model)
     config: Any = model.config
     graph = trace(model, task)
     embeds = add_inputs_embeds(graph) if task == CAUSAL_LM and others else ()
@@ -271,6 +271,21 @@ def _with_own_head(labels: int, source: Source, adapters: Mapping[str, Adapter])
             *(own, labels),
         )
     return labels
+
+
+def _halved(model: Any) -> Any:
+    """`model` in fp16, except for the linear layers that transformers keeps in fp32.
+
+    These are T5's `wo`: its products are larger than fp16's maximum in released checkpoints.
+    """
+    import torch
+
+    model = model.half()
+    kept = getattr(model, "_keep_in_fp32_modules", None) or ()
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] in kept:
+            module.float()
+    return model
 
 
 def _float_weights(model: Any) -> dict[str, NDArray[Any]]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+from numpy.typing import NDArray
 
 import loradeploy as ld
 from loradeploy.bundle.manifest import read_manifest
@@ -85,12 +86,49 @@ def test_each_row_generates_the_same_as_transformers_with_its_adapter(
     assert len({answer.token_ids for answer in one}) == 3, "each adapter's effect is seen"
 
 
-# Models with learned or sinusoidal positions, biases, other end tokens.
-OTHERS = {
-    "bart": ("BartConfig", {}),
-    "mbart": ("MBartConfig", {"scale_embedding": True}),
-    "marian": ("MarianConfig", {"scale_embedding": True, "decoder_start_token_id": 1}),
+BART = {
+    "d_model": 32,
+    "init_std": 0.4,
+    "max_position_embeddings": 128,
+    **{f"{half}_{what}": size for half in ("encoder", "decoder") for what, size in SIZES},
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": 2,
 }
+T5 = {"d_model": 48, "d_kv": 12, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+T5 |= {"decoder_start_token_id": 0, "initializer_factor": 1.5}
+GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+GEMMA = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+GEMMA |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 64}
+GEMMA |= {"initializer_range": 0.2, "pad_token_id": 0, "eos_token_id": 2, "bos_token_id": 1}
+# Models with learned or sinusoidal positions, biases, other end tokens, gated layers, heads apart.
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bart": ("BartConfig", BART),
+    "blenderbot": ("BlenderbotConfig", BART),
+    "flan-t5": ("T5Config", {**T5, **GATED}),
+    "m2m_100": ("M2M100Config", {**BART, "scale_embedding": True}),
+    "marian": ("MarianConfig", {**BART, "scale_embedding": True, "decoder_start_token_id": 1}),
+    "mbart": ("MBartConfig", {**BART, "scale_embedding": True}),
+    "mt5": ("MT5Config", {**T5, **GATED}),
+    "pegasus": ("PegasusConfig", {**BART, "scale_embedding": True, "decoder_start_token_id": 0}),
+    "t5gemma": ("T5GemmaConfig", {"encoder": GEMMA, "decoder": GEMMA, "bos_token_id": 1}),
+    "umt5": ("UMT5Config", T5),
+}
+
+
+def made(name: str, tiny_t5: Path, place: Path) -> Path:
+    """Write a random model of OTHERS to `place`, with the tokenizer of the tiny T5."""
+    import torch
+    import transformers
+
+    kind, own = OTHERS[name]
+    tokens = json.loads((tiny_t5 / "config.json").read_text())
+    config = getattr(transformers, kind)(
+        **own, **{key: tokens[key] for key in ("vocab_size", "pad_token_id", "eos_token_id")}
+    )
+    torch.manual_seed(0)
+    transformers.AutoModelForSeq2SeqLM.from_config(config).eval().save_pretrained(place)
+    transformers.AutoTokenizer.from_pretrained(tiny_t5).save_pretrained(place)
+    return place
 
 
 @pytest.mark.breadth
@@ -98,21 +136,7 @@ OTHERS = {
 def test_other_encoder_decoders_generate_the_same_as_transformers(
     name: str, tiny_t5: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
-    import torch
-    import transformers
-
-    kind, own = OTHERS[name]
-    sizes = {f"{half}_{what}": size for half in ("encoder", "decoder") for what, size in SIZES}
-    tokens = json.loads((tiny_t5 / "config.json").read_text())
-    config = getattr(transformers, kind)(
-        **{"d_model": 32, "init_std": 0.4, "max_position_embeddings": 128, **sizes},
-        **{"decoder_start_token_id": 2, "forced_eos_token_id": 2, **own},
-        **{key: tokens[key] for key in ("vocab_size", "pad_token_id", "eos_token_id")},
-    )
-    torch.manual_seed(0)
-    model = tmp_path / "model"
-    transformers.AutoModelForSeq2SeqLM.from_config(config).eval().save_pretrained(model)
-    transformers.AutoTokenizer.from_pretrained(tiny_t5).save_pretrained(model)
+    model = made(name, tiny_t5, tmp_path / "model")
     own_adapters = {
         row: make_adapter(model, task="seq2seq-lm", r=rank, seed=rank, scale=0.2)
         for row, rank in (("first", 2), ("second", 4))
@@ -124,8 +148,11 @@ def test_other_encoder_decoders_generate_the_same_as_transformers(
         for text, row, answer in zip(TEXTS, ROWS, answers, strict=True):
             adapter = None if row is None else own_adapters[row]
             assert list(answer.token_ids) == expected(model, adapter, text, **settings)
-    one = other.generate([TEXTS[1]] * 3, ROWS, max_new_tokens=10)
-    assert len({answer.token_ids for answer in one}) == 3, "each adapter's effect is seen"
+    of_rows = {
+        tuple(answer.token_ids for answer in other.generate(TEXTS, row, max_new_tokens=10))
+        for row in ROWS
+    }
+    assert len(of_rows) == 3, "each adapter's effect is seen"
 
 
 def test_generation_config_has_the_same_effect_as_in_transformers(
@@ -320,3 +347,78 @@ def test_a_budget_counts_the_keys_and_values_of_sources(bundle: Path) -> None:
     assert enough.generate([tokens], **settings)
     with pytest.raises(BudgetError, match="MiB of cache"):
         ld.TextGenerator(session, cache_budget=3 * 40 * each).generate([tokens], **settings)
+
+
+@pytest.mark.parametrize("name", ["bart", "flan-t5"])
+def test_graphs_in_fp16_are_as_near_to_fp32_as_transformers_in_fp16(
+    name: str, tiny_t5: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    model = made(name, tiny_t5, tmp_path / "model")
+    adapter = make_adapter(model, task="seq2seq-lm", r=4, seed=3, scale=0.2)
+    ld.export(model, tmp_path / "bundle", adapters={"mine": adapter}, precision="fp16")
+    session = ld.AdapterSession(tmp_path / "bundle")
+    base, expected = (logits_of(model, which) for which in (None, adapter))
+    found = session.run(["logits"], FEEDS, "mine")[0]
+    rounding = distance(logits_of(model, adapter, "float16"), expected)
+    assert distance(found, expected) <= 2 * rounding < 0.1 * distance(base, expected)
+
+
+@pytest.mark.parametrize("merge", [False, True], ids=["side inputs", "merged"])
+def test_products_of_t5_that_overflow_in_fp16_stay_in_fp32(
+    merge: bool, tiny_t5: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    import onnx_ir as ir
+    import torch
+    import transformers
+
+    model: Any = transformers.AutoModelForSeq2SeqLM.from_pretrained(tiny_t5).eval()
+    with torch.no_grad():
+        model.encoder.block[0].layer[-1].DenseReluDense.wo.weight *= 8000
+    large = tmp_path / "large"
+    model.save_pretrained(large)
+    transformers.AutoTokenizer.from_pretrained(tiny_t5).save_pretrained(large)
+    adapter = make_adapter(large, task="seq2seq-lm", r=2, scale=0.2)
+    bundle = tmp_path / "bundle"
+    ld.export(large, bundle, adapters={"mine": adapter}, precision="fp16", merge=merge)
+    weights = ir.load(bundle / "encoder.onnx").graph.initializers
+    wide = [
+        n for n, v in weights.items() if v.dtype is ir.DataType.FLOAT and len(v.shape or ()) == 2
+    ]
+    assert len(wide) == 1, "transformers keeps wo in fp32"
+
+    largest = []
+    wo = model.encoder.block[0].layer[-1].DenseReluDense.wo
+    wo.register_forward_hook(lambda _, __, y: largest.append(float(y.abs().max())))
+    with torch.no_grad():
+        model(**{name: torch.from_numpy(values) for name, values in FEEDS.items()})
+    assert largest[0] > 65504, "fp16 ends there"
+    base, expected = (logits_of(large, which) for which in (None, adapter))
+    found = ld.AdapterSession(bundle).run(["logits"], FEEDS, None if merge else "mine")[0]
+    allowed = tolerance("export-fp16")  # a merge also rounds the sum of weight and update
+    assert distance(found, expected) <= allowed < 0.1 * distance(base, expected)
+
+
+IDS = np.random.default_rng(3).integers(5, 400, (2, 7))
+FEEDS = {"input_ids": IDS, "attention_mask": np.ones_like(IDS), "decoder_input_ids": IDS[:, :5]}
+
+
+def logits_of(model: Path, adapter: Path | None, dtype: str = "float32") -> NDArray[Any]:
+    """Return the logits of transformers and PEFT for FEEDS."""
+    import peft
+    import torch
+    import transformers
+
+    auto: Any = transformers.AutoModelForSeq2SeqLM
+    module = auto.from_pretrained(model, dtype=getattr(torch, dtype))
+    if adapter is not None:
+        module = peft.PeftModel.from_pretrained(module, adapter)
+    with torch.no_grad():
+        tensors = {name: torch.from_numpy(values) for name, values in FEEDS.items()}
+        logits: NDArray[Any] = module.eval()(**tensors).logits.float().numpy()
+    return logits
+
+
+def distance(one: NDArray[Any], other: NDArray[Any]) -> float:
+    """Return 1 − cosine."""
+    a, b = one.astype(np.float64).ravel(), other.astype(np.float64).ravel()
+    return 1 - float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))

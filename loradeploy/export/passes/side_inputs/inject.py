@@ -188,8 +188,9 @@ def _add_factors_at(
     node, label = product.members[0].nodes[call], call_label(product.label, call)
     rows = rows_of(surgery.graph, node, product.label)
     outputs = product.outputs or (output_of(node),)
-    chain = surgery.chain(outputs[0].producer() or node, label)
     x = rows.x
+    dtype = surgery.dtype if x.dtype is None else x.dtype
+    chain = surgery.chain(outputs[0].producer() or node, label, dtype)
     if rows.no_sequence:
         x = chain.add("Unsqueeze", "lora_unsqueeze", [x, surgery.sequence_axis])  # [batch, 1, in]
     into = product.members[0].in_features
@@ -200,6 +201,12 @@ def _add_factors_at(
         chain.label = own
         a = chain.add("Gather", LORA_A_GATHER, [A, surgery.ids], axis=0)  # [rows, in, rank]
         b = chain.add("Gather", LORA_B_GATHER, [B, surgery.ids], axis=0)  # [rows, rank, out]
+        if dtype is not surgery.dtype:
+            a.dtype = b.dtype = surgery.dtype
+            a, b = (
+                chain.add("Cast", f"lora_{name}_cast", [factor], to=int(dtype))
+                for name, factor in (("A", a), ("B", b))
+            )
         low = chain.add("MatMul", LORA_A_MATMUL, [x, a])  # [batch, sequence, rank]
         updates.append(chain.add("MatMul", LORA_B_MATMUL, [low, b]))  # [batch, sequence, out]
     sizes = [member.out_features for member in product.members]
@@ -224,19 +231,18 @@ def _add(
 
 
 def _factor_type(linears: Sequence[Linear]) -> ir.DataType:
-    """The dtype of the products' inputs, which is that of the factors."""
+    """The dtype of the factors: float16 if there are products in float16, otherwise float32.
+
+    In products in float32 of a graph in float16, such as T5's `wo`, the factors are cast.
+    """
     import onnx_ir as ir
 
-    types = {
-        value.dtype
-        for linear in linears
-        for node in linear.nodes
-        for value in (input_of(node), output_of(node))
-        if value is not None and value.dtype is not None
-    } or {ir.DataType.FLOAT}
-    if len(types) > 1 or not types <= {ir.DataType.FLOAT, ir.DataType.FLOAT16}:
-        listed = ", ".join(sorted(dtype.name for dtype in types))
-        raise ExportError(
-            f"the linear layers compute in {listed}: side inputs are float32 or float16"
-        )
-    return types.pop()
+    found = set()
+    for node in (node for linear in linears for node in linear.nodes):
+        values = (input_of(node), output_of(node))
+        types = {value.dtype for value in values if value is not None and value.dtype is not None}
+        if len(types) > 1 or not types <= {ir.DataType.FLOAT, ir.DataType.FLOAT16}:
+            listed = ", ".join(sorted(dtype.name for dtype in types))
+            raise ExportError(f"a linear layer computes in {listed}: expected float32 or float16")
+        found |= types
+    return ir.DataType.FLOAT16 if ir.DataType.FLOAT16 in found else ir.DataType.FLOAT
