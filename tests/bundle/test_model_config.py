@@ -12,6 +12,8 @@ import pytest
 import torch
 from transformers import (
     AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
 )
@@ -105,6 +107,37 @@ def test_yarn_extends_the_original_length_by_its_factor(
 ) -> None:
     for given in (config, {"text_config": config}):
         assert context_length(given) == stated_length(given) == length
+
+
+def test_a_text_beyond_the_original_length_of_yarn_is_that_of_transformers(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        max_position_embeddings=16,
+        rope_parameters={**_YARN, "rope_theta": 1e4},
+        initializer_range=0.2,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.save_pretrained(tmp_path / "base")
+    ld.export(tmp_path / "base", tmp_path / "bundle")
+    generator = ld.TextGenerator(ld.AdapterSession(tmp_path / "bundle"))
+    ids = list(range(3, 43))
+    with torch.inference_mode():
+        made = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=8)
+    (result,) = generator.generate([ids], max_new_tokens=8)
+    assert list(result.token_ids) == made[0, 40:].tolist()[: len(result.token_ids)]
+    with pytest.raises(UsageError, match="has 65 tokens, the model has 64 positions"):
+        generator.score([list(range(3, 68))])
 
 
 def test_text_generation_stops_before_rotary_frequencies_change_and_logs_it(
