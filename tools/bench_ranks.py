@@ -35,8 +35,9 @@ def step(bundle: str, ranks: Sequence[int], operator: str | None = None) -> Side
     session = ld.AdapterSession(bundle, operator=operator)
     names = [f"rank-{number}" for number in range(len(ranks))]
     with tempfile.TemporaryDirectory() as scratch:
-        for name, rank in zip(names, ranks, strict=True):
-            (place,) = make_adapters(Path(bundle), Path(scratch) / name, 1, rank=rank).values()
+        for number, (name, rank) in enumerate(zip(names, ranks, strict=True)):
+            made = make_adapters(Path(bundle), Path(scratch) / name, 1, rank=rank, seed=number)
+            (place,) = made.values()
             session.load(name, place)
     return partial(forward(session, len(ranks), past=PAST, new=1), names)
 

@@ -14,11 +14,18 @@ _SCALE = 0.05  # standard deviation of B: large enough to change generated texts
 
 
 def make_adapters(
-    bundle: Path, place: Path, count: int, *, rank: int, modules: tuple[str, ...] = ()
+    bundle: Path,
+    place: Path,
+    count: int,
+    *,
+    rank: int,
+    modules: tuple[str, ...] = (),
+    seed: int = 0,
 ) -> dict[str, str]:
     """Write `count` PEFT directories to `place`, and return their paths by name.
 
-    The adapters are on all targets of the bundle, or on those whose names end in `modules`.
+    The adapters are on all targets of the bundle, or on those whose names end in `modules`. Calls
+    with the same `seed` write the same adapters, which a session keeps once.
     """
     targets = read_manifest(bundle).targets
     if modules:
@@ -34,7 +41,7 @@ def make_adapters(
     for number in range(count):
         directory = place / f"{place.name}{number}"
         directory.mkdir(parents=True)
-        random = np.random.default_rng(number)
+        random = np.random.default_rng(seed + number)
         arrays = {}
         for target in targets:
             name = f"base_model.model.{target.module}"

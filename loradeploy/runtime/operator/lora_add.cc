@@ -41,6 +41,7 @@ constexpr int kColumns = 4;
 #endif
 constexpr int kParts = 4;  // sums over every fourth element of x
 constexpr int64_t kTaskRows = 32;  // the largest number of rows of a task; a multiple of kRows
+constexpr int64_t kTasks = 8;      // of one adapter, if it has enough rows
 // The number of multiplications from which several threads are faster than one.
 constexpr int64_t kParallelFrom = 1 << 17;
 
@@ -276,9 +277,11 @@ class Kernel {
         }
       }
       const int64_t tokens = (row - begin) * sequence;
-      for (int64_t token = 0; token < tokens; token += kTaskRows) {
+      const int64_t share = (tokens / kTasks + kRows - 1) / kRows * kRows;
+      const int64_t size = std::clamp<int64_t>(share, kRows, kTaskRows);
+      for (int64_t token = 0; token < tokens; token += size) {
         work.tasks.push_back({batch_rows.data() + begin, slot, own_rank, token,
-                              std::min(token + kTaskRows, tokens), nullptr});
+                              std::min(token + size, tokens), nullptr});
         low_size += kRows * own_rank;
       }
       multiplications += tokens * own_rank * (in + out);

@@ -289,7 +289,7 @@ def test_unsupported_uses_are_refused_in_one_line(
         generator.generate("", None)
     with pytest.raises(UsageError, match="decoder_input_ids"):
         Engine(generator)
-    for option in ({"branches": True}, {"required_inputs": True}):
+    for option in ({"branches": True}, {"required_inputs": True}, {"operator": True}):
         with pytest.raises(UsageError, match="encoder-decoders, which are two graphs"):
             ld.export(bundle, tmp_path / "out", **option)
     broken = tmp_path / "broken"
