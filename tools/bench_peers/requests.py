@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Protocol
@@ -82,15 +81,17 @@ def measured(
             "seconds": found,
             "tokens": tokens,
             "load": sorted(load.values())[len(load) // 2],
-            "resident": resident(),
-            "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "resident": memory("VmRSS"),
+            "peak": memory(
+                "VmHWM"
+            ),  # getrusage's is at least that of the process that started this
         }
 
     return call
 
 
-def resident() -> float:
-    """Return the resident memory of this process in MB."""
+def memory(field: str) -> float:
+    """Return the memory of this process in MB: now resident, "VmRSS", or at most, "VmHWM"."""
     with open("/proc/self/status", encoding="ascii") as file:
-        (line,) = (line for line in file if line.startswith("VmRSS:"))
+        (line,) = (line for line in file if line.startswith(f"{field}:"))
     return int(line.split()[1]) / 1024
