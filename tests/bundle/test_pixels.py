@@ -138,3 +138,16 @@ def test_images_of_other_8_bit_modes_are_read(mode: str, tmp_path: Path) -> None
     image = Image.fromarray(NOISE).convert(mode)
     expected = settings.values(np.asarray(image.convert("RGB")))
     assert (settings.values(image) == expected).all()
+
+
+@pytest.mark.parametrize("size", [(1, 200_000), (200_000, 1)], ids=["tall", "wide"])
+def test_an_image_that_resizing_would_make_huge_is_refused(
+    size: tuple[int, int], tmp_path: Path
+) -> None:
+    settings = pixel_settings(
+        settings_file(tmp_path, size={"shortest_edge": 336}, do_center_crop=True, crop_size=336)
+    )
+    assert settings is not None
+    with pytest.raises(DataError, match=r"after the model's resizing, more than 67,108,864: crop"):
+        settings.values(Image.new("RGB", size))
+    assert settings.values(Image.new("RGB", (1, 590))).shape == (3, 336, 336)

@@ -182,6 +182,15 @@ def test_the_settings_of_the_whole_processor_take_precedence(tmp_path: Path) -> 
     assert loaded.size["width"] == 6, "as in transformers"
 
 
+def test_an_image_of_too_many_tiles_is_refused(tmp_path: Path) -> None:
+    import transformers
+
+    values = {"max_image_size": {"longest_edge": 512}, "do_resize": False}
+    transformers.SmolVLMImageProcessorPil(**values).save_pretrained(tmp_path)
+    with pytest.raises(DataError, match="it is 1 x 200000 pixels, and 512 x 200192 after"):
+        image_processor(tmp_path).prepared(Image.new("RGB", (200_000, 1)), "it")
+
+
 def test_images_that_cannot_be_cut_into_patches_are_refused(tmp_path: Path) -> None:
     import transformers
 

@@ -29,6 +29,8 @@ _DONE: Final = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do
 _SCALE: Final = 1 / 255
 _FILTERS: Final = range(6)  # Pillow's numbers of resampling filters
 _LARGEST: Final = 4096  # pixels of a side
+# Pixels of a resized image. A narrow image whose short side is enlarged would fill the memory.
+_MOST_PIXELS: Final = 4 * _LARGEST**2
 
 
 @dataclass(frozen=True)
@@ -53,14 +55,15 @@ class PixelSettings:
         Raises:
             UsageError: it is not an image with 8 bits per channel.
             DataError: the file cannot be read as an image with 8 bits per channel, or the image is
-                smaller than the crop.
+                smaller than the crop, or too narrow to be resized.
             MissingDependencyError: Pillow is not installed.
         """
         return self.values_of(opened(given, where), where)
 
     def values_of(self, image: Image, where: str) -> NDArray[np.float32]:
         """Like `values`, of an image that was opened as RGB."""
-        pixels = np.asarray(_resized(image, self.size, self.resample))  # uint8 [height, width, 3]
+        resized = _resized(image, self.size, self.resample, where)
+        pixels = np.asarray(resized)  # uint8 [height, width, 3]
         if self.crop is not None:
             pixels = _cropped(pixels, self.crop, where)
         scaled = (pixels.astype(np.float64) * self.scale).astype(np.float32)
@@ -193,13 +196,23 @@ def _channels(value: Any, name: str, file: Path) -> tuple[float, float, float]:
     return red, green, blue
 
 
-def _resized(image: Image, size: tuple[int, int] | int | None, resample: int) -> Image:
+def check_resizing(image: Image, height: int, width: int, where: str) -> None:
+    """Raise DataError if the image in `where` would have too many pixels after it is resized."""
+    if height * width > _MOST_PIXELS:
+        raise DataError(
+            f"{where} is {image.height} x {image.width} pixels, and {height} x {width} after the"
+            f" model's resizing, more than {_MOST_PIXELS:,}: crop it"
+        )
+
+
+def _resized(image: Image, size: tuple[int, int] | int | None, resample: int, where: str) -> Image:
     if size is None:
         return image
     if isinstance(size, int):
         width, height = image.size
         longest = int(size * max(width, height) / min(width, height))
         size = (size, longest) if height <= width else (longest, size)
+    check_resizing(image, *size, where)
     return image.resize((size[1], size[0]), resample=resample)
 
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from loradeploy.bundle.image.pixels import (
     PixelSettings,
+    check_resizing,
     filter_of,
     height_width,
     is_side,
@@ -132,6 +133,7 @@ class TiledImages:
         tiles, parts = (0, 0), []
         if self.splits:
             height, width = _multiples(image, side)
+            check_resizing(image, height, width, where)
             image = self._resized(image, height, width)
             if height > side or width > side:
                 tiles = (height // side, width // side)
