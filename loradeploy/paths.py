@@ -80,6 +80,10 @@ def _check_path(name: str, value: object) -> None:
         raise UsageError(f"`{name}` is empty: give a path")
     try:
         os.lstat(value)
+    except UnicodeEncodeError:
+        raise UsageError(
+            f"`{name}` is {shown(value)}, with characters that the system does not support"
+        ) from None
     except ValueError:
         raise UsageError(f"`{name}` is {shown(value)}: a path has no null bytes") from None
     except OSError as problem:  # a path that does not exist may be an output, or the id of a model

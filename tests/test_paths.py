@@ -55,6 +55,7 @@ _TAKING: Final[dict[str, tuple[str, Callable[[Any], object]]]] = {
     "train": ("model", lambda path: ld.train(path, "data", "new")),
     "train, output": ("output", lambda path: ld.train("model", "data", path)),
     "load_adapter": ("path", load_adapter),
+    "build_operator": ("output", ld.build_operator),
     "convert": ("adapter", lambda path: convert(path, "new", bundle="bundle")),
 }
 _INVALID: Final[dict[str, tuple[Any, str]]] = {
@@ -62,6 +63,7 @@ _INVALID: Final[dict[str, tuple[Any, str]]] = {
     "a number": (5, "is 5: give a path, as a str or a pathlib.Path"),
     "bytes": (b"x", "is b'x': give a path, as a str or a pathlib.Path"),
     "empty": ("", "is empty: give a path"),
+    "a surrogate": ("a\ud800b", "with characters that the system does not support"),
     "a null byte": ("a\0b", "a path has no null bytes"),
     "a long path": (Path("a/" * 3000), "of 5,999 characters: the system does not support a path"),
     "a long name": ("x" * 300, "of 300 characters: the system does not support a path"),
@@ -92,3 +94,9 @@ def test_a_default_of_none_and_a_generator_of_paths_are_accepted(tmp_path: Path)
     assert count(others={"a", "b"}) == 2
     with pytest.raises(UsageError, match="`others` is 5"):
         count(others=5)  # type: ignore[arg-type]
+
+
+def test_the_path_of_the_operator_is_checked(tmp_path: Path) -> None:
+    for call in (ld.AdapterSession, ld.parity):
+        with pytest.raises(UsageError, match="`operator` is 5: give a path"):
+            call(tmp_path, operator=5)  # type: ignore[arg-type]

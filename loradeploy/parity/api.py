@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from loradeploy.runtime.devices.providers import Provider
 
 
-@takes_paths("bundle", "model", "adapters", "report", "genai_python", "sign", "baseline")
+@takes_paths(
+    "bundle", "model", "adapters", "report", "operator", "genai_python", "sign", "baseline"
+)
 def parity(
     bundle: str | os.PathLike[str],
     *,

@@ -103,7 +103,7 @@ class AdapterSession:
             version or processor.
     """
 
-    @takes_paths("bundle")
+    @takes_paths("bundle", "operator")
     def __init__(
         self,
         bundle: str | os.PathLike[str],

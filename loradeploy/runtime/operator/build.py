@@ -12,6 +12,7 @@ from typing import Final
 
 from loradeploy.errors import MissingDependencyError, OperatorError, shortened
 from loradeploy.files import atomic_file, check_replaceable_file
+from loradeploy.paths import takes_paths
 from loradeploy.printable import printable
 from loradeploy.runtime.operator.library import SOURCE, check_library, is_library, source_digest
 
@@ -26,6 +27,7 @@ _FLAGS: Final = (
 )
 
 
+@takes_paths("output")
 def build_operator(output: str | os.PathLike[str]) -> Path:
     """Compile the operator's library for this machine's processor, and return its path.
 
