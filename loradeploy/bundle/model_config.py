@@ -109,6 +109,9 @@ def _extended(config: Mapping[str, Any], positions: int) -> int:
             continue
         original, factor = given.get(_ORIGINAL) or positions, given.get("factor")
         if isinstance(original, int | float) and isinstance(factor, int | float):
-            extended = original * factor
+            try:
+                extended = float(original) * factor
+            except OverflowError:  # of an integer
+                return 0
             return int(extended) if math.isfinite(extended) else 0
     return 0

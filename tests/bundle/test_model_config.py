@@ -98,6 +98,8 @@ _YARN: Final = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embed
         ({"max_position_embeddings": 64, "rope_parameters": _YARN}, 64),
         ({"max_position_embeddings": 99, "rope_parameters": _YARN}, 99),
         ({"max_position_embeddings": 16, "rope_scaling": {"type": "yarn", "factor": "4"}}, 16),
+        ({"max_position_embeddings": 16, "rope_scaling": {**_YARN, "factor": 10**400}}, 16),
+        ({"max_position_embeddings": 16, "rope_scaling": {**_YARN, "factor": 1e308}}, 16),
         # Whether its maximum is that before or after scaling differs between models.
         ({"max_position_embeddings": 16, "rope_scaling": {"type": "linear", "factor": 4.0}}, 16),
     ],

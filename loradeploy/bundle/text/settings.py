@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -108,8 +109,9 @@ def is_length_penalty(value: object) -> bool:
 
     A text's length to this power is finite, and so is a score divided by it.
     """
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    return number and abs(float(value)) <= MOST_LENGTH_PENALTY  # type: ignore[arg-type]
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    return bool(-MOST_LENGTH_PENALTY <= value <= MOST_LENGTH_PENALTY)  # type: ignore[operator]
 
 
 def settings_in_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,7 +140,7 @@ def read_settings(values: Mapping[str, Any], where: str) -> GenerationSettings:
         if value is None:
             return default
         fits = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-        if not fits or value < least:
+        if not fits or not least <= value <= sys.float_info.max:
             raise BundleError(f"{where}: {name} is {shown(value)}")
         return value
 

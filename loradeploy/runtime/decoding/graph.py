@@ -191,7 +191,7 @@ class DecoderGraph:
 def check_embeds(
     graph: DecoderGraph, ids: Sequence[int], embeds: TokenEmbeds | None, what: str
 ) -> None:
-    """Raise UsageError unless the prompt `what` has one embedding for each of their token.
+    """Raise UsageError unless `embeds` has one value for each of its tokens in the prompt `what`.
 
     A graph without a cache is refused: it processes prompts again at each step, when other rows may
     have ended.

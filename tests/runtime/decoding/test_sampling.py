@@ -123,7 +123,15 @@ def test_parameters_of_beam_search_can_come_from_the_model() -> None:
     own = read_settings({"length_penalty": 2.0, "early_stopping": True}, "s")
     assert (own.length_penalty, own.early_stopping, own.ignored) == (2.0, True, ())
     assert not own.changes_scores
-    for wrong in ({"length_penalty": "long"}, {"length_penalty": 99}, {"early_stopping": "soon"}):
+    for wrong in (
+        {"length_penalty": "long"},
+        {"length_penalty": 99},
+        {"length_penalty": 10**400},
+        {"length_penalty": float("nan")},
+        {"repetition_penalty": 10**400},
+        {"repetition_penalty": float("nan")},
+        {"early_stopping": "soon"},
+    ):
         with pytest.raises(BundleError, match=f"s: {next(iter(wrong))} is"):
             read_settings(wrong, "s")
 

@@ -270,13 +270,12 @@ def test_scores_are_those_of_a_cross_encoder_with_its_activation_prompts_and_max
     ranked = scorer.rerank(PAIRS[0][0], TEXTS, prompt_name="other", top_k=2)
     theirs = base.rank(PAIRS[0][0], TEXTS, prompt_name="other", top_k=2)
     assert [one.index for one in ranked] == [one["corpus_id"] for one in theirs]
+    plain = tmp_path / "plain"
+    shutil.copytree(their_adapter, plain)
+    (plain / "modules.json").unlink()
+    session.load("plain", plain)
+    blend: Any = {"own": 0.5, "plain": 0.5}
     with pytest.raises(UsageError, match="different files of cross-encoders"):
-        session.load("base", their_adapter)
-        blend: Any = {"own": 0.5, "plain": 0.5}
-        plain = tmp_path / "plain"
-        shutil.copytree(their_adapter, plain)
-        (plain / "modules.json").unlink()
-        session.load("plain", plain)
         scorer.score(PAIRS, blend)
 
 
