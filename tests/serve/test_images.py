@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from loradeploy.serve.opening import ServiceSpec
 from tests.cli.calling import call
 from tests.inputs.pictures import NEW, Made, image_file, prepared
 from tests.serve.conftest import Running, serving
+from tests.serve.test_security import connection, until
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +135,36 @@ def test_limits_and_misplaced_images_are_refused(
     refused = pytest.raises(openai.BadRequestError, match="it has no vision tower")
     with serving(made.place / "decoder") as without, refused:
         ask(without, "decoder", conversation(part(files[0])))
+
+
+def test_images_of_a_client_that_disconnects_are_not_read(
+    server: Running, files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vision: Any = server.service.vision
+    read, began, released = vision._read, threading.Event(), threading.Event()
+    prompts = []
+
+    def held(prompt: Any, *given: Any) -> Any:
+        prompts.append(prompt)
+        began.set()
+        assert released.wait(60)
+        return read(prompt, *given)
+
+    monkeypatch.setattr(vision, "_read", held)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(ask, server, "decoder", conversation(part(files[0]), "w5"))
+        assert began.wait(60)
+        body = {"model": "decoder", "messages": conversation(part(files[0]), "w6")}
+        client = connection(server, body, "/v1/chat/completions")
+        until(lambda: vision.waiting == 2)
+        client.close()
+        until(lambda: vision.waiting == 1)
+        released.set()
+        assert first.result(60).choices[0].message.content
+    until(lambda: vision.waiting == 0)
+    assert len(prompts) == 1
+    figures = server.http().get("/metrics").text
+    assert 'http_responses_total{status="503"}' not in figures
 
 
 def test_settings_that_cannot_be_combined_are_refused(made: Made, tmp_path: Path) -> None:

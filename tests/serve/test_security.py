@@ -224,13 +224,15 @@ def until(condition: Any, seconds: float = 60) -> None:
         time.sleep(0.01)
 
 
-def connection(running: Running, body: dict[str, Any]) -> socket.socket:
+def connection(
+    running: Running, body: dict[str, Any], path: str = "/v1/completions"
+) -> socket.socket:
     """Send a request and return the socket, without reading."""
     host, _, port = running.url.removeprefix("http://").partition(":")
     made = socket.create_connection((host, int(port)), timeout=20)
     content = json.dumps(body).encode()
     head = f"Host: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
-    made.sendall(f"POST /v1/completions HTTP/1.1\r\n{head}\r\n\r\n".encode() + content)
+    made.sendall(f"POST {path} HTTP/1.1\r\n{head}\r\n\r\n".encode() + content)
     return made
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from fastapi import Request
 
@@ -30,6 +30,8 @@ from loradeploy.serve.schemas.text import (
     Usage,
 )
 from loradeploy.serve.service import Service
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,7 @@ def completion_prompts(body: CompletionRequest) -> list[Prompt]:
 
 
 async def ask(
+    request: Request,
     service: Service,
     key: ApiKey,
     body: TextRequest,
@@ -181,7 +184,9 @@ async def ask(
     logprobs: int | None,
     images: Sequence[str] = (),
 ) -> Asked:
-    """Submit the prompts of a request. `images`: URLs of images, of its only prompt.
+    """Submit the prompts of `body`. `images`: URLs of images, of its only prompt.
+
+    They are read before the prompt is submitted, unless the client of `request` disconnects.
 
     Raises:
         RequestError, LoraDeployError: the request is refused, or too many requests are waiting.
@@ -211,7 +216,7 @@ async def ask(
             raise refused("messages", "this service reads no images: it has no vision tower")
         began = time.monotonic()
         (prompt,) = prompts
-        seen = await service.vision.read(prompt, images, adapter)
+        seen = await _while_connected(request, service.vision.read(prompt, images, adapter))
         prompts, adapter, options["embeds"] = [seen.ids], seen.adapter, seen.embeds
         deadline = max(deadline - (time.monotonic() - began), 1e-3)
     elif service.vision is not None:
@@ -279,8 +284,7 @@ async def watched(request: Request, asked: Asked) -> AsyncIterator[None]:
     """Cancel the submissions if the client disconnects during the context."""
 
     async def watch() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
+        await _disconnected(request)
         asked.cancel()
 
     watcher = asyncio.create_task(watch())
@@ -291,3 +295,27 @@ async def watched(request: Request, asked: Asked) -> AsyncIterator[None]:
         raise
     finally:
         watcher.cancel()
+
+
+async def _while_connected(request: Request, work: Coroutine[Any, Any, _Result]) -> _Result:
+    """The result of `work`, which is cancelled if the client disconnects.
+
+    Raises:
+        EngineClosedError: the client disconnected.
+    """
+    working = asyncio.create_task(work)
+    watcher = asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait({working, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise EngineClosedError("the client disconnected")
+        return working.result()
+    finally:
+        working.cancel()
+        watcher.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    """Wait until the client disconnects."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -50,7 +50,7 @@ async def answer_chat(
         raise refused("top_logprobs", "only with logprobs")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     images = chat_images(body)
-    asked = await ask(service, key, body, [chat_prompt(body)], logprobs, images)
+    asked = await ask(request, service, key, body, [chat_prompt(body)], logprobs, images)
     async with watched(request, asked):
         if not body.stream:
             texts = await asked.generations()
@@ -68,7 +68,7 @@ async def complete(
     """Continue one or several prompts."""
     if body.best_of is not None and body.best_of != body.n:
         raise refused("best_of", "must be equal to n: choosing the best texts is not supported")
-    asked = await ask(service, key, body, completion_prompts(body), body.logprobs)
+    asked = await ask(request, service, key, body, completion_prompts(body), body.logprobs)
     async with watched(request, asked):
         if not body.stream:
             texts = await asked.generations()
