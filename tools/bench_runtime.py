@@ -326,20 +326,31 @@ def measure(plan: Plan, prepared: Mapping[str, Any], **turns: int) -> Any:
 
 
 _MEMORY: Final = """
-import sys, loradeploy as ld
+import sys, loradeploy as ld, onnxruntime
 from loradeploy.runtime.timing import forward
-forward(ld.AdapterSession(sys.argv[1]), 1, past=128, new=1)(sys.argv[2] or None)
+options = None
+if sys.argv[3] == "mapped":
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("loradeploy.map_weights", "1")
+session = ld.AdapterSession(sys.argv[1], session_options=options)
+forward(session, 1, past=128, new=1)(sys.argv[2] or None)
 lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
 print(*(int(lines[name].split()[0]) // 1024 for name in ("VmRSS", "VmHWM")))
 """
 
 
-def memory(form: str, prepared: Mapping[str, Any]) -> dict[str, int]:
-    """Return resident and peak memory in MB of a process that ran the bundle once."""
+def memory(form: str, prepared: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+    """Return resident and peak memory in MB of processes that ran the bundle once.
+
+    In one the weights were read into memory, in the other onnxruntime maps their file.
+    """
     adapter = "" if form.startswith("merged") else "a0"
-    command = [sys.executable, "-c", _MEMORY, prepared["bundles"][form], adapter]
-    resident, peak = subprocess.check_output(command, text=True).split()
-    return {"resident": int(resident), "peak": int(peak)}
+    found = {}
+    for how in ("read", "mapped"):
+        command = [sys.executable, "-c", _MEMORY, prepared["bundles"][form], adapter, how]
+        resident, peak = subprocess.check_output(command, text=True).split()
+        found[how] = {"resident": int(resident), "peak": int(peak)}
+    return found
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -350,9 +361,10 @@ def markdown(report: Mapping[str, Any]) -> str:
             spread = f"{found['low']:.2f}–{found['high']:.2f}"
             head = f"| {result['plan']} | {result['batch']} | {name} "
             lines.append(f"{head}| {found['median']:.2f} | {spread} |")
-    lines += ["", "| bundle | resident, MB | peak, MB |", "|---|---|---|"]
-    for form, used in report["memory"].items():
-        lines.append(f"| {form} | {used['resident']} | {used['peak']} |")
+    lines += ["", "| bundle | weights | resident, MB | peak, MB |", "|---|---|---|---|"]
+    for form, ways in report["memory"].items():
+        for how, used in ways.items():
+            lines.append(f"| {form} | {how} | {used['resident']} | {used['peak']} |")
     return "\n".join(lines) + "\n"
 
 
