@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import struct
+import zlib
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +92,20 @@ def test_the_colors_of_other_modes_are_those_of_transformers(mode: str, tmp_path
     expected, _ = by_transformers("SiglipImageProcessor", {"size": size}, image)
     (found,) = image_processor(tmp_path).prepared(opened(image), "it").parts
     np.testing.assert_allclose(found, expected[0], rtol=0, atol=1e-6)
+
+
+def test_of_16_bit_colors_the_upper_8_bits_are_read_as_in_transformers() -> None:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)  # 1 x 1 pixels, 16 bits, RGB
+    pixel = zlib.compress(b"\0" + struct.pack(">HHH", 0x12FF, 0x8000, 0xFFFF))
+    parts = ((b"IHDR", header), (b"IDAT", pixel), (b"IEND", b""))
+    content = b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+    assert np.asarray(decoded(content, "it", 1)).tolist() == [[[0x12, 0x80, 0xFF]]]
+    assert np.asarray(Image.open(BytesIO(content))).tolist() == [[[0x12, 0x80, 0xFF]]]
 
 
 @pytest.mark.parametrize("ending", ["gif", "webp"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ from typing import Any
 import openai
 import pytest
 
-from loradeploy.errors import UsageError
+from loradeploy.errors import BundleError, UsageError
 from loradeploy.serve.opening import ServiceSpec
 from tests.cli.calling import call
 from tests.inputs.pictures import NEW, Made, image_file, prepared
@@ -165,6 +166,17 @@ def test_images_of_a_client_that_disconnects_are_not_read(
     assert len(prompts) == 1
     figures = server.http().get("/metrics").text
     assert 'http_responses_total{status="503"}' not in figures
+
+
+def test_a_tower_without_settings_for_images_is_refused_when_the_service_starts(
+    made: Made, tmp_path: Path
+) -> None:
+    tower = tmp_path / "tower"
+    shutil.copytree(made.place / "tower", tower)
+    for file in tower.glob("*processor_config.json"):
+        file.unlink()
+    with pytest.raises(BundleError, match=r"tower has no preprocessor_config\.json"):
+        call("serve", made.place / "decoder", "--vision", tower, "--port", 0)
 
 
 def test_settings_that_cannot_be_combined_are_refused(made: Made, tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ class ImagePromptReader:
             MissingDependencyError: Pillow is not installed.
         """
         pillow()
-        assert self._processor is not None
+        image_processor(self._tower.path)
 
     @cached_property
     def _processor(self) -> ImageProcessor:
