@@ -29,9 +29,10 @@ class ServiceSpec:
     `vision`: the bundle of the decoder's vision tower, or None. `adapters`: directories of adapters
     by name, in addition to those of the bundle. `adapter_root`: a directory or URL;
     `adapter_cache`: where adapters from a URL are cached. `adapter_memory`: bytes of adapters in
-    memory, None for no limit. `api_keys`: a file with keys. `host`: the address that clients use.
-    `operator`: the operator's library (`AdapterSession`). `threads`: number of threads of a run; by
-    default as many as the container allows if it limits them, otherwise onnxruntime's default.
+    memory, of each of the two bundles if there is `vision`; None for no limit. `api_keys`: a file
+    with keys. `host`: the address that clients use. `operator`: the operator's library
+    (`AdapterSession`). `threads`: number of threads of a run; by default as many as the container
+    allows if it limits them, otherwise onnxruntime's default.
 
     Raises:
         UsageError: fields that cannot be combined.
@@ -110,6 +111,7 @@ def open_service(spec: ServiceSpec, keys: KeyRing | None) -> Service:
             spec.vision,
             [spec.provider],
             session_options=_session_options(spec.threads),
+            host_budget=spec.adapter_memory,
             require_certificate=spec.require_certificate,
         )
         vision = Vision(session, tower, spec.limits)

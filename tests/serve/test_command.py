@@ -143,6 +143,30 @@ def test_a_flag_reaches_the_session(
         call("serve", "bundle", "--port", "0", *flags)
 
 
+def test_flags_reach_the_sessions_of_both_parts_of_a_vision_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given: dict[str, dict[str, Any]] = {}
+
+    def opened(bundle: str, providers: list[str], **options: Any) -> None:
+        given[bundle] = {"providers": providers, **options}
+
+    def vision(*_: Any) -> None:
+        raise LoraDeployError("enough was seen")
+
+    monkeypatch.setattr("loradeploy.serve.opening.AdapterSession", opened)
+    monkeypatch.setattr("loradeploy.serve.opening.Vision", vision)
+    flags = ("--adapter-memory", "3", "--require-certificate", "--threads", "2")
+    with pytest.raises(LoraDeployError, match="enough was seen"):
+        call("serve", "decoder", "--vision", "tower", "--port", "0", *flags)
+    for options in given.values():
+        assert options["host_budget"] == 3 << 20
+        assert options["require_certificate"] is True
+        assert options["session_options"].intra_op_num_threads == 2
+    assert given.keys() == {"decoder", "tower"}
+    assert given["decoder"]["providers"] == given["tower"]["providers"]
+
+
 def test_the_demo_opens_its_web_page(
     seen: Seen, tiny_llama_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

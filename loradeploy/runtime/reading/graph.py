@@ -14,7 +14,7 @@ import onnxruntime
 from loradeploy.bundle.dtypes import NUMPY_NAMES
 from loradeploy.bundle.graph_form import is_packed
 from loradeploy.bundle.manifest import TensorSpec, read_manifest
-from loradeploy.bundle.names import ENCODER_NAME, GRAPH_NAME
+from loradeploy.bundle.names import ENCODER_NAME, GRAPH_NAME, OPERATOR_NAME
 from loradeploy.errors import BundleError, UsageError, first_line, listed
 from loradeploy.files import MAX_GRAPH_BYTES, check_directory, check_file, read_bytes
 from loradeploy.printable import logger_of
@@ -75,7 +75,8 @@ def open_graph(
 
     Raises:
         UsageError: a provider that is not installed or does not start, providers in both arguments,
-            or a provider or graph whose runs cannot be captured, or that the operator is not for.
+            or a provider or graph whose runs cannot be captured, or that the operator is not for;
+            or `options` with the operator's library, and no `operator`.
         OperatorError: the operator's library cannot be used.
         BundleError: there is no graph, onnxruntime cannot read it, or it does not match the
             manifest.
@@ -123,8 +124,15 @@ def open_graph(
                 ) from None
             raise
     return_freed_memory()
+    has_calls = manifest is not None and manifest.operator
+    placed = placement_of(session).get(CPU, {}) if has_calls or operator is not None else {}
     if operator is not None:
-        check_runs(placement_of(session).get(CPU, {}))
+        check_runs(placed)
+    elif OPERATOR_NAME in placed:  # another provider for certificates
+        raise UsageError(
+            "`session_options` have the operator's library, as those of an earlier session with"
+            " `operator` do: give `operator` too, or other options"
+        )
     if capture and session.get_providers()[0] != names[0]:
         raise UsageError(
             f"`capture_graphs`: {names[0]} does not start here, and the CPU captures no runs"

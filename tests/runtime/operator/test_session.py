@@ -234,3 +234,17 @@ def test_a_manifest_that_contradicts_the_operator_is_refused(
     (tmp_path / "loradeploy.json").write_text(json.dumps(values | {"layout": "rows"}))
     with pytest.raises(BundleError, match="operator is for float32 side inputs in the layout"):
         read_manifest(tmp_path)
+
+
+def test_options_with_the_library_are_refused_without_the_operator(
+    in_place_operator: Path, operator_library: Path, tiny_llama_bundle: Path
+) -> None:
+    options = onnxruntime.SessionOptions()
+    with AdapterSession(in_place_operator, session_options=options, operator=operator_library):
+        pass
+    with AdapterSession(in_place_operator, session_options=options, operator=operator_library):
+        pass
+    with pytest.raises(UsageError, match="`session_options` have the operator's library"):
+        AdapterSession(in_place_operator, session_options=options)
+    with AdapterSession(tiny_llama_bundle, session_options=options):
+        pass  # without calls, the library computes nothing
