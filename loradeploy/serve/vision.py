@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from loradeploy.bundle.image.opening import FORMATS, decoded
-from loradeploy.errors import DeadlineError, EngineFullError, UsageError
+from loradeploy.errors import AdapterError, DeadlineError, EngineFullError, UsageError
 from loradeploy.runtime.tasks.image_text import ImageTextGenerator
 from loradeploy.serve.problems import refused
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from loradeploy.runtime.decoding.asking.calls import Prompt
     from loradeploy.runtime.decoding.graph import TokenEmbeds
     from loradeploy.runtime.session import AdapterSession
+    from loradeploy.runtime.tasks.image_parts import Names
     from loradeploy.serve.settings import ServeLimits
 
 _DATA: Final = re.compile(r"data:image/(?:png|jpe?g|webp|gif);base64,", re.IGNORECASE)
@@ -57,12 +58,24 @@ class Vision:
         """The adapter that the decoder runs for a prompt without images.
 
         Raises:
-            UsageError: a part of the adapter is missing.
+            AdapterError: a part of the adapter is missing.
         """
         if adapter is not None and not isinstance(adapter, str):
             return adapter  # a blend, which only needs the decoder's parts
-        ((reads, _),) = self.generator.reader.parts.names([adapter], [False])
-        return reads
+        return self._names(adapter, images=False)[0]
+
+    def _names(self, adapter: str | None, *, images: bool) -> Names:
+        """The adapters that the decoder and the tower run.
+
+        Raises:
+            AdapterError: a part of the adapter is missing. The message has paths, so it is not for
+                the client.
+        """
+        try:
+            (names,) = self.generator.reader.parts.names([adapter], [images])
+        except UsageError as problem:
+            raise AdapterError(str(problem)) from None
+        return names
 
     async def read(
         self, prompt: Prompt, urls: Sequence[str], adapter: AdapterSpec | None
@@ -72,6 +85,7 @@ class Vision:
         Raises:
             RequestError: 400, too many images, another URL than of data, or no image.
             UsageError: images that do not fit the prompt, or a blend of adapters.
+            AdapterError: a part of the adapter is missing.
             EngineFullError: too many requests with images are waiting.
             DeadlineError: it did not complete in time.
         """
@@ -101,6 +115,8 @@ class Vision:
             self.waiting -= 1
 
     def _read(self, prompt: Prompt, urls: Sequence[str], adapter: AdapterSpec | None) -> SeenPrompt:
+        if adapter is None or isinstance(adapter, str):
+            self._names(adapter, images=True)
         images = [self._decoded(url, f"image {number}") for number, url in enumerate(urls, start=1)]
         reader, rows = self.generator.reader, self._limits.max_rows
         read = reader.read([prompt], [images], [adapter], chat=False, batch_size=rows)

@@ -168,6 +168,19 @@ def test_images_of_a_client_that_disconnects_are_not_read(
     assert 'http_responses_total{status="503"}' not in figures
 
 
+def test_a_missing_part_of_an_adapter_is_in_the_log_and_not_in_the_answer(
+    made: Made, files: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    with serving(made.place / "decoder", vision=made.place / "tower") as running:
+        vision: Any = running.service.vision
+        vision.generator.tower.unload("all")
+        body = {"model": "all", "messages": conversation(part(files[0]), "w5")}
+        answer = running.http().post("/v1/chat/completions", json=body)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "adapter_load_failed")
+    assert str(made.place) not in answer.text
+    assert "the adapter 'all' is not in" in caplog.text and str(made.place) in caplog.text
+
+
 def test_a_tower_without_settings_for_images_is_refused_when_the_service_starts(
     made: Made, tmp_path: Path
 ) -> None:
