@@ -1,7 +1,8 @@
 """Replace the forward pass of a model's RMSNorms and gated MLPs by functions of `elementwise`.
 
 Whether a module computes one of these is measured, not derived from its name: on random inputs, the
-function must give what the module gives. Other modules are left as they are.
+function must give what the module gives. Other modules are left as they are, and so are calls with
+more inputs than the trial's, such as the gate of Mamba-2's norm.
 """
 
 from __future__ import annotations
@@ -67,10 +68,11 @@ def _norm(module: nn.Module) -> _Forward | None:
     if function is None:
         return None
 
-    def forward(x: Tensor) -> Tensor:
+    def forward(x: Tensor, *more: Any, **named: Any) -> Tensor:
         w: Any = module.weight
         fused = x.device.type == "cpu" and x.dtype == w.dtype and not w.requires_grad
-        y: Tensor = function(x) if fused else own(x)
+        plain = fused and not more and not named
+        y: Tensor = function(x) if plain else own(x, *more, **named)
         return y
 
     return forward
@@ -92,8 +94,9 @@ def _gated_mlp(module: nn.Module) -> _Forward | None:
     if not _same(module, function, projected.gate_proj.in_features):
         return None
 
-    def forward(x: Tensor) -> Tensor:
-        y: Tensor = function(x) if x.device.type == "cpu" else own(x)
+    def forward(x: Tensor, *more: Any, **named: Any) -> Tensor:
+        plain = x.device.type == "cpu" and not more and not named
+        y: Tensor = function(x) if plain else own(x, *more, **named)
         return y
 
     return forward

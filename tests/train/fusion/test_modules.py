@@ -12,6 +12,7 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
+    Mamba2Config,
     PreTrainedConfig,
     Qwen3Config,
 )
@@ -127,6 +128,19 @@ def test_a_norm_that_is_trained_gets_its_gradient() -> None:
     _, slopes = loss_and_gradients(injection)
     saved = [slopes[-1]] if injection.saved else []
     assert saved and bool(saved[0].any())
+
+
+def test_a_norm_that_is_called_with_a_gate_computes_its_own() -> None:
+    """Mamba-2 has such norms."""
+    torch.manual_seed(0)
+    sizes = {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1}
+    model = AutoModelForCausalLM.from_config(
+        Mamba2Config(num_hidden_layers=2, hidden_size=32, vocab_size=99, **sizes)
+    )
+    ids = torch.tensor([[5, 7, 11, 3]])
+    expected = model(ids).logits
+    assert fuse(model) > 0
+    torch.testing.assert_close(model(ids).logits, expected, atol=tolerance("same-torch"), rtol=0)
 
 
 def test_a_module_keeps_its_mode() -> None:
