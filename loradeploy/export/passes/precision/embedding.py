@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 BITS: Final = 8
 _ZERO: Final = 128  # how uint8 stores 0
 _IDS_RANK: Final = 2  # [batch, sequence]
-# The last name of the nodes that read the integers and the scales.
-_PACKED, _SCALES = "packed_gather", "scales_gather"
+# The last name of the nodes that read the integers and the scales, and cut off the padding.
+_PACKED, _SCALES, _CUT = "packed_gather", "scales_gather", "cut"
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,14 +81,18 @@ def quantize_embedding(model: ir.Model, manifest: Manifest) -> Manifest:
 
 def packed_embedding(model: ir.Model, module: str) -> PackedEmbedding | None:
     """The quantized embedding of this name in a graph; None if its nodes are not there."""
-    at = {node.name: node.inputs[0] for node in model.graph if node.op_type == "Gather"}
-    packed, scales = (at.get(step_name(module, step)) for step in (_PACKED, _SCALES))
+    at = {step_name(module, step): step for step in (_PACKED, _SCALES, _CUT)}
+    found = {at[str(node.name)]: node.inputs for node in model.graph if node.name in at}
+    packed, scales = (found.get(step, [None])[0] for step in (_PACKED, _SCALES))
     if packed is None or scales is None:
         return None
     blocks = constant_of(packed).astype(np.float32) - _ZERO
     steps = constant_of(scales).astype(np.float32)  # [vocabulary, blocks]
     values = blocks * steps[..., np.newaxis]  # [vocabulary, blocks, block]
-    return PackedEmbedding(values.reshape(len(values), -1), blocks.shape[2])
+    values = values.reshape(len(values), -1)
+    if (cut := found.get(_CUT)) is not None and (size := cut[2]) is not None:
+        values = values[:, : int(constant_of(size)[0])]
+    return PackedEmbedding(values, blocks.shape[2])
 
 
 def _replace(graph: ir.Graph, part: Part) -> None:
@@ -130,7 +134,7 @@ def _cut(graph: ir.Graph, chain: Chain, rows: ir.Value, size: int) -> ir.Value:
         shared_constant(graph, f"integers.{number}", np.array([number], np.int64))
         for number in (0, size, -1)
     ]
-    return chain.add("Slice", "cut", [rows, *bounds])
+    return chain.add("Slice", _CUT, [rows, *bounds])
 
 
 def _constant(graph: ir.Graph, name: str, numbers: NDArray[Any]) -> ir.Value:

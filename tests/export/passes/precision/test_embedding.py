@@ -47,7 +47,7 @@ def test_a_lookup_gives_the_rounded_rows(size: int) -> None:
     assert np.abs(actual - table[IDS]).max() > 0, "nothing was rounded"
     packed = packed_embedding(model, "embed")
     assert packed is not None and packed.block == 32
-    np.testing.assert_array_equal(packed.values[:, :size], rounded(table, 8))
+    np.testing.assert_array_equal(packed.values, rounded(table, 8))
 
 
 def test_the_float_table_is_no_longer_in_the_graph() -> None:
