@@ -363,6 +363,48 @@ def test_graphs_in_fp16_are_as_near_to_fp32_as_transformers_in_fp16(
     assert distance(found, expected) <= 2 * rounding < 0.1 * distance(base, expected)
 
 
+@pytest.mark.breadth
+@pytest.mark.parametrize("precision", ["bf16", "int4"])
+@pytest.mark.parametrize("name", ["bart", "flan-t5"])
+def test_graphs_compute_what_pytorch_computes_with_the_same_rounded_weights(
+    name: str, precision: str, tiny_t5: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    import torch
+    import transformers
+
+    from loradeploy.export.passes.precision.quantize import rounded
+
+    model = made(name, tiny_t5, tmp_path / "model")
+    adapter = make_adapter(model, task="seq2seq-lm", r=4, seed=3, scale=0.2)
+    ld.export(model, tmp_path / "bundle", adapters={"mine": adapter}, precision=precision)
+    found = ld.AdapterSession(tmp_path / "bundle").run(["logits"], FEEDS, "mine")[0]
+
+    narrow: Any = transformers.AutoModelForSeq2SeqLM.from_pretrained(model)
+    for module, layer in narrow.named_modules():
+        if precision == "bf16":
+            for parameter in layer.parameters(recurse=False):
+                parameter.data = parameter.data.bfloat16().float()
+        elif isinstance(layer, torch.nn.Linear):
+            weight = rounded(layer.weight.detach().numpy(), 8 if module == "lm_head" else 4)
+            layer.weight = torch.nn.Parameter(torch.from_numpy(weight))  # it may be tied
+    narrow.save_pretrained(tmp_path / "narrow")
+    same, exact = (logits_of(each, adapter) for each in (tmp_path / "narrow", model))
+    assert distance(found, same) <= 0.1 * distance(same, exact)
+
+
+def test_the_scales_of_dora_on_a_product_in_fp32_of_an_fp16_graph_are_cast(
+    tiny_t5: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    adapter = make_adapter(
+        tiny_t5, task="seq2seq-lm", r=4, scale=0.2, use_dora=True, target_modules=["q", "wo"]
+    )
+    ld.export(tiny_t5, tmp_path / "bundle", adapters={"mine": adapter}, precision="fp16")
+    session = ld.AdapterSession(tmp_path / "bundle")
+    base, expected = (logits_of(tiny_t5, which) for which in (None, adapter))
+    found = session.run(["logits"], FEEDS, "mine")[0]
+    assert distance(found, expected) <= tolerance("export-fp16") < 0.1 * distance(base, expected)
+
+
 @pytest.mark.parametrize("merge", [False, True], ids=["side inputs", "merged"])
 def test_products_of_t5_that_overflow_in_fp16_stay_in_fp32(
     merge: bool, tiny_t5: Path, make_adapter: MakeAdapter, tmp_path: Path

@@ -119,7 +119,8 @@ def _change_at(
     inputs: Mapping[str, ir.Value],
 ) -> None:
     old = end.outputs[0]
-    chain = surgery.chain(end, label)
+    dtype = surgery.dtype if old.dtype is None else old.dtype
+    chain = surgery.chain(end, label, dtype)
     y = old
     first = None
     if rows.moved:
@@ -129,6 +130,9 @@ def _change_at(
         if name not in inputs:
             continue
         value = chain.add("Gather", f"{name}_gather", [inputs[name], surgery.ids], axis=0)
+        if dtype is not surgery.dtype:  # see inject._factor_type
+            value.dtype = surgery.dtype
+            value = chain.add("Cast", f"{name}_cast", [value], to=int(dtype))
         if not rows.no_sequence:
             value = chain.add("Unsqueeze", f"{name}_unsqueeze", [value, surgery.sequence_axis])
         y = chain.add(op, step, [y, value])  # [batch, (sequence,) out]
