@@ -97,7 +97,9 @@ def test_invalid_images_are_named(tmp_path: Path) -> None:
     settings = pixel_settings(settings_file(tmp_path, **crop))
     assert settings is not None
     (tmp_path / "text.png").write_text("no image")
+    Image.fromarray(NOISE).save(tmp_path / "drawing.eps")  # Pillow would let Ghostscript draw it
     for given, message in (
+        (tmp_path / "drawing.eps", "drawing.eps cannot be read as an image: cannot identify"),
         (tmp_path / "text.png", "text.png cannot be read as an image: cannot identify"),
         (tmp_path / "missing.png", "missing.png"),
         (NOISE, r"image 1 is 37 x 53 pixels, smaller than the crop \[64, 64\]"),

@@ -34,9 +34,10 @@ _TO_BYTES: Final = dict.fromkeys(
     "convert it, such as with Image.fromarray((numpy.asarray(image) >> 8).astype('uint8'))",
 )
 _SCALED: Final = "scale its values to 0 to 255 and store them as uint8"
-# Formats of images from clients. Pillow's readers of other formats run programs, or are rarely
-# used.
+# Formats of images from clients.
 FORMATS: Final = ("PNG", "JPEG", "WEBP", "GIF")
+# Formats that Pillow gives to other programs to draw (Ghostscript, Windows), which run their code.
+_DRAWN: Final = ("EPS", "WMF")
 
 
 def opened(given: GivenImage, where: str = "the image") -> Image:
@@ -54,7 +55,9 @@ def opened(given: GivenImage, where: str = "the image") -> Image:
     if isinstance(given, str | os.PathLike):
         file = Path(given)
         check_file(file, error=DataError)
-        return _read(file, str(file), pil.MAX_IMAGE_PIXELS, None)
+        pil.init()
+        formats = tuple(name for name in pil.OPEN if name not in _DRAWN)
+        return _read(file, str(file), pil.MAX_IMAGE_PIXELS, formats)
     if isinstance(given, pil.Image):
         _check_mode(given, where, UsageError)
         return _as_rgb(given)
@@ -92,7 +95,7 @@ def pillow() -> Any:
 
 
 def _read(
-    source: Path | io.BytesIO, where: str, most: int | None, formats: tuple[str, ...] | None
+    source: Path | io.BytesIO, where: str, most: int | None, formats: tuple[str, ...]
 ) -> Image:
     """The image in a file; its size is checked before its pixels are decoded."""
     pil = pillow()
