@@ -341,9 +341,16 @@ def inherit(asked: Mapping[str, Any], before: Manifest) -> dict[str, Any]:
     The operator and the forms that it excludes are not inherited where the other is given.
 
     Raises:
-        UsageError: a static shape is given with another size than the bundle has.
+        UsageError: a static shape is given with another size than the bundle has, or side inputs of
+            an embedding that the bundle has quantized.
     """
     form, result = form_of(before), dict(asked)
+    for kind in (EMBEDDING, TOKENS) if form.quantize_embedding else ():
+        if kind in (asked.get("side_inputs") or ()):
+            raise UsageError(
+                f"`side_inputs=['{kind}']`: {before.quantized_embedding} of the bundle is quantized"
+                " and takes none: export the checkpoint without `quantize_embedding`"
+            )
     target = result["target"] = asked.get("target") or form.target
     moved = target != form.target
     smaller = choice_of(target, "precision", form.precision)

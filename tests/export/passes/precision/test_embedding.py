@@ -164,6 +164,15 @@ def test_adapters_that_change_the_embedding_are_refused_by_name(
         ld.export(tmp_path / "b", tmp_path / "y", merge=merge, requantize=merge, **options)
 
 
+@pytest.mark.parametrize("kind", ["embedding", "tokens"])
+def test_side_inputs_of_the_embedding_are_refused_for_a_bundle_that_has_it_quantized(
+    kind: str, tied: Path, tmp_path: Path
+) -> None:
+    ld.export(tied, tmp_path / "b", precision="int8", quantize_embedding=True)
+    with pytest.raises(ld.UsageError, match=rf"{kind}.*model\.embed_tokens of the bundle is quan"):
+        ld.export(tmp_path / "b", tmp_path / "x", side_inputs=[kind])
+
+
 def test_encoder_decoders_and_graphs_of_floats_are_refused(
     tiny_t5: Path, tied: Path, tmp_path: Path
 ) -> None:
