@@ -67,7 +67,7 @@ SCALES: Final = {
     "tiny": Scale(
         stories=8,
         words=6,
-        steps=1,
+        steps=20,
         new_tokens=4,
         rounds=1,
         batches=(1, 2),
