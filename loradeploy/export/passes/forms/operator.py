@@ -120,8 +120,8 @@ def remove_operator(model: ir.Model) -> None:
     for call in calls:
         y, x, A, B, ids, _ = (_given(value) for value in call.inputs)
         label = str(call.name).removesuffix(f"/{LORA_ADD}")
-        assert y.dtype is not None
-        chain = Chain(graph, call, label, y.dtype)
+        assert A.dtype is not None  # it is an input of the graph
+        chain = Chain(graph, call, label, A.dtype)
         a = chain.add("Gather", LORA_A_GATHER, [A, ids], axis=0)
         b = chain.add("Gather", LORA_B_GATHER, [B, ids], axis=0)
         low = chain.add("MatMul", LORA_A_MATMUL, [x, a])
@@ -172,13 +172,15 @@ def _slots(value: ir.Value | None, ids: ir.Value) -> ir.Value | None:
 
 
 def _has_rows(graph: ir.Graph, x: ir.Value, y: ir.Value) -> bool:
-    """Whether x and y are [batch, sequence, …], rather than one row that serves all."""
+    """Whether x and y are [batch, sequence, …], rather than one row that serves all.
+
+    y, the product of x, may have no known shape: a traced layer with a bias has none before it.
+    """
     batch = next((v.shape[0] for v in graph.inputs if not v.is_initializer() and v.shape), None)
-    return all(
-        value.shape is not None
-        and len(value.shape) == _AXES
-        and (value.shape[0] != 1 or batch == 1)
-        for value in (x, y)
+    return x.shape is not None and all(
+        len(shape) == _AXES and (shape[0] != 1 or batch == 1)
+        for shape in (x.shape, y.shape)
+        if shape is not None
     )
 
 

@@ -117,6 +117,24 @@ def test_a_product_that_is_called_twice_has_two_calls() -> None:
     np.testing.assert_array_equal(run(model, feeds), before)
 
 
+def test_a_product_of_unknown_shape_before_a_bias_is_a_call() -> None:
+    b = Builder()
+    x = b.input("x", ["batch", "sequence", IN])
+    shape = ["batch", "sequence", OUT]
+    product = b.node("MatMul", [x, b.weight("w", IN, OUT)], shape, module="block.proj")
+    y = b.node("Add", [product, b.weight("b", OUT)], shape, module="block.proj", name="y")
+    model = b.model(y)
+    added = inject_side_inputs(model, list(find_linears(model).linears.values()))
+    expected = run(model, FEEDS)
+    product.shape = None  # as torch.onnx leaves it
+    use_operator(model, manifest_of(added))
+    assert ops(model).count("LoraAdd") == 1
+    np.testing.assert_array_equal(run(model, FEEDS), expected)
+    product.type = None
+    remove_operator(model)
+    np.testing.assert_array_equal(run(model, FEEDS), expected)
+
+
 def test_rows_without_a_sequence_keep_their_nodes() -> None:
     b = Builder()
     x = b.input("x", ["batch", IN])
