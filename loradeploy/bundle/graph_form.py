@@ -113,6 +113,12 @@ class FormOption:
 
 
 _NO_SIDE_INPUTS: Final = "a merged graph has no side inputs"
+# Values of other options that the operator cannot be combined with, and why.
+_NOT_WITH_OPERATOR: Final = (
+    ("layout", ROWS, "it reads the slot of each row"),
+    ("branches", True, "it costs an idle graph nothing that branches could save"),
+    ("precision", "fp16", "it computes in fp32"),
+)
 
 FORM_OPTIONS: Final = (
     FormOption(
@@ -304,11 +310,7 @@ def check_form(asked: Mapping[str, Any]) -> None:
                 " embeddings need slot numbers"
             )
     if asked.get("operator"):
-        for name, value, reason in (
-            ("layout", ROWS, "it reads the slot of each row"),
-            ("branches", True, "it costs an idle graph nothing that branches could save"),
-            ("precision", "fp16", "it computes in fp32"),
-        ):
+        for name, value, reason in _NOT_WITH_OPERATOR:
             if asked.get(name) == value:
                 raise UsageError(f"`{name}={value!r}` and `operator` do not go together: {reason}")
     _check_embedding(asked)
@@ -383,6 +385,5 @@ def inherit(asked: Mapping[str, Any], before: Manifest) -> dict[str, Any]:
 def _conflicts(name: str, asked: Mapping[str, Any]) -> bool:
     """Whether the inherited value of `name` may contradict an option that is asked for."""
     if name == "operator":
-        other = asked.get("layout") == ROWS or asked.get("branches")
-        return bool(other or asked.get("precision") == "fp16")
+        return any(asked.get(other) == value for other, value, _ in _NOT_WITH_OPERATOR)
     return name in ("layout", "branches") and bool(asked.get("operator"))

@@ -96,25 +96,12 @@ def open_service(spec: ServiceSpec, keys: KeyRing | None) -> Service:
         LoraDeployError: the bundle, an adapter or another argument is refused.
     """
     root = open_root(spec)
-    session = AdapterSession(
-        spec.bundle,
-        [spec.provider],
-        session_options=_session_options(spec.threads),
-        host_budget=spec.adapter_memory,
-        require_certificate=spec.require_certificate,
-        capture_graphs=spec.capture_graphs,
-        operator=spec.operator,
+    session = _session(
+        spec, spec.bundle, capture_graphs=spec.capture_graphs, operator=spec.operator
     )
     vision = None
     if spec.vision is not None:
-        tower = AdapterSession(
-            spec.vision,
-            [spec.provider],
-            session_options=_session_options(spec.threads),
-            host_budget=spec.adapter_memory,
-            require_certificate=spec.require_certificate,
-        )
-        vision = Vision(session, tower, spec.limits)
+        vision = Vision(session, _session(spec, spec.vision), spec.limits)
     load = session.load if vision is None else vision.generator.load
     for name, path in spec.adapters.items():
         load(name, path)
@@ -126,6 +113,21 @@ def open_service(spec: ServiceSpec, keys: KeyRing | None) -> Service:
         updates=spec.updates,
         host=spec.host,
         vision=vision,
+    )
+
+
+def _session(
+    spec: ServiceSpec, bundle: str, *, capture_graphs: bool = False, operator: str | None = None
+) -> AdapterSession:
+    """Open one of the bundles of `spec`, with the settings that both have."""
+    return AdapterSession(
+        bundle,
+        [spec.provider],
+        session_options=_session_options(spec.threads),
+        host_budget=spec.adapter_memory,
+        require_certificate=spec.require_certificate,
+        capture_graphs=capture_graphs,
+        operator=operator,
     )
 
 

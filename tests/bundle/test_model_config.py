@@ -111,6 +111,16 @@ def test_yarn_extends_the_original_length_by_its_factor(
         assert context_length(given) == stated_length(given) == length
 
 
+def exported(architecture: Any, config: Any, tokenizer: Path, place: Path) -> Any:
+    """Export a random model with the tokenizer of another to `place`/bundle, and return it."""
+    torch.manual_seed(0)
+    model = architecture(config).eval()
+    model.save_pretrained(place / "base")
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(place / "base")
+    ld.export(place / "base", place / "bundle")
+    return model
+
+
 def test_a_text_beyond_the_original_length_of_yarn_is_that_of_transformers(
     tiny_llama: Path, tmp_path: Path
 ) -> None:
@@ -126,12 +136,7 @@ def test_a_text_beyond_the_original_length_of_yarn_is_that_of_transformers(
         eos_token_id=2,
         pad_token_id=0,
     )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config).eval()
-    model.save_pretrained(tmp_path / "base")
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    tokenizer.save_pretrained(tmp_path / "base")
-    ld.export(tmp_path / "base", tmp_path / "bundle")
+    model = exported(LlamaForCausalLM, config, tiny_llama, tmp_path)
     generator = ld.TextGenerator(ld.AdapterSession(tmp_path / "bundle"))
     ids = list(range(3, 43))
     with torch.inference_mode():
@@ -160,12 +165,8 @@ def test_text_generation_stops_before_rotary_frequencies_change_and_logs_it(
         bos_token_id=1,
         eos_token_id=2,
     )
-    torch.manual_seed(0)
-    model = Phi3ForCausalLM(config).eval()
-    model.save_pretrained(tmp_path / "base")
-    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "base")
     with caplog.at_level(logging.WARNING, logger="loradeploy.export"):
-        ld.export(tmp_path / "base", tmp_path / "bundle")
+        model = exported(Phi3ForCausalLM, config, tiny_llama, tmp_path)
     assert any("texts may have up to 8 tokens" in text for text in caplog.messages)
     assert json.loads((tmp_path / "bundle/config.json").read_text())["max_position_embeddings"] == 8
     opened, graph = ld.AdapterSession(tmp_path / "bundle"), session(tmp_path / "bundle")

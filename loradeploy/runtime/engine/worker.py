@@ -57,7 +57,7 @@ class Worker:
         prefixes: int,
     ) -> None:
         self._session = session
-        self.graph = self._graph = DecoderGraph.of(session, pad_id)
+        self.graph = DecoderGraph.of(session, pad_id)
         self._statistics = statistics
         self._observer = observer
         self.slots = slots
@@ -66,7 +66,7 @@ class Worker:
         self._idle_chunk = max(chunk, min(_IDLE_CHUNKS * chunk, LARGEST_PART))
         # Rows of different lengths cannot share a run if padding changes results. If a graph
         # derives positions from cache columns, its cache cannot be padded later.
-        columns = self._graph.cached and self._graph.left and not self._graph.takes_positions
+        columns = self.graph.cached and self.graph.left and not self.graph.takes_positions
         self._alone = session.manifest.padding == NO_PADDING or columns
         available = memory_for_rows(session, budget)
         self.budget = available if budget is not None or available is None else available // 2
@@ -74,8 +74,8 @@ class Worker:
         self._adapters = session.joined()
         self._readers = session.joined()  # for prompts that are processed together
         rows, self._beside, self.positions = self._make_rows()
-        self._batch = DecodingBatch(self._graph, self._adapters, rows, self._failed)
-        self._prefixes = PrefixCache(prefixes) if prefixes and self._graph.cached else None
+        self._batch = DecodingBatch(self.graph, self._adapters, rows, self._failed)
+        self._prefixes = PrefixCache(prefixes) if prefixes and self.graph.cached else None
         self._active: dict[int, Running] = {}  # by number, in the batch
         self._reading: list[Running] = []  # in order of arrival
         self._long = False  # whether the last run processed a chunk of a long prompt
@@ -87,15 +87,15 @@ class Worker:
 
         The second value is the same rows if prompts are processed beside them, otherwise None.
         """
-        if not self._graph.cached:
-            return UncachedRows(self._graph, 0), None, None
-        if not keeps_slots(self._graph):
-            growing = CachedRows(self._graph, 0)
+        if not self.graph.cached:
+            return UncachedRows(self.graph, 0), None, None
+        if not keeps_slots(self.graph):
+            growing = CachedRows(self.graph, 0)
             return growing, growing, None
         most = self._session.texts.base.tokenizer.max_length or _POSITIONS
         if self.budget is not None:
             most = max(1, min(most, self.budget // (self.slots * position_bytes(self._session))))
-        slots = SlotRows(self._graph, self.slots, most)
+        slots = SlotRows(self.graph, self.slots, most)
         return slots, slots, most
 
     def fits(self, one: Running) -> bool:
@@ -232,7 +232,7 @@ class Worker:
             most = len(group[0].request.ids)
         prompts = [one.request.ids[one.read : one.read + most] for one in group]
         with self._adapters_of(group) as adapters:
-            logits = reading.read(adapters, *self._graph.padded(prompts))
+            logits = reading.read(adapters, *self.graph.padded(prompts))
         for one, tokens in zip(group, prompts, strict=True):
             one.read += len(tokens)
         self._statistics.prefills += 1

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
 logger = logger_of(__name__)
 
+_OPERATOR: Final = (OPERATOR_DOMAIN, OPERATOR_NAME)
 _TARGET: Final = "target"
 _VERSION: Final = 1  # of the domain
 _IR_VERSION: Final = 8  # the first with functions
@@ -135,9 +136,6 @@ def remove_operator(model: ir.Model) -> None:
     for identifier in [name for name in model.functions if name[:2] == _OPERATOR]:
         del model.functions[identifier]
     graph.opset_imports.pop(OPERATOR_DOMAIN, None)
-
-
-_OPERATOR: Final = (OPERATOR_DOMAIN, OPERATOR_NAME)
 
 
 def _updates(graph: ir.Graph) -> Iterator[_Update]:

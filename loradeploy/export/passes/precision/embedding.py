@@ -25,6 +25,7 @@ from loradeploy.export.graph.edit import (
     shared_constant,
 )
 from loradeploy.export.graph.names import call_label, step_name
+from loradeploy.export.match.quantized import unpacked
 from loradeploy.export.match.whole.parts import Part, embedding_of
 from loradeploy.export.passes.precision.quantize import packed_rows
 
@@ -86,13 +87,14 @@ def packed_embedding(model: ir.Model, module: str) -> PackedEmbedding | None:
     packed, scales = (found.get(step, [None])[0] for step in (_PACKED, _SCALES))
     if packed is None or scales is None:
         return None
-    blocks = constant_of(packed).astype(np.float32) - _ZERO
-    steps = constant_of(scales).astype(np.float32)  # [vocabulary, blocks]
-    values = blocks * steps[..., np.newaxis]  # [vocabulary, blocks, block]
-    values = values.reshape(len(values), -1)
-    if (cut := found.get(_CUT)) is not None and (size := cut[2]) is not None:
-        values = values[:, : int(constant_of(size)[0])]
-    return PackedEmbedding(values, blocks.shape[2])
+    data = constant_of(packed)
+    vocabulary, blocks, block = data.shape
+    end = found[_CUT][2] if _CUT in found else None
+    size = blocks * block if end is None else int(constant_of(end)[0])
+    form = {"K": size, "N": vocabulary, "bits": BITS, "block_size": block}
+    values = unpacked(form, data, constant_of(scales), None, list(range(vocabulary)))
+    assert values is not None  # with 8 bits
+    return PackedEmbedding(values, block)
 
 
 def _replace(graph: ir.Graph, part: Part) -> None:
