@@ -14,11 +14,11 @@ from loradeploy.errors import MissingDependencyError, OperatorError, shortened
 from loradeploy.files import atomic_file, check_replaceable_file
 from loradeploy.paths import takes_paths
 from loradeploy.printable import printable
-from loradeploy.runtime.operator.library import SOURCE, check_library, is_library, source_digest
+from loradeploy.runtime.operator.library import SOURCES, check_library, is_library, source_digest
 
 _COMPILERS: Final = ("g++", "clang++", "c++")
 _SECONDS: Final = 300
-# The source has explicit vectors. If the compiler vectorized the rest, it could fuse or separate
+# The sources have explicit vectors. If the compiler vectorized the rest, it could fuse or separate
 # multiplications and additions in one case and not in another, and results would depend on the
 # number of rows.
 _FLAGS: Final = (
@@ -37,7 +37,7 @@ def build_operator(output: str | os.PathLike[str]) -> Path:
 
     Raises:
         MissingDependencyError: there is no compiler.
-        OperatorError: the source cannot be compiled, or the library cannot be used here.
+        OperatorError: the sources cannot be compiled, or the library cannot be used here.
         UsageError: `output` is another file. OutputError: it cannot be written.
     """
     path = Path(output)
@@ -48,7 +48,7 @@ def build_operator(output: str | os.PathLike[str]) -> Path:
     with atomic_file(path) as temporary:
         command = [
             *(*compiler, *_FLAGS, native, f'-DLORADEPLOY_SOURCE="{source_digest()}"', *own),
-            *(os.fspath(SOURCE), "-o", os.fspath(temporary)),
+            *(*map(os.fspath, SOURCES), "-o", os.fspath(temporary)),
         ]
         try:
             done = subprocess.run(

@@ -21,11 +21,14 @@ from loradeploy.errors import OperatorError, first_line
 from loradeploy.files import MAX_GRAPH_BYTES, check_file, read_bytes
 from loradeploy.paths import resolved
 
-SOURCE: Final = Path(__file__).with_name("lora_add.cc")
-_HEADER: Final = SOURCE.with_name("onnxruntime_abi.h")
-# Functions of the library: its source's digest, and an instruction set that the processor lacks.
+_DIRECTORY: Final = Path(__file__).parent
+SOURCES: Final = tuple(sorted(_DIRECTORY.glob("*.cc")))
+HEADERS: Final = tuple(sorted(_DIRECTORY.glob("*.h")))
+# Functions of the library: the digest of its sources, an instruction set that the processor lacks,
+# and the operators that it has.
 _IDENTITY: Final = "loradeploy_operator"
 _LACKS: Final = "loradeploy_operator_lacks"
+_OPERATORS: Final = "loradeploy_operators"
 # Session option of loradeploy: the library was registered.
 _REGISTERED: Final = "loradeploy.operator"
 _LARGEST: Final = 1 << 20  # bytes of a source file
@@ -33,8 +36,9 @@ _LARGEST: Final = 1 << 20  # bytes of a source file
 
 @cache
 def source_digest() -> str:
-    """The digest of the operator's source, by which a library is recognized."""
-    contents = (read_bytes(f, error=OperatorError, limit=_LARGEST) for f in (SOURCE, _HEADER))
+    """The digest of the sources, by which a library is recognized."""
+    files = (*SOURCES, *HEADERS)
+    contents = (read_bytes(f, error=OperatorError, limit=_LARGEST) for f in files)
     return bytes_digest(b"\0".join(contents))
 
 
@@ -44,8 +48,10 @@ def is_library(path: Path) -> bool:
     return f"{_IDENTITY}\0".encode() in content
 
 
-def check_library(path: Path) -> None:
-    """Load the library and check that this version of loradeploy can use it on this processor.
+def check_library(path: Path) -> frozenset[str]:
+    """Load the library, check that this version of loradeploy can use it, and return its operators.
+
+    It has those that its processor has a fast kernel for.
 
     Raises:
         OperatorError: there is no such file, it is not the operator's library, or it was built
@@ -58,12 +64,14 @@ def check_library(path: Path) -> None:
         raise OperatorError(f"{path} is not the library that `loradeploy operator` builds")
     try:
         library = ctypes.CDLL(os.fspath(resolved(path)))
-        identity, lacks = getattr(library, _IDENTITY), getattr(library, _LACKS)
+        functions = [getattr(library, name) for name in (_IDENTITY, _LACKS, _OPERATORS)]
     except (OSError, AttributeError) as problem:
         raise OperatorError(
             f"{path} cannot be loaded ({first_line(problem)}): build it again here"
         ) from None
-    identity.restype = lacks.restype = ctypes.c_char_p
+    for function in functions:
+        function.restype = ctypes.c_char_p
+    identity, lacks, operators = functions
     if identity() != source_digest().encode():
         raise OperatorError(
             f"{path} was built by another version of loradeploy: build it again with"
@@ -74,6 +82,7 @@ def check_library(path: Path) -> None:
             f"{path} was built for a processor with {missing.decode()}, which this one lacks: build"
             " it again here"
         )
+    return frozenset(operators().decode().split())
 
 
 def register(path: Path, options: onnxruntime.SessionOptions) -> None:

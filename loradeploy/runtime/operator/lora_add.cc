@@ -14,16 +14,15 @@
 // element, then the sum over the rank, then y. So the result of a row does not depend on other rows,
 // on the stored rank, on the number of threads or on the width of vectors.
 
-#include "onnxruntime_abi.h"
+#include "kernel.h"
 
 #include <algorithm>
 #include <cstring>
-#include <exception>
 #include <string>
+#include <utility>
 #include <vector>
 
-#define EXPORTED extern "C" __attribute__((visibility("default")))
-
+namespace loradeploy {
 namespace {
 
 #if defined(__AVX512F__)
@@ -124,7 +123,7 @@ void up_from(int64_t first, const float* low, const float* B, int64_t rank, int6
 }
 
 // The inputs of a call, whose sizes were checked.
-struct Call {
+struct Tensors {
   const float *y, *x, *A, *B;
   float* result;
   int64_t sequence, in, stored_rank, out;
@@ -138,7 +137,7 @@ struct Task {
 };
 
 template <int rows>
-void update_rows(const Call& call, const Task& task, int64_t token) {
+void update_rows(const Tensors& call, const Task& task, int64_t token) {
   const float *x[rows], *y[rows];
   float* result[rows];
   for (int row = 0; row < rows; ++row) {
@@ -154,7 +153,7 @@ void update_rows(const Call& call, const Task& task, int64_t token) {
   up_from<rows, kColumns, kWidth>(0, task.low, B, task.rank, call.out, y, result);
 }
 
-void copy_rows(const Call& call, const Task& task) {
+void copy_rows(const Tensors& call, const Task& task) {
   if (call.result == call.y) return;
   for (int64_t token = task.begin; token < task.end; ++token) {
     const int64_t batch_row = task.batch_rows[token / call.sequence];
@@ -163,7 +162,7 @@ void copy_rows(const Call& call, const Task& task) {
   }
 }
 
-void run_task(const Call& call, const Task& task) {
+void run_task(const Tensors& call, const Task& task) {
   if (task.rank == 0) return copy_rows(call, task);
   int64_t token = task.begin;
   for (; token + kRows <= task.end; token += kRows) update_rows<kRows>(call, task, token);
@@ -176,83 +175,46 @@ void run_task(const Call& call, const Task& task) {
   if (token < task.end) update_rows<1>(call, task, token);
 }
 
-struct Work {
-  Call call;
-  std::vector<Task> tasks;
-};
+constexpr auto kFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+constexpr auto kInteger = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
 
-void run_task_at(void* work, size_t index) {
-  const Work& own = *static_cast<const Work*>(work);
-  run_task(own.call, own.tasks[index]);
-}
-
-using Shape = std::vector<int64_t>;
-
-// Inputs that do not fit together; what() is the message.
-struct Refused : std::exception {
-  explicit Refused(std::string why) : message("LoraAdd: " + std::move(why)) {}
-  const char* what() const noexcept override { return message.c_str(); }
-  std::string message;
-};
-
-// An error of ONNX Runtime, which is returned unchanged.
-struct Failed {
-  OrtStatus* status;
-};
-
-void check(OrtStatus* status) {
-  if (status != nullptr) throw Failed{status};
-}
-
-std::string text_of(const Shape& shape) {
-  std::string text = "[";
-  for (size_t axis = 0; axis < shape.size(); ++axis) {
-    text += (axis ? ", " : "") + std::to_string(shape[axis]);
-  }
-  return text + "]";
-}
-
-struct Input {
-  const char* name;
-  Shape shape;
-  const void* data;
-};
-
-class Kernel {
+class LoraAdd {
  public:
-  Kernel(const OrtApi& api, const OrtKernelInfo* info) : api_(api) {
-    check(api.KernelInfoGetAttribute_int64(info, "target", &target_));
-  }
+  static constexpr const char* name = "LoraAdd";
+  static constexpr Value inputs[] = {{kFloat}, {kFloat},   {kFloat},
+                                     {kFloat}, {kInteger}, {kInteger}};
+  static constexpr Value outputs[] = {{kFloat}};
+  static constexpr InPlace in_place[] = {{0, 0}};  // the result may be written over y
 
-  void compute(OrtKernelContext* context) const {
-    const Input y = input(context, 0, "y", 3), x = input(context, 1, "x", 3);
-    const Input A = input(context, 2, "A", 3), B = input(context, 3, "B", 3);
-    const Input ids = input(context, 4, "adapter_ids", 1);
-    const Input ranks = input(context, 5, "adapter_ranks", 2);
+  static void infer(const ShapeContext& context) { context.output(0, context.input(0)); }
+
+  explicit LoraAdd(const Node& node) : target_(node.integer("target")) {}
+
+  void compute(const Call& call) const {
+    const Input y = call.input(0, "y", 3), x = call.input(1, "x", 3);
+    const Input A = call.input(2, "A", 3), B = call.input(3, "B", 3);
+    const Input ids = call.input(4, "adapter_ids", 1);
+    const Input ranks = call.input(5, "adapter_ranks", 2);
     const int64_t batch = x.shape[0], sequence = x.shape[1], in = x.shape[2];
     const int64_t slots = A.shape[0], rank = A.shape[2], out = B.shape[2];
-    require_shape(y, {batch, sequence, out});
-    require_shape(A, {slots, in, rank});
-    require_shape(B, {slots, rank, out});
-    if (ids.shape[0] != batch) require_shape(ids, {1});
+    y.require_shape({batch, sequence, out});
+    A.require_shape({slots, in, rank});
+    B.require_shape({slots, rank, out});
+    if (ids.shape[0] != batch) ids.require_shape({1});
     const bool has_ranks = ranks.shape[0] != 0;
-    if (has_ranks) require_shape(ranks, {slots, ranks.shape[1]});
+    if (has_ranks) ranks.require_shape({slots, ranks.shape[1]});
     if (has_ranks && (target_ < 0 || target_ >= ranks.shape[1])) {
       throw Refused("target " + std::to_string(target_) + " is not in adapter_ranks " +
                     text_of(ranks.shape));
     }
-    OrtValue* output = nullptr;
-    check(api_.KernelContext_GetOutput(context, 0, y.shape.data(), y.shape.size(), &output));
-    void* result = nullptr;
-    check(api_.GetTensorMutableData(output, &result));
+    float* result = static_cast<float*>(call.output(0, y.shape));
     if (batch == 0 || sequence == 0 || out == 0) return;
 
-    Work work{{static_cast<const float*>(y.data), static_cast<const float*>(x.data),
-               static_cast<const float*>(A.data), static_cast<const float*>(B.data),
-               static_cast<float*>(result), sequence, in, rank, out},
-              {}};
+    const Tensors tensors{y.as<float>(), x.as<float>(), A.as<float>(), B.as<float>(), result,
+                          sequence,      in,            rank,          out};
+    std::vector<Task> tasks;
     // The rows of the batch, ordered by slot.
-    const int64_t* own_ids = static_cast<const int64_t*>(ids.data);
+    const int64_t* own_ids = ids.as<int64_t>();
     std::vector<std::pair<int64_t, int64_t>> by_slot(batch);
     for (int64_t row = 0; row < batch; ++row) {
       const int64_t id = own_ids[ids.shape[0] == 1 ? 0 : row];
@@ -270,7 +232,7 @@ class Kernel {
       for (; row < batch && by_slot[row].first == slot; ++row) batch_rows[row] = by_slot[row].second;
       int64_t own_rank = rank;
       if (has_ranks) {
-        own_rank = static_cast<const int64_t*>(ranks.data)[slot * ranks.shape[1] + target_];
+        own_rank = ranks.as<int64_t>()[slot * ranks.shape[1] + target_];
         if (own_rank < 0 || own_rank > rank) {
           throw Refused("adapter_ranks has " + std::to_string(own_rank) + ", A has the rank " +
                         std::to_string(rank));
@@ -280,180 +242,35 @@ class Kernel {
       const int64_t share = (tokens / kTasks + kRows - 1) / kRows * kRows;
       const int64_t size = std::clamp<int64_t>(share, kRows, kTaskRows);
       for (int64_t token = 0; token < tokens; token += size) {
-        work.tasks.push_back({batch_rows.data() + begin, slot, own_rank, token,
-                              std::min(token + size, tokens), nullptr});
+        tasks.push_back({batch_rows.data() + begin, slot, own_rank, token,
+                         std::min(token + size, tokens), nullptr});
         low_size += kRows * own_rank;
       }
       multiplications += tokens * own_rank * (in + out);
     }
     std::vector<float> low(low_size);
     float* next = low.data();
-    for (Task& task : work.tasks) {
+    for (Task& task : tasks) {
       task.low = next;
       next += kRows * task.rank;
     }
-    if (work.tasks.size() > 1 && multiplications >= kParallelFrom) {
+    if (tasks.size() > 1 && multiplications >= kParallelFrom) {
       // The largest first: a thread that began it last would keep the others waiting.
-      std::stable_sort(work.tasks.begin(), work.tasks.end(), [](const Task& one, const Task& other) {
+      std::stable_sort(tasks.begin(), tasks.end(), [](const Task& one, const Task& other) {
         return one.rank * (one.end - one.begin) > other.rank * (other.end - other.begin);
       });
-      check(api_.KernelContext_ParallelFor(context, run_task_at, work.tasks.size(), 0, &work));
+      call.parallel(tasks.size(), [&](size_t index) { run_task(tensors, tasks[index]); });
     } else {
-      for (const Task& task : work.tasks) run_task(work.call, task);
+      for (const Task& task : tasks) run_task(tensors, task);
     }
   }
 
  private:
-  Input input(const OrtKernelContext* context, size_t index, const char* name, size_t axes) const {
-    const OrtValue* value = nullptr;
-    check(api_.KernelContext_GetInput(context, index, &value));
-    OrtTensorTypeAndShapeInfo* info = nullptr;
-    check(api_.GetTensorTypeAndShape(value, &info));
-    size_t count = 0;
-    OrtStatus* status = api_.GetDimensionsCount(info, &count);
-    Shape shape(status == nullptr ? count : 0);
-    if (status == nullptr) status = api_.GetDimensions(info, shape.data(), count);
-    api_.ReleaseTensorTypeAndShapeInfo(info);
-    check(status);
-    if (count != axes) {
-      throw Refused(std::string(name) + " is " + text_of(shape) + ", expected " +
-                    std::to_string(axes) + " axes");
-    }
-    void* data = nullptr;  // read only: the C API has no function for constant tensors
-    check(api_.GetTensorMutableData(const_cast<OrtValue*>(value), &data));
-    return {name, std::move(shape), data};
-  }
-
-  static void require_shape(const Input& input, const Shape& expected) {
-    if (input.shape != expected) {
-      throw Refused(std::string(input.name) + " is " + text_of(input.shape) + ", expected " +
-                    text_of(expected));
-    }
-  }
-
-  const OrtApi& api_;
-  int64_t target_ = 0;
+  int64_t target_;
 };
-
-const OrtApi* api = nullptr;
-
-// Calls `act`, and returns its error as a status: no exception may leave the library.
-template <typename Act>
-OrtStatus* guarded(Act act) {
-  try {
-    act();
-    return nullptr;
-  } catch (const Failed& failed) {
-    return failed.status;
-  } catch (const Refused& refused) {
-    return api->CreateStatus(ORT_INVALID_ARGUMENT, refused.what());
-  } catch (const std::exception& problem) {  // out of memory
-    return api->CreateStatus(ORT_FAIL, problem.what());
-  }
-}
-
-OrtCustomOp make_operator() {
-  OrtCustomOp own{};
-  own.version = kApiVersion;
-  own.GetName = [](const OrtCustomOp*) { return "LoraAdd"; };
-  own.GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };
-  own.GetInputTypeCount = [](const OrtCustomOp*) -> size_t { return 6; };
-  own.GetInputType = [](const OrtCustomOp*, size_t index) {
-    return index < 4 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT : ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
-  };
-  own.GetOutputTypeCount = [](const OrtCustomOp*) -> size_t { return 1; };
-  own.GetOutputType = [](const OrtCustomOp*, size_t) {
-    return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
-  };
-  own.GetInputCharacteristic = [](const OrtCustomOp*, size_t) { return INPUT_OUTPUT_REQUIRED; };
-  own.GetOutputCharacteristic = own.GetInputCharacteristic;
-  own.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return OrtMemTypeDefault; };
-  own.GetStartVersion = [](const OrtCustomOp*) { return 1; };
-  own.GetEndVersion = own.GetStartVersion;
-  own.CreateKernelV2 = [](const OrtCustomOp*, const OrtApi* given, const OrtKernelInfo* info,
-                          void** kernel) {
-    return guarded([&] { *kernel = new Kernel(*given, info); });
-  };
-  own.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
-    return guarded([&] { static_cast<const Kernel*>(kernel)->compute(context); });
-  };
-  own.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
-  own.InferOutputShapeFn = [](const OrtCustomOp*, OrtShapeInferContext* context) {
-    OrtTensorTypeAndShapeInfo* y = nullptr;
-    OrtStatus* status = api->ShapeInferContext_GetInputTypeShape(context, 0, &y);
-    return status != nullptr ? status : api->ShapeInferContext_SetOutputTypeShape(context, 0, y);
-  };
-  // The result may be written over y.
-  own.GetMayInplace = [](int** inputs, int** outputs) -> size_t {
-    *inputs = new int[1]{0};
-    *outputs = new int[1]{0};
-    return 1;
-  };
-  own.ReleaseMayInplace = [](int* inputs, int* outputs) {
-    delete[] inputs;
-    delete[] outputs;
-  };
-  return own;
-}
-
-OrtCustomOpDomain* make_domain() {
-  static const OrtCustomOp own = make_operator();
-  OrtCustomOpDomain* domain = nullptr;  // lives as long as the process, as sessions may use it
-  check(api->CreateCustomOpDomain("loradeploy", &domain));
-  check(api->CustomOpDomain_Add(domain, &own));
-  return domain;
-}
 
 }  // namespace
 
-// Identifies the source that the library was built from.
-EXPORTED const char* loradeploy_operator() { return LORADEPLOY_SOURCE; }
+const OrtCustomOp* lora_add() { return operator_of<LoraAdd>(); }
 
-// An instruction set that the library was built with and this processor lacks; null if it has all.
-EXPORTED const char* loradeploy_operator_lacks() {
-#if defined(__x86_64__) || defined(__i386__)
-  __builtin_cpu_init();
-#define LACKS(name) \
-  if (!__builtin_cpu_supports(name)) return name;
-#ifdef __SSE4_2__
-  LACKS("sse4.2")
-#endif
-#ifdef __AVX__
-  LACKS("avx")
-#endif
-#ifdef __AVX2__
-  LACKS("avx2")
-#endif
-#ifdef __FMA__
-  LACKS("fma")
-#endif
-#ifdef __BMI2__
-  LACKS("bmi2")
-#endif
-#ifdef __AVX512F__
-  LACKS("avx512f")
-#endif
-#ifdef __AVX512VL__
-  LACKS("avx512vl")
-#endif
-#ifdef __AVX512BW__
-  LACKS("avx512bw")
-#endif
-#ifdef __AVX512DQ__
-  LACKS("avx512dq")
-#endif
-#endif
-  return nullptr;
-}
-
-EXPORTED OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
-  const OrtApi* found = base->GetApi(kApiVersion);
-  if (found == nullptr) {
-    return base->GetApi(1)->CreateStatus(ORT_FAIL, "LoraAdd needs onnxruntime 1.18 or later");
-  }
-  api = found;
-  return guarded([&] {
-    static OrtCustomOpDomain* const domain = make_domain();
-    check(api->AddCustomOpDomain(options, domain));
-  });
-}
+}  // namespace loradeploy

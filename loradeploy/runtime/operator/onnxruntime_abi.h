@@ -1,4 +1,4 @@
-// The part of ONNX Runtime's C API that lora_add.cc uses, from onnxruntime_c_api.h
+// The part of ONNX Runtime's C API that the operators use, from onnxruntime_c_api.h
 // (Copyright (c) Microsoft Corporation, MIT License).
 //
 // ONNX Runtime's Python packages contain no headers. Entries of OrtApi and OrtCustomOp never move
@@ -16,19 +16,27 @@ constexpr uint32_t kApiVersion = 18;
 struct OrtCustomOpDomain;
 struct OrtKernelContext;
 struct OrtKernelInfo;
+struct OrtOpAttr;
 struct OrtSessionOptions;
 struct OrtShapeInferContext;
 struct OrtStatus;
 struct OrtTensorTypeAndShapeInfo;
+struct OrtTypeInfo;
 struct OrtValue;
 
 enum OrtErrorCode { ORT_OK, ORT_FAIL, ORT_INVALID_ARGUMENT };
 enum ONNXTensorElementDataType {
-  ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT = 1,
-  ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 = 7
+  ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED,  // of an input or output of an operator: any type
+  ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT,
+  ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8,
+  ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8,
+  ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32 = 6,
+  ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 = 7,
+  ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL = 9
 };
-enum OrtCustomOpInputOutputCharacteristic { INPUT_OUTPUT_REQUIRED };
+enum OrtCustomOpInputOutputCharacteristic { INPUT_OUTPUT_REQUIRED, INPUT_OUTPUT_OPTIONAL };
 enum OrtMemType { OrtMemTypeDefault };
+enum OrtOpAttrType { ORT_OP_ATTR_INT = 1, ORT_OP_ATTR_FLOAT = 3, ORT_OP_ATTR_STRING = 5 };
 
 struct OrtCustomOp;
 
@@ -40,26 +48,53 @@ struct OrtApi {
   OrtStatus* (*AddCustomOpDomain)(OrtSessionOptions*, OrtCustomOpDomain*);
   void* unused_29[22];
   OrtStatus* (*GetTensorMutableData)(OrtValue*, void**);
-  void* unused_52[9];
+  void* unused_52[3];
+  OrtStatus* (*CastTypeInfoToTensorInfo)(const OrtTypeInfo*, const OrtTensorTypeAndShapeInfo**);
+  void* unused_56;
+  OrtStatus* (*CreateTensorTypeAndShapeInfo)(OrtTensorTypeAndShapeInfo**);
+  OrtStatus* (*SetTensorElementType)(OrtTensorTypeAndShapeInfo*, ONNXTensorElementDataType);
+  OrtStatus* (*SetDimensions)(OrtTensorTypeAndShapeInfo*, const int64_t* dimensions, size_t count);
+  OrtStatus* (*GetTensorElementType)(const OrtTensorTypeAndShapeInfo*, ONNXTensorElementDataType*);
   OrtStatus* (*GetDimensionsCount)(const OrtTensorTypeAndShapeInfo*, size_t*);
   OrtStatus* (*GetDimensions)(const OrtTensorTypeAndShapeInfo*, int64_t* dimensions, size_t count);
-  void* unused_63[2];
+  OrtStatus* (*GetSymbolicDimensions)(const OrtTensorTypeAndShapeInfo*, const char** names,
+                                      size_t count);
+  void* unused_64;
   OrtStatus* (*GetTensorTypeAndShape)(const OrtValue*, OrtTensorTypeAndShapeInfo**);
-  void* unused_66[20];
+  void* unused_66[19];
+  OrtStatus* (*KernelInfoGetAttribute_float)(const OrtKernelInfo*, const char* name, float*);
   OrtStatus* (*KernelInfoGetAttribute_int64)(const OrtKernelInfo*, const char* name, int64_t*);
-  void* unused_87[3];
+  OrtStatus* (*KernelInfoGetAttribute_string)(const OrtKernelInfo*, const char* name, char*,
+                                              size_t* size);
+  OrtStatus* (*KernelContext_GetInputCount)(const OrtKernelContext*, size_t*);
+  OrtStatus* (*KernelContext_GetOutputCount)(const OrtKernelContext*, size_t*);
   OrtStatus* (*KernelContext_GetInput)(const OrtKernelContext*, size_t index, const OrtValue**);
   OrtStatus* (*KernelContext_GetOutput)(OrtKernelContext*, size_t index, const int64_t* dimensions,
                                         size_t count, OrtValue**);
-  void* unused_92[7];
+  void* unused_92;
+  void (*ReleaseStatus)(OrtStatus*);
+  void* unused_94[4];
+  void (*ReleaseTypeInfo)(OrtTypeInfo*);
   void (*ReleaseTensorTypeAndShapeInfo)(OrtTensorTypeAndShapeInfo*);
-  void* unused_100[168];
+  void* unused_100[130];
+  OrtStatus* (*KernelInfo_GetInputCount)(const OrtKernelInfo*, size_t*);
+  OrtStatus* (*KernelInfo_GetOutputCount)(const OrtKernelInfo*, size_t*);
+  void* unused_232[2];
+  OrtStatus* (*KernelInfo_GetInputTypeInfo)(const OrtKernelInfo*, size_t index, OrtTypeInfo**);
+  void* unused_235[14];
+  OrtStatus* (*KernelInfoGetConstantInput_tensor)(const OrtKernelInfo*, size_t index,
+                                                  int* is_constant, const OrtValue**);
+  void* unused_250[17];
+  OrtStatus* (*ShapeInferContext_GetInputCount)(const OrtShapeInferContext*, size_t*);
   OrtStatus* (*ShapeInferContext_GetInputTypeShape)(const OrtShapeInferContext*, size_t index,
                                                     OrtTensorTypeAndShapeInfo**);
-  void* unused_269;
+  OrtStatus* (*ShapeInferContext_GetAttribute)(const OrtShapeInferContext*, const char* name,
+                                               const OrtOpAttr**);
   OrtStatus* (*ShapeInferContext_SetOutputTypeShape)(const OrtShapeInferContext*, size_t index,
                                                      const OrtTensorTypeAndShapeInfo*);
-  void* unused_271[3];
+  OrtStatus* (*SetSymbolicDimensions)(OrtTensorTypeAndShapeInfo*, const char** names, size_t count);
+  OrtStatus* (*ReadOpAttr)(const OrtOpAttr*, OrtOpAttrType, void* data, size_t size, size_t* read);
+  void* unused_273;
   OrtStatus* (*KernelContext_ParallelFor)(const OrtKernelContext*, void (*task)(void*, size_t),
                                           size_t count, size_t batches, void* state);
 };

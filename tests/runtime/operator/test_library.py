@@ -10,6 +10,7 @@ from pathlib import Path
 import onnxruntime
 import pytest
 
+from loradeploy.bundle.names import OPERATOR_NAME
 from loradeploy.errors import MissingDependencyError, OperatorError, UsageError
 from loradeploy.runtime.operator.build import build_operator
 from loradeploy.runtime.operator.library import check_library, register, source_digest
@@ -19,7 +20,7 @@ from tests.cli.calling import call
 def test_the_command_builds_a_library(operator_library: Path, tmp_path: Path) -> None:
     output = tmp_path / "new" / "lora_add.so"
     assert "wrote" in call("operator", str(output))
-    check_library(output)
+    assert OPERATOR_NAME in check_library(output)
     assert list(output.parent.iterdir()) == [output]
 
 
@@ -102,6 +103,7 @@ def test_the_library_of_another_processor_is_refused(
     source.write_text(
         f'const char* loradeploy_operator() {{ return "{source_digest()}"; }}\n'
         'const char* loradeploy_operator_lacks() { return "avx1024"; }\n'
+        'const char* loradeploy_operators() { return ""; }\n'
     )
     compiler = shutil.which("cc")
     if compiler is None:
