@@ -18,6 +18,8 @@ QUESTION_ANSWERING: Final = "question-answering"
 
 CLASSIFIER_HEADS: Final = ("classifier", "score")
 LM_HEAD: Final = "lm_head"
+# Names of the output head of language models: Llama and most others, GPT-NeoX, Whisper.
+OUTPUT_HEADS: Final = (LM_HEAD, "embed_out", "proj_out")
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from loradeploy.bundle.names import (
 from loradeploy.bundle.outputs import HIDDEN_NAMES, LOGITS_NAMES, main_output
 from loradeploy.errors import ExportError, UsageError, listed_names, shortened, shown
 from loradeploy.export.towers import KINDS
+from loradeploy.lora.base.architectures import architecture, encoder_decoder_refusal
 
 if TYPE_CHECKING:
     from loradeploy.adapter.adapter import Adapter
@@ -40,25 +41,6 @@ if TYPE_CHECKING:
 _SPEECH: Final = ("whisper", "speech_to_text", "moonshine")
 _TWO_TOWERS: Final = ("align", "altclip", "blip", "chinese_clip")
 _ALONE: Final = re.compile(r"(\w+?)_(text|vision)_model")
-# Class name endings of encoder-decoders that are not language models.
-_HEADS: Final = ("ForSequenceClassification", "ForQuestionAnswering", "ForTokenClassification")
-
-# Encoder-decoders that cannot be two graphs with caches, by model type, and why.
-_IN_BLOCKS: Final = "its encoder attends in blocks of the source, whose number a graph fixes"
-_EXPERTS: Final = "its mixtures of experts drop tokens by the size of a batch"
-_OLD_CACHE: Final = "it has no cache in transformers' common form"
-_NOT_SPLIT: Final[Mapping[str, str]] = {
-    "encoder-decoder": "its decoder is a model of its own",
-    "fsmt": _OLD_CACHE,
-    "led": _IN_BLOCKS,
-    "longt5": _IN_BLOCKS,
-    "nllb-moe": _EXPERTS,
-    "prophetnet": "it decodes several tokens at once, for its own cache",
-    "speech-encoder-decoder": "its decoder is a model of its own",
-    "switch_transformers": _EXPERTS,
-    "vision-encoder-decoder": "its decoder is a model of its own",
-}
-
 # Modules of a model without a head, whose layers are at its top level.
 _BARE: Final = re.compile(r"(layers?|h|blocks?|decoder\.layers|encoder\.layers?)\.\d+\.|embed|wte")
 
@@ -86,22 +68,14 @@ def choose_task(
             supported.
     """
     if config.get("is_encoder_decoder"):
-        if (why := _NOT_SPLIT.get(str(config.get("model_type")))) is not None:
-            raise ExportError(
-                f"{_architecture(config)} is not supported: {why}. Encoder-decoders with two graphs"
-                " are listed in docs/seq2seq.md"
-            )
-        if requested not in (None, SEQ2SEQ_LM) or _architecture(config).endswith(_HEADS):
-            raise ExportError(
-                f"{_architecture(config)} is an encoder-decoder model, which is exported for"
-                f" {SEQ2SEQ_LM} only"
-            )
+        if (refusal := encoder_decoder_refusal(config, requested)) is not None:
+            raise ExportError(refusal)
         return SEQ2SEQ_LM
     if (tower := _tower_task(config, requested)) is not None:
         return tower
     if requested == VISION_TOWER and not is_image_text(config):
         raise UsageError(
-            f"{_architecture(config)} is not a model of images and text: only these have a"
+            f"{architecture(config)} is not a model of images and text: only these have a"
             f" {VISION_TOWER} to export"
         )
     if requested is not None:
@@ -121,25 +95,25 @@ def choose_task(
     if declared:
         task_type = declared.pop()
         meant = next((name for name, theirs in PEFT_TASKS.items() if theirs == task_type), None)
-        if meant is None or not _can_be(meant, own, _architecture(config), given):
+        if meant is None or not _can_be(meant, own, architecture(config), given):
             advice = f"give {_advised(own)}"
             if own and meant == FEATURE_EXTRACTION:
                 advice += f", or {_advised(meant)} for its hidden states"
             headless = " (it has no head)" if meant in CLASSIFICATIONS else ""
             raise UsageError(
                 f"the adapter's task_type is {shown(task_type)}{headless}, and the model is of the"
-                f" class {shortened(_architecture(config), 60)}: {advice}"
+                f" class {shortened(architecture(config), 60)}: {advice}"
             )
         return meant
     if own is not None:
         return own
     if is_image_text(config):
         raise UsageError(
-            f"{_architecture(config)} is a model of images and text: `task={CAUSAL_LM!r}` exports"
+            f"{architecture(config)} is a model of images and text: `task={CAUSAL_LM!r}` exports"
             f" its decoder, `task={VISION_TOWER!r}` its vision tower with the projector"
         )
     raise UsageError(
-        f"the task is not known from the architecture {shown(_architecture(config))} in"
+        f"the task is not known from the architecture {shown(architecture(config))} in"
         f" config.json: give {_advised(None)}"
     )
 
@@ -151,15 +125,11 @@ def _tower_task(config: Mapping[str, Any], requested: str | None) -> str | None:
         ExportError: the model, or its image tower, is not supported.
         UsageError: no tower is requested.
     """
-    model_type, architecture = str(config.get("model_type")), _architecture(config)
+    model_type, named = str(config.get("model_type")), architecture(config)
     alone = _ALONE.fullmatch(model_type)
-    if (
-        alone
-        and alone[1] in KINDS
-        and (architecture.endswith("WithProjection") or alone[1] != "clip")
-    ):
+    if alone and alone[1] in KINDS and (named.endswith("WithProjection") or alone[1] != "clip"):
         raise ExportError(
-            f"{architecture} is one tower of a model, which is exported from the directory of the"
+            f"{named} is one tower of a model, which is exported from the directory of the"
             " whole model"
         )
     if model_type not in (*KINDS, *_TWO_TOWERS):
@@ -170,7 +140,7 @@ def _tower_task(config: Mapping[str, Any], requested: str | None) -> str | None:
         return None
     if model_type not in KINDS:
         raise ExportError(
-            f"{_architecture(config)} has a tower for texts and one for images, which is not"
+            f"{named} has a tower for texts and one for images, which is not"
             f" supported; of such models {', '.join(KINDS)} are"
         )
     if requested in towers:
@@ -178,13 +148,12 @@ def _tower_task(config: Mapping[str, Any], requested: str | None) -> str | None:
     if classifies or requested == IMAGE_FEATURE_EXTRACTION:
         its = "" if classifies else f': its text tower is (`task="{FEATURE_EXTRACTION}"`)'
         raise ExportError(
-            f"the image tower of {architecture} takes patches of images of any size, which is not"
+            f"the image tower of {named} takes patches of images of any size, which is not"
             f" supported{its}"
         )
     advice = " or ".join(f'`task="{task}"` for its {tower} tower' for task, tower in towers.items())
     raise UsageError(
-        f"{_architecture(config)} has a tower for texts and one for images, each a bundle of its"
-        f" own: give {advice}"
+        f"{named} has a tower for texts and one for images, each a bundle of its own: give {advice}"
     )
 
 
@@ -192,12 +161,12 @@ def _check_vectors(config: Mapping[str, Any], task: str) -> None:
     """Raise UsageError if text vectors are requested from an image model, or the reverse."""
     if task == FEATURE_EXTRACTION and _of_images(config):
         raise UsageError(
-            f"{_architecture(config)} gives vectors of images: give"
+            f"{architecture(config)} gives vectors of images: give"
             f" {_advised(IMAGE_FEATURE_EXTRACTION)}"
         )
     if task == IMAGE_FEATURE_EXTRACTION and not _of_images(config):
         raise UsageError(
-            f"{_architecture(config)} is not a model of images: give {_advised(own_task(config))}"
+            f"{architecture(config)} is not a model of images: give {_advised(own_task(config))}"
         )
 
 
@@ -215,13 +184,13 @@ def own_task(config: Mapping[str, Any]) -> str | None:
     if config.get("is_encoder_decoder"):
         return SEQ2SEQ_LM
     for ending, task_name in _ENDINGS.items():
-        if _architecture(config).endswith(ending):
+        if architecture(config).endswith(ending):
             images = task_name == FEATURE_EXTRACTION and _of_images(config)
             return IMAGE_FEATURE_EXTRACTION if images else task_name
     return None
 
 
-def _can_be(task: str, own: str | None, architecture: str, adapters: Iterable[Adapter]) -> bool:
+def _can_be(task: str, own: str | None, named: str, adapters: Iterable[Adapter]) -> bool:
     """Whether adapters that declare `task` fit a model whose own task is `own`."""
     if task == SEQ2SEQ_LM:
         return False  # only encoder-decoders have this task
@@ -230,7 +199,7 @@ def _can_be(task: str, own: str | None, architecture: str, adapters: Iterable[Ad
     if task in CLASSIFICATIONS:
         # A head is new to the model, and comes with its adapter.
         return any(adapter.saved for adapter in adapters)
-    bare = architecture.endswith("Model") and not architecture.endswith("LMHeadModel")
+    bare = named.endswith("Model") and not named.endswith("LMHeadModel")
     if task == CAUSAL_LM:
         return bare  # a decoder's checkpoint may have this architecture
     return own in CLASSIFICATIONS or all(_BARE.match(m) for a in adapters for m in a.factors)
@@ -239,7 +208,7 @@ def _can_be(task: str, own: str | None, architecture: str, adapters: Iterable[Ad
 def is_image_text(config: Mapping[str, Any]) -> bool:
     """Whether a checkpoint is of images and text: a vision tower before a decoder."""
     vision = isinstance(config.get("vision_config"), Mapping)
-    return vision and _architecture(config).endswith("ForConditionalGeneration")
+    return vision and architecture(config).endswith("ForConditionalGeneration")
 
 
 def auto_class(task: str, config: Mapping[str, Any]) -> str:
@@ -283,8 +252,3 @@ def task_of_graph(inputs: Collection[str], outputs: Mapping[str, int | None]) ->
     if not any(name in outputs for name in (*HIDDEN_NAMES, TEXT_EMBEDS, IMAGE_EMBEDS)):
         return None
     return IMAGE_FEATURE_EXTRACTION if PIXEL_VALUES in inputs else FEATURE_EXTRACTION
-
-
-def _architecture(config: Mapping[str, Any]) -> str:
-    names = config.get("architectures") or [config.get("model_type") or "unknown"]
-    return str(names[0])

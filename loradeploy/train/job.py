@@ -104,6 +104,7 @@ def run(
     with quiet(), _explained():
         texts = config.task != IMAGE_CLASSIFICATION
         opened = open_checkpoint(checkpoint_directory, texts=texts)
+        opened.check_exportable(config.task)
         begun = Path(config.init_adapter) if config.init_adapter else None
         task = task_of(config, checkpoint_directory, begun)
         config = opened.within(config)

@@ -21,11 +21,16 @@ from transformers import (
 from loradeploy.bundle.model_config import stated_length
 from loradeploy.bundle.names import TOKEN_TYPE_IDS
 from loradeploy.errors import ModelError, first_line, listed_names
+from loradeploy.lora.base.architectures import encoder_decoder_refusal, untraceable
 from loradeploy.lora.base.checkpoint import pad_token
 from loradeploy.lora.base.loading import from_pretrained, load_pretrained
+from loradeploy.printable import logger_of
 from loradeploy.train.config import TrainConfig
 from loradeploy.train.data.features import Encoded
+from loradeploy.train.loop.processes import is_main_process
 from loradeploy.train.tasks.table import Task
+
+logger = logger_of(__name__)
 
 _UNLIMITED: Final = 1_000_000  # tokens, for image models
 # int8 and int4 bases are loaded in float32, and quantized afterwards.
@@ -71,8 +76,25 @@ class Checkpoint:
         return encoded
 
     def within(self, config: TrainConfig) -> TrainConfig:
-        """`config` with `max_length` limited to what the model supports."""
-        return replace(config, max_length=min(config.max_length, self.max_length))
+        """`config` with `max_length` limited to what the model supports; a warning names both."""
+        if config.max_length <= self.max_length:
+            return config
+        if config.max_length != TrainConfig.max_length and is_main_process():
+            logger.warning(
+                "`max_length` is %d, and the model and its tokenizer support %d tokens: longer"
+                " examples are truncated to these",
+                *(config.max_length, self.max_length),
+            )
+        return replace(config, max_length=self.max_length)
+
+    def check_exportable(self, task: str) -> None:
+        """Raise ModelError if no adapter of this architecture is exported for `task`."""
+        values = self.config.to_dict()
+        if (refusal := encoder_decoder_refusal(values, task)) is not None:
+            raise ModelError(f"{self.directory}: {refusal}")
+        for own in (self.config, self.config.get_text_config()):
+            if (refusal := untraceable(own.model_type)) is not None:
+                raise ModelError(f"{self.directory} {refusal}")
 
 
 @dataclass(frozen=True)

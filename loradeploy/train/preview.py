@@ -67,6 +67,7 @@ def preview(
     with quiet():
         directory = find_checkpoint(model, quantized=[BITSANDBYTES])
         opened = open_checkpoint(directory, texts=config.task != IMAGE_CLASSIFICATION)
+        opened.check_exportable(config.task)
         begun = Path(config.init_adapter) if config.init_adapter else None
         task = task_of(config, opened.directory, begun)
         config = opened.within(config)

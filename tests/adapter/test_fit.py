@@ -93,6 +93,14 @@ def test_a_fitting_adapter_is_accepted(fits: Adapter) -> None:
         ),
         (BESIDE, adapter(rows={"other.weight": Rows((1,), zeros(1, 3))}), "merge it instead"),
         (
+            BESIDE,
+            dataclasses.replace(
+                adapter(),
+                config=AdapterConfig(r=2, target_modules=("l.q",), modules_to_save=("embed",)),
+            ),
+            "embed.weight is in modules_to_save and has no tensors",
+        ),
+        (
             dataclasses.replace(BASE, digest="sha256:aa"),
             adapter(base_digest="sha256:bb"),
             "digest bb, this base model's is aa",

@@ -194,6 +194,7 @@ def test_trained_weights_in_another_file_beside_an_adapter_are_refused_by_name(
         ("XLORA", "cannot be exported"),
         ("ALORA", "active after some tokens only"),
         (["LORA"], "merge it with PEFT"),
+        ("lora", 'write "LORA"'),
     ],
 )
 def test_another_peft_type_is_named_with_advice(peft_type: Any, advice: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -319,6 +320,38 @@ def test_factors_outside_the_target_modules_are_refused(
     zeros = f"{PREFIX}{before}model.layers.{ignored}.lora_B.weight"
     tensors[zeros] = np.zeros_like(tensors[zeros])
     assert len(load_adapter(write(place, tensors, **config)).factors) == 2
+
+
+@pytest.mark.parametrize("targets", [None, [], ""])
+def test_factors_without_targets_are_all_used_with_a_log_line(
+    targets: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    roles._warn_of_targets.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        adapter = load_adapter(write(tmp_path / "a", good_tensors(), target_modules=targets))
+    assert adapter.factors
+    assert "target_modules in the adapter's config is missing or empty" in caplog.text
+    assert "ignores other factors" in caplog.text
+
+
+@pytest.mark.parametrize("head", ["lm_head", "embed_out", "model.lm_head"])
+@pytest.mark.parametrize("all_linear", ["all-linear", "All-Linear"])
+def test_factors_of_an_output_head_are_no_part_of_all_linear(
+    head: str, all_linear: str, tmp_path: Path
+) -> None:
+    tensors = dict(good_tensors())
+    tensors[f"{PREFIX}{head}.lora_A.weight"] = np.ones((2, 3), np.float32)
+    tensors[f"{PREFIX}{head}.lora_B.weight"] = np.ones((4, 2), np.float32)
+    with pytest.raises(AdapterError, match=rf"refused: {head}: the file has factors, and"):
+        load_adapter(write(tmp_path / "a", tensors, target_modules=all_linear))
+
+
+def test_factors_of_an_embedding_are_no_part_of_all_linear(tmp_path: Path) -> None:
+    tensors = dict(good_tensors())
+    tensors[f"{PREFIX}wte.lora_embedding_A"] = np.ones((2, 9), np.float32)
+    tensors[f"{PREFIX}wte.lora_embedding_B"] = np.ones((4, 2), np.float32)
+    with pytest.raises(AdapterError, match="refused: wte: the file has factors, and"):
+        load_adapter(write(tmp_path / "a", tensors, target_modules="all-linear"))
 
 
 @pytest.mark.parametrize("module", ["head", "pre_head", "model.head", "head.dense"])

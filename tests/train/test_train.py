@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import csv
+import logging
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from loradeploy.adapter import base_digest, load_adapter
 from loradeploy.errors import DataError, ModelError, TrainingError, UsageError
 from loradeploy.lora.inject import load
 from loradeploy.train import job, prepared
+from loradeploy.train.config import TrainConfig
 from loradeploy.train.config_file import read_config
 from loradeploy.train.data.examples import read_conversations
 from loradeploy.train.data.features import Collator, conversation_features
 from loradeploy.train.data.sources import Source
 from loradeploy.train.loop.trainer import AdapterTrainer, evaluation_batches
+from loradeploy.train.model import open_checkpoint
 from tests.tolerances import tolerance
 from tests.train.conftest import Quick
 
@@ -258,6 +261,17 @@ def test_truncated_examples_are_counted(
     assert 0 < result.truncated < 12
 
 
+@pytest.mark.parametrize(("asked", "named"), [(900, True), (128, False), (512, False)])
+def test_a_length_beyond_the_models_positions_is_named(
+    asked: int, named: bool, tiny_llama: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened = open_checkpoint(tiny_llama)
+    with caplog.at_level(logging.WARNING):
+        assert opened.within(TrainConfig(max_length=asked)).max_length == 128
+    said = "`max_length` is 900, and the model and its tokenizer support 128 tokens"
+    assert (said in caplog.text) is named, "512 is the default"
+
+
 def test_the_requested_targets_are_trained(
     tiny_llama: Path, lessons: Path, tmp_path: Path, quick: Quick
 ) -> None:
@@ -281,6 +295,31 @@ def test_rslora_has_the_same_scaling_in_training_and_when_loaded(
 
 
 # -- what is refused ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "task", "message"),
+    [
+        ({"model_type": "longt5"}, "seq2seq-lm", "LongT5.* is not supported: its encoder attends"),
+        ({"model_type": "led"}, "seq2seq-lm", "LED.* is not supported: its encoder attends"),
+        ({"model_type": "bart"}, "sequence-classification", "exported for seq2seq-lm only"),
+        ({"model_type": "bart"}, "causal-lm", "exported for seq2seq-lm only"),
+        ({"model_type": "t5"}, "feature-extraction", "exported for seq2seq-lm only"),
+        ({"model_type": "xglm"}, "causal-lm", "xglm. cannot be exported from a checkpoint"),
+    ],
+)
+def test_a_model_that_cannot_be_exported_is_refused_before_its_data_and_weights_are_read(
+    values: dict[str, Any], task: str, message: str, tiny_llama: Path, tmp_path: Path, quick: Quick
+) -> None:
+    base = tmp_path / "base"
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(base)
+    config = AutoConfig.for_model(**values)
+    names = {"longt5": "LongT5ForConditionalGeneration", "led": "LEDForConditionalGeneration"}
+    config.architectures = [names.get(values["model_type"], "AModel")]
+    config.save_pretrained(base)
+    (base / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ModelError, match=message):
+        quick(base, tmp_path / "nowhere.jsonl", tmp_path / "adapter", task=task)
 
 
 def test_missing_data_is_reported_and_nothing_is_written(

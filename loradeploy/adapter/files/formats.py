@@ -110,6 +110,8 @@ _PROMPTS: Final = (
 
 def other_peft_type(peft_type: object) -> str:
     """Advice for an adapter whose peft_type is not LORA."""
+    if isinstance(peft_type, str) and peft_type.upper() == "LORA":
+        return 'write "LORA", as PEFT does'
     if peft_type in _PROMPTS:
         return "it learns inputs, not weights, and cannot be exported: train a LoRA instead"
     if peft_type == "ALORA":

@@ -18,7 +18,13 @@ from loradeploy.adapter.algebra.experts import expert_factors, parameters_below,
 from loradeploy.adapter.config import TOKENS, TYING, AdapterConfig
 from loradeploy.adapter.files.formats import other_tensors
 from loradeploy.adapter.files.keys import Key, are_below_value_head, is_value_head, read_keys
-from loradeploy.adapter.modules.targets import is_saved, is_trained_bias, saved_by, untargeted
+from loradeploy.adapter.modules.targets import (
+    is_all_linear,
+    is_saved,
+    is_trained_bias,
+    saved_by,
+    untargeted,
+)
 from loradeploy.adapter.tasks import task_of_peft
 from loradeploy.errors import AdapterError, listed, listed_names, shown
 from loradeploy.printable import logger_of
@@ -145,9 +151,13 @@ def _targeted(
         if pair.kind != "experts" and (pair.magnitude is not None or np.any(pair.B))
     ]
     ignored = untargeted(working, config)
+    if is_all_linear(config):
+        ignored += [n for n in working if factors[n].kind != "linear" and n not in ignored]
     if tied_factors := _tied(factors, config) & {*ignored}:
         ignored = [module for module in ignored if module not in tied_factors]
         config = _untied(config, factors)
+    if working and not config.target_modules:
+        _warn_of_targets()
     if ignored:
         problems.append(
             f"{listed_names(ignored, 3)}: the file has factors, and target_modules, exclude_modules"
@@ -227,6 +237,16 @@ def _warn_of_wrapper(key: str) -> None:
         " ignored here. PEFT does not ignore it, loads none of these tensors and computes the base:"
         " rename the keys for PEFT",
         key,
+    )
+
+
+@functools.cache
+def _warn_of_targets() -> None:
+    logger.warning(
+        "target_modules in the adapter's config is missing or empty: all modules that have factors"
+        " in its file are adapted. PEFT instead adapts the modules that it lists for the type of"
+        " the model (q_proj and v_proj of a Llama) and ignores other factors: name the modules in"
+        " the config"
     )
 
 

@@ -374,13 +374,15 @@ def _missing(adapter: Adapter, base: AdaptableBase) -> list[str]:
     targeted = match_targets(modules, adapter.config, linear_names=tuple(adapter.factors))
     experts = [name for name, layer in base.layers.items() if layer.kind == "experts"]
     expected = [*targeted, *targeted_parameters(experts, adapter.config)]
+    parameters = {*base.parameters, *(base.own_weights or ())}
     return [
         *(f"{m} is targeted and has no tensors" for m in expected if m not in adapter.factors),
         *(
             f"{name} is in modules_to_save and has no tensors"
-            for name in sorted(base.parameters)
+            for name in sorted(parameters)
             if name not in adapter.saved
             and name not in adapter.rows
+            and name not in adapter.carried
             and is_saved(name, adapter.config)
         ),
     ]

@@ -5,8 +5,15 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Sequence
 
 from loradeploy.adapter.config import AdapterConfig
+from loradeploy.adapter.tasks import OUTPUT_HEADS
 
 ALL_LINEAR = "all-linear"
+
+
+def is_all_linear(config: AdapterConfig) -> bool:
+    """Whether `target_modules` is "all-linear": every linear layer but the output head."""
+    targets = config.target_modules
+    return isinstance(targets, str) and targets.lower() == ALL_LINEAR
 
 
 def match_targets(
@@ -26,12 +33,15 @@ def match_targets(
 def untargeted(names: Iterable[str], config: AdapterConfig) -> list[str]:
     """The `names`, of modules with factors in a file, that `config` does not target.
 
-    PEFT ignores their factors. A regular expression may be for other names than the file's (of a
-    renamed or wrapped model), so it counts only if it matches some of them.
+    PEFT ignores their factors. "all-linear" leaves out the output head. A regular expression may be
+    for other names than the file's (of a renamed or wrapped model), so it counts only if it matches
+    some of them.
     """
     known = tuple(names)
     targets = config.target_modules
-    if isinstance(targets, str) and targets.lower() != ALL_LINEAR:
+    if is_all_linear(config):
+        matched = {name for name in known if name.rpartition(".")[2] not in OUTPUT_HEADS}
+    elif targets and isinstance(targets, str):
         matched = {name for name in known if _matches_an_end(targets, name, config)} or {*known}
     elif targets and not isinstance(targets, str):
         matched = {
@@ -85,9 +95,9 @@ def _is_target(name: str, config: AdapterConfig, linear: set[str]) -> bool:
     if _listed(name, "exclude_modules", config) or _inside_saved(name, config):
         return False
     targets = config.target_modules
+    if is_all_linear(config):
+        return name in linear
     if isinstance(targets, str):
-        if targets.lower() == ALL_LINEAR:
-            return name in linear
         return _listed(name, "target_modules", config)
     return _listed(name, "target_modules", config) and _in_layers(name, config)
 

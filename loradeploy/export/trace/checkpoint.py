@@ -24,6 +24,7 @@ from loradeploy.export.tokenizers import OLDER_TOKENIZERS
 from loradeploy.export.towers import tower_kind
 from loradeploy.export.trace.image_text import family_of, vision_part
 from loradeploy.export.trace.towers import make_tower, text_form
+from loradeploy.lora.base.architectures import untraceable
 from loradeploy.lora.base.checkpoint import pad_token
 from loradeploy.lora.base.loading import from_config, from_pretrained, load_pretrained
 from loradeploy.lora.quiet import quiet
@@ -34,21 +35,6 @@ if TYPE_CHECKING:
 # Settings of config.json that change no result, but would prevent tracing with other values.
 _SETTINGS: Final[Mapping[str, Any]] = {"return_dict": True, "chunk_size_feed_forward": 0}
 _COLOR: Final = re.compile(r"\x1b\[\d*m")
-
-
-_COMPLEX: Final = (
-    "its rotary embedding computes with complex numbers, which torch.onnx does not translate"
-)
-# Why an architecture, by model type, cannot be exported: torch.export or torch.onnx (2.13) refuses
-# it, or it is not a decoder that generates token by token.
-UNTRACEABLE: Final = {
-    "deepseek_v2": _COMPLEX,
-    "llama4_text": _COMPLEX,
-    "paligemma": "all tokens of a prompt attend to each other, which a decoder that continues from"
-    " a cache does not do",
-    "xglm": "it extends its table of positions by the length of the text, which a trace cannot"
-    " follow",
-}
 
 
 def load_model(
@@ -118,11 +104,8 @@ def load_model(
 
 def _check_traceable(model_type: str, directory: Path) -> None:
     """Raise ModelError for an architecture that is known to be untraceable, before loading it."""
-    if (reason := UNTRACEABLE.get(model_type)) is not None:
-        raise ModelError(
-            f"{directory} ({model_type}) cannot be exported from a checkpoint: {reason}: merge its"
-            " adapters with PEFT, and run it in PyTorch"
-        )
+    if (reason := untraceable(model_type)) is not None:
+        raise ModelError(f"{directory} {reason}")
 
 
 def _unloadable(directory: Path, task: str, problem: Exception) -> str:
