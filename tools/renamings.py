@@ -1,9 +1,10 @@
-"""Write `loradeploy/adapter/modules/renamings.json` from the installed transformers.
+"""Write renamings.json and base_models.json in loradeploy/adapter/modules from transformers.
 
     python -m tools.renamings
 
-The file has transformers' own renamings of module paths of older checkpoints and adapters: by class
-or model type, a list of [patterns, replacements] in order.
+The first has transformers' own renamings of module paths of older checkpoints and adapters: by
+class or model type, a list of [patterns, replacements] in order. The second has the base model of
+each model type whose class has such renamings, which a graph's config.json does not show.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, Final
 
 import loradeploy.adapter.modules.renamings
 
+BASES: Final = Path(loradeploy.adapter.modules.renamings.__file__).with_name("base_models.json")
 FILE: Final = Path(loradeploy.adapter.modules.renamings.__file__).with_suffix(".json")
 
 # Renamings that depend on other keys or on values, for layers that do not support LoRA.
@@ -38,10 +40,29 @@ def table() -> dict[str, list[list[list[str]]]]:
     return found
 
 
+def base_models() -> dict[str, list[str]]:
+    """Return [base model's class, prefix of its paths] by model type, if the class has renamings.
+
+    Types whose prefix is `model` are left out: their renamings are those of the whole model.
+    """
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+    renamed = {name for name, rules in table().items() if rules}
+    found = {}
+    for model_type, names in sorted(MODEL_MAPPING_NAMES.items()):
+        for name in names if isinstance(names, list | tuple) else [names]:
+            prefix = getattr(transformers, name).base_model_prefix if name in renamed else ""
+            if prefix not in ("", "model"):
+                found[model_type] = [name, prefix]
+    return found
+
+
 def main() -> None:
-    """Write the file."""
-    lines = [f"{json.dumps(name)}: {json.dumps(rules)}" for name, rules in table().items()]
-    FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    """Write the files."""
+    for file, rows in ((FILE, table()), (BASES, base_models())):
+        lines = [f"{json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items()]
+        file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 if __name__ == "__main__":

@@ -131,6 +131,8 @@ class Sample:
     def _configured(self, spec: TensorSpec) -> dict[int, int]:
         """Sizes of images and audio from the config, by axis."""
         config = self._config
+        if isinstance(part := config.get("vision_config"), Mapping) and "image_size" not in config:
+            config = part
         if in_patches(spec):
             return dict(enumerate(GRID, start=1))
         if spec.name == PIXEL_VALUES:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.adapter.files.base_files import base_tensors, check_no_peft_layers
 from loradeploy.adapter.files.digest import base_digest
-from loradeploy.adapter.modules.renamings import Submodel, known
+from loradeploy.adapter.modules.renamings import Submodel, base_prefix_of, submodels_of
 from loradeploy.adapter.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
 from loradeploy.bundle.fitting.fit import THIS_BUNDLE
 from loradeploy.bundle.graph_form import BFLOAT16, DEFAULT_PRECISION, is_packed
@@ -155,7 +155,7 @@ def from_graph(source: Source, options: Options) -> Base:
         ),
         own_weights={} if source.manifest is None else source.manifest.own_weights,
         submodels=_submodels(source, options.evidence.checkpoint),
-        base_prefix="model" if source.manifest is None else source.manifest.base_prefix,
+        base_prefix=_base_prefix(source, options.evidence.checkpoint),
         tower=None if source.manifest is None else source.manifest.tower,
         display_name="this ONNX model" if source.manifest is None else THIS_BUNDLE,
         embeds=() if source.manifest is None else source.manifest.embeds,
@@ -187,7 +187,14 @@ def _submodels(source: Source, checkpoint: Path | None) -> tuple[Submodel, ...]:
         return source.manifest.submodels
     config = settings_beside(source.directory, checkpoint)
     names = config.get("architectures") or [""]
-    return known([Submodel("", str(names[0]), str(config.get("model_type") or ""))])
+    return submodels_of(str(names[0]), str(config.get("model_type") or ""))
+
+
+def _base_prefix(source: Source, checkpoint: Path | None) -> str:
+    if source.manifest is not None:
+        return source.manifest.base_prefix
+    config = settings_beside(source.directory, checkpoint)
+    return base_prefix_of(str(config.get("model_type") or ""))
 
 
 def _identity(source: Source, graph: ir.Model, checkpoint: Path | None) -> BaseIdentity:

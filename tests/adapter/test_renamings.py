@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from loradeploy.adapter.modules.renamings import renamings
+from loradeploy.adapter.modules.renamings import Renaming, base_prefix_of, renamings, submodels_of
 from loradeploy.lora.submodels import submodels
 from tools import renamings as written
 
@@ -15,6 +15,42 @@ from tools import renamings as written
 def test_the_table_is_that_of_the_installed_transformers() -> None:
     held = json.loads(written.FILE.read_text())
     assert held == written.table(), "write it again: python -m tools.renamings"
+
+
+def test_the_base_models_are_those_of_the_installed_transformers() -> None:
+    held = json.loads(written.BASES.read_text())
+    assert held == written.base_models(), "write it again: python -m tools.renamings"
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    ["ViTForImageClassification", "DeiTForImageClassification", "BeitForImageClassification",
+     "Dinov2ForImageClassification", "ViTModel", "SwinForImageClassification", "LlamaForCausalLM"],
+)  # fmt: skip
+def test_a_config_shows_the_renamings_of_the_whole_model(architecture: str) -> None:
+    import transformers
+
+    model_class = getattr(transformers, architecture)
+    with torch.device("meta"):
+        model = model_class(model_class.config_class())
+    model_type = model.config.model_type
+    whole = renamings(submodels(model), model.base_model_prefix)
+    ours = renamings(submodels_of(architecture, model_type), base_prefix_of(model_type))
+    head = "" if architecture.endswith("Model") else f"{model.base_model_prefix}."
+    for name in (
+        "encoder.layer.3.attention.attention.query.lora_B.weight",
+        "encoder.layers.0.blocks.1.attention.self.query.lora_A.weight",
+        "encoder.layer.3.output.dense.bias",
+        "layers.3.self_attn.o_proj.lora_A.weight",
+    ):
+        one, other = (_applied(rules, head + name) for rules in (whole, ours))
+        assert one == other
+
+
+def _applied(rules: tuple[Renaming, ...], name: str) -> str:
+    for rule in rules:
+        name = rule(name)
+    return name
 
 
 @pytest.mark.parametrize(
@@ -37,7 +73,4 @@ def test_names_are_renamed_as_in_transformers(architecture: str) -> None:
         "encoder.layer.3.attention.attention.query.lora_B.weight",
         "model.layers.0.mlp.up_proj.lora_A.weight",
     ):
-        renamed = name
-        for rule in ours:
-            renamed = rule(renamed)
-        assert renamed == rename_source_key(name, theirs, [])[0]
+        assert _applied(ours, name) == rename_source_key(name, theirs, [])[0]

@@ -67,10 +67,14 @@ def named_as(
         """The module of `name`, a module or parameter of the adapter, if the base's is `called`."""
         return called if name in owners else called.rpartition(".")[0]
 
+    renamed = _by_new_name(known, rules)  # a graph may have the old names too
     final = {}
     for name, module in old.items():
-        is_new = module not in known and module_of(name, new[name]) in known
-        final[name] = new[name] if is_new else name
+        current = module_of(name, new[name])
+        current = current if current in known else renamed.get(current, "")
+        is_new = module not in known and bool(current)
+        leaf = "" if name in owners else "." + name.rpartition(".")[2]
+        final[name] = current + leaf if is_new else name
     working = [name for name in owners if adapter.factors[name].has_effect]
     # If some names are known, the others belong to another part of the model, not to a wrapper.
     unmatched = [] if any(final[name] in known for name in working) else working
@@ -97,6 +101,17 @@ def named_as(
         "modules of the adapter are renamed for this base: %s is %s, and so on", first, final[first]
     )
     return with_names(adapter, final)
+
+
+def _by_new_name(modules: Collection[str], rules: Sequence[Renaming]) -> dict[str, str]:
+    """The names of the base's modules by transformers' current ones, where only one has it."""
+    found: dict[str, str] = {}
+    counts: Counter[str] = Counter()
+    for module in modules if rules else ():
+        new = _module_renamed(module, rules)
+        counts[new] += 1
+        found[new] = module
+    return {new: module for new, module in found.items() if counts[new] == 1}
 
 
 def _module_renamed(name: str, rules: Sequence[Renaming]) -> str:

@@ -98,6 +98,20 @@ def renamings(submodels: Sequence[Submodel], base_prefix: str) -> tuple[Renaming
     return (*found, *(Renaming(*rule) for rule in table[_ALL]))
 
 
+def submodels_of(architecture: str, model_type: str) -> tuple[Submodel, ...]:
+    """The transformers models in a model, by its config: itself and, if renamed, its base model."""
+    inner, path = _base_models().get(model_type, ("", ""))
+    models = [Submodel("", architecture, model_type)]
+    if inner and inner != architecture:
+        models.append(Submodel(path, inner, model_type))
+    return known(models)
+
+
+def base_prefix_of(model_type: str) -> str:
+    """The prefix of the base model's paths in a model of this type."""
+    return _base_models().get(model_type, ("", "model"))[1]
+
+
 def known(submodels: Sequence[Submodel]) -> tuple[Submodel, ...]:
     """`submodels`, or () if the table has no renaming for them."""
     table = _table()
@@ -112,6 +126,14 @@ def _table() -> Mapping[str, tuple[Rule, ...]]:
         name: tuple((tuple(sources), tuple(targets)) for sources, targets in rules)
         for name, rules in read.items()
     }
+
+
+@cache
+def _base_models() -> Mapping[str, tuple[str, str]]:
+    """The class of the base model and its path, by model type, if the class has renamings."""
+    file = Path(__file__).with_name("base_models.json")
+    read = json.loads(file.read_text(encoding="utf-8"))
+    return {model_type: (name, path) for model_type, (name, path) in read.items()}
 
 
 @cache

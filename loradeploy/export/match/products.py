@@ -248,6 +248,15 @@ def value_of(use: tuple[ir.Node, int]) -> ir.Value | None:
     return node.inputs[index]
 
 
+def users_of(weight: ir.Value) -> Iterator[ir.Node]:
+    """The nodes that use a weight, directly or through nodes that pass it on."""
+    for user in (use.node for use in weight.uses()):
+        if user.op_type in (*_CARRIERS, "Transpose", _DEQUANTIZE):
+            yield from users_of(user.outputs[0])
+        else:
+            yield user
+
+
 def describe(product: Product) -> str:
     """The product's name in messages."""
     node = product.node

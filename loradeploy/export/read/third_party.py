@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -32,6 +33,7 @@ from loradeploy.export.match.modules.naming import Namer, by_graph, first_of, ke
 from loradeploy.export.match.modules.wrappers import name_parts
 from loradeploy.export.match.operators import GROUP_QUERY_ATTENTION, unreached_layers
 from loradeploy.export.match.own_factors import own_factor
+from loradeploy.export.match.products import products
 from loradeploy.export.read.normalize import SCALE
 from loradeploy.export.read.reach import check_reached
 from loradeploy.export.read.source import read_config
@@ -124,7 +126,9 @@ def find_modules(
         mapped.check_used()
     check_reached(model.graph, findings, adapters)
     needed = _modules_of(adapters)
+    unknown = _unknown_users(model.graph, findings)
     findings = _without(findings, needed, _scaled_by_module)
+    findings = _without(findings, needed, partial(_called_elsewhere, unknown))
     if weights is None:
         findings = _without(findings, needed, _scaled)
         if not proven:
@@ -326,6 +330,28 @@ def _scaled_by_module(linear: Linear) -> _Doubt | None:
         f"its node {factor.name} scales the product {linear.nodes[0].name}, and"
         " would scale what an adapter adds to it: give the graph of a module without a"
         " factor of its own"
+    )
+
+
+def _unknown_users(graph: ir.Graph, findings: Findings) -> dict[ir.Value, ir.Node]:
+    """A product of no known module by its weight."""
+    known = {node for linear in findings.linears.values() for node in linear.nodes}
+    return {p.weight: p.node for p in products(graph) if p.node not in known}
+
+
+def _called_elsewhere(unknown: Mapping[ir.Value, ir.Node], linear: Linear) -> _Doubt | None:
+    """Doubt about a layer whose weight another product, of no known module, uses too.
+
+    It may be another call of the layer, which would not get the adapter.
+    """
+    other = unknown.get(linear.weight)
+    if other is None:
+        return None
+    where = other.name or other.outputs[0].name
+    return _Doubt(
+        f"{where} has the same weight, and no name says whether it is another call of this module:"
+        " identify it in `module_map`",
+        warning=f"{where}, of no known module, has the same weight",
     )
 
 

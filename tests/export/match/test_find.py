@@ -129,6 +129,31 @@ def test_a_module_that_is_called_twice_is_one_linear() -> None:
     assert len(find_linears(b.model(twice)).linears["m"].nodes) == 2
 
 
+@pytest.mark.parametrize("named", ["/block/proj", "/block/proj_1/xFusion", "/block/other_1"])
+@pytest.mark.parametrize("carrier", [None, "Transpose"])
+def test_the_later_calls_that_torchs_older_exporter_numbers_are_calls_of_the_module(
+    carrier: str | None, named: str
+) -> None:
+    """ALBERT's shared layers, and DeBERTa's projections of positions (share_att_key)."""
+    b = Builder()
+    x = b.input("x", ["batch", "sequence", IN])
+    w = b.weight("w", IN, IN)
+
+    def product(value: ir.Value, name: str) -> ir.Value:
+        matrix = w if carrier is None else b.node(carrier, [w], [IN, IN], perm=[1, 0])
+        return b.node("MatMul", [value, matrix], ["batch", "sequence", IN], name=f"{name}/MatMul")
+
+    y = product(product(product(x, "/block/proj"), "/block/proj_1"), "/block/proj_2")
+    y = b.node("MatMul", [y, b.weight("v", IN, IN)], name=f"{named}/MatMul")
+    linears = find_linears(b.model(y)).linears
+    other = named.strip("/").replace("/", ".")
+    if named == "/block/proj":
+        assert "block.proj" not in linears, "two weights under one name"
+        return
+    assert len(linears["block.proj"].nodes) == 3
+    assert linears.keys() == {"block.proj", other}
+
+
 def test_two_weights_under_one_module_are_listed_instead() -> None:
     b = Builder()
     x = b.input("x", ["batch", "sequence", IN])

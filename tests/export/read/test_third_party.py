@@ -496,6 +496,24 @@ def test_a_scaled_product_is_not_identified_by_names_alone(
             find_modules(model, tmp_path, evidence, [adapter])
 
 
+def test_a_layer_whose_weight_a_product_without_a_module_uses_too_takes_no_adapters(
+    tmp_path: Path,
+) -> None:
+    """It may be a second call of the layer, which an adapter would not change."""
+    b, module = Builder(), "block.proj"
+    x, w = b.input("x", ["batch", IN]), b.weight("w", IN, IN)
+    y = b.node("MatMul", [x, w], ["batch", IN], module=module)
+    again = b.node("MatMul", [y, w], ["batch", IN])
+    model = b.model(
+        b.node("MatMul", [again, b.weight("v", IN, IN)], ["batch", IN], module="block.other")
+    )
+    pair = Factors(np.ones((2, IN), np.float32), np.ones((IN, 2), np.float32))
+    adapter = Adapter(AdapterConfig(r=2, lora_alpha=4, target_modules=("proj",)), {module: pair})
+    assert find_modules(model, tmp_path, Evidence(), []).linears.keys() == {"block.other"}
+    with pytest.raises(ExportError, match=r"block\.proj: .* has the same weight, .* `module_map`"):
+        find_modules(model, tmp_path, Evidence(), [adapter])
+
+
 def test_a_graph_and_its_checkpoint_take_adapters_whose_names_have_a_prefix(
     tmp_path: Path,
 ) -> None:

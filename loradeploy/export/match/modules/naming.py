@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.export.graph.edit import constant_of
 from loradeploy.export.graph.scopes import NAME_SCOPES, module_path
-from loradeploy.export.match.products import Product
+from loradeploy.export.match.products import Product, users_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -34,6 +34,8 @@ _FUSED_QKV: Final = re.compile(r"(.*)\.qkv_proj")
 # "/fc1/MatMul/MatMulAddFusion_quant".
 _FUSED: Final = "fused "
 _FUSION: Final = re.compile(r"(?:Gemm|Mat[Mm]ul)[A-Za-z]*Fusion(?:_[^/]*)?")
+# torch's older exporter numbers the later calls of a module: /query/MatMul, /query_1/MatMul.
+_LATER_CALL: Final = re.compile(r"(.+)_\d+")
 _LONGEST: Final = 1024  # of a node's name that may spell a path
 
 
@@ -72,6 +74,7 @@ def by_graph(product: Product) -> Named | None:
     if found is None:
         return None
     module, found_by = found
+    module = _at_first_call(product, module)
     return Named(_unfused(product, module, found_by), found_by)
 
 
@@ -103,6 +106,15 @@ def module_of(node: ir.Node) -> tuple[str, str] | None:
         if (found := pattern.fullmatch(module)) is not None:
             return found.expand(ours), "node name of onnxruntime-genai's builder"
     return module, "node name"
+
+
+def _at_first_call(product: Product, module: str) -> str:
+    """The name of a module in its first call, if this product is a later call with its weight."""
+    later = _LATER_CALL.fullmatch(module)
+    if later is None:
+        return module
+    same = (module_of(node) for node in users_of(product.weight) if node is not product.node)
+    return later[1] if any(found is not None and found[0] == later[1] for found in same) else module
 
 
 def _as_exported(name: str) -> str:
