@@ -15,11 +15,11 @@ from loradeploy.adapter.files.peft import load_adapter
 from loradeploy.adapter.heads import label_parameters
 from loradeploy.bundle.fitting.added_tokens import tokens_of
 from loradeploy.bundle.fitting.fit import fit_to, fitted
-from loradeploy.bundle.fitting.labels import output_count, with_all_labels
+from loradeploy.bundle.fitting.labels import check_label_names, output_count, with_all_labels
 from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.names import GRAPH_DATA_NAME, GRAPH_NAME, NATIVE_SUFFIX
-from loradeploy.errors import AdapterMismatchError, BundleError, ModelError, UsageError
-from loradeploy.export.adapters.given import adapter_directories
+from loradeploy.errors import BundleError, ModelError, UsageError
+from loradeploy.export.adapters.given import adapter_directories, prefixing_errors
 from loradeploy.export.read.source import resolve
 from loradeploy.files import inside
 from loradeploy.lora.base.checkpoint import warn_of_unused_files
@@ -175,6 +175,9 @@ def find_adapters(
     ) -> AdapterUnderTest:
         own = adapter if manifest.added_tokens is None else fitted(adapter, manifest)
         wide = with_all_labels(own, _head_shapes(own, manifest))
+        if wide is own:
+            with prefixing_errors(name):
+                check_label_names(own, manifest, {})
         return AdapterUnderTest(name, path, wide, adapter.digest, native, wide is not own)
 
     found: dict[str, AdapterUnderTest] = {}
@@ -206,10 +209,8 @@ def find_adapters(
         )
     if manifest.mode == "side-inputs":
         for tested in found.values():
-            try:
+            with prefixing_errors(tested.name):
                 fit_to(tested.adapter, manifest)
-            except AdapterMismatchError as problem:
-                raise AdapterMismatchError(f"{tested.name}: {problem}") from None
     return tuple(found.values())
 
 

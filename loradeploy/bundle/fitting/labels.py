@@ -24,7 +24,7 @@ from loradeploy.adapter.heads import (
 from loradeploy.adapter.tasks import CLASSIFICATIONS, SEQUENCE_CLASSIFICATION
 from loradeploy.bundle.names import CONFIG_NAME
 from loradeploy.bundle.outputs import output_of
-from loradeploy.errors import BundleError
+from loradeploy.errors import AdapterMismatchError, BundleError, listed_names
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -87,16 +87,39 @@ def head_of(adapter: Adapter, manifest: Manifest, config: Mapping[str, Any]) -> 
     """The meaning of the outputs of `adapter` in a bundle with the config.json `config`.
 
     Raises:
+        AdapterMismatchError: the adapter does not have one label name per output.
         BundleError: the config is invalid.
     """
-    labels = with_all_labels(adapter, manifest.saved_shapes()).labels
+    wide = with_all_labels(adapter, manifest.saved_shapes())
+    labels = wide.labels
     own = None if labels is None else len(labels)
+    if wide is adapter:
+        check_label_names(adapter, manifest, config)
     if adapter.problem_type == UNDECLARED:
         return Head(labels, UNDECLARED, own)
     if manifest.task != SEQUENCE_CLASSIFICATION:
         return Head(labels, None, own)
     stated = stated_problem(config, CONFIG_NAME, error=BundleError)
     return Head(labels, problem_of(adapter, stated, output_count(manifest, config)), own)
+
+
+def check_label_names(adapter: Adapter, manifest: Manifest, config: Mapping[str, Any]) -> None:
+    """Check that `adapter` has a label name for each output of a classifier's graph, or none.
+
+    Only padded heads (`with_all_labels`) have fewer names. Without this check, outputs without a
+    name would be ignored.
+
+    Raises:
+        AdapterMismatchError: it names another number of labels.
+    """
+    if manifest.task not in CLASSIFICATIONS or adapter.labels is None:
+        return
+    outputs = output_count(manifest, config)
+    if outputs not in (0, len(adapter.labels)):
+        raise AdapterMismatchError(
+            f"it names {len(adapter.labels)} labels ({listed_names(adapter.labels, 3)}), and the"
+            f" graph has {outputs} outputs: correct the labels in the adapter's files"
+        )
 
 
 def output_count(manifest: Manifest, config: Mapping[str, Any]) -> int:

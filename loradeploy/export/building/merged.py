@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, get_args
+from typing import get_args
 
 from loradeploy.adapter.adapter import Kind
 from loradeploy.adapter.fitting.settle import without_idle
 from loradeploy.adapter.fitting.vocabulary import resized_vocabulary, warn_of_resize
-from loradeploy.bundle.fitting.labels import with_all_labels
+from loradeploy.bundle.fitting.labels import check_label_names, with_all_labels
 from loradeploy.bundle.graph_form import BFLOAT16, PACKED_BITS
 from loradeploy.bundle.manifest import AdapterEntry, Manifest
 from loradeploy.export.adapters.given import check_brought, prefixing_errors
@@ -36,9 +36,6 @@ from loradeploy.export.passes.precision.quantize import rounded
 from loradeploy.export.passes.tokens.vocabulary import resize_vocabulary, vocabulary_in
 from loradeploy.printable import logger_of
 
-if TYPE_CHECKING:
-    pass
-
 logger = logger_of(__name__)
 
 
@@ -52,6 +49,9 @@ def merged(
     """
     ((name, given),) = options.adapters.items()
     adapter = given if base.before is None else with_all_labels(given, base.before.saved_shapes())
+    if adapter is given:
+        with prefixing_errors(name):
+            check_label_names(adapter, base_manifest(base, "merged"), {})
     adapter = without_idle(adapter, modules_of(base.graph, findings))
     if base.source.graph is not None and (adapter.carried or adapter.rows):
         with prefixing_errors(name):

@@ -210,9 +210,9 @@ def answers(model: Model, data: HeldOut, adapter: str | None, context: CheckCont
             elif data.kind in _TALLIES:
                 tallies[index] = _TALLIES[data.kind](values[row], examples[index], data.labels)
             else:
-                sums[index] = _right(values[row], examples[index])
                 own = values[row][: len(data.labels)]
                 tallies[index] = class_counts(own, int(examples[index].labels[0]))
+                sums[index] = tallies[index][:, 0].sum()  # its true positives
     if data.embedded is not None:
         compared = data.embedded.compared
         found = compared.counts(np.stack([vectors[index] for index in range(len(examples))]))
@@ -369,13 +369,6 @@ def _loss(logits: NDArray[Any], example: Example) -> tuple[float, int]:
         normalizer = peak + np.log(np.exp(rows - peak[:, None]).sum(axis=1))
         total += float((normalizer - rows[np.arange(len(block)), labels[block]]).sum())
     return total, len(at)
-
-
-def _right(logits: NDArray[Any], example: Example) -> float:
-    """Return 1 if the largest of `logits` [labels] is the example's label; NaN if not finite."""
-    if not np.isfinite(logits).all():
-        return math.nan
-    return float(logits.argmax() == example.labels[0])
 
 
 def _width(manifest: Manifest) -> int:

@@ -556,3 +556,32 @@ def test_adapters_with_different_numbers_of_labels_share_a_batch(
     many = make_adapter(tiny_bert, task=task, num_labels=6, seed=9)
     with pytest.raises(AdapterMismatchError, match=r"classifier\.\w+ is \[6"):
         classify.session.load("many", many)
+
+
+def test_labels_of_another_number_than_the_outputs_are_refused_everywhere(
+    tiny_bert: Path, bert_adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    """The adapter has no head, so its labels can only be those of the base's three outputs."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=3)
+    base.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(tmp_path / "base")
+    source = load_adapter(bert_adapters["large"])
+    headless = dataclasses.replace(
+        source, saved={}, config=dataclasses.replace(source.config, modules_to_save=())
+    )
+    for name, labels in (("two", ("a", "b")), ("three", ("a", "b", "c"))):
+        save_adapter(dataclasses.replace(headless, labels=labels), tmp_path / name)
+    bundle = tmp_path / "bundle"
+    export(tmp_path / "base", bundle, adapters=[tmp_path / "three"])
+    session = AdapterSession(bundle)
+    assert list(TextClassifier(session)(TEXTS[0], "three")[0].scores) == ["a", "b", "c"]
+    message = r"it names 2 labels \(a, b\), and the graph has 3 outputs: correct the labels"
+    with pytest.raises(AdapterMismatchError, match=message):
+        session.load("two", tmp_path / "two")
+    for options in ({}, {"merge": True}):
+        with pytest.raises(AdapterMismatchError, match=message):
+            export(tmp_path / "base", tmp_path / "b", adapters=[tmp_path / "two"], **options)
+    with pytest.raises(AdapterMismatchError, match=f"two: {message}"):
+        ld.parity(bundle, model=tmp_path / "base", adapters=[tmp_path / "two"])
