@@ -1,7 +1,8 @@
 """Held-out data of an encoder-decoder: scores of generated texts against target texts.
 
-Both sides generate greedily. Texts generated from texts are scored by chrF (sacrebleu), averaged
-over examples; transcripts by the word error rate (jiwer), all errors divided by all target words.
+Both sides generate greedily. Texts generated from texts are scored by chrF (sacrebleu) and ROUGE-L,
+averaged over examples; transcripts by the word error rate (jiwer), all errors divided by all target
+words.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from loradeploy.bundle.text.beside import describes_texts, text_directory
 from loradeploy.bundle.text.tokenizer import Tokenizer
 from loradeploy.bundle.text.tokenizer_files import GENERATION_NAME
 from loradeploy.errors import MissingDependencyError, UsageError
-from loradeploy.parity.score.measures import TRANSCRIPTION, TRANSLATION
+from loradeploy.parity.score.measures import TRANSCRIPTION, TRANSLATION, rouge_l
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -49,13 +50,16 @@ class GeneratedTexts:
         return [example.target for example in self.examples]
 
     def counts(self, texts: Sequence[str]) -> NDArray[np.float64]:
-        """Return the chrF of `texts`, [examples, 1], or their errors and words, [examples, 2]."""
+        """Return chrF and ROUGE-L of `texts`, or their errors and words, [examples, 2]."""
         library: Any = import_module(_LIBRARIES[self.kind])
         pairs = zip(texts, self.targets, strict=True)
         if self.kind == TRANSLATION:
             chrf = library.metrics.CHRF()
-            scores = [chrf.sentence_score(text, [target]).score / 100 for text, target in pairs]
-            return np.array(scores, np.float64)[:, np.newaxis]
+            scores = [
+                (chrf.sentence_score(text, [target]).score / 100, rouge_l(text, target))
+                for text, target in pairs
+            ]
+            return np.array(scores, np.float64)
         rows = []
         for text, target in pairs:
             found = library.process_words(target, text)

@@ -2,10 +2,10 @@
 
 The metrics (`measures`) are accuracy and F1 for classifiers, F1 for several labels and entities,
 errors and correlations for numbers, ranks of documents for embedders, perplexity for causal
-language models, and chrF or word error rate for generated texts. They are computed for the float32
-PyTorch model with the adapter and for every scored ONNX backend, on the same examples. For a bundle
-of lower precision they are the most informative figures: rounding changes every logit, but what
-matters is the answers.
+language models, and chrF, ROUGE-L or word error rate for generated texts. They are computed for the
+float32 PyTorch model with the adapter and for every scored ONNX backend, on the same examples. For
+a bundle of lower precision they are the most informative figures: rounding changes every logit, but
+what matters is the answers.
 
 A score is judged like a non-inferiority trial. It fails if a loss of more than the limit is
 certain, that is, if the whole interval is beyond the limit. It also fails if such a loss cannot be

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from loradeploy.parity.score.measures import (
     MEASURED,
     MEASURES,
     class_counts,
+    common_length,
     entity_counts,
     entity_spans,
     label_counts,
@@ -21,6 +23,7 @@ from loradeploy.parity.score.measures import (
     resampled_interval,
     retrieval_counts,
     rmse,
+    rouge_l,
     spearman,
 )
 
@@ -152,3 +155,44 @@ def test_ranks_of_documents_are_those_of_sentence_transformers() -> None:
 def test_vectors_that_are_all_equal_retrieve_nothing() -> None:
     assert retrieval_counts(np.ones(20), [3]).tolist() == [1 / 20, 0, 0]
     assert np.isnan(retrieval_counts(np.array([np.nan, 1.0]), [0])).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "target", "value"),
+    [
+        # Lin's own sentences (2004, section 3.1): 3 and 2 of 4 words in order.
+        ("police kill the gunman", "police killed the gunman", 3 / 4),
+        ("the gunman kill police", "police killed the gunman", 2 / 4),
+        # Case and punctuation do not count: "police killed the" of 5 and 4 words.
+        ("Police, killed; the gun-man.", "police killed the gunman", 2 * 3 / 9),
+        ("a b a_c", "b a c a", 2 * 3 / 8),
+        ("the cat", "the cat", 1),
+        ("É été", "é ÉTÉ", 1),  # rouge-score drops these letters
+        ("cat", "dog", 0),
+        ("", "the cat", 0),
+        ("...", "...", 0),  # no words on either side
+    ],
+)
+def test_rouge_l_is_the_f1_of_the_longest_common_subsequence(
+    text: str, target: str, value: float
+) -> None:
+    assert rouge_l(text, target) == pytest.approx(value, abs=1e-15)
+
+
+def test_the_length_of_common_subsequences_is_that_of_the_recursion() -> None:
+    @cache
+    def slow(one: str, other: str) -> int:
+        if not one or not other:
+            return 0
+        if one[-1] == other[-1]:
+            return slow(one[:-1], other[:-1]) + 1
+        return max(slow(one[:-1], other), slow(one, other[:-1]))
+
+    generator = np.random.default_rng(0)
+    for _ in range(200):
+        one, other = (
+            "".join(generator.choice(list("abcd"), n)) for n in generator.integers(0, 9, 2)
+        )
+        assert common_length(one, other) == slow(one, other), (one, other)
+    long = ["x", "y"] * 100  # more words than a machine word has bits
+    assert common_length(long, long[1:]) == 199
