@@ -10,6 +10,8 @@
 namespace loradeploy {
 
 // One function per operator; null if this build has no fast kernel for it.
+const OrtCustomOp* attention();
+const OrtCustomOp* group_query_attention();
 const OrtCustomOp* lora_add();
 
 namespace {
@@ -17,7 +19,7 @@ namespace {
 const std::vector<const OrtCustomOp*>& operators() {
   static const std::vector<const OrtCustomOp*> all = [] {
     std::vector<const OrtCustomOp*> found;
-    for (const OrtCustomOp* own : {lora_add()}) {
+    for (const OrtCustomOp* own : {attention(), group_query_attention(), lora_add()}) {
       if (own != nullptr) found.push_back(own);
     }
     return found;

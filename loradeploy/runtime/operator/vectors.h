@@ -1,0 +1,90 @@
+// Vectors of floats, and the exponential function that attention and SwiGLU share.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+namespace loradeploy {
+
+#if defined(__AVX512F__)
+inline constexpr int kLanes = 16;  // floats of a vector
+#elif defined(__AVX__)
+inline constexpr int kLanes = 8;
+#else
+inline constexpr int kLanes = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
+typedef int32_t Integers __attribute__((vector_size(kLanes * sizeof(int32_t)), aligned(4), may_alias));
+
+inline Floats load(const float* place) { return *reinterpret_cast<const Floats*>(place); }
+inline void store(float* place, Floats numbers) { *reinterpret_cast<Floats*>(place) = numbers; }
+inline Floats all(float number) { return number - Floats{}; }
+inline Integers bits_of(Floats numbers) { return reinterpret_cast<Integers>(numbers); }
+inline Floats floats_of(Integers bits) { return reinterpret_cast<Floats>(bits); }
+// chosen ? one : other, in each lane
+inline Floats select(Integers chosen, Floats one, Floats other) {
+  return floats_of((bits_of(one) & chosen) | (bits_of(other) & ~chosen));
+}
+
+inline constexpr int32_t kLaneNumbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// e^x in each lane, within 1 ulp: 0 below -87.3 (no denormal numbers), infinity above 88.3, and NaN
+// for NaN. e^x = 2^n e^r with n = round(x / ln 2) and |r| ≤ ln 2 / 2.
+inline Floats exponential(Floats x) {
+  const Floats rounding = all(12582912.0f);  // 1.5 · 2²³: adding it rounds to whole numbers
+  const Floats shifted = x * 1.44269504088896341f + rounding;
+  const Floats n = shifted - rounding;
+  Floats r = x - n * 0.693145751953125f;  // ln 2 in two parts: n times the first part is exact
+  r = r - n * 1.42860682030941723e-6f;
+  Floats p = all(1.98412698e-4f);
+  p = p * r + 1.3888889e-3f;
+  p = p * r + 8.3333333e-3f;
+  p = p * r + 4.16666667e-2f;
+  p = p * r + 0.166666667f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const Integers power = (bits_of(shifted) - bits_of(rounding) + 127) << 23;
+  Floats result = p * floats_of(power);
+  result = select(x < -87.3f, all(0.0f), result);
+  return select(x > 88.3f, all(kInfinity), result);
+}
+
+// tanh(x) in each lane: a series near 0, where 1 - 2 / (e^2x + 1) would lose digits.
+inline Floats hyperbolic_tangent(Floats x) {
+  const Floats square = x * x;
+  Floats series = all(2.18694885e-2f);
+  series = series * square - 5.39682540e-2f;
+  series = series * square + 0.133333333f;
+  series = series * square - 0.333333333f;
+  const Floats near = x + x * square * series;
+  const Floats far = 1.0f - 2.0f / (exponential(x + x) + 1.0f);
+  return select((x < 0.25f) & (x > -0.25f), near, far);
+}
+
+inline float sum_of(Floats numbers) {
+  float lanes[kLanes];
+  std::memcpy(lanes, &numbers, sizeof lanes);
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  }
+  return lanes[0];
+}
+
+inline float largest_of(Floats numbers) {
+  float lanes[kLanes];
+  std::memcpy(lanes, &numbers, sizeof lanes);
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int lane = 0; lane < half; ++lane) {
+      lanes[lane] = lanes[lane] > lanes[lane + half] ? lanes[lane] : lanes[lane + half];
+    }
+  }
+  return lanes[0];
+}
+
+}  // namespace loradeploy
