@@ -18,6 +18,7 @@ from loradeploy.adapter.adapter import Adapter, Factors
 from loradeploy.adapter.config import TOKENS
 from loradeploy.adapter.heads import label_parameters
 from loradeploy.adapter.modules.targets import is_saved
+from loradeploy.errors import listed_names
 from loradeploy.parity.context import AdapterUnderTest, CheckContext
 from loradeploy.parity.figures.metrics import Comparison
 from loradeploy.parity.names import EMBEDDED
@@ -35,13 +36,28 @@ if TYPE_CHECKING:
 _WRONG_ADAPTER_SEED: Final = 1
 
 
+def _nothing_else(adapter: Adapter) -> Iterator[Adapter]:
+    yield from ()
+
+
 @dataclass(frozen=True)
 class Mistake:
-    """A deliberate mistake. `make` returns the wrong adapter, or None if it does not apply."""
+    """A deliberate mistake. `make` returns the wrong adapter, or None if it does not apply.
+
+    `others`: the same mistake with other modules, each tried only if the ones before are not
+    caught: the update of one module may have less effect on the inputs of a check than rounding.
+    """
 
     name: str
     meaning: str
     make: Callable[[Adapter], Adapter | None]
+    others: Callable[[Adapter], Iterator[Adapter]] = _nothing_else
+
+    def tries(self, adapter: Adapter) -> Iterator[Adapter]:
+        """Return the wrong adapters to try, until one is caught."""
+        if (first := self.make(adapter)) is not None:
+            yield first
+            yield from self.others(adapter)
 
 
 def wrong_adapter(adapter: Adapter) -> Adapter | None:
@@ -84,13 +100,29 @@ def swapped_factors(adapter: Adapter) -> Adapter | None:
 
 def missing_target(adapter: Adapter) -> Adapter | None:
     """Remove the update of the last module that has one."""
-    updated = [module for module in adapter.modules if adapter.factors[module].has_update]
-    if len(adapter.factors) < 2 or not updated:
+    if len(adapter.factors) < 2:
         return None
-    last = updated[-1]
-    pair = adapter.factors[last]
+    return next((_without(adapter, module) for module in _updated(adapter)), None)
+
+
+def other_missing_targets(adapter: Adapter) -> Iterator[Adapter]:
+    """Remove the update of the last module of each other kind, such as down_proj, one at a time."""
+    kinds: dict[str, str] = {}
+    for module in _updated(adapter):
+        kinds.setdefault(module.rpartition(".")[2], module)
+    for module in list(kinds.values())[1:]:
+        yield _without(adapter, module)
+
+
+def _updated(adapter: Adapter) -> list[str]:
+    """Return the modules that have an update, the last one first."""
+    return [module for module in reversed(adapter.modules) if adapter.factors[module].has_update]
+
+
+def _without(adapter: Adapter, module: str) -> Adapter:
+    pair = adapter.factors[module]
     return _with_factors(
-        adapter, {**adapter.factors, last: dataclasses.replace(pair, B=pair.B * 0)}
+        adapter, {**adapter.factors, module: dataclasses.replace(pair, B=pair.B * 0)}
     )
 
 
@@ -159,7 +191,7 @@ MISTAKES: Final[tuple[Mistake, ...]] = (
     Mistake("wrong adapter", "another adapter of the same shapes", wrong_adapter),
     Mistake("doubled alpha", "the scaling is twice what it should be", doubled_alpha),
     Mistake("swapped factors", "two modules have each other's factors", swapped_factors),
-    Mistake("missing target", "one module has no update", missing_target),
+    Mistake("missing target", "one module has no update", missing_target, other_missing_targets),
     Mistake("ignored magnitude", "DoRA's outputs are not scaled", ignored_magnitude),
     Mistake("ignored bias", "the trained biases are left out", ignored_bias),
     Mistake("ignored tokens", "trained rows of tokens are left out", ignored_tokens),
@@ -225,10 +257,7 @@ def run_controls(context: CheckContext, reference: Reference, base: Base) -> Con
     def add(mistake: Mistake, name: str, rows: Sequence[Row], against: Reference) -> None:
         control = judge_mistake(mistake, name, rows, context, against)
         if control is None:
-            notes.append(
-                f"the control {mistake.name!r} of {name} was left out: every prompt has tokens that"
-                " the base does not have"
-            )
+            notes.append(_left_out(mistake, name))
         else:
             found.append(control)
 
@@ -238,12 +267,9 @@ def run_controls(context: CheckContext, reference: Reference, base: Base) -> Con
             notes.append(f"no control was made with {tested.name}, which has no effect")
             continue
         for mistake in MISTAKES:
-            wrong = mistake.make(tested.adapter)
-            if wrong is not None:
-                # Loaded as the reference loads the right one, so that only the mistake differs.
-                with as_reference_with(context, base, wrong) as model:
-                    rows = reference_rows(context, model, tested.name, 0)
-                add(mistake, tested.name, rows, reference)
+            tried = _tried(mistake, tested, context, reference, base)
+            found += tried.made
+            notes += tried.notes
         if context.manifest.mode != "merged":  # a merged graph has no mixed batches
             add(OFF_BY_ONE, tested.name, reference.rows[before], reference)
             before = tested.name
@@ -252,6 +278,43 @@ def run_controls(context: CheckContext, reference: Reference, base: Base) -> Con
             add(BASE_ENCODER, tested.name, encoder.rows[None], encoder)
         found += _embeds_controls(context, reference, base, tested)
     return Controls(tuple(found), tuple(notes))
+
+
+def _tried(
+    mistake: Mistake,
+    tested: AdapterUnderTest,
+    context: CheckContext,
+    reference: Reference,
+    base: Base,
+) -> Controls:
+    """Apply the mistake to the adapter, with other modules until one is caught."""
+    missed: list[Control] = []
+    notes: list[str] = []
+    for wrong in mistake.tries(tested.adapter):
+        # Loaded as the reference loads the right one, so that only the mistake differs.
+        with as_reference_with(context, base, wrong) as model:
+            rows = reference_rows(context, model, tested.name, 0)
+        control = judge_mistake(mistake, tested.name, rows, context, reference)
+        if control is None:
+            return Controls(notes=(_left_out(mistake, tested.name),))
+        if control.caught:
+            return Controls((control,), tuple(notes))
+        missed.append(control)
+        pairs = tested.adapter.factors
+        changed = [module for module, pair in pairs.items() if wrong.factors[module] is not pair]
+        notes.append(
+            f"the control {mistake.name!r} of {tested.name} was made with another module, because"
+            f" these inputs do not show a mistake with {listed_names(changed, 2)}: its error of"
+            f" {control.error:.2g} is within the limits"
+        )
+    return Controls(tuple(sorted(missed, key=lambda one: -one.error)[:1]))
+
+
+def _left_out(mistake: Mistake, name: str) -> str:
+    return (
+        f"the control {mistake.name!r} of {name} was left out: every prompt has tokens that the"
+        " base does not have"
+    )
 
 
 def _embeds_controls(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ from loradeploy.parity.checks.controls import (
     doubled_alpha,
     judge_mistake,
     missing_target,
+    other_missing_targets,
     run_controls,
     swapped_factors,
     swapped_labels,
@@ -92,6 +94,41 @@ def test_a_mistake_uses_modules_that_have_an_update() -> None:
     for nothing in ({"a": 0.0, "b": 0.0}, {"a": 1.0}):
         assert swapped_factors(adapter_of(nothing)) is None
         assert missing_target(adapter_of(nothing)) is None
+
+
+def test_the_other_missing_targets_are_the_last_of_each_other_kind() -> None:
+    adapter = adapter_of({"0.down": 1.0, "0.q": 1.0, "1.down": 1.0, "1.q": 1.0, "1.up": 0.0})
+    lacking = [missing_target(adapter), *other_missing_targets(adapter)]
+    left_out = [
+        [m for m in adapter.modules if one is not None and not one.factors[m].B.any()]
+        for one in lacking
+    ]
+    assert left_out == [["1.q", "1.up"], ["1.down", "1.up"]]
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_missing_target_that_the_inputs_do_not_show_is_noted_and_another_is_tried(
+    shown: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The outputs are twice the sum of the updates of "down" modules only, if they are shown."""
+    right = adapter_of({"0.down": 0.5, "1.q": 1.0})
+
+    def rows_with(context: Any, base: Any, wrong: Adapter) -> Any:
+        value = 2 * wrong.factors["0.down"].B.flat[0] if shown else 1.0
+        return nullcontext((row("a", (1, 2), value),))
+
+    monkeypatch.setattr(controls, "as_reference_with", rows_with)
+    monkeypatch.setattr(controls, "reference_rows", lambda context, model, name, seed: model)
+    only = [mistake for mistake in controls.MISTAKES if mistake.name == "missing target"]
+    monkeypatch.setattr(controls, "MISTAKES", only)
+    tested = SimpleNamespace(name="a", adapter=right)
+    context: Any = SimpleNamespace(manifest=CONTEXT.manifest, adapters=[tested])
+    found = run_controls(context, reference((1, 2)), base=None)  # type: ignore[arg-type]
+    control, _ = found.made
+    assert (control.name, control.caught) == ("missing target", shown)
+    assert control.error == (1.0 if shown else 0.0)
+    notes = [note for note in found.notes if "do not show a mistake with 1.q: its error" in note]
+    assert len(notes) == len(found.notes) == (1 if shown else 0)
 
 
 def test_labels_are_swapped_in_the_weights_and_the_bias_of_a_head() -> None:
