@@ -123,9 +123,8 @@ class AdapterSession:
 
         def opened(place: Path, manifest: Manifest) -> onnxruntime.InferenceSession:
             session = open_graph(
-                *(place, providers, session_options, manifest, GRAPH_NAME),
-                capture=capture_graphs,
-                operator=library,
+                *(place, providers, session_options, manifest),
+                *(GRAPH_NAME, capture_graphs, library),
             )
             check_graph(place, manifest, session)
             encoders[:] = open_encoder(place, providers, session_options, manifest)
