@@ -29,6 +29,7 @@ from loradeploy.export.read.all_logits import keep_all_logits
 from loradeploy.export.read.attention import separate_projections
 from loradeploy.export.read.channels_first import features_last, matrices_of
 from loradeploy.export.read.constant_weights import compute_weights
+from loradeploy.export.read.later_calls import join_later_calls
 from loradeploy.export.read.normalize import normalize_products
 from loradeploy.export.read.opsets import convert_opset
 from loradeploy.export.read.probabilities import Probabilities, add_logits
@@ -123,6 +124,7 @@ def from_graph(source: Source, options: Options) -> Base:
         known = matrices_of(options.adapters.values(), options.evidence.checkpoint)
         features_last(graph.graph, known)
         normalize_products(graph.graph)
+        join_later_calls(graph.graph)
         refuse_adapter_products(graph.graph)
         complete_shapes(graph)  # after operators that inference did not know before
         warn_of_ranges(graph.graph)

@@ -250,11 +250,16 @@ def check_operators(module: str, nodes: Iterable[ir.Node]) -> None:
             )
 
 
+def is_unreached(node: ir.Node) -> bool:
+    """Whether `node` has layers' weights but takes no adapters."""
+    return (_domain(node), node.op_type) in UNREACHED
+
+
 def unreached(graph: ir.Graph) -> dict[str, int]:
     """The number of nodes of each operator that has layers' weights but takes no adapters."""
     found: dict[str, int] = {}
     for node in graph:
-        if (_domain(node), node.op_type) in UNREACHED:
+        if is_unreached(node):
             found[node.op_type] = found.get(node.op_type, 0) + 1
     return found
 

@@ -66,6 +66,8 @@ def _has_ranges(node: ir.Node) -> bool:
     producer = mask.producer()
     if producer is not None and producer.op_type == "Concat":
         return True
+    if producer is not None and producer.op_type == "ReduceSum":
+        return False  # the length of each row
     size, batch = _first_size(mask), _first_size(x)
     return None not in (size, batch) and size != batch
 

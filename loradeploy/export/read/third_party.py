@@ -14,6 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
+
 from loradeploy.bundle.names import (
     GENAI_CONFIG_NAME,
     LEFT,
@@ -24,16 +26,17 @@ from loradeploy.bundle.names import (
     present_of,
 )
 from loradeploy.errors import ExportError, ModelError, listed, listed_names
-from loradeploy.export.graph.edit import integer_of
+from loradeploy.export.graph.edit import constant_of, integer_of
 from loradeploy.export.match.feature_order import reads_interleaved_pairs, reordering_node
 from loradeploy.export.match.linears import Findings, Linear, annotate_modules, find_linears
 from loradeploy.export.match.modules.identity import CheckpointWeights
 from loradeploy.export.match.modules.mapping import ModuleMap
 from loradeploy.export.match.modules.naming import Namer, by_graph, first_of, keeping_fused
 from loradeploy.export.match.modules.wrappers import name_parts
-from loradeploy.export.match.operators import GROUP_QUERY_ATTENTION, unreached_layers
+from loradeploy.export.match.operators import GROUP_QUERY_ATTENTION, is_unreached, unreached_layers
 from loradeploy.export.match.own_factors import own_factor
 from loradeploy.export.match.products import products
+from loradeploy.export.read.later_calls import similar_later_calls
 from loradeploy.export.read.normalize import SCALE
 from loradeploy.export.read.reach import check_reached
 from loradeploy.export.read.source import read_config
@@ -129,6 +132,13 @@ def find_modules(
     unknown = _unknown_users(model.graph, findings)
     findings = _without(findings, needed, _scaled_by_module)
     findings = _without(findings, needed, partial(_called_elsewhere, unknown))
+    similar = {
+        linear.module: (first.module, later.module)
+        for first, later in similar_later_calls(model.graph, findings.linears)
+        for linear in (first, later)
+        if later.module not in needed  # else two modules
+    }
+    findings = _without(findings, needed, partial(_called_with_other_weight, similar))
     if weights is None:
         findings = _without(findings, needed, _scaled)
         if not proven:
@@ -335,8 +345,30 @@ def _scaled_by_module(linear: Linear) -> _Doubt | None:
 
 def _unknown_users(graph: ir.Graph, findings: Findings) -> dict[ir.Value, ir.Node]:
     """A product of no known module by its weight."""
-    known = {node for linear in findings.linears.values() for node in linear.nodes}
-    return {p.weight: p.node for p in products(graph) if p.node not in known}
+    linears = findings.linears.values()
+    known = {node for linear in linears for node in linear.nodes}
+    found = {p.weight: p.node for p in products(graph) if p.node not in known}
+    for node in graph:  # a later call may be fused with others, as ALBERT's into Attention
+        if is_unreached(node):
+            for linear in linears:
+                if any(v is not None and _contains(v, linear) for v in node.inputs):
+                    found[linear.weight] = node
+    return found
+
+
+def _contains(value: ir.Value, linear: Linear) -> bool:
+    """Whether a constant [in, outputs of several layers] has the weight of `linear` as a part."""
+    size, constant = linear.out_features, value.const_value
+    if linear.quantized or constant is None or linear.weight.const_value is None:
+        return False
+    shape = constant.shape.numpy()
+    if len(shape) != 2 or shape[0] != linear.in_features or shape[1] % size:
+        return False
+    weight, columns = constant_of(linear.weight), constant_of(value)
+    weight = weight.T if linear.transposed else weight
+    return any(
+        np.array_equal(columns[:, at : at + size], weight) for at in range(0, shape[1], size)
+    )
 
 
 def _called_elsewhere(unknown: Mapping[ir.Value, ir.Node], linear: Linear) -> _Doubt | None:
@@ -352,6 +384,20 @@ def _called_elsewhere(unknown: Mapping[ir.Value, ir.Node], linear: Linear) -> _D
         f"{where} has the same weight, and no name says whether it is another call of this module:"
         " identify it in `module_map`",
         warning=f"{where}, of no known module, has the same weight",
+    )
+
+
+def _called_with_other_weight(
+    similar: Mapping[str, tuple[str, str]], linear: Linear
+) -> _Doubt | None:
+    """Doubt about a layer that may be called twice, with two copies of its weight that differ."""
+    if linear.module not in similar:
+        return None
+    first, later = similar[linear.module]
+    return _Doubt(
+        f"{later} may be another call of it, with a copy of its weight that differs, as if only"
+        " one was quantized: give the graph before that",
+        warning=f"{first} and {later} may be one module with two different weights",
     )
 
 

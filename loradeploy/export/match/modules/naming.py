@@ -74,7 +74,7 @@ def by_graph(product: Product) -> Named | None:
     if found is None:
         return None
     module, found_by = found
-    module = _at_first_call(product, module)
+    module = _as_first_called(product, module)
     return Named(_unfused(product, module, found_by), found_by)
 
 
@@ -108,13 +108,19 @@ def module_of(node: ir.Node) -> tuple[str, str] | None:
     return module, "node name"
 
 
-def _at_first_call(product: Product, module: str) -> str:
-    """The name of a module in its first call, if this product is a later call with its weight."""
+def at_first_call(module: str) -> str | None:
+    """The name that `module` has in its first call, if it may be the name of a later call."""
     later = _LATER_CALL.fullmatch(module)
-    if later is None:
+    return None if later is None else later[1]
+
+
+def _as_first_called(product: Product, module: str) -> str:
+    """The name of a module in its first call, if this product is a later call with its weight."""
+    first = at_first_call(module)
+    if first is None:
         return module
     same = (module_of(node) for node in users_of(product.weight) if node is not product.node)
-    return later[1] if any(found is not None and found[0] == later[1] for found in same) else module
+    return first if any(found is not None and found[0] == first for found in same) else module
 
 
 def _as_exported(name: str) -> str:
