@@ -39,6 +39,7 @@ from loradeploy.bundle.text.beside import vocabulary_of
 from loradeploy.bundle.text.settings import read_settings, settings_in_config
 from loradeploy.bundle.text.tokenizer import Tokenizer
 from loradeploy.bundle.text.tokenizer_files import GENERATION_NAME, TOKENIZER_NAME
+from loradeploy.bundle.trained_config import warn_of_trained_config
 from loradeploy.errors import ExportError, ModelError, UsageError
 from loradeploy.export.genai import audio_processor, genai_config, whisper_config
 from loradeploy.export.graph.halves import with_digests, write_halves
@@ -257,6 +258,7 @@ def _text(
     """Copy the text files of the adapter `name` beside its weights."""
     if name not in content.directories:
         return None
+    warn_of_trained_config(name, content.directories[name], content.config)
     output = directory / ADAPTERS_DIRECTORY / name
     own = tokens_of(content.adapters[name], manifest)
     vocabulary = vocabulary_of(manifest, content.config) if own is None else own
@@ -286,6 +288,7 @@ def _write_assets(directory: Path, manifest: Manifest, content: Content) -> Mani
         correct_tokenizer(content.assets, directory, vocabulary_of(manifest, content.config))
     config = dict(content.config)
     for name, source in content.merged.items():
+        warn_of_trained_config(name, source, content.config)
         config |= replace_texts(name, source, directory, manifest, content.config)
     if content.vocabulary is not None:
         config = without_lost_ids(directory, config, content.vocabulary, manifest.task)

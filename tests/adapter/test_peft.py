@@ -122,6 +122,21 @@ def test_every_float_dtype_is_read(dtype: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(arrays["x"], values.float().numpy())
 
 
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_every_float8_number_is_read_as_in_pytorch(dtype: str, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import save_file
+
+    values = torch.arange(256, dtype=torch.uint8).view(getattr(torch, dtype))
+    values = values[values.float().isfinite()].reshape(2, -1)
+    save_file({"x": values}, tmp_path / "x.safetensors")
+    arrays, _ = read_arrays(tmp_path / "x.safetensors", error=AdapterError)
+    np.testing.assert_array_equal(arrays["x"], values.float().numpy())
+    save_file({"x": torch.full((1,), torch.nan).to(values.dtype)}, tmp_path / "x.safetensors")
+    with pytest.raises(AdapterError, match="not finite"):
+        read_arrays(tmp_path / "x.safetensors", error=AdapterError)
+
+
 def test_the_digest_depends_on_values_and_not_on_dtype_or_key_spelling() -> None:
     half = {"l.q": Factors(np.ones((2, 3), np.float16), np.ones((4, 2), np.float16))}
     spelled = AdapterConfig(

@@ -95,6 +95,19 @@ def mlx() -> Case:
     )
 
 
+def mlx_vision() -> Case:
+    """y = W x + alpha · (x A) B; alpha is not divided by the rank."""
+    tensors, right, wrong = {}, {}, {}
+    for module, shape in {
+        "model.layers.0.self_attn.k_proj": (32, 16),
+        "model.layers.1.mlp.down_proj": (48, 32),
+    }.items():
+        a, b = random(shape[0], 4), random(4, shape[1])
+        tensors |= {f"{module}.A": a, f"{module}.B": b}
+        right[module], wrong[module] = plus(1.5 * (a @ b).T), plus(1.5 / 4 * (a @ b).T)
+    return Case("llama", tensors, right, wrong, {"rank": 4, "alpha": 1.5, "dropout": 0.1})
+
+
 def mlx_dora() -> Case:
     """W' = m · (W + scale · (a b)ᵀ) / ‖W + scale · (a b)ᵀ‖, with row norms."""
     module = "model.layers.0.self_attn.v_proj"
@@ -328,6 +341,7 @@ def state_dict() -> Case:
 CASES: dict[str, Callable[[], Case]] = {
     "mlx-lm": mlx,
     "mlx-lm, DoRA": mlx_dora,
+    "mlx-vlm": mlx_vision,
     "torchtune, rotary order": torchtune,
     "torchtune, Qwen2": lambda: torchtune("qwen2"),
     "AdapterHub": adapter_hub,
@@ -432,6 +446,16 @@ REFUSED: dict[str, tuple[Callable[[], Case], str]] = {
     "experts": (
         lambda: change(mlx(), tensors={k: v[None] for k, v in mlx().tensors.items()}),
         "factors for each expert",
+    ),
+    "mlx-vlm, another rank": (
+        lambda: change(mlx_vision(), config={"rank": 8, "alpha": 1.5}),
+        "lora_a is .*, 4., .in, rank. with the config's rank 8 is needed",
+    ),
+    "mlx-vlm, a trained projector": (
+        lambda: change(
+            mlx_vision(), tensors={**mlx_vision().tensors, "projector.weight": random(4, 4)}
+        ),
+        "projector.weight is not part of a LoRA",
     ),
     "half a module": (
         lambda: change(mlx(), tensors={"l.q.lora_a": random(8, 4)}),

@@ -29,6 +29,7 @@ class Form:
 
 
 MLX: Final = Form(f"is an adapter of mlx-lm (lora_a, lora_b), not of PEFT: {_CONVERT}")
+MLX_VISION: Final = Form(f"is an adapter of mlx-vlm (A, B), not of PEFT: {_CONVERT}")
 KOHYA: Final = Form(
     "is an adapter of kohya's sd-scripts (lora_down, lora_up): convert that of a text encoder with"
     " loradeploy convert ADAPTER --model BASE --output DIR; for a diffusion model, which is not"
@@ -155,6 +156,8 @@ def form_of_tensors(shapes: Mapping[str, tuple[int, ...]]) -> Form | None:
         return JINA
     if any(key.endswith((".lora_a", ".lora_b")) for key in shapes):
         return MLX
+    if any(_is_pair(key, shapes) for key in shapes):
+        return MLX_VISION
     if any(key.endswith((".lora_a.weight", ".lora_b.weight")) for key in shapes):
         return TORCHTUNE
     if any(_LORAS.search(key) for key in shapes):
@@ -164,6 +167,13 @@ def form_of_tensors(shapes: Mapping[str, tuple[int, ...]]) -> Form | None:
     if any(_NAMED.search(key) for key in shapes):
         return NAMED
     return None
+
+
+def _is_pair(key: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether `key` is M.A [in, rank], and the file has M.B [rank, out]."""
+    module, _, half = key.rpartition(".")
+    other = shapes.get(f"{module}.B", ())
+    return half == "A" and len(shapes[key]) == len(other) == 2 and shapes[key][1] == other[0]
 
 
 def other_tensors(shapes: Mapping[str, tuple[int, ...]]) -> str | None:

@@ -3,8 +3,8 @@
 The `safetensors` library checks the header (length, JSON, dtypes, offsets without gaps or overlap,
 size of the file). Adapters are read into memory and checked there: if another process truncates a
 mapped file, this process dies (SIGBUS), and if it writes to one, the data changes after the check.
-Only the weights of a base model, which are large and read once, are mapped. bfloat16, which numpy
-lacks, is converted to float32.
+Only the weights of a base model, which are large and read once, are mapped. bfloat16 and, in
+adapters, float8, which numpy lacks, are converted to float32.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -177,13 +177,37 @@ def read_arrays(
     stored, metadata = read_tensors(path, error=error)
     arrays = {}
     for name, tensor in stored.items():
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype in _FLOAT8:
+            values = _FLOAT8[tensor.dtype](tensor.raw).reshape(tensor.shape)
+        elif tensor.dtype in _DTYPES:
+            values = np.array(tensor.array())  # an aligned copy
+        else:
             raise error(f"{path}: {name} has the dtype {tensor.dtype}, which is not supported")
-        values = np.array(tensor.array())  # an aligned copy
         if values.dtype.kind == "f" and not _fit_float32(values):
             raise error(f"{path}: {name} has values that are not finite (NaN or infinite)")
         arrays[name] = values
     return arrays, metadata
+
+
+def _of_e4m3(raw: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """float8_e4m3fn: 4 bits of exponent with a bias of 7, 3 of mantissa, no infinity."""
+    exponent, mantissa = (raw >> 3 & 15).astype(np.int32), (raw & 7).astype(np.float32)
+    scaled = np.where(exponent == 0, mantissa, mantissa + 8)
+    values = np.ldexp(scaled, np.maximum(exponent, 1) - 10)
+    values[raw & 127 == 127] = np.nan
+    signed: NDArray[np.float32] = np.where(raw >> 7, -values, values).astype(np.float32)
+    return signed
+
+
+def _of_e5m2(raw: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """float8_e5m2: the upper byte of a float16."""
+    upper = raw.astype(np.uint16)
+    upper <<= 8
+    return upper.view(np.float16).astype(np.float32)
+
+
+# Only for adapters: a base's float8 weights have scales beside them.
+_FLOAT8: Final = {"F8_E4M3": _of_e4m3, "F8_E5M2": _of_e5m2}
 
 
 def _fit_float32(values: NDArray[Any]) -> bool:

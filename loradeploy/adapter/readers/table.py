@@ -16,6 +16,7 @@ from loradeploy.adapter.files.formats import (
     JINA,
     KOHYA,
     MLX,
+    MLX_VISION,
     NAMED,
     TORCHTUNE,
     Form,
@@ -42,6 +43,7 @@ READERS: Final[Mapping[Form, Callable[[Source], Adapter]]] = {
     JINA: jina.read,
     KOHYA: diffusion.read,
     MLX: mlx.read,
+    MLX_VISION: mlx.read_vision,
     NAMED: named.read,
     TORCHTUNE: torchtune.read,
 }

@@ -23,6 +23,8 @@ from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.model_config import model_config
 from loradeploy.bundle.names import DEFAULTS_NAME, NATIVE_SUFFIX
 from loradeploy.bundle.proof.certificate import parity_command
+from loradeploy.bundle.text.beside import text_directory
+from loradeploy.bundle.trained_config import warn_of_trained_config
 from loradeploy.errors import (
     AdapterError,
     AdapterMismatchError,
@@ -119,6 +121,7 @@ class AdapterReader:
                 its files changed during each of several attempts.
         """
         arrays, digest, head = _of_one_version(source, lambda: self._read(source, name))
+        warn_of_trained_config(name, text_directory(source), model_config(self.directory))
         if self.certified is not None and digest not in self.certified:
             form = ""
             if source.suffix == NATIVE_SUFFIX:
