@@ -121,12 +121,6 @@ inline Seen seen_in_block(const Attention& own, int64_t batch, int64_t head, int
 
 typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
 
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_shufflevector)
-#define LORADEPLOY_SHUFFLES
-#endif
-#endif
-
 #ifdef LORADEPLOY_SHUFFLES
 // The four floats at `place`, `place + 4 · stride`, …: as many as fit into a vector.
 inline Floats fours_at(const float* place, int64_t stride) {
@@ -204,17 +198,18 @@ inline void transpose_keys(const float* keys, int64_t stride, int count, int64_t
 
 // -- products --------------------------------------------------------------------------------------
 
-// scores[row][0…vectors · kLanes) = Σ_i q[i][row] panel[i][…]; `q`: [size, rows].
+// scores[row][0…vectors · kLanes) = Σ_i q[row][i] panel[i][…].
 template <int rows, int vectors>
-void score_vectors(const float* q, const float* panel, int64_t size, float* scores) {
+void score_vectors(const float* const* queries, const float* panel, int64_t size, float* scores) {
+  const float* q[rows];
+  for (int row = 0; row < rows; ++row) q[row] = queries[row];
   Floats sums[rows][vectors] = {};
   for (int64_t i = 0; i < size; ++i) {
     Floats k[vectors];
     for (int vector = 0; vector < vectors; ++vector) k[vector] = load(panel + vector * kLanes);
     for (int row = 0; row < rows; ++row) {
-      for (int vector = 0; vector < vectors; ++vector) sums[row][vector] += k[vector] * q[row];
+      for (int vector = 0; vector < vectors; ++vector) sums[row][vector] += k[vector] * q[row][i];
     }
-    q += rows;
     panel += kPanel;
   }
   for (int row = 0; row < rows; ++row) {
@@ -226,7 +221,7 @@ void score_vectors(const float* q, const float* panel, int64_t size, float* scor
 
 // The scores of the vectors from `first` up to `last` of a block.
 template <int rows>
-void score(const float* q, const float* panels, int64_t size, int first, int last, float* scores) {
+void score(const float* const* q, const float* panels, int64_t size, int first, int last, float* scores) {
   for (int vector = first; vector < last;) {
     const int in_panel = vector % kVectors;
     const int count = std::min(kVectors - in_panel, last - vector);
@@ -338,15 +333,15 @@ inline void exponentiate(float* row, const Seen& seen, int first, int last, floa
       }
       score = score + bias;
     }
-    if (!inside) score = select(visible, score, all(-kInfinity));
+    if (!inside) score = visible ? score : all(-kInfinity);
     store(row + key, score);
-    most = select(score > most, score, most);
+    most = larger(score, most);
   }
   *largest = largest_of(most);
   const float shift = *largest == -kInfinity ? 0.0f : *largest;  // -inf - -inf is NaN
   Floats sums{};
   for (int vector = first; vector < last; ++vector) {
-    const Floats weight = exponential(load(row + vector * kLanes) - shift);
+    const Floats weight = exponential<false>(load(row + vector * kLanes) - shift);
     store(row + vector * kLanes, weight);
     sums = sums + weight;
   }
@@ -366,7 +361,7 @@ __attribute__((noinline)) inline void merge(Merged& row, float* values, const Me
   Floats exponents{};
   exponents[0] = row.largest - shift;
   exponents[1] = part.largest - shift;
-  const Floats factors = exponential(exponents);
+  const Floats factors = exponential<false>(exponents);
   const float own = factors[0], other = factors[1];
   row = {largest, row.sum * own + part.sum * other};
   for (int64_t i = 0; i < size; i += kLanes) {
@@ -391,23 +386,24 @@ class Scratch {
   Scratch(const Attention& own, int64_t queries) {
     const int64_t rows = queries * own.group();
     const int64_t width = rounded_up(own.value_size, kLanes);
-    const int64_t sizes[] = {rows * own.size,      kKeys * own.size, kKeys * width,
-                             kRows * kKeys,        kRows * width,    rows * width,
-                             rows * int64_t{kKeys}};
+    const int64_t sizes[] = {kKeys * own.size, kKeys * width, kRows * kKeys,
+                             kRows * width,    rows * width,  rows * int64_t{kKeys}};
     int64_t total = 0;
     for (int64_t size : sizes) total += rounded_up(size, 16);
     memory_.reset(new float[total + 16]);
     auto place = reinterpret_cast<uintptr_t>(memory_.get());
     float* next = memory_.get() + (64 - place % 64) % 64 / sizeof(float);
-    float** const pointers[] = {&q, &keys, &values, &scores, &sums, &merged_values, &bias};
+    float** const pointers[] = {&keys, &values, &scores, &sums, &merged_values, &bias};
     for (size_t at = 0; at < std::size(sizes); ++at) {
       *pointers[at] = next;
       next += rounded_up(sizes[at], 16);
     }
+    q.resize(rows);
     merged.resize(rows);
     seen.resize(rows);
   }
-  float *q, *keys, *values, *scores, *sums, *merged_values, *bias;
+  float *keys, *values, *scores, *sums, *merged_values, *bias;
+  std::vector<const float*> q;
   std::vector<Merged> merged;
   std::vector<Seen> seen;
 
@@ -433,13 +429,8 @@ inline void run(const Attention& own, const Task& task, Scratch& scratch) {
   // Row = query · group + head: the rows of a tile see nearly the same keys.
   const auto head_of = [&](int64_t row) { return task.head * group + row % group; };
   const auto query_of = [&](int64_t row) { return task.begin + row / group; };
-  for (int64_t tile = 0; tile < rows; tile += kRows) {
-    const int64_t count = std::min<int64_t>(kRows, rows - tile);
-    float* q = scratch.q + tile * own.size;
-    for (int64_t row = 0; row < count; ++row) {
-      const float* from = own.q.at(task.batch, head_of(tile + row), query_of(tile + row));
-      for (int64_t i = 0; i < own.size; ++i) q[i * count + row] = from[i];
-    }
+  for (int64_t row = 0; row < rows; ++row) {
+    scratch.q[row] = own.q.at(task.batch, head_of(row), query_of(row));
   }
   const bool keeps = task.parts != nullptr;
   if (!keeps) {
@@ -493,7 +484,7 @@ inline void run(const Attention& own, const Task& task, Scratch& scratch) {
       Merged part[kRows];
       if (begin < end) {
         const int first = begin / kLanes, last = (end + kLanes - 1) / kLanes;
-        with_rows<Score>(count, scratch.q + tile * own.size, scratch.keys, own.size, first, last,
+        with_rows<Score>(count, scratch.q.data() + tile, scratch.keys, own.size, first, last,
                          scratch.scores);
         for (int row = 0; row < count; ++row) {
           exponentiate(scratch.scores + row * kKeys, scratch.seen[tile + row], first, last,

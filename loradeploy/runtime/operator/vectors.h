@@ -24,18 +24,19 @@ inline void store(float* place, Floats numbers) { *reinterpret_cast<Floats*>(pla
 inline Floats all(float number) { return number - Floats{}; }
 inline Integers bits_of(Floats numbers) { return reinterpret_cast<Integers>(numbers); }
 inline Floats floats_of(Integers bits) { return reinterpret_cast<Floats>(bits); }
-// chosen ? one : other, in each lane
-inline Floats select(Integers chosen, Floats one, Floats other) {
-  return floats_of((bits_of(one) & chosen) | (bits_of(other) & ~chosen));
-}
 
 inline constexpr int32_t kLaneNumbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// e^x in each lane, within 1 ulp: 0 below -87.3 (no denormal numbers), infinity above 88.3, and NaN
+// e^x in each lane, within 1 ulp: 0 below -87 (no denormal numbers), infinity above 88.3, and NaN
 // for NaN. e^x = 2^n e^r with n = round(x / ln 2) and |r| ≤ ln 2 / 2.
+//
+// `upwards`: whether x may be above 0.
+template <bool upwards = true>
 inline Floats exponential(Floats x) {
+  x = x < -104.0f ? all(-104.0f) : x;  // NaN stays NaN
+  if constexpr (upwards) x = x > 89.0f ? all(89.0f) : x;
   const Floats rounding = all(12582912.0f);  // 1.5 · 2²³: adding it rounds to whole numbers
   const Floats shifted = x * 1.44269504088896341f + rounding;
   const Floats n = shifted - rounding;
@@ -49,10 +50,13 @@ inline Floats exponential(Floats x) {
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  const Integers power = (bits_of(shifted) - bits_of(rounding) + 127) << 23;
-  Floats result = p * floats_of(power);
-  result = select(x < -87.3f, all(0.0f), result);
-  return select(x > 88.3f, all(kInfinity), result);
+  Integers power = bits_of(shifted) - (bits_of(rounding) - 127);
+  power = power > 1 ? power : Integers{};  // 2^n = 0
+  if constexpr (upwards) {
+    const Integers infinite = Integers{} + 255;
+    power = power > infinite ? infinite : power;
+  }
+  return p * floats_of(power << 23);
 }
 
 // tanh(x) in each lane: a series near 0, where 1 - 2 / (e^2x + 1) would lose digits.
@@ -64,27 +68,49 @@ inline Floats hyperbolic_tangent(Floats x) {
   series = series * square - 0.333333333f;
   const Floats near = x + x * square * series;
   const Floats far = 1.0f - 2.0f / (exponential(x + x) + 1.0f);
-  return select((x < 0.25f) & (x > -0.25f), near, far);
+  const Floats size = x < 0.0f ? -x : x;
+  return size < 0.25f ? near : far;
+}
+
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define LORADEPLOY_SHUFFLES
+#endif
+#endif
+
+// The lanes, each in place of the one at the distance `half`.
+template <int half>
+inline Floats turned(Floats numbers) {
+#if !defined(LORADEPLOY_SHUFFLES)
+  Floats result;
+  for (int lane = 0; lane < kLanes; ++lane) result[lane] = numbers[lane ^ half];
+  return result;
+#elif defined(__AVX512F__)
+  return __builtin_shufflevector(
+      numbers, numbers, 0 ^ half, 1 ^ half, 2 ^ half, 3 ^ half, 4 ^ half, 5 ^ half, 6 ^ half,
+      7 ^ half, 8 ^ half, 9 ^ half, 10 ^ half, 11 ^ half, 12 ^ half, 13 ^ half, 14 ^ half, 15 ^ half);
+#elif defined(__AVX__)
+  return __builtin_shufflevector(numbers, numbers, 0 ^ half, 1 ^ half, 2 ^ half, 3 ^ half, 4 ^ half,
+                                 5 ^ half, 6 ^ half, 7 ^ half);
+#else
+  return __builtin_shufflevector(numbers, numbers, 0 ^ half, 1 ^ half, 2 ^ half, 3 ^ half);
+#endif
 }
 
 inline float sum_of(Floats numbers) {
-  float lanes[kLanes];
-  std::memcpy(lanes, &numbers, sizeof lanes);
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-  }
-  return lanes[0];
+  if constexpr (kLanes == 16) numbers = numbers + turned<8>(numbers);
+  if constexpr (kLanes >= 8) numbers = numbers + turned<4>(numbers);
+  numbers = numbers + turned<2>(numbers);
+  return (numbers + turned<1>(numbers))[0];
 }
 
+inline Floats larger(Floats one, Floats other) { return one > other ? one : other; }
+
 inline float largest_of(Floats numbers) {
-  float lanes[kLanes];
-  std::memcpy(lanes, &numbers, sizeof lanes);
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int lane = 0; lane < half; ++lane) {
-      lanes[lane] = lanes[lane] > lanes[lane + half] ? lanes[lane] : lanes[lane + half];
-    }
-  }
-  return lanes[0];
+  if constexpr (kLanes == 16) numbers = larger(numbers, turned<8>(numbers));
+  if constexpr (kLanes >= 8) numbers = larger(numbers, turned<4>(numbers));
+  numbers = larger(numbers, turned<2>(numbers));
+  return larger(numbers, turned<1>(numbers))[0];
 }
 
 }  // namespace loradeploy
