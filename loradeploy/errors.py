@@ -17,7 +17,7 @@
     │   ├── EngineClosedError       the engine is closed or draining
     │   └── DeadlineError           the request's deadline passed before it ended
     ├── DeviceError             an execution provider whose results differ from the CPU's
-    ├── OperatorError           the operator's library cannot be built, or cannot be used here
+    ├── OperatorError           the operators' library cannot be built, or cannot be used here
     ├── BundleError             a bundle that is broken, or does not match its manifest
     ├── ExportError             a model or graph that cannot be exported as requested
     ├── OutputError             a file that cannot be written, as on a full disk (also an OSError)

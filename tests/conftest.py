@@ -270,7 +270,7 @@ def topics_of_news(minilm: Path, bbc: Path, shared: Path) -> Topics:
 
 @pytest.fixture(scope="session")
 def operator_library(shared: Path) -> Path:
-    """The operator's library, built here; without a compiler, the test is skipped."""
+    """The operators' library, built here; without a compiler, the test is skipped."""
     from loradeploy.errors import MissingDependencyError
     from loradeploy.runtime.operator.build import build_operator
 

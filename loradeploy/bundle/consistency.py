@@ -8,7 +8,16 @@ from loradeploy.adapter.fitting.towers import TOWERS
 from loradeploy.adapter.heads import PROBLEM_TYPES
 from loradeploy.adapter.tasks import TASKS
 from loradeploy.bundle.fields import LARGEST
-from loradeploy.bundle.names import LAYOUTS, LEFT, MANIFEST_NAME, NO_PADDING, RIGHT, SLOTS
+from loradeploy.bundle.names import (
+    LAYOUTS,
+    LEFT,
+    LORA_ADD_OPERATOR,
+    MANIFEST_NAME,
+    NO_PADDING,
+    OPERATORS,
+    RIGHT,
+    SLOTS,
+)
 from loradeploy.bundle.run_target import BY_TARGET
 from loradeploy.bundle.targets import check_names, check_slices, check_specs, check_stored
 from loradeploy.errors import BundleError, shortened, shown
@@ -28,17 +37,7 @@ def check_consistency(manifest: Manifest) -> None:
         raise BundleError(
             f"{MANIFEST_NAME}: layout is {shown(manifest.layout)}, not one of {LAYOUTS}"
         )
-    if manifest.operator and (
-        manifest.mode == "merged"
-        or manifest.layout != SLOTS
-        or manifest.branches
-        or manifest.encoder is not None
-        or manifest.factor_dtype != "float32"
-    ):
-        raise BundleError(
-            f"{MANIFEST_NAME}: operator is for float32 side inputs in the layout {SLOTS!r}, without"
-            " branches and in one graph"
-        )
+    _check_operators(manifest)
     if manifest.target is not None and manifest.target not in BY_TARGET:
         raise BundleError(
             f"{MANIFEST_NAME}: target {shown(manifest.target)} is not one of {', '.join(BY_TARGET)}"
@@ -135,4 +134,23 @@ def _check_added(manifest: Manifest, added: AddedTokens) -> None:
         raise BundleError(
             f"{MANIFEST_NAME}: added_tokens states {shown(added.count)} rows after"
             f" {shown(added.base)}, which the layers of the graph do not have"
+        )
+
+
+def _check_operators(manifest: Manifest) -> None:
+    """Raise BundleError for operators that are unknown, or that the graph's form excludes."""
+    unknown = [name for name in manifest.operators if name not in OPERATORS]
+    if unknown:
+        raise BundleError(
+            f"{MANIFEST_NAME}: the operator {shown(unknown[0])} is not one of"
+            f" {', '.join(OPERATORS)}"
+        )
+    if manifest.operators and manifest.encoder is not None:
+        raise BundleError(f"{MANIFEST_NAME}: operators are for one graph, not for an encoder's too")
+    if manifest.takes_ranks and (
+        manifest.mode == "merged" or manifest.layout != SLOTS or manifest.factor_dtype != "float32"
+    ):
+        raise BundleError(
+            f"{MANIFEST_NAME}: {LORA_ADD_OPERATOR} is for float32 side inputs in the layout"
+            f" {SLOTS!r}"
         )

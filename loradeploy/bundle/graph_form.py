@@ -21,6 +21,7 @@ from loradeploy.bundle.names import (
     PIXEL_VALUES,
     REQUIRED_NAME,
     ROWS,
+    SLOTS,
 )
 from loradeploy.bundle.run_target import RUN_TARGETS, check_runs, choice_of
 from loradeploy.bundle.targets import takes_tokens
@@ -70,7 +71,7 @@ class GraphForm:
     `merge`: an adapter is merged into the weights. `layout` and `branches` are then None, because
     there are no side inputs.
     `side_inputs`: the kinds of side inputs in the graph, except lora.
-    `operator`: whether low-rank updates are calls that the operator's library can replace.
+    `operator`: whether nodes are calls that the operators' library can replace.
     `static_shapes`: the sizes of static dimensions.
     `logits_to_keep`: whether the positions that get logits can be chosen.
     `quantize_embedding`: the token embedding is stored in 8 bits.
@@ -113,12 +114,6 @@ class FormOption:
 
 
 _NO_SIDE_INPUTS: Final = "a merged graph has no side inputs"
-# Values of other options that the operator cannot be combined with, and why.
-_NOT_WITH_OPERATOR: Final = (
-    ("layout", ROWS, "it reads the slot of each row"),
-    ("branches", True, "it costs an idle graph nothing that branches could save"),
-    ("precision", "fp16", "it computes in fp32"),
-)
 
 FORM_OPTIONS: Final = (
     FormOption(
@@ -128,7 +123,7 @@ FORM_OPTIONS: Final = (
         "off",
         inherited=False,
         excludes=dict.fromkeys(
-            ("layout", "branches", "side_inputs", "required_inputs", "operator"), _NO_SIDE_INPUTS
+            ("layout", "branches", "side_inputs", "required_inputs"), _NO_SIDE_INPUTS
         ),
         switch=True,
     ),
@@ -151,7 +146,7 @@ FORM_OPTIONS: Final = (
         "--layout",
         "Layout of side inputs: rows, where slot i belongs to row i, which is faster, or slots,"
         " which adapter_ids selects for each row.",
-        "rows; slots if embeddings have factors",
+        "rows; slots if embeddings have factors, and with --operator",
         LAYOUTS,
     ),
     FormOption(
@@ -159,7 +154,7 @@ FORM_OPTIONS: Final = (
         "--branches/--no-branches",
         "Give the base its own branch of the graph, so that idle side inputs cost nothing. With"
         " fp32 and fp16 each branch takes memory for its weights.",
-        "on for int8 and int4",
+        "on for int8 and int4; off with --operator",
     ),
     FormOption(
         "required_inputs",
@@ -171,10 +166,9 @@ FORM_OPTIONS: Final = (
     FormOption(
         "operator",
         "--operator/--no-operator",
-        "Make each low-rank update a call that the library of `loradeploy operator` can replace, so"
-        " that mixed batches read every adapter once and only up to its rank. Clients without the"
-        " library run the same file with standard operators. Uses slots and no branches; fp32 side"
-        " inputs only.",
+        "Make low-rank updates, products of int8 and int4 weights and attention calls that the"
+        " library of `loradeploy operator` can replace by its kernels for the CPU. Clients without"
+        " the library run the same file with standard operators. Low-rank updates need slots.",
         "off",
     ),
     FormOption(
@@ -229,12 +223,16 @@ def is_packed(precision: str) -> bool:
     return precision in PACKED_BITS
 
 
-def default_of(option: str, precision: str, target: str | None) -> Any:
-    """The value of an option that is not given, if the graph can have any of its values."""
+def default_of(option: str, precision: str, target: str | None, *, operator: bool = False) -> Any:
+    """The value of an option that is not given, if the graph can have any of its values.
+
+    `operator`: whether that option is given. Its low-rank updates need slots, and cost an idle
+    graph nothing that branches could save.
+    """
     packed = is_packed(precision)
     own = {
-        "layout": ROWS,
-        "branches": packed,
+        "layout": SLOTS if operator else ROWS,
+        "branches": packed and not operator,
         "required_inputs": False,
         "operator": False,
         "logits_to_keep": True,
@@ -266,7 +264,7 @@ def form_of(manifest: Manifest) -> GraphForm:
         attention=GQA if manifest.cache_in_place else STANDARD,
         side_inputs=frozenset(kind for kind, present in kinds.items() if present),
         required_inputs=REQUIRED_NAME in manifest.files,
-        operator=manifest.operator,
+        operator=bool(manifest.operators),
         static_shapes=dict(_static(manifest)),
         logits_to_keep=manifest.logits_to_keep,
         quantize_embedding=manifest.quantized_embedding is not None,
@@ -309,10 +307,10 @@ def check_form(asked: Mapping[str, Any]) -> None:
                 f"`layout='rows'` and `side_inputs=['{kind}']` do not go together: factors of"
                 " embeddings need slot numbers"
             )
-    if asked.get("operator"):
-        for name, value, reason in _NOT_WITH_OPERATOR:
-            if asked.get(name) == value:
-                raise UsageError(f"`{name}={value!r}` and `operator` do not go together: {reason}")
+    if asked.get("operator") and asked.get("precision") == "fp16":
+        raise UsageError(
+            "`precision='fp16'` and `operator` do not go together: its kernels compute in fp32"
+        )
     _check_embedding(asked)
     known = {name: value for name, value in asked.items() if value is not None}
     check_runs(asked.get("target"), known)
@@ -338,9 +336,8 @@ def inherit(asked: Mapping[str, Any], before: Manifest) -> dict[str, Any]:
     Options that have the default of the bundle's precision and target are not inherited: they get
     the default of the new ones, or what the graph can have. Neither are those that a new target
     sets. Options of side inputs are not inherited from or by merged graphs. Precision, attention
-    and the kinds of side inputs are properties of the graph itself.
-
-    The operator and the forms that it excludes are not inherited where the other is given.
+    and the kinds of side inputs are properties of the graph itself. A bundle that gets the operator
+    does not keep a layout and branches, with which it would do less.
 
     Raises:
         UsageError: a static shape is given with another size than the bundle has, or side inputs of
@@ -361,15 +358,16 @@ def inherit(asked: Mapping[str, Any], before: Manifest) -> dict[str, Any]:
         result["precision"] = smaller if smaller in PACKED_BITS else None
     precision = result.get("precision") or form.precision
     for name in ("layout", "branches", "required_inputs", "operator"):
-        if _conflicts(name, asked):
+        if name in ("layout", "branches") and asked.get("operator"):
             continue
         value = getattr(form, name)
         if result.get(name) is not None or (
             moved and choice_of(target, name, precision) is not None
         ):
             continue
-        if value != default_of(name, form.precision, form.target):
-            result[name] = None if asked.get("merge") or form.merge else value
+        if value != default_of(name, form.precision, form.target, operator=form.operator):
+            sides = name != "operator" and (asked.get("merge") or form.merge)
+            result[name] = None if sides else value
     sizes = dict(asked.get("fixed") or {})
     for name, size in sizes.items():
         if form.static_shapes.get(name, size) != size:
@@ -380,10 +378,3 @@ def inherit(asked: Mapping[str, Any], before: Manifest) -> dict[str, Any]:
             )
     result["fixed"] = {n: size for n, size in sizes.items() if n not in form.static_shapes}
     return result
-
-
-def _conflicts(name: str, asked: Mapping[str, Any]) -> bool:
-    """Whether the inherited value of `name` may contradict an option that is asked for."""
-    if name == "operator":
-        return any(asked.get(other) == value for other, value, _ in _NOT_WITH_OPERATOR)
-    return name in ("layout", "branches") and bool(asked.get("operator"))

@@ -23,6 +23,7 @@ from loradeploy.bundle.names import (
     KEPT,
     LEFT,
     LOGITS_TO_KEEP,
+    LORA_ADD_OPERATOR,
     MANIFEST_NAME,
     MROPE_POSITION_IDS,
     ROWS,
@@ -148,8 +149,8 @@ class Manifest:
     `layout`: layout of the side inputs: "slots", selected by `adapter_ids` for each row, or "rows",
     where slot i belongs to row i and the graph has no `adapter_ids`.
     `branches`: whether the graph has a separate branch for the base, selected by `adapter_mode`.
-    `operator`: whether low-rank updates are calls of the function loradeploy.LoraAdd, which the
-    operator's library can replace (export/passes/forms/operator.py).
+    `operators`: the functions of the domain loradeploy that the graph calls, which the operators'
+    library can replace (export/passes/operators/).
     `merge_error`: the rounding error of a merge in the precision of the graph.
     `requantized`: whether the merge dequantized and quantized weights of the source again.
     `padding`: the side on which rows of a batch are padded, as measured by the export: "left",
@@ -212,7 +213,7 @@ class Manifest:
     changed: tuple[OutputTarget, ...] = ()
     layout: str = SLOTS
     branches: bool = False
-    operator: bool = False
+    operators: tuple[str, ...] = ()
     padding: str = LEFT
     cache_in_place: bool = False
     merge_error: MergeError | None = None
@@ -241,6 +242,11 @@ class Manifest:
         """The names of the low-rank side inputs, in the order of the targets."""
         return tuple(name for target in self.targets for name in target.factors)
 
+    @property
+    def takes_ranks(self) -> bool:
+        """Whether the graph has the input `adapter_ranks`."""
+        return LORA_ADD_OPERATOR in self.operators
+
     def saved_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the parameters that adapters can replace, by name."""
         return {saved.parameter: saved.shape for saved in self.saved}
@@ -265,7 +271,7 @@ class Manifest:
         specs = [TensorSpec(name, self.factor_dtype, shape) for name, shape in shapes.items()]
         if specs and self.layout != ROWS:
             specs.append(TensorSpec(ADAPTER_IDS, "int64", ("rows",)))
-        if self.operator:
+        if self.takes_ranks:
             specs.append(TensorSpec(ADAPTER_RANKS, "int64", (RANKED, len(self.targets))))
         if self.branches:
             specs.append(TensorSpec(ADAPTER_MODE, "int64", (1,)))
@@ -298,6 +304,9 @@ class Manifest:
                 f"{MANIFEST_NAME}: format version {shown(version)}, this version of loradeploy"
                 f" reads {FORMAT_VERSION}: export the bundle again or upgrade loradeploy"
             )
+        if "operators" not in rest and isinstance(rest.get("operator"), bool):
+            # Earlier versions had one operator.
+            rest["operators"] = [LORA_ADD_OPERATOR] if rest.pop("operator") else []
         nested: dict[str, Any] = {
             "base": lambda value: noun(BaseIdentity, value, "base"),
             "inputs": lambda value: nouns(TensorSpec, value, "inputs"),

@@ -30,9 +30,17 @@ KEPT: Final = "kept"  # the dimension of the positions that logits_to_keep selec
 BASE, ROWS, SLOTS = "base", "rows", "slots"
 LEFT, RIGHT, NO_PADDING = "left", "right", "none"
 LAYOUTS: Final = (SLOTS, ROWS)  # of the first dimension of side inputs
-# The function that a graph calls for each low-rank update, and the operator that may replace it.
+# The functions that a graph may call, and the operators of the library that replace them. All but
+# the first, a low-rank update, stand for the standard node of the same name.
 OPERATOR_DOMAIN: Final = "loradeploy"
-OPERATOR_NAME: Final = "LoraAdd"
+LORA_ADD_OPERATOR: Final = "LoraAdd"
+MAT_MUL_N_BITS_OPERATOR: Final = "MatMulNBits"
+ATTENTION_OPERATOR: Final = "Attention"
+GROUP_QUERY_ATTENTION_OPERATOR: Final = "GroupQueryAttention"
+OPERATORS: Final = (
+    *(LORA_ADD_OPERATOR, MAT_MUL_N_BITS_OPERATOR),
+    *(ATTENTION_OPERATOR, GROUP_QUERY_ATTENTION_OPERATOR),
+)
 LOGITS: Final = "logits"
 LAST_HIDDEN_STATE: Final = "last_hidden_state"
 POOLER_OUTPUT: Final = "pooler_output"  # float [batch, size]

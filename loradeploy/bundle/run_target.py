@@ -51,7 +51,7 @@ class RunTarget:
 _NOT_FP16: Final = ("fp32", "bf16", "int8", "int4")
 _ROWS: Final = "rows gather nothing"
 _NO_OPERATOR: Final = Refusal(
-    {"operator": (True,)}, "the operator's library computes on the CPU, for target='cpu'"
+    {"operator": (True,)}, "the operators' library computes on the CPU, for target='cpu'"
 )
 
 RUN_TARGETS: Final = (

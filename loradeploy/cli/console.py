@@ -64,7 +64,7 @@ operator_option = click.option(
     "--operator",
     type=GivenPath(),
     metavar="FILE",
-    help="Compute low-rank updates with this library, which `loradeploy operator` built. The bundle"
+    help="Compute with the kernels of this library, which `loradeploy operator` built. The bundle"
     " must be exported with --operator.",
 )
 trust_option = click.option(

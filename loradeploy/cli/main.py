@@ -50,7 +50,7 @@ VERBS: Final = {
     "inspect": "Describe an adapter, a bundle or an ONNX file.",
     "serve": "Serve a bundle over HTTP with an OpenAI-compatible API.",
     "bench": "Time a bundle: base, adapters, swap, mixed batch.",
-    "operator": "Build the library that computes low-rank updates in mixed batches.",
+    "operator": "Build the library of kernels for bundles that were exported with --operator.",
     "doctor": "Check versions, execution providers and known problems.",
 }
 

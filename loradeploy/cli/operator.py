@@ -9,21 +9,23 @@ from loradeploy.cli.console import GivenPath, json_option, print_json, say
 
 @click.command(
     name="operator",
-    short_help="Build the library that computes low-rank updates in mixed batches.",
-    epilog="Example: loradeploy operator lora_add.so",
+    short_help="Build the library of kernels for bundles that were exported with --operator.",
+    epilog="Example: loradeploy operator operators.so",
 )
 @click.argument("output", type=GivenPath())
 @json_option
 def command(output: str, as_json: bool) -> None:
-    """Compile the operator's library to the file OUTPUT, for this machine's processor.
+    """Compile the operators' library to the file OUTPUT, for this machine's processor.
 
     It needs a C++ compiler: $CXX, or g++ or clang++. `run`, `bench`, `parity` and `serve` take the
     library as --operator OUTPUT, for bundles that were exported with --operator.
     """
     from loradeploy.runtime.operator.build import build_operator
+    from loradeploy.runtime.operator.library import check_library
 
     path = build_operator(output)
+    operators = sorted(check_library(path))
     if as_json:
-        print_json({"output": str(path)})
+        print_json({"output": str(path), "operators": operators})
     else:
-        say(f"wrote {path}")
+        say(f"wrote {path}, with kernels of {', '.join(operators)}")

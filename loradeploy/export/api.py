@@ -91,8 +91,10 @@ def export(
         target: the device that the bundle is for: "cpu", "cuda", "webgpu", "openvino" or "web".
             Sets the options that are not given to what runs on the device (see the table in
             docs/bundles.md), and refuses options that do not run there.
-        operator: make each low-rank update a call that the library of `loradeploy.build_operator`
-            can replace (docs/bundles.md). Clients without the library run the same file.
+        operator: make low-rank updates, products of int8 and int4 weights and attention calls that
+            the library of `loradeploy.build_operator` can replace (docs/bundles.md). Clients
+            without the library run the same file. Low-rank updates need the layout "slots", which
+            is then the default.
         trust_remote_code: run the Python files that a checkpoint's config names; they can do
             anything. Without it such a checkpoint is refused.
         overwrite: whether a bundle at `output` may be replaced.
@@ -200,6 +202,7 @@ def export(
         task=task,
         requantize=requantize,
         evidence=Evidence(checkpoint_directory, module_map),
+        operator_kept=operator is None,
         directories=directories,
     )
     with custom_code(trust_remote_code):

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Options:
-    """The options of an export: see `loradeploy.export`."""
+    """The options of an export: see `loradeploy.export`.
+
+    `operator_kept`: `operator` was not asked for, but is that of the bundle that is exported again.
+    """
 
     adapters: Mapping[str, Adapter]
     merge: bool
@@ -40,6 +43,7 @@ class Options:
     quantize_embedding: bool = False
     target: str | None = None
     operator: bool | None = None
+    operator_kept: bool = False
     directories: Mapping[str, Path] = field(default_factory=dict)
 
 

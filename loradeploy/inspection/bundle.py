@@ -104,7 +104,7 @@ class BundleFacts:
     factor_dtype: str | None
     layout: str | None
     branches: bool | None
-    operator: bool | None
+    operators: list[str]
     side_inputs: list[str] | None
     attention: str | None
     cache_in_place: bool
@@ -162,7 +162,7 @@ def inspect_bundle(path: Path) -> BundleFacts:
         factor_dtype=None if merged else manifest.factor_dtype,
         layout=form.layout,
         branches=form.branches,
-        operator=None if merged else form.operator,
+        operators=list(manifest.operators),
         side_inputs=None if merged else [LORA, *sorted(form.side_inputs)],
         attention=form.attention,
         cache_in_place=manifest.cache_in_place,

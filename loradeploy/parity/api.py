@@ -172,9 +172,9 @@ def parity(
         capture_graphs=capture_graphs,
         operator=None if operator is None else Path(operator),
     )
-    if operator is not None and not manifest.operator:
+    if operator is not None and not manifest.operators:
         raise UsageError(
-            f"`operator`: {path} has no calls of the operator: export it again with"
+            f"`operator`: {path} has no calls of operators: export it again with"
             " `loradeploy export --operator`"
         )
     interpreter = find_interpreter(genai_python)

@@ -89,8 +89,8 @@ class CheckContext:
 
     @property
     def operator(self) -> Path | None:
-        """The operator's library, if the current variant uses it and the graph has its calls."""
-        used = self.variant.provider in self.variants.operated and self.manifest.operator
+        """The operators' library, if the current variant uses it and the graph has calls."""
+        used = self.variant.provider in self.variants.operated and self.manifest.operators
         return self.variants.operator if used else None
 
     @property

@@ -31,8 +31,8 @@ class Variants:
     """The variants in which onnxruntime runs the graphs.
 
     `chains`: the providers to open sessions with, by a variant's `provider`. `captured`: the keys
-    of `chains` whose runs are captured. `operated`: the keys of `chains` whose low-rank updates the
-    library `operator` computes.
+    of `chains` whose runs are captured. `operated`: the keys of `chains` whose sessions have the
+    operators' library `operator`.
     """
 
     each: tuple[Variant, ...] = (DEFAULT,)
@@ -55,7 +55,7 @@ def choose_variants(
     """Return every provider at every level; by default the CPU at "all".
 
     `capture_graphs`: add each provider that can capture runs a second time, with captured runs.
-    `operator`: add the CPU a second time, with this library of the operator.
+    `operator`: add the CPU a second time, with this library of operators.
 
     A provider is resolved as a session resolves it, so that it has the same fallback providers.
 

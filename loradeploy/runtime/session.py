@@ -81,9 +81,9 @@ class AdapterSession:
     of several threads then take turns. Requires CUDA or WebGPU, with every node on the device
     (docs/devices.md).
 
-    `operator`: the library that `loradeploy operator` built, which computes the low-rank updates of
-    a bundle that was exported with `operator` (docs/bundles.md). It is native code, and is loaded
-    into this process. On the CPU only.
+    `operator`: the library that `loradeploy operator` built, whose kernels compute what a bundle
+    that was exported with `operator` calls (docs/bundles.md). It is native code, and is loaded into
+    this process. On the CPU only.
 
     `limits`: what the graph accepts, such as the size of its vocabulary.
     `texts`: the text settings (tokenizer, chat template, pooling) of the base and the adapters.
@@ -99,7 +99,7 @@ class AdapterSession:
         UsageError: a provider that is not installed or does not start, a budget below 1, or
             `capture_graphs` or `operator` with a provider or a graph that does not support it.
         DeviceError: a provider whose results differ from the CPU's.
-        OperatorError: the operator's library is missing, is another file, or was built for another
+        OperatorError: the operators' library is missing, is another file, or was built for another
             version or processor.
     """
 
@@ -164,7 +164,7 @@ class AdapterSession:
             device_id=self._device[1],
             feeds_all=feeds_all,
             fixed=capture_graphs,
-            ranked=library is not None,
+            ranked=library is not None and self.manifest.takes_ranks,
         )
         self._bank = new_bank(host_budget=host_budget, device_budget=device_budget)
         for name, entry in self.manifest.adapters.items():

@@ -30,7 +30,7 @@ class ServiceSpec:
     by name, in addition to those of the bundle. `adapter_root`: a directory or URL;
     `adapter_cache`: where adapters from a URL are cached. `adapter_memory`: bytes of adapters in
     memory, of each of the two bundles if there is `vision`; None for no limit. `api_keys`: a file
-    with keys. `host`: the address that clients use. `operator`: the operator's library
+    with keys. `host`: the address that clients use. `operator`: the operators' library
     (`AdapterSession`). `threads`: number of threads of a run; by default as many as the container
     allows if it limits them, otherwise onnxruntime's default.
 

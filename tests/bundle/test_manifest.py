@@ -76,6 +76,9 @@ def test_a_manifest_is_unchanged_by_a_round_trip() -> None:
         (["adapters", "sport", "split"], "yes", "adapters.sport.split is 'yes'"),
         (["mode"], "merged", "a merged graph has no side inputs"),
         (["factor_dtype"], "int8", "factor_dtype"),
+        (["operators"], ["Conv"], "the operator 'Conv' is not one of LoraAdd, MatMulNBits"),
+        (["operators"], True, "operators is True"),
+        (["operator"], True, "operator is unknown"),
     ],
 )
 def test_a_manifest_edited_by_hand_is_refused_by_field(
@@ -130,6 +133,19 @@ def test_a_manifest_of_a_version_without_scales_and_offsets_is_read() -> None:
     for entry in older["adapters"].values():
         del entry["native_digest"], entry["whole_digest"], entry["split"]
     assert Manifest.from_json(json.loads(json.dumps(older))) == a_manifest()
+
+
+@pytest.mark.parametrize(("given", "expected"), [(True, ("LoraAdd",)), (False, ())])
+def test_a_manifest_of_a_version_with_one_operator_is_read(
+    given: bool, expected: tuple[str, ...]
+) -> None:
+    older = a_manifest().to_json()
+    del older["operators"]
+    manifest = Manifest.from_json({**older, "operator": given})
+    assert manifest == a_manifest(operators=expected)
+    assert manifest.takes_ranks == given
+    with pytest.raises(BundleError, match="operator is unknown"):
+        Manifest.from_json({**older, "operator": "yes"})
 
 
 def _with_changes(**stored: Any) -> Manifest:

@@ -15,6 +15,8 @@ from loradeploy.adapter.files.tensors import read_arrays
 from loradeploy.bundle.graph_form import BY_NAME, FORM_OPTIONS, GraphForm, form_of
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.bundle.run_target import RUN_TARGETS
+from loradeploy.errors import ExportError
+from loradeploy.export.building import content
 from tests.conftest import ROOT, MakeAdapter, once
 from tests.export.reference import apart, difference, factors, onnx_output, torch_output
 from tests.tolerances import tolerance
@@ -40,15 +42,12 @@ REFUSED: Mapping[tuple[str, Any, str, Any], str] = {
     ("layout", "rows", "side_inputs", ("embedding",)): "do not go together",
     **{
         ("merge", True, name, value): "do not go together: a merged graph has no side inputs"
-        for name in ("side_inputs", "layout", "branches", "required_inputs", "operator")
+        for name in ("side_inputs", "layout", "branches", "required_inputs")
         for value in VALUES[name]
         if value
     },
     ("branches", True, "target", "openvino"): "does not run on the device of `target='openvino'`",
-    **{
-        (name, value, "operator", True): "`operator` do not go together"
-        for name, value in (("layout", "rows"), ("branches", True), ("precision", "fp16"))
-    },
+    ("precision", "fp16", "operator", True): "`operator` do not go together: its kernels",
     **{
         ("operator", True, "target", target): "`operator=True` does not run on the device"
         for target in ("cuda", "openvino", "web")
@@ -232,16 +231,28 @@ def test_given_options_are_applied_and_the_others_inherited(
     [
         ({"precision": "int8"}, {"operator": True}, ("slots", False, True)),
         ({"layout": "rows", "branches": True}, {"operator": True}, ("slots", False, True)),
-        ({"operator": True}, {"layout": "rows"}, ("rows", False, False)),
-        ({"operator": True}, {"branches": True}, ("slots", True, False)),
+        ({"operator": True}, {"layout": "rows"}, ("rows", False, True)),
+        ({"operator": True}, {"branches": True}, ("slots", True, True)),
+        ({"operator": True, "layout": "rows"}, {}, ("rows", False, True)),
     ],
     ids=lambda value: named(value) if isinstance(value, dict) else "",
 )
-def test_the_operator_and_the_forms_that_it_excludes_are_not_inherited_together(
+def test_the_operator_is_kept_and_does_not_keep_a_form_with_which_it_does_less(
     first: dict[str, Any], asked: dict[str, Any], expected: tuple[str, bool, bool], again: Again
 ) -> None:
     form = again(first, **asked)
     assert (form.layout, form.branches, form.operator) == expected
+
+
+def test_a_graph_that_no_operator_is_for_is_refused_if_the_operator_is_asked_for(
+    tiny_llama_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = ld.export(tiny_llama_bundle, tmp_path / "called", operator=True)
+    assert called.operators
+    monkeypatch.setattr(content, "use_operators", lambda *_: ())
+    with pytest.raises(ExportError, match="no node of the graph can be a call of the operators'"):
+        ld.export(tiny_llama_bundle, tmp_path / "again", operator=True)
+    assert ld.export(tmp_path / "called", tmp_path / "again").operators == ()  # not asked for
 
 
 @pytest.mark.parametrize(
@@ -272,7 +283,7 @@ def test_what_a_bundle_has_by_default_is_not_a_choice(
             {"layout": "rows", "side_inputs": ("embedding",)},
             "embeddings need slot numbers",
         ),
-        ({"precision": "fp16"}, {"operator": True}, "compute in float16, the operator computes"),
+        ({"precision": "fp16"}, {"operator": True}, "compute in float16, the operators compute"),
     ],
     ids=lambda value: named(value) if isinstance(value, dict) else "",
 )

@@ -236,7 +236,7 @@ def parity_command(
     """The command that writes a certificate, for use in messages.
 
     `adapter`: whether it includes an adapter that is not in the bundle. `operator`: whether it
-    needs the operator's library. The command is in Python if
+    needs the operators' library. The command is in Python if
     `providers` have options, because the command line does not accept them.
     """
     providers = list(providers)

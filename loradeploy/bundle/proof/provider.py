@@ -6,8 +6,8 @@ provider in the chain. So a verdict names the provider, the kind of device, and 
 affect results, and it covers sessions with the same ones. Runs that are captured and replayed use
 the same kernels, but read the buffers and sizes of the recorded run: if one of these belongs to
 another run, results are wrong that are right without capture. So a verdict covers either captured
-runs or other runs. In the same way it covers runs either with or without the operator's library,
-which has another kernel for low-rank updates. The device's number and model are recorded, but not
+runs or other runs. In the same way it covers runs either with or without the operators' library,
+which has kernels of its own. The device's number and model are recorded, but not
 compared, because they are facts about one machine.
 """
 
@@ -23,7 +23,7 @@ SUFFIX: Final = "ExecutionProvider"
 CPU: Final = f"CPU{SUFFIX}"
 # The end of a provider's name if a check captured its runs.
 CAPTURED: Final = " captured"
-# The end of a provider's name if the operator's library computed the low-rank updates.
+# The end of a provider's name if the session has the operators' library.
 OPERATOR: Final = " operator"
 
 
@@ -55,7 +55,7 @@ class ProviderFacts:
     the version of ONNX Runtime, or of the provider's plugin. `device`: None if ONNX Runtime reports
     none. `options`: its options that affect results. `captured`: whether runs are recorded and
     replayed (`capture_graphs`).
-    `operator`: whether the operator's library computes the low-rank updates.
+    `operator`: whether the session has the operators' library.
     """
 
     provider: str
@@ -94,7 +94,7 @@ class ProviderFacts:
         if other.captured != self.captured:
             return "its runs are captured" if other.captured else "its runs are not captured"
         if other.operator != self.operator:
-            return f"it runs {'with' if other.operator else 'without'} the operator's library"
+            return f"it runs {'with' if other.operator else 'without'} the operators' library"
         return None
 
     def __str__(self) -> str:
@@ -103,7 +103,7 @@ class ProviderFacts:
         parts += [str(self.device)] if self.device is not None else []
         parts += [f"{name}={value}" for name, value in sorted(self.options.items())]
         parts += ["captured runs"] if self.captured else []
-        parts += ["with the operator"] if self.operator else []
+        parts += ["with the operators"] if self.operator else []
         return ", ".join(parts)
 
 

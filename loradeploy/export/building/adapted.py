@@ -117,20 +117,18 @@ def with_side_inputs(
     arrays = {n: side_inputs_of_fitted(each, manifest, weights) for n, each in adapters.items()}
     if options.operator and added.dtype != "float32":
         raise ExportError(
-            f"the linear layers compute in {added.dtype}, the operator computes in float32: export"
+            f"the linear layers compute in {added.dtype}, the operators compute in float32: export"
             " without `operator`"
         )
     manifest = with_quantized_weights(base, manifest, options)
     if (layout := options.layout or _layout(base, options)) == ROWS:
         use_row_layout(graph)
     # Branches cost no memory where weights are quantized: those are shared between them.
-    shared = default_of("branches", base.precision, options.target)
+    operator = bool(options.operator)
+    shared = default_of("branches", base.precision, options.target, operator=operator)
     manifest = with_logits_to_keep(base, manifest, options)
     if branches := (
-        shared
-        and not options.operator
-        and branches_problem(graph) is None
-        and not encoder_part(base)
+        shared and branches_problem(graph) is None and not encoder_part(base)
         if options.branches is None
         else options.branches
     ):
@@ -144,7 +142,6 @@ def _check_form_of_halves(base: Base, options: Options) -> None:
     for name, requested in (
         ("branches", options.branches),
         ("required_inputs", options.required_inputs),
-        ("operator", options.operator),
     ):
         if requested and encoder_part(base):
             raise UsageError(
@@ -153,10 +150,9 @@ def _check_form_of_halves(base: Base, options: Options) -> None:
 
 
 def _layout(base: Base, options: Options) -> str:
-    """The default layout; slots for the operator, or if the graph needs their numbers."""
-    if options.operator:
-        return SLOTS
-    layout: str = default_of("layout", base.precision, options.target)
+    """The default layout; slots if the graph needs their numbers."""
+    operator = bool(options.operator)
+    layout: str = default_of("layout", base.precision, options.target, operator=operator)
     return layout if layout == SLOTS or supports_rows(base.graph.graph) else SLOTS
 
 

@@ -32,7 +32,7 @@ from loradeploy.export.base import Base, Options
 from loradeploy.export.building.adapted import with_side_inputs
 from loradeploy.export.building.added import without_added_tokens
 from loradeploy.export.building.merged import merged, with_resized_vocabulary
-from loradeploy.export.building.steps import modules_of
+from loradeploy.export.building.steps import encoder_part, modules_of
 from loradeploy.export.checkpoint_base import from_checkpoint
 from loradeploy.export.graph.file import outputs, required_inputs
 from loradeploy.export.graph_base import from_graph
@@ -40,13 +40,13 @@ from loradeploy.export.match.linears import Findings, find_linears
 from loradeploy.export.match.observe import observe
 from loradeploy.export.match.products import input_of, output_of, repeated_for_rows
 from loradeploy.export.match.whole.parts import find_parts
-from loradeploy.export.passes.forms.operator import use_operator
 from loradeploy.export.passes.forms.static_shapes import use_static_shapes
 from loradeploy.export.passes.gqa import (
     group_queries,
     has_grouped_attention,
     updates_cache_in_place,
 )
+from loradeploy.export.passes.operators.calls import use_operators
 from loradeploy.export.passes.precision.bf16 import store_as_bfloat16
 from loradeploy.export.passes.side_inputs.inject import Arrays, SideInputs
 from loradeploy.export.read.source import Source
@@ -71,6 +71,10 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
     whole_digests = {name: adapter.whole_digest for name, adapter in options.adapters.items()}
     base = from_checkpoint(source, options) if source.graph is None else from_graph(source, options)
     options = dataclasses.replace(options, adapters=base.adapters)
+    if options.operator and encoder_part(base):
+        raise UsageError(
+            "`operator` is not for encoder-decoders, which are two graphs: leave it out"
+        )
     _choose_attention(base, options.attention or _attention_of_target(base, options.target))
     findings = (
         find_linears(base.graph)
@@ -120,9 +124,15 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
         use_static_shapes(base.graph.graph, options.fixed)
         inputs, given = required_inputs(base.graph), outputs(base.graph)
         manifest = dataclasses.replace(manifest, inputs=inputs, outputs=given)
-    if options.operator:  # last, because no other pass knows its calls
-        use_operator(base.graph, manifest)
-        manifest = dataclasses.replace(manifest, operator=True)
+    if options.operator:  # last, because no other pass knows the calls
+        names = use_operators(base.graph, manifest)
+        if not names and not options.operator_kept:
+            raise ExportError(
+                "no node of the graph can be a call of the operators' library: export without"
+                " `operator`"
+            )
+        logger.info("the graph calls %s", ", ".join(names) or "no operator")
+        manifest = dataclasses.replace(manifest, operators=names)
     manifest = dataclasses.replace(manifest, target=options.target)
     check_runs(
         options.target,

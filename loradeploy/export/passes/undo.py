@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from loradeploy.export.passes.forms.branches import remove_branches
-from loradeploy.export.passes.forms.operator import remove_operator
+from loradeploy.export.passes.operators.calls import remove_operators
 from loradeploy.export.passes.tokens.kept_logits import remove_logits_to_keep
 
 if TYPE_CHECKING:
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 def remove_choices(model: ir.Model, manifest: Manifest) -> None:
-    """Remove the operator's calls, the branches and `logits_to_keep`, if the manifest lists them.
+    """Remove the operators' calls, the branches and `logits_to_keep`, if the manifest lists them.
 
     Raises:
         ExportError: the graph lacks what its manifest lists.
     """
-    if manifest.operator:
-        remove_operator(model)
+    if manifest.operators:
+        remove_operators(model, manifest.operators)
     if manifest.branches:
         remove_branches(model.graph)
     if manifest.logits_to_keep:

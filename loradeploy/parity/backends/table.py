@@ -56,8 +56,8 @@ class Backend:
     `modes`: the kinds of bundle that it applies to. `needs`: an optional package that it requires.
     `on_torch`: it uses the reference's PyTorch model; other backends open ONNX files.
     `on_onnxruntime`: it runs in this process's onnxruntime, once for each variant of the check.
-    `captured`: it runs in an `AdapterSession`, which can capture runs. `operated`: it runs in one
-    with side inputs, whose low-rank updates the operator's library can compute.
+    `captured`: it runs in an `AdapterSession`, which can capture runs. `operated`: the kinds of
+    bundle whose own graph it runs in one, which can have the operators' library.
     `batched`: it takes more than one row. `lacks`: returns any other reason why it cannot be run.
     `unasked`: returns whether it runs without being requested by name; if it does not, the report
     does not mention it.
@@ -74,7 +74,7 @@ class Backend:
     needs: str | None = None
     on_onnxruntime: bool = False
     captured: bool = False
-    operated: bool = False
+    operated: tuple[str, ...] = ()
     batched: bool = True
     lacks: Callable[[CheckContext], str | None] | None = None
     unasked: Callable[[CheckContext], bool] | None = None
@@ -173,6 +173,7 @@ BACKENDS: Final[tuple[Backend, ...]] = (
         ort.merged_graph,
         on_onnxruntime=True,
         captured=True,
+        operated=(_MERGED,),
     ),
     Backend(
         ONNX_SIDE_INPUTS,
@@ -183,7 +184,7 @@ BACKENDS: Final[tuple[Backend, ...]] = (
         needs_adapter=False,
         on_onnxruntime=True,
         captured=True,
-        operated=True,
+        operated=(_SIDE,),
     ),
     Backend(
         ONNX_NATIVE,
@@ -202,7 +203,7 @@ BACKENDS: Final[tuple[Backend, ...]] = (
         mixed=True,
         on_onnxruntime=True,
         captured=True,
-        operated=True,
+        operated=(_SIDE,),
     ),
     Backend(
         ONNX_GENAI,

@@ -106,7 +106,8 @@ def _varied(backend: Backend, context: CheckContext) -> list[CheckContext]:
     return [
         at
         for at in every
-        if (backend.captured or not at.captured) and (backend.operated or not at.operator)
+        if (backend.captured or not at.captured)
+        and (at.manifest.mode in backend.operated or not at.operator)
     ]
 
 

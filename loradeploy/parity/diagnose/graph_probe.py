@@ -121,7 +121,7 @@ class ProbedGraph:
             with_encoder_outputs(self.model, self.manifest),
             graph_digest=None,
             branches=False,
-            operator=False,
+            operators=(),
             logits_to_keep=False,
         )
         if manifest.encoder is not None:

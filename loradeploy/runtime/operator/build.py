@@ -1,4 +1,4 @@
-"""Build the operator's library with the system's C++ compiler."""
+"""Build the operators' library with the system's C++ compiler."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _FLAGS: Final = (
 
 @takes_paths("output")
 def build_operator(output: str | os.PathLike[str]) -> Path:
-    """Compile the operator's library for this machine's processor, and return its path.
+    """Compile the operators' library for this machine's processor, and return its path.
 
     The compiler is $CXX, or the first of g++, clang++ and c++ that is installed; $CXXFLAGS are
     added to its flags. No headers of onnxruntime are needed. An earlier library at `output` is

@@ -1,4 +1,4 @@
-"""Check the operator's library, and register it with a session's options.
+"""Check the operators' library, and register it with a session's options.
 
 The library is native code: loading it runs it. A session loads it only from the path that its
 caller gives, never from a bundle.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Mapping
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 from typing import Final
@@ -16,7 +16,6 @@ from typing import Final
 import onnxruntime
 
 from loradeploy.adapter.files.digest import bytes_digest
-from loradeploy.bundle.names import OPERATOR_NAME
 from loradeploy.errors import OperatorError, first_line
 from loradeploy.files import MAX_GRAPH_BYTES, check_file, read_bytes
 from loradeploy.paths import resolved
@@ -54,7 +53,7 @@ def check_library(path: Path) -> frozenset[str]:
     It has those that its processor has a fast kernel for.
 
     Raises:
-        OperatorError: there is no such file, it is not the operator's library, or it was built
+        OperatorError: there is no such file, it is not the operators' library, or it was built
             from another version's source or for another processor.
     """
     if not path.exists():
@@ -85,20 +84,21 @@ def check_library(path: Path) -> frozenset[str]:
     return frozenset(operators().decode().split())
 
 
-def register(path: Path, options: onnxruntime.SessionOptions) -> None:
-    """Make sessions that are opened with `options` run the operator.
+def register(path: Path, options: onnxruntime.SessionOptions) -> frozenset[str]:
+    """Make sessions that are opened with `options` run the library's operators; return these.
 
     Raises:
         OperatorError: as `check_library`, or onnxruntime refuses the library.
     """
-    check_library(path)
+    operators = check_library(path)
     if _is_registered(options):
-        return
+        return operators
     try:
         options.register_custom_ops_library(os.fspath(resolved(path)))
     except Exception as problem:  # onnxruntime's exceptions have no other common base
         raise OperatorError(f"onnxruntime does not load {path}: {first_line(problem)}") from None
     options.add_session_config_entry(_REGISTERED, "1")
+    return operators
 
 
 def _is_registered(options: onnxruntime.SessionOptions) -> bool:
@@ -109,14 +109,24 @@ def _is_registered(options: onnxruntime.SessionOptions) -> bool:
         return False
 
 
-def check_runs(operators: Mapping[str, int]) -> None:
-    """Raise OperatorError if onnxruntime inlined the function instead of using the library.
+def check_runs(
+    called: Collection[str], kernels: Collection[str], ran: Collection[str] | None
+) -> None:
+    """Raise OperatorError unless the kernels of the library run the calls of the graph.
 
-    `operators`: the number of nodes of each operator in the opened graph; empty if onnxruntime does
-    not report it.
+    `called`: the operators that the graph calls. `kernels`: those that the library has. `ran`:
+    those that the opened graph runs; None if onnxruntime does not report it.
     """
-    if operators and OPERATOR_NAME not in operators:
+    expected = [name for name in called if name in kernels]
+    if not expected:
         raise OperatorError(
-            f"onnxruntime {onnxruntime.__version__} does not use the operator's library for this"
-            " graph: update onnxruntime, or open the bundle without `operator`"
+            f"the library has no kernel for {', '.join(called)} on this processor: open the bundle"
+            " without `operator`"
+        )
+    inlined = [name for name in expected if ran is not None and name not in ran]
+    if inlined:
+        raise OperatorError(
+            f"onnxruntime {onnxruntime.__version__} does not use the operators' library for"
+            f" {', '.join(inlined)} of this graph: update onnxruntime, or open the bundle without"
+            " `operator`"
         )

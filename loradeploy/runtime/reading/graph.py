@@ -14,7 +14,7 @@ import onnxruntime
 from loradeploy.bundle.dtypes import NUMPY_NAMES
 from loradeploy.bundle.graph_form import is_packed
 from loradeploy.bundle.manifest import TensorSpec, read_manifest
-from loradeploy.bundle.names import ENCODER_NAME, GRAPH_NAME, OPERATOR_NAME
+from loradeploy.bundle.names import ENCODER_NAME, GRAPH_NAME, OPERATOR_DOMAIN
 from loradeploy.errors import BundleError, UsageError, first_line, listed
 from loradeploy.files import MAX_GRAPH_BYTES, check_directory, check_file, read_bytes
 from loradeploy.printable import logger_of
@@ -48,6 +48,7 @@ logger = logger_of(__name__)
 # ONNX Runtime's option to record which provider runs which node, for `placement_of`.
 _RECORD: Final = "session.record_ep_graph_assignment_info"
 _LISTED: Final = 3
+_OWN: Final = f"{OPERATOR_DOMAIN}."
 # Part of ONNX Runtime's message when a graph cannot be captured.
 _NOT_CAPTURED: Final = "graph capture feature"
 
@@ -71,13 +72,13 @@ def open_graph(
     For a provider that does not support inputs with defaults, the graph is opened without the
     defaults, and every side input must be fed.
     `manifest`: what the graph and its weights are checked against. `name`: the graph's file.
-    `capture`: whether the first provider records runs. `operator`: the operator's library.
+    `capture`: whether the first provider records runs. `operator`: the operators' library.
 
     Raises:
         UsageError: a provider that is not installed or does not start, providers in both arguments,
             or a provider or graph whose runs cannot be captured, or that the operator is not for;
-            or `options` with the operator's library, and no `operator`.
-        OperatorError: the operator's library cannot be used.
+            or `options` with the operators' library, and no `operator`.
+        OperatorError: the operators' library cannot be used.
         BundleError: there is no graph, onnxruntime cannot read it, or it does not match the
             manifest.
     """
@@ -106,13 +107,15 @@ def open_graph(
                 row.full,
                 ", ".join(row.cpu_operators),
             )
+    called: tuple[str, ...] = ()
     if operator is not None:
-        _check_operator(bundle, manifest or read_manifest(bundle), names)
+        called = _called(bundle, manifest or read_manifest(bundle), names)
+    kernels: frozenset[str] = frozenset()
     without = _all_fed(bundle, manifest, names)
     keep_freed_memory()
     with graph_source(bundle, options, manifest, without, name) as source:
         if operator is not None:
-            register(operator, source.options)
+            kernels = register(operator, source.options)
         try:
             session = _open(graph, source.graph, asked, source.options)
         except BundleError as problem:
@@ -124,13 +127,13 @@ def open_graph(
                 ) from None
             raise
     return_freed_memory()
-    has_calls = manifest is not None and manifest.operator
-    placed = placement_of(session).get(CPU, {}) if has_calls or operator is not None else {}
+    has_calls = manifest is not None and manifest.operators
+    ran = operators_in(session) if has_calls or operator is not None else None
     if operator is not None:
-        check_runs(placed)
-    elif OPERATOR_NAME in placed:  # another provider for certificates
+        check_runs(called, kernels, ran)
+    elif ran:  # another provider for certificates
         raise UsageError(
-            "`session_options` have the operator's library, as those of an earlier session with"
+            "`session_options` have the operators' library, as those of an earlier session with"
             " `operator` do: give `operator` too, or other options"
         )
     if capture and session.get_providers()[0] != names[0]:
@@ -162,11 +165,15 @@ def _recording(
     return recording(asked)
 
 
-def _check_operator(bundle: Path, manifest: Manifest, names: Sequence[str]) -> None:
-    """Raise UsageError for a bundle or providers that the operator's library is not for."""
-    if not manifest.operator:
+def _called(bundle: Path, manifest: Manifest, names: Sequence[str]) -> tuple[str, ...]:
+    """The operators that the bundle calls.
+
+    Raises:
+        UsageError: the operators' library is not for this bundle or these providers.
+    """
+    if not manifest.operators:
         raise UsageError(
-            f"`operator`: {bundle} has no calls of the operator: export it again with"
+            f"`operator`: {bundle} has no calls of operators: export it again with"
             " `loradeploy export --operator`"
         )
     if names[0] != CPU:
@@ -174,6 +181,7 @@ def _check_operator(bundle: Path, manifest: Manifest, names: Sequence[str]) -> N
             f"`operator`: its library computes on the CPU, and {names[0]} is the provider: open the"
             " bundle without it"
         )
+    return manifest.operators
 
 
 def open_encoder(
@@ -279,7 +287,8 @@ def _check_started(
 def placement_of(session: onnxruntime.InferenceSession) -> dict[str, dict[str, int]]:
     """The number of nodes of each operator that each provider runs, after graph optimization.
 
-    Empty for onnxruntime before 1.24, which does not report it.
+    Those of the operators' library have its domain before their name. Empty for onnxruntime before
+    1.24, which does not report it.
     """
     assignment = getattr(session, "get_provider_graph_assignment_info", None)
     if assignment is None:
@@ -287,8 +296,22 @@ def placement_of(session: onnxruntime.InferenceSession) -> dict[str, dict[str, i
     placed: dict[str, Counter[str]] = {}
     for part in assignment():
         counts = placed.setdefault(part.ep_name, Counter())
-        counts.update(node.op_type for node in part.get_nodes())
+        counts.update(
+            f"{_OWN}{node.op_type}" if node.domain == OPERATOR_DOMAIN else node.op_type
+            for node in part.get_nodes()
+        )
     return {provider: dict(counts.most_common()) for provider, counts in placed.items()}
+
+
+def operators_in(session: onnxruntime.InferenceSession) -> frozenset[str] | None:
+    """The operators of the library that the session runs; None if onnxruntime does not report it.
+
+    If it inlined a call, the standard nodes run.
+    """
+    placed = placement_of(session)
+    names = [name for counts in placed.values() for name in counts]
+    own = frozenset(name.removeprefix(_OWN) for name in names if name.startswith(_OWN))
+    return own if placed else None
 
 
 def check_graph(

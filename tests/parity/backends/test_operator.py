@@ -1,4 +1,4 @@
-"""Parity of sessions with the operator's library, and what its certificate covers."""
+"""Parity of sessions with the operators' library, and what its certificate covers."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_certificate_without_the_library_does_not_cover_it(
     assert quick(bundle, operator=None, certificate=True).passed
     AdapterSession(bundle, require_certificate=True).close()
     with pytest.raises(
-        BundleError, match=r"runs with the operator's library; run .* --operator FILE"
+        BundleError, match=r"runs with the operators' library; run .* --operator FILE"
     ):
         AdapterSession(bundle, operator=operator_library, require_certificate=True)
 
@@ -104,7 +104,7 @@ def test_differences_inside_the_graph_are_searched_in_standard_operators(
 
 
 def test_a_bundle_without_calls_is_refused(llama_bundle: Path, quick: Check) -> None:
-    with pytest.raises(UsageError, match="has no calls of the operator: export it again"):
+    with pytest.raises(UsageError, match="has no calls of operators: export it again"):
         quick(llama_bundle)
 
 

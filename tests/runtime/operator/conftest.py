@@ -1,4 +1,4 @@
-"""The tiny Llama whose updates are calls of the operator, in several forms."""
+"""The tiny Llama whose nodes are calls of operators, in several forms."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ FORMS: dict[str, dict[str, Any]] = {
     "int4": {"precision": "int4"},
     "in place": {"attention": "gqa"},
     "dora and embeddings": {"side_inputs": ("dora", "bias", "embedding")},
+    "rows": {"layout": "rows"},
+    "branches": {"layout": "slots", "branches": True, "precision": "int8"},
+    "rows in branches": {"layout": "rows", "branches": True, "precision": "int4"},
 }
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 from onnx import helper as make
 
-from loradeploy.bundle.names import OPERATOR_DOMAIN, OPERATOR_NAME
+from loradeploy.bundle.names import LORA_ADD_OPERATOR, OPERATOR_DOMAIN
 
 INPUTS = ("y", "x", "A", "B", "adapter_ids", "adapter_ranks")
 Arrays = dict[str, NDArray[Any]]
@@ -30,7 +30,7 @@ def session(library: Path, *, threads: int = 1) -> onnxruntime.InferenceSession:
         )
         for name in INPUTS
     ]
-    node = make.make_node(OPERATOR_NAME, INPUTS, ["z"], domain=OPERATOR_DOMAIN, target=1)
+    node = make.make_node(LORA_ADD_OPERATOR, INPUTS, ["z"], domain=OPERATOR_DOMAIN, target=1)
     output = make.make_tensor_value_info("z", TensorProto.FLOAT, ["b", "s", "o"])
     graph = make.make_graph([node], "call", inputs, [output])
     imports = [make.make_opsetid("", 21), make.make_opsetid(OPERATOR_DOMAIN, 1)]

@@ -1,4 +1,4 @@
-"""Build the operator's library; other files are refused by name."""
+"""Build the operators' library; other files are refused by name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import onnxruntime
 import pytest
 
-from loradeploy.bundle.names import OPERATOR_NAME
+from loradeploy.bundle.names import LORA_ADD_OPERATOR
 from loradeploy.errors import MissingDependencyError, OperatorError, UsageError
 from loradeploy.runtime.operator.build import build_operator
 from loradeploy.runtime.operator.library import check_library, register, source_digest
@@ -20,7 +20,7 @@ from tests.cli.calling import call
 def test_the_command_builds_a_library(operator_library: Path, tmp_path: Path) -> None:
     output = tmp_path / "new" / "lora_add.so"
     assert "wrote" in call("operator", str(output))
-    assert OPERATOR_NAME in check_library(output)
+    assert LORA_ADD_OPERATOR in check_library(output)
     assert list(output.parent.iterdir()) == [output]
 
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
 from loradeploy.bundle.manifest import read_manifest
-from loradeploy.bundle.names import ADAPTER_IDS, ADAPTER_RANKS, OPERATOR_NAME
+from loradeploy.bundle.names import ADAPTER_IDS, ADAPTER_RANKS, OPERATOR_DOMAIN
 from loradeploy.errors import BundleError, OperatorError, UsageError
 from loradeploy.runtime.engine.engine import Engine
+from loradeploy.runtime.operator.library import check_library
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.generation import TextGenerator
 from tests.export.reference import apart
@@ -55,19 +58,30 @@ def check_close(found: NDArray[Any], expected: NDArray[Any], sessions: Sessions)
         assert apart(found, expected) <= tolerance("export-int8")
 
 
-def placed(session: AdapterSession, operator: str) -> int:
-    return session.placement["CPUExecutionProvider"].get(operator, 0)
+def placed(session: AdapterSession) -> dict[str, int]:
+    """The number of nodes that each operator of the library runs."""
+    counts = session.placement["CPUExecutionProvider"]
+    own = f"{OPERATOR_DOMAIN}."
+    return {name.removeprefix(own): n for name, n in counts.items() if name.startswith(own)}
+
+
+def calls(bundle: Path) -> dict[str, int]:
+    """The number of calls of each function in the graph and its branches."""
+    nodes = ir.load(bundle / "model.onnx").graph.all_nodes()
+    return dict(Counter(node.op_type for node in nodes if node.domain == OPERATOR_DOMAIN))
 
 
 def test_the_library_runs_every_call_and_otherwise_the_function_is_inlined(
-    sessions: Sessions,
+    sessions: Sessions, operator_library: Path
 ) -> None:
     plain, fast = sessions
-    linears = sum(target.kind == "linear" for target in plain.manifest.targets)
-    assert (placed(plain, OPERATOR_NAME), placed(fast, OPERATOR_NAME)) == (0, linears)
-    assert placed(plain, "Gather") > placed(fast, "Gather")
+    kernels = check_library(operator_library)
+    expected = {name: count for name, count in calls(fast.path).items() if name in kernels}
+    assert set(plain.manifest.operators) == calls(fast.path).keys()
+    assert expected
+    assert (placed(plain), placed(fast)) == ({}, expected)
     assert fast.provider.operator
-    assert "with the operator" in str(fast.provider)
+    assert "with the operators" in str(fast.provider)
     assert not plain.provider.operator
 
 
@@ -87,11 +101,6 @@ def test_both_compute_the_same_with_one_adapter(sessions: Sessions, adapter: Any
     ids = random_ids(2, 9)
     expected, found = (logits(session, ids, adapter) for session in sessions)
     check_close(found, expected, sessions)
-
-
-def test_the_base_is_the_same_bit_for_bit(sessions: Sessions) -> None:
-    plain, fast = (logits(session, random_ids(2, 9)) for session in sessions)
-    np.testing.assert_array_equal(fast, plain)
 
 
 def test_a_wrong_adapter_differs_by_more_than_the_tolerance(sessions: Sessions) -> None:
@@ -119,6 +128,8 @@ def test_each_row_of_a_mixed_batch_equals_its_solo_run(
 
 def test_a_stack_has_the_ranks_of_its_adapters(sessions: Sessions) -> None:
     _, fast = sessions
+    if not fast.manifest.takes_ranks:
+        pytest.skip("low-rank updates in the layout rows are no calls")
     with fast.hold(["small", "partial", None]) as held:
         ranks = held.lease.device.values[ADAPTER_RANKS].numpy()
         assert held.lease.adapter_ids is not None
@@ -209,7 +220,7 @@ def test_an_onnx_adapter_runs_with_and_without_the_library(
 
 
 def test_a_bundle_without_calls_is_refused(tiny_llama_bundle: Path, operator_library: Path) -> None:
-    with pytest.raises(UsageError, match="has no calls of the operator: export it again"):
+    with pytest.raises(UsageError, match="has no calls of operators: export it again"):
         AdapterSession(tiny_llama_bundle, operator=operator_library)
 
 
@@ -232,7 +243,7 @@ def test_a_manifest_that_contradicts_the_operator_is_refused(
 
     values = json.loads((in_place_operator / "loradeploy.json").read_text())
     (tmp_path / "loradeploy.json").write_text(json.dumps(values | {"layout": "rows"}))
-    with pytest.raises(BundleError, match="operator is for float32 side inputs in the layout"):
+    with pytest.raises(BundleError, match="LoraAdd is for float32 side inputs in the layout"):
         read_manifest(tmp_path)
 
 
@@ -244,7 +255,7 @@ def test_options_with_the_library_are_refused_without_the_operator(
         pass
     with AdapterSession(in_place_operator, session_options=options, operator=operator_library):
         pass
-    with pytest.raises(UsageError, match="`session_options` have the operator's library"):
+    with pytest.raises(UsageError, match="`session_options` have the operators' library"):
         AdapterSession(in_place_operator, session_options=options)
     with AdapterSession(tiny_llama_bundle, session_options=options):
         pass  # without calls, the library computes nothing

@@ -1,16 +1,13 @@
-"""Make each low-rank update one call of a function, which the operator's library can replace.
+"""Make each low-rank update one call.
 
     y + (x A[adapter_ids]) B[adapter_ids]  →  LoraAdd(y, x, A, B, adapter_ids, adapter_ranks)
 
-The function is part of the model, and its body are the nodes that it replaces: onnxruntime inlines
-it. If a session registers the library, onnxruntime runs its kernel instead, which also reads
-`adapter_ranks` [slots, targets]: A and B of slot s are zeros beyond the rank [s, target]. The
-attribute `target` is the index of the module in the manifest's targets. If `adapter_ranks` is not
-fed, every adapter has the whole rank.
+The kernel also reads `adapter_ranks` [slots, targets]: A and B of slot s are zeros beyond the rank
+[s, target]. The attribute `target` is the index of the module in the manifest's targets. If
+`adapter_ranks` is not fed, every adapter has the whole rank.
 
-Updates of other forms keep their nodes: those of embeddings and experts, of inputs that are not
-[batch, sequence, in], and of modules that came fused. This is the last pass, so that no other pass
-meets a call.
+Updates of other forms keep their nodes: those in the layout rows or in float16, of embeddings and
+experts, of inputs that are not [batch, sequence, in], and of modules that came fused.
 """
 
 from __future__ import annotations
@@ -21,10 +18,14 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from loradeploy.bundle.names import ADAPTER_IDS, ADAPTER_RANKS, OPERATOR_DOMAIN, OPERATOR_NAME
+from loradeploy.bundle.names import (
+    ADAPTER_IDS,
+    ADAPTER_RANKS,
+    LORA_ADD_OPERATOR,
+    OPERATOR_DOMAIN,
+)
 from loradeploy.errors import ExportError
 from loradeploy.export.graph.edit import (
-    Chain,
     add_constant,
     input_at,
     only_user,
@@ -49,10 +50,8 @@ if TYPE_CHECKING:
 
 logger = logger_of(__name__)
 
-_OPERATOR: Final = (OPERATOR_DOMAIN, OPERATOR_NAME)
+_OPERATOR: Final = (OPERATOR_DOMAIN, LORA_ADD_OPERATOR)
 _TARGET: Final = "target"
-_VERSION: Final = 1  # of the domain
-_IR_VERSION: Final = 8  # the first with functions
 _AXES: Final = 3  # of x and y
 
 
@@ -67,11 +66,13 @@ class _Update:
     B: ir.Value
 
 
-def use_operator(model: ir.Model, manifest: Manifest) -> None:
-    """Replace the updates by calls, and add the input `adapter_ranks`.
+def use_lora_add(model: ir.Model, manifest: Manifest) -> bool:
+    """Replace the updates by calls, and add the function and the input `adapter_ranks`.
+
+    Returns whether there are any.
 
     Raises:
-        ExportError: the graph has no update that a call can compute.
+        ExportError: a value of the graph is named `adapter_ranks` already.
     """
     import onnx_ir as ir
 
@@ -79,10 +80,7 @@ def use_operator(model: ir.Model, manifest: Manifest) -> None:
     index = {target.lora_A: at for at, target in enumerate(manifest.targets)}
     updates = [each for each in _updates(graph) if each.A.name in index]
     if not updates:
-        raise ExportError(
-            "no low-rank update of the graph can be a call of the operator: export without"
-            " `operator`"
-        )
+        return False
     if left := len(index) - len({update.A for update in updates}):
         logger.info("%d of %d layers keep standard operators", left, len(index))
     if ADAPTER_RANKS in graph.initializers or any(v.name == ADAPTER_RANKS for v in graph.inputs):
@@ -93,55 +91,52 @@ def use_operator(model: ir.Model, manifest: Manifest) -> None:
     ids = graph.initializers[ADAPTER_IDS]
     for update in updates:
         call = ir.node(
-            OPERATOR_NAME,
+            LORA_ADD_OPERATOR,
             [update.y, update.x, update.A, update.B, ids, ranks],
             attributes={_TARGET: index[str(update.A.name)]},
             domain=OPERATOR_DOMAIN,
             name=update.add.name,
         )
         call.metadata_props.update(update.add.metadata_props)
-        _put_instead(graph, update.add, call, call.outputs[0])
+        _put_instead(update.add, call, call.outputs[0])
     remove_unused(graph)
     function = _function(opset_of(model))
     model.functions[function.identifier()] = function
-    graph.opset_imports[OPERATOR_DOMAIN] = _VERSION
-    model.ir_version = max(model.ir_version, _IR_VERSION)
+    return True
 
 
-def remove_operator(model: ir.Model) -> None:
-    """Undo `use_operator`: every call becomes standard operators again.
+def remove_lora_add(model: ir.Model) -> None:
+    """Undo `use_lora_add`, except for the function.
 
     Raises:
-        ExportError: the graph has no calls.
+        ExportError: a call lacks an input.
     """
     graph = model.graph
-    calls = [node for node in graph if (node.domain, node.op_type) == _OPERATOR]
-    if not calls:
-        raise ExportError("the graph lacks the calls that its manifest lists: it was changed")
-    for call in calls:
+    for call in [node for node in graph.all_nodes() if (node.domain, node.op_type) == _OPERATOR]:
         y, x, A, B, ids, _ = (_given(value) for value in call.inputs)
-        label = str(call.name).removesuffix(f"/{LORA_ADD}")
+        label = str(call.name).removesuffix(LORA_ADD)
         assert A.dtype is not None  # it is an input of the graph
-        chain = Chain(graph, call, label, A.dtype)
-        a = chain.add("Gather", LORA_A_GATHER, [A, ids], axis=0)
-        b = chain.add("Gather", LORA_B_GATHER, [B, ids], axis=0)
-        low = chain.add("MatMul", LORA_A_MATMUL, [x, a])
-        update = chain.add("MatMul", LORA_B_MATMUL, [low, b])
-        total = chain.add("Add", LORA_ADD, [y, update])
-        chain.last.metadata_props.update(call.metadata_props)
-        replace_uses(call.outputs[0], total)
-        graph.remove(call, safe=True)
+        nodes = _nodes(y, x, A, B, ids)
+        for node in nodes:
+            node.name = node.outputs[0].name = f"{label}{node.name}"
+            node.outputs[0].dtype = A.dtype
+        total = nodes[-1]
+        total.metadata_props.update(call.metadata_props)
+        body = call.graph
+        assert body is not None
+        body.insert_after(call, nodes)
+        replace_uses(call.outputs[0], total.outputs[0])
+        body.remove(call, safe=True)
     ranks = graph.initializers.pop(ADAPTER_RANKS)
     graph.inputs.remove(ranks)
-    for identifier in [name for name in model.functions if name[:2] == _OPERATOR]:
-        del model.functions[identifier]
-    graph.opset_imports.pop(OPERATOR_DOMAIN, None)
 
 
 def _updates(graph: ir.Graph) -> Iterator[_Update]:
-    """The updates that a call can compute."""
+    """The updates that a call can compute, in branches too."""
+    import onnx_ir as ir
+
     ids = graph.initializers.get(ADAPTER_IDS)
-    for add in graph:
+    for add in graph.all_nodes():
         if not is_step(add, LORA_ADD) or ids is None:
             continue
         y, update = add.inputs[0], input_at(add, 1)
@@ -150,7 +145,9 @@ def _updates(graph: ir.Graph) -> Iterator[_Update]:
         if y is None or up is None or down is None:
             continue
         x, A, B = down.inputs[0], _slots(down.inputs[1], ids), _slots(up.inputs[1], ids)
-        if x is not None and A is not None and B is not None and _has_rows(graph, x, y):
+        if x is None or A is None or B is None or A.dtype != ir.DataType.FLOAT:
+            continue
+        if _has_rows(graph, x, y):
             yield _Update(add, y, x, A, B)
 
 
@@ -182,9 +179,10 @@ def _has_rows(graph: ir.Graph, x: ir.Value, y: ir.Value) -> bool:
     )
 
 
-def _put_instead(graph: ir.Graph, old: ir.Node, new: ir.Node, value: ir.Value) -> None:
+def _put_instead(old: ir.Node, new: ir.Node, value: ir.Value) -> None:
     """Put `new` in the place of `old`; `value` takes the name of the result of `old`."""
-    result = old.outputs[0]
+    graph, result = old.graph, old.outputs[0]
+    assert graph is not None
     name = result.name
     graph.insert_after(old, new)
     replace_uses(result, value)
@@ -198,22 +196,32 @@ def _given(value: ir.Value | None) -> ir.Value:
     return value
 
 
+def _nodes(y: ir.Value, x: ir.Value, A: ir.Value, B: ir.Value, ids: ir.Value) -> list[ir.Node]:
+    """The nodes that a call stands for, each named after its step; the last computes the result."""
+    import onnx_ir as ir
+
+    a = ir.node("Gather", [A, ids], attributes={"axis": 0}, name=LORA_A_GATHER)
+    b = ir.node("Gather", [B, ids], attributes={"axis": 0}, name=LORA_B_GATHER)
+    low = ir.node("MatMul", [x, a.outputs[0]], name=LORA_A_MATMUL)
+    update = ir.node("MatMul", [low.outputs[0], b.outputs[0]], name=LORA_B_MATMUL)
+    total = ir.node("Add", [y, update.outputs[0]], name=LORA_ADD)
+    return [a, b, low, update, total]
+
+
 def _function(opset: int) -> ir.Function:
-    """The function with the nodes that a call replaces."""
+    """The function with the nodes that a call stands for."""
     import onnx_ir as ir
 
     inputs = [ir.Value(name=name) for name in ("y", "x", "A", "B", ADAPTER_IDS, ADAPTER_RANKS)]
-    y, x, A, B, ids, _ = inputs
-    a = ir.node("Gather", [A, ids], attributes={"axis": 0})
-    b = ir.node("Gather", [B, ids], attributes={"axis": 0})
-    down = ir.node("MatMul", [x, a.outputs[0]])
-    up = ir.node("MatMul", [down.outputs[0], b.outputs[0]])
-    total = ir.node("Add", [y, up.outputs[0]])
-    nodes = [a, b, down, up, total]
-    for node, name in zip(nodes, ("a", "b", "low", "update", "result"), strict=True):
-        node.outputs[0].name = name
+    nodes = _nodes(*inputs[:-1])
+    for node in nodes:
+        node.outputs[0].name = node.name
     graph = ir.Graph(
-        inputs, total.outputs, nodes=nodes, opset_imports={"": opset}, name=OPERATOR_NAME
+        inputs,
+        nodes[-1].outputs,
+        nodes=nodes,
+        opset_imports={"": opset},
+        name=LORA_ADD_OPERATOR,
     )
     attribute = ir.Attr(_TARGET, ir.AttributeType.INT, None)
-    return ir.Function(OPERATOR_DOMAIN, OPERATOR_NAME, graph=graph, attributes=[attribute])
+    return ir.Function(OPERATOR_DOMAIN, LORA_ADD_OPERATOR, graph=graph, attributes=[attribute])

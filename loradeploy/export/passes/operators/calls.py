@@ -1,0 +1,58 @@
+"""Make every node a call that a kernel of the library can compute, and undo it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Final
+
+from loradeploy.bundle.names import LORA_ADD_OPERATOR, OPERATOR_DOMAIN
+from loradeploy.errors import ExportError
+from loradeploy.export.passes.operators.lora_add import remove_lora_add, use_lora_add
+from loradeploy.export.passes.operators.standard import ROWS, remove_standard, use_standard
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from loradeploy.bundle.manifest import Manifest
+
+_VERSION: Final = 1  # of the domain
+_IR_VERSION: Final = 8  # the first with functions
+
+
+def use_operators(model: ir.Model, manifest: Manifest) -> tuple[str, ...]:
+    """Make calls of all nodes that a kernel can compute, in branches too.
+
+    Returns the names of the operators that the graph calls, which may be none.
+
+    Raises:
+        ExportError: a value of the graph has the name of an input that the calls need.
+    """
+    names = [LORA_ADD_OPERATOR] if use_lora_add(model, manifest) else []
+    names += [row.name for row in ROWS if use_standard(model, row)]
+    if names:
+        model.graph.opset_imports[OPERATOR_DOMAIN] = _VERSION
+        model.ir_version = max(model.ir_version, _IR_VERSION)
+    return tuple(names)
+
+
+def remove_operators(model: ir.Model, names: Collection[str]) -> None:
+    """Undo `use_operators`: every call becomes standard nodes again.
+
+    `names`: the operators that the manifest lists.
+
+    Raises:
+        ExportError: the graph has no calls of one of them, or calls of others.
+    """
+    called = {node.op_type for node in model.graph.all_nodes() if node.domain == OPERATOR_DOMAIN}
+    if called != set(names):
+        raise ExportError(
+            f"the graph has calls of {', '.join(sorted(called)) or 'no operator'}, its manifest"
+            f" lists {', '.join(sorted(names)) or 'none'}: it was changed"
+        )
+    if LORA_ADD_OPERATOR in called:
+        remove_lora_add(model)
+    for row in ROWS:
+        remove_standard(model, row)
+    for identifier in [each for each in model.functions if each[0] == OPERATOR_DOMAIN]:
+        del model.functions[identifier]
+    model.graph.opset_imports.pop(OPERATOR_DOMAIN, None)
