@@ -5,8 +5,21 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
+
+#define INLINED __attribute__((always_inline))
 
 namespace loradeploy {
+
+// Calls act(0), …, act(count - 1), each with a constant. A compiler keeps an array of vectors in
+// registers only if it knows all indices early; a loop over them is too late for g++.
+template <int count, typename Act>
+INLINED inline void each(const Act& act) {
+  if constexpr (count > 0) {
+    each<count - 1>(act);
+    act(std::integral_constant<int, count - 1>());
+  }
+}
 
 #if defined(__AVX512F__)
 inline constexpr int kLanes = 16;  // floats of a vector

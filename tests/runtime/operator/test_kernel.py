@@ -90,14 +90,32 @@ def test_a_row_does_not_depend_on_the_other_rows(opened: Any, given: Arrays) -> 
             np.testing.assert_array_equal(together[row, token], alone[0, 0])
 
 
-@pytest.mark.parametrize("sequence", [1, 100])
-def test_several_threads_compute_the_same(operator_library: Path, sequence: int) -> None:
-    given = inputs(
-        batch=8, sequence=sequence, into=576, out=1536, ranks=[16, 64, 8, 4], ids=[0, 1, 2, 3] * 2
-    )
+CALLS: dict[str, dict[str, Any]] = {
+    "decode": {"batch": 8, "sequence": 1, "into": 576, "out": 1536, "ids": [0, 1, 2, 3] * 2},
+    "prompts": {"batch": 8, "sequence": 100, "into": 576, "out": 1536, "ids": [0, 1, 2, 3] * 2},
+    # The factors of a large layer are divided between threads if there are few rows, and read block
+    # by block if there are many.
+    "large, one row": {"batch": 1, "sequence": 1, "into": 2051, "out": 4103, "ids": [1]},
+    "large, few rows": {"batch": 9, "sequence": 1, "into": 2051, "out": 4103, "ids": [1] * 8 + [0]},
+    "large, a prompt": {"batch": 1, "sequence": 61, "into": 2051, "out": 4103, "ids": [1]},
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_several_threads_compute_the_same(operator_library: Path, name: str) -> None:
+    given = inputs(**CALLS[name], ranks=[16, 69, 8, 4])
     one, several = (call(session(operator_library, threads=n), given) for n in (1, 4))
     np.testing.assert_array_equal(one, several)
     assert np.abs(one - expected(given)).max() <= tolerance("operator") * np.abs(one).max()
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_token_of_a_large_layer_does_not_depend_on_the_others(opened: Any, name: str) -> None:
+    given = inputs(**CALLS[name], ranks=[16, 69, 8, 4])
+    together = call(opened, given)
+    for token in (0, together.shape[1] - 1):
+        alone = given | {each: given[each][:, [token]] for each in ("x", "y")}
+        np.testing.assert_array_equal(together[:, [token]], call(opened, alone))
 
 
 def test_a_value_that_is_not_finite_stays_in_its_row(opened: Any) -> None:
