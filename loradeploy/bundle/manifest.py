@@ -359,6 +359,11 @@ def check_is_bundle(directory: Path) -> None:
 
     Used before all files of the directory are listed: it may be the root of a disk.
     """
+    if directory.suffix == ".onnx" and directory.is_file():
+        raise BundleError(
+            f"{directory} is an ONNX file, not a bundle: make one of it with `loradeploy export"
+            f" --model {directory.name} --output BUNDLE`"
+        )
     if not directory.is_dir():
         kind = "is a file" if directory.exists() else "does not exist"
         raise BundleError(f"{directory} {kind}: give a directory that loradeploy export wrote")

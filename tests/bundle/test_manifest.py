@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import loradeploy as ld
 from loradeploy.bundle.manifest import (
     AdapterEntry,
     BaseIdentity,
@@ -169,3 +170,16 @@ def test_an_invalid_weight_location_is_refused(wrong: dict[str, Any]) -> None:
         BundleError, match=r"stored weight of l\.q has another size than the module"
     ):
         Manifest.from_json(json.loads(json.dumps(_with_changes(**wrong).to_json())))
+
+
+def test_an_onnx_file_in_place_of_a_bundle_is_refused_with_the_command_that_makes_one(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"")
+    advice = r"model.onnx is an ONNX file, not a bundle: .* export --model model.onnx --output"
+    with pytest.raises(BundleError, match=advice):
+        read_manifest(tmp_path / "model.onnx")
+    with pytest.raises(BundleError, match=advice):
+        ld.parity(tmp_path / "model.onnx")
+    with pytest.raises(BundleError, match=advice):
+        ld.AdapterSession(tmp_path / "model.onnx")
