@@ -1,4 +1,8 @@
-"""The images of chat requests: decoded, and run through the vision tower one request at a time."""
+"""The images of chat requests: decoded one by one, and run through the vision tower.
+
+The tower runs one request at a time: on a CPU, a batch of images takes as long as one after
+another, so that the first request would only wait for the others.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from loradeploy.bundle.image.opening import FORMATS, decoded
+from loradeploy.bundle.image.opening import FORMATS, EncodedImage
 from loradeploy.errors import AdapterError, DeadlineError, EngineFullError, UsageError
 from loradeploy.runtime.tasks.image_text import ImageTextGenerator
 from loradeploy.serve.problems import refused
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from loradeploy.runtime.adapters.resident import AdapterSpec
     from loradeploy.runtime.decoding.asking.calls import Prompt
     from loradeploy.runtime.decoding.graph import TokenEmbeds
@@ -117,17 +119,17 @@ class Vision:
     def _read(self, prompt: Prompt, urls: Sequence[str], adapter: AdapterSpec | None) -> SeenPrompt:
         if adapter is None or isinstance(adapter, str):
             self._names(adapter, images=True)
-        images = [self._decoded(url, f"image {number}") for number, url in enumerate(urls, start=1)]
+        images = [self._encoded(url, f"image {number}") for number, url in enumerate(urls, start=1)]
         reader, rows = self.generator.reader, self._limits.max_rows
         read = reader.read([prompt], [images], [adapter], chat=False, batch_size=rows)
         return SeenPrompt(read.ids[0], read.adapters[0], read.embeds[0])
 
-    def _decoded(self, url: str, where: str) -> Image:
+    def _encoded(self, url: str, where: str) -> EncodedImage:
         try:
             content = base64.b64decode(url.partition(",")[2], validate=True)
         except ValueError:
             raise UsageError(f"{where} is not base64") from None
-        return decoded(content, where, self._limits.max_image_pixels)
+        return EncodedImage(content, where, self._limits.max_image_pixels)
 
     def close(self) -> None:
         """Wait for the running request, and end the others."""

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from loradeploy.bundle.image.opening import decoded, opened
+from loradeploy.bundle.image.opening import EncodedImage, opened
 from loradeploy.bundle.image.processors import image_processor
 from loradeploy.errors import BundleError, DataError
 
@@ -104,7 +104,7 @@ def test_of_16_bit_colors_the_upper_8_bits_are_read_as_in_transformers() -> None
     pixel = zlib.compress(b"\0" + struct.pack(">HHH", 0x12FF, 0x8000, 0xFFFF))
     parts = ((b"IHDR", header), (b"IDAT", pixel), (b"IEND", b""))
     content = b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
-    assert np.asarray(decoded(content, "it", 1)).tolist() == [[[0x12, 0x80, 0xFF]]]
+    assert np.asarray(EncodedImage(content, "it", 1).decoded()).tolist() == [[[0x12, 0x80, 0xFF]]]
     assert np.asarray(Image.open(BytesIO(content))).tolist() == [[[0x12, 0x80, 0xFF]]]
 
 
@@ -114,7 +114,11 @@ def test_the_first_frame_of_an_animation_is_read(ending: str, tmp_path: Path) ->
     file = tmp_path / f"moving.{ending}"
     frames[0].save(file, save_all=True, append_images=frames[1:], lossless=True)
     assert np.asarray(opened(file))[0, 0].tolist() == [255, 0, 0]
-    assert np.asarray(decoded(file.read_bytes(), "it", 64))[0, 0].tolist() == [255, 0, 0]
+    assert np.asarray(EncodedImage(file.read_bytes(), "it", 64).decoded())[0, 0].tolist() == [
+        255,
+        0,
+        0,
+    ]
 
 
 def test_images_of_too_many_pixels_are_refused_before_they_are_decoded(tmp_path: Path) -> None:
@@ -126,7 +130,7 @@ def test_images_of_too_many_pixels_are_refused_before_they_are_decoded(tmp_path:
     small = tmp_path / "small.png"
     Image.new("RGB", (9, 8)).save(small)
     with pytest.raises(DataError, match="it is 8 x 9 pixels, more than the 71 that are read"):
-        decoded(small.read_bytes(), "it", 71)
+        EncodedImage(small.read_bytes(), "it", 71).decoded()
 
 
 def test_only_some_formats_are_read_from_clients(tmp_path: Path) -> None:
@@ -135,7 +139,7 @@ def test_only_some_formats_are_read_from_clients(tmp_path: Path) -> None:
     opened(file)
     for content in (file.read_bytes(), b"", b"\x89PNG\r\n\x1a\n", b"<svg></svg>"):
         with pytest.raises(DataError, match="it cannot be read as an image"):
-            decoded(content, "it", 100)
+            EncodedImage(content, "it", 100).decoded()
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import shutil
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import openai
 import pytest
 
+from loradeploy.bundle.image.opening import EncodedImage
 from loradeploy.errors import BundleError, UsageError
 from loradeploy.serve.opening import ServiceSpec
 from tests.cli.calling import call
@@ -136,6 +138,22 @@ def test_limits_and_misplaced_images_are_refused(
     refused = pytest.raises(openai.BadRequestError, match="it has no vision tower")
     with serving(made.place / "decoder") as without, refused:
         ask(without, "decoder", conversation(part(files[0])))
+
+
+def test_one_image_of_a_request_is_decoded_at_a_time(
+    server: Running, files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded, alive = EncodedImage.decoded, list[weakref.ref[Any]]()
+
+    def counted(image: EncodedImage) -> Any:
+        assert not any(ref() is not None for ref in alive), "an earlier image is in memory"
+        alive.append(weakref.ref(found := decoded(image)))
+        return found
+
+    monkeypatch.setattr(EncodedImage, "decoded", counted)
+    messages = conversation(part(files[0]), "w20 w21", part(files[1]))
+    assert ask(server, "all", messages).choices[0].message.content
+    assert len(alive) == 2
 
 
 def test_images_of_a_client_that_disconnects_are_not_read(

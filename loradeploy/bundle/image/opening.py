@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -71,14 +72,25 @@ def opened(given: GivenImage, where: str = "the image") -> Image:
     return made
 
 
-def decoded(content: bytes, where: str, most_pixels: int) -> Image:
-    """The image in the bytes of a file in one of `FORMATS`, as `opened` reads it.
+@dataclass(frozen=True, eq=False)
+class EncodedImage:
+    """The bytes of an image file from a client, in one of `FORMATS`.
 
-    Raises:
-        DataError: it cannot be read, or has more than `most_pixels` pixels.
-        MissingDependencyError: Pillow is not installed.
+    `where`: its name in messages. `most_pixels`: the largest number of pixels that is decoded.
     """
-    return _read(io.BytesIO(content), where, most_pixels, FORMATS)
+
+    content: bytes
+    where: str
+    most_pixels: int
+
+    def decoded(self) -> Image:
+        """The image, as `opened` reads it.
+
+        Raises:
+            DataError: it cannot be read, or has more than `most_pixels` pixels.
+            MissingDependencyError: Pillow is not installed.
+        """
+        return _read(io.BytesIO(self.content), self.where, self.most_pixels, FORMATS)
 
 
 def pillow() -> Any:

@@ -10,18 +10,19 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from loradeploy.adapter.tasks import CAUSAL_LM, VISION_TOWER
-from loradeploy.bundle.image.opening import opened, pillow
+from loradeploy.bundle.image.opening import EncodedImage, opened, pillow
 from loradeploy.bundle.image.processors import ImageProcessor, ModelImage, image_processor
 from loradeploy.bundle.model_config import model_config
-from loradeploy.bundle.names import CONFIG_NAME, IMAGE_FEATURES, PIXEL_VALUES
+from loradeploy.bundle.names import CONFIG_NAME
 from loradeploy.errors import BundleError, UsageError, shown
 from loradeploy.runtime.arguments import Adapters, check_count, each_row
 from loradeploy.runtime.decoding.asking.calls import Prompt, listed
 from loradeploy.runtime.decoding.asking.reading import PromptReader
 from loradeploy.runtime.decoding.graph import TokenEmbeds
-from loradeploy.runtime.tasks.image_grids import ImageSizes
+from loradeploy.runtime.tasks.image_grids import ImageSizes, Shape
 from loradeploy.runtime.tasks.image_parts import ImageParts
 from loradeploy.runtime.tasks.image_prompts import ImagePrompts
+from loradeploy.runtime.tasks.tower_runs import TowerRuns
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from loradeploy.runtime.session import AdapterSession
 
     # An image, or float pixel values as the model's processor makes them.
-    ShownImage = GivenImage | NDArray[np.floating[Any]]
+    ShownImage = GivenImage | EncodedImage | NDArray[np.floating[Any]]
 
 _TOKENS: Final = ("image_token_id", "image_token_index")  # in config.json
 
@@ -49,6 +50,14 @@ class ReadPrompts:
     adapters: list[AdapterSpec | None]
     names: list[AdapterSpec | None]
     embeds: list[TokenEmbeds | None]
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """An image whose pixel values are in `TowerRuns`: its tiles, and the shapes of its parts."""
+
+    tiles: tuple[int, int]
+    shapes: Sequence[Shape]
 
 
 class ImagePromptReader:
@@ -133,21 +142,24 @@ class ImagePromptReader:
                 )
         own_names = each_row(adapters, len(given))
         names = self.parts.names(own_names, [len(own) > 0 for own in images])
-        ids, parts, grids = [], [], []
-        for number, prompt in enumerate(given):
+        runs = TowerRuns(self._tower, self.sizes.pixels.dtype, batch_size)
+        ids, grids = [], []
+        for number, (prompt, (of_decoder, of_tower)) in enumerate(zip(given, names, strict=True)):
             what = f"prompt {number + 1}"
-            seen = [
-                self._prepared(image, what, place + 1) for place, image in enumerate(images[number])
-            ]
-            own_parts = [part for image in seen for part in image.parts]
-            sizes = [self.sizes.checked(part, what) for part in own_parts]
-            ids.append(self._tokens(prompt, seen, names[number][0], chat, what, new))
-            parts.append(own_parts)
-            grids.append(self.sizes.grids(sizes))
-        features = self._features(parts, [of_tower for _, of_tower in names], batch_size)
+            seen = []
+            for place, image in enumerate(images[number]):
+                made = self._prepared(image, what, place + 1)
+                shapes = [self.sizes.checked(part, what) for part in made.parts]
+                seen.append(_Seen(made.tiles, shapes))
+                runs.add(number, made.parts, of_tower)
+            ids.append(self._tokens(prompt, seen, of_decoder, chat, what, new))
+            grids.append(self.sizes.grids([shape for image in seen for shape in image.shapes]))
+        features = runs.finished()
         embeds = [
-            TokenEmbeds(self.token, np.concatenate(own), its) if own else None
-            for own, its in zip(features, grids, strict=True)
+            TokenEmbeds(self.token, np.concatenate(features[number]), its)
+            if number in features
+            else None
+            for number, its in enumerate(grids)
         ]
         return ReadPrompts(ids, [of_decoder for of_decoder, _ in names], own_names, embeds)
 
@@ -155,13 +167,15 @@ class ImagePromptReader:
         """An image as the tower takes it; float arrays are pixel values of an image or a tile."""
         if isinstance(image, np.ndarray) and image.dtype != np.uint8:
             return ModelImage((image,))
+        if isinstance(image, EncodedImage):
+            return self._processor.prepared(image.decoded(), image.where)
         where = f"image {place} of {what}"
         return self._processor.prepared(opened(image, where), where)
 
     def _tokens(
         self,
         prompt: Prompt,
-        images: Sequence[ModelImage],
+        images: Sequence[_Seen],
         adapter: AdapterSpec | None,
         chat: bool,
         what: str,
@@ -178,7 +192,7 @@ class ImagePromptReader:
         read = reader.read(0, prompt, adapter, chat, what)
         if self._video_token in read.ids:
             raise UsageError(f"{what} has the token of a video: videos are not supported")
-        counts = [sum(self.sizes.tokens(part.shape) for part in image.parts) for image in images]
+        counts = [sum(map(self.sizes.tokens, image.shapes)) for image in images]
         if any(map(any, tiles)) and read.ids.count(self.token) == len(images):
             raise UsageError(
                 f"an image of {what} is split into tiles, whose tokens are inserted into a text:"
@@ -187,25 +201,3 @@ class ImagePromptReader:
         ids = self._prompts.expanded(read.ids, counts, what)
         reader.check_length(len(ids), new, what)
         return ids
-
-    def _features(
-        self, images: Sequence[Sequence[Any]], names: Sequence[str | None], batch_size: int
-    ) -> list[list[NDArray[Any]]]:
-        """Run the tower on the images of each prompt: their features, [tokens, hidden] each."""
-        # Images of one size share runs.
-        alike: dict[tuple[int, ...], list[tuple[int, int]]] = {}
-        for row, own in enumerate(images):
-            for place, image in enumerate(own):
-                alike.setdefault(np.shape(image), []).append((row, place))
-        found: dict[tuple[int, int], NDArray[Any]] = {}
-        for every in alike.values():
-            for start in range(0, len(every), batch_size):
-                some = every[start : start + batch_size]
-                pixels = np.stack([images[row][place] for row, place in some])
-                (values,) = self._tower.run(
-                    [IMAGE_FEATURES],
-                    {PIXEL_VALUES: pixels.astype(self.sizes.pixels.dtype)},
-                    [names[row] for row, _ in some],
-                )
-                found.update(zip(some, values, strict=True))
-        return [[found[row, place] for place in range(len(own))] for row, own in enumerate(images)]
