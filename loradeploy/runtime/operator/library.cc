@@ -13,13 +13,16 @@ namespace loradeploy {
 const OrtCustomOp* attention();
 const OrtCustomOp* group_query_attention();
 const OrtCustomOp* lora_add();
+const OrtCustomOp* silu_mul();
+const OrtCustomOp* swiglu();
 
 namespace {
 
 const std::vector<const OrtCustomOp*>& operators() {
   static const std::vector<const OrtCustomOp*> all = [] {
     std::vector<const OrtCustomOp*> found;
-    for (const OrtCustomOp* own : {attention(), group_query_attention(), lora_add()}) {
+    for (const OrtCustomOp* own : {attention(), group_query_attention(), lora_add(), silu_mul(),
+                                   swiglu()}) {
       if (own != nullptr) found.push_back(own);
     }
     return found;
