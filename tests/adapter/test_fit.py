@@ -83,6 +83,19 @@ def test_a_fitting_adapter_is_accepted(fits: Adapter) -> None:
         (BASE, adapter(carried={"embed.weight": zeros(11, 3)}), "vocabulary has 11 tokens, .* 9"),
         (BASE, adapter(rows={"embed.weight": Rows((9,), zeros(1, 3))}), "tokens up to 9"),
         (BESIDE, adapter("l.x"), "l.x is not a target module of this bundle"),
+        (
+            dataclasses.replace(BESIDE, own_weights=("head.weight",), remedy_for_others="do that"),
+            adapter("head"),
+            "head has no side inputs for its factors: do that",
+        ),
+        (
+            dataclasses.replace(BESIDE, remedy_for_others="do that"),
+            dataclasses.replace(
+                adapter(saved={"lm_head.weight": zeros(9, 3)}),
+                config=AdapterConfig(r=2, target_modules=("l.q",), modules_to_save=("lm_head",)),
+            ),
+            "lm_head.weight .modules_to_save. is not a side input of this bundle: do that",
+        ),
         (BESIDE, adapter("patch", convolution(2)), "a convolution, which cannot have side inputs"),
         (BESIDE, adapter(pair=linear(dora=True)), "l.q has no scale in this bundle"),
         (BESIDE, adapter(carried={"embed.weight": zeros(9, 3)}), "differs from the base's"),

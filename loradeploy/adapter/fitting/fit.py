@@ -18,6 +18,7 @@ from loradeploy.adapter.algebra.experts import targeted as targeted_parameters
 from loradeploy.adapter.files.digest import short
 from loradeploy.adapter.fitting.settle import same_values
 from loradeploy.adapter.modules.targets import is_saved, match_targets
+from loradeploy.adapter.tasks import CLASSIFIER_HEADS, OUTPUT_HEADS
 from loradeploy.errors import AdapterMismatchError, listed, shortened
 from loradeploy.printable import logger_of
 
@@ -85,6 +86,7 @@ class AdaptableBase:
     `lacking`: parameters that get their values from an adapter.
     `digest`: digest of the checkpoint, if known. `model`: its id on the hub, or another name.
     `remedy`: advice at the end of a message about a missing module that the base model may have.
+    `remedy_for_others`: advice for an output head without side inputs.
     `remedy_for_rows`: advice for trained rows of a module without side inputs.
     """
 
@@ -101,6 +103,7 @@ class AdaptableBase:
     digest: str | None = None
     model: str | None = None
     remedy: str = ""
+    remedy_for_others: str = "merge it instead"
     remedy_for_rows: str = "merge it instead"
 
 
@@ -203,6 +206,12 @@ def _of_another_head(module: str, base: AdaptableBase) -> str:
     )
 
 
+def _has_weight(module: str, base: AdaptableBase) -> bool:
+    """Whether `module` is known to be one of the base, as an output head without side inputs is."""
+    weight = f"{module}.weight"
+    return weight in base.parameters or weight in (base.own_weights or ())
+
+
 def _absent(kind: Kind, base: AdaptableBase) -> str:
     if base.side_inputs:
         return _NO_SIDE_INPUTS[kind].format(base=base.name)
@@ -213,6 +222,8 @@ def _layer_mismatches(module: str, pair: Factors, base: AdaptableBase) -> list[s
     layer = base.layers.get(module)
     if layer is None or (layer.kind != pair.kind and base.side_inputs):
         remedy = base.remedy if layer is None and pair.kind == "linear" else ""
+        if layer is None and base.side_inputs and _has_weight(module, base):
+            return [f"{module} has no side inputs for its factors: {base.remedy_for_others}"]
         return [f"{module} is {_absent(pair.kind, base)}{_of_another_head(module, base) or remedy}"]
     if layer.kind != pair.kind:
         actual, expected = _A_LAYER[layer.kind], _A_LAYER[pair.kind]
@@ -253,7 +264,10 @@ def _no_parameter(parameter: str, saved: bool, base: AdaptableBase) -> str:
     if not base.side_inputs:
         return f"{named} is not a parameter of {base.name}"
     if saved:
-        return f"{named} is not a side input of {base.name}: merge it instead"
+        module = parameter.rpartition(".")[0].rpartition(".")[2]
+        head = module in (*OUTPUT_HEADS, *CLASSIFIER_HEADS)
+        remedy = base.remedy_for_others if head else "merge it instead"
+        return f"{named} is not a side input of {base.name}: {remedy}"
     remedy = "export with `side_inputs=['bias']`, or merge it"
     return f"{named} is not a side input of {base.name}: {remedy}"
 

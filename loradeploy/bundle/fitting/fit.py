@@ -23,6 +23,7 @@ from loradeploy.bundle.targets import sharing
 from loradeploy.errors import AdapterMismatchError
 
 THIS_BUNDLE: Final = "this bundle"
+_AGAIN: Final = "export the model again with this adapter, or merge it"
 _WITH_TOKENS: Final = "export with `side_inputs=['tokens']`, or merge it instead"
 _BY_NUMBERS: Final = (
     " (for an ONNX model: export it with `checkpoint`, which identifies modules by weights too)"
@@ -118,6 +119,7 @@ def adaptable(manifest: Manifest, name: str = THIS_BUNDLE) -> AdaptableBase:
         digest=manifest.base.digest if manifest.base.kind == "checkpoint" else None,
         model=manifest.base.name,
         remedy_for_rows=_WITH_TOKENS if manifest.task != SEQ2SEQ_LM else "merge it instead",
+        remedy_for_others=_AGAIN if name == THIS_BUNDLE else "merge it instead",
         remedy=_BY_NUMBERS if manifest.base.kind == "onnx" and name == THIS_BUNDLE else "",
     )
 
