@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.adapter.files.digest import file_digest
-from loradeploy.adapter.files.peft import copy_adapter, load_adapter, save_adapter
+from loradeploy.adapter.files.peft import copy_adapter, load_adapter, names_targets, save_adapter
 from loradeploy.adapter.files.tensors import write_arrays
 from loradeploy.adapter.tasks import CAUSAL_LM, SEQ2SEQ_LM, SEQUENCE_CLASSIFICATION
 from loradeploy.bundle.adapter_inputs.native import write_side_inputs
@@ -242,12 +242,14 @@ def _write_beside(directory: Path, manifest: Manifest, content: Content) -> Mani
 def _write_adapter(adapter: Adapter, source: Path | None, directory: Path) -> None:
     """Copy the adapter's files, or write `adapter` if it differs from them.
 
-    It differs if it was fitted to the base, or if its labels are named in another file.
+    It differs if it was fitted to the base, if its labels are named in another file, or if its
+    config leaves its targets to PEFT, which chooses others.
     """
     if source is not None:
         copy_adapter(source, directory)
         copied = load_adapter(directory)
-        if (copied.digest, copied.labels) == (adapter.digest, adapter.labels):
+        same = (copied.digest, copied.labels) == (adapter.digest, adapter.labels)
+        if same and (names_targets(directory) or not adapter.factors):
             return
     save_adapter(adapter, directory)
 

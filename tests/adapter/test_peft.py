@@ -24,7 +24,7 @@ from loradeploy.adapter import (
     save_adapter,
 )
 from loradeploy.adapter.files import roles
-from loradeploy.adapter.files.peft import WEIGHTS_NAME
+from loradeploy.adapter.files.peft import WEIGHTS_NAME, names_targets
 from loradeploy.adapter.files.tensors import read_arrays, write_arrays
 from loradeploy.errors import AdapterError, ModelError
 
@@ -344,7 +344,10 @@ def test_factors_without_targets_are_all_used_with_a_log_line(
     roles._warn_of_targets.cache_clear()
     with caplog.at_level(logging.WARNING):
         adapter = load_adapter(write(tmp_path / "a", good_tensors(), target_modules=targets))
-    assert adapter.factors
+    assert adapter.config.target_modules == ("l.q",) == tuple(adapter.factors)
+    save_adapter(adapter, tmp_path / "b")
+    assert not names_targets(tmp_path / "a")
+    assert names_targets(tmp_path / "b"), "PEFT would use its own targets"
     assert "target_modules in the adapter's config is missing or empty" in caplog.text
     assert "ignores other factors" in caplog.text
 

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.adapter.adapter import Adapter, Factors
-from loradeploy.adapter.algebra.experts import peft_tensors
+from loradeploy.adapter.algebra.experts import TARGETS, peft_tensors
 from loradeploy.adapter.config import CONFIG_NAME, AdapterConfig
 from loradeploy.adapter.files.formats import (
     misordered_export,
@@ -175,6 +175,12 @@ def adapter_files(path: str | os.PathLike[str]) -> tuple[Path, Path]:
     """
     weights = _weights_file(Path(path))
     return weights.parent / CONFIG_NAME, weights
+
+
+def names_targets(path: str | os.PathLike[str]) -> bool:
+    """Whether the config of the adapter at `path` names targets; PEFT chooses others if not."""
+    config = read_json(adapter_files(path)[0], error=AdapterError)
+    return any(config.get(name) for name in ("target_modules", TARGETS))
 
 
 def copy_adapter(path: str | os.PathLike[str], directory: str | os.PathLike[str]) -> None:

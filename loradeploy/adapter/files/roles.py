@@ -144,7 +144,10 @@ def _all_factors(
 def _targeted(
     factors: Mapping[str, Factors], config: AdapterConfig, problems: list[str]
 ) -> AdapterConfig:
-    """`config` with tied modules as targets. Factors that PEFT ignores are added to `problems`."""
+    """`config` with tied modules, or all modules if it has no targets, as targets.
+
+    Factors that PEFT ignores are added to `problems`.
+    """
     working = [
         n
         for n, pair in factors.items()
@@ -158,6 +161,7 @@ def _targeted(
         config = _untied(config, factors)
     if working and not config.target_modules:
         _warn_of_targets()
+        config = with_targets(config, factors)
     if ignored:
         problems.append(
             f"{listed_names(ignored, 3)}: the file has factors, and target_modules, exclude_modules"

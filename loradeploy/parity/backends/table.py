@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from loradeploy.adapter.files.peft import names_targets
 from loradeploy.bundle.fitting.added_tokens import with_all_tokens
 from loradeploy.errors import UsageError
 from loradeploy.parity.backends import evaluator, genai, ort
@@ -125,6 +126,8 @@ def _peft_lacks(context: CheckContext) -> str | None:
         own = tested.adapter.factors
         if not own and not tested.adapter.rows:
             return f"PEFT cannot load {tested.name}, an adapter without factors"
+        if own and not names_targets(tested.path):
+            return f"PEFT adapts other modules: the config of {tested.name} has no target_modules"
         whole = with_all_tokens(tested.adapter, context.manifest).factors
         if any(
             (own[module].A.shape, own[module].B.shape) != (pair.A.shape, pair.B.shape)
