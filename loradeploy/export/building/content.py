@@ -32,7 +32,7 @@ from loradeploy.export.base import Base, Options
 from loradeploy.export.building.adapted import with_side_inputs
 from loradeploy.export.building.added import without_added_tokens
 from loradeploy.export.building.merged import merged, with_resized_vocabulary
-from loradeploy.export.building.steps import encoder_part, modules_of
+from loradeploy.export.building.steps import encoder_part, modules_of, with_float_heads
 from loradeploy.export.checkpoint_base import from_checkpoint
 from loradeploy.export.graph.file import outputs, required_inputs
 from loradeploy.export.graph_base import from_graph
@@ -103,6 +103,7 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
     )
     if unknown := findings.unidentified:
         logger.warning("left as it is, its module is not known: %s", listed_names(unknown))
+    findings = with_float_heads(base, findings, options)
     added: SideInputs | None = None
     fitted: Mapping[str, Adapter] = {}
     arrays: Mapping[str, Arrays] = {}

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
-from loradeploy.adapter.tasks import CAUSAL_LM, SEQ2SEQ_LM
+from loradeploy.adapter.tasks import CAUSAL_LM, CLASSIFICATIONS, SEQ2SEQ_LM
 from loradeploy.bundle.graph_form import (
     BIAS,
     DORA,
@@ -44,6 +44,7 @@ from loradeploy.export.match.operators import unreached_layers
 from loradeploy.export.match.whole.biases import separate_biases
 from loradeploy.export.match.whole.parts import find_parts
 from loradeploy.export.passes.gqa import updates_cache_in_place
+from loradeploy.export.passes.precision.dequantize import with_float_weight
 from loradeploy.export.passes.precision.embedding import quantize_embedding
 from loradeploy.export.passes.precision.quantize import quantize
 from loradeploy.export.passes.tokens.kept_logits import add_logits_to_keep, logits_to_keep_problem
@@ -88,6 +89,26 @@ def with_separate_biases(
     if BIAS in options.side_inputs or DORA in options.side_inputs:
         modules |= findings.linears.keys()
     linears = separate_biases(base.graph.graph, findings.linears, modules)
+    return dataclasses.replace(findings, linears=linears)
+
+
+def with_float_heads(base: Base, findings: Findings, options: Options) -> Findings:
+    """Make quantized layers float whose whole weight adapters replace; return the findings."""
+    adapters = options.adapters.values()
+    replaced = {name.removesuffix(".weight") for adapter in adapters for name in adapter.saved}
+    targeted = {module for adapter in adapters for module in adapter.factors}
+    linears = dict(findings.linears)
+    for module, linear in linears.items():
+        is_side_input = (
+            not options.merge
+            and module not in targeted
+            and base.task in CLASSIFICATIONS
+            and is_head(module)
+        )
+        if linear.quantized and (module in replaced or is_side_input):
+            linears[module] = with_float_weight(base.graph.graph, linear)
+            if not linears[module].quantized:
+                logger.info("%s is computed in float, because adapters replace it", module)
     return dataclasses.replace(findings, linears=linears)
 
 

@@ -159,12 +159,24 @@ def _check_names(node: ir.Node) -> None:
 
 
 def _in_order(nodes: Iterable[ir.Node], known: set[ir.Value], outer: frozenset[ir.Value]) -> bool:
+    """Whether every value that a node or its bodies use is defined before the node."""
     made = set(known)
     for node in nodes:
-        if any(v is not None and v not in made and v not in outer for v in node.inputs):
+        if any(v not in made and v not in outer for v in _used(node)):
             return False
         made.update(node.outputs)
     return True
+
+
+def _used(node: ir.Node) -> set[ir.Value]:
+    """The values that `node` takes, and those of outer graphs that its bodies use."""
+    used = {value for value in node.inputs if value is not None}
+    for body in bodies_of(node):
+        inside = {*body.inputs, *body.initializers.values()}
+        inside.update(value for each in body for value in each.outputs)
+        outer = {value for each in body for value in _used(each)} | set(body.outputs)
+        used |= outer - inside
+    return used
 
 
 def _check_functions(model: ir.Model) -> None:

@@ -121,6 +121,24 @@ def test_unusual_but_valid_graphs_are_read(file: Path) -> None:
     check_opens(file)
 
 
+def test_an_if_before_the_values_that_its_branches_use_is_read(file: Path) -> None:
+    """onnxruntime's quantizers sort nodes without regard to the branches of an If."""
+
+    def captured(model: Any, _: Path) -> None:
+        last = model.graph.node[-1]
+        name, last.output[0] = last.output[0], "before"
+        shape = helper.make_tensor_value_info("b", onnx.TensorProto.FLOAT, None)
+        copy = [helper.make_node("Identity", ["before"], ["b"])]
+        body = helper.make_graph(copy, "body", [], [shape])
+        true = onnx.numpy_helper.from_array(np.array(True), "true")
+        model.graph.initializer.append(true)
+        node = helper.make_node("If", ["true"], [name], then_branch=body, else_branch=body)
+        model.graph.node.insert(0, node)
+
+    check_opens(changed(file, captured))
+    assert [node.op_type for node in load_graph(file).graph][-1] == "If"
+
+
 def test_contradictory_graphs_are_refused_by_onnxruntime(file: Path) -> None:
     def other_rank(model: Any, _: Path) -> None:
         model.graph.initializer[1].dims[:] = [2, 4, 8]

@@ -41,6 +41,9 @@ def branches_problem(graph: ir.Graph) -> str | None:
     """
     import onnx_ir as ir
 
+    attributes = (attribute for node in graph for attribute in node.attributes.values())
+    if any(attribute.type == ir.AttributeType.GRAPH for attribute in attributes):
+        return "the graph has branches or loops of its own: export with `branches=False`"
     for node in graph:
         scales = node.inputs[_SCALES] if node.op_type == "MatMulNBits" else None
         if scales is not None and scales.dtype == ir.DataType.FLOAT16:
@@ -70,11 +73,6 @@ def add_branches(graph: ir.Graph) -> None:
     if (problem := branches_problem(graph)) is not None:
         raise ExportError(problem)
     nodes, outputs = list(graph), list(graph.outputs)
-    attributes = (attribute for node in nodes for attribute in node.attributes.values())
-    if any(attribute.type == ir.AttributeType.GRAPH for attribute in attributes):
-        raise ExportError(
-            "the graph has branches or loops of its own: export with `branches=False`"
-        )
     # The base branch has one slot, whose side inputs are the base's own values: nothing to gather.
     base = _copy(nodes, outputs, BASE, {**gathered_slots(graph), **_without_factors(nodes)})
     other = _copy(nodes, outputs, _ADAPTED, {})
