@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from loradeploy.runtime.decoding.asking.calls import Prompt
     from loradeploy.runtime.decoding.graph import TokenEmbeds
     from loradeploy.runtime.session import AdapterSession
-    from loradeploy.runtime.tasks.image_parts import Names
+    from loradeploy.runtime.vision.parts import Names
     from loradeploy.serve.settings import ServeLimits
 
 _DATA: Final = re.compile(r"data:image/(?:png|jpe?g|webp|gif);base64,", re.IGNORECASE)

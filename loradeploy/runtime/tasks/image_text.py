@@ -17,8 +17,8 @@ from loradeploy.runtime.arguments import Adapters
 from loradeploy.runtime.decoding.asking.calls import Call, Prompt
 from loradeploy.runtime.decoding.scoring import TextScore
 from loradeploy.runtime.tasks.generation import Generation, OnResult, OnText, TextGenerator
-from loradeploy.runtime.tasks.image_reading import ImagePromptReader, ReadPrompts
 from loradeploy.runtime.tasks.streaming import TextPiece, TextStream
+from loradeploy.runtime.vision.reading import ImagePromptReader, ReadPrompts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from loradeploy.runtime.decoding.choosing.options import GenerationFlags
     from loradeploy.runtime.session import AdapterSession
     from loradeploy.runtime.tasks.async_streaming import AsyncTextStream
-    from loradeploy.runtime.tasks.image_reading import ShownImage
+    from loradeploy.runtime.vision.reading import ShownImage
 
 
 def _has_part(adapter: Adapter, manifest: Manifest) -> bool:

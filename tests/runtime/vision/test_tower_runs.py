@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from loradeploy.runtime.tasks import tower_runs
-from loradeploy.runtime.tasks.tower_runs import TowerRuns
+from loradeploy.runtime.vision import tower_runs
+from loradeploy.runtime.vision.tower_runs import TowerRuns
 
 
 class Tower:

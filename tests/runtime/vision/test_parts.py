@@ -17,7 +17,7 @@ import pytest
 from loradeploy.bundle.manifest import AdapterEntry
 from loradeploy.errors import UsageError
 from loradeploy.runtime.adapters.wholes import Whole
-from loradeploy.runtime.tasks.image_parts import ImageParts
+from loradeploy.runtime.vision.parts import ImageParts
 
 # Digests of whole adapters: A changes both parts, T only the decoder.
 A, B, T = "sha256:aaaa", "sha256:bbbb", "sha256:0000"

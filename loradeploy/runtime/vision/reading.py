@@ -19,10 +19,10 @@ from loradeploy.runtime.arguments import Adapters, check_count, each_row
 from loradeploy.runtime.decoding.asking.calls import Prompt, listed
 from loradeploy.runtime.decoding.asking.reading import PromptReader
 from loradeploy.runtime.decoding.graph import TokenEmbeds
-from loradeploy.runtime.tasks.image_grids import ImageSizes, Shape
-from loradeploy.runtime.tasks.image_parts import ImageParts
-from loradeploy.runtime.tasks.image_prompts import ImagePrompts
-from loradeploy.runtime.tasks.tower_runs import TowerRuns
+from loradeploy.runtime.vision.parts import ImageParts
+from loradeploy.runtime.vision.prompts import ImagePrompts
+from loradeploy.runtime.vision.sizes import ImageSizes, Shape
+from loradeploy.runtime.vision.tower_runs import TowerRuns
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

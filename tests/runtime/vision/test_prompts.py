@@ -8,7 +8,7 @@ from typing import Any, Final
 import pytest
 
 from loradeploy.errors import BundleError, UsageError
-from loradeploy.runtime.tasks.image_prompts import ImagePrompts
+from loradeploy.runtime.vision.prompts import ImagePrompts
 
 IMAGE: Final = 9
 WORDS: Final = {"<fake_token_around_image>": 20, "<global-img>": 21, "<image>": IMAGE}

@@ -1,0 +1,1 @@
+"""Prompts with images for a decoder and its vision tower: tokens, adapters, features."""
