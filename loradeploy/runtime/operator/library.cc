@@ -5,6 +5,10 @@
 #include <string>
 #include <vector>
 
+#if defined(__AVXVNNI__)
+#include <cpuid.h>
+#endif
+
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
 namespace loradeploy {
@@ -13,6 +17,7 @@ namespace loradeploy {
 const OrtCustomOp* attention();
 const OrtCustomOp* group_query_attention();
 const OrtCustomOp* lora_add();
+const OrtCustomOp* mat_mul_n_bits();
 const OrtCustomOp* silu_mul();
 const OrtCustomOp* swiglu();
 
@@ -21,8 +26,8 @@ namespace {
 const std::vector<const OrtCustomOp*>& operators() {
   static const std::vector<const OrtCustomOp*> all = [] {
     std::vector<const OrtCustomOp*> found;
-    for (const OrtCustomOp* own : {attention(), group_query_attention(), lora_add(), silu_mul(),
-                                   swiglu()}) {
+    for (const OrtCustomOp* own : {attention(), group_query_attention(), lora_add(),
+                                   mat_mul_n_bits(), silu_mul(), swiglu()}) {
       if (own != nullptr) found.push_back(own);
     }
     return found;
@@ -90,6 +95,13 @@ EXPORTED const char* loradeploy_operator_lacks() {
 #endif
 #ifdef __AVX512VNNI__
   LACKS("avx512vnni")
+#endif
+#ifdef __AVXVNNI__
+  // Not all compilers know this name.
+  unsigned found = 0, unused = 0;
+  if (!__get_cpuid_count(7, 1, &found, &unused, &unused, &unused) || !(found & 16)) {
+    return "avxvnni";
+  }
 #endif
 #endif
   return nullptr;

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any, Final
 
 import onnxruntime
-from onnx import TensorProto
+from numpy.typing import NDArray
+from onnx import TensorProto, numpy_helper
 from onnx import helper as make
 
 from loradeploy.bundle.names import OPERATOR_DOMAIN
 
-FLOAT, BOOL, INT32 = TensorProto.FLOAT, TensorProto.BOOL, TensorProto.INT32
+FLOAT, UINT8 = TensorProto.FLOAT, TensorProto.UINT8
+BOOL, INT32 = TensorProto.BOOL, TensorProto.INT32
 _VERSIONS: Final = {"": 23, "com.microsoft": 1, OPERATOR_DOMAIN: 1}
 
 
@@ -23,16 +25,23 @@ def single_node(
     outputs: Sequence[str],
     attributes: Mapping[str, Any],
     *,
+    constants: Mapping[str, NDArray[Any]] | None = None,
     library: Path | None = None,
     threads: int = 1,
 ) -> onnxruntime.InferenceSession:
-    """A session of one node; `inputs` have types and any shapes, outputs are float."""
-    node = make.make_node(name, list(inputs), list(outputs), domain=domain, **attributes)
+    """A session of one node; `inputs` have types and any shapes, outputs are float.
+
+    The node's last inputs are `constants`.
+    """
+    constants = constants or {}
+    names = [*inputs, *constants]
+    node = make.make_node(name, names, list(outputs), domain=domain, **attributes)
     graph = make.make_graph(
         [node],
         "node",
         [make.make_tensor_value_info(name, kind, None) for name, kind in inputs.items()],
         [make.make_tensor_value_info(name, FLOAT, None) for name in outputs],
+        [numpy_helper.from_array(values, name) for name, values in constants.items()],
     )
     imports = [make.make_opsetid(*each) for each in _VERSIONS.items()]
     model = make.make_model(graph, opset_imports=imports, ir_version=10)
