@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -16,12 +17,6 @@ from typing import TYPE_CHECKING, Any, Final
 from loradeploy.adapter.heads import (
     SINGLE_LABEL,
     TRAINED_PROBLEMS,
-    check_declared,
-    config_labels,
-    placeholders,
-    problem_of,
-    stated_problem,
-    usual_problem,
 )
 from loradeploy.adapter.tasks import (
     CAUSAL_LM,
@@ -30,16 +25,12 @@ from loradeploy.adapter.tasks import (
     FEATURE_EXTRACTION,
     IMAGE_CLASSIFICATION,
     SEQ2SEQ_LM,
-    SEQUENCE_CLASSIFICATION,
 )
-from loradeploy.bundle.fitting.labels import output_count
 from loradeploy.bundle.image.pixels import pixel_settings
-from loradeploy.bundle.model_config import model_config
-from loradeploy.bundle.names import CONFIG_NAME, PIXEL_VALUES, TOKEN_TYPE_IDS
+from loradeploy.bundle.names import PIXEL_VALUES, TOKEN_TYPE_IDS
 from loradeploy.bundle.text.tokenizer import Tokenizer
 from loradeploy.bundle.text.vectors.recipe import recipe_directory
 from loradeploy.errors import (
-    BundleError,
     DataError,
     MissingDependencyError,
     UsageError,
@@ -51,6 +42,7 @@ from loradeploy.parity.inputs.tokens import filled, fixed_length
 from loradeploy.parity.report.results import BASE_LABEL
 from loradeploy.parity.score.embedded import Embedded, embedded
 from loradeploy.parity.score.generated import GeneratedTexts, generated_texts
+from loradeploy.parity.score.kinds import kinds_of, label_names
 from loradeploy.parity.score.measures import MEASURED
 
 if TYPE_CHECKING:
@@ -139,61 +131,27 @@ def read_held_out(
     if manifest.mode != "merged" and (manifest.task not in CLASSIFICATIONS or not names):
         names.insert(0, None)
     try:
-        from loradeploy.train.config import TrainConfig
         from loradeploy.train.model import open_checkpoint
-        from loradeploy.train.tasks.table import task_of
     except ImportError as problem:
         raise MissingDependencyError(
             f"held-out data is read as training data is, and {problem.name} is not installed:"
             " pip install 'loradeploy[train]'"
         ) from None
     checkpoint = open_checkpoint(model, texts=manifest.task != IMAGE_CLASSIFICATION)
-    labels = _label_names(bundle, manifest, adapters)
-    kinds = _kinds(bundle, manifest, adapters)
-    found = {}
+    labels = label_names(bundle, manifest, adapters)
+    kinds = kinds_of(bundle, manifest, adapters)
     places = {tested.name: tested.path for tested in adapters}
+    found = {}
     for name, data in _data_by_adapter(evaluate, names).items():
+        sample = _Sample(name, data, examples, seed)
         if manifest.task == FEATURE_EXTRACTION:
             base = model if recipe_directory(bundle) is None else bundle
             task = _embedder(data, base, None if name is None else places[name])
-            drawn, available = _draw(task, data, examples, seed)
-            own = _embedded(name, drawn, task, checkpoint, os.fspath(data), available)
-            if (full := fixed_length(manifest)) is not None:
-                pad = Tokenizer(bundle).pad_id
-                own = replace(
-                    own,
-                    examples=tuple(
-                        replace(e, tokens=filled(e.tokens, full, pad)) for e in own.examples
-                    ),
-                )
-            found[name] = own
-            continue
-        if manifest.task == SEQ2SEQ_LM:
-            config = checkpoint.within(TrainConfig(task=SEQ2SEQ_LM))
-            task = task_of(config, checkpoint.directory)
-            drawn, available = _draw(task, data, examples, seed)
-            features = checkpoint.encode(task, drawn, (), config.max_length).features
-            texts = generated_texts(drawn, features, audio=task.audio)
-            found[name] = HeldOut(
-                texts.kind, (), os.fspath(data), available, len(drawn), generated=texts
-            )
-            continue
-        settings = {kind: setting for setting, kind in TRAINED_PROBLEMS.items()}
-        setting = settings.get(kinds[name], TrainConfig.problem_type)
-        config = checkpoint.within(TrainConfig(task=manifest.task, problem_type=setting))
-        task = task_of(config, checkpoint.directory)
-        drawn, available = _draw(task, data, examples, seed)
-        try:
-            names_of_labels = _numbered(drawn, labels[name], kinds[name])
-            if manifest.task == IMAGE_CLASSIFICATION:
-                coded = _pictures(drawn, names_of_labels, task, checkpoint, manifest)
-            else:
-                coded = _coded(drawn, names_of_labels, task, checkpoint, config.max_length)
-        except DataError as problem:
-            raise DataError(f"{name or BASE_LABEL}: {problem}") from None
-        found[name] = HeldOut(
-            kinds[name], coded, os.fspath(data), available, len(drawn), labels[name]
-        )
+            found[name] = _with_length(_embedded(sample, task, checkpoint), bundle, manifest)
+        elif manifest.task == SEQ2SEQ_LM:
+            found[name] = _generated(sample, checkpoint)
+        else:
+            found[name] = _labeled(sample, labels[name], kinds[name], manifest, checkpoint)
     return found
 
 
@@ -240,23 +198,83 @@ def _data_by_adapter(
     return found
 
 
-def _draw(task: Task, data: Data, count: int, seed: int) -> tuple[list[Any], int]:
-    """Sample `count` examples from `data`; return them, and how many there are."""
-    from loradeploy.train.data.sources import Source, rows
+@dataclass(frozen=True)
+class _Sample:
+    """`count` examples of `data`, drawn with `seed`, for the adapter `name` or the base (None)."""
 
-    source = Source(data, _SPLIT)
-    if task.name == CAUSAL_LM:
-        # Otherwise a labeled text would be accepted as plain text.
-        where, row = next(rows(source), ("", {}))
-        if "label" in row:
+    name: str | None
+    data: Data
+    count: int
+    seed: int
+
+    def draw(self, task: Task) -> tuple[list[Any], int]:
+        """Sample examples; return them, and how many there are."""
+        from loradeploy.train.data.sources import Source, rows
+
+        source = Source(self.data, _SPLIT)
+        if task.name == CAUSAL_LM:
+            # Otherwise a labeled text would be accepted as plain text.
+            where, row = next(rows(source), ("", {}))
+            if "label" in row:
+                raise DataError(
+                    f"{where}: has a label, which is data for a classifier: this bundle is"
+                    f" {task.name}"
+                )
+        read = task.read(source)
+        chosen = random.Random(self.seed).sample(range(len(read)), min(self.count, len(read)))
+        if len(chosen) < 2:
             raise DataError(
-                f"{where}: has a label, which is data for a classifier: this bundle is {task.name}"
+                f"{source} contains one example, which gives no interval: give 2 or more"
             )
-    read = task.read(source)
-    chosen = random.Random(seed).sample(range(len(read)), min(count, len(read)))
-    if len(chosen) < 2:
-        raise DataError(f"{source} contains one example, which gives no interval: give 2 or more")
-    return [read[index] for index in sorted(chosen)], len(read)
+        return [read[index] for index in sorted(chosen)], len(read)
+
+    @contextmanager
+    def naming(self) -> Iterator[None]:
+        """Prefix the message of a DataError that is raised inside with the adapter's name."""
+        try:
+            yield
+        except DataError as problem:
+            raise DataError(f"{self.name or BASE_LABEL}: {problem}") from None
+
+
+def _labeled(
+    sample: _Sample,
+    labels: Sequence[str],
+    kind: str,
+    manifest: Manifest,
+    checkpoint: Checkpoint,
+) -> HeldOut:
+    """Return the data of a language model, or of a classifier with these `labels`."""
+    from loradeploy.train.config import TrainConfig
+    from loradeploy.train.tasks.table import task_of
+
+    settings = {kind: setting for setting, kind in TRAINED_PROBLEMS.items()}
+    setting = settings.get(kind, TrainConfig.problem_type)
+    config = checkpoint.within(TrainConfig(task=manifest.task, problem_type=setting))
+    task = task_of(config, checkpoint.directory)
+    drawn, available = sample.draw(task)
+    with sample.naming():
+        names = _numbered(drawn, labels, kind)
+        if manifest.task == IMAGE_CLASSIFICATION:
+            coded = _pictures(drawn, names, task, checkpoint, manifest)
+        else:
+            coded = _coded(drawn, names, task, checkpoint, config.max_length)
+    source = os.fspath(sample.data)
+    return HeldOut(kind, coded, source, available, len(drawn), tuple(labels))
+
+
+def _generated(sample: _Sample, checkpoint: Checkpoint) -> HeldOut:
+    """Return the data of an encoder-decoder."""
+    from loradeploy.train.config import TrainConfig
+    from loradeploy.train.tasks.table import task_of
+
+    config = checkpoint.within(TrainConfig(task=SEQ2SEQ_LM))
+    task = task_of(config, checkpoint.directory)
+    drawn, available = sample.draw(task)
+    features = checkpoint.encode(task, drawn, (), config.max_length).features
+    texts = generated_texts(drawn, features, audio=task.audio)
+    source = os.fspath(sample.data)
+    return HeldOut(texts.kind, (), source, available, len(drawn), generated=texts)
 
 
 def _coded(
@@ -324,68 +342,23 @@ def _embedder(data: Data, base: Path, adapter: Path | None) -> Task:
     return task_of(TrainConfig(task=FEATURE_EXTRACTION, embedding_loss=loss), base, adapter)
 
 
-def _embedded(
-    name: str | None,
-    drawn: Sequence[Any],
-    task: Task,
-    checkpoint: Checkpoint,
-    source: str,
-    available: int,
-) -> HeldOut:
+def _embedded(sample: _Sample, task: Task, checkpoint: Checkpoint) -> HeldOut:
+    """Return the data of an embedder."""
     assert task.vectors is not None
-    try:
+    drawn, available = sample.draw(task)
+    with sample.naming():
         features = checkpoint.encode(task, drawn, (), checkpoint.max_length).features
         found = embedded(features, task.vectors.recipe, scored=not task.has_accuracy)
-    except DataError as problem:
-        raise DataError(f"{name or BASE_LABEL}: {problem}") from None
     texts = tuple(Example(tokens, ()) for tokens, _ in found.texts)
+    source = os.fspath(sample.data)
     return HeldOut(found.compared.kind, texts, source, available, len(drawn), embedded=found)
 
 
-def _label_names(
-    bundle: Path, manifest: Manifest, adapters: Sequence[AdapterUnderTest]
-) -> dict[str | None, tuple[str, ...]]:
-    """Return the label names of a classifier: the adapter's, else the bundle's, else LABEL_i."""
-    if manifest.task not in CLASSIFICATIONS:
-        return {None: (), **{tested.name: () for tested in adapters}}
-    config = model_config(bundle)
-    outputs = output_count(manifest, config)
-    own = config_labels(config, CONFIG_NAME, error=BundleError, outputs=outputs) or ()
-    if len(own) != outputs:
-        own = placeholders(outputs)
-    for tested in adapters:
-        check_declared(tested.adapter)
-    return {None: own, **{tested.name: tested.adapter.labels or own for tested in adapters}}
-
-
-def _kinds(
-    bundle: Path, manifest: Manifest, adapters: Sequence[AdapterUnderTest]
-) -> dict[str | None, str]:
-    """Return the kind of task of the base and of each adapter, a key of `MEASURED`."""
-    if manifest.task == IMAGE_CLASSIFICATION:
-        return _kinds_of_images(bundle, manifest, adapters)
-    if manifest.task != SEQUENCE_CLASSIFICATION:
-        return dict.fromkeys([None, *(tested.name for tested in adapters)], manifest.task)
-    config = model_config(bundle)
-    stated = stated_problem(config, CONFIG_NAME, error=BundleError)
-    outputs = output_count(manifest, config)
-    found: dict[str | None, str] = {None: manifest.problem_type or stated or usual_problem(outputs)}
-    for tested in adapters:
-        found[tested.name] = problem_of(tested.adapter, stated, outputs)
-    return found
-
-
-def _kinds_of_images(
-    bundle: Path, manifest: Manifest, adapters: Sequence[AdapterUnderTest]
-) -> dict[str | None, str]:
-    """Return the kinds for images, which must have a single label each."""
-    stated = stated_problem(model_config(bundle), CONFIG_NAME, error=BundleError) or SINGLE_LABEL
-    found: dict[str | None, str] = {None: manifest.problem_type or stated}
-    found |= {tested.name: tested.adapter.problem_type or stated for tested in adapters}
-    for name, problem in found.items():
-        if problem != SINGLE_LABEL:
-            raise UsageError(
-                f"{name or BASE_LABEL} is a classifier of images of problem_type {problem}, and"
-                f" data of images has one label each: only {SINGLE_LABEL} is scored"
-            )
-    return found
+def _with_length(data: HeldOut, bundle: Path, manifest: Manifest) -> HeldOut:
+    """Fill the texts up to the length that the graph takes, if it takes only one."""
+    full = fixed_length(manifest)
+    if full is None:
+        return data
+    pad = Tokenizer(bundle).pad_id
+    filled_up = (replace(e, tokens=filled(e.tokens, full, pad)) for e in data.examples)
+    return replace(data, examples=tuple(filled_up))
