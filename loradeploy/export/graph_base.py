@@ -228,6 +228,8 @@ def _task_of(
             task = CAUSAL_LM  # with the logits of the last position only
     if requested == TOKEN_CLASSIFICATION and task == CAUSAL_LM:
         task = requested  # the outputs have the ranks of a language model's
+    if task is None and (own := own_task(config)) is not None and main_output(own, ranks):
+        task = own  # the outputs have other names
     if task is not None and main_output(task, ranks) is None:
         raise UsageError(
             f"none of the outputs of {source.name} is known to be what {task} gives:"

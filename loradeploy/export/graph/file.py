@@ -19,6 +19,7 @@ from loradeploy.errors import (
 )
 from loradeploy.export.graph.sound import check_sound
 from loradeploy.files import MAX_GRAPH_BYTES, check_file, inside
+from loradeploy.paths import resolved
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -58,7 +59,32 @@ def load_graph(file: Path) -> ir.Model:
         raise
     for tensor in _external_tensors(model):
         _check_external(file, tensor)
+    _follow_links(model, file)
     return model
+
+
+def _follow_links(model: ir.Model, file: Path) -> None:
+    """Let weights refer to the files that links lead to, which onnx-ir does not read otherwise.
+
+    In the cache of the Hugging Face hub, a file of data is a link (see `files.inside`).
+    """
+    import onnx_ir as ir
+
+    for value in (value for graph in model.graphs() for value in graph.initializers.values()):
+        tensor = value.const_value
+        if not isinstance(tensor, ir.ExternalTensor):
+            continue
+        data = inside(file.parent, str(tensor.location))
+        if not data.is_relative_to(resolved(file.parent)):
+            value.const_value = ir.ExternalTensor(
+                data.name,
+                tensor.offset,
+                tensor.length,
+                tensor.dtype,
+                shape=tensor.shape,
+                name=str(tensor.name),
+                base_dir=data.parent,
+            )
 
 
 def _refuse_sparse(file: Path) -> None:

@@ -122,8 +122,10 @@ def open_model(model: ir.Model, directory: Path) -> onnxruntime.InferenceSession
 
     options = trial_options()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    known = (value.const_value for value in model.graph.initializers.values())
+    known = [value.const_value for value in model.graph.initializers.values()]
     own = sum(t.nbytes for t in known if t is not None and not isinstance(t, ir.ExternalTensor))
+    linked = next((t.base_dir for t in known if isinstance(t, ir.ExternalTensor)), directory)
+    directory = Path(linked)  # another than the graph's if its data is behind links
     if own < _MOST_BYTES:
         options.add_session_config_entry(_FOLDER_OPTION, str(resolved(directory)))
         content = ir.to_proto(model).SerializeToString()

@@ -15,6 +15,7 @@ from onnx import helper
 from loradeploy.errors import ModelError
 from loradeploy.export.graph.file import load_graph
 from loradeploy.export.graph.sound import check_opens
+from loradeploy.export.match.observe import open_model
 from tools.fuzzing.seeds import make_graph
 
 Change = Callable[[Any, Path], object]
@@ -137,6 +138,27 @@ def test_an_if_before_the_values_that_its_branches_use_is_read(file: Path) -> No
 
     check_opens(changed(file, captured))
     assert [node.op_type for node in load_graph(file).graph][-1] == "If"
+
+
+def test_weights_behind_the_links_of_the_hubs_cache_are_read(file: Path, tmp_path: Path) -> None:
+    expected = onnx.numpy_helper.to_array(onnx.load(file).graph.initializer[1])
+    changed(file, outside)
+    repository = tmp_path / "models--me--mine"
+    blobs, snapshot = repository / "blobs", repository / "snapshots" / "abc" / "onnx"
+    for folder in (blobs, snapshot):
+        folder.mkdir(parents=True)
+    for digest, path in (("1f", file), ("2e", file.parent / "w.bin")):
+        path.rename(blobs / digest)
+        (snapshot / path.name).symlink_to(blobs / digest)
+    graph = snapshot / file.name
+    check_opens(graph)
+    model = load_graph(graph)
+    weight = model.graph.initializers["q_proj.weight"].const_value
+    assert weight is not None
+    assert np.array_equal(weight.numpy(), expected)
+    session = open_model(model, snapshot)
+    feeds = {value.name: np.array([[1, 2, 3]]) for value in session.get_inputs()}
+    assert session.run(None, feeds)[0].shape[:2] == (1, 3)
 
 
 def test_contradictory_graphs_are_refused_by_onnxruntime(file: Path) -> None:
