@@ -29,6 +29,7 @@ from loradeploy.export.read.all_logits import keep_all_logits
 from loradeploy.export.read.attention import separate_projections
 from loradeploy.export.read.channels_first import features_last, matrices_of
 from loradeploy.export.read.constant_weights import compute_weights
+from loradeploy.export.read.half import name_encoder, other_half
 from loradeploy.export.read.later_calls import join_later_calls
 from loradeploy.export.read.normalize import normalize_products
 from loradeploy.export.read.opsets import convert_opset
@@ -95,6 +96,8 @@ def from_graph(source: Source, options: Options) -> Base:
         renamed = rename_values(graph)
         own = settings_beside(source.directory, options.evidence.checkpoint)
         take_branches(graph, source.graph.parent, own)
+        name_encoder(graph.graph, own)
+        other = other_half(graph.graph, own)
         check_mask(graph, renamed, source.graph.parent, own)
         made = add_logits(graph.graph, _requested_task(options.task, own), own.get("problem_type"))
         renamed |= {} if made is None else made.renamed
@@ -107,6 +110,7 @@ def from_graph(source: Source, options: Options) -> Base:
         remove_choices(graph, source.manifest)
         remove_side_inputs(graph, source.manifest)
         identity, task = source.manifest.base, source.manifest.task
+        other = source.manifest.other_part
         probabilities = source.manifest.probabilities
         problem_type = source.manifest.problem_type if task == TOKEN_CLASSIFICATION else None
         parameters = frozenset(saved.parameter for saved in source.manifest.saved)
@@ -162,7 +166,7 @@ def from_graph(source: Source, options: Options) -> Base:
         display_name="this ONNX model" if source.manifest is None else THIS_BUNDLE,
         embeds=() if source.manifest is None else source.manifest.embeds,
         image_blocks=source.manifest is not None and source.manifest.image_blocks,
-        other_part=() if source.manifest is None else source.manifest.other_part,
+        other_part=other,
         traced=source.manifest is not None and source.manifest.traced,
         probabilities=probabilities,
         problem_type=problem_type,

@@ -160,10 +160,15 @@ def _check_same(
             if a.shape != b.shape or not np.allclose(
                 a, b, rtol=_ROUNDING, atol=_ROUNDING * float(np.abs(b).max(initial=0))
             ):
+                advice = (
+                    "give decoder_model.onnx and decoder_with_past_model.onnx, each for a bundle of"
+                    " its own"
+                    if config.get("is_encoder_decoder")
+                    else "export the model without branches, with a cache"
+                )
                 raise ExportError(
                     f"the input {name} selects between two branches of the graph, which give"
-                    f" different {output.name} for an empty cache: export the model without"
-                    " branches, with a cache"
+                    f" different {output.name} for an empty cache: {advice}"
                 )
 
 

@@ -99,7 +99,15 @@ def types_of(rows: Iterable[tuple[Tokens, Tokens | None]]) -> Types:
 
 
 def check_inputs(manifest: Manifest) -> None:
-    """Raise UsageError if the graph has an input that cannot be derived from tokens."""
+    """Raise UsageError if the graph has an input that cannot be derived from tokens.
+
+    Halves of encoder-decoders are refused too: PyTorch's model is the whole.
+    """
+    if any(name.rpartition(".")[2] in _HALVES for name in manifest.other_part):
+        raise UsageError(
+            "parity compares whole models, and this bundle is one half of an encoder-decoder:"
+            " export the PyTorch checkpoint, or compare the half with `loradeploy.compare`"
+        )
     for spec in manifest.inputs:
         sized = spec.name not in _DRAWN or all(isinstance(size, int) for size in _sizes(spec))
         if (spec.name not in _MAKERS and not spec.name.startswith(PAST)) or not sized:
@@ -146,6 +154,7 @@ def _real(ids: Ids, mask: Ids) -> list[Ids]:
     return [row[real] for row, real in zip(ids, mask.astype(bool), strict=True)]
 
 
+_HALVES: Final = ("encoder", "decoder")
 _DRAWN: Final = (PIXEL_VALUES, INPUT_FEATURES)
 # The inputs of shape [rows, tokens].
 _TOKENS: Final = (
