@@ -27,7 +27,7 @@ inline constexpr int kVectors = 4;  // vectors of sums that are computed togethe
 inline constexpr int kVectors = 2;
 #endif
 inline constexpr int kRows = 6;    // rows that are computed together
-inline constexpr int kKeys = 64;   // of a block; a multiple of kVectors · kLanes
+inline constexpr int kKeys = 128;   // of a block; a multiple of kVectors · kLanes
 inline constexpr int kPanel = kVectors * kLanes;
 inline constexpr int64_t kTaskRows = 192;  // the largest number of rows of a task
 inline constexpr int64_t kTasks = 16;      // of a call, if it is large enough
@@ -437,19 +437,15 @@ inline void run(const Attention& own, const Task& task, Scratch& scratch) {
     std::fill_n(scratch.merged.begin(), rows, Merged{});
     std::fill_n(scratch.merged_values, rows * width, 0.0f);
   }
-  const bool masks_heads = own.mask.head != 0;
+  const int64_t shared = own.mask.head == 0 ? group : 1;  // rows that see the same keys
   for (int64_t block = task.first; block < task.last; ++block) {
     const int64_t first_key = block * kKeys;
     bool sees = false;
-    for (int64_t row = 0; row < rows; ++row) {
-      Seen& seen = scratch.seen[row];
-      if (masks_heads || row % group == 0) {
-        seen = seen_in_block(own, task.batch, head_of(row), query_of(row), first_key,
-                             scratch.bias + row * kKeys);
-        sees = sees || seen.begin < seen.end;
-      } else {
-        seen = scratch.seen[row - 1];
-      }
+    for (int64_t at = 0; at < rows / shared; ++at) {
+      Seen& seen = scratch.seen[at];
+      seen = seen_in_block(own, task.batch, head_of(at * shared), query_of(at * shared), first_key,
+                           scratch.bias + at * kKeys);
+      sees = sees || seen.begin < seen.end;
     }
     float* parts = keeps ? task.parts + (block - task.first) * rows * part_size(own) : nullptr;
     if (!sees) {
@@ -477,7 +473,7 @@ inline void run(const Attention& own, const Task& task, Scratch& scratch) {
       const int count = static_cast<int>(std::min<int64_t>(kRows, rows - tile));
       int begin = kKeys, end = 0;
       for (int row = 0; row < count; ++row) {
-        const Seen& seen = scratch.seen[tile + row];
+        const Seen& seen = scratch.seen[(tile + row) / shared];
         if (seen.begin >= seen.end) continue;
         begin = std::min(begin, seen.begin), end = std::max(end, seen.end);
       }
@@ -487,8 +483,8 @@ inline void run(const Attention& own, const Task& task, Scratch& scratch) {
         with_rows<Score>(count, scratch.q.data() + tile, scratch.keys, own.size, first, last,
                          scratch.scores);
         for (int row = 0; row < count; ++row) {
-          exponentiate(scratch.scores + row * kKeys, scratch.seen[tile + row], first, last,
-                       own.scale, own.softcap, &part[row].largest, &part[row].sum);
+          exponentiate(scratch.scores + row * kKeys, scratch.seen[(tile + row) / shared], first,
+                       last, own.scale, own.softcap, &part[row].largest, &part[row].sum);
         }
         with_rows<Weigh>(count, scratch.scores, values, value_stride, begin, end, scratch.sums,
                          width);
