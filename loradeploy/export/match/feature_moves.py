@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from loradeploy.export.graph.edit import constant_of, input_at, source_of
+from loradeploy.export.graph.moves import MOVED
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -65,8 +66,10 @@ def permutation_of(node: ir.Node) -> NDArray[np.int64] | None:
     return np.asarray(used.argmax(0), np.int64)
 
 
-def _gather(node: ir.Node, x: NDArray[np.int64], arrays: Arrays) -> list[NDArray[np.int64]]:
-    return [x.take(_constant(node, 1), axis=_integer(node, "axis", 0))]
+def _plain(node: ir.Node, x: NDArray[np.int64], arrays: Arrays) -> list[NDArray[np.int64]]:
+    rest = range(1, len(node.inputs))
+    inputs = [None if node.inputs[n] is None else _constant(node, n) for n in rest]
+    return MOVED[node.op_type](x, inputs, _attributes(node), len(node.outputs))
 
 
 def _gather_nd(node: ir.Node, x: NDArray[np.int64], arrays: Arrays) -> list[NDArray[np.int64]]:
@@ -78,43 +81,8 @@ def _gather_nd(node: ir.Node, x: NDArray[np.int64], arrays: Arrays) -> list[NDAr
 def _concat(node: ir.Node, x: NDArray[np.int64], arrays: Arrays) -> list[NDArray[np.int64]]:
     if any(value not in arrays for value in node.inputs):
         raise UnknownMoveError
-    parts = [arrays[value] for value in node.inputs if value is not None]
-    return [np.concatenate(parts, axis=_integer(node, "axis", 0))]
-
-
-def _split(node: ir.Node, x: NDArray[np.int64], arrays: Arrays) -> list[NDArray[np.int64]]:
-    axis = _integer(node, "axis", 0)
-    if input_at(node, 1) is not None:
-        ends = np.cumsum(_constant(node, 1))[:-1]
-    else:
-        size = -(-x.shape[axis] // len(node.outputs))
-        ends = np.arange(1, len(node.outputs)) * size
-    return list(np.split(x, ends, axis=axis))
-
-
-def _slice(node: ir.Node, x: NDArray[np.int64], arrays: Arrays) -> list[NDArray[np.int64]]:
-    starts, ends = _constant(node, 1).tolist(), _constant(node, 2).tolist()
-    axes = range(len(starts)) if input_at(node, 3) is None else _constant(node, 3).tolist()
-    steps = [1] * len(starts) if input_at(node, 4) is None else _constant(node, 4).tolist()
-    where = [slice(None)] * x.ndim
-    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
-        whole = step < 0 and end < -x.shape[axis]
-        where[axis] = slice(start, None if whole else end, step)
-    return [x[tuple(where)]]
-
-
-def _transpose(node: ir.Node, x: NDArray[np.int64], arrays: Arrays) -> list[NDArray[np.int64]]:
-    order = node.attributes.get("perm")
-    return [x.transpose(None if order is None else list(order.as_ints()))]
-
-
-def _unsqueeze(node: ir.Node, x: NDArray[np.int64], arrays: Arrays) -> list[NDArray[np.int64]]:
-    return [np.expand_dims(x, tuple(_constant(node, 1).tolist()))]
-
-
-def _squeeze(node: ir.Node, x: NDArray[np.int64], arrays: Arrays) -> list[NDArray[np.int64]]:
-    axes = None if input_at(node, 1) is None else tuple(_constant(node, 1).tolist())
-    return [x.squeeze(axes)]
+    others = [arrays[value] for value in node.inputs[1:] if value is not None]
+    return MOVED[node.op_type](x, others, _attributes(node), len(node.outputs))
 
 
 def _flatten(node: ir.Node, x: NDArray[np.int64], arrays: Arrays) -> list[NDArray[np.int64]]:
@@ -141,16 +109,11 @@ def _reshape(node: ir.Node, x: NDArray[np.int64], arrays: Arrays) -> list[NDArra
 MOVES: Final[
     Mapping[str, Callable[[ir.Node, NDArray[np.int64], Arrays], list[NDArray[np.int64]]]]
 ] = {
+    **dict.fromkeys(MOVED, _plain),
     "Concat": _concat,
     "Flatten": _flatten,
-    "Gather": _gather,
     "GatherND": _gather_nd,
     "Reshape": _reshape,
-    "Slice": _slice,
-    "Split": _split,
-    "Squeeze": _squeeze,
-    "Transpose": _transpose,
-    "Unsqueeze": _unsqueeze,
 }
 
 
@@ -213,6 +176,10 @@ def _constant(node: ir.Node, index: int) -> NDArray[Any]:
 
 def _is_constant(value: ir.Value) -> bool:
     return value.is_initializer() and not value.is_graph_input() and value.const_value is not None
+
+
+def _attributes(node: ir.Node) -> dict[str, Any]:
+    return {name: attribute.value for name, attribute in node.attributes.items()}
 
 
 def _integer(node: ir.Node, name: str, default: int) -> int:

@@ -10,18 +10,18 @@ separate constant.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from loradeploy.export.graph.edit import add_constant, constant_of, free_name, remove_unused
+from loradeploy.export.graph.moves import MOVED, Attributes, Inputs, Move
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     from numpy.typing import NDArray
 
-_Arrays = Sequence[Any]  # numpy arrays; None for a missing input
 _Known = dict["ir.Value", "NDArray[Any] | None"]
 _PRODUCTS: Final = ("Gemm", "MatMul")
 _PLAIN: Final = ("Identity", "Transpose")  # allowed between a product and its initializer
@@ -90,85 +90,33 @@ def _constant(value: ir.Value) -> NDArray[Any] | None:
     return constant_of(value)
 
 
-def _computed(node: ir.Node, inputs: _Arrays, output: int) -> NDArray[Any] | None:
+def _computed(node: ir.Node, inputs: Inputs, output: int) -> NDArray[Any] | None:
     """The output of the node, a view of its inputs if possible."""
     if any(
         each is not None and found is None for each, found in zip(node.inputs, inputs, strict=True)
     ):
         return None
     attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+    x, *rest = inputs
+    if x is None:
+        return None
     try:
-        results = _COMPUTED[node.op_type](inputs, attributes)
+        results = _COMPUTED[node.op_type](x, rest, attributes, len(node.outputs))
     except (ValueError, IndexError, TypeError):  # a node that onnxruntime would not run either
         return None
     return np.asarray(results[output]) if output < len(results) else None
 
 
-def _integers(inputs: _Arrays, index: int) -> list[int] | None:
-    given = inputs[index] if len(inputs) > index else None
-    return None if given is None else [int(number) for number in np.ravel(given)]
+def _identity(x: Any, rest: Inputs, given: Attributes, outputs: int) -> list[Any]:
+    return [x]
 
 
-def _gather(inputs: _Arrays, given: Mapping[str, Any]) -> list[Any]:
-    data, at, axis = inputs[0], inputs[1], given.get("axis", 0)
-    if np.ndim(at) == 0 and -data.ndim <= axis < data.ndim:
-        return [np.moveaxis(data, axis, 0)[int(at)]]  # a view, where np.take copies
-    return [np.take(data, at, axis=axis)]
+def _reshape(x: Any, rest: Inputs, given: Attributes, outputs: int) -> list[Any]:
+    (sizes,) = rest
+    if sizes is None or given.get("allowzero"):
+        raise ValueError("no shape, or allowzero")
+    shape = [int(size) for size in np.ravel(sizes)]
+    return [x.reshape([x.shape[at] if n == 0 else n for at, n in enumerate(shape)])]
 
 
-def _split(inputs: _Arrays, given: Mapping[str, Any]) -> list[Any]:
-    sizes, axis = _integers(inputs, 1), given.get("axis", 0)
-    if sizes is None:
-        raise ValueError("no sizes")
-    return np.split(inputs[0], np.cumsum(sizes)[:-1], axis=axis)
-
-
-def _slice(inputs: _Arrays, given: Mapping[str, Any]) -> list[Any]:
-    data, starts, ends = inputs[0], _integers(inputs, 1), _integers(inputs, 2)
-    if starts is None or ends is None:
-        raise ValueError("no starts or no ends")
-    axes = _integers(inputs, 3) or list(range(len(starts)))
-    steps = _integers(inputs, 4) or [1] * len(starts)
-    spans = [slice(None)] * data.ndim
-    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
-        if step < 1:
-            raise ValueError("a step below 1")
-        spans[axis] = slice(start, end, step)
-    return [data[tuple(spans)]]
-
-
-def _squeeze(inputs: _Arrays, given: Mapping[str, Any]) -> list[Any]:
-    axes = _integers(inputs, 1)
-    return [np.squeeze(inputs[0], None if axes is None else tuple(axes))]
-
-
-def _unsqueeze(inputs: _Arrays, given: Mapping[str, Any]) -> list[Any]:
-    return [np.expand_dims(inputs[0], tuple(_integers(inputs, 1) or ()))]
-
-
-def _reshape(inputs: _Arrays, given: Mapping[str, Any]) -> list[Any]:
-    data, shape = inputs[0], _integers(inputs, 1)
-    if data is None or shape is None or given.get("allowzero"):
-        raise ValueError("no data, no shape, or allowzero")
-    return [data.reshape([data.shape[at] if n == 0 else n for at, n in enumerate(shape)])]
-
-
-def _transpose(inputs: _Arrays, given: Mapping[str, Any]) -> list[Any]:
-    return [np.transpose(inputs[0], given.get("perm"))]
-
-
-def _concat(inputs: _Arrays, given: Mapping[str, Any]) -> list[Any]:
-    return [np.concatenate(list(inputs), axis=given["axis"])]
-
-
-_COMPUTED: Final[Mapping[str, Callable[[_Arrays, Mapping[str, Any]], list[Any]]]] = {
-    "Concat": _concat,
-    "Gather": _gather,
-    "Identity": lambda inputs, given: [inputs[0]],
-    "Reshape": _reshape,
-    "Slice": _slice,
-    "Split": _split,
-    "Squeeze": _squeeze,
-    "Transpose": _transpose,
-    "Unsqueeze": _unsqueeze,
-}
+_COMPUTED: Final[Mapping[str, Move]] = {**MOVED, "Identity": _identity, "Reshape": _reshape}

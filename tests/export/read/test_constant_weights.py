@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from loradeploy.export.graph.moves import MOVED
 from loradeploy.export.match.products import products
 from loradeploy.export.read import constant_weights
 from loradeploy.export.read.constant_weights import compute_weights
@@ -119,12 +120,12 @@ def test_nodes_shared_by_several_weights_are_computed_once(monkeypatch: pytest.M
         x = b.node("MatMul", [x, w], [1, OUT], module=f"m{layer}", name=f"x{layer}")
     model = b.model(x)
     feeds = {"x": numbers(1, OUT)}
-    before, transpose = run(model, feeds), constant_weights._COMPUTED["Transpose"]
+    before, transpose = run(model, feeds), MOVED["Transpose"]
 
-    def counted(inputs: Any, given: Any) -> Any:
+    def counted(*given: Any) -> Any:
         nonlocal count
         count += 1
-        (result,) = transpose(inputs, given)
+        (result,) = transpose(*given)
         assert result.base is not None, "a copy of the stack"
         return [result]
 
