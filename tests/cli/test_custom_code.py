@@ -7,8 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from loradeploy.errors import ModelError, UsageError
+from loradeploy.lora.base.loading import load_pretrained
 from tests.cli.calling import Run, one_line
 from tests.conftest import MakeAdapter
 
@@ -89,3 +91,17 @@ def test_trust_remote_code_is_refused_without_a_model(
         ld.export(tiny_llama_bundle, tmp_path / "out", trust_remote_code=True)
     with pytest.raises(UsageError, match="`trust_remote_code` needs `model`"):
         ld.parity(tiny_llama_bundle, trust_remote_code=True)
+
+
+def test_a_class_of_its_own_with_a_model_type_of_transformers_is_a_warning(
+    with_code: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """transformers loads its own class then, without a word."""
+    config = json.loads((with_code / "config.json").read_text())
+    for architecture, warned in (("LlamaForCausalLM", False), ("OwnForCausalLM", True)):
+        changed = {**config, "model_type": "llama", "architectures": [architecture]}
+        (with_code / "config.json").write_text(json.dumps(changed))
+        caplog.clear()
+        load_pretrained(AutoModelForCausalLM, with_code)
+        assert ("its own class OwnForCausalLM" in caplog.text) == warned
+    assert not (tmp_path / "ran").exists()

@@ -111,6 +111,7 @@ def load_pretrained(
     )
     # In case a version of transformers injects an adapter anyway.
     check_no_peft_layers(directory, [name for name, _ in model.named_modules()])
+    _warn_of_code(model, directory)
     _check_unexpected(model, directory, info["unexpected_keys"])
     mismatched = sorted(info["mismatched_keys"])
     if mismatched and not ignore_mismatched_sizes:
@@ -123,6 +124,20 @@ def load_pretrained(
     lacking = {str(key) for key in info["missing_keys"]}
     lacking |= {str(name) for name, _, _ in mismatched}
     return Loaded(model, frozenset(lacking))
+
+
+def _warn_of_code(model: Any, directory: Path) -> None:
+    """Warn if transformers' class of the model type is used in place of the model's own class."""
+    import transformers
+
+    own = (model.config.architectures or [""])[0]
+    named = getattr(model.config, "auto_map", None)
+    if named and own and not is_trusted() and not hasattr(transformers, own):
+        logger.warning(
+            "%s names its own class %s in Python files (auto_map), which are not run: %s of"
+            " transformers is used, which may compute something else",
+            *(directory, own, type(model).__name__),
+        )
 
 
 def _check_unexpected(model: Any, directory: Path, names: Iterable[str]) -> None:
