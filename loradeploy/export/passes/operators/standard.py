@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _BITS: Final = (4, 8)
 _INT8_ACTIVATIONS: Final = 4  # accuracy_level of a MatMulNBits
-_BLOCKS: Final = 16  # block sizes are multiples of it
+_BLOCKS: Final = (32, 64, 128)
 _FLOAT: Final = 1  # ONNX's number of the type
 _HEADS_AXES: Final = 4  # [batch, heads, sequence, size]
 
@@ -48,16 +48,17 @@ class StandardNode:
 
 
 def _is_packed(node: ir.Node) -> bool:
-    """Whether a MatMulNBits multiplies int8 activations by constant weights of the known bits."""
+    """Whether a MatMulNBits multiplies by constant weights of known bits and blocks."""
+    import onnx_ir as ir
+
     given = _values(node)
-    bits, block = given.get("bits", _BITS[0]), given.get("block_size", 0)
-    constants = (node.inputs[1], node.inputs[2])
+    A, _, scales, *zeros = node.inputs
     return (
-        bits in _BITS
-        and block > 0
-        and block % _BLOCKS == 0
-        and all(value is not None and _is_constant(value) for value in constants)
-        and _are_float(node.inputs[0], node.inputs[2])
+        given.get("bits", _BITS[0]) in _BITS
+        and given.get("block_size") in _BLOCKS
+        and all(value is not None and _is_constant(value) for value in node.inputs[1:])
+        and _are_float(A, scales)
+        and all(value is not None and value.dtype == ir.DataType.UINT8 for value in zeros)
     )
 
 
@@ -94,7 +95,7 @@ ROWS: Final = (
     StandardNode(
         MAT_MUL_N_BITS_OPERATOR,
         MICROSOFT,
-        (3,),
+        (3, 4),
         ("K", "N", "bits", "block_size"),
         _is_packed,
         MappingProxyType({"accuracy_level": _INT8_ACTIVATIONS}),

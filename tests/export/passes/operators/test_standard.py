@@ -28,7 +28,9 @@ INTO, OUT, HEADS, SIZE = 32, 6, 4, 8
 MICROSOFT = "com.microsoft"
 
 
-def packed(*, zeros: bool = False, dtype: ir.DataType = ir.DataType.FLOAT, **more: Any) -> ir.Model:
+def packed(
+    *, zeros: type | None = None, dtype: ir.DataType = ir.DataType.FLOAT, **more: Any
+) -> ir.Model:
     """One MatMulNBits of 4 bits."""
     b = Builder()
     x = b.input("x", ["batch", "sequence", INTO], dtype)
@@ -37,8 +39,8 @@ def packed(*, zeros: bool = False, dtype: ir.DataType = ir.DataType.FLOAT, **mor
     B = b.constant("B", random.integers(0, 256, (OUT, 1, 16), np.uint8))
     scales = b.constant("scales", random.uniform(0.1, 1, (OUT, 1)).astype(kind))
     inputs = [x, B, scales]
-    if zeros:
-        inputs.append(b.constant("zeros", random.integers(0, 256, (OUT, 1), np.uint8)))
+    if zeros is not None:
+        inputs.append(b.constant("zeros", random.integers(0, 256, (OUT, 1)).astype(zeros)))
     sizes = {"K": INTO, "N": OUT, "bits": 4, "block_size": 32, "accuracy_level": 4}
     attributes = {name: value for name, value in {**sizes, **more}.items() if value is not None}
     y = b.node(
@@ -136,9 +138,9 @@ def test_a_call_without_a_library_is_the_standard_node_bit_for_bit(operator: str
 
 
 @OPERATORS
-def test_attributes_and_inputs_that_are_left_out_stay_so(operator: str) -> None:
+def test_attributes_and_inputs_that_are_optional_are_those_of_the_node(operator: str) -> None:
     few = {
-        MAT_MUL_N_BITS_OPERATOR: lambda: packed(bits=None),  # 4 is its default
+        MAT_MUL_N_BITS_OPERATOR: lambda: packed(bits=None, zeros=np.uint8),  # 4 bits by default
         ATTENTION_OPERATOR: lambda: attended(mask=None),
         GROUP_QUERY_ATTENTION_OPERATOR: lambda: grouped(softcap=5.0),
     }
@@ -188,7 +190,8 @@ def test_a_graph_with_other_calls_than_its_manifest_lists_is_refused() -> None:
 @pytest.mark.parametrize(
     "model",
     [
-        pytest.param(lambda: packed(zeros=True), id="zero points"),
+        pytest.param(lambda: packed(zeros=np.float32), id="zero points in floats"),
+        pytest.param(lambda: packed(block_size=16), id="blocks of 16"),
         pytest.param(lambda: packed(accuracy_level=None), id="activations in float32"),
         pytest.param(lambda: packed(accuracy_level=1), id="another level of accuracy"),
         pytest.param(lambda: packed(bits=2), id="two bits"),
