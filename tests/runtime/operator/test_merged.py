@@ -12,6 +12,7 @@ from loradeploy.bundle.names import (
     ATTENTION_OPERATOR,
     GROUP_QUERY_ATTENTION_OPERATOR,
     MAT_MUL_N_BITS_OPERATOR,
+    SWIGLU_OPERATOR,
 )
 from loradeploy.export.api import export
 from loradeploy.runtime.session import AdapterSession
@@ -61,7 +62,7 @@ def test_the_kernels_compute_what_the_standard_nodes_compute(
     ):
         attention = GROUP_QUERY_ATTENTION_OPERATOR if "place" in merged.name else ATTENTION_OPERATOR
         packed = [MAT_MUL_N_BITS_OPERATOR] if "int" in merged.name else []
-        assert plain.manifest.operators == (*packed, attention)
+        assert plain.manifest.operators == (*packed, attention, SWIGLU_OPERATOR)
         expected, found = logits(plain, ids), logits(fast, ids)
         assert apart(found, expected) <= tolerance("export-int8" if packed else "torch-onnx-tiny")
         assert np.abs(found - logits(base, ids)).max() > 0.05  # the adapter has an effect

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from loradeploy.bundle.names import LORA_ADD_OPERATOR, OPERATOR_DOMAIN
 from loradeploy.errors import ExportError
+from loradeploy.export.passes.operators.gated import remove_gated, use_gated
 from loradeploy.export.passes.operators.lora_add import remove_lora_add, use_lora_add
 from loradeploy.export.passes.operators.standard import ROWS, remove_standard, use_standard
 
@@ -29,6 +30,7 @@ def use_operators(model: ir.Model, manifest: Manifest) -> tuple[str, ...]:
     """
     names = [LORA_ADD_OPERATOR] if use_lora_add(model, manifest) else []
     names += [row.name for row in ROWS if use_standard(model, row)]
+    names += use_gated(model)
     if names:
         model.graph.opset_imports[OPERATOR_DOMAIN] = _VERSION
         model.ir_version = max(model.ir_version, _IR_VERSION)
@@ -53,6 +55,7 @@ def remove_operators(model: ir.Model, names: Collection[str]) -> None:
         remove_lora_add(model)
     for row in ROWS:
         remove_standard(model, row)
+    remove_gated(model)
     for identifier in [each for each in model.functions if each[0] == OPERATOR_DOMAIN]:
         del model.functions[identifier]
     model.graph.opset_imports.pop(OPERATOR_DOMAIN, None)

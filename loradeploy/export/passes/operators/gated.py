@@ -1,0 +1,217 @@
+"""Make silu(gate) · up, in the feed-forward layers of most decoders, one call.
+
+    Mul(Mul(gate, Sigmoid(gate)), up)                       →  SiluMul(gate, up)
+    gate, up = Split(x), then the same, if used here only   →  SwiGLU(x)
+
+The Split is that of a product that fuse.py made of gate and up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from loradeploy.bundle.names import OPERATOR_DOMAIN, SILU_MUL_OPERATOR, SWIGLU_OPERATOR
+from loradeploy.errors import ExportError
+from loradeploy.export.graph.edit import only_user, remove_unused, replace_uses, shared_constant
+from loradeploy.export.graph.file import opset_of
+from loradeploy.export.graph.names import FUSED_SPLIT, modules_of_label, output_name, step_name
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+_PRODUCT: Final = "/MatMul"
+_NUM_OUTPUTS: Final = 18  # the first opset whose Split has this attribute
+_HALVES: Final = 2
+
+
+@dataclass(frozen=True, eq=False)
+class _Gated:
+    """The nodes of silu(gate) · up; `last` computes it."""
+
+    last: ir.Node
+    gate: ir.Value
+    up: ir.Value
+
+
+def use_gated(model: ir.Model) -> tuple[str, ...]:
+    """Make the calls, and add their functions; return the names of the operators."""
+    import onnx_ir as ir
+
+    opset = opset_of(model)
+    names: dict[str, None] = {}
+    for found in list(_gated(model.graph)):
+        x = _whole(found) if opset >= _NUM_OUTPUTS else None
+        name = SILU_MUL_OPERATOR if x is None else SWIGLU_OPERATOR
+        inputs = [found.gate, found.up] if x is None else [x]
+        call = ir.node(name, inputs, domain=OPERATOR_DOMAIN, name=found.last.name)
+        call.metadata_props.update(found.last.metadata_props)
+        _replace(found.last, [call])
+        names[name] = None
+    for name in names:
+        function = _function(name, opset)
+        model.functions[function.identifier()] = function
+    remove_unused(model.graph)
+    return tuple(sorted(names))
+
+
+def remove_gated(model: ir.Model) -> None:
+    """Undo `use_gated`, except for the functions.
+
+    Raises:
+        ExportError: a call has other inputs.
+    """
+    for call in list(model.graph.all_nodes()):
+        if call.domain != OPERATOR_DOMAIN or call.op_type not in (
+            SILU_MUL_OPERATOR,
+            SWIGLU_OPERATOR,
+        ):
+            continue
+        inputs = [value for value in call.inputs if value is not None]
+        if len(inputs) != (1 if call.op_type == SWIGLU_OPERATOR else _HALVES):
+            raise ExportError(f"{call.name} has other inputs than its operator: it was changed")
+        before = [] if len(inputs) > 1 else [_split_again(model.graph, call, inputs[0])]
+        gate, up = before[0].outputs if before else inputs
+        nodes = _nodes(gate, up)
+        for node in nodes[:-1]:
+            node.name = node.outputs[0].name = f"{call.name}/{node.name}"
+        for value in (gate, up, *(node.outputs[0] for node in nodes[:-1])):
+            if value.type is None:
+                value.type, value.shape = call.outputs[0].type, call.outputs[0].shape
+        nodes[-1].name = call.name
+        nodes[-1].metadata_props.update(call.metadata_props)
+        _replace(call, [*before, *nodes])
+
+
+def _gated(graph: ir.Graph) -> Iterator[_Gated]:
+    """silu(gate) · up in the graph and its branches, in float32 and of one known shape."""
+    import onnx_ir as ir
+
+    for sigmoid in graph.all_nodes():
+        if (sigmoid.domain, sigmoid.op_type) != ("", "Sigmoid"):
+            continue
+        gate = sigmoid.inputs[0]
+        silu = _product(sigmoid.outputs[0])
+        last = None if silu is None else _product(silu.outputs[0])
+        if gate is None or silu is None or last is None:
+            continue
+        up = _other(last, silu.outputs[0])
+        if _other(silu, sigmoid.outputs[0]) is not gate or up is None or gate.shape is None:
+            continue
+        known = all(size is not None for size in gate.shape) and gate.shape == up.shape
+        if known and all(value.dtype == ir.DataType.FLOAT for value in (gate, up)):
+            yield _Gated(last, gate, up)
+
+
+def _product(value: ir.Value) -> ir.Node | None:
+    """The multiplication that alone uses `value`."""
+    node = only_user(value)
+    return node if node is not None and (node.domain, node.op_type) == ("", "Mul") else None
+
+
+def _other(node: ir.Node, value: ir.Value) -> ir.Value | None:
+    """The other factor of a product."""
+    first, second = node.inputs
+    return second if first is value else first
+
+
+def _whole(found: _Gated) -> ir.Value | None:
+    """The value whose halves are gate and up, if `_split_again` can divide it again."""
+    split = found.gate.producer()
+    if split is None or split is not found.up.producer() or split.op_type != "Split":
+        return None
+    x, sizes = (*split.inputs, None)[:2]
+    users = {use.node for value in split.outputs for use in value.uses()}
+    outputs = list(split.outputs) == [found.gate, found.up] and not any(
+        value.is_graph_output() for value in split.outputs
+    )
+    own = {found.last, *(use.node for use in found.gate.uses())}
+    if x is None or sizes is None or sizes.const_value is None or not outputs or users != own:
+        return None
+    first, second = sizes.const_value.numpy().tolist()
+    label = _label(x)
+    names = [output_name(module) for module in modules_of_label(label)]
+    known = (
+        split.name == step_name(label, FUSED_SPLIT)
+        and [value.name for value in split.outputs] == names
+        and sizes.name == _sizes_name(label, found.last)
+    )
+    return x if known and first == second else None
+
+
+def _split_again(graph: ir.Graph, call: ir.Node, x: ir.Value) -> ir.Node:
+    """The Split of fuse.py that a SwiGLU replaced."""
+    import onnx_ir as ir
+
+    label = _label(x)
+    size = None if x.shape is None else x.shape[-1]
+    names = [output_name(module) for module in modules_of_label(label)]
+    if not isinstance(size, int) or size % _HALVES or len(names) != _HALVES:
+        raise ExportError(f"{call.name} divides no product of two layers: it was changed")
+    halves = np.full(_HALVES, size // _HALVES, np.int64)
+    sizes = shared_constant(graph, _sizes_name(label, call), halves)
+    split = ir.node(
+        "Split",
+        [x, sizes],
+        attributes={"axis": -1},
+        num_outputs=_HALVES,
+        name=step_name(label, FUSED_SPLIT),
+    )
+    for value, name in zip(split.outputs, names, strict=True):
+        value.name = name
+    return split
+
+
+def _label(x: ir.Value) -> str:
+    """The label of the fused product x, in a branch after the branch's name."""
+    product = x.producer()
+    return "" if product is None else str(product.name).removesuffix(_PRODUCT)
+
+
+def _sizes_name(label: str, node: ir.Node) -> str:
+    """The name of the sizes of the product's parts, which branches share."""
+    assert node.graph is not None
+    return f"{label.removeprefix(f'{node.graph.name}/')}.sizes"
+
+
+def _replace(old: ir.Node, nodes: Sequence[ir.Node]) -> None:
+    """Put `nodes` in the place of `old`; the last one's output takes its output's name."""
+    graph, result, value = old.graph, old.outputs[0], nodes[-1].outputs[0]
+    assert graph is not None
+    name = result.name
+    graph.insert_after(old, nodes)
+    replace_uses(result, value)
+    graph.remove(old, safe=True)
+    value.name = name
+
+
+def _nodes(gate: ir.Value, up: ir.Value) -> list[ir.Node]:
+    """The nodes of silu(gate) · up; the last computes it."""
+    import onnx_ir as ir
+
+    sigmoid = ir.node("Sigmoid", [gate], name="sigmoid")
+    silu = ir.node("Mul", [gate, sigmoid.outputs[0]], name="silu")
+    return [sigmoid, silu, ir.node("Mul", [silu.outputs[0], up], name="result")]
+
+
+def _function(name: str, opset: int) -> ir.Function:
+    """The function with the nodes that a call stands for."""
+    import onnx_ir as ir
+
+    if name == SILU_MUL_OPERATOR:
+        inputs = [ir.Value(name=each) for each in ("gate", "up")]
+        nodes = _nodes(*inputs)
+    else:
+        inputs = [ir.Value(name="x")]
+        attributes = {"axis": -1, "num_outputs": _HALVES}
+        split = ir.node("Split", inputs, attributes=attributes, num_outputs=_HALVES)
+        for value, part in zip(split.outputs, ("gate", "up"), strict=True):
+            value.name = part
+        nodes = [split, *_nodes(*split.outputs)]
+    for node in nodes[-3:]:
+        node.outputs[0].name = node.name
+    graph = ir.Graph(inputs, nodes[-1].outputs, nodes=nodes, opset_imports={"": opset}, name=name)
+    return ir.Function(OPERATOR_DOMAIN, name, graph=graph, attributes=[])
