@@ -211,6 +211,12 @@ def _mismatches(pair: Factors, rank: int, dora: bool) -> list[str]:
     else:
         shaped = len(A) == 2 and len(B) == 2
         ranked = shaped and A[0] == rank and B[1] == rank
+    if 1 in (len(A), len(B)):
+        problem = (
+            f"lora_A {list(A)} and lora_B {list(B)} are not matrices: FSDP and DeepSpeed save parts"
+            " of flattened tensors if they do not gather them; save the adapter again, gathered"
+        )
+        return [problem]
     if not shaped:
         problem = (
             f"lora_A {list(A)} and lora_B {list(B)} are not factors of a linear layer, of an"

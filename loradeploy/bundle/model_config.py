@@ -21,7 +21,10 @@ _NAMES: Final = (
     "seq_length",
 )
 # Models whose positions start after the id of the padding token, so that the first ones are unused.
-FROM_PADDING_ON: Final = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl")
+FROM_PADDING_ON: Final = (
+    *("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "roberta-prelayernorm"),
+    *("data2vec-text", "ibert", "mpnet", "xmod"),
+)
 _SWITCHING: Final = ("longrope", "su")
 _ORIGINAL: Final = "original_max_position_embeddings"
 # transformers' defaults; for other models it is the maximum number of positions, never exceeded.

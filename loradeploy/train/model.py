@@ -57,9 +57,10 @@ class Checkpoint:
         """The maximum number of tokens that the model and its tokenizer support."""
         if self.tokenizer is None:
             return _UNLIMITED
-        positions = stated_length(self.config.to_dict())
         longest = int(self.tokenizer.model_max_length)
-        return longest if positions is None else min(longest, positions)
+        positions = stated_length(self.config.to_dict())
+        targets = getattr(self.config, "max_target_positions", None)  # of Whisper's decoder
+        return min(limit for limit in (longest, positions, targets) if limit is not None)
 
     def encode(
         self, task: Task, examples: Sequence[Any], labels: Sequence[str], max_length: int

@@ -130,6 +130,23 @@ def gguf(place: Path) -> None:
     (place / "adapter-f16.gguf").write_bytes(b"GGUF\x03\0\0\0")
 
 
+def fsdp(place: Path) -> None:
+    config(place, peft_type="LORA", r=2, lora_alpha=4, target_modules=["q"])
+    (place / "pytorch_model_fsdp_0").mkdir()
+    (place / "pytorch_model_fsdp_0" / "__0_0.distcp").write_bytes(b"")
+
+
+def flattened(place: Path) -> None:
+    write_into(place)
+    write(place, {key: values.reshape(-1) for key, values in PAIR.items()})
+
+
+def mlx_vision(place: Path) -> None:
+    config(place, rank=2, alpha=1.0, dropout=0.0)
+    keys = {"model.layers.0.q_proj.A": (8, 2), "model.layers.0.q_proj.B": (2, 8)}
+    tensors(place, "adapters.safetensors", keys)
+
+
 FORMATS: dict[Callable[[Path], None], tuple[str, str]] = {
     mlx: ("is an adapter of mlx-lm", "loradeploy convert"),
     mlx_without_config: ("is an adapter of mlx-lm", "loradeploy convert"),
@@ -149,6 +166,9 @@ FORMATS: dict[Callable[[Path], None], tuple[str, str]] = {
     folder_of_its_name: ("its folder sport is", "give .*sport"),
     several_folders: ("has 2 in folders", "give one of sport, tech"),
     gguf: ("GGUF", "give the PEFT directory"),
+    fsdp: ("shards of a model that FSDP trained", "accelerate merge-weights"),
+    flattened: (r"lora_A .6. and lora_B .8. are not matrices: FSDP and DeepSpeed", "gathered"),
+    mlx_vision: ("is an adapter of mlx-vlm", "loradeploy convert"),
 }
 
 

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
+    AutoModel,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
@@ -19,7 +21,12 @@ from transformers import (
 )
 
 import loradeploy as ld
-from loradeploy.bundle.model_config import context_length, rotary_limit, stated_length
+from loradeploy.bundle.model_config import (
+    FROM_PADDING_ON,
+    context_length,
+    rotary_limit,
+    stated_length,
+)
 from loradeploy.errors import UsageError
 from tests.export.reference import difference, session, token_feeds
 
@@ -109,6 +116,29 @@ def test_yarn_extends_the_original_length_by_its_factor(
 ) -> None:
     for given in (config, {"text_config": config}):
         assert context_length(given) == stated_length(given) == length
+
+
+@pytest.mark.parametrize("model_type", FROM_PADDING_ON)
+def test_positions_before_the_padding_token_are_not_counted(model_type: str) -> None:
+    special = {"xmod": {"languages": ["en"], "default_language": "en"}}
+    config = AutoConfig.for_model(
+        model_type,
+        vocab_size=16,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=10,
+        pad_token_id=1,
+        **special.get(model_type, {}),
+    )
+    model = AutoModel.from_config(config).eval()
+    most = stated_length(config.to_dict())
+    assert most == 8
+    with torch.no_grad():
+        model(torch.full((1, most), 7))
+        with pytest.raises((IndexError, RuntimeError), match="out of (range|bounds)"):
+            model(torch.full((1, most + 1), 7))
 
 
 def exported(architecture: Any, config: Any, tokenizer: Path, place: Path) -> Any:

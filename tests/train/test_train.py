@@ -272,6 +272,12 @@ def test_a_length_beyond_the_models_positions_is_named(
     assert (said in caplog.text) is named, "512 is the default"
 
 
+def test_targets_have_the_length_of_whispers_decoder(tiny_llama: Path, tmp_path: Path) -> None:
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path)
+    AutoConfig.for_model("whisper", max_target_positions=40).save_pretrained(tmp_path)
+    assert open_checkpoint(tmp_path).max_length == 40
+
+
 def test_the_requested_targets_are_trained(
     tiny_llama: Path, lessons: Path, tmp_path: Path, quick: Quick
 ) -> None:

@@ -77,6 +77,11 @@ _OF_DEEPSPEED: Final = (
     "has no adapter_model.safetensors but DeepSpeed's shards of it (global_step…): join them with"
     " the zero_to_fp32.py in the same directory"
 )
+_OF_FSDP: Final = (
+    "has no adapter_model.safetensors but shards of a model that FSDP trained (.distcp): join them"
+    " with accelerate merge-weights, or save the adapter with the state dict type"
+    " FULL_STATE_DICT"
+)
 _NAMED: Final = re.compile(r"\.lora_(?:embedding_)?[AB]\.(?!weight$|bias$)(?P<name>[^.]+)(\.|$)")
 
 # Keys of a LoRA of AdapterHub's library, and of jina-embeddings-v3's stacked adapters.
@@ -274,6 +279,8 @@ def other_directory(directory: Path) -> str | None:
         return _GGUF
     if peft and any(directory.glob("global_step*")):
         return _OF_DEEPSPEED
+    if peft and any(directory.glob("**/*.distcp")):
+        return _OF_FSDP
     if any(directory.glob("adapters.npz")):
         return MLX.message
     return None
