@@ -36,7 +36,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Final
 
 from loradeploy.printable import printable
@@ -172,6 +173,20 @@ class MissingDependencyError(LoraDeployError):
 _ONE: Final = 120
 _NAMES: Final = 160
 _PROBLEMS: Final = 240
+
+
+@contextmanager
+def prefixing_errors(name: object, kind: type[LoraDeployError] = AdapterError) -> Iterator[None]:
+    """Prefix the message of an error of `kind` that is raised inside with `name`.
+
+    An OutputError is unchanged: its message is about a file.
+    """
+    try:
+        yield
+    except OutputError:
+        raise
+    except kind as problem:
+        raise type(problem)(f"{name}: {problem}") from None
 
 
 def first_line(problem: BaseException) -> str:

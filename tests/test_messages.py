@@ -22,7 +22,17 @@ from loradeploy.adapter.files.peft import WEIGHTS_NAME
 from loradeploy.adapter.files.tensors import write_arrays
 from loradeploy.bundle.adapter_inputs.factors import check_side_inputs, side_inputs
 from loradeploy.bundle.manifest import BaseIdentity, LoraTarget, Manifest
-from loradeploy.errors import LoraDeployError, first_line, listed, listed_names, shortened
+from loradeploy.errors import (
+    AdapterMismatchError,
+    LoraDeployError,
+    ModelError,
+    OutputError,
+    first_line,
+    listed,
+    listed_names,
+    prefixing_errors,
+    shortened,
+)
 from loradeploy.export.match.linears import Linear, find_linears
 from loradeploy.export.merge import merge_adapter
 from tests.export.graphs import Builder
@@ -372,3 +382,20 @@ def test_lists_begin_with_the_first_and_count_the_others() -> None:
 
 def test_the_line_of_another_library_has_no_colors() -> None:
     assert first_line(ValueError("\x1b[31mwrong\x1b[0m\nadvice")) == "wrong"
+
+
+def test_an_error_is_prefixed_with_the_name_of_its_adapter_and_keeps_its_class(
+    tmp_path: Path,
+) -> None:
+    with (
+        pytest.raises(AdapterMismatchError, match=r"^sport: it does not fit$") as caught,
+        prefixing_errors("sport"),
+    ):
+        raise AdapterMismatchError("it does not fit")
+    assert caught.value.__cause__ is None and caught.value.__suppress_context__
+    with pytest.raises(ModelError, match=r"^broken$"), prefixing_errors("sport"):
+        raise ModelError("broken")
+    full = OutputError(tmp_path / "a", "the disk is full", 28)
+    with pytest.raises(OutputError) as found, prefixing_errors("sport", LoraDeployError):
+        raise full
+    assert found.value is full, "its message is about a file"

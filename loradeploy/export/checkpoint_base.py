@@ -40,12 +40,12 @@ from loradeploy.errors import (
     ModelError,
     UsageError,
     listed_names,
+    prefixing_errors,
 )
 from loradeploy.export.adapters.given import (
     check_adapters,
     check_brought,
     label_count,
-    prefixing_errors,
 )
 from loradeploy.export.adapters.own_weights import model_digests, without_copies_of_model
 from loradeploy.export.base import Base, Options, modules_of

@@ -36,7 +36,13 @@ from loradeploy.bundle.text.tokenizer_files import (
 )
 from loradeploy.bundle.text.vectors.recipe import read_recipe, recipe_directory
 from loradeploy.disk import scratch_directory
-from loradeploy.errors import AdapterMismatchError, BundleError, LoraDeployError, listed_names
+from loradeploy.errors import (
+    AdapterMismatchError,
+    BundleError,
+    LoraDeployError,
+    listed_names,
+    prefixing_errors,
+)
 from loradeploy.export.tokenizers import OLDER_TOKENIZERS, corrected_tokenizer, make_tokenizer
 from loradeploy.files import copy_file, read_json, write_json
 from loradeploy.printable import logger_of
@@ -124,7 +130,10 @@ def write_texts(
         BundleError: a file is invalid.
     """
     differences, files = [], []
-    with _named(name), _with_tokenizer(text_directory(directory), vocabulary) as source:
+    with (
+        prefixing_errors(name, LoraDeployError),
+        _with_tokenizer(text_directory(directory), vocabulary) as source,
+    ):
         own = _own_tokenizer(source, base, manifest, vocabulary)
         if own is not None and (changes := _differences(own, base)):
             differences += changes
@@ -162,7 +171,10 @@ def replace_texts(
         BundleError: a file is invalid.
     """
     vocabulary = vocabulary_of(manifest, config)
-    with _named(name), _with_tokenizer(text_directory(directory), vocabulary) as source:
+    with (
+        prefixing_errors(name, LoraDeployError),
+        _with_tokenizer(text_directory(directory), vocabulary) as source,
+    ):
         base = base_tokenizer(bundle)
         own = _own_tokenizer(source, base, manifest, vocabulary)
         if own is None or not (changes := _differences(own, base)):
@@ -249,14 +261,6 @@ def _declared(settings: GenerationSettings) -> dict[str, Any]:
 def base_tokenizer(bundle: Path) -> Tokenizer | None:
     """The tokenizer in a bundle that is being written; None if it has none."""
     return Tokenizer(bundle) if (bundle / TOKENIZER_NAME).is_file() else None
-
-
-@contextmanager
-def _named(name: str) -> Iterator[None]:
-    try:
-        yield
-    except LoraDeployError as problem:
-        raise type(problem)(f"{name}: {problem}") from None
 
 
 @contextmanager

@@ -18,8 +18,8 @@ from loradeploy.bundle.fitting.fit import fit_to, fitted
 from loradeploy.bundle.fitting.labels import check_label_names, output_count, with_all_labels
 from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.names import GRAPH_DATA_NAME, GRAPH_NAME, NATIVE_SUFFIX
-from loradeploy.errors import BundleError, ModelError, UsageError
-from loradeploy.export.adapters.given import adapter_directories, prefixing_errors
+from loradeploy.errors import BundleError, ModelError, UsageError, prefixing_errors
+from loradeploy.export.adapters.given import adapter_directories
 from loradeploy.export.read.source import resolve
 from loradeploy.files import inside
 from loradeploy.lora.base.checkpoint import warn_of_unused_files

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -24,12 +23,12 @@ from loradeploy.bundle.fitting.labels import with_all_labels
 from loradeploy.bundle.manifest import BaseIdentity, Manifest, read_manifest
 from loradeploy.bundle.names import MANIFEST_NAME
 from loradeploy.errors import (
-    AdapterError,
     AdapterMismatchError,
     BundleError,
     UsageError,
     listed,
     listed_names,
+    prefixing_errors,
     shown,
 )
 from loradeploy.export.match.linears import is_head
@@ -182,15 +181,6 @@ def check_adapters(
             adapter = with_all_labels(adapter, expected.parameters)
         with prefixing_errors(name):
             check_fit(adapter, expected)
-
-
-@contextmanager
-def prefixing_errors(name: str) -> Iterator[None]:
-    """Prefix the message of an AdapterError that is raised inside with the adapter's name."""
-    try:
-        yield
-    except AdapterError as problem:  # or its subclass AdapterMismatchError
-        raise type(problem)(f"{name}: {problem}") from None
 
 
 def check_brought(name: str, adapter: Adapter, lacking: Iterable[str]) -> None:

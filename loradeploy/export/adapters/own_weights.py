@@ -10,8 +10,7 @@ from loradeploy.adapter.fitting.fit import MOST_ROWS
 from loradeploy.adapter.fitting.settle import same_numbers, values_digest, with_rows, without_copies
 from loradeploy.adapter.fitting.vocabulary import tied_head_refusal, token_tables
 from loradeploy.bundle.targets import sharing
-from loradeploy.errors import AdapterMismatchError
-from loradeploy.export.adapters.given import prefixing_errors
+from loradeploy.errors import AdapterMismatchError, prefixing_errors
 from loradeploy.export.graph.edit import constant_of
 from loradeploy.export.match.linears import Linear
 

@@ -18,8 +18,7 @@ from loradeploy.adapter.tasks import CAUSAL_LM
 from loradeploy.bundle.manifest import AddedTokens
 from loradeploy.bundle.names import ROWS
 from loradeploy.bundle.outputs import main_output
-from loradeploy.errors import AdapterMismatchError, ExportError, UsageError
-from loradeploy.export.adapters.given import prefixing_errors
+from loradeploy.errors import AdapterMismatchError, ExportError, UsageError, prefixing_errors
 from loradeploy.export.base import Base, Options
 from loradeploy.export.graph.file import outputs
 from loradeploy.export.match.linears import Findings

@@ -26,8 +26,8 @@ from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.model_config import rotary_limit
 from loradeploy.bundle.names import CONFIG_NAME, PAST
 from loradeploy.bundle.run_target import check_runs, choice_of
-from loradeploy.errors import ExportError, ModelError, UsageError, listed_names
-from loradeploy.export.adapters.given import label_count, label_names, prefixing_errors
+from loradeploy.errors import ExportError, ModelError, UsageError, listed_names, prefixing_errors
+from loradeploy.export.adapters.given import label_count, label_names
 from loradeploy.export.base import Base, Options
 from loradeploy.export.building.adapted import with_side_inputs
 from loradeploy.export.building.added import without_added_tokens

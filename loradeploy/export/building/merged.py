@@ -13,7 +13,8 @@ from loradeploy.adapter.fitting.vocabulary import resized_vocabulary, warn_of_re
 from loradeploy.bundle.fitting.labels import check_label_names, with_all_labels
 from loradeploy.bundle.graph_form import BFLOAT16, PACKED_BITS
 from loradeploy.bundle.manifest import AdapterEntry, Manifest
-from loradeploy.export.adapters.given import check_brought, prefixing_errors
+from loradeploy.errors import prefixing_errors
+from loradeploy.export.adapters.given import check_brought
 from loradeploy.export.adapters.own_weights import without_copies_of_graph
 from loradeploy.export.base import Base, Options
 from loradeploy.export.building.steps import (

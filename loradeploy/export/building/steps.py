@@ -21,10 +21,8 @@ from loradeploy.bundle.manifest import (
 from loradeploy.errors import (
     AdapterMismatchError,
     ExportError,
-    shortened,
-)
-from loradeploy.export.adapters.given import (
     prefixing_errors,
+    shortened,
 )
 from loradeploy.export.adapters.own_weights import graph_digests
 from loradeploy.export.base import Base, Options

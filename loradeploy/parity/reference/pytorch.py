@@ -16,7 +16,7 @@ import numpy as np
 from loradeploy.adapter.tasks import CLASSIFICATIONS
 from loradeploy.bundle.fitting.added_tokens import with_all_tokens
 from loradeploy.bundle.outputs import output_of
-from loradeploy.errors import MissingDependencyError, first_line
+from loradeploy.errors import MissingDependencyError, first_line, prefixing_errors
 from loradeploy.parity.context import CheckContext
 from loradeploy.parity.figures.expected import Expected
 from loradeploy.parity.figures.tolerances import Limit, assumed, calibrated
@@ -124,7 +124,7 @@ def load_model(context: CheckContext) -> torch.nn.Module:
             " pip install 'loradeploy[export]'"
         ) from None
     from loradeploy.export import trace
-    from loradeploy.export.adapters.given import check_brought, prefixing_errors
+    from loradeploy.export.adapters.given import check_brought
     from loradeploy.lora.base.vocabulary import resize_for, resize_to
 
     manifest = context.manifest

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -35,6 +34,7 @@ from loradeploy.errors import (
     MissingDependencyError,
     UsageError,
     listed_names,
+    prefixing_errors,
     shown,
 )
 from loradeploy.parity.inputs.row_feeds import Picture, types_of
@@ -228,14 +228,6 @@ class _Sample:
             )
         return [read[index] for index in sorted(chosen)], len(read)
 
-    @contextmanager
-    def naming(self) -> Iterator[None]:
-        """Prefix the message of a DataError that is raised inside with the adapter's name."""
-        try:
-            yield
-        except DataError as problem:
-            raise DataError(f"{self.name or BASE_LABEL}: {problem}") from None
-
 
 def _labeled(
     sample: _Sample,
@@ -253,7 +245,7 @@ def _labeled(
     config = checkpoint.within(TrainConfig(task=manifest.task, problem_type=setting))
     task = task_of(config, checkpoint.directory)
     drawn, available = sample.draw(task)
-    with sample.naming():
+    with prefixing_errors(sample.name or BASE_LABEL, DataError):
         names = _numbered(drawn, labels, kind)
         if manifest.task == IMAGE_CLASSIFICATION:
             coded = _pictures(drawn, names, task, checkpoint, manifest)
@@ -346,7 +338,7 @@ def _embedded(sample: _Sample, task: Task, checkpoint: Checkpoint) -> HeldOut:
     """Return the data of an embedder."""
     assert task.vectors is not None
     drawn, available = sample.draw(task)
-    with sample.naming():
+    with prefixing_errors(sample.name or BASE_LABEL, DataError):
         features = checkpoint.encode(task, drawn, (), checkpoint.max_length).features
         found = embedded(features, task.vectors.recipe, scored=not task.has_accuracy)
     texts = tuple(Example(tokens, ()) for tokens, _ in found.texts)

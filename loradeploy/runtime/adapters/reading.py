@@ -31,6 +31,7 @@ from loradeploy.errors import (
     BundleError,
     UnknownAdapterError,
     listed_names,
+    prefixing_errors,
 )
 from loradeploy.files import inside
 from loradeploy.runtime.adapters.resident import Arrays
@@ -95,7 +96,7 @@ class AdapterReader:
         `given_as`: the name of an adapter that is not the bundle's; its complete adapter is
         recorded.
         """
-        try:
+        with prefixing_errors(source, AdapterMismatchError):
             if source.suffix == NATIVE_SUFFIX:
                 arrays = read_onnx_adapter(source)
                 check_side_inputs(arrays, self.manifest)
@@ -110,8 +111,6 @@ class AdapterReader:
                 self.wholes.add(given_as, whole, adapter)
             arrays = side_inputs_of_fitted(adapter, self.manifest, self.base)
             return arrays, adapter.digest, self._head(adapter)
-        except AdapterMismatchError as problem:
-            raise AdapterMismatchError(f"{source}: {problem}") from None
 
     def given(self, name: str, source: Path) -> Read:
         """Read the adapter at `source`, which is not the bundle's, to be loaded as `name`.

@@ -145,7 +145,7 @@ def remove_side_inputs(model: ir.Model, manifest: Manifest) -> None:
         if call == 0:
             raise ExportError(f"the graph has no side input at {label}: it was changed")
     for output in manifest.changed:
-        if not undo_output_scale(model.graph, output.module, nodes):
+        if not undo_output_scale(output.module, nodes):
             raise ExportError(f"the graph has no side input at {output.module}: it was changed")
     for head in dict.fromkeys(saved.parameter.rpartition(".")[0] for saved in manifest.saved):
         restore_head(model.graph, head, nodes)

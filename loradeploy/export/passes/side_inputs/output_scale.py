@@ -96,7 +96,7 @@ def change_output(surgery: Surgery, change: Change) -> OutputTarget:
     )
 
 
-def undo_output_scale(graph: ir.Graph, module: str, nodes: Mapping[str, ir.Node]) -> bool:
+def undo_output_scale(module: str, nodes: Mapping[str, ir.Node]) -> bool:
     """Undo `change_output`; return whether there was anything to undo."""
     call = 0
     while (last := _last(nodes, label := call_label(module, call))) is not None:
