@@ -17,11 +17,12 @@ from loradeploy.printable import printable
 from loradeploy.runtime.operator.library import SOURCES, check_library, is_library, source_digest
 
 _COMPILERS: Final = ("g++", "clang++", "c++")
-_SECONDS: Final = 300
+_SYSTEM: Final = platform.system()
+_SECONDS: Final = 900
 # The sources have explicit vectors. If the compiler vectorized the rest, it could fuse or separate
 # multiplications and additions in one case and not in another, and results would depend on the
 # number of rows.
-_FLAGS: Final = (
+FLAGS: Final = (
     *("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden"),
     *("-ffp-contract=fast", "-fno-tree-vectorize", "-fno-tree-slp-vectorize"),
 )
@@ -37,17 +38,23 @@ def build_operator(output: str | os.PathLike[str]) -> Path:
 
     Raises:
         MissingDependencyError: there is no compiler.
-        OperatorError: the sources cannot be compiled, or the library cannot be used here.
+        OperatorError: the sources cannot be compiled, the library cannot be used here, or this is
+            Windows.
         UsageError: `output` is another file. OutputError: it cannot be written.
     """
     path = Path(output)
     check_replaceable_file(path, kind="a library of the operator", own=is_library)
+    if _SYSTEM == "Windows":
+        raise OperatorError(
+            "the operators' library is built on Linux and macOS: on Windows, open the bundle"
+            " without `operator`, and onnxruntime's operators compute the same"
+        )
     compiler = _compiler()
     native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
     own = shlex.split(os.environ.get("CXXFLAGS", ""))
     with atomic_file(path) as temporary:
         command = [
-            *(*compiler, *_FLAGS, native, f'-DLORADEPLOY_SOURCE="{source_digest()}"', *own),
+            *(*compiler, *FLAGS, native, f'-DLORADEPLOY_SOURCE="{source_digest()}"', *own),
             *(*map(os.fspath, SOURCES), "-o", os.fspath(temporary)),
         ]
         try:

@@ -1,13 +1,10 @@
 // The library of the operators: what ONNX Runtime and loradeploy call.
 
 #include "kernel.h"
+#include "processor.h"
 
 #include <string>
 #include <vector>
-
-#if defined(__AVXVNNI__)
-#include <cpuid.h>
-#endif
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
@@ -61,51 +58,7 @@ EXPORTED const char* loradeploy_operators() {
 EXPORTED const char* loradeploy_operator() { return LORADEPLOY_SOURCE; }
 
 // An instruction set that the library was built with and this processor lacks; null if it has all.
-EXPORTED const char* loradeploy_operator_lacks() {
-#if defined(__x86_64__) || defined(__i386__)
-  __builtin_cpu_init();
-#define LACKS(name) \
-  if (!__builtin_cpu_supports(name)) return name;
-#ifdef __SSE4_2__
-  LACKS("sse4.2")
-#endif
-#ifdef __AVX__
-  LACKS("avx")
-#endif
-#ifdef __AVX2__
-  LACKS("avx2")
-#endif
-#ifdef __FMA__
-  LACKS("fma")
-#endif
-#ifdef __BMI2__
-  LACKS("bmi2")
-#endif
-#ifdef __AVX512F__
-  LACKS("avx512f")
-#endif
-#ifdef __AVX512VL__
-  LACKS("avx512vl")
-#endif
-#ifdef __AVX512BW__
-  LACKS("avx512bw")
-#endif
-#ifdef __AVX512DQ__
-  LACKS("avx512dq")
-#endif
-#ifdef __AVX512VNNI__
-  LACKS("avx512vnni")
-#endif
-#ifdef __AVXVNNI__
-  // Not all compilers know this name.
-  unsigned found = 0, unused = 0;
-  if (!__get_cpuid_count(7, 1, &found, &unused, &unused, &unused) || !(found & 16)) {
-    return "avxvnni";
-  }
-#endif
-#endif
-  return nullptr;
-}
+EXPORTED const char* loradeploy_operator_lacks() { return loradeploy::lacking(); }
 
 EXPORTED OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
   const OrtApi* found = base->GetApi(kApiVersion);
