@@ -60,9 +60,10 @@ def changed_settings(own: Mapping[str, Any], base: Mapping[str, Any]) -> list[st
     rotary, of_base = _rotary(ours), _rotary(theirs)
     if rotary is None or of_base is None:
         return found
+    alike = rotary["rope_type"] == of_base["rope_type"]  # versions write other details of it
     for name in sorted({*rotary, *of_base}):
         one, other = rotary.get(name), of_base.get(name)
-        absent = name == "rope_theta" and None in (one, other)
+        absent = None in (one, other) and (alike or name == "rope_theta")
         if one != other and not absent:
             found.append(f"{name} is {shown(one)}, the base's {shown(other)}")
     return found

@@ -47,6 +47,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0}
             NEW,
             ["factor is 4.0, the base's None", "rope_type is 'yarn', the base's 'default'"],
         ),
+        ({"rope_parameters": YARN}, {"rope_parameters": {**YARN, "beta_fast": 32}}, []),
         ({**OLD, "rope_theta": 5e5}, NEW, ["rope_theta is 500000.0, the base's 10000.0"]),
         ({"rms_norm_eps": 1e-5}, NEW, ["rms_norm_eps is 1e-05, the base's 1e-06"]),
         ({"text_config": {"rms_norm_eps": 1}}, OLD, ["rms_norm_eps is 1, the base's 1e-06"]),
