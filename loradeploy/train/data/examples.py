@@ -18,6 +18,7 @@ the file formats.
 from __future__ import annotations
 
 import math
+import re
 import reprlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from loradeploy.train.data.sources import Row, Source, is_dataset, rows
 # The keys that show the form of a row, which has exactly one of them.
 _FORMS: Final = ("messages", "completion", "text")
 _LABEL_SEPARATOR: Final = "|"  # of several labels in one field of a CSV file
+_SURROGATE: Final = re.compile("[\ud800-\udfff]")
 
 
 class Labeled(Protocol):
@@ -335,7 +337,7 @@ def text_of(where: str, line: dict[str, Any], key: str, *, empty: bool = False) 
     value = line.get(key)
     if not isinstance(value, str) or not (value or empty):
         raise DataError(f"{where}: {key} is {reprlib.repr(value)}, expected a text")
-    if any("\ud800" <= letter <= "\udfff" for letter in value):
+    if _SURROGATE.search(value):
         raise DataError(f"{where}: {key} contains an unpaired surrogate")
     return value
 

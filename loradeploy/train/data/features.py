@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -185,10 +186,25 @@ def truncated_ids(
 
     `pairs`: the second texts of all pairs, or none.
     """
+    if tokenizer.is_fast and not pairs:
+        return _cut_in_one_pass(texts, tokenizer, max_length)
     given = (list(texts), list(pairs)) if pairs else (list(texts),)
     full = tokenizer(*given)["input_ids"]
     cut = tokenizer(*given, truncation="longest_first", max_length=max_length)
     return cut, sum(len(ids) > max_length for ids in full)
+
+
+def _cut_in_one_pass(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[Mapping[str, list[list[int]]], int]:
+    """Like `truncated_ids`; the tokenizer returns the rest of a longer text as further lists."""
+    found = tokenizer(
+        list(texts), truncation=True, max_length=max_length, return_overflowing_tokens=True
+    )
+    parts = Counter(found["overflow_to_sample_mapping"])  # in the order of the texts
+    firsts = accumulate([0, *(parts[text] for text in range(len(texts) - 1))])
+    ids = found["input_ids"]
+    return {"input_ids": [ids[first] for first in firsts]}, sum(n > 1 for n in parts.values())
 
 
 def _target(

@@ -131,6 +131,23 @@ def test_a_text_is_truncated_between_its_special_tokens(tiny_bert: Path) -> None
     assert encoded.truncated == 1
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_each_text_has_the_tokens_that_it_has_alone(side: str, tiny_bert: Path) -> None:
+    """Also texts of exactly the largest length, and those that are several times as long."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert, truncation_side=side)
+    texts = [" ".join("abcdefghij"[:size] * times) for size in range(1, 11) for times in (1, 3)]
+    length = len(tokenizer(texts[8]).input_ids)
+    examples = [LabeledText(str(number), text, "x") for number, text in enumerate(texts)]
+    encoded = text_features(examples, ("x",), tokenizer, length)
+    for text, feature in zip(texts, encoded.features, strict=True):
+        alone = tokenizer(text, truncation=True, max_length=length)
+        assert feature["input_ids"] == alone["input_ids"]
+    whole = [len(tokenizer(text).input_ids) for text in texts]
+    assert encoded.truncated == sum(size > length for size in whole)
+    assert length in whole
+    assert max(whole) > 2 * length
+
+
 def test_a_text_without_tokens_is_named(tiny_bert: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
     with pytest.raises(DataError, match="line 7: the text has no tokens"):
