@@ -244,7 +244,7 @@ def _merge_quantized(graph: ir.Graph, layer: Linear, pair: Factors, s: float, ta
     node = layer.nodes[0]
     product = next(each for each in products(graph) if each.node is node)
     before = product.rows(list(range(product.out_features)))
-    if before is None or node.op_type != MATMUL_NBITS:
+    if before is None or _cannot_be_packed(layer):
         raise ExportError(
             f"{layer.module}: the quantized weight of a {node.op_type} cannot be quantized again:"
             " merge into the unquantized graph, or use side inputs"
@@ -270,10 +270,11 @@ def _check(
     check_fit(adapter, base)
     quantized = [m for m in adapter.modules if _is_quantized(layers, experts, m, adapter)]
     if quantized and not requantize:
+        final = any(_cannot_be_packed(layers.linears.get(module)) for module in quantized)
+        also = "use side inputs" if final else "accept the rounding error with `requantize`"
         raise ExportError(
             f"{quantized[0]} is already quantized, and merging into it would lose the adapter's"
-            " detail: merge into the unquantized model and quantize the result, or accept the"
-            " rounding error with `requantize`"
+            f" detail: merge into the unquantized model and quantize the result, or {also}"
         )
     for module in adapter.modules:
         if (layer := _layer(layers, module, adapter.factors[module])) is not None:
@@ -298,6 +299,11 @@ def _is_quantized(
     packed = isinstance(layer, Linear) and layer.quantized
     stored = layer.weight.const_value
     return packed or (stored is not None and stored.dtype.itemsize == 1)
+
+
+def _cannot_be_packed(layer: Linear | None) -> bool:
+    """Whether the weight is quantized in a form that `requantize` does not write."""
+    return layer is not None and layer.quantized and layer.nodes[0].op_type != MATMUL_NBITS
 
 
 def adaptable(

@@ -181,6 +181,18 @@ def test_a_merge_into_quantized_weights_is_refused() -> None:
         _merge(b.model(y), _adapter("m.q", into=32))
 
 
+@pytest.mark.parametrize("requantize", [False, True])
+def test_a_merge_into_integer_weights_never_advises_requantize(requantize: bool) -> None:
+    b = Builder()
+    x = b.input("x", ["batch", "sequence", IN])
+    weight = b.constant("w", np.ones((IN, OUT), np.int8))
+    dequantized = b.node("DequantizeLinear", [weight, b.constant("s", np.float32(0.5))], [IN, OUT])
+    y = b.node("MatMul", [x, dequantized], ["batch", "sequence", OUT], name="/m/q/MatMul")
+    with pytest.raises(ExportError, match="use side inputs$") as raised:
+        _merge(b.model(y), _adapter("m.q", into=IN), requantize=requantize)
+    assert "`requantize`" not in str(raised.value)
+
+
 @pytest.mark.parametrize("dtype", [ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2])
 def test_a_merge_into_float8_weights_needs_requantize(dtype: Any) -> None:
     def model() -> ir.Model:
