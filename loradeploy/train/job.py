@@ -45,7 +45,7 @@ from loradeploy.errors import (
 from loradeploy.files import atomic_directory, check_replaceable, read_json
 from loradeploy.lora.base.checkpoint import find_checkpoint, warn_of_unused_files
 from loradeploy.lora.base.formats import BITSANDBYTES
-from loradeploy.lora.inject import copy_into, inject, load
+from loradeploy.lora.inject import Injection, copy_into, inject, load
 from loradeploy.lora.layers.quantized import quantize
 from loradeploy.lora.quiet import quiet
 from loradeploy.printable import logger_of
@@ -124,18 +124,7 @@ def run(
         else:
             initial = _continued(initial, config, task)
             adapter_config = initial.config
-        fuse(base.model)
-        if config.precision in QUANTIZED:
-            quantize(base.model, config.precision, keep=adapter_config.modules_to_save)
-        if initial is None:
-            injection = inject(base.model, adapter_config, seed=config.seed)
-            if unused := adapter_config.unused_patterns(injection.layers):
-                raise UsageError(
-                    f"{listed_names(unused)}: applies to none of the target modules, or an earlier"
-                    " entry does"
-                )
-        else:
-            injection = load(base.model, initial)
+        injection = _injected(base.model, adapter_config, initial, config)
         describe = functools.partial(
             injection.adapter,
             base_digest=digest_of_base,
@@ -276,6 +265,27 @@ def _adapter_config(
         task_type=task.peft,
         base_model_name_or_path=os.fspath(model),
     )
+
+
+def _injected(
+    model: PreTrainedModel,
+    adapter_config: AdapterConfig,
+    initial: Adapter | None,
+    config: TrainConfig,
+) -> Injection:
+    """Fuse and quantize the base as the run does, and inject `initial`, or else a new adapter."""
+    fuse(model)
+    if config.precision in QUANTIZED:
+        quantize(model, config.precision, keep=adapter_config.modules_to_save)
+    if initial is not None:
+        return load(model, initial)
+    injection = inject(model, adapter_config, seed=config.seed)
+    if unused := adapter_config.unused_patterns(injection.layers):
+        raise UsageError(
+            f"{listed_names(unused)}: applies to none of the target modules, or an earlier entry"
+            " does"
+        )
+    return injection
 
 
 def _continued(adapter: Adapter, config: TrainConfig, task: Task) -> Adapter:
