@@ -38,7 +38,7 @@ constexpr int kColumns = 4 * kGroups;
 constexpr int64_t kSmallestBlock = 32, kLargestBlock = 128;
 constexpr int64_t kPanelBytes = 16384;      // unpacked weights that stay in the first cache
 constexpr int64_t kPanelUnits = kPanelBytes / (kGroups * kSmallestBlock / 4 * kBytes);
-constexpr int64_t kTaskRows = 8 * kTileRows > 48 ? 48 : 8 * kTileRows;
+constexpr int64_t kTaskRows = 72;           // the largest number of rows of a task
 constexpr int64_t kAhead = 8192;            // bytes of weights that are fetched ahead
 constexpr int64_t kDirectRows = 4;          // up to which weights are unpacked into registers
 constexpr int64_t kQuantizedBytes = 4 << 20;  // rows that are quantized before they are multiplied
