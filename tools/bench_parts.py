@@ -1,10 +1,11 @@
 """Measure chunked prefill of a prompt of 512 tokens: processor time relative to a single run.
 
-    python -m tools.bench_parts BUNDLE ADAPTER [--merged BUNDLE] [--rounds 3]
+    python -m tools.bench_parts BUNDLE ADAPTER [--merged BUNDLE] [--operator FILE] [--rounds 3]
 
 Everything runs in one process, with one thread and in random order; the whole prompt is measured
 twice, as the control. `--merged`: a bundle with the same adapter merged, exported with
 `--logits-to-keep`; the adapter as side inputs is compared with it, both in the same parts.
+`--operator`: the operators' library, for the bundles that were exported for it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 import onnxruntime
 
 import loradeploy as ld
+from loradeploy.bundle.manifest import read_manifest
 from loradeploy.runtime.decoding.caches import parts
 from loradeploy.runtime.decoding.caches.rows import CachedRows
 from loradeploy.runtime.decoding.graph import DecoderGraph
@@ -36,13 +38,14 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("adapter", type=Path)
     parser.add_argument("--merged", type=Path)
+    parser.add_argument("--operator", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    session = _open(arguments.bundle)
+    session = _open(arguments.bundle, arguments.operator)
     session.load("one", arguments.adapter)
     runs = {"idle": (session, None), "one": (session, "one")}
     if arguments.merged is not None:
-        runs["merged"] = (_open(arguments.merged), None)
+        runs["merged"] = (_open(arguments.merged, arguments.operator), None)
     ids = np.random.default_rng(0).integers(0, session.limits.vocabulary or 1000, (1, _TOKENS))
     sides = [(part, run) for part in _PARTS for run in runs]
     seconds: dict[tuple[str, str], list[float]] = {side: [] for side in sides}
@@ -58,10 +61,12 @@ def main() -> None:
             print(f"{part}, one / merged: {ratio(taken_by, seconds[part, 'merged'])}")
 
 
-def _open(bundle: Path) -> ld.AdapterSession:
+def _open(bundle: Path, operator: Path | None) -> ld.AdapterSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    return ld.AdapterSession(bundle, session_options=options)
+    if not read_manifest(bundle).operators:
+        operator = None
+    return ld.AdapterSession(bundle, session_options=options, operator=operator)
 
 
 def _prefill(session: ld.AdapterSession, adapter: str | None, ids: NDArray[np.int64]) -> float:
