@@ -152,18 +152,19 @@ def _stored(name: str, entry: Mapping[str, Any], data: NDArray[np.uint8]) -> Sto
 
 def _unreadable(file: Path, problem: Exception) -> str:
     """Message for a file that cannot be read."""
-    if _is_pointer(file):
-        return f"{file} is a pointer of Git LFS, not the file: run git lfs pull"
+    if (pointer := lfs_problem(file)) is not None:
+        return pointer
     return f"{file} is not a valid safetensors file: {first_line(problem)}"
 
 
-def _is_pointer(file: Path) -> bool:
-    """Whether `file` is a Git LFS pointer instead of the data."""
+def lfs_problem(file: Path) -> str | None:
+    """The message for a Git LFS pointer in place of the data; None if `file` is none."""
     try:
         with open_file(file, error=LoraDeployError) as opened:
-            return opened.read(len(_POINTER)) == _POINTER
+            is_pointer = opened.read(len(_POINTER)) == _POINTER
     except (OSError, LoraDeployError):
-        return False
+        return None
+    return f"{file} is a pointer of Git LFS, not the file: run git lfs pull" if is_pointer else None
 
 
 def read_arrays(

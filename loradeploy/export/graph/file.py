@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from loradeploy.adapter.files.tensors import lfs_problem
 from loradeploy.bundle.manifest import TensorSpec
 from loradeploy.errors import (
     BundleError,
@@ -45,6 +46,8 @@ def load_graph(file: Path) -> ir.Model:
     try:
         model = ir.load(file)
     except Exception as problem:  # errors of protobuf, and of reading a broken graph
+        if (pointer := lfs_problem(file)) is not None:
+            raise ModelError(pointer) from None
         _refuse_sparse(file)
         cause: BaseException = problem
         while cause.__cause__ is not None:  # onnx-ir names the function that failed first
@@ -177,6 +180,8 @@ def _check_external(file: Path, tensor: ir.ExternalTensor) -> None:
     end = (tensor.offset or 0) + tensor.nbytes
     if (tensor.offset or 0) < 0:
         raise ModelError(f"{file}: the external data of {tensor.name} begins before its file")
+    if data.is_file() and (pointer := lfs_problem(data)) is not None:
+        raise ModelError(pointer)
     if not data.is_file() or data.stat().st_size < end:
         raise ModelError(
             f"{file}: the external data of {tensor.name} is not in {data.name}, which is"

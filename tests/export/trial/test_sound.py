@@ -161,6 +161,17 @@ def test_weights_behind_the_links_of_the_hubs_cache_are_read(file: Path, tmp_pat
     assert session.run(None, feeds)[0].shape[:2] == (1, 3)
 
 
+@pytest.mark.parametrize("what", ["graph", "data"])
+def test_a_pointer_of_git_lfs_is_named(what: str, file: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 5\n"
+    changed(file, outside)
+    (file if what == "graph" else file.parent / "w.bin").write_text(pointer)
+    with pytest.raises(
+        ModelError, match=r"is a pointer of Git LFS, not the file: run git lfs pull"
+    ):
+        load_graph(file)
+
+
 def test_contradictory_graphs_are_refused_by_onnxruntime(file: Path) -> None:
     def other_rank(model: Any, _: Path) -> None:
         model.graph.initializer[1].dims[:] = [2, 4, 8]
