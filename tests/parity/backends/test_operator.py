@@ -14,7 +14,7 @@ from loradeploy.errors import BundleError, OperatorError, UsageError
 from loradeploy.parity.report.results import ParityReport
 from loradeploy.runtime.adapters.filling import Filler
 from loradeploy.runtime.session import AdapterSession
-from tests.conftest import once
+from tests.conftest import MakeAdapter, once
 from tests.parity.conftest import Check
 
 WITH_LIBRARY = "cpu operator"
@@ -93,6 +93,27 @@ def test_wrong_ranks_fail_in_mixed_batches_with_the_library_only(
     report = quick(bundle)
     assert failing(report) == {("onnx-mixed", WITH_LIBRARY)}
     assert not report.passed
+
+
+def test_a_merged_bundle_is_compared_with_the_library_and_a_wrong_adapter_fails_in_both(
+    llama_with_adapter: Path,
+    tiny_llama: Path,
+    make_adapter: MakeAdapter,
+    quick: Check,
+    tmp_path: Path,
+) -> None:
+    one = llama_with_adapter / "adapters" / "one"
+    form = {"merge": True, "operator": True, "attention": "gqa"}
+    ld.export(llama_with_adapter, tmp_path / "merged", adapters={"one": one}, **form)
+    few = {"phases": ["prefill", "decode"], "backends": ["onnx-merged"]}
+    report = quick(tmp_path / "merged", adapters={"one": one}, **few)
+    assert report.passed, report.failures
+    ran = {result.variant.provider for result in report.results if result.variant}
+    assert ran == {"cpu", WITH_LIBRARY}
+    other = make_adapter(tiny_llama, seed=9, scale=0.1)
+    ld.export(llama_with_adapter, tmp_path / "other", adapters={"one": other}, **form)
+    wrong = quick(tmp_path / "other", adapters={"one": one}, certificate=False, **few)
+    assert failing(wrong) == {("onnx-merged", "cpu"), ("onnx-merged", WITH_LIBRARY)}
 
 
 def test_differences_inside_the_graph_are_searched_in_standard_operators(

@@ -10,16 +10,17 @@ from pathlib import Path
 import onnxruntime
 import pytest
 
-from loradeploy.bundle.names import LORA_ADD_OPERATOR
+from loradeploy.bundle.names import LORA_ADD_OPERATOR, OPERATORS
 from loradeploy.errors import MissingDependencyError, OperatorError, UsageError
 from loradeploy.runtime.operator.build import build_operator
-from loradeploy.runtime.operator.library import check_library, register, source_digest
+from loradeploy.runtime.operator.library import check_library, check_runs, register, source_digest
 from tests.cli.calling import call
 
 
 def test_the_command_builds_a_library(operator_library: Path, tmp_path: Path) -> None:
     output = tmp_path / "new" / "lora_add.so"
     assert "wrote" in call("operator", str(output))
+    assert check_library(output) <= set(OPERATORS)
     assert LORA_ADD_OPERATOR in check_library(output)
     assert list(output.parent.iterdir()) == [output]
 
@@ -111,6 +112,31 @@ def test_the_library_of_another_processor_is_refused(
     subprocess.run([compiler, "-shared", "-fPIC", source, "-o", other], check=True)
     with pytest.raises(OperatorError, match="for a processor with avx1024, which this one lacks"):
         check_library(other)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "ran", "message"),
+    [
+        (["LoraAdd", "Attention"], ["LoraAdd", "Attention"], None),
+        (["LoraAdd"], ["LoraAdd"], None),  # the processor has no fast kernel for the other
+        (["LoraAdd"], None, None),  # onnxruntime before 1.24 does not report it
+        (
+            ["LoraAdd", "Attention"],
+            ["LoraAdd"],
+            "does not use the operators' library for Attention",
+        ),
+        (["MatMulNBits"], [], "has no kernel for LoraAdd, Attention on this processor"),
+    ],
+)
+def test_every_call_that_the_library_has_a_kernel_for_has_to_run_it(
+    kernels: list[str], ran: list[str] | None, message: str | None
+) -> None:
+    called = ["LoraAdd", "Attention"]
+    if message is None:
+        check_runs(called, kernels, ran)
+        return
+    with pytest.raises(OperatorError, match=message):
+        check_runs(called, kernels, ran)
 
 
 def test_options_of_an_earlier_session_can_be_used_again(operator_library: Path) -> None:
