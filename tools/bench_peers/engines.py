@@ -31,11 +31,13 @@ PRECISIONS: Final = ("fp32", "int8", "int4")
 OPENVINO: Final = "OpenVINO GenAI"
 LLAMA: Final = "llama.cpp"
 PEERS: Final = (OPENVINO, LLAMA)
+OPERATORS: Final = "operators"
 # The forms of a bundle that are timed.
 FORMS: Final[Mapping[str, Mapping[str, Any]]] = {
     "slots": {"layout": "slots"},
     "rows": {"layout": "rows"},
     "in place": {"layout": "rows", "attention": "gqa"},
+    OPERATORS: {"attention": "gqa", "operator": True},
 }
 _GGUF: Final = {"fp32": "F32", "int8": "Q8_0", "int4": "Q4_1"}
 _HEADS: Final = "heads=9,3"  # of SmolLM2's queries and keys
@@ -81,6 +83,8 @@ def sides(
             own = options if precision == "fp32" else {**options, "precision": precision}
             ld.export(source, bundle, **own)
         found[form] = {"bundle": str(bundle), "adapters": dict(adapters)}
+        if form == OPERATORS:
+            found[form]["operator"] = str(ld.build_operator(place / "operators.so"))
     return found | peer_sides(precision, model, adapters, pythons, place)
 
 

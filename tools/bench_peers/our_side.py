@@ -13,8 +13,8 @@ from tools.timing.alternate import Side, serve_worker
 class Ours:
     """A bundle whose adapters are loaded as in an application."""
 
-    def __init__(self, bundle: str) -> None:
-        self._session = ld.AdapterSession(bundle)
+    def __init__(self, bundle: str, operator: str | None) -> None:
+        self._session = ld.AdapterSession(bundle, operator=operator)
         self._generator = ld.TextGenerator(self._session)
         # End tokens are excluded, so that every engine generates the same number of tokens.
         ends = self._session.texts.base.tokenizer.eos_ids
@@ -33,9 +33,15 @@ class Ours:
         return [list(one.token_ids) for one in given]
 
 
-def loradeploy_side(bundle: str, adapters: dict[str, str], scaling: float, prompts: Any) -> Side:
-    """Measure all figures of one bundle."""
-    return measured(Ours(bundle), prompts, adapters, scaling)
+def loradeploy_side(
+    bundle: str,
+    adapters: dict[str, str],
+    scaling: float,
+    prompts: Any,
+    operator: str | None = None,
+) -> Side:
+    """Measure all figures of one bundle, with the operators' library if one is given."""
+    return measured(Ours(bundle, operator), prompts, adapters, scaling)
 
 
 if __name__ == "__main__":
