@@ -20,12 +20,14 @@ const OrtCustomOp* swiglu();
 
 namespace {
 
+// Statics are never destroyed: ONNX Runtime unloads the library while the process ends, and not every
+// compiler removes their destructors from those that run then.
 const std::vector<const OrtCustomOp*>& operators() {
-  static const std::vector<const OrtCustomOp*> all = [] {
-    std::vector<const OrtCustomOp*> found;
+  static const auto& all = *[] {
+    auto* found = new std::vector<const OrtCustomOp*>;
     for (const OrtCustomOp* own : {attention(), group_query_attention(), lora_add(),
                                    mat_mul_n_bits(), silu_mul(), swiglu()}) {
-      if (own != nullptr) found.push_back(own);
+      if (own != nullptr) found->push_back(own);
     }
     return found;
   }();
@@ -44,10 +46,10 @@ OrtCustomOpDomain* make_domain() {
 
 // The names of the operators, separated by spaces. A graph's calls of others are inlined.
 EXPORTED const char* loradeploy_operators() {
-  static const std::string names = [] {
-    std::string text;
+  static const auto& names = *[] {
+    auto* text = new std::string;
     for (const OrtCustomOp* own : loradeploy::operators()) {
-      text += (text.empty() ? "" : " ") + std::string(own->GetName(own));
+      *text += (text->empty() ? "" : " ") + std::string(own->GetName(own));
     }
     return text;
   }();
