@@ -166,6 +166,11 @@ def _is_active(name: str, adapter: Adapter) -> bool:
     return pair is None or pair.has_effect
 
 
+def any_below(names: Collection[str], modules: Collection[str]) -> bool:
+    """Whether one of `names` is a module of `modules`, or inside of one."""
+    return any(_is_below(name, modules) for name in names)
+
+
 def _is_below(name: str, modules: Collection[str]) -> bool:
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from loradeploy.adapter.fitting.parts import own_part, without_masked_lm_head
+from loradeploy.adapter.fitting.parts import any_below, own_part, without_masked_lm_head
 from loradeploy.adapter.fitting.towers import tower_part
 from loradeploy.adapter.heads import LABELED, problem_of, stated_problem, usual_problem
 from loradeploy.adapter.modules.names import named_as
@@ -90,6 +90,9 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
     if source.graph is not None:
         modules = modules_of(base.graph, findings)
         rules = partial(renamings, base.submodels, base.base_prefix)
+        if source.manifest is None and any_below(findings.linears, base.other_part):
+            # It is the whole model, as its weights show.
+            base = dataclasses.replace(base, other_part=())
         adapters = {}
         for name, adapter in options.adapters.items():
             with prefixing_errors(name):

@@ -5,11 +5,13 @@ decoder_model             states of the encoder → first tokens, and keys and v
 decoder_with_past_model   these keys and values → further tokens
 
 Each is a bundle of its own. An adapter for the whole model is split: factors of modules that a
-graph does not have act in another one.
+graph does not have act in another one. A classifier, and a model without a head, make the decoder's
+input from input_ids: the graph takes what an encoder takes, but is the whole model.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -26,6 +28,7 @@ _BARE: Final = ("longt5", "mt5", "t5", "umt5")
 _CROSS: Final = {True: "block.{}.layer.1.EncDecAttention.", False: "layers.{}.encoder_attn."}
 _WHISPERS_HEAD: Final = "proj_out"
 _KEYS_AND_VALUES: Final = {True: ("k", "v"), False: ("k_proj", "v_proj")}
+_DECODER: Final = re.compile(r"\bdecoder\b")  # in the path of a module
 
 
 def other_half(graph: ir.Graph, config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -39,7 +42,7 @@ def other_half(graph: ir.Graph, config: Mapping[str, Any]) -> tuple[str, ...]:
     if ENCODER_HIDDEN_STATES in taken:
         return (f"{path}encoder",)
     if not cached:
-        return (f"{path}decoder", LM_HEAD, _WHISPERS_HEAD)
+        return () if _has_decoder(graph) else (f"{path}decoder", LM_HEAD, _WHISPERS_HEAD)
     layers = config.get("num_decoder_layers") or config.get("decoder_layers") or 0
     projections = (
         f"{path}decoder.{_CROSS[bare].format(layer)}{name}"
@@ -47,6 +50,12 @@ def other_half(graph: ir.Graph, config: Mapping[str, Any]) -> tuple[str, ...]:
         for name in _KEYS_AND_VALUES[bare]
     )
     return (f"{path}encoder", *projections)
+
+
+def _has_decoder(graph: ir.Graph) -> bool:
+    """Whether names show that a graph that takes what an encoder takes has a decoder too."""
+    nodes = (text for node in graph for text in (node.name, node.metadata_props.get(NAME_SCOPES)))
+    return any(_DECODER.search(text) for text in (*nodes, *graph.initializers) if text)
 
 
 def name_encoder(graph: ir.Graph, config: Mapping[str, Any]) -> None:

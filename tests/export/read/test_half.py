@@ -128,6 +128,72 @@ def test_an_adapter_for_the_other_half_alone_is_refused(
         export(tmp_path / "graph", tmp_path / "bundle", adapters={"mine": adapter})
 
 
+def _bart_classifier(place: Path) -> tuple[Any, dict[str, Any]]:
+    """Write a tiny BART classifier and its graph, which makes the decoder's input itself."""
+    import torch
+    from transformers import BartConfig, BartForSequenceClassification
+
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=64,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        max_position_embeddings=32,
+        init_std=0.3,
+    )
+    model = BartForSequenceClassification(config).eval()
+    model.save_pretrained(place / "base")
+    forward = model.forward
+    model.forward = lambda ids, mask: forward(
+        input_ids=ids, attention_mask=mask, use_cache=False, return_dict=False
+    )[:1]
+    ids = torch.tensor([[0, 5, 6, 7, 2], [0, 9, 10, 11, 2]])
+    feeds = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    _write(model, feeds, "logits", place / "graph", place / "base" / "config.json")
+    model.forward = forward
+    return model, feeds
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_classifier_with_both_halves_in_one_graph_gets_the_whole_adapter(
+    named: bool, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    import peft
+    import torch
+
+    model, feeds = _bart_classifier(tmp_path)
+    base = tmp_path / "base"
+    if not named:
+        graph = ir.load(tmp_path / "graph" / "model.onnx")
+        for number, node in enumerate(graph.graph):
+            node.name = f"node_{number}"
+        for number, value in enumerate([*graph.graph.initializers.values()]):
+            value.name = f"weight_{number}"
+        ir.save(graph, tmp_path / "graph" / "model.onnx")
+    adapter = make_adapter(
+        base,
+        target_modules=["q_proj", "fc1"],
+        task="sequence-classification",
+        num_labels=3,
+        scale=0.3,
+    )
+    given = {} if named else {"checkpoint": base}
+    bundle = tmp_path / "bundle"
+    export(tmp_path / "graph", bundle, adapters={"mine": adapter}, merge=True, **given)
+    arrays = {name: tensor.numpy() for name, tensor in feeds.items()}
+    got = AdapterSession(bundle).run(None, arrays)[0]
+    with torch.no_grad():
+        before = model(**feeds).logits.numpy()
+        expected = peft.PeftModel.from_pretrained(model, adapter).eval()(**feeds).logits.numpy()
+    assert difference(got, expected) < tolerance("torch-onnx-tiny")
+    assert difference(before, expected) > 0.001, "the adapter did nothing"
+
+
 @pytest.mark.parametrize(
     ("inputs", "model_type", "others"),
     [
