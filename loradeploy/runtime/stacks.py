@@ -1,5 +1,5 @@
-"""Public name of `loradeploy.runtime.adapters.stacks.Stacks`."""
+"""Public name of the stacks of the default layout, rows."""
 
-from loradeploy.runtime.adapters.stacks import Stacks
+from loradeploy.runtime.adapters.row_stacks import RowStacks as Stacks
 
 __all__ = ["Stacks"]

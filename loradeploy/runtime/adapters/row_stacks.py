@@ -107,6 +107,23 @@ class RowStacks:
         self, rows: Sequence[Resident | None], key: list[str | None], instead: RowStack | None
     ) -> RowStack | None:
         """Rewrite the unused stack with the fewest differences to `rows`; None if none fits."""
+        stack = self._fits_into(rows, key, instead)
+        if stack is None:
+            return None
+        self._stacks.remove(stack)  # stays removed if a write fails
+        for slot, (resident, digest) in enumerate(zip(rows, key, strict=True)):
+            if slot >= len(stack.rows):
+                self._fill.write(stack.arrays, slot, resident)
+                stack.rows.append(digest)
+            elif stack.rows[slot] != digest:
+                self._fill.write(stack.arrays, slot, resident)
+                stack.rows[slot] = digest
+        return stack
+
+    def _fits_into(
+        self, rows: Sequence[Resident | None], key: list[str | None], instead: RowStack | None
+    ) -> RowStack | None:
+        """The unused stack that `rows` fit into with the fewest differences; None if none fits."""
         if not self._on_host:
             return None
         ranks = self._fill.ranks(used(rows), self._least_rank)
@@ -119,22 +136,12 @@ class RowStacks:
             and all(rank <= stack.ranks[name] for name, rank in ranks.items())
             and stack.nbytes <= _LARGER * needed * stack.capacity
         ]
-        if not fitting:
-            return None
 
-        def others(stack: RowStack) -> int:
-            return sum(there != own for there, own in zip(stack.rows, key, strict=False))
+        def differences(stack: RowStack) -> int:
+            others = sum(there != own for there, own in zip(stack.rows, key, strict=False))
+            return others + max(0, len(key) - len(stack.rows))
 
-        stack = min(fitting, key=lambda own: others(own) + max(0, len(key) - len(own.rows)))
-        self._stacks.remove(stack)  # stays removed if a write fails
-        for slot, (resident, digest) in enumerate(zip(rows, key, strict=True)):
-            if slot >= len(stack.rows):
-                self._fill.write(stack.arrays, slot, resident)
-                stack.rows.append(digest)
-            elif stack.rows[slot] != digest:
-                self._fill.write(stack.arrays, slot, resident)
-                stack.rows[slot] = digest
-        return stack
+        return min(fitting, key=differences, default=None)
 
     def _new(self, rows: Sequence[Resident | None], key: list[str | None]) -> RowStack:
         ranks = self._fill.ranks(used(rows), self._least_rank)
