@@ -17,7 +17,8 @@
 namespace loradeploy {
 
 constexpr int kLanes = 4;
-constexpr int kTileRows = 6;  // rows that are multiplied together: all sums stay in registers
+// Rows and vectors of columns that are multiplied together: all sums stay in registers.
+constexpr int kTileRows = 6, kTileVectors = 4;
 using Integers = __m512i;
 using Floats = __m512;
 
@@ -39,6 +40,17 @@ Integers lanes_at(const uint8_t* from, int count) {
   const auto lane = [&](int index) {
     return index < count ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + index * stride))
                          : _mm_setzero_si128();
+  };
+  Integers all = _mm512_castsi128_si512(lane(0));
+  all = _mm512_inserti32x4(all, lane(1), 1);
+  all = _mm512_inserti32x4(all, lane(2), 2);
+  return _mm512_inserti32x4(all, lane(3), 3);
+}
+
+// The 16 bytes at `from` of every fourth column.
+inline Integers every_fourth(const uint8_t* const* columns, int64_t from) {
+  const auto lane = [&](int index) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(columns[4 * index] + from));
   };
   Integers all = _mm512_castsi128_si512(lane(0));
   all = _mm512_inserti32x4(all, lane(1), 1);
@@ -93,10 +105,12 @@ inline Integers multiply_short(Integers a, Integers b) { return _mm512_madd_epi1
 inline Integers subtract(Integers a, Integers b) { return _mm512_sub_epi32(a, b); }
 inline Integers and_bits(Integers a, Integers b) { return _mm512_and_si512(a, b); }
 inline Integers all_integers(int value) { return _mm512_set1_epi32(value); }
+inline Floats all_floats(float value) { return _mm512_set1_ps(value); }
 
 inline Floats to_floats(Integers v) { return _mm512_cvtepi32_ps(v); }
 inline Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 
 // The sum of the four lanes, of which each belongs to another part.
 inline void store_sum(float* to, const Floats (&parts)[1]) {
@@ -137,7 +151,7 @@ inline void round_to_bytes(const float* x, int count, float factor, uint8_t* res
 namespace loradeploy {
 
 constexpr int kLanes = 2;
-constexpr int kTileRows = 2;
+constexpr int kTileRows = 4, kTileVectors = 2;
 using Integers = __m256i;
 using Floats = __m256;
 
@@ -163,6 +177,13 @@ Integers lanes_at(const uint8_t* from, int count) {
     return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + index * stride));
   };
   return _mm256_set_m128i(count > 1 ? lane(1) : _mm_setzero_si128(), lane(0));
+}
+
+inline Integers every_fourth(const uint8_t* const* columns, int64_t from) {
+  const auto lane = [&](int index) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(columns[4 * index] + from));
+  };
+  return _mm256_set_m128i(lane(1), lane(0));
 }
 
 inline Floats scales_at(const float* const* columns, int count) {
@@ -218,10 +239,12 @@ inline Integers multiply_short(Integers a, Integers b) { return _mm256_madd_epi1
 inline Integers subtract(Integers a, Integers b) { return _mm256_sub_epi32(a, b); }
 inline Integers and_bits(Integers a, Integers b) { return _mm256_and_si256(a, b); }
 inline Integers all_integers(int value) { return _mm256_set1_epi32(value); }
+inline Floats all_floats(float value) { return _mm256_set1_ps(value); }
 
 inline Floats to_floats(Integers v) { return _mm256_cvtepi32_ps(v); }
 inline Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+inline Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
 
 inline void store_sum(float* to, const Floats (&parts)[2]) {
   const __m128 first = _mm_add_ps(_mm256_castps256_ps128(parts[0]),
@@ -260,4 +283,35 @@ inline void round_to_bytes(const float* x, int count, float factor, uint8_t* res
 
 }  // namespace loradeploy
 
+#endif
+
+#ifdef LORADEPLOY_INTEGER_VECTORS
+namespace loradeploy {
+
+// The four bytes, or the float, at `from` in every column.
+inline Integers spread_integer(const void* from) {
+  int32_t value;
+  std::memcpy(&value, from, sizeof value);
+  return all_integers(value);
+}
+inline Floats spread_float(const void* from) {
+  float value;
+  std::memcpy(&value, from, sizeof value);
+  return all_floats(value);
+}
+
+// The sum of `count` signed bytes, a multiple of 32.
+inline int32_t sum_of_bytes(const uint8_t* bytes, int count) {
+  __m256i sums = _mm256_setzero_si256();
+  for (int at = 0; at < count; at += 32) {
+    const __m256i own = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes + at));
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), own);
+    sums = _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+  __m128i four = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+  four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
+}
+
+}  // namespace loradeploy
 #endif
