@@ -18,6 +18,9 @@ Attributes = Mapping[str, Any]
 # onnxruntime would not run either.
 Move = Callable[[Any, Inputs, Attributes, int], list[Any]]
 
+# Ends of a Slice that mean up to the end, also backward.
+_OPEN_ENDS: Final = (2**31 - 1, 2**63 - 1)
+
 
 def _concat(x: Any, rest: Inputs, given: Attributes, outputs: int) -> list[Any]:
     return [np.concatenate([x, *rest], axis=given.get("axis", 0))]
@@ -40,8 +43,11 @@ def _slice(x: Any, rest: Inputs, given: Attributes, outputs: int) -> list[Any]:
     steps = _integers(rest, 3) or [1] * len(starts)
     where = [slice(None)] * x.ndim
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
-        whole = step < 0 and end < -x.shape[axis]
-        where[axis] = slice(start, None if whole else end, step)
+        size = x.shape[axis]
+        # Backward, numpy takes a start before the first element as none, and an open end as the last.
+        first = max(start, -size) if step < 0 else start
+        whole = step < 0 and (end < -size or end in _OPEN_ENDS)
+        where[axis] = slice(first, None if whole else end, step)
     return [x[tuple(where)]]
 
 
@@ -55,7 +61,7 @@ def _split(x: Any, rest: Inputs, given: Attributes, outputs: int) -> list[Any]:
 
 def _squeeze(x: Any, rest: Inputs, given: Attributes, outputs: int) -> list[Any]:
     axes = _integers(rest, 0)
-    return [np.squeeze(x, None if axes is None else tuple(axes))]
+    return [np.squeeze(x, tuple(axes) if axes else None)]
 
 
 def _transpose(x: Any, rest: Inputs, given: Attributes, outputs: int) -> list[Any]:
