@@ -44,7 +44,7 @@ def _slice(x: Any, rest: Inputs, given: Attributes, outputs: int) -> list[Any]:
     where = [slice(None)] * x.ndim
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
         size = x.shape[axis]
-        # Backward, numpy takes a start before the first element as none, and an open end as the last.
+        # Backward, numpy begins at no element before the first, and takes an open end as the last.
         first = max(start, -size) if step < 0 else start
         whole = step < 0 and (end < -size or end in _OPEN_ENDS)
         where[axis] = slice(first, None if whole else end, step)

@@ -16,7 +16,7 @@ A metric is a function of the counts of all examples, [examples, …].
 
 from __future__ import annotations
 
-import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     Counts = NDArray[np.float64]
 
 _RESAMPLES: Final = 999
-_WORD: Final = re.compile(r"[^\W_]+")
 
 
 @dataclass(frozen=True)
@@ -223,12 +222,18 @@ def entity_spans(tags: Sequence[str]) -> set[tuple[str, int, int]]:
 def rouge_l(text: str, target: str) -> float:
     """Return ROUGE-L, the F1 of the longest common subsequence of words (Lin 2004, section 3.1).
 
-    Words are runs of letters and digits in lower case, not stemmed. For texts in ASCII it equals
-    rougeL of the package rouge-score; that one drops other letters.
+    Words are runs of letters, their marks and digits, in lower case, not stemmed. For texts in
+    ASCII it equals rougeL of the package rouge-score; that one drops other letters.
     """
-    found, right = (_WORD.findall(one.lower()) for one in (text, target))
+    found, right = _words(text), _words(target)
     common = common_length(found, right)
     return 2 * common / (len(found) + len(right)) if common else 0.0
+
+
+def _words(text: str) -> list[str]:
+    """Return the words of `text`. Marks such as the vowels of Devanagari are parts of words."""
+    kinds = ((letter, unicodedata.category(letter)[0]) for letter in text.lower())
+    return "".join(letter if kind in "LMN" else " " for letter, kind in kinds).split()
 
 
 def common_length(one: Sequence[str], other: Sequence[str]) -> int:

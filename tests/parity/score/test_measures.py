@@ -168,6 +168,7 @@ def test_vectors_that_are_all_equal_retrieve_nothing() -> None:
         ("a b a_c", "b a c a", 2 * 3 / 8),
         ("the cat", "the cat", 1),
         ("É été", "é ÉTÉ", 1),  # rouge-score drops these letters
+        ("हिन्दी भाषा", "हिन्दी", 2 / 3),  # vowels are marks
         ("cat", "dog", 0),
         ("", "the cat", 0),
         ("...", "...", 0),  # no words on either side
