@@ -158,7 +158,7 @@ class GroupQueryAttention {
                    past, present, key_heads_, size};
     };
     const Cache keys = cache(1, past_key), values = cache(2, past_value);
-    if (batch == 0 || sequence == 0) return;
+    if (batch == 0) return;
     if (keys.overlaps(batch) || values.overlaps(batch)) {
       throw Refused("past and present are different parts of one buffer");
     }

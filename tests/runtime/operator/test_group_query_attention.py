@@ -177,6 +177,21 @@ def test_the_past_changes_the_result(operator_library: Path) -> None:
     assert np.isfinite(again).all()
 
 
+def test_no_new_tokens_leave_the_cache(operator_library: Path) -> None:
+    given = _inputs("step in a buffer", "9 of 3")
+    given |= {name: given[name][:, :0] for name in "qkv"}
+    for results in (
+        _run(operator_library, "9 of 3", given),
+        _run_in_place(operator_library, "9 of 3", given),
+    ):
+        assert results[0].shape == given["q"].shape
+        for row, tokens in enumerate(given["seqlens_k"] + 1):
+            for name, present in zip(("past_key", "past_value"), results[1:], strict=True):
+                np.testing.assert_array_equal(
+                    present[row, :, :tokens], given[name][row, :, :tokens]
+                )
+
+
 @pytest.mark.parametrize(
     ("call", "changes", "message"),
     [

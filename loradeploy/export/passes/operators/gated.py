@@ -32,9 +32,18 @@ _HALVES: Final = 2
 class _Gated:
     """The nodes of silu(gate) · up; `last` computes it."""
 
+    sigmoid: ir.Node
+    silu: ir.Node
     last: ir.Node
-    gate: ir.Value
-    up: ir.Value
+
+    # Read from the nodes: another call may have replaced the values.
+    @property
+    def gate(self) -> ir.Value | None:
+        return self.sigmoid.inputs[0]
+
+    @property
+    def up(self) -> ir.Value | None:
+        return _other(self.last, self.silu.outputs[0])
 
 
 def use_gated(model: ir.Model) -> tuple[str, ...]:
@@ -76,8 +85,9 @@ def remove_gated(model: ir.Model) -> None:
         before = [] if len(inputs) > 1 else [_split_again(model.graph, call, inputs[0])]
         gate, up = before[0].outputs if before else inputs
         nodes = _nodes(gate, up)
+        label = call.name or call.outputs[0].name  # nodes of other exporters may have no name
         for node in nodes[:-1]:
-            node.name = node.outputs[0].name = f"{call.name}/{node.name}"
+            node.name = node.outputs[0].name = f"{label}/{node.name}"
         for value in (gate, up, *(node.outputs[0] for node in nodes[:-1])):
             if value.type is None:
                 value.type, value.shape = call.outputs[0].type, call.outputs[0].shape
@@ -93,17 +103,19 @@ def _gated(graph: ir.Graph) -> Iterator[_Gated]:
     for sigmoid in graph.all_nodes():
         if (sigmoid.domain, sigmoid.op_type) != ("", "Sigmoid"):
             continue
-        gate = sigmoid.inputs[0]
         silu = _product(sigmoid.outputs[0])
         last = None if silu is None else _product(silu.outputs[0])
-        if gate is None or silu is None or last is None:
+        if silu is None or last is None:
             continue
-        up = _other(last, silu.outputs[0])
-        if _other(silu, sigmoid.outputs[0]) is not gate or up is None or gate.shape is None:
+        found = _Gated(sigmoid, silu, last)
+        gate, up = found.gate, found.up
+        if gate is None or up is None or gate.shape is None:
             continue
-        known = all(size is not None for size in gate.shape) and gate.shape == up.shape
+        if _other(silu, sigmoid.outputs[0]) is not gate:
+            continue
+        known = not gate.shape.has_unknown_dim() and gate.shape == up.shape
         if known and all(value.dtype == ir.DataType.FLOAT for value in (gate, up)):
-            yield _Gated(last, gate, up)
+            yield found
 
 
 def _product(value: ir.Value) -> ir.Node | None:
@@ -120,15 +132,16 @@ def _other(node: ir.Node, value: ir.Value) -> ir.Value | None:
 
 def _whole(found: _Gated) -> ir.Value | None:
     """The value whose halves are gate and up, if `_split_again` can divide it again."""
-    split = found.gate.producer()
-    if split is None or split is not found.up.producer() or split.op_type != "Split":
+    gate, up = found.gate, found.up
+    split = None if gate is None else gate.producer()
+    if split is None or up is None or split is not up.producer() or split.op_type != "Split":
         return None
     x, sizes = (*split.inputs, None)[:2]
     users = {use.node for value in split.outputs for use in value.uses()}
-    outputs = list(split.outputs) == [found.gate, found.up] and not any(
+    outputs = list(split.outputs) == [gate, up] and not any(
         value.is_graph_output() for value in split.outputs
     )
-    own = {found.last, *(use.node for use in found.gate.uses())}
+    own = {found.sigmoid, found.silu, found.last}
     if x is None or sizes is None or sizes.const_value is None or not outputs or users != own:
         return None
     first, second = sizes.const_value.numpy().tolist()

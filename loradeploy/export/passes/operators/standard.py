@@ -35,13 +35,15 @@ _HEADS_AXES: Final = 4  # [batch, heads, sequence, size]
 class StandardNode:
     """A row: the operator `name` stands for the node of this name in `domain`.
 
-    `inputs`: the numbers of inputs that the kernel takes. `attributes`: those that it reads;
-    others must have the value in `fixed`, or be left out. `computes`: the other conditions.
+    `inputs`: the numbers of inputs that the kernel takes. `outputs`: the number of its outputs,
+    none of which may be left out. `attributes`: those that it reads; others must have the value in
+    `fixed`, or be left out. `computes`: the other conditions.
     """
 
     name: str
     domain: str
     inputs: tuple[int, ...]
+    outputs: int
     attributes: tuple[str, ...]
     computes: Callable[[ir.Node], bool]
     fixed: Mapping[str, object]
@@ -75,7 +77,6 @@ def _has_heads_first(node: ir.Node) -> bool:
         )
         and _are_float(query, keys, values)
         and (mask is None or mask.dtype in (ir.DataType.BOOL, ir.DataType.FLOAT))
-        and not _are_used(node.outputs[1:])
         and _scales_up(node)
     )
 
@@ -96,6 +97,7 @@ ROWS: Final = (
         MAT_MUL_N_BITS_OPERATOR,
         MICROSOFT,
         (3, 4),
+        1,
         ("K", "N", "bits", "block_size"),
         _is_packed,
         MappingProxyType({"accuracy_level": _INT8_ACTIVATIONS}),
@@ -104,6 +106,7 @@ ROWS: Final = (
         ATTENTION_OPERATOR,
         "",
         (3, 4),
+        1,
         ("scale", "softcap"),
         _has_heads_first,
         MappingProxyType({"is_causal": 0, "qk_matmul_output_mode": 0, "softmax_precision": _FLOAT}),
@@ -112,6 +115,7 @@ ROWS: Final = (
         GROUP_QUERY_ATTENTION_OPERATOR,
         MICROSOFT,
         (7,),
+        3,
         ("num_heads", "kv_num_heads", "scale", "softcap"),
         _has_cache,
         MappingProxyType({"do_rotary": 0, "local_window_size": -1, "smooth_softmax": 0}),
@@ -152,7 +156,8 @@ def _fits(node: ir.Node, row: StandardNode) -> bool:
     )
     required = all(name in given for name in _NEEDED & row.fixed.keys())
     inputs = len(node.inputs) in row.inputs and all(value is not None for value in node.inputs)
-    return known and required and inputs and row.computes(node)
+    outputs = len(node.outputs) == row.outputs and all(value.name for value in node.outputs)
+    return known and required and inputs and outputs and row.computes(node)
 
 
 def _values(node: ir.Node) -> dict[str, Any]:
@@ -172,10 +177,6 @@ def _is_constant(value: ir.Value) -> bool:
     return value.const_value is not None and not value.is_graph_input()
 
 
-def _are_used(values: Sequence[ir.Value]) -> bool:
-    return any(value.uses() or value.is_graph_output() for value in values)
-
-
 def _function(row: StandardNode, version: int, nodes: Sequence[ir.Node]) -> ir.Function:
     """The function whose body is the node of `row`, for all calls that `nodes` become.
 
@@ -190,7 +191,7 @@ def _function(row: StandardNode, version: int, nodes: Sequence[ir.Node]) -> ir.F
         row.name,
         inputs,
         [ir.RefAttr(name, name, kind) for name, kind in types.items()],
-        num_outputs=max(len(node.outputs) for node in nodes),
+        num_outputs=row.outputs,
     )
     for number, output in enumerate(body.outputs):
         output.name = f"output_{number}"

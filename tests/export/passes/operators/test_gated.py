@@ -87,15 +87,46 @@ def test_the_calls_can_be_removed(fused: bool) -> None:
     np.testing.assert_array_equal(run(model, FEEDS), run(plain, FEEDS))
 
 
+def test_calls_of_nodes_without_names_can_be_removed() -> None:
+    b = Builder()
+    y, shape = b.input("x", ["batch", "sequence", IN]), ["batch", "sequence", IN]
+    for _ in range(2):
+        silu = b.node("Mul", [y, b.node("Sigmoid", [y], [*shape])], [*shape])
+        y = b.node("Mul", [silu, y], [*shape])
+    model = b.model(y)
+    for node in model.graph:
+        node.name = ""  # as an exporter may leave them
+    expected = run(model, FEEDS)
+    remove_operators(model, use_operators(model, MERGED))
+    assert not any(node.domain == OPERATOR_DOMAIN for node in model.graph)
+    np.testing.assert_array_equal(run(model, FEEDS), expected)
+
+
 def test_a_product_of_other_shapes_keeps_its_nodes() -> None:
     assert use_operators(gated(out=1), MERGED) == ()  # up is repeated
 
 
-def test_a_gate_that_is_used_elsewhere_too_keeps_its_product() -> None:
+def test_a_product_of_unknown_shapes_keeps_its_nodes() -> None:
+    model = gated()
+    for node in model.graph:
+        node.outputs[0].shape = ir.Shape([None, None, OUT])  # one of them may be repeated
+    assert use_operators(model, MERGED) == ()
+
+
+@pytest.mark.parametrize("by", ["the caller", "another node"])
+def test_a_gate_that_is_used_elsewhere_too_keeps_its_product(by: str) -> None:
     model = gated(fused=True)
     (split,) = (node for node in model.graph if node.op_type == "Split")
-    model.graph.outputs.append(split.outputs[0])
+    gate = split.outputs[0]
+    if by == "another node":
+        node = ir.node("Neg", [gate], name="negative")
+        node.outputs[0].name, node.outputs[0].type = "negative", gate.type
+        model.graph.append(node)
+        gate = node.outputs[0]
+    model.graph.outputs.append(gate)
     assert use_operators(model, MERGED) == (SILU_MUL_OPERATOR,)
+    remove_operators(model, [SILU_MUL_OPERATOR])
+    run(model, FEEDS)
 
 
 @pytest.mark.parametrize("mode", [0, 1])

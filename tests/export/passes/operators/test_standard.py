@@ -88,6 +88,16 @@ def grouped(**more: Any) -> ir.Model:
     return with_microsoft(b.model(*node.outputs))
 
 
+def with_outputs(model: ir.Model, *names: str) -> ir.Model:
+    """The node has outputs of these names; that of "" is left out."""
+    (node,) = model.graph
+    del model.graph.outputs[1:]
+    node.resize_outputs(len(names))
+    for output, name in zip(node.outputs, names, strict=True):
+        output.name = name
+    return model
+
+
 def with_microsoft(model: ir.Model) -> ir.Model:
     model.graph.opset_imports[MICROSOFT] = 1
     model.graph.opset_imports[""] = 23
@@ -199,6 +209,10 @@ def test_a_graph_with_other_calls_than_its_manifest_lists_is_refused() -> None:
         pytest.param(lambda: attended(is_causal=1), id="a causal attention without a mask"),
         pytest.param(lambda: attended(mask=ir.DataType.FLOAT16), id="a mask in float16"),
         pytest.param(lambda: attended(softmax_precision=10), id="a softmax in float16"),
+        pytest.param(lambda: with_outputs(attended(), "y", "keys"), id="a cache of its own"),
+        pytest.param(lambda: with_outputs(attended(), "y", "", ""), id="outputs that are left out"),
+        pytest.param(lambda: with_outputs(grouped(), "y"), id="a cache that is not returned"),
+        pytest.param(lambda: with_outputs(grouped(), "y", "", ""), id="a cache that is left out"),
         pytest.param(lambda: grouped(do_rotary=1), id="rotary embeddings"),
         pytest.param(lambda: grouped(local_window_size=3), id="a window"),
     ],
