@@ -39,6 +39,8 @@ FORMS: Final[Mapping[str, Mapping[str, Any]]] = {
     "in place": {"layout": "rows", "attention": "gqa"},
     OPERATORS: {"attention": "gqa", "operator": True},
 }
+# Options in int8 and int4, in which the other engines quantize the token embedding too.
+_QUANTIZED: Final[Mapping[str, Mapping[str, Any]]] = {OPERATORS: {"quantize_embedding": True}}
 _GGUF: Final = {"fp32": "F32", "int8": "Q8_0", "int4": "Q4_1"}
 _HEADS: Final = "heads=9,3"  # of SmolLM2's queries and keys
 # The default group size of 128 does not divide SmolLM2's 576 channels.
@@ -80,7 +82,9 @@ def sides(
         if not bundle.exists():
             console.print(f"exporting {bundle.name}")
             source = model if form == "slots" and precision == "fp32" else place / "fp32-slots"
-            own = options if precision == "fp32" else {**options, "precision": precision}
+            own = dict(options)
+            if precision != "fp32":
+                own |= {"precision": precision, **_QUANTIZED.get(form, {})}
             ld.export(source, bundle, **own)
         found[form] = {"bundle": str(bundle), "adapters": dict(adapters)}
         if form == OPERATORS:
