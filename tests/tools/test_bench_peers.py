@@ -14,7 +14,7 @@ from tools.bench_peers.llama_files import _interleaved
 from tools.bench_peers.report import markdown
 from tools.timing.alternate import BUSY, NOISE
 
-SIDES = ("slots", "rows", "in place", "OpenVINO GenAI", "llama.cpp", CONTROL)
+SIDES = ("slots", "rows", "in place", "operators", "OpenVINO GenAI", "llama.cpp", CONTROL)
 ROUNDS = 4
 QUIET = [0.0] * ROUNDS
 
