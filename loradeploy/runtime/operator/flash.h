@@ -306,7 +306,7 @@ struct Weigh {
 // -- softmax ---------------------------------------------------------------------------------------
 
 // Turns a row's products q k in the vectors first…last into e^(score - largest), and into exact
-// zeros where it sees no key. Writes the largest score (-infinity: none) and the sum.
+// zeros where it sees no key. Writes the largest score (-infinity: it sees no key) and the sum.
 inline void exponentiate(float* row, const Seen& seen, int first, int last, float scale,
                          float softcap, float* largest, float* sum) {
   Floats most = all(-kInfinity);
@@ -338,6 +338,10 @@ inline void exponentiate(float* row, const Seen& seen, int first, int last, floa
     most = larger(score, most);
   }
   *largest = largest_of(most);
+  // A score of -infinity is an overflow, unlike a key that is not seen: if all are, the result is NaN.
+  if (*largest == -kInfinity && seen.begin < seen.end) {
+    *largest = std::numeric_limits<float>::lowest();
+  }
   const float shift = *largest == -kInfinity ? 0.0f : *largest;  // -inf - -inf is NaN
   Floats sums{};
   for (int vector = first; vector < last; ++vector) {
@@ -417,7 +421,7 @@ inline int64_t part_size(const Attention& own) { return rounded_up(own.value_siz
 inline void finish(const Attention& own, const Merged& row, const float* values, int64_t batch,
                    int64_t head, int64_t query) {
   float* y = own.y.at(batch, head, query);
-  const float divisor = row.sum == 0.0f ? 1.0f : row.sum;  // a row that sees no key: zeros
+  const float divisor = row.largest == -kInfinity ? 1.0f : row.sum;  // it sees no key: zeros
   int64_t i = 0;
   for (; i + kLanes <= own.value_size; i += kLanes) store(y + i, load(values + i) / divisor);
   for (; i < own.value_size; ++i) y[i] = values[i] / divisor;

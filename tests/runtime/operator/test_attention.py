@@ -211,6 +211,17 @@ def test_a_value_that_is_not_a_number_is_not_hidden(operator_library: Path, name
     assert np.isfinite(_run(operator_library, given)[1]).all()
 
 
+@pytest.mark.parametrize("mask", ["none", "causal", "numbers and infinity"])
+def test_scores_that_overflow_are_not_hidden(operator_library: Path, mask: str) -> None:
+    given = _inputs(SHAPES["prompt of several blocks"], mask)
+    given["k"] = np.abs(given["k"])
+    given["q"][0, 1, 5] = -3e38  # all its scores are -infinity, and no key is masked by them
+    for library in (operator_library, None):
+        result = _run(library, given)
+        assert np.isnan(result[0, 1, 5]).all()
+        assert np.isfinite(np.delete(result[0, 1], 5, axis=0)).all()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
