@@ -16,6 +16,7 @@ from loradeploy.adapter.adapter import Adapter
 from loradeploy.adapter.heads import (
     UNDECLARED,
     Head,
+    label_count,
     label_parameters,
     placeholders,
     problem_of,
@@ -107,7 +108,8 @@ def check_label_names(adapter: Adapter, manifest: Manifest, config: Mapping[str,
     """Check that `adapter` has a label name for each output of a classifier's graph, or none.
 
     Only padded heads (`with_all_labels`) have fewer names. Without this check, outputs without a
-    name would be ignored.
+    name would be ignored. A head of another size than the graph's is not for this check: it does
+    not fit, whatever its labels.
 
     Raises:
         AdapterMismatchError: it names another number of labels.
@@ -115,6 +117,8 @@ def check_label_names(adapter: Adapter, manifest: Manifest, config: Mapping[str,
     if manifest.task not in CLASSIFICATIONS or adapter.labels is None:
         return
     outputs = output_count(manifest, config)
+    if label_count(adapter) not in (None, outputs):
+        return
     if outputs not in (0, len(adapter.labels)):
         raise AdapterMismatchError(
             f"it names {len(adapter.labels)} labels ({listed_names(adapter.labels, 3)}), and the"

@@ -585,3 +585,5 @@ def test_labels_of_another_number_than_the_outputs_are_refused_everywhere(
             export(tmp_path / "base", tmp_path / "b", adapters=[tmp_path / "two"], **options)
     with pytest.raises(AdapterMismatchError, match=f"two: {message}"):
         ld.parity(bundle, model=tmp_path / "base", adapters=[tmp_path / "two"])
+    with pytest.raises(AdapterMismatchError, match=r"classifier\.\w+ is \[4"):  # its own head
+        export(bundle, tmp_path / "b", adapters=[bert_adapters["large"]], merge=True)
