@@ -585,5 +585,14 @@ def test_labels_of_another_number_than_the_outputs_are_refused_everywhere(
             export(tmp_path / "base", tmp_path / "b", adapters=[tmp_path / "two"], **options)
     with pytest.raises(AdapterMismatchError, match=f"two: {message}"):
         ld.parity(bundle, model=tmp_path / "base", adapters=[tmp_path / "two"])
-    with pytest.raises(AdapterMismatchError, match=r"classifier\.\w+ is \[4"):  # its own head
-        export(bundle, tmp_path / "b", adapters=[bert_adapters["large"]], merge=True)
+
+
+def test_a_head_of_another_size_is_refused_by_its_shape_not_by_its_labels(
+    tiny_bert: Path, bert_adapters: dict[str, Path], make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    export(tiny_bert, tmp_path / "bundle", adapters=[bert_adapters["large"]])
+    more = load_adapter(make_adapter(tiny_bert, task="sequence-classification", num_labels=4))
+    save_adapter(dataclasses.replace(more, labels=("a", "b", "c", "d")), tmp_path / "more")
+    for merge in (False, True):
+        with pytest.raises(AdapterMismatchError, match=r"classifier\.\w+ is \[4"):
+            export(tmp_path / "bundle", tmp_path / "b", adapters=[tmp_path / "more"], merge=merge)
