@@ -248,9 +248,9 @@ def _warn_of_wrapper(key: str) -> None:
 def _warn_of_targets() -> None:
     logger.warning(
         "target_modules in the adapter's config is missing or empty: all modules that have factors"
-        " in its file are adapted. PEFT instead adapts the modules that it lists for the type of"
-        " the model (q_proj and v_proj of a Llama) and ignores other factors: name the modules in"
-        " the config"
+        " in its file are adapted. PEFT refuses an empty list; without one it adapts the modules"
+        " that it lists for the type of the model (q_proj and v_proj of a Llama) and ignores other"
+        " factors: name the modules in the config"
     )
 
 
