@@ -13,7 +13,13 @@ import pytest
 from loradeploy.errors import OperatorError
 from loradeploy.runtime.operator import build
 from loradeploy.runtime.operator.build import build_operator
-from loradeploy.runtime.operator.library import SOURCES
+from loradeploy.runtime.operator.library import SOURCES, check_library
+from tests.runtime.operator import (
+    test_attention,
+    test_group_query_attention,
+    test_mat_mul_n_bits,
+    test_swiglu,
+)
 from tests.runtime.operator.kernel import call, expected, inputs, session
 from tests.tolerances import tolerance
 
@@ -37,11 +43,12 @@ def test_other_builds_compute_the_same(
     monkeypatch.setenv("CXX", compiler)
     monkeypatch.setenv("CXXFLAGS", flags)
     try:
-        opened = session(build_operator(tmp_path / "other.so"))
+        library = build_operator(tmp_path / "other.so")
     except OperatorError as problem:
         if "which this one lacks" not in str(problem):
             raise
         pytest.skip(str(problem))
+    opened = session(library)
     for sizes in ({"into": 70, "out": 150}, {"into": 2051, "out": 1030}):
         given = inputs(batch=5, sequence=9, ranks=[69, 16, 0], ids=[0, 1, 2, 0, 1], **sizes)
         together, correct = call(opened, given), expected(given)
@@ -49,6 +56,27 @@ def test_other_builds_compute_the_same(
         assert np.abs(together - given["y"])[[0, 1, 3, 4]].max(axis=(1, 2)).min() > 1
         alone = given | {each: given[each][:, [4]] for each in ("x", "y")}
         np.testing.assert_array_equal(together[:, [4]], call(opened, alone))
+    _check_other_kernels(library)
+
+
+def _check_other_kernels(library: Path) -> None:
+    """Check the kernels that stand for standard nodes, in all of their shapes."""
+    for shape in test_attention.SHAPES.values():
+        for mask in ("left padding", "tree", "numbers"):
+            test_attention.test_the_kernel_computes_what_onnxruntime_computes(library, shape, mask)
+            test_attention.test_a_row_does_not_depend_on_the_other_rows(library, shape, mask)
+    grouped = test_group_query_attention
+    for calls in grouped.CALLS:
+        for heads in grouped.HEADS:
+            grouped.test_the_kernel_computes_what_onnxruntime_computes(library, calls, heads, {})
+    for shape in test_swiglu.SHAPES:
+        test_swiglu.test_both_kernels_compute_silu_of_the_gate_times_up(library, shape)
+    packed = test_mat_mul_n_bits
+    if packed.NAME in check_library(library):
+        for shape in packed.SHAPES:
+            for layout in packed.LAYOUTS:
+                packed.test_the_kernel_computes_what_onnxruntime_computes(library, shape, layout)
+                packed.test_a_row_does_not_depend_on_the_other_rows(library, shape, layout)
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
