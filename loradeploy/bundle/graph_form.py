@@ -23,7 +23,7 @@ from loradeploy.bundle.names import (
     ROWS,
     SLOTS,
 )
-from loradeploy.bundle.run_target import RUN_TARGETS, check_runs, choice_of
+from loradeploy.bundle.run_target import RUN_TARGETS, check_runs, choice_of, never_runs
 from loradeploy.bundle.targets import takes_tokens
 from loradeploy.errors import UsageError
 
@@ -335,9 +335,9 @@ def inherit(asked: Mapping[str, Any], before: Manifest) -> dict[str, Any]:
 
     Options that have the default of the bundle's precision and target are not inherited: they get
     the default of the new ones, or what the graph can have. Neither are those that a new target
-    sets. Options of side inputs are not inherited from or by merged graphs. Precision, attention
-    and the kinds of side inputs are properties of the graph itself. A bundle that gets the operator
-    does not keep a layout and branches, with which it would do less.
+    sets or never runs. Options of side inputs are not inherited from or by merged graphs.
+    Precision, attention and the kinds of side inputs are properties of the graph itself. A bundle
+    that gets the operator does not keep a layout and branches, with which it would do less.
 
     Raises:
         UsageError: a static shape is given with another size than the bundle has, or side inputs of
@@ -361,8 +361,9 @@ def inherit(asked: Mapping[str, Any], before: Manifest) -> dict[str, Any]:
         if name in ("layout", "branches") and asked.get("operator"):
             continue
         value = getattr(form, name)
+        set_by_target = choice_of(target, name, precision) is not None
         if result.get(name) is not None or (
-            moved and choice_of(target, name, precision) is not None
+            moved and (set_by_target or never_runs(target, name, value))
         ):
             continue
         if value != default_of(name, form.precision, form.target, operator=form.operator):

@@ -131,6 +131,15 @@ def choice_of(target: str | None, option: str, precision: str) -> Any:
     return {**row.chooses, **row.with_precision.get(precision, {})}.get(option)
 
 
+def never_runs(target: str | None, option: str, value: object) -> bool:
+    """Whether the target refuses this value of the option in every form."""
+    return target is not None and any(
+        refusal.form.keys() == {option} and value in refusal.form[option]
+        for refusal in BY_TARGET[target].refuses
+        if refusal.cache is None
+    )
+
+
 def zeros_have_rank_one(target: str | None) -> bool:
     """Whether clients on the target feed zeros of rank 1 in place of side inputs of rank 0."""
     return target is not None and BY_TARGET[target].rank_one

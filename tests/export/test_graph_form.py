@@ -234,10 +234,11 @@ def test_given_options_are_applied_and_the_others_inherited(
         ({"operator": True}, {"layout": "rows"}, ("rows", False, True)),
         ({"operator": True}, {"branches": True}, ("slots", True, True)),
         ({"operator": True, "layout": "rows"}, {}, ("rows", False, True)),
+        ({"operator": True}, {"target": "openvino"}, ("rows", False, False)),
     ],
     ids=lambda value: named(value) if isinstance(value, dict) else "",
 )
-def test_the_operator_is_kept_and_does_not_keep_a_form_with_which_it_does_less(
+def test_the_operator_is_kept_where_it_runs_and_does_not_keep_a_form_with_which_it_does_less(
     first: dict[str, Any], asked: dict[str, Any], expected: tuple[str, bool, bool], again: Again
 ) -> None:
     form = again(first, **asked)
