@@ -221,8 +221,9 @@ def _absent(kind: Kind, base: AdaptableBase) -> str:
 def _layer_mismatches(module: str, pair: Factors, base: AdaptableBase) -> list[str]:
     layer = base.layers.get(module)
     if layer is None or (layer.kind != pair.kind and base.side_inputs):
-        remedy = base.remedy if layer is None and pair.kind == "linear" else ""
-        if layer is None and base.side_inputs and _has_weight(module, base):
+        is_missing = layer is None and pair.kind == "linear"
+        remedy = base.remedy if is_missing else ""
+        if is_missing and base.side_inputs and _has_weight(module, base):
             return [f"{module} has no side inputs for its factors: {base.remedy_for_others}"]
         return [f"{module} is {_absent(pair.kind, base)}{_of_another_head(module, base) or remedy}"]
     if layer.kind != pair.kind:
