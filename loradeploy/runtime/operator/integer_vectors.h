@@ -30,6 +30,15 @@ inline Integers all_bytes(int value) { return _mm512_set1_epi8(static_cast<char>
 inline Integers zeros() { return _mm512_setzero_si512(); }
 inline Floats float_zeros() { return _mm512_setzero_ps(); }
 
+// A vector of lane(0), lane(1), …
+template <typename Lane>
+Integers joined(const Lane& lane) {
+  Integers all = _mm512_castsi128_si512(lane(0));
+  all = _mm512_inserti32x4(all, lane(1), 1);
+  all = _mm512_inserti32x4(all, lane(2), 2);
+  return _mm512_inserti32x4(all, lane(3), 3);
+}
+
 // 16 bytes of each of the first `count` blocks, which are `stride` bytes apart; zeros for others.
 template <int stride>
 Integers lanes_at(const uint8_t* from, int count) {
@@ -41,10 +50,7 @@ Integers lanes_at(const uint8_t* from, int count) {
     return index < count ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + index * stride))
                          : _mm_setzero_si128();
   };
-  Integers all = _mm512_castsi128_si512(lane(0));
-  all = _mm512_inserti32x4(all, lane(1), 1);
-  all = _mm512_inserti32x4(all, lane(2), 2);
-  return _mm512_inserti32x4(all, lane(3), 3);
+  return joined(lane);
 }
 
 // The 16 bytes at `from` of every fourth column.
@@ -52,10 +58,7 @@ inline Integers every_fourth(const uint8_t* const* columns, int64_t from) {
   const auto lane = [&](int index) {
     return _mm_loadu_si128(reinterpret_cast<const __m128i*>(columns[4 * index] + from));
   };
-  Integers all = _mm512_castsi128_si512(lane(0));
-  all = _mm512_inserti32x4(all, lane(1), 1);
-  all = _mm512_inserti32x4(all, lane(2), 2);
-  return _mm512_inserti32x4(all, lane(3), 3);
+  return joined(lane);
 }
 
 // Numbers of the first `count` blocks of four columns, [column][block] → [block][column].

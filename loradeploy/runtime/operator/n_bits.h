@@ -34,6 +34,11 @@ struct Layout {
   static constexpr int bits = bits_, block = block_;
   static constexpr int block_bytes = block * bits / 8;
   static constexpr int steps = block / 4;
+
+  // The zero point of a block, from those of its column.
+  static int32_t zero_point(const uint8_t* column, int64_t at) {
+    return bits == 8 ? column[at] : column[at / 2] >> at % 2 * 4 & 15;
+  }
 };
 
 // Quantizes the `count` numbers that a block has, and returns their scale.

@@ -70,10 +70,10 @@ struct Group {
 
   // Calls act(unit, lanes) for each unit: the last one may have fewer blocks than lanes.
   template <typename Act>
-  void units(int64_t first, int64_t count, const Act& act) const {
-    const int64_t whole = std::min(first + count, blocks / kLanes);
-    for (int64_t unit = first; unit < whole; ++unit) act(unit, kLanes);
-    if (whole < first + count) act(whole, static_cast<int>(blocks % kLanes));
+  void units(const Act& act) const {
+    const int64_t whole = blocks / kLanes;
+    for (int64_t unit = 0; unit < whole; ++unit) act(unit, kLanes);
+    if (blocks % kLanes) act(whole, static_cast<int>(blocks % kLanes));
   }
   // Calls act(weights) for each step of the unit.
   template <typename Act>
@@ -108,9 +108,7 @@ struct Group {
     for (int lane = 0; lane < lanes; ++lane) {
       const int64_t block = unit * kLanes + lane;
       for (int column = 0; column < 4; ++column) {
-        all[4 * lane + column] = Layout::bits == 8
-                                     ? zero_points[column][block]
-                                     : zero_points[column][block / 2] >> block % 2 * 4 & 15;
+        all[4 * lane + column] = Layout::zero_point(zero_points[column], block);
       }
     }
     return load(all);
@@ -129,7 +127,7 @@ void multiply_group(const Product& product, int64_t row, const uint8_t* x, int64
   const int64_t row_bytes = few_row_bytes<Layout>(product);
   Floats sums[rows][kVectors];
   for (auto& own : sums) std::fill(own, own + kVectors, float_zeros());
-  group.units(0, units_of(product), [&](int64_t unit, int lanes) {
+  group.units([&](int64_t unit, int lanes) {
     Integers own[rows];
     for (int at = 0; at < rows; ++at) {
       own[at] = load(x + at * row_bytes + Layout::steps * kBytes);

@@ -18,7 +18,7 @@ constexpr int kPanelColumns = kTileVectors * kVectorColumns;
 constexpr int64_t kSmallestBlock = 32;
 constexpr int64_t kPanelBytes = 24576;  // unpacked weights that stay in the first cache
 constexpr int64_t kPanelBlocks = kPanelBytes / (kSmallestBlock * kPanelColumns);
-constexpr int64_t kManyRows = 96;      // the largest number of rows of a task
+constexpr int64_t kManyRows = 96;         // the largest number of rows of a task
 
 // A quantized row: the integers of all blocks, then of each block the scale, then the start of the
 // sums of products.
@@ -107,8 +107,7 @@ void unpack(const Product& product, int64_t column, int64_t first, int64_t block
         alignas(64) int32_t all[kVectorColumns];
         const int64_t own = first + block;
         for (int at = 0; at < kVectorColumns; ++at) {
-          all[at] = Layout::bits == 8 ? zero_points[at][own]
-                                      : zero_points[at][own / 2] >> own % 2 * 4 & 15;
+          all[at] = Layout::zero_point(zero_points[at], own);
         }
         panel.zero_points[block][vector] = load(all);
       }
