@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -137,6 +137,17 @@ def replace_uses(old: ir.Value, new: ir.Value, *, keep: Collection[ir.Node] = ()
     new.type, new.shape = old.type, old.shape
     if output is not None:
         old.name, new.name = f"{output}/before", output
+
+
+def replace_node(old: ir.Node, nodes: Sequence[ir.Node]) -> None:
+    """Put `nodes` in the place of `old`; the last one's output takes its output's name."""
+    graph, result, value = old.graph, old.outputs[0], nodes[-1].outputs[0]
+    assert graph is not None
+    name = result.name
+    graph.insert_after(old, nodes)
+    replace_uses(result, value)
+    graph.remove(old, safe=True)
+    value.name = name
 
 
 def source_of(value: ir.Value | None, carriers: Collection[str]) -> ir.Value | None:

@@ -8,7 +8,7 @@ The Split is that of a product that fuse.py made of gate and up.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from loradeploy.bundle.names import OPERATOR_DOMAIN, SILU_MUL_OPERATOR, SWIGLU_OPERATOR
 from loradeploy.errors import ExportError
-from loradeploy.export.graph.edit import only_user, remove_unused, replace_uses, shared_constant
+from loradeploy.export.graph.edit import only_user, remove_unused, replace_node, shared_constant
 from loradeploy.export.graph.file import opset_of
 from loradeploy.export.graph.names import FUSED_SPLIT, modules_of_label, output_name, step_name
 
@@ -58,7 +58,7 @@ def use_gated(model: ir.Model) -> tuple[str, ...]:
         inputs = [found.gate, found.up] if x is None else [x]
         call = ir.node(name, inputs, domain=OPERATOR_DOMAIN, name=found.last.name)
         call.metadata_props.update(found.last.metadata_props)
-        _replace(found.last, [call])
+        replace_node(found.last, [call])
         names[name] = None
     for name in names:
         function = _function(name, opset)
@@ -93,7 +93,7 @@ def remove_gated(model: ir.Model) -> None:
                 value.type, value.shape = call.outputs[0].type, call.outputs[0].shape
         nodes[-1].name = call.name
         nodes[-1].metadata_props.update(call.metadata_props)
-        _replace(call, [*before, *nodes])
+        replace_node(call, [*before, *nodes])
 
 
 def _gated(graph: ir.Graph) -> Iterator[_Gated]:
@@ -188,17 +188,6 @@ def _sizes_name(label: str, node: ir.Node) -> str:
     """The name of the sizes of the product's parts, which branches share."""
     assert node.graph is not None
     return f"{label.removeprefix(f'{node.graph.name}/')}.sizes"
-
-
-def _replace(old: ir.Node, nodes: Sequence[ir.Node]) -> None:
-    """Put `nodes` in the place of `old`; the last one's output takes its output's name."""
-    graph, result, value = old.graph, old.outputs[0], nodes[-1].outputs[0]
-    assert graph is not None
-    name = result.name
-    graph.insert_after(old, nodes)
-    replace_uses(result, value)
-    graph.remove(old, safe=True)
-    value.name = name
 
 
 def _nodes(gate: ir.Value, up: ir.Value) -> list[ir.Node]:

@@ -30,6 +30,7 @@ from loradeploy.export.graph.edit import (
     input_at,
     only_user,
     remove_unused,
+    replace_node,
     replace_uses,
 )
 from loradeploy.export.graph.file import opset_of
@@ -98,7 +99,7 @@ def use_lora_add(model: ir.Model, manifest: Manifest) -> bool:
             name=update.add.name,
         )
         call.metadata_props.update(update.add.metadata_props)
-        _put_instead(update.add, call, call.outputs[0])
+        replace_node(update.add, [call])
     remove_unused(graph)
     function = _function(opset_of(model))
     model.functions[function.identifier()] = function
@@ -177,17 +178,6 @@ def _has_rows(graph: ir.Graph, x: ir.Value, y: ir.Value) -> bool:
         for shape in (x.shape, y.shape)
         if shape is not None
     )
-
-
-def _put_instead(old: ir.Node, new: ir.Node, value: ir.Value) -> None:
-    """Put `new` in the place of `old`; `value` takes the name of the result of `old`."""
-    graph, result = old.graph, old.outputs[0]
-    assert graph is not None
-    name = result.name
-    graph.insert_after(old, new)
-    replace_uses(result, value)
-    graph.remove(old, safe=True)
-    value.name = name
 
 
 def _given(value: ir.Value | None) -> ir.Value:
