@@ -20,6 +20,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from filelock import FileLock
 
+from tests.devices import enable_swiftshader
 from tests.inputs.adapters import random_adapter
 from tests.inputs.tiny import make_tiny, make_tiny_whisper
 from tests.traces import cached
@@ -35,6 +36,11 @@ _ONE_IN = 3
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add `--all`: run every parametrized case of every test."""
     parser.addoption("--all", action="store_true", help="run every case of tests marked breadth")
+
+
+def pytest_configure() -> None:
+    """Enable the software GPU before any test registers the WebGPU plugin."""
+    enable_swiftshader()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -26,17 +26,30 @@ def unavailable(reason: str) -> NoReturn:
 
 def swiftshader() -> dict[str, str]:
     """Return environment variables with which WebGPU finds SwiftShader, or call `unavailable`."""
-    files = [Path(place) / "vk_swiftshader_icd.json" for place in _DRIVERS]
-    driver = os.environ.get(DRIVER) or next((str(f) for f in files if f.exists()), None)
-    missing = [
-        what
-        for what, there in (
-            ("onnxruntime-ep-webgpu", importlib.util.find_spec("onnxruntime_ep_webgpu")),
-            ("SwiftShader (make devices)", driver),
-            ("libvulkan.so.1 (make devices)", ctypes.util.find_library("vulkan")),
-        )
-        if not there
-    ]
-    if missing or driver is None:
+    variables, missing = _search()
+    if missing:
         unavailable(f"not installed: {', '.join(missing)}")
-    return {DRIVER: driver, SOFTWARE_ADAPTER: "1"}
+    return variables
+
+
+def enable_swiftshader() -> None:
+    """Set its environment variables, if it is installed.
+
+    Before any test: the plugin lists its devices once, when a process registers it.
+    """
+    variables, missing = _search()
+    if not missing:
+        os.environ.update(variables)
+
+
+def _search() -> tuple[dict[str, str], list[str]]:
+    """Return the environment variables for SwiftShader, and what is not installed."""
+    files = [Path(place) / "vk_swiftshader_icd.json" for place in _DRIVERS]
+    driver = os.environ.get(DRIVER) or next((str(f) for f in files if f.exists()), "")
+    needed = {
+        "onnxruntime-ep-webgpu": importlib.util.find_spec("onnxruntime_ep_webgpu"),
+        "SwiftShader (make devices)": driver,
+        "libvulkan.so.1 (make devices)": ctypes.util.find_library("vulkan"),
+    }
+    missing = [what for what, there in needed.items() if not there]
+    return {DRIVER: driver, SOFTWARE_ADAPTER: "1"}, missing

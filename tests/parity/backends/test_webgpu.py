@@ -28,10 +28,9 @@ with_plugin = pytest.mark.skipif(
 
 
 @pytest.fixture
-def webgpu(llama_with_adapter: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def webgpu(llama_with_adapter: Path) -> str:
     """The name of the WebGPU provider; skips where it does not start."""
-    for name, value in swiftshader().items():
-        monkeypatch.setenv(name, value)
+    swiftshader()
     try:
         AdapterSession(llama_with_adapter, ["webgpu"], check_device=False).close()
     except UsageError as problem:
