@@ -122,8 +122,8 @@ def export(
     )
     from loradeploy.export.base import Options
     from loradeploy.export.building.content import build
-    from loradeploy.export.read.source import resolve
-    from loradeploy.export.read.third_party import Evidence
+    from loradeploy.export.read.files.source import resolve
+    from loradeploy.export.read.modules.find import Evidence
     from loradeploy.export.tasks import check_task
     from loradeploy.export.triton import check_requested_form, write_repository
     from loradeploy.export.write import check_output, write_bundle

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from loradeploy.adapter.modules.renamings import Submodel
 from loradeploy.bundle.manifest import BaseIdentity, Manifest, TensorSpec
-from loradeploy.export.read.third_party import Evidence
+from loradeploy.export.read.modules.find import Evidence
 from loradeploy.export.trial.bundle import Source as TrialSource
 
 if TYPE_CHECKING:

@@ -56,7 +56,7 @@ from loradeploy.export.passes.forms.static_shapes import static_specs
 from loradeploy.export.passes.tokens.embeds import add_inputs_embeds, sample_embeds
 from loradeploy.export.passes.tokens.image_blocks import join_image_blocks
 from loradeploy.export.passes.tokens.mrope import add_mrope_positions, sample_positions
-from loradeploy.export.read.source import Source, read_config
+from loradeploy.export.read.files.source import Source, read_config
 from loradeploy.export.tasks import choose_task
 from loradeploy.export.texts import check_recipe, is_embedding_model
 from loradeploy.export.towers import tower_kind

@@ -25,15 +25,15 @@ from loradeploy.export.match.whole.norm_forms import annotate_forms, vectors_in
 from loradeploy.export.passes.precision.bf16 import compute_as_float32, has_float32_weights
 from loradeploy.export.passes.side_inputs.inject import remove_side_inputs
 from loradeploy.export.passes.undo import remove_choices
-from loradeploy.export.read.all_logits import keep_all_logits
-from loradeploy.export.read.attention import separate_projections
-from loradeploy.export.read.channels_first import features_last, matrices_of
-from loradeploy.export.read.constant_weights import compute_weights
+from loradeploy.export.read.files.settings import settings_beside, ties_head
+from loradeploy.export.read.files.source import Source
 from loradeploy.export.read.half import name_encoder, other_half
-from loradeploy.export.read.later_calls import join_later_calls
-from loradeploy.export.read.normalize import normalize_products
 from loradeploy.export.read.opsets import convert_opset
-from loradeploy.export.read.probabilities import Probabilities, add_logits
+from loradeploy.export.read.products.attention import separate_projections
+from loradeploy.export.read.products.channels_first import features_last, matrices_of
+from loradeploy.export.read.products.constant_weights import compute_weights
+from loradeploy.export.read.products.later_calls import join_later_calls
+from loradeploy.export.read.products.normalize import normalize_products
 from loradeploy.export.read.regular import (
     complete_outputs,
     complete_shapes,
@@ -41,11 +41,12 @@ from loradeploy.export.read.regular import (
     lift_constants,
     remove_weight_inputs,
 )
-from loradeploy.export.read.source import Source
 from loradeploy.export.read.static_ranges import warn_of_ranges
 from loradeploy.export.read.subgraphs import inline_functions, take_branches
-from loradeploy.export.read.third_party import complete_cache, settings_beside, ties_head
-from loradeploy.export.read.value_names import check_mask, rename_values
+from loradeploy.export.read.values.all_logits import keep_all_logits
+from loradeploy.export.read.values.cache import complete_cache
+from loradeploy.export.read.values.probabilities import Probabilities, add_logits
+from loradeploy.export.read.values.value_names import check_mask, rename_values
 from loradeploy.export.tasks import own_task, task_of_graph
 from loradeploy.export.trace.cleanup.tidy import name_dimensions
 from loradeploy.export.trial.bundle import Source as TrialSource

@@ -49,7 +49,7 @@ def _inspect_directory(path: Path) -> Description:
         return inspect_bundle(path)
     if any(path.glob(_ADAPTER_FILES)):
         return inspect_adapter(path)
-    from loradeploy.export.read.repository import find_graph
+    from loradeploy.export.read.files.repository import find_graph
 
     graph = find_graph(path)
     return inspect_adapter(path) if graph is None else inspect_graph(graph)

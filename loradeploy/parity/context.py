@@ -20,7 +20,7 @@ from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.names import GRAPH_DATA_NAME, GRAPH_NAME, NATIVE_SUFFIX
 from loradeploy.errors import BundleError, ModelError, UsageError, prefixing_errors
 from loradeploy.export.adapters.given import adapter_directories
-from loradeploy.export.read.source import resolve
+from loradeploy.export.read.files.source import resolve
 from loradeploy.files import inside
 from loradeploy.lora.base.checkpoint import warn_of_unused_files
 from loradeploy.lora.base.formats import check_unquantized

@@ -49,8 +49,9 @@ from loradeploy.export.passes.gqa import (
 from loradeploy.export.passes.operators.calls import use_operators
 from loradeploy.export.passes.precision.bf16 import store_as_bfloat16
 from loradeploy.export.passes.side_inputs.inject import Arrays, SideInputs
-from loradeploy.export.read.source import Source
-from loradeploy.export.read.third_party import assets_of, find_modules, settings_beside
+from loradeploy.export.read.files.settings import assets_of, settings_beside
+from loradeploy.export.read.files.source import Source
+from loradeploy.export.read.modules.find import find_modules
 from loradeploy.export.write import Content, with_labels, with_positions, with_vocabulary
 from loradeploy.printable import logger_of
 

@@ -47,9 +47,7 @@ from loradeploy.export.passes.precision.embedding import quantize_embedding
 from loradeploy.export.passes.precision.quantize import quantize
 from loradeploy.export.passes.tokens.kept_logits import add_logits_to_keep, logits_to_keep_problem
 from loradeploy.export.passes.tokens.vocabulary import vocabulary_in
-from loradeploy.export.read.third_party import (
-    padding_of,
-)
+from loradeploy.export.read.values.cache import padding_of
 from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:

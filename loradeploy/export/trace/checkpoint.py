@@ -18,7 +18,7 @@ from loradeploy.errors import (
     listed_names,
     shortened,
 )
-from loradeploy.export.read.source import read_config
+from loradeploy.export.read.files.source import read_config
 from loradeploy.export.tasks import auto_class, own_task
 from loradeploy.export.tokenizers import OLDER_TOKENIZERS
 from loradeploy.export.towers import tower_kind

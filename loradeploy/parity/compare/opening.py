@@ -33,7 +33,7 @@ from loradeploy.errors import (
     UsageError,
     kind_and_line,
 )
-from loradeploy.export.read.repository import find_graph
+from loradeploy.export.read.files.repository import find_graph
 from loradeploy.files import MAX_GRAPH_BYTES, check_file
 from loradeploy.parity.compare.sides import Side, arrays_of, labels_of
 from loradeploy.paths import expanded, resolved

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from loradeploy.adapter.adapter import Adapter, Factors
 from loradeploy.adapter.config import AdapterConfig
 from loradeploy.errors import ExportError
-from loradeploy.export.read.third_party import Evidence, find_modules
+from loradeploy.export.read.modules.find import Evidence, find_modules
 from tests.export.graphs import Builder
 
 HEADS, SIZE = 2, 4

@@ -24,7 +24,7 @@ from loradeploy.export.match.whole.parts import find_parts
 from loradeploy.export.merge import merge_adapter
 from loradeploy.export.passes.gqa import group_queries
 from loradeploy.export.passes.side_inputs.inject import inject_side_inputs
-from loradeploy.export.read.normalize import normalize_products
+from loradeploy.export.read.products.normalize import normalize_products
 from tests.export.graphs import IN, OUT, Builder, numbers, run
 from tests.export.passes.test_gqa import attention
 from tests.tolerances import tolerance

@@ -21,8 +21,9 @@ from loradeploy.export.api import export
 from loradeploy.export.match.modules.naming import FUSED_MODULES
 from loradeploy.export.match.operators import MICROSOFT
 from loradeploy.export.match.whole.parts import find_parts
-from loradeploy.export.read.normalize import normalize_products
-from loradeploy.export.read.third_party import Evidence, complete_cache, find_modules
+from loradeploy.export.read.modules.find import Evidence, find_modules
+from loradeploy.export.read.products.normalize import normalize_products
+from loradeploy.export.read.values.cache import complete_cache
 from loradeploy.runtime.decoding.caches.parts import parts_of
 from loradeploy.runtime.decoding.graph import DecoderGraph
 from loradeploy.runtime.session import AdapterSession

@@ -13,7 +13,7 @@ import pytest
 import loradeploy as ld
 from loradeploy.adapter.files.tensors import write_arrays
 from loradeploy.errors import LoraDeployError, ModelError
-from loradeploy.export.read.source import resolve
+from loradeploy.export.read.files.source import resolve
 from loradeploy.lora.base.checkpoint import find_checkpoint
 from loradeploy.lora.base.formats import BITSANDBYTES, check_unquantized, original_name
 from tests.conftest import MakeAdapter

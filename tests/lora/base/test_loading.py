@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from loradeploy.adapter import load_adapter
 from loradeploy.errors import AdapterMismatchError, ModelError
 from loradeploy.export.adapters.given import check_brought
-from loradeploy.export.read.source import resolve
+from loradeploy.export.read.files.source import resolve
 from loradeploy.export.trace import load_model
 from loradeploy.lora.base.checkpoint import find_checkpoint, warn_of_unused_files
 from loradeploy.lora.standard import to_standard_lora_from_checkpoint

@@ -11,8 +11,8 @@ import pytest
 
 from loradeploy.export.graph.moves import MOVED
 from loradeploy.export.match.products import products
-from loradeploy.export.read import constant_weights
-from loradeploy.export.read.constant_weights import compute_weights
+from loradeploy.export.read.products import constant_weights
+from loradeploy.export.read.products.constant_weights import compute_weights
 from tests.export.graphs import IN, OUT, Builder, numbers, ops, run
 
 W = numbers(IN, OUT, seed=4)

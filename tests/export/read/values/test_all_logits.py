@@ -10,7 +10,7 @@ import pytest
 
 from loradeploy.errors import ExportError
 from loradeploy.export.api import export
-from loradeploy.export.read.all_logits import keep_all_logits
+from loradeploy.export.read.values.all_logits import keep_all_logits
 from loradeploy.runtime.session import AdapterSession
 from tests.export.graphs import IN, Builder, run
 from tests.tolerances import tolerance

@@ -11,8 +11,8 @@ import pytest
 
 from loradeploy.errors import LoraDeployError, ModelError, UsageError
 from loradeploy.export.api import export
-from loradeploy.export.read.repository import find_graph
-from loradeploy.export.read.source import resolve
+from loradeploy.export.read.files.repository import find_graph
+from loradeploy.export.read.files.source import resolve
 from loradeploy.lora.base.checkpoint import find_checkpoint
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.embedding import TextEmbedder

@@ -18,7 +18,7 @@ from loradeploy.adapter.files.formats import newest_checkpoint
 from loradeploy.bundle.manifest import Manifest, read_manifest
 from loradeploy.bundle.names import CONFIG_NAME, GRAPH_NAME, MANIFEST_NAME
 from loradeploy.errors import ModelError
-from loradeploy.export.read.repository import (
+from loradeploy.export.read.files.repository import (
     above,
     config_directory,
     find_graph,

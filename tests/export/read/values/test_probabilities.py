@@ -22,7 +22,7 @@ from loradeploy.bundle.outputs import output_of
 from loradeploy.bundle.text.pairs import pair_tokens
 from loradeploy.errors import UsageError
 from loradeploy.export.api import export
-from loradeploy.export.read.probabilities import add_logits
+from loradeploy.export.read.values.probabilities import add_logits
 from loradeploy.files import write_json
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.classification import SCORES

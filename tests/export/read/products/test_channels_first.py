@@ -14,7 +14,7 @@ from loradeploy.adapter.adapter import Adapter, Factors
 from loradeploy.adapter.config import AdapterConfig
 from loradeploy.export.match.linears import find_linears
 from loradeploy.export.merge import merge_adapter
-from loradeploy.export.read.channels_first import features_last, matrices_of
+from loradeploy.export.read.products.channels_first import features_last, matrices_of
 from tests.export.graphs import IN, OUT, Builder, numbers, ops, run
 
 POSITIONS, BATCH = 5, 2

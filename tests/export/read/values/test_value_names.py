@@ -10,7 +10,7 @@ import pytest
 
 from loradeploy.errors import ExportError, UsageError
 from loradeploy.export.api import export
-from loradeploy.export.read.value_names import check_mask, rename_values
+from loradeploy.export.read.values.value_names import check_mask, rename_values
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.generation import TextGenerator
 from tests.conftest import MakeAdapter, once

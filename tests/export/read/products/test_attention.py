@@ -16,7 +16,7 @@ from loradeploy.export.match.modules.identity import CheckpointWeights
 from loradeploy.export.match.modules.naming import by_graph
 from loradeploy.export.match.operators import MICROSOFT
 from loradeploy.export.passes.side_inputs.inject import inject_side_inputs
-from loradeploy.export.read.attention import separate_projections
+from loradeploy.export.read.products.attention import separate_projections
 from tests.export.graphs import Arrays, Builder, numbers, ops, run
 from tests.tolerances import tolerance
 

@@ -14,8 +14,8 @@ from loradeploy.adapter.config import AdapterConfig
 from loradeploy.errors import ExportError
 from loradeploy.export.match.linears import find_linears
 from loradeploy.export.match.operators import MICROSOFT
-from loradeploy.export.read.later_calls import join_later_calls
-from loradeploy.export.read.third_party import Evidence, find_modules
+from loradeploy.export.read.modules.find import Evidence, find_modules
+from loradeploy.export.read.products.later_calls import join_later_calls
 from tests.export.graphs import IN, Builder, numbers
 
 _MODULE = "block.proj"

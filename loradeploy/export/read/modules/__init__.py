@@ -1,0 +1,1 @@
+"""Identify the modules of a graph, and leave those in doubt without adapters."""

@@ -1,0 +1,1 @@
+"""Rewrite products as other exporters write them: one MatMul or Gemm for each linear layer."""
