@@ -183,7 +183,9 @@ def export(
             logger.warning(
                 "adapters of %s that are not in %s: %s; to keep one, give its name as an adapter"
                 " too (--adapter NAME)",
-                *(model, output, listed_names(names)),
+                model,
+                output,
+                listed_names(names),
             )
     elif source.graph is None and precision is None:
         requested["precision"] = choice_of(target, "precision", DEFAULT_PRECISION)

@@ -268,7 +268,8 @@ def _with_own_head(labels: int, source: Source, adapters: Mapping[str, Adapter])
         logger.warning(
             "the base's own head has %d outputs and the adapters' up to %d: it is left out, and"
             " rows without an adapter are given zeros",
-            *(own, labels),
+            own,
+            labels,
         )
     return labels
 

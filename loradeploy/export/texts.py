@@ -242,7 +242,8 @@ def without_lost_ids(
     listed = (f"{role} {', '.join(map(str, sorted(set(ids))))}" for role, ids in lost.items())
     logger.warning(
         "left out, the vocabulary of the merged bundle ends at %d: %s",
-        *(vocabulary - 1, "; ".join(listed)),
+        vocabulary - 1,
+        "; ".join(listed),
     )
     return found
 
@@ -359,7 +360,9 @@ def warn_of_ignored(name: str, settings: GenerationSettings) -> None:
     if settings.ignored:
         logger.warning(
             "%s: %s asks for %s, which is not applied",
-            *(name, GENERATION_NAME, ", ".join(settings.ignored)),
+            name,
+            GENERATION_NAME,
+            ", ".join(settings.ignored),
         )
 
 

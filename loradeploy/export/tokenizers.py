@@ -77,7 +77,8 @@ def corrected_tokenizer(source: Path, vocabulary: int) -> FastTokenizer | None:
         logger.warning(
             "%s has a tokenizer with its own Python code, which is not run: the tokens are those"
             " that %s alone makes of a text",
-            *(source, TOKENIZER_NAME),
+            source,
+            TOKENIZER_NAME,
         )
         return None
     except Exception:  # transformers is missing, or any error of its readers
@@ -94,7 +95,9 @@ def corrected_tokenizer(source: Path, vocabulary: int) -> FastTokenizer | None:
     logger.warning(
         "%s makes other tokens of %s than transformers, which reads %s too: the bundle has"
         " transformers' tokenizer",
-        *(source / TOKENIZER_NAME, shown(text), SETTINGS_NAME),
+        source / TOKENIZER_NAME,
+        shown(text),
+        SETTINGS_NAME,
     )
     return made  # type: ignore[no-any-return]
 

@@ -344,7 +344,8 @@ def _write_feature_settings(directory: Path, content: Content) -> None:
     logger.warning(
         "%s has no %s, which specifies how to compute features from audio: the bundle only takes"
         " features",
-        *(content.assets, PREPROCESSOR_NAME),
+        content.assets,
+        PREPROCESSOR_NAME,
     )
 
 

@@ -123,8 +123,13 @@ class AdapterSession:
 
         def opened(place: Path, manifest: Manifest) -> onnxruntime.InferenceSession:
             session = open_graph(
-                *(place, providers, session_options, manifest),
-                *(GRAPH_NAME, capture_graphs, library),
+                place,
+                providers,
+                session_options,
+                manifest,
+                GRAPH_NAME,
+                capture_graphs,
+                library,
             )
             check_graph(place, manifest, session)
             encoders[:] = open_encoder(place, providers, session_options, manifest)
@@ -133,7 +138,9 @@ class AdapterSession:
         encoders: list[onnxruntime.InferenceSession] = []
 
         self._opened = open_bundle(
-            *(self.path, opened, require_certificate),
+            self.path,
+            opened,
+            require_certificate,
             captured=capture_graphs,
             operator=library is not None,
         )

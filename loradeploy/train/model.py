@@ -84,7 +84,8 @@ class Checkpoint:
             logger.warning(
                 "`max_length` is %d, and the model and its tokenizer support %d tokens: longer"
                 " examples are truncated to these",
-                *(config.max_length, self.max_length),
+                config.max_length,
+                self.max_length,
             )
         return replace(config, max_length=self.max_length)
 

@@ -54,9 +54,21 @@ def test_latency_against_load_is_measured_and_drawn(
 ) -> None:
     run_tool(
         monkeypatch,
-        *("--bundle", f"tiny={tiny_llama_bundle}", "--output", tmp_path),
-        *("--load", 0.2, 0.6, "--seconds", 1, "--clients", 4, "--tokens", 8),
-        *("--registered", REGISTERED),
+        "--bundle",
+        f"tiny={tiny_llama_bundle}",
+        "--output",
+        tmp_path,
+        "--load",
+        0.2,
+        0.6,
+        "--seconds",
+        1,
+        "--clients",
+        4,
+        "--tokens",
+        8,
+        "--registered",
+        REGISTERED,
     )
     report = json.loads((tmp_path / "load-tiny.json").read_text())
     few, many = report["curves"].values()
@@ -80,8 +92,17 @@ def test_the_cost_of_a_step_is_measured_in_the_engine_and_over_http(
 ) -> None:
     run_tool(
         monkeypatch,
-        *("--bundle", f"tiny={tiny_llama_bundle}", "--output", tmp_path),
-        *("--costs", 1, 3, "--rounds", 2, "--tokens", 8),
+        "--bundle",
+        f"tiny={tiny_llama_bundle}",
+        "--output",
+        tmp_path,
+        "--costs",
+        1,
+        3,
+        "--rounds",
+        2,
+        "--tokens",
+        8,
     )
     costs = json.loads((tmp_path / "costs-tiny.json").read_text())["costs"]
     assert [(row["rows"], row["side"]) for row in costs] == [

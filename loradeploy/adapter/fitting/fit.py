@@ -168,7 +168,8 @@ def _warn_of_name(trained_on: str, model: str) -> None:
         logger.warning(
             "the adapter was trained on %s, this base is %s: if their weights differ, so do the"
             " outputs from those of the training",
-            *(shortened(trained_on, 60), shortened(model, 60)),
+            shortened(trained_on, 60),
+            shortened(model, 60),
         )
 
 

@@ -50,7 +50,8 @@ def own_part(
     if active:
         logger.warning(
             "%d tensors of the adapter are of %s, which is in another bundle of this model",
-            *(len(active), listed_names(_modules_of(active, others, rules))),
+            len(active),
+            listed_names(_modules_of(active, others, rules)),
         )
         adapter = dataclasses.replace(adapter, part_of=adapter.whole_digest)
     excluded = adapter.config.exclude_modules

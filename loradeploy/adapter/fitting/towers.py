@@ -58,7 +58,11 @@ def tower_part(adapter: Adapter, tower: str | None) -> Adapter:
         logger.warning(
             "only the adapter's part for the %s tower is used: %s%s are for the %s tower, which"
             " is exported as a bundle of its own (task %s)",
-            *(tower, trained[0], more, other, TOWER_TASKS[other]),
+            tower,
+            trained[0],
+            more,
+            other,
+            TOWER_TASKS[other],
         )
     return without(adapter, left)
 

@@ -136,7 +136,9 @@ def _warn_of_code(model: Any, directory: Path) -> None:
         logger.warning(
             "%s names its own class %s in Python files (auto_map), which are not run: %s of"
             " transformers is used, which may compute something else",
-            *(directory, own, type(model).__name__),
+            directory,
+            own,
+            type(model).__name__,
         )
 
 

@@ -319,7 +319,8 @@ class TextSides:
         ):  # those in the bundle were reported by the export
             logger.warning(
                 "the adapter %r has generation settings that are not applied: %s",
-                *(name, listed_names(tokenizer.settings.ignored)),
+                name,
+                listed_names(tokenizer.settings.ignored),
             )
         return _side(tokenizer, recipe, scoring or base.scoring)
 

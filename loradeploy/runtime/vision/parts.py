@@ -132,7 +132,8 @@ class ImageParts:
                 logger.warning(
                     "%s has an adapter merged and %s has none: correct only if the adapter does"
                     " not change that part",
-                    *(own.path, other.path),
+                    own.path,
+                    other.path,
                 )
             elif entry.split and _name_of(entry.whole_digest, other) is None:
                 raise UsageError(

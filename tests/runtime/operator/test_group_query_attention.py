@@ -65,7 +65,7 @@ def _session(
     domain = "com.microsoft" if library is None else OPERATOR_DOMAIN
     own = {"num_heads": count, "kv_num_heads": key_heads, **dict(attributes)}
     return single_node(
-        *("GroupQueryAttention", domain, INPUTS, OUTPUTS, own), library=library, threads=threads
+        "GroupQueryAttention", domain, INPUTS, OUTPUTS, own, library=library, threads=threads
     )
 
 
@@ -243,7 +243,7 @@ def test_parts_of_one_buffer_are_refused(operator_library: Path) -> None:
         binding.bind_output(name)
     overlapping = buffer[1:]
     binding.bind_output(
-        *("present_key", "cpu", 0, np.float32, overlapping.shape, overlapping.ctypes.data)
+        "present_key", "cpu", 0, np.float32, overlapping.shape, overlapping.ctypes.data
     )
     with pytest.raises(Exception, match="past and present are different parts of one buffer"):
         opened.run_with_iobinding(binding)

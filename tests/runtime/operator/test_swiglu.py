@@ -33,7 +33,11 @@ def _run_parts(
     library: Path, gate: NDArray[Any], up: NDArray[Any], threads: int = 1
 ) -> NDArray[np.float32]:
     opened = single_node(
-        *("SiluMul", OPERATOR_DOMAIN, {"gate": FLOAT, "up": FLOAT}, ["y"], {}),
+        "SiluMul",
+        OPERATOR_DOMAIN,
+        {"gate": FLOAT, "up": FLOAT},
+        ["y"],
+        {},
         library=library,
         threads=threads,
     )

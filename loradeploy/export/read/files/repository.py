@@ -62,7 +62,10 @@ def find_graph(directory: Path, precision: str | None = None) -> Path | None:
         others = _names(directory, [graph for graph in graphs if graph != chosen])
         logger.warning(
             "%s: using %s of %d graphs; to use another, give its file: %s",
-            *(directory, chosen.relative_to(directory), len(graphs), others),
+            directory,
+            chosen.relative_to(directory),
+            len(graphs),
+            others,
         )
         return chosen
     if _ENCODER_PART in parts and parts & set(_DECODER_PARTS):

@@ -29,7 +29,9 @@ def gated(*, fused: bool = False, up_first: bool = False, out: int = OUT) -> ir.
     shape: list[int | str] = ["batch", "sequence", OUT]
     gate, up = (
         b.node(
-            *("MatMul", [x, b.weight(f"{name}.w", IN, size)], [*shape[:2], size]),
+            "MatMul",
+            [x, b.weight(f"{name}.w", IN, size)],
+            [*shape[:2], size],
             module=f"mlp.{name}_proj",
             name=name,
         )

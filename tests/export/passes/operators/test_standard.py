@@ -44,7 +44,9 @@ def packed(
     sizes = {"K": INTO, "N": OUT, "bits": 4, "block_size": 32, "accuracy_level": 4}
     attributes = {name: value for name, value in {**sizes, **more}.items() if value is not None}
     y = b.node(
-        *("MatMulNBits", inputs, ["batch", "sequence", OUT]),
+        "MatMulNBits",
+        inputs,
+        ["batch", "sequence", OUT],
         module="block.proj",
         domain=MICROSOFT,
         **attributes,
