@@ -8,10 +8,16 @@ from typing import TYPE_CHECKING, Any, Final
 from loradeploy.adapter.files.base_files import base_tensors, check_no_peft_layers
 from loradeploy.adapter.files.digest import base_digest
 from loradeploy.adapter.modules.renamings import Submodel, base_prefix_of, submodels_of
-from loradeploy.adapter.tasks import CAUSAL_LM, SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
+from loradeploy.adapter.tasks import (
+    CAUSAL_LM,
+    FEATURE_EXTRACTION,
+    SEQUENCE_CLASSIFICATION,
+    TOKEN_CLASSIFICATION,
+)
 from loradeploy.bundle.fitting.fit import THIS_BUNDLE
 from loradeploy.bundle.graph_form import BFLOAT16, DEFAULT_PRECISION, is_packed
 from loradeploy.bundle.manifest import BaseIdentity
+from loradeploy.bundle.names import INPUTS_EMBEDS, PAST
 from loradeploy.bundle.outputs import main_output
 from loradeploy.errors import ExportError, UsageError
 from loradeploy.export.base import Base, Options, modules_of
@@ -220,12 +226,33 @@ def _requested_task(task: str | None, config: Mapping[str, Any]) -> str | None:
     return TOKEN_CLASSIFICATION if classifies else task
 
 
+def _takes_tokens(graph: ir.Graph) -> bool:
+    """Whether a graph has an input of tokens or of their embeddings, or a cache of them."""
+    return any(
+        str(value.name).startswith((PAST, INPUTS_EMBEDS))
+        or (
+            value.dtype is not None
+            and value.dtype.is_integer()
+            and not str(value.name).endswith("mask")
+        )
+        for value in graph.inputs
+    )
+
+
 def _task_of(
     source: Source, graph: ir.Model, requested: str | None, config: Mapping[str, Any]
 ) -> str:
     shapes = {str(value.name): value.shape for value in graph.graph.outputs}
     ranks = {name: None if shape is None else len(shape) for name, shape in shapes.items()}
     task = task_of_graph([str(value.name) for value in graph.graph.inputs], ranks) or requested
+    if task == CAUSAL_LM and not _takes_tokens(graph.graph):
+        task = None if requested == CAUSAL_LM else requested  # logits of frames of audio
+        if task is None:
+            raise UsageError(
+                f"the graph of {source.name} takes no tokens, so that its logits are not those of"
+                " a language model, but of frames of audio (CTC) or the like, and no task decodes"
+                f" these: give `task={FEATURE_EXTRACTION!r}` to run it with AdapterSession.run"
+            )
     if task == SEQUENCE_CLASSIFICATION and requested in (None, CAUSAL_LM):
         logits = shapes.get(main_output(task, ranks) or "")
         of_words = logits is not None and logits[-1] == config.get("vocab_size")

@@ -275,11 +275,11 @@ def _write_assets(directory: Path, manifest: Manifest, content: Content) -> Mani
     for pattern in _COPIED:
         for file in sorted(content.assets.glob(pattern)):
             if file.is_file():
-                copy_file(file, directory / file.name, error=ModelError)
+                _copy_asset(file, directory)
     for recipe in content.recipes[:1]:  # the config's directory, if it is not the tokenizer's
         file = recipe / GENERATION_NAME
         if file.is_file() and not (directory / GENERATION_NAME).exists():
-            copy_file(file, directory / GENERATION_NAME, error=ModelError)
+            _copy_asset(file, directory)
     generates = manifest.task in (CAUSAL_LM, SEQ2SEQ_LM)
     settings = settings_in_config(content.config) if generates else {}
     if settings and not (directory / GENERATION_NAME).exists():
@@ -313,6 +313,17 @@ def _write_assets(directory: Path, manifest: Manifest, content: Content) -> Mani
             warn_of_ignored(manifest.base.name, read_settings(generation, GENERATION_NAME))
         _write_genai(directory, manifest, config, generation)
     return manifest
+
+
+def _copy_asset(file: Path, directory: Path) -> None:
+    """Copy a file of the base.
+
+    Raises:
+        ModelError: it cannot be read, or has settings that are not JSON.
+    """
+    if file.name == GENERATION_NAME:
+        read_json(file, error=ModelError)  # the message names the user's file, not the copy
+    copy_file(file, directory / file.name, error=ModelError)
 
 
 def _write_genai(

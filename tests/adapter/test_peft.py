@@ -313,6 +313,7 @@ def test_a_broken_adapter_is_refused_in_one_line(change: str, message: str, tmp_
         ({"target_modules": r".*layers\.\d\.q"}, "1.k"),
         ({"target_modules": r"model\.layers\.\d\.[qk]"}, None),
         ({"target_modules": r"language_model\.layers\.\d\.[qk]"}, None),  # renamed since
+        ({"target_modules": r".*\.q|layers\.\d\.k"}, "1.k"),  # PEFT compares whole names
         ({"target_modules": "all-linear"}, None),
         ({"target_modules": "all-linear", "exclude_modules": ".*k"}, "1.k"),
         ({"target_modules": None}, None),

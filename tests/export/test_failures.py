@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -30,9 +31,14 @@ from loradeploy.errors import (
 )
 from loradeploy.export import trace, write
 from loradeploy.export.api import export
+from loradeploy.export.graph.edit import constant_of, set_constant
 from loradeploy.export.tasks import choose_task
+from loradeploy.runtime.session import AdapterSession
 from tests.conftest import ROOT, MakeAdapter
-from tests.export.graphs import Builder, linear
+from tests.export import others
+from tests.export.graphs import IN, OUT, Builder, linear, numbers
+from tests.export.reference import difference
+from tests.tolerances import tolerance
 
 
 @pytest.fixture
@@ -195,6 +201,40 @@ def test_a_graph_of_unknown_task_is_refused(tmp_path: Path) -> None:
     ir.save(linear(), tmp_path / "m.onnx")
     with pytest.raises(UsageError, match="do not show its task: give `task`"):
         export(tmp_path / "m.onnx", tmp_path / "b")
+
+
+def test_logits_of_audio_are_not_a_language_models(tmp_path: Path) -> None:
+    b = Builder()
+    x = b.input("input_values", ["batch", "frames", IN])
+    made = b.node("MatMul", [x, b.weight("w", IN, OUT)], ["batch", "frames", OUT], module="lm_head")
+    made.name = "logits"
+    ir.save(b.model(made), tmp_path / "m.onnx")
+    for task in (None, "causal-lm"):
+        with pytest.raises(UsageError, match=r"takes no tokens, .* give `task='feature-extr"):
+            export(tmp_path / "m.onnx", tmp_path / "b", task=task)
+    export(tmp_path / "m.onnx", tmp_path / "b", task="feature-extraction")
+    frames = numbers(2, 3, IN)
+    logits = AdapterSession(tmp_path / "b").run(["logits"], {"input_values": frames})[0]
+    weight = constant_of(next(value for value in b.constants if value.name == "w"))
+    assert difference(logits, frames @ weight) < tolerance("torch-onnx-tiny")
+
+
+def test_a_graph_whose_outputs_are_nan_is_refused(tmp_path: Path) -> None:
+    model = linear()
+    weight = next(iter(model.graph.initializers.values()))
+    values = constant_of(weight).copy()
+    values[0, 0] = np.nan
+    set_constant(weight, values)
+    ir.save(model, tmp_path / "m.onnx")
+    with pytest.raises(ExportError, match=r"m\.onnx gives NaN as y for tokens of a trial"):
+        export(tmp_path / "m.onnx", tmp_path / "b", task="feature-extraction")
+
+
+def test_the_file_of_broken_settings_is_named(tiny_bert: Path, tmp_path: Path) -> None:
+    base = others.copy_of(tiny_bert, tmp_path / "base")
+    (base / "generation_config.json").write_text('{"a":')
+    with pytest.raises(ModelError, match=re.escape(f"{base / 'generation_config.json'} is not")):
+        export(base, tmp_path / "b", task="feature-extraction")
 
 
 def test_a_graph_without_a_known_module_is_refused(tmp_path: Path) -> None:

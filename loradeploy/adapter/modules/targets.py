@@ -34,15 +34,19 @@ def untargeted(names: Iterable[str], config: AdapterConfig) -> list[str]:
     """The `names`, of modules with factors in a file, that `config` does not target.
 
     PEFT ignores their factors. "all-linear" leaves out the output head. A regular expression may be
-    for other names than the file's (of a renamed or wrapped model), so it counts only if it matches
-    some of them.
+    for other names than the file's (of a renamed or wrapped model): if it matches none of them, it
+    is compared with their ends, and if it matches none of these either, it leaves nothing out.
     """
     known = tuple(names)
     targets = config.target_modules
     if is_all_linear(config):
         matched = {name for name in known if name.rpartition(".")[2] not in OUTPUT_HEADS}
     elif targets and isinstance(targets, str):
-        matched = {name for name in known if _matches_an_end(targets, name, config)} or {*known}
+        matched = (
+            {name for name in known if config.matcher.fullmatch(targets, name)}
+            or {name for name in known if _matches_an_end(targets, name, config)}
+            or {*known}
+        )
     elif targets and not isinstance(targets, str):
         matched = {
             name

@@ -32,6 +32,7 @@ from loradeploy.bundle.names import (
 )
 from loradeploy.bundle.outputs import output_of
 from loradeploy.bundle.sample import Sample
+from loradeploy.errors import ExportError
 from loradeploy.export.graph.running import NotRunError, Outputs
 from loradeploy.export.trial.opened import Trial, refused
 from loradeploy.export.trial.original import Original, run_source_graph
@@ -84,6 +85,8 @@ def try_bundle(
     sample = Sample(manifest.inputs, config, pad=pad)
     # The source is closed before the bundle is opened: both would take twice the memory.
     original = source.original or _source_outputs(source, manifest, sample)
+    if source.graph is not None and original is not None:
+        _refuse_nan(source.graph, original, output_of(manifest))
     try:
         trial = Trial(directory, manifest)
     except NotRunError as problem:
@@ -123,6 +126,16 @@ def _source_outputs(source: Source, manifest: Manifest, sample: Sample) -> Origi
     except (NotRunError, TypeError) as problem:  # a dtype that numpy does not have
         logger.warning("not compared with %s, which is not run here: %s", graph.name, problem)
         return None
+
+
+def _refuse_nan(graph: Path, original: Original, name: str) -> None:
+    """Raise ExportError if the source's main output `name` has NaN, with nothing masked."""
+    values = original.outputs.get(name)
+    if values is not None and values.dtype.kind == "f" and np.isnan(values).any():
+        raise ExportError(
+            f"{graph} gives NaN as {name} for tokens of a trial: its weights are damaged, or its"
+            " numbers are too large for their type"
+        )
 
 
 def _check(trial: Trial, original: Original, *, quantized_here: bool) -> None:
