@@ -209,12 +209,14 @@ def command(
     if certificate_minimum is not None or certificate_key is not None:
         least = CertificateMinimum.parse(certificate_minimum) if certificate_minimum else None
         required = dataclasses.replace(least or CertificateMinimum(), public_key=certificate_key)
+    one = file is None  # a file's prompts may take hours, during which a writer would be in the way
     session = AdapterSession(
         bundle,
         [provider],
         require_certificate=required,
         capture_graphs=capture_graphs,
         operator=operator,
+        map_weights=one,
     )
     options = given_settings(generation)
     prompts = [request.prompt for request in requests]
@@ -229,7 +231,7 @@ def command(
             raise UsageError(
                 "--image: only with PROMPT, give the images of a file's rows as images"
             )
-        tower = AdapterSession(vision, [provider], require_certificate=required)
+        tower = AdapterSession(vision, [provider], require_certificate=required, map_weights=one)
         shown = options["shown"] = shown_images(session, tower, requests, images, beside)
         known = {**session.adapters, **tower.adapters}
         adapters = _load(session, known, shown.generator.load, asked)
@@ -278,7 +280,7 @@ def command(
                 f"{file}: audio files have no settings of their own: give them as flags"
             )
         options["beside"] = beside
-    run(session, prompts, adapters, batch_size, Printer(as_json, one=file is None), **options)
+    run(session, prompts, adapters, batch_size, Printer(as_json, one=one), **options)
 
 
 @dataclass(frozen=True)

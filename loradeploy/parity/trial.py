@@ -68,7 +68,9 @@ def main() -> None:
     request = json.load(sys.stdin)
     providers = [(name, options) for name, options in request["providers"]]
     try:
-        AdapterSession(request["bundle"], providers, capture_graphs=request["captured"]).close()
+        AdapterSession(
+            request["bundle"], providers, capture_graphs=request["captured"], map_weights=True
+        ).close()
     except LoraDeployError:
         sys.exit(1)  # the check itself raises the same error again, and reports it
 

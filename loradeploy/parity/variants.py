@@ -109,7 +109,7 @@ def session_options(variant: Variant) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     level = LEVELS[variant.optimization]
     options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
-    # parity() verifies at the end that no file has changed, so the weights may be memory-mapped.
+    # A check is soon done, and its sessions refuse to run if the mapped file changes.
     options.add_session_config_entry(MAPPED, "1")
     return options
 

@@ -85,6 +85,11 @@ class AdapterSession:
     that was exported with `operator` calls (docs/bundles.md). It is native code, and is loaded into
     this process. On the CPU only.
 
+    `map_weights`: let onnxruntime map the weights instead of reading them into private memory, if
+    no other process can write to their file meanwhile; for processes that are soon done. They start
+    faster and take less memory, but a process that writes to the file waits for the end of the
+    session, and after 45 seconds, runs are refused (docs/bundles.md).
+
     `limits`: what the graph accepts, such as the size of its vocabulary.
     `texts`: the text settings (tokenizer, chat template, pooling) of the base and the adapters.
     `wholes`: the complete adapters of those that were split between bundles (docs/images.md).
@@ -116,6 +121,7 @@ class AdapterSession:
         check_device: bool = True,
         capture_graphs: bool = False,
         operator: str | os.PathLike[str] | None = None,
+        map_weights: bool = False,
     ) -> None:
         self._lifetime = Lifetime()
         self.path = Path(bundle)
@@ -130,14 +136,15 @@ class AdapterSession:
                 GRAPH_NAME,
                 capture_graphs,
                 library,
+                map_weights,
             )
             check_graph(place, manifest, session)
-            encoders[:] = open_encoder(place, providers, session_options, manifest)
+            encoders[:] = open_encoder(place, providers, session_options, manifest, map_weights)
             return session
 
         encoders: list[onnxruntime.InferenceSession] = []
 
-        self._opened = open_bundle(
+        self._opened, self._session = open_bundle(
             self.path,
             opened,
             require_certificate,
@@ -146,7 +153,6 @@ class AdapterSession:
         )
         self._place = self._opened.place
         self.manifest: Manifest = self._opened.manifest
-        self._session = self._opened.graph
         self.wholes = Wholes(self.manifest)
         self._reader = AdapterReader(
             self.path,

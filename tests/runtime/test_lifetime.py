@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +20,7 @@ import pytest
 
 from loradeploy.errors import LoraDeployError, UsageError
 from loradeploy.runtime.session import AdapterSession
+from loradeploy.runtime.tasks.generation import TextGenerator
 from tests.conftest import MakeAdapter
 from tests.runtime.feeds import feeds, logits, random_ids
 
@@ -61,6 +63,13 @@ def test_every_call_after_close_is_refused(session: AdapterSession, adapter: Pat
     for use in USES.values():
         with pytest.raises(UsageError, match="is closed"):
             use(session, adapter)
+
+
+def test_a_closed_session_keeps_no_graph_in_memory(session: AdapterSession) -> None:
+    TextGenerator(session).generate(["a", "b"], ["one", None], max_new_tokens=2)
+    graph = weakref.ref(session._session)
+    session.close()
+    assert graph() is None
 
 
 def test_close_waits_for_calls_in_progress(session: AdapterSession) -> None:

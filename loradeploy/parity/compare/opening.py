@@ -83,7 +83,7 @@ def _open_bundle(path: Path, title: str, providers: Sequence[Provider] | None) -
     from loradeploy.runtime.session import AdapterSession
 
     manifest = read_manifest(path)
-    session = AdapterSession(path, providers)
+    session = AdapterSession(path, providers, map_weights=True)
     inputs, outputs = manifest.inputs, manifest.outputs
     names = [spec.name for spec in outputs]
 

@@ -72,12 +72,14 @@ class Leases:
         self._manifest = manifest
         self._device, self._budget, self._fixed = device, budget, fixed
         # Without `feeds_all`, the defaults in the graph are the base.
-        self._base = neutral(manifest, defaults, device) if feeds_all else Bindable({})
+        base = neutral(manifest, defaults, device) if feeds_all else Bindable({})
+        self._base = base
         self._bound: dict[Resident, Bindable] = {}  # in the order of their last use
         self._stacks = Stacks(manifest, defaults, device, budget, self._base, ranked=ranked)
         self._rows = RowStacks(
             Filler(manifest, defaults),
-            lambda arrays: bindable(arrays, manifest, device, self._base),
+            # Without `self`, whose cycle would keep a closed session's graph in memory.
+            lambda arrays: bindable(arrays, manifest, device, base),
             on_host=device[0] == HOST,
             least_rank=1 if self._base.values else 0,
             budget=budget,

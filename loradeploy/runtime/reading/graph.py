@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -30,9 +31,11 @@ from loradeploy.runtime.devices.providers import (
 from loradeploy.runtime.devices.quiet import UNSET, severity, unlogged
 from loradeploy.runtime.devices.table import CPU, known
 from loradeploy.runtime.operator.library import check_runs, register
+from loradeploy.runtime.reading.mapped import MappedSession
 from loradeploy.runtime.reading.weights import MAPPED as MAPPED
 from loradeploy.runtime.reading.weights import WEIGHTS_AT as WEIGHTS_AT
 from loradeploy.runtime.reading.weights import (
+    Source,
     entry,
     graph_source,
     keep_freed_memory,
@@ -61,6 +64,7 @@ def open_graph(
     name: str = GRAPH_NAME,
     capture: bool = False,
     operator: Path | None = None,
+    map_weights: bool = False,
 ) -> onnxruntime.InferenceSession:
     """Open an inference session on the bundle's graph; on the CPU if `providers` is None.
 
@@ -68,11 +72,13 @@ def open_graph(
     warning if `providers` contains the CPU's too, and is an error otherwise. `options` may choose
     the providers instead (`add_provider_for_devices`). They may name another directory of the
     graph's weights (`WEIGHTS_AT`), or have the data file mapped (`MAPPED`); otherwise later changes
-    of the files have no effect (weights.py).
+    of the files have no effect (weights.py). A session on a mapped file raises BundleError instead
+    of returning results after a change (mapped.py).
     For a provider that does not support inputs with defaults, the graph is opened without the
     defaults, and every side input must be fed.
     `manifest`: what the graph and its weights are checked against. `name`: the graph's file.
     `capture`: whether the first provider records runs. `operator`: the operators' library.
+    `map_weights`: map the data file if no process can write to it.
 
     Raises:
         UsageError: a provider that is not installed or does not start, providers in both arguments,
@@ -113,11 +119,11 @@ def open_graph(
     kernels: frozenset[str] = frozenset()
     without = _all_fed(bundle, manifest, names)
     keep_freed_memory()
-    with graph_source(bundle, options, manifest, without, name) as source:
+    with graph_source(bundle, options, manifest, without, name, map_weights) as source:
         if operator is not None:
             kernels = register(operator, source.options)
         try:
-            session = _open(graph, source.graph, asked, source.options)
+            session = _open(graph, source, asked)
         except BundleError as problem:
             if capture and _NOT_CAPTURED in str(problem):
                 raise UsageError(
@@ -189,11 +195,14 @@ def open_encoder(
     providers: Sequence[Provider] | None,
     options: onnxruntime.SessionOptions | None,
     manifest: Manifest,
+    map_weights: bool = False,
 ) -> list[onnxruntime.InferenceSession]:
     """Open and check the encoder of an encoder-decoder; empty if there is none."""
     if manifest.encoder is None:
         return []
-    session = open_graph(bundle, providers, options, manifest, ENCODER_NAME)
+    session = open_graph(
+        bundle, providers, options, manifest, ENCODER_NAME, map_weights=map_weights
+    )
     check_graph(bundle, manifest, session, encoder=True)
     return [session]
 
@@ -205,7 +214,8 @@ def open_file(
 ) -> onnxruntime.InferenceSession:
     """Open any ONNX file, whose weights onnxruntime may map; see `open_graph`."""
     asked = resolve(providers)
-    return _open(graph, os.fspath(graph), asked, options or onnxruntime.SessionOptions())
+    source = Source(os.fspath(graph), options or onnxruntime.SessionOptions())
+    return _open(graph, source, asked)
 
 
 def _has_providers(options: onnxruntime.SessionOptions) -> bool:
@@ -227,12 +237,10 @@ def _optional(manifest: Manifest) -> tuple[TensorSpec, ...]:
 
 
 def _open(
-    graph: Path,
-    source: str | bytes,
-    asked: Sequence[Resolved] | None,
-    options: onnxruntime.SessionOptions,
+    graph: Path, source: Source, asked: Sequence[Resolved] | None
 ) -> onnxruntime.InferenceSession:
     """Open a session on the providers `asked`; None means those in the options."""
+    options, mapped = source.options, source.mapped
     check_file(graph, error=BundleError, limit=MAX_GRAPH_BYTES)
     if options.log_severity_level == UNSET:
         options.log_severity_level = severity()
@@ -242,16 +250,17 @@ def _open(
     if needs_cuda(names):
         preload_cuda()
     if asked is not None:
-        content = source if isinstance(source, bytes) else None
+        content = source.graph if isinstance(source.graph, bytes) else None
         asked = [_with_cpu_nodes(provider, content, graph) for provider in asked]
     by_name = None if asked is None else add_started(options, asked)
+    new = onnxruntime.InferenceSession if mapped is None else partial(MappedSession, mapped)
     try:
         with nullcontext() if names == [CPU] else unlogged():
-            session = onnxruntime.InferenceSession(
-                source, options, providers=by_name, enable_fallback=0
-            )
+            session = new(source.graph, options, providers=by_name, enable_fallback=0)
     except Exception as problem:  # onnxruntime's exceptions have no other common base
         raise BundleError(f"onnxruntime cannot open {graph}: {first_line(problem)}") from None
+    if mapped is not None:
+        mapped.check()
     _check_started(session, [name for name, _ in by_name or ()], fallback=CPU in names)
     return session
 

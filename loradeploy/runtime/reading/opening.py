@@ -52,7 +52,6 @@ class OpenedBundle:
     place: Path
     manifest: Manifest
     certified: frozenset[str] | None
-    graph: onnxruntime.InferenceSession
     running: ProviderFacts
     snapshot: Snapshot
 
@@ -91,7 +90,7 @@ def open_bundle(
     *,
     captured: bool = False,
     operator: bool = False,
-) -> OpenedBundle:
+) -> tuple[OpenedBundle, onnxruntime.InferenceSession]:
     """Open the bundle at `bundle` in one consistent state; `open_graph` opens its graph.
 
     `captured`: whether runs of the graph are captured. `operator`: whether it has the operator's
@@ -125,7 +124,7 @@ def open_bundle(
         known = manifest
         name = snapshot.changed(lambda file: is_covered(file, known), strict=True)  # noqa: B023
         if name is None:
-            return OpenedBundle(place, manifest, certified, graph, running, snapshot)
+            return OpenedBundle(place, manifest, certified, running, snapshot), graph
         del graph
     raise BundleError(
         f"{bundle} is being written to ({name}): roll a bundle out as a new directory, and switch a"

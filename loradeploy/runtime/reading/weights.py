@@ -4,7 +4,8 @@ By default onnxruntime maps a graph's data file. If the file is then written in 
 --inplace), the session's results change; if it is shortened, the process ends with SIGBUS.
 Therefore the files are read into memory, checked, and passed to onnxruntime, which copies what it
 needs. This takes the size of the file in additional memory while the bundle is opened, and
-processes do not share its pages. `MAPPED` avoids both costs, if no file is written in place.
+processes do not share its pages. A mapped file avoids both costs; its session refuses to run once
+it is written to (mapped.py).
 
 Options of the user are not modified: with them, onnxruntime maps a private copy of the files in the
 system's directory for temporary files. The same is done before onnxruntime 1.24, which cannot read
@@ -33,12 +34,13 @@ from loradeploy.bundle.names import GRAPH_DATA_NAME, GRAPH_NAME, MANIFEST_NAME
 from loradeploy.disk import scratch_directory
 from loradeploy.errors import BundleError
 from loradeploy.files import MAX_GRAPH_BYTES, copy_file, open_file, read_bytes
+from loradeploy.runtime.reading.mapped import MappedFile, mapped_file
 from loradeploy.runtime.reading.wire import without_defaults
 
 if TYPE_CHECKING:
     from loradeploy.bundle.manifest import Manifest
 
-# Session option: "1" lets onnxruntime map the data file in the bundle.
+# Session option: "1" lets onnxruntime map the data file in the bundle, also without a lease.
 MAPPED: Final = "loradeploy.map_weights"
 # Session option: the directory of the weights; onnxruntime ignores it unless the graph is in
 # memory.
@@ -52,10 +54,14 @@ _NOTHING: Final = b"\0"
 
 @dataclass(frozen=True)
 class Source:
-    """What onnxruntime opens, a path or a graph in memory, and the options."""
+    """What onnxruntime opens, a path or a graph in memory, and the options.
+
+    `mapped`: the data file, if onnxruntime maps it, and not a private copy.
+    """
 
     graph: str | bytes
     options: onnxruntime.SessionOptions
+    mapped: MappedFile | None = None
 
 
 @contextmanager
@@ -65,11 +71,12 @@ def graph_source(
     manifest: Manifest | None,
     without: Collection[str] = (),
     name: str = GRAPH_NAME,
+    map_weights: bool = False,
 ) -> Iterator[Source]:
     """Yield the graph of `bundle` and its weights, to be opened within the context.
 
     `manifest`: what the files are checked against. `without`: inputs whose defaults are removed.
-    `name`: the graph's file.
+    `name`: the graph's file. `map_weights`: map the data file if the system grants a lease on it.
 
     Raises:
         BundleError: they cannot be read, or do not match the manifest.
@@ -78,12 +85,18 @@ def graph_source(
     given = options
     if options is None:
         options = onnxruntime.SessionOptions()
-    if entry(options, WEIGHTS_AT):  # the weights are in another directory
-        yield Source(_graph(bundle, manifest, without, name), options)
-    # On Windows a mapped file cannot be written.
-    elif (entry(options, MAPPED) == "1" or sys.platform == "win32") and not without:
+    elsewhere = entry(options, WEIGHTS_AT)  # the weights are in another directory
+    # On Windows a mapped file cannot be replaced or shortened.
+    always = bool(elsewhere) or entry(options, MAPPED) == "1" or sys.platform == "win32"
+    data = Path(elsewhere or bundle) / GRAPH_DATA_NAME
+    mapped = None
+    if (always or map_weights) and (elsewhere or not without) and data.is_file():
+        mapped = mapped_file(data, unleased=always)
+    if elsewhere:
+        yield Source(_graph(bundle, manifest, without, name), options, mapped)
+    elif mapped is not None:
         _check_file(bundle, manifest, name)
-        yield Source(os.fspath(bundle / name), options)
+        yield Source(os.fspath(bundle / name), options, mapped)
     elif given is None and hasattr(options, _FROM_MEMORY):
         with _in_memory(bundle / GRAPH_DATA_NAME) as content:
             with memoryview(content) as view:

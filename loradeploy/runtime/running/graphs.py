@@ -113,10 +113,7 @@ class Graph:
                 binding.bind_ortvalue_output(name, buffers[name])
             else:
                 binding.bind_output(name, *device)
-        try:
-            self.session.run_with_iobinding(binding)
-        except Exception as problem:  # onnxruntime's own errors; the binding is not used again
-            raise self._failed(problem) from None
+        self._run_bound(binding)
         outputs: list[onnxruntime.OrtValue] = binding.get_outputs()
         # A spare binding must not keep a whole cache alive.
         binding.clear_binding_outputs()
@@ -154,16 +151,22 @@ class Graph:
         for name in requested:
             if name not in fixed:  # the caller owns the last run's
                 binding.bind_output(name, *device)
-        try:
-            self.session.run_with_iobinding(binding)
-        except Exception as problem:  # onnxruntime's own errors; the binding is not used again
-            raise self._failed(problem) from None
+        self._run_bound(binding)
         made = binding.get_outputs_as_ortvaluevector()
         fixed.put_back(binding, lease.device, self.session, requested)
         return [
             fixed[name] if name in fixed else onnxruntime.OrtValue(made[place])
             for place, name in enumerate(requested)
         ]
+
+    def _run_bound(self, binding: onnxruntime.IOBinding) -> None:
+        """Run the graph; after an error the binding is not used again."""
+        try:
+            self.session.run_with_iobinding(binding)
+        except LoraDeployError:  # the weights are mapped, and have changed
+            raise
+        except Exception as problem:  # onnxruntime's own errors
+            raise self._failed(problem) from None
 
     def _check_rows(self, lease: Lease, values: Values) -> None:
         """Raise UsageError for a number of rows other than the lease's, or tokens that a row lacks.
