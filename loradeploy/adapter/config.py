@@ -128,8 +128,8 @@ class AdapterConfig:
         peft_type = values.get("peft_type", "LORA")
         if peft_type != "LORA":
             raise AdapterError(
-                f"adapter config: peft_type is {shown(peft_type)}, only LORA is supported:"
-                f" {other_peft_type(peft_type)}"
+                f"adapter config: peft_type is {shown(peft_type)}, only LORA, ADALORA and"
+                f" TRAINABLE_TOKENS are supported: {other_peft_type(peft_type)}"
             )
         for name, advice in _REFUSED.items():
             if values.get(name):
@@ -169,9 +169,9 @@ class AdapterConfig:
             if _is_list(honored.get(name)):
                 honored[name] = tuple(honored[name])
         if "r" in honored:
-            honored["r"] = _as_integer(honored["r"])
+            honored["r"] = as_integer(honored["r"])
         if isinstance(ranks := honored.get("rank_pattern"), Mapping):
-            honored["rank_pattern"] = {key: _as_integer(rank) for key, rank in ranks.items()}
+            honored["rank_pattern"] = {key: as_integer(rank) for key, rank in ranks.items()}
         return cls(**honored, extra=extra)
 
     def to_peft(self) -> dict[str, Any]:
@@ -281,8 +281,8 @@ def _ordered(values: Iterable[Any]) -> tuple[Any, ...]:
     return tuple(sorted(found)) if all(isinstance(value, str) for value in found) else found
 
 
-def _as_integer(value: object) -> object:
-    """8.0, as JSON may spell an integer, becomes 8; other values are returned unchanged."""
+def as_integer(value: object) -> object:
+    """8.0, as JSON may spell an integer, as 8; other values unchanged."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 

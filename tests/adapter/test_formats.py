@@ -218,7 +218,7 @@ def test_trained_weights_in_another_file_beside_an_adapter_are_refused_by_name(
     ],
 )
 def test_another_peft_type_is_named_with_advice(peft_type: Any, advice: str) -> None:
-    with pytest.raises(AdapterError, match=f"only LORA is supported: .*{advice}"):
+    with pytest.raises(AdapterError, match=f"only LORA, ADALORA and TRAINABLE_TOKENS .*{advice}"):
         AdapterConfig.from_peft({"peft_type": peft_type})
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from loradeploy.adapter.files.keys import DELTA
 from loradeploy.errors import AdapterError, LoraDeployError, listed_names, shortened
 from loradeploy.files import open_file, read_json
 
@@ -195,7 +196,7 @@ def other_tensors(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
         return f"{NAMED.message} (the names are {listed_names(sorted(names), 3)})"
     if form is not None:
         return form.message
-    if shapes and not any("lora" in key.lower() for key in shapes):
+    if shapes and not any("lora" in key.lower() or DELTA in key for key in shapes):
         return (
             f"has no LoRA factors but {len(shapes)} full weights (first"
             f" {shortened(next(iter(shapes)))}): if it is a fully trained model, give its directory"

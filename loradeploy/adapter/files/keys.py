@@ -23,7 +23,8 @@ PREFIX: Final = "base_model.model."
 # a module in modules_to_save, and for trained rows.
 INNER: Final = ".base_layer."
 ORIGINAL: Final = ".original_module."
-TRAINED_ROWS: Final = ".token_adapter.trainable_tokens_delta"
+DELTA: Final = ".trainable_tokens_delta"
+TRAINED_ROWS: Final = f".token_adapter{DELTA}"
 
 # Inserted into names by torch.compile, FSDP and activation checkpointing.
 _BETWEEN: Final = re.compile(

@@ -42,6 +42,7 @@ from loradeploy.adapter.files.formats import (
     trained_beside,
 )
 from loradeploy.adapter.files.keys import INNER, ORIGINAL, PREFIX, TRAINED_ROWS
+from loradeploy.adapter.files.methods import METHODS, as_lora
 from loradeploy.adapter.files.roles import MAGNITUDE, PARTS, tensors_by_role
 from loradeploy.adapter.files.tensors import read_arrays, write_arrays
 from loradeploy.adapter.heads import LABELS_KEY, PROBLEM_KEY, head_beside, label_count
@@ -76,11 +77,14 @@ def load_adapter(path: str | os.PathLike[str]) -> Adapter:
     source = Path(path)
     weights = _weights_file(source)
     values, config = _read_config(weights)
+    arrays: Mapping[str, NDArray[Any]]
     arrays, metadata = read_arrays(weights, error=AdapterError)
     found = misordered_export(weights.parent, values, arrays) or trained_beside(weights.parent)
     if found is not None:
         raise AdapterError(f"{weights.parent} {found}")
     try:
+        if config is None:
+            config, arrays = as_lora(values, arrays)
         _check_not_empty(arrays)
         config, tensors = tensors_by_role(arrays, config)
         adapter = Adapter(config=config, **tensors, base_digest=metadata.get(_BASE_DIGEST))
@@ -102,8 +106,8 @@ def load_adapter(path: str | os.PathLike[str]) -> Adapter:
         raise AdapterError(f"{weights}: {problem}") from None
 
 
-def _read_config(weights: Path) -> tuple[Mapping[str, Any], AdapterConfig]:
-    """The config beside `weights`, as read and parsed.
+def _read_config(weights: Path) -> tuple[Mapping[str, Any], AdapterConfig | None]:
+    """The config beside `weights`, as read and parsed; parsed later for methods other than LoRA.
 
     For an adapter of another library, the error names that library.
     """
@@ -114,7 +118,8 @@ def _read_config(weights: Path) -> tuple[Mapping[str, Any], AdapterConfig]:
     if (found := other_config(values)) is not None:
         raise AdapterError(f"{weights.parent} {found}")
     try:
-        return values, AdapterConfig.from_peft(values)
+        other = str(values.get("peft_type")) in METHODS
+        return values, None if other else AdapterConfig.from_peft(values)
     except AdapterError as problem:
         raise AdapterError(f"{weights.parent}: {problem}") from None
 
