@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from loradeploy.errors import BundleError, UsageError
+from loradeploy.errors import UsageError
 from loradeploy.parity.inputs.prompts import EXAMPLES
 from loradeploy.paths import takes_paths
 
@@ -112,35 +112,24 @@ def parity(
     from pathlib import Path
 
     from loradeploy.bundle.manifest import check_is_bundle, read_manifest
-    from loradeploy.bundle.names import CERTIFICATE_NAME, GRAPH_DATA_NAME, GRAPH_NAME
-    from loradeploy.bundle.proof.certificate import covered
-    from loradeploy.bundle.proof.certificate import digests as file_digests
     from loradeploy.bundle.proof.signature import private_key
-    from loradeploy.bundle.proof.signature import sign as sign_certificate
     from loradeploy.disk import scratch_directory
     from loradeploy.lora.base.loading import custom_code
-    from loradeploy.parity.backends.genai import find_interpreter
     from loradeploy.parity.backends.others import other_backends
-    from loradeploy.parity.backends.table import choose_backends, default_backends
-    from loradeploy.parity.context import (
-        CheckContext,
-        find_adapters,
-        find_model,
-        graph_digests,
-    )
+    from loradeploy.parity.backends.table import default_backends
+    from loradeploy.parity.bundle_files import BundleFiles
+    from loradeploy.parity.context import CheckContext, find_adapters, find_model
     from loradeploy.parity.inputs.row_feeds import check_inputs
     from loradeploy.parity.inputs.tokens import make_cases
     from loradeploy.parity.inputs.trained import trained_tokens
     from loradeploy.parity.job import run
-    from loradeploy.parity.names import ONNX_GENAI
-    from loradeploy.parity.phases.choice import choose_phases
     from loradeploy.parity.phases.outputs import check_shape
+    from loradeploy.parity.plan import make_plan
     from loradeploy.parity.report.baseline import check_comparable, read_baseline
     from loradeploy.parity.report.finish import finish
     from loradeploy.parity.report.writers import check_reports
     from loradeploy.parity.score.heldout import read_held_out, with_types
     from loradeploy.parity.score.scores import check_scored
-    from loradeploy.parity.variants import choose_variants
     from loradeploy.snapshot import Snapshot
 
     if trust_remote_code and model is None:
@@ -148,85 +137,72 @@ def parity(
             "`trust_remote_code` needs `model`: a bundle may name any model as its base"
         )
     path = Path(bundle)
-    files = check_reports([report] if isinstance(report, str | os.PathLike) else report)
+    report_files = check_reports(report)
     earlier = None if baseline is None else read_baseline(baseline)
     if sign is not None and not certificate:
         raise UsageError("sign: there is no certificate to sign, certificate is False")
     key = None if sign is None else private_key(sign)
     check_is_bundle(path)
-    before = Snapshot.take(path)
+    snapshot = Snapshot.take(path)
     manifest = read_manifest(path)
-    names = [n for n in covered(path, manifest) if n not in (GRAPH_NAME, GRAPH_DATA_NAME)]
-    recorded = file_digests(path, names)
-    chosen = choose_backends(manifest.mode, backends)
-    if not chosen:
-        raise UsageError("no backends are given: there is nothing to compare")
     check_inputs(manifest)
     check_shape(manifest)
-    if evaluate is not None:
-        check_scored(chosen, manifest.precision)
-    shown = choose_phases(manifest.task, phases, embeds=bool(manifest.embeds))
-    variants = choose_variants(
-        providers,
-        optimization,
-        capture_graphs=capture_graphs,
-        operator=None if operator is None else Path(operator),
-    )
-    if operator is not None and not manifest.operators:
-        raise UsageError(
-            f"`operator`: {path} has no calls of operators: export it again with"
-            " `loradeploy export --operator`"
-        )
-    interpreter = find_interpreter(genai_python)
-    asked = {*(backends or ()), *(() if interpreter is None else (ONNX_GENAI,))}
-    tested = find_adapters(path, manifest, adapters)
-    digests = graph_digests(path, manifest)
-    first = variants.chains[variants.each[0].provider]
-    chosen += other_backends(others, manifest, tested, first)
-    with custom_code(trust_remote_code):
-        directory, base = find_model(path, manifest, model)
-    if earlier is not None:
-        check_comparable(
-            earlier,
-            base=manifest.base.name,
-            base_digest=base,
-            task=manifest.task,
-            mode=manifest.mode,
-            precision=manifest.precision,
-        )
-    cases = make_cases(
+    plan = make_plan(
         path,
         manifest,
-        prompts=prompts,
-        generated=tokens,
-        seed=seed,
-        fuzz=fuzz,
-        trained=trained_tokens([each.adapter for each in tested], directory),
+        backends=backends,
+        phases=phases,
+        providers=providers,
+        optimization=optimization,
+        capture_graphs=capture_graphs,
+        operator=operator,
+        genai_python=genai_python,
     )
-    with custom_code(trust_remote_code):
+    if evaluate is not None:
+        check_scored(plan.backends, manifest.precision)
+    tested = find_adapters(path, manifest, adapters)
+    files = BundleFiles.read(manifest, snapshot)
+    chosen = plan.backends + other_backends(others, manifest, tested, plan.providers)
+    with custom_code(trust_remote_code), scratch_directory("loradeploy-parity-") as scratch:
+        directory, base_digest = find_model(path, manifest, model)
+        if earlier is not None:
+            check_comparable(
+                earlier,
+                base=manifest.base.name,
+                base_digest=base_digest,
+                task=manifest.task,
+                mode=manifest.mode,
+                precision=manifest.precision,
+            )
+        cases = make_cases(
+            path,
+            manifest,
+            prompts=prompts,
+            generated=tokens,
+            seed=seed,
+            fuzz=fuzz,
+            trained=trained_tokens([each.adapter for each in tested], directory),
+        )
         held_out = read_held_out(
             path, manifest, directory, tested, evaluate, examples=examples, seed=seed
         )
-    cases = with_types(cases, held_out)
-    with custom_code(trust_remote_code), scratch_directory("loradeploy-parity-") as scratch:
         context = CheckContext(
             bundle=path,
             manifest=manifest,
             model=directory,
             adapters=tested,
-            cases=cases,
+            cases=with_types(cases, held_out),
             scratch=scratch,
-            providers=first,
-            variants=variants,
-            phases=shown,
-            genai_python=interpreter,
+            providers=plan.providers,
+            variants=plan.variants,
+            phases=plan.phases,
+            genai_python=plan.genai_python,
         )
         found = run(
             context,
-            default_backends(chosen, context, asked),
-            base_digest=base,
-            digests=digests,
-            files=recorded,
+            default_backends(chosen, context, plan.requested),
+            base_digest=base_digest,
+            files=files,
             seed=seed,
             controls=controls,
             shrink=shrink,
@@ -234,10 +210,11 @@ def parity(
             localize=localize,
             asked=backends or (),
         )
-    changed = before.changed(lambda name: name in recorded or name in (GRAPH_NAME, GRAPH_DATA_NAME))
-    if changed is not None:
-        raise BundleError(f"{path / changed} was written to while it was checked: check it again")
-    found = finish(found, baseline=earlier, files=files, bundle=path if certificate else None)
-    if key is not None and found.passed and (path / CERTIFICATE_NAME).is_file():
-        sign_certificate(path, key)
-    return found
+    files.check_unchanged()
+    return finish(
+        found,
+        baseline=earlier,
+        files=report_files,
+        bundle=path if certificate else None,
+        key=key,
+    )

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loradeploy.adapter.adapter import Adapter
-from loradeploy.adapter.files.digest import base_digest, file_digest, short
+from loradeploy.adapter.files.digest import base_digest, short
 from loradeploy.adapter.files.peft import load_adapter
 from loradeploy.adapter.heads import label_parameters
 from loradeploy.bundle.fitting.added_tokens import tokens_of
 from loradeploy.bundle.fitting.fit import fit_to, fitted
 from loradeploy.bundle.fitting.labels import check_label_names, output_count, with_all_labels
 from loradeploy.bundle.manifest import Manifest
-from loradeploy.bundle.names import GRAPH_DATA_NAME, GRAPH_NAME, NATIVE_SUFFIX
+from loradeploy.bundle.names import NATIVE_SUFFIX
 from loradeploy.errors import BundleError, ModelError, UsageError, prefixing_errors
 from loradeploy.export.adapters.given import adapter_directories
 from loradeploy.export.read.files.source import resolve
@@ -220,32 +220,3 @@ def _head_shapes(adapter: Adapter, manifest: Manifest) -> Mapping[str, tuple[int
     if manifest.mode != "merged" or not outputs:
         return manifest.saved_shapes()
     return {name: (outputs, *adapter.saved[name].shape[1:]) for name in label_parameters(adapter)}
-
-
-def graph_digests(bundle: Path, manifest: Manifest) -> tuple[str, str | None]:
-    """Return the digests of the bundle's graph file and of its data file (None if there is none).
-
-    Raises:
-        BundleError: a file is missing, or has changed since the export.
-    """
-    digests: list[str | None] = []
-    for name, recorded in (
-        (GRAPH_NAME, manifest.graph_digest),
-        (GRAPH_DATA_NAME, manifest.data_digest),
-    ):
-        file = bundle / name
-        if not file.is_file():
-            if recorded is not None or name == GRAPH_NAME:
-                raise BundleError(f"{bundle} has no {name}: export again")
-            digests.append(None)
-            continue
-        digest = file_digest(file)
-        if recorded not in (None, digest):
-            raise BundleError(
-                f"{file} has changed since the export (digest {short(digest)}, the manifest says"
-                f" {short(recorded)}): export again"
-            )
-        digests.append(digest)
-    graph, data = digests
-    assert graph is not None
-    return graph, data

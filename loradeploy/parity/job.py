@@ -8,10 +8,12 @@ import functools
 import gc
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Final
 
 from loradeploy.adapter.files.digest import short
 from loradeploy.parity.backends.table import REFERENCE_TITLE, Backend
+from loradeploy.parity.bundle_files import BundleFiles
 from loradeploy.parity.checks.check import Progress, adapter_facts, run_backends
 from loradeploy.parity.checks.controls import Controls, run_controls
 from loradeploy.parity.checks.repeat import second_run
@@ -19,7 +21,7 @@ from loradeploy.parity.context import CheckContext
 from loradeploy.parity.diagnose.localize import localizations
 from loradeploy.parity.diagnose.shrink import shrink_failures
 from loradeploy.parity.environment import environment
-from loradeploy.parity.inputs.tokens import MOST_TRAINED
+from loradeploy.parity.inputs.tokens import MOST_TRAINED, Cases
 from loradeploy.parity.reference.pytorch import (
     Reference,
     load_base,
@@ -48,13 +50,25 @@ logger = logger_of(__name__)
 _LARGE: Final = 1 << 26
 
 
+@dataclass(frozen=True, eq=False)
+class _Findings:
+    """What the models computed: `results`, and what was found out about those that failed."""
+
+    reference: Reference
+    results: Sequence[Result]
+    controls: Controls = field(default_factory=Controls)
+    scores: tuple[Score, ...] = ()
+    localizations: tuple[Localization, ...] = ()
+    counterexamples: tuple[Counterexample, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
 def run(
     context: CheckContext,
     backends: Sequence[Backend],
     *,
     base_digest: str,
-    digests: tuple[str, str | None],
-    files: Mapping[str, str],
+    files: BundleFiles,
     seed: int,
     controls: bool,
     shrink: bool,
@@ -64,58 +78,26 @@ def run(
 ) -> ParityReport:
     """Run the reference, then every backend, and return the report.
 
-    At most one PyTorch model is in memory at a time, and none together with an ONNX session.
-
-    `digests`: those of the bundle's graph and of its data file; `files`: digests of its other
-    files, by name. `held_out`: the evaluation data of the base (None) and of each adapter.
-    `shrink`, `localize`: see `loradeploy.parity`. `asked`: backends that the user requested by
-    name; the check fails if one of them is not run.
+    `held_out`: the evaluation data of the base (None) and of each adapter. `controls`, `shrink`,
+    `localize`: see `loradeploy.parity`. `asked`: backends that the user requested by name; the
+    check fails if one of them is not run.
     """
-    started = time.monotonic()
-    started_on = start(context.bundle, context.variants)
-    context = dataclasses.replace(context, crashed=started_on.crashed)
-    running = [one for one in context.variants.each if one.provider not in started_on.crashed]
+    began = time.monotonic()
+    started = start(context.bundle, context.variants)
+    context = dataclasses.replace(context, crashed=started.crashed)
+    running = [one for one in context.variants.each if one.provider not in started.crashed]
     if running:  # whatever runs in one variant only uses the first
         context = context.at(running[0])
-    logger.info("loading %s", context.model)
-    model = load_model(context)
-    answered = score_reference(context, model, held_out)
-    base = take_weights(context, model)
-    logger.info("reference: %s", REFERENCE_TITLE)
-    reference = make_reference(context, base)
-    made = Controls()
-    localized: tuple[Localization, ...] = ()
-    smallest: tuple[Counterexample, ...] = ()
-    scores: tuple[Score, ...] = ()
-    remarks: tuple[str, ...] = ()
-    results: list[Result] = []
-    nondeterministic = second_run(context, reference, base)
-    if nondeterministic is not None:
-        results.append(nondeterministic)
-    else:
-        if controls:
-            logger.info("controls")
-            made = run_controls(context, reference, base)
-        progress = Progress(backends, context)
-        in_torch = [backend for backend in backends if backend.on_torch]
-        results += run_backends(in_torch, context, reference, base.model, progress)
-        large = size_of(model) > _LARGE
-        del base, model
-        if large:  # a full collection is slow; small models may stay until the next automatic one
-            gc.collect()
-        in_onnx = [backend for backend in backends if not backend.on_torch]
-        results += run_backends(in_onnx, context, reference, None, progress)
-        if running:
-            scores = score_backends(in_onnx, context, held_out, answered)
-        # The base is loaded again only if the diagnosis of a failure needs it.
-        again = functools.cache(lambda: load_base(context))
-        if localize is not False:
-            localized = localizations(
-                context, reference, backends, results, again, always=bool(localize)
-            )
-        if shrink:
-            smallest, remarks = shrink_failures(in_onnx, context, reference, results, again)
-    manifest, cases = context.manifest, context.cases
+    found = _compare(
+        context,
+        backends,
+        held_out,
+        scored=bool(running),
+        controls=controls,
+        shrink=shrink,
+        localize=localize,
+    )
+    manifest = context.manifest
     return ParityReport(
         bundle=str(context.bundle),
         task=manifest.task,
@@ -123,35 +105,90 @@ def run(
         precision=manifest.precision,
         base=manifest.base.name,
         base_digest=base_digest,
-        graph_digest=digests[0],
-        data_digest=digests[1],
-        inputs=Inputs(
-            source=cases.source,
-            prompts=len(cases.prompts) - cases.fuzz - cases.edges,
-            prompt_tokens=sum(map(len, cases.prompts)),
-            generated=cases.generated,
-            seed=seed,
-            fuzz=cases.fuzz,
-            edges=cases.edges,
-        ),
-        environment=environment(started_on.providers),
+        graph_digest=files.graph,
+        data_digest=files.data,
+        inputs=_inputs(context.cases, seed),
+        environment=environment(started.providers),
         created=dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
-        results=tuple(results),
-        adapters=adapter_facts(context, reference),
-        controls=made.made,
-        localizations=localized,
+        results=tuple(found.results),
+        adapters=adapter_facts(context, found.reference),
+        controls=found.controls.made,
+        localizations=found.localizations,
         notes=(
-            *_notes(context, reference),
-            *started_on.notes,
-            *made.notes,
-            *remarks,
+            *_notes(context, found.reference),
+            *started.notes,
+            *found.controls.notes,
+            *found.notes,
             *score_notes(context, held_out),
         ),
-        seconds=round(time.monotonic() - started, 1),
-        files=files,
-        counterexamples=smallest,
-        scores=scores,
+        seconds=round(time.monotonic() - began, 1),
+        files=files.others,
+        counterexamples=found.counterexamples,
+        scores=found.scores,
         asked=tuple(asked),
+    )
+
+
+def _compare(
+    context: CheckContext,
+    backends: Sequence[Backend],
+    held_out: Mapping[str | None, HeldOut],
+    *,
+    scored: bool,
+    controls: bool,
+    shrink: bool,
+    localize: bool | None,
+) -> _Findings:
+    """Run the reference, then `backends` in PyTorch, then those in ONNX, then the diagnosis.
+
+    At most one PyTorch model is in memory at a time, and none together with an ONNX session.
+    """
+    logger.info("loading %s", context.model)
+    model = load_model(context)
+    answered = score_reference(context, model, held_out)
+    base = take_weights(context, model)
+    logger.info("reference: %s", REFERENCE_TITLE)
+    reference = make_reference(context, base)
+    nondeterministic = second_run(context, reference, base)
+    if nondeterministic is not None:
+        return _Findings(reference, [nondeterministic])
+    made = Controls()
+    if controls:
+        logger.info("controls")
+        made = run_controls(context, reference, base)
+    progress = Progress(backends, context)
+    in_torch = [backend for backend in backends if backend.on_torch]
+    results = list(run_backends(in_torch, context, reference, base.model, progress))
+    large = size_of(model) > _LARGE
+    del base, model
+    if large:  # a full collection is slow; small models may stay until the next automatic one
+        gc.collect()
+    in_onnx = [backend for backend in backends if not backend.on_torch]
+    results += run_backends(in_onnx, context, reference, None, progress)
+    scores = score_backends(in_onnx, context, held_out, answered) if scored else ()
+    # The base is loaded again only if the diagnosis of a failure needs it.
+    again = functools.cache(lambda: load_base(context))
+    localized: tuple[Localization, ...] = ()
+    if localize is not False:
+        localized = localizations(
+            context, reference, backends, results, again, always=bool(localize)
+        )
+    smallest: tuple[Counterexample, ...] = ()
+    remarks: tuple[str, ...] = ()
+    if shrink:
+        smallest, remarks = shrink_failures(in_onnx, context, reference, results, again)
+    return _Findings(reference, results, made, scores, localized, smallest, remarks)
+
+
+def _inputs(cases: Cases, seed: int) -> Inputs:
+    return Inputs(
+        source=cases.source,
+        prompts=len(cases.prompts) - cases.fuzz - cases.edges,
+        prompt_tokens=sum(map(len, cases.prompts)),
+        generated=cases.generated,
+        seed=seed,
+        fuzz=cases.fuzz,
+        edges=cases.edges,
     )
 
 

@@ -89,7 +89,7 @@ def compare(
         ModelError, BundleError: a file that cannot be opened.
         DataError: inputs that cannot be read.
     """
-    files = check_reports([report] if isinstance(report, str | os.PathLike) else report)
+    files = check_reports(report)
     earlier = None if baseline is None else read_baseline(baseline)
     started = time.monotonic()
     expected, actual = open_side(reference, providers), open_side(candidate, providers)

@@ -40,14 +40,16 @@ _MARKS: Final = {
 }
 
 
-def check_reports(files: Iterable[str | os.PathLike[str]]) -> tuple[Path, ...]:
-    """Return the paths of the report files, after checking that each can be a report.
+def check_reports(
+    files: Iterable[str | os.PathLike[str]] | str | os.PathLike[str],
+) -> tuple[Path, ...]:
+    """Return the paths of the report files, or of the one file, if each can be a report.
 
     Raises:
         UsageError: an unknown file extension, a directory or link, or an existing file that is not
             a report.
     """
-    paths = tuple(map(Path, files))
+    paths = tuple(map(Path, [files] if isinstance(files, str | os.PathLike) else files))
     for path in paths:
         if path.suffix not in WRITERS:
             raise UsageError(f"{path}: a report ends in one of {', '.join(WRITERS)}")
