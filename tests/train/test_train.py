@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from loradeploy.adapter import base_digest, load_adapter
 from loradeploy.errors import DataError, ModelError, TrainingError, UsageError
 from loradeploy.lora.inject import load
-from loradeploy.train import job, prepared
+from loradeploy.train import job, prepared, saving
 from loradeploy.train.config import TrainConfig
 from loradeploy.train.config_file import read_config
 from loradeploy.train.data.examples import read_conversations
@@ -395,7 +395,7 @@ def test_on_a_full_disk_the_old_adapter_is_kept_and_the_new_one_saved_elsewhere(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(job, "write_curve", full)
+    monkeypatch.setattr(saving, "write_curve", full)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(elsewhere))

@@ -18,7 +18,7 @@ import torch
 
 from loradeploy.adapter import load_adapter
 from loradeploy.errors import OutputError, TrainingError, UsageError
-from loradeploy.train import job
+from loradeploy.train import job, saving
 from loradeploy.train.loop.checkpoints import Checkpoints
 from loradeploy.train.loop.trainer import AdapterTrainer
 from loradeploy.train.result import TrainResult
@@ -242,7 +242,7 @@ def test_a_run_killed_at_its_end_takes_no_further_step(
     settings = {**SETTINGS, "keep_best": True, "eval_steps": 2, "validation_split": 0.1}
     whole = quick(tiny_llama, lessons, tmp_path / "whole", **settings)
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(job, "_write", lambda *_: _raise(Killed()))
+        patch.setattr(job, "save_run", lambda *_: _raise(Killed()))
         quick(tiny_llama, lessons, tmp_path / "cut", **settings)
     monkeypatch.setattr(AdapterTrainer, "training_step", lambda *_: pytest.fail("a step too many"))
     resumed = quick(tiny_llama, lessons, tmp_path / "cut", resume=True, **settings)
@@ -271,7 +271,7 @@ def test_a_run_killed_at_early_stopping_does_not_continue(
     whole = quick(tiny_llama, lessons, tmp_path / "whole", **settings)
     assert whole.steps < 20
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(job, "_write", lambda *_: _raise(Killed()))
+        patch.setattr(job, "save_run", lambda *_: _raise(Killed()))
         quick(tiny_llama, lessons, tmp_path / "cut", **settings)
     resumed = quick(tiny_llama, lessons, tmp_path / "cut", resume=True, **settings)
     assert (resumed.digest, resumed.steps) == (whole.digest, whole.steps)
@@ -378,7 +378,7 @@ def test_a_run_ended_by_a_full_disk_reports_how_to_continue(
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", save)
         if place == "adapter":
-            patch.setattr(job, "write_curve", lambda *_: _raise(OSError(errno.ENOSPC, reason)))
+            patch.setattr(saving, "write_curve", lambda *_: _raise(OSError(errno.ENOSPC, reason)))
         with pytest.raises(TrainingError) as error:
             quick(tiny_llama, lessons, tmp_path / "adapter", **settings)
     message = str(error.value)
