@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from loradeploy.errors import UsageError, listed_names
+from loradeploy.errors import UsageError
 from loradeploy.paths import expanded, takes_paths
 from loradeploy.printable import logger_of
 
@@ -110,25 +110,24 @@ def export(
     """
     from pathlib import Path
 
-    from loradeploy.bundle.graph_form import DEFAULT_PRECISION, check_form, inherit
+    from loradeploy.bundle.graph_form import check_form
     from loradeploy.bundle.manifest import own_files
     from loradeploy.bundle.names import MANIFEST_NAME
-    from loradeploy.bundle.run_target import check_runs, choice_of
     from loradeploy.export.adapters.given import (
         adapter_directories,
-        omitted_adapters,
         read_adapters,
         resolve_bundle_adapters,
+        warn_of_omitted,
     )
     from loradeploy.export.base import Options
     from loradeploy.export.building.content import build
-    from loradeploy.export.read.files.source import resolve
+    from loradeploy.export.read.files.source import check_options, resolve
     from loradeploy.export.read.modules.find import Evidence
+    from loradeploy.export.requested import completed
     from loradeploy.export.tasks import check_task
     from loradeploy.export.triton import check_requested_form, write_repository
     from loradeploy.export.write import check_output, write_bundle
     from loradeploy.files import check_keeps_inputs, check_replaceable
-    from loradeploy.lora.base.checkpoint import warn_of_unused_files
     from loradeploy.lora.base.loading import custom_code
 
     destination = Path(output)
@@ -154,60 +153,33 @@ def export(
     if requantize and not merge:
         raise UsageError("`requantize` is for `merge`: side inputs do not change packed weights")
     directories = resolve_bundle_adapters(adapter_directories(adapters), model)
-    evidence_paths = (path for path in (checkpoint, module_map) if path is not None)
+    evidence_paths = [path for path in (checkpoint, module_map) if path is not None]
     check_keeps_inputs(destination, [model, *directories.values(), *evidence_paths])
     loaded = read_adapters(directories)
     if merge and len(loaded) != 1:
         raise UsageError(f"`merge` takes exactly one adapter, {len(loaded)} are given")
     with custom_code(trust_remote_code):
         source = resolve(model, precision)
-    if trust_remote_code and source.graph is not None:
-        raise UsageError(
-            f"{source.name} is an ONNX graph, which has no Python code: `trust_remote_code` is for"
-            " checkpoints"
+        check_options(
+            source,
+            trust_remote_code=trust_remote_code,
+            evidence=bool(evidence_paths),
+            adapters=directories.values(),
         )
-    if source.graph is None and (checkpoint or module_map):
-        raise UsageError(
-            f"{source.name} is a checkpoint, which names its modules itself: `checkpoint` and"
-            " `module_map` are for ONNX models"
+        requested = completed(requested, source)
+        if source.manifest is not None and not merge:
+            warn_of_omitted(directories, source.directory, source.manifest, destination)
+        if triton is not None:
+            check_requested_form(requested)
+        options = Options(
+            adapters=loaded,
+            **requested,
+            task=task,
+            requantize=requantize,
+            evidence=Evidence(None if checkpoint is None else expanded(checkpoint), module_map),
+            operator_kept=operator is None,
+            directories=directories,
         )
-    if source.kind != "bundle":
-        advice = "add it to the adapters, if it is not merged already"
-        warn_of_unused_files(source.directory, advice, given=directories.values())
-    checkpoint_directory = None if checkpoint is None else expanded(checkpoint)
-    if source.manifest is not None:
-        requested = inherit(requested, source.manifest)
-        if not merge and (
-            names := omitted_adapters(directories, source.directory, source.manifest)
-        ):
-            logger.warning(
-                "adapters of %s that are not in %s: %s; to keep one, give its name as an adapter"
-                " too (--adapter NAME)",
-                model,
-                output,
-                listed_names(names),
-            )
-    elif source.graph is None and precision is None:
-        requested["precision"] = choice_of(target, "precision", DEFAULT_PRECISION)
-    if source.graph is None:  # before it is traced
-        floats = "float16" if requested["precision"] == "fp16" else "float32"
-        check_runs(target, {**requested, "cache": floats})
-    if requested["required_inputs"] is None and not merge:
-        requested["required_inputs"] = choice_of(
-            requested["target"], "required_inputs", DEFAULT_PRECISION
-        )
-    if triton is not None:
-        check_requested_form(requested)
-    options = Options(
-        adapters=loaded,
-        **requested,
-        task=task,
-        requantize=requantize,
-        evidence=Evidence(checkpoint_directory, module_map),
-        operator_kept=operator is None,
-        directories=directories,
-    )
-    with custom_code(trust_remote_code):
         manifest, content = build(source, options)
         logger.info("writing %s", destination)
         written = write_bundle(destination, manifest, content)

@@ -34,9 +34,12 @@ from loradeploy.errors import (
 from loradeploy.export.match.linears import is_head
 from loradeploy.files import inside
 from loradeploy.paths import expanded, resolved
+from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
     import torch
+
+logger = logger_of(__name__)
 
 _NO_CONVOLUTION: Final = "is a convolution, which takes no side inputs: merge it instead"
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -112,17 +115,23 @@ def resolve_bundle_adapters(
     return found
 
 
-def omitted_adapters(
-    directories: Mapping[str, Path], bundle: Path, manifest: Manifest
-) -> list[str]:
-    """The names of the bundle's adapters that are not among `directories`."""
+def warn_of_omitted(
+    directories: Mapping[str, Path], bundle: Path, manifest: Manifest, output: Path
+) -> None:
+    """Warn of the bundle's adapters that are not among `directories`, those of the new bundle."""
     given = {resolved(path) for path in directories.values()}
-    return sorted(
+    omitted = sorted(
         name
         for name, entry in manifest.adapters.items()
         if name not in directories
         and (entry.path is None or resolved(inside(bundle, entry.path)) not in given)
     )
+    if omitted:
+        logger.warning(
+            "adapters of %s that are not in %s: %s; to keep one, give its name as an adapter too"
+            " (--adapter NAME)",
+            *(bundle, output, listed_names(omitted)),
+        )
 
 
 def label_count(adapters: Mapping[str, Adapter]) -> int | None:

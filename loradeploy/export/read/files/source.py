@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -17,7 +18,7 @@ from loradeploy.adapter.files.base_files import (
 from loradeploy.adapter.files.formats import newest_checkpoint
 from loradeploy.bundle.manifest import Manifest, read_manifest
 from loradeploy.bundle.names import CONFIG_NAME, GRAPH_NAME, MANIFEST_NAME
-from loradeploy.errors import ModelError
+from loradeploy.errors import ModelError, UsageError
 from loradeploy.export.read.files.repository import (
     above,
     config_directory,
@@ -25,7 +26,12 @@ from loradeploy.export.read.files.repository import (
     tokenizer_directory,
 )
 from loradeploy.files import read_json
-from loradeploy.lora.base.checkpoint import checkpoint_directory, fetch, is_hub_id
+from loradeploy.lora.base.checkpoint import (
+    checkpoint_directory,
+    fetch,
+    is_hub_id,
+    warn_of_unused_files,
+)
 from loradeploy.lora.base.formats import gguf_advice
 from loradeploy.paths import expanded, resolved
 
@@ -85,6 +91,31 @@ def resolve(model: str | os.PathLike[str], precision: str | None = None) -> Sour
         )
     checkpoint = checkpoint_directory(fetched)
     return Source("checkpoint", text, checkpoint, checkpoint)
+
+
+def check_options(
+    source: Source, *, trust_remote_code: bool, evidence: bool, adapters: Iterable[Path]
+) -> None:
+    """Refuse options that are for another kind of source, and warn of unused files.
+
+    `evidence`: whether a checkpoint or a map of modules is given. `adapters`: their directories.
+
+    Raises:
+        UsageError: such an option is given.
+    """
+    if trust_remote_code and source.graph is not None:
+        raise UsageError(
+            f"{source.name} is an ONNX graph, which has no Python code: `trust_remote_code` is for"
+            " checkpoints"
+        )
+    if source.graph is None and evidence:
+        raise UsageError(
+            f"{source.name} is a checkpoint, which names its modules itself: `checkpoint` and"
+            " `module_map` are for ONNX models"
+        )
+    if source.kind != "bundle":
+        advice = "add it to the adapters, if it is not merged already"
+        warn_of_unused_files(source.directory, advice, given=adapters)
 
 
 def _of_graph(graph: Path, name: str) -> Source:
