@@ -130,7 +130,9 @@ def warn_of_omitted(
         logger.warning(
             "adapters of %s that are not in %s: %s; to keep one, give its name as an adapter too"
             " (--adapter NAME)",
-            *(bundle, output, listed_names(omitted)),
+            bundle,
+            output,
+            listed_names(omitted),
         )
 
 

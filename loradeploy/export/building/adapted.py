@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from loradeploy.adapter.tasks import CAUSAL_LM, CLASSIFICATIONS, SEQ2SEQ_LM
 from loradeploy.bundle.adapter_inputs.factors import side_inputs_of_fitted
@@ -36,22 +37,35 @@ from loradeploy.export.match.whole.parts import find_parts
 from loradeploy.export.passes.forms.branches import add_branches, branches_problem
 from loradeploy.export.passes.forms.layout import supports_rows, use_row_layout
 from loradeploy.export.passes.side_inputs.base_weights import GraphWeights
-from loradeploy.export.passes.side_inputs.inject import Arrays, SideInputs, inject_side_inputs
+from loradeploy.export.passes.side_inputs.inject import Arrays, inject_side_inputs
 from loradeploy.export.passes.side_inputs.rows import rows_problem
 from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from loradeploy.adapter.adapter import Adapter
 
 logger = logger_of(__name__)
 
 
-def with_side_inputs(
-    base: Base, findings: Findings, options: Options
-) -> tuple[Manifest, SideInputs, Mapping[str, Adapter], Mapping[str, Arrays]]:
-    """Add side inputs to the base graph.
+@dataclass(frozen=True, eq=False)
+class Adapted:
+    """The manifest of a graph with side inputs or a merged adapter, and values of the side inputs.
 
-    Returns the manifest, the added side inputs, the fitted adapters, and the arrays of each.
+    `adapters`: those that were given, fitted to the manifest. `arrays`: their values, by adapter
+    and input name. `defaults`, `biases`: see `Content`.
+    """
+
+    manifest: Manifest
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)
+    arrays: Mapping[str, Arrays] = field(default_factory=dict)
+    defaults: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    biases: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+
+
+def with_side_inputs(base: Base, findings: Findings, options: Options) -> Adapted:
+    """Add side inputs to the base graph, and compute their values for the adapters.
 
     Raises:
         AdapterError: an adapter does not fit. ExportError: no layer of the graph takes factors.
@@ -121,20 +135,15 @@ def with_side_inputs(
             " without `operator`"
         )
     manifest = with_quantized_weights(base, manifest, options)
-    if (layout := options.layout or _layout(base, options)) == ROWS:
+    layout = options.layout or _layout(base, options)
+    if layout == ROWS:
         use_row_layout(graph)
-    # Branches cost no memory where weights are quantized: those are shared between them.
-    operator = bool(options.operator)
-    shared = default_of("branches", base.precision, options.target, operator=operator)
     manifest = with_logits_to_keep(base, manifest, options)
-    if branches := (
-        shared and branches_problem(graph) is None and not encoder_part(base)
-        if options.branches is None
-        else options.branches
-    ):
+    branches = _has_branches(base, options)
+    if branches:
         add_branches(graph)
     manifest = dataclasses.replace(manifest, layout=layout, branches=branches)
-    return manifest, added, adapters, arrays
+    return Adapted(manifest, adapters, arrays, added.defaults, added.biases)
 
 
 def _check_form_of_halves(base: Base, options: Options) -> None:
@@ -147,6 +156,15 @@ def _check_form_of_halves(base: Base, options: Options) -> None:
             raise UsageError(
                 f"`{name}` is not for encoder-decoders, which are two graphs: leave it out"
             )
+
+
+def _has_branches(base: Base, options: Options) -> bool:
+    """Whether the base gets its own branch: by default where quantized weights can be shared."""
+    if options.branches is not None:
+        return options.branches
+    operator = bool(options.operator)
+    shared = default_of("branches", base.precision, options.target, operator=operator)
+    return bool(shared) and branches_problem(base.graph.graph) is None and not encoder_part(base)
 
 
 def _layout(base: Base, options: Options) -> str:

@@ -5,32 +5,22 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from loradeploy.adapter.fitting.parts import any_below, own_part, without_masked_lm_head
 from loradeploy.adapter.fitting.towers import tower_part
-from loradeploy.adapter.heads import LABELED, problem_of, stated_problem, usual_problem
 from loradeploy.adapter.modules.names import named_as
 from loradeploy.adapter.modules.renamings import renamings
-from loradeploy.adapter.tasks import (
-    CAUSAL_LM,
-    CLASSIFICATIONS,
-    IMAGE_CLASSIFICATION,
-    SEQ2SEQ_LM,
-    SEQUENCE_CLASSIFICATION,
-    TOKEN_CLASSIFICATION,
-)
-from loradeploy.bundle.fitting.labels import output_count
+from loradeploy.adapter.tasks import CAUSAL_LM, SEQ2SEQ_LM
 from loradeploy.bundle.graph_form import BFLOAT16, GQA, STANDARD, form_of
 from loradeploy.bundle.manifest import Manifest
-from loradeploy.bundle.model_config import rotary_limit
-from loradeploy.bundle.names import CONFIG_NAME, PAST
+from loradeploy.bundle.names import PAST
 from loradeploy.bundle.run_target import check_runs, choice_of
-from loradeploy.errors import ExportError, ModelError, UsageError, listed_names, prefixing_errors
-from loradeploy.export.adapters.given import label_count, label_names
+from loradeploy.errors import ExportError, UsageError, listed_names, prefixing_errors
 from loradeploy.export.base import Base, Options
-from loradeploy.export.building.adapted import with_side_inputs
+from loradeploy.export.building.adapted import Adapted, with_side_inputs
 from loradeploy.export.building.added import without_added_tokens
+from loradeploy.export.building.config import with_config
 from loradeploy.export.building.merged import merged, with_resized_vocabulary
 from loradeploy.export.building.steps import encoder_part, modules_of, with_float_heads
 from loradeploy.export.checkpoint_base import from_checkpoint
@@ -48,11 +38,10 @@ from loradeploy.export.passes.gqa import (
 )
 from loradeploy.export.passes.operators.calls import use_operators
 from loradeploy.export.passes.precision.bf16 import store_as_bfloat16
-from loradeploy.export.passes.side_inputs.inject import Arrays, SideInputs
 from loradeploy.export.read.files.settings import assets_of, settings_beside
 from loradeploy.export.read.files.source import Source
 from loradeploy.export.read.modules.find import find_modules
-from loradeploy.export.write import Content, with_labels, with_positions, with_vocabulary
+from loradeploy.export.write import Content
 from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
@@ -77,60 +66,85 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
             "`operator` is not for encoder-decoders, which are two graphs: leave it out"
         )
     _choose_attention(base, options.attention or _attention_of_target(base, options.target))
-    findings = (
-        find_linears(base.graph)
-        if source.graph is None
-        else find_modules(
-            base.graph,
-            source.graph.parent,
-            options.evidence,
-            options.adapters.values(),
-            proven=base.identity.kind == "checkpoint",
-        )
-    )
-    if source.graph is not None:
-        modules = modules_of(base.graph, findings)
-        rules = partial(renamings, base.submodels, base.base_prefix)
-        if source.manifest is None and any_below(findings.linears, base.other_part):
-            # It is the whole model, as its weights show.
-            base = dataclasses.replace(base, other_part=())
-        adapters = {}
-        for name, adapter in options.adapters.items():
-            with prefixing_errors(name):
-                own = own_part(tower_part(adapter, base.tower), base.other_part, rules)
-                if base.task not in (CAUSAL_LM, SEQ2SEQ_LM):
-                    own = without_masked_lm_head(own, modules)
-                adapters[name] = named_as(own, modules, rules)
-        options = dataclasses.replace(options, adapters=adapters)
-    options = dataclasses.replace(
-        options, adapters=_with_whole_digests(options.adapters, whole_digests)
-    )
+    base, findings, adapters = _identified(source, base, options)
+    adapters = _with_whole_digests(adapters, whole_digests)
+    options = dataclasses.replace(options, adapters=adapters)
     if unknown := findings.unidentified:
         logger.warning("left as it is, its module is not known: %s", listed_names(unknown))
     findings = with_float_heads(base, findings, options)
-    added: SideInputs | None = None
-    fitted: Mapping[str, Adapter] = {}
-    arrays: Mapping[str, Arrays] = {}
     if options.merge:
         findings = without_added_tokens(base, findings)
         if source.graph is not None:
             base, findings = with_resized_vocabulary(base, findings, options)
-        manifest = merged(base, findings, options, digests)
+        adapted = Adapted(merged(base, findings, options, digests))
     else:
-        if source.graph is not None:
-            settings = settings_beside(source.directory, options.evidence.checkpoint)
-            observe(
-                base.graph, _observed_values(base.graph, findings), source.graph.parent, settings
-            )
-        manifest, added, fitted, arrays = with_side_inputs(base, findings, options)
+        _observe(source, base, findings, options)
+        adapted = with_side_inputs(base, findings, options)
+    manifest = _in_form(base, adapted.manifest, options)
+    manifest, config = with_config(base, source, manifest, options)
+    return manifest, Content(
+        graph=base.graph,
+        assets=assets_of(source.assets, options.evidence.checkpoint),
+        config=config,
+        adapters=adapted.adapters,
+        side_inputs=adapted.arrays,
+        defaults=adapted.defaults,
+        biases=adapted.biases,
+        required=bool(options.required_inputs),
+        source=base.source,
+        directories={} if options.merge else options.directories,
+        merged=options.directories if options.merge else {},
+        vocabulary=base.vocabulary,
+        recipes=(source.directory, *filter(None, [options.evidence.checkpoint])),
+        whole_digests=whole_digests if base.other_part else {},
+    )
+
+
+def _identified(
+    source: Source, base: Base, options: Options
+) -> tuple[Base, Findings, Mapping[str, Adapter]]:
+    """The base, its linear layers, and the adapters with its module names and only its modules."""
+    if source.graph is None:
+        return base, find_linears(base.graph), options.adapters
+    findings = find_modules(
+        base.graph,
+        source.graph.parent,
+        options.evidence,
+        options.adapters.values(),
+        proven=base.identity.kind == "checkpoint",
+    )
+    if source.manifest is None and any_below(findings.linears, base.other_part):
+        # It is the whole model, as its weights show.
+        base = dataclasses.replace(base, other_part=())
+    modules = modules_of(base.graph, findings)
+    rules = partial(renamings, base.submodels, base.base_prefix)
+    adapters = {}
+    for name, adapter in options.adapters.items():
+        with prefixing_errors(name):
+            own = own_part(tower_part(adapter, base.tower), base.other_part, rules)
+            if base.task not in (CAUSAL_LM, SEQ2SEQ_LM):
+                own = without_masked_lm_head(own, modules)
+            adapters[name] = named_as(own, modules, rules)
+    return base, findings, adapters
+
+
+def _in_form(base: Base, manifest: Manifest, options: Options) -> Manifest:
+    """Bring the graph into the requested form; return its manifest.
+
+    Raises:
+        ExportError: no node can be a call of the operators' library.
+        UsageError: the graph does not run on the target.
+    """
+    graph = base.graph
     if base.precision == BFLOAT16:
-        store_as_bfloat16(base.graph.graph)
+        store_as_bfloat16(graph.graph)
     if options.fixed:
-        use_static_shapes(base.graph.graph, options.fixed)
-        inputs, given = required_inputs(base.graph), outputs(base.graph)
-        manifest = dataclasses.replace(manifest, inputs=inputs, outputs=given)
+        use_static_shapes(graph.graph, options.fixed)
+        manifest = dataclasses.replace(
+            manifest, inputs=required_inputs(graph), outputs=outputs(graph)
+        )
     if options.operator:  # last, because no other pass knows the calls
-        names = use_operators(base.graph, manifest)
+        names = use_operators(graph, manifest)
         if not names and not options.operator_kept:
             raise ExportError(
                 "no node of the graph can be a call of the operators' library: export without"
@@ -147,47 +161,7 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
             "cache": next((s.dtype for s in manifest.inputs if s.name.startswith(PAST)), None),
         },
     )
-    settings = dict(base.config or settings_beside(source.directory, options.evidence.checkpoint))
-    per_row = base.task in (SEQUENCE_CLASSIFICATION, IMAGE_CLASSIFICATION)
-    if base.problem_type is not None and per_row and settings.get("problem_type") is None:
-        settings["problem_type"] = base.problem_type
-    count = label_count(options.adapters) if base.task in CLASSIFICATIONS else None
-    if count is not None:
-        count = output_count(manifest, settings) or count
-    headless = options.merge or any(LABELED.fullmatch(name) for name in base.lacking)
-    config = with_labels(settings, count, label_names(options.adapters) if headless else None)
-    if base.task == SEQUENCE_CLASSIFICATION:
-        manifest, config = _with_problem(manifest, config, options.adapters)
-    elif base.task == TOKEN_CLASSIFICATION:
-        manifest = dataclasses.replace(manifest, problem_type=base.problem_type)
-    if config and base.pad is not None:
-        config["pad_token_id"] = base.pad
-    if base.vocabulary is not None:
-        config = with_vocabulary(config, base.vocabulary)
-    if (limit := rotary_limit(config)) is not None:
-        config = with_positions(config, limit)
-        logger.warning(
-            "texts may have up to %d tokens: for longer ones the model (rope scaling of type"
-            " longrope) would have to compute the cache again. If all texts are longer, replace"
-            " short_factor by long_factor in config.json and export again",
-            limit,
-        )
-    return manifest, Content(
-        graph=base.graph,
-        assets=assets_of(source.assets, options.evidence.checkpoint),
-        config=config,
-        adapters=fitted,
-        side_inputs=arrays,
-        defaults={} if added is None else added.defaults,
-        biases={} if added is None else added.biases,
-        required=bool(options.required_inputs),
-        source=base.source,
-        directories={} if options.merge else options.directories,
-        merged=options.directories if options.merge else {},
-        vocabulary=base.vocabulary,
-        recipes=(source.directory, *filter(None, [options.evidence.checkpoint])),
-        whole_digests=whole_digests if base.other_part else {},
-    )
+    return manifest
 
 
 def _with_whole_digests(
@@ -200,21 +174,6 @@ def _with_whole_digests(
         else dataclasses.replace(each, part_of=whole_digests[name])
         for name, each in adapters.items()
     }
-
-
-def _with_problem(
-    manifest: Manifest, config: dict[str, Any], adapters: Mapping[str, Adapter]
-) -> tuple[Manifest, dict[str, Any]]:
-    """Set the problem type of the classifier's head, or of the merged adapter's head."""
-    stated = stated_problem(config, CONFIG_NAME, error=ModelError)
-    count = output_count(manifest, config)
-    if manifest.merged_adapter is None:
-        return dataclasses.replace(manifest, problem_type=stated or usual_problem(count)), config
-    (adapter,) = adapters.values()
-    problem = problem_of(adapter, stated, count)
-    entry = dataclasses.replace(manifest.merged_adapter, problem_type=problem)
-    manifest = dataclasses.replace(manifest, problem_type=problem, merged_adapter=entry)
-    return manifest, {**config, "problem_type": problem} if config else config
 
 
 def _choose_attention(base: Base, attention: str | None) -> None:
@@ -237,6 +196,14 @@ def _attention_of_target(base: Base, target: str | None) -> str | None:
         return None
     chosen: str | None = choice_of(target, "attention", base.precision)
     return chosen
+
+
+def _observe(source: Source, base: Base, findings: Findings, options: Options) -> None:
+    """Run a graph of another exporter to see what its values are; a traced graph is known."""
+    if source.graph is not None:
+        settings = settings_beside(source.directory, options.evidence.checkpoint)
+        values = _observed_values(base.graph, findings)
+        observe(base.graph, values, source.graph.parent, settings)
 
 
 def _observed_values(model: ir.Model, findings: Findings) -> Iterator[ir.Value]:
