@@ -79,7 +79,8 @@ def requested_outputs(output_names: object, outputs: tuple[str, ...]) -> tuple[s
         return outputs
     if isinstance(output_names, str) or not isinstance(output_names, Sequence):
         raise UsageError(f"the requested outputs are {shown(output_names)}: give a list of names")
-    if unknown := [name for name in output_names if name not in outputs]:
+    known = frozenset(outputs)
+    if unknown := [name for name in output_names if name not in known]:
         raise UsageError(f"no output is named {unknown[0]!r}: there are {outputs}")
     return tuple(output_names) or outputs
 

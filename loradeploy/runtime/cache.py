@@ -15,6 +15,8 @@ import onnxruntime
 
 from loradeploy.bundle.names import PAST, is_cross, present_of
 from loradeploy.errors import UsageError
+from loradeploy.runtime.adapters.stacks import HOST
+from loradeploy.runtime.running.bindings import FixedBuffers
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -97,7 +99,7 @@ class DecoderCache:
             elif most is not None:
                 room = max(positions, min(room, most))
             self._allocate(room)
-            self.buffers = dict(zip(self.outputs, self.inputs.values(), strict=True))
+            self._set_buffers()
         self._used = positions
 
     def keep(self, present: Sequence[onnxruntime.OrtValue]) -> None:
@@ -107,8 +109,7 @@ class DecoderCache:
     def take_rows(self, rows: Sequence[int]) -> None:
         """Select the rows of the batch, in this order; a row may be repeated."""
         self._allocate(self._positions, rows)
-        if self._in_place:
-            self.buffers = dict(zip(self.outputs, self.inputs.values(), strict=True))
+        self._set_buffers()
 
     def fill(self, values: Sequence[NDArray[Any]]) -> None:
         """Replace the contents by keys and values [rows, heads, tokens, size], one per input."""
@@ -124,8 +125,7 @@ class DecoderCache:
             inputs[spec.name] = put(spec.name, whole)
         self.inputs, self._borrowed = inputs, borrowed
         self._batch, self._positions, self._used = len(values[0]), room, used
-        if self._in_place:
-            self.buffers = dict(zip(self.outputs, self.inputs.values(), strict=True))
+        self._set_buffers()
 
     def join(
         self,
@@ -166,8 +166,7 @@ class DecoderCache:
             inputs[spec.name] = put(spec.name, values)
         self.inputs, self._borrowed = inputs, borrowed
         self._batch, self._positions, self._used = count, room, most
-        if self._in_place:
-            self.buffers = dict(zip(self.outputs, self.inputs.values(), strict=True))
+        self._set_buffers()
 
     def _allocate(self, positions: int, rows: Sequence[int] | None = None) -> None:
         """Reallocate the inputs with `positions`, keeping the contents of all rows or of `rows`.
@@ -182,6 +181,7 @@ class DecoderCache:
         # does.
         old = dict(self.buffers)
         if moves:
+            self.release()
             self.buffers = {}
         put, borrowed = self._placing(batch, positions)
         inputs = {}
@@ -201,6 +201,20 @@ class DecoderCache:
                 old.pop(present_of(spec.name), None)
         self.inputs, self._borrowed = inputs, borrowed
         self._batch, self._positions = batch, positions
+
+    def _set_buffers(self) -> None:
+        """Write outputs to the inputs, if the graph writes in place."""
+        if not self._in_place:
+            return
+        self.release()
+        outputs = dict(zip(self.outputs, self.inputs.values(), strict=True))
+        bound = self._pool is None and self._device[0] == HOST
+        self.buffers = FixedBuffers(self.inputs, outputs) if bound else outputs
+
+    def release(self) -> None:
+        """Release the bindings of the last run, which another cache can use then."""
+        if isinstance(self.buffers, FixedBuffers):
+            self.buffers.release()
 
     @property
     def length(self) -> int | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import is_
 from typing import TYPE_CHECKING
 
 import onnxruntime
@@ -21,12 +22,16 @@ _Values = Mapping[str, onnxruntime.OrtValue]
 
 @dataclass(frozen=True, eq=False)
 class _Kept:
-    """An IOBinding, and what it was made for: side inputs, session and outputs."""
+    """An IOBinding, and what it was made for: side inputs, session and outputs.
+
+    `nothing`: a placeholder to bind instead of values that must not be kept alive.
+    """
 
     binding: onnxruntime.IOBinding
     device: weakref.ref[Bindable]
     session: onnxruntime.InferenceSession
     requested: tuple[str, ...]
+    nothing: onnxruntime.OrtValue
 
 
 class FixedBuffers(dict[str, onnxruntime.OrtValue]):
@@ -45,31 +50,24 @@ class FixedBuffers(dict[str, onnxruntime.OrtValue]):
 
     def are_in(self, feeds: Mapping[str, object]) -> bool:
         """Whether `feeds` contains the same values as `inputs`."""
-        return all(feeds.get(name) is value for name, value in self.inputs.items())
+        return all(map(is_, map(feeds.get, self.inputs), self.inputs.values()))
 
     def take(
         self,
         device: Bindable,
         session: onnxruntime.InferenceSession,
         requested: Sequence[str],
-        nothing: onnxruntime.OrtValue,
     ) -> onnxruntime.IOBinding:
         """Return an IOBinding in which the side inputs of `device` and these values are bound.
 
-        Other `requested` outputs are only given their positions; each run binds them. `nothing`: a
-        placeholder to bind instead of values that must not be kept alive.
+        Other `requested` outputs are only given their positions; each run binds them.
         """
-        kept, self._kept = self._kept, None
-        wanted = tuple(requested)
+        kept, wanted = self._kept, tuple(requested)
         if kept is not None:
-            previous = kept.device()
-            if previous is device and kept.session is session and kept.requested == wanted:
+            if kept.device() is device and kept.session is session and kept.requested == wanted:
+                self._kept = None
                 return kept.binding
-            if previous is not None:  # its side inputs may be used again
-                kept.binding.clear_binding_outputs()
-                for name in self.inputs:
-                    kept.binding.bind_ortvalue_input(name, nothing)
-                previous.put_back(kept.binding, kept.session)
+            self.release()
         binding = device.take(session)
         for name, value in self.inputs.items():
             binding.bind_ortvalue_input(name, value)
@@ -86,10 +84,24 @@ class FixedBuffers(dict[str, onnxruntime.OrtValue]):
         device: Bindable,
         session: onnxruntime.InferenceSession,
         requested: Sequence[str],
+        nothing: onnxruntime.OrtValue,
     ) -> None:
-        """Keep `binding` for the next run."""
+        """Keep `binding` for the next run. `nothing`: see `_Kept`."""
+        own = weakref.ref(self)
 
         def forget(_: object) -> None:
-            self._kept = None
+            if (buffers := own()) is not None:
+                buffers._kept = None
 
-        self._kept = _Kept(binding, weakref.ref(device, forget), session, tuple(requested))
+        kept_for = weakref.ref(device, forget)
+        self._kept = _Kept(binding, kept_for, session, tuple(requested), nothing)
+
+    def release(self) -> None:
+        """Let other runs with the same side inputs use the kept binding, without these values."""
+        kept, self._kept = self._kept, None
+        if kept is None or (device := kept.device()) is None:
+            return
+        kept.binding.clear_binding_outputs()
+        for name in self.inputs:
+            kept.binding.bind_ortvalue_input(name, kept.nothing)
+        device.put_back(kept.binding, kept.session)

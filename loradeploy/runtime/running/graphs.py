@@ -143,21 +143,21 @@ class Graph:
         )
         values = {**self._defaults, **fed}
         self._check_rows(lease, values)
-        binding = fixed.take(lease.device, self.session, requested, self.nothing)
+        binding = fixed.take(lease.device, self.session, requested)
         for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
         if lease.adapter_ids is not None:
             binding.bind_ortvalue_input(ADAPTER_IDS, lease.adapter_ids)
-        for name in requested:
-            if name not in fixed:  # the caller owns the last run's
-                binding.bind_output(name, *device)
+        others = [name for name in requested if name not in fixed]
+        for name in others:  # the caller owns the last run's
+            binding.bind_output(name, *device)
         self._run_bound(binding)
         made = binding.get_outputs_as_ortvaluevector()
-        fixed.put_back(binding, lease.device, self.session, requested)
-        return [
-            fixed[name] if name in fixed else onnxruntime.OrtValue(made[place])
-            for place, name in enumerate(requested)
-        ]
+        fixed.put_back(binding, lease.device, self.session, requested, self.nothing)
+        outputs = dict(fixed)
+        for name in others:
+            outputs[name] = onnxruntime.OrtValue(made[requested.index(name)])
+        return list(map(outputs.__getitem__, requested))
 
     def _run_bound(self, binding: onnxruntime.IOBinding) -> None:
         """Run the graph; after an error the binding is not used again."""
@@ -208,8 +208,8 @@ class Graphs:
             UsageError: as `Graph.run`, or an output of a graph that is not fed.
         """
         requested = requested_outputs(output_names, self._outputs)
-        if unknown := [name for name in buffers if name not in requested]:
-            raise UsageError(f"there is a buffer for {unknown[0]!r}, which is not requested")
+        if unknown := buffers.keys() - set(requested):
+            raise UsageError(f"there is a buffer for {min(unknown)!r}, which is not requested")
         if self._encoder is None:
             return self._decoder.run(lease, requested, feeds, device, buffers)
         return self._run_halves(

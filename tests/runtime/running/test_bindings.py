@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 
 from loradeploy.bundle.names import present_of
 from loradeploy.errors import UsageError
-from loradeploy.runtime.cache import cache_inputs
+from loradeploy.runtime.cache import DecoderCache, cache_inputs
 from loradeploy.runtime.running.bindings import FixedBuffers
 from loradeploy.runtime.session import AdapterSession
 
@@ -118,3 +119,55 @@ def test_another_number_of_rows_is_refused(session: AdapterSession) -> None:
     feeds = {**feeds_of(1, 0), **fixed.inputs}
     with pytest.raises(UsageError, match="do not fit together"):
         session.run_with_ort_values(["logits", *fixed], feeds, None, buffers=fixed)
+
+
+def steps_of(session: AdapterSession, cache: DecoderCache, adapters: Any, count: int) -> None:
+    """Run steps of two rows with the buffers of a session's cache."""
+    for number in range(count):
+        cache.make_room(number + 1, POSITIONS)
+        _, *present = session.run_with_ort_values(
+            ["logits", *cache.outputs],
+            {**feeds_of(2, number), **cache.inputs},
+            adapters,
+            buffers=cache.buffers,
+        )
+        cache.keep(present)
+
+
+def test_a_cache_of_the_session_is_bound_once_and_leaves_the_side_inputs_bound(
+    session: AdapterSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bound: list[str] = []
+    bind = onnxruntime.IOBinding.bind_ortvalue_input
+
+    def counted(binding: Any, name: str, value: Any) -> None:
+        bound.append(name)
+        bind(binding, name, value)
+
+    monkeypatch.setattr(onnxruntime.IOBinding, "bind_ortvalue_input", counted)
+    cache, other = session.empty_cache(2), session.empty_cache(2)
+    steps_of(session, cache, "small", 4)
+    inputs, factors = set(cache.inputs), set(session.manifest.factors)
+    assert sum(name in inputs for name in bound) == len(inputs) + 4  # one tells the rows
+    assert sum(name in factors for name in bound) == len(factors)
+    values = [weakref.ref(value) for value in cache.inputs.values()]
+    cache.release()
+    del cache
+    assert not any(value() for value in values)  # the binding does not keep them
+    bound.clear()
+    steps_of(session, other, "small", 2)
+    assert not factors & set(bound)
+
+
+def test_the_buffers_of_a_cache_are_freed_without_garbage_collection(
+    session: AdapterSession,
+) -> None:
+    cache = session.empty_cache(2)
+    steps_of(session, cache, "small", 1)
+    values = [weakref.ref(value) for value in cache.inputs.values()]
+    gc.disable()
+    try:
+        cache.take_rows([0])
+        assert not any(value() for value in values)
+    finally:
+        gc.enable()

@@ -126,6 +126,7 @@ class CachedRows:
     def move(self, parents: Sequence[int]) -> list[int]:
         """See `Rows.move`."""
         if not parents:
+            self._cache.release()
             self._cache = self._graph.session.empty_cache(1)
             self._mask, self._shifts = np.zeros((0, 0), np.int64), np.zeros(0, np.int64)
             return []
