@@ -67,12 +67,22 @@ operator_option = click.option(
     help="Compute with the kernels of this library, which `loradeploy operator` built. The bundle"
     " must be exported with --operator.",
 )
+certificate_option = click.option(
+    "--require-certificate",
+    is_flag=True,
+    help="Refuse a bundle or adapter that `loradeploy parity` has not passed in its current state.",
+)
 trust_option = click.option(
     "--trust-remote-code",
     is_flag=True,
     help="Run the Python files that the model's config names. By default they are never run.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+
+
+def flag_of(name: str) -> str:
+    """The flag of the option that sets the parameter `name`."""
+    return f"--{name.replace('_', '-')}"
 
 
 def say(line: str) -> None:

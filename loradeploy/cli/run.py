@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -30,26 +28,23 @@ from loradeploy.cli.answers.encoders import (
     tag,
 )
 from loradeploy.cli.answers.generating import generate, generation_flags, given_settings
+from loradeploy.cli.answers.printer import Printer
+from loradeploy.cli.answers.requests import load_adapters, read_prompts
 from loradeploy.cli.answers.vision import shown_images
 from loradeploy.cli.console import (
     GivenPath,
     capture_option,
+    certificate_option,
+    flag_of,
     operator_option,
     provider_option,
-    say_text,
 )
 from loradeploy.errors import (
-    DataError,
-    UnknownAdapterError,
     UsageError,
-    listed_names,
 )
-from loradeploy.files import MAX_TEXT_BYTES
-from loradeploy.paths import resolved
-from loradeploy.printable import as_json, one_line
 
 if TYPE_CHECKING:
-    from loradeploy.runtime.adapters.resident import AdapterSpec
+    from loradeploy.bundle.proof.requirement import CertificateMinimum
     from loradeploy.runtime.prompts import InputPrompt
     from loradeploy.runtime.session import AdapterSession
 
@@ -141,11 +136,7 @@ if TYPE_CHECKING:
 @provider_option
 @capture_option
 @operator_option
-@click.option(
-    "--require-certificate",
-    is_flag=True,
-    help="Refuse a bundle or adapter that `loradeploy parity` has not passed in its current state.",
-)
+@certificate_option
 @click.option(
     "--certificate-minimum",
     metavar="NAME=VALUE,…",
@@ -195,20 +186,16 @@ def command(
     with their tokens and finish reasons. Control characters in a text are escaped on a terminal,
     but not in a pipe.
     """
-    from loradeploy.bundle.proof.requirement import CertificateMinimum
     from loradeploy.runtime.prompts import InputPrompt
     from loradeploy.runtime.session import AdapterSession
 
     if (prompt is None) == (file is None):
         raise UsageError("give either a PROMPT or --input FILE")
     if file is not None:
-        requests = _read(file, adapter)
+        requests = read_prompts(file, adapter)
     elif prompt is not None:
         requests = [InputPrompt(prompt, adapter)]
-    required: bool | CertificateMinimum = require_certificate
-    if certificate_minimum is not None or certificate_key is not None:
-        least = CertificateMinimum.parse(certificate_minimum) if certificate_minimum else None
-        required = dataclasses.replace(least or CertificateMinimum(), public_key=certificate_key)
+    required = _required(require_certificate, certificate_minimum, certificate_key)
     one = file is None  # a file's prompts may take hours, during which a writer would be in the way
     session = AdapterSession(
         bundle,
@@ -219,13 +206,12 @@ def command(
         map_weights=one,
     )
     options = given_settings(generation)
-    prompts = [request.prompt for request in requests]
     beside = Path() if file in (None, "-") else Path(str(file)).parent
     asked = [request.adapter for request in requests]
     if vision is None:
         if images:
             raise UsageError("--image: give --vision, the bundle of the model's vision tower")
-        adapters = _load(session, session.adapters, session.load, asked)
+        adapters = load_adapters(session, session.adapters, session.load, asked)
     else:
         if images and file is not None:
             raise UsageError(
@@ -234,26 +220,11 @@ def command(
         tower = AdapterSession(vision, [provider], require_certificate=required, map_weights=one)
         shown = options["shown"] = shown_images(session, tower, requests, images, beside)
         known = {**session.adapters, **tower.adapters}
-        adapters = _load(session, known, shown.generator.load, asked)
+        adapters = load_adapters(session, known, shown.generator.load, asked)
     run, kind = _runner(session)
-    if run is not classify and any(isinstance(prompt, tuple) for prompt in prompts):
-        raise UsageError(f"text_pair: only for sequence classifiers, {bundle} is for {kind}")
-    if run is transcribe:
-        prompts = [request.audio or request.prompt for request in requests]
-    elif any(request.audio and not request.prompt for request in requests):
-        raise UsageError(f"audio: only for speech recognizers, {bundle} is for {kind}")
-    found = next((name for request in requests for name in request.images), None)
-    if vision is None and session.manifest.embeds and found is not None:
-        raise UsageError(
-            f"{found}: {bundle} is the decoder of a vision-language model: give --vision, the"
-            " bundle of its vision tower"
-        )
-    if vision is None and found is not None and run not in (classify_images, embed_images):
-        raise UsageError(
-            f"{found}: {bundle} is a {kind} bundle, which takes no images: leave the field out"
-        )
+    _check_fields(requests, run, kind, session, with_vision=vision is not None)
     if run not in (generate, transcribe) and options:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in options)
+        flags = ", ".join(map(flag_of, options))
         raise UsageError(f"{flags}: only for text generation, {bundle} is a {kind} bundle")
     own: dict[str, tuple[Any, Any, str]] = {
         "prompt_name": (prompt_name, embed, "embedding models"),
@@ -269,9 +240,9 @@ def command(
         if value is None:
             continue
         if run is not meant:
-            flag = f"--{name.replace('_', '-')}"
-            raise UsageError(f"{flag}: only for {models}, {bundle} is for {kind}")
+            raise UsageError(f"{flag_of(name)}: only for {models}, {bundle} is for {kind}")
         options[name] = value
+    prompts = [request.prompt for request in requests]
     if run is generate:
         options["per_prompt"] = [request.settings for request in requests]
     elif run is transcribe:
@@ -279,25 +250,21 @@ def command(
             raise UsageError(
                 f"{file}: audio files have no settings of their own: give them as flags"
             )
+        prompts = [request.audio or request.prompt for request in requests]
         options["beside"] = beside
     run(session, prompts, adapters, batch_size, Printer(as_json, one=one), **options)
 
 
-@dataclass(frozen=True)
-class Printer:
-    """Prints results on stdout. `one`: for a single prompt, whose text may have line breaks."""
+def _required(
+    any_certificate: bool, minimum: str | None, public_key: str | None
+) -> bool | CertificateMinimum:
+    """What the certificate has to prove; False if none is required."""
+    from loradeploy.bundle.proof.requirement import CertificateMinimum
 
-    as_json: bool
-    one: bool
-
-    def piece(self, text: str) -> None:
-        say_text(text, end="")
-
-    def result(self, plain: str, values: dict[str, Any], *, several: bool = False) -> None:
-        if self.as_json:  # several results are JSONL
-            click.echo(as_json(values, indent=2 if self.one and not several else None))
-        else:
-            say_text(plain if self.one else one_line(plain))
+    if minimum is None and public_key is None:
+        return any_certificate
+    least = CertificateMinimum.parse(minimum) if minimum else CertificateMinimum()
+    return dataclasses.replace(least, public_key=public_key)
 
 
 _TASKS: Final[Mapping[str, Callable[..., None]]] = {
@@ -328,69 +295,29 @@ def _runner(session: AdapterSession) -> tuple[Callable[..., None], str]:
     return _TASKS[task], task
 
 
-def _load(
+def _check_fields(
+    requests: Sequence[InputPrompt],
+    run: Callable[..., None],
+    kind: str,
     session: AdapterSession,
-    known: Collection[str],
-    load: Callable[[str, Path], object],
-    asked: Sequence[AdapterSpec | None],
-) -> list[AdapterSpec | None]:
-    """Return the requested adapters by name in the session; paths are loaded, in blends too.
-
-    `known`: the names of adapters. `load`: loads a path as a name.
-    """
-    given = dict.fromkeys(
-        adapter
-        for spec in asked
-        if spec is not None
-        for adapter in ((spec,) if isinstance(spec, str) else spec)
-    )
-    names: dict[str, str] = {}
-    for adapter in given:
-        names[adapter] = adapter
-        if adapter not in known:
-            place = _place(session, known, adapter)
-            # The name of a path is its last part; if that is ambiguous, it is the path.
-            name = resolved(place).stem if place.is_file() else resolved(place).name
-            taken = (*known, *given, *names.values())
-            names[adapter] = adapter if name in taken else name
-            load(names[adapter], place)
-    return [
-        None
-        if spec is None
-        else names[spec]
-        if isinstance(spec, str)
-        else {names[adapter]: weight for adapter, weight in spec.items()}
-        for spec in asked
-    ]
-
-
-def _place(session: AdapterSession, known: Collection[str], adapter: str) -> Path:
-    """The path of an adapter that is not known by name."""
-    place = Path(adapter)
-    if not adapter or not place.exists():
-        raise UnknownAdapterError(
-            f"{adapter!r} is neither an adapter of {session.path}, which has"
-            f" {listed_names(known)}, nor a directory"
+    *,
+    with_vision: bool,
+) -> None:
+    """Raise UsageError if a prompt has a field that `run` does not read."""
+    bundle = session.path
+    if run is not classify and any(isinstance(request.prompt, tuple) for request in requests):
+        raise UsageError(f"text_pair: only for sequence classifiers, {bundle} is for {kind}")
+    if run is not transcribe and any(r.audio and not r.prompt for r in requests):
+        raise UsageError(f"audio: only for speech recognizers, {bundle} is for {kind}")
+    found = next((name for request in requests for name in request.images), None)
+    if with_vision or found is None:
+        return
+    if session.manifest.embeds:
+        raise UsageError(
+            f"{found}: {bundle} is the decoder of a vision-language model: give --vision, the"
+            " bundle of its vision tower"
         )
-    return place
-
-
-def _read(name: str, adapter: str | None) -> list[InputPrompt]:
-    """Read the prompts in the file `name`, or from standard input if it is "-"."""
-    from loradeploy.runtime.prompts import looks_like_json_lines, parse_requests, read_requests
-
-    if name == "-":
-        content = _standard_input()
-        as_json = looks_like_json_lines(content)
-        return parse_requests(content, "standard input", adapter, as_json=as_json)
-    return read_requests(name, adapter)
-
-
-def _standard_input() -> str:
-    try:
-        content = sys.stdin.read(MAX_TEXT_BYTES + 1)
-    except (OSError, UnicodeDecodeError) as problem:
-        raise DataError(f"standard input cannot be read as UTF-8 text: {problem}") from None
-    if len(content) > MAX_TEXT_BYTES:
-        raise DataError(f"standard input has more than the {MAX_TEXT_BYTES:,} characters of a run")
-    return content.removeprefix("\ufeff")  # a byte order mark
+    if run not in (classify_images, embed_images):
+        raise UsageError(
+            f"{found}: {bundle} is a {kind} bundle, which takes no images: leave the field out"
+        )

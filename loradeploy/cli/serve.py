@@ -14,6 +14,8 @@ from loradeploy.adapter.files.named import named_directory
 from loradeploy.cli.console import (
     GivenPath,
     capture_option,
+    certificate_option,
+    flag_of,
     json_option,
     operator_option,
     print_json,
@@ -52,7 +54,7 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 def _limits(command: _Command) -> _Command:
     for field in reversed(fields(ServeLimits)):
         command = click.option(
-            f"--{field.name.replace('_', '-')}",
+            flag_of(field.name),
             type=type(field.default),
             default=field.default,
             show_default=True,
@@ -116,11 +118,7 @@ def _limits(command: _Command) -> _Command:
 @provider_option
 @capture_option
 @operator_option
-@click.option(
-    "--require-certificate",
-    is_flag=True,
-    help="Refuse a bundle or adapter that `loradeploy parity` has not passed in its current state.",
-)
+@certificate_option
 @click.option(
     "--threads",
     type=int,

@@ -12,6 +12,7 @@ import click
 
 from loradeploy.cli.console import (
     GivenPath,
+    flag_of,
     json_option,
     print_json,
     print_pairs,
@@ -32,8 +33,8 @@ _SETTING: Final = re.compile(r"`([a-z_]+)`")
 def _settings(function: Callable[..., None]) -> Callable[..., None]:
     """Add a flag for each field of TrainConfig, without a default: TrainConfig has it."""
     for field in reversed(dataclasses.fields(TrainConfig)):
-        flag = _flag(field.name)
-        named = _SETTING.sub(lambda match: _flag(match[1]), field.metadata["help"])
+        flag = flag_of(field.name)
+        named = _SETTING.sub(lambda match: flag_of(match[1]), field.metadata["help"])
         text = f"{named}{_default(field)}"
         if field.type == "bool":
             negative = (
@@ -46,10 +47,6 @@ def _settings(function: Callable[..., None]) -> Callable[..., None]:
             option = click.option(flag, type=_TYPES.get(str(field.type), str), help=text)
         function = option(function)
     return function
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def _default(field: dataclasses.Field[Any]) -> str:

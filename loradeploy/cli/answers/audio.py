@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loradeploy.cli.answers.generating import Results
+from loradeploy.cli.answers.printer import Printer
 from loradeploy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def transcribe(
     prompts: Sequence[Any],
     adapters: Sequence[AdapterSpec | None],
     batch_size: int,
-    printer: Results,
+    printer: Printer,
     *,
     beside: Path,
     **options: Any,

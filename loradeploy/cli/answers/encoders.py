@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from loradeploy.adapter.heads import REGRESSION
-from loradeploy.cli.answers.generating import Results
+from loradeploy.cli.answers.printer import Printer
 from loradeploy.errors import UsageError
 from loradeploy.printable import printable
 
@@ -23,7 +23,7 @@ def classify(
     prompts: Sequence[Any],
     adapters: Sequence[AdapterSpec | None],
     batch_size: int,
-    printer: Results,
+    printer: Printer,
     **options: Any,
 ) -> None:
     """Print the labels of each text, or its numbers."""
@@ -50,7 +50,7 @@ def tag(
     prompts: Sequence[Any],
     adapters: Sequence[AdapterSpec | None],
     batch_size: int,
-    printer: Results,
+    printer: Printer,
     *,
     ignore_label: Sequence[str] | None = None,
     **options: Any,
@@ -77,7 +77,7 @@ def embed(
     prompts: Sequence[Any],
     adapters: Sequence[AdapterSpec | None],
     batch_size: int,
-    printer: Results,
+    printer: Printer,
     *,
     prompt_name: str | None = None,
 ) -> None:
@@ -92,7 +92,7 @@ def embed(
 
 
 def _print_vector(
-    printer: Results, row: Any, given: Mapping[str, Any], adapter: AdapterSpec | None
+    printer: Printer, row: Any, given: Mapping[str, Any], adapter: AdapterSpec | None
 ) -> None:
     vector = [float(f"{value:.7g}") for value in row]
     printer.result(json.dumps(vector), {**given, "embedding": vector, "adapter": adapter})
@@ -103,7 +103,7 @@ def classify_images(
     prompts: Sequence[Any],
     adapters: Sequence[AdapterSpec | None],
     batch_size: int,
-    printer: Results,
+    printer: Printer,
 ) -> None:
     """Print the labels of each image."""
     from loradeploy.runtime.tasks.images import ImageClassifier
@@ -119,7 +119,7 @@ def embed_images(
     prompts: Sequence[Any],
     adapters: Sequence[AdapterSpec | None],
     batch_size: int,
-    printer: Results,
+    printer: Printer,
 ) -> None:
     """Print the vector of each image."""
     from loradeploy.runtime.tasks.images import ImageEmbedder

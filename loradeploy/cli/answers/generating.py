@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
+from loradeploy.cli.answers.printer import Printer
+from loradeploy.cli.console import flag_of
 from loradeploy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -115,17 +117,6 @@ _FLAGS: Final = (
 )
 
 
-class Results(Protocol):
-    """Prints results. `one`: whether there is a single prompt."""
-
-    as_json: bool
-    one: bool
-
-    def piece(self, text: str) -> None: ...
-
-    def result(self, plain: str, values: dict[str, Any], *, several: bool = False) -> None: ...
-
-
 @dataclass(frozen=True)
 class Shown:
     """The images of each prompt, and the generator that reads them."""
@@ -174,7 +165,7 @@ def generate(
     prompts: Sequence[Any],
     adapters: Sequence[AdapterSpec | None],
     batch_size: int,
-    printer: Results,
+    printer: Printer,
     *,
     per_prompt: Sequence[Mapping[str, Any]],
     shown: Shown | None = None,
@@ -223,7 +214,7 @@ def _score(
     texts: Sequence[Any],
     adapters: Sequence[AdapterSpec | None],
     batch_size: int,
-    printer: Results,
+    printer: Printer,
     shown: Shown | None,
     *,
     chat: bool = False,
@@ -233,7 +224,7 @@ def _score(
     from loradeploy.runtime.tasks.generation import TextGenerator
 
     if others:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in others)
+        flags = ", ".join(map(flag_of, others))
         raise UsageError(f"--score generates nothing, and takes no {flags}")
     if shown is None:
         run = partial(TextGenerator(session).score, texts)
