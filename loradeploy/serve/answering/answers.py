@@ -40,7 +40,7 @@ def ended_by(text: Generation) -> Literal["stop", "length"]:
 
 
 def chat_completion(
-    texts: Sequence[Generation], usage: Usage, *, model: str, created: int
+    texts: Sequence[Generation], usage: Usage, model: str, created: int
 ) -> ChatCompletion:
     """The response to a chat request."""
     choices = [
@@ -57,9 +57,7 @@ def chat_completion(
     )
 
 
-def completion(
-    texts: Sequence[Generation], usage: Usage, *, model: str, created: int
-) -> Completion:
+def completion(texts: Sequence[Generation], usage: Usage, model: str, created: int) -> Completion:
     """The response to a completion request."""
     choices = [
         CompletionChoice(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from loradeploy.runtime.tasks.generation import Generation
 from loradeploy.serve.answering.answers import (
     ChatPieces,
     CompletionPieces,
@@ -14,6 +16,7 @@ from loradeploy.serve.answering.answers import (
     completion,
 )
 from loradeploy.serve.answering.generating import (
+    Asked,
     ask,
     chat_images,
     chat_prompt,
@@ -30,9 +33,12 @@ from loradeploy.serve.schemas.text import (
     Completion,
     CompletionRequest,
     TextRequest,
+    Usage,
 )
+from loradeploy.serve.service import Service
 
 router = APIRouter(route_class=JsonRoute, tags=["text generation"])
+_Answer = TypeVar("_Answer")
 _STREAMED: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The answer; with stream, its pieces as server-sent events.",
@@ -51,14 +57,7 @@ async def answer_chat(
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     images = chat_images(body)
     asked = await ask(request, service, key, body, [chat_prompt(body)], logprobs, images)
-    async with watched(request, asked):
-        if not body.stream:
-            texts = await asked.generations()
-            usage = asked.usage(sum(text.completion_tokens for text in texts))
-            return chat_completion(texts, usage, model=body.model, created=service.now())
-        await asked.started()
-    pieces = ChatPieces(body.model, service.now())
-    return EventStream(asked, pieces, include_usage=_usage_wanted(body))
+    return await _answered(request, body, service, asked, chat_completion, ChatPieces)
 
 
 @router.post("/v1/completions", response_model=Completion, responses=_STREAMED)
@@ -69,15 +68,23 @@ async def complete(
     if body.best_of is not None and body.best_of != body.n:
         raise refused("best_of", "must be equal to n: choosing the best texts is not supported")
     asked = await ask(request, service, key, body, completion_prompts(body), body.logprobs)
+    return await _answered(request, body, service, asked, completion, CompletionPieces)
+
+
+async def _answered(
+    request: Request,
+    body: TextRequest,
+    service: Service,
+    asked: Asked,
+    whole: Callable[[Sequence[Generation], Usage, str, int], _Answer],
+    pieces: Callable[[str, int], ChatPieces | CompletionPieces],
+) -> _Answer | Response:
+    """Answer with `whole`, or with a stream of `pieces` once the first text has started."""
     async with watched(request, asked):
         if not body.stream:
             texts = await asked.generations()
             usage = asked.usage(sum(text.completion_tokens for text in texts))
-            return completion(texts, usage, model=body.model, created=service.now())
+            return whole(texts, usage, body.model, service.now())
         await asked.started()
-    pieces = CompletionPieces(body.model, service.now())
-    return EventStream(asked, pieces, include_usage=_usage_wanted(body))
-
-
-def _usage_wanted(body: TextRequest) -> bool:
-    return body.stream_options is not None and body.stream_options.include_usage
+    include_usage = body.stream_options is not None and body.stream_options.include_usage
+    return EventStream(asked, pieces(body.model, service.now()), include_usage=include_usage)
