@@ -76,7 +76,7 @@ def read_requests(
 
 
 def parse_requests(
-    content: str, source: str, adapter: AdapterSpec | None = None, *, as_json: bool = False
+    content: str, source: str, adapter: AdapterSpec | None, *, as_json: bool
 ) -> list[InputPrompt]:
     """The prompts in `content`, one per line; blank lines are skipped.
 

@@ -125,7 +125,7 @@ def tensor_names(adapter: Adapter) -> list[str]:
 
 
 def has_part(
-    adapter: Adapter, others: Collection[str], rules: Callable[[], Sequence[Renaming]] = tuple
+    adapter: Adapter, others: Collection[str], rules: Callable[[], Sequence[Renaming]]
 ) -> bool:
     """Whether `adapter` has tensors besides those of the modules `others`; see `own_part`."""
     of_others = _of_others(others, rules)

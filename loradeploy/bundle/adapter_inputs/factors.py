@@ -55,7 +55,7 @@ def side_inputs(
 
 
 def side_inputs_of_fitted(
-    adapter: Adapter, manifest: Manifest, base: BaseValues | None = None
+    adapter: Adapter, manifest: Manifest, base: BaseValues | None
 ) -> dict[str, NDArray[Any]]:
     """`side_inputs` of an adapter that `fit_to` returned for the same manifest."""
     adapter = with_all_tokens(with_all_labels(adapter, manifest.saved_shapes()), manifest)
@@ -126,7 +126,7 @@ def _rank(target: LoraTarget, arrays: Mapping[str, NDArray[Any]]) -> int | None:
 
 
 def adapter_from_side_inputs(
-    arrays: Mapping[str, NDArray[Any]], manifest: Manifest, base: BaseValues | None = None
+    arrays: Mapping[str, NDArray[Any]], manifest: Manifest, base: BaseValues | None
 ) -> Adapter:
     """The adapter whose side inputs are `arrays`. The scaling stays in B, so that alpha = rank.
 

@@ -28,7 +28,7 @@ class TextPart:
 
 
 def text_parts(
-    tokenizer: Tokenizer, text: str, *, max_length: int | None, stride: int | None = None
+    tokenizer: Tokenizer, text: str, *, max_length: int | None, stride: int | None
 ) -> list[TextPart]:
     """The tokens of `text` with special tokens around them: one part, or none without tokens.
 

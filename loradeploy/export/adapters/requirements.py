@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from loradeploy.bundle.graph_form import BIAS, DORA, EMBEDDING, EXPERTS, TOKENS
@@ -55,10 +54,10 @@ class Needs:
 def needs_of(
     adapters: Iterable[Adapter],
     requested: Collection[str],
-    before: Manifest | None = None,
+    before: Manifest | None,
     *,
-    embeddings_of: Collection[str] = (),
-    own_weights: Mapping[str, str] = MappingProxyType({}),
+    embeddings_of: Collection[str],
+    own_weights: Mapping[str, str],
 ) -> Needs:
     """The needs of `adapters`, with the kinds in `requested` and those of the bundle `before`.
 

@@ -182,7 +182,7 @@ def pytorch_outputs(
     names: Sequence[str],
     feeds: Feeds,
     adapters: Mapping[str, Adapter],
-    embeds: Feeds | None = None,
+    embeds: Feeds | None,
 ) -> Original | None:
     """Compute the outputs `names` in PyTorch for `feeds`: see `original.run_module`.
 

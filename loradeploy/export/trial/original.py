@@ -70,7 +70,7 @@ def run_module(
     names: Sequence[str],
     feeds: Feeds,
     adapters: Mapping[str, Adapter],
-    embedded: tuple[torch.nn.Module, Feeds] | None = None,
+    embedded: tuple[torch.nn.Module, Feeds] | None,
 ) -> Original | None:
     """Run the model in PyTorch; None if it fails on the sample.
 

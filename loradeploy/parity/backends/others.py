@@ -66,7 +66,7 @@ def other_backends(
     others: Others,
     manifest: Manifest,
     adapters: Sequence[AdapterUnderTest],
-    providers: Sequence[Provider] | None = None,
+    providers: Sequence[Provider] | None,
 ) -> tuple[Backend, ...]:
     """Return a backend for each of `others`.
 

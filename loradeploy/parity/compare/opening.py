@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 def open_side(
     given: Comparable,
-    providers: Sequence[Provider] | None = None,
+    providers: Sequence[Provider] | None,
 ) -> Side:
     """Open a model to be compared; `providers` are onnxruntime's, the CPU's by default.
 

@@ -94,7 +94,7 @@ def localize(
     adapter: str | None,
     tokens: Sequence[int],
     *,
-    failed: bool = True,
+    failed: bool,
 ) -> Localization:
     """Find where `backend` with `adapter` (None: the base) diverges from PyTorch on `tokens`.
 

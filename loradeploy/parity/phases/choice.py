@@ -41,9 +41,7 @@ def phases_of(task: str, *, embeds: bool = False) -> tuple[str, ...]:
     return (*known, EMBEDDED) if embeds else known
 
 
-def choose_phases(
-    task: str, asked: Sequence[str] | None, *, embeds: bool = False
-) -> tuple[str, ...]:
+def choose_phases(task: str, asked: Sequence[str] | None, *, embeds: bool) -> tuple[str, ...]:
     """Return the phases of a task, or those of them in `asked` (with spaces or dashes).
 
     Raises:

@@ -65,7 +65,7 @@ class Fed:
         return replace(self, positions=self.positions[[0, 2, 1]])
 
 
-def drawn(tokens: Sequence[int], hidden: int, size: float, *, mrope: bool = False) -> Fed:
+def drawn(tokens: Sequence[int], hidden: int, size: float, *, mrope: bool) -> Fed:
     """Return random places and embeddings for a row of `tokens`.
 
     The embeddings have the standard deviation `size`, and are exact in float16. `mrope`: add

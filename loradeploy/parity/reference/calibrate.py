@@ -41,7 +41,7 @@ def measure_gap(
     *,
     scale: float,
     logits: bool,
-    embeds: bool = False,
+    embeds: bool,
 ) -> Figures:
     """Measure the error that the rounding of `precision` alone causes in PyTorch, on some `rows`.
 

@@ -116,9 +116,7 @@ def of_session(session: AdapterSession, data: GeneratedTexts, adapter: str | Non
     return texts
 
 
-def of_torch(
-    model: Any, data: GeneratedTexts, bundle: Path, adapter: Path | None = None
-) -> list[str]:
+def of_torch(model: Any, data: GeneratedTexts, bundle: Path, adapter: Path | None) -> list[str]:
     """Return the texts that transformers generates with the PyTorch model and its current adapter.
 
     The tokenizer and the generation_config.json are those beside `adapter`, if there are any, else

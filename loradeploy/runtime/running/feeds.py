@@ -26,7 +26,7 @@ def feed_values(
     feeds: Feeds,
     inputs: Mapping[str, TensorSpec],
     limits: Limits,
-    optional: Mapping[str, TensorSpec] | None = None,
+    optional: Mapping[str, TensorSpec] | None,
 ) -> dict[str, onnxruntime.OrtValue]:
     """Check the feeds against `inputs` and `limits`, and return OrtValues; on the host, views.
 

@@ -72,7 +72,7 @@ def entities_of(
     labels: Sequence[str],
     aggregation: str,
     join: Callable[[Sequence[str]], str],
-    ignored: Collection[str] = (OUTSIDE,),
+    ignored: Collection[str],
 ) -> list[Entity]:
     """The entities of the `tokens` of a text, or of a part of it, without those labeled `ignored`.
 

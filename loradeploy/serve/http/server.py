@@ -75,9 +75,7 @@ class Server(uvicorn.Server):
             )
         )
 
-    def serve_on(
-        self, listening: socket.socket, on_ready: Callable[[], None] = lambda: None
-    ) -> None:
+    def serve_on(self, listening: socket.socket, on_ready: Callable[[], None]) -> None:
         """Serve until `stop` or a signal, then close the service. `on_ready`: called at the start.
 
         Returns when the running requests have ended, or the drain timeout is over.
