@@ -17,7 +17,7 @@ from loradeploy.adapter.heads import Head
 from loradeploy.bundle.adapter_inputs.base import BundleBase
 from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.model_config import context_length, model_config
-from loradeploy.bundle.names import CONFIG_NAME, GRAPH_NAME
+from loradeploy.bundle.names import CONFIG_NAME
 from loradeploy.bundle.proof.provider import ProviderFacts
 from loradeploy.bundle.proof.requirement import CertificateMinimum
 from loradeploy.errors import AdapterError, UsageError
@@ -36,15 +36,8 @@ from loradeploy.runtime.devices.providers import Provider, device_of
 from loradeploy.runtime.devices.table import CPU, KnownProvider, known
 from loradeploy.runtime.held import HeldAdapters, JoinedAdapters
 from loradeploy.runtime.lifetime import Lifetime, while_open
-from loradeploy.runtime.reading.graph import (
-    MAPPED,
-    check_graph,
-    lacks_defaults,
-    open_encoder,
-    open_graph,
-    placement_of,
-)
-from loradeploy.runtime.reading.opening import open_bundle
+from loradeploy.runtime.reading.graph import MAPPED, placement_of
+from loradeploy.runtime.reading.sessions import open_sessions
 from loradeploy.runtime.running.feeds import Feeds
 from loradeploy.runtime.running.graphs import open_graphs
 from loradeploy.runtime.running.limits import Limits
@@ -126,31 +119,16 @@ class AdapterSession:
         self._lifetime = Lifetime()
         self.path = Path(bundle)
         library = None if operator is None else Path(operator)
-
-        def opened(place: Path, manifest: Manifest) -> onnxruntime.InferenceSession:
-            session = open_graph(
-                place,
-                providers,
-                session_options,
-                manifest,
-                GRAPH_NAME,
-                capture_graphs,
-                library,
-                map_weights,
-            )
-            check_graph(place, manifest, session)
-            encoders[:] = open_encoder(place, providers, session_options, manifest, map_weights)
-            return session
-
-        encoders: list[onnxruntime.InferenceSession] = []
-
-        self._opened, self._session = open_bundle(
+        opened = open_sessions(
             self.path,
-            opened,
-            require_certificate,
-            captured=capture_graphs,
-            operator=library is not None,
+            providers,
+            session_options,
+            required=require_certificate,
+            capture=capture_graphs,
+            operator=library,
+            map_weights=map_weights,
         )
+        self._opened, self._session = opened.bundle, opened.graph
         self._place = self._opened.place
         self.manifest: Manifest = self._opened.manifest
         self.wholes = Wholes(self.manifest)
@@ -163,11 +141,7 @@ class AdapterSession:
             self.wholes,
         )
         self._device = device_of(self._session)
-        started = self._session.get_providers()
-        # If a provider was skipped, the graph may still have been opened without defaults for it.
-        feeds_all = any(known(name).feeds_all for name in started) or lacks_defaults(
-            self.manifest, self._session
-        )
+        feeds_all = opened.feeds_all
         defaults = self._reader.defaults()
         new_bank = partial(
             AdapterBank,
@@ -204,10 +178,11 @@ class AdapterSession:
             self.limits,
             onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(1), *self._device),
             self._session,
-            encoders[0] if encoders else None,
+            opened.encoder,
             self._replays,
         )
-        unlike = [known(name) for name in started if not known(name).like_cpu]
+        started = map(known, self._session.get_providers())
+        unlike = [provider for provider in started if not provider.like_cpu]
         if check_device and unlike:
             bank, self._bank = self._bank, new_bank()
             self._check_device(unlike[0], config)

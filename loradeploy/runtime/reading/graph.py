@@ -196,15 +196,15 @@ def open_encoder(
     options: onnxruntime.SessionOptions | None,
     manifest: Manifest,
     map_weights: bool = False,
-) -> list[onnxruntime.InferenceSession]:
-    """Open and check the encoder of an encoder-decoder; empty if there is none."""
+) -> onnxruntime.InferenceSession | None:
+    """Open and check the encoder of an encoder-decoder; None if there is none."""
     if manifest.encoder is None:
-        return []
+        return None
     session = open_graph(
         bundle, providers, options, manifest, ENCODER_NAME, map_weights=map_weights
     )
     check_graph(bundle, manifest, session, encoder=True)
-    return [session]
+    return session
 
 
 def open_file(
