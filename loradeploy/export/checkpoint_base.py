@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loradeploy.adapter.files.base_files import base_tensors
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from loradeploy.adapter.adapter import Adapter
+    from loradeploy.export.trial.original import Original
 
 logger = logger_of(__name__)
 
@@ -80,56 +82,38 @@ def from_checkpoint(source: Source, options: Options) -> Base:
         ModelError: the checkpoint is not a model for the task.
         AdapterError: an adapter is refused or does not fit.
     """
-    from loradeploy.export.trace import load_model, pytorch_outputs, trace
-    from loradeploy.export.trace.image_text import has_image_blocks, has_mrope, other_part
+    from loradeploy.export.trace import load_model, trace
+    from loradeploy.export.trace.image_text import other_part
     from loradeploy.export.trace.towers import tower_config
-    from loradeploy.lora.base.vocabulary import resize_for, tied_by_config_alone, vocabulary_of
     from loradeploy.lora.submodels import submodels
 
     adapters = options.adapters
     trained_on = [adapter.config.base_model_name_or_path for adapter in adapters.values()]
     check_unquantized(source.directory, names=[source.name, *trained_on])
     given = read_config(source.directory)
-    task = choose_task(given, options.task, adapters.values())
-    declared = options.task or any(adapter.config.task_type for adapter in adapters.values())
-    if task == CAUSAL_LM and not declared and is_embedding_model(source.directory):
-        task = FEATURE_EXTRACTION  # embedding models keep the architecture name of their decoder
+    task = _task_of(source, given, options)
     kind = tower_kind(given, task)
     if kind is None:  # towers compute the vector themselves, without pooling
         check_recipe([source.directory, *options.directories.values()], task)
+    tower = None if kind is None else kind.tower
     for name, adapter in adapters.items():
         with prefixing_errors(name):
-            adapters = {**adapters, name: tower_part(adapter, None if kind is None else kind.tower)}
+            adapters = {**adapters, name: tower_part(adapter, tower)}
     precision = options.precision or DEFAULT_PRECISION
-    digest = base_digest(source.directory)
-    identity = BaseIdentity(source.name, digest, "checkpoint")
+    identity = BaseIdentity(source.name, base_digest(source.directory), "checkpoint")
     labels = label_count(adapters) if task in CLASSIFICATIONS else None
     if labels is not None and not options.merge:
         labels = _with_own_head(labels, source, adapters)
-    others = other_part(read_config(source.directory), task)
+    others = other_part(given, task)
     adapters = _fitting(source, options, identity, task, adapters, labels, others)
     logger.info("loading %s", source.name)
     brought = {name for a in adapters.values() for name in (*a.saved, *a.carried)}
     model, zeroed = load_model(source.directory, task, labels=labels, brought=brought)
     for name, adapter in adapters.items():
         check_brought(name, adapter, zeroed)
-    if TOKENS in options.side_inputs and task == SEQ2SEQ_LM:
-        raise UsageError(
-            f"{source.name} is an encoder-decoder, whose tokens have no side inputs: merge adapters"
-            f" with trained tokens, and export without {TOKENS!r}"
-        )
-    if TOKENS in options.side_inputs and (apart := tied_by_config_alone(model)) is not None:
-        raise ModelError(
-            f"{source.name}: its config.json ties {apart[0]} and {apart[1]}, and the checkpoint has"
-            f" two weights: rows of tokens would differ from PEFT's, export without {TOKENS!r}"
-        )
-    vocabulary = None
-    if options.merge:
-        ((name, adapter),) = adapters.items()
-        before = vocabulary_of(model)
-        vocabulary = resize_for(model, adapter)
-        if before is not None and vocabulary is not None:
-            warn_of_resize(name, before.size, vocabulary)
+    if TOKENS in options.side_inputs:
+        _check_takes_tokens(source, model, task)
+    vocabulary = _resize_vocabulary(model, adapters) if options.merge else None
     if zeroed:
         # With adapters, `check_brought` reports it.
         level = logging.INFO if adapters else logging.WARNING
@@ -144,24 +128,10 @@ def from_checkpoint(source: Source, options: Options) -> Base:
         model = _halved(model)
     config: Any = model.config
     graph = trace(model, task)
-    embeds = add_inputs_embeds(graph) if task == CAUSAL_LM and others else ()
-    blocks = bool(embeds) and has_image_blocks(given)
-    if blocks:
-        join_image_blocks(graph)
-    mrope = has_mrope(given, task)
-    if mrope:
-        embeds = (*embeds, add_mrope_positions(graph))
+    embeds = _add_embeds(graph, given, task) if task == CAUSAL_LM and others else _Embeds()
     _check_rank(outputs(graph), task, type(model).__name__)
     _annotate(graph, model)
-    specs = static_specs(required_inputs(graph), options.fixed)
-    pad = getattr(config.get_text_config(), "pad_token_id", None)  # image models have none
-    feeds = Sample(specs, config.to_dict(), pad=pad).feeds()
-    fed = sample_embeds(embeds, feeds[INPUT_IDS]) if embeds else None
-    if fed is not None and mrope:
-        fed |= sample_positions(feeds[INPUT_IDS])
-    original = pytorch_outputs(
-        model, task, [spec.name for spec in outputs(graph)], feeds, adapters, fed
-    )
+    original = _original(model, graph, task, adapters, embeds, options.fixed)
     return Base(
         graph,
         task,
@@ -179,12 +149,99 @@ def from_checkpoint(source: Source, options: Options) -> Base:
         submodels=known(submodels(model)),
         base_prefix=str(model.base_model_prefix),
         vocabulary=vocabulary,
-        embeds=embeds,
-        image_blocks=blocks,
+        embeds=embeds.inputs,
+        image_blocks=embeds.image_blocks,
         other_part=others,
-        tower=None if kind is None else kind.tower,
+        tower=tower,
         config=None if kind is None else tower_config(model),
     )
+
+
+def _task_of(source: Source, config: Mapping[str, Any], options: Options) -> str:
+    """The task that is given or that the adapters or the model's config declare."""
+    adapters = options.adapters.values()
+    task = choose_task(config, options.task, adapters)
+    declared = options.task or any(adapter.config.task_type for adapter in adapters)
+    if task == CAUSAL_LM and not declared and is_embedding_model(source.directory):
+        return FEATURE_EXTRACTION  # embedding models keep the architecture name of their decoder
+    return task
+
+
+def _check_takes_tokens(source: Source, model: Any, task: str) -> None:
+    """Raise an error if rows of tokens cannot be side inputs of the model."""
+    from loradeploy.lora.base.vocabulary import tied_by_config_alone
+
+    if task == SEQ2SEQ_LM:
+        raise UsageError(
+            f"{source.name} is an encoder-decoder, whose tokens have no side inputs: merge adapters"
+            f" with trained tokens, and export without {TOKENS!r}"
+        )
+    if (apart := tied_by_config_alone(model)) is not None:
+        raise ModelError(
+            f"{source.name}: its config.json ties {apart[0]} and {apart[1]}, and the checkpoint has"
+            f" two weights: rows of tokens would differ from PEFT's, export without {TOKENS!r}"
+        )
+
+
+def _resize_vocabulary(model: Any, adapters: Mapping[str, Adapter]) -> int | None:
+    """Resize `model` to the vocabulary of the adapter to merge; its size, None if unchanged."""
+    from loradeploy.lora.base.vocabulary import resize_for, vocabulary_of
+
+    ((name, adapter),) = adapters.items()
+    before = vocabulary_of(model)
+    size = resize_for(model, adapter)
+    if before is not None and size is not None:
+        warn_of_resize(name, before.size, size)
+    return size
+
+
+@dataclass(frozen=True)
+class _Embeds:
+    """The inputs with which a decoder reads images, and how their positions are computed.
+
+    `image_blocks`: the positions of an image attend to each other. `mrope`: they have three
+    dimensions.
+    """
+
+    inputs: tuple[TensorSpec, ...] = ()
+    image_blocks: bool = False
+    mrope: bool = False
+
+
+def _add_embeds(graph: ir.Model, config: Mapping[str, Any], task: str) -> _Embeds:
+    """Add the inputs with which the decoder of a vision-language model reads images."""
+    from loradeploy.export.trace.image_text import has_image_blocks, has_mrope
+
+    inputs = add_inputs_embeds(graph)
+    blocks = bool(inputs) and has_image_blocks(config)
+    if blocks:
+        join_image_blocks(graph)
+    mrope = has_mrope(config, task)
+    if mrope:
+        inputs = (*inputs, add_mrope_positions(graph))
+    return _Embeds(inputs, blocks, mrope)
+
+
+def _original(
+    model: Any,
+    graph: ir.Model,
+    task: str,
+    adapters: Mapping[str, Adapter],
+    embeds: _Embeds,
+    fixed: Mapping[str, int],
+) -> Original | None:
+    """What PyTorch computes for an example, to compare the bundle with."""
+    from loradeploy.export.trace import pytorch_outputs
+
+    config = model.config
+    specs = static_specs(required_inputs(graph), fixed)
+    pad = getattr(config.get_text_config(), "pad_token_id", None)  # image models have none
+    feeds = Sample(specs, config.to_dict(), pad=pad).feeds()
+    fed = sample_embeds(embeds.inputs, feeds[INPUT_IDS]) if embeds.inputs else None
+    if fed is not None and embeds.mrope:
+        fed |= sample_positions(feeds[INPUT_IDS])
+    names = [spec.name for spec in outputs(graph)]
+    return pytorch_outputs(model, task, names, feeds, adapters, fed)
 
 
 def _fitting(
