@@ -160,11 +160,11 @@ def _of_unchanged_base(adapter: StrPath, model: str, output: Path, trusted: bool
 
 def _save(adapter: Adapter, output: Path) -> None:
     from loradeploy.adapter import save_adapter
-    from loradeploy.adapter.config import CONFIG_NAME
     from loradeploy.adapter.files.peft import own_files
     from loradeploy.files import atomic_directory
+    from loradeploy.names import ADAPTER_CONFIG_NAME
 
     if output.suffix == NATIVE_SUFFIX:
         raise UsageError(f"{output}: an {NATIVE_SUFFIX} file is for a bundle, give `bundle`")
-    with atomic_directory(output, marker=CONFIG_NAME, own_files=own_files) as directory:
+    with atomic_directory(output, marker=ADAPTER_CONFIG_NAME, own_files=own_files) as directory:
         save_adapter(adapter, directory)

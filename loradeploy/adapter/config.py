@@ -17,8 +17,6 @@ from loradeploy.adapter.files.formats import other_peft_type
 from loradeploy.adapter.modules.patterns import Ends, Matcher, check_patterns, is_name
 from loradeploy.errors import AdapterError, shown
 
-CONFIG_NAME: Final = "adapter_config.json"
-
 # The field for modules that are tied in the base to share their factors or their trained weight.
 TYING: Final = "ensure_weight_tying"
 # The field with the ids of tokens whose rows were trained: a list, or lists by module.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.errors import AdapterError, LoraDeployError, shown
 from loradeploy.files import MAX_TEXT_BYTES, read_json, read_text
+from loradeploy.names import MODEL_CONFIG_NAME
 from loradeploy.parsing import parse_json
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def head_beside(
         )
     if labels is not None and outputs is not None and len(labels) != outputs:
         raise AdapterError(f"it names {len(labels)} labels, and its head has {outputs} outputs")
-    file = directory / "config.json"
+    file = directory / MODEL_CONFIG_NAME
     if outputs is not None and file.is_file() and (labels is None or problem is None):
         config = read_json(file, error=AdapterError)
         if problem is None and sequences:

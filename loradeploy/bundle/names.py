@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
+from loradeploy.names import MODEL_CONFIG_NAME
+
 INPUT_IDS: Final = "input_ids"  # int64 [batch, sequence]
 ATTENTION_MASK: Final = "attention_mask"  # int64 [batch, past + sequence]
 POSITION_IDS: Final = "position_ids"  # int64 [batch, sequence]
@@ -64,7 +66,7 @@ BASE_NAME: Final = "base.safetensors"
 CERTIFICATE_NAME: Final = "parity.json"
 REQUIRED_NAME: Final = "required.onnx"
 SIGNATURE_NAME: Final = "parity.json.sig"
-CONFIG_NAME: Final = "config.json"
+CONFIG_NAME: Final = MODEL_CONFIG_NAME
 # The preprocessing of audio and images. Newer releases of transformers write it into the second
 # file, with the other settings of a processor.
 PREPROCESSOR_NAME: Final = "preprocessor_config.json"

@@ -38,7 +38,7 @@ from loradeploy.bundle.names import (
 from loradeploy.bundle.text.beside import vocabulary_of
 from loradeploy.bundle.text.settings import read_settings, settings_in_config
 from loradeploy.bundle.text.tokenizer import Tokenizer
-from loradeploy.bundle.text.tokenizer_files import GENERATION_NAME, TOKENIZER_NAME
+from loradeploy.bundle.text.tokenizer_files import GENERATION_NAME, SETTINGS_NAME, TOKENIZER_NAME
 from loradeploy.bundle.trained_config import warn_of_trained_config
 from loradeploy.errors import ExportError, ModelError, UsageError
 from loradeploy.export.genai import audio_processor, genai_config, whisper_config
@@ -78,7 +78,7 @@ _COPIED: Final = (
     "merges.txt",
     "spiece.model",
     "sentencepiece.bpe.model",
-    "preprocessor_config.json",
+    PREPROCESSOR_NAME,
     "processor_config.json",
 )
 
@@ -366,7 +366,7 @@ def padding_token(directory: Path) -> int:
     own = settings.get("pad_token_id")
     if isinstance(own, int) and own >= 0:
         return own  # without reading the tokenizer, which takes long
-    tokens = _settings(directory, "tokenizer_config.json")
+    tokens = _settings(directory, SETTINGS_NAME)
     ends = _settings(directory, GENERATION_NAME)
     pad = tokens.get("pad_token")
     text = pad.get("content") if isinstance(pad, Mapping) else pad

@@ -169,11 +169,11 @@ def inspect_tensors(path: Path) -> AdapterFacts | TensorFileFacts:
     Raises:
         UsageError: it is not a safetensors file. AdapterError: the adapter is refused.
     """
-    from loradeploy.adapter.config import CONFIG_NAME
     from loradeploy.adapter.files.formats import other_file
     from loradeploy.adapter.files.tensors import map_tensors
+    from loradeploy.names import ADAPTER_CONFIG_NAME
 
-    if (path.parent / CONFIG_NAME).is_file():
+    if (path.parent / ADAPTER_CONFIG_NAME).is_file():
         return inspect_adapter(path)
     tensors, metadata = map_tensors(path, error=UsageError)
     other = other_file(path)

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loradeploy.names import MODEL_CONFIG_NAME
 from loradeploy.printable import printable
 
 if TYPE_CHECKING:
@@ -76,4 +77,4 @@ def _is_checkpoint(given: object) -> bool:
     if not isinstance(given, str | os.PathLike) or _is_bundle(given):
         return False
     path = Path(given)
-    return (path / "config.json").is_file() and not any(path.glob("*.onnx"))
+    return (path / MODEL_CONFIG_NAME).is_file() and not any(path.glob("*.onnx"))

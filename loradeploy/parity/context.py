@@ -24,6 +24,7 @@ from loradeploy.export.read.files.source import resolve
 from loradeploy.files import inside
 from loradeploy.lora.base.checkpoint import warn_of_unused_files
 from loradeploy.lora.base.formats import check_unquantized
+from loradeploy.names import MODEL_CONFIG_NAME
 from loradeploy.parity.report.results import Variant
 from loradeploy.parity.variants import DEFAULT, DEFAULTS, ON_CPU, Variants
 from loradeploy.paths import resolved
@@ -135,7 +136,7 @@ def find_model(
     if model is None:
         name = manifest.base.name
         candidates = [path / name for path in (Path(), resolved(bundle).parent)]
-        found = [path for path in candidates if (path / "config.json").is_file()]
+        found = [path for path in candidates if (path / MODEL_CONFIG_NAME).is_file()]
         if not found:
             raise UsageError(
                 f"the reference is the PyTorch model: give it as `model`; {bundle} was made from"

@@ -25,7 +25,6 @@ from loradeploy.adapter.tasks import (
     SEQUENCE_CLASSIFICATION,
     TOKEN_CLASSIFICATION,
 )
-from loradeploy.bundle.text.vectors.files import MODULES_NAME
 from loradeploy.errors import (
     ModelError,
     OutputError,
@@ -38,6 +37,7 @@ from loradeploy.lora.base.checkpoint import find_checkpoint, warn_of_unused_file
 from loradeploy.lora.base.formats import BITSANDBYTES
 from loradeploy.lora.inject import copy_into
 from loradeploy.lora.quiet import quiet
+from loradeploy.names import MODEL_CONFIG_NAME, MODULES_NAME
 from loradeploy.printable import logger_of
 from loradeploy.train.config import TrainConfig
 from loradeploy.train.data.packing import PackingCollator, enable_packing
@@ -250,7 +250,7 @@ def _collator(run: _Run) -> Collate:
 def _record(run: _Run) -> dict[str, Any]:
     """Everything that affects the adapter, for comparison when a run is resumed."""
     settings = {name: value for name, value in asdict(run.config).items() if name not in _FREE}
-    base_config = read_json(run.checkpoint.directory / "config.json", error=ModelError)
+    base_config = read_json(run.checkpoint.directory / MODEL_CONFIG_NAME, error=ModelError)
     described = json.dumps(
         {n: v for n, v in base_config.items() if n not in _IGNORED_FIELDS}, sort_keys=True
     )

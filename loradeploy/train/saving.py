@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from loradeploy.adapter import Adapter, save_adapter
-from loradeploy.adapter.config import CONFIG_NAME
 from loradeploy.adapter.files.peft import own_files
 from loradeploy.errors import LoraDeployError, TrainingError, UsageError, kind_and_line
 from loradeploy.files import atomic_directory, check_replaceable
+from loradeploy.names import ADAPTER_CONFIG_NAME
 from loradeploy.train.config import TrainConfig
 from loradeploy.train.config_file import to_yaml
 from loradeploy.train.loop.checkpoints import Checkpoints
@@ -25,7 +25,7 @@ from loradeploy.train.tasks.embedding.vectors import Vectors
 
 def check_output(target: Path) -> None:
     """Raise UsageError before the training if the adapter cannot be written."""
-    check_replaceable(target, marker=CONFIG_NAME, own_files=own_files)
+    check_replaceable(target, marker=ADAPTER_CONFIG_NAME, own_files=own_files)
     parent = next(path for path in target.absolute().parents if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise UsageError(f"{target} cannot be written: {parent} is not a writable directory")
@@ -41,7 +41,7 @@ def save_run(
 ) -> None:
     """Write the adapter, its loss curve, its settings and its card to `result.adapter`."""
     target = result.adapter
-    with atomic_directory(target, marker=CONFIG_NAME, own_files=own_files) as directory:
+    with atomic_directory(target, marker=ADAPTER_CONFIG_NAME, own_files=own_files) as directory:
         write_adapter(adapter, vectors, directory)
         write_curve(curve, directory)
         (directory / "train.yaml").write_text(to_yaml(config), encoding="utf-8")

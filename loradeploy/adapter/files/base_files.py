@@ -15,15 +15,14 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from loradeploy.adapter.config import CONFIG_NAME
 from loradeploy.adapter.files.tensors import StoredTensor, map_tensors
 from loradeploy.errors import ModelError
 from loradeploy.files import read_json
+from loradeploy.names import ADAPTER_CONFIG_NAME, MODEL_CONFIG_NAME
 
 SINGLE_NAME: Final = "model.safetensors"
 INDEX_NAME: Final = "model.safetensors.index.json"
 GRAPHS_FOLDER: Final = "onnx"  # used by repositories for transformers.js
-MODEL_CONFIG_NAME: Final = "config.json"
 _NAMED: Final = "transformers_weights"
 _INDEX_ENDING: Final = ".safetensors.index.json"
 _ADAPTERS: Final = "adapter_*"
@@ -94,7 +93,7 @@ def graphs_in(directory: Path) -> list[Path]:
 
 def adapter_beside(directory: Path) -> bool:
     """Whether `directory` has a PEFT adapter, beside a base model or alone."""
-    return (directory / CONFIG_NAME).is_file()
+    return (directory / ADAPTER_CONFIG_NAME).is_file()
 
 
 def refuse_adapter(directory: Path) -> None:
@@ -102,7 +101,9 @@ def refuse_adapter(directory: Path) -> None:
     complete = (directory / MODEL_CONFIG_NAME).is_file() and has_weights(directory)
     if not adapter_beside(directory) or complete:
         return
-    base = read_json(directory / CONFIG_NAME, error=ModelError).get("base_model_name_or_path")
+    base = read_json(directory / ADAPTER_CONFIG_NAME, error=ModelError).get(
+        "base_model_name_or_path"
+    )
     named = f" ({base})" if isinstance(base, str) and base else ""
     raise ModelError(
         f"{directory} is an adapter: give its base as the model{named}, and this as an adapter"

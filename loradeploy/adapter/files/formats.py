@@ -15,8 +15,8 @@ from typing import Any, Final
 from loradeploy.adapter.files.keys import DELTA
 from loradeploy.errors import AdapterError, LoraDeployError, listed_names, shortened
 from loradeploy.files import open_file, read_json
+from loradeploy.names import ADAPTER_CONFIG_NAME, MODEL_CONFIG_NAME
 
-_CONFIG: Final = "adapter_config.json"
 _TENSORS: Final = ".safetensors"
 
 _CONVERT: Final = "convert it with loradeploy convert ADAPTER --output DIR"
@@ -220,7 +220,7 @@ def misordered_export(
     rotary = [key for key in keys if ".q_proj." in key or ".k_proj." in key]
     names = [values.get("base_model_name_or_path")]
     with contextlib.suppress(AdapterError):  # torchtune copies the base's
-        names.append(read_json(directory / "config.json", error=AdapterError).get("model_type"))
+        names.append(read_json(directory / MODEL_CONFIG_NAME, error=AdapterError).get("model_type"))
     qwen = any("qwen" in name.lower() for name in names if isinstance(name, str))
     dora = any("lora_magnitude_vector" in key for key in rotary)
     return _MISORDERED if dora or (qwen and rotary) else None
@@ -256,9 +256,9 @@ def other_directory(directory: Path) -> str | None:
         several = listed_names(inner, 4)
         return f"is not an adapter itself but has {len(inner)} in folders: give one of {several}"
     peft = False
-    if (directory / _CONFIG).is_file():
+    if (directory / ADAPTER_CONFIG_NAME).is_file():
         with contextlib.suppress(AdapterError):
-            values = read_json(directory / _CONFIG, error=AdapterError)
+            values = read_json(directory / ADAPTER_CONFIG_NAME, error=AdapterError)
             if (found := other_config(values)) is not None:
                 return found
             peft = True
@@ -269,7 +269,7 @@ def other_directory(directory: Path) -> str | None:
         return _SHARDED
     if any(form_of_tensors(_shapes_in(file)) == JINA for file in files):
         return JINA.message
-    if (directory / "config.json").is_file() and (
+    if (directory / MODEL_CONFIG_NAME).is_file() and (
         files or any(directory.glob("pytorch_model*.bin"))
     ):
         return _WHOLE
@@ -317,7 +317,9 @@ def _shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
 def _adapters_inside(directory: Path) -> list[str]:
     """The folders of `directory` that are PEFT adapters, in name order."""
     try:
-        return sorted(entry.name for entry in directory.iterdir() if (entry / _CONFIG).is_file())
+        return sorted(
+            entry.name for entry in directory.iterdir() if (entry / ADAPTER_CONFIG_NAME).is_file()
+        )
     except OSError:
         return []
 

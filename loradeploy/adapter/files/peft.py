@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.adapter.adapter import Adapter, Factors
 from loradeploy.adapter.algebra.experts import TARGETS, peft_tensors
-from loradeploy.adapter.config import CONFIG_NAME, AdapterConfig
+from loradeploy.adapter.config import AdapterConfig
 from loradeploy.adapter.files.formats import (
     misordered_export,
     other_config,
@@ -50,6 +50,7 @@ from loradeploy.adapter.modules.targets import is_saved
 from loradeploy.adapter.tasks import SEQUENCE_CLASSIFICATION, task_of_peft
 from loradeploy.errors import AdapterError
 from loradeploy.files import copy_file, read_json, write_json
+from loradeploy.names import ADAPTER_CONFIG_NAME, MODULES_NAME
 from loradeploy.paths import takes_paths
 
 if TYPE_CHECKING:
@@ -58,8 +59,8 @@ if TYPE_CHECKING:
 WEIGHTS_NAME: Final = "adapter_model.safetensors"
 # Files that training and conversion write into an adapter's directory, and may replace.
 OWN_FILES: Final = frozenset(
-    {CONFIG_NAME, WEIGHTS_NAME, "README.md", "loss.csv", "loss.png", "train.yaml"}
-    | {"modules.json", "1_Pooling/config.json"}  # of an embedder
+    {ADAPTER_CONFIG_NAME, WEIGHTS_NAME, "README.md", "loss.csv", "loss.png", "train.yaml"}
+    | {MODULES_NAME, "1_Pooling/config.json"}  # of an embedder
 )
 _BASE_DIGEST: Final = "loradeploy.base_digest"
 _PART_OF: Final = "loradeploy.part_of"
@@ -111,7 +112,7 @@ def _read_config(weights: Path) -> tuple[Mapping[str, Any], AdapterConfig | None
 
     For an adapter of another library, the error names that library.
     """
-    file = weights.parent / CONFIG_NAME
+    file = weights.parent / ADAPTER_CONFIG_NAME
     if not file.exists() and (found := other_file(weights)) is not None:
         raise AdapterError(f"{file} does not exist: {weights.name} {found}")
     values = read_json(file, error=AdapterError)
@@ -167,7 +168,7 @@ def save_adapter(adapter: Adapter, directory: str | os.PathLike[str]) -> str:
         metadata[PROBLEM_KEY] = adapter.problem_type
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
-    write_json(target / CONFIG_NAME, adapter.config.to_peft())
+    write_json(target / ADAPTER_CONFIG_NAME, adapter.config.to_peft())
     write_arrays(target / WEIGHTS_NAME, arrays, metadata)
     return adapter.digest
 
@@ -179,7 +180,7 @@ def adapter_files(path: str | os.PathLike[str]) -> tuple[Path, Path]:
         AdapterError: as `load_adapter`, for missing files.
     """
     weights = _weights_file(Path(path))
-    return weights.parent / CONFIG_NAME, weights
+    return weights.parent / ADAPTER_CONFIG_NAME, weights
 
 
 def names_targets(path: str | os.PathLike[str]) -> bool:
@@ -192,7 +193,7 @@ def copy_adapter(path: str | os.PathLike[str], directory: str | os.PathLike[str]
     """Copy the config and the weights of the adapter at `path` into `directory`."""
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
-    for file, name in zip(adapter_files(path), (CONFIG_NAME, WEIGHTS_NAME), strict=True):
+    for file, name in zip(adapter_files(path), (ADAPTER_CONFIG_NAME, WEIGHTS_NAME), strict=True):
         copy_file(file, target / name, error=AdapterError)
 
 
@@ -203,9 +204,10 @@ def _weights_file(path: Path) -> Path:
         if not (path / WEIGHTS_NAME).exists():
             if (found := other_directory(path)) is not None:
                 raise AdapterError(f"{path} {found}")
-            if not (path / CONFIG_NAME).exists():
+            if not (path / ADAPTER_CONFIG_NAME).exists():
                 raise AdapterError(
-                    f"{path} is not an adapter: it has neither {CONFIG_NAME} nor {WEIGHTS_NAME}"
+                    f"{path} is not an adapter: it has neither {ADAPTER_CONFIG_NAME} nor"
+                    f" {WEIGHTS_NAME}"
                 )
         return path / WEIGHTS_NAME
     if not path.exists():

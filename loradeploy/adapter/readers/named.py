@@ -6,11 +6,12 @@ import re
 from typing import Final
 
 from loradeploy.adapter.adapter import Adapter
-from loradeploy.adapter.config import CONFIG_NAME, AdapterConfig
+from loradeploy.adapter.config import AdapterConfig
 from loradeploy.adapter.files.roles import adapter_from_arrays
 from loradeploy.adapter.readers.source import Source
 from loradeploy.errors import AdapterError
 from loradeploy.files import read_json
+from loradeploy.names import ADAPTER_CONFIG_NAME
 
 _NAMED: Final = re.compile(
     r".+\.(?:lora_(?:embedding_)?[AB]|lora_magnitude_vector|trainable_tokens_delta"
@@ -26,7 +27,7 @@ def read(source: Source) -> Adapter:
     """
     found = {key: _NAMED.fullmatch(key) for key in source.shapes}
     chosen = source.choose(match["name"] for match in found.values() if match)
-    own = source.file.parent / chosen / CONFIG_NAME
+    own = source.file.parent / chosen / ADAPTER_CONFIG_NAME
     if own.is_file():
         values = read_json(own, error=AdapterError)
     else:

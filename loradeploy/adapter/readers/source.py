@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from loradeploy.adapter.adapter import Adapter, Factors
 from loradeploy.adapter.config import AdapterConfig
-from loradeploy.adapter.files.base_files import MODEL_CONFIG_NAME, base_tensors
+from loradeploy.adapter.files.base_files import base_tensors
 from loradeploy.adapter.files.tensors import read_arrays
 from loradeploy.adapter.scaling import with_ranks
 from loradeploy.errors import AdapterError, ModelError, UsageError, listed, listed_names
 from loradeploy.files import read_json
+from loradeploy.names import MODEL_CONFIG_NAME
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from loradeploy.adapter.adapter import Adapter
-from loradeploy.adapter.config import CONFIG_NAME
-from loradeploy.adapter.files.base_files import MODEL_CONFIG_NAME
 from loradeploy.adapter.files.formats import (
     ADAPTER_HUB,
     DIFFUSERS,
@@ -36,6 +34,7 @@ from loradeploy.adapter.readers.header import check_header
 from loradeploy.adapter.readers.source import Base, Source
 from loradeploy.errors import AdapterError, LoraDeployError, UsageError, listed_names
 from loradeploy.files import read_json
+from loradeploy.names import ADAPTER_CONFIG_NAME, MODEL_CONFIG_NAME
 
 READERS: Final[Mapping[Form, Callable[[Source], Adapter]]] = {
     ADAPTER_HUB: adapterhub.read,
@@ -115,7 +114,7 @@ def _open(path: Path, **given: Any) -> Source | None:
     config = next(
         (
             read_json(directory / name, error=AdapterError)
-            for name in (CONFIG_NAME, MODEL_CONFIG_NAME)
+            for name in (ADAPTER_CONFIG_NAME, MODEL_CONFIG_NAME)
             if (directory / name).is_file()
         ),
         None,

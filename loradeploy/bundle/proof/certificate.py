@@ -17,11 +17,13 @@ from loradeploy.bundle.names import (
     ADAPTERS_DIRECTORY,
     BASE_NAME,
     CERTIFICATE_NAME,
+    CONFIG_NAME,
     DEFAULTS_NAME,
     GENAI_CONFIG_NAME,
     GRAPH_DATA_NAME,
     GRAPH_NAME,
     MANIFEST_NAME,
+    PREPROCESSOR_NAME,
     SIGNATURE_NAME,
 )
 from loradeploy.bundle.proof.provider import CAPTURED, OPERATOR, ProviderFacts
@@ -30,6 +32,7 @@ from loradeploy.bundle.proof.requirement import CertificateMinimum
 from loradeploy.bundle.text.beside import TEXT_NAMES
 from loradeploy.errors import BundleError, listed_names, shortened, shown
 from loradeploy.files import MAX_JSON_BYTES, inside, json_object, read_bytes
+from loradeploy.names import MODULES_NAME
 
 FORMAT: Final = "loradeploy-parity"
 SCHEMA_VERSION: Final = 3
@@ -37,7 +40,7 @@ SCHEMA_VERSION: Final = 3
 # later can change results like a modified one.
 _READ: Final = (
     *(MANIFEST_NAME, BASE_NAME, DEFAULTS_NAME, GENAI_CONFIG_NAME),
-    *("config.json", "modules.json", "preprocessor_config.json"),
+    *(CONFIG_NAME, MODULES_NAME, PREPROCESSOR_NAME),
     *TEXT_NAMES,
 )
 # A provider's name, or its name and options.

@@ -18,10 +18,11 @@ from loradeploy.bundle.text.tokenizer_files import (
     TEMPLATE_NAME,
     TOKENIZER_NAME,
 )
-from loradeploy.bundle.text.vectors.files import ENCODER_NAMES, MODULES_NAME
+from loradeploy.bundle.text.vectors.files import ENCODER_NAMES
 from loradeploy.bundle.text.vectors.recipe import flat_modules, recipe_directory
 from loradeploy.errors import BundleError
 from loradeploy.files import copy_file, inside, write_json
+from loradeploy.names import MODULES_NAME
 
 if TYPE_CHECKING:
     from loradeploy.bundle.manifest import Manifest

@@ -15,13 +15,13 @@ from typing import Any, Final
 
 from loradeploy.bundle.text.vectors.files import (
     CROSS_ENCODER,
-    MODULES_NAME,
     PROMPTS_NAME,
     RecipeReader,
     module_of,
 )
 from loradeploy.bundle.text.vectors.recipe import recipe_directory
 from loradeploy.errors import BundleError, shown
+from loradeploy.names import MODULES_NAME
 
 SIGMOID: Final = "sigmoid"
 IDENTITY: Final = "identity"

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from loradeploy.adapter.adapter import Adapter
-from loradeploy.adapter.config import CONFIG_NAME
 from loradeploy.adapter.files.formats import other_directory
 from loradeploy.adapter.files.named import named_directory
 from loradeploy.adapter.files.peft import WEIGHTS_NAME, load_adapter
@@ -33,6 +32,7 @@ from loradeploy.errors import (
 )
 from loradeploy.export.match.linears import is_head
 from loradeploy.files import inside
+from loradeploy.names import ADAPTER_CONFIG_NAME
 from loradeploy.paths import expanded, resolved
 from loradeploy.printable import logger_of
 
@@ -203,7 +203,7 @@ def check_brought(name: str, adapter: Adapter, lacking: Iterable[str]) -> None:
 def _may_be_adapter(path: Path) -> bool:
     """Whether `path` is a file, or a directory with an adapter of any format."""
     if path.is_dir():
-        known = (path / CONFIG_NAME).exists() or (path / WEIGHTS_NAME).exists()
+        known = (path / ADAPTER_CONFIG_NAME).exists() or (path / WEIGHTS_NAME).exists()
         return known or (not (path / MANIFEST_NAME).exists() and other_directory(path) is not None)
     return path.exists()
 

@@ -20,6 +20,7 @@ from loradeploy.errors import MissingDependencyError, ModelError, first_line
 from loradeploy.files import check_directory, read_bytes
 from loradeploy.lora.base.formats import check_unquantized, gguf_advice
 from loradeploy.lora.base.loading import is_trusted
+from loradeploy.names import MODEL_CONFIG_NAME, MODULES_NAME
 from loradeploy.parsing import parse_json
 from loradeploy.paths import expanded, resolved
 from loradeploy.printable import logger_of
@@ -57,7 +58,7 @@ def find_checkpoint(model: str | os.PathLike[str], *, quantized: Collection[str]
         path = inner
         check_directory(path, error=ModelError)
     refuse_adapter(path)
-    if not (path / "config.json").is_file():
+    if not (path / MODEL_CONFIG_NAME).is_file():
         raise ModelError(f"{path} has no config.json: it is not a Hugging Face model directory")
     if graphs_in(path) and not has_weights(path):
         raise ModelError(
@@ -87,14 +88,14 @@ def checkpoint_directory(directory: Path) -> Path:
     sentence-transformers wrote the encoder to 0_Transformer/ beside its other modules.
     """
     try:
-        modules = parse_json(read_bytes(directory / "modules.json", error=ModelError), finite=False)
+        modules = parse_json(read_bytes(directory / MODULES_NAME, error=ModelError), finite=False)
     except (ModelError, ValueError):
         return directory
     first = modules[0] if isinstance(modules, list) and modules else {}
     path = first.get("path") if isinstance(first, dict) else None
-    if isinstance(path, str) and path and not (directory / "config.json").is_file():
+    if isinstance(path, str) and path and not (directory / MODEL_CONFIG_NAME).is_file():
         folder = directory / path
-        if folder.parent == directory and (folder / "config.json").is_file():
+        if folder.parent == directory and (folder / MODEL_CONFIG_NAME).is_file():
             return folder
     return directory
 

@@ -14,6 +14,7 @@ from typing import Any, Final
 from loradeploy.adapter.files.base_files import base_tensors
 from loradeploy.errors import LoraDeployError, ModelError, shortened
 from loradeploy.files import open_file, read_json
+from loradeploy.names import MODEL_CONFIG_NAME
 from loradeploy.paths import resolved
 
 BITSANDBYTES: Final = "bitsandbytes"
@@ -127,7 +128,7 @@ def _advice(method: str, original: str | None) -> str:
 
 def _config(directory: Path) -> Mapping[str, Any]:
     try:
-        return read_json(directory / "config.json", error=ModelError, finite=False)
+        return read_json(directory / MODEL_CONFIG_NAME, error=ModelError, finite=False)
     except ModelError:
         return {}  # reported by the code that needs it
 

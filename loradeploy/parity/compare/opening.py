@@ -26,6 +26,7 @@ from loradeploy.bundle.dtypes import NUMPY_NAMES
 from loradeploy.bundle.manifest import TensorSpec, read_manifest
 from loradeploy.bundle.model_config import model_config
 from loradeploy.bundle.names import GRAPH_DATA_NAME, GRAPH_NAME, LOGITS, MANIFEST_NAME, PAST
+from loradeploy.bundle.text.tokenizer_files import TOKENIZER_NAME
 from loradeploy.errors import (
     BundleError,
     DataError,
@@ -190,7 +191,7 @@ def _beside(path: Path, outputs: Sequence[TensorSpec]) -> dict[str, Any]:
     if not isinstance(vocabulary, int):
         last = [s.shape[-1] for s in outputs if s.name == LOGITS and len(s.shape) == 3]
         vocabulary = last[0] if last and isinstance(last[0], int) else None
-    tokenizer = path / "tokenizer.json"
+    tokenizer = path / TOKENIZER_NAME
     return {
         "vocabulary": vocabulary,
         "labels": labels_of(config.get("id2label")),

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from loradeploy.adapter.tasks import CAUSAL_LM
+from loradeploy.bundle.text.tokenizer_files import TOKENIZER_NAME
 from loradeploy.errors import kind_and_line
 from loradeploy.parity.backends.table import Backend, open_backend
 from loradeploy.parity.checks.check import mixed_rows
@@ -305,7 +306,7 @@ def _shortened(row: Row, steps: int) -> Row:
 
 
 def _text(context: CheckContext, tokens: Tokens) -> str | None:
-    if not (context.bundle / "tokenizer.json").is_file():
+    if not (context.bundle / TOKENIZER_NAME).is_file():
         return None
     from loradeploy.bundle.text.tokenizer import Tokenizer
 

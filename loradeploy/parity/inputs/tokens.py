@@ -17,6 +17,7 @@ from loradeploy.bundle.model_config import context_length, model_config
 from loradeploy.bundle.names import INPUT_IDS, LEFT, NO_PADDING, TOKEN_TYPE_IDS
 from loradeploy.bundle.outputs import output_of
 from loradeploy.bundle.text.pairs import pair_tokens
+from loradeploy.bundle.text.tokenizer_files import TOKENIZER_NAME
 from loradeploy.errors import DataError, UsageError, shown
 from loradeploy.parity.inputs.prompts import GENERATED, PROMPTS
 from loradeploy.parity.inputs.row_feeds import Known, Types, types_of
@@ -122,7 +123,7 @@ def make_cases(
     left = manifest.padding == LEFT
     config = model_config(bundle)
     longest = min(_longest(config, follow), fixed_length(manifest) or MAX_PROMPT_TOKENS * 2)
-    has_tokenizer = (bundle / "tokenizer.json").is_file()
+    has_tokenizer = (bundle / TOKENIZER_NAME).is_file()
     vocabulary = 0 if has_tokenizer and not fuzz else _vocabulary(manifest, config, bundle)
     types: Types = {}
     if has_tokenizer:

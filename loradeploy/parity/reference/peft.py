@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from loradeploy.adapter.config import CONFIG_NAME
 from loradeploy.adapter.files.keys import PREFIX
 from loradeploy.adapter.files.peft import WEIGHTS_NAME, adapter_files, load_adapter
 from loradeploy.adapter.files.tensors import read_arrays, read_tensors, write_arrays
@@ -24,6 +23,7 @@ from loradeploy.adapter.fitting.towers import TOWERS, is_body
 from loradeploy.disk import scratch_directory
 from loradeploy.errors import AdapterError, shortened
 from loradeploy.files import copy_file
+from loradeploy.names import ADAPTER_CONFIG_NAME
 
 if TYPE_CHECKING:
     import torch
@@ -119,7 +119,7 @@ def _directory_for_peft(tested: AdapterUnderTest) -> Iterator[Path]:
     with scratch_directory() as scratch:
         path = scratch / tested.name
         path.mkdir()
-        copy_file(config, path / CONFIG_NAME, error=AdapterError)
+        copy_file(config, path / ADAPTER_CONFIG_NAME, error=AdapterError)
         if tested.widened:
             _write_widened(tested, weights, path / WEIGHTS_NAME)
         else:

@@ -24,12 +24,7 @@ from loradeploy.bundle.text.scoring import PairScoring, declared_in_config, read
 from loradeploy.bundle.text.settings import GenerationSettings
 from loradeploy.bundle.text.tokenizer import Tokenizer
 from loradeploy.bundle.text.tokenizer_files import TOKENIZER_NAME
-from loradeploy.bundle.text.vectors.files import (
-    ENCODER_NAMES,
-    MODULES_NAME,
-    PROMPTS_NAME,
-    WEIGHTS_NAME,
-)
+from loradeploy.bundle.text.vectors.files import ENCODER_NAMES, PROMPTS_NAME, WEIGHTS_NAME
 from loradeploy.bundle.text.vectors.recipe import (
     SentenceRecipe,
     default_recipe,
@@ -45,6 +40,7 @@ from loradeploy.errors import (
     listed_names,
 )
 from loradeploy.files import inside, read_json
+from loradeploy.names import MODULES_NAME
 from loradeploy.printable import logger_of
 from loradeploy.runtime.adapters.resident import AdapterSpec, weights_of
 from loradeploy.snapshot import Snapshot

@@ -22,11 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from loradeploy.adapter.config import CONFIG_NAME
 from loradeploy.adapter.files.digest import bytes_digest, file_digest
 from loradeploy.adapter.files.peft import WEIGHTS_NAME
 from loradeploy.errors import UsageError, listed
 from loradeploy.files import read_json, write_json
+from loradeploy.names import ADAPTER_CONFIG_NAME
 from loradeploy.printable import logger_of
 from loradeploy.writing import atomic_directory, check_no_writer, only_writer
 
@@ -38,7 +38,7 @@ _RECORD: Final = "checkpoint.json"
 _KEPT: Final = 2
 # The directory in a checkpoint of the best adapter so far.
 BEST: Final = "best"
-_ADAPTER: Final = (CONFIG_NAME, WEIGHTS_NAME)
+_ADAPTER: Final = (ADAPTER_CONFIG_NAME, WEIGHTS_NAME)
 # Files of every checkpoint, without any of which a resumed run would differ.
 _NEEDED: Final = (*_ADAPTER, "trainer_state.json", "optimizer*", "scheduler.pt", "rng_state*.pth")
 # Files that a run writes into a checkpoint, including those of Trainer (transformers 5.23).

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float32]
 
-MODULES_NAME: Final = "modules.json"
 PROMPTS_NAME: Final = "config_sentence_transformers.json"
 _ENCODERS: Final = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 ENCODER_NAMES: Final = tuple(f"sentence_{name}_config.json" for name in _ENCODERS)

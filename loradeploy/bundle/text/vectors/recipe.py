@@ -21,7 +21,6 @@ import numpy as np
 from loradeploy.adapter.files.digest import file_digest
 from loradeploy.bundle.text.vectors.files import (
     EMBEDDER,
-    MODULES_NAME,
     PACKAGE,
     PROMPTS_NAME,
     RecipeReader,
@@ -31,6 +30,7 @@ from loradeploy.bundle.text.vectors.pooling import POOLS
 from loradeploy.bundle.text.vectors.steps import STEPS, Dense, LayerNorm, normalize
 from loradeploy.errors import BundleError, UsageError, shortened
 from loradeploy.files import write_json
+from loradeploy.names import MODULES_NAME
 from loradeploy.paths import resolved
 
 if TYPE_CHECKING:

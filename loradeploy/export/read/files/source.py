@@ -133,7 +133,7 @@ def _in_directory(directory: Path, precision: str | None) -> Source:
     checkpoint = checkpoint_directory(directory)
     if is_loadable(checkpoint) or (has_weights(checkpoint) and not graphs_in(directory)):
         refuse_adapter(checkpoint)
-        if not (checkpoint / "config.json").is_file():
+        if not (checkpoint / CONFIG_NAME).is_file():
             raise ModelError(
                 f"{checkpoint} has weights but no config.json: it is not a model directory"
             )
