@@ -24,7 +24,7 @@ from loradeploy.cli.console import (
     say,
 )
 from loradeploy.errors import UsageError
-from loradeploy.serve.settings import ServeLimits
+from loradeploy.serve.settings import HOST, ServeLimits
 
 if TYPE_CHECKING:
     from loradeploy.serve.opening import ServiceSpec
@@ -75,7 +75,7 @@ def _limits(command: _Command) -> _Command:
     help="The bundle of the vision tower of a vision-language model, whose decoder BUNDLE is: chat"
     " requests may have images.",
 )
-@click.option("--host", default="127.0.0.1", show_default=True, help="Listen on this address.")
+@click.option("--host", default=HOST, show_default=True, help="Listen on this address.")
 @click.option(
     "--port", type=int, default=8000, show_default=True, help="Listen on this port; 0: any."
 )

@@ -16,7 +16,7 @@ from loradeploy.runtime.session import AdapterSession
 from loradeploy.serve.adapters.roots import AdapterRoot, DirectoryRoot, StoreRoot
 from loradeploy.serve.keys import KeyRing
 from loradeploy.serve.service import Service
-from loradeploy.serve.settings import ServeLimits
+from loradeploy.serve.settings import HOST, ServeLimits
 from loradeploy.serve.vision import Vision
 
 _URL: Final = "://"
@@ -51,7 +51,7 @@ class ServiceSpec:
     capture_graphs: bool = False
     operator: str | None = None
     require_certificate: bool = False
-    host: str = "127.0.0.1"
+    host: str = HOST
     threads: int | None = None
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ from loradeploy.serve.grammar import Grammars
 from loradeploy.serve.keys import KeyRing
 from loradeploy.serve.metrics import Metrics
 from loradeploy.serve.problems import RequestError
-from loradeploy.serve.settings import ServeLimits
+from loradeploy.serve.settings import HOST, ServeLimits
 from loradeploy.serve.vision import Vision
 
 # The tasks that have routes.
@@ -42,7 +42,7 @@ class Service:
         keys: KeyRing | None = None,
         root: AdapterRoot | None = None,
         updates: bool = False,
-        host: str = "127.0.0.1",
+        host: str = HOST,
         vision: Vision | None = None,
     ) -> None:
         if session.manifest.task not in _SERVED:

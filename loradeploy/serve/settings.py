@@ -1,4 +1,4 @@
-"""The limits of a service and their defaults."""
+"""The default address of a service, and its limits with their defaults."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Final
 
 from loradeploy.errors import UsageError, shown
 
+# The address that a service listens on by default: requests of this machine only.
+HOST: Final = "127.0.0.1"
 # Seconds, about three years; waiting functions do not accept infinity.
 _LONGEST: Final = 100_000_000
 # Maximum tokens of a row, for models without a known number of positions.
