@@ -147,6 +147,15 @@ def mlx_vision(place: Path) -> None:
     tensors(place, "adapters.safetensors", keys)
 
 
+def quantized(place: Path) -> None:
+    scales = {k.replace(".weight", ".weight_scale"): np.ones(1, np.float32) for k in PAIR}
+    write(place, {**PAIR, **scales})
+
+
+def some_named(place: Path) -> None:
+    write(place, {k.replace("lora_A.weight", "lora_A.sport.weight"): a for k, a in PAIR.items()})
+
+
 FORMATS: dict[Callable[[Path], None], tuple[str, str]] = {
     mlx: ("is an adapter of mlx-lm", "loradeploy convert"),
     mlx_without_config: ("is an adapter of mlx-lm", "loradeploy convert"),
@@ -162,6 +171,8 @@ FORMATS: dict[Callable[[Path], None], tuple[str, str]] = {
     whole_weights: (r"no LoRA factors but 3 full weights .*layers\.0\.q_proj", "`model`"),
     no_config: ("has LoRA factors and no adapter_config.json", "copy it"),
     two_names: ("names of adapters in its keys", "loradeploy convert"),
+    some_named: ("names of adapters in its keys", "loradeploy convert .*are sport"),
+    quantized: (r"quantized factors .*q\.lora_A\.weight_scale", "save the adapter in float32"),
     checkpoints: ("has 3 checkpoints", "give the newest, .*checkpoint-500"),
     folder_of_its_name: ("its folder sport is", "give .*sport"),
     several_folders: ("has 2 in folders", "give one of sport, tech"),

@@ -83,6 +83,12 @@ _OF_FSDP: Final = (
     " with accelerate merge-weights, or save the adapter with the state dict type"
     " FULL_STATE_DICT"
 )
+# The ends of names of scales and other parts of quantized weights, of compressed-tensors, FP8, GPTQ
+# and bitsandbytes.
+_QUANTIZED: Final = re.compile(
+    r".*\.lora_(?:embedding_)?[AB]\.(?:\w*scales?(?:_inv|_2)?|qweight|qzeros|weight_packed"
+    r"|weight\.(?:absmax|quant_map|nested_\w+|quant_state\..*))"
+)
 _NAMED: Final = re.compile(r"\.lora_(?:embedding_)?[AB]\.(?!weight$|bias$)(?P<name>[^.]+)(\.|$)")
 
 # Keys of a LoRA of AdapterHub's library, and of jina-embeddings-v3's stacked adapters.
@@ -190,6 +196,11 @@ def other_tensors(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
             f"has {len(empty)} empty tensors of {len(shapes)} (first {shortened(empty[0])}):"
             " DeepSpeed ZeRO-3 saves empty tensors if it does not gather them. Save it again with"
             " stage3_gather_16bit_weights_on_model_save, or use zero_to_fp32.py"
+        )
+    if quantized := [key for key in shapes if _QUANTIZED.fullmatch(key)]:
+        return (
+            f"has quantized factors ({shortened(quantized[0])}): save the adapter in float32 or"
+            " bfloat16"
         )
     if (form := form_of_tensors(shapes)) is NAMED:
         names = {found["name"] for key in shapes if (found := _NAMED.search(key))}

@@ -84,12 +84,14 @@ def read_keys(keys: Iterable[str]) -> dict[str, Key]:
             f"{sorted(bare)[0]} does not begin with {PREFIX!r} as other keys of the file do"
         )
     names = {key: _BEFORE.sub("", name, count=1) for key, name in names.items()}
-    adapters = {
-        found["adapter"]
-        for name in names.values()
-        for form in (_FACTOR, _ROWS)
-        if (found := form.fullmatch(name)) and found["adapter"] is not None
-    }
+    own = [found for name in names.values() if (found := _FACTOR.fullmatch(name))]
+    own += [found for name in names.values() if (found := _ROWS.fullmatch(name))]
+    adapters = {found["adapter"] for found in own if found["adapter"] is not None}
+    if adapters and any(found["adapter"] is None for found in own):
+        raise AdapterError(
+            f"some keys name an adapter ({min(adapters)}) and others do not: save each adapter to a"
+            " separate directory"
+        )
     if len(adapters) > 1:
         raise AdapterError(
             f"the file has {len(adapters)} adapters ({', '.join(sorted(adapters)[:4])}): save"

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loradeploy.adapter.adapter import Adapter, Rows
-from loradeploy.adapter.config import TOKENS
+from loradeploy.adapter.config import TOKENS, AdapterConfig
 from loradeploy.adapter.files.digest import tensors_digest
 from loradeploy.adapter.fitting.parts import saving_without
+from loradeploy.adapter.modules.targets import match_targets
 from loradeploy.errors import AdapterMismatchError
 from loradeploy.printable import logger_of
 
@@ -108,6 +109,8 @@ def with_rows_for(adapter: Adapter, names: Collection[str], rows: Mapping[str, R
     saved = {n: values for n, values in adapter.saved.items() if n not in names}
     carried = {n: values for n, values in adapter.carried.items() if n not in names}
     config = saving_without(adapter.config, names, [*adapter.factors, *saved, *carried])
+    whole = sorted(name.removesuffix(".weight") for name in names if name in adapter.saved)
+    config = _excluding(config, match_targets(whole, config))
     return dataclasses.replace(adapter, saved=saved, carried=carried, rows=rows, config=config)
 
 
@@ -142,8 +145,16 @@ def without_idle(adapter: Adapter, modules: Container[str]) -> Adapter:
         "%d modules are skipped because their factors are zero (first: %s)", len(idle), idle[0]
     )
     factors = {name: pair for name, pair in adapter.factors.items() if name not in idle}
-    config, excluded = adapter.config, adapter.config.exclude_modules
-    # Excluded modules count as not targeted, so a model that has them does not miss their tensors.
-    if excluded is None or isinstance(excluded, tuple):
-        config = dataclasses.replace(config, exclude_modules=(*(excluded or ()), *idle))
+    config = _excluding(adapter.config, idle)
     return dataclasses.replace(adapter, factors=factors, config=config)
+
+
+def _excluding(config: AdapterConfig, modules: Sequence[str]) -> AdapterConfig:
+    """`config` that excludes `modules`, so that a model that has them does not miss their tensors.
+
+    A regular expression of excluded modules is left as it is.
+    """
+    excluded = config.exclude_modules
+    if not modules or isinstance(excluded, str):
+        return config
+    return dataclasses.replace(config, exclude_modules=(*(excluded or ()), *modules))
