@@ -120,3 +120,13 @@ def test_cpp_refuses_a_bundle_without_required_inputs_with_advice(
     done = _run(program, tiny_llama_bundle, COUNT, "5,6")
     assert done.returncode == 2
     assert "export --required-inputs" in done.stderr
+
+
+@pytest.mark.parametrize("words", [("-3", "5,6"), ("8", "5,x"), ("8", "-5"), ("eight", "5")])
+def test_cpp_refuses_words_that_are_not_numbers_from_0(
+    words: tuple[str, str], program: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "required.safetensors").touch()
+    done = _run(program, tmp_path, *words)
+    assert done.returncode == 2
+    assert "tokens as 5,6,7" in done.stderr

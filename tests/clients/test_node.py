@@ -57,6 +57,15 @@ def test_node_refuses_a_bundle_without_required_inputs_with_advice(
     assert "export --required-inputs" in done.stderr
 
 
+def test_node_refuses_tokens_that_are_not_numbers_from_0(
+    javascript: Path, required: Required
+) -> None:
+    for tokens in ("5,x", "-5", ""):
+        done = run(javascript, required("rows"), tokens)
+        assert done.returncode == 2
+        assert "tokens as 5,6,7" in done.stderr
+
+
 def test_the_required_graph_has_no_defaults_and_no_weights_of_its_own(
     required: Required,
 ) -> None:

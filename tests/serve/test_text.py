@@ -286,6 +286,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "options": ({"stream_options": {"include_usage": True}}, "stream_options"),
     "inner": ({"stream": True, "stream_options": {"chunks": 3}}, "stream_options.chunks"),
     "bias": ({"logit_bias": {"the": 3}}, "logit_bias"),
+    "bias twice": ({"logit_bias": {"7": 3, "07": -3}}, "logit_bias"),
     "blend": ({"model": "sport", "adapters": {"headline": 1}}, "adapters"),
     "member": ({"adapters": {"nobody": 1.0}}, "adapters"),
     "empty": ({"adapters": {}}, "adapters"),
@@ -334,6 +335,16 @@ def test_unsupported_fields_that_would_change_the_text_are_refused_by_name(
     assert (error["param"], error["type"]) == (param, "invalid_request_error")
     assert param in error["message"] or answer.status_code == 404
     assert set(error) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize("prompt", [{}, 5, [True], [-1], [5.0], ["a", [5]], [[5], "a"]], ids=str)
+def test_a_prompt_of_another_type_is_refused_with_all_types_that_it_can_have(
+    llama: Running, prompt: object
+) -> None:
+    answer = llama.http().post("/v1/completions", json={"model": BASE, "prompt": prompt})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, "prompt")
+    assert error["message"].startswith("prompt: give a text, token ids")
 
 
 def test_a_field_that_is_null_or_has_no_effect_is_accepted(llama: Running) -> None:

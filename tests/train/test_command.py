@@ -53,6 +53,7 @@ def test_a_classifier_is_trained_from_class_folders(
     [
         (("--data", "nowhere.jsonl"), "nowhere.jsonl does not exist"),
         (("--model", "./nowhere"), "nowhere does not exist: give a Hugging Face model directory"),
+        (("--model", __file__), "test_command.py is not a directory: give a Hugging Face model"),
         (("--rank", "0"), "rank is 0"),
         (("--target-modules", "nothing"), "its linear layers end in: down_proj"),
         (("--config", "nowhere.yaml"), "nowhere.yaml does not exist"),

@@ -181,7 +181,9 @@ void print(const char* how, const std::string& name, const Tokens& tokens) {
 
 int main(int count, char** words) try {
   const fs::path bundle = count == 4 ? words[1] : "";
-  if (count != 4 || !fs::exists(bundle / "required.safetensors")) {
+  const std::regex number("[0-9]{1,9}"), numbers("[0-9]{1,9}(,[0-9]{1,9})*");
+  if (count != 4 || !fs::exists(bundle / "required.safetensors") ||
+      !std::regex_match(words[2], number) || !std::regex_match(words[3], numbers)) {
     std::cerr << "give a bundle of `loradeploy export --required-inputs`, a number of tokens,"
                  " and tokens as 5,6,7\n";
     return 2;

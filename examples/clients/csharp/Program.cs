@@ -11,6 +11,7 @@ using System.IO;
 using System.Linq;
 using System.Runtime.InteropServices;
 using System.Text.Json;
+using System.Text.RegularExpressions;
 using Microsoft.ML.OnnxRuntime;
 using Microsoft.ML.OnnxRuntime.Tensors;
 
@@ -150,7 +151,8 @@ static class Program
 
     static int Main(string[] words)
     {
-        if (words.Length != 3 || !File.Exists(Path.Combine(words[0], "required.safetensors")))
+        if (words.Length != 3 || !File.Exists(Path.Combine(words[0], "required.safetensors"))
+            || !Regex.IsMatch(words[1], "^[0-9]{1,9}$") || !Regex.IsMatch(words[2], "^[0-9]{1,9}(,[0-9]{1,9})*$"))
         {
             Console.Error.WriteLine("give a bundle of `loradeploy export --required-inputs`, a number of"
                 + " tokens, and tokens as 5,6,7");

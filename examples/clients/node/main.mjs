@@ -9,7 +9,7 @@ import { basename, join } from "node:path";
 import * as ort from "onnxruntime-node";
 
 const [bundle, tokens] = process.argv.slice(2);
-if (!tokens || !existsSync(join(bundle, "required.onnx"))) {
+if (!/^\d+(,\d+)*$/.test(tokens ?? "") || !existsSync(join(bundle, "required.onnx"))) {
   console.error("give a bundle of `loradeploy export --required-inputs`, and tokens as 5,6,7");
   process.exit(2);
 }

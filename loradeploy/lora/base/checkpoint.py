@@ -52,7 +52,8 @@ def find_checkpoint(model: str | os.PathLike[str], *, quantized: Collection[str]
     if path.exists() and not any(path.glob("*.safetensors")) and (advice := gguf_advice(path)):
         raise ModelError(advice)
     if not path.is_dir():
-        raise ModelError(f"{path} does not exist: give a Hugging Face model directory or id")
+        problem = "is not a directory" if path.exists() else "does not exist"
+        raise ModelError(f"{path} {problem}: give a Hugging Face model directory or id")
     check_directory(path, error=ModelError)
     if (inner := checkpoint_directory(path)) != path:
         path = inner

@@ -261,6 +261,8 @@ def _options(service: Service, body: TextRequest, logprobs: int | None) -> dict[
     for token, added in (body.logit_bias or {}).items():
         if not (token.isascii() and token.isdigit() and len(token) < 10):
             raise refused("logit_bias", "give token ids")
+        if int(token) in bias:  # "7" and "07"
+            raise refused("logit_bias", f"two values of the token {int(token)}")
         bias[int(token)] = added
     return {
         "max_new_tokens": next(iter(given.values()), most),

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_serializer,
+)
+from pydantic_core import PydanticCustomError
 
 from loradeploy.serve.schemas.common import Answer, ModelRequest, RequestBody
 
@@ -13,6 +21,15 @@ _Token = Annotated[int, Field(ge=0)]
 STOP_LENGTH: Final = 256
 _Stop = Annotated[str, Field(min_length=1, max_length=STOP_LENGTH)]
 _Bias = Annotated[float, Field(ge=-1000, le=1000)]
+
+
+def _prompt(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+    """Refuse a prompt of no accepted type with one message for all types; pydantic's is of one."""
+    try:
+        return handler(value)
+    except ValidationError:
+        message = "give a text, token ids (integers from 0), or a list of either"
+        raise PydanticCustomError("prompt", message) from None
 
 
 class StreamOptions(RequestBody):
@@ -81,9 +98,9 @@ class TextRequest(ModelRequest):
 class CompletionRequest(TextRequest):
     """A request to continue prompts."""
 
-    prompt: str | list[str] | list[_Token] | list[list[_Token]] = Field(
-        description="A text, token ids, or a list of either."
-    )
+    prompt: Annotated[
+        str | list[str] | list[_Token] | list[list[_Token]], WrapValidator(_prompt)
+    ] = Field(description="A text, token ids, or a list of either.")
     logprobs: int | None = Field(
         default=None, ge=0, le=20, description="Return this many most likely tokens per position."
     )
