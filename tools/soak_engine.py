@@ -147,113 +147,132 @@ def answer_alone(generator: TextGenerator, request: Request) -> list[LoneAnswer]
     ]
 
 
+class _Clients:
+    """Threads that submit requests to an engine until `seconds` have passed, and count outcomes."""
+
+    def __init__(
+        self, requests: Sequence[Request], alone: Sequence[list[LoneAnswer]], seconds: float
+    ) -> None:
+        self.report = SoakReport()
+        self.idle = threading.Event()  # set when the engine has no work left
+        self._requests, self._alone = requests, alone
+        self._end = time.monotonic() + seconds
+        self._left: list[tuple[int, Submission]] = []  # requests that had not ended by then
+        self._lock = threading.Lock()
+
+    def over(self) -> bool:
+        """Whether the time is over, and enough requests were submitted."""
+        return time.monotonic() >= self._end and self.report.asked >= _LEAST
+
+    def submit(self, engine: Engine, seed: int) -> None:
+        """Submit random requests one after another, and read or cancel them."""
+        own = random.Random(seed)
+        while not self.over():
+            number = own.randrange(len(self._requests))
+            prompt, adapter, options = self._requests[number]
+            try:
+                submission = engine.submit(prompt, adapter, scope=str(seed % 3), **options)
+            except EngineFullError as problem:
+                with self._lock:
+                    self.report.asked += 1
+                    self.report.refused += 1
+                time.sleep(min(problem.retry_after, 0.2))
+                continue
+            except EngineClosedError:
+                if not engine.alive:  # it ended because of a defect
+                    raise
+                return
+            with self._lock:
+                self.report.asked += 1
+            if own.random() < 0.1:
+                time.sleep(own.random() * 0.02)
+                submission.cancel()
+            while not (submission.done or self.idle.is_set()):
+                with contextlib.suppress(Exception):  # `_account` handles its error
+                    submission.result(0.1)
+            if submission.done:
+                self._account(number, submission)
+            else:
+                self._left.append((number, submission))
+
+    def account_for_rest(self) -> None:
+        """Count the requests that had not ended when the engine was idle."""
+        for number, submission in self._left:
+            if submission.done:  # it ended meanwhile
+                self._account(number, submission)
+            else:
+                self.report.lost += 1
+
+    def _account(self, number: int, submission: Submission) -> None:
+        try:
+            done = submission.result()
+        except EngineFullError:  # it was displaced by a request of a scope with fewer requests
+            with self._lock:
+                self.report.refused += 1
+            return
+        ids = [one.token_ids for one in done.generations]
+        ended = [one.finish_reason != "cancelled" for one in done.generations]
+        different = [
+            (a, b)
+            for a, b, whole in zip(ids, self._alone[number], ended, strict=True)
+            if b.differs(a, whole=whole)
+        ]
+        wrong = any(not b.tied(a) for a, b in different)
+        with self._lock:
+            self.report.tokens += done.usage.completion_tokens
+            self.report.answered += all(ended)
+            self.report.cancelled += not all(ended)
+            self.report.wrong += wrong
+            self.report.ties += bool(different) and not wrong
+
+
 def soak(
     bundle: Path, adapters: Mapping[str, Path], *, seconds: float, max_rows: int = 8
 ) -> SoakReport:
     """Run an engine on `bundle` under load for `seconds`, longer if it got too few requests."""
-    report, lock = SoakReport(), threading.Lock()
     size = sum(path.stat().st_size for path in bundle.rglob("*.onnx*"))
     with AdapterSession(bundle, host_budget=max(size // 2, 1 << 20)) as session:
         for name, path in adapters.items():
             session.register(name, path)
         chance = random.Random(0)
-        kinds = [
-            (
-                " ".join(chance.choices(WORDS.split(), k=chance.randint(1, 12))),
-                chance.choice([None, *adapters]),
-                {**chance.choice(SETTINGS), "max_new_tokens": chance.randint(1, 16)},
-            )
-            for _ in range(_KINDS)
-        ]
+        requests = [_request(chance, [None, *adapters]) for _ in range(_KINDS)]
         generator = TextGenerator(session)
-        lone = [answer_alone(generator, kind) for kind in kinds]
-        end = time.monotonic() + seconds
-
-        def over() -> bool:
-            return time.monotonic() >= end and report.asked >= _LEAST
-
-        idle = threading.Event()  # set when the engine has no work left
-        left: list[tuple[int, Submission]] = []  # requests that had not ended by then
-
-        def ask(engine: Engine, seed: int) -> None:
-            own = random.Random(seed)
-            while not over():
-                number = own.randrange(_KINDS)
-                prompt, adapter, options = kinds[number]
-                try:
-                    submission = engine.submit(prompt, adapter, scope=str(seed % 3), **options)
-                except EngineFullError as problem:
-                    with lock:
-                        report.asked += 1
-                        report.refused += 1
-                    time.sleep(min(problem.retry_after, 0.2))
-                    continue
-                except EngineClosedError:
-                    if not engine.alive:  # it ended because of a defect
-                        raise
-                    return
-                with lock:
-                    report.asked += 1
-                if own.random() < 0.1:
-                    time.sleep(own.random() * 0.02)
-                    submission.cancel()
-                while not (submission.done or idle.is_set()):
-                    with contextlib.suppress(Exception):  # `account` handles its error
-                        submission.result(0.1)
-                if submission.done:
-                    account(number, submission)
-                else:
-                    left.append((number, submission))
-
-        def account(number: int, submission: Submission) -> None:
-            try:
-                done = submission.result()
-            except EngineFullError:  # it was displaced by a request of a scope with fewer requests
-                with lock:
-                    report.refused += 1
-                return
-            ids = [one.token_ids for one in done.generations]
-            ended = [one.finish_reason != "cancelled" for one in done.generations]
-            with lock:
-                report.tokens += done.usage.completion_tokens
-                report.answered += all(ended)
-                report.cancelled += not all(ended)
-                different = [
-                    (a, b)
-                    for a, b, whole in zip(ids, lone[number], ended, strict=True)
-                    if b.differs(a, whole=whole)
-                ]
-                wrong = any(not b.tied(a) for a, b in different)
-                report.wrong += wrong
-                report.ties += bool(different) and not wrong
-
+        alone = [answer_alone(generator, request) for request in requests]
+        clients = _Clients(requests, alone, seconds)
         with Engine(
             session, max_rows=max_rows, max_waiting=2 * max_rows, prefill_chunk=8
         ) as engine:
-            askers = [
-                threading.Thread(target=ask, args=(engine, seed)) for seed in range(4 * max_rows)
+            threads = [
+                threading.Thread(target=clients.submit, args=(engine, seed))
+                for seed in range(4 * max_rows)
             ]
-            for asker in askers:
-                asker.start()
+            for thread in threads:
+                thread.start()
             began = time.monotonic()
             names = sorted(adapters)
-            while not over():
-                report.rss.append(_rss())
+            while not clients.over():
+                clients.report.rss.append(_rss())
                 if names:  # reload the same adapter: running requests must not be affected
                     name = chance.choice(names)
                     session.load(name, adapters[name], replace=True)
                 time.sleep(max(0.1, min(1.0, seconds / 100)))
             engine.drain()
-            report.seconds = time.monotonic() - began
-        idle.set()  # its threads have ended
-        for asker in askers:
-            asker.join()
-        for number, submission in left:
-            if submission.done:  # it ended meanwhile
-                account(number, submission)
-            else:
-                report.lost += 1
-    return report
+            clients.report.seconds = time.monotonic() - began
+        clients.idle.set()  # the engine's threads have ended
+        for thread in threads:
+            thread.join()
+        clients.account_for_rest()
+    return clients.report
+
+
+def _request(chance: random.Random, adapters: Sequence[str | None]) -> Request:
+    words = chance.choices(WORDS.split(), k=chance.randint(1, 12))
+    adapter = chance.choice(adapters)
+    return (
+        " ".join(words),
+        adapter,
+        {**chance.choice(SETTINGS), "max_new_tokens": chance.randint(1, 16)},
+    )
 
 
 def _rss() -> float:
