@@ -9,7 +9,6 @@ from __future__ import annotations
 import bisect
 import hashlib
 import heapq
-import itertools
 import math
 import random
 from collections import OrderedDict, deque
@@ -222,70 +221,72 @@ ROUTINGS: Final[Mapping[str, Callable[[Load, Cluster, Figures], Route]]] = {
 # -- the simulation ----------------------------------------------------------------------------
 
 
-def simulate(load: Load, cluster: Cluster, figures: Figures) -> Outcome:
-    """Simulate the requests of `load`. The same arguments give the same outcome."""
-    chance = random.Random(load.seed)
-    nodes = [_Node(number) for number in range(cluster.nodes)]
-    route = ROUTINGS[cluster.routing](load, cluster, figures)
-    numbers = itertools.count()
-    popularity = load.popularity
-    found = Outcome(0.0, 0, [], [], [], 0, 0, 0.0)
+class _Simulation:
+    """The nodes of a cluster, the requests that have not arrived yet, and the outcome so far."""
 
-    def request(at: float) -> _Request:
-        (adapter,) = chance.choices(range(load.adapters), popularity)
+    def __init__(self, load: Load, cluster: Cluster, figures: Figures) -> None:
+        self.load, self.cluster, self.figures = load, cluster, figures
+        self.outcome = Outcome(0.0, 0, [], [], [], 0, 0, 0.0)
+        self.nodes = [_Node(number) for number in range(cluster.nodes)]
+        self.arrivals: list[tuple[float, int, _Request]] = []
+        self.asked = 0  # requests made so far
+        self._chance = random.Random(load.seed)
+        self._popularity = load.popularity
+        if load.rate:
+            at = 0.0
+            for _ in range(load.requests):
+                at += self._chance.expovariate(load.rate)
+                self.arrive(at)
+        else:
+            for _ in range(min(load.clients, load.requests)):
+                self.arrive(0.0)
+
+    def arrive(self, at: float) -> None:
+        """Make a request that arrives at `at`."""
+        load = self.load
+        (adapter,) = self._chance.choices(range(load.adapters), self._popularity)
         output = load.output
         if load.spread:
-            output = max(1, round(load.output * chance.uniform(0.5, 1.5)))
-        return _Request(next(numbers), adapter, load.prompt, output, at, left=output)
+            output = max(1, round(load.output * self._chance.uniform(0.5, 1.5)))
+        made = _Request(self.asked, adapter, load.prompt, output, at, left=output)
+        heapq.heappush(self.arrivals, (at, made.number, made))
+        self.asked += 1
 
-    arrivals: list[tuple[float, int, _Request]] = []
-
-    def arrive(at: float) -> None:
-        made = request(at)
-        heapq.heappush(arrivals, (at, made.number, made))
-
-    if load.rate:
-        at = 0.0
-        for _ in range(load.requests):
-            at += chance.expovariate(load.rate)
-            arrive(at)
-    else:
-        for _ in range(min(load.clients, load.requests)):
-            arrive(0.0)
-    asked = len(arrivals)
-
-    def take(node: _Node, one: _Request) -> None:
-        size = load.rank(one.adapter) * figures.rank_bytes
+    def take(self, node: _Node, one: _Request) -> None:
+        """Let a request wait in `node`, which loads its adapter if it has not."""
+        figures = self.figures
+        size = self.load.rank(one.adapter) * figures.rank_bytes
         if one.adapter in node.resident:
-            found.hits += 1
+            self.outcome.hits += 1
             one.ready = max(one.arrived, node.ready[one.adapter])  # it may still be loading
         else:
-            found.loads += 1
+            self.outcome.loads += 1
             one.ready = one.arrived + figures.load[0] + figures.load[1] * size
             node.ready[one.adapter] = one.ready
             node.resident[one.adapter] = size
             node.held += size
         node.resident.move_to_end(one.adapter)
-        while node.held > cluster.memory and len(node.resident) > 1:
+        while node.held > self.cluster.memory and len(node.resident) > 1:
             node.held -= node.resident.popitem(last=False)[1]
         if not node.queued:
             node.time = max(node.time, one.arrived)
         node.waiting.append(one)
 
-    def step(node: _Node) -> list[_Request]:
+    def step(self, node: _Node) -> list[_Request]:
         """Let waiting requests join, and generate a token for each row; return ended requests."""
+        figures = self.figures
         begin = node.time
         ready = [one for one in node.waiting if one.ready <= node.time]
         if not node.running and not ready:
             node.time = min(one.ready for one in node.waiting)
             return []
-        for one in ready[: cluster.rows - len(node.running)]:
+        for one in ready[: self.cluster.rows - len(node.running)]:
             node.waiting.remove(one)
             node.running.append(one)
             node.time += figures.prefill[0] + figures.prefill[1] * one.prompt
             one.begun = node.time
             one.left -= 1  # prefill generates the first token
-            found.first.append(node.time - one.arrived + figures.request)
+            self.outcome.first.append(node.time - one.arrived + figures.request)
         if any(one.left for one in node.running):
             rows = [one for one in node.running if one.left]
             adapters = len({one.adapter for one in rows})
@@ -297,23 +298,34 @@ def simulate(load: Load, cluster: Cluster, figures: Figures) -> Outcome:
         node.busy += node.time - begin
         return ended
 
+    def end(self, node: _Node, one: _Request) -> None:
+        """Account for a request that has ended; its client makes the next one."""
+        outcome, request_time = self.outcome, self.figures.request
+        outcome.tokens += one.output
+        outcome.seconds = max(outcome.seconds, node.time)
+        outcome.whole.append(node.time - one.arrived + request_time)
+        if one.output > 1:
+            outcome.between.append((node.time - one.begun) / (one.output - 1))
+        if not self.load.rate and self.asked < self.load.requests:
+            self.arrive(node.time + request_time)
+
+
+def simulate(load: Load, cluster: Cluster, figures: Figures) -> Outcome:
+    """Simulate the requests of `load`. The same arguments give the same outcome."""
+    simulation = _Simulation(load, cluster, figures)
+    nodes, arrivals = simulation.nodes, simulation.arrivals
+    route = ROUTINGS[cluster.routing](load, cluster, figures)
     while arrivals or any(node.queued for node in nodes):
         active = [node for node in nodes if node.queued]
         node = min(active, key=lambda one: one.time, default=None)
         if arrivals and (node is None or arrivals[0][0] <= node.time):
             _, _, one = heapq.heappop(arrivals)
             warm = cluster.nodes if one.arrived >= figures.start else cluster.nodes - cluster.cold
-            take(route(one, nodes[:warm]), one)
+            simulation.take(route(one, nodes[:warm]), one)
             continue
         assert node is not None
-        for one in step(node):
-            found.tokens += one.output
-            found.seconds = max(found.seconds, node.time)
-            found.whole.append(node.time - one.arrived + figures.request)
-            if one.output > 1:
-                found.between.append((node.time - one.begun) / (one.output - 1))
-            if not load.rate and asked < load.requests:
-                asked += 1
-                arrive(node.time + figures.request)
-    found.busy = sum(node.busy for node in nodes) / (cluster.nodes * found.seconds)
-    return found
+        for one in simulation.step(node):
+            simulation.end(node, one)
+    outcome = simulation.outcome
+    outcome.busy = sum(node.busy for node in nodes) / (cluster.nodes * outcome.seconds)
+    return outcome
