@@ -213,3 +213,13 @@ def only_user(value: ir.Value) -> ir.Node | None:
     """The only user of `value`; None if it has several or is a graph output."""
     uses = list(value.uses())
     return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
+
+
+def name_of(node: ir.Node) -> str:
+    """The name of `node`, or of its first output: other exporters leave nodes unnamed."""
+    return str(node.name or node.outputs[0].name)
+
+
+def attributes_of(node: ir.Node) -> dict[str, Any]:
+    """The values of the node's attributes, by name."""
+    return {name: attribute.value for name, attribute in node.attributes.items()}

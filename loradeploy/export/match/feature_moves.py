@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from loradeploy.export.graph.edit import constant_of, input_at, source_of
+from loradeploy.export.graph.edit import attributes_of, constant_of, input_at, source_of
 from loradeploy.export.graph.moves import MOVED
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def permutation_of(node: ir.Node) -> NDArray[np.int64] | None:
 def _plain(node: ir.Node, x: NDArray[np.int64], arrays: Arrays) -> list[NDArray[np.int64]]:
     rest = range(1, len(node.inputs))
     inputs = [None if node.inputs[n] is None else _constant(node, n) for n in rest]
-    return MOVED[node.op_type](x, inputs, _attributes(node), len(node.outputs))
+    return MOVED[node.op_type](x, inputs, attributes_of(node), len(node.outputs))
 
 
 def _gather_nd(node: ir.Node, x: NDArray[np.int64], arrays: Arrays) -> list[NDArray[np.int64]]:
@@ -82,7 +82,7 @@ def _concat(node: ir.Node, x: NDArray[np.int64], arrays: Arrays) -> list[NDArray
     if any(value not in arrays for value in node.inputs):
         raise UnknownMoveError
     others = [arrays[value] for value in node.inputs[1:] if value is not None]
-    return MOVED[node.op_type](x, others, _attributes(node), len(node.outputs))
+    return MOVED[node.op_type](x, others, attributes_of(node), len(node.outputs))
 
 
 def _flatten(node: ir.Node, x: NDArray[np.int64], arrays: Arrays) -> list[NDArray[np.int64]]:
@@ -176,10 +176,6 @@ def _constant(node: ir.Node, index: int) -> NDArray[Any]:
 
 def _is_constant(value: ir.Value) -> bool:
     return value.is_initializer() and not value.is_graph_input() and value.const_value is not None
-
-
-def _attributes(node: ir.Node) -> dict[str, Any]:
-    return {name: attribute.value for name, attribute in node.attributes.items()}
 
 
 def _integer(node: ir.Node, name: str, default: int) -> int:

@@ -20,7 +20,14 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from loradeploy.bundle.graph_form import BFLOAT16, DEFAULT_PRECISION
-from loradeploy.export.graph.edit import constant_of, input_at, integer_of, number_of, only_user
+from loradeploy.export.graph.edit import (
+    constant_of,
+    input_at,
+    integer_of,
+    name_of,
+    number_of,
+    only_user,
+)
 from loradeploy.export.match.integer_scales import scaling_of
 from loradeploy.export.match.operators import MICROSOFT, check_operators
 from loradeploy.export.match.quantized import (
@@ -260,7 +267,7 @@ def users_of(weight: ir.Value) -> Iterator[ir.Node]:
 def describe(product: Product) -> str:
     """The product's name in messages."""
     node = product.node
-    return f"{node.name or node.outputs[0].name} [{product.in_features} → {product.out_features}]"
+    return f"{name_of(node)} [{product.in_features} → {product.out_features}]"
 
 
 def _plain(node: ir.Node) -> Product | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from loradeploy.errors import ExportError
-from loradeploy.export.graph.edit import constant_of, input_at
+from loradeploy.export.graph.edit import constant_of, input_at, name_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -134,7 +134,7 @@ def _check_groups(
     ):
         return
     raise ExportError(
-        f"{node.name or node.outputs[0].name}: {MATMUL_NBITS} has a g_idx that cannot be"
+        f"{name_of(node)}: {MATMUL_NBITS} has a g_idx that cannot be"
         f" followed: it is for 4 bits and names one of {blocks} blocks for each of {inputs} inputs"
     )
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from loradeploy.errors import ExportError
-from loradeploy.export.graph.edit import add_constant, constant_of, free_name, only_user
+from loradeploy.export.graph.edit import add_constant, constant_of, free_name, name_of, only_user
 from loradeploy.export.match.linears import Linear
 from loradeploy.export.match.operators import MICROSOFT
 from loradeploy.export.match.products import (
@@ -198,7 +198,7 @@ def _separate(graph: ir.Graph, node: ir.Node, at: int) -> None:
             np.ascontiguousarray(numbers[begin : begin + size]),
         )
         begin += size
-        add = ir.node("Add", [x, own], name=f"{node.name or node.outputs[0].name}/bias.{index}")
+        add = ir.node("Add", [x, own], name=f"{name_of(node)}/bias.{index}")
         out = add.outputs[0]
         out.name, out.type, out.shape = add.name, x.type, x.shape
         graph.insert_before(node, add)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from loradeploy.bundle.names import (
     ATTENTION_OPERATOR,
@@ -18,6 +18,7 @@ from loradeploy.bundle.names import (
     MAT_MUL_N_BITS_OPERATOR,
     OPERATOR_DOMAIN,
 )
+from loradeploy.export.graph.edit import attributes_of
 from loradeploy.export.graph.file import opset_of
 from loradeploy.export.match.operators import MICROSOFT
 
@@ -53,7 +54,7 @@ def _is_packed(node: ir.Node) -> bool:
     """Whether a MatMulNBits multiplies by constant weights of known bits and blocks."""
     import onnx_ir as ir
 
-    given = _values(node)
+    given = attributes_of(node)
     A, _, scales, *zeros = node.inputs
     return (
         given.get("bits", _BITS[0]) in _BITS
@@ -88,7 +89,7 @@ def _has_cache(node: ir.Node) -> bool:
 
 def _scales_up(node: ir.Node) -> bool:
     """Whether an attention has no negative factors."""
-    given = _values(node)
+    given = attributes_of(node)
     return all(given.get(name, 0) >= 0 for name in ("scale", "softcap"))
 
 
@@ -149,7 +150,7 @@ def _fits(node: ir.Node, row: StandardNode) -> bool:
     """Whether the kernel of `row` computes the node."""
     if node.op_type != row.name or node.domain not in (row.domain, row.domain or "ai.onnx"):
         return False
-    given = _values(node)
+    given = attributes_of(node)
     known = all(
         name in row.attributes or (name in row.fixed and value == row.fixed[name])
         for name, value in given.items()
@@ -158,11 +159,6 @@ def _fits(node: ir.Node, row: StandardNode) -> bool:
     inputs = len(node.inputs) in row.inputs and all(value is not None for value in node.inputs)
     outputs = len(node.outputs) == row.outputs and all(value.name for value in node.outputs)
     return known and required and inputs and outputs and row.computes(node)
-
-
-def _values(node: ir.Node) -> dict[str, Any]:
-    """The attributes of the node."""
-    return {name: attribute.value for name, attribute in node.attributes.items()}
 
 
 def _are_float(*values: ir.Value | None) -> bool:

@@ -15,7 +15,13 @@ import numpy as np
 
 from loradeploy.bundle.manifest import Manifest
 from loradeploy.errors import ExportError, MissingDependencyError
-from loradeploy.export.graph.edit import add_constant, constant_of, free_name, remove_unused
+from loradeploy.export.graph.edit import (
+    add_constant,
+    constant_of,
+    free_name,
+    name_of,
+    remove_unused,
+)
 from loradeploy.export.match.linears import Linear, find_linears, output_head
 from loradeploy.export.match.operators import MICROSOFT, check_operators
 from loradeploy.export.match.quantized import unpack, unpacked
@@ -96,7 +102,7 @@ def requantize_product(product: ir.Node, graph: ir.Graph, weight: NDArray[np.flo
     Raises:
         ExportError: the node has an unknown input or attribute.
     """
-    check_operators(str(product.name or product.outputs[0].name), [product])
+    check_operators(name_of(product), [product])
     bits = product.attributes["bits"].as_int() if "bits" in product.attributes else 4
     block = product.attributes["block_size"].as_int()
     scales = product.inputs[2]

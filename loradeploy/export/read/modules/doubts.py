@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from loradeploy.errors import ExportError
-from loradeploy.export.graph.edit import constant_of
+from loradeploy.export.graph.edit import constant_of, name_of
 from loradeploy.export.match.feature_order import reordering_node
 from loradeploy.export.match.linears import Findings, Linear
 from loradeploy.export.match.operators import is_unreached
@@ -77,7 +77,7 @@ def reordered(linear: Linear) -> Doubt | None:
     node = reordering_node(linear)
     if node is None:
         return None
-    where = _name_of(node)
+    where = name_of(node)
     return Doubt(
         f"{where} ({node.op_type}) puts its features into another order, so that"
         " the rows of its weight are likely in another order too, unless the model itself"
@@ -109,7 +109,7 @@ def called_elsewhere(graph: ir.Graph, findings: Findings) -> Callable[[Linear], 
         other = others.get(linear.weight)
         if other is None:
             return None
-        where = _name_of(other)
+        where = name_of(other)
         return Doubt(
             f"{where} has the same weight, and no name says whether it is another call of this"
             " module: identify it in `module_map`",
@@ -141,10 +141,6 @@ def called_with_other_weight(
         )
 
     return doubt
-
-
-def _name_of(node: ir.Node) -> str | None:
-    return node.name or node.outputs[0].name
 
 
 def _unknown_users(graph: ir.Graph, findings: Findings) -> dict[ir.Value, ir.Node]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
 from loradeploy.errors import ExportError
+from loradeploy.export.graph.edit import name_of
 from loradeploy.export.match.linears import Findings
 from loradeploy.export.match.modules.naming import module_of
 from loradeploy.export.read.subgraphs import enclosed_products
@@ -46,6 +47,6 @@ def _enclosed(module: str, outer: ir.Node, count: int) -> ExportError:
     why = "whose condition the graph computes, " if outer.op_type == "If" else ""
     return ExportError(
         f"{module} is not only in the main graph: {count} products are inside {kind}"
-        f" ({outer.name or outer.outputs[0].name}), {why}where adapters cannot be applied:"
+        f" ({name_of(outer)}), {why}where adapters cannot be applied:"
         " export the model without it"
     )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from loradeploy.export.graph.edit import add_constant, constant_of, free_name, input_at
+from loradeploy.export.graph.edit import add_constant, constant_of, free_name, input_at, name_of
 from loradeploy.export.match.operators import MICROSOFT
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def _computed(
     """The output of a new node before the attention `node`, with the type of its output."""
     import onnx_ir as ir
 
-    new = ir.node(op, [x, constant], name=f"{node.name or node.outputs[0].name}/{constant.name}")
+    new = ir.node(op, [x, constant], name=f"{name_of(node)}/{constant.name}")
     new.outputs[0].name, new.outputs[0].type = f"{new.name}/{op}", node.outputs[0].type
     graph.insert_before(node, new)
     return new.outputs[0]

@@ -20,6 +20,7 @@ from loradeploy.export.graph.edit import (
     add_constant,
     constant_of,
     free_name,
+    name_of,
     replace_uses,
     source_of,
 )
@@ -84,7 +85,7 @@ def features_last(graph: ir.Graph, is_matrix: IsMatrix) -> None:
         found = module_of(node)
         if not is_matrix(None if found is None else found[0], *matrix.shape):
             continue
-        check_operators(_name(node), [node])
+        check_operators(name_of(node), [node])
         # The axis of features goes to the end, and back.
         axes = list(range(rank))
         order = [*axes[:-2], rank - 1, rank - 2] if at == 0 else [0, *axes[2:], 1]
@@ -103,7 +104,7 @@ def _to_product(
     import onnx_ir as ir
 
     bias = node.inputs[2] if len(node.inputs) > 2 else None
-    first = _transpose(f"{_name(node)}/features_last", x, order)
+    first = _transpose(f"{name_of(node)}/features_last", x, order)
     graph.insert_before(node, first)
     turned = np.ascontiguousarray(matrix.T)
     constant = add_constant(graph, free_name(graph, f"{weight.name}.matrix"), turned)
@@ -116,12 +117,12 @@ def _to_product(
     made = y
     behind: list[ir.Node] = []
     if bias is not None:
-        add = ir.node("Add", [y, bias], name=f"{_name(node)}/bias")
+        add = ir.node("Add", [y, bias], name=f"{name_of(node)}/bias")
         made = add.outputs[0]
         made.name = add.name
         behind.append(add)
     back = [order.index(axis) for axis in range(len(order))]
-    last = _transpose(f"{_name(node)}/features_first", made, back)
+    last = _transpose(f"{name_of(node)}/features_first", made, back)
     graph.insert_after(node, [*behind, last])
     replace_uses(y, last.outputs[0], keep=[*behind, last])
     if (whole := last.outputs[0].shape) is not None:
@@ -161,7 +162,3 @@ def _is_plain(conv: ir.Node) -> bool:
     strides = attributes["strides"].as_ints() if "strides" in attributes else ()
     pads = attributes["pads"].as_ints() if "pads" in attributes else ()
     return group == 1 and all(stride == 1 for stride in strides) and not any(pads)
-
-
-def _name(node: ir.Node) -> str:
-    return str(node.name or node.outputs[0].name)

@@ -27,6 +27,7 @@ from loradeploy.export.graph.edit import (
     constant_of,
     free_name,
     integer_of,
+    name_of,
     number_of,
     replace_uses,
 )
@@ -102,7 +103,7 @@ def _separate_activation(graph: ir.Graph, node: ir.Node) -> None:
     node.attributes.pop("activation")
     node.op_type, node.domain = "Gemm", ""
     y = node.outputs[0]
-    act = ir.node(activation, [y], name=f"{_name(node)}/{activation}")
+    act = ir.node(activation, [y], name=f"{name_of(node)}/{activation}")
     act.outputs[0].name = act.name
     graph.insert_after(node, act)
     replace_uses(y, act.outputs[0], keep=[act])
@@ -125,7 +126,7 @@ def _to_standard_gemm(graph: ir.Graph, node: ir.Node) -> None:
         return
     if transposed and (x is None or x.shape is None):
         return
-    check_operators(_name(node), [node])
+    check_operators(name_of(node), [node])
     if weight is not None:
         _scale_weight(graph, node, weight, alpha)
         node.metadata_props[SCALE] = str(alpha)
@@ -145,7 +146,7 @@ def _to_standard_matmul(graph: ir.Graph, node: ir.Node) -> None:
     transposed = integer_of(node, "transA")
     if transposed and (x is None or x.shape is None or len(x.shape) < 2):
         return
-    check_operators(_name(node), [node])
+    check_operators(name_of(node), [node])
     if integer_of(node, "transB"):
         node.replace_input_with(1, _separate_weight(graph, node, np.ascontiguousarray(weight.T)))
     if alpha != 1:
@@ -167,9 +168,9 @@ def _scale_output(graph: ir.Graph, node: ir.Node, factor: float, kind: np.dtype[
     import onnx_ir as ir
 
     y = node.outputs[0]
-    constant = free_name(graph, f"{_name(node)}.alpha")
+    constant = free_name(graph, f"{name_of(node)}.alpha")
     scale = add_constant(graph, constant, np.array(factor, kind))
-    mul = ir.node("Mul", [y, scale], name=f"{_name(node)}/scaled")
+    mul = ir.node("Mul", [y, scale], name=f"{name_of(node)}/scaled")
     mul.outputs[0].name = mul.name
     graph.insert_after(node, mul)
     replace_uses(y, mul.outputs[0], keep=[mul])
@@ -193,7 +194,7 @@ def _transpose_input(graph: ir.Graph, node: ir.Node) -> None:
     order = list(range(len(x.shape)))
     order[-2:] = order[:-3:-1]
     transpose = ir.node(
-        "Transpose", [x], attributes={"perm": order}, name=f"{_name(node)}/transposed"
+        "Transpose", [x], attributes={"perm": order}, name=f"{name_of(node)}/transposed"
     )
     transposed = transpose.outputs[0]
     transposed.name, transposed.type = transpose.name, x.type
@@ -221,15 +222,17 @@ def _to_standard_addend(graph: ir.Graph, node: ir.Node, addend: ir.Value, beta: 
             return
     elif beta != 1:
         kind = np.float32 if addend.dtype is None else addend.dtype.numpy()
-        factor = add_constant(graph, free_name(graph, f"{_name(node)}.beta"), np.array(beta, kind))
-        scale = ir.node("Mul", [addend, factor], name=f"{_name(node)}/scaled")
+        factor = add_constant(
+            graph, free_name(graph, f"{name_of(node)}.beta"), np.array(beta, kind)
+        )
+        scale = ir.node("Mul", [addend, factor], name=f"{name_of(node)}/scaled")
         scaled_addend = scale.outputs[0]
         scaled_addend.name, scaled_addend.type = scale.name, addend.type
         scaled_addend.shape = addend.shape
         graph.insert_before(node, scale)
         addend = scaled_addend
     y = node.outputs[0]
-    add = ir.node("Add", [y, addend], name=f"{_name(node)}/added")
+    add = ir.node("Add", [y, addend], name=f"{name_of(node)}/added")
     add.outputs[0].name = add.name
     graph.insert_after(node, add)
     replace_uses(y, add.outputs[0], keep=[add])
@@ -266,7 +269,7 @@ def _weight(value: ir.Value | None) -> NDArray[Any] | None:
     if value.dtype is None or not value.dtype.is_floating_point():
         return None
     for node in reversed(steps):
-        check_operators(_name(node), [node])
+        check_operators(name_of(node), [node])
         if node.op_type == "Transpose":
             perm = node.attributes.get("perm")
             numbers = numbers.transpose(None if perm is None else perm.as_ints())
@@ -310,9 +313,5 @@ def _outputs(node: ir.Node) -> int:
         transposed ^= carrier.op_type == "Transpose"
         value = carrier.inputs[0]
     if value is None or value.const_value is None or len(value.const_value.shape) != 2:
-        raise ExportError(f"{_name(node)}: the graph does not specify the size of its outputs")
+        raise ExportError(f"{name_of(node)}: the graph does not specify the size of its outputs")
     return int(value.const_value.shape.numpy()[0 if transposed else 1])
-
-
-def _name(node: ir.Node) -> str:
-    return str(node.name or node.outputs[0].name)
