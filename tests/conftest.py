@@ -376,6 +376,14 @@ def certified_bundle(tiny_llama: Path, shared: Path, make_adapter: MakeAdapter) 
 
 
 @pytest.fixture
+def pictures(tmp_path: Path) -> list[Path]:
+    """Three images of different sizes."""
+    from tests.inputs.pictures import image_file
+
+    return [image_file(tmp_path, number) for number in range(3)]
+
+
+@pytest.fixture
 def recording(monkeypatch: pytest.MonkeyPatch) -> None:
     """Treat the CPU provider as one that can record runs and replay them (as CUDA graphs do)."""
     from loradeploy.runtime.devices import table

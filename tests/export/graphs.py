@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from loradeploy.bundle.manifest import BaseIdentity, Manifest
 from loradeploy.export.passes.side_inputs.inject import SideInputs
+from tests.tolerances import tolerance
 
 Arrays = dict[str, NDArray[Any]]
 SCOPES = "pkg.torch.onnx.name_scopes"
@@ -130,3 +131,8 @@ def manifest_of(added: SideInputs) -> Manifest:
         saved=added.saved,
         changed=added.changed,
     )
+
+
+def near(actual: NDArray[Any], expected: NDArray[Any]) -> bool:
+    """Whether two results of tiny graphs differ by rounding at most."""
+    return bool(np.abs(actual - expected).max() <= tolerance("torch-onnx-tiny"))

@@ -10,7 +10,7 @@ import pytest
 
 from loradeploy.errors import DataError, LoraDeployError, UnknownAdapterError, UsageError
 from tests.cli.calling import call
-from tests.inputs.pictures import NEW, PROMPTS, Made, image_file, prepared
+from tests.inputs.pictures import NEW, PROMPTS, Made, prepared
 
 PROMPT = PROMPTS["Gemma3"]
 TOKENS = ("--max-new-tokens", NEW)
@@ -21,73 +21,70 @@ def made(shared: Path) -> Made:
     return prepared(shared, "Gemma3")
 
 
-@pytest.fixture
-def files(tmp_path: Path) -> list[Path]:
-    return [image_file(tmp_path, number) for number in range(3)]
-
-
 def bundles(made: Made) -> tuple[object, ...]:
     return made.place / "decoder", "--vision", made.place / "tower"
 
 
 def test_a_prompt_with_images_prints_the_text_of_the_whole_model(
-    made: Made, files: list[Path]
+    made: Made, pictures: list[Path]
 ) -> None:
     decoder, *vision = bundles(made)
-    shown = ("--image", files[0], "--image", files[1])
+    shown = ("--image", pictures[0], "--image", pictures[1])
     printed = {}
     # By name, and from a directory, whose parts are loaded into both bundles.
     for adapter in (None, "all", made.place / "text"):
         named = () if adapter is None else ("--adapter", adapter)
-        expected = made.greedy(PROMPT, files[:2], None if adapter is None else Path(adapter).name)
+        expected = made.greedy(
+            PROMPT, pictures[:2], None if adapter is None else Path(adapter).name
+        )
         found = json.loads(call("run", decoder, PROMPT, *vision, *shown, *named, *TOKENS, "--json"))
         assert found["token_ids"] == expected, adapter
-        assert found["images"] == [str(file) for file in files[:2]]
+        assert found["images"] == [str(file) for file in pictures[:2]]
         plain = call("run", decoder, PROMPT, *vision, *shown, *named, *TOKENS)
         assert plain.strip() == found["text"].strip(), "a single text is streamed"
         printed[adapter] = found["token_ids"]
     assert printed[None] != printed["all"] != printed[made.place / "text"]
 
 
-def test_images_of_a_chat_come_before_its_text(made: Made, files: list[Path]) -> None:
+def test_images_of_a_chat_come_before_its_text(made: Made, pictures: list[Path]) -> None:
     decoder, *vision = bundles(made)
-    options = (*vision, "--image", files[0], *TOKENS, "--json")
+    options = (*vision, "--image", pictures[0], *TOKENS, "--json")
     (given,) = [json.loads(call("run", decoder, "w20 w21", "--chat", *options))]
     chat = [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "w20 w21"}]},
     ]
-    rows = files[0].parent / "rows.jsonl"
-    rows.write_text(json.dumps({"messages": chat, "images": [files[0].name]}))
+    rows = pictures[0].parent / "rows.jsonl"
+    rows.write_text(json.dumps({"messages": chat, "images": [pictures[0].name]}))
     found = json.loads(call("run", decoder, "--input", rows, *vision, *TOKENS, "--json"))
     text = "user\n<start_of_image>w20 w21\n"
-    assert found["token_ids"] == given["token_ids"] == made.greedy(text, files[:1], None)
+    assert found["token_ids"] == given["token_ids"] == made.greedy(text, pictures[:1], None)
 
 
-def test_each_row_has_its_own_images_adapter_and_settings(made: Made, files: list[Path]) -> None:
+def test_each_row_has_its_own_images_adapter_and_settings(made: Made, pictures: list[Path]) -> None:
     decoder, *vision = bundles(made)
     lines = [
-        {"prompt": PROMPT, "images": [files[0].name, files[1].name], "adapter": "all"},
+        {"prompt": PROMPT, "images": [pictures[0].name, pictures[1].name], "adapter": "all"},
         {"prompt": "w5 w6"},
-        {"prompt": "w7 <start_of_image>", "image": files[2].name, "max_new_tokens": 2},
+        {"prompt": "w7 <start_of_image>", "image": pictures[2].name, "max_new_tokens": 2},
     ]
-    rows = files[0].parent / "rows.jsonl"
+    rows = pictures[0].parent / "rows.jsonl"
     rows.write_text("\n".join(map(json.dumps, lines)))
     printed = call("run", decoder, "--input", rows, *vision, *TOKENS, "--json").splitlines()
     found = [json.loads(line) for line in printed]
-    assert found[0]["token_ids"] == made.greedy(PROMPT, files[:2], "all")
-    assert found[2]["token_ids"] == made.greedy("w7 <start_of_image>", files[2:], None)[:2]
+    assert found[0]["token_ids"] == made.greedy(PROMPT, pictures[:2], "all")
+    assert found[2]["token_ids"] == made.greedy("w7 <start_of_image>", pictures[2:], None)[:2]
     assert [len(line["images"]) for line in found] == [2, 0, 1]
     alone = json.loads(call("run", decoder, "w5 w6", *TOKENS, "--json"))
     assert found[1]["token_ids"] == alone["token_ids"]
 
 
-def test_scores_are_printed(made: Made, files: list[Path]) -> None:
+def test_scores_are_printed(made: Made, pictures: list[Path]) -> None:
     decoder, *vision = bundles(made)
-    shown = ("--image", files[0], "--image", files[1])
+    shown = ("--image", pictures[0], "--image", pictures[1])
     found = json.loads(call("run", decoder, PROMPT, *vision, *shown, "--score", "--json"))
-    (expected,) = made.generator().score([PROMPT], [files[:2]])
+    (expected,) = made.generator().score([PROMPT], [pictures[:2]])
     assert found["logprob"] == pytest.approx(expected.logprob, abs=1e-5)
-    assert found["images"] == [str(file) for file in files[:2]]
+    assert found["images"] == [str(file) for file in pictures[:2]]
 
 
 Arguments = Callable[[Path, Path], list[object]]  # of the bundles and the images' directory
@@ -145,9 +142,13 @@ Arguments = Callable[[Path, Path], list[object]]  # of the bundles and the image
     ],
 )
 def test_arguments_that_do_not_fit_are_named(
-    arguments: Arguments, error: type[LoraDeployError], message: str, made: Made, files: list[Path]
+    arguments: Arguments,
+    error: type[LoraDeployError],
+    message: str,
+    made: Made,
+    pictures: list[Path],
 ) -> None:
-    place = files[0].parent
+    place = pictures[0].parent
     (place / "rows.jsonl").write_text('{"prompt": "w5"}')
     with pytest.raises(error, match=message):
         call("run", *arguments(made.place, place))

@@ -18,7 +18,7 @@ from loradeploy.bundle.image.opening import EncodedImage
 from loradeploy.errors import BundleError, UsageError
 from loradeploy.serve.opening import ServiceSpec
 from tests.cli.calling import call
-from tests.inputs.pictures import NEW, Made, image_file, prepared
+from tests.inputs.pictures import NEW, Made, prepared
 from tests.serve.conftest import Running, serving
 from tests.serve.test_security import connection, until
 
@@ -34,11 +34,6 @@ def server(made: Made) -> Iterator[Running]:
     options: dict[str, Any] = {"vision": made.place / "tower", "adapters": adapters}
     with serving(made.place / "decoder", max_images=2, max_image_pixels=3000, **options) as running:
         yield running
-
-
-@pytest.fixture
-def files(tmp_path: Path) -> list[Path]:
-    return [image_file(tmp_path, number) for number in range(3)]
 
 
 def part(url: str | Path) -> dict[str, Any]:
@@ -58,10 +53,10 @@ def ask(server: Running, model: str, messages: Any, **options: Any) -> Any:
     )
 
 
-def text_of(made: Made, prompt: str, files: list[Path], adapter: str | None) -> str:
+def text_of(made: Made, prompt: str, pictures: list[Path], adapter: str | None) -> str:
     from transformers import AutoTokenizer
 
-    tokens = made.greedy(prompt, files, adapter)
+    tokens = made.greedy(prompt, pictures, adapter)
     text: str = AutoTokenizer.from_pretrained(made.place / "model").decode(
         tokens, skip_special_tokens=True
     )
@@ -69,9 +64,9 @@ def text_of(made: Made, prompt: str, files: list[Path], adapter: str | None) -> 
 
 
 def test_answers_about_images_are_those_of_the_whole_model(
-    server: Running, made: Made, files: list[Path]
+    server: Running, made: Made, pictures: list[Path]
 ) -> None:
-    messages = conversation(part(files[0]), "w20 w21", part(files[1]))
+    messages = conversation(part(pictures[0]), "w20 w21", part(pictures[1]))
     prompt = "user\n<start_of_image>w20 w21<start_of_image>\n"
     answers = {}
     for model, adapter in (
@@ -82,8 +77,8 @@ def test_answers_about_images_are_those_of_the_whole_model(
     ):
         found = ask(server, model, messages)
         answers[model] = found.choices[0].message.content
-        assert answers[model].split() == text_of(made, prompt, files[:2], adapter).split(), model
-        tokens = made.given(prompt, files[:2])["input_ids"].shape[1]
+        assert answers[model].split() == text_of(made, prompt, pictures[:2], adapter).split(), model
+        tokens = made.given(prompt, pictures[:2])["input_ids"].shape[1]
         assert found.usage.prompt_tokens == tokens
         assert found.usage.prompt_tokens_details.cached_tokens == 0
     assert answers["decoder"] != answers["all"] != answers["text"]
@@ -116,32 +111,32 @@ def test_other_urls_and_other_content_are_refused(url: str, message: str, server
 
 
 def test_limits_and_misplaced_images_are_refused(
-    server: Running, made: Made, files: list[Path], tmp_path: Path
+    server: Running, made: Made, pictures: list[Path], tmp_path: Path
 ) -> None:
     from PIL import Image
 
     with pytest.raises(openai.BadRequestError, match="3 images; this service takes 2"):
-        ask(server, "decoder", conversation(*[part(files[0])] * 3))
+        ask(server, "decoder", conversation(*[part(pictures[0])] * 3))
     large = tmp_path / "large.png"
     Image.new("RGB", (60, 60)).save(large)
     with pytest.raises(openai.BadRequestError, match="60 x 60 pixels, more than the 3,000"):
         ask(server, "decoder", conversation(part(large)))
     with pytest.raises(openai.BadRequestError, match="prompt 1 has 10 image tokens|has .* image"):
-        ask(server, "decoder", conversation(part(files[0]), "w5 <start_of_image>"))
+        ask(server, "decoder", conversation(part(pictures[0]), "w5 <start_of_image>"))
     with pytest.raises(openai.BadRequestError, match="detail of an image is 'low'"):
-        low = part(files[0])
+        low = part(pictures[0])
         low["image_url"]["detail"] = "low"
         ask(server, "decoder", conversation(low))
     with pytest.raises(openai.BadRequestError, match="blends of adapters are not supported"):
         blend = {"adapters": {"text": 0.5, "all": 0.5}}
-        ask(server, "decoder", conversation(part(files[0])), extra_body=blend)
+        ask(server, "decoder", conversation(part(pictures[0])), extra_body=blend)
     refused = pytest.raises(openai.BadRequestError, match="it has no vision tower")
     with serving(made.place / "decoder") as without, refused:
-        ask(without, "decoder", conversation(part(files[0])))
+        ask(without, "decoder", conversation(part(pictures[0])))
 
 
 def test_one_image_of_a_request_is_decoded_at_a_time(
-    server: Running, files: list[Path], monkeypatch: pytest.MonkeyPatch
+    server: Running, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded, alive = EncodedImage.decoded, list[weakref.ref[Any]]()
 
@@ -151,13 +146,13 @@ def test_one_image_of_a_request_is_decoded_at_a_time(
         return found
 
     monkeypatch.setattr(EncodedImage, "decoded", counted)
-    messages = conversation(part(files[0]), "w20 w21", part(files[1]))
+    messages = conversation(part(pictures[0]), "w20 w21", part(pictures[1]))
     assert ask(server, "all", messages).choices[0].message.content
     assert len(alive) == 2
 
 
 def test_images_of_a_client_that_disconnects_are_not_read(
-    server: Running, files: list[Path], monkeypatch: pytest.MonkeyPatch
+    server: Running, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vision: Any = server.service.vision
     read, began, released = vision._read, threading.Event(), threading.Event()
@@ -171,9 +166,9 @@ def test_images_of_a_client_that_disconnects_are_not_read(
 
     monkeypatch.setattr(vision, "_read", held)
     with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(ask, server, "decoder", conversation(part(files[0]), "w5"))
+        first = pool.submit(ask, server, "decoder", conversation(part(pictures[0]), "w5"))
         assert began.wait(60)
-        body = {"model": "decoder", "messages": conversation(part(files[0]), "w6")}
+        body = {"model": "decoder", "messages": conversation(part(pictures[0]), "w6")}
         client = connection(server, body, "/v1/chat/completions")
         until(lambda: vision.waiting == 2)
         client.close()
@@ -187,12 +182,12 @@ def test_images_of_a_client_that_disconnects_are_not_read(
 
 
 def test_a_missing_part_of_an_adapter_is_in_the_log_and_not_in_the_answer(
-    made: Made, files: list[Path], caplog: pytest.LogCaptureFixture
+    made: Made, pictures: list[Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     with serving(made.place / "decoder", vision=made.place / "tower") as running:
         vision: Any = running.service.vision
         vision.generator.tower.unload("all")
-        body = {"model": "all", "messages": conversation(part(files[0]), "w5")}
+        body = {"model": "all", "messages": conversation(part(pictures[0]), "w5")}
         answer = running.http().post("/v1/chat/completions", json=body)
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "adapter_load_failed")
     assert str(made.place) not in answer.text

@@ -25,9 +25,8 @@ from loradeploy.export.merge import merge_adapter
 from loradeploy.export.passes.gqa import group_queries
 from loradeploy.export.passes.side_inputs.inject import inject_side_inputs
 from loradeploy.export.read.products.normalize import normalize_products
-from tests.export.graphs import IN, OUT, Builder, numbers, run
+from tests.export.graphs import IN, OUT, Builder, near, numbers, run
 from tests.export.passes.test_gqa import attention
-from tests.tolerances import tolerance
 
 Array = NDArray[Any]
 ROWS = pytest.mark.parametrize("row", OPERATORS, ids=lambda row: ".".join(filter(None, row)))
@@ -121,10 +120,6 @@ def _merge(model: ir.Model, adapter: Adapter, **options: Any) -> None:
     merge_adapter(model, find_linears(model).linears, adapter, **options)
 
 
-def _near(one: Array, other: Array) -> bool:
-    return bool(np.abs(one - other).max() <= tolerance("torch-onnx-tiny"))
-
-
 # -- Gemm and FusedMatMul --------------------------------------------------------------------------
 
 SCALED = [
@@ -169,13 +164,13 @@ def test_a_gemm_that_scales_or_transposes_takes_an_adapter_like_a_plain_one(
     adapter = _adapter()
     model, x, W, C = _gemm(given, addend)
     feeds = {"x": np.ascontiguousarray(x.T) if given.get("transA") else x}
-    assert _near(run(model, feeds), x @ W.T + C)
+    assert near(run(model, feeds), x @ W.T + C)
     normalize_products(model.graph)
-    assert _near(run(model, feeds), x @ W.T + C), "the base is another"
+    assert near(run(model, feeds), x @ W.T + C), "the base is another"
     (product,) = products(model.graph)
     assert np.allclose(product.rows(list(range(OUT))), W)
     _merge(model, adapter)
-    assert _near(run(model, feeds), x @ (W + _update(adapter)).T + C)
+    assert near(run(model, feeds), x @ (W + _update(adapter)).T + C)
 
 
 @pytest.mark.parametrize("given", SCALED[:4], ids=str)
@@ -186,7 +181,7 @@ def test_side_inputs_are_not_scaled_with_the_product(given: dict[str, Any]) -> N
     inject_side_inputs(model, list(find_linears(model).linears.values()))
     pair = adapter.factors["m"]
     factors = {"m.lora_A": pair.A.T[None], "m.lora_B": 2 * pair.B.T[None]}
-    assert _near(run(model, {"x": x, **factors}), x @ (W + _update(adapter)).T + C)
+    assert near(run(model, {"x": x, **factors}), x @ (W + _update(adapter)).T + C)
 
 
 @pytest.mark.parametrize("addend", ["none", "scalar", "row", "bias"])
@@ -197,7 +192,7 @@ def test_a_trained_bias_is_not_scaled_by_the_beta_of_the_base(beta: float, adden
     adapter = _adapter(bias=numbers(OUT, seed=5))
     _merge(model, adapter)
     expected = x @ (W + _update(adapter)).T + adapter.saved["m.bias"]
-    assert _near(run(model, {"x": x}), expected)
+    assert near(run(model, {"x": x}), expected)
 
 
 @pytest.mark.parametrize("addend", ["column", "whole"])
@@ -223,16 +218,16 @@ def test_the_alpha_of_a_fused_product_scales_the_update_too(
     rows, alpha = numbers(2, BATCH, IN), given.get("alpha", 1.0)
     W = w.const_value.numpy() if turns else w.const_value.numpy().T
     feeds = {"x": np.ascontiguousarray(rows.swapaxes(1, 2)) if turned else rows}
-    assert _near(run(model, feeds), alpha * rows @ W.T)
+    assert near(run(model, feeds), alpha * rows @ W.T)
     normalize_products(model.graph)
-    assert _near(run(model, feeds), alpha * rows @ W.T), "the base is another"
+    assert near(run(model, feeds), alpha * rows @ W.T), "the base is another"
     if way == "merged":
         _merge(model, adapter)
     else:
         inject_side_inputs(model, list(find_linears(model).linears.values()))
         pair = adapter.factors["m"]
         feeds |= {"m.lora_A": pair.A.T[None], "m.lora_B": 2 * pair.B.T[None]}
-    assert _near(run(model, feeds), alpha * rows @ (W + _update(adapter)).T)
+    assert near(run(model, feeds), alpha * rows @ (W + _update(adapter)).T)
 
 
 @pytest.mark.parametrize("equation", ["bsi,io->bso", "bsi, oi -> bso", "...i,io->...o"])
@@ -243,10 +238,10 @@ def test_an_einsum_of_a_matrix_takes_an_adapter(equation: str) -> None:
     y = b.node("Einsum", [b.input("x", [2, BATCH, IN]), w], [2, BATCH, OUT], **given)
     model, rows = b.model(y), numbers(2, BATCH, IN)
     W = w.const_value.numpy() if turned else w.const_value.numpy().T
-    assert _near(run(model, {"x": rows}), rows @ W.T)
+    assert near(run(model, {"x": rows}), rows @ W.T)
     normalize_products(model.graph)
     _merge(model, adapter)
-    assert _near(run(model, {"x": rows}), rows @ (W + _update(adapter)).T)
+    assert near(run(model, {"x": rows}), rows @ (W + _update(adapter)).T)
 
 
 @pytest.mark.parametrize("equation", ["bsi,io->bos", "bsi,bo->bso"])
@@ -292,7 +287,7 @@ def test_a_fused_activation_is_applied_after_the_update(activation: str) -> None
     expected = run(fused(W + 2 * _update(adapter)), {"x": rows})
     normalize_products(model.graph)
     _merge(model, adapter)
-    assert _near(run(model, {"x": rows}), expected)
+    assert near(run(model, {"x": rows}), expected)
 
 
 def test_scaling_a_weight_for_one_product_does_not_change_another() -> None:
@@ -302,7 +297,7 @@ def test_scaling_a_weight_for_one_product_does_not_change_another() -> None:
     model = b.model(b.node("MatMul", [first, w], [BATCH, IN], module="n"))
     W, rows = w.const_value.numpy().copy(), numbers(BATCH, IN)
     normalize_products(model.graph)
-    assert _near(run(model, {"x": rows}), 0.5 * rows @ W @ W)
+    assert near(run(model, {"x": rows}), 0.5 * rows @ W @ W)
 
 
 # -- MatMulNBits -----------------------------------------------------------------------------------
@@ -375,12 +370,12 @@ def test_a_packed_weight_is_unpacked_merged_and_packed_in_the_same_form(
     x, adapter = numbers(BATCH, NBITS_IN), _adapter(NBITS_IN, NBITS_OUT)
     (product,) = products(model.graph)
     assert np.allclose(product.rows(list(range(NBITS_OUT))), W)
-    assert _near(run(model, {"x": x}), x @ W.T + bias)
+    assert near(run(model, {"x": x}), x @ W.T + bias)
     _merge(model, adapter, requantize=True)
     (node,) = model.graph
     stored = next(iter(products(model.graph))).rows(list(range(NBITS_OUT)))
     assert stored is not None
-    assert _near(run(model, {"x": x}), x @ stored.T + bias), "it does not compute what it holds"
+    assert near(run(model, {"x": x}), x @ stored.T + bias), "it does not compute what it holds"
     wanted = W + _update(adapter)
     blocks = np.pad(wanted, ((0, 0), (0, 8))).reshape(NBITS_OUT, -1, BLOCK)
     largest = np.abs(blocks).max(axis=2).repeat(BLOCK, axis=1)[:, :NBITS_IN]
@@ -406,7 +401,7 @@ def test_a_trained_bias_replaces_the_bias_of_a_packed_product() -> None:
     x, (product,) = numbers(BATCH, NBITS_IN), products(model.graph)
     stored = product.rows(list(range(NBITS_OUT)))
     assert stored is not None
-    assert _near(run(model, {"x": x}), x @ stored.T + adapter.saved["m.bias"])
+    assert near(run(model, {"x": x}), x @ stored.T + adapter.saved["m.bias"])
 
 
 @pytest.mark.parametrize(
@@ -465,7 +460,7 @@ def test_an_integer_weight_is_read_like_onnxruntime_reads_it(
     (product,) = products(model.graph)
     picks = [5, 0, 7]
     expected = run(model, {"x": np.eye(size, dtype=np.float32)}).T[picks]
-    assert _near(product.rows(picks), expected)
+    assert near(product.rows(picks), expected)
     adapter = _adapter(size, size)
     with pytest.raises(
         ExportError, match="m: the quantized weight of a MatMul.* cannot be quantized again"
@@ -516,7 +511,7 @@ def test_an_integer_product_with_float_outputs_takes_side_inputs(
     pair = adapter.factors["m"]
     factors = {"m.lora_A": pair.A.T[None], "m.lora_B": 2 * pair.B.T[None]}
     adapted = run(model, {"x": rows, **factors})
-    assert _near(adapted - base, rows @ _update(adapter).T), "x itself is not rounded"
+    assert near(adapted - base, rows @ _update(adapter).T), "x itself is not rounded"
 
 
 # -- layers that are not matrix products -----------------------------------------------------------
@@ -575,7 +570,7 @@ def test_a_convolution_keeps_its_strides_pads_and_dilations(given: dict[str, Any
     update = 2 * (pair.B[:, :, 0, 0] @ pair.A.reshape(2, -1)).reshape(OUT, 3, 2, 2)
     weight.const_value = ir.tensor(update.astype(np.float32), name="w")
     bias.const_value = ir.tensor(np.zeros(OUT, np.float32), name="c")
-    assert _near(run(merged, {"x": x}), base + run(alone, {"x": x}))
+    assert near(run(merged, {"x": x}), base + run(alone, {"x": x}))
 
 
 # -- biases ----------------------------------------------------------------------------------------
@@ -593,7 +588,7 @@ def test_a_bias_with_axes_of_one_is_replaced_in_its_own_shape(shape: tuple[int, 
     _merge(model, adapter)
     after = run(model, {"x": rows})
     assert after.shape == before
-    assert _near(after.reshape(BATCH, OUT), expected)
+    assert near(after.reshape(BATCH, OUT), expected)
 
 
 @pytest.mark.parametrize(
@@ -660,7 +655,7 @@ def test_a_fully_trained_norm_is_stored_in_the_form_of_the_base(
     _merge(model, adapter)
     x = numbers(2, IN)
     normed = x / np.sqrt((x**2).mean(axis=1, keepdims=True) + 1e-5)
-    assert _near(run(model, {"x": x}), normed * (trained + np.float32(expected)))
+    assert near(run(model, {"x": x}), normed * (trained + np.float32(expected)))
 
 
 def test_a_bundle_records_the_form_of_a_norm_found_by_a_checkpoint(tmp_path: Path) -> None:
@@ -676,7 +671,7 @@ def test_a_bundle_records_the_form_of_a_norm_found_by_a_checkpoint(tmp_path: Pat
         _merge(kept, adapter)
         x = numbers(2, IN)
         normed = x / np.sqrt((x**2).mean(axis=1, keepdims=True) + 1e-5)
-        assert _near(run(kept, {"x": x}), normed * (trained + np.float32(added)))
+        assert near(run(kept, {"x": x}), normed * (trained + np.float32(added)))
 
 
 def test_a_norm_of_unknown_form_is_refused_without_a_checkpoint() -> None:

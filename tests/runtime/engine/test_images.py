@@ -9,7 +9,7 @@ import pytest
 
 import loradeploy as ld
 from loradeploy.errors import UsageError
-from tests.inputs.pictures import NEW, PROMPTS, Made, image_file, prepared
+from tests.inputs.pictures import NEW, PROMPTS, Made, prepared
 
 
 def _requests(generator: ld.ImageTextGenerator, made: Made, files: list[Path]) -> Any:
@@ -23,12 +23,11 @@ def _requests(generator: ld.ImageTextGenerator, made: Made, files: list[Path]) -
 
 @pytest.mark.parametrize("family", ["Idefics3", "Gemma3", "Qwen2_5_VL"])
 def test_texts_of_a_mixed_batch_are_those_of_transformers(
-    family: str, shared: Path, tmp_path: Path
+    family: str, shared: Path, pictures: list[Path]
 ) -> None:
     made = prepared(shared, family)
-    files = [image_file(tmp_path, number) for number in range(3)]
     generator = made.generator()
-    prompts, images, adapters, read = _requests(generator, made, files)
+    prompts, images, adapters, read = _requests(generator, made, pictures)
     with ld.Engine(generator.decoder, prefill_chunk=4) as engine:
         submitted = [
             engine.submit(ids, name, embeds=embeds, max_new_tokens=NEW)
@@ -46,9 +45,10 @@ def test_texts_of_a_mixed_batch_are_those_of_transformers(
     assert submitted[3].cached_tokens == 0, "the keys and values of other images are not used"
 
 
-def test_rows_in_slots_continue_after_images(shared: Path, tmp_path: Path) -> None:
+def test_rows_in_slots_continue_after_images(
+    shared: Path, tmp_path: Path, pictures: list[Path]
+) -> None:
     made = prepared(shared, "Qwen2_5_VL")
-    files = [image_file(tmp_path, number) for number in range(3)]
     ld.export(
         made.place / "model",
         tmp_path / "gqa",
@@ -58,7 +58,7 @@ def test_rows_in_slots_continue_after_images(shared: Path, tmp_path: Path) -> No
     )
     decoder = ld.AdapterSession(tmp_path / "gqa")
     generator = ld.ImageTextGenerator(decoder, ld.AdapterSession(made.place / "tower"))
-    prompts, images, adapters, read = _requests(generator, made, files)
+    prompts, images, adapters, read = _requests(generator, made, pictures)
     with ld.Engine(decoder, cache_budget=1 << 24) as engine:
         submitted = [
             engine.submit(ids, name, embeds=embeds, max_new_tokens=NEW)
@@ -69,11 +69,12 @@ def test_rows_in_slots_continue_after_images(shared: Path, tmp_path: Path) -> No
         assert found[number] == made.greedy(prompts[number], images[number], adapters[number])
 
 
-def test_embeddings_that_do_not_fit_the_prompt_are_refused(shared: Path, tmp_path: Path) -> None:
+def test_embeddings_that_do_not_fit_the_prompt_are_refused(
+    shared: Path, pictures: list[Path]
+) -> None:
     made = prepared(shared, "Gemma3")
-    files = [image_file(tmp_path, number) for number in range(3)]
     generator = made.generator()
-    *_, read = _requests(generator, made, files)
+    *_, read = _requests(generator, made, pictures)
     engine = ld.Engine(generator.decoder)
     with pytest.raises(UsageError, match="the prompt has the token 117 0 times, and embeddings"):
         engine.submit([5, 6], embeds=read.embeds[0])

@@ -24,15 +24,16 @@ def made(request: pytest.FixtureRequest, shared: Path) -> Made:
     return prepared(shared, request.param)
 
 
-@pytest.fixture
-def files(tmp_path: Path) -> list[Path]:
-    return [image_file(tmp_path, number) for number in range(3)]
-
-
-def test_texts_about_image_files_are_those_of_transformers(made: Made, files: list[Path]) -> None:
+def test_texts_about_image_files_are_those_of_transformers(
+    made: Made, pictures: list[Path]
+) -> None:
     generator, prompt = made.generator(), PROMPTS[made.family]
     texts = {}
-    for case, shown in (("first", files[:2]), ("last", files[1:]), ("turned", files[1::-1])):
+    for case, shown in (
+        ("first", pictures[:2]),
+        ("last", pictures[1:]),
+        ("turned", pictures[1::-1]),
+    ):
         for adapter in (None, "all"):
             expected = made.greedy(prompt, shown, adapter)
             (found,) = generator.generate([prompt], [shown], adapter, max_new_tokens=NEW)
@@ -43,12 +44,14 @@ def test_texts_about_image_files_are_those_of_transformers(made: Made, files: li
     assert texts["first", None] != texts["first", "all"], "the adapter has an effect"
 
 
-def test_the_same_image_is_read_from_a_file_and_from_memory(made: Made, files: list[Path]) -> None:
+def test_the_same_image_is_read_from_a_file_and_from_memory(
+    made: Made, pictures: list[Path]
+) -> None:
     from PIL import Image
 
     generator, prompt = made.generator(), PROMPTS[made.family]
-    opened = [Image.open(file) for file in files[:2]]
-    forms: list[list[Any]] = [files[:2], list(map(str, files[:2])), opened]
+    opened = [Image.open(file) for file in pictures[:2]]
+    forms: list[list[Any]] = [pictures[:2], list(map(str, pictures[:2])), opened]
     forms += [[np.asarray(image.convert("RGB")) for image in opened]]
     texts = {
         generator.generate([prompt], [form], max_new_tokens=NEW)[0].token_ids for form in forms
@@ -56,11 +59,11 @@ def test_the_same_image_is_read_from_a_file_and_from_memory(made: Made, files: l
     assert len(texts) == 1
 
 
-def test_pieces_and_scores_are_those_of_whole_texts(made: Made, files: list[Path]) -> None:
+def test_pieces_and_scores_are_those_of_whole_texts(made: Made, pictures: list[Path]) -> None:
     import torch
 
     generator, prompt = made.generator(), PROMPTS[made.family]
-    prompts, images = [prompt, "w5 w6", prompt], [files[:2], [], files[1:]]
+    prompts, images = [prompt, "w5 w6", prompt], [pictures[:2], [], pictures[1:]]
     adapters = ["all", None, None]
     options: Any = {"max_new_tokens": NEW, "temperature": 1.0, "n": 2, "seed": 3}
     whole = generator.generate(prompts, images, adapters, **options)
@@ -98,25 +101,25 @@ def test_pieces_and_scores_are_those_of_whole_texts(made: Made, files: list[Path
         found = np.array([part.logprob for part in score.logprobs])
         assert [part.token_id for part in score.logprobs] == ids[places].tolist()
         assert np.abs(found - probable.numpy()).max() <= tolerance("torch-onnx-tiny") * 10
-    scores = [generator.score([prompt], [own], "all")[0] for own in (files[:2], files[1::-1])]
+    scores = [generator.score([prompt], [own], "all")[0] for own in (pictures[:2], pictures[1::-1])]
     first, turned = (score.logprobs[-1].logprob for score in scores)
     assert abs(first - turned) > 100 * tolerance("torch-onnx-tiny"), "the images have an effect"
 
 
-def test_images_that_do_not_fit_a_prompt_are_refused(made: Made, files: list[Path]) -> None:
+def test_images_that_do_not_fit_a_prompt_are_refused(made: Made, pictures: list[Path]) -> None:
     generator, prompt = made.generator(), PROMPTS[made.family]
     with pytest.raises(UsageError, match=r"prompt 1 has .* image tokens, and 1 images of together"):
-        generator.generate([prompt], [files[:1]])
+        generator.generate([prompt], [pictures[:1]])
     with pytest.raises(UsageError, match=r"prompt 1 has 0 image tokens.*give .* once for each"):
-        generator.generate(["w5 w6"], [files[:1]])
-    text = files[0].parent / "text.png"
+        generator.generate(["w5 w6"], [pictures[:1]])
+    text = pictures[0].parent / "text.png"
     text.write_text("no image")
     with pytest.raises(DataError, match=r"text.png cannot be read as an image"):
-        generator.generate([prompt], [[text, files[0]]])
+        generator.generate([prompt], [[text, pictures[0]]])
     with pytest.raises(DataError, match=r"none.png does not exist"):
-        generator.generate([prompt], [[text.with_name("none.png"), files[0]]])
+        generator.generate([prompt], [[text.with_name("none.png"), pictures[0]]])
     with pytest.raises(UsageError, match="image 2 of prompt 1 is 7: give a path"):
-        generator.generate([prompt], [[files[0], 7]])  # type: ignore[list-item]
+        generator.generate([prompt], [[pictures[0], 7]])  # type: ignore[list-item]
 
 
 def test_tokens_of_tiles_are_only_inserted_into_texts(shared: Path, tmp_path: Path) -> None:
@@ -154,10 +157,10 @@ OLD_NAMES = {
 
 @pytest.mark.parametrize("family", OLD_NAMES)
 def test_an_adapter_saved_by_transformers_4_has_the_same_effect_on_each_part(
-    family: str, shared: Path, tmp_path: Path, files: list[Path]
+    family: str, shared: Path, tmp_path: Path, pictures: list[Path]
 ) -> None:
     made = prepared(shared, family)
-    prompt, shown = [PROMPTS[family]], [files[:2]]
+    prompt, shown = [PROMPTS[family]], [pictures[:2]]
     tensors = load_file(made.place / "all" / "adapter_model.safetensors")
     generator, scores = made.generator(), {}
     for part in ("all", *(new for new, _ in OLD_NAMES[family])):

@@ -17,8 +17,7 @@ from loradeploy.export.match.modules.naming import by_graph
 from loradeploy.export.match.operators import MICROSOFT
 from loradeploy.export.passes.side_inputs.inject import inject_side_inputs
 from loradeploy.export.read.products.attention import separate_projections
-from tests.export.graphs import Arrays, Builder, numbers, ops, run
-from tests.tolerances import tolerance
+from tests.export.graphs import Arrays, Builder, near, numbers, ops, run
 
 IN, HEADS, BATCH, LENGTH = 16, 2, 2, 5
 PARTS = ("query", "key", "value")
@@ -60,10 +59,6 @@ def attention(
     model = b.model(y)
     model.graph.opset_imports[MICROSOFT] = 1
     return model, feeds
-
-
-def near(one: Any, other: Any) -> bool:
-    return bool(np.abs(one - other).max() <= tolerance("torch-onnx-tiny"))
 
 
 @pytest.mark.parametrize("attributes", [{}, {"unidirectional": 1}, {"scale": 0.1}], ids=str)
