@@ -11,10 +11,11 @@ from loradeploy.adapter.tasks import CAUSAL_LM, CLASSIFICATIONS, SEQ2SEQ_LM
 from loradeploy.bundle.adapter_inputs.factors import side_inputs_of_fitted
 from loradeploy.bundle.fitting.fit import fit_to
 from loradeploy.bundle.graph_form import default_of
-from loradeploy.bundle.manifest import Manifest
+from loradeploy.bundle.manifest import AddedTokens, Manifest
 from loradeploy.bundle.names import ROWS, SLOTS
 from loradeploy.errors import ExportError, UsageError, listed, listed_names
 from loradeploy.export.adapters.requirements import (
+    Needs,
     choose_changes,
     choose_embeddings,
     choose_experts,
@@ -37,7 +38,7 @@ from loradeploy.export.match.whole.parts import find_parts
 from loradeploy.export.passes.forms.branches import add_branches, branches_problem
 from loradeploy.export.passes.forms.layout import supports_rows, use_row_layout
 from loradeploy.export.passes.side_inputs.base_weights import GraphWeights
-from loradeploy.export.passes.side_inputs.inject import Arrays, inject_side_inputs
+from loradeploy.export.passes.side_inputs.inject import Arrays, SideInputs, inject_side_inputs
 from loradeploy.export.passes.side_inputs.rows import rows_problem
 from loradeploy.printable import logger_of
 
@@ -70,44 +71,19 @@ def with_side_inputs(base: Base, findings: Findings, options: Options) -> Adapte
     Raises:
         AdapterError: an adapter does not fit. ExportError: no layer of the graph takes factors.
     """
-    parts = find_parts(base.graph)
+    embeddings = [m for m, part in find_parts(base.graph).items() if part.kind == "embedding"]
     own_weights = own_weights_of(base, findings)
     findings, options, added_tokens = with_added_tokens(base, findings, options)
     needs = needs_of(
         options.adapters.values(),
         options.side_inputs,
         base.before,
-        embeddings_of=[module for module, part in parts.items() if part.kind == "embedding"],
+        embeddings_of=embeddings,
         own_weights=own_weights,
     )
     _check_form_of_halves(base, options)
     findings = with_separate_biases(base, findings, options, needs.changed)
-    targets, heads = _split(base, findings, options.adapters.values(), needs.tokens)
-    parts = find_parts(base.graph)
-    graph = base.graph.graph
-    embeddings = choose_embeddings(graph, parts, needs)
-    experts = choose_experts(find_experts(base.graph), needs)
-    changes = choose_changes(graph, targets, embeddings, parts, needs, base.parameters)
-    if not targets and not heads:
-        raise ExportError(
-            "no linear layer of the graph was identified as a module of the checkpoint"
-            + (f"; seen: {listed_names(unknown, 4)}" if (unknown := findings.unidentified) else "")
-        )
-    # A graph does not show biases of zeros.
-    known = base.parameters | {name for a in options.adapters.values() for name in a.saved}
-    biased = [head.module for head in heads if f"{head.module}.bias" in known]
-    layers = len(targets) + len(heads) + len(embeddings) + len(experts)
-    logger.info("giving %d layers side inputs", layers)
-    added = inject_side_inputs(
-        base.graph,
-        targets,
-        heads,
-        biased=biased,
-        embeddings=embeddings,
-        experts=experts,
-        changes=changes,
-        added=added_tokens,
-    )
+    added = _injected(base, findings, options, needs, added_tokens)
     manifest = dataclasses.replace(
         base_manifest(base, "side-inputs"),
         targets=added.targets,
@@ -127,6 +103,7 @@ def with_side_inputs(base: Base, findings: Findings, options: Options) -> Adapte
         with explaining_mismatch(name, base, findings):
             adapters[name] = fit_to(adapter, manifest, base.display_name)
     # Before the weights are quantized: DoRA's scales are computed from them.
+    graph = base.graph.graph
     weights = GraphWeights(graph, added.biases)
     arrays = {n: side_inputs_of_fitted(each, manifest, weights) for n, each in adapters.items()}
     if options.operator and added.dtype != "float32":
@@ -144,6 +121,45 @@ def with_side_inputs(base: Base, findings: Findings, options: Options) -> Adapte
         add_branches(graph)
     manifest = dataclasses.replace(manifest, layout=layout, branches=branches)
     return Adapted(manifest, adapters, arrays, added.defaults, added.biases)
+
+
+def _injected(
+    base: Base,
+    findings: Findings,
+    options: Options,
+    needs: Needs,
+    added_tokens: AddedTokens | None,
+) -> SideInputs:
+    """Choose the layers that get side inputs, of each kind, and add them to the graph.
+
+    Raises:
+        ExportError: there are none.
+    """
+    graph, parts = base.graph.graph, find_parts(base.graph)
+    targets, heads = _split(base, findings, options.adapters.values(), needs.tokens)
+    embeddings = choose_embeddings(graph, parts, needs)
+    experts = choose_experts(find_experts(base.graph), needs)
+    changes = choose_changes(graph, targets, embeddings, parts, needs, base.parameters)
+    if not targets and not heads:
+        raise ExportError(
+            "no linear layer of the graph was identified as a module of the checkpoint"
+            + (f"; seen: {listed_names(unknown, 4)}" if (unknown := findings.unidentified) else "")
+        )
+    # A graph does not show biases of zeros.
+    known = base.parameters | {name for a in options.adapters.values() for name in a.saved}
+    biased = [head.module for head in heads if f"{head.module}.bias" in known]
+    layers = len(targets) + len(heads) + len(embeddings) + len(experts)
+    logger.info("giving %d layers side inputs", layers)
+    return inject_side_inputs(
+        base.graph,
+        targets,
+        heads,
+        biased=biased,
+        embeddings=embeddings,
+        experts=experts,
+        changes=changes,
+        added=added_tokens,
+    )
 
 
 def _check_form_of_halves(base: Base, options: Options) -> None:
