@@ -90,7 +90,7 @@ try:
     main()
 except SystemExit as end:
     assert not end.code
-unused = {"asyncio", "importlib.metadata", "loradeploy.runtime.tasks.speech"}
+unused = {"asyncio", "importlib.metadata", "jinja2", "loradeploy.runtime.tasks.speech"}
 print()
 print(*(unused & set(sys.modules)))
 """

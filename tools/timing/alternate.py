@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 Side = Callable[[], object]
 _PAUSE = 0.05  # seconds for the spinning threads of the previous side to go to sleep
@@ -46,6 +46,14 @@ class Ratio:
 
     def __str__(self) -> str:
         return f"{self.median:.2f} ({self.low:.2f}–{self.high:.2f})"
+
+
+class Timed(Protocol):
+    """What can be measured in turns."""
+
+    def time(self, calls: int) -> list[float]:
+        """Seconds of each of `calls` calls."""
+        ...
 
 
 class Worker:
@@ -115,7 +123,7 @@ def serve_worker(factories: Mapping[str, Callable[..., Side]], *, warm_up: int =
 
 
 def alternate(
-    workers: Sequence[Worker], *, rounds: int, calls: int, seed: int = 0
+    workers: Sequence[Timed], *, rounds: int, calls: int, seed: int = 0
 ) -> list[list[float]]:
     """Return the median seconds of a call, for each worker (outer) and each round (inner)."""
     order = list(range(len(workers)))

@@ -1,22 +1,18 @@
-"""Chat templates: convert messages to text in the format that a model was trained on."""
+"""Chat templates: convert messages to text in the format that a model was trained on.
+
+Jinja is imported when a template is first used: most prompts of a command are no chats.
+"""
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
-from functools import cache, cached_property
-from typing import Any, Final, NoReturn, cast
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Final, cast
 
-import jinja2
-import jinja2.nodes
-import jinja2.parser
-import jinja2.utils
-from jinja2.ext import Extension
-
-from loradeploy.bundle.text.template_limits import LimitedEnvironment, LimitError, limited
 from loradeploy.errors import BundleError, UsageError, first_line, kind_and_line
+
+if TYPE_CHECKING:
+    import jinja2
 
 # Real templates have some kilobytes, at most some tens of kilobytes.
 MAX_TEMPLATE_BYTES: Final = 128 << 10
@@ -53,8 +49,10 @@ class ChatTemplate:
     @cached_property
     def _template(self) -> jinja2.Template:
         """The compiled template."""
+        from loradeploy.bundle.text.template_environment import environment
+
         try:
-            return _environment().from_string(self._source)
+            return environment().from_string(self._source)
         except Exception as problem:  # deep nesting raises other exceptions than Jinja's
             raise BundleError(
                 f"the chat template is not a valid template: {first_line(problem)}"
@@ -67,9 +65,12 @@ class ChatTemplate:
             UsageError: its constants exceed a limit of computation.
             BundleError: it is not a valid template.
         """
+        from loradeploy.bundle.text.template_environment import environment
+        from loradeploy.bundle.text.template_limits import LimitError, limited
+
         try:
             with limited(()):
-                _environment().check_constants(self._source)
+                environment().check_constants(self._source)
         except LimitError as problem:
             raise UsageError(f"the chat template exceeds a limit: {problem}") from None
         except Exception as problem:
@@ -122,6 +123,11 @@ class ChatTemplate:
         given: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool,
     ) -> str:
+        import jinja2
+
+        from loradeploy.bundle.text.template_environment import joined
+        from loradeploy.bundle.text.template_limits import LimitError, limited
+
         try:
             with limited(given) as most:
                 pieces = template.generate(
@@ -132,7 +138,7 @@ class ChatTemplate:
                     add_generation_prompt=add_generation_prompt,
                     **self._special_tokens,
                 )
-                return _joined(pieces, most)
+                return joined(pieces, most)
         except LimitError as problem:
             raise UsageError(f"the chat template exceeds a limit: {problem}") from None
         except jinja2.TemplateError as problem:  # raised by the template itself
@@ -153,84 +159,6 @@ def _in_parts(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         else dict(message)
         for message in messages
     ]
-
-
-@cache
-def _environment() -> LimitedEnvironment:
-    environment = LimitedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[_Generation, "jinja2.ext.loopcontrols"],
-    )
-    environment.add_filter("tojson", _tojson)
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    environment.globals["namespace"] = _Namespace
-    return environment
-
-
-def _joined(pieces: Iterable[str], most: int) -> str:
-    """`pieces` in one text of at most `most` characters."""
-    found: list[str] = []
-    size = 0
-    for piece in pieces:
-        size += len(piece)
-        if size > most:
-            raise LimitError(f"it writes more than {most:,} characters")
-        found.append(piece)
-    return "".join(found)
-
-
-class _Generation(Extension):
-    """`{% generation %}…{% endgeneration %}`, used to mark answers: renders its body."""
-
-    tags = {"generation"}  # noqa: RUF012 - declared so by jinja2
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body, lineno=line)
-
-
-class _Namespace(jinja2.utils.Namespace):
-    """Jinja's namespace without names with a leading underscore, which could expose internals."""
-
-    def __init__(*args: Any, **kwargs: Any) -> None:  # namespace(self=…) is allowed
-        jinja2.utils.Namespace.__init__(*args, **kwargs)
-        for name in dict(*args[1:], **kwargs):
-            _refuse_internal(name)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _refuse_internal(name)
-        super().__setitem__(name, value)
-
-
-def _refuse_internal(name: str) -> None:
-    if str(name).startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"the name {name!r} is not allowed in a namespace")
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # Jinja's own filter escapes for HTML.
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    if re.search(r"\d{4}", form):  # a field width, to which the C library would pad
-        raise LimitError("it pads the time to a width that is too large")
-    return datetime.now().strftime(form)
 
 
 def template_source(value: object) -> str | None:
