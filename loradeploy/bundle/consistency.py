@@ -11,7 +11,7 @@ from loradeploy.bundle.fields import LARGEST
 from loradeploy.bundle.names import (
     LAYOUTS,
     LEFT,
-    LORA_ADD_OPERATOR,
+    LORA_OPERATORS,
     MANIFEST_NAME,
     NO_PADDING,
     OPERATORS,
@@ -147,10 +147,10 @@ def _check_operators(manifest: Manifest) -> None:
         )
     if manifest.operators and manifest.encoder is not None:
         raise BundleError(f"{MANIFEST_NAME}: operators are for one graph, not for an encoder's too")
-    if manifest.takes_ranks and (
+    low_rank = [name for name in manifest.operators if name in LORA_OPERATORS]
+    if low_rank and (
         manifest.mode == "merged" or manifest.layout != SLOTS or manifest.factor_dtype != "float32"
     ):
         raise BundleError(
-            f"{MANIFEST_NAME}: {LORA_ADD_OPERATOR} is for float32 side inputs in the layout"
-            f" {SLOTS!r}"
+            f"{MANIFEST_NAME}: {low_rank[0]} is for float32 side inputs in the layout {SLOTS!r}"
         )

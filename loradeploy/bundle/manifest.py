@@ -24,6 +24,7 @@ from loradeploy.bundle.names import (
     LEFT,
     LOGITS_TO_KEEP,
     LORA_ADD_OPERATOR,
+    LORA_OPERATORS,
     MANIFEST_NAME,
     MROPE_POSITION_IDS,
     ROWS,
@@ -245,7 +246,7 @@ class Manifest:
     @property
     def takes_ranks(self) -> bool:
         """Whether the graph has the input `adapter_ranks`."""
-        return LORA_ADD_OPERATOR in self.operators
+        return any(name in self.operators for name in LORA_OPERATORS)
 
     def saved_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the parameters that adapters can replace, by name."""

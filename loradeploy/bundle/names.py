@@ -32,17 +32,25 @@ KEPT: Final = "kept"  # the dimension of the positions that logits_to_keep selec
 BASE, ROWS, SLOTS = "base", "rows", "slots"
 LEFT, RIGHT, NO_PADDING = "left", "right", "none"
 LAYOUTS: Final = (SLOTS, ROWS)  # of the first dimension of side inputs
-# The functions that a graph may call, and the operators of the library that replace them: a
-# low-rank update, the standard nodes of the same names, and silu(gate) · up.
+# The functions that a graph may call, and the operators of the library that replace them: low-rank
+# updates (of one layer, of two or three whose product is fused, and of gate and up), the standard
+# nodes of the same names, and silu(gate) · up.
 OPERATOR_DOMAIN: Final = "loradeploy"
 LORA_ADD_OPERATOR: Final = "LoraAdd"
+LORA_ADD_2_OPERATOR: Final = "LoraAdd2"
+LORA_ADD_3_OPERATOR: Final = "LoraAdd3"
+LORA_SWIGLU_OPERATOR: Final = "LoraSwiGLU"
+LORA_OPERATORS: Final = (
+    *(LORA_ADD_OPERATOR, LORA_ADD_2_OPERATOR),
+    *(LORA_ADD_3_OPERATOR, LORA_SWIGLU_OPERATOR),
+)
 MAT_MUL_N_BITS_OPERATOR: Final = "MatMulNBits"
 ATTENTION_OPERATOR: Final = "Attention"
 GROUP_QUERY_ATTENTION_OPERATOR: Final = "GroupQueryAttention"
 SILU_MUL_OPERATOR: Final = "SiluMul"
 SWIGLU_OPERATOR: Final = "SwiGLU"
 OPERATORS: Final = (
-    *(LORA_ADD_OPERATOR, MAT_MUL_N_BITS_OPERATOR),
+    *(*LORA_OPERATORS, MAT_MUL_N_BITS_OPERATOR),
     *(ATTENTION_OPERATOR, GROUP_QUERY_ATTENTION_OPERATOR),
     *(SILU_MUL_OPERATOR, SWIGLU_OPERATOR),
 )

@@ -77,7 +77,7 @@ def test_a_manifest_is_unchanged_by_a_round_trip() -> None:
         (["adapters", "sport", "split"], "yes", "adapters.sport.split is 'yes'"),
         (["mode"], "merged", "a merged graph has no side inputs"),
         (["factor_dtype"], "int8", "factor_dtype"),
-        (["operators"], ["Conv"], "the operator 'Conv' is not one of LoraAdd, MatMulNBits"),
+        (["operators"], ["Conv"], "the operator 'Conv' is not one of LoraAdd, LoraAdd2"),
         (["operators"], True, "operators is True"),
         (["operator"], True, "operator is unknown"),
     ],

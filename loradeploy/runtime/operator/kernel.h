@@ -84,6 +84,13 @@ class Node {
     int64_t value = otherwise;
     return has(api->KernelInfoGetAttribute_int64(info_, attribute, &value)) ? value : otherwise;
   }
+  std::vector<int64_t> integers(const char* attribute) const {
+    size_t size = 0;
+    check(api->KernelInfoGetAttributeArray_int64(info_, attribute, nullptr, &size));
+    std::vector<int64_t> values(size);
+    check(api->KernelInfoGetAttributeArray_int64(info_, attribute, values.data(), &size));
+    return values;
+  }
   float number(const char* attribute, float otherwise) const {
     float value = otherwise;
     return has(api->KernelInfoGetAttribute_float(info_, attribute, &value)) ? value : otherwise;

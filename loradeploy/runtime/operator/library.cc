@@ -14,6 +14,9 @@ namespace loradeploy {
 const OrtCustomOp* attention();
 const OrtCustomOp* group_query_attention();
 const OrtCustomOp* lora_add();
+const OrtCustomOp* lora_add_2();
+const OrtCustomOp* lora_add_3();
+const OrtCustomOp* lora_swiglu();
 const OrtCustomOp* mat_mul_n_bits();
 const OrtCustomOp* silu_mul();
 const OrtCustomOp* swiglu();
@@ -25,8 +28,9 @@ namespace {
 const std::vector<const OrtCustomOp*>& operators() {
   static const auto& all = *[] {
     auto* found = new std::vector<const OrtCustomOp*>;
-    for (const OrtCustomOp* own : {attention(), group_query_attention(), lora_add(),
-                                   mat_mul_n_bits(), silu_mul(), swiglu()}) {
+    for (const OrtCustomOp* own :
+         {attention(), group_query_attention(), lora_add(), lora_add_2(), lora_add_3(),
+          lora_swiglu(), mat_mul_n_bits(), silu_mul(), swiglu()}) {
       if (own != nullptr) found->push_back(own);
     }
     return found;

@@ -1,23 +1,29 @@
-// The operator loradeploy.LoraAdd: y + (x A[id]) B[id] for each row of a batch, on the CPU.
+// Low-rank updates: y + (x A[id]) B[id] for each row of a batch, on the CPU.
 //
-//   y              float [batch, sequence, out]   the base's product
+//   LoraAdd              y of one layer                              → one output
+//   LoraAdd2, LoraAdd3   y of two or three layers, side by side      → an output for each
+//   LoraSwiGLU           y of two layers: gate, then up              → silu(gate) · up
+//
+//   y              float [batch, sequence, out]   the base's product; out is that of all layers
 //   x              float [batch, sequence, in]
 //   A              float [adapters, in, rank]     padded to the largest rank
-//   B              float [adapters, rank, out]    with zeros in rows beyond an adapter's own rank
+//   B              float [adapters, rank, out]    with zeros in rows beyond an adapter's own rank;
+//                                                 A and B follow for each further layer
 //   adapter_ids    int64 [batch] or [1]           the slot of each row in A and B
 //   adapter_ranks  int64 [adapters, targets], or [0, targets]: all adapters have the full rank
-//   target         attribute, the column of adapter_ranks
-//   → float [batch, sequence, out]
+//   target         attribute of LoraAdd, the column of adapter_ranks
+//   targets        attribute of the others, the column for each layer
+//   sizes          attribute of the others, `out` of each layer
 //
-// The factors of an adapter are read once for all of its rows, and only up to its rank. Each number
-// of the result is computed in a fixed order: the sum over `in` in four parts of every fourth
-// element, then the sum over the rank, then y. So the result of a row does not depend on other rows,
-// on the stored rank, on the number of threads or on the width of vectors.
+// The factors of an adapter are read once for all of its rows, and only up to its rank. x and y are
+// read once: a block of rows goes through all layers while it is in the cache. How each number is
+// computed is described in lora.h.
 
+#include "gated.h"
 #include "kernel.h"
-#include "vectors.h"
+#include "lora.h"
 
-#include <algorithm>
+#include <array>
 #include <cstring>
 #include <memory>
 #include <string>
@@ -27,14 +33,9 @@
 namespace loradeploy {
 namespace {
 
-// kSums: sums that stay in registers. kRows: rows that are computed together.
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kSums = 24, kRows = 8;  // of 32 registers
-#else
-constexpr int kSums = 12, kRows = 4;  // of 16
-#endif
-constexpr int kParts = 4;    // sums over every fourth element of x
-constexpr int kVectors = 4;  // the largest number of vectors of A or B that are used together
+using namespace lora;
+
+constexpr int kLayers = 3;  // the largest number of layers of a call
 // Rows of a task: at least kFewRows and at most kTaskRows, a multiple of kRows, so that an adapter
 // has kTasks tasks or more.
 constexpr int64_t kFewRows = 4, kTaskRows = 32, kTasks = 8;
@@ -44,195 +45,77 @@ constexpr int64_t kCached = 1 << 17, kBlockA = 1 << 15, kBlockB = 1 << 17;
 // The number of multiplications from which several threads are faster than one, and from which they
 // divide a task of few rows: its factors are then divided by columns, those of A into kDivided.
 constexpr int64_t kParallelFrom = 1 << 17, kDivideFrom = 1 << 18, kDivided = 32;
+constexpr int64_t kGatedColumns = 256;  // of gate and up, which stay in the first cache
+constexpr int64_t kGatedCost = 8;       // multiplications that take as long as silu(gate) · up
 
-template <int width>
-struct Vector {
-  typedef float Type __attribute__((vector_size(width * sizeof(float)), aligned(4), may_alias));
+// A layer of a call: its factors, and its columns in y and in the result.
+struct Layer {
+  const float *A, *B, *y;
+  float* result;  // null for gate and up
+  int64_t stored_rank, out;
 };
-template <>
-struct Vector<1> {
-  typedef float Type;
-};
-
-template <int width>
-typename Vector<width>::Type load(const float* place) {
-  return *reinterpret_cast<const typename Vector<width>::Type*>(place);
-}
-
-template <int width>
-void store(float* place, typename Vector<width>::Type value) {
-  *reinterpret_cast<typename Vector<width>::Type*>(place) = value;
-}
-
-// The rows [begin, end) of A, with `stride` from one to the next, and the columns [first, last).
-struct Block {
-  const float* A;
-  int64_t stride, begin, end, first, last;
-};
-
-// Sums over `in`, in kParts parts for each row: sums[(row · kParts + part) · stride + column].
-struct Sums {
-  float* data;
-  int64_t stride;
-
-  float* at(int row, int part, int64_t column) const {
-    return data + (row * kParts + part) * stride + column;
-  }
-};
-
-// Adds x A to the parts [part, part + parts) of `vectors` vectors of columns.
-template <int rows, int parts, int vectors, int width>
-void down_vectors(const float* const* x, const Block& block, int part, int64_t column,
-                  const Sums& sums) {
-  using V = typename Vector<width>::Type;
-  V own[rows][parts][vectors] = {};
-  const auto each_sum = [&](const auto& act) INLINED {
-    each<rows>([&](auto row) INLINED {
-      each<parts>([&](auto p) INLINED {
-        each<vectors>([&](auto v) INLINED {
-          act(own[row][p][v], sums.at(row, part + p, column + v * width));
-        });
-      });
-    });
-  };
-  const auto add = [&](int64_t i, auto p) INLINED {
-    each<vectors>([&](auto v) INLINED {
-      const V a = load<width>(block.A + i * block.stride + column + v * width);
-      each<rows>([&](auto row) INLINED { own[row][p][v] += a * x[row][i]; });
-    });
-  };
-  if (block.begin > 0) each_sum([](V& sum, const float* place) INLINED { sum = load<width>(place); });
-  int64_t i = block.begin + part;
-  for (; i + parts <= block.end; i += kParts) {
-    each<parts>([&](auto p) INLINED { add(i + p, p); });
-  }
-  each<parts>([&](auto p) INLINED {
-    if (i + p < block.end) add(i + p, p);
-  });
-  each_sum([](const V& sum, float* place) INLINED { store<width>(place, sum); });
-}
-
-template <int rows, int parts, int vectors, int width>
-void down_from(int64_t column, const float* const* x, const Block& block, const Sums& sums) {
-  for (; column + vectors * width <= block.last; column += vectors * width) {
-    for (int part = 0; part < kParts; part += parts) {
-      down_vectors<rows, parts, vectors, width>(x, block, part, column, sums);
-    }
-  }
-  if constexpr (vectors > 1) {
-    down_from<rows, parts, 1, width>(column, x, block, sums);
-  } else if constexpr (width > 1) {
-    down_from<rows, parts, 1, width / 2>(column, x, block, sums);
-  }
-}
-
-// low[column…last) = the sum of the parts
-template <int width>
-void add_parts(int64_t column, int64_t last, const Sums& sums, float* low) {
-  const auto part = [&](int number) { return load<width>(sums.at(0, number, column)); };
-  for (; column + width <= last; column += width) {
-    store<width>(low + column, (part(0) + part(1)) + (part(2) + part(3)));
-  }
-  if constexpr (width > 1) add_parts<width / 2>(column, last, sums, low);
-}
-
-// result[row][column…] = y + Σ_r low[row][r] B[r][column…], for `vectors` vectors of columns
-template <int rows, int vectors, int width>
-void up_vectors(const float* low, const float* B, int64_t rank, int64_t out, const float* const* y,
-                float* const* result, int64_t column) {
-  using V = typename Vector<width>::Type;
-  V sums[rows][vectors] = {};
-  for (int64_t r = 0; r < rank; ++r) {
-    each<vectors>([&](auto v) INLINED {
-      const V b = load<width>(B + r * out + column + v * width);
-      each<rows>([&](auto row) INLINED { sums[row][v] += b * low[row * rank + r]; });
-    });
-  }
-  each<rows>([&](auto row) INLINED {
-    each<vectors>([&](auto v) INLINED {
-      const int64_t place = column + v * width;
-      store<width>(result[row] + place, load<width>(y[row] + place) + sums[row][v]);
-    });
-  });
-}
-
-template <int rows, int vectors, int width>
-void up_from(int64_t column, int64_t last, const float* low, const float* B, int64_t rank,
-             int64_t out, const float* const* y, float* const* result) {
-  for (; column + vectors * width <= last; column += vectors * width) {
-    up_vectors<rows, vectors, width>(low, B, rank, out, y, result, column);
-  }
-  if constexpr (vectors > 1) {
-    up_from<rows, 1, width>(column, last, low, B, rank, out, y, result);
-  } else if constexpr (width > 1) {
-    up_from<rows, 1, width / 2>(column, last, low, B, rank, out, y, result);
-  }
-}
 
 // The inputs of a call, whose sizes were checked.
 struct Tensors {
-  const float *y, *x, *A, *B;
-  float* result;
-  int64_t sequence, in, stored_rank, out;
+  const float* x;
+  int64_t sequence, in, width;  // width: of y
+  int64_t count;                // of layers
+  Layer layers[kLayers];
+  float* gated;  // the result of LoraSwiGLU; else null
+
+  int64_t outputs() const { return gated == nullptr ? count : 1; }
+};
+
+// x A of the rows of a task.
+struct Low {
+  int64_t rank;
+  float* low;   // rows · rank
+  float* sums;  // rows · kParts · rank
 };
 
 // Rows of the batch, each `sequence` long, that use the same slot; `begin`, `end`: of their tokens.
 struct Task {
   const int64_t* batch_rows;
-  int64_t slot, rank, begin, end;
-  float* low;   // tokens · rank
-  float* sums;  // tokens · kParts · rank
+  int64_t slot, begin, end;
+  Low own[kLayers];
 
   int64_t tokens() const { return end - begin; }
   bool has_few_rows() const { return tokens() <= kRows; }
-  int64_t multiplications(const Tensors& call) const {
-    return tokens() * rank * (call.in + call.out);
-  }
   // The place of a token in x and y.
   int64_t place(const Tensors& call, int64_t token) const {
     return batch_rows[token / call.sequence] * call.sequence + token % call.sequence;
   }
+  bool is_large(const Tensors& call) const {
+    int64_t size = 0;
+    for (int64_t at = 0; at < call.count; ++at) {
+      size = std::max(size, own[at].rank * std::max(call.in, call.layers[at].out));
+    }
+    return size > kCached;
+  }
+  // Rows whose x A is kept.
+  int64_t rows_at_once(const Tensors& call) const {
+    return is_large(call) ? tokens() : std::min<int64_t>(tokens(), kRows);
+  }
+  // Multiplications for a token and a column of an output.
+  int64_t per_column(const Tensors& call, int64_t output) const {
+    return call.gated == nullptr ? own[output].rank : own[0].rank + own[1].rank + kGatedCost;
+  }
+  int64_t multiplications(const Tensors& call) const {
+    int64_t per_token = 0;
+    for (int64_t at = 0; at < call.count; ++at) per_token += own[at].rank * call.in;
+    for (int64_t at = 0; at < call.outputs(); ++at) {
+      per_token += call.layers[at].out * per_column(call, at);
+    }
+    return tokens() * per_token;
+  }
 };
 
-template <int rows>
-void down_rows(const Tensors& call, const Task& task, int64_t token, const Block& block) {
-  const float* x[rows];
-  for (int row = 0; row < rows; ++row) x[row] = call.x + task.place(call, token + row) * call.in;
-  const Sums sums{task.sums + (token - task.begin) * kParts * task.rank, task.rank};
-  constexpr int parts = rows * kParts <= kSums ? kParts : kParts / 2;
-  constexpr int vectors = std::clamp(kSums / (rows * parts), 1, kVectors);
-  down_from<rows, parts, vectors, kLanes>(block.first, x, block, sums);
-}
-
-template <int rows>
-void up_rows(const Tensors& call, const Task& task, int64_t token, int64_t first, int64_t last) {
-  const float* y[rows];
-  float* result[rows];
-  for (int row = 0; row < rows; ++row) {
-    const int64_t place = task.place(call, token + row) * call.out;
-    y[row] = call.y + place;
-    result[row] = call.result + place;
-  }
-  const float* low = task.low + (token - task.begin) * task.rank;
-  const float* B = call.B + task.slot * call.stored_rank * call.out;
-  constexpr int vectors = std::min(kSums / rows, kVectors);
-  up_from<rows, vectors, kLanes>(first, last, low, B, task.rank, call.out, y, result);
-}
-
-// All tokens of a task from `token` on: kRows at once, then half as many, and so on.
-template <int rows = kRows>
-void down_tokens(const Tensors& call, const Task& task, int64_t token, const Block& block) {
-  for (; token + rows <= task.end; token += rows) down_rows<rows>(call, task, token, block);
+// act(rows, token) for all tokens of a task: kRows at once, then half as many, and so on.
+template <int rows = kRows, typename Act>
+void each_rows(int64_t token, int64_t end, const Act& act) {
+  for (; token + rows <= end; token += rows) act(std::integral_constant<int, rows>(), token);
   if constexpr (rows > 1) {
-    if (token < task.end) down_tokens<rows / 2>(call, task, token, block);
-  }
-}
-
-template <int rows = kRows>
-void up_tokens(const Tensors& call, const Task& task, int64_t token, int64_t first, int64_t last) {
-  for (; token + rows <= task.end; token += rows) up_rows<rows>(call, task, token, first, last);
-  if constexpr (rows > 1) {
-    if (token < task.end) up_tokens<rows / 2>(call, task, token, first, last);
+    if (token < end) each_rows<rows / 2>(token, end, act);
   }
 }
 
@@ -242,37 +125,96 @@ int64_t share_of(int64_t size, int64_t wanted, int64_t multiple) {
   return std::max<int64_t>(1, (size + shares * multiple - 1) / (shares * multiple)) * multiple;
 }
 
-// The columns [first, last) of x A for all tokens of a task.
-void down(const Tensors& call, const Task& task, int64_t first, int64_t last) {
-  const float* A = call.A + task.slot * call.in * call.stored_rank;
-  const int64_t blocks = task.has_few_rows() ? 1 : call.in * task.rank / kBlockA;
+// The columns [first, last) of x A of a layer for all tokens of a task.
+void down(const Tensors& call, const Task& task, int64_t layer, int64_t first, int64_t last) {
+  const Low& own = task.own[layer];
+  const int64_t stride = call.layers[layer].stored_rank;
+  const float* A = call.layers[layer].A + task.slot * call.in * stride;
+  const int64_t blocks = task.has_few_rows() ? 1 : call.in * own.rank / kBlockA;
   const int64_t depth = share_of(call.in, blocks, 16 * kParts);
   int64_t begin = 0;
   do {
-    const int64_t end = std::min(begin + depth, call.in);
-    down_tokens(call, task, task.begin, {A, call.stored_rank, begin, end, first, last});
-    begin = end;
+    const Block block{A, stride, begin, std::min(begin + depth, call.in), first, last};
+    each_rows(task.begin, task.end, [&](auto rows, int64_t token) {
+      const float* x[rows];
+      for (int row = 0; row < rows; ++row) x[row] = call.x + task.place(call, token + row) * call.in;
+      const Sums sums{own.sums + (token - task.begin) * kParts * own.rank, own.rank};
+      down_rows<rows>(x, block, sums);
+    });
+    begin = block.end;
   } while (begin < call.in);
   for (int64_t token = 0; token < task.tokens(); ++token) {
-    const Sums sums{task.sums + token * kParts * task.rank, task.rank};
-    add_parts<kLanes>(first, last, sums, task.low + token * task.rank);
+    const Sums sums{own.sums + token * kParts * own.rank, own.rank};
+    add_parts<kLanes>(first, last, sums, own.low + token * own.rank);
   }
 }
 
-// The columns [first, last) of the result for all tokens of a task.
-void up(const Tensors& call, const Task& task, int64_t first, int64_t last) {
-  const int64_t blocks = task.has_few_rows() ? 1 : (last - first) * task.rank / kBlockB;
+// The columns of a layer from `first` on for `rows` tokens: y + low B in `result`.
+template <int rows>
+void add_rows(const Tensors& call, const Task& task, int64_t layer, int64_t token, int64_t first,
+              int64_t columns, float* const* result) {
+  const Layer& own = call.layers[layer];
+  const auto [rank, low, sums] = task.own[layer];
+  const float* y[rows];
+  for (int row = 0; row < rows; ++row) {
+    y[row] = own.y + task.place(call, token + row) * call.width + first;
+  }
+  const float* B = own.B + task.slot * own.stored_rank * own.out + first;
+  up_rows<rows>(low + (token - task.begin) * rank, B, rank, own.out, y, result, columns);
+}
+
+// The columns [first, last) of silu(gate) · up for `rows` tokens.
+template <int rows>
+void gate_rows(const Tensors& call, const Task& task, int64_t token, int64_t first, int64_t last) {
+  float sums[2][rows][kGatedColumns];
+  const float* parts[2][rows];
+  for (; first < last; first += kGatedColumns) {
+    const int64_t columns = std::min(kGatedColumns, last - first);
+    for (int64_t layer = 0; layer < 2; ++layer) {
+      float* result[rows];
+      for (int row = 0; row < rows; ++row) {
+        const int64_t place = task.place(call, token + row) * call.width + first;
+        result[row] = sums[layer][row];
+        parts[layer][row] = task.own[layer].rank > 0 ? result[row] : call.layers[layer].y + place;
+      }
+      if (task.own[layer].rank > 0) {
+        add_rows<rows>(call, task, layer, token, first, columns, result);
+      }
+    }
+    for (int row = 0; row < rows; ++row) {
+      const int64_t place = task.place(call, token + row) * call.layers[0].out + first;
+      multiply_gated(parts[0][row], parts[1][row], call.gated + place, columns);
+    }
+  }
+}
+
+void copy_rows(const Tensors& call, const Task& task, const Layer& layer, int64_t first,
+               int64_t last) {
+  if (layer.result == layer.y) return;
+  for (int64_t token = task.begin; token < task.end; ++token) {
+    const int64_t place = task.place(call, token);
+    std::memcpy(layer.result + place * layer.out + first, layer.y + place * call.width + first,
+                (last - first) * sizeof(float));
+  }
+}
+
+// The columns [first, last) of an output for all tokens of a task.
+void up(const Tensors& call, const Task& task, int64_t output, int64_t first, int64_t last) {
+  const Layer& layer = call.layers[output];
+  const int64_t per_column = task.per_column(call, output);
+  if (per_column == 0) return copy_rows(call, task, layer, first, last);
+  const int64_t blocks = task.has_few_rows() ? 1 : (last - first) * per_column / kBlockB;
   const int64_t width = share_of(last - first, blocks, kVectors * kSums / kRows * kLanes);
   for (int64_t column = first; column < last; column += width) {
-    up_tokens(call, task, task.begin, column, std::min(column + width, last));
-  }
-}
-
-void copy_rows(const Tensors& call, const Task& task) {
-  if (call.result == call.y) return;
-  for (int64_t token = task.begin; token < task.end; ++token) {
-    const int64_t place = task.place(call, token) * call.out;
-    std::memcpy(call.result + place, call.y + place, call.out * sizeof(float));
+    const int64_t end = std::min(column + width, last);
+    each_rows(task.begin, task.end, [&](auto rows, int64_t token) {
+      if (call.gated != nullptr) return gate_rows<rows>(call, task, token, column, end);
+      float* result[rows];
+      for (int row = 0; row < rows; ++row) {
+        result[row] = layer.result + task.place(call, token + row) * layer.out + column;
+      }
+      add_rows<rows>(call, task, output, token, column, end - column, result);
+    });
   }
 }
 
@@ -280,19 +222,23 @@ void copy_rows(const Tensors& call, const Task& task) {
 struct Piece {
   const Task* task;
   enum { kAll, kDown, kUp } what;
+  int64_t at;  // the layer or the output
   int64_t first, last, multiplications;
 
   void run(const Tensors& call) const {
-    if (what == kDown) return down(call, *task, first, last);
-    if (what == kUp) return up(call, *task, first, last);
-    if (task->rank == 0) return copy_rows(call, *task);
-    const bool large = task->rank * std::max(call.in, call.out) > kCached;
-    const int64_t size = large ? task->tokens() : kRows;
+    if (what == kDown) return down(call, *task, at, first, last);
+    if (what == kUp) return up(call, *task, at, first, last);
+    const int64_t size = task->rows_at_once(call);
     Task part = *task;
     for (part.begin = task->begin; part.begin < task->end; part.begin = part.end) {
       part.end = std::min(part.begin + size, task->end);
-      down(call, part, 0, part.rank);
-      up(call, part, 0, call.out);
+      for (int64_t layer = 0; layer < call.count; ++layer) {
+        const int64_t rank = part.own[layer].rank;
+        if (rank > 0) down(call, part, layer, 0, rank);
+      }
+      for (int64_t output = 0; output < call.outputs(); ++output) {
+        up(call, part, output, 0, call.layers[output].out);
+      }
     }
   }
 };
@@ -311,23 +257,35 @@ void run(const Call& context, const Tensors& call, std::vector<Piece>& pieces) {
   }
 }
 
+// The columns of x A and of the outputs of a task of few rows, for several threads.
+void divide(const Tensors& call, const Task& task, std::vector<Piece>& downs,
+            std::vector<Piece>& ups) {
+  for (int64_t layer = 0; layer < call.count; ++layer) {
+    const int64_t rank = task.own[layer].rank, per_column = task.tokens() * call.in;
+    for (int64_t first = 0; first < rank; first += kDivided) {
+      const int64_t last = std::min(first + kDivided, rank);
+      downs.push_back({&task, Piece::kDown, layer, first, last, (last - first) * per_column});
+    }
+  }
+  for (int64_t output = 0; output < call.outputs(); ++output) {
+    const int64_t out = call.layers[output].out;
+    const int64_t per_column = task.tokens() * task.per_column(call, output);
+    const int64_t width = share_of(out, kTasks, kVectors * kLanes);
+    for (int64_t first = 0; first < out; first += width) {
+      const int64_t last = std::min(first + width, out);
+      ups.push_back({&task, Piece::kUp, output, first, last, (last - first) * per_column});
+    }
+  }
+}
+
 void run(const Call& context, const Tensors& call, const std::vector<Task>& tasks) {
   std::vector<Piece> pieces, then;
   for (const Task& task : tasks) {
     const int64_t multiplications = task.multiplications(call);
     if (!task.has_few_rows() || multiplications < kDivideFrom) {
-      pieces.push_back({&task, Piece::kAll, 0, 0, multiplications});
-      continue;
-    }
-    const int64_t per_column = task.tokens() * call.in;
-    for (int64_t first = 0; first < task.rank; first += kDivided) {
-      const int64_t last = std::min(first + kDivided, task.rank);
-      pieces.push_back({&task, Piece::kDown, first, last, (last - first) * per_column});
-    }
-    const int64_t width = share_of(call.out, kTasks, kVectors * kLanes);
-    for (int64_t first = 0; first < call.out; first += width) {
-      const int64_t last = std::min(first + width, call.out);
-      then.push_back({&task, Piece::kUp, first, last, (last - first) * task.tokens() * task.rank});
+      pieces.push_back({&task, Piece::kAll, 0, 0, 0, multiplications});
+    } else {
+      divide(call, task, pieces, then);
     }
   }
   run(context, call, pieces);
@@ -336,93 +294,201 @@ void run(const Call& context, const Tensors& call, const std::vector<Task>& task
 
 constexpr auto kFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
 constexpr auto kInteger = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
+constexpr const char* kNamesOfA[kLayers] = {"A", "A_1", "A_2"};
+constexpr const char* kNamesOfB[kLayers] = {"B", "B_1", "B_2"};
 
-class LoraAdd {
+// The slot of each row of a batch, and the row, ordered.
+std::vector<std::pair<int64_t, int64_t>> rows_by_slot(const Input& ids, int64_t batch,
+                                                      int64_t slots) {
+  std::vector<std::pair<int64_t, int64_t>> rows(batch);
+  for (int64_t row = 0; row < batch; ++row) {
+    const int64_t id = ids.as<int64_t>()[ids.shape[0] == 1 ? 0 : row];
+    if (id < -slots || id >= slots) {
+      throw Refused("adapter_ids has " + std::to_string(id) + ", there are " +
+                    std::to_string(slots) + " slots");
+    }
+    rows[row] = {id < 0 ? id + slots : id, row};
+  }
+  std::sort(rows.begin(), rows.end());
+  return rows;
+}
+
+int64_t rank_of(const Input& ranks, int64_t slot, int64_t target, int64_t stored_rank) {
+  if (ranks.shape[0] == 0) return stored_rank;
+  const int64_t rank = ranks.as<int64_t>()[slot * ranks.shape[1] + target];
+  if (rank < 0 || rank > stored_rank) {
+    throw Refused("adapter_ranks has " + std::to_string(rank) + ", A has the rank " +
+                  std::to_string(stored_rank));
+  }
+  return rank;
+}
+
+// Divides the rows of one slot, `tokens` tokens, into tasks.
+void add_tasks(Task task, int64_t tokens, std::vector<Task>& tasks) {
+  const int64_t share = share_of(tokens, kTasks, tokens > kTasks * kFewRows ? kRows : kFewRows);
+  const int64_t size = std::min(share, kTaskRows);
+  for (task.begin = 0; task.begin < tokens; task.begin = task.end) {
+    task.end = std::min(task.begin + size, tokens);
+    tasks.push_back(task);
+  }
+}
+
+// The memory for x A of all tasks.
+std::unique_ptr<float[]> allocate(const Tensors& call, std::vector<Task>& tasks) {
+  const auto each = [&](const auto& act) {
+    for (Task& task : tasks) {
+      const int64_t rows = task.rows_at_once(call);
+      for (int64_t layer = 0; layer < call.count; ++layer) {
+        act(task.own[layer], rows * task.own[layer].rank);
+      }
+    }
+  };
+  int64_t size = 0;
+  each([&](const Low&, int64_t own) { size += own * (1 + kParts); });
+  std::unique_ptr<float[]> memory(new float[size]);
+  float* next = memory.get();
+  each([&](Low& low, int64_t own) {
+    low.low = next;
+    low.sums = next + own;
+    next += own * (1 + kParts);
+  });
+  return memory;
+}
+
+template <int count, bool is_gated>
+class Update {
  public:
-  static constexpr const char* name = "LoraAdd";
-  static constexpr Value inputs[] = {{kFloat}, {kFloat},   {kFloat},
-                                     {kFloat}, {kInteger}, {kInteger}};
-  static constexpr Value outputs[] = {{kFloat}};
-  static constexpr InPlace in_place[] = {{0, 0}};  // the result may be written over y
+  static constexpr auto inputs = [] {
+    std::array<Value, 4 + 2 * count> all{};
+    for (size_t at = 0; at < all.size(); ++at) all[at] = {at < all.size() - 2 ? kFloat : kInteger};
+    return all;
+  }();
+  static constexpr auto outputs = [] {
+    std::array<Value, is_gated ? 1 : count> all{};
+    for (Value& own : all) own = {kFloat};
+    return all;
+  }();
 
-  static void infer(const ShapeContext& context) { context.output(0, context.input(0)); }
+  static void infer(const ShapeContext& context) {
+    for (size_t output = 0; output < outputs.size(); ++output) {
+      OpenShape shape = context.input(0);
+      const OpenShape B = context.input(3 + 2 * output);
+      if (shape.sizes.empty() || B.sizes.empty()) return;
+      shape.sizes.back() = B.sizes.back();
+      shape.names.back() = B.names.back();
+      context.output(output, shape);
+    }
+  }
 
-  explicit LoraAdd(const Node& node) : target_(node.integer("target")) {}
+  explicit Update(const Node& node) {
+    if constexpr (count == 1) {
+      targets_ = {node.integer("target")};
+    } else {
+      targets_ = node.integers("targets");
+      sizes_ = node.integers("sizes");
+      if (targets_.size() != count || sizes_.size() != count) {
+        throw Refused("targets and sizes must have " + std::to_string(count) + " values");
+      }
+    }
+  }
 
   void compute(const Call& call) const {
     const Input y = call.input(0, "y", 3), x = call.input(1, "x", 3);
-    const Input A = call.input(2, "A", 3), B = call.input(3, "B", 3);
-    const Input ids = call.input(4, "adapter_ids", 1);
-    const Input ranks = call.input(5, "adapter_ranks", 2);
-    const int64_t batch = x.shape[0], sequence = x.shape[1], in = x.shape[2];
-    const int64_t slots = A.shape[0], rank = A.shape[2], out = B.shape[2];
-    y.require_shape({batch, sequence, out});
-    A.require_shape({slots, in, rank});
-    B.require_shape({slots, rank, out});
+    const Input ids = call.input(2 + 2 * count, "adapter_ids", 1);
+    const Input ranks = call.input(3 + 2 * count, "adapter_ranks", 2);
+    const int64_t batch = x.shape[0], slots = call.input(2, "A", 3).shape[0];
+    Tensors tensors{x.as<float>(), x.shape[1], x.shape[2], 0, count, {}, nullptr};
+    for (int layer = 0; layer < count; ++layer) {
+      read_factors(call, layer, slots, tensors);
+      tensors.width += tensors.layers[layer].out;
+    }
+    y.require_shape({batch, tensors.sequence, tensors.width});
     if (ids.shape[0] != batch) ids.require_shape({1});
-    const bool has_ranks = ranks.shape[0] != 0;
-    if (has_ranks) ranks.require_shape({slots, ranks.shape[1]});
-    if (has_ranks && (target_ < 0 || target_ >= ranks.shape[1])) {
-      throw Refused("target " + std::to_string(target_) + " is not in adapter_ranks " +
-                    text_of(ranks.shape));
-    }
-    float* result = static_cast<float*>(call.output(0, y.shape));
-    if (batch == 0 || sequence == 0 || out == 0) return;
+    check_ranks(ranks, slots);
+    set_outputs(call, y, tensors);
+    if (batch == 0 || tensors.sequence == 0 || tensors.width == 0) return;
 
-    const Tensors tensors{y.as<float>(), x.as<float>(), A.as<float>(), B.as<float>(), result,
-                          sequence,      in,            rank,          out};
+    const auto rows = rows_by_slot(ids, batch, slots);
+    std::vector<int64_t> batch_rows;
+    for (const auto& [slot, row] : rows) batch_rows.push_back(row);
     std::vector<Task> tasks;
-    // The rows of the batch, ordered by slot.
-    const int64_t* own_ids = ids.as<int64_t>();
-    std::vector<std::pair<int64_t, int64_t>> by_slot(batch);
-    for (int64_t row = 0; row < batch; ++row) {
-      const int64_t id = own_ids[ids.shape[0] == 1 ? 0 : row];
-      if (id < -slots || id >= slots) {
-        throw Refused("adapter_ids has " + std::to_string(id) + ", there are " +
-                      std::to_string(slots) + " slots");
+    for (int64_t row = 0, begin = 0; row < batch; begin = row) {
+      Task task{batch_rows.data() + begin, rows[begin].first, 0, 0, {}};
+      while (row < batch && rows[row].first == task.slot) ++row;
+      for (int layer = 0; layer < count; ++layer) {
+        const int64_t stored_rank = tensors.layers[layer].stored_rank;
+        task.own[layer].rank = rank_of(ranks, task.slot, targets_[layer], stored_rank);
       }
-      by_slot[row] = {id < 0 ? id + slots : id, row};
+      add_tasks(task, (row - begin) * tensors.sequence, tasks);
     }
-    std::sort(by_slot.begin(), by_slot.end());
-    std::vector<int64_t> batch_rows(batch);
-    int64_t low_size = 0;
-    for (int64_t row = 0; row < batch;) {
-      const int64_t slot = by_slot[row].first, begin = row;
-      for (; row < batch && by_slot[row].first == slot; ++row) batch_rows[row] = by_slot[row].second;
-      int64_t own_rank = rank;
-      if (has_ranks) {
-        own_rank = ranks.as<int64_t>()[slot * ranks.shape[1] + target_];
-        if (own_rank < 0 || own_rank > rank) {
-          throw Refused("adapter_ranks has " + std::to_string(own_rank) + ", A has the rank " +
-                        std::to_string(rank));
-        }
-      }
-      const int64_t tokens = (row - begin) * sequence;
-      const int64_t share = share_of(tokens, kTasks, tokens > kTasks * kFewRows ? kRows : kFewRows);
-      const int64_t size = std::min(share, kTaskRows);
-      for (int64_t token = 0; token < tokens; token += size) {
-        tasks.push_back({batch_rows.data() + begin, slot, own_rank, token,
-                         std::min(token + size, tokens), nullptr, nullptr});
-      }
-      low_size += tokens * own_rank;
-    }
-    const std::unique_ptr<float[]> low(new float[low_size * (1 + kParts)]);
-    float* next = low.get();
-    for (Task& task : tasks) {
-      const int64_t size = task.tokens() * task.rank;
-      task.low = next;
-      task.sums = next + size;
-      next += size * (1 + kParts);
-    }
+    const auto memory = allocate(tensors, tasks);
     run(call, tensors, tasks);
   }
 
  private:
-  int64_t target_;
+  void read_factors(const Call& call, int layer, int64_t slots, Tensors& tensors) const {
+    const Input A = call.input(2 + 2 * layer, kNamesOfA[layer], 3);
+    const Input B = call.input(3 + 2 * layer, kNamesOfB[layer], 3);
+    const int64_t rank = A.shape[2], out = count == 1 ? B.shape[2] : sizes_[layer];
+    A.require_shape({slots, tensors.in, rank});
+    B.require_shape({slots, rank, out});
+    tensors.layers[layer] = {A.as<float>(), B.as<float>(), nullptr, nullptr, rank, out};
+  }
+
+  void check_ranks(const Input& ranks, int64_t slots) const {
+    if (ranks.shape[0] == 0) return;
+    ranks.require_shape({slots, ranks.shape[1]});
+    for (int64_t target : targets_) {
+      if (target < 0 || target >= ranks.shape[1]) {
+        throw Refused("target " + std::to_string(target) + " is not in adapter_ranks " +
+                      text_of(ranks.shape));
+      }
+    }
+  }
+
+  void set_outputs(const Call& call, const Input& y, Tensors& tensors) const {
+    const float* next = y.as<float>();
+    for (int layer = 0; layer < count; ++layer) {
+      Layer& own = tensors.layers[layer];
+      own.y = next;
+      next += own.out;
+      if (is_gated && own.out != tensors.layers[0].out) {
+        throw Refused("gate and up have different sizes");
+      }
+      if (is_gated && layer > 0) continue;
+      Shape shape = y.shape;
+      shape.back() = own.out;
+      float* result = static_cast<float*>(call.output(layer, shape));
+      (is_gated ? tensors.gated : own.result) = result;
+    }
+  }
+
+  std::vector<int64_t> targets_, sizes_;
+};
+
+struct LoraAdd : Update<1, false> {
+  using Update::Update;
+  static constexpr const char* name = "LoraAdd";
+  static constexpr InPlace in_place[] = {{0, 0}};  // the result may be written over y
+};
+struct LoraAdd2 : Update<2, false> {
+  using Update::Update;
+  static constexpr const char* name = "LoraAdd2";
+};
+struct LoraAdd3 : Update<3, false> {
+  using Update::Update;
+  static constexpr const char* name = "LoraAdd3";
+};
+struct LoraSwiGLU : Update<2, true> {
+  using Update::Update;
+  static constexpr const char* name = "LoraSwiGLU";
 };
 
 }  // namespace
 
 const OrtCustomOp* lora_add() { return operator_of<LoraAdd>(); }
+const OrtCustomOp* lora_add_2() { return operator_of<LoraAdd2>(); }
+const OrtCustomOp* lora_add_3() { return operator_of<LoraAdd3>(); }
+const OrtCustomOp* lora_swiglu() { return operator_of<LoraSwiGLU>(); }
 
 }  // namespace loradeploy

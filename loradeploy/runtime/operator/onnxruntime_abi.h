@@ -76,7 +76,10 @@ struct OrtApi {
   void* unused_94[4];
   void (*ReleaseTypeInfo)(OrtTypeInfo*);
   void (*ReleaseTensorTypeAndShapeInfo)(OrtTensorTypeAndShapeInfo*);
-  void* unused_100[130];
+  void* unused_100[63];
+  OrtStatus* (*KernelInfoGetAttributeArray_int64)(const OrtKernelInfo*, const char* name, int64_t*,
+                                                  size_t* size);
+  void* unused_164[66];
   OrtStatus* (*KernelInfo_GetInputCount)(const OrtKernelInfo*, size_t*);
   OrtStatus* (*KernelInfo_GetOutputCount)(const OrtKernelInfo*, size_t*);
   void* unused_232[2];

@@ -1,13 +1,12 @@
-// The operators loradeploy.SwiGLU and loradeploy.SiluMul: silu(gate) · up, on the CPU, where
-// silu(x) = x / (1 + e^-x).
+// The operators loradeploy.SwiGLU and loradeploy.SiluMul: silu(gate) · up, on the CPU.
 //
 //   SwiGLU    x float [..., 2 n]: gate, then up         → float [..., n]
 //   SiluMul   gate, up float, of one shape              → float of this shape
 //
-// One pass over memory, where Split, Sigmoid, Mul and Mul need four. A number depends on two only.
+// One pass over memory, where Split, Sigmoid, Mul and Mul need four.
 
+#include "gated.h"
 #include "kernel.h"
-#include "vectors.h"
 
 #include <algorithm>
 
@@ -17,19 +16,6 @@ namespace {
 constexpr auto kFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
 constexpr int64_t kTaskNumbers = 1 << 14;
 
-inline Floats gated(Floats gate, Floats up) { return gate / (1.0f + exponential(-gate)) * up; }
-
-void multiply(const float* gate, const float* up, float* result, int64_t count) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store(result + i, gated(load(gate + i), load(up + i)));
-  if (i == count) return;
-  float rest[3][kLanes] = {};
-  std::copy(gate + i, gate + count, rest[0]);
-  std::copy(up + i, up + count, rest[1]);
-  store(rest[2], gated(load(rest[0]), load(rest[1])));
-  std::copy(rest[2], rest[2] + (count - i), result + i);
-}
-
 // `rows` rows of `size` results, whose inputs are `stride` apart.
 void multiply_rows(const Call& call, const float* gate, const float* up, float* result,
                    int64_t rows, int64_t size, int64_t stride) {
@@ -37,7 +23,7 @@ void multiply_rows(const Call& call, const float* gate, const float* up, float* 
   const auto act = [&](size_t task) {
     const int64_t begin = static_cast<int64_t>(task) * share;
     for (int64_t row = begin; row < std::min(begin + share, rows); ++row) {
-      multiply(gate + row * stride, up + row * stride, result + row * size, size);
+      multiply_gated(gate + row * stride, up + row * stride, result + row * size, size);
     }
   };
   const int64_t tasks = (rows + share - 1) / share;
@@ -102,8 +88,8 @@ class SiluMul {
     if (count == 0) return;
     const int64_t rows = count / size, rest = count % size;
     multiply_rows(call, gate.as<float>(), up.as<float>(), result, rows, size, size);
-    multiply(gate.as<float>() + rows * size, up.as<float>() + rows * size, result + rows * size,
-             rest);
+    multiply_gated(gate.as<float>() + rows * size, up.as<float>() + rows * size, result + rows * size,
+                   rest);
   }
 };
 

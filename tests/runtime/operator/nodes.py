@@ -14,7 +14,7 @@ from onnx import helper as make
 from loradeploy.bundle.names import OPERATOR_DOMAIN
 
 FLOAT, UINT8 = TensorProto.FLOAT, TensorProto.UINT8
-BOOL, INT32 = TensorProto.BOOL, TensorProto.INT32
+BOOL, INT32, INT64 = TensorProto.BOOL, TensorProto.INT32, TensorProto.INT64
 _VERSIONS: Final = {"": 23, "com.microsoft": 1, OPERATOR_DOMAIN: 1}
 
 

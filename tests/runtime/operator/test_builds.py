@@ -16,6 +16,7 @@ from loradeploy.runtime.operator.build import build_operator
 from loradeploy.runtime.operator.library import SOURCES, check_library
 from tests.runtime.operator import (
     test_attention,
+    test_fused,
     test_group_query_attention,
     test_mat_mul_n_bits,
     test_swiglu,
@@ -69,6 +70,11 @@ def _check_other_kernels(library: Path) -> None:
     for calls in grouped.CALLS:
         for heads in grouped.HEADS:
             grouped.test_the_kernel_computes_what_onnxruntime_computes(library, calls, heads, {})
+    for name, sizes in test_fused.CASES:
+        for given in test_fused.CALLS:
+            test_fused.test_one_call_computes_what_calls_for_each_layer_compute(
+                library, name, sizes, given
+            )
     for shape in test_swiglu.SHAPES:
         test_swiglu.test_both_kernels_compute_silu_of_the_gate_times_up(library, shape)
     packed = test_mat_mul_n_bits

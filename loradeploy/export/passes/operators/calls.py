@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Final
 
-from loradeploy.bundle.names import LORA_ADD_OPERATOR, OPERATOR_DOMAIN
+from loradeploy.bundle.names import LORA_OPERATORS, OPERATOR_DOMAIN, OPERATORS
 from loradeploy.errors import ExportError
+from loradeploy.export.passes.operators.fused import remove_fused, use_fused
 from loradeploy.export.passes.operators.gated import remove_gated, use_gated
 from loradeploy.export.passes.operators.lora_add import remove_lora_add, use_lora_add
 from loradeploy.export.passes.operators.standard import ROWS, remove_standard, use_standard
@@ -28,9 +29,14 @@ def use_operators(model: ir.Model, manifest: Manifest) -> tuple[str, ...]:
     Raises:
         ExportError: a value of the graph has the name of an input that the calls need.
     """
-    names = [LORA_ADD_OPERATOR] if use_lora_add(model, manifest) else []
-    names += [row.name for row in ROWS if use_standard(model, row)]
-    names += use_gated(model)
+    use_lora_add(model, manifest)
+    for row in ROWS:
+        use_standard(model, row)
+    use_gated(model)
+    use_fused(model)
+    called = _called(model)
+    _keep_functions(model, called)
+    names = [name for name in OPERATORS if name in called]
     if names:
         model.graph.opset_imports[OPERATOR_DOMAIN] = _VERSION
         model.ir_version = max(model.ir_version, _IR_VERSION)
@@ -45,17 +51,29 @@ def remove_operators(model: ir.Model, names: Collection[str]) -> None:
     Raises:
         ExportError: the graph has no calls of one of them, or calls of others.
     """
-    called = {node.op_type for node in model.graph.all_nodes() if node.domain == OPERATOR_DOMAIN}
+    called = _called(model)
     if called != set(names):
         raise ExportError(
             f"the graph has calls of {', '.join(sorted(called)) or 'no operator'}, its manifest"
             f" lists {', '.join(sorted(names)) or 'none'}: it was changed"
         )
-    if LORA_ADD_OPERATOR in called:
+    remove_fused(model)
+    if called & set(LORA_OPERATORS):
         remove_lora_add(model)
     for row in ROWS:
         remove_standard(model, row)
     remove_gated(model)
-    for identifier in [each for each in model.functions if each[0] == OPERATOR_DOMAIN]:
-        del model.functions[identifier]
+    _keep_functions(model, ())
     model.graph.opset_imports.pop(OPERATOR_DOMAIN, None)
+
+
+def _called(model: ir.Model) -> set[str]:
+    """The names of the operators that the graph calls."""
+    return {node.op_type for node in model.graph.all_nodes() if node.domain == OPERATOR_DOMAIN}
+
+
+def _keep_functions(model: ir.Model, names: Collection[str]) -> None:
+    """Remove the operators' functions except `names`."""
+    for identifier in list(model.functions):
+        if identifier[0] == OPERATOR_DOMAIN and identifier[1] not in names:
+            del model.functions[identifier]

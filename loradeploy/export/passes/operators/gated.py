@@ -12,18 +12,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-import numpy as np
-
 from loradeploy.bundle.names import OPERATOR_DOMAIN, SILU_MUL_OPERATOR, SWIGLU_OPERATOR
 from loradeploy.errors import ExportError
-from loradeploy.export.graph.edit import only_user, remove_unused, replace_node, shared_constant
+from loradeploy.export.graph.edit import only_user, remove_unused, replace_node
 from loradeploy.export.graph.file import opset_of
-from loradeploy.export.graph.names import FUSED_SPLIT, modules_of_label, output_name, step_name
+from loradeploy.export.passes.operators.split import sizes_of, split_again
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-_PRODUCT: Final = "/MatMul"
 _NUM_OUTPUTS: Final = 18  # the first opset whose Split has this attribute
 _HALVES: Final = 2
 
@@ -84,7 +81,7 @@ def remove_gated(model: ir.Model) -> None:
             raise ExportError(f"{call.name} has other inputs than its operator: it was changed")
         before = [] if len(inputs) > 1 else [_split_again(model.graph, call, inputs[0])]
         gate, up = before[0].outputs if before else inputs
-        nodes = _nodes(gate, up)
+        nodes = gated_nodes(gate, up)
         label = call.name or call.outputs[0].name  # nodes of other exporters may have no name
         for node in nodes[:-1]:
             node.name = node.outputs[0].name = f"{label}/{node.name}"
@@ -131,66 +128,31 @@ def _other(node: ir.Node, value: ir.Value) -> ir.Value | None:
 
 
 def _whole(found: _Gated) -> ir.Value | None:
-    """The value whose halves are gate and up, if `_split_again` can divide it again."""
+    """The value whose halves are gate and up, if `split_again` can divide it again."""
     gate, up = found.gate, found.up
     split = None if gate is None else gate.producer()
-    if split is None or up is None or split is not up.producer() or split.op_type != "Split":
+    if split is None or up is None or split is not up.producer():
         return None
-    x, sizes = (*split.inputs, None)[:2]
+    sizes = sizes_of(split)
     users = {use.node for value in split.outputs for use in value.uses()}
     outputs = list(split.outputs) == [gate, up] and not any(
         value.is_graph_output() for value in split.outputs
     )
     own = {found.sigmoid, found.silu, found.last}
-    if x is None or sizes is None or sizes.const_value is None or not outputs or users != own:
+    if sizes is None or not outputs or users != own or sizes[0] != sizes[1]:
         return None
-    first, second = sizes.const_value.numpy().tolist()
-    label = _label(x)
-    names = [output_name(module) for module in modules_of_label(label)]
-    known = (
-        split.name == step_name(label, FUSED_SPLIT)
-        and [value.name for value in split.outputs] == names
-        and sizes.name == _sizes_name(label, found.last)
-    )
-    return x if known and first == second else None
+    return split.inputs[0]
 
 
 def _split_again(graph: ir.Graph, call: ir.Node, x: ir.Value) -> ir.Node:
     """The Split of fuse.py that a SwiGLU replaced."""
-    import onnx_ir as ir
-
-    label = _label(x)
     size = None if x.shape is None else x.shape[-1]
-    names = [output_name(module) for module in modules_of_label(label)]
-    if not isinstance(size, int) or size % _HALVES or len(names) != _HALVES:
+    if not isinstance(size, int) or size % _HALVES:
         raise ExportError(f"{call.name} divides no product of two layers: it was changed")
-    halves = np.full(_HALVES, size // _HALVES, np.int64)
-    sizes = shared_constant(graph, _sizes_name(label, call), halves)
-    split = ir.node(
-        "Split",
-        [x, sizes],
-        attributes={"axis": -1},
-        num_outputs=_HALVES,
-        name=step_name(label, FUSED_SPLIT),
-    )
-    for value, name in zip(split.outputs, names, strict=True):
-        value.name = name
-    return split
+    return split_again(graph, call, x, [size // _HALVES] * _HALVES)
 
 
-def _label(x: ir.Value) -> str:
-    """The label of the fused product x, in a branch after the branch's name."""
-    product = x.producer()
-    return "" if product is None else str(product.name).removesuffix(_PRODUCT)
-
-
-def _sizes_name(label: str, node: ir.Node) -> str:
-    """The name of the sizes of the product's parts, which branches share."""
-    assert node.graph is not None
-    return f"{label.removeprefix(f'{node.graph.name}/')}.sizes"
-
-
-def _nodes(gate: ir.Value, up: ir.Value) -> list[ir.Node]:
+def gated_nodes(gate: ir.Value, up: ir.Value) -> list[ir.Node]:
     """The nodes of silu(gate) · up; the last computes it."""
     import onnx_ir as ir
 
@@ -205,14 +167,14 @@ def _function(name: str, opset: int) -> ir.Function:
 
     if name == SILU_MUL_OPERATOR:
         inputs = [ir.Value(name=each) for each in ("gate", "up")]
-        nodes = _nodes(*inputs)
+        nodes = gated_nodes(*inputs)
     else:
         inputs = [ir.Value(name="x")]
         attributes = {"axis": -1, "num_outputs": _HALVES}
         split = ir.node("Split", inputs, attributes=attributes, num_outputs=_HALVES)
         for value, part in zip(split.outputs, ("gate", "up"), strict=True):
             value.name = part
-        nodes = [split, *_nodes(*split.outputs)]
+        nodes = [split, *gated_nodes(*split.outputs)]
     for node in nodes[-3:]:
         node.outputs[0].name = node.name
     graph = ir.Graph(inputs, nodes[-1].outputs, nodes=nodes, opset_imports={"": opset}, name=name)

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 logger = logger_of(__name__)
 
 _OPERATOR: Final = (OPERATOR_DOMAIN, LORA_ADD_OPERATOR)
-_TARGET: Final = "target"
+TARGET: Final = "target"
 _AXES: Final = 3  # of x and y
 
 
@@ -94,7 +94,7 @@ def use_lora_add(model: ir.Model, manifest: Manifest) -> bool:
         call = ir.node(
             LORA_ADD_OPERATOR,
             [update.y, update.x, update.A, update.B, ids, ranks],
-            attributes={_TARGET: index[str(update.A.name)]},
+            attributes={TARGET: index[str(update.A.name)]},
             domain=OPERATOR_DOMAIN,
             name=update.add.name,
         )
@@ -117,7 +117,7 @@ def remove_lora_add(model: ir.Model) -> None:
         y, x, A, B, ids, _ = (_given(value) for value in call.inputs)
         label = str(call.name).removesuffix(LORA_ADD)
         assert A.dtype is not None  # it is an input of the graph
-        nodes = _nodes(y, x, A, B, ids)
+        nodes = update_nodes(y, x, A, B, ids)
         for node in nodes:
             node.name = node.outputs[0].name = f"{label}{node.name}"
             node.outputs[0].dtype = A.dtype
@@ -186,7 +186,9 @@ def _given(value: ir.Value | None) -> ir.Value:
     return value
 
 
-def _nodes(y: ir.Value, x: ir.Value, A: ir.Value, B: ir.Value, ids: ir.Value) -> list[ir.Node]:
+def update_nodes(
+    y: ir.Value, x: ir.Value, A: ir.Value, B: ir.Value, ids: ir.Value
+) -> list[ir.Node]:
     """The nodes that a call stands for, each named after its step; the last computes the result."""
     import onnx_ir as ir
 
@@ -203,7 +205,7 @@ def _function(opset: int) -> ir.Function:
     import onnx_ir as ir
 
     inputs = [ir.Value(name=name) for name in ("y", "x", "A", "B", ADAPTER_IDS, ADAPTER_RANKS)]
-    nodes = _nodes(*inputs[:-1])
+    nodes = update_nodes(*inputs[:-1])
     for node in nodes:
         node.outputs[0].name = node.name
     graph = ir.Graph(
@@ -213,5 +215,5 @@ def _function(opset: int) -> ir.Function:
         opset_imports={"": opset},
         name=LORA_ADD_OPERATOR,
     )
-    attribute = ir.Attr(_TARGET, ir.AttributeType.INT, None)
+    attribute = ir.Attr(TARGET, ir.AttributeType.INT, None)
     return ir.Function(OPERATOR_DOMAIN, LORA_ADD_OPERATOR, graph=graph, attributes=[attribute])
