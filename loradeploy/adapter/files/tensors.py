@@ -181,7 +181,7 @@ def read_arrays(
         if tensor.dtype in _FLOAT8:
             values = _FLOAT8[tensor.dtype](tensor.raw).reshape(tensor.shape)
         elif tensor.dtype in _DTYPES:
-            values = np.array(tensor.array())  # an aligned copy
+            values = np.require(tensor.array(), requirements=("ALIGNED", "WRITEABLE"))
         else:
             raise error(f"{path}: {name} has the dtype {tensor.dtype}, which is not supported")
         if values.dtype.kind == "f" and not _fit_float32(values):

@@ -35,6 +35,7 @@ from loradeploy.runtime.adapters.resident import (
     blend_head,
     weights_of,
 )
+from loradeploy.runtime.reading.weights import return_freed_memory
 
 if TYPE_CHECKING:
     from loradeploy.adapter.heads import Head
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 # Reads an adapter: returns its side inputs, digest and head.
 Read = Callable[[], "tuple[Arrays, str, Head]"]
 _MIB: Final = 1 << 20
+_LARGE: Final = 1 << 22  # bytes of an adapter; for a smaller one, it is not worth the time
 # Number of unused blends that are kept, regardless of the budget: the number of possible weights is
 # unlimited, and a blend is quickly computed again from its members.
 _IDLE_BLENDS: Final = 8
@@ -182,12 +184,13 @@ class AdapterBank:
             there = self._entries.get(name)
         if there is not None and not replace and (there.digest, there.head) != (digest, head):
             # It may be the same one in another format, or not read yet.
-            present, its_head = self._load(there)
-            alike = not head.declared or head == its_head
-            if not (alike and present.computes(digest, arrays)):
-                raise _taken(name)
+            with self._loaded(there) as (present, its_head):
+                alike = not head.declared or head == its_head
+                if not (alike and present.computes(digest, arrays)):
+                    raise _taken(name)
             return present
         arrays = self._in_order(arrays)
+        _return_copies(arrays)
         with self._changed:
             there = self._entries.get(name)
             known = there is not None and (there.digest, there.head) == (digest, head)
@@ -237,7 +240,8 @@ class AdapterBank:
             entry.pinned = pinned
             self._evict()
         if pinned:
-            self._load(entry)
+            with self._loaded(entry):
+                pass
 
     def statistics(self) -> BankStatistics:
         """The current contents, and the counts since the bank was created."""
@@ -331,36 +335,42 @@ class AdapterBank:
                 self._misses += not missed
                 missed = True
             with entry.loading:
+                with self._changed:
+                    # Another thread may have just read it.
+                    there = self._residents.get(entry.digest or "")
+                    if there is not None and entry.head is not None:
+                        if self._entries.get(name) is not entry:
+                            continue  # the name was replaced or removed meanwhile
+                        return self._use(there, held, thread), entry.head
                 arrays, digest, head = self._read(entry)
                 with self._changed:
                     if self._entries.get(name) is not entry:
-                        continue  # the name was replaced or removed meanwhile
+                        continue
                     entry.digest, entry.head = digest, head
                     resident = self._admit(Resident(digest, arrays))
                     return self._use(resident, held, thread), head
 
-    def _load(self, entry: _Entry) -> tuple[Resident, Head]:
-        """Load the adapter of `entry`; return it and its head."""
+    @contextmanager
+    def _loaded(self, entry: _Entry) -> Iterator[tuple[Resident, Head]]:
+        """Load the adapter of `entry`; yield it and its head, in use during the context."""
         held: list[Resident] = []
         thread = threading.get_ident()
         try:
-            return self._take(entry.name, held, thread)
+            yield self._take(entry.name, held, thread)
         finally:
             self._release(held, thread)
 
     def _read(self, entry: _Entry) -> tuple[Arrays, str, Head]:
-        """Read the adapter of `entry`, unless another thread has just read it."""
-        with self._changed:
-            there = self._residents.get(entry.digest or "")
-        if there is not None and entry.head is not None:
-            return there.host, there.digest, entry.head
+        """Read the adapter of `entry`."""
         arrays, digest, head = entry.read()
         if entry.digest not in (None, digest) or entry.head not in (None, head):
             raise AdapterError(
                 f"the adapter {entry.name!r} has changed on disk since it was registered: load it"
                 " again with replace=True"
             )
-        return self._in_order(arrays), digest, head
+        arrays = self._in_order(arrays)
+        _return_copies(arrays)
+        return arrays, digest, head
 
     def _in_order(self, arrays: Arrays) -> Arrays:
         """Copy the arrays into one block, in the order in which the graph reads them."""
@@ -441,6 +451,15 @@ class AdapterBank:
     def _unknown(self, name: str) -> UnknownAdapterError:
         known = listed_names(sorted(self._entries))
         return UnknownAdapterError(f"no adapter is loaded as {name!r}; there are: {known}")
+
+
+def _return_copies(arrays: Arrays) -> None:
+    """Return the memory of copies that were made while a large adapter was read.
+
+    The C library would keep it: twice the size of the adapter.
+    """
+    if sum(values.nbytes for values in arrays.values()) >= _LARGE:
+        return_freed_memory()
 
 
 def _taken(name: str) -> UsageError:

@@ -75,7 +75,9 @@ class Leases:
         base = neutral(manifest, defaults, device) if feeds_all else Bindable({})
         self._base = base
         self._bound: dict[Resident, Bindable] = {}  # in the order of their last use
-        self._stacks = Stacks(manifest, defaults, device, budget, self._base, ranked=ranked)
+        self._stacks = Stacks(
+            manifest, defaults, device, budget, self._base, ranked=ranked, move=self._move
+        )
         self._rows = RowStacks(
             Filler(manifest, defaults),
             # Without `self`, whose cycle would keep a closed session's graph in memory.
@@ -132,9 +134,9 @@ class Leases:
                 return Lease(rows, heads, per_row, device, stacked=True, stack=stack)
             with self._changed:
                 busy = frozenset(self._users)
-            device, slots_of = self._stacks.of(members, busy)
+            device, slot_of = self._stacks.of(members, busy, base=None in rows)
             self._stacked += 1
-        slots = [0 if resident is None else slots_of[resident] for resident in rows]
+        slots = [slot_of[None if resident is None else resident.digest] for resident in rows]
         adapter_ids = onnxruntime.OrtValue.ortvalue_from_numpy(np.array(slots, np.int64))
         return Lease(rows, heads, per_row, device, adapter_ids, stacked=True)
 
@@ -150,20 +152,34 @@ class Leases:
     def drop(self, resident: Resident) -> None:
         """Release the copy of an adapter that is not in use. The caller holds `changed`."""
         self._bound.pop(resident, None)
+        self._stacks.drop(resident)
+
+    def _move(self, resident: Resident, arrays: Arrays, *, unless_used: bool = False) -> bool:
+        """See `Move`. Leases that were made before keep reading the previous arrays."""
+        with self._changed:
+            if unless_used and resident.digest in self._users:
+                return False
+            resident.host = arrays
+            self._bound.pop(resident, None)
+            return True
 
     def _bind(self, resident: Resident) -> Bindable:
-        """The adapter's side inputs on the device."""
-        with self._changed:
-            there = self._bound.pop(resident, None)
-            if there is not None:
-                self._bound[resident] = there
-                return there
-        made = bindable(resident.host, self._manifest, self._device, self._base)
-        with self.locked():
-            made = self._bound.pop(resident, made)
-            self._bound[resident] = made
-            self._trim()
-        return made
+        """The side inputs on the device of an adapter that is in use."""
+        while True:
+            with self._changed:
+                there = self._bound.pop(resident, None)
+                if there is not None:
+                    self._bound[resident] = there
+                    return there
+                host = resident.host
+            made = bindable(host, self._manifest, self._device, self._base)
+            with self.locked():
+                if resident.host is not host:  # the previous arrays must not stay in memory
+                    continue
+                made = self._bound.pop(resident, made)
+                self._bound[resident] = made
+                self._trim()
+            return made
 
     def _trim(self) -> None:
         """Release unused copies on the device beyond the budget. The caller holds both locks."""

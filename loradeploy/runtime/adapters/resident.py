@@ -62,11 +62,12 @@ class Bindable:
         self._spare[session].append(binding)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Resident:
     """An adapter's side inputs [1, …] in host memory, identified by their digest.
 
-    `parts`: the digests of a blend's members.
+    `host`: may be replaced by equal arrays elsewhere. The previous ones may then be overwritten,
+    unless the adapter is in use (see `Stacks`). `parts`: the digests of a blend's members.
     """
 
     digest: str
