@@ -35,7 +35,7 @@ from loradeploy.runtime.adapters.resident import (
     blend_head,
     weights_of,
 )
-from loradeploy.runtime.reading.weights import return_freed_memory
+from loradeploy.runtime.memory import return_freed_memory
 
 if TYPE_CHECKING:
     from loradeploy.adapter.heads import Head

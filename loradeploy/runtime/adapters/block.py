@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from loradeploy.runtime.pages import own_pages
+from loradeploy.runtime.memory import own_pages
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -30,6 +30,7 @@ from loradeploy.runtime.devices.providers import (
 )
 from loradeploy.runtime.devices.quiet import UNSET, severity, unlogged
 from loradeploy.runtime.devices.table import CPU, known
+from loradeploy.runtime.memory import keep_freed_memory, return_freed_memory
 from loradeploy.runtime.operator.library import check_runs, register
 from loradeploy.runtime.reading.mapped import MappedSession
 from loradeploy.runtime.reading.weights import MAPPED as MAPPED
@@ -38,8 +39,6 @@ from loradeploy.runtime.reading.weights import (
     Source,
     entry,
     graph_source,
-    keep_freed_memory,
-    return_freed_memory,
 )
 from loradeploy.runtime.reading.wire import node_names
 

@@ -15,7 +15,6 @@ weights from memory. The copy is unlinked once the session is open.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import mmap
 import os
 import sys
@@ -25,7 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-import numpy as np
 import onnxruntime
 
 from loradeploy.adapter.files.digest import bytes_digest
@@ -47,7 +45,6 @@ MAPPED: Final = "loradeploy.map_weights"
 WEIGHTS_AT: Final = "session.model_external_initializers_file_folder_path"
 _FROM_MEMORY: Final = "add_external_initializers_from_files_in_memory"
 _BLOCK: Final = 1 << 26
-_LARGEST_HEAP_BLOCK: Final = (32 << 20) - (8 << 10)  # glibc's limit, without its overhead
 # Content if there is no data file: an empty file cannot be passed.
 _NOTHING: Final = b"\0"
 
@@ -116,28 +113,6 @@ def graph_source(
                 (copy / name).unlink()
                 (copy / name).write_bytes(content)
             yield Source(os.fspath(copy / name), options)
-
-
-def keep_freed_memory() -> None:
-    """Make the C library keep memory that onnxruntime frees while it opens a graph, for reuse.
-
-    glibc returns a freed block to the system immediately, until a program has freed a larger one.
-    Every weight would then be copied into new pages, which the system has to clear. Therefore the
-    largest possible block is freed first.
-    """
-    if sys.platform == "linux":
-        np.empty(_LARGEST_HEAP_BLOCK, np.uint8)
-
-
-def return_freed_memory() -> None:
-    """Return memory to the system that onnxruntime freed while it packed weights for its kernels.
-
-    glibc would keep it: a fifth of the memory of a session on SmolLM2-135M in fp32.
-    """
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # not in every C library
-        if trim is not None:
-            trim(0)
 
 
 def entry(options: onnxruntime.SessionOptions, name: str) -> str:
