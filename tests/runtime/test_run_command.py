@@ -40,6 +40,24 @@ def test_a_prompt_prints_its_text(tiny_llama_bundle: Path, llama_session: Adapte
     assert (result.exit_code, result.stdout, result.stderr) == (0, f"{expected.text}\n", "")
 
 
+@pytest.mark.parametrize("from_file", [False, True], ids=["a prompt", "a file of prompts"])
+def test_only_a_single_prompt_maps_the_weights(
+    from_file: bool, tiny_llama_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of prompts may take hours, during which writers of the bundle would wait."""
+    asked = []
+
+    def init(self: AdapterSession, *arguments: Any, **options: Any) -> None:
+        asked.append(options["map_weights"])
+        right(self, *arguments, **options)
+
+    right = AdapterSession.__init__
+    monkeypatch.setattr(AdapterSession, "__init__", init)
+    given = ("--input", lines(tmp_path, {"prompt": "A"})) if from_file else ("A",)
+    assert run(tiny_llama_bundle, *given, "--max-new-tokens", 1).exit_code == 0
+    assert asked == [not from_file]
+
+
 def test_options_reach_the_generator(
     tiny_llama_bundle: Path, llama_adapters: dict[str, Path], llama_session: AdapterSession
 ) -> None:

@@ -263,6 +263,12 @@ def test_both_graphs_read_one_set_of_weights_and_one_adapter(bundle: Path, tiny_
     assert "decoder.block.0.layer.1.EncDecAttention.k" in modules
 
 
+def test_both_graphs_can_map_the_weights(bundle: Path, generator: ld.TextGenerator) -> None:
+    with ld.AdapterSession(bundle, map_weights=True) as session:
+        mapped = ld.TextGenerator(session).generate(TEXTS, ROWS, max_new_tokens=10)
+    assert mapped == generator.generate(TEXTS, ROWS, max_new_tokens=10)
+
+
 def test_a_merged_bundle_and_the_command_give_the_adapters_text(
     bundle: Path, adapters: dict[str, Path], generator: ld.TextGenerator, tmp_path: Path
 ) -> None:
