@@ -368,6 +368,27 @@ def markdown(report: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+# The names of other engines' sides in docs/performance.md.
+_NAMES: Final = {
+    "torch_base": "PyTorch base",
+    "peft_one": "PEFT, one",
+    "peft_mixed": "PEFT, mixed",
+    "genai_base": "onnxruntime-genai, base",
+    "genai_one": "onnxruntime-genai, one",
+    "genai_built": "genai, its own graph",
+    "genai_lora": "genai LoRA",
+}
+
+
+def _named(side: str) -> str:
+    """The name of a side in docs/performance.md: "slots, idle" for "slots4 idle".
+
+    In int4, bundles in rows have branches by default.
+    """
+    form, _, use = side.replace("rows4", "branches").replace("4", "").rpartition(" ")
+    return _NAMES.get(side) or (f"{form}, {use}" if form else use)
+
+
 def draw(results: Sequence[Mapping[str, Any]], file: Path) -> None:
     """Draw the milliseconds of every side as bars, with a plot for each plan."""
     heights = [len(result["milliseconds"]) for result in results]
@@ -375,12 +396,11 @@ def draw(results: Sequence[Mapping[str, Any]], file: Path) -> None:
     grid = svg_axes(file, len(results), name="runtime", font_size=9, figsize=size, heights=heights)
     with grid as axes:
         for axis, result in zip(axes[:, 0], results, strict=True):
-            sides = result["milliseconds"]
             bars(
                 axis,
                 f"{result['plan']}, batch {result['batch']}",
-                sides,
-                others={name for name in sides if name in SIDES or "genai" in name},
+                {_named(side): value for side, value in result["milliseconds"].items()},
+                others=_NAMES.values(),
                 digits=1,
                 padding=3,
                 margin=0.1,

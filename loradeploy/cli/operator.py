@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from loradeploy.cli.console import GivenPath, json_option, print_json, say
+from loradeploy.cli.console import GivenPath, json_option, print_json, progress, say
 
 
 @click.command(
@@ -23,7 +23,8 @@ def command(output: str, as_json: bool) -> None:
     from loradeploy.runtime.operator.build import build_operator
     from loradeploy.runtime.operator.library import check_library
 
-    path = build_operator(output)
+    with progress("loradeploy.runtime.operator"):
+        path = build_operator(output)
     operators = sorted(check_library(path))
     if as_json:
         print_json({"output": str(path), "operators": operators})

@@ -64,10 +64,15 @@ class LogScale:
 
 
 def number(value: float | None) -> str:
-    """Format a number with two digits; "–" for None, and words for NaN and infinity."""
+    """Format a number with two digits; "–" for None, and words for NaN and infinity.
+
+    Numbers below 0.01 have an exponent, so that their sizes can be compared at a glance.
+    """
     if value is None:
         return "–"
-    return f"{value:.2g}" if math.isfinite(value) else _NO_NUMBER
+    if not math.isfinite(value):
+        return _NO_NUMBER
+    return f"{value:.1e}" if 0 < abs(value) < 0.01 else f"{value:.2g}"
 
 
 def error_bar(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -16,9 +18,11 @@ from loradeploy.paths import takes_paths
 from loradeploy.printable import printable
 from loradeploy.runtime.operator.library import SOURCES, check_library, is_library, source_digest
 
+_log = logging.getLogger(__name__)
 _COMPILERS: Final = ("g++", "clang++", "c++")
 _SYSTEM: Final = platform.system()
 _SECONDS: Final = 900
+_LINKER_FAILED: Final = re.compile(r"error: (ld returned|linker command failed)")
 # The sources have explicit vectors. If the compiler vectorized the rest, it could fuse or separate
 # multiplications and additions in one case and not in another, and results would depend on the
 # number of rows.
@@ -57,6 +61,7 @@ def build_operator(output: str | os.PathLike[str]) -> Path:
             *(*compiler, *FLAGS, native, f'-DLORADEPLOY_SOURCE="{source_digest()}"', *own),
             *(*map(os.fspath, SOURCES), "-o", os.fspath(temporary)),
         ]
+        _log.info("compiling with %s, which takes about a minute", compiler[0])
         try:
             done = subprocess.run(
                 command, capture_output=True, text=True, errors="replace", timeout=_SECONDS
@@ -85,7 +90,11 @@ def _compiler() -> list[str]:
 
 
 def _error_in(output: str) -> str:
-    """The first error in the compiler's output, or its last line."""
+    """The first error in the compiler's output, or its last line.
+
+    The compiler reports that its linker failed; the line before is the linker's, with the reason.
+    """
     lines = [line.strip() for line in output.splitlines() if line.strip()]
+    lines = [line for line in lines if not _LINKER_FAILED.search(line)] or lines
     found = next((line for line in lines if "error" in line), lines[-1] if lines else "no message")
     return shortened(printable(found), 200)

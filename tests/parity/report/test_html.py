@@ -129,6 +129,21 @@ def test_the_verdict_comes_first_with_the_failures_in_words(report: ParityReport
     assert other not in text
 
 
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "–"),
+        (0.0, "0"),
+        (1.43e-4, "1.4e-04"),
+        (-8e-5, "-8.0e-05"),
+        (0.01, "0.01"),
+        (4.5, "4.5"),
+    ],
+)
+def test_numbers_far_below_1_have_an_exponent(value: float | None, text: str) -> None:
+    assert number(value) == text
+
+
 def numbers(report: ParityReport) -> set[str]:
     """Return every number of the report as the page should show it."""
     found = {report.inputs.prompt_tokens, report.inputs.seed, report.seconds}

@@ -67,6 +67,22 @@ def test_a_failed_compilation_leaves_the_earlier_library(
     assert list(tmp_path.iterdir()) == [output]
 
 
+def test_a_linker_that_fails_is_reported_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compiler = tmp_path / "compiler"
+    compiler.write_text(
+        "#!/bin/sh\n"
+        "echo 'ld: final link failed: No space left on device' >&2\n"
+        "echo 'collect2: error: ld returned 1 exit status' >&2\n"
+        "exit 1\n"
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(OperatorError, match="final link failed: No space left on device"):
+        build_operator(tmp_path / "lora_add.so")
+
+
 def test_a_missing_library_is_named(tmp_path: Path) -> None:
     with pytest.raises(OperatorError, match="lora_add.so does not exist: build it with"):
         check_library(tmp_path / "lora_add.so")
