@@ -58,9 +58,9 @@ NAMED: Final = Form(
     "has the names of adapters in its keys, as a model's state_dict() does: convert one with"
     " loradeploy convert ADAPTER --name NAME --output DIR"
 )
-_GGUF: Final = (
+GGUF: Final = Form(
     "is a GGUF file of llama.cpp, not an adapter of PEFT: give the PEFT directory that it was"
-    " converted from"
+    " converted from, or convert it with loradeploy convert ADAPTER --model BASE --output DIR"
 )
 _WHOLE: Final = "is not an adapter but a complete model: export it as `model`"
 _NO_CONFIG: Final = (
@@ -288,7 +288,7 @@ def other_directory(directory: Path) -> str | None:
         if (found := other_file(file)) is not None:
             return f"has {file.name}, which {found}"
     if any(directory.glob("*.gguf")):
-        return _GGUF
+        return GGUF.message
     if peft and any(directory.glob("global_step*")):
         return _OF_DEEPSPEED
     if peft and any(directory.glob("**/*.distcp")):
@@ -302,7 +302,7 @@ def other_file(file: Path) -> str | None:
     """Message for a file without adapter_config.json beside it, None if it is not recognized."""
     with contextlib.suppress(OSError, AdapterError), open_file(file, error=AdapterError) as opened:
         if opened.read(4) == b"GGUF":
-            return _GGUF
+            return GGUF.message
     if file.suffix != _TENSORS:
         return None
     shapes = _shapes_in(file)

@@ -2,7 +2,7 @@
 
 ADALORA            ΔW = α / (r₀ + 1e-5) · B (E ∘ A), E [rank, 1] the singular values. The rank is
                    the number of true values in the module's entry of rank_pattern, else r₀ = init_r
-                   (Zhang et al., 2023, arXiv:2303.10512; peft/tuners/adalora/layer.py, 0.21)
+                   (Zhang et al., 2023, arXiv:2303.10512; the constant is that of PEFT 0.21)
 TRAINABLE_TOKENS   <module>.trainable_tokens_delta [tokens, size]: rows of a weight
 """
 

@@ -6,19 +6,24 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
 
 from loradeploy.adapter.adapter import Adapter, Factors
 from loradeploy.adapter.config import AdapterConfig
 from loradeploy.adapter.files.base_files import base_tensors
 from loradeploy.adapter.files.tensors import read_arrays
 from loradeploy.adapter.scaling import with_ranks
-from loradeploy.errors import AdapterError, ModelError, UsageError, listed, listed_names
+from loradeploy.errors import AdapterError, ModelError, UsageError, listed, listed_names, shown
 from loradeploy.files import read_json
 from loradeploy.names import MODEL_CONFIG_NAME
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+# Modules whose rows some libraries order for rotary positions: the config's name of their heads.
+HEADS: Final = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
 
 
 @dataclass(frozen=True)
@@ -149,6 +154,21 @@ def check_complete(modules: Mapping[str, Mapping[str, str]], others: Iterable[st
         raise AdapterError(f"tensors are refused: {listed(problems)}")
     if not modules:
         raise AdapterError("the file has no LoRA factors")
+
+
+def halves_first(values: NDArray[Any], base: Base, heads: str, name: str) -> NDArray[Any]:
+    """`values` [out, …] with the rows 0 2 4 … 1 3 5 … of each head.
+
+    `heads`: the name of their number in the config of `base`, as in `HEADS`.
+    """
+    count = base.config.get(heads, base.config.get("num_attention_heads"))
+    if not isinstance(count, int) or count < 1 or len(values) % (2 * count):
+        raise ModelError(
+            f"{base.directory}: {heads} is {shown(count)}, which does not divide the"
+            f" {len(values)} rows of {name}"
+        )
+    pairs = values.reshape(count, -1, 2, *values.shape[1:])  # [heads, size / 2, 2, …]
+    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(values.shape)
 
 
 def adapter_of(

@@ -11,6 +11,7 @@ from loradeploy.adapter.adapter import Adapter
 from loradeploy.adapter.files.formats import (
     ADAPTER_HUB,
     DIFFUSERS,
+    GGUF,
     JINA,
     KOHYA,
     MLX,
@@ -20,12 +21,14 @@ from loradeploy.adapter.files.formats import (
     Form,
     form_of,
 )
+from loradeploy.adapter.files.gguf import SUFFIX, read_gguf
 from loradeploy.adapter.files.peft import WEIGHTS_NAME, refuse_pickles
 from loradeploy.adapter.files.tensors import map_tensors
 from loradeploy.adapter.readers import (
     adapterhub,
     diffusion,
     jina,
+    llama_cpp,
     mlx,
     named,
     torchtune,
@@ -39,6 +42,7 @@ from loradeploy.names import ADAPTER_CONFIG_NAME, MODEL_CONFIG_NAME
 READERS: Final[Mapping[Form, Callable[[Source], Adapter]]] = {
     ADAPTER_HUB: adapterhub.read,
     DIFFUSERS: diffusion.read,
+    GGUF: llama_cpp.read,
     JINA: jina.read,
     KOHYA: diffusion.read,
     MLX: mlx.read,
@@ -59,11 +63,15 @@ _FILES: Final = (
 
 def other_form(path: str | os.PathLike[str]) -> Form | None:
     """The form of the adapter at `path` if the table has a reader for it, else None."""
+    place = Path(path)
     try:
-        source = _open(Path(path))
+        file = _weights(place) if place.is_dir() else place
+        if file is not None and file.suffix == SUFFIX and file.is_file():
+            return GGUF  # what it contains is checked when it is read
+        source = _open(place)
     except LoraDeployError:
         return None
-    form = None if source is None else form_of(source.config, source.shapes)
+    form = None if source is None else _form(source)
     return form if form in READERS else None
 
 
@@ -88,7 +96,7 @@ def read_other(
         ModelError: the base cannot be read, or its architecture is not supported for the form.
     """
     source = _open(Path(path), name=name, base=base)
-    form = None if source is None else form_of(source.config, source.shapes)
+    form = None if source is None else _form(source)
     if source is None or form is None or form not in READERS:
         raise AdapterError(f"{path} is not an adapter of a library that can be converted")
     try:
@@ -103,10 +111,18 @@ def read_other(
     return adapter
 
 
+def _form(source: Source) -> Form | None:
+    return GGUF if source.file.suffix == SUFFIX else form_of(source.config, source.shapes)
+
+
 def _open(path: Path, **given: Any) -> Source | None:
-    """The adapter's tensors and settings; None if `path` has no safetensors."""
+    """The adapter's tensors and settings; None if `path` has neither safetensors nor GGUF."""
     directory = path if path.is_dir() else path.parent
     file = _weights(path) if path.is_dir() else path
+    if file is not None and file.suffix == SUFFIX and file.is_file():
+        arrays, values = read_gguf(file)
+        shapes = {name: array.shape for name, array in arrays.items()}
+        return Source(file, shapes, values, given.get("name"), given.get("base"), _read=arrays)
     if file is None or file.suffix != ".safetensors" or not file.is_file():
         return None
     tensors, header = map_tensors(file, error=AdapterError)
@@ -126,7 +142,7 @@ def _weights(directory: Path) -> Path | None:
     for name in _FILES:
         if (directory / name).is_file():
             return directory / name
-    files = sorted(directory.glob("*.safetensors"))
+    files = sorted(directory.glob("*.safetensors")) or sorted(directory.glob(f"*{SUFFIX}"))
     if len(files) > 1:
         raise UsageError(
             f"{directory} has {len(files)} files of tensors: give one of"

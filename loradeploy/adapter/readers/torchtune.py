@@ -7,24 +7,20 @@ head. So for the models in `_ROTARY`, rows of B (and of DoRA's magnitude) have t
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, Final
-
-import numpy as np
+from typing import Final
 
 from loradeploy.adapter.adapter import Adapter, Factors
 from loradeploy.adapter.readers.source import (
-    Base,
+    HEADS,
     Source,
     adapter_of,
     check_complete,
     check_rank,
     halves,
+    halves_first,
     number,
 )
 from loradeploy.errors import AdapterError, ModelError, shown
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 _ENDINGS: Final = {".lora_a.weight": "A", ".lora_b.weight": "B", ".magnitude": "magnitude"}
 _LAYER: Final = re.compile(r"layers\.(\d+)\.(attn\.\w+|mlp\.\w+)")
@@ -39,7 +35,6 @@ _NAMES: Final = {
 }
 # Whether torchtune permutes query and key of the model, by transformers' model_type.
 _ROTARY: Final = {"llama": True, "mistral": True, "gemma": True, "gemma2": True, "qwen2": False}
-_HEADS: Final = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
 
 
 def read(source: Source) -> Adapter:
@@ -61,9 +56,9 @@ def read(source: Source) -> Adapter:
         magnitude = source.array(keys["magnitude"]) if "magnitude" in keys else None
         A, B = source.array(keys["A"]), source.array(keys["B"])
         check_rank(name, B, rank)
-        if permuted and (heads := _HEADS.get(name.rpartition(".")[2])):
-            B = _halves_first(B, base, heads, name)
-            magnitude = None if magnitude is None else _halves_first(magnitude, base, heads, name)
+        if permuted and (heads := HEADS.get(name.rpartition(".")[2])):
+            B = halves_first(B, base, heads, name)
+            magnitude = None if magnitude is None else halves_first(magnitude, base, heads, name)
         factors[name] = Factors(A, B, magnitude)
     dora = any(pair.magnitude is not None for pair in factors.values())
     scalings = dict.fromkeys(factors, alpha / rank)
@@ -77,15 +72,3 @@ def _renamed(module: str) -> str:
     if found is None or found[2] not in _NAMES:
         raise AdapterError(f"{module} is not a module of torchtune's decoders")
     return f"model.layers.{found[1]}.{_NAMES[found[2]]}"
-
-
-def _halves_first(values: NDArray[Any], base: Base, heads: str, name: str) -> NDArray[Any]:
-    """`values` [out, …] with the rows 0 2 4 … 1 3 5 … of each head."""
-    count = base.config.get(heads, base.config.get("num_attention_heads"))
-    if not isinstance(count, int) or count < 1 or len(values) % (2 * count):
-        raise ModelError(
-            f"{base.directory}: {heads} is {shown(count)}, which does not divide the"
-            f" {len(values)} rows of {name}"
-        )
-    pairs = values.reshape(count, -1, 2, *values.shape[1:])  # [heads, size / 2, 2, …]
-    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(values.shape)
