@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from loradeploy.adapter.modules.renamings import Submodel
 from loradeploy.bundle.manifest import BaseIdentity, Manifest, TensorSpec
 from loradeploy.export.read.modules.find import Evidence
-from loradeploy.export.trial.bundle import Source as TrialSource
+from loradeploy.export.trial.bundle import TrialSource
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -61,7 +61,7 @@ from loradeploy.export.read.files.source import Source, read_config
 from loradeploy.export.tasks import choose_task
 from loradeploy.export.texts import check_recipe, is_embedding_model
 from loradeploy.export.towers import tower_kind
-from loradeploy.export.trial.bundle import Source as TrialSource
+from loradeploy.export.trial.bundle import TrialSource
 from loradeploy.lora.base.formats import check_unquantized
 from loradeploy.printable import logger_of
 

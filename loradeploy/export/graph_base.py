@@ -55,7 +55,7 @@ from loradeploy.export.read.values.probabilities import Probabilities, add_logit
 from loradeploy.export.read.values.value_names import check_mask, rename_values
 from loradeploy.export.tasks import own_task, task_of_graph
 from loradeploy.export.trace.cleanup.tidy import name_dimensions
-from loradeploy.export.trial.bundle import Source as TrialSource
+from loradeploy.export.trial.bundle import TrialSource
 from loradeploy.paths import resolved
 from loradeploy.printable import logger_of
 

@@ -55,7 +55,7 @@ from loradeploy.export.texts import (
     write_texts,
 )
 from loradeploy.export.tokenizers import correct_tokenizer, declare_token_types, make_tokenizer
-from loradeploy.export.trial.bundle import Source, try_bundle
+from loradeploy.export.trial.bundle import TrialSource, try_bundle
 from loradeploy.files import atomic_directory, copy_file, read_json, write_json
 from loradeploy.printable import logger_of
 
@@ -107,7 +107,7 @@ class Content:
     defaults: Mapping[str, NDArray[Any]]
     biases: Mapping[str, NDArray[Any]]
     required: bool = False
-    source: Source = dataclasses.field(default_factory=Source)
+    source: TrialSource = dataclasses.field(default_factory=TrialSource)
     directories: Mapping[str, Path] = dataclasses.field(default_factory=dict)
     merged: Mapping[str, Path] = dataclasses.field(default_factory=dict)
     vocabulary: int | None = None

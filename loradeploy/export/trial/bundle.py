@@ -57,7 +57,7 @@ _TOKENS_RANK: Final = 3  # of logits [batch, tokens, vocabulary]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Source:
+class TrialSource:
     """The source that a bundle is compared with.
 
     `original`: the checkpoint's outputs, if it was run. `graph`: the ONNX file, if the source is
@@ -72,7 +72,7 @@ class Source:
 
 
 def try_bundle(
-    directory: Path, manifest: Manifest, source: Source, config: Mapping[str, Any], pad: int
+    directory: Path, manifest: Manifest, source: TrialSource, config: Mapping[str, Any], pad: int
 ) -> Manifest:
     """Open the bundle in `directory`, compare it with its `source`, and find its padding side.
 
@@ -110,7 +110,7 @@ def try_bundle(
     return dataclasses.replace(manifest, whole_prompts=True)
 
 
-def _source_outputs(source: Source, manifest: Manifest, sample: Sample) -> Original | None:
+def _source_outputs(source: TrialSource, manifest: Manifest, sample: Sample) -> Original | None:
     """The outputs of the source's graph for a sample; None if it cannot be run."""
     graph = source.graph
     if graph is None:

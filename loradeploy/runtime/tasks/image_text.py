@@ -125,8 +125,8 @@ class ImageTextGenerator:
             BundleError: images other than pixel values, and a processor that is not supported.
             MissingDependencyError: Pillow is not installed.
         """
-        asked = _Asked(prompts, images, adapters, seed, chat, batch_size, per_prompt, options)
-        read, call = asked.read(self.reader)
+        request = _Request(prompts, images, adapters, seed, chat, batch_size, per_prompt, options)
+        read, call = request.read(self.reader)
         named = _Named(read, call)
 
         def show(row: int, result: Generation) -> None:
@@ -153,8 +153,8 @@ class ImageTextGenerator:
         Raises:
             LoraDeployError: as `generate`, with the first piece.
         """
-        asked = _Asked(prompts, images, adapters, seed, chat, batch_size, per_prompt, options)
-        return TextStream(lambda cancelled: self._pieces(asked, cancelled))
+        request = _Request(prompts, images, adapters, seed, chat, batch_size, per_prompt, options)
+        return TextStream(lambda cancelled: self._pieces(request, cancelled))
 
     def astream(
         self,
@@ -171,8 +171,8 @@ class ImageTextGenerator:
         """Like `stream`, for asyncio, as `TextGenerator.astream`."""
         from loradeploy.runtime.tasks.async_streaming import AsyncTextStream
 
-        asked = _Asked(prompts, images, adapters, seed, chat, batch_size, per_prompt, options)
-        return AsyncTextStream(lambda cancelled: self._pieces(asked, cancelled))
+        request = _Request(prompts, images, adapters, seed, chat, batch_size, per_prompt, options)
+        return AsyncTextStream(lambda cancelled: self._pieces(request, cancelled))
 
     def score(
         self,
@@ -215,8 +215,8 @@ class ImageTextGenerator:
         """
         return self.reader.sizes.split(pixel_values, image_grid_thw)
 
-    def _pieces(self, asked: _Asked, cancelled: set[int]) -> Iterator[TextPiece]:
-        read, call = asked.read(self.reader)
+    def _pieces(self, request: _Request, cancelled: set[int]) -> Iterator[TextPiece]:
+        read, call = request.read(self.reader)
         named = _Named(read, call)
         for piece in self._text._pieces(call, cancelled):
             if piece.result is not None:
@@ -225,8 +225,8 @@ class ImageTextGenerator:
 
 
 @dataclass(frozen=True, eq=False)
-class _Asked:
-    """The arguments of a call."""
+class _Request:
+    """The arguments of a call, whose prompts and images are not read yet."""
 
     prompts: str | Sequence[Prompt]
     images: Sequence[Sequence[ShownImage]]

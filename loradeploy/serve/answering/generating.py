@@ -35,7 +35,7 @@ _Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
-class Asked:
+class Submitted:
     """The submissions of a request's prompts. `texts`: the number of texts of each prompt."""
 
     submissions: Sequence[Submission]
@@ -175,7 +175,7 @@ def completion_prompts(body: CompletionRequest) -> list[Prompt]:
     return list(cast("list[Prompt]", prompt))
 
 
-async def ask(
+async def submit(
     request: Request,
     service: Service,
     key: ApiKey,
@@ -183,7 +183,7 @@ async def ask(
     prompts: Sequence[Prompt],
     logprobs: int | None,
     images: Sequence[str] = (),
-) -> Asked:
+) -> Submitted:
     """Submit the prompts of `body`. `images`: URLs of images, of its only prompt.
 
     They are read before the prompt is submitted, unless the client of `request` disconnects.
@@ -240,18 +240,18 @@ async def ask(
                 )
             )
     except BaseException:
-        Asked(submissions, body.n).cancel()
+        Submitted(submissions, body.n).cancel()
         raise
-    return Asked(submissions, body.n)
+    return Submitted(submissions, body.n)
 
 
 def _options(service: Service, body: TextRequest, logprobs: int | None) -> dict[str, Any]:
     """The generation settings, by their names in `GenerationOptions`."""
     most = service.limits.max_tokens
-    asked = {"max_tokens": body.max_tokens}
+    limits = {"max_tokens": body.max_tokens}
     if isinstance(body, ChatRequest):
-        asked["max_completion_tokens"] = body.max_completion_tokens
-    given = {name: value for name, value in asked.items() if value is not None}
+        limits["max_completion_tokens"] = body.max_completion_tokens
+    given = {name: value for name, value in limits.items() if value is not None}
     if len(set(given.values())) > 1:
         raise refused("max_completion_tokens", "is another number than max_tokens")
     for name, value in given.items():
@@ -282,18 +282,18 @@ def _options(service: Service, body: TextRequest, logprobs: int | None) -> dict[
 
 
 @asynccontextmanager
-async def watched(request: Request, asked: Asked) -> AsyncIterator[None]:
+async def watched(request: Request, submitted: Submitted) -> AsyncIterator[None]:
     """Cancel the submissions if the client disconnects during the context."""
 
     async def watch() -> None:
         await _disconnected(request)
-        asked.cancel()
+        submitted.cancel()
 
     watcher = asyncio.create_task(watch())
     try:
         yield
     except BaseException:
-        asked.cancel()
+        submitted.cancel()
         raise
     finally:
         watcher.cancel()

@@ -9,7 +9,7 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Send
 
 from loradeploy.serve.answering.answers import ChatPieces, CompletionPieces
-from loradeploy.serve.answering.generating import Asked
+from loradeploy.serve.answering.generating import Submitted
 from loradeploy.serve.problems import problem_of
 
 
@@ -21,30 +21,30 @@ class EventStream(StreamingResponse):
 
     def __init__(
         self,
-        asked: Asked,
+        submitted: Submitted,
         pieces: ChatPieces | CompletionPieces,
         *,
         include_usage: bool,
     ) -> None:
-        events = _events(asked, pieces, include_usage=include_usage)
+        events = _events(submitted, pieces, include_usage=include_usage)
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         super().__init__(events, media_type="text/event-stream", headers=headers)
-        self._asked = asked
+        self._submitted = submitted
 
     async def stream_response(self, send: Send) -> None:
         """Send the response; when this ends, also by a slow or lost client, cancel the request."""
         try:
             await super().stream_response(send)
         finally:
-            self._asked.cancel()
+            self._submitted.cancel()
 
 
 async def _events(
-    asked: Asked, pieces: ChatPieces | CompletionPieces, *, include_usage: bool
+    submitted: Submitted, pieces: ChatPieces | CompletionPieces, *, include_usage: bool
 ) -> AsyncIterator[str]:
     generated = 0
     try:
-        async for index, event in asked.events():
+        async for index, event in submitted.events():
             if event.generation is not None:
                 generated += event.generation.completion_tokens
             for chunk in pieces.of(index, event):
@@ -52,7 +52,7 @@ async def _events(
                 left_out = None if include_usage else {"usage"}
                 yield _event(chunk.model_dump_json(exclude=left_out))
         if include_usage:
-            yield _event(pieces.usage(asked.usage(generated)).model_dump_json())
+            yield _event(pieces.usage(submitted.usage(generated)).model_dump_json())
         yield _event("[DONE]")
     except Exception as problem:
         yield _event(json.dumps(problem_of(problem).body))

@@ -16,11 +16,11 @@ from loradeploy.serve.answering.answers import (
     completion,
 )
 from loradeploy.serve.answering.generating import (
-    Asked,
-    ask,
+    Submitted,
     chat_images,
     chat_prompt,
     completion_prompts,
+    submit,
     watched,
 )
 from loradeploy.serve.answering.streaming import EventStream
@@ -56,8 +56,8 @@ async def answer_chat(
         raise refused("top_logprobs", "only with logprobs")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     images = chat_images(body)
-    asked = await ask(request, service, key, body, [chat_prompt(body)], logprobs, images)
-    return await _answered(request, body, service, asked, chat_completion, ChatPieces)
+    submitted = await submit(request, service, key, body, [chat_prompt(body)], logprobs, images)
+    return await _answered(request, body, service, submitted, chat_completion, ChatPieces)
 
 
 @router.post("/v1/completions", response_model=Completion, responses=_STREAMED)
@@ -67,24 +67,24 @@ async def complete(
     """Continue one or several prompts."""
     if body.best_of is not None and body.best_of != body.n:
         raise refused("best_of", "must be equal to n: choosing the best texts is not supported")
-    asked = await ask(request, service, key, body, completion_prompts(body), body.logprobs)
-    return await _answered(request, body, service, asked, completion, CompletionPieces)
+    submitted = await submit(request, service, key, body, completion_prompts(body), body.logprobs)
+    return await _answered(request, body, service, submitted, completion, CompletionPieces)
 
 
 async def _answered(
     request: Request,
     body: TextRequest,
     service: Service,
-    asked: Asked,
+    submitted: Submitted,
     whole: Callable[[Sequence[Generation], Usage, str, int], _Answer],
     pieces: Callable[[str, int], ChatPieces | CompletionPieces],
 ) -> _Answer | Response:
     """Answer with `whole`, or with a stream of `pieces` once the first text has started."""
-    async with watched(request, asked):
+    async with watched(request, submitted):
         if not body.stream:
-            texts = await asked.generations()
-            usage = asked.usage(sum(text.completion_tokens for text in texts))
+            texts = await submitted.generations()
+            usage = submitted.usage(sum(text.completion_tokens for text in texts))
             return whole(texts, usage, body.model, service.now())
-        await asked.started()
+        await submitted.started()
     include_usage = body.stream_options is not None and body.stream_options.include_usage
-    return EventStream(asked, pieces(body.model, service.now()), include_usage=include_usage)
+    return EventStream(submitted, pieces(body.model, service.now()), include_usage=include_usage)
