@@ -21,8 +21,8 @@ from loradeploy.serve.problems import refused
 
 if TYPE_CHECKING:
     from loradeploy.runtime.adapters.resident import AdapterSpec
-    from loradeploy.runtime.decoding.asking.calls import Prompt
     from loradeploy.runtime.decoding.graph import TokenEmbeds
+    from loradeploy.runtime.decoding.prompts.calls import Prompt
     from loradeploy.runtime.session import AdapterSession
     from loradeploy.runtime.vision.parts import Names
     from loradeploy.serve.settings import ServeLimits

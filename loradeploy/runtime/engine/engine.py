@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Final, cast
 from loradeploy.errors import EngineClosedError, UsageError
 from loradeploy.runtime.adapters.resident import AdapterSpec, weights_of
 from loradeploy.runtime.arguments import check_adapters, check_count
-from loradeploy.runtime.decoding.asking.calls import Call, Prompt
 from loradeploy.runtime.decoding.graph import TokenEmbeds, check_embeds
+from loradeploy.runtime.decoding.prompts.calls import Call, Prompt
 from loradeploy.runtime.engine.endings import abandon, ended_by_defect, guarded
 from loradeploy.runtime.engine.loader import Loader
 from loradeploy.runtime.engine.requests import EngineRequests

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Final
 
-from loradeploy.runtime.decoding.asking.reading import PromptReader
+from loradeploy.runtime.decoding.prompts.reading import PromptReader
 from loradeploy.runtime.engine.endings import abandon
 from loradeploy.runtime.engine.running import prepare
 from loradeploy.runtime.engine.submission import too_late

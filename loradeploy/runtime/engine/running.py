@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from loradeploy.errors import BudgetError, UsageError
 from loradeploy.runtime.adapters.tokens import check_tokens_of
-from loradeploy.runtime.decoding.asking.requests import Request, read_request
 from loradeploy.runtime.decoding.caches.memory import position_bytes
+from loradeploy.runtime.decoding.prompts.requests import Request, read_request
 from loradeploy.runtime.engine.submission import GenerationEvent, Submission, Usage
 from loradeploy.runtime.tasks.generation import generation_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from loradeploy.runtime.decoding.asking.reading import PromptReader
     from loradeploy.runtime.decoding.caches.protocols import Reading
     from loradeploy.runtime.decoding.graph import TokenEmbeds
+    from loradeploy.runtime.decoding.prompts.reading import PromptReader
     from loradeploy.runtime.engine.prefix import Owner
     from loradeploy.runtime.engine.statistics import EngineStatistics, Observer
     from loradeploy.runtime.held import HeldAdapters

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from loradeploy.runtime.adapters.resident import AdapterSpec
-    from loradeploy.runtime.decoding.asking.calls import Call
     from loradeploy.runtime.decoding.choosing.logprobs import TokenLogprob
+    from loradeploy.runtime.decoding.prompts.calls import Call
     from loradeploy.runtime.tasks.generation import Generation
 
 

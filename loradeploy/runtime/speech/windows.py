@@ -21,7 +21,6 @@ from loradeploy.bundle.text.speech_prompt import SpeechPrompt
 from loradeploy.bundle.text.tokenizer_files import GENERATION_NAME
 from loradeploy.errors import UsageError
 from loradeploy.runtime.adapters.resident import AdapterSpec
-from loradeploy.runtime.decoding.asking.requests import sequences_of
 from loradeploy.runtime.decoding.caches.memory import check_memory
 from loradeploy.runtime.decoding.caches.rows import CachedRows
 from loradeploy.runtime.decoding.caches.source import EncodedSource, Target
@@ -29,6 +28,7 @@ from loradeploy.runtime.decoding.choosing.logprobs import check_logits
 from loradeploy.runtime.decoding.choosing.options import GenerationOptions
 from loradeploy.runtime.decoding.graph import DecoderGraph
 from loradeploy.runtime.decoding.loop import DecodingBatch
+from loradeploy.runtime.decoding.prompts.requests import sequences_of
 from loradeploy.runtime.held import HeldAdapters
 from loradeploy.runtime.speech.timestamps import TimestampRules, parts_of, text_tokens
 from loradeploy.runtime.text.sides import TextSide

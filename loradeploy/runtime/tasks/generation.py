@@ -11,10 +11,6 @@ from loradeploy.bundle.names import INPUT_IDS
 from loradeploy.errors import UsageError, listed_names
 from loradeploy.runtime.adapters.resident import AdapterSpec
 from loradeploy.runtime.arguments import Adapters, check_count, each_row
-from loradeploy.runtime.decoding.asking.batches import batches
-from loradeploy.runtime.decoding.asking.calls import Call, Prompt, check_one_each, listed
-from loradeploy.runtime.decoding.asking.reading import PromptReader, ReadText
-from loradeploy.runtime.decoding.asking.requests import Request, read_request
 from loradeploy.runtime.decoding.caches.memory import check_memory
 from loradeploy.runtime.decoding.caches.source import EncodedSource, Target
 from loradeploy.runtime.decoding.choosing.logprobs import TokenLogprob
@@ -22,6 +18,10 @@ from loradeploy.runtime.decoding.choosing.options import GenerationOptions
 from loradeploy.runtime.decoding.choosing.sequences import Finished, FinishReason
 from loradeploy.runtime.decoding.graph import DecoderGraph, TokenEmbeds, check_embeds
 from loradeploy.runtime.decoding.loop import DecodingBatch
+from loradeploy.runtime.decoding.prompts.batches import batches
+from loradeploy.runtime.decoding.prompts.calls import Call, Prompt, check_one_each, listed
+from loradeploy.runtime.decoding.prompts.reading import PromptReader, ReadText
+from loradeploy.runtime.decoding.prompts.requests import Request, read_request
 from loradeploy.runtime.decoding.scoring import TextScore, scores_of
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.streaming import TextPiece, TextStream

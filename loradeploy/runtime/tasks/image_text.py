@@ -14,7 +14,7 @@ from loradeploy.adapter.fitting.parts import has_part
 from loradeploy.adapter.modules.renamings import renamings
 from loradeploy.bundle.fitting.fit import fit_to
 from loradeploy.runtime.arguments import Adapters
-from loradeploy.runtime.decoding.asking.calls import Call, Prompt
+from loradeploy.runtime.decoding.prompts.calls import Call, Prompt
 from loradeploy.runtime.decoding.scoring import TextScore
 from loradeploy.runtime.tasks.generation import Generation, OnResult, OnText, TextGenerator
 from loradeploy.runtime.tasks.streaming import TextPiece, TextStream

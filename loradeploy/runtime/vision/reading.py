@@ -16,9 +16,9 @@ from loradeploy.bundle.model_config import model_config
 from loradeploy.bundle.names import CONFIG_NAME
 from loradeploy.errors import BundleError, UsageError, shown
 from loradeploy.runtime.arguments import Adapters, check_count, each_row
-from loradeploy.runtime.decoding.asking.calls import Prompt, listed
-from loradeploy.runtime.decoding.asking.reading import PromptReader
 from loradeploy.runtime.decoding.graph import TokenEmbeds
+from loradeploy.runtime.decoding.prompts.calls import Prompt, listed
+from loradeploy.runtime.decoding.prompts.reading import PromptReader
 from loradeploy.runtime.vision.parts import ImageParts
 from loradeploy.runtime.vision.prompts import ImagePrompts
 from loradeploy.runtime.vision.sizes import ImageSizes, Shape

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 from fastapi import Request
 
 from loradeploy.errors import EngineClosedError, shown
-from loradeploy.runtime.decoding.asking.calls import Prompt
+from loradeploy.runtime.decoding.prompts.calls import Prompt
 from loradeploy.runtime.engine.submission import GenerationEvent, Submission
 from loradeploy.runtime.tasks.generation import Generation
 from loradeploy.serve.keys import ApiKey

@@ -11,8 +11,8 @@ import pytest
 import loradeploy as ld
 from loradeploy.bundle.text.tokenizer import Tokenizer
 from loradeploy.errors import BudgetError, RunError, UsageError
-from loradeploy.runtime.decoding.asking.calls import Call
-from loradeploy.runtime.decoding.asking.requests import read_request
+from loradeploy.runtime.decoding.prompts.calls import Call
+from loradeploy.runtime.decoding.prompts.requests import read_request
 from loradeploy.runtime.held import HeldAdapters
 from loradeploy.runtime.tasks.generation import TextGenerator
 from tests.runtime.decoding.conftest import PROMPTS

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from loradeploy.runtime.decoding.asking.reading import PromptReader
+from loradeploy.runtime.decoding.prompts.reading import PromptReader
 from loradeploy.runtime.engine.engine import Engine
 from loradeploy.runtime.engine.running import prepare
 from loradeploy.runtime.engine.submission import Submission

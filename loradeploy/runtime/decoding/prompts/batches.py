@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 from loradeploy.bundle.names import NO_PADDING
-from loradeploy.runtime.decoding.asking.reading import ReadText
+from loradeploy.runtime.decoding.prompts.reading import ReadText
 from loradeploy.runtime.held import HeldAdapters
 from loradeploy.runtime.leased import leased_batches
 from loradeploy.runtime.session import AdapterSession

@@ -11,8 +11,8 @@ import numpy as np
 
 from loradeploy.errors import UsageError, shown
 from loradeploy.runtime.adapters.resident import AdapterSpec
-from loradeploy.runtime.decoding.asking.calls import LISTS, Prompt
 from loradeploy.runtime.decoding.caches.source import Target
+from loradeploy.runtime.decoding.prompts.calls import LISTS, Prompt
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.text.sides import TextSide
 

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loradeploy.errors import UsageError
-from loradeploy.runtime.decoding.asking.calls import Call
-from loradeploy.runtime.decoding.asking.reading import PromptReader, ReadText
 from loradeploy.runtime.decoding.caches.source import Target
 from loradeploy.runtime.decoding.choosing.beams import BeamSearch
 from loradeploy.runtime.decoding.choosing.options import GenerationOptions
@@ -15,6 +13,8 @@ from loradeploy.runtime.decoding.choosing.processors import Processors
 from loradeploy.runtime.decoding.choosing.samples import Samples
 from loradeploy.runtime.decoding.choosing.sampling import Sampling
 from loradeploy.runtime.decoding.choosing.stopping import Stops
+from loradeploy.runtime.decoding.prompts.calls import Call
+from loradeploy.runtime.decoding.prompts.reading import PromptReader, ReadText
 from loradeploy.runtime.text.sides import TextSide
 
 if TYPE_CHECKING:
