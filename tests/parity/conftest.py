@@ -45,6 +45,21 @@ def llama_bundle(llama_with_adapter: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def llama_in_form(llama_with_adapter: Path, shared: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A function (name, **options of the export) → a bundle as `llama_bundle`, in this form."""
+
+    def export(name: str, **options: Any) -> Path:
+        adapters = {"one": llama_with_adapter / "adapters" / "one"}
+        made = once(
+            shared / f"bundle-llama-one-{name}",
+            lambda place: ld.export(llama_with_adapter, place, adapters=adapters, **options),
+        )
+        return Path(shutil.copytree(made, tmp_path / "bundle"))
+
+    return export
+
+
+@pytest.fixture
 def check(tiny_llama: Path) -> Check:
     """A function that runs `loradeploy.parity` on a bundle of the tiny Llama, with few prompts."""
 

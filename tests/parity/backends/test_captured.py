@@ -9,13 +9,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import loradeploy as ld
 from loradeploy.bundle.proof.provider import ProviderFacts
 from loradeploy.errors import BundleError, UsageError
 from loradeploy.parity.report.results import ParityReport
@@ -23,26 +22,15 @@ from loradeploy.parity.variants import choose_variants
 from loradeploy.runtime.capture import replays
 from loradeploy.runtime.devices import table
 from loradeploy.runtime.session import AdapterSession
-from tests.conftest import once
 from tests.parity.conftest import Check
 
 CAPTURED = "cpu captured"
 
 
 @pytest.fixture
-def bundle(llama_with_adapter: Path, shared: Path, tmp_path: Path) -> Path:
+def bundle(llama_in_form: Callable[..., Path]) -> Path:
     """A decoder bundle with a cache of fixed size and an adapter, not yet certified."""
-    made = once(
-        shared / "bundle-llama-one-in-place",
-        lambda place: ld.export(
-            llama_with_adapter,
-            place,
-            adapters={"one": llama_with_adapter / "adapters" / "one"},
-            attention="gqa",
-            layout="rows",
-        ),
-    )
-    return Path(shutil.copytree(made, tmp_path / "bundle"))
+    return llama_in_form("in-place", attention="gqa", layout="rows")
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +14,16 @@ from loradeploy.errors import BundleError, OperatorError, UsageError
 from loradeploy.parity.report.results import ParityReport
 from loradeploy.runtime.adapters.filling import Filler
 from loradeploy.runtime.session import AdapterSession
-from tests.conftest import MakeAdapter, once
+from tests.conftest import MakeAdapter
 from tests.parity.conftest import Check
 
 WITH_LIBRARY = "cpu operator"
 
 
 @pytest.fixture
-def bundle(llama_with_adapter: Path, shared: Path, tmp_path: Path) -> Path:
+def bundle(llama_in_form: Callable[..., Path]) -> Path:
     """A bundle whose updates are calls, with an adapter, not yet certified."""
-    made = once(
-        shared / "bundle-llama-one-operator",
-        lambda place: ld.export(
-            llama_with_adapter,
-            place,
-            adapters={"one": llama_with_adapter / "adapters" / "one"},
-            operator=True,
-        ),
-    )
-    return Path(shutil.copytree(made, tmp_path / "bundle"))
+    return llama_in_form("operator", operator=True)
 
 
 @pytest.fixture
