@@ -31,12 +31,8 @@ from loradeploy.parity.inputs.prompts import PROMPTS
 from loradeploy.parity.inputs.tokens import make_cases
 from loradeploy.parity.phases.choice import phases_of
 from loradeploy.parity.phases.run import run_phases
-from loradeploy.parity.reference.pytorch import (
-    as_reference,
-    load_base,
-    make_reference,
-    reference_rows,
-)
+from loradeploy.parity.reference.loading import load_base
+from loradeploy.parity.reference.pytorch import as_reference, make_reference, reference_rows
 from tools.bench_runtime import random_adapters
 from tools.inputs.real_models import cache, smollm2
 from tools.timing.alternate import ratio

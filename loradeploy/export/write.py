@@ -133,44 +133,6 @@ def write_bundle(output: Path, manifest: Manifest, content: Content) -> Manifest
         ) from problem
 
 
-def with_labels(
-    config: Mapping[str, Any], count: int | None, names: tuple[str, ...] | None
-) -> dict[str, Any]:
-    """`config` with the number and names of the labels of the adapters' heads."""
-    if count is None:
-        return dict(config)
-    if names is None or len(names) != count:
-        known = config.get("id2label")
-        if isinstance(known, Mapping) and len(known) == count:
-            return dict(config)
-        names = tuple(f"LABEL_{index}" for index in range(count))
-    return {
-        **config,
-        "id2label": {str(index): name for index, name in enumerate(names)},
-        "label2id": {name: index for index, name in enumerate(names)},
-    }
-
-
-def with_vocabulary(config: Mapping[str, Any], size: int) -> dict[str, Any]:
-    """`config` with a vocabulary of `size` tokens, wherever it has one."""
-    found = dict(config)
-    if "vocab_size" in config:
-        found["vocab_size"] = size
-    if isinstance(config.get("text_config"), Mapping):
-        found["text_config"] = {**config["text_config"], "vocab_size": size}
-    return found
-
-
-def with_positions(config: Mapping[str, Any], most: int) -> dict[str, Any]:
-    """`config` with at most `most` positions, for clients that read only this limit."""
-    inner = config.get("text_config")
-    if isinstance(inner, Mapping):
-        return {**config, "text_config": with_positions(inner, most)}
-    stated = config.get("max_position_embeddings")
-    fewer = type(stated) is int and stated > most
-    return {**config, "max_position_embeddings": most} if fewer else dict(config)
-
-
 def check_output(output: Path, *, overwrite: bool) -> None:
     """Raise UsageError if `output` exists and may not be replaced."""
     if not overwrite and output.exists() and (not output.is_dir() or any(output.iterdir())):

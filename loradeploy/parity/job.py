@@ -22,14 +22,8 @@ from loradeploy.parity.diagnose.localize import localizations
 from loradeploy.parity.diagnose.shrink import shrink_failures
 from loradeploy.parity.environment import environment
 from loradeploy.parity.inputs.tokens import MOST_TRAINED, Cases
-from loradeploy.parity.reference.pytorch import (
-    Reference,
-    load_base,
-    load_model,
-    make_reference,
-    size_of,
-    take_weights,
-)
+from loradeploy.parity.reference.loading import load_base, load_model, size_of, take_weights
+from loradeploy.parity.reference.pytorch import Reference, make_reference
 from loradeploy.parity.reference.quantized import QUANTIZED
 from loradeploy.parity.report.results import (
     Counterexample,

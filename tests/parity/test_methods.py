@@ -12,7 +12,7 @@ from loradeploy.bundle.adapter_inputs.base import BundleBase
 from loradeploy.bundle.adapter_inputs.native import write_onnx_adapter
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.lora.inject import adapted
-from loradeploy.parity.checks.controls import MISTAKES, Mistake
+from loradeploy.parity.checks.mistakes import MISTAKES, Mistake
 from loradeploy.parity.reference.rounding import DTYPES, in_dtype
 from tests.conftest import MakeAdapter, once
 

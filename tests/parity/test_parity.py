@@ -19,7 +19,7 @@ from loradeploy.adapter.files.peft import load_adapter, save_adapter
 from loradeploy.bundle.adapter_inputs.native import write_onnx_adapter
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.errors import BundleError, LoraDeployError, ModelError, UsageError
-from loradeploy.parity.checks.controls import MISTAKES, Mistake
+from loradeploy.parity.checks.mistakes import MISTAKES, Mistake
 from loradeploy.parity.report.results import ParityReport
 from loradeploy.runtime.session import AdapterSession
 from tests.cli.calling import exit_status

@@ -12,7 +12,7 @@ import loradeploy as ld
 from loradeploy.adapter.files.peft import load_adapter, save_adapter
 from loradeploy.bundle.manifest import BaseIdentity, Manifest, TensorSpec
 from loradeploy.errors import UsageError
-from loradeploy.parity.checks.controls import wrong_adapter
+from loradeploy.parity.checks.mistakes import wrong_adapter
 from loradeploy.parity.inputs.row_feeds import TARGET, check_inputs, plain_feeds
 from loradeploy.parity.phases.choice import phases_of
 from tests.export.tasks.test_tasks import KINDS, prepared

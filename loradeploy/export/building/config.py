@@ -22,7 +22,6 @@ from loradeploy.export.adapters.given import label_count, label_names
 from loradeploy.export.base import Base, Options
 from loradeploy.export.read.files.settings import settings_beside
 from loradeploy.export.read.files.source import Source
-from loradeploy.export.write import with_labels, with_positions, with_vocabulary
 from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ def with_config(
     if count is not None:
         count = output_count(manifest, settings) or count
     headless = options.merge or any(LABELED.fullmatch(name) for name in base.lacking)
-    config = with_labels(settings, count, label_names(options.adapters) if headless else None)
+    config = _with_labels(settings, count, label_names(options.adapters) if headless else None)
     if base.task == SEQUENCE_CLASSIFICATION:
         manifest, config = _with_problem(manifest, config, options.adapters)
     elif base.task == TOKEN_CLASSIFICATION:
@@ -56,9 +55,9 @@ def with_config(
     if config and base.pad is not None:
         config["pad_token_id"] = base.pad
     if base.vocabulary is not None:
-        config = with_vocabulary(config, base.vocabulary)
+        config = _with_vocabulary(config, base.vocabulary)
     if (limit := rotary_limit(config)) is not None:
-        config = with_positions(config, limit)
+        config = _with_positions(config, limit)
         logger.warning(
             "texts may have up to %d tokens: for longer ones the model (rope scaling of type"
             " longrope) would have to compute the cache again. If all texts are longer, replace"
@@ -81,3 +80,41 @@ def _with_problem(
     entry = dataclasses.replace(manifest.merged_adapter, problem_type=problem)
     manifest = dataclasses.replace(manifest, problem_type=problem, merged_adapter=entry)
     return manifest, {**config, "problem_type": problem} if config else config
+
+
+def _with_labels(
+    config: Mapping[str, Any], count: int | None, names: tuple[str, ...] | None
+) -> dict[str, Any]:
+    """`config` with the number and names of the labels of the adapters' heads."""
+    if count is None:
+        return dict(config)
+    if names is None or len(names) != count:
+        known = config.get("id2label")
+        if isinstance(known, Mapping) and len(known) == count:
+            return dict(config)
+        names = tuple(f"LABEL_{index}" for index in range(count))
+    return {
+        **config,
+        "id2label": {str(index): name for index, name in enumerate(names)},
+        "label2id": {name: index for index, name in enumerate(names)},
+    }
+
+
+def _with_vocabulary(config: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """`config` with a vocabulary of `size` tokens, wherever it has one."""
+    found = dict(config)
+    if "vocab_size" in config:
+        found["vocab_size"] = size
+    if isinstance(config.get("text_config"), Mapping):
+        found["text_config"] = {**config["text_config"], "vocab_size": size}
+    return found
+
+
+def _with_positions(config: Mapping[str, Any], most: int) -> dict[str, Any]:
+    """`config` with at most `most` positions, for clients that read only this limit."""
+    inner = config.get("text_config")
+    if isinstance(inner, Mapping):
+        return {**config, "text_config": _with_positions(inner, most)}
+    stated = config.get("max_position_embeddings")
+    fewer = type(stated) is int and stated > most
+    return {**config, "max_position_embeddings": most} if fewer else dict(config)

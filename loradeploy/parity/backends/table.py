@@ -33,9 +33,9 @@ from loradeploy.parity.names import (
     TORCH_MERGED,
 )
 from loradeploy.parity.phases.models import Model
+from loradeploy.parity.reference.loading import merged
 from loradeploy.parity.reference.model import TorchModel
 from loradeploy.parity.reference.peft import with_peft
-from loradeploy.parity.reference.pytorch import merged
 from loradeploy.parity.reference.quantized import QUANTIZED
 from loradeploy.parity.reference.tied import rows_of_tied, with_rows_of_tied
 

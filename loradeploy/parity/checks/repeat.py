@@ -19,7 +19,8 @@ from loradeploy.parity.report.results import Result
 from loradeploy.parity.verdict import judge
 
 if TYPE_CHECKING:
-    from loradeploy.parity.reference.pytorch import Base, Reference
+    from loradeploy.parity.reference.loading import Base
+    from loradeploy.parity.reference.pytorch import Reference
 
 
 def second_run(context: CheckContext, reference: Reference, base: Base) -> Result | None:

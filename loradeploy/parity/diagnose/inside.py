@@ -27,9 +27,10 @@ from loradeploy.parity.names import (
     PEFT,
     TORCH_MERGED,
 )
+from loradeploy.parity.reference.loading import Base, merged
 from loradeploy.parity.reference.model import TorchModel
 from loradeploy.parity.reference.peft import with_peft
-from loradeploy.parity.reference.pytorch import Base, as_reference, merged
+from loradeploy.parity.reference.pytorch import as_reference
 from loradeploy.parity.reference.rounding import Activations, rounded_activations
 from loradeploy.parity.reference.tied import with_rows_of_tied
 

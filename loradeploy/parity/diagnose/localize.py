@@ -16,7 +16,8 @@ from loradeploy.parity.backends.table import Backend
 from loradeploy.parity.context import CheckContext
 from loradeploy.parity.diagnose.inside import GRAPHS, MODELS, TorchRow, other_side
 from loradeploy.parity.diagnose.search import ROUNDINGS, Found, Sides, search
-from loradeploy.parity.reference.pytorch import Base, Reference
+from loradeploy.parity.reference.loading import Base
+from loradeploy.parity.reference.pytorch import Reference
 from loradeploy.parity.reference.quantized import activations_of
 from loradeploy.parity.report.results import BASE_LABEL, Localization
 from loradeploy.printable import logger_of

@@ -37,7 +37,8 @@ from loradeploy.printable import logger_of
 if TYPE_CHECKING:
     import torch
 
-    from loradeploy.parity.reference.pytorch import Base, Reference
+    from loradeploy.parity.reference.loading import Base
+    from loradeploy.parity.reference.pytorch import Reference
 
 logger = logger_of(__name__)
 

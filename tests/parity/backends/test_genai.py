@@ -14,7 +14,7 @@ from loradeploy.adapter.files.peft import load_adapter
 from loradeploy.bundle.adapter_inputs.native import write_onnx_adapter
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.parity.backends import genai
-from loradeploy.parity.checks.controls import doubled_alpha
+from loradeploy.parity.checks.mistakes import doubled_alpha
 from tests.conftest import ROOT, MakeAdapter
 from tests.parity.conftest import Check
 from tests.parity.tampering import change_graph, see_the_future_in_chunks

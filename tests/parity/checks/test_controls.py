@@ -13,13 +13,12 @@ import pytest
 from loradeploy.adapter.adapter import Adapter, Factors
 from loradeploy.adapter.config import AdapterConfig
 from loradeploy.parity.checks import controls
-from loradeploy.parity.checks.controls import (
+from loradeploy.parity.checks.controls import judge_mistake, run_controls
+from loradeploy.parity.checks.mistakes import (
     OFF_BY_ONE,
     doubled_alpha,
-    judge_mistake,
     missing_target,
     other_missing_targets,
-    run_controls,
     swapped_factors,
     swapped_labels,
     wrong_adapter,

@@ -22,7 +22,7 @@ from loradeploy.parity.context import CheckContext, find_adapters
 from loradeploy.parity.diagnose.localize import localize
 from loradeploy.parity.diagnose.torch_probe import Modules, rounded, sites_of, values_at
 from loradeploy.parity.inputs.tokens import Cases
-from loradeploy.parity.reference.pytorch import load_base
+from loradeploy.parity.reference.loading import load_base
 from loradeploy.parity.report.results import Localization, ParityReport
 from loradeploy.parity.report.table import diagnosis_lines
 from loradeploy.parity.report.writers import markdown

@@ -17,7 +17,7 @@ from loradeploy.adapter.files.peft import load_adapter, save_adapter
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.errors import DataError, UsageError
 from loradeploy.parity.backends.table import BACKENDS
-from loradeploy.parity.checks.controls import wrong_adapter
+from loradeploy.parity.checks.mistakes import wrong_adapter
 from loradeploy.parity.figures.tolerances import UNIT
 from loradeploy.parity.report.results import ParityReport, Score, Variant
 from loradeploy.parity.score.heldout import Example, read_held_out

@@ -24,7 +24,7 @@ from loradeploy.errors import (
     ModelError,
     UsageError,
 )
-from loradeploy.parity.checks.controls import wrong_adapter
+from loradeploy.parity.checks.mistakes import wrong_adapter
 from tests.cli.calling import call
 from tests.inputs.towers import POSITIONS, TEXTS, make_adapter, make_clip, make_deit, make_siglip
 from tests.inputs.vit import IMAGES
