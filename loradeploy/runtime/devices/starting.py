@@ -23,7 +23,7 @@ TINY_GRAPH: Final = (
 )
 
 
-def check_starts(name: str, options: Mapping[str, Any], device: Any = None) -> None:
+def check_starts(name: str, options: Mapping[str, Any], device: Any) -> None:
     """Raise UsageError unless the provider `name` starts with `options`.
 
     `device`: for a plugin, the device to start on.

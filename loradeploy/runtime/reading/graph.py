@@ -194,7 +194,7 @@ def open_encoder(
     providers: Sequence[Provider] | None,
     options: onnxruntime.SessionOptions | None,
     manifest: Manifest,
-    map_weights: bool = False,
+    map_weights: bool,
 ) -> onnxruntime.InferenceSession | None:
     """Open and check the encoder of an encoder-decoder; None if there is none."""
     if manifest.encoder is None:

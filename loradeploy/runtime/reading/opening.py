@@ -88,8 +88,8 @@ def open_bundle(
     open_graph: Callable[[Path, Manifest], onnxruntime.InferenceSession],
     required: bool | CertificateMinimum,
     *,
-    captured: bool = False,
-    operator: bool = False,
+    captured: bool,
+    operator: bool,
 ) -> tuple[OpenedBundle, onnxruntime.InferenceSession]:
     """Open the bundle at `bundle` in one consistent state; `open_graph` opens its graph.
 
