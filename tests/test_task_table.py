@@ -13,8 +13,7 @@ import pytest
 import loradeploy as ld
 from loradeploy.adapter.heads import TRAINED_PROBLEMS
 from loradeploy.adapter.tasks import EVALUATED_TASKS, TASK_TABLE, TASKS, TRAINED_TASKS
-from loradeploy.cli.run import _TASKS as COMMANDS
-from loradeploy.cli.run import _runner
+from loradeploy.cli.run import RUNNERS, runner_of
 from loradeploy.errors import UsageError
 from loradeploy.parity.score.measures import KINDS, MEASURED
 from tests.cli.calling import call
@@ -162,7 +161,7 @@ def test_a_task_can_be_trained_exported_run_and_checked_for_parity(
 def test_a_task_that_is_not_in_the_table_is_refused_by_name(name: str) -> None:
     task = TASK_TABLE[name]
     assert (name in ROWS) == task.trained == (name in TRAINED_TASKS)
-    assert (name in COMMANDS) == (task.runner is not None)
+    assert (name in RUNNERS) == (task.runner is not None)
     assert task.runner is None or task.runner in ld.__all__
     if not task.trained:
         with pytest.raises(UsageError, match=f"task` is '{name}': give one of causal-lm"):
@@ -181,7 +180,7 @@ def test_a_vision_tower_is_neither_run_nor_served_and_the_refusal_names_what_run
 
     session: Any = SimpleNamespace(path="tower", manifest=SimpleNamespace(task="vision-tower"))
     with pytest.raises(UsageError, match="cannot run alone: give the bundle of the decoder"):
-        _runner(session)
+        runner_of(session)
     with pytest.raises(UsageError, match="is not served, .*: run it with ImageTextGenerator"):
         Service(session, limits=ServeLimits())
 

@@ -221,7 +221,7 @@ def command(
         shown = options["shown"] = shown_images(session, tower, requests, images, beside)
         known = {**session.adapters, **tower.adapters}
         adapters = load_adapters(session, known, shown.generator.load, asked)
-    run, kind = _runner(session)
+    run, kind = runner_of(session)
     _check_fields(requests, run, kind, session, with_vision=vision is not None)
     if run not in (generate, transcribe) and options:
         flags = ", ".join(map(flag_of, options))
@@ -267,7 +267,7 @@ def _required(
     return dataclasses.replace(least, public_key=public_key)
 
 
-_TASKS: Final[Mapping[str, Callable[..., None]]] = {
+RUNNERS: Final[Mapping[str, Callable[..., None]]] = {
     IMAGE_CLASSIFICATION: classify_images,
     IMAGE_FEATURE_EXTRACTION: embed_images,
     CAUSAL_LM: generate,
@@ -278,10 +278,10 @@ _TASKS: Final[Mapping[str, Callable[..., None]]] = {
 }
 
 
-def _runner(session: AdapterSession) -> tuple[Callable[..., None], str]:
+def runner_of(session: AdapterSession) -> tuple[Callable[..., None], str]:
     """Return the function that runs a bundle and prints the results, and the bundle's task."""
     task = session.manifest.task
-    if task not in _TASKS:
+    if task not in RUNNERS:
         pair = "give the bundle of the decoder, and this one as --vision, or "
         raise UsageError(
             f"{session.path} is a {task} bundle, which this command cannot run alone:"
@@ -292,7 +292,7 @@ def _runner(session: AdapterSession) -> tuple[Callable[..., None], str]:
 
         if takes_audio(session):
             return transcribe, f"{task} of speech"
-    return _TASKS[task], task
+    return RUNNERS[task], task
 
 
 def _check_fields(
