@@ -17,10 +17,16 @@ from loradeploy.cli.run import RUNNERS, runner_of
 from loradeploy.errors import UsageError
 from loradeploy.parity.score.measures import KINDS, MEASURED
 from tests.cli.calling import call
+from tests.inputs.training_data import (
+    multi_label,
+    pairs,
+    regression,
+    sentences,
+    tagged,
+    translations,
+)
 from tests.inputs.vit import color_folders, make_vit
 from tests.train.conftest import WORDS, write_lessons, write_lines
-from tests.train.tasks.test_seq2seq import translations
-from tests.train.tasks.test_table import multi_label, pairs, regression, sentences, tagged
 
 ROOT = Path(__file__).parent.parent
 STEPS = {"max_steps": 40, "batch_size": 8, "rank": 4, "learning_rate": 2e-2, "max_length": 64}

@@ -13,7 +13,7 @@ from loradeploy.adapter import Adapter, AdapterConfig, Factors
 from loradeploy.bundle.adapter_inputs.factors import check_side_inputs, computable, side_inputs
 from loradeploy.bundle.adapter_inputs.native import read_onnx_adapter, write_onnx_adapter
 from loradeploy.errors import AdapterError, AdapterMismatchError
-from tests.bundle.test_manifest import a_manifest
+from tests.bundle.manifests import a_manifest
 
 CONFIG = AdapterConfig(r=2, lora_alpha=6, target_modules=("q", "k"), modules_to_save=("head",))
 

@@ -12,36 +12,13 @@ import pytest
 import loradeploy as ld
 from loradeploy.bundle.manifest import (
     AdapterEntry,
-    BaseIdentity,
-    LoraTarget,
     Manifest,
     OutputTarget,
-    SavedTarget,
     StoredWeight,
-    TensorSpec,
     read_manifest,
 )
 from loradeploy.errors import BundleError
-
-
-def a_manifest(**changes: Any) -> Manifest:
-    values: dict[str, Any] = {
-        "task": "causal-lm",
-        "mode": "side-inputs",
-        "base": BaseIdentity("tiny", "sha256:00", "checkpoint"),
-        "precision": "fp32",
-        "opset": 23,
-        "inputs": (TensorSpec("input_ids", "int64", ("batch", "sequence")),),
-        "outputs": (TensorSpec("logits", "float32", ("batch", "sequence", 7)),),
-        "targets": (
-            LoraTarget("l.q", 3, 4, "l.q.lora_A", "l.q.lora_B", "l.q.weight", False, "metadata"),
-            LoraTarget("l.k", 3, 4, "l.k.lora_A", "l.k.lora_B", "w", True, "name", slice=(0, 4)),
-            LoraTarget("l.v", 3, 2, "l.v.lora_A", "l.v.lora_B", "w", True, "name", slice=(4, 6)),
-        ),
-        "saved": (SavedTarget("head.weight", "head.weight", (5, 4), True),),
-        "adapters": {"sport": AdapterEntry("sha256:01", "adapters/sport")},
-    }
-    return Manifest(**{**values, **changes})
+from tests.bundle.manifests import a_manifest
 
 
 def test_a_manifest_is_unchanged_by_a_round_trip() -> None:

@@ -102,7 +102,7 @@ def test_a_token_classifier_is_trained_checked_and_run(tiny_bert: Path, tmp_path
 
 
 def test_a_speech_recognizer_is_trained_checked_and_run(tiny_whisper: Path, tmp_path: Path) -> None:
-    from tests.train.tasks.test_seq2seq import spoken
+    from tests.inputs.training_data import spoken
 
     data = spoken(tmp_path / "sounds.jsonl")
     new = save(tmp_path / "new.wav", tone(900, 0.6, noise=0.05, seed=7))

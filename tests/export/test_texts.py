@@ -21,9 +21,10 @@ from loradeploy.export.api import export
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.generation import TextGenerator
 from tests.conftest import MakeAdapter, once
+from tests.inputs.words import WORDS, write_tokenizer
 from tests.runtime.test_run_command import lines, run
 
-VOCABULARY, WORDS = 64, 60  # the embedding has spare rows
+VOCABULARY = WORDS + 4  # the embedding has spare rows
 NEW = 12  # tokens
 TEXT = "w5 w9"
 OURS = (
@@ -31,24 +32,6 @@ OURS = (
     "{% if add_generation_prompt %}w3{% endif %}"
 )
 THEIRS = OURS.replace("w1", "w10").replace("w2", "w11").replace("w3", "w12")
-
-
-def _tokenizer(
-    place: Path, *, words: int = WORDS, template: str | None = None, **tokens: str
-) -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(words - 4))]
-    ids = {word: index for index, word in enumerate(vocabulary)}
-    made = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    roles = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
-    own = PreTrainedTokenizerFast(tokenizer_object=made, **{**roles, **tokens})
-    if template is not None:
-        own.chat_template = template
-    own.save_pretrained(place)
-    return own
 
 
 def _generation(place: Path, **settings: Any) -> None:
@@ -78,13 +61,13 @@ def worded_llama(shared: Path) -> Path:
             pad_token_id=0,
         )
         AutoModelForCausalLM.from_config(config).eval().save_pretrained(place)
-        _tokenizer(place, template=OURS)
+        write_tokenizer(place, template=OURS)
 
     return once(shared / "worded-llama", make)
 
 
 def _plain(place: Path) -> None:
-    _tokenizer(place, template=OURS)
+    write_tokenizer(place, template=OURS)
 
 
 def _template(place: Path) -> None:
@@ -92,7 +75,7 @@ def _template(place: Path) -> None:
 
 
 def _word(place: Path) -> None:
-    own = _tokenizer(place, template=THEIRS.replace("w11", "<|end|>"))
+    own = write_tokenizer(place, template=THEIRS.replace("w11", "<|end|>"))
     own.add_special_tokens({"eos_token": "<|end|>"})
     own.save_pretrained(place)
 
@@ -359,7 +342,7 @@ def test_the_same_export_has_the_same_bytes(
 
 
 def _many_words(place: Path) -> None:
-    _tokenizer(place, words=VOCABULARY + 2)
+    write_tokenizer(place, words=VOCABULARY + 2)
 
 
 def _older_words(place: Path) -> None:
@@ -400,7 +383,7 @@ def test_a_word_used_only_for_padding_needs_no_row(
     worded_bundle: Path, worded_adapters: dict[str, Path], tmp_path: Path
 ) -> None:
     adapter = shutil.copytree(worded_adapters["plain"], tmp_path / "padded")
-    own = _tokenizer(adapter, words=VOCABULARY, template=OURS)
+    own = write_tokenizer(adapter, words=VOCABULARY, template=OURS)
     own.add_special_tokens({"pad_token": "[PAD]"})
     own.save_pretrained(adapter)
     session = AdapterSession(worded_bundle)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tests.export.small import SMALL
-from tests.export.test_texts import _tokenizer as write_tokenizer
+from tests.inputs.words import write_tokenizer
 
 START, END, IMAGE, VIDEO = 106, 107, 110, 111  # token ids
 SIDE: Final = 2  # a square of this many patches per side is merged into one token

@@ -10,7 +10,7 @@ import pytest
 
 import loradeploy as ld
 from tests.conftest import MakeAdapter
-from tests.export.trace.test_architectures import ARCHITECTURES, TARGETS, make_model
+from tests.inputs.architectures import ARCHITECTURES, TARGETS, make_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.breadth(5)]
 

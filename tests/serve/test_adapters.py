@@ -19,26 +19,10 @@ from loradeploy.errors import AdapterError, BudgetError, UsageError
 from loradeploy.serve.adapters.catalog import Catalog
 from loradeploy.serve.adapters.roots import DirectoryRoot
 from tests.conftest import MakeAdapter
-from tests.serve.conftest import LARGE, Running, serving
+from tests.serve.answers import figure, names, text
+from tests.serve.conftest import LARGE, serving
 
 PROMPT = "Shares rose"
-
-
-def text(running: Running, model: str) -> str:
-    answer = running.client().completions.create(
-        model=model, prompt=PROMPT, temperature=0, max_tokens=6
-    )
-    return answer.choices[0].text
-
-
-def names(running: Running) -> set[str]:
-    return {model.id for model in running.client().models.list()} - {"bundle-llama"}
-
-
-def figure(running: Running, name: str) -> float:
-    http = running.http()
-    lines = http.get("/metrics").text.splitlines()
-    return float(next(line for line in lines if line.startswith(f"loradeploy:{name} ")).split()[1])
 
 
 def put(adapter: Path, place: Path) -> None:

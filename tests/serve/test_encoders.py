@@ -16,9 +16,9 @@ import pytest
 from loradeploy.runtime.tasks.classification import TextClassifier
 from loradeploy.runtime.tasks.embedding import TextEmbedder
 from loradeploy.runtime.tasks.pairs import TextPairScorer
-from tests.bundle.test_sentence import write
 from tests.conftest import MakeAdapter
 from tests.inputs.pairs import give_rules
+from tests.inputs.sentence import write
 from tests.runtime.tasks.test_embedding import (  # noqa: F401 - fixtures
     sentence_adapters,
     sentence_base,

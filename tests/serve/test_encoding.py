@@ -21,8 +21,8 @@ from loradeploy.serve.keys import ApiKey
 from loradeploy.serve.problems import RequestError
 from loradeploy.serve.settings import ServeLimits
 from tests.conftest import MakeAdapter
+from tests.serve.answers import figure
 from tests.serve.conftest import Running, serving
-from tests.serve.test_adapters import figure
 from tests.tolerances import tolerance
 
 ONE, OTHER = ApiKey("one", "a-key-of-one-0123456789"), ApiKey("other", "a-key-of-other-01234")

@@ -19,8 +19,8 @@ from loradeploy.errors import BundleError, UsageError
 from loradeploy.serve.opening import ServiceSpec
 from tests.cli.calling import call
 from tests.inputs.pictures import NEW, Made, prepared
+from tests.serve.answers import connection, until
 from tests.serve.conftest import Running, serving
-from tests.serve.test_security import connection, until
 
 
 @pytest.fixture(scope="module")

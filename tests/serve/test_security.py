@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from loradeploy.serve.adapters.roots import DirectoryRoot
 from loradeploy.serve.keys import ApiKey, KeyRing
 from loradeploy.serve.problems import RequestError, problem_of
 from loradeploy.serve.settings import ServeLimits
+from tests.serve.answers import connection, until
 from tests.serve.conftest import Running, serving
 
 PROMPT = "Shares rose"
@@ -215,25 +215,6 @@ def idle(running: Running) -> bool:
     assert running.service.engine is not None
     stats = running.service.engine.stats()
     return not (stats.running or stats.waiting)
-
-
-def until(condition: Any, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.01)
-
-
-def connection(
-    running: Running, body: dict[str, Any], path: str = "/v1/completions"
-) -> socket.socket:
-    """Send a request and return the socket, without reading."""
-    host, _, port = running.url.removeprefix("http://").partition(":")
-    made = socket.create_connection((host, int(port)), timeout=20)
-    content = json.dumps(body).encode()
-    head = f"Host: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
-    made.sendall(f"POST {path} HTTP/1.1\r\n{head}\r\n\r\n".encode() + content)
-    return made
 
 
 @pytest.mark.usefixtures("slow_steps")

@@ -17,8 +17,8 @@ from loradeploy.errors import AdapterError, AdapterStoreError, UsageError
 from loradeploy.serve.adapters import roots
 from loradeploy.serve.adapters.fetched import FetchedAdapters
 from loradeploy.serve.adapters.roots import StoreRoot
+from tests.serve.answers import figure, names, text
 from tests.serve.conftest import serving
-from tests.serve.test_adapters import figure, names, text
 
 URL = "memory://bucket/adapters"
 

@@ -22,7 +22,7 @@ from loradeploy.runtime.timing import time_bundle
 from tests.conftest import MakeAdapter
 from tests.export.graphs import Arrays, Builder, numbers, ops, run
 from tests.export.reference import difference, factors, onnx_output, session, torch_output
-from tests.export.trace.test_architectures import ARCHITECTURES, make_model
+from tests.inputs.architectures import ARCHITECTURES, make_model
 from tests.tolerances import tolerance
 
 HEADS, KV_HEADS, SIZE = 4, 2, 8

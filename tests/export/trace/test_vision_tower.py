@@ -23,7 +23,7 @@ from loradeploy.export.passes.tokens import embeds as passes
 from tests.conftest import once
 from tests.export.reference import difference
 from tests.export.small import SMALL
-from tests.export.test_texts import _tokenizer as write_tokenizer
+from tests.inputs.words import write_tokenizer
 from tests.runtime.feeds import feeds
 from tests.tolerances import tolerance
 

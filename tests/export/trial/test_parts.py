@@ -12,7 +12,7 @@ from loradeploy.bundle.manifest import TensorSpec
 from loradeploy.bundle.sample import Sample
 from loradeploy.errors import ExportError
 from loradeploy.export.trial.padding import reads_in_parts
-from tests.bundle.test_manifest import a_manifest
+from tests.bundle.manifests import a_manifest
 
 CACHE = ("batch", 1, "past", 1)
 INPUTS = (

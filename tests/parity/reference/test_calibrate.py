@@ -22,7 +22,7 @@ from loradeploy.parity.reference.rounding import (
 )
 from loradeploy.parity.report.results import ParityReport
 from tests.conftest import MakeAdapter
-from tests.export.trace.test_architectures import ARCHITECTURES, make_model
+from tests.inputs.architectures import ARCHITECTURES, make_model
 
 PROMPTS = ["The capital of France is", "Hi", "Shares fell as 日本"]
 

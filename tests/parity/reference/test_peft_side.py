@@ -20,7 +20,7 @@ from loradeploy.errors import AdapterError
 from loradeploy.parity.context import AdapterUnderTest, find_adapters
 from loradeploy.parity.reference.peft import with_peft
 from tests.conftest import MakeAdapter
-from tests.export.trace.test_architectures import ARCHITECTURES, make_model
+from tests.inputs.architectures import ARCHITECTURES, make_model
 from tests.parity.conftest import Check
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")

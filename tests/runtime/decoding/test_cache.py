@@ -18,7 +18,7 @@ from loradeploy.errors import UsageError
 from loradeploy.runtime.cache import DecoderCache
 from loradeploy.runtime.capture.pool import CachePool
 from loradeploy.runtime.decoding.caches.memory import row_bytes
-from tests.bundle.test_manifest import a_manifest
+from tests.bundle.manifests import a_manifest
 
 PAST = ("past_key_values.0.key", "past_key_values.0.value")
 PRESENT = ("present.0.key", "present.0.value")

@@ -22,8 +22,8 @@ from loradeploy.runtime.held import HeldAdapters
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.embedding import TextEmbedder
 from loradeploy.runtime.text.sides import TextSides
-from tests.bundle.test_sentence import write
 from tests.conftest import MakeAdapter, once
+from tests.inputs.sentence import write
 from tests.runtime.test_run_command import run
 from tests.tolerances import tolerance
 

@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 import loradeploy as ld
 from loradeploy.bundle.text.scoring import read_scoring
 from loradeploy.errors import BundleError, UsageError
-from tests.bundle.test_sentence import write
 from tests.conftest import MakeAdapter, once
 from tests.inputs.pairs import give_rules
+from tests.inputs.sentence import write
 from tests.tolerances import tolerance
 
 HIDDEN = 48

@@ -19,8 +19,8 @@ from loradeploy.train.data.examples import (
     value_names,
 )
 from loradeploy.train.data.sources import Source
+from tests.inputs.training_data import as_form
 from tests.train.conftest import write_lines
-from tests.train.tasks.test_table import as_form
 
 
 @pytest.mark.parametrize(

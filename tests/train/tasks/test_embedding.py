@@ -24,10 +24,10 @@ from loradeploy.train.data.sources import Source
 from loradeploy.train.tasks.embedding.losses import LOSSES
 from loradeploy.train.tasks.embedding.vectors import vectors_of
 from loradeploy.train.tasks.table import task_of
-from tests.bundle.test_sentence import write
+from tests.inputs.sentence import write
+from tests.inputs.training_data import pairs
 from tests.tolerances import tolerance
 from tests.train.conftest import Quick, write_lines
-from tests.train.tasks.test_table import pairs
 
 RANKED: list[dict[str, Any]] = [
     {

@@ -12,29 +12,13 @@ from loradeploy.errors import DataError, ModelError
 from loradeploy.train.config import TrainConfig
 from loradeploy.train.preview import preview
 from tests.inputs.sounds import save, tone, wav
+from tests.inputs.training_data import spoken, translations
 from tests.tolerances import tolerance
 from tests.train.conftest import write_lines
 
 TASK = {"task": "seq2seq-lm"}
 SETTINGS: dict[str, Any] = {**TASK, "max_steps": 12, "batch_size": 6, "rank": 4}
 WORDS = {300: "low", 900: "a middle tone", 2500: "high"}
-
-
-def translations(file: Path) -> Path:
-    pairs = {"one": "eins", "two": "zwei und zwanzig", "three": "drei"}
-    rows = [{"source": f"translate {w}", "target": t} for w, t in pairs.items()]
-    return write_lines(file, rows * 2)
-
-
-def spoken(file: Path, **more: Any) -> Path:
-    """Write tones beside `file`, and their names as transcripts to `file`."""
-    rows = []
-    for seed in range(2):
-        for hertz, word in WORDS.items():
-            name = f"{hertz}-{seed}.wav"
-            save(file.parent / name, tone(hertz, 0.6, noise=0.05, seed=seed))
-            rows.append({"audio": name, "target": word, "language": "en", **more})
-    return write_lines(file, rows)
 
 
 def of_peft(model: Path, adapter: Path, batch: dict[str, Any], auto: str) -> float:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow as pa
-import pyarrow.parquet
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -20,48 +17,11 @@ from loradeploy.errors import DataError
 from loradeploy.train.data.examples import read_conversations, read_labeled_texts, read_tagged_words
 from loradeploy.train.data.sources import Source
 from loradeploy.train.tasks.losses import multi_label_loss, regression_loss
+from tests.inputs.training_data import as_form, multi_label, pairs, regression, tagged
 from tests.tolerances import tolerance
-from tests.train.conftest import WORDS, Quick, write_lines
+from tests.train.conftest import Quick, write_lines
 
 LEARNING = {"max_steps": 30, "batch_size": 8, "learning_rate": 2e-2, "warmup_steps": 2}
-
-
-def sentences(topic: str, count: int = 8) -> list[str]:
-    words = WORDS[topic]
-    return [" ".join(words[(n * k + n) % 8] for k in range(1, 5)) for n in range(count)]
-
-
-def multi_label(file: Path) -> Path:
-    rows = []
-    for first, second in (("business", "tech"), ("tech", "sports"), ("sports", "business")):
-        for one, other in zip(sentences(first), sentences(second), strict=True):
-            rows.append({"text": f"{one} {other}", "label": [first, second]})
-            rows.append({"text": one, "label": [first]})
-    return write_lines(file, rows)
-
-
-def regression(file: Path) -> Path:
-    rows = [{"text": text, "label": 1.5} for text in sentences("business")]
-    rows += [{"text": text, "label": -0.5} for text in sentences("sports")]
-    return write_lines(file, rows)
-
-
-def tagged(file: Path) -> Path:
-    rows = []
-    for topic in WORDS:
-        for text in sentences(topic):
-            words = text.split()
-            rows.append({"tokens": ["the", *words], "tags": ["O", *[topic] * len(words)]})
-    return write_lines(file, rows)
-
-
-def pairs(file: Path, *, negative: bool = False) -> Path:
-    rows = []
-    for topic, other in zip(WORDS, reversed(WORDS), strict=True):
-        for anchor, positive in zip(sentences(topic), reversed(sentences(topic)), strict=True):
-            row = {"anchor": anchor, "positive": positive}
-            rows.append({**row, "negative": sentences(other)[0]} if negative else row)
-    return write_lines(file, rows)
 
 
 TASKS: dict[str, tuple[Callable[[Path], Path], dict[str, Any], str, tuple[str, ...] | None]] = {
@@ -144,26 +104,6 @@ def test_the_first_token_of_a_word_has_its_tag(tiny_bert: Path) -> None:
 # -- formats ------------------------------------------------------------------------------------
 
 LESSONS = [{"prompt": f"Question {n}:", "completion": f" answer {n}, surely"} for n in range(4)]
-
-
-def as_form(form: str, place: Path, lines: list[dict[str, Any]]) -> Path:
-    if form == "jsonl":
-        return write_lines(place.with_suffix(".jsonl"), lines)
-    if form == "csv":
-        file = place.with_suffix(".csv")
-        with file.open("w", newline="", encoding="utf-8") as opened:
-            writer = csv.DictWriter(opened, list(lines[0]))
-            writer.writeheader()
-            writer.writerows(lines)
-        return file
-    if form == "parquet":
-        pyarrow.parquet.write_table(pa.Table.from_pylist(lines), place.with_suffix(".parquet"))
-        return place.with_suffix(".parquet")
-    dataset = datasets.Dataset.from_list(lines)
-    if form == "dataset-of-splits":
-        dataset = datasets.DatasetDict({"train": dataset, "test": dataset.select([0])})
-    dataset.save_to_disk(place)
-    return place
 
 
 FORMS = ("jsonl", "csv", "parquet", "dataset", "dataset-of-splits")

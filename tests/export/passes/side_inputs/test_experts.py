@@ -25,7 +25,7 @@ from tests.conftest import once
 from tests.export.reference import onnx_output, token_feeds, torch_output
 from tests.export.reference import session as ort
 from tests.export.small import SMALL
-from tests.export.trace.test_architectures import make_model
+from tests.inputs.architectures import make_model
 from tests.tolerances import tolerance
 
 IDS: Final = np.array([[5, 17, 3, 101, 5, 44, 60]])
