@@ -11,9 +11,8 @@ from typing import Any, Final
 import numpy as np
 
 import loradeploy as ld
-from tests.export.trace.test_vision_tower import IMAGE, _make
 from tests.inputs import gemma, qwen_vl
-from tests.runtime.tasks.test_image_tiles import SIDE, _processor
+from tests.inputs.vision_language import IMAGE, SIDE, make_family, tile_processor
 
 NEW: Final = 6  # generated tokens
 FAMILIES: Final = ("Idefics3", "Llava", "Gemma3", "Qwen2_5_VL")
@@ -31,7 +30,7 @@ SIZES: Final = ((50, 60), (31, 17), (20, 28))
 def _llava() -> Any:
     import transformers
 
-    tiled = _processor()
+    tiled = tile_processor()
     return transformers.LlavaProcessor(
         transformers.CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=SIDE),
         tiled.tokenizer,
@@ -56,12 +55,12 @@ def make(family: str, place: Path) -> None:
         qwen_vl.make(family, place)
         _qwen().save_pretrained(place / "model")
     else:
-        _make(family, place)
+        make_family(family, place)
         file = place / "model" / "config.json"
         config = json.loads(file.read_text())
         config["text_config"]["max_position_embeddings"] = 256  # tiles have many tokens
         file.write_text(json.dumps(config))
-        made = _processor() if family == "Idefics3" else _llava()
+        made = tile_processor() if family == "Idefics3" else _llava()
         made.tokenizer.save_pretrained(place / "model")
         made.image_processor.save_pretrained(place / "model")
     for name, task in (("decoder", "causal-lm"), ("tower", "vision-tower")):
@@ -117,7 +116,7 @@ class Made:
         if self.family == "Gemma3":
             processor = AutoProcessor.from_pretrained(self.place / "model")
         else:
-            processor = _processor() if self.family == "Idefics3" else _llava()
+            processor = tile_processor() if self.family == "Idefics3" else _llava()
         made = processor(text=[prompt], images=[images], return_tensors="pt")
         return {name: made[name] for name in made if name != "mm_token_type_ids"}
 

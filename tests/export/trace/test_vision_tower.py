@@ -6,144 +6,43 @@ The reference is transformers with PEFT, for images and text together.
 from __future__ import annotations
 
 import json
-import re
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 import loradeploy as ld
 from loradeploy.errors import AdapterMismatchError, ExportError, ModelError, UsageError
 from loradeploy.export.passes.tokens import embeds as passes
 from tests.conftest import once
 from tests.export.reference import difference
-from tests.export.small import SMALL
-from tests.inputs.words import write_tokenizer
+from tests.inputs.vision_language import (
+    _TEXT,
+    _VISION,
+    CONFIGS,
+    IMAGE,
+    NEW,
+    TOWERS,
+    _part_of,
+    generated_by_model,
+    make_family,
+    outputs_of_bundles,
+    outputs_of_model,
+    processed_ids,
+    prompt_ids,
+    random_images,
+)
 from tests.runtime.feeds import feeds
 from tests.tolerances import tolerance
-
-IMAGE: Final = 110  # id of the image token
-NEW: Final = 6  # generated tokens
-_TEXT: Final = {
-    "model_type": "llama",
-    **SMALL,
-    "vocab_size": 120,
-    "initializer_range": 0.3,
-}
-_VISION: Final = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "image_size": 28,
-    "patch_size": 7,
-    "initializer_range": 0.3,
-}
-CONFIGS: Final[Mapping[str, dict[str, Any]]] = {
-    "SmolVLM": {"scale_factor": 2, "image_token_id": IMAGE, "pad_token_id": 0},
-    "Llava": {"image_token_index": IMAGE, "image_seq_length": 16},
-    "Idefics3": {"scale_factor": 2, "image_token_id": IMAGE, "pad_token_id": 0},
-}
-TOWERS: Final = {"Llava": {"model_type": "clip_vision_model", "projection_dim": 32}}
-# Words of the vocabulary that stand for the image token and the tokens around an image.
-AROUND: Final = {"w90": "<fake_token_around_image>", "w91": "<global-img>", "w106": "<image>"}
-UNUSED: Final = {"Llava": "vision_tower.encoder.layers.1"}  # after the features: never trained
-
-
-def _part_of(name: str) -> str:
-    if "connector" in name or "projector" in name:
-        return "projector"
-    return "vision" if "vision" in name else "text"
-
-
-def _make(family: str, place: Path) -> None:
-    """Write the checkpoint, an adapter for each part, and one for all three parts."""
-    import peft
-    import torch
-    import transformers
-
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(
-        text_config=_TEXT, vision_config={**_VISION, **TOWERS.get(family, {})}, **CONFIGS[family]
-    )
-    model = getattr(transformers, f"{family}ForConditionalGeneration")(config).eval()
-    with torch.no_grad():  # a new projector has little effect
-        for name, parameter in model.named_parameters():
-            if "connector" in name or "projector" in name:
-                parameter.mul_(3)
-    model.save_pretrained(place / "model")
-    write_tokenizer(place / "model", words=_TEXT["vocab_size"])
-    file = place / "model" / "tokenizer.json"
-    written = file.read_text()
-    for word, token in AROUND.items():
-        assert f'"{word}"' in written
-        written = written.replace(f'"{word}"', f'"{token}"')
-    file.write_text(written)
-    targets = r".*(q_proj|down_proj|fc1|modality_projection\.proj|projector\.linear_\d)"
-    options = peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM")
-    made = peft.get_peft_model(model, options)
-    for part in ("text", "vision", "projector", "all"):
-        torch.manual_seed(len(part))
-        with torch.no_grad():
-            for name, parameter in made.named_parameters():
-                if parameter.requires_grad:
-                    used = part in ("all", _part_of(name)) and UNUSED.get(family, " ") not in name
-                    size = 0.3 if used or "lora_A" in name else 0.0
-                    parameter.copy_(torch.randn_like(parameter) * size)
-        made.save_pretrained(place / part)
 
 
 @pytest.fixture(scope="session")
 def models(shared: Path) -> Any:
-    return lambda family: once(shared / f"images-{family}", lambda place: _make(family, place))
-
-
-def _images(seed: int = 0) -> NDArray[np.float32]:
-    return np.random.default_rng(seed).standard_normal((2, 3, 28, 28)).astype(np.float32)
-
-
-def _ids(tokens: int) -> NDArray[np.int64]:
-    image = [IMAGE] * tokens
-    return np.array([[5, 17, *image, 3, 44], [9, *image, 60, 61, 62]])
-
-
-def _expected(family: str, model: Path, adapter: Path | None, images: Any, ids: Any) -> Any:
-    import peft
-    import torch
-    from transformers import AutoModelForImageTextToText
-
-    made = AutoModelForImageTextToText.from_pretrained(model).eval()
-    if adapter is not None:
-        made = peft.PeftModel.from_pretrained(made, adapter).eval()
-    pixels = torch.from_numpy(images)
-    with torch.no_grad():
-        return made(
-            input_ids=torch.from_numpy(ids),
-            attention_mask=torch.ones(ids.shape, dtype=torch.int64),
-            pixel_values=pixels if family == "Llava" else pixels[:, None],
-        ).logits.numpy()
-
-
-def _found(
-    tower: ld.AdapterSession,
-    decoder: ld.AdapterSession,
-    images: NDArray[np.float32],
-    sees: Any = None,
-    reads: Any = None,
-) -> NDArray[Any]:
-    """Return the logits of two texts with one image each, computed by both bundles."""
-    (features,) = tower.run(["image_features"], {"pixel_values": images}, sees)
-    ids = _ids(features.shape[1])
-    mask = ids == IMAGE
-    embeds = np.zeros((*ids.shape, features.shape[2]), np.float32)
-    embeds[mask] = features.reshape(-1, features.shape[2])
-    given = {**feeds(decoder.manifest, ids), "inputs_embeds": embeds, "inputs_embeds_mask": mask}
-    return decoder.run(["logits"], given, reads)[0]
+    return lambda family: once(
+        shared / f"images-{family}", lambda place: make_family(family, place)
+    )
 
 
 @pytest.mark.breadth(3)
@@ -152,7 +51,7 @@ def test_two_bundles_compute_what_the_whole_model_computes(
     family: str, models: Any, tmp_path: Path
 ) -> None:
     made = models(family)
-    model, images = made / "model", _images()
+    model, images = made / "model", random_images()
     given = {"adapters": {name: made / name for name in ("all", "vision", "projector")}}
     with pytest.raises(UsageError, match=r"`task='vision-tower'` its vision tower"):
         ld.export(model, tmp_path / "t")
@@ -162,25 +61,27 @@ def test_two_bundles_compute_what_the_whole_model_computes(
     ld.export(model, tmp_path / "d", task="causal-lm", **text)
     tower, decoder = ld.AdapterSession(tmp_path / "t"), ld.AdapterSession(tmp_path / "d")
 
-    ids = _ids(tower.run(None, {"pixel_values": images})[0].shape[1])
+    ids = prompt_ids(tower.run(None, {"pixel_values": images})[0].shape[1])
     names = (None, "all", "text", "vision", "projector")
     expected = {
-        name: _expected(family, model, None if name is None else made / name, images, ids)
+        name: outputs_of_model(family, model, None if name is None else made / name, images, ids)
         for name in names
     }
     allowed = tolerance("torch-onnx-tiny")
     for name in names:
         sees = name if name in tower.adapters else None
         reads = name if name in decoder.adapters else None
-        found = _found(tower, decoder, images, sees, reads)
+        found = outputs_of_bundles(tower, decoder, images, sees, reads)
         assert difference(found, expected[name]) <= allowed, name
         others = [expected[other] for other in names if other != name]
         assert min(difference(found, other) for other in others) > 100 * allowed, name
     # Each row of a batch has its own adapters.
-    found = _found(tower, decoder, images, ["vision", "all"], [None, "all"])
+    found = outputs_of_bundles(tower, decoder, images, ["vision", "all"], [None, "all"])
     assert difference(found[0], expected["vision"][0]) <= allowed
     assert difference(found[1], expected["all"][1]) <= allowed
-    assert difference(_found(tower, decoder, _images(1)), expected[None]) > 0.1, "the image counts"
+    assert difference(outputs_of_bundles(tower, decoder, random_images(1)), expected[None]) > 0.1, (
+        "the image counts"
+    )
 
     for bundle, generated in (("t", None), ("d", 3)):
         phases = ["padded batch", *(["embeddings"] if bundle == "d" else [])]
@@ -193,7 +94,7 @@ def test_two_bundles_compute_what_the_whole_model_computes(
         _check_embedded(report, {"text", "all"} if bundle == "d" else set())
         ld.export(tmp_path / bundle, tmp_path / f"m{bundle}", adapters=[made / "all"], merge=True)
     merged = [ld.AdapterSession(tmp_path / name) for name in ("mt", "md")]
-    assert difference(_found(*merged, images), expected["all"]) <= allowed
+    assert difference(outputs_of_bundles(*merged, images), expected["all"]) <= allowed
     file = shutil.copytree(tmp_path / "md", tmp_path / "other") / "loradeploy.json"
     changed = json.loads(file.read_text())
     changed["merged_adapter"]["whole_digest"] = "0" * 64
@@ -224,48 +125,28 @@ def _words_alone(adapter: Path, place: Path) -> Path:
     return place
 
 
-def _generated(family: str, model: Path, adapter: Path | None, image: Any, ids: list[int]) -> Any:
-    """Return the tokens that transformers generates after a prompt with an image."""
-    import peft
-    import torch
-    from transformers import AutoModelForImageTextToText
-
-    made = AutoModelForImageTextToText.from_pretrained(model).eval()
-    if adapter is not None:
-        made = peft.PeftModel.from_pretrained(made, adapter).eval()
-    given, pixels = torch.tensor([ids]), torch.from_numpy(image)[None]
-    out = made.generate(
-        input_ids=given,
-        attention_mask=torch.ones_like(given),
-        pixel_values=pixels if family == "Llava" else pixels[:, None],
-        max_new_tokens=NEW,
-        do_sample=False,
-    )
-    return [token for token in out[0, len(ids) :].tolist() if token != _TEXT["eos_token_id"]]
-
-
 def _check_generation(
     family: str, made: Path, tower: ld.AdapterSession, decoder: ld.AdapterSession, words: Path
 ) -> None:
     """Assert that greedy text for rows with their own images and adapters is transformers'."""
     generator = ld.ImageTextGenerator(decoder, tower)
-    tokens = tower.run(None, {"pixel_values": _images()[:1]})[0].shape[1]
+    tokens = tower.run(None, {"pixel_values": random_images()[:1]})[0].shape[1]
     names = [None, "all", "text", "vision", "projector"]
     for name in names[1:]:
         generator.load(name, made / name, replace=True)
     words_alone = words
     generator.load("words", words)
-    images = [*_images(), *_images(1), _images(2)[0]]
+    images = [*random_images(), *random_images(1), random_images(2)[0]]
     prompts = ["w1 w13 <image> w9", *["w5 <image> w56 w57"] * 4]
     results = generator.generate(
         prompts, [[image] for image in images], names, max_new_tokens=NEW, batch_size=5
     )
     for result, image, name, prompt in zip(results, images, names, prompts, strict=True):
-        ids = _processed(family, prompt, tokens)
+        ids = processed_ids(family, prompt, tokens)
         assert result.prompt_tokens == len(ids)
-        expected = _generated(family, made / "model", name and made / name, image, ids)
+        expected = generated_by_model(family, made / "model", name and made / name, image, ids)
         assert list(result.token_ids) == expected, name
-        base = _generated(family, made / "model", None, image, ids)
+        base = generated_by_model(family, made / "model", None, image, ids)
         assert name is None or base != expected, f"{name} does nothing"
     (alone,) = generator.generate([prompts[2]], [[images[2]]], "words", max_new_tokens=NEW)
     assert alone.token_ids == results[2].token_ids, "it is the adapter of the text"
@@ -281,27 +162,6 @@ def _check_generation(
         generator.generate(["<image>"], [None])
     _check_batches(family, made, generator, tokens)
     _check_loading(made, generator, images[0], words_alone)
-
-
-def _processed(family: str, prompt: str, tokens: int) -> list[int]:
-    """Return the tokens of a prompt with an image from the family's processor in transformers."""
-    import transformers
-
-    image = "<image>" * tokens  # as LLaVA writes it
-    if family != "Llava":
-        # A real processor needs more files; these are the only attributes that are read here.
-        processor = SimpleNamespace(
-            fake_image_token=AROUND["w90"],
-            global_image_tag=AROUND["w91"],
-            global_image_token=AROUND["w91"],
-            image_token="<image>",
-            image_seq_len=tokens,
-        )
-        own = getattr(transformers, f"{family}Processor")
-        image = own.replace_image_token(processor, {"rows": [[0]], "cols": [[0]]}, 0)
-    words = re.findall(r"<[^>]+>|w\d+", prompt.replace("<image>", image))
-    known = {token: word for word, token in AROUND.items()}
-    return [4 + int(known.get(word, word)[1:]) for word in words]
 
 
 def _check_loading(made: Path, generator: ld.ImageTextGenerator, image: Any, bad: Path) -> None:
@@ -321,7 +181,7 @@ def _check_loading(made: Path, generator: ld.ImageTextGenerator, image: Any, bad
 
 def _check_batches(family: str, made: Path, generator: ld.ImageTextGenerator, tokens: int) -> None:
     """Check a batch of prompts of different lengths, with 2, 1 and 0 images, several texts each."""
-    first, second = _images(3)
+    first, second = random_images(3)
     prompts = ["w1 <image> w2 w3 <image> w4", "w5 w6 <image>", "w7 w8 w9"]
     images = [[first, second], [-first], []]
     few: Any = {"max_new_tokens": NEW, "num_beams": 2, "n": 2}
@@ -329,9 +189,9 @@ def _check_batches(family: str, made: Path, generator: ld.ImageTextGenerator, to
     assert len(together) == 6
     alone = [generator.generate([p], [i], **few) for p, i in zip(prompts, images, strict=True)]
     assert [t.token_ids for t in together] == [t.token_ids for texts in alone for t in texts]
-    ids = _processed(family, prompts[1], tokens)
+    ids = processed_ids(family, prompts[1], tokens)
     (found,) = generator.generate(prompts[1:2], images[1:2], max_new_tokens=NEW)
-    assert list(found.token_ids) == _generated(family, made / "model", None, -first, ids)
+    assert list(found.token_ids) == generated_by_model(family, made / "model", None, -first, ids)
     swapped = generator.generate(prompts[:1], [[second, first]], max_new_tokens=NEW, num_beams=2)
     assert swapped[0].token_ids != together[0].token_ids, "the order of the images counts"
 
@@ -392,7 +252,7 @@ def test_image_embeddings_are_not_scaled_like_token_embeddings(
             ld.export(tmp_path / "model", tmp_path / "d", task="causal-lm")
         return
     ld.export(tmp_path / "model", tmp_path / "d", task="causal-lm")
-    decoder, ids = ld.AdapterSession(tmp_path / "d"), _ids(3)
+    decoder, ids = ld.AdapterSession(tmp_path / "d"), prompt_ids(3)
     given = np.random.default_rng(0).standard_normal((*ids.shape, 32)).astype(np.float32)
     own = {"inputs_embeds": given, "inputs_embeds_mask": ids == IMAGE}
     (found,) = decoder.run(["logits"], {**feeds(decoder.manifest, ids), **own})

@@ -20,15 +20,15 @@ from loradeploy.errors import UsageError
 from tests.cli.calling import call
 from tests.conftest import once
 from tests.export.reference import difference
-from tests.export.trace.test_vision_tower import (
+from tests.inputs.vision_language import (
     NEW,
-    _expected,
-    _found,
-    _generated,
-    _ids,
-    _images,
-    _make,
-    _processed,
+    generated_by_model,
+    make_family,
+    outputs_of_bundles,
+    outputs_of_model,
+    processed_ids,
+    prompt_ids,
+    random_images,
 )
 from tests.tolerances import tolerance
 
@@ -107,27 +107,27 @@ def _prepare(model: Path, place: Path) -> None:
 
 @pytest.fixture(scope="session")
 def made(shared: Path) -> Made:
-    model = once(shared / f"images-{LLAVA}", lambda place: _make(LLAVA, place)) / "model"
+    model = once(shared / f"images-{LLAVA}", lambda place: make_family(LLAVA, place)) / "model"
     place = once(shared / "images-recipe", lambda place: _prepare(model, place))
     return Made(place, model)
 
 
 def _logits(made: Made, name: str | None) -> Any:
     adapter = None if name is None else made.adapter(name)
-    return _expected(LLAVA, made.model, adapter, _images(), _ids(TOKENS))
+    return outputs_of_model(LLAVA, made.model, adapter, random_images(), prompt_ids(TOKENS))
 
 
 def _text(made: Made, name: str | None, image: Any = None) -> list[int]:
     """Return greedy tokens of transformers with PEFT, for the first image unless one is given."""
-    ids = _processed(LLAVA, PROMPT, TOKENS)
+    ids = processed_ids(LLAVA, PROMPT, TOKENS)
     adapter = None if name is None else made.adapter(name)
-    shown = _images()[0] if image is None else image
-    return list(_generated(LLAVA, made.model, adapter, shown, ids))
+    shown = random_images()[0] if image is None else image
+    return list(generated_by_model(LLAVA, made.model, adapter, shown, ids))
 
 
 def _answers(generator: ld.ImageTextGenerator, *names: str | None) -> list[list[int]]:
     count = len(names)
-    given: Any = [[_images()[0]]] * count
+    given: Any = [[random_images()[0]]] * count
     results = generator.generate([PROMPT] * count, given, list(names), max_new_tokens=NEW)
     return [list(result.token_ids) for result in results]
 
@@ -138,16 +138,16 @@ def test_a_trained_projector_and_factors_give_the_text_of_the_whole_model(made: 
     allowed = tolerance("torch-onnx-tiny")
     for name in expected:
         sees = None if name == "words" else name
-        found = _found(tower, decoder, _images(), sees, name)
+        found = outputs_of_bundles(tower, decoder, random_images(), sees, name)
         assert difference(found, expected[name]) <= allowed, name
         others = [expected[other] for other in expected if other != name]
         assert min(difference(found, other) for other in others) > 100 * allowed, name
     for sees, reads in (("charts", None), (None, "charts"), ("maps", "charts")):
-        found = _found(tower, decoder, _images(), sees, reads)
+        found = outputs_of_bundles(tower, decoder, random_images(), sees, reads)
         assert difference(found, expected["charts"]) > 100 * allowed, "each part counts"
 
     generator = ld.ImageTextGenerator(decoder, tower)
-    images = [*_images(), *_images(1), *_images(2)]
+    images = [*random_images(), *random_images(1), *random_images(2)]
     texts = {name: [_text(made, name, image) for image in images] for name in expected}
     for name, own in texts.items():
         prompts, given = [PROMPT] * len(images), [[image] for image in images]
@@ -191,7 +191,7 @@ def test_the_recipe_merged_into_both_bundles_gives_the_text_of_the_whole_model(
             True,
         )
     decoder, tower = (ld.AdapterSession(tmp_path / part) for part in sources)
-    found = _found(tower, decoder, _images())
+    found = outputs_of_bundles(tower, decoder, random_images())
     assert difference(found, _logits(made, "charts")) <= tolerance("torch-onnx-tiny")
     assert _answers(ld.ImageTextGenerator(decoder, tower), None) == [_text(made, "charts")]
 

@@ -3,54 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import pytest
 
 import loradeploy as ld
 from tests.conftest import once
-from tests.export.trace.test_vision_tower import IMAGE, NEW, _make
+from tests.inputs.vision_language import (
+    _WORDS,
+    IMAGE,
+    NEW,
+    TILE_TOKENS,
+    make_family,
+    tile_processor,
+)
 
 FAMILY: Final = "Idefics3"
-SIDE: Final = 28  # pixels per side of a tile
-TOKENS: Final = 4
-_WORDS: Final = 120
 # Split into 2 × 2 and 1 × 2 tiles; each has the whole image as one more tile.
 _SIZES: Final = ((56, 56), (28, 56))
 _TILES: Final = (4 + 1) + (2 + 1)
-
-
-def _processor() -> Any:
-    """Return a processor with the image token of the tiny model and tokens around tiles."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import Idefics3ImageProcessor, Idefics3Processor, PreTrainedTokenizerFast
-
-    tiles = [f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)]
-    special = {
-        "<fake_token_around_image>": 90,
-        "<global-img>": 91,
-        "<end_of_utterance>": 92,
-        "<image>": IMAGE,
-        **{name: 93 + number for number, name in enumerate(tiles)},
-    }
-    words = {"<unk>": 3, "\n": 4, "\n\n": 5, **special}
-    free = [index for index in range(_WORDS) if index not in words.values()]
-    words |= {f"w{index}": index for index in free}
-    made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=made,
-        unk_token="<unk>",
-        pad_token="<unk>",
-        additional_special_tokens=list(special),
-    )
-    pixels = Idefics3ImageProcessor(
-        size={"longest_edge": 2 * SIDE},
-        max_image_size={"longest_edge": SIDE},
-        do_image_splitting=True,
-    )
-    return Idefics3Processor(pixels, tokenizer, image_seq_len=TOKENS)
 
 
 def test_text_generated_from_tiles_is_that_of_the_whole_model(shared: Path, tmp_path: Path) -> None:
@@ -58,16 +30,16 @@ def test_text_generated_from_tiles_is_that_of_the_whole_model(shared: Path, tmp_
     import torch
     from transformers import AutoModelForImageTextToText
 
-    made = once(shared / f"images-{FAMILY}", lambda place: _make(FAMILY, place))
+    made = once(shared / f"images-{FAMILY}", lambda place: make_family(FAMILY, place))
     random = np.random.default_rng(0)
     pictures = [pillow.fromarray(random.integers(0, 256, (*size, 3), np.uint8)) for size in _SIZES]
-    given = _processor()(
+    given = tile_processor()(
         text=["w11 <image> w12 <image> w13"], images=[pictures], return_tensors="pt"
     )
     pixels = given["pixel_values"][0].numpy()
     assert len(pixels) == _TILES
     ids = given["input_ids"][0].tolist()
-    assert ids.count(IMAGE) == _TILES * TOKENS
+    assert ids.count(IMAGE) == _TILES * TILE_TOKENS
     assert max(ids) < _WORDS
 
     for task in ("causal-lm", "vision-tower"):
