@@ -13,6 +13,9 @@ import pyarrow.parquet
 from tests.inputs.sounds import save, tone
 from tests.train.conftest import WORDS, write_lines
 
+# What is said of a tone, by its frequency in Hz.
+TONES = {300: "low", 900: "a middle tone", 2500: "high"}
+
 
 def sentences(topic: str, count: int = 8) -> list[str]:
     words = WORDS[topic]
@@ -82,7 +85,7 @@ def spoken(file: Path, **more: Any) -> Path:
     """Write tones beside `file`, and their names as transcripts to `file`."""
     rows = []
     for seed in range(2):
-        for hertz, word in WORDS.items():
+        for hertz, word in TONES.items():
             name = f"{hertz}-{seed}.wav"
             save(file.parent / name, tone(hertz, 0.6, noise=0.05, seed=seed))
             rows.append({"audio": name, "target": word, "language": "en", **more})

@@ -12,13 +12,12 @@ from loradeploy.errors import DataError, ModelError
 from loradeploy.train.config import TrainConfig
 from loradeploy.train.preview import preview
 from tests.inputs.sounds import save, tone, wav
-from tests.inputs.training_data import spoken, translations
+from tests.inputs.training_data import TONES, spoken, translations
 from tests.tolerances import tolerance
 from tests.train.conftest import write_lines
 
 TASK = {"task": "seq2seq-lm"}
 SETTINGS: dict[str, Any] = {**TASK, "max_steps": 12, "batch_size": 6, "rank": 4}
-WORDS = {300: "low", 900: "a middle tone", 2500: "high"}
 
 
 def of_peft(model: Path, adapter: Path, batch: dict[str, Any], auto: str) -> float:
@@ -68,10 +67,10 @@ def test_training_on_audio_lowers_the_loss_and_peft_has_the_same_loss(
     assert result.loss_after < 0.7 * result.loss_before
     extract = transformers.WhisperFeatureExtractor.from_pretrained(tiny_whisper)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_whisper)
-    sounds = [tone(hertz, 0.6, noise=0.05, seed=seed) for seed in (0, 1) for hertz in WORDS]
+    sounds = [tone(hertz, 0.6, noise=0.05, seed=seed) for seed in (0, 1) for hertz in TONES]
     features = extract(sounds, sampling_rate=16_000, return_tensors="pt").input_features
     # The tokens for English, transcribe and no timestamps; the text; the end token.
-    rows = [[514, 517, 520, *tokenizer.encode(word), 512] for word in WORDS.values()] * 2
+    rows = [[514, 517, 520, *tokenizer.encode(word), 512] for word in TONES.values()] * 2
     longest = max(map(len, rows))
     labels = torch.tensor([row + [-100] * (longest - len(row)) for row in rows])
     batch = {"input_features": features, "labels": labels}
