@@ -43,7 +43,7 @@ class Process:
     """A command that is run again for each measurement, with the loradeploy in `tree`.
 
     `modules`: the directory of compiled modules, emptied before each process unless `compiled`.
-    `peaks`: MB of memory at its peak, of each process.
+    `peaks`: MiB of memory at its peak, of each process.
     """
 
     command: Sequence[str]
@@ -104,7 +104,7 @@ def processes(
 
 def table(results: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> str:
     """Return seconds and peaks by name as a Markdown table."""
-    lines = ["| what | s, median | all | MB at the peak |", "|---|---|---|---|"]
+    lines = ["| what | s, median | all | MiB at the peak |", "|---|---|---|---|"]
     for name, (seconds, peaks) in results.items():
         spread = f"{min(seconds):.2f}–{max(seconds):.2f}"
         lines.append(

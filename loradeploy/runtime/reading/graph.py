@@ -15,7 +15,12 @@ import onnxruntime
 from loradeploy.bundle.dtypes import NUMPY_NAMES
 from loradeploy.bundle.graph_form import is_packed
 from loradeploy.bundle.manifest import TensorSpec, read_manifest
-from loradeploy.bundle.names import ENCODER_NAME, GRAPH_NAME, OPERATOR_DOMAIN
+from loradeploy.bundle.names import (
+    ENCODER_NAME,
+    GRAPH_NAME,
+    MAT_MUL_N_BITS_OPERATOR,
+    OPERATOR_DOMAIN,
+)
 from loradeploy.errors import BundleError, UsageError, first_line, listed
 from loradeploy.files import MAX_GRAPH_BYTES, check_directory, check_file, read_bytes
 from loradeploy.printable import logger_of
@@ -36,6 +41,7 @@ from loradeploy.runtime.reading.mapped import MappedSession
 from loradeploy.runtime.reading.weights import MAPPED as MAPPED
 from loradeploy.runtime.reading.weights import WEIGHTS_AT as WEIGHTS_AT
 from loradeploy.runtime.reading.weights import (
+    SessionInPlace,
     Source,
     entry,
     graph_source,
@@ -118,7 +124,8 @@ def open_graph(
     kernels: frozenset[str] = frozenset()
     without = _all_fed(bundle, manifest, names)
     keep_freed_memory()
-    with graph_source(bundle, options, manifest, without, name, map_weights) as source:
+    unpacked = MAT_MUL_N_BITS_OPERATOR in called
+    with graph_source(bundle, options, manifest, without, name, map_weights, unpacked) as source:
         if operator is not None:
             kernels = register(operator, source.options)
         try:
@@ -252,7 +259,11 @@ def _open(
         content = source.graph if isinstance(source.graph, bytes) else None
         asked = [_with_cpu_nodes(provider, content, graph) for provider in asked]
     by_name = None if asked is None else add_started(options, asked)
-    new = onnxruntime.InferenceSession if mapped is None else partial(MappedSession, mapped)
+    new = onnxruntime.InferenceSession
+    if mapped is not None:
+        new = partial(MappedSession, mapped)
+    elif source.content is not None:
+        new = partial(SessionInPlace, source.content)
     try:
         with nullcontext() if names == [CPU] else unlogged():
             session = new(source.graph, options, providers=by_name, enable_fallback=0)

@@ -3,9 +3,9 @@
 By default onnxruntime maps a graph's data file. If the file is then written in place (cp, rsync
 --inplace), the session's results change; if it is shortened, the process ends with SIGBUS.
 Therefore the files are read into memory, checked, and passed to onnxruntime, which copies what it
-needs. This takes the size of the file in additional memory while the bundle is opened, and
-processes do not share its pages. A mapped file avoids both costs; its session refuses to run once
-it is written to (mapped.py).
+needs, unless no kernel packs weights. This takes the size of the file in additional memory while
+the bundle is opened, and processes do not share its pages. A mapped file avoids both costs; its
+session refuses to run once it is written to (mapped.py).
 
 Options of the user are not modified: with them, onnxruntime maps a private copy of the files in the
 system's directory for temporary files. The same is done before onnxruntime 1.24, which cannot read
@@ -22,7 +22,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import onnxruntime
 
@@ -44,6 +44,9 @@ MAPPED: Final = "loradeploy.map_weights"
 # memory.
 WEIGHTS_AT: Final = "session.model_external_initializers_file_folder_path"
 _FROM_MEMORY: Final = "add_external_initializers_from_files_in_memory"
+# Session option: weights in memory are used where they are, and not copied. They must stay there.
+_IN_PLACE: Final = "session.use_external_initializer_file_buffers_directly"
+_HAS_IN_PLACE: Final = tuple(map(int, onnxruntime.__version__.split(".")[:2])) >= (1, 31)
 _BLOCK: Final = 1 << 26
 # Content if there is no data file: an empty file cannot be passed.
 _NOTHING: Final = b"\0"
@@ -53,12 +56,22 @@ _NOTHING: Final = b"\0"
 class Source:
     """What onnxruntime opens, a path or a graph in memory, and the options.
 
-    `mapped`: the data file, if onnxruntime maps it, and not a private copy.
+    `mapped`: the data file, if onnxruntime maps it, and not a private copy. `content`: memory in
+    which it uses the weights, if it does not copy them.
     """
 
     graph: str | bytes
     options: onnxruntime.SessionOptions
     mapped: MappedFile | None = None
+    content: mmap.mmap | bytes | None = None
+
+
+class SessionInPlace(onnxruntime.InferenceSession):  # type: ignore[misc]
+    """A session that uses its weights where they are in `content`, and keeps that memory."""
+
+    def __init__(self, content: mmap.mmap | bytes, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._content = content
 
 
 @contextmanager
@@ -69,11 +82,14 @@ def graph_source(
     without: Collection[str] = (),
     name: str = GRAPH_NAME,
     map_weights: bool = False,
+    unpacked: bool = False,
 ) -> Iterator[Source]:
     """Yield the graph of `bundle` and its weights, to be opened within the context.
 
     `manifest`: what the files are checked against. `without`: inputs whose defaults are removed.
     `name`: the graph's file. `map_weights`: map the data file if the system grants a lease on it.
+    `unpacked`: whether the kernels use the weights as they are in the file. Others pack them, and
+    would not need those in memory afterwards.
 
     Raises:
         BundleError: they cannot be read, or do not match the manifest.
@@ -95,13 +111,17 @@ def graph_source(
         _check_file(bundle, manifest, name)
         yield Source(os.fspath(bundle / name), options, mapped)
     elif given is None and hasattr(options, _FROM_MEMORY):
-        with _in_memory(bundle / GRAPH_DATA_NAME) as content:
+        in_place = unpacked and _HAS_IN_PLACE
+        with _in_memory(bundle / GRAPH_DATA_NAME, keep=in_place) as content:
             with memoryview(content) as view:
                 # A small graph may have an empty data file.
                 found = fingerprint(view) if content is not _NOTHING else _of_empty_file(bundle)
             _check(bundle, manifest, found)
             getattr(options, _FROM_MEMORY)([GRAPH_DATA_NAME], [content], [len(content)])
-            yield Source(_graph(bundle, manifest, without, name), options)
+            if in_place:
+                options.add_session_config_entry(_IN_PLACE, "1")
+            graph = _graph(bundle, manifest, without, name)
+            yield Source(graph, options, content=content if in_place else None)
     else:
         with scratch_directory("loradeploy-session-") as copy:
             for file in (name, GRAPH_DATA_NAME):
@@ -142,8 +162,11 @@ def _graph(
 
 
 @contextmanager
-def _in_memory(file: Path) -> Iterator[mmap.mmap | bytes]:
-    """Yield the bytes of `file`, in memory that is returned to the system afterwards."""
+def _in_memory(file: Path, *, keep: bool) -> Iterator[mmap.mmap | bytes]:
+    """Yield the bytes of `file`, in memory that is returned to the system afterwards.
+
+    `keep`: only when nothing refers to it any more.
+    """
     try:
         size = file.stat().st_size if file.is_file() else 0
         if not size:
@@ -159,8 +182,9 @@ def _in_memory(file: Path) -> Iterator[mmap.mmap | bytes]:
         _read(file, content, size)
         yield content
     finally:
-        with contextlib.suppress(BufferError):  # the traceback of an error still refers to it
-            content.close()
+        if not keep:
+            with contextlib.suppress(BufferError):  # the traceback of an error still refers to it
+                content.close()
 
 
 def _of_empty_file(bundle: Path) -> str | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +17,16 @@ import pytest
 from numpy.typing import NDArray
 
 from loradeploy.bundle.manifest import read_manifest
-from loradeploy.bundle.names import ADAPTER_IDS, ADAPTER_RANKS, OPERATOR_DOMAIN
+from loradeploy.bundle.names import (
+    ADAPTER_IDS,
+    ADAPTER_RANKS,
+    MAT_MUL_N_BITS_OPERATOR,
+    OPERATOR_DOMAIN,
+)
 from loradeploy.errors import BundleError, OperatorError, UsageError
 from loradeploy.runtime.engine.engine import Engine
 from loradeploy.runtime.operator.library import check_library
+from loradeploy.runtime.reading.weights import _HAS_IN_PLACE, SessionInPlace
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.generation import TextGenerator
 from tests.export.reference import apart
@@ -69,6 +77,22 @@ def calls(bundle: Path) -> dict[str, int]:
     """The number of calls of each function in the graph and its branches."""
     nodes = ir.load(bundle / "model.onnx").graph.all_nodes()
     return dict(Counter(node.op_type for node in nodes if node.domain == OPERATOR_DOMAIN))
+
+
+def test_weights_that_no_kernel_packs_are_not_copied(
+    operator_bundle: Path, operator_library: Path, tmp_path: Path
+) -> None:
+    """onnxruntime uses them in private memory, which a writer of the file does not change."""
+    bundle = shutil.copytree(operator_bundle, tmp_path / "bundle")
+    session = AdapterSession(bundle, operator=operator_library)
+    packed = MAT_MUL_N_BITS_OPERATOR not in session.manifest.operators
+    assert isinstance(session._session, SessionInPlace) is (not packed and _HAS_IN_PLACE)
+    ids = random_ids(2, 6)
+    expected = logits(session, ids, None)
+    data = bundle / "model.onnx.data"
+    data.write_bytes(bytes(data.stat().st_size))
+    gc.collect()
+    assert np.array_equal(logits(session, ids, None), expected)
 
 
 def test_the_library_runs_every_call_and_otherwise_the_function_is_inlined(
