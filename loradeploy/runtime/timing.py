@@ -47,10 +47,14 @@ class Timing:
 
 def default_length(session: AdapterSession) -> int:
     """128 tokens, or as many as the model has positions for, with one for a decoder's new token."""
+    longest = _longest(session)
+    return _LENGTH if longest is None else max(1, min(_LENGTH, longest))
+
+
+def _longest(session: AdapterSession) -> int | None:
+    """The model's positions, without that of a decoder's new token; None if it states none."""
     positions = positions_of_model(model_config(session.path), session.path / CONFIG_NAME)
-    if positions is None:
-        return _LENGTH
-    return max(1, min(_LENGTH, positions - (session.manifest.task == CAUSAL_LM)))
+    return None if positions is None else positions - (session.manifest.task == CAUSAL_LM)
 
 
 def time_bundle(
@@ -64,12 +68,15 @@ def time_bundle(
     The default length is that of `default_length`.
 
     Raises:
-        UsageError: a size that is not positive.
+        UsageError: a size that is not positive, or a length that the model has no positions for.
     """
     length = default_length(session) if length is None else length
     for name, value in (("batch", batch), ("length", length), ("rounds", rounds)):
         if value < 1:
             raise UsageError(f"{name} is {value}: give 1 or more")
+    longest = _longest(session)
+    if longest is not None and length > longest:
+        raise UsageError(f"length is {length}: the model has positions for {longest} at most")
     decodes = session.manifest.task == CAUSAL_LM
     past, new = (length, 1) if decodes else (0, length)
     call = forward(session, batch, past=past, new=new)

@@ -99,6 +99,8 @@ def test_a_broken_adapter_is_refused_by_every_command(
         (["run", "{bundle}", "--input", "{tmp}/nowhere.txt"], "does not exist"),
         (["run", "{bundle}", "hi", "--provider", "cuda"], "CUDAExecutionProvider"),
         (["bench", "{bundle}", "--rounds", "0"], "rounds is 0"),
+        (["bench", "{bundle}", "--length", "100000"], "length is 100000: the model has positions"),
+        (["convert", "{tmp}/nowhere", "--output", "b"], "nowhere does not exist"),
         (
             ["convert", "a", "--bundle", "{bundle}", "--output", "b"],
             "one of the adapter and --output",
