@@ -99,8 +99,7 @@ def graph_source(
     if options is None:
         options = onnxruntime.SessionOptions()
     elsewhere = entry(options, WEIGHTS_AT)  # the weights are in another directory
-    # On Windows a mapped file cannot be replaced or shortened.
-    always = bool(elsewhere) or entry(options, MAPPED) == "1" or sys.platform == "win32"
+    always = bool(elsewhere) or entry(options, MAPPED) == "1"
     data = Path(elsewhere or bundle) / GRAPH_DATA_NAME
     mapped = None
     if (always or map_weights) and (elsewhere or not without) and data.is_file():
