@@ -11,6 +11,7 @@ from loradeploy.adapter.modules.renamings import Submodel, base_prefix_of, submo
 from loradeploy.adapter.tasks import (
     CAUSAL_LM,
     FEATURE_EXTRACTION,
+    SEQ2SEQ_LM,
     SEQUENCE_CLASSIFICATION,
     TOKEN_CLASSIFICATION,
 )
@@ -21,11 +22,9 @@ from loradeploy.bundle.names import INPUTS_EMBEDS, PAST
 from loradeploy.bundle.outputs import main_output
 from loradeploy.errors import ExportError, UsageError
 from loradeploy.export.base import Base, Options, modules_of
-from loradeploy.export.graph.file import graph_digest, load_graph
+from loradeploy.export.graph.file import graph_digest
 from loradeploy.export.graph.halves import load_bundle_graph
-from loradeploy.export.graph.sound import check_opens
-from loradeploy.export.match.adapter_layers import refuse_adapter_layers, refuse_adapter_products
-from loradeploy.export.match.linears import refuse_side_inputs
+from loradeploy.export.match.adapter_layers import refuse_adapter_products
 from loradeploy.export.match.products import precision_of
 from loradeploy.export.match.whole.norm_forms import annotate_forms, vectors_in
 from loradeploy.export.passes.precision.bf16 import compute_as_float32, has_float32_weights
@@ -34,28 +33,25 @@ from loradeploy.export.passes.undo import remove_choices
 from loradeploy.export.read.files.settings import settings_beside, ties_head
 from loradeploy.export.read.files.source import Source
 from loradeploy.export.read.half import name_encoder, other_half
-from loradeploy.export.read.opsets import convert_opset
+from loradeploy.export.read.joined import join_parts
+from loradeploy.export.read.loaded import load_regular
 from loradeploy.export.read.products.attention import separate_projections
 from loradeploy.export.read.products.channels_first import features_last, matrices_of
 from loradeploy.export.read.products.constant_weights import compute_weights
 from loradeploy.export.read.products.later_calls import join_later_calls
 from loradeploy.export.read.products.normalize import normalize_products
 from loradeploy.export.read.regular import (
-    complete_outputs,
     complete_shapes,
-    drop_identities,
-    lift_constants,
-    remove_weight_inputs,
 )
 from loradeploy.export.read.static_ranges import warn_of_ranges
-from loradeploy.export.read.subgraphs import inline_functions, take_branches
-from loradeploy.export.read.values.all_logits import keep_all_logits
+from loradeploy.export.read.subgraphs import take_branches
 from loradeploy.export.read.values.cache import complete_cache
 from loradeploy.export.read.values.probabilities import Probabilities, add_logits
 from loradeploy.export.read.values.value_names import check_mask, rename_values
 from loradeploy.export.tasks import own_task, task_of_graph
 from loradeploy.export.trace.cleanup.tidy import name_dimensions
 from loradeploy.export.trial.bundle import TrialSource
+from loradeploy.export.trial.original import Original
 from loradeploy.paths import resolved
 from loradeploy.printable import logger_of
 
@@ -82,26 +78,19 @@ def from_graph(source: Source, options: Options) -> Base:
             f"{source.directory} is a merged bundle: give the base model or a side-input bundle"
         )
     logger.info("reading %s", source.graph)
-    graph = (
-        load_graph(source.graph)
-        if source.manifest is None
-        else load_bundle_graph(source.graph.parent, source.manifest)
-    )
     renamed: dict[str, str] = {}
     made: Probabilities | None = None
-    if source.manifest is None:
-        complete_outputs(graph.graph, check_opens(source.graph))
-        refuse_side_inputs(graph)  # while they are inputs
-        _refuse_texts(graph)
-        inline_functions(graph)
-        refuse_adapter_layers(graph)
-        graph = convert_opset(graph)
-        lift_constants(graph)
-        remove_weight_inputs(graph)
-        drop_identities(graph)
-        keep_all_logits(graph.graph)
+    original: Original | None = None
+    other: tuple[str, ...] = ()
+    own = settings_beside(source.directory, options.evidence.checkpoint)
+    if source.manifest is not None:
+        graph = load_bundle_graph(source.graph.parent, source.manifest)
+    elif source.parts is not None:
+        joined = join_parts(source.parts, own)
+        graph, original = joined.model, Original(joined.feeds, joined.outputs)
+    else:
+        graph = load_regular(source.graph)
         renamed = rename_values(graph)
-        own = settings_beside(source.directory, options.evidence.checkpoint)
         take_branches(graph, source.graph.parent, own)
         name_encoder(graph.graph, own)
         other = other_half(graph.graph, own)
@@ -164,7 +153,10 @@ def from_graph(source: Source, options: Options) -> Base:
         lacking=lacking,
         before=source.manifest,
         source=TrialSource(
-            graph=source.graph, quantized_here=precision != current, renamed=renamed
+            original=original,
+            graph=source.graph,
+            quantized_here=precision != current,
+            renamed=renamed,
         ),
         own_weights={} if source.manifest is None else source.manifest.own_weights,
         submodels=_submodels(source, options.evidence.checkpoint),
@@ -179,19 +171,6 @@ def from_graph(source: Source, options: Options) -> Base:
         problem_type=problem_type,
         ties_head=ties_head(settings_beside(source.directory, options.evidence.checkpoint)),
     )
-
-
-def _refuse_texts(graph: ir.Model) -> None:
-    """Raise ExportError for inputs and outputs of strings, which a bundle cannot have."""
-    import onnx_ir as ir
-
-    for what, values in (("input", graph.graph.inputs), ("output", graph.graph.outputs)):
-        for value in values:
-            if value.dtype == ir.DataType.STRING:
-                raise ExportError(
-                    f"the {what} {value.name} of the graph is of strings, and a bundle has numbers"
-                    " only: export the model without its tokenizer and its labels"
-                )
 
 
 def _submodels(source: Source, checkpoint: Path | None) -> tuple[Submodel, ...]:
@@ -242,6 +221,8 @@ def _takes_tokens(graph: ir.Graph) -> bool:
 def _task_of(
     source: Source, graph: ir.Model, requested: str | None, config: Mapping[str, Any]
 ) -> str:
+    if source.parts is not None:
+        return SEQ2SEQ_LM
     shapes = {str(value.name): value.shape for value in graph.graph.outputs}
     ranks = {name: None if shape is None else len(shape) for name, shape in shapes.items()}
     task = task_of_graph([str(value.name) for value in graph.graph.inputs], ranks) or requested

@@ -124,6 +124,24 @@ def free_name(graph: ir.Graph, name: str) -> str:
     return name
 
 
+def value_names(graph: ir.Graph) -> set[str]:
+    """The names of all values, including those in branches and loops."""
+    names = {str(value.name) for value in (*graph.inputs, *graph.initializers.values())}
+    for node in graph:
+        names.update(str(value.name) for value in node.outputs)
+        for body in bodies_of(node):
+            names |= value_names(body)
+    return names
+
+
+def taken_name(names: set[str], name: str) -> str:
+    """`name`, with a suffix if it is among `names`, to which it is added."""
+    while name in names:
+        name += ".own"
+    names.add(name)
+    return name
+
+
 def replace_uses(old: ir.Value, new: ir.Value, *, keep: Collection[ir.Node] = ()) -> None:
     """Replace `old` by `new` in all users but those in `keep`; `new` gets its type and shape.
 

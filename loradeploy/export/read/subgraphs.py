@@ -24,6 +24,8 @@ from loradeploy.export.graph.edit import (
     remove_unused,
     replace_uses,
     source_of,
+    taken_name,
+    value_names,
 )
 from loradeploy.export.match.observe import open_model, sample_of
 from loradeploy.export.match.products import products
@@ -91,6 +93,26 @@ def take_branches(model: ir.Model, directory: Path, config: Mapping[str, Any]) -
         if not value.uses():
             graph.inputs.remove(value)
             graph.initializers.pop(str(value.name), None)
+
+
+def take_branch(model: ir.Model, name: str, *, value: bool) -> None:
+    """Replace every If that the input `name` controls by its branch for `value`.
+
+    Raises:
+        ExportError: there is none.
+    """
+    graph = model.graph
+    nodes = [node for node in graph if node.op_type == "If" and _is_input(node, name)]
+    if not nodes:
+        raise ExportError(f"the graph has no branches that an input {name} selects")
+    for node in nodes:
+        _inline_branch(graph, node, value)
+    remove_unused(graph)
+
+
+def _is_input(node: ir.Node, name: str) -> bool:
+    condition = source_of(node.inputs[0], _CARRIERS)
+    return condition is not None and condition.is_graph_input() and condition.name == name
 
 
 def enclosed_products(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Node, ir.Value]]:
@@ -161,8 +183,8 @@ def _check_same(
                 a, b, rtol=_ROUNDING, atol=_ROUNDING * float(np.abs(b).max(initial=0))
             ):
                 advice = (
-                    "give decoder_model.onnx and decoder_with_past_model.onnx, each for a bundle of"
-                    " its own"
+                    "give the directory with encoder_model.onnx, or decoder_model.onnx and"
+                    " decoder_with_past_model.onnx, each for a bundle of its own"
                     if config.get("is_encoder_decoder")
                     else "export the model without branches, with a cache"
                 )
@@ -192,16 +214,16 @@ def _inline_branch(graph: ir.Graph, node: ir.Node, choice: bool) -> None:
             remove_all(branch)
     body.remove(nodes)
     body.initializers.clear()
-    names = _names(graph)
+    names = value_names(graph)
     for value in constants:
-        value.name = _free(names, str(value.name))
+        value.name = taken_name(names, str(value.name))
         if value.const_value is not None:
             value.const_value.name = value.name
         graph.register_initializer(value)
     for each in nodes:
         for value in each.outputs:
             if value.name:
-                value.name = _free(names, value.name)
+                value.name = taken_name(names, value.name)
     graph.insert_before(node, nodes)
     last: ir.Node = node
     for old, new in zip(node.outputs, outputs, strict=True):
@@ -209,26 +231,8 @@ def _inline_branch(graph: ir.Graph, node: ir.Node, choice: bool) -> None:
             same = ir.node("Identity", [new])
             graph.insert_after(last, same)
             last, new = same, same.outputs[0]
-            new.name = _free(names, f"{old.name}/chosen")
+            new.name = taken_name(names, f"{old.name}/chosen")
         known = new.type, new.shape
         replace_uses(old, new)
         new.type, new.shape = new.type or known[0], new.shape or known[1]
     graph.remove(node, safe=True)
-
-
-def _names(graph: ir.Graph) -> set[str]:
-    """The names of all values, including those in branches and loops."""
-    names = {str(value.name) for value in (*graph.inputs, *graph.initializers.values())}
-    for node in graph:
-        names.update(str(value.name) for value in node.outputs)
-        for body in bodies_of(node):
-            names |= _names(body)
-    return names
-
-
-def _free(names: set[str], name: str) -> str:
-    """`name`, with a suffix if a value has it already."""
-    while name in names:
-        name += ".own"
-    names.add(name)
-    return name

@@ -53,6 +53,9 @@ _LIMITS: Final = {"fp32": 1e-2, "fp16": 0.1, "bf16": 0.1, "int8": 0.1, "int4": 0
 _PACKED_HERE: Final = {"int8": 0.5, "int4": 1.5, "bf16": 0.2}
 # Updates are compared by their effect, in precisions that leave it visible.
 _UPDATE_LIMITS: Final = {"fp32": 2e-2, "fp16": 0.2}
+# Graphs that quantize the activations of a batch together change a row with its neighbors: the
+# largest difference of a row, as a multiple of that.
+_NOISE: Final = 4.0
 _TOKENS_RANK: Final = 3  # of logits [batch, tokens, vocabulary]
 
 
@@ -254,12 +257,24 @@ def _check_side_inputs(trial: Trial, feeds: Feeds, base: Outputs) -> Outputs | N
             continue
         for row in range(count):
             alone = (adapted if row == 0 else base)[name][row]
-            if (error := _error(values[row], alone)) > limit:
+            if (error := _error(values[row], alone)) <= limit:
+                continue
+            noise = _norm(_beside_itself(trial, feeds, row)[name][row] - base[name][row])
+            if not _norm(values[row] - alone) <= _NOISE * noise:
                 raise refused(
                     f"row {row + 1} of a batch of mixed adapters differs by {error:.2g} of its"
                     f" size from the same row alone, in output {name}"
                 )
     return adapted
+
+
+def _beside_itself(trial: Trial, feeds: Feeds, row: int) -> Outputs:
+    """The base's outputs for a batch in which every row is `row`."""
+    repeated = {
+        name: np.repeat(values[row : row + 1], len(values), axis=0) if values.ndim > 1 else values
+        for name, values in feeds.items()
+    }
+    return trial.run(repeated, None)
 
 
 def _check_required(trial: Trial, feeds: Feeds, base: Outputs) -> None:

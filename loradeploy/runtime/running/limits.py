@@ -116,7 +116,8 @@ class Limits:
             if name == LOGITS_TO_KEEP:
                 _check_kept(shape, shapes, numbers.get(name))
                 continue
-            if name in (INPUTS_EMBEDS, INPUTS_EMBEDS_MASK):
+            # A graph may have embeddings as its only tokens: they are a feed as any other.
+            if name in (INPUTS_EMBEDS, INPUTS_EMBEDS_MASK) and INPUT_IDS in shapes:
                 _check_embeds(name, shapes)
                 if self.mrope and MROPE_POSITION_IDS not in shapes:
                     raise UsageError(

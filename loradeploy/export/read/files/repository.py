@@ -7,7 +7,8 @@ parts (decoder_model.onnx, decoder_with_past_model.onnx, decoder_model_merged.on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -36,6 +37,63 @@ _LISTED: Final = 8
 _WIDTH: Final = 400  # characters for their names
 
 
+@dataclass(frozen=True)
+class Parts:
+    """The graphs of an encoder-decoder: its encoder, and its decoder without and with a cache.
+
+    `first` and `further` are one file if that has both in an If.
+    """
+
+    encoder: Path
+    first: Path
+    further: Path
+
+
+def find_parts(directory: Path, precision: str | None = None) -> Parts | None:
+    """The parts of an encoder-decoder in `directory`; None if it has no encoder-decoder in parts.
+
+    Those of full precision, or named after the requested `precision`, or the only ones.
+
+    Raises:
+        ModelError: the parts are not complete.
+    """
+    graphs = graphs_in(directory)
+    by_name = {graph.name: graph for graph in graphs}
+    kinds = {_part(graph) for graph in graphs}
+    if _ENCODER_PART not in kinds or "model" in kinds or not kinds & {*_DECODER_PARTS}:
+        return None
+    named = _CALLED.get(precision or "", ())
+    found = {
+        ending: parts
+        for ending in ("", *_ENDINGS)
+        if (parts := _parts(by_name, ending)) is not None
+    }
+    order = [*named, ""] if precision == "fp16" else ["", *named]
+    if len(found) == 1:
+        order += found
+    chosen = next((found[ending] for ending in order if ending in found), None)
+    if chosen is None:
+        raise ModelError(
+            f"{directory} has an encoder-decoder in parts, but not {_ENCODER_PART}.onnx with a"
+            f" decoder with a cache ({_MERGED_DECODER}, or decoder_model.onnx and"
+            " decoder_with_past_model.onnx): export its PyTorch checkpoint, or give the file of one"
+            " part"
+        )
+    return chosen
+
+
+def _parts(by_name: Mapping[str, Path], ending: str) -> Parts | None:
+    """The parts whose names have the `ending`; None if one is missing."""
+    encoder, first, further, merged = (
+        by_name.get(f"{part}{ending}.onnx") for part in (_ENCODER_PART, *_DECODER_PARTS)
+    )
+    if encoder is None:
+        return None
+    if first is not None and further is not None:
+        return Parts(encoder, first, further)
+    return None if merged is None else Parts(encoder, merged, merged)
+
+
 def find_graph(directory: Path, precision: str | None = None) -> Path | None:
     """The ONNX file to use in `directory`; None if it has none.
 
@@ -44,7 +102,6 @@ def find_graph(directory: Path, precision: str | None = None) -> Path | None:
 
     Raises:
         UsageError: the choice is ambiguous.
-        ModelError: an encoder-decoder in parts.
     """
     graphs = graphs_in(directory)
     if len(graphs) < 2:
@@ -68,11 +125,6 @@ def find_graph(directory: Path, precision: str | None = None) -> Path | None:
             others,
         )
         return chosen
-    if _ENCODER_PART in parts and parts & set(_DECODER_PARTS):
-        raise ModelError(
-            f"{directory} has an encoder-decoder in parts ({graphs[0].name}, …): export its"
-            " PyTorch checkpoint, or give the file of one part"
-        )
     raise UsageError(
         f"{directory} has several ONNX files, give one of them: {_names(directory, graphs)}"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,9 +21,11 @@ from loradeploy.bundle.manifest import Manifest, read_manifest
 from loradeploy.bundle.names import CONFIG_NAME, GRAPH_NAME, MANIFEST_NAME
 from loradeploy.errors import ModelError, UsageError
 from loradeploy.export.read.files.repository import (
+    Parts,
     above,
     config_directory,
     find_graph,
+    find_parts,
     tokenizer_directory,
 )
 from loradeploy.files import read_json
@@ -46,6 +49,7 @@ class Source:
     `directory`: has the config, if any, and the weights of a checkpoint.
     `assets`: the directory of the tokenizer.
     `graph`: the ONNX file; None for a checkpoint.
+    `parts`: the graphs of an encoder-decoder in parts; `graph` is then the decoder with a cache.
     `manifest`: that of a bundle; None for other kinds.
     """
 
@@ -55,6 +59,7 @@ class Source:
     assets: Path
     graph: Path | None = None
     manifest: Manifest | None = None
+    parts: Parts | None = None
 
 
 def resolve(model: str | os.PathLike[str], precision: str | None = None) -> Source:
@@ -138,6 +143,8 @@ def _in_directory(directory: Path, precision: str | None) -> Source:
                 f"{checkpoint} has weights but no config.json: it is not a model directory"
             )
         return Source("checkpoint", name, checkpoint, checkpoint)
+    if (parts := find_parts(directory, precision)) is not None:
+        return dataclasses.replace(_of_graph(parts.further, name), parts=parts)
     graph = find_graph(directory, precision)
     if graph is None:
         if advice := gguf_advice(directory):

@@ -11,7 +11,7 @@ import pytest
 
 from loradeploy.errors import LoraDeployError, ModelError, UsageError
 from loradeploy.export.api import export
-from loradeploy.export.read.files.repository import find_graph
+from loradeploy.export.read.files.repository import find_graph, find_parts
 from loradeploy.export.read.files.source import resolve
 from loradeploy.lora.base.checkpoint import find_checkpoint
 from loradeploy.runtime.session import AdapterSession
@@ -61,7 +61,6 @@ def test_the_graph_is_chosen_by_name_and_precision(
     [
         (WEB[1:], UsageError, "give one of them: onnx/model_fp16.onnx, onnx/model_q4.onnx"),
         (PARTS, UsageError, "give one of them"),
-        (("encoder_model.onnx", *PARTS), ModelError, "has an encoder-decoder in parts"),
         (
             ("decoder_model_merged.onnx", "embed_tokens.onnx", "vision_encoder.onnx"),
             UsageError,
@@ -148,3 +147,41 @@ def test_a_config_two_levels_up_is_not_used(repository: Path, tmp_path: Path) ->
     shutil.copytree(repository / "onnx", tmp_path / "a" / "onnx")
     source = resolve(tmp_path / "a" / "onnx" / "model.onnx")
     assert (source.directory, source.name) == (tmp_path / "a" / "onnx", "a")
+
+
+ENCODER, BOTH = "encoder_model", "decoder_model_merged"
+FIRST, FURTHER = "decoder_model", "decoder_with_past_model"
+
+
+@pytest.mark.parametrize(
+    ("names", "precision", "found"),
+    [
+        ((ENCODER, FIRST, FURTHER, BOTH), None, (ENCODER, FIRST, FURTHER)),
+        ((ENCODER, BOTH), None, (ENCODER, BOTH, BOTH)),
+        (
+            (ENCODER, BOTH, f"{ENCODER}_fp16", f"{BOTH}_fp16"),
+            "fp16",
+            (f"{ENCODER}_fp16", f"{BOTH}_fp16", f"{BOTH}_fp16"),
+        ),
+        ((ENCODER, BOTH, f"{ENCODER}_fp16", f"{BOTH}_fp16"), None, (ENCODER, BOTH, BOTH)),
+        ((f"{ENCODER}_q4", f"{BOTH}_q4"), None, (f"{ENCODER}_q4", f"{BOTH}_q4", f"{BOTH}_q4")),
+        ((ENCODER, BOTH, "model"), None, None),
+        ((FIRST, FURTHER), None, None),
+    ],
+)
+def test_the_parts_of_an_encoder_decoder_are_found(
+    names: tuple[str, ...], precision: str | None, found: tuple[str, ...] | None, tmp_path: Path
+) -> None:
+    place = _with(tmp_path, tuple(f"{name}.onnx" for name in names))
+    parts = find_parts(place, precision)
+    got = parts and tuple(file.stem for file in (parts.encoder, parts.first, parts.further))
+    assert got == found
+
+
+@pytest.mark.parametrize(
+    "names", [(ENCODER, FIRST), (f"{ENCODER}_q4", BOTH), (ENCODER, f"{BOTH}_fp16", f"{BOTH}_q4")]
+)
+def test_incomplete_parts_are_refused(names: tuple[str, ...], tmp_path: Path) -> None:
+    place = _with(tmp_path, tuple(f"{name}.onnx" for name in names))
+    with pytest.raises(ModelError, match="an encoder-decoder in parts, but not encoder_model.onnx"):
+        find_parts(place)
