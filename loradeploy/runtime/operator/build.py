@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import platform
 import re
@@ -15,10 +14,10 @@ from typing import Final
 from loradeploy.errors import MissingDependencyError, OperatorError, shortened
 from loradeploy.files import atomic_file, check_replaceable_file
 from loradeploy.paths import takes_paths
-from loradeploy.printable import printable
+from loradeploy.printable import logger_of, printable
 from loradeploy.runtime.operator.library import SOURCES, check_library, is_library, source_digest
 
-_log = logging.getLogger(__name__)
+logger = logger_of(__name__)
 _COMPILERS: Final = ("g++", "clang++", "c++")
 _SYSTEM: Final = platform.system()
 _SECONDS: Final = 900
@@ -61,7 +60,7 @@ def build_operator(output: str | os.PathLike[str]) -> Path:
             *(*compiler, *FLAGS, native, f'-DLORADEPLOY_SOURCE="{source_digest()}"', *own),
             *(*map(os.fspath, SOURCES), "-o", os.fspath(temporary)),
         ]
-        _log.info("compiling with %s, which takes about a minute", compiler[0])
+        logger.info("compiling with %s, which takes about a minute", compiler[0])
         try:
             done = subprocess.run(
                 command, capture_output=True, text=True, errors="replace", timeout=_SECONDS
