@@ -32,20 +32,28 @@ inline Floats float_zeros() { return _mm512_setzero_ps(); }
 
 // A vector of lane(0), lane(1), …
 template <typename Lane>
-Integers joined(const Lane& lane) {
+__attribute__((always_inline)) inline Integers joined(const Lane& lane) {
   Integers all = _mm512_castsi128_si512(lane(0));
   all = _mm512_inserti32x4(all, lane(1), 1);
   all = _mm512_inserti32x4(all, lane(2), 2);
   return _mm512_inserti32x4(all, lane(3), 3);
 }
 
-// 16 bytes of each of the first `count` blocks, which are `stride` bytes apart; zeros for others.
+// The 16 bytes number `piece` of each of the first `count` blocks of `stride` bytes; zeros for others.
 template <int stride>
-Integers lanes_at(const uint8_t* from, int count) {
+__attribute__((always_inline)) inline Integers lanes_at(const uint8_t* blocks, int piece, int count) {
   if constexpr (stride == 16) {
-    if (count == kLanes) return load(from);
-    return _mm512_maskz_loadu_epi32(static_cast<__mmask16>((1u << (4 * count)) - 1), from);
+    if (count == kLanes) return load(blocks);
+    return _mm512_maskz_loadu_epi32(static_cast<__mmask16>((1u << (4 * count)) - 1), blocks);
   }
+  if constexpr (stride == 32) {  // fewer loads, of which both pieces use each
+    if (count == kLanes) {
+      const Integers one = load(blocks), other = load(blocks + 64);
+      return piece == 0 ? _mm512_shuffle_i32x4(one, other, 0x88)
+                        : _mm512_shuffle_i32x4(one, other, 0xdd);
+    }
+  }
+  const uint8_t* from = blocks + 16 * piece;
   const auto lane = [&](int index) {
     return index < count ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + index * stride))
                          : _mm_setzero_si128();
@@ -175,7 +183,8 @@ inline Integers zeros() { return _mm256_setzero_si256(); }
 inline Floats float_zeros() { return _mm256_setzero_ps(); }
 
 template <int stride>
-Integers lanes_at(const uint8_t* from, int count) {
+Integers lanes_at(const uint8_t* blocks, int piece, int count) {
+  const uint8_t* from = blocks + 16 * piece;
   const auto lane = [&](int index) {
     return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + index * stride));
   };

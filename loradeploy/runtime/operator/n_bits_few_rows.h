@@ -42,7 +42,7 @@ void quantize_few(const Product& product, const float* x, uint8_t* to) {
     }
     Integers sums[2] = {zeros(), zeros()};
     for (int step = 0; step < Layout::steps; step += 4) {
-      Integers four = lanes_at<Layout::block>(bytes + 4 * step, kLanes);
+      Integers four = lanes_at<Layout::block>(bytes, step / 4, kLanes);
       if constexpr (Layout::bits == 4) four = evens_first(four);
       const Integers each[4] = {spread<0>(four), spread<1>(four), spread<2>(four), spread<3>(four)};
       for (int at = 0; at < 4; ++at) {
@@ -82,10 +82,9 @@ struct Group {
     for (int piece = 0; piece < Layout::block_bytes / 16; ++piece) {
       Integers v[4];
       for (int column = 0; column < 4; ++column) {
-        const uint8_t* own = weights[column] + unit * kLanes * Layout::block_bytes + 16 * piece;
-        v[column] = lanes_at<Layout::block_bytes>(own, lanes);
-        __builtin_prefetch(weights[column] + unit * kLanes * Layout::block_bytes + kBytes * piece +
-                           kAhead);
+        const uint8_t* own = weights[column] + unit * kLanes * Layout::block_bytes;
+        v[column] = lanes_at<Layout::block_bytes>(own, piece, lanes);
+        __builtin_prefetch(own + kBytes * piece + kAhead);
       }
       transpose(v);
       for (Integers own : v) {
