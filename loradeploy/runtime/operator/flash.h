@@ -548,7 +548,8 @@ void in_parallel(const Attention& own, const std::vector<Task>& tasks, const Cal
   for (const Task& task : tasks) queries = std::max(queries, task.end - task.begin);
   std::atomic<size_t> next{0};
   std::atomic<bool> failed{false};
-  const size_t threads = std::max(std::thread::hardware_concurrency(), 1u);
+  // Asked once: each time takes several system calls.
+  static const size_t threads = std::max(std::thread::hardware_concurrency(), 1u);
   call.parallel(std::min(tasks.size(), threads), [&](size_t) {
     size_t at = next++;
     if (at >= tasks.size()) return;
