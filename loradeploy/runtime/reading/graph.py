@@ -17,6 +17,7 @@ from loradeploy.bundle.graph_form import is_packed
 from loradeploy.bundle.manifest import TensorSpec, read_manifest
 from loradeploy.bundle.names import (
     ENCODER_NAME,
+    GRAPH_DATA_NAME,
     GRAPH_NAME,
     MAT_MUL_N_BITS_OPERATOR,
     OPERATOR_DOMAIN,
@@ -37,6 +38,7 @@ from loradeploy.runtime.devices.quiet import UNSET, severity, unlogged
 from loradeploy.runtime.devices.table import CPU, known
 from loradeploy.runtime.memory import keep_freed_memory, return_freed_memory
 from loradeploy.runtime.operator.library import check_runs, register
+from loradeploy.runtime.reading.huge_pages import use_huge_pages
 from loradeploy.runtime.reading.mapped import MappedSession
 from loradeploy.runtime.reading.weights import MAPPED as MAPPED
 from loradeploy.runtime.reading.weights import WEIGHTS_AT as WEIGHTS_AT
@@ -56,6 +58,7 @@ logger = logger_of(__name__)
 # ONNX Runtime's option to record which provider runs which node, for `placement_of`.
 _RECORD: Final = "session.record_ep_graph_assignment_info"
 _LISTED: Final = 3
+_LARGE_WEIGHTS: Final = 32 << 20  # bytes
 _OWN: Final = f"{OPERATOR_DOMAIN}."
 # Part of ONNX Runtime's message when a graph cannot be captured.
 _NOT_CAPTURED: Final = "graph capture feature"
@@ -139,6 +142,8 @@ def open_graph(
                 ) from None
             raise
     return_freed_memory()
+    if session.get_providers()[0] == CPU and source.mapped is None and _is_large(bundle):
+        use_huge_pages()
     has_calls = manifest is not None and manifest.operators
     ran = operators_in(session) if has_calls or operator is not None else None
     if operator is not None:
@@ -153,6 +158,12 @@ def open_graph(
             f"`capture_graphs`: {names[0]} does not start here, and the CPU captures no runs"
         )
     return session
+
+
+def _is_large(bundle: Path) -> bool:
+    """Whether the weights do not fit into the processor's caches, nor into a few huge pages."""
+    file = bundle / GRAPH_DATA_NAME
+    return file.is_file() and file.stat().st_size >= _LARGE_WEIGHTS
 
 
 def _recording(
