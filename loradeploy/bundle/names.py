@@ -33,16 +33,17 @@ BASE, ROWS, SLOTS = "base", "rows", "slots"
 LEFT, RIGHT, NO_PADDING = "left", "right", "none"
 LAYOUTS: Final = (SLOTS, ROWS)  # of the first dimension of side inputs
 # The functions that a graph may call, and the operators of the library that replace them: low-rank
-# updates (of one layer, of two or three whose product is fused, and of gate and up), the standard
-# nodes of the same names, and silu(gate) · up.
+# updates (of one layer, of two or three whose product is fused, of one with a residual, of gate and
+# up), the standard nodes of the same names, and silu(gate) · up.
 OPERATOR_DOMAIN: Final = "loradeploy"
 LORA_ADD_OPERATOR: Final = "LoraAdd"
 LORA_ADD_2_OPERATOR: Final = "LoraAdd2"
 LORA_ADD_3_OPERATOR: Final = "LoraAdd3"
+LORA_ADD_RESIDUAL_OPERATOR: Final = "LoraAddResidual"
 LORA_SWIGLU_OPERATOR: Final = "LoraSwiGLU"
 LORA_OPERATORS: Final = (
     *(LORA_ADD_OPERATOR, LORA_ADD_2_OPERATOR),
-    *(LORA_ADD_3_OPERATOR, LORA_SWIGLU_OPERATOR),
+    *(LORA_ADD_3_OPERATOR, LORA_ADD_RESIDUAL_OPERATOR, LORA_SWIGLU_OPERATOR),
 )
 MAT_MUL_N_BITS_OPERATOR: Final = "MatMulNBits"
 ATTENTION_OPERATOR: Final = "Attention"

@@ -16,6 +16,7 @@ const OrtCustomOp* group_query_attention();
 const OrtCustomOp* lora_add();
 const OrtCustomOp* lora_add_2();
 const OrtCustomOp* lora_add_3();
+const OrtCustomOp* lora_add_residual();
 const OrtCustomOp* lora_swiglu();
 const OrtCustomOp* mat_mul_n_bits();
 const OrtCustomOp* silu_mul();
@@ -30,7 +31,7 @@ const std::vector<const OrtCustomOp*>& operators() {
     auto* found = new std::vector<const OrtCustomOp*>;
     for (const OrtCustomOp* own :
          {attention(), group_query_attention(), lora_add(), lora_add_2(), lora_add_3(),
-          lora_swiglu(), mat_mul_n_bits(), silu_mul(), swiglu()}) {
+          lora_add_residual(), lora_swiglu(), mat_mul_n_bits(), silu_mul(), swiglu()}) {
       if (own != nullptr) found->push_back(own);
     }
     return found;

@@ -112,10 +112,11 @@ void add_parts(int64_t column, int64_t last, const Sums& sums, float* low) {
   if constexpr (width > 1) add_parts<width / 2>(column, last, sums, low);
 }
 
-// result[row][column…] = y + Σ_r low[row][r] B[r][column…], for `vectors` vectors of columns
+// result[row][column…] = y + Σ_r low[row][r] B[r][column…], for `vectors` vectors of columns; plus
+// the residual, if it is not null
 template <int rows, int vectors, int width>
 void up_vectors(const float* low, const float* B, int64_t rank, int64_t out, const float* const* y,
-                float* const* result, int64_t column) {
+                const float* const* residual, float* const* result, int64_t column) {
   using V = typename Vector<width>::Type;
   V sums[rows][vectors] = {};
   for (int64_t r = 0; r < rank; ++r) {
@@ -127,21 +128,24 @@ void up_vectors(const float* low, const float* B, int64_t rank, int64_t out, con
   each<rows>([&](auto row) INLINED {
     each<vectors>([&](auto v) INLINED {
       const int64_t place = column + v * width;
-      store<width>(result[row] + place, load<width>(y[row] + place) + sums[row][v]);
+      V sum = load<width>(y[row] + place) + sums[row][v];
+      if (residual != nullptr) sum = load<width>(residual[row] + place) + sum;
+      store<width>(result[row] + place, sum);
     });
   });
 }
 
 template <int rows, int vectors, int width>
 void up_from(int64_t column, int64_t last, const float* low, const float* B, int64_t rank,
-             int64_t out, const float* const* y, float* const* result) {
+             int64_t out, const float* const* y, const float* const* residual,
+             float* const* result) {
   for (; column + vectors * width <= last; column += vectors * width) {
-    up_vectors<rows, vectors, width>(low, B, rank, out, y, result, column);
+    up_vectors<rows, vectors, width>(low, B, rank, out, y, residual, result, column);
   }
   if constexpr (vectors > 1) {
-    up_from<rows, 1, width>(column, last, low, B, rank, out, y, result);
+    up_from<rows, 1, width>(column, last, low, B, rank, out, y, residual, result);
   } else if constexpr (width > 1) {
-    up_from<rows, 1, width / 2>(column, last, low, B, rank, out, y, result);
+    up_from<rows, 1, width / 2>(column, last, low, B, rank, out, y, residual, result);
   }
 }
 
@@ -153,12 +157,13 @@ void down_rows(const float* const* x, const Block& block, const Sums& sums) {
   down_from<rows, parts, vectors, kLanes>(block.first, x, block, sums);
 }
 
-// result = y + low B, for `rows` rows and `columns` columns; `low`: rows · rank.
+// result = y + low B, for `rows` rows and `columns` columns; `low`: rows · rank. Plus the residual, if
+// it is not null.
 template <int rows>
 void up_rows(const float* low, const float* B, int64_t rank, int64_t out, const float* const* y,
-             float* const* result, int64_t columns) {
+             const float* const* residual, float* const* result, int64_t columns) {
   constexpr int vectors = std::min(kSums / rows, kVectors);
-  up_from<rows, vectors, kLanes>(0, columns, low, B, rank, out, y, result);
+  up_from<rows, vectors, kLanes>(0, columns, low, B, rank, out, y, residual, result);
 }
 
 }  // namespace loradeploy::lora

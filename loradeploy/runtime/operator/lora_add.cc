@@ -3,6 +3,7 @@
 //   LoraAdd              y of one layer                              → one output
 //   LoraAdd2, LoraAdd3   y of two or three layers, side by side      → an output for each
 //   LoraSwiGLU           y of two layers: gate, then up              → silu(gate) · up
+//   LoraAddResidual      y of one layer, and a residual              → residual + the sum
 //
 //   y              float [batch, sequence, out]   the base's product; out is that of all layers
 //   x              float [batch, sequence, in]
@@ -11,7 +12,8 @@
 //                                                 A and B follow for each further layer
 //   adapter_ids    int64 [batch] or [1]           the slot of each row in A and B
 //   adapter_ranks  int64 [adapters, targets], or [0, targets]: all adapters have the full rank
-//   target         attribute of LoraAdd, the column of adapter_ranks
+//   residual       float [batch, sequence, out], of LoraAddResidual
+//   target         attribute of operators of one layer, the column of adapter_ranks
 //   targets        attribute of the others, the column for each layer
 //   sizes          attribute of the others, `out` of each layer
 //
@@ -61,7 +63,8 @@ struct Tensors {
   int64_t sequence, in, width;  // width: of y
   int64_t count;                // of layers
   Layer layers[kLayers];
-  float* gated;  // the result of LoraSwiGLU; else null
+  float* gated;           // the result of LoraSwiGLU; else null
+  const float* residual;  // of LoraAddResidual; else null
 
   int64_t outputs() const { return gated == nullptr ? count : 1; }
 };
@@ -98,7 +101,8 @@ struct Task {
   }
   // Multiplications for a token and a column of an output.
   int64_t per_column(const Tensors& call, int64_t output) const {
-    return call.gated == nullptr ? own[output].rank : own[0].rank + own[1].rank + kGatedCost;
+    if (call.gated != nullptr) return own[0].rank + own[1].rank + kGatedCost;
+    return own[output].rank + (call.residual == nullptr ? 0 : 1);
   }
   int64_t multiplications(const Tensors& call) const {
     int64_t per_token = 0;
@@ -155,12 +159,15 @@ void add_rows(const Tensors& call, const Task& task, int64_t layer, int64_t toke
               int64_t columns, float* const* result) {
   const Layer& own = call.layers[layer];
   const auto [rank, low, sums] = task.own[layer];
-  const float* y[rows];
+  const float *y[rows], *residual[rows];
   for (int row = 0; row < rows; ++row) {
-    y[row] = own.y + task.place(call, token + row) * call.width + first;
+    const int64_t place = task.place(call, token + row);
+    y[row] = own.y + place * call.width + first;
+    if (call.residual != nullptr) residual[row] = call.residual + place * own.out + first;
   }
   const float* B = own.B + task.slot * own.stored_rank * own.out + first;
-  up_rows<rows>(low + (token - task.begin) * rank, B, rank, own.out, y, result, columns);
+  up_rows<rows>(low + (token - task.begin) * rank, B, rank, own.out, y,
+                call.residual == nullptr ? nullptr : residual, result, columns);
 }
 
 // The columns [first, last) of silu(gate) · up for `rows` tokens.
@@ -355,12 +362,15 @@ std::unique_ptr<float[]> allocate(const Tensors& call, std::vector<Task>& tasks)
   return memory;
 }
 
-template <int count, bool is_gated>
+template <int count, bool is_gated = false, bool has_residual = false>
 class Update {
+  static constexpr size_t kIds = 2 + 2 * count, kRanks = kIds + 1;
+
  public:
   static constexpr auto inputs = [] {
-    std::array<Value, 4 + 2 * count> all{};
-    for (size_t at = 0; at < all.size(); ++at) all[at] = {at < all.size() - 2 ? kFloat : kInteger};
+    std::array<Value, 4 + 2 * count + (has_residual ? 1 : 0)> all{};
+    for (Value& own : all) own = {kFloat};
+    all[kIds] = all[kRanks] = {kInteger};
     return all;
   }();
   static constexpr auto outputs = [] {
@@ -394,15 +404,20 @@ class Update {
 
   void compute(const Call& call) const {
     const Input y = call.input(0, "y", 3), x = call.input(1, "x", 3);
-    const Input ids = call.input(2 + 2 * count, "adapter_ids", 1);
-    const Input ranks = call.input(3 + 2 * count, "adapter_ranks", 2);
+    const Input ids = call.input(kIds, "adapter_ids", 1);
+    const Input ranks = call.input(kRanks, "adapter_ranks", 2);
     const int64_t batch = x.shape[0], slots = call.input(2, "A", 3).shape[0];
-    Tensors tensors{x.as<float>(), x.shape[1], x.shape[2], 0, count, {}, nullptr};
+    Tensors tensors{x.as<float>(), x.shape[1], x.shape[2], 0, count, {}, nullptr, nullptr};
     for (int layer = 0; layer < count; ++layer) {
       read_factors(call, layer, slots, tensors);
       tensors.width += tensors.layers[layer].out;
     }
     y.require_shape({batch, tensors.sequence, tensors.width});
+    if constexpr (has_residual) {
+      const Input residual = call.input(kRanks + 1, "residual");
+      residual.require_shape(y.shape);
+      tensors.residual = residual.as<float>();
+    }
     if (ids.shape[0] != batch) ids.require_shape({1});
     check_ranks(ranks, slots);
     set_outputs(call, y, tensors);
@@ -466,18 +481,23 @@ class Update {
   std::vector<int64_t> targets_, sizes_;
 };
 
-struct LoraAdd : Update<1, false> {
+struct LoraAdd : Update<1> {
   using Update::Update;
   static constexpr const char* name = "LoraAdd";
   static constexpr InPlace in_place[] = {{0, 0}};  // the result may be written over y
 };
-struct LoraAdd2 : Update<2, false> {
+struct LoraAdd2 : Update<2> {
   using Update::Update;
   static constexpr const char* name = "LoraAdd2";
 };
-struct LoraAdd3 : Update<3, false> {
+struct LoraAdd3 : Update<3> {
   using Update::Update;
   static constexpr const char* name = "LoraAdd3";
+};
+struct LoraAddResidual : Update<1, false, true> {
+  using Update::Update;
+  static constexpr const char* name = "LoraAddResidual";
+  static constexpr InPlace in_place[] = {{0, 0}, {6, 0}};  // over y or the residual
 };
 struct LoraSwiGLU : Update<2, true> {
   using Update::Update;
@@ -489,6 +509,7 @@ struct LoraSwiGLU : Update<2, true> {
 const OrtCustomOp* lora_add() { return operator_of<LoraAdd>(); }
 const OrtCustomOp* lora_add_2() { return operator_of<LoraAdd2>(); }
 const OrtCustomOp* lora_add_3() { return operator_of<LoraAdd3>(); }
+const OrtCustomOp* lora_add_residual() { return operator_of<LoraAddResidual>(); }
 const OrtCustomOp* lora_swiglu() { return operator_of<LoraSwiGLU>(); }
 
 }  // namespace loradeploy

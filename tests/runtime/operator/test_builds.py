@@ -75,6 +75,8 @@ def _check_other_kernels(library: Path) -> None:
             test_fused.test_one_call_computes_what_calls_for_each_layer_compute(
                 library, name, sizes, given
             )
+    for given in test_fused.CALLS:
+        test_fused.test_a_residual_is_added_to_what_lora_add_computes(library, 70, given)
     for shape in test_swiglu.SHAPES:
         test_swiglu.test_both_kernels_compute_silu_of_the_gate_times_up(library, shape)
     packed = test_mat_mul_n_bits

@@ -13,6 +13,7 @@ from loradeploy.bundle.names import (
     LORA_ADD_2_OPERATOR,
     LORA_ADD_3_OPERATOR,
     LORA_ADD_OPERATOR,
+    LORA_ADD_RESIDUAL_OPERATOR,
     LORA_SWIGLU_OPERATOR,
     OPERATOR_DOMAIN,
     SWIGLU_OPERATOR,
@@ -123,6 +124,27 @@ def test_several_threads_compute_the_same(operator_library: Path, name: str, cal
     one, several = (together(name, operator_library, given, threads=n) for n in (1, 4))
     for own, other in zip(one, several, strict=True):
         np.testing.assert_array_equal(own, other)
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("out", [1, 70, 1030])
+def test_a_residual_is_added_to_what_lora_add_computes(
+    operator_library: Path, out: int, call: str
+) -> None:
+    (given,) = layers((out,), **CALLS[call])
+    name = LORA_ADD_RESIDUAL_OPERATOR
+    feeds = given | {"residual": np.random.default_rng(1).random(given["y"].shape, np.float32)}
+    one, several = (run(name, operator_library, feeds, 1, threads=n, target=1)[0] for n in (1, 4))
+    (update,) = run(LORA_ADD_OPERATOR, operator_library, given, 1, target=1)
+    np.testing.assert_array_equal(one, feeds["residual"] + update)
+    np.testing.assert_array_equal(one, several)
+
+
+def test_a_residual_of_another_shape_is_refused(operator_library: Path) -> None:
+    (given,) = layers((8,), batch=1, sequence=2, into=5, ids=[0], ranks=[[4]])
+    feeds = given | {"residual": given["y"][..., :1]}
+    with pytest.raises(Exception, match=r"residual is \[1, 2, 1\], expected \[1, 2, 8\]"):
+        run(LORA_ADD_RESIDUAL_OPERATOR, operator_library, feeds, 1, target=1)
 
 
 @pytest.mark.parametrize("name", [LORA_ADD_2_OPERATOR, LORA_ADD_3_OPERATOR])

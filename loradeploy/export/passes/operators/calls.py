@@ -10,6 +10,7 @@ from loradeploy.errors import ExportError
 from loradeploy.export.passes.operators.fused import remove_fused, use_fused
 from loradeploy.export.passes.operators.gated import remove_gated, use_gated
 from loradeploy.export.passes.operators.lora_add import remove_lora_add, use_lora_add
+from loradeploy.export.passes.operators.residual import remove_residual, use_residual
 from loradeploy.export.passes.operators.standard import ROWS, remove_standard, use_standard
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def use_operators(model: ir.Model, manifest: Manifest) -> tuple[str, ...]:
         use_standard(model, row)
     use_gated(model)
     use_fused(model)
+    use_residual(model)
     called = _called(model)
     _keep_functions(model, called)
     names = [name for name in OPERATORS if name in called]
@@ -57,6 +59,7 @@ def remove_operators(model: ir.Model, names: Collection[str]) -> None:
             f"the graph has calls of {', '.join(sorted(called)) or 'no operator'}, its manifest"
             f" lists {', '.join(sorted(names)) or 'none'}: it was changed"
         )
+    remove_residual(model)
     remove_fused(model)
     if called & set(LORA_OPERATORS):
         remove_lora_add(model)
