@@ -15,7 +15,7 @@ from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.generation import TextGenerator
 from tests.conftest import MakeAdapter, once
 from tests.export import others
-from tests.export.graphs import Builder
+from tests.export.graphs import IN, OUT, Builder, numbers, run
 from tests.export.others import IDS
 from tests.export.reference import difference, torch_output
 from tests.tolerances import tolerance
@@ -175,3 +175,20 @@ def test_text_generation_refuses_token_inputs_of_an_unknown_name(
     export(graph, tmp_path / "bundle")
     with pytest.raises(UsageError, match="takes symbols, attention_mask, not input_ids"):
         TextGenerator(AdapterSession(tmp_path / "bundle"))
+
+
+def test_embeddings_may_be_the_only_tokens(tmp_path: Path) -> None:
+    """As in graphs of onnxruntime-genai's builder with exclude_embeds."""
+    b = Builder()
+    x = b.input("inputs_embeds", ["batch", "sequence", IN])
+    sizes = ["batch", "sequence", OUT]
+    hidden = b.node("MatMul", [x, b.weight("w", IN, OUT)], [*sizes], module="block.proj")
+    y = b.node("MatMul", [hidden, b.weight("v", OUT, OUT)], [*sizes], module="lm_head")
+    y.name = "logits"
+    ir.save(b.model(y), tmp_path / "m.onnx")
+    manifest = export(tmp_path / "m.onnx", tmp_path / "b")
+    assert manifest.task == "causal-lm"
+    embedded = numbers(2, 3, IN)
+    got = AdapterSession(tmp_path / "b").run(["logits"], {"inputs_embeds": embedded})[0]
+    expected = run(ir.load(tmp_path / "m.onnx"), {"inputs_embeds": embedded})
+    assert difference(got, expected) < tolerance("torch-onnx-tiny")
