@@ -156,6 +156,22 @@ def some_named(place: Path) -> None:
     write(place, {k.replace("lora_A.weight", "lora_A.sport.weight"): a for k, a in PAIR.items()})
 
 
+def of_another_name(place: Path) -> None:
+    write_into(place)
+    (place / "adapter_model.safetensors").rename(place / "adapters.safetensors")
+
+
+def pickle_of_another_name(place: Path) -> None:
+    write_into(place)
+    (place / "adapter_model.safetensors").rename(place / "pytorch_model.pt")
+    (place / "optimizer.pt").write_bytes(b"")
+
+
+def config_alone(place: Path) -> None:
+    config(place, peft_type="LORA", r=2, lora_alpha=4, target_modules=["q"])
+    (place / "optimizer.pt").write_bytes(b"")
+
+
 FORMATS: dict[Callable[[Path], None], tuple[str, str]] = {
     mlx: ("is an adapter of mlx-lm", "loradeploy convert"),
     mlx_without_config: ("is an adapter of mlx-lm", "loradeploy convert"),
@@ -171,6 +187,9 @@ FORMATS: dict[Callable[[Path], None], tuple[str, str]] = {
     whole_weights: (r"no LoRA factors but 3 full weights .*layers\.0\.q_proj", "`model`"),
     no_config: ("has LoRA factors and no adapter_config.json", "copy it"),
     two_names: ("names of adapters in its keys", "loradeploy convert"),
+    of_another_name: ("has adapters.safetensors in place of adapter_model", "rename it"),
+    pickle_of_another_name: (r"pytorch_model\.pt is a pickle", "convert it"),
+    config_alone: (r"has adapter_config\.json, but", r"adapter_model\.safetensors does not exist"),
     some_named: ("names of adapters in its keys", "loradeploy convert .*are sport"),
     quantized: (r"quantized factors .*q\.lora_A\.weight_scale", "save the adapter in float32"),
     checkpoints: ("has 3 checkpoints", "give the newest, .*checkpoint-500"),
@@ -204,7 +223,13 @@ def test_a_training_checkpoint_with_trainer_files_is_an_adapter(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "name", ["non_lora_trainables.bin", "trainable_params.bin", "new_embeddings.safetensors"]
+    "name",
+    [
+        "non_lora_trainables.bin",
+        "trainable_params.bin",
+        "new_embeddings.safetensors",
+        "vit.safetensors",
+    ],
 )
 def test_trained_weights_in_another_file_beside_an_adapter_are_refused_by_name(
     name: str, tmp_path: Path

@@ -56,11 +56,17 @@ def test_every_spelling_of_a_key_is_read(key: str, part: str, name: str, half: s
     [
         ([f"{P}l.q.lora_A.weight", "l.q.lora_B.weight"], "does not begin with"),
         ([f"{P}l.q.lora_A.one.weight", f"{P}l.q.lora_A.two.weight"], "2 adapters"),
+        ([f"{P}l.q.lora_A.one.weight", f"{P}l.q.lora_B.weight"], "some keys name an adapter .one."),
     ],
 )
 def test_keys_of_several_adapters_in_one_file_are_refused(keys: list[str], message: str) -> None:
     with pytest.raises(AdapterError, match=message):
         read_keys(keys)
+
+
+def test_a_magnitude_with_a_name_beside_factors_without_is_read_as_in_peft() -> None:
+    keys = [f"{P}l.q.lora_A.weight", f"{P}l.q.lora_magnitude_vector.default.weight"]
+    assert {key.name for key in read_keys(keys).values()} == {"l.q"}
 
 
 def an_adapter(*modules: str, zeros: str | None = None, **changes: Any) -> Adapter:

@@ -111,8 +111,9 @@ _MISORDERED: Final = (
 )
 
 # Files in which other programs save weights that they trained beside an adapter and load before it:
-# LLaVA's projector, the embeddings and norms of LongLoRA, the added tokens of vLLM and LoRAX.
-_BESIDE: Final = ("non_lora_trainables", "trainable_params", "new_embeddings")
+# LLaVA's projector, the embeddings and norms of LongLoRA, the added tokens of vLLM and LoRAX, the
+# vision tower of ms-swift.
+_BESIDE: Final = ("non_lora_trainables", "trainable_params", "new_embeddings", "vit")
 
 # Values of peft_type for methods that learn inputs instead of weights: they cannot be merged.
 _PROMPTS: Final = (
@@ -285,7 +286,9 @@ def other_directory(directory: Path) -> str | None:
     ):
         return _WHOLE
     for file in files:
-        if (found := other_file(file)) is not None:
+        if (found := other_file(file)) == _NO_CONFIG and peft:
+            return f"has {file.name} in place of adapter_model{_TENSORS}: rename it"
+        if found is not None:
             return f"has {file.name}, which {found}"
     if any(directory.glob("*.gguf")):
         return GGUF.message

@@ -209,6 +209,10 @@ def _weights_file(path: Path) -> Path:
                     f"{path} is not an adapter: it has neither {ADAPTER_CONFIG_NAME} nor"
                     f" {WEIGHTS_NAME}"
                 )
+            refuse_pickles(path, "*model*")  # not those of a training's state
+            raise AdapterError(
+                f"{path} has {ADAPTER_CONFIG_NAME}, but {WEIGHTS_NAME} does not exist"
+            )
         return path / WEIGHTS_NAME
     if not path.exists():
         raise AdapterError(f"{path} does not exist: give a PEFT adapter directory")
