@@ -27,7 +27,7 @@ LIMITS = {"begin": 0, "end": OUT, "axis": 2}
 
 
 def layers(*names: str) -> ir.Model:
-    """The sum of the layers of one input; layer i has OUT · (i + 1) columns, of which OUT count."""
+    """Layers of one input, each subtracted from the first; layer i has OUT (i + 1) columns."""
     b = Builder()
     x = b.input("x", ["batch", "sequence", IN])
     shape: list[int | str] = ["batch", "sequence"]
@@ -43,7 +43,7 @@ def layers(*names: str) -> ir.Model:
     for at, part in enumerate(parts[1:], start=1):
         limits = [b.constant(f"{limit}_{at}", np.array([value])) for limit, value in LIMITS.items()]
         own = b.node("Slice", [part, *limits], [*shape, OUT], name=f"slice_{at}")
-        total = b.node("Add", [total, own], [*shape, OUT], name=f"sum_{at}")
+        total = b.node("Sub", [total, own], [*shape, OUT], name=f"difference_{at}")
     return b.model(total)
 
 
