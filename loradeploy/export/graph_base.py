@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.adapter.files.base_files import base_tensors, check_no_peft_layers
 from loradeploy.adapter.files.digest import base_digest
-from loradeploy.adapter.modules.renamings import Submodel, base_prefix_of, submodels_of
+from loradeploy.adapter.modules.renamings import base_prefix_of, submodels_of
 from loradeploy.adapter.tasks import (
     CAUSAL_LM,
     FEATURE_EXTRACTION,
@@ -17,7 +18,7 @@ from loradeploy.adapter.tasks import (
 )
 from loradeploy.bundle.fitting.fit import THIS_BUNDLE
 from loradeploy.bundle.graph_form import BFLOAT16, DEFAULT_PRECISION, is_packed
-from loradeploy.bundle.manifest import BaseIdentity
+from loradeploy.bundle.manifest import BaseIdentity, Manifest
 from loradeploy.bundle.names import INPUTS_EMBEDS, PAST
 from loradeploy.bundle.outputs import main_output
 from loradeploy.errors import ExportError, UsageError
@@ -78,115 +79,117 @@ def from_graph(source: Source, options: Options) -> Base:
             f"{source.directory} is a merged bundle: give the base model or a side-input bundle"
         )
     logger.info("reading %s", source.graph)
-    renamed: dict[str, str] = {}
-    made: Probabilities | None = None
-    original: Original | None = None
-    other: tuple[str, ...] = ()
-    own = settings_beside(source.directory, options.evidence.checkpoint)
-    if source.manifest is not None:
-        graph = load_bundle_graph(source.graph.parent, source.manifest)
-    elif source.parts is not None:
-        joined = join_parts(source.parts, own)
-        graph, original = joined.model, Original(joined.feeds, joined.outputs)
+    if source.manifest is None:
+        base = _of_file(source, source.graph, options)
     else:
-        graph = load_regular(source.graph)
-        renamed = rename_values(graph)
-        take_branches(graph, source.graph.parent, own)
-        name_encoder(graph.graph, own)
-        other = other_half(graph.graph, own)
-        check_mask(graph, renamed, source.graph.parent, own)
-        made = add_logits(graph.graph, _requested_task(options.task, own), own.get("problem_type"))
-        renamed |= {} if made is None else made.renamed
-    current = precision_of(graph) if source.manifest is None else source.manifest.precision
-    if source.manifest is None and current == BFLOAT16 and has_float32_weights(graph.graph):
-        current = DEFAULT_PRECISION  # weights in float32 keep their precision
-    compute_as_float32(graph.graph)
-    complete_shapes(graph)
-    if source.manifest is not None:
-        remove_choices(graph, source.manifest)
-        remove_side_inputs(graph, source.manifest)
-        identity, task = source.manifest.base, source.manifest.task
-        other = source.manifest.other_part
-        probabilities = source.manifest.probabilities
-        problem_type = source.manifest.problem_type if task == TOKEN_CLASSIFICATION else None
-        parameters = frozenset(saved.parameter for saved in source.manifest.saved)
-        lacking = frozenset(s.parameter for s in source.manifest.saved if s.lacking)
-        replaced = modules_of(parameters)
-    else:
-        probabilities = None if made is None else made.output
-        problem_type = None if made is None else made.problem_type
-        name_dimensions(graph)
-        complete_cache(graph, source.directory, options.evidence.checkpoint)
-        identity = _identity(source, graph, options.evidence.checkpoint)
-        if options.evidence.checkpoint is not None or options.evidence.map is not None:
-            separate_projections(graph.graph)  # the graph has no names for them
-        compute_weights(graph.graph)
-        known = matrices_of(options.adapters.values(), options.evidence.checkpoint)
-        features_last(graph.graph, known)
-        normalize_products(graph.graph)
-        join_later_calls(graph.graph)
-        refuse_adapter_products(graph.graph)
-        complete_shapes(graph)  # after operators that inference did not know before
-        warn_of_ranges(graph.graph)
-        task = _task_of(source, graph, _requested_task(options.task, own), own)
-        parameters = replaced = lacking = frozenset()
+        base = _of_bundle(source, source.manifest, options)
     if options.evidence.checkpoint is not None:
-        annotate_forms(graph, vectors_in(options.evidence.checkpoint).get)
-    if options.task is not None and options.task != task:
-        raise UsageError(f"the graph of {source.name} is for {task}, not for {options.task}")
-    precision = options.precision or current
+        annotate_forms(base.graph, vectors_in(options.evidence.checkpoint).get)
+    if options.task is not None and options.task != base.task:
+        raise UsageError(f"the graph of {source.name} is for {base.task}, not for {options.task}")
+    current, precision = base.precision, options.precision or base.precision
     packs = is_packed(precision) and current in ("fp32", "fp16")
     if precision != current and not packs and (current, precision) != ("fp32", "bf16"):
         raise ExportError(
             f"{source.name} is an ONNX graph in {current} and cannot be made {precision}: export"
             " the checkpoint instead"
         )
+    return dataclasses.replace(
+        base,
+        precision=precision,
+        quantized=precision == current,
+        source=dataclasses.replace(base.source, quantized_here=precision != current),
+    )
+
+
+def _of_bundle(source: Source, manifest: Manifest, options: Options) -> Base:
+    """A bundle's graph in its current precision, without its side inputs."""
+    graph = load_bundle_graph(source.directory, manifest)
+    compute_as_float32(graph.graph)
+    complete_shapes(graph)
+    remove_choices(graph, manifest)
+    remove_side_inputs(graph, manifest)
+    parameters = frozenset(saved.parameter for saved in manifest.saved)
     return Base(
         graph,
-        task,
-        identity,
-        precision,
+        manifest.task,
+        manifest.base,
+        manifest.precision,
         options.adapters,
-        quantized=precision == current,
         parameters=parameters,
-        replaced=replaced,
-        lacking=lacking,
-        before=source.manifest,
-        source=TrialSource(
-            original=original,
-            graph=source.graph,
-            quantized_here=precision != current,
-            renamed=renamed,
-        ),
-        own_weights={} if source.manifest is None else source.manifest.own_weights,
-        submodels=_submodels(source, options.evidence.checkpoint),
-        base_prefix=_base_prefix(source, options.evidence.checkpoint),
-        tower=None if source.manifest is None else source.manifest.tower,
-        display_name="this ONNX model" if source.manifest is None else THIS_BUNDLE,
-        embeds=() if source.manifest is None else source.manifest.embeds,
-        image_blocks=source.manifest is not None and source.manifest.image_blocks,
-        other_part=other,
-        traced=source.manifest is not None and source.manifest.traced,
-        probabilities=probabilities,
-        problem_type=problem_type,
+        replaced=modules_of(parameters),
+        lacking=frozenset(saved.parameter for saved in manifest.saved if saved.lacking),
+        before=manifest,
+        source=TrialSource(graph=source.graph),
+        own_weights=manifest.own_weights,
+        submodels=manifest.submodels,
+        base_prefix=manifest.base_prefix,
+        tower=manifest.tower,
+        display_name=THIS_BUNDLE,
+        embeds=manifest.embeds,
+        image_blocks=manifest.image_blocks,
+        other_part=manifest.other_part,
+        traced=manifest.traced,
+        probabilities=manifest.probabilities,
+        problem_type=manifest.problem_type if manifest.task == TOKEN_CLASSIFICATION else None,
         ties_head=ties_head(settings_beside(source.directory, options.evidence.checkpoint)),
     )
 
 
-def _submodels(source: Source, checkpoint: Path | None) -> tuple[Submodel, ...]:
-    """The submodels in the bundle's manifest, or the model of a graph's config.json."""
-    if source.manifest is not None:
-        return source.manifest.submodels
-    config = settings_beside(source.directory, checkpoint)
-    names = config.get("architectures") or [""]
-    return submodels_of(str(names[0]), str(config.get("model_type") or ""))
-
-
-def _base_prefix(source: Source, checkpoint: Path | None) -> str:
-    if source.manifest is not None:
-        return source.manifest.base_prefix
-    config = settings_beside(source.directory, checkpoint)
-    return base_prefix_of(str(config.get("model_type") or ""))
+def _of_file(source: Source, file: Path, options: Options) -> Base:
+    """The graph of another exporter in its current precision, with products that can be named."""
+    evidence = options.evidence
+    config = settings_beside(source.directory, evidence.checkpoint)
+    requested = _requested_task(options.task, config)
+    renamed: dict[str, str] = {}
+    made: Probabilities | None = None
+    original: Original | None = None
+    other: tuple[str, ...] = ()
+    if source.parts is not None:
+        joined = join_parts(source.parts, config)
+        graph, original = joined.model, Original(joined.feeds, joined.outputs)
+    else:
+        graph = load_regular(file)
+        renamed = rename_values(graph)
+        take_branches(graph, file.parent, config)
+        name_encoder(graph.graph, config)
+        other = other_half(graph.graph, config)
+        check_mask(graph, renamed, file.parent, config)
+        made = add_logits(graph.graph, requested, config.get("problem_type"))
+        renamed |= {} if made is None else made.renamed
+    precision = precision_of(graph)
+    if precision == BFLOAT16 and has_float32_weights(graph.graph):
+        precision = DEFAULT_PRECISION  # weights in float32 keep their precision
+    compute_as_float32(graph.graph)
+    complete_shapes(graph)
+    name_dimensions(graph)
+    complete_cache(graph, source.directory, evidence.checkpoint)
+    identity = _identity(source, graph, evidence.checkpoint)
+    if evidence.checkpoint is not None or evidence.map is not None:
+        separate_projections(graph.graph)  # the graph has no names for them
+    compute_weights(graph.graph)
+    features_last(graph.graph, matrices_of(options.adapters.values(), evidence.checkpoint))
+    normalize_products(graph.graph)
+    join_later_calls(graph.graph)
+    refuse_adapter_products(graph.graph)
+    complete_shapes(graph)  # after operators that inference did not know before
+    warn_of_ranges(graph.graph)
+    architectures, model_type = config.get("architectures"), str(config.get("model_type") or "")
+    return Base(
+        graph,
+        _task_of(source, graph, requested, config),
+        identity,
+        precision,
+        options.adapters,
+        source=TrialSource(original=original, graph=file, renamed=renamed),
+        submodels=submodels_of(str((architectures or [""])[0]), model_type),
+        base_prefix=base_prefix_of(model_type),
+        display_name="this ONNX model",
+        other_part=other,
+        probabilities=None if made is None else made.output,
+        problem_type=None if made is None else made.problem_type,
+        ties_head=ties_head(config),
+    )
 
 
 def _identity(source: Source, graph: ir.Model, checkpoint: Path | None) -> BaseIdentity:
