@@ -7,6 +7,7 @@ copies nothing. A batch of different adapters reads a stack of several (stacks.p
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,12 +76,19 @@ class Leases:
         base = neutral(manifest, defaults, device) if feeds_all else Bindable({})
         self._base = base
         self._bound: dict[Resident, Bindable] = {}  # in the order of their last use
+        # Without `self`, whose cycle would keep a closed session's graph in memory.
+        own = weakref.ref(self)
+
+        def move(resident: Resident, arrays: Arrays, *, unless_used: bool = False) -> bool:
+            leases = own()
+            assert leases is not None, "the stacks are used by the leases alone"
+            return leases._move(resident, arrays, unless_used=unless_used)
+
         self._stacks = Stacks(
-            manifest, defaults, device, budget, self._base, ranked=ranked, move=self._move
+            manifest, defaults, device, budget, self._base, ranked=ranked, move=move
         )
         self._rows = RowStacks(
             Filler(manifest, defaults),
-            # Without `self`, whose cycle would keep a closed session's graph in memory.
             lambda arrays: bindable(arrays, manifest, device, base),
             on_host=device[0] == HOST,
             least_rank=1 if self._base.values else 0,
