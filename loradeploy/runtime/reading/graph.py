@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -131,6 +132,10 @@ def open_graph(
     with graph_source(bundle, options, manifest, without, name, map_weights, unpacked) as source:
         if operator is not None:
             kernels = register(operator, source.options)
+            if options is None and sys.platform == "linux":
+                # onnxruntime's arena grows by doubling and keeps the memory of the longest prompt.
+                # The C library takes less, and as much time (docs/performance.md).
+                source.options.enable_cpu_mem_arena = False
         try:
             session = _open(graph, source, asked)
         except BundleError as problem:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -163,6 +164,18 @@ def test_a_stack_has_the_ranks_of_its_adapters(sessions: Sessions) -> None:
     assert small[linear].tolist() == [4] * sum(linear)
     assert partial.tolist() == [8 * (kind in ("q_proj", "down_proj")) for kind in kinds]
     assert not base.any()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the arena is kept")
+def test_memory_of_runs_is_the_c_librarys_unless_a_user_sets_the_options(
+    sessions: Sessions, operator_library: Path
+) -> None:
+    """onnxruntime's arena would keep the memory of the longest prompt."""
+    plain, fast = sessions
+    options = onnxruntime.SessionOptions()
+    with AdapterSession(fast.path, session_options=options, operator=operator_library) as given:
+        found = [s._session.get_session_options() for s in (plain, fast, given)]
+    assert [each.enable_cpu_mem_arena for each in found] == [True, False, True]
 
 
 def test_several_threads_of_the_session_give_the_same(
