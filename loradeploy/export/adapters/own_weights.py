@@ -44,12 +44,7 @@ def without_copies_of_model(
         AdapterMismatchError: two weights that are tied in the model differ in the adapter; or the
             adapter has rows of an embedding whose head is tied by config.json alone.
     """
-    from loradeploy.lora.base.vocabulary import (
-        TABLES,
-        refuse_rows_of_tied,
-        table_of,
-        vocabulary_of,
-    )
+    from loradeploy.lora.base.vocabulary import refuse_rows_of_tied, vocabulary_of
     from loradeploy.lora.parameters import overwrite
 
     for name, adapter in adapters.items():
@@ -63,23 +58,12 @@ def without_copies_of_model(
     found = {name: without_copies(adapter, is_own) for name, adapter in adapters.items()}
     if not merge:
         tokens = vocabulary_of(model)
-        embeddings = {table_of(model, getter) for getter in TABLES} - {None}
-        with_tokens = {
-            f"{name}.weight"
-            for name, module in model.named_modules(remove_duplicate=False)
-            if module in embeddings
-        }
-
-        def values_of(weight: str) -> NDArray[Any] | None:
-            if weight not in with_tokens:  # such as a classifier head of few rows
-                return None
-            values: NDArray[Any] = parameters[weight].detach().numpy()
-            return values
-
         for name, each in found.items():
             tables = () if tokens is None else token_tables(each, tokens)
             with prefixing_errors(name):
-                found[name] = with_rows(each, values_of, MOST_ROWS, tables)
+                found[name] = with_rows(
+                    each, lambda weight: parameters[weight].detach().numpy(), MOST_ROWS, tables
+                )
         return found
     for name, adapter in found.items():
         overwrite(model, adapter)
