@@ -258,6 +258,23 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
         ),
         r"factors \[2, 32\] and \[32, 4\]",
     ),
+    "a rank of zero": (
+        lambda place: write(
+            place,
+            "llama",
+            {
+                "blk.0.attn_q.weight.lora_a": np.ones((0, 32), np.float32),
+                "blk.0.attn_q.weight.lora_b": np.ones((32, 0), np.float32),
+            },
+        ),
+        r"factors \[0, 32\] and \[32, 0\]",
+    ),
+    "weights of another size than the base's": (
+        lambda place: write(
+            place, "llama", {**PAIR, "blk.0.attn_q.weight.lora_b": np.ones((64, 4), np.float32)}
+        ),
+        r"factors of \[64, 32\], .* has a weight of \[32, 32\]",
+    ),
     "a type that is not read": (
         lambda place: write(
             place, "llama", {"blk.0.attn_q.weight.lora_a": np.ones((4, 32))}, "Q4_0"

@@ -79,27 +79,43 @@ def read(source: Source) -> Adapter:
         if name == _EMBEDDING[1]:
             _check_untied(base)
             factors[name] = Factors(A.T, B, kind="embedding")
-            continue
-        if permuted and (heads := HEADS.get(name.rpartition(".")[2])):
-            B = halves_first(B, base, heads, name)
-        factors[name] = Factors(A, B)
-    if unknown := sorted(factors.keys() - set(base.modules)):
-        raise AdapterError(
-            f"{base.directory} has no {listed_names(unknown, 2)}: give the base that the adapter"
-            " was trained on"
-        )
-    _check_ranks(factors)
+        else:
+            factors[name] = Factors(A, B)
+    _check_fit(factors, base)
+    if permuted:
+        factors = {name: _unpermuted(name, pair, base) for name, pair in factors.items()}
     scalings = {name: alpha / pair.rank for name, pair in factors.items()}
     return adapter_of(factors, scalings, task_type="CAUSAL_LM")
 
 
-def _check_ranks(factors: Mapping[str, Factors]) -> None:
+def _check_fit(factors: Mapping[str, Factors], base: Base) -> None:
+    """Raise AdapterError unless the factors are of weights of the base.
+
+    The heads of another base would permute the rows in another order.
+    """
+    if unknown := sorted(factors.keys() - base.shapes.keys()):
+        raise AdapterError(
+            f"{base.directory} has no {listed_names(unknown, 2)}: give the base that the adapter"
+            " was trained on"
+        )
     for name, pair in factors.items():
         A, B = pair.A.shape, pair.B.shape
         if len(A) != 2 or len(B) != 2 or not A[0] == B[1] > 0:
             raise AdapterError(
                 f"{name} has factors {list(A)} and {list(B)}, expected [rank, in] and [out, rank]"
             )
+        theirs, ours = (B[0], A[1]), base.shapes[name]
+        if theirs != (ours[::-1] if pair.kind == "embedding" else ours):
+            raise AdapterError(
+                f"{name} has factors of {list(theirs)}, {base.directory} has a weight of"
+                f" {list(ours)}: give the base that the adapter was trained on"
+            )
+
+
+def _unpermuted(name: str, pair: Factors, base: Base) -> Factors:
+    """`pair` with the rows of query and key in transformers' order."""
+    heads = HEADS.get(name.rpartition(".")[2])
+    return Factors(pair.A, halves_first(pair.B, base, heads, name)) if heads else pair
 
 
 def _is_permuted(architecture: object, base: Base) -> bool:

@@ -40,8 +40,14 @@ class Base:
     @cached_property
     def modules(self) -> tuple[str, ...]:
         """The modules that have a weight, by the names in the checkpoint."""
-        names = base_tensors(self.directory)
-        return tuple(sorted(n.removesuffix(".weight") for n in names if n.endswith(".weight")))
+        return tuple(sorted(self.shapes))
+
+    @cached_property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shapes of the weights in the checkpoint, by module."""
+        tensors = base_tensors(self.directory).items()
+        end = ".weight"
+        return {name.removesuffix(end): t.shape for name, t in tensors if name.endswith(end)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +168,7 @@ def halves_first(values: NDArray[Any], base: Base, heads: str, name: str) -> NDA
     `heads`: the name of their number in the config of `base`, as in `HEADS`.
     """
     count = base.config.get(heads, base.config.get("num_attention_heads"))
-    if not isinstance(count, int) or count < 1 or len(values) % (2 * count):
+    if type(count) is not int or count < 1 or len(values) % (2 * count):
         raise ModelError(
             f"{base.directory}: {heads} is {shown(count)}, which does not divide the"
             f" {len(values)} rows of {name}"
