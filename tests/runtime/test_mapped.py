@@ -115,7 +115,7 @@ def test_without_the_check_a_writer_changes_the_numbers(
     assert not np.array_equal(logits(session, IDS, None), expected)
 
 
-@pytest.mark.parametrize(("write", "what"), WRITERS.items(), ids=lambda value: str(value))
+@pytest.mark.parametrize(("write", "what"), WRITERS.items())
 def test_a_session_without_a_lease_refuses_to_run_after_a_change(
     bundle: Path, unleased: None, write: Callable[[Path], None], what: str
 ) -> None:
