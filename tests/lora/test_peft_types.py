@@ -125,13 +125,22 @@ def test_a_config_that_contradicts_the_factors_of_adalora_is_refused(
         load_adapter(tmp_path)
 
 
-def test_singular_values_without_both_factors_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("lora_B", "q_proj has lora_E without lora_A and lora_B"),
+        ("lora_E", "layers.0.self_attn.q_proj has factors without lora_E"),
+    ],
+)
+def test_singular_values_or_factors_alone_are_refused(
+    part: str, message: str, tmp_path: Path
+) -> None:
     saved("llama", adalora(target_modules=["q_proj"]), tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     tensors = load_file(file)
-    del tensors[f"{KEY}.lora_B"]
+    del tensors[f"{KEY}.{part}"]
     save_file(tensors, file)
-    with pytest.raises(AdapterError, match="q_proj has lora_E without lora_A and lora_B"):
+    with pytest.raises(AdapterError, match=message):
         load_adapter(tmp_path)
 
 

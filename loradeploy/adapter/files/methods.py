@@ -82,12 +82,12 @@ def _adalora(values: Mapping[str, Any], arrays: Arrays) -> tuple[AdapterConfig, 
         {name: value for name, value in values.items() if name not in left_out} | {"r": initial}
     )
     expected = _ranks(values.get("rank_pattern") or {})
-    names = {key: what.name for key, what in read_keys(arrays).items()}
+    roles = read_keys(arrays)
     found, ranks, scalings = dict(arrays), {}, {}
     for key in arrays:
         if not key.endswith(_SINGULAR_VALUES):
             continue
-        module = names[key].removesuffix(_SINGULAR_VALUES)
+        module = roles[key].name.removesuffix(_SINGULAR_VALUES)
         start = key.removesuffix(_SINGULAR_VALUES)
         E = found.pop(key)  # [rank, 1]
         A, B = (found.pop(f"{start}.{half}", None) for half in ("lora_A", "lora_B"))
@@ -106,6 +106,9 @@ def _adalora(values: Mapping[str, Any], arrays: Arrays) -> tuple[AdapterConfig, 
         alpha = config.lora_alpha if config.lora_alpha > 0 else rank
         ranks[module] = rank
         scalings[module] = alpha / float(np.float32(initial) + np.float32(_EPSILON))
+    alone = sorted({roles[key].name for key in found.keys() & roles if roles[key].half} - {*ranks})
+    if alone:  # PEFT would keep E as it is initialized, zeros
+        raise AdapterError(f"{alone[0]} has factors without lora_E")
     if expected:
         raise AdapterError(f"rank_pattern names {shown(min(expected))}, which has no lora_E")
     return with_ranks(config, ranks, scalings), found
