@@ -242,7 +242,10 @@ def _task_of(
         of_words = logits is not None and logits[-1] == config.get("vocab_size")
         if of_words and own_task(config) == CAUSAL_LM:
             task = CAUSAL_LM  # with the logits of the last position only
-    if requested == TOKEN_CLASSIFICATION and task == CAUSAL_LM:
+    cached = any(str(value.name).startswith(PAST) for value in graph.graph.inputs)
+    if task == CAUSAL_LM and (
+        requested == TOKEN_CLASSIFICATION or (requested == FEATURE_EXTRACTION and not cached)
+    ):
         task = requested  # the outputs have the ranks of a language model's
     if task is None and (own := own_task(config)) is not None and main_output(own, ranks):
         task = own  # the outputs have other names

@@ -48,19 +48,23 @@ def export_with_torch(model: Path, place: Path, *, dynamo: bool, opset: int = 17
         torch.onnx.export(Plain(), (ids, torch.ones_like(ids)), place / "model.onnx", **options)
 
 
-def export_as_optimum(model: Path, file: Path) -> None:
-    """Export an encoder by torch.onnx's older exporter with a patched forward, as optimum does."""
-    import torch
-    from transformers import AutoModel
+def export_as_optimum(model: Path, file: Path, *, masked: bool = False) -> None:
+    """Export an encoder by torch.onnx's older exporter with a patched forward, as optimum does.
 
-    encoder = AutoModel.from_pretrained(model, attn_implementation="eager").eval()
+    `masked`: with the logits of its masked language model.
+    """
+    import torch
+    from transformers import AutoModel, AutoModelForMaskedLM
+
+    kind = AutoModelForMaskedLM if masked else AutoModel
+    encoder = kind.from_pretrained(model, attn_implementation="eager").eval()
     given, original = ["input_ids", "attention_mask"], encoder.forward
     encoder.forward = lambda *tensors: tuple(
         original(**dict(zip(given, tensors, strict=True)), return_dict=False)
     )[:1]
     file.parent.mkdir(parents=True)
     ids = torch.from_numpy(IDS)
-    made = ["last_hidden_state"]
+    made = ["logits" if masked else "last_hidden_state"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from loradeploy.adapter.tasks import CAUSAL_LM
+from loradeploy.adapter.tasks import CAUSAL_LM, FEATURE_EXTRACTION
 from loradeploy.bundle.names import (
     ENCODER_NAME,
     GRAPH_NAME,
@@ -34,9 +34,14 @@ from loradeploy.bundle.outputs import output_of
 from loradeploy.bundle.sample import Sample
 from loradeploy.errors import ExportError
 from loradeploy.export.graph.running import NotRunError, Outputs
+from loradeploy.export.tasks import own_task
 from loradeploy.export.trial.opened import Trial, refused
 from loradeploy.export.trial.original import Original, run_source_graph
-from loradeploy.export.trial.padding import padding_by_trial, reads_in_parts
+from loradeploy.export.trial.padding import (
+    padding_by_trial,
+    reads_in_parts,
+    sees_later_tokens,
+)
 from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
@@ -83,7 +88,8 @@ def try_bundle(
     side. A graph without kernels on the CPU is not tried, with a warning.
 
     Raises:
-        ExportError: onnxruntime does not open or run the graph, or its outputs are wrong.
+        ExportError: onnxruntime does not open or run the graph, its outputs are wrong, or a graph
+            with the outputs of a decoder is none.
     """
     sample = Sample(manifest.inputs, config, pad=pad)
     # The source is closed before the bundle is opened: both would take twice the memory.
@@ -101,6 +107,13 @@ def try_bundle(
         trial.run_uncompared(sample)
     else:
         _check(trial, original, quantized_here=source.quantized_here)
+    declared = manifest.traced or own_task(config) == CAUSAL_LM
+    if not declared and sees_later_tokens(trial, sample, pad):
+        raise ExportError(
+            f"the graph of {manifest.base.name} is no decoder: its logits change with the tokens"
+            " after theirs, as those of a masked language model do, and no text can be generated"
+            f" with it: give `task={FEATURE_EXTRACTION!r}` to run it with AdapterSession.run"
+        )
     padding = padding_by_trial(trial, sample, pad)
     if padding is not None:
         manifest = dataclasses.replace(manifest, padding=padding)

@@ -5,7 +5,8 @@
     none    rows of one length only: any padding changes the outputs
 
 A decoder is also run for one more step, which shows the effect of padding in its cache, and on a
-row in two parts, which shows whether its mask is right for several tokens after cached ones.
+row in two parts, which shows whether its mask is right for several tokens after cached ones. One
+without a cache is run with other tokens at the end, which shows whether it is a decoder at all.
 """
 
 from __future__ import annotations
@@ -80,6 +81,19 @@ def reads_in_parts(trial: Trial, sample: Sample, pad: int) -> bool | None:
     return _Rows(trial, sample, pad).in_parts()
 
 
+def sees_later_tokens(trial: Trial, sample: Sample, pad: int) -> bool | None:
+    """Whether the logits of a decoder without a cache change with the tokens after theirs.
+
+    Those of a masked language model do: its outputs have the shapes of a decoder's, but no text can
+    be generated with it. None if the graph has a cache, or cannot be run on rows of tokens.
+    """
+    manifest = trial.manifest
+    cached = any(spec.name.startswith(PAST) for spec in manifest.inputs)
+    if manifest.task != CAUSAL_LM or cached or not _can_be_tried(manifest, decoder=True):
+        return None
+    return _Rows(trial, sample, pad).changed_by_later_tokens()
+
+
 def _can_be_tried(manifest: Manifest, decoder: bool) -> bool:
     inputs = {spec.name: spec for spec in manifest.inputs}
     if INPUT_IDS not in inputs or (not decoder and manifest.task not in _ENCODERS):
@@ -107,7 +121,7 @@ class _Rows:
         self._pad = pad
         self._scores = output_of(trial.manifest)
         self._short = sample.tokens(2, _SHORT, seed=1)
-        self._long = sample.tokens(1, _LONG, seed=2)[0]
+        self._long, self._other = sample.tokens(2, _LONG, seed=2)
         self._next = sample.tokens(1, 1, seed=3)
         self._side_inputs = trial.random_side_inputs() or None
 
@@ -141,6 +155,26 @@ class _Rows:
         found = rest[self._scores]
         expected = whole if whole.ndim == 2 else whole[:, -found.shape[1] :]
         return bool(_change(expected, found) <= limit)
+
+    def changed_by_later_tokens(self) -> bool | None:
+        """Whether the logits of the first tokens change with the others; None if no row runs."""
+        mask = np.ones((1, _LONG), np.int64)
+        other = self._other.copy()
+        other[:_SHORT] = self._long[:_SHORT]
+        try:
+            one, two = (
+                self._trial.run(self._feeds(ids[np.newaxis], mask, None), self._side_inputs)
+                for ids in (self._long, other)
+            )
+            limit = self._limit(self._row_outputs(self._short[:1], mask[:, :_SHORT], [-1]))
+        except ExportError:
+            return None
+        logits, changed = one[self._scores], two[self._scores]
+        if logits.shape[1:-1] != (_LONG,):  # of the last token only
+            return None
+        if self._manifest.precision in ("int8", "int4"):
+            limit = _MOST  # activations that are quantized together change with all tokens
+        return bool(_change(logits[:, :_SHORT], changed[:, :_SHORT]) > limit)
 
     def _changes_nothing(self, side: str, alone: list[NDArray[Any]]) -> bool:
         try:

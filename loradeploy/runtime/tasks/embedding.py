@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loradeploy.adapter.tasks import FEATURE_EXTRACTION
-from loradeploy.bundle.outputs import output_of
+from loradeploy.bundle.outputs import LOGITS_NAMES, output_of
 from loradeploy.errors import UsageError
 from loradeploy.runtime.arguments import Adapters
 from loradeploy.runtime.session import AdapterSession
@@ -35,7 +35,7 @@ class TextEmbedder:
     text, such as a text tower (CLIP, SigLIP), it is not pooled again, but scaled to length 1.
 
     Raises:
-        UsageError: the bundle is for another task.
+        UsageError: the bundle is for another task, or its output is logits.
         BundleError: the bundle has no tokenizer.
     """
 
@@ -43,6 +43,11 @@ class TextEmbedder:
         if session.manifest.task != FEATURE_EXTRACTION:
             raise UsageError(
                 f"{session.path} is a {session.manifest.task} bundle: it gives no embeddings"
+            )
+        if (output := output_of(session.manifest)) in LOGITS_NAMES:
+            raise UsageError(
+                f"the output of {session.path} is {output}, not hidden states: it gives no"
+                " embeddings; run it with AdapterSession.run"
             )
         self.session = session
         self.tokenizer = session.texts.base.tokenizer
