@@ -25,6 +25,7 @@ from loradeploy.errors import (
     UsageError,
 )
 from loradeploy.runtime.session import AdapterSession
+from loradeploy.runtime.timing import sample_feeds
 from tests.conftest import MakeAdapter
 from tests.runtime.feeds import feeds, logits, random_ids
 
@@ -305,6 +306,23 @@ def test_a_wrong_feed_is_named(
     change(batch)
     with pytest.raises(UsageError, match=message):
         llama_session.run(None, batch, "small")
+
+
+def test_feeds_in_another_byte_order_are_converted(llama_session: AdapterSession) -> None:
+    given = sample_feeds(llama_session, 2, past=3, new=2)
+    random = np.random.default_rng(0)
+    given |= {
+        name: random.standard_normal(values.shape, np.float32)
+        for name, values in given.items()
+        if values.dtype.kind == "f"
+    }
+    swapped = {
+        name: values.astype(values.dtype.newbyteorder("S")) for name, values in given.items()
+    }
+    expected, found = (llama_session.run(["logits"], feed)[0] for feed in (given, swapped))
+    np.testing.assert_array_equal(found, expected)
+    blank = {name: values * (values.dtype.kind != "f") for name, values in given.items()}
+    assert not np.array_equal(llama_session.run(["logits"], blank)[0], expected)
 
 
 def test_an_unknown_output_is_named(llama_session: AdapterSession) -> None:

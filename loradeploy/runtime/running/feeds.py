@@ -70,9 +70,11 @@ def feed_values(
 
 def _array(name: str, feed: object) -> NDArray[Any]:
     try:
-        return np.ascontiguousarray(feed)
+        array = np.ascontiguousarray(feed)
     except (TypeError, ValueError, OverflowError) as problem:
         raise UsageError(f"the feed {name} makes no array: {first_line(problem)}") from None
+    # onnxruntime would read numbers in another byte order as if they were in the machine's.
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
 def _in_type(spec: TensorSpec, array: NDArray[Any]) -> NDArray[Any]:
