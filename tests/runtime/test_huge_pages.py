@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import mmap
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +20,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux'
 
 HUGE = 1 << 21
 SIZE = 16 * HUGE
+NO_RESERVE = 0x4000  # Linux's MAP_NORESERVE, which Python 3.10 does not have
 
 
 @pytest.fixture
@@ -32,7 +35,8 @@ def memory() -> Iterator[np.ndarray[tuple[int], np.dtype[np.uint8]]]:
 
 
 def in_blocks(address: int) -> bool:
-    return any(begin <= address < begin + length for begin, length in full_blocks(HUGE))
+    blocks = full_blocks(HUGE, math.inf)
+    return any(begin <= address < begin + length for begin, length in blocks)
 
 
 def test_written_memory_is_moved_and_keeps_its_contents_and_place(
@@ -75,6 +79,35 @@ def test_nothing_is_moved_where_the_system_hides_the_memory_of_a_process(
 
     monkeypatch.setattr(huge_pages, "open", hidden, raising=False)
     assert use_huge_pages() == 0
+
+
+def test_reserved_memory_is_looked_up_in_parts_until_the_time_is_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As of a process that reserves terabytes of addresses and writes to few of them."""
+    sizes: list[int] = []
+    read = os.pread
+
+    def recorded(file: int, count: int, begin: int) -> bytes:
+        sizes.append(count)
+        return read(file, count, begin)
+
+    monkeypatch.setattr(os, "pread", recorded)
+    with mmap.mmap(-1, 8 << 30, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE):
+        list(full_blocks(HUGE, math.inf))
+        assert max(sizes) == (1 << 30) // mmap.PAGESIZE * 8
+        assert len(sizes) >= 8
+        sizes.clear()
+        assert list(full_blocks(HUGE, -math.inf)) == []
+        assert sizes == []
+
+
+def test_full_blocks_are_found_in_each_part(
+    memory: np.ndarray[tuple[int], np.dtype[np.uint8]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huge_pages, "_WINDOW", 3 * HUGE)
+    memory[:] = 1
+    assert all(in_blocks(memory.ctypes.data + at * HUGE) for at in range(SIZE // HUGE))
 
 
 @pytest.mark.parametrize(

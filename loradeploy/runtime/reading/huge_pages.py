@@ -26,6 +26,8 @@ _COLLAPSE: Final = 25  # MADV_COLLAPSE, which Python does not have
 _TOGETHER: Final = 16  # huge pages of one request
 _FULL: Final = 0.95  # the least part of a huge page that must be in memory: the rest is allocated
 _SECONDS: Final = 1.0  # after which no more is requested: the system may have to make room
+# Addresses whose pages are looked up together. A process may have reserved terabytes.
+_WINDOW: Final = 1 << 30
 
 
 def use_huge_pages() -> int:
@@ -41,7 +43,7 @@ def use_huge_pages() -> int:
     call.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     moved, end = 0, time.monotonic() + _SECONDS
     with contextlib.suppress(OSError):  # a container may hide /proc
-        for begin, length in full_blocks(size):
+        for begin, length in full_blocks(size, end):
             if time.monotonic() > end:
                 break
             # An error concerns single pages: they stay as they are.
@@ -62,8 +64,11 @@ def _huge_page() -> int:
         return 0
 
 
-def full_blocks(size: int) -> Iterator[tuple[int, int]]:
-    """Begin and length of private memory: huge pages of `size` that nearly have all their pages."""
+def full_blocks(size: int, end: float) -> Iterator[tuple[int, int]]:
+    """Begin and length of private memory: huge pages of `size` that nearly have all their pages.
+
+    Nothing is looked up after the time `end`, by `time.monotonic`.
+    """
     with (
         open("/proc/self/maps", encoding="utf-8", errors="replace") as maps,
         open("/proc/self/pagemap", "rb", buffering=0) as pages,
@@ -74,9 +79,11 @@ def full_blocks(size: int) -> Iterator[tuple[int, int]]:
                 continue
             first, last = (int(address, 16) for address in place.split("-"))
             first, last = -(-first // size) * size, last // size * size
-            if first < last:
-                full = _is_full(pages.fileno(), first, last, size)
-                yield from _runs(first, full, size)
+            for begin in range(first, last, _WINDOW):
+                if time.monotonic() > end:
+                    return
+                full = _is_full(pages.fileno(), begin, min(begin + _WINDOW, last), size)
+                yield from _runs(begin, full, size)
 
 
 def _is_full(pages: int, first: int, last: int, size: int) -> list[bool]:
