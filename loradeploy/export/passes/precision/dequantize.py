@@ -1,7 +1,8 @@
 """Replace the product of a quantized layer by one with float weights.
 
 A classifier's head that is trained whole has float weights. If the base's head is quantized, it
-becomes a float layer with the dequantized weights, and its input is not rounded any more.
+becomes a float layer with the dequantized weights and bias. Neither its input nor its output is
+rounded any more, nor limited to the range that was measured on the base's head.
 """
 
 from __future__ import annotations
@@ -11,9 +12,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from loradeploy.export.graph.edit import add_constant, constant_of, free_name, replace_uses
+from loradeploy.export.graph.edit import (
+    add_constant,
+    constant_of,
+    free_name,
+    input_at,
+    only_user,
+    remove_unused,
+    replace_uses,
+)
 from loradeploy.export.graph.scopes import linear_scopes
 from loradeploy.export.match.integer_scales import scaling_of
+from loradeploy.export.match.operators import problem_of
 from loradeploy.export.match.products import (
     bias_use,
     input_of,
@@ -50,7 +60,7 @@ def with_float_weight(graph: ir.Graph, linear: Linear) -> Linear:
     made = [ir.node("MatMul", [x, constant], name=f"{linear.module}/MatMul", metadata_props=scopes)]
     own = own_bias(node)
     if own is not None:
-        added = [made[0].outputs[0], node.inputs[own]]
+        added = [made[0].outputs[0], _float_bias(graph, node.inputs[own], linear)]
         made.append(ir.node("Add", added, name=f"{linear.module}/Add", metadata_props=scopes))
     for each in made:
         each.outputs[0].name = free_name(graph, f"{each.name}/y")
@@ -59,6 +69,13 @@ def with_float_weight(graph: ir.Graph, linear: Linear) -> Linear:
     assert last is not None
     graph.insert_after(last, made)
     replace_uses(y, made[-1].outputs[0])
+    adder = only_user(made[0].outputs[0])
+    if own is None and adder is not None and adder.op_type == "Add":
+        for index, value in enumerate(adder.inputs):
+            adder.replace_input_with(index, _float_bias(graph, value, linear))
+        if output_of(adder) is not adder.outputs[0] and bias_use(made[0], linear.out_features):
+            replace_uses(output_of(adder), adder.outputs[0])
+    remove_unused(graph)  # a bias that was dequantized has the name of the side input
     use = bias_use(made[0], linear.out_features)
     return dataclasses.replace(
         linear,
@@ -67,6 +84,26 @@ def with_float_weight(graph: ir.Graph, linear: Linear) -> Linear:
         transposed=False,
         quantized=False,
         bias=None if use is None else value_of(use),
+    )
+
+
+def _float_bias(graph: ir.Graph, value: ir.Value | None, linear: Linear) -> ir.Value | None:
+    """The bias of `linear`, as a constant if it is a dequantized one; any other value itself."""
+    node = None if value is None else value.producer()
+    if node is None or node.op_type != "DequantizeLinear" or problem_of(node) is not None:
+        return value
+    held = [input_at(node, index) for index in range(3)]
+    given = [None if each is None or each.const_value is None else each for each in held]
+    numbers, scale, zero = (None if each is None else constant_of(each) for each in given)
+    sizes = (1, linear.out_features)
+    if numbers is None or scale is None or numbers.size != linear.out_features:
+        return value
+    if scale.size not in sizes or (zero is None) != (held[2] is None):
+        return value
+    offset = np.zeros((), np.float32) if zero is None else zero.reshape(-1).astype(np.float32)
+    bias = (numbers.reshape(-1).astype(np.float32) - offset) * scale.reshape(-1)
+    return add_constant(
+        graph, free_name(graph, f"{linear.module}.bias.float"), bias.astype(scale.dtype)
     )
 
 

@@ -29,7 +29,7 @@ IDS = np.array([[5, 6, 7, 8], [9, 10, 11, 12]])
 ROUNDING = 0.03
 
 
-def _graph(place: Path) -> Path:
+def _graph(place: Path, *, gemm: bool) -> Path:
     b = Builder()
     ids = b.input("input_ids", ["batch", "sequence"], ir.DataType.INT64)
     x = b.node("Gather", [b.constant("words", TABLE), ids], ["batch", "sequence", IN])
@@ -37,8 +37,12 @@ def _graph(place: Path) -> Path:
     x = b.node("MatMul", [x, b.constant("w", W)], shape, name="/encoder/proj/MatMul")
     axis = b.constant("axis", np.array([1]))
     x = b.node("ReduceMean", [x, axis], ["batch", IN], keepdims=0)
-    y = b.node("MatMul", [x, b.constant("c", C)], ["batch", LABELS], name="/classifier/MatMul")
-    y = b.node("Add", [y, b.constant("bias", BIAS)], ["batch", LABELS], name="/classifier/Add")
+    head, bias, size = b.constant("c", C), b.constant("classifier.bias", BIAS), ["batch", LABELS]
+    if gemm:
+        y = b.node("Gemm", [x, head, bias], size, name="/classifier/Gemm")
+    else:
+        y = b.node("MatMul", [x, head], size, name="/classifier/MatMul")
+        y = b.node("Add", [y, bias], size, name="/classifier/Add")
     model = b.model(b.node("Identity", [y], ["batch", LABELS], name="logits"))
     model.graph.opset_imports[""] = 21
     ir.save(model, place)
@@ -53,7 +57,7 @@ def _dynamic(graph: Path, place: Path, **options: Any) -> None:
     quantize_dynamic(graph, place / "model.onnx", op_types_to_quantize=kinds, **options)
 
 
-def _static(graph: Path, place: Path) -> None:
+def _static(graph: Path, place: Path, kinds: tuple[str, ...] = ("MatMul",)) -> None:
     from onnxruntime.quantization import CalibrationDataReader, quantize_static
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -65,14 +69,15 @@ def _static(graph: Path, place: Path) -> None:
             return next(self._rest, None)
 
     place.mkdir()
-    kinds = ["MatMul"]
-    quantize_static(graph, place / "model.onnx", Reader(), op_types_to_quantize=kinds)
+    quantize_static(graph, place / "model.onnx", Reader(), op_types_to_quantize=list(kinds))
 
 
 KINDS: dict[str, Callable[[Path, Path], None]] = {
     "dynamic": _dynamic,
     "dynamic, per channel": lambda graph, place: _dynamic(graph, place, per_channel=True),
     "static": _static,
+    "static, with the bias": lambda graph, place: _static(graph, place, ("MatMul", "Add")),
+    "static, a Gemm": lambda graph, place: _static(graph, place, ("MatMul", "Gemm")),
     "packed, with the bias as an input": lambda graph, place: others.pack(
         graph, place, bits=8, symmetric=False
     ),
@@ -86,7 +91,8 @@ def _logits(update: float, head: Any, bias: Any) -> Any:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_row_has_its_own_head_over_a_quantized_one(kind: str, tmp_path: Path) -> None:
-    KINDS[kind](_graph(tmp_path / "model.onnx"), tmp_path / "graph")
+    gemm = kind.endswith("Gemm")
+    KINDS[kind](_graph(tmp_path / "model.onnx", gemm=gemm), tmp_path / "graph")
     config = AdapterConfig(
         r=2,
         lora_alpha=4,
@@ -115,5 +121,15 @@ def test_each_row_has_its_own_head_over_a_quantized_one(kind: str, tmp_path: Pat
     (mixed,) = session.run(["logits"], feeds, adapters=["mine", None])
     rows = np.stack([expected["mine"][0], expected[None][1]])
     assert difference(mixed, rows) < ROUNDING * np.abs(rows).max()
+    save_adapter(
+        Adapter(
+            AdapterConfig(r=2, modules_to_save=("classifier",), task_type="SEQ_CLS"), {}, saved
+        ),
+        tmp_path / "head",
+    )
+    export(tmp_path / "graph", tmp_path / "merged", adapters=[tmp_path / "head"], merge=True)
+    (merged,) = AdapterSession(tmp_path / "merged").run(["logits"], feeds)
+    own = _logits(0, HEAD.T, HEAD_BIAS)
+    assert difference(merged, own) < ROUNDING * np.abs(own).max()
     source = run(ir.load(tmp_path / "graph" / "model.onnx"), feeds)
     assert difference(source, expected["mine"]) > 0.5, "the adapter has no effect"
