@@ -319,6 +319,13 @@ def test_the_base_is_asked_for_and_a_file_is_named_with_the_conversion(tmp_path:
             load_adapter(path)
 
 
+def test_one_of_several_files_in_a_directory_is_asked_for(tmp_path: Path) -> None:
+    for name in ("a.gguf", "b.gguf"):
+        write(tmp_path / name, "llama", PAIR)
+    with pytest.raises(LoraDeployError, match="has 2 files of tensors: give one of a.gguf, b.gguf"):
+        call("convert", tmp_path, "--output", tmp_path / "peft")
+
+
 @settings(deadline=None, max_examples=200)
 @given(st.data())
 def test_a_damaged_file_is_refused_or_read_without_another_error(

@@ -64,10 +64,9 @@ _FILES: Final = (
 def other_form(path: str | os.PathLike[str]) -> Form | None:
     """The form of the adapter at `path` if the table has a reader for it, else None."""
     place = Path(path)
+    if _is_gguf(place):
+        return GGUF  # what it contains, and which of several, is checked when it is read
     try:
-        file = _weights(place) if place.is_dir() else place
-        if file is not None and file.suffix == SUFFIX and file.is_file():
-            return GGUF  # what it contains is checked when it is read
         source = _open(place)
     except LoraDeployError:
         return None
@@ -81,7 +80,7 @@ def read_other(
     name: str | None = None,
     base: Base | None = None,
 ) -> Adapter:
-    """The adapter of another library at `path`, a directory or a .safetensors file.
+    """The adapter of another library at `path`, a directory or a .safetensors or .gguf file.
 
     Args:
         path: the file or directory that the library wrote.
@@ -109,6 +108,13 @@ def read_other(
         if given is not None and option not in source.asked:
             raise UsageError(f"{source.file} is converted without `{option}`: leave it out")
     return adapter
+
+
+def _is_gguf(path: Path) -> bool:
+    """Whether `path` is a GGUF file, or a directory that has no other tensors."""
+    if not path.is_dir():
+        return path.suffix == SUFFIX and path.is_file()
+    return any(path.glob(f"*{SUFFIX}")) and not any(path.glob("*.safetensors"))
 
 
 def _form(source: Source) -> Form | None:

@@ -87,10 +87,10 @@ def run_module(
     except Exception as problem:  # any error of the model's code for rows of a few tokens
         logger.warning("not compared with PyTorch, it fails on a sample: %s", first_line(problem))
         return None
-    if damaged := [name for name, values in outputs.items() if _is_damaged(values)]:
+    if damaged := [name for name, values in outputs.items() if _has_nan(values)]:
         raise ExportError(
-            f"{type(model).__name__} gives nothing but NaN as {damaged[0]} in PyTorch: weights of"
-            " its checkpoint are damaged"
+            f"{type(model).__name__} gives NaN as {damaged[0]} in PyTorch for tokens of a trial:"
+            " weights of its checkpoint are damaged"
         )
     original = Original(feeds, outputs)
     if embedded is not None:
@@ -113,8 +113,8 @@ def run_module(
     return replace(original, update=Update(of, factors, updated)) if all_found else original
 
 
-def _is_damaged(values: NDArray[Any]) -> bool:
-    return values.dtype.kind == "f" and values.size > 0 and bool(np.isnan(values).all())
+def _has_nan(values: NDArray[Any]) -> bool:
+    return values.dtype.kind == "f" and bool(np.isnan(values).any())
 
 
 def _run(wrapper: torch.nn.Module, names: Sequence[str], feeds: Feeds) -> Outputs:

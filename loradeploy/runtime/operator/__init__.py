@@ -1,1 +1,1 @@
-"""The operator loradeploy.LoraAdd for low-rank updates: build its library, and use it."""
+"""The kernels of the domain loradeploy for the CPU: build their library, and use it."""
