@@ -544,6 +544,20 @@ REFUSED: dict[str, tuple[Callable[[], Case], str]] = {
         lambda: change(state_dict(), header={"lora_alpha": "16"}),
         "lora_alpha in its header is 16, and its config gives .* alpha 8",
     ),
+    "AdaLoRA by its settings": (
+        lambda: change(
+            state_dict(), config={**(state_dict().config or {}), "peft_type": "ADALORA"}
+        ),
+        "its peft_type is ADALORA, which is read as PEFT's save_pretrained writes it",
+    ),
+    "AdaLoRA by its singular values": (
+        lambda: change(
+            state_dict(),
+            tensors=state_dict().tensors
+            | {"base_model.model.model.layers.0.self_attn.q_proj.lora_E.sport": random(4, 1)},
+        ),
+        "its peft_type is ADALORA",
+    ),
     "a diffusion model": (
         lambda: change(kohya(), options=["--name", "unet"]),
         "unet is a diffusion model",

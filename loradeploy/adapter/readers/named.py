@@ -7,6 +7,7 @@ from typing import Final
 
 from loradeploy.adapter.adapter import Adapter
 from loradeploy.adapter.config import AdapterConfig
+from loradeploy.adapter.files.methods import METHODS
 from loradeploy.adapter.files.roles import adapter_from_arrays
 from loradeploy.adapter.readers.source import Source
 from loradeploy.errors import AdapterError
@@ -32,6 +33,14 @@ def read(source: Source) -> Adapter:
         values = read_json(own, error=AdapterError)
     else:
         values = dict(source.settings("its rank and alpha"))
+    method = (
+        "ADALORA" if any(".lora_E." in key for key in source.shapes) else values.get("peft_type")
+    )
+    if isinstance(method, str) and method in METHODS:
+        raise AdapterError(
+            f"its peft_type is {method}, which is read as PEFT's save_pretrained writes it: save"
+            " the adapter with that"
+        )
     keys = [key for key, match in found.items() if match and match["name"] == chosen]
     config = AdapterConfig.from_peft(values)
     if config.bias != "none":
