@@ -72,6 +72,29 @@ def test_a_closed_session_keeps_no_graph_in_memory(session: AdapterSession) -> N
     assert graph() is None
 
 
+def test_what_is_left_of_runs_keeps_no_closed_graph_in_memory(
+    in_place: Path, adapter: Path
+) -> None:
+    with AdapterSession(in_place) as session:
+        session.load("one", adapter)
+        cache = session.empty_cache(2)
+        cache.make_room(1)
+        graph, left = weakref.ref(session._session), []
+        for rows in (["one", None], ["one"] * 2, [None] * 2):
+            with session.hold(rows) as held:
+                given = {
+                    "input_ids": np.ones((2, 1), np.int64),
+                    "attention_mask": np.ones((2, 1), np.int64),
+                    "position_ids": np.zeros((2, 1), np.int64),
+                    **cache.inputs,
+                }
+                names = ["logits", *cache.outputs]
+                results = held.run_with_ort_values(names, given, buffers=cache.buffers)
+                left.append((held, results))
+    assert graph() is None
+    assert all(np.isfinite(results[0].numpy()).all() for _, results in left)
+
+
 def test_close_waits_for_calls_in_progress(session: AdapterSession) -> None:
     expected = logits(session, IDS, ["one", None, "one"])
     closed = threading.Event()

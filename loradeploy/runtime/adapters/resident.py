@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import onnxruntime
@@ -37,19 +38,20 @@ class Bindable:
 
     Binding all side inputs of a large model takes longer than the rest of a run's overhead. An
     IOBinding serves one run at a time, so a run takes one and returns it. It belongs to one
-    onnxruntime session: a bundle's other graph has its own.
+    onnxruntime session (a bundle's other graph has its own), and is dropped with it: who still has
+    adapters of a closed session does not keep its graph.
     """
 
     values: Mapping[str, onnxruntime.OrtValue]
-    _spare: dict[onnxruntime.InferenceSession, deque[onnxruntime.IOBinding]] = field(
-        default_factory=lambda: defaultdict(lambda: deque(maxlen=_SPARE_BINDINGS))
+    _spare: WeakKeyDictionary[onnxruntime.InferenceSession, deque[onnxruntime.IOBinding]] = field(
+        default_factory=WeakKeyDictionary
     )
 
     def take(self, session: onnxruntime.InferenceSession) -> onnxruntime.IOBinding:
         """Take an IOBinding of `session` in which the side inputs are bound."""
         try:
             return self._spare[session].pop()
-        except IndexError:
+        except (KeyError, IndexError):
             binding = session.io_binding()
             for name, value in self.values.items():
                 binding.bind_ortvalue_input(name, value)
@@ -59,7 +61,7 @@ class Bindable:
         self, binding: onnxruntime.IOBinding, session: onnxruntime.InferenceSession
     ) -> None:
         """Return `binding` of `session`, in which only side inputs are bound, for other runs."""
-        self._spare[session].append(binding)
+        self._spare.setdefault(session, deque(maxlen=_SPARE_BINDINGS)).append(binding)
 
 
 @dataclass(eq=False)

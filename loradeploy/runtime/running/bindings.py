@@ -29,7 +29,7 @@ class _Kept:
 
     binding: onnxruntime.IOBinding
     device: weakref.ref[Bindable]
-    session: onnxruntime.InferenceSession
+    session: weakref.ref[onnxruntime.InferenceSession]
     requested: tuple[str, ...]
     nothing: onnxruntime.OrtValue
 
@@ -40,7 +40,7 @@ class FixedBuffers(dict[str, onnxruntime.OrtValue]):
     `inputs`: values that are fed at every run. Only for one run at a time, of a graph on the host.
 
     The IOBinding of the last run is kept, with the side inputs bound in it, until the adapter bank
-    releases these.
+    releases these, or the session is closed.
     """
 
     def __init__(self, inputs: _Values, outputs: _Values) -> None:
@@ -64,7 +64,8 @@ class FixedBuffers(dict[str, onnxruntime.OrtValue]):
         """
         kept, wanted = self._kept, tuple(requested)
         if kept is not None:
-            if kept.device() is device and kept.session is session and kept.requested == wanted:
+            same = kept.device() is device and kept.session() is session
+            if same and kept.requested == wanted:
                 self._kept = None
                 return kept.binding
             self.release()
@@ -93,15 +94,18 @@ class FixedBuffers(dict[str, onnxruntime.OrtValue]):
             if (buffers := own()) is not None:
                 buffers._kept = None
 
-        kept_for = weakref.ref(device, forget)
-        self._kept = _Kept(binding, kept_for, session, tuple(requested), nothing)
+        kept_for = weakref.ref(device, forget), weakref.ref(session, forget)
+        self._kept = _Kept(binding, *kept_for, tuple(requested), nothing)
 
     def release(self) -> None:
         """Let other runs with the same side inputs use the kept binding, without these values."""
         kept, self._kept = self._kept, None
-        if kept is None or (device := kept.device()) is None:
+        if kept is None:
+            return
+        device, session = kept.device(), kept.session()
+        if device is None or session is None:
             return
         kept.binding.clear_binding_outputs()
         for name in self.inputs:
             kept.binding.bind_ortvalue_input(name, kept.nothing)
-        device.put_back(kept.binding, kept.session)
+        device.put_back(kept.binding, session)
