@@ -1,8 +1,8 @@
 """Make feeds for a trial run of a graph from the names and shapes of its inputs.
 
 Rows are random tokens below a bound, nothing is masked, a cache is all zeros. The role of a
-dimension follows from its input and axis (`_DIMENSIONS`), or from its symbol if another input uses
-the same.
+dimension follows from its input and axis (`past_axis`, `_DIMENSIONS`), or from its symbol if
+another input uses the same.
 """
 
 from __future__ import annotations
@@ -41,7 +41,6 @@ _DIMENSIONS: Final[tuple[tuple[Callable[[str, int, int], bool], str], ...]] = (
     (lambda name, axis, rank: axis == 0 and rank > 0, "batch"),
     (lambda name, axis, rank: is_cross(name) and axis == rank - 2, "source"),
     (lambda name, axis, rank: name == ENCODER_ATTENTION_MASK and axis == 1, "source"),
-    (lambda name, axis, rank: name.startswith(PAST) and axis == rank - 2, "past"),
     (lambda name, axis, rank: name == INPUT_IDS and axis == 1, "sequence"),
     (lambda name, axis, rank: "mask" in name and axis == rank - 1, "total"),
 )
@@ -150,7 +149,22 @@ def in_patches(spec: TensorSpec) -> bool:
     return spec.name == PIXEL_VALUES and len(spec.shape) == _PATCHES
 
 
+def past_axis(spec: TensorSpec) -> int | None:
+    """The axis of the past tokens in a cache; None for other inputs.
+
+    It is the last but one, [batch, heads, past, size] and [layers, 2, batch, heads, past, size], or
+    the only symbol behind the first, [batch, past, heads, size].
+    """
+    if not spec.name.startswith(PAST.rstrip(".")) or is_cross(spec.name):
+        return None
+    usual = len(spec.shape) - 2
+    symbols = [axis for axis, size in enumerate(spec.shape) if axis and isinstance(size, str)]
+    return symbols[0] if len(symbols) == 1 and symbols != [usual] else usual
+
+
 def _dimension_of(spec: TensorSpec, axis: int) -> str | None:
+    if axis and axis == past_axis(spec):
+        return "past"
     rank = len(spec.shape)
     return next((size for applies, size in _DIMENSIONS if applies(spec.name, axis, rank)), None)
 

@@ -79,8 +79,13 @@ def export_as_optimum(model: Path, file: Path, *, masked: bool = False) -> None:
         )
 
 
-def export_decoder(model: Path, place: Path, *, cache: bool, positions: bool = False) -> None:
-    """Export a decoder by torch.onnx's older exporter, with or without a cache, as scripts do."""
+def export_decoder(
+    model: Path, place: Path, *, cache: bool, positions: bool = False, layout: str = "heads first"
+) -> None:
+    """Export a decoder by torch.onnx's older exporter, with or without a cache, as scripts do.
+
+    `layout` of the cache: "heads first", "tokens first" or "stacked" in one tensor.
+    """
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.cache_utils import DynamicCache
@@ -100,24 +105,36 @@ def export_decoder(model: Path, place: Path, *, cache: bool, positions: bool = F
         def forward(self, *given: torch.Tensor) -> Any:
             feeds: dict[str, Any] = dict(zip(plain, given, strict=False))
             past = given[len(plain) :]
+            if layout == "stacked":  # [layers, 2, batch, heads, past, size]
+                past = tuple(part for layer in past[0] for part in layer)
+            elif layout == "tokens first":
+                past = tuple(part.transpose(1, 2) for part in past)
             held = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
             if cache:
                 feeds["past_key_values"] = held
             logits = self.decoder(**feeds, use_cache=cache).logits
-            return logits, *(part for layer in held.layers for part in (layer.keys, layer.values))
+            made = [part for layer in held.layers for part in (layer.keys, layer.values)]
+            if layout == "stacked":
+                return logits, torch.stack(made).unflatten(0, (len(layers), 2))
+            return logits, *(p.transpose(1, 2) if layout == "tokens first" else p for p in made)
 
     place.mkdir(parents=True)
     parts = [f"{layer}.{part}" for layer in layers for part in ("key", "value")]
     pasts, presents = [f"past_key_values.{p}" for p in parts], [f"present.{p}" for p in parts]
+    batch_axis, past_axis = {"tokens first": (0, 1), "stacked": (2, 4)}.get(layout, (0, 2))
+    if layout == "stacked":
+        pasts, presents = ["past_key_values"], ["present"]
     axes = {key: {0: "batch", 1: "sequence"} for key in [*plain, "logits"]}
     axes |= {"attention_mask": {0: "batch", 1: "total" if cache else "sequence"}}
-    axes |= {key: {0: "batch", 2: "past"} for key in pasts}
-    axes |= {key: {0: "batch", 2: "total"} for key in presents}
+    axes |= {key: {batch_axis: "batch", past_axis: "past"} for key in pasts}
+    axes |= {key: {batch_axis: "batch", past_axis: "total"} for key in presents}
     ids, before = torch.tensor([[5, 6, 7], [8, 9, 10]]), 4 if cache else 0
     given: list[torch.Tensor] = [ids, torch.ones(2, 3 + before, dtype=torch.int64)]
     if positions:
         given.append(torch.arange(3).repeat(2, 1) + before)
-    given += [torch.ones(2, heads, before, size) for _ in parts]
+    shape = (2, before, heads, size) if layout == "tokens first" else (2, heads, before, size)
+    caches = [torch.ones(shape) for _ in parts]
+    given += [torch.stack(caches).unflatten(0, (-1, 2))] if layout == "stacked" else caches
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(

@@ -32,7 +32,7 @@ from loradeploy.bundle.names import (
     TOKEN_TYPE_IDS,
 )
 from loradeploy.bundle.outputs import LOGITS_NAMES
-from loradeploy.bundle.sample import UNNAMED
+from loradeploy.bundle.sample import UNNAMED, past_axis
 from loradeploy.bundle.text.tokenizer_files import positions_of_model
 from loradeploy.errors import UsageError, shown
 
@@ -60,9 +60,9 @@ class Limits:
 
     `vocabulary`, `positions`, `types`: the numbers of tokens, positions and token types; None if
     unknown. `symbols`: for each input, the axes with symbols whose sizes must agree between inputs.
-    `first_past`: the name of a cache input. `mask_ends`: whether the attention mask must be as long
-    as the cache and the new tokens together. `image_blocks`: see `Manifest`. `mrope`: whether the
-    graph takes positions in three dimensions.
+    `first_past`, `past_axis`: a cache input and its axis of past tokens. `mask_ends`: whether the
+    attention mask must be as long as the cache and the new tokens together. `image_blocks`: see
+    `Manifest`. `mrope`: whether the graph takes positions in three dimensions.
     """
 
     vocabulary: int | None
@@ -70,6 +70,7 @@ class Limits:
     types: int | None
     symbols: Mapping[str, tuple[tuple[int, str], ...]]
     first_past: str | None
+    past_axis: int
     mask_ends: bool
     image_blocks: bool
     mrope: bool = False
@@ -81,13 +82,14 @@ class Limits:
         Raises:
             BundleError: `config` has no position for a token.
         """
-        past = [spec.name for spec in manifest.inputs if spec.name.startswith(PAST)]
+        past = next((spec for spec in manifest.inputs if past_axis(spec) is not None), None)
         return cls(
             vocabulary=_vocabulary(manifest, config),
             positions=_positions(manifest, config, file),
             types=_size(config, "type_vocab_size"),
             symbols={spec.name: _shared(spec, manifest) for spec in manifest.inputs},
-            first_past=past[0] if past else None,
+            first_past=None if past is None else past.name,
+            past_axis=0 if past is None else past_axis(past) or 0,
             # A cache that is updated in place has room for more tokens.
             mask_ends=not manifest.cache_in_place,
             image_blocks=manifest.image_blocks,
@@ -160,7 +162,7 @@ class Limits:
         if len(ids) != 2:
             return
         cache = shapes.get(self.first_past or "", ())
-        past = cache[2] if len(cache) == 4 and self.mask_ends else 0
+        past = cache[self.past_axis] if cache and self.mask_ends else 0
         total = past + ids[1]
         places = numbers.get(INPUTS_EMBEDS_MASK)
         if self.image_blocks and past and places is not None and places[:, 0].any():
@@ -197,7 +199,7 @@ def check_finite(name: str, values: NDArray[Any]) -> None:
 
 def _check_empty(name: str, shape: tuple[int, ...]) -> None:
     empty = [axis for axis, size in enumerate(shape) if size == 0]
-    if "past" in name and empty == [len(shape) - 2] and empty != [0]:
+    if "past" in name and len(empty) == 1 and empty != [0]:
         return
     raise UsageError(f"the feed {name} is {list(shape)}: there must be rows, and tokens in them")
 
