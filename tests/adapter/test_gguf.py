@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loradeploy.adapter import load_adapter
+from loradeploy.adapter.files import gguf as gguf_files
 from loradeploy.adapter.files.gguf import read_gguf
 from loradeploy.errors import AdapterError, LoraDeployError
 from tests.cli.calling import call
@@ -317,6 +319,17 @@ def test_the_base_is_asked_for_and_a_file_is_named_with_the_conversion(tmp_path:
     for path in (file, tmp_path):
         with pytest.raises(AdapterError, match="GGUF file .* loradeploy convert ADAPTER --model"):
             load_adapter(path)
+
+
+def test_a_file_that_is_truncated_while_it_is_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write(tmp_path / "a.gguf", "llama", PAIR)
+    start = io.BytesIO(file.read_bytes()[:30])
+    monkeypatch.setattr(start, "seek", lambda *_: 1000, raising=False)
+    monkeypatch.setattr(gguf_files, "open_file", lambda *_, **__: start)
+    with pytest.raises(AdapterError, match="is not a valid GGUF file"):
+        read_gguf(file)
 
 
 def test_one_of_several_files_in_a_directory_is_asked_for(tmp_path: Path) -> None:

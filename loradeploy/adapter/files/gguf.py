@@ -86,7 +86,7 @@ def read_gguf(path: Path) -> tuple[dict[str, NDArray[Any]], Mapping[str, Any]]:
         header = _header(io.BytesIO(content), len(content))
         data = np.frombuffer(content, np.uint8)[header.start :]
         arrays = {name: _array(name, entry, data) for name, entry in header.tensors.items()}
-    except (OSError, ValueError, OverflowError) as problem:
+    except (OSError, ValueError, OverflowError, struct.error) as problem:  # truncated meanwhile
         raise AdapterError(f"{path} is not a valid GGUF file: {first_line(problem)}") from None
     for name, values in arrays.items():
         if not np.isfinite(values).all():
