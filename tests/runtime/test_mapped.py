@@ -188,6 +188,35 @@ def test_a_writer_that_waits_continues_when_the_session_is_closed(
     assert (bundle / DATA).stat().st_size == 0
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # other tests left threads
+@pytest.mark.parametrize("closed_in", ["this process", "a forked one"])
+def test_a_forked_process_has_no_say_in_the_lease(
+    bundle: Path, leased: None, closed_in: str
+) -> None:
+    file: MappedFile | None = mapped_file(bundle / DATA, unleased=False)
+    assert file is not None
+    ends, asks = os.pipe()
+    child = os.fork()
+    if child == 0:
+        del file
+        if closed_in == "this process":
+            os.close(asks)
+            os.read(ends, 1)  # until the other process has closed the pipe
+        os._exit(0)
+    try:
+        if closed_in == "this process":
+            del file
+            os.close(os.open(bundle / DATA, os.O_WRONLY | os.O_NONBLOCK))
+    finally:
+        os.close(asks)
+        os.waitpid(child, 0)
+        os.close(ends)
+    if closed_in == "a forked one":
+        file.check()
+        with pytest.raises(BlockingIOError):
+            os.open(bundle / DATA, os.O_WRONLY | os.O_NONBLOCK)
+
+
 def test_a_file_that_is_open_for_writing_is_read_into_memory(bundle: Path, leased: None) -> None:
     with open(bundle / DATA, "r+b") as writer:
         session = AdapterSession(bundle, map_weights=True)

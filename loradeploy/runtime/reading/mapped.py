@@ -15,6 +15,7 @@ times   Otherwise size and times are compared at each run. A file that was writt
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -49,7 +50,7 @@ class MappedFile:
 
     def __init__(self, path: Path, descriptor: int, state: FileState | None) -> None:
         self._path, self._descriptor, self._state = path, descriptor, state
-        weakref.finalize(self, os.close, descriptor)
+        weakref.finalize(self, _close, descriptor, os.getpid())
 
     @property
     def leased(self) -> bool:
@@ -141,6 +142,20 @@ def _lease(descriptor: int) -> bool:
     except OSError:  # the file is open for writing, or is another user's
         return False
     return True
+
+
+def _close(descriptor: int, process: int) -> None:
+    """Close a file that `process` opened, and end its lease.
+
+    A forked process has the same lease: it would keep a writer waiting after this one closed the
+    file, and must not end the lease itself.
+    """
+    if sys.platform == "linux" and os.getpid() == process:
+        import fcntl
+
+        with contextlib.suppress(OSError):  # there is none
+            fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    os.close(descriptor)
 
 
 def _has_lease(descriptor: int) -> bool:
