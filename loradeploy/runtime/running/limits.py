@@ -2,7 +2,8 @@
 
 sizes       equal symbols have equal sizes; there are rows and tokens; a cache may be empty
 tokens      are in the vocabulary: a negative one would be counted from its end
-mask        zeros and ones, for the cache and the new tokens
+mask        zeros and ones, for the cache and the new tokens; of a prompt, zeros at the end if
+            the cache is updated in place, because the graph only counts the ones of a row
 positions   are below the model's limit, or there are no more tokens than positions
 numbers     of images and audio are finite
 
@@ -176,6 +177,11 @@ class Limits:
                 raise UsageError(
                     f"the feed {ATTENTION_MASK} is of {length} tokens, there are {past} in the"
                     f" cache and {ids[1]} new ones"
+                )
+            if not self.mask_ends and length == ids[1] and (mask[:, 1:] > mask[:, :-1]).any():
+                raise UsageError(
+                    f"the feed {ATTENTION_MASK} hides a token before others of its row, and a graph"
+                    " that updates the cache in place cannot: pad rows on the right"
                 )
         if self.positions is None:
             return

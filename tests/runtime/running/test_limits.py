@@ -61,6 +61,22 @@ REFUSED: dict[str, tuple[Callable[[Feeds], Any], str]] = {
 }
 
 
+def test_a_graph_that_updates_its_cache_in_place_takes_no_padding_on_the_left(
+    in_place: Path,
+) -> None:
+    session = AdapterSession(in_place)
+    values = good(session)
+    for hidden, fits in ((slice(3, None), True), (slice(0, 1), False), (slice(2, 3), False)):
+        mask = np.ones_like(values["attention_mask"])
+        mask[1, hidden] = 0
+        given = {**values, "attention_mask": mask}
+        if fits:
+            assert np.isfinite(session.run(["logits"], given)[0]).all()
+        else:
+            with pytest.raises(UsageError, match="hides a token before others"):
+                session.run(["logits"], given)
+
+
 @pytest.mark.parametrize("what", REFUSED)
 def test_an_input_that_would_give_wrong_results_is_refused(
     what: str, session: AdapterSession
