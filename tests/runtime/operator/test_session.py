@@ -280,7 +280,7 @@ def test_a_manifest_that_contradicts_the_operator_is_refused(
 
     values = json.loads((in_place_operator / "loradeploy.json").read_text())
     (tmp_path / "loradeploy.json").write_text(json.dumps(values | {"layout": "rows"}))
-    with pytest.raises(BundleError, match="LoraAdd is for float32 side inputs in the layout"):
+    with pytest.raises(BundleError, match="LoraAdd3 is for float32 side inputs in the layout"):
         read_manifest(tmp_path)
 
 
