@@ -18,13 +18,13 @@ from tests.runtime.feeds import feeds
 
 IMAGE: Final = 110  # id of the image token
 NEW: Final = 6  # generated tokens
-_TEXT: Final = {
+TEXT: Final = {
     "model_type": "llama",
     **SMALL,
     "vocab_size": 120,
     "initializer_range": 0.3,
 }
-_VISION: Final = {
+VISION: Final = {
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
@@ -46,7 +46,7 @@ AROUND: Final = {"w90": "<fake_token_around_image>", "w91": "<global-img>", "w10
 UNUSED: Final = {"Llava": "vision_tower.encoder.layers.1"}  # after the features: never trained
 
 
-def _part_of(name: str) -> str:
+def part_of(name: str) -> str:
     if "connector" in name or "projector" in name:
         return "projector"
     return "vision" if "vision" in name else "text"
@@ -60,7 +60,7 @@ def make_family(family: str, place: Path) -> None:
 
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(
-        text_config=_TEXT, vision_config={**_VISION, **TOWERS.get(family, {})}, **CONFIGS[family]
+        text_config=TEXT, vision_config={**VISION, **TOWERS.get(family, {})}, **CONFIGS[family]
     )
     model = getattr(transformers, f"{family}ForConditionalGeneration")(config).eval()
     with torch.no_grad():  # a new projector has little effect
@@ -68,7 +68,7 @@ def make_family(family: str, place: Path) -> None:
             if "connector" in name or "projector" in name:
                 parameter.mul_(3)
     model.save_pretrained(place / "model")
-    write_tokenizer(place / "model", words=_TEXT["vocab_size"])
+    write_tokenizer(place / "model", words=TEXT["vocab_size"])
     file = place / "model" / "tokenizer.json"
     written = file.read_text()
     for word, token in AROUND.items():
@@ -83,7 +83,7 @@ def make_family(family: str, place: Path) -> None:
         with torch.no_grad():
             for name, parameter in made.named_parameters():
                 if parameter.requires_grad:
-                    used = part in ("all", _part_of(name)) and UNUSED.get(family, " ") not in name
+                    used = part in ("all", part_of(name)) and UNUSED.get(family, " ") not in name
                     size = 0.3 if used or "lora_A" in name else 0.0
                     parameter.copy_(torch.randn_like(parameter) * size)
         made.save_pretrained(place / part)
@@ -151,7 +151,7 @@ def generated_by_model(
         max_new_tokens=NEW,
         do_sample=False,
     )
-    return [token for token in out[0, len(ids) :].tolist() if token != _TEXT["eos_token_id"]]
+    return [token for token in out[0, len(ids) :].tolist() if token != TEXT["eos_token_id"]]
 
 
 def processed_ids(family: str, prompt: str, tokens: int) -> list[int]:

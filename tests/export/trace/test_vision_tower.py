@@ -19,17 +19,17 @@ from loradeploy.export.passes.tokens import embeds as passes
 from tests.conftest import once
 from tests.export.reference import difference
 from tests.inputs.vision_language import (
-    _TEXT,
-    _VISION,
     CONFIGS,
     IMAGE,
     NEW,
+    TEXT,
     TOWERS,
-    _part_of,
+    VISION,
     generated_by_model,
     make_family,
     outputs_of_bundles,
     outputs_of_model,
+    part_of,
     processed_ids,
     prompt_ids,
     random_images,
@@ -102,7 +102,7 @@ def test_two_bundles_compute_what_the_whole_model_computes(
     with pytest.raises(UsageError, match="have two adapters merged"):
         ld.ImageTextGenerator(ld.AdapterSession(tmp_path / "other"), merged[0])
     both = feeds(decoder.manifest, ids)
-    embeds = np.zeros((*ids.shape, _TEXT["hidden_size"]), np.float32)
+    embeds = np.zeros((*ids.shape, TEXT["hidden_size"]), np.float32)
     with pytest.raises(UsageError, match="inputs_embeds is given without inputs_embeds_mask"):
         decoder.run(None, {**both, "inputs_embeds": embeds})
     one = {"inputs_embeds": embeds[:, :1], "inputs_embeds_mask": ids == IMAGE}
@@ -120,7 +120,7 @@ def _words_alone(adapter: Path, place: Path) -> Path:
 
     shutil.copytree(adapter, place)
     tensors = load_file(adapter / "adapter_model.safetensors")
-    kept = {name: values for name, values in tensors.items() if _part_of(name) == "text"}
+    kept = {name: values for name, values in tensors.items() if part_of(name) == "text"}
     save_file(kept, place / "adapter_model.safetensors")
     return place
 
@@ -171,7 +171,7 @@ def _check_loading(made: Path, generator: ld.ImageTextGenerator, image: Any, bad
     loaded = (generator.decoder.adapters, generator.tower.adapters)
     tensors = load_file(made / "all" / "adapter_model.safetensors")
     for name, values in tensors.items():  # other values for text, another size for vision
-        cut = _part_of(name) == "vision" and "lora_A" in name
+        cut = part_of(name) == "vision" and "lora_A" in name
         tensors[name] = (values[:, :-1] if cut else -values).copy()
     save_file(tensors, bad / "adapter_model.safetensors")
     with pytest.raises(AdapterMismatchError):
@@ -202,8 +202,8 @@ def _scaled(place: Path) -> Any:
     import transformers
 
     torch.manual_seed(0)
-    text = {**_TEXT, "model_type": "gemma3_text", "head_dim": 8}
-    vision = {**_VISION, **TOWERS["Llava"]}
+    text = {**TEXT, "model_type": "gemma3_text", "head_dim": 8}
+    vision = {**VISION, **TOWERS["Llava"]}
     config = transformers.LlavaConfig(
         text_config=text, vision_config=vision, image_token_index=IMAGE, image_seq_length=16
     )

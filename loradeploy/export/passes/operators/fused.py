@@ -29,6 +29,7 @@ from loradeploy.errors import ExportError
 from loradeploy.export.graph.edit import only_user, remove_unused, replace_uses
 from loradeploy.export.graph.file import opset_of
 from loradeploy.export.graph.names import FUSED_SPLIT, LORA_ADD, is_step, step_name
+from loradeploy.export.passes.operators.function import function_of
 from loradeploy.export.passes.operators.gated import gated_nodes
 from loradeploy.export.passes.operators.lora_add import TARGET, update_nodes
 from loradeploy.export.passes.operators.split import (
@@ -243,6 +244,5 @@ def _function(name: str, opset: int) -> ir.Function:
         nodes, results = [*nodes, *own], [own[-1].outputs[0]]
     sizes.outputs[0].name = _SIZES
     inputs = [y, x, *(value for pair in pairs for value in pair), ids, ranks]
-    graph = ir.Graph(inputs, results, nodes=nodes, opset_imports={"": opset}, name=name)
-    attributes = [ir.Attr(each, ir.AttributeType.INTS, None) for each in (_TARGETS, _SIZES)]
-    return ir.Function(OPERATOR_DOMAIN, name, graph=graph, attributes=attributes)
+    attributes = dict.fromkeys((_TARGETS, _SIZES), ir.AttributeType.INTS)
+    return function_of(name, inputs, nodes, results, {"": opset}, attributes)

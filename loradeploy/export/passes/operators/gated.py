@@ -16,6 +16,7 @@ from loradeploy.bundle.names import OPERATOR_DOMAIN, SILU_MUL_OPERATOR, SWIGLU_O
 from loradeploy.errors import ExportError
 from loradeploy.export.graph.edit import only_user, remove_unused, replace_node
 from loradeploy.export.graph.file import opset_of
+from loradeploy.export.passes.operators.function import function_of
 from loradeploy.export.passes.operators.split import sizes_of, split_again
 
 if TYPE_CHECKING:
@@ -177,5 +178,4 @@ def _function(name: str, opset: int) -> ir.Function:
         nodes = [split, *gated_nodes(*split.outputs)]
     for node in nodes[-3:]:
         node.outputs[0].name = node.name
-    graph = ir.Graph(inputs, nodes[-1].outputs, nodes=nodes, opset_imports={"": opset}, name=name)
-    return ir.Function(OPERATOR_DOMAIN, name, graph=graph, attributes=[])
+    return function_of(name, inputs, nodes, nodes[-1].outputs, {"": opset})

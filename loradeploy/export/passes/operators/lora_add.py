@@ -42,6 +42,7 @@ from loradeploy.export.graph.names import (
     LORA_B_MATMUL,
     is_step,
 )
+from loradeploy.export.passes.operators.function import function_of
 from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
@@ -208,12 +209,5 @@ def _function(opset: int) -> ir.Function:
     nodes = update_nodes(*inputs[:-1])
     for node in nodes:
         node.outputs[0].name = node.name
-    graph = ir.Graph(
-        inputs,
-        nodes[-1].outputs,
-        nodes=nodes,
-        opset_imports={"": opset},
-        name=LORA_ADD_OPERATOR,
-    )
-    attribute = ir.Attr(TARGET, ir.AttributeType.INT, None)
-    return ir.Function(OPERATOR_DOMAIN, LORA_ADD_OPERATOR, graph=graph, attributes=[attribute])
+    attributes = {TARGET: ir.AttributeType.INT}
+    return function_of(LORA_ADD_OPERATOR, inputs, nodes, nodes[-1].outputs, {"": opset}, attributes)

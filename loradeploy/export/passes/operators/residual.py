@@ -22,6 +22,7 @@ from loradeploy.errors import ExportError
 from loradeploy.export.graph.edit import only_user, replace_node
 from loradeploy.export.graph.file import opset_of
 from loradeploy.export.graph.names import LORA_ADD, step_name
+from loradeploy.export.passes.operators.function import function_of
 from loradeploy.export.passes.operators.lora_add import TARGET, update_nodes
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ def _function(opset: int) -> ir.Function:
     nodes.append(ir.node("Add", [inputs[-1], nodes[-1].outputs[0]], name="result"))
     for node in nodes:
         node.outputs[0].name = node.name
-    name = LORA_ADD_RESIDUAL_OPERATOR
-    graph = ir.Graph(inputs, nodes[-1].outputs, nodes=nodes, opset_imports={"": opset}, name=name)
-    attribute = ir.Attr(TARGET, ir.AttributeType.INT, None)
-    return ir.Function(OPERATOR_DOMAIN, name, graph=graph, attributes=[attribute])
+    attributes = {TARGET: ir.AttributeType.INT}
+    return function_of(
+        LORA_ADD_RESIDUAL_OPERATOR, inputs, nodes, nodes[-1].outputs, {"": opset}, attributes
+    )

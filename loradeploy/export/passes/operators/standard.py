@@ -21,6 +21,7 @@ from loradeploy.bundle.names import (
 from loradeploy.export.graph.edit import attributes_of
 from loradeploy.export.graph.file import opset_of
 from loradeploy.export.match.operators import MICROSOFT
+from loradeploy.export.passes.operators.function import function_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -191,8 +192,4 @@ def _function(row: StandardNode, version: int, nodes: Sequence[ir.Node]) -> ir.F
     )
     for number, output in enumerate(body.outputs):
         output.name = f"output_{number}"
-    graph = ir.Graph(
-        inputs, body.outputs, nodes=[body], opset_imports={row.domain: version}, name=row.name
-    )
-    attributes = [ir.Attr(name, kind, None) for name, kind in types.items()]
-    return ir.Function(OPERATOR_DOMAIN, row.name, graph=graph, attributes=attributes)
+    return function_of(row.name, inputs, [body], body.outputs, {row.domain: version}, types)
