@@ -117,6 +117,16 @@ def ops(model: ir.Model) -> list[str]:
     return [node.op_type for node in model.graph]
 
 
+def use_elsewhere(model: ir.Model, value: ir.Value, by: str) -> None:
+    """Make `value` an output of the graph, or let "another node" compute an output from it."""
+    if by == "another node":
+        node = ir.node("Neg", [value], name="negative")
+        node.outputs[0].name, node.outputs[0].type = "negative", value.type
+        model.graph.append(node)
+        value = node.outputs[0]
+    model.graph.outputs.append(value)
+
+
 def manifest_of(added: SideInputs) -> Manifest:
     """Return the manifest of a graph with the side inputs `added`."""
     return Manifest(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import pytest
 
@@ -17,46 +16,23 @@ from loradeploy.export.read.half import other_half
 from loradeploy.parity.api import parity
 from loradeploy.runtime.session import AdapterSession
 from tests.conftest import MakeAdapter
+from tests.export.read.parts import IDS, write_encoder, write_part
 from tests.export.reference import difference
 from tests.tolerances import tolerance
 
-IDS = np.array([[5, 6, 7, 8], [9, 10, 11, 12]])
 TARGETS = ["q", "v", "wi", "wo"]
 
 
 def _write(module: Any, tensors: dict[str, Any], output: str, place: Path, config: Path) -> None:
-    """Export `module`, whose forward takes `tensors` in this order, as optimum does."""
-    import torch
-
     place.mkdir()
-    symbols = {name: {0: "batch", 1: f"{name}_length"} for name in (*tensors, output)}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the older exporter is deprecated but still used
-        torch.onnx.export(
-            module,
-            tuple(tensors.values()),
-            place / "model.onnx",
-            input_names=list(tensors),
-            output_names=[output],
-            dynamic_axes=symbols,
-            dynamo=False,
-        )
-    (place / "config.json").write_text(config.read_text())
+    write_part(module, tensors, [output], place / "model.onnx")
+    shutil.copy(config, place / "config.json")
 
 
 def _encoder(model: Any, place: Path, config: Path) -> dict[str, Any]:
-    import torch
-
-    encoder = model.get_encoder()
-    forward = encoder.forward
-    encoder.forward = lambda ids, mask: forward(
-        input_ids=ids, attention_mask=mask, return_dict=False
-    )[:1]
-    ids = torch.from_numpy(IDS)
-    feeds = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    _write(encoder, feeds, "last_hidden_state", place, config)
-    encoder.forward = forward
-    return feeds
+    place.mkdir()
+    shutil.copy(config, place / "config.json")
+    return write_encoder(model, place / "model.onnx")
 
 
 def _decoder(model: Any, place: Path, config: Path) -> dict[str, Any]:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import shutil
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
@@ -20,48 +18,12 @@ from loradeploy.parity.api import parity
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.generation import TextGenerator
 from tests.conftest import MakeAdapter
+from tests.export.read.parts import IDS, write_encoder, write_part
 
 TARGETS = ["q", "k", "v", "wi", "wo"]
 PROMPTS = ["The first house", "of the second", "one"]
 FIRST, FURTHER = "decoder_model.onnx", "decoder_with_past_model.onnx"
 MERGED = "decoder_model_merged.onnx"
-IDS = np.array([[5, 6, 7, 8], [9, 10, 11, 12]])
-
-
-def _write(module: Any, tensors: dict[str, Any], outputs: list[str], file: Path) -> None:
-    """Export `module`, whose forward takes `tensors` in this order, as optimum does."""
-    import torch
-
-    axes = {
-        name: {0: "batch", (2 if "." in name else 1): f"{name}_length"}
-        for name in [*tensors, *outputs]
-    }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the older exporter is deprecated but still used
-        torch.onnx.export(
-            module,
-            tuple(tensors.values()),
-            file,
-            input_names=list(tensors),
-            output_names=outputs,
-            dynamic_axes=axes,
-            opset_version=18,
-            dynamo=False,
-        )
-
-
-def _write_encoder(model: Any, file: Path) -> None:
-    import torch
-
-    encoder = model.get_encoder()
-    forward = encoder.forward
-    encoder.forward = lambda ids, mask: forward(
-        input_ids=ids, attention_mask=mask, return_dict=False
-    )[:1]
-    ids = torch.from_numpy(IDS)
-    feeds = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    _write(encoder, feeds, ["last_hidden_state"], file)
-    encoder.forward = forward
 
 
 def _write_decoder(model: Any, file: Path, *, cached: bool, fixed: bool = False) -> None:
@@ -120,7 +82,7 @@ def _write_decoder(model: Any, file: Path, *, cached: bool, fixed: bool = False)
 
     model.forward = run
     made = own if cached else [*own, *cross]
-    _write(model, feeds, ["logits", *(f"present.{name}" for name in made)], file)
+    write_part(model, feeds, ["logits", *(f"present.{name}" for name in made)], file)
     model.forward = forward
 
 
@@ -132,7 +94,7 @@ def parts(tiny_t5: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("parts") / "t5"
     shutil.copytree(tiny_t5, place, ignore=shutil.ignore_patterns("*.safetensors"))
     model = T5ForConditionalGeneration.from_pretrained(tiny_t5, attn_implementation="eager").eval()
-    _write_encoder(model, place / "encoder_model.onnx")
+    write_encoder(model, place / "encoder_model.onnx")
     _write_decoder(model, place / FIRST, cached=False)
     _write_decoder(model, place / FURTHER, cached=True)
     return place

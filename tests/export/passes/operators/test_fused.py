@@ -16,7 +16,17 @@ from loradeploy.export.match.linears import find_linears
 from loradeploy.export.passes.forms.branches import add_branches
 from loradeploy.export.passes.operators.calls import remove_operators, use_operators
 from loradeploy.export.passes.side_inputs.inject import inject_side_inputs, remove_side_inputs
-from tests.export.graphs import IN, OUT, Arrays, Builder, manifest_of, numbers, ops, run
+from tests.export.graphs import (
+    IN,
+    OUT,
+    Arrays,
+    Builder,
+    manifest_of,
+    numbers,
+    ops,
+    run,
+    use_elsewhere,
+)
 from tests.export.passes.operators.test_gated import gated
 from tests.export.passes.operators.test_lora_add import with_library
 from tests.tolerances import tolerance
@@ -117,13 +127,7 @@ def test_the_call_is_as_the_checker_of_onnx_expects() -> None:
 def test_a_part_that_is_used_without_its_update_keeps_the_split(by: str) -> None:
     model, manifest = with_slots("LoraAdd3")
     (split,) = (node for node in model.graph if node.op_type == "Split")
-    part = split.outputs[1]
-    if by == "another node":
-        node = ir.node("Neg", [part], name="negative")
-        node.outputs[0].name, node.outputs[0].type = "negative", part.type
-        model.graph.append(node)
-        part = node.outputs[0]
-    model.graph.outputs.append(part)
+    use_elsewhere(model, split.outputs[1], by)
     assert use_operators(model, manifest) == ("LoraAdd",)
     assert ops(model).count("LoraAdd") == 3
 

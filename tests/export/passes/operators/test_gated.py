@@ -19,7 +19,7 @@ from loradeploy.export.passes.forms.branches import add_branches, remove_branche
 from loradeploy.export.passes.fuse import fuse_products
 from loradeploy.export.passes.operators.calls import remove_operators, use_operators
 from loradeploy.export.passes.side_inputs.inject import inject_side_inputs
-from tests.export.graphs import IN, OUT, Arrays, Builder, manifest_of, numbers, run
+from tests.export.graphs import IN, OUT, Arrays, Builder, manifest_of, numbers, run, use_elsewhere
 from tests.export.passes.operators.test_lora_add import with_library
 from tests.export.passes.operators.test_standard import MERGED
 from tests.tolerances import tolerance
@@ -124,13 +124,7 @@ def test_a_product_of_unknown_shapes_keeps_its_nodes() -> None:
 def test_a_gate_that_is_used_elsewhere_too_keeps_its_product(by: str) -> None:
     model = gated(fused=True)
     (split,) = (node for node in model.graph if node.op_type == "Split")
-    gate = split.outputs[0]
-    if by == "another node":
-        node = ir.node("Neg", [gate], name="negative")
-        node.outputs[0].name, node.outputs[0].type = "negative", gate.type
-        model.graph.append(node)
-        gate = node.outputs[0]
-    model.graph.outputs.append(gate)
+    use_elsewhere(model, split.outputs[0], by)
     assert use_operators(model, MERGED) == (SILU_MUL_OPERATOR,)
     remove_operators(model, [SILU_MUL_OPERATOR])
     run(model, FEEDS)
