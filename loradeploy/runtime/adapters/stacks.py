@@ -182,8 +182,6 @@ class Stacks:
                 return False
             self._fill.write(stack.arrays, free, one)
             stack.slots[digest] = free
-            if one is not None:
-                self._house(stack, one)
         return True
 
     def _vacated(self, stack: Stack, busy: Collection[str]) -> int | None:
@@ -239,8 +237,6 @@ class Stacks:
                 slot = len(larger.slots)
                 self._fill.write(larger.arrays, slot, one)
                 larger.slots[digest] = slot
-                if one is not None:
-                    self._house(larger, one)
         larger.device = self._bindable(larger.arrays)
         return larger
 
