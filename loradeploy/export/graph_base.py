@@ -34,8 +34,8 @@ from loradeploy.export.passes.undo import remove_choices
 from loradeploy.export.read.files.settings import settings_beside, ties_head
 from loradeploy.export.read.files.source import Source
 from loradeploy.export.read.half import name_encoder, other_half
-from loradeploy.export.read.joined import join_parts
 from loradeploy.export.read.loaded import load_regular
+from loradeploy.export.read.parts.joined import join_parts
 from loradeploy.export.read.products.attention import separate_projections
 from loradeploy.export.read.products.channels_first import features_last, matrices_of
 from loradeploy.export.read.products.constant_weights import compute_weights

@@ -217,6 +217,17 @@ def remove_unused(graph: ir.Graph) -> None:
     RemoveUnusedNodesPass()(ir.Model(graph, ir_version=_IR_VERSION))
 
 
+def keep_outputs(model: ir.Model, outputs: Sequence[ir.Value]) -> None:
+    """Leave the `outputs` and what they need, without the inputs that nothing uses."""
+    graph = model.graph
+    graph.outputs.clear()
+    graph.outputs.extend(outputs)
+    remove_unused(graph)
+    for value in list(graph.inputs):
+        if not value.uses():
+            graph.inputs.remove(value)
+
+
 def free_constants(graph: ir.Graph, constants: Iterable[ir.Value]) -> None:
     """Free the values of those `constants` that are no longer in `graph` and have no users.
 

@@ -16,7 +16,7 @@ from loradeploy.export.read.half import other_half
 from loradeploy.parity.api import parity
 from loradeploy.runtime.session import AdapterSession
 from tests.conftest import MakeAdapter
-from tests.export.read.parts import IDS, write_encoder, write_part
+from tests.export.read.optimum import IDS, write_encoder, write_part
 from tests.export.reference import difference
 from tests.tolerances import tolerance
 

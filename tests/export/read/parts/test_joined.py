@@ -18,7 +18,7 @@ from loradeploy.parity.api import parity
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.generation import TextGenerator
 from tests.conftest import MakeAdapter
-from tests.export.read.parts import IDS, write_encoder, write_part
+from tests.export.read.optimum import IDS, write_encoder, write_part
 
 TARGETS = ["q", "k", "v", "wi", "wo"]
 PROMPTS = ["The first house", "of the second", "one"]
