@@ -58,6 +58,7 @@ from loradeploy.export.passes.tokens.embeds import add_inputs_embeds, sample_emb
 from loradeploy.export.passes.tokens.image_blocks import join_image_blocks
 from loradeploy.export.passes.tokens.mrope import add_mrope_positions, sample_positions
 from loradeploy.export.read.files.source import Source, read_config
+from loradeploy.export.read.finite import check_finite_checkpoint
 from loradeploy.export.tasks import choose_task
 from loradeploy.export.texts import check_recipe, is_embedding_model
 from loradeploy.export.towers import tower_kind
@@ -79,7 +80,7 @@ def from_checkpoint(source: Source, options: Options) -> Base:
     """Trace a Hugging Face checkpoint.
 
     Raises:
-        ModelError: the checkpoint is not a model for the task.
+        ModelError: the checkpoint is not a model for the task, or has weights that are not finite.
         AdapterError: an adapter is refused or does not fit.
     """
     from loradeploy.export.trace import load_model, trace
@@ -101,6 +102,7 @@ def from_checkpoint(source: Source, options: Options) -> Base:
             adapters = {**adapters, name: tower_part(adapter, tower)}
     precision = options.precision or DEFAULT_PRECISION
     identity = BaseIdentity(source.name, base_digest(source.directory), "checkpoint")
+    check_finite_checkpoint(source.directory)
     labels = label_count(adapters) if task in CLASSIFICATIONS else None
     if labels is not None and not options.merge:
         labels = _with_own_head(labels, source, adapters)

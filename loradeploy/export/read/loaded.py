@@ -10,6 +10,7 @@ from loradeploy.export.graph.file import load_graph
 from loradeploy.export.graph.sound import check_opens
 from loradeploy.export.match.adapter_layers import refuse_adapter_layers
 from loradeploy.export.match.linears import refuse_side_inputs
+from loradeploy.export.read.finite import check_finite_graph
 from loradeploy.export.read.opsets import convert_opset
 from loradeploy.export.read.regular import (
     complete_outputs,
@@ -28,7 +29,7 @@ def load_regular(file: Path) -> ir.Model:
     """The graph in `file` without functions, Constant nodes and weights among its inputs.
 
     Raises:
-        ModelError: it is not a valid graph.
+        ModelError: it is not a valid graph, or has weights that are not finite.
         ExportError: it has side inputs or layers of an adapter already, has strings, or cannot be
             brought into this form.
     """
@@ -42,6 +43,7 @@ def load_regular(file: Path) -> ir.Model:
     lift_constants(graph)
     remove_weight_inputs(graph)
     drop_identities(graph)
+    check_finite_graph(graph, file)
     keep_all_logits(graph.graph)
     return graph
 
