@@ -212,23 +212,6 @@ def _called(bundle: Path, manifest: Manifest, names: Sequence[str]) -> tuple[str
     return manifest.operators
 
 
-def open_encoder(
-    bundle: Path,
-    providers: Sequence[Provider] | None,
-    options: onnxruntime.SessionOptions | None,
-    manifest: Manifest,
-    map_weights: bool,
-) -> onnxruntime.InferenceSession | None:
-    """Open and check the encoder of an encoder-decoder; None if there is none."""
-    if manifest.encoder is None:
-        return None
-    session = open_graph(
-        bundle, providers, options, manifest, ENCODER_NAME, map_weights=map_weights
-    )
-    check_graph(bundle, manifest, session, encoder=True)
-    return session
-
-
 def open_file(
     graph: Path,
     providers: Sequence[Provider] | None,

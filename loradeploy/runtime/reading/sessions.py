@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnxruntime
 
 from loradeploy.bundle.manifest import Manifest
-from loradeploy.bundle.names import GRAPH_NAME
+from loradeploy.bundle.names import ENCODER_NAME, GRAPH_NAME
 from loradeploy.bundle.proof.requirement import CertificateMinimum
-from loradeploy.runtime.devices.providers import Provider
 from loradeploy.runtime.devices.table import known
-from loradeploy.runtime.reading.graph import (
-    check_graph,
-    lacks_defaults,
-    open_encoder,
-    open_graph,
-)
+from loradeploy.runtime.reading.graph import check_graph, lacks_defaults
 from loradeploy.runtime.reading.opening import OpenedBundle, open_bundle
+
+# Opens a graph of a bundle: (directory, manifest, name of the file) → session.
+OpenGraph = Callable[[Path, Manifest, str], onnxruntime.InferenceSession]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,30 +41,27 @@ class OpenedSessions:
 
 def open_sessions(
     bundle: Path,
-    providers: Sequence[Provider] | None,
-    options: onnxruntime.SessionOptions | None,
+    open_graph: OpenGraph,
     *,
     required: bool | CertificateMinimum,
     capture: bool,
-    operator: Path | None,
-    map_weights: bool,
+    operator: bool,
 ) -> OpenedSessions:
     """Open the sessions of the bundle at `bundle`, in one consistent state of its files.
 
-    The arguments are those of `AdapterSession`, which lists the errors raised.
+    `capture`, `operator`: whether `open_graph` records runs, and uses the operators' library.
+    The other arguments are those of `AdapterSession`, which lists the errors raised.
     """
     encoder: onnxruntime.InferenceSession | None = None
 
     def opened(place: Path, manifest: Manifest) -> onnxruntime.InferenceSession:
         nonlocal encoder
-        graph = open_graph(
-            place, providers, options, manifest, GRAPH_NAME, capture, operator, map_weights
-        )
+        graph = open_graph(place, manifest, GRAPH_NAME)
         check_graph(place, manifest, graph)
-        encoder = open_encoder(place, providers, options, manifest, map_weights)
+        if manifest.encoder is not None:
+            encoder = open_graph(place, manifest, ENCODER_NAME)
+            check_graph(place, manifest, encoder, encoder=True)
         return graph
 
-    files, graph = open_bundle(
-        bundle, opened, required, captured=capture, operator=operator is not None
-    )
+    files, graph = open_bundle(bundle, opened, required, captured=capture, operator=operator)
     return OpenedSessions(files, graph, encoder)
