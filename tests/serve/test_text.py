@@ -269,6 +269,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "type": ({"max_tokens": "5"}, "max_tokens"),
     "tokens": ({"max_tokens": 65}, "max_tokens"),
     "n": ({"n": 9}, "n"),
+    "n greedy": ({"n": 2, "temperature": 0}, "n"),
     "prompts": ({"prompt": []}, "prompt"),
     "stop": ({"stop": ""}, "stop"),
     "complex": (
@@ -410,6 +411,15 @@ def test_metrics_are_counted(llama: Running) -> None:
 def test_the_service_reports_that_it_is_healthy(llama: Running) -> None:
     assert httpx.get(f"{llama.url}/health").json() == {"status": "ok"}
     assert httpx.get(f"{llama.url}/ready").json() == {"status": "ready"}
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/v1/models", "/metrics", "/", "/nothing"])
+def test_head_is_answered_like_get_without_a_body(llama: Running, path: str) -> None:
+    asked, headed = httpx.get(f"{llama.url}{path}"), httpx.head(f"{llama.url}{path}")
+    assert (headed.status_code, headed.content) == (asked.status_code, b"")
+    assert headed.headers["content-type"] == asked.headers["content-type"]
+    assert httpx.head(f"{llama.url}/v1/completions").status_code == 405
+
 
 
 def test_a_service_with_a_failed_engine_reports_it(

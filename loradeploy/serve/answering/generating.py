@@ -257,6 +257,8 @@ def _options(service: Service, body: TextRequest, logprobs: int | None) -> dict[
     for name, value in given.items():
         if value > most:
             raise refused(name, f"{value} is more than the {most} tokens of this service")
+    if body.n > 1 and body.temperature == 0:
+        raise refused("n", "at temperature 0 all texts would be the same: give a temperature")
     bias = {}
     for token, added in (body.logit_bias or {}).items():
         if not (token.isascii() and token.isdigit() and len(token) < 10):

@@ -51,6 +51,10 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        # Load balancers probe with HEAD, which the application's routes do not have.
+        bodiless = scope["method"] == "HEAD"
+        if bodiless:
+            scope = {**scope, "method": "GET"}
         begun = gone = False
 
         async def noted_receive() -> Message:
@@ -65,6 +69,8 @@ class Gate:
                 begun = True
                 self._service.metrics.responded(_GONE if gone else message["status"])
                 message["headers"] = [*message.get("headers", ()), *_HEADERS]
+            elif bodiless:
+                message = {**message, "body": b""}
             try:
                 await asyncio.wait_for(send(message), self._service.limits.send_timeout)
             except asyncio.TimeoutError:
