@@ -85,6 +85,11 @@ def modules_of_label(product: str) -> list[str]:
     return [f"{parent}{dot}{name}" for name in names.split(_JOINT)]
 
 
-def fused_weight_name(label: str) -> str:
-    """The name of the weight of a fused product."""
-    return f"{label}.weight"
+def weight_name(module: str) -> str:
+    """The name of the weight of a module, or of the product with this label."""
+    return f"{module}.weight"
+
+
+def packed_names(weight: str, bits: int) -> list[str]:
+    """The names of a weight in few bits, its scales and its zero points."""
+    return [f"{weight}.int{bits}{part}" for part in ("", ".scales", ".zeros")]

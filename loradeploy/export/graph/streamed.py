@@ -1,6 +1,7 @@
 """Write joined and transposed weights block by block, without a second copy in memory.
 
 joined columns       the weights of q, k and v side by side, for their fused product
+joined rows          the same of packed weights, whose first axis is the outputs
 transposed weights   most of a checkpoint's, which numpy alone would write value by value
 """
 
@@ -26,18 +27,23 @@ _PARTS: Final = "parts"  # the key of a joined tensor's parts in its metadata
 _BYTE: Final = 8  # bits; onnx-ir packs types with fewer
 
 
-def joined(name: str, parts: Sequence[ir.TensorProtocol]) -> ir.TensorProtocol:
-    """The columns of `parts` side by side, [rows, columns]; computed anew at each use."""
+def joined(name: str, parts: Sequence[ir.TensorProtocol], *, axis: int = 1) -> ir.TensorProtocol:
+    """`parts` side by side along an axis, computed anew at each use.
+
+    Columns (`axis` 1) are those of matrices; rows (`axis` 0) have any further axes.
+    """
     import onnx_ir as ir
 
-    columns = sum(int(part.shape.numpy()[1]) for part in parts)
+    shape = list(parts[0].shape.numpy())
+    shape[axis] = sum(int(part.shape.numpy()[axis]) for part in parts)
 
     def whole() -> ir.TensorProtocol:
-        return ir.tensor(np.concatenate(list(_blocks(parts))), dtype=parts[0].dtype, name=name)
+        return ir.tensor(
+            np.concatenate(list(_blocks(parts, axis))), dtype=parts[0].dtype, name=name
+        )
 
-    shape = ir.Shape([int(parts[0].shape.numpy()[0]), columns])
-    tensor: ir.TensorProtocol = _joined_type()(whole, parts[0].dtype, shape, name=name)
-    tensor.meta[_PARTS] = parts
+    tensor: ir.TensorProtocol = _joined_type()(whole, parts[0].dtype, ir.Shape(shape), name=name)
+    tensor.meta[_PARTS] = (parts, axis)
     return tensor
 
 
@@ -47,14 +53,17 @@ def _joined_type() -> Any:
 
     class Joined(ir.LazyTensor):
         def tofile(self, file: BinaryIO) -> None:
-            for block in _blocks(self.meta[_PARTS]):
+            for block in _blocks(*self.meta[_PARTS]):
                 file.write(block.view(np.uint8).data)  # numpy has no buffer of bfloat16
 
     return Joined
 
 
-def _blocks(parts: Sequence[ir.TensorProtocol]) -> Iterator[NDArray[Any]]:
+def _blocks(parts: Sequence[ir.TensorProtocol], axis: int) -> Iterator[NDArray[Any]]:
     """Blocks of rows of the joined `parts`."""
+    if axis == 0:
+        yield from (np.ascontiguousarray(part.numpy()) for part in parts)
+        return
     arrays = [part.numpy() for part in parts]
     columns = sum(array.shape[1] for array in arrays)
     step = max(1, _BLOCK_BYTES // max(1, columns * arrays[0].itemsize))

@@ -4,7 +4,8 @@
 
 A decoder at batch 1 spends much of its time between products, so that fewer and larger ones are
 faster. Each member keeps separate factors: a joint B would be block diagonal, and its zeros would
-be read at every step.
+be read at every step. Packed weights (MatMulNBits) of equal bits and blocks are joined with their
+scales and zero points, so that a bundle that is exported again has the products it had.
 """
 
 from __future__ import annotations
@@ -12,28 +13,40 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from loradeploy.bundle.manifest import LoraTarget
 from loradeploy.errors import ExportError
-from loradeploy.export.graph.edit import add_constant, add_tensor, constant_of, replace_uses
+from loradeploy.export.graph.edit import (
+    add_constant,
+    add_tensor,
+    attributes_of,
+    constant_of,
+    replace_uses,
+)
 from loradeploy.export.graph.names import (
     FUSED_SPLIT,
-    fused_weight_name,
     label_of,
     output_name,
+    packed_names,
     step_name,
+    weight_name,
 )
 from loradeploy.export.graph.scopes import linear_scopes
 from loradeploy.export.graph.streamed import joined
 from loradeploy.export.match.linears import Linear
 from loradeploy.export.match.products import output_of, repeated_for_rows
+from loradeploy.export.match.quantized import MATMUL_NBITS
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     from numpy.typing import NDArray
+
+_OUTPUTS: Final = "N"  # the attribute of MatMulNBits
+_DEFAULT_BITS: Final = 4  # of MatMulNBits
+_PACKED_CONSTANTS: Final = 3  # weight, scales and zero points; g_idx and bias are not joined
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +69,8 @@ def fuse_products(
     """Fuse linears with the same parent module and the same input into one product.
 
     Modules in `apart` are not fused, nor are linears that are called twice, or whose weight is
-    quantized, transposed or used elsewhere. The order of the linears is kept.
+    transposed, used elsewhere, or quantized in another way than MatMulNBits without g_idx and bias.
+    The order of the linears is kept.
     """
     groups: dict[object, list[Linear]] = {}
     for linear in linears:
@@ -93,9 +107,7 @@ def products_of(targets: Iterable[LoraTarget]) -> list[tuple[str, list[LoraTarge
 
 def came_fused(label: str, members: Sequence[LoraTarget]) -> bool:
     """Whether the product came with the graph: weights fused here are named after the label."""
-    return members[0].slice is not None and not members[0].weight.startswith(
-        fused_weight_name(label)
-    )
+    return members[0].slice is not None and not members[0].weight.startswith(weight_name(label))
 
 
 def _key(linear: Linear) -> object:
@@ -104,13 +116,29 @@ def _key(linear: Linear) -> object:
         return linear.nodes
     (node, *more) = linear.nodes
     x, weight = node.inputs[0], linear.weight
-    if more or linear.quantized or linear.transposed or node.op_type != "MatMul":
+    if more or x is None or node.inputs[1] is not weight:
         return None
-    if node.inputs[1] is not weight or len(list(weight.uses())) > 1 or x is None:
+    if any(value is not None and len(list(value.uses())) > 1 for value in node.inputs[1:]):
         return None
     if repeated_for_rows(node.outputs[0]) is not None:  # the update is added before the Expand
         return None
-    return x, linear.module.rpartition(".")[0], weight.dtype
+    form = _form_of_weight(linear)
+    return None if form is None else (x, linear.module.rpartition(".")[0], form)
+
+
+def _form_of_weight(linear: Linear) -> object:
+    """What the weights of a product must have in common; None if they cannot be joined."""
+    node = linear.nodes[0]
+    if node.op_type == "MatMul" and not linear.quantized and not linear.transposed:
+        return linear.weight.dtype
+    constants = [value and value.const_value for value in node.inputs[1:]]
+    tensors = [tensor for tensor in constants if tensor is not None]
+    if node.op_type != MATMUL_NBITS or len(constants) > _PACKED_CONSTANTS:
+        return None
+    if len(tensors) < len(constants):
+        return None
+    own = {name: str(value) for name, value in attributes_of(node).items() if name != _OUTPUTS}
+    return node.domain, *sorted(own.items()), *((t.dtype, len(t.shape)) for t in tensors)
 
 
 def _product(graph: ir.Graph, members: list[Linear]) -> Fused:
@@ -147,28 +175,21 @@ def _check_complete(label: str, members: Sequence[Linear]) -> None:
 def _fuse(graph: ir.Graph, label: str, members: Sequence[Linear]) -> Fused:
     import onnx_ir as ir
 
-    tensors = [each for member in members if (each := member.weight.const_value) is not None]
-    weight = joined(fused_weight_name(label), tensors)
     nodes = [member.nodes[0] for member in members]
     # The fused product goes before the first of them in the graph.
     first = next(node for node in graph if node in nodes)
     x, y = first.inputs[0], first.outputs[0]
     assert x is not None
-    constant = add_tensor(graph, weight)
-    product = ir.node(
-        "MatMul",
-        [x, constant],
-        name=f"{label}/MatMul",
-        metadata_props=linear_scopes(label),
-    )
+    sizes = [member.out_features for member in members]
+    constants = [add_tensor(graph, tensor) for tensor in _joined(weight_name(label), nodes)]
+    product = _product_node(first, label, [x, *constants], sum(sizes))
     out = product.outputs[0]
-    out.name, out.type = product.name, y.type
+    out.type = y.type
     if y.shape is not None:
-        out.shape = ir.Shape([*list(y.shape)[:-1], int(weight.shape.numpy()[1])])
-    sizes = np.array([member.out_features for member in members], np.int64)
+        out.shape = ir.Shape([*list(y.shape)[:-1], sum(sizes)])
     split = ir.node(
         "Split",
-        [out, add_constant(graph, f"{label}.sizes", sizes)],
+        [out, add_constant(graph, f"{label}.sizes", np.array(sizes, np.int64))],
         attributes={"axis": -1},
         num_outputs=len(members),
         name=step_name(label, FUSED_SPLIT),
@@ -176,23 +197,63 @@ def _fuse(graph: ir.Graph, label: str, members: Sequence[Linear]) -> Fused:
     graph.insert_before(first, [product, split])
     fused, begin = [], 0
     for member, part in zip(members, split.outputs, strict=True):
-        old, end = member.nodes[0].outputs[0], begin + member.out_features
+        node, end = member.nodes[0], begin + member.out_features
         part.name = output_name(member.module)
-        replace_uses(old, part)
-        graph.remove(member.nodes[0], safe=True)
-        graph.initializers.pop(str(member.weight.name))
+        replace_uses(node.outputs[0], part)
+        own = [str(value.name) for value in node.inputs[1:] if value is not None]
+        graph.remove(node, safe=True)
+        for name in own:
+            graph.initializers.pop(name)
         fused.append(
-            dataclasses.replace(member, nodes=(product,), weight=constant, slice=(begin, end))
+            dataclasses.replace(member, nodes=(product,), weight=constants[0], slice=(begin, end))
         )
         begin = end
     return Fused(label, tuple(fused), tuple(split.outputs))
 
 
+def _joined(name: str, nodes: Sequence[ir.Node]) -> list[ir.TensorProtocol]:
+    """The constants of the products `nodes` side by side, in the order of their inputs."""
+    axis = 1 if nodes[0].op_type == "MatMul" else 0
+    found = []
+    for index, own in enumerate(_names_of_constants(name, nodes[0]), start=1):
+        values = [value for node in nodes if (value := node.inputs[index]) is not None]
+        parts = [tensor for value in values if (tensor := value.const_value) is not None]
+        found.append(joined(own, parts, axis=axis))
+    return found
+
+
+def _names_of_constants(name: str, product: ir.Node) -> list[str]:
+    """The names of a product's constants; `name`: the name of its weight in floats."""
+    if product.op_type == "MatMul":
+        return [name]
+    bits = product.attributes["bits"].as_int() if "bits" in product.attributes else _DEFAULT_BITS
+    return packed_names(name, bits)[: len(product.inputs) - 1]
+
+
+def _product_node(
+    like: ir.Node, label: str, inputs: Sequence[ir.Value | None], outputs: int
+) -> ir.Node:
+    """A product of the kind of `like`, with other inputs and another number of outputs."""
+    import onnx_ir as ir
+
+    own = [value for name, value in like.attributes.items() if name != _OUTPUTS]
+    if _OUTPUTS in like.attributes:
+        own.append(ir.AttrInt64(_OUTPUTS, outputs))
+    node = ir.Node(
+        like.domain,
+        like.op_type,
+        inputs,
+        attributes=own,
+        name=f"{label}/MatMul",
+        metadata_props=linear_scopes(label),
+    )
+    node.outputs[0].name = node.name
+    return node
+
+
 def _separate(
     graph: ir.Graph, label: str, members: Sequence[LoraTarget], split: ir.Node | None
 ) -> list[ir.Value]:
-    import onnx_ir as ir
-
     whole = None if split is None else split.inputs[0]
     product = None if whole is None else whole.producer()
     if split is None or product is None or len(split.outputs) != len(members):
@@ -201,25 +262,14 @@ def _separate(
     for member, old in zip(members, split.outputs, strict=True):
         begin, end = end, end + member.out_features
         inputs: list[ir.Value | None] = [product.inputs[0]]
-        for index, value in enumerate(product.inputs[1:], start=1):
+        names = _names_of_constants(weight_name(member.module), product)
+        for name, value in zip(names, product.inputs[1:], strict=True):
             if value is None:
                 inputs.append(None)
                 continue
             own = _outputs(constant_of(value), begin, end, total, product.op_type)
-            part = "weight" if index == 1 else f"weight.{index}"
-            inputs.append(add_constant(graph, f"{member.module}.{part}", own))
-        attributes = {name: value for name, value in product.attributes.items() if name != "N"}
-        if "N" in product.attributes:
-            attributes["N"] = ir.AttrInt64("N", member.out_features)
-        node = ir.Node(
-            product.domain,
-            product.op_type,
-            inputs,
-            attributes=list(attributes.values()),
-            name=f"{member.module}/MatMul",
-            metadata_props=linear_scopes(member.module),
-        )
-        node.outputs[0].name = node.name
+            inputs.append(add_constant(graph, name, own))
+        node = _product_node(product, member.module, inputs, member.out_features)
         graph.insert_before(product, node)
         replace_uses(old, node.outputs[0])
     return [value for value in product.inputs[1:] if value is not None]

@@ -22,6 +22,7 @@ from loradeploy.export.graph.edit import (
     name_of,
     remove_unused,
 )
+from loradeploy.export.graph.names import packed_names, weight_name
 from loradeploy.export.match.linears import Linear, find_linears, output_head
 from loradeploy.export.match.operators import MICROSOFT, check_operators
 from loradeploy.export.match.quantized import unpack, unpacked
@@ -132,10 +133,10 @@ def _quantize_linear(graph: ir.Graph, linear: Linear, bits: int) -> str:
     numbers = constant_of(linear.weight)
     weight = np.ascontiguousarray(numbers.T if linear.transposed else numbers)  # [in, out]
     node, constants = _quantized(weight, bits)
-    base = f"{linear.module}.weight"
+    names = packed_names(weight_name(linear.module), bits)
     inputs = [
-        add_constant(graph, free_name(graph, f"{base}.int{bits}{part}"), constants[name])
-        for part, name in zip(("", ".scales"), node.input[1:3], strict=True)
+        add_constant(graph, free_name(graph, own), constants[name])
+        for own, name in zip(names, node.input[1:3], strict=False)
     ]
     attributes = {attribute.name: attribute.i for attribute in node.attribute}
     for product in linear.nodes:
