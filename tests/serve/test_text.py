@@ -421,7 +421,6 @@ def test_head_is_answered_like_get_without_a_body(llama: Running, path: str) -> 
     assert httpx.head(f"{llama.url}/v1/completions").status_code == 405
 
 
-
 def test_a_service_with_a_failed_engine_reports_it(
     tiny_llama_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

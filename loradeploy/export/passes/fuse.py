@@ -131,7 +131,7 @@ def _form_of_weight(linear: Linear) -> object:
     node = linear.nodes[0]
     if node.op_type == "MatMul" and not linear.quantized and not linear.transposed:
         return linear.weight.dtype
-    constants = [value and value.const_value for value in node.inputs[1:]]
+    constants = [None if value is None else value.const_value for value in node.inputs[1:]]
     tensors = [tensor for tensor in constants if tensor is not None]
     if node.op_type != MATMUL_NBITS or len(constants) > _PACKED_CONSTANTS:
         return None
