@@ -29,7 +29,7 @@ _HALVES: Final[Mapping[str, tuple[str, str]]] = {
 
 @dataclass(frozen=True, eq=False)
 class Factors:
-    """The two low-rank matrices of one target module: ΔW = s · B A.
+    """The two low-rank matrices of one target module: ΔW = s · B A, Δb = s · `bias`.
 
     linear      `A` [rank, in], `B` [out, rank]
     embedding   `A` [rank, vocabulary], `B` [size, rank]
@@ -38,7 +38,8 @@ class Factors:
                 ordered by rank, then by expert, and ΔW of an expert uses its own entries
 
     `experts`: the number of experts of the parameter; 1 for other kinds. `magnitude`: DoRA's m
-    [out] (of an embedding [size]), None without DoRA. All arrays have a floating-point dtype.
+    [out] (of an embedding [size]), None without DoRA. `bias`: the bias [out] of B of a
+    linear layer or a convolution, None without `lora_bias`. All arrays have a floating-point dtype.
     """
 
     A: NDArray[Any]
@@ -46,6 +47,7 @@ class Factors:
     magnitude: NDArray[Any] | None = None
     kind: Kind = "linear"
     experts: int = 1
+    bias: NDArray[Any] | None = None
 
     @property
     def rank(self) -> int:
@@ -58,8 +60,9 @@ class Factors:
 
     @property
     def has_effect(self) -> bool:
-        """Whether they can change the base's outputs: by an update, or by DoRA's magnitude."""
-        return self.magnitude is not None or self.has_update
+        """Whether they can change the base's outputs: by an update, a bias, DoRA's magnitude."""
+        shifts = self.bias is not None and bool(self.bias.any())
+        return self.magnitude is not None or shifts or self.has_update
 
     @property
     def groups(self) -> int:
@@ -69,8 +72,8 @@ class Factors:
     @property
     def parameter_count(self) -> int:
         """The number of values in the factors."""
-        magnitude = 0 if self.magnitude is None else self.magnitude.size
-        return int(self.A.size + self.B.size + magnitude)
+        vectors = (self.magnitude, self.bias)
+        return self.A.size + self.B.size + sum(v.size for v in vectors if v is not None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +134,7 @@ class Adapter:
                 pair,
                 self.config.rank_of(module) * pair.experts,
                 self.config.use_dora and pair.kind != "experts",
+                self.config.lora_bias,
             )
         ]
         if problems:
@@ -193,6 +197,8 @@ class Adapter:
             tensors[f"{module}.{half_B}"] = pair.B
             if pair.magnitude is not None:
                 tensors[f"{module}.lora_magnitude_vector"] = pair.magnitude
+            if pair.bias is not None:
+                tensors[f"{module}.lora_B.bias"] = pair.bias
         for name, rows in self.rows.items():
             tensors[f"rows:{name}{list(rows.indices)}"] = rows.values
         if self.changes_base:
@@ -202,8 +208,11 @@ class Adapter:
         return tensors_digest(tensors, numbers)
 
 
-def _mismatches(pair: Factors, rank: int, dora: bool) -> list[str]:
-    """Messages for contradictions between `pair` and the config's rank (times experts) and DoRA."""
+def _mismatches(pair: Factors, rank: int, dora: bool, biased: bool) -> list[str]:
+    """Messages for contradictions between `pair` and the config's rank (times experts) and method.
+
+    `biased`: the config's `lora_bias`.
+    """
     A, B = pair.A.shape, pair.B.shape
     if pair.kind == "conv2d":
         shaped = len(A) == 4 and len(B) == 4 and B[2:] == (1, 1)
@@ -231,4 +240,11 @@ def _mismatches(pair: Factors, rank: int, dora: bool) -> list[str]:
         ]
     if pair.magnitude is not None and pair.magnitude.shape != B[:1]:
         return [f"lora_magnitude_vector has {pair.magnitude.size} values, lora_B is {list(B)}"]
+    if biased and pair.kind not in ("linear", "conv2d"):
+        return [f"lora_bias is true, which PEFT does not support for factors of {pair.kind}"]
+    if biased != (pair.bias is not None):
+        has = "no" if biased else "a"
+        return [f"lora_bias is {str(biased).lower()}, and the file has {has} lora_B.bias"]
+    if pair.bias is not None and pair.bias.shape != B[:1]:
+        return [f"lora_B.bias is {list(pair.bias.shape)}, lora_B is {list(B)}"]
     return []

@@ -49,7 +49,6 @@ _VERSION: Final = "_version"
 
 # Fields that change the numbers and are not supported, and what to do instead.
 _REFUSED: Final = {
-    "lora_bias": "merge it with PEFT and export the merged model",
     **dict.fromkeys(
         ("alora_invocation_tokens", "alora_invocation_string", "invocation_string"),
         "activated LoRA depends on the prompt and cannot be exported",
@@ -89,6 +88,7 @@ class AdapterConfig:
     `modules_to_save`: modules trained in full, such as a classifier head.
     `bias`: which biases are also trained: "none", "all", or "lora_only" (those of the targets).
     `use_dora`: weights are split into magnitude and direction (Liu et al., 2024, arXiv:2402.09353).
+    `lora_bias`: B has a bias: the update of an output is s · (B A x + b).
     `extra`: other fields, kept as read so that a round trip loses nothing.
     """
 
@@ -99,6 +99,7 @@ class AdapterConfig:
     bias: str = "none"
     use_rslora: bool = False
     use_dora: bool = False
+    lora_bias: bool = False
     fan_in_fan_out: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
@@ -193,10 +194,10 @@ class AdapterConfig:
 
     @property
     def method(self) -> str:
-        """The name of the method: LoRA, rsLoRA, DoRA, or rsLoRA + DoRA."""
+        """The name of the method: LoRA, rsLoRA, DoRA, rsLoRA + DoRA; with lora_bias."""
         names = ["rsLoRA"] if self.use_rslora else []
         names += ["DoRA"] if self.use_dora else []
-        return " + ".join(names or ["LoRA"])
+        return " + ".join(names or ["LoRA"]) + (" with lora_bias" if self.lora_bias else "")
 
     def rank_of(self, module: str) -> int:
         """The rank of `module`'s factors: `rank_pattern` first, then `r`."""
@@ -317,8 +318,11 @@ def _problems(config: AdapterConfig) -> list[str]:
         check(name, isinstance(getattr(config, name), str | None), "a name or null")
     check("lora_dropout", number(config.lora_dropout), "a number")
     check("bias", config.bias in BIASES, "one of " + ", ".join(BIASES))
-    for name in ("use_rslora", "use_dora", "fan_in_fan_out"):
+    for name in ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"):
         check(name, isinstance(getattr(config, name), bool), "true or false")
+    if config.lora_bias and (config.use_dora or config.changes_base):
+        other = "use_dora" if config.use_dora else f"init_lora_weights {config.init_lora_weights}"
+        found.append(f"lora_bias is true, which PEFT does not combine with {other}")
     for name, valid, needs in (
         ("rank_pattern", rank, "an object of positive integers"),
         ("alpha_pattern", number, "an object of numbers"),

@@ -71,7 +71,8 @@ def merge_adapter(
 
     With DoRA W ← m / ‖W + s · B A‖ · (W + s · B A), over each output's row. Linear layers,
     embeddings and convolutions take factors. Fully trained parameters (modules_to_save, biases)
-    replace those of the graph, and a bias that the graph lacks is added. Base weights and rows in
+    replace those of the graph, s times the bias of B is added (`lora_bias`), and a bias that the
+    graph lacks is added. Base weights and rows in
     the adapter are written first, for all modules that share them. A weight that is shared with
     another part of the graph, such as an embedding tied to the output head, is copied first: the
     other part keeps the original.
@@ -110,6 +111,9 @@ def merge_adapter(
     for parameter, values in sorted(adapter.saved.items()):
         if layers.replace(parameter, values):
             untied.append(parameter.rpartition(".")[0])
+    for module in adapter.modules:
+        if (own := adapter.factors[module].bias) is not None:
+            layers.add_to_bias(module, np.float32(adapter.scaling(module)) * own.astype(np.float32))
     remove_unused(model.graph)
     saved = tuple(sorted(adapter.saved))
     return MergeReport(adapter.modules, saved, tuple(untied), tally.error())
@@ -320,7 +324,12 @@ def adaptable(
     """
     names = (*adapter.saved, *adapter.carried, *adapter.rows)
     shapes = {n: shape for n in names if (shape := layers.shape_of(n)) is not None}
-    problems = {n: problem for n in names if (problem := layers.problem_with(n)) is not None}
+    biased = [f"{m}.bias" for m, pair in adapter.factors.items() if pair.bias is not None]
+    problems = {
+        name: problem
+        for name in (*names, *biased)
+        if (problem := layers.problem_with(name)) is not None
+    }
     found: dict[str, Linear | Part] = {**layers.parts, **layers.linears}
     described = {
         module: described

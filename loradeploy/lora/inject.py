@@ -63,7 +63,7 @@ class Injection:
         found: list[nn.Parameter] = []
         for layer in self.layers.values():
             found += [layer.lora_A, layer.lora_B]
-            found += [] if layer.magnitude is None else [layer.magnitude]
+            found += [p for p in (layer.magnitude, layer.lora_bias) if p is not None]
         return list({id(p): p for p in [*found, *self.saved.values()]}.values())
 
     def adapter(
@@ -199,6 +199,8 @@ def copy_into(injection: Injection, adapter: Adapter) -> None:
         layer.lora_B.copy_(B)
         if layer.magnitude is not None and pair.magnitude is not None:
             layer.magnitude.copy_(torch.tensor(pair.magnitude))
+        if layer.lora_bias is not None and pair.bias is not None:
+            layer.lora_bias.copy_(torch.tensor(pair.bias))
     for name, parameter in injection.saved.items():
         parameter.copy_(torch.tensor(adapter.saved[name]))
 
@@ -267,6 +269,7 @@ def _install(
             scaling(config, name),
             config.lora_dropout,
             dora=config.use_dora,
+            biased=config.lora_bias,
         )
         layer.train(model.training)
         _replace(model, name, layer)
@@ -282,7 +285,8 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 def _factors(layer: LowRankLayer) -> Factors:
     A, B = layer.factors()
     magnitude = None if layer.magnitude is None else _array(layer.magnitude)
-    return Factors(A=_array(A), B=_array(B), magnitude=magnitude, kind=layer.kind)
+    bias = None if layer.lora_bias is None else _array(layer.lora_bias)
+    return Factors(A=_array(A), B=_array(B), magnitude=magnitude, kind=layer.kind, bias=bias)
 
 
 def _array(parameter: Tensor) -> NDArray[np.float32]:

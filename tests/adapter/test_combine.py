@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from pathlib import Path
@@ -89,6 +90,25 @@ def test_svd_keeps_the_highest_rank_and_is_the_best_approximation() -> None:
         best = (U[:, :4] * S[:4]) @ Vh[:4]
         ours = as_matrix(update(pair, combined.scaling(module)), pair)
         np.testing.assert_allclose(ours, best, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["linear", "cat", "svd"])
+def test_biases_of_factors_are_added(method: str) -> None:
+    one, other = (
+        dataclasses.replace(each, factors={m: p for m, p in each.factors.items() if m != "emb"})
+        for each in (an_adapter(1), an_adapter(2))
+    )
+    biases = {m: np.arange(len(p.B), dtype=np.float32) for m, p in one.factors.items()}
+    biased = dataclasses.replace(
+        one,
+        config=dataclasses.replace(one.config, lora_bias=True),
+        factors={m: dataclasses.replace(p, bias=biases[m]) for m, p in one.factors.items()},
+    )
+    combined = ld.combine({biased: 0.5, other: 2}, method=method)
+    assert combined.config.lora_bias
+    for module, pair in combined.factors.items():
+        total = combined.scaling(module) * pair.bias
+        np.testing.assert_allclose(total, 0.5 * one.scaling(module) * biases[module], rtol=1e-6)
 
 
 @pytest.mark.parametrize("method", ["linear", "cat", "svd"])

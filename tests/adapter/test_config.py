@@ -38,7 +38,7 @@ def test_a_config_survives_the_round_trip_through_pefts_own_class() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("lora_bias", True),
+        ("lora_bias", "all"),
         ("bias", "some"),
         ("alora_invocation_tokens", [1, 2]),
         ("alora_invocation_string", "<think>"),

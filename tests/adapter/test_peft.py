@@ -156,7 +156,7 @@ def test_the_digest_of_an_adapter_is_stable_across_versions() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", ["A", "B", "alpha", "saved", "module", "kind", "magnitude", "changed base"]
+    "change", ["A", "B", "alpha", "saved", "module", "kind", "magnitude", "bias", "changed base"]
 )
 def test_the_digest_changes_with_everything_that_affects_results(change: str) -> None:
     base = an_adapter()
@@ -171,6 +171,10 @@ def test_the_digest_changes_with_everything_that_affects_results(change: str) ->
         "magnitude": {
             "factors": {"l.q": Factors(pair.A, pair.B, np.ones(4, np.float32))},
             "config": dataclasses.replace(base.config, use_dora=True),
+        },
+        "bias": {
+            "factors": {"l.q": dataclasses.replace(pair, bias=np.zeros(4, np.float32))},
+            "config": dataclasses.replace(base.config, lora_bias=True),
         },
         "changed base": {"config": dataclasses.replace(base.config, init_lora_weights="pissa")},
     }[change]
@@ -300,6 +304,27 @@ def test_a_broken_adapter_is_refused_in_one_line(change: str, message: str, tmp_
         load_adapter(break_adapter(change, tmp_path / "adapter"))
     assert "\n" not in str(refusal.value)
     assert "adapter" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "message"),
+    [
+        ({}, {"lora_B.bias": 4}, "lora_bias is false, and the file has a lora_B.bias"),
+        ({"lora_bias": True}, {}, "lora_bias is true, and the file has no lora_B.bias"),
+        ({"lora_bias": True}, {"lora_A.bias": 2}, "lora_A.bias is a bias, which only lora_B can"),
+        ({"lora_bias": True}, {"lora_B.bias": 3}, r"lora_B.bias is \[3\], lora_B is \[4, 2\]"),
+        ({"lora_bias": True, "use_dora": True}, {"lora_B.bias": 4}, "not combine with use_dora"),
+        ({"lora_bias": True, "init_lora_weights": "pissa"}, {"lora_B.bias": 4}, "with init_lora"),
+        ({"lora_bias": "all"}, {"lora_B.bias": 4}, "lora_bias is 'all', expected true or false"),
+    ],
+)
+def test_a_bias_of_factors_that_contradicts_the_config_is_refused(
+    config: dict[str, Any], tensors: dict[str, int], message: str, tmp_path: Path
+) -> None:
+    biases = {f"{PREFIX}l.q.{name}": np.ones(size, np.float32) for name, size in tensors.items()}
+    write(tmp_path, {**good_tensors(), **biases}, modules_to_save=["head"], **config)
+    with pytest.raises(AdapterError, match=message):
+        load_adapter(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ FIELDS: Final[Mapping[str, Tried | Neutral | Refused]] = {
     "monteclora_config": Refused({"num_samples": 4}),
     "layer_replication": Refused([[0, 2], [0, 2]]),
     "runtime_config": Neutral({"ephemeral_gpu_offload": True}),
-    "lora_bias": Refused(True),
+    "lora_bias": Tried((False, True)),
     # No model here has experts: tests/export/passes/side_inputs/test_experts.py.
     "target_parameters": Neutral(["experts.gate_up_proj"]),
     "use_bdlora": Refused({"nblocks": 2}),

@@ -52,6 +52,9 @@ METHODS: Final[dict[str, dict[str, Any]]] = {
     "olora": {"init_lora_weights": "olora"},
     "bias-all": {"bias": "all"},
     "bias-lora-only": {"bias": "lora_only"},
+    "lora-bias": {"lora_bias": True},
+    "lora-bias-and-bias": {"lora_bias": True, "bias": "all", "use_rslora": True},
+    "lora-bias-patterns": {"lora_bias": True, "alpha_pattern": {...: 3}, "rank_pattern": {...: 8}},
     "modules-to-save": {"modules_to_save": [...]},
     "whole-and-bias": {"modules_to_save": [...], "bias": "all"},
     "patterns": {"rank_pattern": {...: 8}, "alpha_pattern": {...: 3}},
@@ -62,6 +65,7 @@ METHODS: Final[dict[str, dict[str, Any]]] = {
 # Combinations that PEFT does not support: it does not decompose these weights (PiSSA, OLoRA), its
 # norm for grouped convolutions has no meaning, and image models have no layer numbers.
 _CHANGING: Final = ("pissa", "pissa-rslora", "pissa-dora", "pissa-niter", "olora")
+_BIASED: Final = ("lora-bias", "lora-bias-and-bias", "lora-bias-patterns")
 _GROUPED: Final = ("dora", "dora-rslora", "patterns-rslora-dora")
 UNDEFINED: Final = {
     **{
@@ -69,6 +73,11 @@ UNDEFINED: Final = {
         for kind in KINDS
         if kind not in ("linear", "conv1d")
         for method in _CHANGING
+    },
+    **{
+        (kind, method): "PEFT's embeddings have no lora_bias"
+        for kind in ("embedding", "tied-embedding")
+        for method in _BIASED
     },
     ("conv1d", "olora"): "PEFT's OLoRA confuses the sides of a Conv1D's weight",
     **{("grouped-conv2d", method): "the norm has no meaning" for method in _GROUPED},
@@ -186,9 +195,11 @@ def test_no_field_and_no_tensor_of_peft_is_lost(kind: str, method: str, tmp_path
 
 @pytest.mark.breadth(2)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("method", ["lora", "dora", "bias-all", "dora-rslora"])
+@pytest.mark.parametrize("method", ["lora", "dora", "bias-all", "dora-rslora", "lora-bias"])
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "embedding", "conv2d", "strided-conv2d"])
 def test_the_gradients_are_pefts(kind: str, method: str, dropout: float, tmp_path: Path) -> None:
+    if (kind, method) in UNDEFINED:
+        pytest.skip(UNDEFINED[kind, method])
     trained_by_peft(kind, method, tmp_path / "theirs")
     config = tmp_path / "theirs" / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "lora_dropout": dropout}))
@@ -214,6 +225,8 @@ def test_the_gradients_are_pefts(kind: str, method: str, dropout: float, tmp_pat
         ours[f"{module}.{half_A}"], ours[f"{module}.{half_B}"] = layer.lora_A, layer.lora_B
         if layer.magnitude is not None:
             ours[f"{module}.lora_magnitude_vector.weight"] = layer.magnitude
+        if layer.lora_bias is not None:
+            ours[f"{module}.lora_B.bias"] = layer.lora_bias
     for parameter, values in injection.saved.items():
         module = parameter.removesuffix(".bias")
         ours[f"{module}.base_layer.bias" if module in injection.layers else parameter] = values
@@ -224,9 +237,13 @@ def test_the_gradients_are_pefts(kind: str, method: str, dropout: float, tmp_pat
         assert tiny.difference(found, gradient) <= tolerance("same-torch"), key
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "dora-rslora", "pissa", "bias-all"])
+@pytest.mark.parametrize(
+    "method", ["lora", "dora", "dora-rslora", "pissa", "bias-all", "lora-bias-and-bias"]
+)
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "grouped-conv2d"])
 def test_a_merge_computes_the_same_and_unmerging_is_exact(kind: str, method: str) -> None:
+    if method in _BIASED and (kind, method) in UNDEFINED:
+        pytest.skip(UNDEFINED[kind, method])
     name = KINDS[kind][0]
     base = tiny.model(name)
     before = {key: value.clone() for key, value in base.state_dict().items()}

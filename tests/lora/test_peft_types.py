@@ -67,6 +67,7 @@ def check_equals_peft(model: str, place: Path, again: Path) -> None:
         ("llama", {"target_modules": "all-linear", "use_rslora": True, "lora_alpha": 16}),
         ("llama", {"target_modules": ["q_proj", "v_proj"], "alpha_pattern": {"q_proj": 32}}),
         ("llama", {"target_modules": ["q_proj", "v_proj"], "lora_alpha": -1}),
+        ("llama", {"target_modules": ["q_proj"], "lora_bias": True}),  # which PEFT ignores
         ("gpt2", {"target_modules": ["c_attn"]}),
     ],
 )

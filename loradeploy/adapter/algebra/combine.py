@@ -72,6 +72,7 @@ def combine(
         adapter.check_plain()
         if adapter.config.use_dora:
             raise AdapterError(f"{name} is a DoRA adapter, whose magnitudes cannot be added")
+    biased = any(adapter.config.lora_bias for _, adapter, _ in adapters)
     terms: dict[str, list[Term]] = {}
     for _, adapter, weight in adapters:
         for module, pair in adapter.factors.items():
@@ -79,7 +80,8 @@ def combine(
     factors = {}
     for module in sorted(terms):
         _check_shapes(module, [pair for pair, _ in terms[module]])
-        factors[module] = _METHODS[method](module, terms[module])
+        pair = _METHODS[method](module, terms[module])
+        factors[module] = dataclasses.replace(pair, bias=_bias(terms[module], biased=biased))
     found = [adapter for _, adapter, _ in adapters]
     rows, tokens = _rows(adapters)
     config = _config([adapter.config for adapter in found], factors)
@@ -147,6 +149,17 @@ _METHODS: Final[Mapping[str, Callable[[str, Sequence[Term]], Factors]]] = {
 }
 
 
+def _bias(terms: Sequence[Term], *, biased: bool) -> NDArray[np.float32] | None:
+    """The bias of B: the sum in every method. None unless one of the adapters has `lora_bias`."""
+    if not biased or terms[0][0].kind not in ("linear", "conv2d"):
+        return None
+    total = np.zeros(len(terms[0][0].B), np.float32)
+    for pair, s in terms:
+        if pair.bias is not None:
+            total += np.float32(s) * pair.bias.astype(np.float32)
+    return total
+
+
 def _check_shapes(module: str, pairs: Sequence[Factors]) -> None:
     shapes = {
         (pair.kind, pair.A.shape[1:], pair.B.shape[0], pair.groups, pair.experts) for pair in pairs
@@ -159,6 +172,7 @@ def _config(configs: Sequence[AdapterConfig], factors: Mapping[str, Factors]) ->
     biases = {config.bias for config in configs}
     blank = AdapterConfig(
         bias=next(bias for bias in ("all", "lora_only", "none") if bias in biases),
+        lora_bias=any(config.lora_bias for config in configs),
         modules_to_save=tuple(sorted({m for config in configs for m in config.modules_to_save})),
         fan_in_fan_out=any(config.fan_in_fan_out for config in configs),
         task_type=_first(config.task_type for config in configs),

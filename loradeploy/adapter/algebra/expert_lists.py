@@ -90,6 +90,11 @@ def _joined(adapter: Adapter, parameter: str, names: _Names) -> tuple[Factors, f
         )
     if any(pair.magnitude is not None or pair.kind != "linear" for pair in pairs.values()):
         raise AdapterMismatchError(f"{parameter} is of experts, which have no DoRA: merge it")
+    if any(pair.bias is not None for pair in pairs.values()):
+        raise AdapterMismatchError(
+            f"{parameter} is of experts, whose factors have no bias (lora_bias): merge it with the"
+            " version of transformers that it was trained with"
+        )
     scaling = adapter.scaling(names[0, places[0]])
     ranks = {place: max(pairs[e, place].rank for e in range(count)) for place in places}
     inputs = {pair.A.shape[1] for pair in pairs.values()}

@@ -3,6 +3,7 @@
 [wrappers.]base_model.model.<name>      prefixes of PEFT, compilers and trainers
 
 <module>.lora_A[.ADAPTER].weight        a factor; PEFT leaves the adapter's name out
+<module>.lora_B[.ADAPTER].bias          the bias of a factor
 <module>.modules_to_save[.ADAPTER].<p>  a fully trained parameter, as is <module>.<p>
 <module>.original_module.<p>            the original parameter of the base
 <module>.base_layer.<p>                 the base's parameter below the factors

@@ -32,7 +32,7 @@ _SCHEDULE: Final = (
     *("beta1", "beta2", "deltaT", "orth_reg_weight", "target_r", "tfinal", "tinit", "total_step"),
 )
 # Settings of LoRA that PEFT does not use with AdaLoRA.
-_IGNORED: Final = ("alpha_pattern", "init_lora_weights", "r", "use_rslora")
+_IGNORED: Final = ("alpha_pattern", "init_lora_weights", "lora_bias", "r", "use_rslora")
 _SINGULAR_VALUES: Final = ".lora_E"
 _EPSILON: Final = 1e-5  # PEFT adds it to the rank
 

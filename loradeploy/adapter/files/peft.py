@@ -11,6 +11,7 @@
     <module>.lora_embedding_B         [size, rank]
     (adapter/algebra/experts.py)           experts of a mixture
     <module>.lora_magnitude_vector    [out]                DoRA; of a convolution [1, out, 1, 1]
+    <module>.lora_B.bias              [out]                lora_bias
     <module>.base_layer.bias          [out]                a target's trained bias
     <parameter>                                            other trained biases, modules_to_save
     <module>.base_layer.weight, …     a weight of the base that PEFT saves for embeddings
@@ -43,7 +44,7 @@ from loradeploy.adapter.files.formats import (
 )
 from loradeploy.adapter.files.keys import INNER, ORIGINAL, PREFIX, TRAINED_ROWS
 from loradeploy.adapter.files.methods import METHODS, as_lora
-from loradeploy.adapter.files.roles import MAGNITUDE, PARTS, tensors_by_role
+from loradeploy.adapter.files.roles import BIAS, MAGNITUDE, PARTS, tensors_by_role
 from loradeploy.adapter.files.tensors import read_arrays, write_arrays
 from loradeploy.adapter.heads import LABELS_KEY, PROBLEM_KEY, head_beside, label_count
 from loradeploy.adapter.modules.targets import is_saved
@@ -243,6 +244,8 @@ def _parts(pair: Factors) -> dict[str, NDArray[Any]]:
     if pair.magnitude is not None:
         convolution = pair.kind == "conv2d"
         parts[MAGNITUDE] = pair.magnitude.reshape(1, -1, 1, 1) if convolution else pair.magnitude
+    if pair.bias is not None:
+        parts[BIAS] = pair.bias
     return parts
 
 

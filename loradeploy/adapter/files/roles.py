@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 logger = logger_of(__name__)
 
 MAGNITUDE: Final = "lora_magnitude_vector"
+BIAS: Final = "lora_B.bias"
 # The names of A and B by the kind of layer.
 PARTS: Final[Mapping[Kind, tuple[str, str]]] = {
     "linear": ("lora_A.weight", "lora_B.weight"),
@@ -79,13 +80,14 @@ def tensors_by_role(
         what = keys[key]
         if values.dtype.kind != "f":
             problems.append(f"{key} is {values.dtype}, not floating point")
-        elif what.part == "bias":
-            problems.append(f"{key} belongs to a trained LoRA bias, which is not supported")
-        elif what.part == "factor":
+        elif what.part == "bias" and what.half != "lora_B":
+            problems.append(f"{key} is a bias, which only lora_B can have (lora_bias)")
+        elif what.part in ("factor", "bias"):
             half = f"{what.half}.weight" if what.half in ("lora_A", "lora_B") else what.half
+            half = BIAS if what.part == "bias" else half
             first = parts.setdefault(what.name, {}).setdefault(half, values)
             if not np.array_equal(first, values):
-                problems.append(_differs(key, f"{what.name}.{what.half}"))
+                problems.append(_differs(key, f"{what.name}.{_short(half)}"))
         else:
             others.append((key, what, values))
     factors = _all_factors(parts, config, problems)
@@ -132,8 +134,10 @@ def _all_factors(
     for module, tensors_of_module in parts.items():
         found = _factors(tensors_of_module)
         if module in below and isinstance(found, Factors):
-            module = below[module]
+            module, bias = below[module], found.bias
             found = expert_factors(found.A, found.B, config.rank_of(module), config)
+            if isinstance(found, Factors):
+                found = dataclasses.replace(found, bias=bias)
         if isinstance(found, str):
             problems.append(f"{module} {found}")
         else:
@@ -151,7 +155,7 @@ def _targeted(
     working = [
         n
         for n, pair in factors.items()
-        if pair.kind != "experts" and (pair.magnitude is not None or np.any(pair.B))
+        if pair.kind != "experts" and (np.any(pair.B) or pair.has_effect)
     ]
     ignored = untargeted(working, config)
     if is_all_linear(config):
@@ -311,18 +315,19 @@ def _untied(config: AdapterConfig, factors: Mapping[str, Factors]) -> AdapterCon
 def _factors(parts: Mapping[str, NDArray[Any]]) -> Factors | str:
     """The factors in one module's tensors, or why they are refused."""
     kind: Kind = "embedding" if any("embedding" in part for part in parts) else "linear"
-    if kind == "linear" and any(v.ndim > 2 for p, v in parts.items() if p != MAGNITUDE):
+    vectors = (MAGNITUDE, BIAS)
+    if kind == "linear" and any(v.ndim > 2 for p, v in parts.items() if p not in vectors):
         kind = "conv2d"
     half_A, half_B = PARTS[kind]
     if missing := [half for half in (half_A, half_B) if half not in parts]:
-        present = next((part for part in parts if part != MAGNITUDE), MAGNITUDE)
+        present = min(parts, key=vectors.__contains__)
         return f"has {_short(present)} but no {_short(missing[0])}"
-    if surplus := [part for part in parts if part not in (half_A, half_B, MAGNITUDE)]:
+    if surplus := [part for part in parts if part not in (half_A, half_B, *vectors)]:
         return f"has {_short(half_A)} and {_short(surplus[0])} too"
     magnitude = parts.get(MAGNITUDE)
     if magnitude is not None:
         magnitude = magnitude.reshape(-1)
-    return Factors(A=parts[half_A], B=parts[half_B], magnitude=magnitude, kind=kind)
+    return Factors(parts[half_A], parts[half_B], magnitude, kind, bias=parts.get(BIAS))
 
 
 def _short(part: str) -> str:

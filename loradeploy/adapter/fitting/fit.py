@@ -55,7 +55,8 @@ class Layer:
     `inputs`: the shape of A after the rank: [in], [vocabulary], or [in, height, width].
     `outputs`: the length of B. `groups`: the number of groups of a convolution. `experts`: the
     number of experts of the parameter.
-    `scaled`: whether DoRA's scale can be applied to its output.
+    `scaled`: whether DoRA's scale can be applied to its output. `shifted`: whether a bias of the
+    factors can be added to it.
     `refusal`: called with a rank and whether the weight is needed as one matrix; returns why the
     layer does not take such factors, or None.
     """
@@ -66,6 +67,7 @@ class Layer:
     groups: int = 1
     experts: int = 1
     scaled: bool = True
+    shifted: bool = True
     refusal: Callable[[int, bool], str | None] = lambda rank, whole: None
 
 
@@ -130,6 +132,7 @@ def check_fit(adapter: Adapter, base: AdaptableBase) -> None:
             *missing_parameters(adapter, base.lacking),
             *_weight_mismatches(adapter, base),
             *_scale_mismatches(adapter, base),
+            *_bias_mismatches(adapter, base),
             *_missing(adapter, base),
         ],
         base.name,
@@ -382,6 +385,20 @@ def _scale_mismatches(adapter: Adapter, base: AdaptableBase) -> list[str]:
     lacking = f"{unscaled[0]}{others} no scale in {base.name}"
     remedy = "export with `side_inputs=['dora']`, or merge it"
     return [f"it is a DoRA adapter (use_dora) and {lacking}: {remedy}"]
+
+
+def _bias_mismatches(adapter: Adapter, base: AdaptableBase) -> list[str]:
+    """Messages for biases of factors (`lora_bias`) that cannot be added in the base."""
+    biased = [module for module, pair in sorted(adapter.factors.items()) if pair.bias is not None]
+    problems = [base.refused[name] for m in biased if (name := f"{m}.bias") in base.refused]
+    fixed = [m for m in biased if (layer := base.layers.get(m)) is not None and not layer.shifted]
+    if fixed:
+        others = f" and {len(fixed) - 1} more have" if len(fixed) > 1 else " has"
+        problems.append(
+            f"its factors have biases (lora_bias) and {fixed[0]}{others} no offset in {base.name}:"
+            " export with this adapter, or merge it"
+        )
+    return problems
 
 
 def _missing(adapter: Adapter, base: AdaptableBase) -> list[str]:

@@ -162,12 +162,13 @@ def with_factors_for(adapter: Adapter, base: Vocabulary, size: int) -> Adapter:
 def _for_tokens(pair: Factors, size: int) -> Factors:
     if pair.kind == "embedding":
         return dataclasses.replace(pair, A=_resized(pair.A.T, size).T)
-    return dataclasses.replace(pair, B=_resized(pair.B, size))
+    bias = None if pair.bias is None else _resized(pair.bias, size)
+    return dataclasses.replace(pair, B=_resized(pair.B, size), bias=bias)
 
 
 def _resized(table: NDArray[Any], size: int) -> NDArray[Any]:
     kept = table[:size]
-    return np.pad(kept, ((0, size - len(kept)), (0, 0)))
+    return np.pad(kept, ((0, size - len(kept)), *((0, 0),) * (kept.ndim - 1)))
 
 
 def _size(adapter: Adapter, base: Vocabulary) -> int | None:

@@ -1,8 +1,9 @@
-"""DoRA and trained biases as side inputs: a layer's output y becomes scale ⊙ y + offset.
+"""DoRA and biases as side inputs: a layer's output y becomes scale ⊙ y + offset.
 
 DoRA (Liu et al., 2024, arXiv:2402.09353) scales the product with the weight, without the bias. If y
 includes the bias b, and b' is the bias of the adapter, offset = b' − scale ⊙ b. The same side
-inputs serve DoRA, trained biases and both. A layer without a bias has b = 0.
+inputs serve DoRA, trained biases and both. A layer without a bias has b = 0. The bias of B
+(`lora_bias`) is added to the base's or the trained one: b' + s · bias.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ def output_changes(
         pair = adapter.factors.get(module)
         trained = adapter.saved[f"{module}.bias"] if f"{module}.bias" in biases else None
         scaled = pair is not None and pair.magnitude is not None
-        if not scaled and trained is None:
+        added_bias = None if pair is None else pair.bias
+        if not scaled and trained is None and added_bias is None:
             continue
         base_bias = None if base is None else base.bias(module)
         scale = np.ones(output.size, np.float32)
@@ -82,7 +84,11 @@ def output_changes(
             zero = np.zeros(output.size, np.float32)
             b = zero if base_bias is None else base_bias
             bias = b if trained is None else trained.astype(np.float32)
-            changes[output.offset] = bias - scale * b
+            offset = bias - scale * b
+            if added_bias is not None:
+                s = np.float32(adapter.scaling(module))
+                offset = offset + s * added_bias.astype(np.float32)
+            changes[output.offset] = offset
     return changes
 
 
@@ -94,7 +100,8 @@ def recover_changes(
 ) -> tuple[dict[str, Factors], dict[str, NDArray[np.float32]]]:
     """Recover `factors` with DoRA's magnitudes, and trained biases, from one slot of side inputs.
 
-    B of `factors` includes the scaling.
+    B of `factors` includes the scaling. An offset of a layer without a bias becomes the bias of its
+    B (`lora_bias`), which PEFT can add to such a layer; the other factors then get biases of zeros.
 
     Raises:
         AdapterMismatchError: `base` lacks a weight.
@@ -119,7 +126,7 @@ def recover_changes(
         if np.abs(bias - b).max() > rounding:
             biases[f"{output.module}.bias"] = bias
     if not scales:
-        return dict(factors), biases
+        return _with_own_biases(factors, biases, base), biases
     scaled = {}
     for module, pair in factors.items():
         ones = np.ones(len(pair.B), np.float32)
@@ -128,6 +135,26 @@ def recover_changes(
         inverse = output_scale(_weight(base, targets[module]), unit, 1.0)
         scaled[module] = dataclasses.replace(pair, magnitude=scales.get(module, ones) / inverse)
     return scaled, biases
+
+
+def _with_own_biases(
+    factors: Mapping[str, Factors], biases: dict[str, NDArray[np.float32]], base: BaseValues | None
+) -> dict[str, Factors]:
+    """`factors` with those of `biases` whose layers have none in the base; these are removed."""
+    own = {
+        module: biases.pop(f"{module}.bias")
+        for module in factors
+        if f"{module}.bias" in biases and (base is None or base.bias(module) is None)
+    }
+    if not own or any(pair.kind != "linear" for pair in factors.values()):
+        biases |= {f"{module}.bias": values for module, values in own.items()}
+        return dict(factors)
+    return {
+        module: dataclasses.replace(
+            pair, bias=own.get(module, np.zeros(pair.B.shape[0], np.float32))
+        )
+        for module, pair in factors.items()
+    }
 
 
 def _weight(base: BaseValues | None, target: LoraTarget) -> NDArray[np.float32]:

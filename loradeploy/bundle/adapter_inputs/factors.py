@@ -169,6 +169,7 @@ def adapter_from_side_inputs(
         modules_to_save=modules_to_save,
         bias="all" if biases else "none",
         use_dora=any(pair.magnitude is not None for pair in factors.values()),
+        lora_bias=any(pair.bias is not None for pair in factors.values()),
         base_model_name_or_path=manifest.base.name,
         task_type=PEFT_TASKS.get(manifest.task),
     )

@@ -107,6 +107,7 @@ def adaptable(manifest: Manifest, name: str = THIS_BUNDLE) -> AdaptableBase:
                 target.out_features,
                 experts=target.experts,
                 scaled=target.module in scaled,
+                shifted=f"{target.module}.bias" in biases,
             )
             for target in manifest.targets
         },

@@ -75,6 +75,8 @@ def needs_of(
         for module, pair in adapter.factors.items():
             if pair.magnitude is not None:
                 scaled.add(module)
+            if pair.bias is not None:
+                shifted.add(module)
             if pair.kind == "embedding":
                 embeddings.add(module)
             if pair.kind == "experts":

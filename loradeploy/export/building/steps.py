@@ -82,6 +82,7 @@ def with_separate_biases(
     modules = {*changed, *(m for m in findings.linears if is_head(m))}
     for adapter in options.adapters.values():
         modules |= {name.rpartition(".")[0] for name in adapter.saved}
+        modules |= {name for name, pair in adapter.factors.items() if pair.bias is not None}
     if BIAS in options.side_inputs or DORA in options.side_inputs:
         modules |= findings.linears.keys()
     linears = separate_biases(base.graph.graph, findings.linears, modules)

@@ -136,7 +136,7 @@ def _given(
 ) -> tuple[str, dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]] | None:
     for name, adapter in adapters.items():
         pairs = adapter.factors
-        plain = all(pair.kind == "linear" and pair.magnitude is None for pair in pairs.values())
+        plain = all(p.kind == "linear" and p.magnitude is p.bias is None for p in pairs.values())
         brought = adapter.saved or adapter.carried or adapter.rows
         if pairs and plain and not brought and not adapter.changes_base:
             return name, {

@@ -46,6 +46,7 @@ class LoraLinear(LowRankLayer):
         return (
             type(base) in LINEAR_LAYERS
             and self.magnitude is None
+            and self.lora_bias is None
             and not self.merged
             and not (self.training and self.dropout.p > 0)
             and not base._forward_hooks

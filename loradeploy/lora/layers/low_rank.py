@@ -37,12 +37,13 @@ _QUANTIZED = (
 
 
 class LowRankLayer(nn.Module, ABC):
-    """A frozen layer with a low-rank update: `y = base(x) + s · low_rank(x)`.
+    """A frozen layer with a low-rank update: `y = base(x) + s · (low_rank(x) + lora_bias)`.
 
     `lora_A` and `lora_B`, in the shapes of `adapter.Factors`, are float32 parameters for every
-    dtype of the base; `scaling` is s. With DoRA, the outputs without bias are scaled by `magnitude`
-    / ‖W + s · B A‖. Dropout applies to the input of the low-rank path (Hu et al., 2021, appendix
-    D). Only `merge` merges; train() and eval() do not.
+    dtype of the base; `scaling` is s, and `lora_bias` [out] is None unless it was requested. With
+    DoRA, the outputs without bias are scaled by `magnitude` / ‖W + s · B A‖. Dropout applies to the
+    input of the low-rank path (Hu et al., 2021, appendix D). Only `merge` merges; train() and
+    eval() do not.
 
     A subclass is one kind of layer. It defines how the update is computed from `x`, and the view of
     the base's weight as a matrix [out, in].
@@ -55,6 +56,7 @@ class LowRankLayer(nn.Module, ABC):
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     magnitude: nn.Parameter | None
+    lora_bias: nn.Parameter | None
     # The part that PiSSA and OLoRA subtract from the base's weight. It is subtracted in the layer,
     # so that the weight stays the same, bit for bit.
     taken_A: Tensor | None
@@ -69,6 +71,7 @@ class LowRankLayer(nn.Module, ABC):
         dropout: float = 0.0,
         *,
         dora: bool = False,
+        biased: bool = False,
     ) -> None:
         super().__init__()
         shape_A, shape_B = self.shapes(base, rank)
@@ -80,9 +83,10 @@ class LowRankLayer(nn.Module, ABC):
         self.lora_A = nn.Parameter(torch.zeros(shape_A, device=device))
         self.lora_B = nn.Parameter(torch.zeros(shape_B, device=device))
         self.magnitude = nn.Parameter(torch.ones(shape_B[0], device=device)) if dora else None
+        self.lora_bias = nn.Parameter(torch.zeros(shape_B[0], device=device)) if biased else None
         for name in ("taken_A", "taken_B", "squares"):
             self.register_buffer(name, None, persistent=False)
-        self._unmerged: nn.Parameter | None = None
+        self._unmerged: tuple[nn.Parameter, nn.Parameter | None] | None = None
 
     @classmethod
     def refusal(cls, base: nn.Module, rank: int, *, whole: bool) -> str | None:
@@ -121,7 +125,10 @@ class LowRankLayer(nn.Module, ABC):
             return y
         dropping = self.training and self.dropout.p > 0
         dropped = self.dropout(x) if dropping else x
-        update = self.scaling * self.low_rank(dropped, *self.factors())
+        update = self.low_rank(dropped, *self.factors())
+        if self.lora_bias is not None:
+            update = update + self.along_outputs(self.lora_bias)
+        update = self.scaling * update
         if self.magnitude is None:
             return (y + update).to(y.dtype)
         # y + (c - 1) · x Wᵀ + c · s · (x Aᵀ) Bᵀ with c = m / ‖W + s · B A‖; as in PEFT,
@@ -196,13 +203,19 @@ class LowRankLayer(nn.Module, ABC):
         if self.magnitude is not None:
             matrix *= (self.magnitude / matrix.norm(dim=1))[:, None]
         merged = self.as_weight(matrix).to(weight.dtype).contiguous()
-        self._unmerged = weight
+        own = cast("nn.Parameter | None", getattr(self.base, "bias", None))
+        self._unmerged = (weight, own)
         self.base.weight = nn.Parameter(merged, requires_grad=False)
+        if self.lora_bias is not None:
+            bias = self.scaling * self.lora_bias + (0 if own is None else own)
+            self.base.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=False)
 
     def unmerge(self) -> None:
-        """Restore the base's weight, bit for bit."""
+        """Restore the base's weight and bias, bit for bit."""
         if self._unmerged is not None:
-            self.base.weight = self._unmerged
+            self.base.weight, own = self._unmerged
+            if self.lora_bias is not None:
+                self.base.register_parameter("bias", own)
             self._unmerged = None
 
     def _matrix(self) -> Tensor:

@@ -64,7 +64,7 @@ def doubled_alpha(adapter: Adapter) -> Adapter | None:
         return None
     return _with_factors(
         adapter,
-        {m: dataclasses.replace(pair, B=pair.B * 2) for m, pair in adapter.factors.items()},
+        {m: _scaled(pair, 2) for m, pair in adapter.factors.items()},
     )
 
 
@@ -102,10 +102,7 @@ def _updated(adapter: Adapter) -> list[str]:
 
 
 def _without(adapter: Adapter, module: str) -> Adapter:
-    pair = adapter.factors[module]
-    return _with_factors(
-        adapter, {**adapter.factors, module: dataclasses.replace(pair, B=pair.B * 0)}
-    )
+    return _with_factors(adapter, {**adapter.factors, module: _scaled(adapter.factors[module], 0)})
 
 
 def _updates(pair: Factors) -> bool:
@@ -127,12 +124,14 @@ def ignored_magnitude(adapter: Adapter) -> Adapter | None:
 
 
 def ignored_bias(adapter: Adapter) -> Adapter | None:
-    """Leave out the trained biases: the base's biases stay."""
-    if adapter.config.bias == "none" or not adapter.factors:
+    """Leave out the trained biases, those of factors too: the base's biases stay."""
+    before = adapter.config
+    if (before.bias == "none" and not before.lora_bias) or not adapter.factors:
         return None
-    kept = {n: values for n, values in adapter.saved.items() if is_saved(n, adapter.config)}
-    config = dataclasses.replace(adapter.config, bias="none")
-    return dataclasses.replace(adapter, config=config, saved=kept)
+    kept = {n: values for n, values in adapter.saved.items() if is_saved(n, before)}
+    config = dataclasses.replace(before, bias="none", lora_bias=False)
+    factors = {m: dataclasses.replace(pair, bias=None) for m, pair in adapter.factors.items()}
+    return dataclasses.replace(adapter, config=config, saved=kept, factors=factors)
 
 
 def ignored_tokens(adapter: Adapter) -> Adapter | None:
@@ -226,6 +225,12 @@ EMBEDS_MISTAKES: Final = (
         MROPE,
     ),
 )
+
+
+def _scaled(pair: Factors, by: int) -> Factors:
+    """The factors of `by` times the update."""
+    bias = None if pair.bias is None else pair.bias * by
+    return dataclasses.replace(pair, B=pair.B * by, bias=bias)
 
 
 def _with_factors(adapter: Adapter, factors: Mapping[str, Factors]) -> Adapter:

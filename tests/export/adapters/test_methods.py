@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from loradeploy.adapter.files.peft import load_adapter
+from loradeploy.adapter.files.peft import load_adapter, save_adapter
 from loradeploy.bundle.adapter_inputs.base import BundleBase
 from loradeploy.bundle.adapter_inputs.factors import adapter_from_side_inputs
 from loradeploy.bundle.adapter_inputs.native import read_onnx_adapter
@@ -57,6 +57,10 @@ METHODS: Final = {
     "dora on embeddings": Method({"use_dora": True}, ("some", "embedding")),
     "bias lora_only": Method({"bias": "lora_only"}),
     "bias all": Method({"bias": "all"}),
+    "shifted factors": Method({"lora_bias": True, "use_rslora": True}),
+    "shifted factors and bias": Method(
+        {"lora_bias": True, "bias": "all", "alpha_pattern": {"c_fc": 24, "query": 24}}
+    ),
     "dora and bias": Method({"use_dora": True, "bias": "all"}),
     "embedding": Method({}, ("some", "embedding")),
     "rslora and patterns": Method({"use_rslora": True, "use_dora": True, "rank_pattern": {"0": 2}}),
@@ -231,6 +235,7 @@ def test_adapters_loaded_later_need_the_kinds_of_side_inputs_given_to_the_export
     [
         (Method({"use_dora": True}), r"DoRA adapter \(use_dora\).*side_inputs=.*dora"),
         (Method({"bias": "lora_only"}), r"a trained bias.*side_inputs=.*bias"),
+        (Method({"lora_bias": True}), r"\(lora_bias\).* have no offset.*export with this adapter"),
         (Method({}, ("some", "embedding")), r"wte is an embedding.*side_inputs=.*embedding"),
     ],
 )
@@ -317,6 +322,25 @@ def test_side_inputs_convert_back_to_an_adapter_with_magnitudes_and_biases(
     assert again.saved.keys() == adapter.saved.keys()
     for name, values in adapter.saved.items():
         np.testing.assert_allclose(again.saved[name], values, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_biases_of_factors_convert_back_to_an_adapter_that_peft_loads(
+    name: str, models: Any, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    model = models(name)
+    place = _adapter(make_adapter, name, model, Method({"lora_bias": True}))
+    manifest = export(model, tmp_path / "b", adapters={"a": place})
+    arrays = read_onnx_adapter(tmp_path / "b" / "adapters" / "a.onnx_adapter")
+    again = adapter_from_side_inputs(arrays, manifest, BundleBase(tmp_path / "b", manifest))
+    assert again.config.lora_bias == (name == "llama"), "only a Llama has no biases to train"
+    save_adapter(again, tmp_path / "again")
+    ids = _ids(2)
+    base, expected, ours = (
+        _expected(name, model, a, ids) for a in (None, place, tmp_path / "again")
+    )
+    assert difference(ours, expected) <= tolerance("torch-onnx-tiny")
+    assert difference(base, expected) > 0.05, "the adapter changes nothing"
 
 
 @pytest.mark.parametrize("damage", ["truncated", "moved outside"])

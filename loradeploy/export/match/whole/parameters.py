@@ -114,6 +114,18 @@ class Layers:
         set_constant(value, cast(values, constant_of(value).dtype, parameter))
         return False
 
+    def add_to_bias(self, module: str, values: NDArray[np.float32]) -> None:
+        """Add `values` [out] to the bias of `module`, or add a bias, at every call.
+
+        Raises:
+            ExportError: the sum does not fit into the graph's dtype.
+        """
+        linear = self.linears.get(module)
+        use = None if linear is None else bias_use(linear.nodes[0], linear.out_features)
+        found = self.parts[module].bias if linear is None else use and value_of(use)
+        own = None if found is None else constant_of(found).reshape(-1)
+        self.replace(f"{module}.bias", values if own is None else own.astype(np.float32) + values)
+
     def values_of(self, parameter: str) -> NDArray[Any]:
         """The unpacked weight `parameter` of the graph, in the layout of the checkpoint."""
         module, _, name = parameter.rpartition(".")
