@@ -9,6 +9,7 @@ import math
 import pytest
 
 from loradeploy.adapter import AdapterConfig, match_targets, scaling
+from loradeploy.adapter.modules.targets import untargeted
 from loradeploy.errors import AdapterError
 
 
@@ -173,6 +174,9 @@ NAMES = [
             },
             [0],
         ),
+        # PEFT checks the layer only of names that match an ending.
+        ({"target_modules": ["q_proj", "lm_head"], "layers_to_transform": [0]}, [0, 4]),
+        ({"target_modules": ["q_proj", NAMES[2]], "layers_to_transform": [0]}, [0, 2]),
         (
             {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["lm_head"]},
             [0, 2, 3],
@@ -185,6 +189,7 @@ def test_target_modules_are_matched_as_peft_does(
     config = AdapterConfig.from_peft(fields)
     found = match_targets(NAMES, config, linear_names=NAMES[:4])
     assert found == [NAMES[i] for i in expected]
+    assert untargeted(found, config) == [], "factors that PEFT uses are refused"
 
     peft = pytest.importorskip("peft")
     if fields["target_modules"] != "all-linear":

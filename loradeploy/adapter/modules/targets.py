@@ -23,8 +23,8 @@ def match_targets(
 
     A list entry matches a full module name or its ending after a dot, a string is a regular
     expression for the full name, and "all-linear" means `linear_names`: every linear layer but the
-    output head. `exclude_modules` and `modules_to_save` are excluded; `layers_to_transform` keeps
-    only the given layers (if the targets are a list, as in PEFT).
+    output head. `exclude_modules` and `modules_to_save` are excluded. `layers_to_transform` keeps,
+    of the names that match the ending of a list entry, only those in the given layers.
     """
     linear = set(linear_names)
     return [name for name in names if _is_target(name, config, linear)]
@@ -48,11 +48,7 @@ def untargeted(names: Iterable[str], config: AdapterConfig) -> list[str]:
             or {*known}
         )
     elif targets and not isinstance(targets, str):
-        matched = {
-            name
-            for name in known
-            if _listed(name, "target_modules", config) and _in_layers(name, config)
-        }
+        matched = {name for name in known if _is_target_of_list(name, config)}
     else:
         matched = {*known}
     return [n for n in known if n not in matched or _listed(n, "exclude_modules", config)]
@@ -103,7 +99,14 @@ def _is_target(name: str, config: AdapterConfig, linear: set[str]) -> bool:
         return name in linear
     if isinstance(targets, str):
         return _listed(name, "target_modules", config)
-    return _listed(name, "target_modules", config) and _in_layers(name, config)
+    return _is_target_of_list(name, config)
+
+
+def _is_target_of_list(name: str, config: AdapterConfig) -> bool:
+    """Whether the list `target_modules` targets `name`: PEFT checks no layer for a full name."""
+    return name in config.listed["target_modules"] or (
+        _listed(name, "target_modules", config) and _in_layers(name, config)
+    )
 
 
 def _listed(name: str, field: str, config: AdapterConfig) -> bool:
