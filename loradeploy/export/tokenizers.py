@@ -8,6 +8,7 @@ there.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -89,7 +90,7 @@ def corrected_tokenizer(source: Path, vocabulary: int) -> FastTokenizer | None:
         return None
     made.no_truncation()
     made.no_padding()
-    text = _first_difference(own, made, vocabulary)
+    text = first_difference(own, made, vocabulary)
     if text is None:
         return None
     logger.warning(
@@ -145,8 +146,13 @@ def _check_same_tokens(source: Path, own: FastTokenizer, found: Any) -> None:
             )
 
 
-def _first_difference(own: FastTokenizer, made: FastTokenizer, vocabulary: int) -> str | None:
-    """A text that the two tokenizers encode or decode differently; None if there is none."""
+def first_difference(
+    own: FastTokenizer, made: FastTokenizer, vocabulary: int, texts: Iterable[str] = ()
+) -> str | None:
+    """A text that the two tokenizers encode or decode differently; None if there is none.
+
+    Tried are `texts`, texts in which rules become visible, and the words below `vocabulary`.
+    """
     words = {
         token.content
         for tokenizer in (own, made)
@@ -154,7 +160,11 @@ def _first_difference(own: FastTokenizer, made: FastTokenizer, vocabulary: int) 
         if index < vocabulary
     }
     known = sorted(word for word in words if (made.token_to_id(word) or 0) < vocabulary)
-    probes = (*_PROBES, *(text for word in known for text in (f"Say {word} now", f"Say {word}now")))
+    probes = (
+        *texts,
+        *_PROBES,
+        *(text for word in known for text in (f"Say {word} now", f"Say {word}now")),
+    )
     for text in probes:
         one, other = own.encode(text), made.encode(text)
         if one.ids != other.ids or own.decode(one.ids) != made.decode(one.ids):

@@ -7,12 +7,12 @@ import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from loradeploy.adapter.files.digest import file_digest
 from loradeploy.adapter.files.peft import copy_adapter, load_adapter, names_targets, save_adapter
 from loradeploy.adapter.files.tensors import write_arrays
-from loradeploy.adapter.tasks import CAUSAL_LM, SEQ2SEQ_LM, SEQUENCE_CLASSIFICATION
+from loradeploy.adapter.tasks import CAUSAL_LM, SEQ2SEQ_LM
 from loradeploy.bundle.adapter_inputs.native import write_side_inputs
 from loradeploy.bundle.audio.features import feature_settings, feature_values
 from loradeploy.bundle.fingerprint import file_fingerprint
@@ -33,14 +33,14 @@ from loradeploy.bundle.names import (
     MANIFEST_NAME,
     NATIVE_SUFFIX,
     PREPROCESSOR_NAME,
-    TOKEN_TYPE_IDS,
 )
 from loradeploy.bundle.text.beside import vocabulary_of
-from loradeploy.bundle.text.settings import read_settings, settings_in_config
+from loradeploy.bundle.text.settings import read_settings
 from loradeploy.bundle.text.tokenizer import Tokenizer
 from loradeploy.bundle.text.tokenizer_files import GENERATION_NAME, SETTINGS_NAME, TOKENIZER_NAME
 from loradeploy.bundle.trained_config import warn_of_trained_config
 from loradeploy.errors import ExportError, ModelError, UsageError
+from loradeploy.export.assets import GENERATING, AssetSources, write_assets
 from loradeploy.export.genai import audio_processor, genai_config, whisper_config
 from loradeploy.export.graph.halves import with_digests, write_halves
 from loradeploy.export.graph.streamed import save_graph
@@ -48,15 +48,11 @@ from loradeploy.export.passes.forms.required import write_required
 from loradeploy.export.passes.side_inputs.base_weights import store_weights
 from loradeploy.export.texts import (
     base_tokenizer,
-    replace_texts,
     warn_of_ignored,
-    without_lost_ids,
-    write_recipe,
     write_texts,
 )
-from loradeploy.export.tokenizers import correct_tokenizer, declare_token_types, make_tokenizer
 from loradeploy.export.trial.bundle import TrialSource, try_bundle
-from loradeploy.files import atomic_directory, copy_file, read_json, write_json
+from loradeploy.files import atomic_directory, read_json, write_json
 from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
@@ -66,21 +62,6 @@ if TYPE_CHECKING:
     from loradeploy.adapter.adapter import Adapter
 
 logger = logger_of(__name__)
-
-_COPIED: Final = (
-    "tokenizer*",
-    GENERATION_NAME,
-    "chat_template*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    PREPROCESSOR_NAME,
-    "processor_config.json",
-)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -234,58 +215,20 @@ def _write_assets(directory: Path, manifest: Manifest, content: Content) -> Mani
 
     Those of a merged adapter replace them.
     """
-    for pattern in _COPIED:
-        for file in sorted(content.assets.glob(pattern)):
-            if file.is_file():
-                _copy_asset(file, directory)
-    for recipe in content.recipes[:1]:  # the config's directory, if it is not the tokenizer's
-        file = recipe / GENERATION_NAME
-        if file.is_file() and not (directory / GENERATION_NAME).exists():
-            _copy_asset(file, directory)
-    generates = manifest.task in (CAUSAL_LM, SEQ2SEQ_LM)
-    settings = settings_in_config(content.config) if generates else {}
-    if settings and not (directory / GENERATION_NAME).exists():
-        write_json(directory / GENERATION_NAME, settings)
-    if not (directory / TOKENIZER_NAME).exists():
-        make_tokenizer(content.assets, directory)
-    elif not (content.assets / MANIFEST_NAME).is_file():  # a bundle's is corrected already
-        correct_tokenizer(content.assets, directory, vocabulary_of(manifest, content.config))
-    config = dict(content.config)
-    for name, source in content.merged.items():
-        warn_of_trained_config(name, source, content.config)
-        config |= replace_texts(name, source, directory, manifest, content.config)
-    if content.vocabulary is not None:
-        config = without_lost_ids(directory, config, content.vocabulary, manifest.task)
-    typed = any(spec.name == TOKEN_TYPE_IDS for spec in manifest.inputs)
-    if typed and manifest.task == SEQUENCE_CLASSIFICATION:
-        declare_token_types(content.assets, directory)
-    recipes = (*content.merged.values(), *content.recipes)
-    if manifest.tower is None:  # a tower computes the vector itself
-        sentence = write_recipe(recipes, directory, manifest.task)
-        manifest = dataclasses.replace(manifest, sentence=sentence)
+    sources = AssetSources(content.assets, content.recipes, content.merged, content.vocabulary)
+    manifest, config = write_assets(directory, manifest, content.config, sources)
     if not content.config:
         return manifest
     write_json(directory / CONFIG_NAME, config)
     if any(spec.name == INPUT_FEATURES for spec in manifest.inputs):
         _write_feature_settings(directory, content)
-    if generates:
+    if manifest.task in GENERATING:
         file = directory / GENERATION_NAME
         generation = read_json(file, error=ModelError) if file.is_file() else {}
         if not content.merged:
             warn_of_ignored(manifest.base.name, read_settings(generation, GENERATION_NAME))
         _write_genai(directory, manifest, config, generation)
     return manifest
-
-
-def _copy_asset(file: Path, directory: Path) -> None:
-    """Copy a file of the base.
-
-    Raises:
-        ModelError: it cannot be read, or has settings that are not JSON.
-    """
-    if file.name == GENERATION_NAME:
-        read_json(file, error=ModelError)  # the message names the user's file, not the copy
-    copy_file(file, directory / file.name, error=ModelError)
 
 
 def _write_genai(

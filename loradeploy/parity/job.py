@@ -16,6 +16,7 @@ from loradeploy.parity.backends.table import REFERENCE_TITLE, Backend
 from loradeploy.parity.bundle_files import BundleFiles
 from loradeploy.parity.checks.check import Progress, adapter_facts, run_backends
 from loradeploy.parity.checks.controls import Controls, run_controls
+from loradeploy.parity.checks.files import differing_files
 from loradeploy.parity.checks.repeat import second_run
 from loradeploy.parity.context import CheckContext
 from loradeploy.parity.diagnose.localize import localizations
@@ -104,7 +105,7 @@ def run(
         inputs=_inputs(context.cases, seed),
         environment=environment(started.providers),
         created=dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
-        results=tuple(found.results),
+        results=(*found.results, *differing_files(context)),
         adapters=adapter_facts(context, found.reference),
         controls=found.controls.made,
         localizations=found.localizations,

@@ -32,6 +32,7 @@ from loradeploy.export.graph.edit import constant_of
 from loradeploy.files import atomic_file
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
     from numpy.typing import NDArray
 
     from loradeploy.bundle.manifest import Manifest
@@ -56,7 +57,17 @@ def write_required(
     """
     import onnx_ir as ir
 
-    model = ir.load(directory / GRAPH_NAME)
+    model, base = required_graph(ir.load(directory / GRAPH_NAME), manifest)
+    with atomic_file(directory / REQUIRED_NAME) as temporary:
+        ir.save(model, temporary)
+    write_arrays(directory / BASE_INPUTS_NAME, base, {})
+    for name, own in adapters.items():
+        arrays = {**base, **own, **branch_choice(manifest)}
+        write_arrays(directory / ADAPTERS_DIRECTORY / f"{name}.safetensors", arrays, {})
+
+
+def required_graph(model: ir.Model, manifest: Manifest) -> tuple[ir.Model, dict[str, NDArray[Any]]]:
+    """Make the graph with required inputs of `model`, which is changed, and the base's values."""
     base: dict[str, NDArray[Any]] = {}
     for value in list(model.graph.inputs):
         if value.name in _LEFT_OUT:
@@ -66,14 +77,7 @@ def write_required(
             base[name] = np.array(constant_of(value))
             model.graph.initializers.pop(name)
             value.const_value = None
-    with atomic_file(directory / REQUIRED_NAME) as temporary:
-        ir.save(model, temporary)
-    if zeros_have_rank_one(manifest.target):
-        base = of_least_rank(base, manifest)
-    write_arrays(directory / BASE_INPUTS_NAME, base, {})
-    for name, own in adapters.items():
-        arrays = {**base, **own, **branch_choice(manifest)}
-        write_arrays(directory / ADAPTERS_DIRECTORY / f"{name}.safetensors", arrays, {})
+    return model, of_least_rank(base, manifest) if zeros_have_rank_one(manifest.target) else base
 
 
 def of_least_rank(

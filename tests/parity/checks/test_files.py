@@ -1,0 +1,205 @@
+"""A bundle whose tokenizer, pooling or labels are not the model's fails, whatever its numbers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import loradeploy as ld
+from loradeploy.adapter.files.tensors import read_arrays, write_arrays
+from loradeploy.bundle.manifest import read_manifest
+from loradeploy.errors import BundleError
+from loradeploy.parity.checks.files import differing_files
+from loradeploy.parity.context import CheckContext, find_adapters
+from loradeploy.parity.inputs.tokens import Cases
+from tests.conftest import MakeAdapter, once
+from tests.inputs import sentence
+
+Change = Callable[[Path], None]
+
+
+def found(bundle: Path, model: Path, adapters: dict[str, Path] | None = None) -> dict[str, str]:
+    """Return the aspects in which files differ, with the messages."""
+    manifest = read_manifest(bundle)
+    context = CheckContext(
+        bundle=bundle,
+        manifest=manifest,
+        model=model,
+        adapters=find_adapters(bundle, manifest, adapters),
+        cases=Cases(((1,),), 0, 0, ""),
+        scratch=bundle,
+    )
+    results = differing_files(context)
+    assert all(result.outcome == "failed" for result in results)
+    return {str(result.aspect): str(result.message) for result in results}
+
+
+def edited(file: str, **values: Any) -> Change:
+    """Set `values` in a JSON file of the bundle, inside the objects that dots in the names name."""
+
+    def change(bundle: Path) -> None:
+        whole = json.loads((bundle / file).read_text(encoding="utf-8"))
+        for name, value in values.items():
+            *path, last = name.split("__")
+            inner = whole
+            for part in path:
+                inner = inner[part]
+            inner[last] = value
+        (bundle / file).write_text(json.dumps(whole), encoding="utf-8")
+
+    return change
+
+
+def exchange_words(bundle: Path) -> None:
+    file = bundle / "tokenizer.json"
+    whole = json.loads(file.read_text(encoding="utf-8"))
+    words = whole["model"]["vocab"]
+    words["S"], words["T"] = words["T"], words["S"]
+    file.write_text(json.dumps(whole), encoding="utf-8")
+
+
+def change_template(bundle: Path) -> None:
+    file = bundle / "chat_template.jinja"
+    file.write_text(file.read_text(encoding="utf-8").replace("assistant", "bot"), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("aspect", "change"),
+    [
+        ("tokenizer", exchange_words),
+        ("tokenizer", edited("tokenizer.json", model__merges=[])),
+        ("tokenizer", edited("tokenizer.json", pre_tokenizer__add_prefix_space=True)),
+        ("tokenizer", edited("tokenizer_config.json", pad_token="<|im_end|>")),
+        ("tokenizer", lambda bundle: (bundle / "tokenizer.json").unlink()),
+        ("chat template", change_template),
+        ("positions", edited("config.json", max_position_embeddings=4096)),
+        ("end tokens", edited("generation_config.json", eos_token_id=5)),
+    ],
+)
+def test_a_decoder_whose_texts_are_read_otherwise_is_found(
+    aspect: str, change: Change, tiny_llama: Path, llama_bundle: Path
+) -> None:
+    assert found(llama_bundle, tiny_llama) == {}
+    change(llama_bundle)
+    assert list(found(llama_bundle, tiny_llama)) == [aspect]
+
+
+def test_the_report_fails_with_the_aspect(tiny_llama: Path, llama_bundle: Path) -> None:
+    options: dict[str, Any] = {
+        "model": tiny_llama, "prompts": ["Hi"], "tokens": 2, "backends": ["onnx-side-inputs"],
+    }  # fmt: skip
+    assert ld.parity(llama_bundle, **options).passed
+    change_template(llama_bundle)
+    report = ld.parity(llama_bundle, **options)
+    assert [result.aspect for result in report.results if result.outcome == "failed"] == [
+        "chat template"
+    ]
+    assert "files of the bundle, chat template: the chat template is not" in report.failures[0]
+
+
+@pytest.fixture(scope="module")
+def embedder(tiny_bert: Path, shared: Path) -> tuple[Path, Path]:
+    """The tiny BERT with sentence-transformers' files, and its bundle."""
+
+    def make(place: Path) -> None:
+        shutil.copytree(tiny_bert, place / "model")
+        sentence.write(
+            place / "model",
+            ("Pooling", "1_Pooling", {"pooling_mode_mean_tokens": True}),
+            ("Normalize", "2_Normalize", None),
+        )
+        ld.export(place / "model", place / "bundle", task="feature-extraction")
+
+    place = once(shared / "embedder-with-pooling", make)
+    return place / "model", place / "bundle"
+
+
+def cut_normalization(bundle: Path) -> None:
+    file = bundle / "modules.json"
+    file.write_text(json.dumps(json.loads(file.read_text())[:2]))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        cut_normalization,
+        edited(
+            "1_Pooling/config.json", pooling_mode_mean_tokens=False, pooling_mode_cls_token=True
+        ),
+        lambda bundle: (bundle / "modules.json").unlink(),
+    ],
+    ids=["no normalization", "another pooling", "no pooling"],
+)
+def test_an_embedder_whose_vectors_are_made_otherwise_is_found(
+    change: Change, embedder: tuple[Path, Path], tmp_path: Path
+) -> None:
+    model, bundle = embedder
+    assert found(bundle, model) == {}
+    copy = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    change(copy)
+    assert list(found(copy, model)) == ["pooling"]
+
+
+def test_labels_are_those_of_the_model_or_of_an_adapter(
+    tiny_bert: Path, tiny_bert_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = Path(shutil.copytree(tiny_bert_bundle, tmp_path / "bundle"))
+    assert found(bundle, tiny_bert) == {}
+    edited("config.json", id2label={"0": "LABEL_1", "1": "LABEL_0"})(bundle)
+    assert "the labels are ('LABEL_1', 'LABEL_0')" in found(bundle, tiny_bert)["labels"]
+    edited("config.json", id2label={"0": "sport", "1": "tech"})(bundle)
+    assert list(found(bundle, tiny_bert)) == ["labels"]
+
+
+def test_a_merged_bundle_has_the_files_of_its_adapter(
+    tiny_llama: Path, tiny_llama_bundle: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    adapter = make_adapter(tiny_llama, out=tmp_path / "own")
+    (adapter / "chat_template.jinja").write_text("{{ messages[0]['content'] }} =>")
+    ld.export(tiny_llama_bundle, tmp_path / "merged", adapters=[adapter], merge=True)
+    assert found(tmp_path / "merged", tiny_llama, {"own": adapter}) == {}
+    other = make_adapter(tiny_llama)
+    assert list(found(tmp_path / "merged", tiny_llama, {"own": other})) == ["chat template"]
+
+
+@pytest.fixture
+def with_required_inputs(llama_in_form: Callable[..., Path]) -> Path:
+    return llama_in_form("required", required_inputs=True)
+
+
+def change_epsilon(bundle: Path) -> None:
+    import onnx
+
+    model = onnx.load(bundle / "required.onnx", load_external_data=False)
+    norm = next(node for node in model.graph.node if node.op_type == "RMSNormalization")
+    (epsilon,) = (each for each in norm.attribute if each.name == "epsilon")
+    epsilon.f = 0.5
+    (bundle / "required.onnx").write_bytes(model.SerializeToString())
+
+
+def change_defaults(bundle: Path) -> None:
+    arrays, _ = read_arrays(bundle / "required.safetensors", error=BundleError)
+    ranks = {name: np.ones((1, values.shape[1], 1), values.dtype) for name, values in arrays.items()
+             if name.endswith("lora_A")}  # fmt: skip
+    write_arrays(bundle / "required.safetensors", {**arrays, **ranks}, {})
+
+
+def change_adapter(bundle: Path) -> None:
+    file = bundle / "adapters" / "one.safetensors"
+    arrays, _ = read_arrays(file, error=BundleError)
+    write_arrays(file, {name: values * 2 for name, values in arrays.items()}, {})
+
+
+@pytest.mark.parametrize("change", [change_epsilon, change_defaults, change_adapter])
+def test_a_second_graph_that_computes_something_else_is_found(
+    change: Change, tiny_llama: Path, with_required_inputs: Path
+) -> None:
+    assert found(with_required_inputs, tiny_llama) == {}
+    change(with_required_inputs)
+    assert list(found(with_required_inputs, tiny_llama)) == ["required inputs"]
