@@ -9,6 +9,8 @@ from loradeploy.names import MODEL_CONFIG_NAME
 INPUT_IDS: Final = "input_ids"  # int64 [batch, sequence]
 ATTENTION_MASK: Final = "attention_mask"  # int64 [batch, past + sequence]
 POSITION_IDS: Final = "position_ids"  # int64 [batch, sequence]
+# int64 [sequence], in graphs of other exporters; a bundle computes it
+CACHE_POSITION: Final = "cache_position"
 TOKEN_TYPE_IDS: Final = "token_type_ids"  # int64 [batch, sequence]
 DECODER_INPUT_IDS: Final = "decoder_input_ids"  # int64 [batch, target]
 # float [batch, channels, height, width], or in patches [batch, rows, columns, merged, values]
@@ -56,6 +58,8 @@ OPERATORS: Final = (
     *(SILU_MUL_OPERATOR, SWIGLU_OPERATOR),
 )
 LOGITS: Final = "logits"
+START_LOGITS: Final = "start_logits"  # float [batch, sequence]: of the first token of an answer
+END_LOGITS: Final = "end_logits"  # float [batch, sequence]: of its last token
 LAST_HIDDEN_STATE: Final = "last_hidden_state"
 POOLER_OUTPUT: Final = "pooler_output"  # float [batch, size]
 TEXT_EMBEDS: Final = "text_embeds"  # float [batch, size]

@@ -15,6 +15,7 @@ import numpy as np
 
 from loradeploy.bundle.manifest import TensorSpec
 from loradeploy.bundle.names import (
+    CACHE_POSITION,
     DECODER_INPUT_IDS,
     ENCODER_ATTENTION_MASK,
     INPUT_FEATURES,
@@ -38,6 +39,7 @@ _PATCHES: Final = 5  # dimensions of images in patches
 UNNAMED: Final = ("", "?")
 # The role of a dimension by input and axis; the first that applies.
 _DIMENSIONS: Final[tuple[tuple[Callable[[str, int, int], bool], str], ...]] = (
+    (lambda name, axis, rank: name == CACHE_POSITION, "sequence"),
     (lambda name, axis, rank: axis == 0 and rank > 0, "batch"),
     (lambda name, axis, rank: is_cross(name) and axis == rank - 2, "source"),
     (lambda name, axis, rank: name == ENCODER_ATTENTION_MASK and axis == 1, "source"),
@@ -104,7 +106,7 @@ class Sample:
             return np.zeros(shape, dtype)
         if "mask" in name:
             return np.ones(shape, dtype)
-        if name == POSITION_IDS:
+        if name in (POSITION_IDS, CACHE_POSITION):
             return np.broadcast_to(np.arange(shape[-1]) + past, shape).astype(dtype)
         if dtype.kind == "f":
             return random.standard_normal(shape).astype(dtype)

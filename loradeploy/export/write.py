@@ -179,7 +179,7 @@ def _write_beside(directory: Path, manifest: Manifest, content: Content) -> Mani
     if content.required:
         write_required(directory, manifest, content.side_inputs)
     pad = padding_token(directory)
-    return try_bundle(directory, manifest, content.source, content.config, pad)
+    return try_bundle(directory, manifest, content.source, content.config, pad, content.side_inputs)
 
 
 def _write_adapter(adapter: Adapter, source: Path | None, directory: Path) -> None:

@@ -1,16 +1,17 @@
-"""Warn of activations that a graph clips to fixed ranges, which were measured on the base.
+"""Activations that a graph clips to fixed ranges, which were measured on the base.
 
     y = Dequantize(Quantize(x, scale, zero))     x is clipped to the range of the scale
 
 Static quantization does this. If an adapter makes activations larger than the base's, they are
-clipped: its effect is smaller than in PyTorch, and only a comparison shows by how much.
+clipped: its effect is smaller than in PyTorch. An export warns of them, and its trial measures by
+how much the effect of each adapter changes (`trial/ranges.py`).
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from loradeploy.export.graph.edit import source_of
+from loradeploy.export.graph.edit import bodies_of, replace_uses, source_of
 from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
@@ -31,6 +32,24 @@ def warn_of_ranges(graph: ir.Graph) -> None:
             " PyTorch (loradeploy parity)",
             count,
         )
+
+
+def remove_ranges(graph: ir.Graph) -> bool:
+    """Use activations unquantized where they are; return whether that changed the graph.
+
+    Those that an operator on integers takes stay quantized.
+    """
+    removed = False
+    for node in list(graph):
+        for body in bodies_of(node):
+            removed |= remove_ranges(body)
+        x = node.inputs[0] if node.inputs and _clips(node) else None
+        for dequantize, _ in list(node.outputs[0].uses()) if x is not None else ():
+            if dequantize.op_type == "DequantizeLinear":
+                assert x is not None
+                replace_uses(dequantize.outputs[0], x)
+                removed = True
+    return removed
 
 
 def _clips(node: ir.Node) -> bool:

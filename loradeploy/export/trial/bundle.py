@@ -8,6 +8,7 @@
     logits_to_keep              the logits of those positions
     logits of a decoder         those of every token, or of the last one only
     inputs_embeds               PyTorch's outputs with the same embeddings
+    activations in fixed ranges the effect of each adapter without them, see `ranges.py`
 
 The limits detect errors, not a loss of precision, which `loradeploy.parity` measures.
 """
@@ -42,6 +43,7 @@ from loradeploy.export.trial.padding import (
     reads_in_parts,
     sees_later_tokens,
 )
+from loradeploy.export.trial.ranges import check_ranges
 from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
@@ -80,12 +82,18 @@ class TrialSource:
 
 
 def try_bundle(
-    directory: Path, manifest: Manifest, source: TrialSource, config: Mapping[str, Any], pad: int
+    directory: Path,
+    manifest: Manifest,
+    source: TrialSource,
+    config: Mapping[str, Any],
+    pad: int,
+    adapters: Mapping[str, Mapping[str, NDArray[Any]]],
 ) -> Manifest:
     """Open the bundle in `directory`, compare it with its `source`, and find its padding side.
 
-    `config`: that of the model. `pad`: the padding token. Returns the manifest with the padding
-    side. A graph without kernels on the CPU is not tried, with a warning.
+    `config`: that of the model. `pad`: the padding token. `adapters`: their side inputs.
+    Returns the manifest with the padding side. A graph without kernels on the CPU is not tried,
+    with a warning.
 
     Raises:
         ExportError: onnxruntime does not open or run the graph, its outputs are wrong, or a graph
@@ -107,6 +115,8 @@ def try_bundle(
         trial.run_uncompared(sample)
     else:
         _check(trial, original, quantized_here=source.quantized_here)
+        if source.graph is not None:
+            check_ranges(trial, directory, sample, adapters, source.graph, source.renamed)
     declared = manifest.traced or own_task(config) == CAUSAL_LM
     if not declared and sees_later_tokens(trial, sample, pad):
         raise ExportError(

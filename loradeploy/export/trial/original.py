@@ -16,13 +16,14 @@ import numpy as np
 
 from loradeploy.bundle.dtypes import NUMPY_NAMES
 from loradeploy.bundle.manifest import TensorSpec
-from loradeploy.bundle.names import PAST
+from loradeploy.bundle.names import ATTENTION_MASK, INPUT_IDS, PAST
 from loradeploy.bundle.sample import Sample
 from loradeploy.errors import ExportError, first_line
 from loradeploy.export.graph.running import NotRunError, Outputs, open_graph, run_graph
 from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
+    import onnxruntime
     import torch
     from numpy.typing import NDArray
 
@@ -219,7 +220,20 @@ def run_source_graph(
     Raises:
         NotRunError: onnxruntime does not open the graph, or does not run it on these feeds.
     """
-    session = open_graph(file)
+    return run_source_session(open_graph(file), feeds, names, renamed)
+
+
+def run_source_session(
+    session: onnxruntime.InferenceSession,
+    feeds: Feeds,
+    names: Sequence[str],
+    renamed: Mapping[str, str],
+) -> Original:
+    """As `run_source_graph`, for a graph that is open.
+
+    Raises:
+        NotRunError: onnxruntime does not run it on these feeds.
+    """
     new = {old: name for name, old in renamed.items()}
     taken = {new.get(node.name, node.name): node for node in session.get_inputs()}
     besides = [node for name, node in taken.items() if name not in feeds]
@@ -227,12 +241,22 @@ def run_source_graph(
         raise NotRunError(f"it has another input {besides[0].name}", lacking=True)
     # Inputs that the bundle's graph no longer has, such as a switch between two branches.
     specs = [TensorSpec(n.name, NUMPY_NAMES[n.type], _named(n.shape)) for n in besides]
-    every = {**feeds, **Sample(specs, {}).feeds()}
+    every = {**feeds, **Sample(specs, {}).feeds(*_sizes(feeds))}
     own = [new.get(node.name, node.name) for node in session.get_outputs()]
     given = {node.name: every[name] for name, node in taken.items()}
     requested = {renamed.get(name, name): name for name in names if name in own}
     outputs = run_graph(session, given, list(requested))
     return Original(feeds, {requested[name]: values for name, values in outputs.items()})
+
+
+def _sizes(feeds: Feeds) -> tuple[int, ...]:
+    """The rows, tokens and cached tokens of `feeds`; () if it has no tokens."""
+    ids = feeds.get(INPUT_IDS)
+    if ids is None:
+        return ()
+    rows, length = ids.shape
+    mask = feeds.get(ATTENTION_MASK)
+    return rows, length, 0 if mask is None else max(0, mask.shape[-1] - length)
 
 
 def _named(shape: Sequence[int | str | None]) -> tuple[int | str, ...]:
