@@ -47,6 +47,7 @@ from loradeploy.export.read.regular import (
 from loradeploy.export.read.static_ranges import warn_of_ranges
 from loradeploy.export.read.subgraphs import take_branches
 from loradeploy.export.read.values.cache import complete_cache
+from loradeploy.export.read.values.cache_position import compute_cache_position
 from loradeploy.export.read.values.probabilities import Probabilities, add_logits
 from loradeploy.export.read.values.value_names import check_mask, rename_values
 from loradeploy.export.tasks import own_task, task_of_graph
@@ -151,6 +152,7 @@ def _of_file(source: Source, file: Path, options: Options) -> Base:
     else:
         graph = load_regular(file)
         renamed = rename_values(graph)
+        compute_cache_position(graph.graph)
         take_branches(graph, file.parent, config)
         name_encoder(graph.graph, config)
         other = other_half(graph.graph, config)

@@ -1,6 +1,7 @@
 """Convert graphs of older opsets to one with the operators that an export adds.
 
-    opset 7 … 12   →   opset 13
+    opset 7 … 12               →   opset 13
+    a part of an older opset   →   that of the others
 
 From 13 on Split, Squeeze and Unsqueeze take sizes and axes as inputs, like the nodes that side
 inputs and merges add. onnx's converter gets the graph without its large weights, which stay on
@@ -28,8 +29,8 @@ _LEAST_IR: Final = 7
 _LARGE_BYTES: Final = 4096
 
 
-def convert_opset(model: ir.Model) -> ir.Model:
-    """Convert `model` to `LEAST_OPSET` if it is older, and raise its IR version if needed.
+def convert_opset(model: ir.Model, target: int = LEAST_OPSET) -> ir.Model:
+    """Convert `model` to the opset `target` if it is older, and raise its IR version if needed.
 
     Raises:
         ExportError: the graph does not declare its opset, or cannot be converted.
@@ -40,14 +41,14 @@ def convert_opset(model: ir.Model) -> ir.Model:
         raise ExportError("the graph does not specify which opset it is of: export it again")
     model.opset_imports.pop("ai.onnx", None)  # another spelling of the default domain
     model.opset_imports[""] = opset
-    if opset < LEAST_OPSET:
-        logger.info("converting the graph from opset %d to %d", opset, LEAST_OPSET)
-        model = _converted(model, opset)
+    if opset < target:
+        logger.info("converting the graph from opset %d to %d", opset, target)
+        model = _converted(model, opset, target)
     model.ir_version = max(model.ir_version or 0, _LEAST_IR)
     return model
 
 
-def _converted(model: ir.Model, opset: int) -> ir.Model:
+def _converted(model: ir.Model, opset: int, target: int) -> ir.Model:
     import onnx_ir as ir
 
     try:
@@ -58,17 +59,17 @@ def _converted(model: ir.Model, opset: int) -> ir.Model:
             " pip install 'loradeploy[export]'"
         ) from None
     if model.functions:
-        raise _refused(opset, "it has functions of its own")
+        raise _refused(opset, target, "it has functions of its own")
     order = [value.name for value in model.graph.inputs]
     weights = _take_out_weights(model.graph)
     try:
-        proto = onnx.version_converter.convert_version(ir.to_proto(model), LEAST_OPSET)
+        proto = onnx.version_converter.convert_version(ir.to_proto(model), target)
         converted = ir.from_proto(proto)
     except Exception as problem:  # the converter's own errors, and protobuf's
-        raise _refused(opset, first_line(problem)) from None
+        raise _refused(opset, target, first_line(problem)) from None
     _put_back_weights(converted.graph, weights)
     if [value.name for value in converted.graph.inputs] != order:
-        raise _refused(opset, "its inputs have changed on the way")
+        raise _refused(opset, target, "its inputs have changed on the way")
     return converted
 
 
@@ -99,8 +100,8 @@ def _put_back_weights(graph: ir.Graph, weights: dict[str, ir.Value]) -> None:
             graph.register_initializer(value)
 
 
-def _refused(opset: int, reason: str) -> ExportError:
+def _refused(opset: int, target: int, reason: str) -> ExportError:
     return ExportError(
-        f"the graph is of opset {opset} and cannot be converted to {LEAST_OPSET}: {reason};"
-        f" export it again with opset {LEAST_OPSET} or later"
+        f"the graph is of opset {opset} and cannot be converted to {target}: {reason};"
+        f" export it again with opset {target} or later"
     )

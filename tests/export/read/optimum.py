@@ -11,7 +11,9 @@ import numpy as np
 IDS: Final = np.array([[5, 6, 7, 8], [9, 10, 11, 12]])
 
 
-def write_part(module: Any, tensors: dict[str, Any], outputs: list[str], file: Path) -> None:
+def write_part(
+    module: Any, tensors: dict[str, Any], outputs: list[str], file: Path, *, opset: int = 18
+) -> None:
     """Export `module`, whose forward takes `tensors` in this order. A cache has a dot in names."""
     import torch
 
@@ -28,12 +30,12 @@ def write_part(module: Any, tensors: dict[str, Any], outputs: list[str], file: P
             input_names=list(tensors),
             output_names=outputs,
             dynamic_axes=axes,
-            opset_version=18,
+            opset_version=opset,
             dynamo=False,
         )
 
 
-def write_encoder(model: Any, file: Path) -> dict[str, Any]:
+def write_encoder(model: Any, file: Path, *, opset: int = 18) -> dict[str, Any]:
     """Export the encoder of `model`; return the feeds of its example."""
     import torch
 
@@ -44,6 +46,6 @@ def write_encoder(model: Any, file: Path) -> dict[str, Any]:
     )[:1]
     ids = torch.from_numpy(IDS)
     feeds = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    write_part(encoder, feeds, ["last_hidden_state"], file)
+    write_part(encoder, feeds, ["last_hidden_state"], file, opset=opset)
     encoder.forward = forward
     return feeds

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from loradeploy.bundle.dtypes import NUMPY_NAMES
 from loradeploy.bundle.names import (
     ATTENTION_MASK,
     DECODER_INPUT_IDS,
@@ -123,11 +124,18 @@ class _Run:
             if node.name.startswith(PAST):
                 present = present_of(node.name)
                 own = not is_cross(node.name)
-                cache[node.name] = begun[present][:, :, :length] if own else whole[present]
+                values = begun[present][:, :, :length] if own else whole[present]
+                cache[node.name] = _as_taken(values, node.type)
         return cache
+
+
+def _as_taken(values: NDArray[Any], kind: str) -> NDArray[Any]:
+    """The values in the type that an input takes: parts may differ in their precision."""
+    dtype = np.dtype(NUMPY_NAMES.get(kind, values.dtype.name))
+    return values.astype(dtype) if values.dtype.kind == dtype.kind == "f" else values
 
 
 def _outputs(session: onnxruntime.InferenceSession, feeds: Mapping[str, NDArray[Any]]) -> Feeds:
     names = [node.name for node in session.get_outputs()]
-    given = {node.name: feeds[node.name] for node in session.get_inputs()}
+    given = {node.name: _as_taken(feeds[node.name], node.type) for node in session.get_inputs()}
     return dict(zip(names, session.run(names, given), strict=True))

@@ -35,6 +35,7 @@ from loradeploy.export.graph.edit import (
 )
 from loradeploy.export.read.files.repository import Parts
 from loradeploy.export.read.half import name_encoder
+from loradeploy.export.read.parts.aligned import align_parts
 from loradeploy.export.read.parts.compared import compare_parts
 from loradeploy.export.read.parts.loaded import ADVICE, LoadedParts, load_parts
 
@@ -64,6 +65,7 @@ def join_parts(parts: Parts, config: Mapping[str, Any]) -> Joined:
     """
     loaded = load_parts(parts)
     made = compare_parts(loaded, parts.encoder.parent, config)
+    loaded = align_parts(loaded)
     name_encoder(loaded.encoder.graph, config)
     _rename_tokens(loaded.further.graph)
     _keep_cross(loaded.first, parts.first.name)

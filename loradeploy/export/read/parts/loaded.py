@@ -23,6 +23,7 @@ from loradeploy.export.graph.edit import keep_outputs
 from loradeploy.export.read.files.repository import Parts
 from loradeploy.export.read.loaded import load_regular
 from loradeploy.export.read.subgraphs import take_branch
+from loradeploy.export.read.values.cache_position import compute_cache_position
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -60,12 +61,13 @@ def load_parts(parts: Parts) -> LoadedParts:
         take_branch(further, _SWITCH, value=True)
         keep_outputs(first, list(first.graph.outputs))
         keep_outputs(further, [v for v in further.graph.outputs if not is_cross(str(v.name))])
+    for decoder in (first, further):
+        compute_cache_position(decoder.graph)
     encoder = load_regular(parts.encoder)
     _check_inputs(encoder.graph, _ENCODERS, parts.encoder)
     _check_inputs(first.graph, _FIRST, parts.first)
     _check_inputs(further.graph, _FURTHER, parts.further)
     _check_outputs(encoder.graph, first.graph, further.graph, parts)
-    _check_opsets(encoder, first, further)
     return LoadedParts(encoder, first, further)
 
 
@@ -102,15 +104,3 @@ def _check_outputs(encoder: ir.Graph, first: ir.Graph, further: ir.Graph, parts:
 
 def _names(values: Collection[ir.Value]) -> set[str]:
     return {str(value.name) for value in values}
-
-
-def _check_opsets(*models: ir.Model) -> None:
-    versions = {tuple(sorted(model.opset_imports.items())) for model in models}
-    domains = {domain for each in versions for domain, _ in each}
-    for domain in domains:
-        found = sorted({version for each in versions for of, version in each if of == domain})
-        if len(found) > 1:
-            raise ExportError(
-                f"the parts of the model have different opsets ({found[0]} and {found[-1]}):"
-                " export them with one"
-            )

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from loradeploy.errors import ExportError, ModelError
@@ -19,9 +21,12 @@ from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.generation import TextGenerator
 from tests.conftest import MakeAdapter
 from tests.export.read.optimum import IDS, write_encoder, write_part
+from tests.export.reference import apart, difference
+from tests.tolerances import tolerance
 
 TARGETS = ["q", "k", "v", "wi", "wo"]
 PROMPTS = ["The first house", "of the second", "one"]
+ENCODER = "encoder_model.onnx"
 FIRST, FURTHER = "decoder_model.onnx", "decoder_with_past_model.onnx"
 MERGED = "decoder_model_merged.onnx"
 
@@ -94,7 +99,7 @@ def parts(tiny_t5: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("parts") / "t5"
     shutil.copytree(tiny_t5, place, ignore=shutil.ignore_patterns("*.safetensors"))
     model = T5ForConditionalGeneration.from_pretrained(tiny_t5, attn_implementation="eager").eval()
-    write_encoder(model, place / "encoder_model.onnx")
+    write_encoder(model, place / ENCODER)
     _write_decoder(model, place / FIRST, cached=False)
     _write_decoder(model, place / FURTHER, cached=True)
     return place
@@ -195,6 +200,77 @@ def test_parts_generate_what_peft_generates(
     assert [answer.text for answer in merged.generate(PROMPTS, max_new_tokens=8)] == adapted
 
 
+def _logits(
+    model: Path, adapter: Path | None, feeds: dict[str, NDArray[np.int64]]
+) -> NDArray[np.float32]:
+    """The logits of transformers and PEFT for tokens of the source and of the target."""
+    import peft
+    import torch
+    from transformers import T5ForConditionalGeneration
+
+    plain = T5ForConditionalGeneration.from_pretrained(model).eval()
+    used = plain if adapter is None else peft.PeftModel.from_pretrained(plain, adapter).eval()
+    with torch.no_grad():
+        made = used(**{name: torch.from_numpy(values) for name, values in feeds.items()})
+    logits: NDArray[np.float32] = made.logits.numpy()
+    return logits
+
+
+def _as_halves(*names: str) -> Callable[[Path], None]:
+    """Convert parts to float16, as onnxruntime's tool does."""
+
+    def convert(source: Path) -> None:
+        from onnxruntime.transformers.float16 import convert_float_to_float16
+
+        for name in names:
+            half = convert_float_to_float16(onnx.load(source / name), disable_shape_infer=True)
+            onnx.save(half, source / name)
+
+    return convert
+
+
+def _as_opset_17(source: Path) -> None:
+    from transformers import T5ForConditionalGeneration
+
+    model = T5ForConditionalGeneration.from_pretrained(source / "weights").eval()
+    write_encoder(model, source / ENCODER, opset=17)
+
+
+@pytest.mark.parametrize(
+    ("change", "precision"),
+    [
+        (_as_opset_17, "fp32"),
+        (_as_halves(ENCODER), "fp16"),
+        (_as_halves(FIRST, FURTHER), "fp16"),
+        (_as_halves(FURTHER), "fp16"),
+    ],
+    ids=["encoder of an older opset", "encoder in fp16", "decoders in fp16", "one in fp16"],
+)
+def test_parts_that_differ_in_opset_or_precision_are_joined(
+    change: Callable[[Path], None],
+    precision: str,
+    parts: Path,
+    tiny_t5: Path,
+    make_adapter: MakeAdapter,
+    tmp_path: Path,
+) -> None:
+    adapter = make_adapter(tiny_t5, target_modules=TARGETS, task="seq2seq-lm", seed=4, scale=0.3)
+    source = _as_parts(parts, tmp_path / "source")
+    (source / "weights").symlink_to(tiny_t5)
+    change(source)
+    manifest = export(source, tmp_path / "bundle", adapters={"mine": adapter})
+    assert (manifest.opset, manifest.precision) == (18, precision)
+    feeds = {"input_ids": IDS, "attention_mask": np.ones_like(IDS), "decoder_input_ids": IDS[:, 1:]}
+    (found,) = AdapterSession(tmp_path / "bundle").run(["logits"], feeds, adapters=["mine", None])
+    of_base, adapted = _logits(tiny_t5, None, feeds), _logits(tiny_t5, adapter, feeds)
+    effect = apart(of_base[0], adapted[0])
+    assert effect > 0.1, "the adapter does nothing"
+    for row, expected in enumerate((adapted[0], of_base[1])):
+        assert apart(found[row], expected) < effect / 10
+        if precision == "fp32":
+            assert difference(found[row], expected) <= tolerance("torch-onnx-tiny")
+
+
 def test_the_table_of_tokens_is_stored_once(parts: Path, tmp_path: Path) -> None:
     export(parts, tmp_path / "bundle", precision="fp32")
     graphs = [ir.load(tmp_path / "bundle" / name) for name in ("encoder.onnx", "model.onnx")]
@@ -254,10 +330,8 @@ def test_parts_with_unknown_inputs_are_refused(parts: Path, tmp_path: Path) -> N
     source = _as_parts(parts, tmp_path / "source")
     model = ir.load(source / FURTHER)
     model.graph.inputs.append(
-        ir.Value(
-            name="cache_position", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["n"])
-        )
+        ir.Value(name="decoder_mask", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["n"]))
     )
     ir.save(model, source / FURTHER)
-    with pytest.raises(ExportError, match=r"other inputs \(cache_position\)"):
+    with pytest.raises(ExportError, match=r"other inputs \(decoder_mask\)"):
         export(source, tmp_path / "bundle")
