@@ -17,6 +17,7 @@ VISION_TOWER: Final = "vision-tower"
 QUESTION_ANSWERING: Final = "question-answering"
 
 CLASSIFIER_HEADS: Final = ("classifier", "score")
+QA_HEADS: Final = ("qa_outputs",)
 LM_HEAD: Final = "lm_head"
 # Names of the output head of language models: Llama and most others, GPT-NeoX, Whisper.
 OUTPUT_HEADS: Final = (LM_HEAD, "embed_out", "proj_out")
@@ -126,9 +127,8 @@ TASK_TABLE: Final[Mapping[str, Task]] = {
             "AutoModelForQuestionAnswering",
             "start_logits",
             "QUESTION_ANS",
-            ("qa_outputs",),
+            QA_HEADS,
             trained_head=True,
-            exported=False,
         ),
     )
 }
@@ -141,6 +141,8 @@ TRAINED_TASKS: Final = tuple(name for name, task in TASK_TABLE.items() if task.t
 EVALUATED_TASKS: Final = tuple(name for name, task in TASK_TABLE.items() if task.evaluated)
 # Tasks whose models end in a classifier head, which adapters replace.
 CLASSIFICATIONS: Final = tuple(n for n in TASKS if TASK_TABLE[n].heads == CLASSIFIER_HEADS)
+# Tasks whose models end in a head of their own, which adapters replace.
+HEADED: Final = (*CLASSIFICATIONS, QUESTION_ANSWERING)
 # Tasks whose inputs are images.
 IMAGES: Final = (IMAGE_CLASSIFICATION, IMAGE_FEATURE_EXTRACTION, VISION_TOWER)
 # Tasks whose models return vectors.

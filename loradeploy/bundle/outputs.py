@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 from loradeploy.adapter.tasks import (
     FEATURES,
     IMAGE_CLASSIFICATION,
+    QUESTION_ANSWERING,
     SEQUENCE_CLASSIFICATION,
     VISION_TOWER,
 )
@@ -17,6 +18,7 @@ from loradeploy.bundle.names import (
     LAST_HIDDEN_STATE,
     LOGITS,
     PRESENT,
+    START_LOGITS,
     TEXT_EMBEDS,
 )
 
@@ -32,6 +34,7 @@ LOGITS_NAMES: Final = (LOGITS, "lm_logits", "prediction_logits")
 _NAMES: Final = {
     **dict.fromkeys(FEATURES, (TEXT_EMBEDS, IMAGE_EMBEDS, *HIDDEN_NAMES)),
     VISION_TOWER: (IMAGE_FEATURES,),
+    QUESTION_ANSWERING: (START_LOGITS,),
 }
 _ONE_PER_ROW: Final = (SEQUENCE_CLASSIFICATION, IMAGE_CLASSIFICATION)
 
@@ -47,6 +50,8 @@ def main_output(task: str, ranks: Mapping[str, int | None]) -> str | None:
     for name in names:
         if name in ranks:
             return name
+    if task == QUESTION_ANSWERING:
+        return None  # nothing but their names tells the two outputs apart
     others = {name: rank for name, rank in ranks.items() if not name.startswith(PRESENT)}
     expected_rank = 2 if task in _ONE_PER_ROW else 3
     fitting = [name for name, rank in others.items() if rank == expected_rank]

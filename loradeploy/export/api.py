@@ -58,8 +58,9 @@ def export(
             fp32), int8 or int4. An ONNX file keeps its own.
         task: one of `loradeploy.adapter.tasks` (causal-lm, sequence-classification,
             token-classification, feature-extraction, seq2seq-lm, image-classification,
-            vision-tower, image-feature-extraction). It is required if neither the adapters nor the
-            model's architecture determine it, and selects the tower of CLIP and SigLIP.
+            vision-tower, image-feature-extraction, question-answering). It is required if neither
+            the adapters nor the model's architecture determine it, and selects the tower of CLIP
+            and SigLIP.
         side_inputs: kinds of side inputs that every layer gets in addition to those that the given
             adapters need, for adapters that are loaded later: dora, bias, embedding, tokens,
             experts (lora is always included).

@@ -11,9 +11,11 @@ from loradeploy.adapter.tasks import (
     CAUSAL_LM,
     CLASSIFICATIONS,
     FEATURE_EXTRACTION,
+    HEADED,
     IMAGE_CLASSIFICATION,
     IMAGE_FEATURE_EXTRACTION,
     PEFT_TASKS,
+    QUESTION_ANSWERING,
     SEQ2SEQ_LM,
     SEQUENCE_CLASSIFICATION,
     TASK_TABLE,
@@ -23,9 +25,11 @@ from loradeploy.adapter.tasks import (
 )
 from loradeploy.bundle.names import (
     DECODER_INPUT_IDS,
+    END_LOGITS,
     IMAGE_EMBEDS,
     PAST,
     PIXEL_VALUES,
+    START_LOGITS,
     TEXT_EMBEDS,
 )
 from loradeploy.bundle.outputs import HIDDEN_NAMES, LOGITS_NAMES, main_output
@@ -50,6 +54,7 @@ _ENDINGS: Final = {
     "LMHeadModel": CAUSAL_LM,
     "ForSequenceClassification": SEQUENCE_CLASSIFICATION,
     "ForTokenClassification": TOKEN_CLASSIFICATION,
+    "ForQuestionAnswering": QUESTION_ANSWERING,
     "ForImageClassification": IMAGE_CLASSIFICATION,
     "ForMaskedLM": FEATURE_EXTRACTION,
     "Model": FEATURE_EXTRACTION,
@@ -196,7 +201,7 @@ def _can_be(task: str, own: str | None, named: str, adapters: Iterable[Adapter])
         return False  # only encoder-decoders have this task
     if own in (None, task):
         return True
-    if task in CLASSIFICATIONS:
+    if task in HEADED:
         # A head is new to the model, and comes with its adapter.
         return any(adapter.saved for adapter in adapters)
     bare = named.endswith("Model") and not named.endswith("LMHeadModel")
@@ -233,10 +238,13 @@ def check_task(task: str) -> str:
 def task_of_graph(inputs: Collection[str], outputs: Mapping[str, int | None]) -> str | None:
     """The task that a graph's inputs, and outputs with their ranks, show; None if they do not.
 
-    A cache shows a causal language model, `logits` [batch, labels] a classifier, and
-    `last_hidden_state` an encoder; other exporters have other names for them.
+    Logits of the start and the end of an answer show question answering, a cache a causal language
+    model, `logits` [batch, labels] a classifier, and `last_hidden_state` an encoder; other
+    exporters have other names for them.
     """
     cached = any(name.startswith(PAST) for name in inputs)
+    if START_LOGITS in outputs and END_LOGITS in outputs:
+        return None if cached else QUESTION_ANSWERING
     logits = next((name for name in LOGITS_NAMES if name in outputs), None)
     if logits is None and cached:
         logits = main_output(CAUSAL_LM, outputs)

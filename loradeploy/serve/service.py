@@ -5,7 +5,13 @@ from __future__ import annotations
 import time
 from typing import Final
 
-from loradeploy.adapter.tasks import CAUSAL_LM, CLASSIFICATIONS, FEATURE_EXTRACTION, TASK_TABLE
+from loradeploy.adapter.tasks import (
+    CAUSAL_LM,
+    CLASSIFICATIONS,
+    FEATURE_EXTRACTION,
+    TASK_TABLE,
+    VISION_TOWER,
+)
 from loradeploy.errors import UsageError
 from loradeploy.runtime.engine.engine import Engine
 from loradeploy.runtime.session import AdapterSession
@@ -45,11 +51,12 @@ class Service:
         host: str = HOST,
         vision: Vision | None = None,
     ) -> None:
-        if session.manifest.task not in _SERVED:
-            runner = TASK_TABLE[session.manifest.task].runner
-            use = f"`loradeploy run` or {runner}" if runner else "ImageTextGenerator"
+        if (task := session.manifest.task) not in _SERVED:
+            runner = TASK_TABLE[task].runner
+            alone = "ImageTextGenerator" if task == VISION_TOWER else "AdapterSession.run"
+            use = f"`loradeploy run` or {runner}" if runner else alone
             raise UsageError(
-                f"a bundle for {session.manifest.task} is not served, only one for"
+                f"a bundle for {task} is not served, only one for"
                 f" {', '.join(_SERVED)}: run it with {use}"
             )
         self.session = session

@@ -25,6 +25,7 @@ def random_adapter(
     from transformers import (
         AutoModel,
         AutoModelForCausalLM,
+        AutoModelForQuestionAnswering,
         AutoModelForSeq2SeqLM,
         AutoModelForSequenceClassification,
         AutoModelForSpeechSeq2Seq,
@@ -42,6 +43,7 @@ def random_adapter(
         kinds = {
             "causal-lm": AutoModelForCausalLM,
             "seq2seq-lm": AutoModelForSeq2SeqLM,
+            "question-answering": AutoModelForQuestionAnswering,
             "speech": AutoModelForSpeechSeq2Seq,
         }
         kind = kinds.get(task, AutoModel)
@@ -51,6 +53,7 @@ def random_adapter(
         "seq2seq-lm": "SEQ_2_SEQ_LM",
         "sequence-classification": "SEQ_CLS",
         "token-classification": "TOKEN_CLS",
+        "question-answering": "QUESTION_ANS",
     }.get(task)
     adapted = peft.get_peft_model(
         base,

@@ -18,7 +18,7 @@ from loradeploy.adapter.algebra.experts import targeted as targeted_parameters
 from loradeploy.adapter.files.digest import short
 from loradeploy.adapter.fitting.settle import same_values
 from loradeploy.adapter.modules.targets import is_saved, match_targets
-from loradeploy.adapter.tasks import CLASSIFIER_HEADS, OUTPUT_HEADS
+from loradeploy.adapter.tasks import CLASSIFIER_HEADS, OUTPUT_HEADS, QA_HEADS
 from loradeploy.errors import AdapterMismatchError, listed, shortened
 from loradeploy.printable import logger_of
 
@@ -270,7 +270,7 @@ def _no_parameter(parameter: str, saved: bool, base: AdaptableBase) -> str:
         return f"{named} is not a parameter of {base.name}"
     if saved:
         module = parameter.rpartition(".")[0].rpartition(".")[2]
-        head = module in (*OUTPUT_HEADS, *CLASSIFIER_HEADS)
+        head = module in (*OUTPUT_HEADS, *CLASSIFIER_HEADS, *QA_HEADS)
         remedy = base.remedy_for_others if head else "merge it instead"
         return f"{named} is not a side input of {base.name}: {remedy}"
     remedy = "export with `side_inputs=['bias']`, or merge it"

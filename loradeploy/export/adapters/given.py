@@ -17,7 +17,7 @@ from loradeploy.adapter.fitting.fit import AdaptableBase, Layer, check_fit, miss
 from loradeploy.adapter.fitting.settle import without_idle
 from loradeploy.adapter.heads import check_declared, label_parameters
 from loradeploy.adapter.modules.targets import is_saved
-from loradeploy.adapter.tasks import CLASSIFICATIONS
+from loradeploy.adapter.tasks import HEADED
 from loradeploy.bundle.fitting.labels import with_all_labels
 from loradeploy.bundle.manifest import BaseIdentity, Manifest, read_manifest
 from loradeploy.bundle.names import MANIFEST_NAME
@@ -217,10 +217,7 @@ def _beside(model: AdaptableBase, adapter: Adapter, task: str) -> AdaptableBase:
         for module, layer in model.layers.items()
         for part in ("weight", "bias")
         if layer.kind == "linear"
-        and (
-            is_saved(f"{module}.{part}", adapter.config)
-            or (task in CLASSIFICATIONS and is_head(module))
-        )
+        and (is_saved(f"{module}.{part}", adapter.config) or (task in HEADED and is_head(module)))
     }
     shapes = model.parameters
     return dataclasses.replace(

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from loradeploy.adapter.tasks import CAUSAL_LM, CLASSIFICATIONS, SEQ2SEQ_LM
+from loradeploy.adapter.tasks import CAUSAL_LM, HEADED, SEQ2SEQ_LM
 from loradeploy.bundle.adapter_inputs.factors import side_inputs_of_fitted
 from loradeploy.bundle.fitting.fit import fit_to
 from loradeploy.bundle.graph_form import default_of
@@ -204,7 +204,7 @@ def _split(
     head = output_head(base.graph, findings)
     targets, heads, left = [], [], []
     for module, linear in findings.linears.items():
-        classifies = base.task in CLASSIFICATIONS and is_head(module)
+        classifies = base.task in HEADED and is_head(module)
         if module not in targeted and (classifies or module in saved):
             heads.append(linear)
             continue

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
-from loradeploy.adapter.tasks import CAUSAL_LM, CLASSIFICATIONS, SEQ2SEQ_LM
+from loradeploy.adapter.tasks import CAUSAL_LM, HEADED, SEQ2SEQ_LM
 from loradeploy.bundle.graph_form import (
     BIAS,
     DORA,
@@ -97,10 +97,7 @@ def with_float_heads(base: Base, findings: Findings, options: Options) -> Findin
     linears = dict(findings.linears)
     for module, linear in linears.items():
         is_side_input = (
-            not options.merge
-            and module not in targeted
-            and base.task in CLASSIFICATIONS
-            and is_head(module)
+            not options.merge and module not in targeted and base.task in HEADED and is_head(module)
         )
         if linear.quantized and (module in replaced or is_side_input):
             linears[module] = with_float_weight(base.graph.graph, linear)

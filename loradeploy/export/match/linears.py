@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from loradeploy.adapter.tasks import CLASSIFIER_HEADS
+from loradeploy.adapter.tasks import CLASSIFIER_HEADS, QA_HEADS
 from loradeploy.bundle.manifest import LoraTarget
 from loradeploy.bundle.names import lora_a_name, lora_b_name
 from loradeploy.bundle.outputs import LOGITS_NAMES
@@ -151,11 +151,11 @@ def output_head(model: ir.Model, findings: Findings) -> str | None:
 
 
 def is_head(module: str) -> bool:
-    """Whether `module` is a classifier's head, or a part of one.
+    """Whether `module` is the head of a classifier or for question answering, or a part of one.
 
     As in PEFT 0.21, names are compared by their ends: DistilBERT's `pre_classifier` counts too.
     """
-    return any(part.endswith(CLASSIFIER_HEADS) for part in module.split("."))
+    return any(part.endswith((*CLASSIFIER_HEADS, *QA_HEADS)) for part in module.split("."))
 
 
 def refuse_side_inputs(model: ir.Model) -> None:

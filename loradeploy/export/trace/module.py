@@ -7,9 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from loradeploy.adapter.tasks import FEATURES, IMAGES, SEQ2SEQ_LM, TASK_TABLE, Task
+from loradeploy.adapter.tasks import (
+    FEATURES,
+    IMAGES,
+    QUESTION_ANSWERING,
+    SEQ2SEQ_LM,
+    TASK_TABLE,
+    Task,
+)
 from loradeploy.bundle.names import (
     ATTENTION_MASK,
+    END_LOGITS,
     INPUT_FEATURES,
     INPUT_IDS,
     INPUTS_EMBEDS,
@@ -72,7 +80,8 @@ def trace(model: torch.nn.Module, task: str) -> ir.Model:
     `logits` [batch, sequence, vocabulary] and the cache. Encoders: `input_ids`, `attention_mask`,
     `token_type_ids` if the model has several types → `logits` [batch, labels], or
     `last_hidden_state` [batch, sequence, hidden] and, with a pooler, `pooler_output` [batch,
-    hidden]. Token classifiers: `logits` [batch, sequence, labels]. Image classifiers:
+    hidden]. Token classifiers: `logits` [batch, sequence, labels]. Question answering:
+    `start_logits` and `end_logits` [batch, sequence]. Image classifiers:
     `pixel_values` → `logits`. Encoders of images: `pixel_values` → `last_hidden_state` and
     `pooler_output`. Towers of two-tower models: the vector only (see `trace/towers.py`). Vision
     towers: `pixel_values` → `image_features` [images, tokens, hidden], with dynamic rows and
@@ -301,6 +310,8 @@ def _outputs(model: Any, kind: Task) -> list[str]:
     """The outputs of the model except the cache, including that of an encoder's pooler."""
     if (tower := getattr(model, "tower_kind", None)) is not None:
         return [tower.output]
+    if kind.name == QUESTION_ANSWERING:
+        return [kind.output, END_LOGITS]
     pools = getattr(model, "pooler", None) is not None or model.config.model_type in _POOLS
     pooled = kind.name in FEATURES and pools
     return [kind.output, POOLER_OUTPUT] if pooled else [kind.output]

@@ -19,6 +19,7 @@ import numpy as np
 from loradeploy.adapter.tasks import (
     CAUSAL_LM,
     FEATURE_EXTRACTION,
+    QUESTION_ANSWERING,
     SEQUENCE_CLASSIFICATION,
     TOKEN_CLASSIFICATION,
 )
@@ -44,7 +45,10 @@ if TYPE_CHECKING:
     from loradeploy.export.graph.running import Outputs
     from loradeploy.export.trial.opened import Trial
 
-_ENCODERS: Final = (SEQUENCE_CLASSIFICATION, FEATURE_EXTRACTION, TOKEN_CLASSIFICATION)
+_ENCODERS: Final = (
+    *(SEQUENCE_CLASSIFICATION, FEATURE_EXTRACTION, TOKEN_CLASSIFICATION),
+    QUESTION_ANSWERING,
+)
 _FED: Final = (INPUT_IDS, ATTENTION_MASK, POSITION_IDS, TOKEN_TYPE_IDS)
 _SHORT, _LONG = 3, 7
 # The largest change of a row by rounding: relative to its size; as a multiple of the change by a
@@ -225,7 +229,8 @@ class _Rows:
         count, length = mask.shape
         rows = [values for values in outputs.values() if values.shape[:1] == (count,)]
         shared = int(mask.sum(axis=1).min())
-        return [v[:, :shared] if v.ndim > 2 and v.shape[1] == length else v for v in rows]
+        least = 2 if self._manifest.task == QUESTION_ANSWERING else 3  # axes
+        return [v[:, :shared] if v.ndim >= least and v.shape[1] == length else v for v in rows]
 
     def _feeds(
         self, ids: NDArray[np.int64], mask: NDArray[np.int64], before: Mapping[str, Any] | None

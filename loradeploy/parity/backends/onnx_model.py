@@ -88,7 +88,7 @@ class OnnxModel:
         besides = {n: values.astype(dtypes[n]) for n, values in (embeds or {}).items()}
         if self._manifest.encoder is not None:
             given = self._halves().whole(self._plain(ids, mask), adapters)
-            return joined([_array(value) for value in given]), None
+            return joined([_array(value) for value in given], self._manifest.task), None
         names, count = [*self._outputs, *self._presents], len(self._outputs)
         if not self._past and self._manifest.task == CAUSAL_LM:
             return self._without_cache(ids, mask, cache, adapters)
@@ -106,7 +106,7 @@ class OnnxModel:
         values = [_array(value) for value in given[:count]]
         if self._manifest.task == CAUSAL_LM:
             check_positions(values[0], ids.shape[1])
-        return joined(values), cache
+        return joined(values, self._manifest.task), cache
 
     def encode(
         self, ids: NDArray[np.int64], mask: NDArray[np.int64], adapters: Sequence[str | None]
@@ -120,7 +120,8 @@ class OnnxModel:
     ) -> NDArray[Any]:
         """See `phases.models.SourceModel`."""
         steps = self._halves().one_by_one(self._plain(ids, mask), adapters)
-        return np.concatenate([joined([_array(v) for v in step]) for step in steps], axis=1)
+        task = self._manifest.task
+        return np.concatenate([joined([_array(v) for v in step], task) for step in steps], axis=1)
 
     def _halves(self) -> Halves:
         return Halves(self._manifest, self._run, self._outputs)
@@ -149,7 +150,7 @@ class OnnxModel:
             for value in self._run(self._outputs, self.feeds(padded, padded_mask, None), adapters)
         ]
         check_positions(given[0], padded.shape[1])
-        values = joined(given)
+        values = joined(given, self._manifest.task)
         new = ids.shape[1]
         result = np.zeros((len(ids), new, *values.shape[2:]), values.dtype)
         for row, seen in enumerate(real):

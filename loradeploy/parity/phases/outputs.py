@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loradeploy.adapter.tasks import CAUSAL_LM, FEATURES, IMAGES, SEQ2SEQ_LM, VISION_TOWER
+from loradeploy.adapter.tasks import (
+    CAUSAL_LM,
+    FEATURES,
+    IMAGES,
+    QUESTION_ANSWERING,
+    SEQ2SEQ_LM,
+    VISION_TOWER,
+)
 from loradeploy.bundle.names import PRESENT
 from loradeploy.bundle.outputs import output_of
 from loradeploy.errors import UsageError
@@ -20,7 +27,7 @@ if TYPE_CHECKING:
 
 def has_logits(task: str) -> bool:
     """Whether the first output of the task holds logits of tokens or labels."""
-    return task not in (*FEATURES, VISION_TOWER)
+    return task not in (*FEATURES, VISION_TOWER, QUESTION_ANSWERING)
 
 
 def output_names(manifest: Manifest) -> tuple[str, ...]:
@@ -36,9 +43,14 @@ def output_names(manifest: Manifest) -> tuple[str, ...]:
     return (first, *(name for name in named if name not in left_out))
 
 
-def joined(values: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    """Return the outputs as one array; an output per row becomes one more position at its end."""
+def joined(values: Sequence[NDArray[Any]], task: str) -> NDArray[Any]:
+    """Return the outputs as one array; an output per row becomes one more position at its end.
+
+    The two numbers that question answering gives for each position are put side by side.
+    """
     first, *rest = values
+    if task == QUESTION_ANSWERING:
+        return np.stack(values, axis=-1)
     if not rest:
         return first
     return np.concatenate([first, *(value[:, np.newaxis] for value in rest)], axis=1)

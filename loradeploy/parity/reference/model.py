@@ -114,7 +114,7 @@ class TorchModel:
         hidden = hidden_logit(np.float32)
         for row, adapter in enumerate(adapters if self._tokens else ()):
             values[0][row, ..., self._tokens[adapter] :] = hidden
-        return joined(values), getattr(result, "past_key_values", None)
+        return joined(values, self._task), getattr(result, "past_key_values", None)
 
     def encode(
         self, ids: NDArray[np.int64], mask: NDArray[np.int64], adapters: Sequence[str | None]
