@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -25,7 +25,7 @@ from loradeploy.adapter.modules.targets import (
     saved_by,
     untargeted,
 )
-from loradeploy.adapter.tasks import task_of_peft
+from loradeploy.adapter.tasks import CLASSIFIER_HEADS, task_of_peft
 from loradeploy.errors import AdapterError, listed, listed_names, shown
 from loradeploy.printable import logger_of
 
@@ -176,14 +176,13 @@ def _targeted(
 
 
 def _slots(
-    others: Iterable[tuple[str, Key, NDArray[Any]]],
+    others: Sequence[tuple[str, Key, NDArray[Any]]],
     parts: Container[str],
     config: AdapterConfig,
     problems: list[str],
 ) -> tuple[dict[tuple[str, str], NDArray[Any]], set[str]]:
     """Tensors other than factors by role and name; fully trained modules missing in `config`."""
-    task = task_of_peft(config.task_type)
-    heads = task.heads if task is not None and task.trained_head else ()
+    heads = _heads(others, parts, config)
     saving = dataclasses.replace(config, modules_to_save=(*config.modules_to_save, *heads))
     tied = bool(config.extra.get(TYING)) and bool(config.modules_to_save)
     named = set()
@@ -211,6 +210,22 @@ def _slots(
         if not np.array_equal(slots.setdefault((slot, name), values), values):
             problems.append(_differs(key, name))
     return slots, named
+
+
+def _heads(
+    others: Iterable[tuple[str, Key, NDArray[Any]]], parts: Container[str], config: AdapterConfig
+) -> tuple[str, ...]:
+    """The output heads that count as fully trained, even if modules_to_save does not name them.
+
+    They are those of the task. For other tasks, PEFT copies a classifier head of the file into the
+    model, as it does with the weights of the base. No module shares a classifier head, so that this
+    is the same as a head of modules_to_save.
+    """
+    task = task_of_peft(config.task_type)
+    if task is not None and task.trained_head:
+        return task.heads
+    present = {what.name.partition(".")[0] for _, what, _ in others if what.part == "parameter"}
+    return tuple(head for head in CLASSIFIER_HEADS if head in present and head not in parts)
 
 
 def _differs(key: str, name: str) -> str:
