@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from loradeploy.errors import DataError, first_line, listed_names
+from loradeploy.errors import DataError, first_line, listed_names, shown
 from loradeploy.files import (
     MAX_TEXT_BYTES,
     check_directory,
@@ -33,6 +33,10 @@ from loradeploy.paths import expanded
 # The location of a row, for messages, and its columns.
 Row = tuple[str, dict[str, Any]]
 
+# Otherwise such a file would be an error of its first line, "not JSON".
+_NOT_READ: Final = frozenset(
+    (".tsv", ".xls", ".xlsx", ".arrow", ".feather", ".gz", ".bz2", ".xz", ".zst", ".zip")
+)
 _FIELD_BYTES: Final = 1 << 24
 _SAVED_DATASET: Final = ("dataset_info.json", "dataset_dict.json")
 
@@ -83,7 +87,13 @@ def _read(source: Source, needed: Sequence[str]) -> Iterator[Row]:
     if is_dataset(source):
         return _dataset_rows(source, needed)
     if path.is_dir():
-        raise DataError(f"{path} is a directory: give a JSONL file, or a saved dataset")
+        raise DataError(
+            f"{path} is a directory: give a JSONL, CSV or Parquet file, or a saved dataset"
+        )
+    if path.suffix.lower() in _NOT_READ:
+        raise DataError(
+            f"{path}: {path.suffix} files are not read: give JSONL, CSV with commas, or Parquet"
+        )
     readers = {".csv": _csv_rows, ".parquet": _parquet_rows}
     reader = readers.get(path.suffix.lower())
     return _json_lines(path) if reader is None else reader(source, needed)
@@ -122,7 +132,10 @@ def _json_lines(path: Path) -> Iterator[Row]:
             where, line, error=DataError, finite=False, expected="each line is an object"
         )
         if not isinstance(value, dict):
-            raise DataError(f"{where}: a JSON {type(value).__name__}, expected an object")
+            raise DataError(
+                f"{where}: a JSON {type(value).__name__}, expected an object: write each example"
+                " as an object on its own line"
+            )
         yield where, value
 
 
@@ -131,6 +144,10 @@ def _csv_rows(source: Source, needed: Sequence[str]) -> Iterator[Row]:
     reader = csv.DictReader(io.StringIO(_text_of(source.path), newline=""), strict=True)
     try:
         header = list(reader.fieldnames or ())
+        if len(header) == 1 and (";" in header[0] or "\t" in header[0]):
+            raise DataError(
+                f"{source}: the header {shown(header[0])} is one column: separate columns by commas"
+            )
         _check_header(source, header, needed)
         for row in reader:
             where = f"{source}, line {reader.line_num}"

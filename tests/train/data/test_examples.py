@@ -102,6 +102,10 @@ def test_every_row_must_have_the_same_number_of_regression_values(tmp_path: Path
         ("a.csv", "text,label\nx,\n", "line 2: label is ''"),
         ("a.csv", "text,label\nx,y\none, two,y\n", "line 3: not the 2 fields .* in quotes"),
         ("a.csv", "text,label\nx\n", "line 2: not the 2 fields"),
+        ("a.csv", "text;label\nx;y\n", "header 'text;label' is one column: separate .* by commas"),
+        ("a.tsv", "text\tlabel\nx\ty\n", "a.tsv: .tsv files are not read: give JSONL, CSV"),
+        ("a.jsonl.gz", "x", ".gz files are not read"),
+        ("a.json", '[{"text": "x", "label": "y"}]', "line 1: a JSON list, .* on its own line"),
         ("a.csv", "", "has no examples"),
         ("a.csv", "text,label\n", "has no examples"),
         ("a.jsonl", '{"text": "x", "label": null}\n', "line 1: label is None"),
@@ -134,7 +138,7 @@ def test_a_directory_without_classes_is_reported(
 
 
 def test_a_language_model_learns_from_a_file(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="is a directory: give a JSONL file"):
+    with pytest.raises(DataError, match="is a directory: give a JSONL, CSV or Parquet file"):
         read_conversations(Source(tmp_path))
 
 
