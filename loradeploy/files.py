@@ -34,6 +34,7 @@ __all__ = [
     "MAX_JSON_BYTES",
     "MAX_TEXT_BYTES",
     "MAX_WEIGHTS_BYTES",
+    "UNREAD_FILES",
     "atomic_directory",
     "atomic_file",
     "check_directory",
@@ -57,6 +58,11 @@ __all__ = [
 
 MAX_JSON_BYTES: Final = 16 << 20
 _JSON_LINES: Final = (".jsonl", ".ndjson", ".json")
+# Files that are neither lines of text nor JSONL, by the endings of their names: tables and archives
+# that nothing here reads.
+UNREAD_FILES: Final = frozenset(
+    (".tsv", ".xls", ".xlsx", ".arrow", ".feather", ".gz", ".bz2", ".xz", ".zst", ".zip")
+)
 MAX_TEXT_BYTES: Final = 1 << 30  # prompts and data, which are read into memory
 MAX_GRAPH_BYTES: Final = 2 << 30  # the limit of protobuf and flatbuffers
 MAX_WEIGHTS_BYTES: Final = 1 << 40  # for files that are mapped, or read after other checks

@@ -60,9 +60,9 @@ if TYPE_CHECKING:
     "--input",
     "file",
     type=GivenPath(),
-    help="Read prompts from this file: one per line, or JSONL objects with prompt, messages, text"
-    " (and text_pair) or audio, optionally with images, adapter and settings such as temperature or"
-    " stop. - is standard input, which is JSONL if it begins with an object.",
+    help="Read prompts from this file, or from standard input (-): one per line, or JSONL objects"
+    " with prompt, messages, text (and text_pair) or audio, optionally with images, adapter and"
+    " settings such as temperature or stop. It is JSONL if it begins with an object.",
 )
 @click.option(
     "--vision",

@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.errors import DataError, shown
 from loradeploy.files import (
     MAX_TEXT_BYTES,
+    UNREAD_FILES,
     is_json_lines,
     json_line,
     numbered_lines,
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 # The prompt is the first of these fields that an object has.
 _FIELDS: Final = ("prompt", "messages", "text")
+# Files whose lines are not prompts; those of training data among them.
+_TABLES: Final = UNREAD_FILES | {".csv", ".parquet"}
 # Fields by which other programs choose an adapter: adapters, adapter_name, lora, lora_request.
 _CHOICE: Final = re.compile(r"adapter|(?:^|_)lora", re.IGNORECASE)
 # Fields that datasets for vision-language models use for images and videos.
@@ -64,14 +68,22 @@ class InputPrompt:
 def read_requests(
     file: str | os.PathLike[str], adapter: AdapterSpec | None = None
 ) -> list[InputPrompt]:
-    """Read the prompts in a file, which is JSONL or plain text by its ending; see `parse_requests`.
+    """Read the prompts in a file, which is plain text or JSONL; see `parse_requests`.
+
+    It is JSONL by its ending, or if it begins with an object.
 
     Raises:
-        DataError: the file is missing, empty or not UTF-8, or a line of JSONL cannot be used.
+        DataError: the file is missing, empty or not UTF-8, a table (by its ending), or a line of
+            JSONL cannot be used.
     """
+    if (ending := Path(file).suffix).lower() in _TABLES:
+        raise DataError(
+            f"{os.fspath(file)}: {ending} files are not read as prompts: give JSONL, or a text file"
+            " with a prompt in each line"
+        )
     # Programs on Windows write a byte order mark, which is not part of the first line.
     content = read_text(file, error=DataError, limit=MAX_TEXT_BYTES, encoding="utf-8-sig")
-    as_json = is_json_lines(file)
+    as_json = is_json_lines(file) or looks_like_json_lines(content)
     return parse_requests(content, os.fspath(file), adapter, as_json=as_json)
 
 
@@ -141,7 +153,7 @@ def request_of(
 
 
 def looks_like_json_lines(content: str) -> bool:
-    r"""Whether `content`, whose source has no name, is JSONL: it begins with an object, `{"`.
+    r"""Whether `content` is JSONL whatever its name: it begins with an object, `{"`.
 
     Otherwise its lines would be answered as texts, with their braces and names.
     """

@@ -285,6 +285,27 @@ def test_a_byte_order_mark_is_not_part_of_a_prompt(
     assert json.loads(result.stdout)["prompt"] == "The bank"
 
 
+def test_a_file_that_begins_with_an_object_is_json_lines_whatever_its_ending(
+    tiny_llama_bundle: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text('{"prompt": "One", "max_new_tokens": 2}\n{"prompt": "Two"}\n')
+    printed = run(tiny_llama_bundle, "--input", file, "--json", "--max-new-tokens", 3).stdout
+    answers = [json.loads(line) for line in printed.splitlines()]
+    assert [answer["prompt"] for answer in answers] == ["One", "Two"]
+    assert [answer["completion_tokens"] for answer in answers] == [2, 3]
+
+
+@pytest.mark.parametrize("name", ["data.csv", "data.TSV", "data.parquet", "data.jsonl.gz"])
+def test_a_table_is_not_read_as_a_prompt_in_each_line(
+    tiny_llama_bundle: Path, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / name).write_text('prompt,completion\n"One,\nor two","Three"\n')
+    result = run(tiny_llama_bundle, "--input", tmp_path / name)
+    assert isinstance(result.exception, DataError) and result.stdout == ""
+    assert "files are not read as prompts: give JSONL" in str(result.exception)
+
+
 def test_several_results_of_one_prompt_are_json_lines(tiny_llama_bundle: Path) -> None:
     options = ("--n", 3, "--temperature", 1, "--max-new-tokens", 2, "--json")
     printed = run(tiny_llama_bundle, "One", *options).stdout.splitlines()

@@ -21,6 +21,7 @@ from typing import Any, Final
 from loradeploy.errors import DataError, first_line, listed_names, shown
 from loradeploy.files import (
     MAX_TEXT_BYTES,
+    UNREAD_FILES,
     check_directory,
     check_file,
     json_line,
@@ -33,10 +34,6 @@ from loradeploy.paths import expanded
 # The location of a row, for messages, and its columns.
 Row = tuple[str, dict[str, Any]]
 
-# Otherwise such a file would be an error of its first line, "not JSON".
-_NOT_READ: Final = frozenset(
-    (".tsv", ".xls", ".xlsx", ".arrow", ".feather", ".gz", ".bz2", ".xz", ".zst", ".zip")
-)
 _FIELD_BYTES: Final = 1 << 24
 _SAVED_DATASET: Final = ("dataset_info.json", "dataset_dict.json")
 
@@ -90,7 +87,7 @@ def _read(source: Source, needed: Sequence[str]) -> Iterator[Row]:
         raise DataError(
             f"{path} is a directory: give a JSONL, CSV or Parquet file, or a saved dataset"
         )
-    if path.suffix.lower() in _NOT_READ:
+    if path.suffix.lower() in UNREAD_FILES:
         raise DataError(
             f"{path}: {path.suffix} files are not read: give JSONL, CSV with commas, or Parquet"
         )
