@@ -1,8 +1,9 @@
 """Stack side inputs in the order of a batch's rows, for graphs with a slot for each row.
 
 When the rows of a batch change, a stack whose last lease has ended is reused, and only the changed
-slots are written. While a lease lasts, its stack does not change, and other leases of the same rows
-share it. On a device other than the host, a stack is made again for any other rows, also for fewer.
+slots are written. While a lease lasts, its stack does not change, and other leases share it whose
+rows are side by side in it: when the first or the last texts of a batch end, nothing is written. On
+a device other than the host, a stack is made again for any other rows, also for fewer.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 # Number of unused stacks that are kept: of the last batch, and of prompts read beside it.
 _IDLE: Final = 2
+# Number of a stack's views that are kept; a batch that shrinks to one row has one for each size.
+_VIEWS: Final = 16
 # An unused stack is not reused if it has more than this many times the required memory.
 _LARGER: Final = 2
 
@@ -32,7 +35,7 @@ class RowStack:
     `arrays`: the tensors on the host; empty if the bound values are copies on the device. `ranks`:
     the rank of each target module. `rows`: the digest in each slot, None for the base. `capacity`:
     the number of slots. `nbytes`: the size of the tensors. `readers`: the number of leases that
-    read it. `views`: what runs bind, by number of rows.
+    read it. `views`: what runs bind, by first slot and number of rows.
     """
 
     arrays: Mapping[str, NDArray[Any]]
@@ -41,7 +44,7 @@ class RowStack:
     capacity: int
     nbytes: int
     readers: int = 0
-    views: dict[int, Bindable] = field(default_factory=dict)  # by the number of rows
+    views: dict[tuple[int, int], Bindable] = field(default_factory=dict)
 
 
 class RowStacks:
@@ -72,36 +75,45 @@ class RowStacks:
     def take(
         self, rows: Sequence[Resident | None], instead: RowStack | None = None
     ) -> tuple[RowStack, Bindable]:
-        """Return a stack whose first slots are `rows`, and what to bind; release it with `leave`.
+        """Return a stack that has `rows` side by side, and what to bind; release it with `leave`.
 
         `instead`: the stack of a lease that has not ended, but is not read any more.
         """
         key = [None if resident is None else resident.digest for resident in rows]
-        stack = next((own for own in self._stacks if self._holds(own, key)), None)
+        found = ((own, first) for own in self._stacks if (first := self._place(own, key)) >= 0)
+        stack, first = next(found, (None, 0))
         if stack is None:
             stack = self._changed(rows, key, instead) or self._new(rows, key)
-        if len(rows) not in stack.views:
-            views = {name: values[: len(rows)] for name, values in stack.arrays.items()}
-            stack.views[len(rows)] = self._bind(views)
+        view = stack.views.pop((first, len(rows)), None)
+        if view is None:
+            end = first + len(rows)
+            view = self._bind({name: values[first:end] for name, values in stack.arrays.items()})
             if not self._on_host:  # what is bound is a copy
                 stack.arrays = {}
+        stack.views[first, len(rows)] = view  # in the order of their last use
+        if len(stack.views) > _VIEWS:
+            stack.views.pop(next(iter(stack.views)))
         if stack in self._stacks:
             self._stacks.remove(stack)
         self._stacks.append(stack)
         stack.readers += 1
-        return stack, stack.views[len(rows)]
+        return stack, view
 
     def leave(self, stack: RowStack) -> None:
         """Release `stack` for a lease that has ended."""
         stack.readers -= 1
         self._trim(0)
 
-    def _holds(self, stack: RowStack, key: list[str | None]) -> bool:
-        """Whether the rows `key` can be read from `stack` without changes.
+    def _place(self, stack: RowStack, key: list[str | None]) -> int:
+        """The first slot from which the rows `key` can be read without changes, or -1.
 
-        On the host, its first rows are a view; on a device they would be another copy.
+        On the host, some of its rows are a view; on a device they would be another copy.
         """
-        return (stack.rows[: len(key)] if self._on_host else stack.rows) == key
+        if not self._on_host:
+            return 0 if stack.rows == key else -1
+        last = len(stack.rows) - len(key)
+        places = (at for at in range(last + 1) if stack.rows[at : at + len(key)] == key)
+        return next(places, -1)
 
     def _changed(
         self, rows: Sequence[Resident | None], key: list[str | None], instead: RowStack | None

@@ -70,6 +70,35 @@ def test_only_the_changed_row_of_a_batch_is_written(
         assert slots is None or written == slots, change
 
 
+def test_rows_that_are_side_by_side_in_a_stack_are_not_written_again(
+    session: AdapterSession, written: list[int]
+) -> None:
+    rows: list[str | None] = ["large", "small", None, "partial"]
+    expected = alone(session, rows)
+    with session.hold(rows) as held:
+        held.run(["logits"], feeds(session.manifest, IDS))
+        written.clear()
+        for kept in ([1, 2, 3], [0, 1, 2], [2, 3], [1, 2], [0, 1], [1, 2, 3]):
+            held.take_rows(kept)
+            found = held.run(["logits"], feeds(session.manifest, IDS[kept]))[0]
+            assert worst(found, [expected[row] for row in kept]) <= tolerance("rows"), kept
+            wrong = worst(found, [expected[row - 1] for row in kept])
+            assert wrong > 0.05, "other rows of the stack would show"
+        assert not written
+        held.take_rows([0, 2])
+        assert written == [0, 1], "of another stack, because these are not side by side"
+
+
+def test_views_of_a_stack_are_limited(session: AdapterSession) -> None:
+    rows: list[str | None] = ["large", "small", None, "partial"] * 3
+    with session.hold(rows) as held:
+        for first in range(10):
+            for last in range(first + 1, 12):
+                held.take_rows(range(first, last + 1))
+        stacks = session._bank._leases._rows._stacks
+        assert 0 < max(len(stack.views) for stack in stacks) <= 16
+
+
 def test_rows_in_use_are_not_changed_while_others_run(session: AdapterSession) -> None:
     rows: list[str | None] = ["large", "small", None, "partial"]
     other: list[str | None] = ["small", "large", "large", None]
@@ -145,7 +174,9 @@ def test_every_copy_on_a_device_is_counted_and_none_stays_on_the_host(
     assert last is not None
     again, _ = stacks.take(rows[:3])
     assert again is last, "the same rows are bound once"
-    for name, values in last.views[3].values.items():
-        single = {name: np.empty_like(values[:1]) for name, values in last.views[3].values.items()}
+    for name, values in last.views[0, 3].values.items():
+        single = {
+            name: np.empty_like(values[:1]) for name, values in last.views[0, 3].values.items()
+        }
         filler.write(single, 0, rows[0])
         np.testing.assert_array_equal(values[:1], single[name])
