@@ -199,11 +199,19 @@ def _attention_of_target(base: Base, target: str | None) -> str | None:
 
 
 def _observe(source: Source, base: Base, findings: Findings, options: Options) -> None:
-    """Run a graph of another exporter to see what its values are; a traced graph is known."""
-    if source.graph is not None:
-        settings = settings_beside(source.directory, options.evidence.checkpoint)
-        values = _observed_values(base.graph, findings)
-        observe(base.graph, values, source.graph.parent, settings)
+    """Run a graph of another exporter to see what its values are; a traced graph is known.
+
+    That of a bundle is too, if its shapes are in the file as they were traced.
+    """
+    if source.graph is None:
+        return
+    values = list(_observed_values(base.graph, findings))
+    before = base.before
+    traced = before is not None and before.traced and not form_of(before).static_shapes
+    if traced and all(value.shape is not None and value.dtype is not None for value in values):
+        return
+    settings = settings_beside(source.directory, options.evidence.checkpoint)
+    observe(base.graph, values, source.graph.parent, settings)
 
 
 def _observed_values(model: ir.Model, findings: Findings) -> Iterator[ir.Value]:

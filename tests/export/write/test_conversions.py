@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from loradeploy.bundle.graph_form import GraphForm, form_of
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.export.api import export
+from loradeploy.export.building import content
 from loradeploy.runtime.session import AdapterSession
 from tests.conftest import MakeAdapter, once
 from tests.export.reference import apart, difference
@@ -151,3 +152,19 @@ def test_a_merge_of_a_packed_bundle_has_the_graph_of_a_merge_of_the_checkpoint(
         base.load("one")
         outputs, limit = logits(merged, ids), tolerance(f"export-{precision}")
         assert apart(outputs, logits(base, ids, "one")) <= limit < apart(outputs, logits(base, ids))
+
+
+@pytest.mark.parametrize(("form", "runs"), [({}, 0), ({"fixed": {"batch": 2}}, 1)], ids=str)
+def test_the_graph_of_a_traced_bundle_is_not_run_to_find_its_rows(
+    form: Form,
+    runs: int,
+    tiny_llama: Path,
+    adapters: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    export(tiny_llama, tmp_path / "source", adapters=adapters, **form)
+    observed: list[ir.Model] = []
+    monkeypatch.setattr(content, "observe", lambda model, *_: observed.append(model))
+    export(tmp_path / "source", tmp_path / "again", adapters=["one"], precision="int8")
+    assert len(observed) == runs, "a static size of a row may be that of the batch by chance"
