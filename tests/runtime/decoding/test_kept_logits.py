@@ -127,6 +127,16 @@ def test_a_packed_head_with_adapters_selects_positions_in_every_branch(
     assert np.abs(run(session, [[2]], "head") - run(session, [[2]])).max() > 0.1
 
 
+@pytest.mark.parametrize("adapter", [None, "head"])
+def test_one_position_can_be_selected_twice(made: Path, adapter: str | None) -> None:
+    """More positions than tokens: values of equal declared sizes share memory in onnxruntime."""
+    session = AdapterSession(made)
+    one = feeds(session.manifest, IDS[:, :1])
+    (whole,) = session.run(["logits"], one, adapter)
+    (found,) = session.run(["logits"], {**one, LOGITS_TO_KEEP: np.array([[0, -1]])}, adapter)
+    np.testing.assert_allclose(found, np.repeat(whole, 2, axis=1), atol=tolerance("rows"))
+
+
 def test_clients_without_the_input_get_the_logits_of_all_positions(made: Path) -> None:
     own = feeds(read_manifest(made), IDS)
     expected = run(AdapterSession(made))

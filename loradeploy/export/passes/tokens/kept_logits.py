@@ -92,10 +92,10 @@ def add_logits_to_keep(graph: ir.Graph, manifest: Manifest) -> None:
     chosen = values.add("GatherND", "chosen", [hidden, listed], batch_dims=1)
     rest = values.add("Slice", "rest", [hidden, begin, end, one])
     result = values.add("Concat", "kept", [chosen, rest], axis=1)  # [batch, kept, size]
-    result.shape = _with_dimension(hidden.shape)
     for node, index in uses:
         node.replace_input_with(index, result)
-    logits.shape = _with_dimension(logits.shape)
+    result.shape = hidden.shape
+    _set_dimension(result, KEPT)
 
 
 def remove_logits_to_keep(graph: ir.Graph, manifest: Manifest) -> None:
@@ -104,7 +104,6 @@ def remove_logits_to_keep(graph: ir.Graph, manifest: Manifest) -> None:
     Raises:
         ExportError: the graph does not have the input.
     """
-    import onnx_ir as ir
 
     node = next((node for node in graph if node.name == _NODE), None)
     chosen = None if node is None or node.inputs[0] is None else node.inputs[0].producer()
@@ -113,11 +112,10 @@ def remove_logits_to_keep(graph: ir.Graph, manifest: Manifest) -> None:
         raise ExportError(
             f"the graph lacks the input {LOGITS_TO_KEEP} that its manifest lists: it was changed"
         )
-    node.outputs[0].replace_all_uses_with(hidden)
     ids = _ids(graph)
-    for logits in graph.outputs:
-        if logits.name == output_of(manifest) and logits.shape and ids is not None and ids.shape:
-            logits.shape = ir.Shape([logits.shape[0], ids.shape[1], *list(logits.shape)[2:]])
+    if ids is not None and ids.shape is not None:
+        _set_dimension(node.outputs[0], ids.shape[1])
+    node.outputs[0].replace_all_uses_with(hidden)
     graph.inputs.remove(graph.initializers[LOGITS_TO_KEEP])
     remove_unused(graph)
 
@@ -216,7 +214,13 @@ def _ids(graph: ir.Graph) -> ir.Value | None:
     return next((value for value in graph.inputs if value.name == INPUT_IDS), None)
 
 
-def _with_dimension(shape: ir.Shape | None) -> ir.Shape | None:
+def _set_dimension(kept: ir.Value, size: int | ir.SymbolicDim | str) -> None:
+    """Declare the number of positions of `kept` and of all values that are computed from it.
+
+    onnxruntime lets values of equal declared shapes share memory: it fails if they are not equal.
+    """
     import onnx_ir as ir
 
-    return None if shape is None else ir.Shape([shape[0], KEPT, *list(shape)[2:]])
+    for value in (kept, *(output for node in _after(kept) for output in node.outputs)):
+        if value.shape is not None and len(value.shape) == 3:
+            value.shape = ir.Shape([value.shape[0], size, value.shape[2]])
