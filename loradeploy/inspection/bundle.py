@@ -13,6 +13,7 @@ from loradeploy.inspection.facts import IF_KNOWN, INLINE, KEY, TensorFacts, spec
 
 if TYPE_CHECKING:
     from loradeploy.bundle.manifest import AdapterEntry, Manifest
+    from loradeploy.bundle.targets import LoraTarget, OutputTarget
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,38 +185,38 @@ def inspect_bundle(path: Path) -> BundleFacts:
         graph_bytes=sum(file.stat().st_size for file in files.values() if file.is_file()),
         inputs=[spec_facts(s.name, s.dtype, s.shape) for s in manifest.inputs],
         outputs=[spec_facts(s.name, s.dtype, s.shape) for s in manifest.outputs],
-        targets=[
-            TargetFacts(
-                module=target.module,
-                in_features=target.in_features,
-                out_features=target.out_features,
-                found_by=target.found_by,
-            )
-            for target in manifest.targets
-        ],
-        changed=[
-            ChangedOutputFacts(
-                module=output.module,
-                size=output.size,
-                scale=bool(output.scale),
-                offset=bool(output.offset),
-            )
-            for output in manifest.changed
-        ],
-        saved=[
-            SavedFacts(parameter=saved.parameter, shape=list(saved.shape))
-            for saved in manifest.saved
-        ],
-        adapters=[
-            BundledAdapterFacts(
-                name=name,
-                digest=entry.digest,
-                files=_files(path, entry.path, entry.digest),
-                part_of=_part_of(entry),
-                problem_type=entry.problem_type,
-            )
-            for name, entry in manifest.adapters.items()
-        ],
+        targets=[_target(target) for target in manifest.targets],
+        changed=[_changed_output(output) for output in manifest.changed],
+        saved=[SavedFacts(parameter=s.parameter, shape=list(s.shape)) for s in manifest.saved],
+        adapters=[_adapter(path, name, entry) for name, entry in manifest.adapters.items()],
+    )
+
+
+def _target(target: LoraTarget) -> TargetFacts:
+    return TargetFacts(
+        module=target.module,
+        in_features=target.in_features,
+        out_features=target.out_features,
+        found_by=target.found_by,
+    )
+
+
+def _changed_output(output: OutputTarget) -> ChangedOutputFacts:
+    return ChangedOutputFacts(
+        module=output.module,
+        size=output.size,
+        scale=bool(output.scale),
+        offset=bool(output.offset),
+    )
+
+
+def _adapter(bundle: Path, name: str, entry: AdapterEntry) -> BundledAdapterFacts:
+    return BundledAdapterFacts(
+        name=name,
+        digest=entry.digest,
+        files=_files(bundle, entry.path, entry.digest),
+        part_of=_part_of(entry),
+        problem_type=entry.problem_type,
     )
 
 

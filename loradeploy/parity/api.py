@@ -112,7 +112,6 @@ def parity(
     from pathlib import Path
 
     from loradeploy.bundle.manifest import check_is_bundle, read_manifest
-    from loradeploy.bundle.proof.signature import private_key
     from loradeploy.disk import scratch_directory
     from loradeploy.lora.base.loading import custom_code
     from loradeploy.parity.backends.others import other_backends
@@ -125,9 +124,8 @@ def parity(
     from loradeploy.parity.job import run
     from loradeploy.parity.phases.outputs import check_shape
     from loradeploy.parity.plan import make_plan
-    from loradeploy.parity.report.baseline import check_comparable, read_baseline
-    from loradeploy.parity.report.finish import finish
-    from loradeploy.parity.report.writers import check_reports
+    from loradeploy.parity.report.baseline import check_comparable
+    from loradeploy.parity.report.finish import Ending, finish
     from loradeploy.parity.score.heldout import read_held_out, with_types
     from loradeploy.parity.score.scores import check_scored
     from loradeploy.snapshot import Snapshot
@@ -137,11 +135,7 @@ def parity(
             "`trust_remote_code` needs `model`: a bundle may name any model as its base"
         )
     path = Path(bundle)
-    report_files = check_reports(report)
-    earlier = None if baseline is None else read_baseline(baseline)
-    if sign is not None and not certificate:
-        raise UsageError("sign: there is no certificate to sign, certificate is False")
-    key = None if sign is None else private_key(sign)
+    ending = Ending.of(report, baseline, bundle=path if certificate else None, sign=sign)
     check_is_bundle(path)
     snapshot = Snapshot.take(path)
     manifest = read_manifest(path)
@@ -165,9 +159,9 @@ def parity(
     chosen = plan.backends + other_backends(others, manifest, tested, plan.providers)
     with custom_code(trust_remote_code), scratch_directory("loradeploy-parity-") as scratch:
         directory, base_digest = find_model(path, manifest, model)
-        if earlier is not None:
+        if ending.baseline is not None:
             check_comparable(
-                earlier,
+                ending.baseline,
                 base=manifest.base.name,
                 base_digest=base_digest,
                 task=manifest.task,
@@ -211,10 +205,4 @@ def parity(
             asked=backends or (),
         )
     files.check_unchanged()
-    return finish(
-        found,
-        baseline=earlier,
-        files=report_files,
-        bundle=path if certificate else None,
-        key=key,
-    )
+    return finish(found, ending)

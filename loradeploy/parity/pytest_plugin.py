@@ -103,7 +103,7 @@ def _check(
     __tracebackhide__ = True
     from loradeploy.parity.assertion import failure_text, run_check
     from loradeploy.parity.report.baseline import read_baseline
-    from loradeploy.parity.report.finish import finish
+    from loradeploy.parity.report.finish import Ending, finish
     from loradeploy.parity.report.table import headline
     from loradeploy.parity.report.writers import WRITERS
 
@@ -127,7 +127,7 @@ def _check(
     if (directory := config.getoption("parity_report_dir")) is not None:
         files += [Path(directory) / f"{name}{ending}" for ending in WRITERS]
         lines.append(f"report {Path(directory) / name}")
-    report = finish(report, baseline=earlier, files=files)
+    report = finish(report, Ending(earlier, tuple(files)))
     shown = {"headline": headline(report), "passed": report.passed, "lines": lines}
     # Under xdist, pytest's test reports transfer user properties from the worker process.
     request.node.user_properties.append((_PROPERTY, json.dumps(shown)))

@@ -6,6 +6,7 @@ import datetime as dt
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -23,8 +24,7 @@ from loradeploy.parity.compare.sides import Side
 from loradeploy.parity.environment import environment
 from loradeploy.parity.figures.tolerances import ASSUMED, METRICS, Limit, assumed
 from loradeploy.parity.inputs.prompts import CASES
-from loradeploy.parity.report.baseline import read_baseline
-from loradeploy.parity.report.finish import finish
+from loradeploy.parity.report.finish import Ending, finish
 from loradeploy.parity.report.results import (
     CANDIDATE,
     COMPARED,
@@ -34,7 +34,6 @@ from loradeploy.parity.report.results import (
     Result,
     outcome_of,
 )
-from loradeploy.parity.report.writers import check_reports
 from loradeploy.paths import takes_paths
 
 if TYPE_CHECKING:
@@ -89,32 +88,19 @@ def compare(
         ModelError, BundleError: a file that cannot be opened.
         DataError: inputs that cannot be read.
     """
-    files = check_reports(report)
-    earlier = None if baseline is None else read_baseline(baseline)
+    ending = Ending.of(report, baseline)
     started = time.monotonic()
     expected, actual = open_side(reference, providers), open_side(candidate, providers)
     _limits(actual.precision, tolerances)  # raises before anything runs
     renamed = dict(names or {})
     fed = _feeds(expected, actual, renamed, inputs, cases, seed)
-    with scratch_directory("loradeploy-compare-") as scratch:
-        expected_runs = Runs(expected, REFERENCE, fed, {})
-        kept = [kept_in(given, scratch) for given in expected_runs]
-        actual_runs = Runs(actual, CANDIDATE, fed, renamed)
-        outputs = Outputs(kept, fed)
-        for number, given in enumerate(actual_runs):
-            outputs.add(number, given)
-        precision = actual.precision or outputs.precision
-        limits = _limits(precision, tolerances)
-        results = [
-            *(runs.result(limits) for runs in (expected_runs, actual_runs)),
-            *_same_meaning(expected, actual),
-            *outputs.results(actual.name, limits),
-        ]
-    found = ParityReport(
+    found = _compared(expected, actual, fed, renamed, tolerances)
+    providers_used = {s.provider.provider: s.provider for s in (expected, actual) if s.provider}
+    made = ParityReport(
         bundle=actual.title,
         task=None,
         mode=COMPARED,
-        precision=precision,
+        precision=found.precision,
         base=expected.title,
         base_digest=expected.digest,
         graph_digest=actual.digest,
@@ -126,22 +112,47 @@ def compare(
             generated=0,
             seed=seed,
         ),
-        environment=environment(
-            tuple(
-                {s.provider.provider: s.provider for s in (expected, actual) if s.provider}.values()
-            )
-        ),
+        environment=environment(tuple(providers_used.values())),
         created=dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
-        results=tuple(results),
-        notes=(
-            *fed.notes,
-            *expected_runs.notes,
-            *actual_runs.notes,
-            *_unused_inputs(expected, actual, fed, renamed),
-        ),
+        results=found.results,
+        notes=(*fed.notes, *found.notes, *_unused_inputs(expected, actual, fed, renamed)),
         seconds=round(time.monotonic() - started, 1),
     )
-    return finish(found, baseline=earlier, files=files)
+    return finish(made, ending)
+
+
+@dataclass(frozen=True, eq=False)
+class _Compared:
+    """The results of running both sides; `precision` is the candidate's."""
+
+    precision: str
+    results: tuple[Result, ...]
+    notes: tuple[str, ...]
+
+
+def _compared(
+    expected: Side,
+    actual: Side,
+    fed: Fed,
+    renamed: Mapping[str, str],
+    tolerances: Tolerances | None,
+) -> _Compared:
+    """Run both sides on `fed`, one after the other, and compare their outputs."""
+    with scratch_directory("loradeploy-compare-") as scratch:
+        expected_runs = Runs(expected, REFERENCE, fed, {})
+        kept = [kept_in(given, scratch) for given in expected_runs]
+        actual_runs = Runs(actual, CANDIDATE, fed, renamed)
+        outputs = Outputs(kept, fed)
+        for number, given in enumerate(actual_runs):
+            outputs.add(number, given)
+        precision = actual.precision or outputs.precision
+        limits = _limits(precision, tolerances)
+        results = (
+            *(runs.result(limits) for runs in (expected_runs, actual_runs)),
+            *_same_meaning(expected, actual),
+            *outputs.results(actual.name, limits),
+        )
+    return _Compared(precision, results, (*expected_runs.notes, *actual_runs.notes))
 
 
 # -- inputs and limits -----------------------------------------------------------------------------
