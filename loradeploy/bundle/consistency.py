@@ -24,11 +24,41 @@ from loradeploy.errors import BundleError, shortened, shown
 
 if TYPE_CHECKING:
     from loradeploy.bundle.manifest import EncoderGraph, Manifest
-    from loradeploy.bundle.targets import AddedTokens
+    from loradeploy.bundle.targets import AddedTokens, LoraTarget
 
 
 def check_consistency(manifest: Manifest) -> None:
     """Raise BundleError if fields contradict each other."""
+    _check_choices(manifest)
+    _check_operators(manifest)
+    check_specs("inputs", manifest.inputs)
+    check_specs("outputs", manifest.outputs)
+    given = manifest.probabilities
+    if given is not None and given not in {spec.name for spec in manifest.outputs}:
+        raise BundleError(f"{MANIFEST_NAME}: probabilities is {shown(given)}, not an output")
+    if manifest.encoder is not None:
+        _check_encoder(manifest, manifest.encoder)
+    for target in manifest.targets:
+        _check_target(target)
+    check_slices(manifest.targets)
+    for saved in manifest.saved:
+        if saved.transposed and len(saved.shape) < 2:
+            raise BundleError(
+                f"{MANIFEST_NAME}: {shortened(saved.parameter)} has no axes to transpose"
+            )
+    for output in manifest.changed:
+        if not 0 < output.size <= LARGEST:
+            raise BundleError(
+                f"{MANIFEST_NAME}: the size of {shortened(output.module)} is {shown(output.size)},"
+                " not positive or too large"
+            )
+    if manifest.added_tokens is not None:
+        _check_added(manifest, manifest.added_tokens)
+    _check_side_inputs(manifest)
+
+
+def _check_choices(manifest: Manifest) -> None:
+    """Raise BundleError if a field is not one of the values that it may have."""
     if manifest.task not in TASKS:
         raise BundleError(f"{MANIFEST_NAME}: the task {shown(manifest.task)} is not one of {TASKS}")
     if manifest.factor_dtype not in ("float32", "float16"):
@@ -37,7 +67,6 @@ def check_consistency(manifest: Manifest) -> None:
         raise BundleError(
             f"{MANIFEST_NAME}: layout is {shown(manifest.layout)}, not one of {LAYOUTS}"
         )
-    _check_operators(manifest)
     if manifest.target is not None and manifest.target not in BY_TARGET:
         raise BundleError(
             f"{MANIFEST_NAME}: target {shown(manifest.target)} is not one of {', '.join(BY_TARGET)}"
@@ -52,44 +81,30 @@ def check_consistency(manifest: Manifest) -> None:
     for problem_type in (manifest.problem_type, *(entry.problem_type for entry in entries)):
         if problem_type not in (None, *PROBLEM_TYPES):
             raise BundleError(f"{MANIFEST_NAME}: problem_type is {shown(problem_type)}")
-    for saved in manifest.saved:
-        if saved.transposed and len(saved.shape) < 2:
+
+
+def _check_target(target: LoraTarget) -> None:
+    """Raise BundleError if a size is not plausible, or the weight is not stored in these sizes."""
+    for size in (target.in_features, target.out_features):
+        if not 0 < size <= LARGEST:
             raise BundleError(
-                f"{MANIFEST_NAME}: {shortened(saved.parameter)} has no axes to transpose"
+                f"{MANIFEST_NAME}: a size of {shortened(target.module)} is {shown(size)}, not"
+                " positive or too large"
             )
-    check_specs("inputs", manifest.inputs)
-    check_specs("outputs", manifest.outputs)
-    given = manifest.probabilities
-    if given is not None and given not in {spec.name for spec in manifest.outputs}:
-        raise BundleError(f"{MANIFEST_NAME}: probabilities is {shown(given)}, not an output")
-    if manifest.encoder is not None:
-        _check_encoder(manifest, manifest.encoder)
-    for target in manifest.targets:
-        for size in (target.in_features, target.out_features):
-            if not 0 < size <= LARGEST:
-                raise BundleError(
-                    f"{MANIFEST_NAME}: a size of {shortened(target.module)} is {shown(size)}, not"
-                    " positive or too large"
-                )
-        if not 0 < target.experts <= LARGEST:
-            raise BundleError(
-                f"{MANIFEST_NAME}: the experts of {shortened(target.module)} are"
-                f" {shown(target.experts)}"
-            )
-        if target.stored is not None:
-            check_stored(target, target.stored)
-    check_slices(manifest.targets)
+    if not 0 < target.experts <= LARGEST:
+        raise BundleError(
+            f"{MANIFEST_NAME}: the experts of {shortened(target.module)} are"
+            f" {shown(target.experts)}"
+        )
+    if target.stored is not None:
+        check_stored(target, target.stored)
+
+
+def _check_side_inputs(manifest: Manifest) -> None:
+    """Raise BundleError if two share a name, or a merged graph has any."""
     side_inputs = [*manifest.factors]
     side_inputs += [s.input for s in manifest.saved]
     side_inputs += [name for o in manifest.changed for name in (o.scale, o.offset) if name]
-    for output in manifest.changed:
-        if not 0 < output.size <= LARGEST:
-            raise BundleError(
-                f"{MANIFEST_NAME}: the size of {shortened(output.module)} is {shown(output.size)},"
-                " not positive or too large"
-            )
-    if manifest.added_tokens is not None:
-        _check_added(manifest, manifest.added_tokens)
     if len(set(side_inputs)) != len(side_inputs):
         raise BundleError(
             f"{MANIFEST_NAME}: two targets share the name of a side input: export again"

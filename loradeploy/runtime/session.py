@@ -36,8 +36,10 @@ from loradeploy.runtime.devices.providers import Provider, device_of
 from loradeploy.runtime.devices.table import CPU, KnownProvider, known
 from loradeploy.runtime.held import HeldAdapters, JoinedAdapters
 from loradeploy.runtime.lifetime import Lifetime, while_open
-from loradeploy.runtime.reading.graph import MAPPED, open_graph, placement_of
+from loradeploy.runtime.reading.graph import open_graph
+from loradeploy.runtime.reading.placement import placement_of
 from loradeploy.runtime.reading.sessions import open_sessions
+from loradeploy.runtime.reading.weights import MAPPED
 from loradeploy.runtime.running.feeds import Feeds
 from loradeploy.runtime.running.graphs import open_graphs
 from loradeploy.runtime.running.limits import Limits

@@ -150,13 +150,7 @@ def run(
                 accuracy_after=after[1] if run.task.has_accuracy else None,
             )
             if main:
-                vectors, digest = run.task.vectors, run.prepared.digest
-                write = functools.partial(write_adapter, adapter, vectors)
-                with (
-                    _naming_the_checkpoint(checkpoints),
-                    saved_elsewhere(target, write, checkpoints),
-                ):
-                    save_run(result, adapter, vectors, trainer.curve(), run.config, digest)
+                _save(run, result, adapter, trainer.curve(), checkpoints)
             trainer.accelerator.wait_for_everyone()
             if main:
                 checkpoints.remove()
@@ -216,6 +210,20 @@ def _train(trainer: AdapterTrainer, checkpoints: Checkpoints, newest: Path | Non
         begin = trainer.broadcast_path(newest)
         if begin is None or not trainer.restore_finished(begin):
             trainer.train(resume_from_checkpoint=begin)
+
+
+def _save(
+    run: _Run,
+    result: TrainResult,
+    adapter: Adapter,
+    curve: list[dict[str, float]],
+    checkpoints: Checkpoints,
+) -> None:
+    """Write the adapter and the record of its training, elsewhere if that fails."""
+    vectors = run.task.vectors
+    write = functools.partial(write_adapter, adapter, vectors)
+    with _naming_the_checkpoint(checkpoints), saved_elsewhere(result.adapter, write, checkpoints):
+        save_run(result, adapter, vectors, curve, run.config, run.prepared.digest)
 
 
 @contextmanager

@@ -134,71 +134,28 @@ def read_settings(values: Mapping[str, Any], where: str) -> GenerationSettings:
     Raises:
         BundleError: a value has the wrong type, or is out of range.
     """
-
-    def number(name: str, default: Any, least: float, whole: bool) -> Any:
-        value = values.get(name)
-        if value is None:
-            return default
-        fits = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-        if not fits or not least <= value <= sys.float_info.max:
-            raise BundleError(f"{where}: {name} is {shown(value)}")
-        return value
-
-    def tokens(name: str) -> tuple[int, ...]:
-        value = values.get(name)
-        listed = [] if value is None else value if isinstance(value, list) else [value]
-        if not all(isinstance(token, int) and not isinstance(token, bool) for token in listed):
-            raise BundleError(f"{where}: {name} is {shown(value)}, expected a list of token ids")
-        return tuple(token for token in listed if token >= 0)
-
-    def words(name: str) -> tuple[tuple[int, ...], ...]:
-        listed = values.get(name) or []
-        fits = isinstance(listed, list) and all(
-            isinstance(word, list) and word and all(type(token) is int for token in word)
-            for word in listed
-        )
-        if not fits:
-            raise BundleError(
-                f"{where}: {name} is {shown(listed)}, expected a list of lists of token ids"
-            )
-        return tuple(map(tuple, listed))
-
-    penalty = number("repetition_penalty", 1.0, 0, whole=False)
-    if penalty == 0:
-        raise BundleError(f"{where}: repetition_penalty is 0, expected more")
+    file = _File(values, where)
     top_k, top_p = values.get("top_k"), values.get("top_p")  # -1 and 2.0 mean no limit
     min_p = values.get("min_p")
-    stops = values.get("stop_strings") or []
-    stops = [stops] if isinstance(stops, str) else stops
-    if not isinstance(stops, list) or not all(isinstance(s, str) and s for s in stops):
-        raise BundleError(f"{where}: stop_strings is {shown(stops)}, expected a list of texts")
-    penalty_of_length = values.get("length_penalty")
-    if penalty_of_length is None:
-        penalty_of_length = 1.0
-    if not is_length_penalty(penalty_of_length):
-        raise BundleError(f"{where}: length_penalty is {shown(penalty_of_length)}")
-    early = values.get("early_stopping")
-    if not isinstance(early, bool | None) and early != "never":
-        raise BundleError(f"{where}: early_stopping is {shown(early)}")
     counted = values.get("min_new_tokens") is not None  # takes precedence, as in transformers
     speech = read_speech(values, where)
     return GenerationSettings(
-        repetition_penalty=float(penalty),
-        no_repeat_ngram_size=number("no_repeat_ngram_size", 0, 0, whole=True),
-        min_new_tokens=number("min_new_tokens", 0, 0, whole=True),
-        suppress_tokens=tokens("suppress_tokens"),
-        begin_suppress_tokens=tokens("begin_suppress_tokens"),
+        repetition_penalty=file.repetition_penalty(),
+        no_repeat_ngram_size=file.count("no_repeat_ngram_size") or 0,
+        min_new_tokens=file.count("min_new_tokens") or 0,
+        suppress_tokens=file.tokens("suppress_tokens"),
+        begin_suppress_tokens=file.tokens("begin_suppress_tokens"),
         top_k=top_k if isinstance(top_k, int) and top_k >= 0 else None,
         top_p=top_p if isinstance(top_p, int | float) and 0 < top_p <= 1 else None,
         min_p=min_p if isinstance(min_p, int | float) and 0 <= min_p <= 1 else None,
-        length_penalty=float(penalty_of_length),
-        early_stopping=early or False,
-        stop_strings=tuple(stops),
-        min_length=0 if counted else number("min_length", 0, 0, whole=True),
-        bad_words_ids=words("bad_words_ids"),
-        decoder_start_token_id=number("decoder_start_token_id", None, 0, whole=True),
-        forced_bos_token_id=number("forced_bos_token_id", None, 0, whole=True),
-        forced_eos_token_id=tokens("forced_eos_token_id"),
+        length_penalty=file.length_penalty(),
+        early_stopping=file.early_stopping(),
+        stop_strings=file.texts("stop_strings"),
+        min_length=0 if counted else file.count("min_length") or 0,
+        bad_words_ids=file.words("bad_words_ids"),
+        decoder_start_token_id=file.count("decoder_start_token_id"),
+        forced_bos_token_id=file.count("forced_bos_token_id"),
+        forced_eos_token_id=file.tokens("forced_eos_token_id"),
         forced_decoder_ids=() if speech is None else forced_tokens(values, where),
         speech=speech,
         ignored=tuple(
@@ -209,3 +166,72 @@ def read_settings(values: Mapping[str, Any], where: str) -> GenerationSettings:
             and not (speech is not None and name == "forced_decoder_ids")
         ),
     )
+
+
+@dataclass(frozen=True)
+class _File:
+    """The object of a generation_config.json; null is as if a value were not there."""
+
+    values: Mapping[str, Any]
+    where: str
+
+    def count(self, name: str) -> int | None:
+        value = self.values.get(name)
+        if value is not None and (type(value) is not int or not 0 <= value <= sys.float_info.max):
+            raise self._wrong(name)
+        return value
+
+    def repetition_penalty(self) -> float:
+        value = self.values.get("repetition_penalty")
+        if value is None:
+            return 1.0
+        fits = isinstance(value, int | float) and not isinstance(value, bool)
+        if not fits or not 0 <= value <= sys.float_info.max:
+            raise self._wrong("repetition_penalty")
+        if value == 0:
+            raise self._wrong("repetition_penalty", "more")
+        return float(value)
+
+    def length_penalty(self) -> float:
+        value = self.values.get("length_penalty")
+        if value is None:
+            return 1.0
+        if not is_length_penalty(value):
+            raise self._wrong("length_penalty")
+        return float(value)
+
+    def early_stopping(self) -> bool | Literal["never"]:
+        value: bool | Literal["never"] | None = self.values.get("early_stopping")
+        if not isinstance(value, bool | None) and value != "never":
+            raise self._wrong("early_stopping")
+        return value or False
+
+    def tokens(self, name: str) -> tuple[int, ...]:
+        """A token or a list of tokens; a negative one stands for none."""
+        value = self.values.get(name)
+        listed = [] if value is None else value if isinstance(value, list) else [value]
+        if not all(isinstance(token, int) and not isinstance(token, bool) for token in listed):
+            raise self._wrong(name, "a list of token ids")
+        return tuple(token for token in listed if token >= 0)
+
+    def words(self, name: str) -> tuple[tuple[int, ...], ...]:
+        listed = self.values.get(name) or []
+        fits = isinstance(listed, list) and all(
+            isinstance(word, list) and word and all(type(token) is int for token in word)
+            for word in listed
+        )
+        if not fits:
+            raise self._wrong(name, "a list of lists of token ids")
+        return tuple(map(tuple, listed))
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        """A text or a list of texts, none of them empty."""
+        value = self.values.get(name) or []
+        listed = [value] if isinstance(value, str) else value
+        if not isinstance(listed, list) or not all(isinstance(s, str) and s for s in listed):
+            raise self._wrong(name, "a list of texts")
+        return tuple(listed)
+
+    def _wrong(self, name: str, expected: str | None = None) -> BundleError:
+        what = f"{self.where}: {name} is {shown(self.values.get(name))}"
+        return BundleError(what if expected is None else f"{what}, expected {expected}")

@@ -1,29 +1,24 @@
-"""Open a bundle's graph, and check it against the manifest."""
+"""Open a bundle's graph on the execution providers that are asked for."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import onnxruntime
 
-from loradeploy.bundle.dtypes import NUMPY_NAMES
-from loradeploy.bundle.graph_form import is_packed
-from loradeploy.bundle.manifest import TensorSpec, read_manifest
+from loradeploy.bundle.manifest import read_manifest
 from loradeploy.bundle.names import (
-    ENCODER_NAME,
     GRAPH_DATA_NAME,
     GRAPH_NAME,
     MAT_MUL_N_BITS_OPERATOR,
-    OPERATOR_DOMAIN,
 )
-from loradeploy.errors import BundleError, UsageError, first_line, listed
+from loradeploy.errors import BundleError, UsageError, first_line
 from loradeploy.files import MAX_GRAPH_BYTES, check_directory, check_file, read_bytes
 from loradeploy.printable import logger_of
 from loradeploy.runtime.devices.plugins import add_started, chosen_before, providers_in
@@ -41,8 +36,8 @@ from loradeploy.runtime.memory import keep_freed_memory, return_freed_memory
 from loradeploy.runtime.operator.library import check_runs, register
 from loradeploy.runtime.reading.huge_pages import use_huge_pages
 from loradeploy.runtime.reading.mapped import MappedSession
-from loradeploy.runtime.reading.weights import MAPPED as MAPPED
-from loradeploy.runtime.reading.weights import WEIGHTS_AT as WEIGHTS_AT
+from loradeploy.runtime.reading.matching import optional_inputs
+from loradeploy.runtime.reading.placement import operators_in
 from loradeploy.runtime.reading.weights import (
     SessionInPlace,
     Source,
@@ -58,9 +53,7 @@ logger = logger_of(__name__)
 
 # ONNX Runtime's option to record which provider runs which node, for `placement_of`.
 _RECORD: Final = "session.record_ep_graph_assignment_info"
-_LISTED: Final = 3
 _LARGE_WEIGHTS: Final = 32 << 20  # bytes
-_OWN: Final = f"{OPERATOR_DOMAIN}."
 # Part of ONNX Runtime's message when a graph cannot be captured.
 _NOT_CAPTURED: Final = "graph capture feature"
 
@@ -101,27 +94,10 @@ def open_graph(
     if not graph.is_file():
         raise BundleError(f"{bundle} has no {name}: export again")
     check_directory(bundle, error=BundleError, deep=True)  # the graph may name files in any folder
-    chosen = options is not None and _has_providers(options)
-    if chosen and providers is not None and options is not None and chosen_before(options) is None:
-        raise UsageError(
-            "providers and session_options both choose execution providers: leave providers out,"
-            " or add none to the options"
-        )
-    asked = None if chosen and providers is None else resolve(providers)
+    asked = _asked(providers, options)
     if capture:
         asked = _recording(bundle, asked, manifest)
-    if asked is not None:
-        names = [name for name, _ in asked]
-    else:
-        assert options is not None
-        names = providers_in(options)
-        for row in filter(lambda row: row.cpu_operators, map(known, names)):
-            logger.warning(
-                "%s is chosen in session_options, where %s are not kept on the CPU: name it in"
-                " providers",
-                row.full,
-                ", ".join(row.cpu_operators),
-            )
+    names = _names(asked, options)
     called: tuple[str, ...] = ()
     if operator is not None:
         called = _called(bundle, manifest or read_manifest(bundle), names)
@@ -149,20 +125,59 @@ def open_graph(
     return_freed_memory()
     if session.get_providers()[0] == CPU and source.mapped is None and _is_large(bundle):
         use_huge_pages()
-    has_calls = manifest is not None and manifest.operators
-    ran = operators_in(session) if has_calls or operator is not None else None
     if operator is not None:
-        check_runs(called, kernels, ran)
-    elif ran:  # another provider for certificates
-        raise UsageError(
-            "`session_options` have the operators' library, as those of an earlier session with"
-            " `operator` do: give `operator` too, or other options"
-        )
+        check_runs(called, kernels, operators_in(session))
+    elif manifest is not None and manifest.operators:
+        _check_has_no_library(session)
     if capture and session.get_providers()[0] != names[0]:
         raise UsageError(
             f"`capture_graphs`: {names[0]} does not start here, and the CPU captures no runs"
         )
     return session
+
+
+def _asked(
+    providers: Sequence[Provider] | None, options: onnxruntime.SessionOptions | None
+) -> list[Resolved] | None:
+    """The providers to add to the options; None if these choose them.
+
+    Raises:
+        UsageError: a provider is not installed, or both arguments choose providers.
+    """
+    chosen = options is not None and _has_providers(options)
+    if chosen and providers is not None and options is not None and chosen_before(options) is None:
+        raise UsageError(
+            "providers and session_options both choose execution providers: leave providers out,"
+            " or add none to the options"
+        )
+    return None if chosen and providers is None else resolve(providers)
+
+
+def _names(
+    asked: Sequence[Resolved] | None, options: onnxruntime.SessionOptions | None
+) -> list[str]:
+    """The providers in order of preference; None `asked` means those in the options."""
+    if asked is not None:
+        return [name for name, _ in asked]
+    assert options is not None
+    names = providers_in(options)
+    for row in filter(lambda row: row.cpu_operators, map(known, names)):
+        logger.warning(
+            "%s is chosen in session_options, where %s are not kept on the CPU: name it in"
+            " providers",
+            row.full,
+            ", ".join(row.cpu_operators),
+        )
+    return names
+
+
+def _check_has_no_library(session: onnxruntime.InferenceSession) -> None:
+    """Raise UsageError if kernels of the operators' library run: certificates tell them apart."""
+    if operators_in(session):
+        raise UsageError(
+            "`session_options` have the operators' library, as those of an earlier session with"
+            " `operator` do: give `operator` too, or other options"
+        )
 
 
 def _is_large(bundle: Path) -> bool:
@@ -233,12 +248,7 @@ def _all_fed(bundle: Path, manifest: Manifest | None, names: Sequence[str]) -> t
     """The optional inputs if a provider in `names` does not support defaults, otherwise none."""
     if all(known(name).takes_defaults for name in names):
         return ()
-    return tuple(spec.name for spec in _optional(manifest or read_manifest(bundle)))
-
-
-def _optional(manifest: Manifest) -> tuple[TensorSpec, ...]:
-    """The inputs that have defaults in model.onnx."""
-    return (*manifest.side_inputs(), *manifest.optional_inputs())
+    return tuple(spec.name for spec in optional_inputs(manifest or read_manifest(bundle)))
 
 
 def _open(
@@ -300,116 +310,3 @@ def _check_started(
         if not fallback:
             raise UsageError(f"{message}. Fix that, or name {CPU} as well to run on the CPU.")
         logger.warning("%s; running on %s", message, started[0])
-
-
-def placement_of(session: onnxruntime.InferenceSession) -> dict[str, dict[str, int]]:
-    """The number of nodes of each operator that each provider runs, after graph optimization.
-
-    Those of the operators' library have its domain before their name. Empty for onnxruntime before
-    1.24, which does not report it.
-    """
-    assignment = getattr(session, "get_provider_graph_assignment_info", None)
-    if assignment is None:
-        return {}
-    placed: dict[str, Counter[str]] = {}
-    for part in assignment():
-        counts = placed.setdefault(part.ep_name, Counter())
-        counts.update(
-            f"{_OWN}{node.op_type}" if node.domain == OPERATOR_DOMAIN else node.op_type
-            for node in part.get_nodes()
-        )
-    return {provider: dict(counts.most_common()) for provider, counts in placed.items()}
-
-
-def operators_in(session: onnxruntime.InferenceSession) -> frozenset[str] | None:
-    """The operators of the library that the session runs; None if onnxruntime does not report it.
-
-    If it inlined a call, the standard nodes run.
-    """
-    placed = placement_of(session)
-    names = [name for counts in placed.values() for name in counts]
-    own = frozenset(name.removeprefix(_OWN) for name in names if name.startswith(_OWN))
-    return own if placed else None
-
-
-def check_graph(
-    bundle: Path,
-    manifest: Manifest,
-    session: onnxruntime.InferenceSession,
-    *,
-    encoder: bool = False,
-) -> None:
-    """Raise BundleError unless the graph's inputs and outputs match the manifest.
-
-    Also raised for a form of graph that onnxruntime computes incorrectly. The graph may have been
-    opened without the defaults of its side inputs. `encoder`: whether it is encoder.onnx of an
-    encoder-decoder; each of its two graphs has some of the inputs and outputs, and all side inputs.
-    """
-    if manifest.branches and is_packed(manifest.precision) and manifest.factor_dtype == "float16":
-        raise BundleError(
-            f"{bundle} has {manifest.precision} weights in branches and computes in fp16, which"
-            " onnxruntime (1.31) computes incorrectly: export it again with --no-branches"
-        )
-    required = {node.name: node for node in session.get_inputs()}
-    overridable = {node.name: node for node in session.get_overridable_initializers()}
-    if lacks_defaults(manifest, session):
-        optional = {spec.name for spec in _optional(manifest)}
-        overridable = {name: node for name, node in required.items() if name in optional}
-        required = {name: node for name, node in required.items() if name not in optional}
-    outputs = {node.name: node for node in session.get_outputs()}
-    inputs, given, sides = manifest.inputs, manifest.outputs, _optional(manifest)
-    if (apart := manifest.encoder) is not None:
-        inputs = tuple(spec for spec in inputs if (spec.name in apart.inputs) is encoder)
-        given = tuple(spec for spec in given if (spec.name in apart.outputs) is encoder)
-    problems = [
-        *_mismatches("input", inputs, required),
-        *_unknown("input", inputs, required),
-        *_mismatches("output", given, outputs),
-        *_unknown("output", given, outputs),
-        *_mismatches("side input", sides, overridable),
-        *_unknown("side input", sides, overridable),
-    ]
-    if problems:
-        file = bundle / (ENCODER_NAME if encoder else GRAPH_NAME)
-        raise BundleError(
-            f"{file} does not fit the bundle's manifest: {listed(problems, _LISTED)}. Export again."
-        )
-
-
-def lacks_defaults(manifest: Manifest, session: onnxruntime.InferenceSession) -> bool:
-    """Whether the graph was opened without defaults, so that all inputs must be fed."""
-    return bool(_optional(manifest)) and not session.get_overridable_initializers()
-
-
-def _mismatches(kind: str, specs: Sequence[TensorSpec], nodes: Mapping[str, Any]) -> list[str]:
-    problems = []
-    for spec in specs:
-        node = nodes.get(spec.name)
-        if node is None:
-            problems.append(f"the graph has no {kind} {spec.name}")
-        elif NUMPY_NAMES.get(node.type) != spec.dtype or not _fits(node.shape, spec.shape):
-            problems.append(
-                f"the {kind} {spec.name} is {node.type} {_shown(node.shape)},"
-                f" the manifest says {spec.dtype} {_shown(spec.shape)}"
-            )
-    return problems
-
-
-def _unknown(kind: str, specs: Sequence[TensorSpec], nodes: Mapping[str, Any]) -> list[str]:
-    known = {spec.name for spec in specs}
-    return [
-        f"the graph's {kind} {name} is not in the manifest" for name in nodes if name not in known
-    ]
-
-
-def _fits(actual: Sequence[int | str | None], declared: Sequence[int | str]) -> bool:
-    """Whether two shapes have equal lengths, and equal sizes where both are numbers."""
-    return len(actual) == len(declared) and all(
-        a == t
-        for a, t in zip(actual, declared, strict=True)
-        if isinstance(a, int) and isinstance(t, int)
-    )
-
-
-def _shown(shape: Sequence[int | str | None]) -> str:
-    return f"[{', '.join(str(dimension) for dimension in shape)}]"

@@ -12,7 +12,7 @@ from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.names import ENCODER_NAME, GRAPH_NAME
 from loradeploy.bundle.proof.requirement import CertificateMinimum
 from loradeploy.runtime.devices.table import known
-from loradeploy.runtime.reading.graph import check_graph, lacks_defaults
+from loradeploy.runtime.reading.matching import check_graph, lacks_defaults
 from loradeploy.runtime.reading.opening import OpenedBundle, open_bundle
 
 # Opens a graph of a bundle: (directory, manifest, name of the file) → session.
