@@ -23,7 +23,7 @@ import loradeploy as ld
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.runtime.decoding.caches import parts
 from loradeploy.runtime.decoding.caches.rows import CachedRows
-from loradeploy.runtime.decoding.graph import DecoderGraph
+from loradeploy.runtime.decoding.graph import DecoderGraph, NewTokens
 from tools.timing.alternate import ratio
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def _prefill(session: ld.AdapterSession, adapter: str | None, ids: NDArray[np.in
     graph = DecoderGraph.of(session, 0)
     with session.hold([adapter]) as held:
         begin = time.process_time()
-        CachedRows(graph, 1).read(held, ids, np.ones_like(ids), np.array([-1]))
+        CachedRows(graph, 1).read(held, NewTokens(ids, np.ones_like(ids), np.array([-1])))
         return time.process_time() - begin
 
 

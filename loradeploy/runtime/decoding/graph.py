@@ -38,6 +38,27 @@ FED_WITH_SOURCE: Final = (DECODER_INPUT_IDS, ENCODER_ATTENTION_MASK)
 
 
 @dataclass(frozen=True, eq=False)
+class NewTokens:
+    """The tokens that a run processes, `ids` [rows, new].
+
+    Those whose `mask` [rows, new] is 1 are real; the last of each row is at `ends` [rows].
+    """
+
+    ids: NDArray[np.int64]
+    mask: NDArray[np.int64]
+    ends: NDArray[np.int64]
+
+    @classmethod
+    def single(cls, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NewTokens:
+        """At most one token per row, `ids` and `mask` [rows, 1]."""
+        return cls(ids, mask, np.full(len(ids), -1))
+
+    def part(self, columns: slice) -> NewTokens:
+        """Some columns of rows without padding."""
+        return NewTokens(self.ids[:, columns], self.mask[:, columns], np.full_like(self.ends, -1))
+
+
+@dataclass(frozen=True, eq=False)
 class TokenEmbeds:
     """Embeddings that replace those of a token: the images of a prompt.
 
@@ -179,13 +200,11 @@ class DecoderGraph:
             positions[:, row, real] = grid_positions(places[row, real], grids)
         return positions
 
-    def padded(
-        self, tokens: Sequence[Sequence[int]]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Pad complete rows: ids, mask [rows, longest], and the index of each row's last token."""
+    def padded(self, tokens: Sequence[Sequence[int]]) -> NewTokens:
+        """Pad rows of tokens to the longest."""
         ids, mask = pad(tokens, self.pad_id, left=self.left)
         ends = np.full(len(tokens), -1) if self.left else mask.sum(axis=1) - 1
-        return ids, mask, ends
+        return NewTokens(ids, mask, ends)
 
 
 def check_embeds(

@@ -15,7 +15,7 @@ from loradeploy.runtime.adapters.tokens import vocabulary_of_row
 from loradeploy.runtime.decoding.caches.protocols import Reading, RowAdapters, Rows
 from loradeploy.runtime.decoding.caches.rows import CachedRows, UncachedRows
 from loradeploy.runtime.decoding.choosing.sequences import Row, Sequences
-from loradeploy.runtime.decoding.graph import DecoderGraph
+from loradeploy.runtime.decoding.graph import DecoderGraph, NewTokens
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -131,7 +131,7 @@ class DecodingBatch:
             RunError: a change of the rows failed, so that their owners are unknown: call `clear`.
         """
         self._check_whole()
-        logits = self._rows.read(self._adapters, *self._feeds())
+        logits = self._rows.read(self._adapters, self._new_tokens())
         going: dict[int, list[Row]] = {}
         for number, member in list(self._members.items()):
             try:
@@ -246,8 +246,8 @@ class DecodingBatch:
             self._adapters.take_rows(owners)
             self._owners = owners
 
-    def _feeds(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Ids, mask and ends of the next run: complete prompts, or one token per row."""
+    def _new_tokens(self) -> NewTokens:
+        """The tokens of the next run: complete prompts, or one token per row."""
         members = self._members.values()
         started = all(member.tokens for member in members)
         if not started or not self._graph.cached:
@@ -261,7 +261,7 @@ class DecodingBatch:
         going = np.zeros_like(ids)
         for member in members:
             ids[member.rows, 0], going[member.rows, 0] = member.tokens, 1
-        return ids, going, np.full(len(ids), -1)
+        return NewTokens.single(ids, going)
 
 
 def _of_rows(logits: NDArray[Any], rows: list[int]) -> NDArray[Any]:

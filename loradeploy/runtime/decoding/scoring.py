@@ -66,16 +66,17 @@ def scores_of(
         UsageError: the graph returns only the logits of the last position.
         RunError: it returns logits that are not finite.
     """
-    ids, mask, _ = graph.padded(texts)
+    new = graph.padded(texts)
     cache = graph.session.empty_cache(len(texts))
-    cache.make_room(ids.shape[1], ids.shape[1])
+    length = new.ids.shape[1]
+    cache.make_room(length, length)
     logits, *_ = held.run_with_ort_values(
         (graph.output, *cache.outputs),
-        {**graph.feeds(ids, mask), **cache.inputs},
+        {**graph.feeds(new.ids, new.mask), **cache.inputs},
         buffers=cache.buffers,
     )
     values = logits.numpy()  # [texts, tokens, vocabulary]
-    if values.ndim != 3 or values.shape[1] != ids.shape[1]:
+    if values.ndim != 3 or values.shape[1] != length:
         raise UsageError(
             f"{graph.session.path} only gives the logits of the last token: texts are scored by"
             " those of all tokens"
@@ -83,7 +84,7 @@ def scores_of(
     results = []
     for row, (text, adapter, tokenizer) in enumerate(zip(texts, adapters, tokenizers, strict=True)):
         vocabulary = vocabulary_of_row(held.resident(row), graph.session.manifest)
-        own = values[row, mask[row] == 1, :vocabulary]
+        own = values[row, new.mask[row] == 1, :vocabulary]
         check_logits(own, f"text {numbers[row] + 1}")
         embeds = None if graph.embeds is None else graph.embeds[row]
         scored = [place for place in range(1, len(text)) if not _replaced(text[place], embeds)]

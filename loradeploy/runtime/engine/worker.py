@@ -232,7 +232,7 @@ class Worker:
             most = len(group[0].request.ids)
         prompts = [one.request.ids[one.read : one.read + most] for one in group]
         with self._adapters_of(group) as adapters:
-            logits = reading.read(adapters, *self.graph.padded(prompts))
+            logits = reading.read(adapters, self.graph.padded(prompts))
         for one, tokens in zip(group, prompts, strict=True):
             one.read += len(tokens)
         self._statistics.prefills += 1

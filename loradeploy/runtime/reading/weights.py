@@ -79,10 +79,10 @@ def graph_source(
     bundle: Path,
     options: onnxruntime.SessionOptions | None,
     manifest: Manifest | None,
-    without: Collection[str] = (),
-    name: str = GRAPH_NAME,
-    map_weights: bool = False,
-    unpacked: bool = False,
+    without: Collection[str],
+    name: str,
+    map_weights: bool,
+    unpacked: bool,
 ) -> Iterator[Source]:
     """Yield the graph of `bundle` and its weights, to be opened within the context.
 

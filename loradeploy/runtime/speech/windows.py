@@ -26,7 +26,7 @@ from loradeploy.runtime.decoding.caches.rows import CachedRows
 from loradeploy.runtime.decoding.caches.source import EncodedSource, Target
 from loradeploy.runtime.decoding.choosing.logprobs import check_logits
 from loradeploy.runtime.decoding.choosing.options import GenerationOptions
-from loradeploy.runtime.decoding.graph import DecoderGraph
+from loradeploy.runtime.decoding.graph import DecoderGraph, NewTokens
 from loradeploy.runtime.decoding.loop import DecodingBatch
 from loradeploy.runtime.decoding.prompts.requests import sequences_of
 from loradeploy.runtime.held import HeldAdapters
@@ -218,7 +218,7 @@ class Windows:
         """Detect the language of each audio without one, by its first window."""
         ids = np.array([[one.prompt.start] for one in batch_progress], np.int64)
         rows = CachedRows(self.graph, len(ids), 1, source)
-        logits = rows.read(adapters, ids, np.ones_like(ids), np.full(len(ids), -1))
+        logits = rows.read(adapters, NewTokens.single(ids, np.ones_like(ids)))
         for one, values in zip(batch_progress, logits, strict=True):
             if one.prompt.needs_language and one.found is None:
                 check_logits(values, one.sound.what)

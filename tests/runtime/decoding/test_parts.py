@@ -12,7 +12,7 @@ import pytest
 from loradeploy.runtime.decoding.caches import parts
 from loradeploy.runtime.decoding.caches.parts import parts_of
 from loradeploy.runtime.decoding.caches.rows import CachedRows
-from loradeploy.runtime.decoding.graph import DecoderGraph, TokenEmbeds
+from loradeploy.runtime.decoding.graph import DecoderGraph, NewTokens, TokenEmbeds
 from loradeploy.runtime.session import AdapterSession
 from tests.runtime.feeds import random_ids
 from tests.tolerances import tolerance
@@ -53,9 +53,8 @@ class Recorded:
 def read(graph: DecoderGraph, adapter: str | None) -> tuple[Any, list[int]]:
     """Return the logits after the prompt and after one more token, and the tokens of each run."""
     adapters, rows = Recorded(graph.session, adapter), CachedRows(graph, 1)
-    end = np.array([-1])
-    found = [rows.read(adapters, PROMPT, FULL, np.array([PROMPT.shape[1] - 1]))]
-    found.append(rows.read(adapters, PROMPT[:, :1], FULL[:, :1], end))
+    found = [rows.read(adapters, NewTokens(PROMPT, FULL, np.array([PROMPT.shape[1] - 1])))]
+    found.append(rows.read(adapters, NewTokens.single(PROMPT[:, :1], FULL[:, :1])))
     return np.concatenate(found), adapters.read
 
 

@@ -1,8 +1,4 @@
-"""Protocols of the rows of a batch, for a decoding loop and an engine, with any kind of cache.
-
-A run processes `ids` [rows, new]. In each row, the tokens whose `mask` is 1 are real; the last of
-them is at `ends`.
-"""
+"""Protocols of the rows of a batch, for a decoding loop and an engine, with any kind of cache."""
 
 from __future__ import annotations
 
@@ -10,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    import numpy as np
     import onnxruntime
     from numpy.typing import NDArray
 
     from loradeploy.runtime.adapters.resident import Resident
-    from loradeploy.runtime.decoding.graph import TokenEmbeds
+    from loradeploy.runtime.decoding.graph import NewTokens, TokenEmbeds
     from loradeploy.runtime.running.feeds import Feeds
 
 
@@ -49,14 +44,8 @@ class Readers(Protocol):
     def count(self) -> int:
         """The number of rows of a run, including unused ones."""
 
-    def read(
-        self,
-        adapters: RowAdapters,
-        ids: NDArray[np.int64],
-        mask: NDArray[np.int64],
-        ends: NDArray[np.int64],
-    ) -> NDArray[Any]:
-        """Process `ids` and return each row's logits at its last token, [rows, vocabulary]."""
+    def read(self, adapters: RowAdapters, new: NewTokens) -> NDArray[Any]:
+        """Process `new` and return each row's logits at its last token, [rows, vocabulary]."""
 
 
 class Rows(Readers, Protocol):

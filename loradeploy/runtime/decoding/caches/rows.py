@@ -1,8 +1,4 @@
-"""Rows of a batch: their cache, and the runs that extend it.
-
-A run processes `ids` [rows, new]. In each row, the tokens whose `mask` is 1 are real; the last of
-them is at `ends`.
-"""
+"""Rows of a batch: their cache, and the runs that extend it."""
 
 from __future__ import annotations
 
@@ -22,7 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from loradeploy.runtime.decoding.caches.source import EncodedSource
-    from loradeploy.runtime.decoding.graph import DecoderGraph, TokenEmbeds
+    from loradeploy.runtime.decoding.graph import DecoderGraph, NewTokens, TokenEmbeds
 
 
 class UncachedRows:
@@ -32,18 +28,12 @@ class UncachedRows:
         self._graph = graph
         self.count = rows
 
-    def read(
-        self,
-        adapters: RowAdapters,
-        ids: NDArray[np.int64],
-        mask: NDArray[np.int64],
-        ends: NDArray[np.int64],
-    ) -> NDArray[Any]:
+    def read(self, adapters: RowAdapters, new: NewTokens) -> NDArray[Any]:
         """See `Rows.read`; the rows are complete."""
         (logits,) = adapters.run_with_ort_values(
-            (self._graph.output,), self._graph.feeds(ids, mask, ends), buffers={}
+            (self._graph.output,), self._graph.feeds(new.ids, new.mask, new.ends), buffers={}
         )
-        return logits_at(logits, ends)
+        return logits_at(logits, new.ends)
 
     def move(self, parents: Sequence[int]) -> list[int]:
         """See `Rows.move`."""
@@ -78,49 +68,38 @@ class CachedRows:
         """See `Rows.count`."""
         return len(self._mask)
 
-    def read(
-        self,
-        adapters: RowAdapters,
-        ids: NDArray[np.int64],
-        mask: NDArray[np.int64],
-        ends: NDArray[np.int64],
-    ) -> NDArray[Any]:
+    def read(self, adapters: RowAdapters, new: NewTokens) -> NDArray[Any]:
         """See `Rows.read`; a long prompt is processed in several runs."""
-        *earlier, last = parts_of(self._graph, mask)
-        if earlier:  # allocate once, since growing a buffer copies it
-            self._cache.make_room(self._mask.shape[1] + mask.shape[1], self._most)
-            ends = np.full_like(ends, -1)
+        *earlier, last = parts_of(self._graph, new.mask)
+        if not earlier:
+            return self._run(adapters, new)
+        # Allocate once, since growing a buffer copies it.
+        self._cache.make_room(self._mask.shape[1] + new.mask.shape[1], self._most)
         for part in earlier:
-            self._run(adapters, ids[:, part], mask[:, part], ends)
-        return self._run(adapters, ids[:, last], mask[:, last], ends)
+            self._run(adapters, new.part(part))
+        return self._run(adapters, new.part(last))
 
-    def _run(
-        self,
-        adapters: RowAdapters,
-        ids: NDArray[np.int64],
-        mask: NDArray[np.int64],
-        ends: NDArray[np.int64],
-    ) -> NDArray[Any]:
+    def _run(self, adapters: RowAdapters, new: NewTokens) -> NDArray[Any]:
         """Run once, and add the tokens to the cache."""
-        self._mask = np.concatenate([self._mask, mask], axis=1)
+        self._mask = np.concatenate([self._mask, new.mask], axis=1)
         cache = self._cache
         cache.make_room(self._mask.shape[1], self._most)
         logits, *present = adapters.run_with_ort_values(
             (self._graph.output, *cache.outputs),
             {
-                **self._fed(ids, ends),
+                **self._fed(new),
                 **cache.inputs,
                 **({} if self._source is None else self._source.inputs),
             },
             buffers=cache.buffers,
         )
         cache.keep(present)
-        return logits_at(logits, ends)
+        return logits_at(logits, new.ends)
 
-    def _fed(self, ids: NDArray[np.int64], ends: NDArray[np.int64]) -> dict[str, Any]:
-        feeds = self._graph.feeds(ids, self._mask, ends, self._shifts)
+    def _fed(self, new: NewTokens) -> dict[str, Any]:
+        feeds = self._graph.feeds(new.ids, self._mask, new.ends, self._shifts)
         if ATTENTION_MASK in feeds:
-            feeds[ATTENTION_MASK] = self._cache.step_mask(feeds[ATTENTION_MASK], ids.shape[1])
+            feeds[ATTENTION_MASK] = self._cache.step_mask(feeds[ATTENTION_MASK], new.ids.shape[1])
         return feeds
 
     def move(self, parents: Sequence[int]) -> list[int]:
@@ -193,15 +172,9 @@ class CachedReading:
         """See `Reading.past`."""
         return self._own.past(row)
 
-    def read(
-        self,
-        adapters: RowAdapters,
-        ids: NDArray[np.int64],
-        mask: NDArray[np.int64],
-        ends: NDArray[np.int64],
-    ) -> NDArray[Any]:
+    def read(self, adapters: RowAdapters, new: NewTokens) -> NDArray[Any]:
         """See `Rows.read`."""
-        return self._own.read(adapters, ids, mask, ends)
+        return self._own.read(adapters, new)
 
     def join(self, rows: Sequence[int], joining: Sequence[int]) -> list[int]:
         """See `Reading.join`."""

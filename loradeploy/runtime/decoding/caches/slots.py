@@ -24,7 +24,7 @@ from loradeploy.runtime.running.bindings import FixedBuffers
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from loradeploy.runtime.decoding.graph import DecoderGraph, TokenEmbeds
+    from loradeploy.runtime.decoding.graph import DecoderGraph, NewTokens, TokenEmbeds
 
 
 def keeps_slots(graph: DecoderGraph) -> bool:
@@ -62,50 +62,42 @@ class SlotRows:
         """See `Rows.count`."""
         return max(self._used - self._reading, default=-1) + 1
 
-    def read(
-        self,
-        adapters: RowAdapters,
-        ids: NDArray[np.int64],
-        mask: NDArray[np.int64],
-        ends: NDArray[np.int64],
-    ) -> NDArray[Any]:
+    def read(self, adapters: RowAdapters, new: NewTokens) -> NDArray[Any]:
         """See `Rows.read`; one token per row."""
-        count = len(ids)
-        logits = self._run(self._graph, adapters, ids, mask, 0, ends)
-        self._lengths[:count] += mask[:, 0]
+        logits = self._run(self._graph, adapters, new, 0)
+        self._lengths[: len(new.ids)] += new.mask[:, 0]
         return logits
 
     def _run(
         self,
         graph: DecoderGraph,
         adapters: RowAdapters,
-        ids: NDArray[np.int64],
-        mask: NDArray[np.int64],
+        new: NewTokens,
         first: int,
-        ends: NDArray[np.int64],
     ) -> NDArray[Any]:
-        """Run `ids` [rows, new] in consecutive slots from `first` on.
+        """Run `new` in consecutive slots from `first` on.
 
         Several rows start at position 0, or have one token each. Rows without a token, and padding,
         are written after a slot's contents.
         """
-        count, new = ids.shape
+        count, length = new.ids.shape
+        mask = new.mask
         lengths = self._lengths[first : first + count]
-        if count == 1 or new == 1:
-            mask = np.zeros((count, int(lengths.max()) + new), np.int64)
-            mask[:, -new:] = 1
+        if count == 1 or length == 1:
+            mask = np.zeros((count, int(lengths.max()) + length), np.int64)
+            mask[:, -length:] = 1
             mask[np.arange(mask.shape[1]) < lengths[:, np.newaxis]] = 1
         fixed = self._view(first, count)
         logits, *_ = adapters.run_with_ort_values(
             (graph.output, *self._outputs),
             {
-                **graph.feeds(ids, mask, ends, self._shifts[first : first + count]),
+                **graph.feeds(new.ids, mask, new.ends, self._shifts[first : first + count]),
                 **fixed.inputs,
             },
             # A prompt is processed in one run, or few, so its bindings are not kept.
-            buffers=fixed if new == 1 else dict(fixed),
+            buffers=fixed if length == 1 else dict(fixed),
         )
-        return logits_at(logits, ends)
+        return logits_at(logits, new.ends)
 
     def _view(self, first: int, count: int) -> FixedBuffers:
         """The slots as inputs and outputs of a run."""
@@ -211,16 +203,10 @@ class SlotReading:
             array[slot, :, :length] = part
         self._rows._lengths[slot] = length
 
-    def read(
-        self,
-        adapters: RowAdapters,
-        ids: NDArray[np.int64],
-        mask: NDArray[np.int64],
-        ends: NDArray[np.int64],
-    ) -> NDArray[Any]:
+    def read(self, adapters: RowAdapters, new: NewTokens) -> NDArray[Any]:
         """See `Rows.read`; several prompts start at position 0, padded on the right."""
-        logits = self._rows._run(self._graph, adapters, ids, mask, self._slots[0], ends)
-        self._rows._lengths[self._slots] += mask.sum(axis=1)
+        logits = self._rows._run(self._graph, adapters, new, self._slots[0])
+        self._rows._lengths[self._slots] += new.mask.sum(axis=1)
         self._rows._shifts[self._slots] = self._graph.shifts(len(self._slots))
         return logits
 
