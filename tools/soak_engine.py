@@ -227,7 +227,7 @@ class _Clients:
 
 
 def soak(
-    bundle: Path, adapters: Mapping[str, Path], *, seconds: float, max_rows: int = 8
+    bundle: Path, adapters: Mapping[str, Path], *, seconds: float, max_rows: int
 ) -> SoakReport:
     """Run an engine on `bundle` under load for `seconds`, longer if it got too few requests."""
     size = sum(path.stat().st_size for path in bundle.rglob("*.onnx*"))

@@ -631,7 +631,7 @@ def test_a_prediction_head_that_is_not_converted_is_named(
     assert ["not the prediction head that head_config.json" in m for m in caplog.messages] == [True]
 
 
-def torchtune_export(place: Path, base: str, *, dora: bool = False) -> Path:
+def torchtune_export(place: Path, base: str, *, dora: bool) -> Path:
     """Write a directory like torchtune's export for PEFT: few settings, and its own pickle."""
     module = "base_model.model.model.layers.0.self_attn.q_proj"
     tensors: Arrays = {f"{module}.lora_A.weight": random(4, 32)}

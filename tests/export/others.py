@@ -168,8 +168,8 @@ def without_mask(graph: Path, place: Path) -> None:
     ir.save(model, place / "model.onnx")
 
 
-def with_int32(graph: Path, place: Path, *, output: str | None = None) -> None:
-    """Change integer inputs to int32, and rename the first output if `output` is given."""
+def with_int32(graph: Path, place: Path, *, output: str) -> None:
+    """Change integer inputs to int32, and rename the first output to `output`."""
     model = ir.load(graph)
     for value in model.graph.inputs:
         if value.dtype == ir.DataType.INT64:
@@ -181,8 +181,7 @@ def with_int32(graph: Path, place: Path, *, output: str | None = None) -> None:
                     node.replace_input_with(index, cast.outputs[0])
             model.graph.insert_before(model.graph[0], cast)
             value.dtype = ir.DataType.INT32
-    if output is not None:
-        model.graph.outputs[0].name = output
+    model.graph.outputs[0].name = output
     place.mkdir(parents=True)
     ir.save(model, place / "model.onnx")
 

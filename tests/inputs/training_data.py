@@ -17,9 +17,9 @@ from tests.train.conftest import WORDS, write_lines
 TONES = {300: "low", 900: "a middle tone", 2500: "high"}
 
 
-def sentences(topic: str, count: int = 8) -> list[str]:
+def sentences(topic: str) -> list[str]:
     words = WORDS[topic]
-    return [" ".join(words[(n * k + n) % 8] for k in range(1, 5)) for n in range(count)]
+    return [" ".join(words[(n * k + n) % 8] for k in range(1, 5)) for n in range(8)]
 
 
 def multi_label(file: Path) -> Path:

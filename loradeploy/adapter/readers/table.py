@@ -74,12 +74,7 @@ def other_form(path: str | os.PathLike[str]) -> Form | None:
     return form if form in READERS else None
 
 
-def read_other(
-    path: str | os.PathLike[str],
-    *,
-    name: str | None = None,
-    base: Base | None = None,
-) -> Adapter:
+def read_other(path: str | os.PathLike[str], *, name: str | None, base: Base | None) -> Adapter:
     """The adapter of another library at `path`, a directory or a .safetensors or .gguf file.
 
     Args:

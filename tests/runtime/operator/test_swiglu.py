@@ -29,9 +29,7 @@ def _run(library: Path, x: NDArray[np.float32], threads: int = 1) -> NDArray[np.
     return result
 
 
-def _run_parts(
-    library: Path, gate: NDArray[Any], up: NDArray[Any], threads: int = 1
-) -> NDArray[np.float32]:
+def _run_parts(library: Path, gate: NDArray[Any], up: NDArray[Any]) -> NDArray[np.float32]:
     opened = single_node(
         "SiluMul",
         OPERATOR_DOMAIN,
@@ -39,7 +37,7 @@ def _run_parts(
         ["y"],
         {},
         library=library,
-        threads=threads,
+        threads=1,
     )
     result: NDArray[np.float32] = opened.run(None, {"gate": gate, "up": up})[0]
     return result
