@@ -25,7 +25,8 @@ import loradeploy as ld
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.files import write_json
 from loradeploy.parity.backends.table import choose_backends, open_backend
-from loradeploy.parity.checks.check import Progress, run_backends
+from loradeploy.parity.checks.check import run_backends
+from loradeploy.parity.checks.runs import Progress
 from loradeploy.parity.context import CheckContext, find_adapters
 from loradeploy.parity.inputs.prompts import PROMPTS
 from loradeploy.parity.inputs.tokens import make_cases

@@ -14,10 +14,12 @@ from typing import Final
 from loradeploy.adapter.files.digest import short
 from loradeploy.parity.backends.table import REFERENCE_TITLE, Backend
 from loradeploy.parity.bundle_files import BundleFiles
-from loradeploy.parity.checks.check import Progress, adapter_facts, run_backends
+from loradeploy.parity.checks.check import run_backends
 from loradeploy.parity.checks.controls import Controls, run_controls
+from loradeploy.parity.checks.effects import adapter_facts
 from loradeploy.parity.checks.files import differing_files
 from loradeploy.parity.checks.repeat import second_run
+from loradeploy.parity.checks.runs import Progress
 from loradeploy.parity.context import CheckContext
 from loradeploy.parity.diagnose.localize import localizations
 from loradeploy.parity.diagnose.shrink import shrink_failures

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,17 +11,18 @@ from typing import TYPE_CHECKING, Final
 from loradeploy.errors import LoraDeployError, kind_and_line
 from loradeploy.parity.backends.onnx_model import NotRunError, OnnxModel, Replayed
 from loradeploy.parity.backends.table import Backend, open_backend
-from loradeploy.parity.context import AdapterUnderTest, CheckContext
+from loradeploy.parity.checks.rows import mixed_rows, same_everywhere
+from loradeploy.parity.checks.runs import Progress, phases_in, varied
+from loradeploy.parity.context import CheckContext
 from loradeploy.parity.figures.metrics import Comparison
 from loradeploy.parity.names import REPEAT
-from loradeploy.parity.phases.choice import left_out, phases_of, rows_of, spread
+from loradeploy.parity.phases.choice import left_out, rows_of, spread
 from loradeploy.parity.phases.models import Model
 from loradeploy.parity.phases.outputs import has_logits
 from loradeploy.parity.phases.rows import Observation, Row
 from loradeploy.parity.phases.run import run_phases
-from loradeploy.parity.report.results import BASE_LABEL, AdapterFacts, Result, Variant
+from loradeploy.parity.report.results import BASE_LABEL, Result, Variant
 from loradeploy.parity.verdict import judge
-from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
     import torch
@@ -30,14 +30,8 @@ if TYPE_CHECKING:
     from loradeploy.parity.figures.metrics import Figures
     from loradeploy.parity.reference.pytorch import Reference
 
-logger = logger_of(__name__)
-
 # Number of rows that a PyTorch backend runs with an adapter that acts alike at every position.
 _ROWS_IN_TORCH: Final = 8
-# The name of a linear layer inside one of several experts.
-_EXPERT_LAYER: Final = re.compile(r"(?:^|\.)\w*experts?\.\d+(?:\.|$)")
-# Durations of this many seconds or more are shown in minutes.
-_MINUTES: Final = 100
 
 
 @dataclass
@@ -83,110 +77,19 @@ def run_backends(
     results: list[Result] = []
     for backend in backends:
         missing = backend.missing(context)
-        phases = _phases(backend, context)
+        phases = phases_in(backend, context)
         if missing is None and not phases:
             missing = f"it does not have the phases {', '.join(context.phases or ())}"
         if missing is not None:
             results.append(_not_run(backend, missing))
             continue
-        for at in _varied(backend, context):
+        for at in varied(backend, context):
             crash = context.crashed.get(at.variant.provider) if backend.on_onnxruntime else None
             if crash is not None:
                 results.append(_broken(backend, at, crash))
                 continue
             results += _run_backend(backend, at, phases, reference, model, progress)
     return results
-
-
-def _varied(backend: Backend, context: CheckContext) -> list[CheckContext]:
-    """Return the context of every variant in which the backend runs."""
-    if not backend.on_onnxruntime:
-        return [context]
-    every = [context.at(variant) for variant in context.variants.each]
-    return [
-        at
-        for at in every
-        if (backend.captured or not at.captured)
-        and (at.manifest.mode in backend.operated or not at.operator)
-    ]
-
-
-class Progress:
-    """Logs the start of each run, and an estimate of the time left from the runs so far.
-
-    A run is one backend with one adapter.
-    """
-
-    def __init__(self, backends: Sequence[Backend], context: CheckContext) -> None:
-        self._total = sum(_run_count(backend, context) for backend in backends)
-        self._begun = 0
-        self._start = time.monotonic()
-
-    def begin(self, backend: Backend, adapter: str | None, context: CheckContext) -> None:
-        """Log the start of a run."""
-        done, self._begun = self._begun, self._begun + 1
-        named = [backend.title, "mixed" if backend.mixed else adapter or BASE_LABEL]
-        if len(context.variants.each) > 1 and backend.on_onnxruntime:
-            named.append(str(context.variant))
-        left = ""
-        if done:
-            pace = (time.monotonic() - self._start) / done
-            left = f" (about {_duration(pace * (self._total - done))} left)"
-        logger.info("[%d/%d] %s%s", self._begun, self._total, ", ".join(named), left)
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < _MINUTES else f"{seconds / 60:.0f} min"
-
-
-def _run_count(backend: Backend, context: CheckContext) -> int:
-    if backend.missing(context) is not None or not _phases(backend, context):
-        return 0
-    base = not backend.needs_adapter and not context.merged
-    adapters = 1 if backend.mixed else len(context.adapters) + base
-    return adapters * len(_varied(backend, context))
-
-
-def _phases(backend: Backend, context: CheckContext) -> tuple[str, ...]:
-    asked = context.phases or phases_of(context.manifest.task, embeds=bool(context.manifest.embeds))
-    return tuple(phase for phase in asked if phase in backend.phases)
-
-
-def adapter_facts(context: CheckContext, reference: Reference) -> tuple[AdapterFacts, ...]:
-    """Return each adapter's effect in the reference; one without an effect must be untrained."""
-    facts = []
-    for tested in context.adapters:
-        effect = reference.effect[tested.name]
-        failed, message = False, None
-        if effect.largest == 0.0:
-            failed, message = _without_effect(context, tested)
-        facts.append(
-            AdapterFacts(
-                tested.name,
-                tested.digest,
-                effect.largest,
-                effect.mean,
-                failed,
-                message,
-            )
-        )
-    return tuple(facts)
-
-
-def _without_effect(context: CheckContext, tested: AdapterUnderTest) -> tuple[bool, str]:
-    """For an adapter without an effect: whether that is a failure, and the explanation."""
-    adapter, added = tested.adapter, context.manifest.added_tokens
-    if any(pair.has_update for pair in adapter.factors.values()):
-        return True, "the adapter has factors other than zero, yet it changes nothing in PyTorch"
-    if added is not None and any(
-        token >= added.base and values.any()
-        for rows in adapter.rows.values()
-        for token, values in zip(rows.indices, rows.values, strict=True)
-    ):
-        return False, "its only effect is on tokens that the base does not have"
-    if adapter.rows:
-        return False, "no effect: all of its updates are zero, and its tokens' rows change nothing"
-    return False, "no effect: it is untrained, all of its updates are zero"
 
 
 def _run_backend(
@@ -253,40 +156,6 @@ def _as_captured(
         said = f"{count.replays} of {count.runs} runs were replays"
         message = said if result.message is None else f"{result.message}; {said}"
         yield dataclasses.replace(result, message=message)
-
-
-def same_everywhere(adapters: Sequence[AdapterUnderTest], name: str | None) -> bool:
-    """Whether the adapter acts at every position, whatever the token there is.
-
-    In PyTorch both sides share the base model, so an error in such an adapter shows on any row. A
-    trained embedding row acts only at its token, and an expert only where the router selects it.
-    """
-    named = [tested.adapter for tested in adapters if tested.name == name]
-    return all(
-        all(
-            pair.kind == "linear" and _EXPERT_LAYER.search(module) is None
-            for module, pair in adapter.factors.items()
-        )
-        and not (adapter.saved or adapter.carried or adapter.rows)
-        for adapter in named
-    )
-
-
-def mixed_rows(rows: Mapping[str | None, Sequence[Row]]) -> tuple[Row, ...]:
-    """Return a batch in which neighboring rows have different adapters; the base counts as one.
-
-    Each adapter has at least one usual row and one of an extreme length, if there are any.
-    """
-    adapters = list(rows)
-    usual = [number for number, row in enumerate(rows[None]) if not row.edge]
-    edges = [number for number, row in enumerate(rows[None]) if row.edge]
-    cases = [
-        some[i % len(some)]
-        for some in (usual, edges)
-        if some
-        for i in range(max(len(some), len(adapters)))
-    ]
-    return tuple(rows[adapters[i % len(adapters)]][case] for i, case in enumerate(cases))
 
 
 def _run_rows(

@@ -19,7 +19,7 @@ from loradeploy.adapter.tasks import CAUSAL_LM
 from loradeploy.bundle.text.tokenizer_files import TOKENIZER_NAME
 from loradeploy.errors import kind_and_line
 from loradeploy.parity.backends.table import Backend, open_backend
-from loradeploy.parity.checks.check import mixed_rows
+from loradeploy.parity.checks.rows import mixed_rows
 from loradeploy.parity.context import CheckContext
 from loradeploy.parity.figures.metrics import Comparison
 from loradeploy.parity.names import DECODE, EMBEDDED, ENCODER, PADDED_BATCH, PERMUTED, REPEAT

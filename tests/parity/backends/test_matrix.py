@@ -16,7 +16,7 @@ from loradeploy.adapter.config import AdapterConfig
 from loradeploy.errors import UsageError
 from loradeploy.parity import job
 from loradeploy.parity.checks import check as checking
-from loradeploy.parity.checks.check import same_everywhere
+from loradeploy.parity.checks.rows import same_everywhere
 from loradeploy.parity.context import AdapterUnderTest
 from loradeploy.parity.names import LEVELS
 from loradeploy.parity.phases import choice, run

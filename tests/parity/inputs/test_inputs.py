@@ -16,7 +16,7 @@ from loradeploy.adapter.config import AdapterConfig
 from loradeploy.adapter.files.base_files import base_tensors
 from loradeploy.bundle.manifest import BaseIdentity, Manifest, TensorSpec
 from loradeploy.errors import DataError, LoraDeployError, UsageError
-from loradeploy.parity.checks.check import mixed_rows
+from loradeploy.parity.checks.rows import mixed_rows
 from loradeploy.parity.inputs.prompts import GENERATED, PROMPTS
 from loradeploy.parity.inputs.tokens import MOST_TRAINED, Cases, make_cases
 from loradeploy.parity.inputs.trained import trained_tokens
