@@ -106,7 +106,7 @@ def to_standard_lora(adapter: Adapter, model: nn.Module) -> Adapter:
     carried = dict(adapter.carried)
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for name, pair in adapter.factors.items():
-        module = modules.get(name)
+        module, s = modules.get(name), adapter.scaling(name)
         if module is None or kind_of(module) is not LoraLinear:
             raise AdapterMismatchError(f"{name} is not a linear layer of this model")
         if owners[id(module.weight)] > 1:
@@ -114,20 +114,10 @@ def to_standard_lora(adapter: Adapter, model: nn.Module) -> Adapter:
                 f"{name}.weight is shared with another module, which {method} changed too: no"
                 " adapter can undo that; train again with the head untied"
             )
-        s = adapter.scaling(name)
         layer = LoraLinear(module, pair.rank, s)
-        if (pair.A.shape, pair.B.shape) != (layer.lora_A.shape, layer.lora_B.shape):
-            raise AdapterMismatchError(
-                f"{name} takes factors {list(layer.lora_A.shape)} and {list(layer.lora_B.shape)},"
-                f" the adapter has {list(pair.A.shape)} and {list(pair.B.shape)}"
-            )
-        weight = layer.weight.detach()
-        if method == "olora" and layer.as_matrix(weight) is not weight:
-            raise AdapterError(
-                f"{name} is a Conv1D: PEFT's OLoRA does not subtract the product of the factors"
-                " from it, so the adapter cannot be converted"
-            )
-        A, B = begin(layer.as_matrix(weight).float(), pair.rank, s, torch.Generator())
+        _check_factors(name, pair, layer, method)
+        W = layer.as_matrix(layer.weight.detach()).float()
+        A, B = begin(W, pair.rank, s, torch.Generator())
         factors[name] = Factors(
             A=np.concatenate([pair.A, _array(A)]),
             B=np.concatenate([pair.B, -_array(B)], axis=1),
@@ -135,16 +125,31 @@ def to_standard_lora(adapter: Adapter, model: nn.Module) -> Adapter:
         )
         # The weight in the adapter's file is W − s · B₀ A₀.
         below = carried.pop(f"{name}.weight", None)
-        if below is not None:
-            left = layer.as_matrix(weight).float() - s * (B.float() @ A.float())
-            if not _nearly(layer.as_matrix(torch.tensor(below)), left):
-                raise AdapterError(
-                    f"{name}.weight in the adapter is not what {method} leaves of this base's:"
-                    " give the base that it was trained on"
-                )
+        if below is not None and not _nearly(
+            layer.as_matrix(torch.tensor(below)), W - s * (B.float() @ A.float())
+        ):
+            raise AdapterError(
+                f"{name}.weight in the adapter is not what {method} leaves of this base's:"
+                " give the base that it was trained on"
+            )
     return dataclasses.replace(
         adapter, config=doubled(adapter.config), factors=factors, carried=carried
     )
+
+
+def _check_factors(name: str, pair: Factors, layer: LoraLinear, method: object) -> None:
+    """Raise an error if `pair` has other shapes than the layer's, or is of an unknown update."""
+    if (pair.A.shape, pair.B.shape) != (layer.lora_A.shape, layer.lora_B.shape):
+        raise AdapterMismatchError(
+            f"{name} takes factors {list(layer.lora_A.shape)} and {list(layer.lora_B.shape)},"
+            f" the adapter has {list(pair.A.shape)} and {list(pair.B.shape)}"
+        )
+    weight = layer.weight.detach()
+    if method == "olora" and layer.as_matrix(weight) is not weight:
+        raise AdapterError(
+            f"{name} is a Conv1D: PEFT's OLoRA does not subtract the product of the factors"
+            " from it, so the adapter cannot be converted"
+        )
 
 
 def _nearly(one: Tensor, other: Tensor) -> bool:

@@ -10,6 +10,7 @@ import dataclasses
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final, TypeVar
 
 from loradeploy.adapter.adapter import Adapter
@@ -52,30 +53,11 @@ def named_as(
     if any(".experts." in name and name not in known for name in adapter.factors):
         rules = renamings()
         adapter = with_joined_experts(adapter, known, lambda name: _module_renamed(name, rules))
-    owners = {name: name for name in adapter.factors}
-    parameters = {
-        name: name.rpartition(".")[0] for name in (*adapter.saved, *adapter.carried, *adapter.rows)
-    }
-    if known.issuperset([*owners, *parameters.values()]):
+    names = _Names(adapter.factors, (*adapter.saved, *adapter.carried, *adapter.rows))
+    if all(names.module_of(name) in known for name in names.all):
         return adapter
-    rules = renamings()
-    new = {name: _module_renamed(name, rules) for name in owners}
-    new |= {name: _renamed(name, rules) for name in parameters}
-    old = {**owners, **parameters}
-
-    def module_of(name: str, called: str) -> str:
-        """The module of `name`, a module or parameter of the adapter, if the base's is `called`."""
-        return called if name in owners else called.rpartition(".")[0]
-
-    renamed = _by_new_name(known, rules)  # a graph may have the old names too
-    final = {}
-    for name, module in old.items():
-        current = module_of(name, new[name])
-        current = current if current in known else renamed.get(current, "")
-        is_new = module not in known and bool(current)
-        leaf = "" if name in owners else "." + name.rpartition(".")[2]
-        final[name] = current + leaf if is_new else name
-    working = [name for name in owners if adapter.factors[name].has_effect]
+    final = _by_renamings(names, known, renamings())
+    working = [name for name in adapter.factors if adapter.factors[name].has_effect]
     # If some names are known, the others belong to another part of the model, not to a wrapper.
     unmatched = [] if any(final[name] in known for name in working) else working
     prefixes = _prefixes(unmatched, known)
@@ -86,21 +68,54 @@ def named_as(
             " adapter was trained on, or rename the tensors of the adapter"
         )
     for before, after in prefixes:
-        for name in old:
-            current = final[name]
+        for name, current in final.items():
             moved = after + current.removeprefix(before)
-            matches = current.startswith(before) and module_of(name, current) not in known
-            if matches and module_of(name, moved) in known:
+            matches = current.startswith(before) and names.module_of(name, current) not in known
+            if matches and names.module_of(name, moved) in known:
                 final[name] = moved
     if all(name == current for name, current in final.items()):
         return adapter
-    if len({(name in owners, current) for name, current in final.items()}) < len(final):
+    if len({(name in names.modules, current) for name, current in final.items()}) < len(final):
         raise AdapterMismatchError("two modules of the adapter have the same name in this base")
     first = next(name for name, current in final.items() if name != current)
     logger.info(
         "modules of the adapter are renamed for this base: %s is %s, and so on", first, final[first]
     )
     return with_names(adapter, final)
+
+
+@dataclass(frozen=True)
+class _Names:
+    """The names in an adapter: `modules` with factors, and `parameters` of any module."""
+
+    modules: Collection[str]
+    parameters: tuple[str, ...]
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        return (*self.modules, *self.parameters)
+
+    def module_of(self, name: str, called: str | None = None) -> str:
+        """The module of `name`, which may be `called` otherwise in the base."""
+        called = name if called is None else called
+        return called if name in self.modules else called.rpartition(".")[0]
+
+
+def _by_renamings(
+    names: _Names, known: Collection[str], rules: Sequence[Renaming]
+) -> dict[str, str]:
+    """The names in the base, by transformers' rules; those that stay unknown are kept."""
+    renamed = _by_new_name(known, rules)  # a graph may have the old names too
+    final = {}
+    for name in names.all:
+        is_module = name in names.modules
+        new = _module_renamed(name, rules) if is_module else _renamed(name, rules)
+        current = names.module_of(name, new)
+        current = current if current in known else renamed.get(current, "")
+        is_new = names.module_of(name) not in known and bool(current)
+        leaf = "" if is_module else "." + name.rpartition(".")[2]
+        final[name] = current + leaf if is_new else name
+    return final
 
 
 def _by_new_name(modules: Collection[str], rules: Sequence[Renaming]) -> dict[str, str]:

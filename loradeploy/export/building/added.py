@@ -56,21 +56,11 @@ def with_added_tokens(
             with prefixing_errors(name):
                 refuse_resized(adapter, vocabulary)
         return findings, options, None
-    counts: dict[str, int] = {}
-    adapters: dict[str, Adapter] = {}
-    tables: Mapping[str, NDArray[Any]] = {}
+    counts = {}
     for name, adapter in options.adapters.items():
         with prefixing_errors(name):
             counts[name] = added_tokens(adapter, vocabulary, MOST_ROWS)
-            if counts[name] and not tables:
-                found = tables_in(base.graph, findings)
-                tables = {table: values[: vocabulary.size] for table, values in found.items()}
-            adapters[name] = (
-                with_rows(adapter, tables.get, MOST_ROWS, token_tables(adapter, vocabulary))
-                if counts[name]
-                else adapter
-            )
-            added_tokens(adapters[name], vocabulary, MOST_ROWS)  # checks that both tables have them
+    adapters = _with_rows(base, findings, vocabulary, options.adapters, counts)
     count = max([*counts.values(), 0 if before is None else before.count])
     if not count:
         return findings, options, None
@@ -101,6 +91,32 @@ def with_added_tokens(
     )
     added = AddedTokens(vocabulary.size, count, vocabulary.embedding, vocabulary.head, output)
     return findings, dataclasses.replace(options, adapters=adapters), added
+
+
+def _with_rows(
+    base: Base,
+    findings: Findings,
+    vocabulary: Vocabulary,
+    adapters: Mapping[str, Adapter],
+    counts: Mapping[str, int],
+) -> dict[str, Adapter]:
+    """The adapters with trained rows in place of whole tables, if they add tokens, by `counts`.
+
+    Raises:
+        AdapterMismatchError: an adapter adds tokens to one of two tables only.
+    """
+    tables: Mapping[str, NDArray[Any]] = {}
+    if any(counts.values()):
+        found = tables_in(base.graph, findings)
+        tables = {table: values[: vocabulary.size] for table, values in found.items()}
+    made = dict(adapters)
+    for name, adapter in adapters.items():
+        with prefixing_errors(name):
+            if counts[name]:
+                changed = token_tables(adapter, vocabulary)
+                made[name] = with_rows(adapter, tables.get, MOST_ROWS, changed)
+            added_tokens(made[name], vocabulary, MOST_ROWS)
+    return made
 
 
 def without_added_tokens(base: Base, findings: Findings) -> Findings:

@@ -99,22 +99,7 @@ class TokenClassifier:
             UnknownAdapterError: an adapter that was never loaded.
             RunError: the graph gave logits that are not finite numbers.
         """
-        if not isinstance(aggregation, str) or aggregation not in AGGREGATIONS:
-            raise UsageError(
-                f"`aggregation` is {shown(aggregation)}: give one of {', '.join(AGGREGATIONS)}"
-            )
-        if isinstance(ignore_labels, str) or not all(isinstance(n, str) for n in ignore_labels):
-            raise UsageError(f"`ignore_labels` is {shown(ignore_labels)}: give a list of labels")
-        if stride is not None:
-            check_stride(stride)
-        if stride is not None and aggregation == NONE:
-            raise UsageError(
-                '`stride` needs an `aggregation`: with "none", tokens of overlaps would be repeated'
-            )
-        if stride is not None and self.session.manifest.padding == NO_PADDING:
-            raise UsageError(
-                f"`stride`: {self.session.path} needs rows of one length, and parts have several"
-            )
+        self._check_options(aggregation, ignore_labels, stride)
         given = given_texts(texts)
         found: list[list[Entity]] = [[] for _ in given]
         parts = [0] * len(given)
@@ -140,6 +125,28 @@ class TokenClassifier:
                 found, parts, each_row(adapters, len(given)), strict=True
             )
         ]
+
+    def _check_options(
+        self, aggregation: str, ignore_labels: Sequence[str], stride: int | None
+    ) -> None:
+        """Raise UsageError for options that are invalid, or do not fit each other or the graph."""
+        if not isinstance(aggregation, str) or aggregation not in AGGREGATIONS:
+            raise UsageError(
+                f"`aggregation` is {shown(aggregation)}: give one of {', '.join(AGGREGATIONS)}"
+            )
+        if isinstance(ignore_labels, str) or not all(isinstance(n, str) for n in ignore_labels):
+            raise UsageError(f"`ignore_labels` is {shown(ignore_labels)}: give a list of labels")
+        if stride is None:
+            return
+        check_stride(stride)
+        if aggregation == NONE:
+            raise UsageError(
+                '`stride` needs an `aggregation`: with "none", tokens of overlaps would be repeated'
+            )
+        if self.session.manifest.padding == NO_PADDING:
+            raise UsageError(
+                f"`stride`: {self.session.path} needs rows of one length, and parts have several"
+            )
 
 
 def _tokens(row: TextRow[TextPart], text: str, scores: NDArray[np.float64]) -> list[Token]:

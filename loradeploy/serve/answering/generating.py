@@ -30,6 +30,7 @@ from loradeploy.serve.schemas.text import (
     Usage,
 )
 from loradeploy.serve.service import Service
+from loradeploy.serve.settings import ServeLimits
 
 _Result = TypeVar("_Result")
 
@@ -192,25 +193,10 @@ async def submit(
         RequestError, LoraDeployError: the request is refused, or too many requests are waiting.
     """
     engine = service.text_engine()
-    limits = service.limits
-    if not prompts:
-        raise refused("prompt", "there is none")
-    if len(prompts) > limits.max_inputs:
-        raise refused("prompt", f"{len(prompts)} prompts; this service takes {limits.max_inputs}")
-    if len(prompts) * body.n > limits.max_n:
-        texts = f"{len(prompts)} prompts × n {body.n}"
-        raise refused("n", f"{texts} are more than the {limits.max_n} texts of one request")
-    if len(prompts) > limits.max_waiting:  # they would never all fit into the queue
-        raise refused(
-            "prompt", f"{len(prompts)} prompts; {limits.max_waiting} may wait at this service"
-        )
-    if isinstance(body.stop, str) and not 0 < len(body.stop) <= STOP_LENGTH:
-        raise refused("stop", f"give 1 to {STOP_LENGTH} characters")
-    if body.stream_options is not None and not body.stream:
-        raise refused("stream_options", "only with stream")
+    _check_request(body, len(prompts), service.limits)
     adapter = await service.catalog.resolve(body.model, body.adapters, key)
     options = _options(service, body, logprobs)
-    deadline = limits.request_timeout
+    deadline = service.limits.request_timeout
     if images:
         if service.vision is None:
             raise refused("messages", "this service reads no images: it has no vision tower")
@@ -243,6 +229,23 @@ async def submit(
         Submitted(submissions, body.n).cancel()
         raise
     return Submitted(submissions, body.n)
+
+
+def _check_request(body: TextRequest, prompts: int, limits: ServeLimits) -> None:
+    """Raise RequestError if the request asks for more than the service allows, or contradicts."""
+    if not prompts:
+        raise refused("prompt", "there is none")
+    if prompts > limits.max_inputs:
+        raise refused("prompt", f"{prompts} prompts; this service takes {limits.max_inputs}")
+    if prompts * body.n > limits.max_n:
+        texts = f"{prompts} prompts × n {body.n}"
+        raise refused("n", f"{texts} are more than the {limits.max_n} texts of one request")
+    if prompts > limits.max_waiting:  # they would never all fit into the queue
+        raise refused("prompt", f"{prompts} prompts; {limits.max_waiting} may wait at this service")
+    if isinstance(body.stop, str) and not 0 < len(body.stop) <= STOP_LENGTH:
+        raise refused("stop", f"give 1 to {STOP_LENGTH} characters")
+    if body.stream_options is not None and not body.stream:
+        raise refused("stream_options", "only with stream")
 
 
 def _options(service: Service, body: TextRequest, logprobs: int | None) -> dict[str, Any]:
