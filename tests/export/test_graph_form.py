@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,33 @@ def test_every_pair_of_options_computes_what_pytorch_computes(
         name: actual[name] if value is None else value for name, value in asked.items()
     }
     assert dict(has.static_shapes) == ({**form["fixed"], "total": 5} if form["fixed"] else {})
+
+
+def test_a_kind_of_side_inputs_that_no_layer_can_have_is_named(
+    tiny_llama_bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="loradeploy.export"):
+        ld.export(
+            tiny_llama_bundle, tmp_path / "b", side_inputs=["lora", "bias", "experts", "embedding"]
+        )
+    absent = [text.partition(":")[0] for text in caplog.messages if "can have" in text]
+    assert absent == ["`side_inputs=['bias']`", "`side_inputs=['experts']`"]
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (None, "`required_inputs` is not for encoder-decoders, which are two graphs: leave it out"),
+        ("web", "`target='web'` has `required_inputs`, which is not .*: choose another target"),
+    ],
+)
+def test_an_encoder_decoder_is_refused_by_the_option_that_was_given(
+    target: str | None, message: str, tiny_t5: Path, tmp_path: Path
+) -> None:
+    required = None if target else True
+    with pytest.raises(ld.UsageError, match=message):
+        ld.export(tiny_t5, tmp_path / "b", target=target, required_inputs=required)
+    assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from loradeploy.adapter.tasks import CAUSAL_LM, HEADED, SEQ2SEQ_LM
 from loradeploy.bundle.adapter_inputs.factors import side_inputs_of_fitted
 from loradeploy.bundle.fitting.fit import fit_to
-from loradeploy.bundle.graph_form import default_of
+from loradeploy.bundle.graph_form import BIAS, LORA, SIDE_INPUT_KINDS, default_of, form_of
 from loradeploy.bundle.manifest import AddedTokens, Manifest
 from loradeploy.bundle.names import ROWS, SLOTS
+from loradeploy.bundle.run_target import choice_of
 from loradeploy.errors import ExportError, UsageError, listed, listed_names
 from loradeploy.export.adapters.requirements import (
     Needs,
@@ -120,6 +121,7 @@ def with_side_inputs(base: Base, findings: Findings, options: Options) -> Adapte
     if branches:
         add_branches(graph)
     manifest = dataclasses.replace(manifest, layout=layout, branches=branches)
+    _warn_of_absent(options.side_inputs, manifest)
     return Adapted(manifest, adapters, arrays, added.defaults, added.biases)
 
 
@@ -162,16 +164,28 @@ def _injected(
     )
 
 
+def _warn_of_absent(requested: Collection[str], manifest: Manifest) -> None:
+    """Warn of requested kinds of side inputs for which the graph has no layer."""
+    kinds = form_of(manifest).side_inputs | {LORA}
+    if any(change.offset for change in manifest.changed):
+        kinds |= {BIAS}  # with scales too
+    for kind in sorted(set(requested) - kinds):
+        logger.warning(
+            "`side_inputs=[%r]`: no layer of the graph can have %s", kind, SIDE_INPUT_KINDS[kind]
+        )
+
+
 def _check_form_of_halves(base: Base, options: Options) -> None:
     """Raise UsageError for options that an encoder-decoder, which is two graphs, does not have."""
-    for name, requested in (
-        ("branches", options.branches),
-        ("required_inputs", options.required_inputs),
-    ):
-        if requested and encoder_part(base):
-            raise UsageError(
-                f"`{name}` is not for encoder-decoders, which are two graphs: leave it out"
-            )
+    if not encoder_part(base):
+        return
+    for name in ("branches", "required_inputs"):
+        if not getattr(options, name):
+            continue
+        chosen = choice_of(options.target, name, base.precision)
+        given = f"`target={options.target!r}` has `{name}`, which" if chosen else f"`{name}`"
+        advice = "choose another target" if chosen else "leave it out"
+        raise UsageError(f"{given} is not for encoder-decoders, which are two graphs: {advice}")
 
 
 def _has_branches(base: Base, options: Options) -> bool:

@@ -100,6 +100,97 @@ def test_side_inputs_of_a_fused_product_can_be_removed() -> None:
     assert np.array_equal(run(model, {"x": x}), run(base, {"x": x}))
 
 
+BITS = {"q": 4, "k": 4, "v": 4}
+
+
+def in_few_bits(
+    *, zeros: str = "", bias: str = "", flat: str = "", bits: dict[str, int] = BITS
+) -> ir.Model:
+    """q, k and v of one input as MatMulNBits, [batch, sequence, 14 in all]; 96 inputs are 3 blocks.
+
+    `zeros`, `bias`, `flat`: the names of those with zero points, with a bias, with flat scales.
+    """
+    random = np.random.default_rng(3)
+    b = Builder()
+    x, blocks = b.input("x", ["batch", "sequence", 96]), 3
+    outputs = []
+    for name, out in (("q", 8), ("k", 4), ("v", 2)):
+        integers = random.integers(0, 256, (out, blocks, 4 * bits[name]), np.uint8)
+        scales = random.random((out, blocks)).astype(np.float32)
+        constants = {
+            "weight": integers,
+            "scales": scales.reshape(-1) if name in flat else scales,
+            "zeros": random.integers(0, 256, (out, -(-blocks * bits[name] // 8)), np.uint8),
+            "groups": None,
+            "bias": numbers(out),
+        }
+        count = 5 if name in bias else 3 if name in zeros else 2
+        if name not in zeros:
+            constants["zeros"] = None
+        inputs = [
+            None if values is None else b.constant(f"{name}.{part}", values)
+            for part, values in list(constants.items())[:count]
+        ]
+        y = b.node(
+            *("MatMulNBits", [x, *inputs], ["batch", "sequence", out]),  # type: ignore[list-item]
+            domain="com.microsoft",
+            module=f"attn.{name}",
+            name=name,
+            K=96,
+            N=out,
+            bits=bits[name],
+            block_size=32,
+            accuracy_level=4,
+        )
+        outputs.append(y)
+    model = b.model(b.node("Concat", outputs, ["batch", "sequence", 14], name="y", axis=-1))
+    model.opset_imports["com.microsoft"] = 1
+    return model
+
+
+@pytest.mark.parametrize("form", [{}, {"zeros": "qkv"}, {"flat": "qkv"}], ids=str)
+def test_products_in_few_bits_are_fused_and_can_be_separated_again(form: dict[str, Any]) -> None:
+    base, model, x = in_few_bits(**form), in_few_bits(**form), numbers(2, 3, 96)
+    before = {module: one.nodes[0] for module, one in find_linears(base).linears.items()}
+    added = inject_side_inputs(model, list(find_linears(model).linears.values()))
+    assert ops(model)[:2] == ["MatMulNBits", "Split"]
+    assert ops(model).count("MatMulNBits") == 1
+    names = [value.name for value in next(iter(model.graph)).inputs]
+    assert names[1:3] == ["attn.q+k+v.weight.int4", "attn.q+k+v.weight.int4.scales"]
+    assert [target.slice for target in added.targets] == [(0, 8), (8, 12), (12, 14)]
+    assert all(target.transposed for target in added.targets)
+    expected = run(base, {"x": x})
+    np.testing.assert_array_equal(run(model, {"x": x}), expected)
+    update = {"attn.k.lora_A": numbers(1, 96, 2), "attn.k.lora_B": numbers(1, 2, 4)}
+    changed = np.abs(run(model, {"x": x, **update}) - expected).max(axis=(0, 1)) > 0.1
+    assert changed.tolist() == [False] * 8 + [True] * 4 + [False] * 2
+    remove_side_inputs(model, manifest_of(added))
+    np.testing.assert_array_equal(run(model, {"x": x}), expected)
+    for module, linear in find_linears(model).linears.items():
+        for own, value in zip(linear.nodes[0].inputs[1:], before[module].inputs[1:], strict=True):
+            assert own is not None and value is not None
+            np.testing.assert_array_equal(own.const_value.numpy(), value.const_value.numpy())
+
+
+@pytest.mark.parametrize(
+    ("form", "products"),
+    [
+        ({"bits": {"q": 4, "k": 8, "v": 4}}, ["attn.k", "attn.q+v"]),
+        ({"zeros": "k"}, ["attn.k", "attn.q+v"]),
+        ({"flat": "v"}, ["attn.q+k", "attn.v"]),
+        ({"bias": "q"}, ["attn.k+v", "attn.q"]),
+    ],
+    ids=["other bits", "zero points", "another shape of scales", "a bias of its own"],
+)
+def test_products_in_few_bits_of_other_forms_are_not_fused(
+    form: dict[str, Any], products: list[str]
+) -> None:
+    base, model, x = in_few_bits(**form), in_few_bits(**form), numbers(2, 3, 96)
+    fused = fuse_products(model.graph, find_linears(model).linears.values())
+    assert sorted(product.label for product in fused) == products
+    np.testing.assert_array_equal(run(model, {"x": x}), run(base, {"x": x}))
+
+
 def packed() -> tuple[ir.Model, list[Linear]]:
     """q, k and v as one product whose output is never split."""
     b = Builder()

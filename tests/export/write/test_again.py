@@ -11,7 +11,7 @@ import pytest
 import loradeploy as ld
 from loradeploy.adapter.files.peft import load_adapter
 from loradeploy.bundle.manifest import read_manifest
-from loradeploy.errors import AdapterError, BundleError
+from loradeploy.errors import AdapterError, BundleError, UsageError
 from tests.conftest import MakeAdapter
 
 
@@ -99,3 +99,27 @@ def test_an_adapter_of_the_bundle_that_was_changed_is_refused(bundle: Path, tmp_
     shutil.copytree(changed / "adapters" / "one", changed / "adapters" / "two")
     with pytest.raises(BundleError, match="is not the adapter that came with the bundle"):
         ld.export(changed, tmp_path / "again", adapters=["two"])
+
+
+def test_a_bundle_can_be_exported_to_a_directory_inside_itself(
+    bundle: Path, tmp_path: Path
+) -> None:
+    source = shutil.copytree(bundle, tmp_path / "source")
+    files = {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}
+    again = ld.export(source, source / "forms" / "slots", adapters=["one"], layout="slots")
+    assert again.layout == "slots"
+    assert {path: path.read_bytes() for path in files} == files
+    for place in (source, source / "forms" / "slots"):
+        with ld.AdapterSession(place) as session:
+            assert session.load("one") == again.adapters["one"].digest
+    with pytest.raises(UsageError, match=r"also has .*which would be lost"):
+        ld.export(source / "forms" / "slots", source)
+
+
+def test_a_bundle_is_not_converted_in_place(bundle: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(bundle, tmp_path / "source")
+    files = {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}
+    for output in (source, tmp_path / "." / "source", source / "adapters" / ".."):
+        with pytest.raises(UsageError, match="would be replaced by the output"):
+            ld.export(source, output, layout="slots")
+    assert {path: path.read_bytes() for path in source.rglob("*") if path.is_file()} == files
