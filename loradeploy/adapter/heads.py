@@ -50,12 +50,13 @@ class Head:
     `problem_type`: one of PROBLEM_TYPES for a sequence classifier; UNDECLARED for a sequence or
     token classifier whose files do not declare what its outputs mean; else None.
     `outputs`: the number of the graph's outputs, from the first, that belong to this head; None if
-    all do.
+    all do. `trained`: False for the base if the checkpoint has no weights for its head.
     """
 
     labels: tuple[str, ...] | None = None
     problem_type: str | None = None
     outputs: int | None = None
+    trained: bool = True
 
     @property
     def declared(self) -> bool:

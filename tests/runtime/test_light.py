@@ -49,7 +49,7 @@ from loradeploy.runtime.session import AdapterSession
 
 session = AdapterSession(sys.argv[1])
 session.load("small", sys.argv[2])
-for result in TextClassifier(session)(["one", "two"], [None, "small"]):
+for result in TextClassifier(session)(["one", "two"], "small"):
     print(result.label, result.score)
 """
 
@@ -77,8 +77,8 @@ def test_a_process_without_torch_generates(
 def test_a_process_without_torch_classifies(
     tiny_bert_bundle: Path, bert_adapters: dict[str, Path]
 ) -> None:
-    base, small = _run(_CLASSIFY, tiny_bert_bundle, bert_adapters["small"])
-    assert base != small
+    one, two = _run(_CLASSIFY, tiny_bert_bundle, bert_adapters["small"])
+    assert one != two
 
 
 def test_running_one_prompt_imports_only_what_it_uses(tiny_llama_bundle: Path) -> None:

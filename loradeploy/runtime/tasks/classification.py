@@ -159,16 +159,23 @@ def base_head(session: AdapterSession) -> Head:
         )
     if merged is not None and merged.labels is not None:
         return Head(merged.labels, manifest.problem_type, len(merged.labels))
-    return Head(labels, manifest.problem_type)
+    trained = not any(parameter.lacking for parameter in manifest.saved)
+    return Head(labels, manifest.problem_type, trained=trained)
 
 
 def head_of_row(own: Head | None, base: Head, adapter: AdapterSpec | None) -> Head:
     """The head of a row: its adapter's, otherwise the base's.
 
     Raises:
-        UsageError: its adapter was loaded from a file that does not declare one.
+        UsageError: its adapter was loaded from a file that does not declare one, or it has no
+            adapter and the base's head was never trained.
     """
     if own is None:
+        if not base.trained:
+            raise UsageError(
+                "the base has no trained head, so its scores mean nothing: give an adapter for each"
+                " row"
+            )
         return base
     if not own.declared:
         raise UsageError(

@@ -132,10 +132,13 @@ def test_classes_and_scores_of_pairs_are_those_of_transformers_and_peft(
     assert np.abs(given - exponents / exponents.sum(-1, keepdims=True)).max() <= limit
 
 
-def test_the_score_of_a_pair_does_not_depend_on_the_batch(session: ld.AdapterSession) -> None:
+def test_the_score_of_a_pair_does_not_depend_on_the_batch(
+    session: ld.AdapterSession, bert_adapters: dict[str, Path]
+) -> None:
     classify = ld.TextClassifier(session)
     texts = [PAIRS[1], PAIRS[1], PAIRS[1], PAIRS[1][0], PAIRS[3]]
-    adapters = ["related", "small", None, "small", "related"]
+    session.load("large", bert_adapters["large"])
+    adapters = ["related", "small", "large", "small", "related"]
     together = classify(texts, adapters)
     for text, name, one in zip(texts, adapters, together, strict=True):
         (alone,) = classify([text], name)
@@ -163,7 +166,7 @@ def test_documents_are_ranked_by_their_scores(session: ld.AdapterSession) -> Non
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda s: s.score(PAIRS), "the base has 2 outputs"),
+        (lambda s: s.score(PAIRS), "the base has no trained head"),
         (lambda s: s.score(PAIRS, "small"), "adapter 'small' has 2 outputs .*TextClassifier"),
         (lambda s: s.score(["a"], "related"), "pair 1 is the text 'a': give two texts"),
         (lambda s: s.score([("a", 1)], "related"), "a pair is of two str"),

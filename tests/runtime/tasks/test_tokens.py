@@ -235,9 +235,12 @@ def test_logits_that_are_not_finite_are_refused(
     }
     save_adapter(dataclasses.replace(adapter, factors=wide), tmp_path)
     session = AdapterSession(tagged_bundle)
+    session.load("bytes", taggers["bytes"])
     session.load("wide", tmp_path)
     with pytest.raises(RunError, match="text 2: the graph gave numbers that are not finite"):
-        TokenClassifier(session)(TEXTS[:2], [None, "wide"])
+        TokenClassifier(session)(TEXTS[:2], ["bytes", "wide"])
+    with pytest.raises(UsageError, match="the base has no trained head"):
+        TokenClassifier(session)(TEXTS[:2], ["bytes", None])
 
 
 def test_a_text_without_words_has_no_entities(classify: TokenClassifier) -> None:
