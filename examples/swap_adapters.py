@@ -20,8 +20,9 @@ import tokenizers
 
 def empty_cache(session: onnxruntime.InferenceSession) -> dict[str, Any]:
     """Return an empty cache for one row."""
+    dtypes = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
     return {
-        i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32)
+        i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), dtypes[i.type])
         for i in session.get_inputs()
         if i.name.startswith("past_key_values.")
     }

@@ -57,6 +57,12 @@ def test_plain_onnxruntime_swaps_adapters_like_the_runtime(bundle: Path) -> None
     assert "import loradeploy" not in (ROOT / "examples" / "swap_adapters.py").read_text()
 
 
+def test_plain_onnxruntime_runs_a_bundle_in_half_precision(tiny_llama_fp16_bundle: Path) -> None:
+    plain = example("swap_adapters.py", tiny_llama_fp16_bundle, "A", "--max-new-tokens", 8)
+    ours = example("mixed_batch.py", tiny_llama_fp16_bundle, "A", "--max-new-tokens", 8)
+    assert answers(plain) == answers(ours) and set(answers(plain)) == {"base"}
+
+
 def test_each_row_of_the_mixed_batch_has_the_same_text_as_alone(bundle: Path) -> None:
     output = example("mixed_batch.py", bundle, "Good morning", "--max-new-tokens", 8)
     assert output.count("(as alone)") == 3
