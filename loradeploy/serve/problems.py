@@ -110,7 +110,10 @@ def problem_of(error: BaseException) -> RequestError:
     if isinstance(error, AdapterError):
         logger.warning("an adapter could not be loaded: %s", error)
         return RequestError(
-            503, "the adapter could not be loaded", param="model", code="adapter_load_failed"
+            503,
+            "the adapter could not be loaded; the server's log has the reason",
+            param="model",
+            code="adapter_load_failed",
         )
     if isinstance(error, LoraDeployError):
         logger.error("a request failed: %s", error)
