@@ -337,10 +337,19 @@ def _halved(model: Any) -> Any:
     """`model` in fp16, except for the linear layers that transformers keeps in fp32.
 
     These are T5's `wo`: its products are larger than fp16's maximum in released checkpoints.
+
+    Raises:
+        ExportError: a weight is larger than fp16's maximum. A trial would not meet a token's row.
     """
     import torch
 
     model = model.half()
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise ExportError(
+                f"{name} has values that are too large for float16, which ends at 65504: give"
+                " `precision='fp32'` or `precision='bf16'`"
+            )
     kept = getattr(model, "_keep_in_fp32_modules", None) or ()
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] in kept:

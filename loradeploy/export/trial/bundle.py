@@ -282,7 +282,10 @@ def _check_side_inputs(trial: Trial, feeds: Feeds, base: Outputs) -> Outputs | N
             alone = (adapted if row == 0 else base)[name][row]
             if (error := _error(values[row], alone)) <= limit:
                 continue
-            noise = _norm(_beside_itself(trial, feeds, row)[name][row] - base[name][row])
+            noise = max(
+                _noise(trial, feeds, side_inputs, outputs[name], name)
+                for side_inputs, outputs in ((None, base), (made, adapted))
+            )
             if not _norm(values[row] - alone) <= _NOISE * noise:
                 raise refused(
                     f"row {row + 1} of a batch of mixed adapters differs by {error:.2g} of its"
@@ -291,13 +294,25 @@ def _check_side_inputs(trial: Trial, feeds: Feeds, base: Outputs) -> Outputs | N
     return adapted
 
 
-def _beside_itself(trial: Trial, feeds: Feeds, row: int) -> Outputs:
-    """The base's outputs for a batch in which every row is `row`."""
-    repeated = {
-        name: np.repeat(values[row : row + 1], len(values), axis=0) if values.ndim > 1 else values
-        for name, values in feeds.items()
-    }
-    return trial.run(repeated, None)
+def _noise(
+    trial: Trial,
+    feeds: Feeds,
+    side_inputs: Outputs | None,
+    outputs: NDArray[Any],
+    name: str,
+) -> float:
+    """The largest change of a row of `outputs` if all its neighbors are like itself.
+
+    A single row's can be 0 by chance, if the output is one number.
+    """
+    changes = []
+    for row in range(len(outputs)):
+        repeated = {
+            n: np.repeat(values[row : row + 1], len(values), axis=0) if values.ndim > 1 else values
+            for n, values in feeds.items()
+        }
+        changes.append(_norm(trial.run(repeated, side_inputs)[name][row] - outputs[row]))
+    return max(changes, default=0.0)
 
 
 def _check_required(trial: Trial, feeds: Feeds, base: Outputs) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
 
-from loradeploy.errors import ModelError
+from loradeploy.errors import ExportError, ModelError
 from loradeploy.export.api import export
 from loradeploy.export.read.finite import check_finite_checkpoint, check_finite_graph
 from tests.export.graphs import IN, OUT, Builder, numbers
@@ -92,6 +92,21 @@ def test_a_checkpoint_with_a_damaged_row_is_not_exported(tiny_llama: Path, tmp_p
     with pytest.raises(ModelError, match="values of .*embed_tokens.weight are NaN"):
         export(base, tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()
+
+
+def test_a_row_that_float16_cannot_hold_is_refused_by_name(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    base = copy_of(tiny_llama, tmp_path / "base")
+    tensors = load_file(_weights(base))
+    name = next(name for name in tensors if name.endswith("embed_tokens.weight"))
+    tensors[name] = tensors[name].copy()
+    tensors[name][-1, 0] = 1e5
+    save_file(tensors, _weights(base), {"format": "pt"})
+    with pytest.raises(
+        ExportError, match=r"embed_tokens\.weight has values that are too large for"
+    ):
+        export(base, tmp_path / "bundle", precision="fp16")
 
 
 def test_a_damaged_row_of_a_graph_is_refused_before_anything_is_written(tmp_path: Path) -> None:

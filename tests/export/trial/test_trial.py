@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from loradeploy.export.graph.edit import constant_of, set_constant
 from loradeploy.export.graph.file import load_graph
 from loradeploy.export.passes.side_inputs import inject
 from loradeploy.export.read.opsets import LEAST_OPSET, convert_opset
+from loradeploy.export.trial import bundle as trial_of_bundle
 from loradeploy.runtime.session import AdapterSession
 from tests.conftest import MakeAdapter
 from tests.export import others
@@ -200,3 +202,17 @@ def test_blocks_of_four_bits_take_side_inputs_without_branches(
     assert difference(base, own) > 0.1
     with pytest.raises(ExportError, match="export with `branches=False`"):
         export(tmp_path / "blocks", tmp_path / "c", branches=True, checkpoint=tiny_bert)
+
+
+def test_the_noise_by_neighbors_is_measured_at_all_rows() -> None:
+    """At one row of a single number it can be 0 by chance, and a right bundle would be refused."""
+
+    def run(feeds: dict[str, Any], side_inputs: object) -> dict[str, Any]:
+        step = np.abs(feeds["x"]).max() / 10  # one scale for the batch, as in dynamic quantization
+        return {"y": np.round(feeds["x"] / step) * step}
+
+    feeds = {"x": np.array([[1.0], [0.46]])}
+    outputs = run(feeds, None)["y"]
+    noise = trial_of_bundle._noise(SimpleNamespace(run=run), feeds, None, outputs, "y")  # type: ignore[arg-type]
+    assert noise == pytest.approx(0.04)
+    assert outputs[0] == run({"x": feeds["x"][:1]}, None)["y"], "the first row shows none"
