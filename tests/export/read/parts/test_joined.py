@@ -236,17 +236,44 @@ def _as_opset_17(source: Path) -> None:
     write_encoder(model, source / ENCODER, opset=17)
 
 
+def _with_cache_position(source: Path) -> None:
+    """Give the decoder with a cache its tokens' positions as an input, as transformers 4 does."""
+    model = ir.load(source / FURTHER)
+    given = ir.Value(
+        name="cache_position", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["sequence"])
+    )
+    positions = [node.outputs[0] for node in model.graph if node.op_type == "Add" and _counts(node)]
+    assert positions, "the graph computes no positions behind its cache"
+    for value in positions:
+        value.replace_all_uses_with(given)
+    model.graph.inputs.append(given)
+    ir.save(model, source / FURTHER)
+
+
+def _counts(add: ir.Node) -> bool:
+    """Whether a Range, of the tokens, is added to what their cache has."""
+    made = (value.producer() for value in add.inputs if value is not None)
+    return any(node is not None and node.op_type == "Range" for node in made)
+
+
 @pytest.mark.parametrize(
     ("change", "precision"),
     [
         (_as_opset_17, "fp32"),
+        (_with_cache_position, "fp32"),
         (_as_halves(ENCODER), "fp16"),
         (_as_halves(FIRST, FURTHER), "fp16"),
         (_as_halves(FURTHER), "fp16"),
     ],
-    ids=["encoder of an older opset", "encoder in fp16", "decoders in fp16", "one in fp16"],
+    ids=[
+        "encoder of an older opset",
+        "cache_position",
+        "encoder in fp16",
+        "decoders in fp16",
+        "one in fp16",
+    ],
 )
-def test_parts_that_differ_in_opset_or_precision_are_joined(
+def test_parts_that_differ_in_opset_precision_or_inputs_are_joined(
     change: Callable[[Path], None],
     precision: str,
     parts: Path,
