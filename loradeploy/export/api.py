@@ -180,6 +180,7 @@ def export(
             evidence=Evidence(None if checkpoint is None else expanded(checkpoint), module_map),
             operator_kept=operator is None,
             directories=directories,
+            scratch=next(place for place in destination.absolute().parents if place.is_dir()),
         )
         manifest, content = build(source, options)
         logger.info("writing %s", destination)

@@ -25,6 +25,8 @@ class Options:
     """The options of an export: see `loradeploy.export`.
 
     `operator_kept`: `operator` was not asked for, but is that of the bundle that is exported again.
+    `scratch`: the directory for a temporary file with the weights of a large checkpoint; None keeps
+    them in memory.
     """
 
     adapters: Mapping[str, Adapter]
@@ -45,6 +47,7 @@ class Options:
     operator: bool | None = None
     operator_kept: bool = False
     directories: Mapping[str, Path] = field(default_factory=dict)
+    scratch: Path | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -110,7 +110,9 @@ def from_checkpoint(source: Source, options: Options) -> Base:
     adapters = _fitting(source, options, identity, task, adapters, labels, others)
     logger.info("loading %s", source.name)
     brought = {name for a in adapters.values() for name in (*a.saved, *a.carried)}
-    model, zeroed = load_model(source.directory, task, labels=labels, brought=brought)
+    model, zeroed = load_model(
+        source.directory, task, labels=labels, brought=brought, scratch=options.scratch
+    )
     for name, adapter in adapters.items():
         check_brought(name, adapter, zeroed)
     if TOKENS in options.side_inputs:

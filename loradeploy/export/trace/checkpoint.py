@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import traceback
 from collections.abc import Collection, Mapping
@@ -22,6 +23,7 @@ from loradeploy.export.read.files.source import read_config
 from loradeploy.export.tasks import auto_class, own_task
 from loradeploy.export.tokenizers import OLDER_TOKENIZERS
 from loradeploy.export.towers import tower_kind
+from loradeploy.export.trace.file_memory import takes_file, weights_in_file
 from loradeploy.export.trace.image_text import family_of, vision_part
 from loradeploy.export.trace.towers import make_tower, text_form
 from loradeploy.lora.base.architectures import untraceable
@@ -44,6 +46,7 @@ def load_model(
     labels: int | None = None,
     brought: Collection[str] = (),
     meta: bool = False,
+    scratch: Path | None = None,
 ) -> tuple[torch.nn.Module, tuple[str, ...]]:
     """Load the checkpoint in `directory` with the task's head, in fp32 and eval mode.
 
@@ -52,6 +55,7 @@ def load_model(
     lacks is removed, unless it is part of a classifier's head or an adapter has it. `brought`: the
     names of parameters in adapters. With `meta` only the config is read, and the modules have
     shapes but no values. For a two-tower model it is the tower of the task (`towers.make_tower`).
+    `scratch`: a directory in which the weights of a large checkpoint are kept in a temporary file.
 
     Raises:
         ModelError: transformers cannot load the checkpoint, or it lacks more than a head.
@@ -81,14 +85,16 @@ def load_model(
                 with torch.device("meta"):
                     skeleton = from_config(auto, config, directory)
                 return skeleton if kind is None else make_tower(skeleton, kind), ()
-            loaded = load_pretrained(
-                auto,
-                directory,
-                config=config,
-                dtype=torch.float32,
-                # A head with another number of labels is not the checkpoint's.
-                ignore_mismatched_sizes=labels is not None,
-            )
+            place = scratch if scratch is not None and takes_file(directory, scratch) else None
+            with contextlib.nullcontext() if place is None else weights_in_file(place):
+                loaded = load_pretrained(
+                    auto,
+                    directory,
+                    config=config,
+                    dtype=torch.float32,
+                    # A head with another number of labels is not the checkpoint's.
+                    ignore_mismatched_sizes=labels is not None,
+                )
     except (MemoryError, ModelError, ExportError):
         raise
     except Exception as problem:  # transformers raises errors of many types
