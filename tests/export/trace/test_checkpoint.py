@@ -53,13 +53,12 @@ def test_a_graph_that_cannot_be_optimized_is_an_export_error(
         module.trace(load_model(tiny_llama, "causal-lm")[0], "causal-lm")
 
 
-@pytest.mark.parametrize("weight", ["model.norm.weight", "lm_head.weight"], ids=["all", "a token"])
-def test_a_checkpoint_with_nan_outputs_is_refused(
-    weight: str, tiny_llama: Path, tmp_path: Path
+def test_a_checkpoint_whose_weights_overflow_to_nan_outputs_is_refused(
+    tiny_llama: Path, tmp_path: Path
 ) -> None:
     place = shutil.copytree(tiny_llama, tmp_path / "base")
     tensors = load_file(place / "model.safetensors")
-    tensors[weight].view(-1)[0] = float("nan")
+    tensors["model.norm.weight"].fill_(3e38)
     save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ExportError, match="gives NaN as logits in PyTorch.*checkpoint are damaged"):
         export(place, tmp_path / "bundle")
