@@ -101,7 +101,7 @@ class _Stored:
                 return tensor
             begin = self._file.seek(_aligned(self._file.seek(0, 2)))
             try:
-                content = memoryview(tensor.reshape(-1).numpy()).cast("B")
+                content = tensor.reshape(-1).view(torch.uint8).numpy().data
                 while content:
                     content = content[self._file.write(content) :]
             except OSError as problem:
