@@ -55,7 +55,9 @@ def test_an_adapter_can_be_added_replaced_and_removed_without_a_restart(
         (root / "broken").mkdir()
         config = (root / "sport" / "adapter_config.json").read_text()
         (root / "broken" / "adapter_config.json").write_text(config)
-        with pytest.raises(openai.InternalServerError, match="could not be loaded; the server.s log") as failed:
+        with pytest.raises(
+            openai.InternalServerError, match="could not be loaded; the server.s log"
+        ) as failed:
             text(running, "broken")
         assert failed.value.status_code == 503
         assert str(root) not in str(failed.value)
