@@ -19,7 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 from loradeploy.bundle.manifest import AddedTokens, LoraTarget, Manifest, OutputTarget, SavedTarget
 from loradeploy.errors import ExportError
-from loradeploy.export.graph.edit import Chain, free_constants, remove_unused, replace_uses
+from loradeploy.export.graph.edit import (
+    Chain,
+    free_constants,
+    only_user,
+    remove_unused,
+    replace_uses,
+)
 from loradeploy.export.graph.names import (
     LORA_A_GATHER,
     LORA_A_MATMUL,
@@ -31,7 +37,7 @@ from loradeploy.export.graph.names import (
 )
 from loradeploy.export.match.experts import Experts
 from loradeploy.export.match.linears import Linear
-from loradeploy.export.match.products import input_of, output_of
+from loradeploy.export.match.products import input_of, output_of, repeated_for_rows
 from loradeploy.export.match.whole.parts import Part
 from loradeploy.export.passes.fuse import (
     Fused,
@@ -228,6 +234,20 @@ def _add(
     update = rows.back(surgery, chain, update, y, size, "lora_flatten")
     total = chain.add("Add", LORA_ADD, [y, update])
     replace_uses(y, total, keep={chain.last, *chain.readers})
+    if rows.repeated:
+        _forget_shapes(total)
+
+
+def _forget_shapes(total: ir.Value) -> None:
+    """Remove the shapes that are declared for `total` plus constants: those of a single row.
+
+    onnxruntime fails where an output does not fit into the memory that it planned for its shape.
+    """
+    repeated = repeated_for_rows(total)
+    node = only_user(total)
+    while node is not None and (value := node.outputs[0]) is not repeated:
+        value.shape = None
+        node = only_user(value)
 
 
 def _factor_type(linears: Sequence[Linear]) -> ir.DataType:

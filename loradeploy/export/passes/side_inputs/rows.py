@@ -35,7 +35,8 @@ class Rows:
 
     `x`: [batch, sequence, in]; [batch, in] if `no_sequence`; [sequence, batch, in] if
     `sequence_first`; if `flattened`, [batch · sequence, in], or a value of more axes with
-    consecutive blocks for the rows of the batch. `rank`: its number of axes.
+    consecutive blocks for the rows of the batch. `rank`: its number of axes. `repeated`: whether it
+    is [1, sequence, in], and the output is repeated for each row.
     """
 
     x: ir.Value
@@ -43,6 +44,7 @@ class Rows:
     flattened: bool = False
     sequence_first: bool = False
     rank: int = 3
+    repeated: bool = False
 
     @property
     def moved(self) -> bool:
@@ -97,7 +99,7 @@ def rows_of_output(graph: ir.Graph, value: ir.Value, module: str) -> Rows:
 def _rows(graph: ir.Graph, x: ir.Value | None, y: ir.Value, module: str) -> Rows:
     seen = None if x is None else seen_at(x)
     if x is not None and _serves_all_rows(graph, x, y):
-        return Rows(x)
+        return Rows(x, repeated=True)
     if x is not None and seen is not None:
         return _seen_rows(x, seen, module)
     shape = x.shape if x is not None and x.shape is not None else y.shape

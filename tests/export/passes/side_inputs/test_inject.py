@@ -155,6 +155,29 @@ def test_a_module_called_twice_gets_the_same_factors_twice() -> None:
     assert ops(model) == ["MatMul", "MatMul"]
 
 
+def test_a_product_that_is_computed_once_and_repeated_for_all_rows_differs_by_row() -> None:
+    """The shapes that were declared for one row are removed: onnxruntime plans memory for them."""
+    b = Builder()
+    x = b.input("x", ["batch", "sequence", IN])
+    table = b.weight("table", 1, 4, IN)
+    w, c = b.weight("w", IN, OUT), b.weight("c", OUT)
+    y = b.node("MatMul", [b.node("Tanh", [table], [1, 4, IN]), w], [1, 4, OUT], module="m")
+    biased = b.node("Add", [y, c], [1, 4, OUT])
+    rows = b.node("Shape", [x], [1], start=0, end=1)
+    sizes = b.node("Concat", [rows, b.constant("s", np.array([1, 1]))], [3], axis=0)
+    rows.dtype = sizes.dtype = ir.DataType.INT64
+    model = b.model(b.node("Expand", [biased, sizes], ["batch", 4, OUT]))
+    inject_side_inputs(model, _linears(model))
+    A, B = numbers(2, IN, 2, seed=1), numbers(2, 2, OUT, seed=2)
+    side = {"m.lora_A": A, "m.lora_B": B, "adapter_ids": np.array([1, 0, 1])}
+    result = run(model, {"x": numbers(3, 2, IN), **side})
+    read = [np.tanh(value.const_value.numpy()) if value is table else value.const_value.numpy()
+            for value in (table, w, c)]  # fmt: skip
+    expected = [(read[0] @ (read[1] + A[slot] @ B[slot]) + read[2])[0] for slot in (1, 0, 1)]
+    assert np.abs(result - np.stack(expected)).max() < 1e-4
+    assert biased.shape is None
+
+
 def test_a_graph_output_keeps_its_name() -> None:
     model = linear()
     inject_side_inputs(model, _linears(model))
