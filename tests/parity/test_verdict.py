@@ -94,6 +94,17 @@ def test_a_measured_error_of_zero_still_allows_a_few_roundings() -> None:
     assert all(limit.value > 0 for limit in found.values())
 
 
+@pytest.mark.parametrize(("rows", "share"), [(1, 1.0), (40, 0.1)])
+def test_the_mean_of_few_rounding_errors_may_be_as_large_as_the_largest(
+    rows: int, share: float
+) -> None:
+    comparison = Comparison(scale=10.0, logits=True)
+    for _ in range(rows):
+        comparison.add(EXPECTED, EXPECTED)
+    found = calibrated("fp32", comparison.figures(), scale=10.0)
+    assert found["mean_abs"].value == pytest.approx(share * found["max_abs"].value)
+
+
 def test_limits_that_are_assumed_grow_with_the_values() -> None:
     one, ten = (assumed("fp32", scale=scale) for scale in (1.0, 10.0))
     assert ten["max_abs"].value == pytest.approx(10 * one["max_abs"].value)

@@ -28,6 +28,9 @@ ROOM: Final = 4.0
 # The least that is always allowed, in rounding errors of the largest value: in a small model the
 # measured gap may happen to be zero. In half precision fewer are needed, since each is large.
 LEAST: Final[Mapping[str, int]] = {"fp32": 64, "fp16": 16, "bf16": 16, "int8": 64, "int4": 64}
+# Of fewer values than this, such as the outputs of classifiers, the mean and the 99th percentile of
+# rounding errors may be nearly as large as the largest one.
+_FEW: Final = 100
 # Allowed if nothing was measured, in rounding errors: twice the error of SmolLM2-135M's thirty
 # layers. In half precision sums are in float32, so that fewer of the larger errors accumulate.
 ASSUMED: Final[Mapping[str, int]] = {"fp32": 112, "fp16": 16, "bf16": 16}
@@ -87,6 +90,8 @@ METRICS: Final[tuple[Metric, ...]] = (
         "largest error over the adapter's largest effect",
     ),
 )
+# Figures over all values together.
+POOLED: Final = ("mean_abs", "p99_abs")
 _TIE: Final = "two logits that may each be off by the largest error are a tie"
 _HIDES: Final = "an error that is not far below the effect hides the adapter"
 # The largest allowed ratio of the largest error to the adapter's largest effect. Coarse precisions
@@ -106,7 +111,9 @@ def calibrated(precision: str, gap: Figures, *, scale: float) -> dict[str, Limit
     def limit(metric: Metric) -> Limit:
         room, measured = ROOM**metric.order, float(getattr(gap, metric.name) or 0.0)
         count = LEAST[precision]
-        least = _roundings(metric, precision, count, scale)
+        few = sum(values for _, values in gap.distribution) < _FEW
+        usual = 1.0 if few and metric.name in POOLED else metric.usual
+        least = _roundings(metric, precision, count, scale, usual)
         if room * measured < least:
             reason = (
                 f"{measured:.1e} was measured; {count} roundings of {scale:.2g} are always allowed"
@@ -130,9 +137,11 @@ def assumed(precision: str, *, scale: float) -> dict[str, Limit]:
         )
     count = ASSUMED[precision]
     reason = f"{count} roundings of values that reach {scale:.2g}, as SmolLM2-135M needs half of"
-    return _limits(
-        precision, lambda metric: Limit(_roundings(metric, precision, count, scale), reason)
-    )
+
+    def limit(metric: Metric) -> Limit:
+        return Limit(_roundings(metric, precision, count, scale, metric.usual), reason)
+
+    return _limits(precision, limit)
 
 
 def _limits(precision: str, limit: Callable[[Metric], Limit]) -> dict[str, Limit]:
@@ -142,7 +151,10 @@ def _limits(precision: str, limit: Callable[[Metric], Limit]) -> dict[str, Limit
     return found
 
 
-def _roundings(metric: Metric, precision: str, count: int, scale: float) -> float:
-    """Return the value of a metric for `count` rounding errors of values up to `scale`."""
-    error = metric.usual * count * UNIT[precision] * (scale if metric.absolute else 1.0)
+def _roundings(metric: Metric, precision: str, count: int, scale: float, usual: float) -> float:
+    """Return the value of a metric for `count` rounding errors of values up to `scale`.
+
+    `usual`: as in `Metric`.
+    """
+    error = usual * count * UNIT[precision] * (scale if metric.absolute else 1.0)
     return error if metric.order == 1 else error**2 / 2

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from loradeploy.parity.figures.metrics import Comparison, Figures
+from loradeploy.parity.figures.tolerances import POOLED
 from loradeploy.parity.phases.choice import spread
 from loradeploy.parity.phases.fed import embeds_feeds
 from loradeploy.parity.reference.quantized import QUANTIZED
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
 _CASES: Final = 6
 _CASES_IN_FLOAT64: Final = 3
 _FLOAT64: Final = DTYPES["fp32"]
-# Figures over all values together. Of few rows, the longest has most of the values and the largest
-# errors, so these figures are limited to the average over rows, in which all rows count equally.
-_POOLED: Final = ("mean_abs", "p99_abs")
 
 
 def measure_gap(
@@ -72,8 +70,12 @@ def measure_gap(
 
 
 def evened(pooled: Figures, of_rows: Sequence[Figures]) -> Figures:
-    """Return `pooled` with its mean and p99 no larger than the averages over `of_rows`."""
-    averages = {name: float(np.mean([getattr(f, name) for f in of_rows])) for name in _POOLED}
+    """Return `pooled` with its mean and p99 no larger than the averages over `of_rows`.
+
+    Of few rows, the longest has most of the values and the largest errors; in the average, all rows
+    count equally.
+    """
+    averages = {name: float(np.mean([getattr(f, name) for f in of_rows])) for name in POOLED}
     least = {name: min(getattr(pooled, name), average) for name, average in averages.items()}
     changed: dict[str, Any] = {**least}
     return dataclasses.replace(pooled, **changed)
