@@ -22,6 +22,7 @@ from loradeploy.bundle.names import (
     REQUIRED_NAME,
     ROWS,
     SLOTS,
+    is_cross,
 )
 from loradeploy.bundle.run_target import RUN_TARGETS, check_runs, choice_of, never_runs
 from loradeploy.bundle.targets import takes_tokens
@@ -274,6 +275,8 @@ def form_of(manifest: Manifest) -> GraphForm:
 
 def _static(manifest: Manifest) -> Iterator[tuple[str, int]]:
     for spec in manifest.inputs:
+        if is_cross(spec.name):  # the encoder's results, whose size the model may fix
+            continue
         known = _DIMENSIONS.get(PAST if spec.name.startswith(PAST) else spec.name, ())
         for name, size in zip(known, spec.shape, strict=False):
             if name is not None and isinstance(size, int):
