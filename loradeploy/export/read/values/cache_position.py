@@ -7,7 +7,7 @@ Exports of transformers 4 have it beside the tokens and the cache, whose sizes d
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from loradeploy.export.graph.file import spec_of
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-_LABEL = "loradeploy.cache_position"
+_LABEL: Final = "loradeploy.cache_position"
 
 
 def compute_cache_position(graph: ir.Graph) -> None:
