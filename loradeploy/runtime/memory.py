@@ -1,7 +1,9 @@
 """What happens to memory when it is freed: whether it is kept for reuse or returned to the system.
 
 Once a session has opened a graph, the C library keeps freed blocks of up to 32 MiB for reuse
-(`keep_freed_memory`). For what would then stay resident for long, there are pages of its own.
+(`keep_freed_memory`). For what would then stay resident for long, there are pages of its own. The
+rest is returned when nothing runs (`return_freed_memory`), or when enough work was done since the
+last time (`return_after`), because the next run has to allocate it again.
 """
 
 from __future__ import annotations
@@ -10,11 +12,19 @@ import contextlib
 import ctypes
 import mmap
 import sys
+import threading
+import time
+from pathlib import Path
 from typing import Final
 
 import numpy as np
 
 _LARGEST_HEAP_BLOCK: Final = (32 << 20) - (8 << 10)  # glibc's limit, without its overhead
+# Seconds to return 1 MiB and allocate it again, with 256 page faults: twice what a process with one
+# thread takes in a virtual machine.
+_SECONDS_PER_MIB: Final = 0.5e-3
+_PART: Final = 0.01  # of the time of work, which returning memory may take
+_LEAST: Final = 8 << 20  # bytes that are worth returning
 _ADVICE: Final = {True: "MADV_HUGEPAGE", False: "MADV_NOHUGEPAGE"}  # only on Linux
 
 
@@ -49,6 +59,35 @@ def keep_freed_memory() -> None:
         np.empty(_LARGEST_HEAP_BLOCK, np.uint8)
 
 
+class _Returns:
+    """When memory was returned: how much stayed resident, and how long work took since then.
+
+    The C library's memory is that of the process, and so is this state.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._seconds = 0.0
+        self._stayed = 0
+
+    def affordable_after(self, seconds: float) -> bool:
+        """Add the time of work; return whether there is memory to return, and time for it."""
+        with self._lock:
+            self._seconds += seconds
+            affordable = self._seconds * _PART / _SECONDS_PER_MIB * (1 << 20)
+            if affordable < _LEAST:
+                return False
+            return _LEAST <= resident_memory() - self._stayed <= affordable
+
+    def returned(self) -> None:
+        """Memory was returned."""
+        with self._lock:
+            self._seconds, self._stayed = 0.0, resident_memory()
+
+
+_RETURNS: Final = _Returns()
+
+
 def return_freed_memory() -> None:
     """Return memory to the system that the C library keeps, because much was freed at once.
 
@@ -59,3 +98,29 @@ def return_freed_memory() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # not in every C library
         if trim is not None:
             trim(0)
+            _RETURNS.returned()
+
+
+def worked() -> tuple[float, float]:
+    """The time and the processor time of this process, in seconds, for `return_after`."""
+    return time.monotonic(), time.process_time()
+
+
+def return_after(began: tuple[float, float]) -> None:
+    """Return freed memory, if that costs at most a hundredth of the work since `began`.
+
+    Of a busy machine, the processor time counts, of several threads the time that passed. The cost
+    is estimated by how much more memory is resident than after the last time. Short work adds up,
+    so that a few short generations after a long one return its memory.
+    """
+    seconds = min(now - then for now, then in zip(worked(), began, strict=True))
+    if sys.platform == "linux" and _RETURNS.affordable_after(seconds):
+        return_freed_memory()
+
+
+def resident_memory() -> int:
+    """The resident memory of this process in bytes; 0 if it is unknown."""
+    try:
+        return int(Path("/proc/self/statm").read_bytes().split()[1]) * mmap.PAGESIZE
+    except OSError:  # not Linux, or a container hides it
+        return 0

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 # Characters per token, to estimate the cost of a prompt before it is tokenized.
 _CHARACTERS: Final = 4
+# Seconds without a request after which memory is returned that only the next requests need.
+_IDLE: Final = 1.0
 
 
 class Engine:
@@ -254,12 +256,19 @@ class Engine:
 
     def _rounds(self) -> None:
         requests = self._requests
+        returned = True  # nothing has run since memory was returned
         while True:
             requests.drop_ready()
             with requests.changed:
-                requests.changed.wait_for(
-                    lambda: requests.closed or requests.ready or requests.running
+                asked = requests.changed.wait_for(
+                    lambda: requests.closed or requests.ready or requests.running,
+                    None if returned else _IDLE,
                 )
+            if not asked:
+                self._worker.return_memory()
+                returned = True
+                continue
+            with requests.changed:
                 if requests.broken is not None or (requests.closed and not requests.unfinished()):
                     return
                 while requests.ready and self._worker.fits(requests.ready[0]):
@@ -270,4 +279,5 @@ class Engine:
                 if not requests.running:  # nothing to run
                     requests.changed.wait(0.05)
                     continue
+            returned = False
             requests.release(self._worker.advance())

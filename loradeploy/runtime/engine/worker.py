@@ -19,6 +19,7 @@ from loradeploy.runtime.decoding.graph import DecoderGraph
 from loradeploy.runtime.decoding.loop import DecodingBatch, Entrant
 from loradeploy.runtime.engine.prefix import BLOCK, PrefixCache
 from loradeploy.runtime.engine.submission import too_late
+from loradeploy.runtime.memory import return_freed_memory
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -127,6 +128,12 @@ class Worker:
         self._statistics.rows = self._batch.rows
         ended, self._ended = self._ended, []
         return ended
+
+    def return_memory(self) -> None:
+        """Return memory to the system that only the next requests need, while there are none."""
+        if isinstance(self._beside, SlotRows):
+            self._beside.return_memory()
+        return_freed_memory()
 
     def close(self) -> None:
         """Release the adapters of the batch."""

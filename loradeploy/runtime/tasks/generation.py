@@ -23,6 +23,7 @@ from loradeploy.runtime.decoding.prompts.calls import Call, Prompt, check_one_ea
 from loradeploy.runtime.decoding.prompts.reading import PromptReader, ReadText
 from loradeploy.runtime.decoding.prompts.requests import Request, read_request
 from loradeploy.runtime.decoding.scoring import TextScore, scores_of
+from loradeploy.runtime.memory import return_after, worked
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.streaming import TextPiece, TextStream
 
@@ -293,6 +294,7 @@ class TextGenerator:
                 [max(own.n, own.num_beams) for own in options],
                 [one.limit for one in together],
             )
+            began = worked()
             ended: set[int] = set()
             source = None
             if self._target is not None:
@@ -306,6 +308,8 @@ class TextGenerator:
                     for choice in range(call.options[one.number].n):
                         if one.first + choice in cancelled:
                             one.sequences.cancel(choice)
+            del batch, source  # with the cache
+            return_after(began)
             yield None
 
 

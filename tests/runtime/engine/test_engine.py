@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import sys
 import threading
 import time
 from contextlib import ExitStack
@@ -22,9 +23,12 @@ from loradeploy.errors import (
     UsageError,
 )
 from loradeploy.runtime.decoding.caches.memory import position_bytes
+from loradeploy.runtime.decoding.caches.slots import SlotRows
+from loradeploy.runtime.decoding.graph import DecoderGraph
 from loradeploy.runtime.engine.engine import Engine
 from loradeploy.runtime.engine.prefix import BLOCK
 from loradeploy.runtime.engine.submission import GenerationEvent
+from loradeploy.runtime.engine.worker import Worker
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.generation import TextGenerator
 
@@ -488,3 +492,47 @@ def test_a_graph_that_processes_prompts_in_parts_wrongly_is_refused(
         with pytest.raises(UsageError, match="read in parts, as Engine does: use TextGenerator"):
             Engine(session)
         assert TextGenerator(session).generate(["A"], max_new_tokens=2)[0].token_ids
+
+
+def test_an_idle_engine_returns_memory_once_and_answers_as_before(
+    session: AdapterSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    idle = threading.Semaphore(0)
+    calls: list[int] = []
+
+    def returned(worker: Worker) -> None:
+        give_back(worker)
+        rows = worker._beside
+        if isinstance(rows, SlotRows) and sys.platform == "linux":
+            assert not any(array.any() for array in rows._arrays.values())
+        calls.append(1)
+        idle.release()
+
+    give_back = Worker.return_memory
+    monkeypatch.setattr(Worker, "return_memory", returned)
+    monkeypatch.setattr("loradeploy.runtime.engine.engine._IDLE", 0.02)
+    with Engine(session, prefix_budget=0) as engine:
+        assert not idle.acquire(timeout=0.2)  # nothing has run yet
+        texts = []
+        for _ in range(3):
+            texts.append(engine.submit(LONG, "large", max_new_tokens=4).result(60).generations)
+            assert idle.acquire(timeout=60)
+            assert not idle.acquire(timeout=0.1)
+        assert texts[0] == texts[1] == texts[2]
+        assert engine.submit(LONG, None, max_new_tokens=4).result(60).generations != texts[0]
+    assert len(calls) in (3, 4)
+
+
+def test_slots_in_use_keep_their_memory(in_place: Path) -> None:
+    with AdapterSession(in_place) as session:
+        rows = SlotRows(DecoderGraph.of(session, 0), 3, 50)
+        arrays = list(rows._arrays.values())
+        for array in arrays:
+            array[...] = 1
+        (slot,) = rows.begin(1)._slots
+        rows.return_memory()
+        assert all((array == 1).all() for array in arrays)
+        rows._free(slot)
+        rows.return_memory()
+        assert all(array.any() == (sys.platform != "linux") for array in arrays)
+        assert all(array is own for array, own in zip(arrays, rows._arrays.values(), strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 
 from loradeploy.errors import UnknownAdapterError, UsageError
+from loradeploy.runtime.cache import DecoderCache
 from loradeploy.runtime.decoding.choosing.sampling import Sampling
+from loradeploy.runtime.memory import worked
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.generation import Generation, TextGenerator
 
@@ -299,3 +302,28 @@ def test_kept_tokens_are_those_of_transformers() -> None:
         shares = _shares(Sampling(0.7, top_k=12, top_p=0.8, min_p=0.15), list(logits), 3000)
         assert not shares[expected == 0].any()
         assert np.abs(shares - expected).max() < 0.04
+
+
+def test_memory_is_returned_after_each_batch_when_its_cache_is_released(
+    generator: TextGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caches: list[weakref.ref[DecoderCache]] = []
+    make = generator.session.empty_cache
+
+    def made(batch: int) -> DecoderCache:
+        cache = make(batch)
+        caches.append(weakref.ref(cache))
+        return cache
+
+    returned: list[tuple[int, bool, bool]] = []
+    monkeypatch.setattr(generator.session, "empty_cache", made)
+    monkeypatch.setattr(
+        "loradeploy.runtime.tasks.generation.return_after",
+        lambda began: returned.append(
+            (len(caches), began < worked(), any(cache() is not None for cache in caches))
+        ),
+    )
+    generator.generate(PROMPTS, batch_size=2, max_new_tokens=2)
+    numbers, before, alive = zip(*returned, strict=True)
+    assert len(returned) == 2 and numbers[0] < numbers[1]
+    assert all(before) and not any(alive)

@@ -18,7 +18,7 @@ from loradeploy.runtime.cache import cache_inputs
 from loradeploy.runtime.decoding.caches.memory import on_host
 from loradeploy.runtime.decoding.caches.protocols import Past, RowAdapters
 from loradeploy.runtime.decoding.caches.rows import logits_at
-from loradeploy.runtime.decoding.caches.sparse import zeros_by_page
+from loradeploy.runtime.decoding.caches.sparse import return_pages, zeros_by_page
 from loradeploy.runtime.running.bindings import FixedBuffers
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def keeps_slots(graph: DecoderGraph) -> bool:
 class SlotRows:
     """Rows in `slots` slots of `positions` each.
 
-    Memory is allocated when a position is first written.
+    Memory is allocated when a position is first written, and kept until `return_memory`.
     """
 
     def __init__(self, graph: DecoderGraph, slots: int, positions: int) -> None:
@@ -138,6 +138,12 @@ class SlotRows:
         for slot in joining:
             found.append(slot if slot not in found else self._copy(slot, self._take()))
         return found
+
+    def return_memory(self) -> None:
+        """Return the memory of all slots to the system, if none is in use."""
+        if not self._used:
+            for array in self._arrays.values():
+                return_pages(array)
 
     def _adjacent(self, count: int) -> list[int]:
         """The first `count` adjacent free slots, or the longest run of fewer."""

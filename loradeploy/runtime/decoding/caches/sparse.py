@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,3 +26,13 @@ def zeros_by_page(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         return np.zeros(shape, dtype)
     zeros: NDArray[Any] = np.ndarray(shape, dtype, memory)
     return zeros
+
+
+def return_pages(zeros: NDArray[Any]) -> None:
+    """Return the memory of an array of `zeros_by_page`, whose contents are not needed any more.
+
+    On Linux, it is zeros again, at the same address.
+    """
+    memory = zeros.base
+    if isinstance(memory, mmap.mmap):
+        memory.madvise(mmap.MADV_DONTNEED)
