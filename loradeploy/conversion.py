@@ -40,10 +40,10 @@ def convert(
 ) -> Conversion:
     """Convert the adapter at `adapter` in one of four ways, and write it to `output`.
 
-    An adapter of another library (mlx-lm, torchtune, llama.cpp, AdapterHub, a text encoder's of
-    kohya or diffusers, a task's of jina-embeddings-v3, a state_dict() with adapters) is recognized
-    by its content and converted to a PEFT directory, without further arguments where its files
-    suffice.
+    An adapter of another library (mlx-lm, torchtune, litgpt, llama.cpp, AdapterHub, a text
+    encoder's of kohya or diffusers, a task's of jina-embeddings-v3, a state_dict() with adapters)
+    is recognized by its content and converted to a PEFT directory, without further arguments where
+    its files suffice.
 
     Args:
         adapter: a PEFT directory, another library's directory or .safetensors or .gguf file, or
@@ -55,8 +55,8 @@ def convert(
             as a classifier until a config.json beside it states problem_type and id2label.
         rank: reduce to the best approximation of this rank, by singular values.
         model: convert an adapter of PiSSA or OLoRA, which needs a changed base, to standard LoRA
-            of twice the rank on this unchanged base. Adapters of torchtune, llama.cpp and kohya
-            need the base too, for its names and its number of heads.
+            of twice the rank on this unchanged base. Adapters of torchtune, litgpt, llama.cpp and
+            kohya need the base too, for its names and its number of heads.
         name: which adapter to convert, if another library's file has several.
         trust_remote_code: run the Python files that the configuration of `model` names.
 

@@ -172,6 +172,27 @@ def config_alone(place: Path) -> None:
     (place / "optimizer.pt").write_bytes(b"")
 
 
+def litgpt(place: Path) -> None:
+    tensors(place, "lora.safetensors", {"transformer.h.0.attn.qkv.lora_A": (6, 8)})
+
+
+def litgpt_pickle(place: Path) -> None:
+    place.mkdir()
+    for name in ("lit_model.pth.lora", "lit_model.pth", "hyperparameters.yaml", "config.json"):
+        (place / name).write_bytes(b"{}")
+
+
+def nemo(place: Path) -> None:
+    place.mkdir()
+    (place / "megatron_gpt_peft_lora_tuning.nemo").write_bytes(b"model_config.yaml")
+
+
+def nemo_2(place: Path) -> None:
+    (place / "context").mkdir(parents=True)
+    (place / "weights").mkdir()
+    (place / "weights" / "__0_0.distcp").write_bytes(b"")
+
+
 FORMATS: dict[Callable[[Path], None], tuple[str, str]] = {
     mlx: ("is an adapter of mlx-lm", "loradeploy convert"),
     mlx_without_config: ("is an adapter of mlx-lm", "loradeploy convert"),
@@ -196,6 +217,10 @@ FORMATS: dict[Callable[[Path], None], tuple[str, str]] = {
     folder_of_its_name: ("its folder sport is", "give .*sport"),
     several_folders: ("has 2 in folders", "give one of sport, tech"),
     gguf: ("GGUF", "give the PEFT directory"),
+    litgpt: ("is an adapter of litgpt", "loradeploy convert ADAPTER --model BASE"),
+    litgpt_pickle: ("lit_model.pth.lora, which is a pickle of litgpt", "loradeploy convert"),
+    nemo: (r"lora_tuning\.nemo, which is a checkpoint of NeMo", "target hf-peft"),
+    nemo_2: ("is a checkpoint of NeMo", "target hf-peft"),
     fsdp: ("shards of a model that FSDP trained", "accelerate merge-weights"),
     flattened: (r"lora_A .6. and lora_B .8. are not matrices: FSDP and DeepSpeed", "gathered"),
     mlx_vision: ("is an adapter of mlx-vlm", "loradeploy convert"),
@@ -213,6 +238,15 @@ def test_a_directory_of_another_library_is_named_with_advice(
         load_adapter(place)
     assert "\n" not in str(refusal.value)
     assert len(str(refusal.value).replace(str(place), "")) <= LONGEST
+
+
+@pytest.mark.parametrize(
+    ("name", "what"), [("lit_model.pth.lora", "pickle of litgpt"), ("a.nemo", "checkpoint of NeMo")]
+)
+def test_a_pickle_of_another_library_is_named(name: str, what: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"PK")
+    with pytest.raises(AdapterError, match=what):
+        load_adapter(tmp_path / name)
 
 
 def test_a_training_checkpoint_with_trainer_files_is_an_adapter(tmp_path: Path) -> None:

@@ -73,6 +73,7 @@ class Case:
     options: list[str] = field(default_factory=list)
     needs_base: bool = False
     header: Mapping[str, str] = field(default_factory=dict)
+    beside: Mapping[str, str] = field(default_factory=dict)
 
 
 def plus(update: np.ndarray) -> Equation:
@@ -154,6 +155,55 @@ def torchtune(model: str = "llama") -> Case:
         wrong[module] = plus(update if llama else ordered)
     config = {"r": 4, "lora_alpha": 8, "peft_type": "LORA", "target_modules": ["q_proj", "w1"]}
     return Case(model, tensors, right, wrong, config, "adapter_model.safetensors", needs_base=True)
+
+
+def litgpt(parts: str = "qkv", model: str = "llama") -> Case:
+    """W' = W + α/r · B A; those of query, key and value are joined, with A and B of each."""
+    rows, factors = {"q": 32, "k": 16, "v": 16}, {}
+    for part in parts:
+        factors[part] = (random(4, 32) + ord(part) / 500, random(rows[part], 4))
+    joint = "transformer.h.1.attn.qkv"
+    tensors = {
+        f"{joint}.lora_{half}": np.concatenate([pair[i] for pair in factors.values()])
+        for i, half in enumerate("AB")
+    }
+    right, wrong = {}, {}
+    first = next(iter(factors.values()))[0]
+    for part, (A, B) in factors.items():
+        module = f"model.layers.1.self_attn.{part}_proj"
+        right[module], wrong[module] = plus(2 * B @ A), plus(2 * B @ first[::-1])
+    for name, module, shape in (
+        ("transformer.h.0.attn.proj", "model.layers.0.self_attn.o_proj", (32, 32)),
+        ("transformer.h.0.mlp.fc_1", "model.layers.0.mlp.gate_proj", (32, 48)),
+        ("transformer.h.0.mlp.fc_2", "model.layers.0.mlp.up_proj", (32, 48)),
+        ("transformer.h.1.mlp.proj", "model.layers.1.mlp.down_proj", (48, 32)),
+        ("lm_head", "lm_head", (32, 64)),
+    ):
+        A, B = random(4, shape[0]), random(shape[1], 4)
+        tensors |= {f"{name}.lora_A": A, f"{name}.lora_B": B}
+        right[module] = wrong[module] = plus(2 * B @ A)
+    settings = {"r": 4, "alpha": 8, "dropout": 0.05}
+    settings |= {
+        name: str(name[0] in parts).lower() for name in ("query", "key", "value", "projection")
+    }
+    lines = [f"lora_{name}: {value}" for name, value in settings.items()]
+    text = "\n".join(["checkpoint_dir: checkpoints/x", *lines, "train:", "  lora_r: 9", ""])
+    return Case(
+        model,
+        tensors,
+        right,
+        wrong,
+        file="lit_model_lora.safetensors",
+        needs_base=True,
+        beside={"hyperparameters.yaml": text},
+    )
+
+
+def litgpt_setting(old: str, new: str) -> Case:
+    case = litgpt()
+    name, text = next(iter(case.beside.items()))
+    assert f"lora_{old}" in text
+    return change(case, beside={name: text.replace(f"lora_{old}", f"lora_{new}" if new else "")})
 
 
 def adapter_hub() -> Case:
@@ -344,6 +394,9 @@ CASES: dict[str, Callable[[], Case]] = {
     "mlx-vlm": mlx_vision,
     "torchtune, rotary order": torchtune,
     "torchtune, Qwen2": lambda: torchtune("qwen2"),
+    "litgpt": litgpt,
+    "litgpt, query and value": lambda: litgpt("qv"),
+    "litgpt, Qwen2, key": lambda: litgpt("k", "qwen2"),
     "AdapterHub": adapter_hub,
     "AdapterHub, fused projection": adapter_hub_fused,
     "jina-embeddings-v3": jina,
@@ -364,6 +417,8 @@ def written(case: Case, place: Path) -> Path:
     write_arrays(place / case.file, case.tensors, case.header)
     if case.config is not None:
         (place / case.config_file).write_text(json.dumps(case.config))
+    for name, text in case.beside.items():
+        (place / name).write_text(text)
     return place
 
 
@@ -488,6 +543,47 @@ REFUSED: dict[str, tuple[Callable[[], Case], str]] = {
     "torchtune's settings of another rank": (
         lambda: change(torchtune(), config={"r": 8, "lora_alpha": 16, "peft_type": "LORA"}),
         "lora_B is .*, 4.*its config states 8",
+    ),
+    "litgpt without its settings": (
+        lambda: change(litgpt(), beside={}),
+        "no hyperparameters.yaml beside it, which has its alpha",
+    ),
+    "litgpt's settings without alpha": (
+        lambda: litgpt_setting("alpha: 8", "a: 8"),
+        "lora_alpha in hyperparameters.yaml is missing, expected a positive integer",
+    ),
+    "litgpt's settings of another rank": (
+        lambda: litgpt_setting("r: 4", "r: 8"),
+        "lora_B is .*, 4.*its config states 8",
+    ),
+    "litgpt's settings of other parts": (
+        lambda: litgpt_setting("key: true", "key: false"),
+        r"attn.qkv has lora_A \[12, 32\] and lora_B \[64, 4\], .* need \[8, …\] and \[48, 4\]",
+    ),
+    "litgpt's settings without a part": (
+        lambda: litgpt_setting("key: true", ""),
+        "lora_key in hyperparameters.yaml is missing, expected true or false",
+    ),
+    "litgpt without a base": (
+        lambda: change(litgpt(), needs_base=False),
+        "give its base as `model`: the sizes of its query, key and value",
+    ),
+    "litgpt with a base of other names": (
+        lambda: change(litgpt(), model="bert"),
+        "is a 'bert': litgpt's adapters are converted for llama",
+    ),
+    "litgpt with rows in turns": (
+        lambda: change(
+            litgpt(),
+            tensors={k.replace("qkv", "attn"): v for k, v in litgpt().tensors.items()},
+        ),
+        "attn.attn is of litgpt before 0.5.5, whose rows are in another order",
+    ),
+    "litgpt's MLP of another model": (
+        lambda: change(
+            litgpt(), tensors={k.replace("fc_1", "fc"): v for k, v in litgpt().tensors.items()}
+        ),
+        "mlp.fc is not a module of the decoders that are converted",
     ),
     "AdapterHub's settings of another rank": (
         lambda: change(

@@ -45,6 +45,10 @@ TORCHTUNE: Final = Form(
     "is an adapter with torchtune's names (lora_a.weight, lora_b.weight): convert it with"
     " loradeploy convert ADAPTER --model BASE --output DIR"
 )
+LITGPT: Final = Form(
+    "is an adapter of litgpt, not of PEFT: convert it with loradeploy convert ADAPTER --model BASE"
+    " --output DIR"
+)
 ADAPTER_HUB: Final = Form(f"is a LoRA of AdapterHub's adapters library, not of PEFT: {_CONVERT}")
 BOTTLENECK: Final = Form(
     "is an adapter of AdapterHub's adapters library, of layers between those of the base,"
@@ -83,6 +87,18 @@ _OF_FSDP: Final = (
     " with accelerate merge-weights, or save the adapter with the state dict type"
     " FULL_STATE_DICT"
 )
+_LITGPT_PICKLE: Final = (
+    "is a pickle of litgpt, which can run code and is refused. If you trust it, run"
+    ' python -c "import torch, safetensors.torch as s; s.save_file('
+    "torch.load('lit_model.pth.lora', weights_only=True)['model'], 'lora.safetensors')\", and"
+    " loradeploy convert lora.safetensors --model BASE"
+)
+_NEMO: Final = (
+    "is a checkpoint of NeMo, whose weights are pickles, which are refused: export it to PEFT with"
+    " NeMo (in NeMo 2: nemo.collections.llm.export_ckpt with target hf-peft)"
+)
+# Names of pickles of other libraries, and what they are.
+_PICKLED: Final = {"lit_model.pth.lora": _LITGPT_PICKLE, "*.nemo": _NEMO}
 # The ends of names of scales and other parts of quantized weights, of compressed-tensors, FP8, GPTQ
 # and bitsandbytes.
 _QUANTIZED: Final = re.compile(
@@ -91,6 +107,8 @@ _QUANTIZED: Final = re.compile(
 )
 _NAMED: Final = re.compile(r"\.lora_(?:embedding_)?[AB]\.(?!weight$|bias$)(?P<name>[^.]+)(\.|$)")
 
+# Keys of a LoRA of litgpt.
+_LIT: Final = re.compile(r"(transformer\.h\.\d+\.(attn|mlp)\.\w+|lm_head)\.lora_[AB]")
 # Keys of a LoRA of AdapterHub's library, and of jina-embeddings-v3's stacked adapters.
 _LORAS: Final = re.compile(r"\.loras\.[^.]+\.lora_[AB]$")
 _STACKED: Final = ".parametrizations.weight.0.lora_"
@@ -173,6 +191,8 @@ def form_of_tensors(shapes: Mapping[str, tuple[int, ...]]) -> Form | None:
         return MLX_VISION
     if any(key.endswith((".lora_a.weight", ".lora_b.weight")) for key in shapes):
         return TORCHTUNE
+    if any(_LIT.fullmatch(key) for key in shapes):
+        return LITGPT
     if any(_LORAS.search(key) for key in shapes):
         return ADAPTER_HUB
     if any(_DIFFUSED.match(key) for key in shapes):
@@ -298,11 +318,19 @@ def other_directory(directory: Path) -> str | None:
         return _OF_FSDP
     if any(directory.glob("adapters.npz")):
         return MLX.message
+    for pattern, message in _PICKLED.items():
+        if found_here := sorted(file.name for file in directory.glob(pattern)):
+            return f"has {found_here[0]}, which {message}"
+    if (directory / "context").is_dir() and any(directory.glob("weights/*.distcp")):
+        return _NEMO
     return None
 
 
 def other_file(file: Path) -> str | None:
     """Message for a file without adapter_config.json beside it, None if it is not recognized."""
+    for pattern, message in _PICKLED.items():
+        if file.match(pattern):
+            return message
     with contextlib.suppress(OSError, AdapterError), open_file(file, error=AdapterError) as opened:
         if opened.read(4) == b"GGUF":
             return GGUF.message
