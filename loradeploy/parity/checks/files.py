@@ -31,6 +31,7 @@ from loradeploy.bundle.names import (
     CONFIG_NAME,
     GRAPH_NAME,
     INPUT_FEATURES,
+    INPUT_IDS,
     NATIVE_SUFFIX,
     PREPROCESSOR_NAME,
     REQUIRED_NAME,
@@ -169,6 +170,9 @@ def _has_tokenizers(pair: _Pair) -> bool:
 
 
 def _positions(pair: _Pair) -> str | None:
+    """An image has none, but the config of a model with two towers has those of its texts."""
+    if all(spec.name != INPUT_IDS for spec in pair.manifest.inputs):
+        return None
     ours, theirs = pair.both(lambda place: context_length(model_config(place)))
     return None if ours == theirs else _values("the number of positions is", ours, theirs)
 
