@@ -226,19 +226,20 @@ def command(
     if run not in (generate, transcribe) and options:
         flags = ", ".join(map(flag_of, options))
         raise UsageError(f"{flags}: only for text generation, {bundle} is a {kind} bundle")
-    own: dict[str, tuple[Any, Any, str]] = {
-        "prompt_name": (prompt_name, embed, "embedding models"),
-        "threshold": (threshold, classify, "classifiers"),
-        "aggregation": (aggregation, tag, "token classifiers"),
-        "ignore_label": (ignore_label or None, tag, "token classifiers"),
-        "stride": (stride, tag, "token classifiers"),
-        "language": (language, transcribe, "speech recognizers"),
-        "task": (task, transcribe, "speech recognizers"),
-        "timestamps": (timestamps, transcribe, "speech recognizers"),
+    own = {
+        "prompt_name": prompt_name,
+        "threshold": threshold,
+        "aggregation": aggregation,
+        "ignore_label": ignore_label or None,
+        "stride": stride,
+        "language": language,
+        "task": task,
+        "timestamps": timestamps,
     }
-    for name, (value, meant, models) in own.items():
+    for name, value in own.items():
         if value is None:
             continue
+        meant, models = _FLAGS_OF[name]
         if run is not meant:
             raise UsageError(f"{flag_of(name)}: only for {models}, {bundle} is for {kind}")
         options[name] = value
@@ -275,6 +276,19 @@ RUNNERS: Final[Mapping[str, Callable[..., None]]] = {
     SEQUENCE_CLASSIFICATION: classify,
     TOKEN_CLASSIFICATION: tag,
     FEATURE_EXTRACTION: embed,
+}
+
+
+# The flags that only one kind of model takes: what runs it, and its name for messages.
+_FLAGS_OF: Final[Mapping[str, tuple[Callable[..., None], str]]] = {
+    "prompt_name": (embed, "embedding models"),
+    "threshold": (classify, "classifiers"),
+    "aggregation": (tag, "token classifiers"),
+    "ignore_label": (tag, "token classifiers"),
+    "stride": (tag, "token classifiers"),
+    "language": (transcribe, "speech recognizers"),
+    "task": (transcribe, "speech recognizers"),
+    "timestamps": (transcribe, "speech recognizers"),
 }
 
 
