@@ -64,9 +64,7 @@ class RowsInTorch:
         self._models: dict[str | None, Any] = {}
         places: list[tuple[str | None, Path | None]] = [(None, None), *adapters.items()]
         for name, place in places:
-            base = AutoModelForCausalLM.from_pretrained(
-                model, dtype=torch.float32, attn_implementation="eager"
-            )
+            base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
             held = base if place is None else peft.PeftModel.from_pretrained(base, place)
             self._models[name] = held.eval()
 
