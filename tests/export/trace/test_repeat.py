@@ -17,6 +17,7 @@ from loradeploy.export.api import export
 from loradeploy.export.trace import module, repeat
 from loradeploy.export.trace.alike import LAYERS, Layers, alike_layers, equal, shortened
 from loradeploy.export.trace.patches import traceable
+from loradeploy.export.trace.wrapper import WRAPPED, wrapper_of
 
 DEPTH = 6
 ENCODERS = ("bert", "roberta")
@@ -118,10 +119,10 @@ def test_constants_that_differ_between_layers_are_detected_in_the_program() -> N
     layers = Layers("transformer.h", DEPTH)  # bypasses the check of its settings
     kind = TASK_TABLE[CAUSAL_LM]
     with traceable(), torch.no_grad(), shortened(model, layers):
-        program, *_ = module._exported(model, kind)
-    path = f"{module.WRAPPED}.{layers.path}"
+        program = module._exported(model, kind).program
+    path = f"{WRAPPED}.{layers.path}"
     with pytest.raises(repeat.NotAlikeError, match="different inputs"):
-        repeat.extend(program, module._wrapper(model, kind), path, layers.count)
+        repeat.extend(program, wrapper_of(model, kind), path, layers.count)
 
 
 class Layer(torch.nn.Module):
@@ -219,8 +220,8 @@ def test_a_model_whose_program_cannot_be_extended_is_traced_in_full(
         caplog.clear()
         with monkeypatch.context() as one:
             one.setattr(where, name, broken)
-            program, _, _ = module._program(model, kind)
-        assert program is made[DEPTH][0], why
+            traced = module._program(model, kind)
+        assert traced.program is made[DEPTH].program, why
         (message,) = [text for text in caplog.messages if text.startswith("tracing all layers: ")]
         assert why in message
         assert alike_layers(model) == before, "the model is as it was"
