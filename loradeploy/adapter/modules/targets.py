@@ -97,7 +97,7 @@ def _is_target(name: str, config: AdapterConfig, linear: set[str]) -> bool:
     targets = config.target_modules
     if is_all_linear(config):
         return name in linear
-    if isinstance(targets, str):
+    if not targets or isinstance(targets, str):
         return _listed(name, "target_modules", config)
     return _is_target_of_list(name, config)
 
