@@ -104,7 +104,8 @@ def recover_changes(
     B (`lora_bias`), which PEFT can add to such a layer; the other factors then get biases of zeros.
 
     Raises:
-        AdapterMismatchError: `base` lacks a weight.
+        AdapterMismatchError: `base` lacks a weight; or there are factors of embeddings beside such
+            an offset, which PEFT does not combine.
     """
     targets = {target.module: target for target in manifest.targets}
     scales: dict[str, NDArray[np.float32]] = {}
@@ -140,15 +141,25 @@ def recover_changes(
 def _with_own_biases(
     factors: Mapping[str, Factors], biases: dict[str, NDArray[np.float32]], base: BaseValues | None
 ) -> dict[str, Factors]:
-    """`factors` with those of `biases` whose layers have none in the base; these are removed."""
+    """`factors` with those of `biases` whose layers have none in the base; these are removed.
+
+    Raises:
+        AdapterMismatchError: other factors cannot have biases of zeros.
+    """
     own = {
         module: biases.pop(f"{module}.bias")
         for module in factors
         if f"{module}.bias" in biases and (base is None or base.bias(module) is None)
     }
-    if not own or any(pair.kind != "linear" for pair in factors.values()):
-        biases |= {f"{module}.bias": values for module, values in own.items()}
+    if not own:
         return dict(factors)
+    others = sorted(module for module, pair in factors.items() if pair.kind != "linear")
+    if others:  # PEFT ignores a trained bias of a layer that has none
+        raise AdapterMismatchError(
+            f"it has a bias for {min(own)} (lora_bias), which has none in the base, and factors for"
+            f" {others[0]}, which PEFT does not combine: use the PEFT directory that it was made"
+            " from"
+        )
     return {
         module: dataclasses.replace(
             pair, bias=own.get(module, np.zeros(pair.B.shape[0], np.float32))

@@ -104,17 +104,17 @@ class _Stored:
                 content = tensor.reshape(-1).view(torch.uint8).numpy().data
                 while content:
                     content = content[self._file.write(content) :]
+                mapped = mmap.mmap(
+                    self._file.fileno(), tensor.nbytes, offset=begin, access=mmap.ACCESS_COPY
+                )
             except OSError as problem:
                 self._full = True
                 logger.warning(
                     "loading weights into memory, because a temporary file beside the output cannot"
-                    " be written: %s",
+                    " be written or mapped: %s",
                     problem.strerror or problem,
                 )
                 return tensor
-            mapped = mmap.mmap(
-                self._file.fileno(), tensor.nbytes, offset=begin, access=mmap.ACCESS_COPY
-            )
         return torch.frombuffer(mapped, dtype=torch.float32).reshape(tensor.shape)
 
 

@@ -343,6 +343,18 @@ def test_biases_of_factors_convert_back_to_an_adapter_that_peft_loads(
     assert difference(base, expected) > 0.05, "the adapter changes nothing"
 
 
+def test_biases_of_factors_beside_trained_rows_do_not_convert_to_what_peft_would_ignore(
+    models: Any, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    model = models("llama")
+    options = {"lora_bias": True, "trainable_token_indices": {"embed_tokens": [7, 9]}}
+    place = _adapter(make_adapter, "llama", model, Method(options))
+    manifest = export(model, tmp_path / "b", adapters={"a": place})
+    arrays = read_onnx_adapter(tmp_path / "b" / "adapters" / "a.onnx_adapter")
+    with pytest.raises(AdapterMismatchError, match=r"has a bias for .*use the PEFT directory"):
+        adapter_from_side_inputs(arrays, manifest, BundleBase(tmp_path / "b", manifest))
+
+
 @pytest.mark.parametrize("damage", ["truncated", "moved outside"])
 def test_weights_that_are_not_at_the_place_in_the_manifest_are_refused(
     damage: str, models: Any, make_adapter: MakeAdapter, tmp_path: Path
