@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import json
 import shutil
 import sys
@@ -12,6 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from loradeploy.errors import (
@@ -24,6 +26,7 @@ from loradeploy.errors import (
 )
 from loradeploy.runtime.decoding.caches.memory import position_bytes
 from loradeploy.runtime.decoding.caches.slots import SlotRows
+from loradeploy.runtime.decoding.caches.sparse import return_pages, zeros_by_page
 from loradeploy.runtime.decoding.graph import DecoderGraph
 from loradeploy.runtime.engine.engine import Engine
 from loradeploy.runtime.engine.prefix import BLOCK
@@ -536,3 +539,18 @@ def test_slots_in_use_keep_their_memory(in_place: Path) -> None:
         rows.return_memory()
         assert all(array.any() == (sys.platform != "linux") for array in arrays)
         assert all(array is own for array, own in zip(arrays, rows._arrays.values(), strict=True))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are only returned on Linux")
+def test_pages_that_the_process_locked_stay_as_they_are() -> None:
+    """A process that calls mlockall would lose its engine one second after the first request."""
+    zeros = zeros_by_page((1, 4096), np.dtype("float32"))
+    place, size = ctypes.c_void_p(zeros.ctypes.data), ctypes.c_size_t(zeros.nbytes)
+    if ctypes.CDLL(None).mlock(place, size):
+        pytest.skip("this process may lock no memory")
+    zeros[...] = 1
+    return_pages(zeros)
+    assert (zeros == 1).all()
+    ctypes.CDLL(None).munlock(place, size)
+    return_pages(zeros)
+    assert not zeros.any()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 from typing import TYPE_CHECKING, Any
@@ -31,8 +32,9 @@ def zeros_by_page(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
 def return_pages(zeros: NDArray[Any]) -> None:
     """Return the memory of an array of `zeros_by_page`, whose contents are not needed any more.
 
-    On Linux, it is zeros again, at the same address.
+    On Linux, it is zeros again, at the same address, unless the process locked its memory.
     """
     memory = zeros.base
     if isinstance(memory, mmap.mmap):
-        memory.madvise(mmap.MADV_DONTNEED)
+        with contextlib.suppress(OSError):  # locked pages (mlock, mlockall) stay
+            memory.madvise(mmap.MADV_DONTNEED)
