@@ -2,13 +2,14 @@
 
 The files of the base are written again as an export writes them, and compared by their meaning:
 
-tokenizer          the words, and the tokens of texts
+tokenizer          the words, the tokens of texts, and the side on which long texts are cut
 chat template      its source
 end tokens         those that end a generated text
-positions          the longest text
+positions          the maximum number of tokens of a text
 pooling            how an embedder's states become a vector
 scores of pairs    the activation and the prompts of a cross-encoder
 labels             the names of a classifier's outputs
+problem type       how a classifier's outputs become scores
 image processor    the size and the normalization of images
 required inputs    the second graph, and the values for clients that feed all inputs
 """
@@ -23,8 +24,16 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from loradeploy.adapter.files.tensors import read_arrays
+from loradeploy.adapter.heads import (
+    config_labels,
+    placeholders,
+    problem_of,
+    stated_problem,
+    usual_problem,
+)
 from loradeploy.adapter.tasks import CLASSIFICATIONS, FEATURE_EXTRACTION, SEQUENCE_CLASSIFICATION
 from loradeploy.bundle.adapter_inputs.native import read_onnx_adapter
+from loradeploy.bundle.fitting.labels import output_count
 from loradeploy.bundle.model_config import context_length, model_config
 from loradeploy.bundle.names import (
     ADAPTERS_DIRECTORY,
@@ -74,7 +83,8 @@ def differing_files(context: CheckContext) -> list[Result]:
                 with quiet_loradeploy():
                     write_expected(context, expected)
             except LoraDeployError as problem:
-                found.append(("all", f"those of {context.model} are invalid: {problem}"))
+                message = f"they cannot be compared with those of {context.model}: {problem}"
+                found.append(("all", message))
             else:
                 found += _differences(context, expected)
     return [
@@ -141,6 +151,10 @@ def _tokenizer(pair: _Pair) -> str | None:
         return f"the tokenizer makes other tokens of {shown(text)} than the model's"
     if ours.special_tokens != theirs.special_tokens:
         return _values("the special tokens are", ours.special_tokens, theirs.special_tokens)
+    if ours.truncation_side != theirs.truncation_side:
+        return _values("texts are cut on the", ours.truncation_side, theirs.truncation_side)
+    if ours.token_types != theirs.token_types:
+        return _values("token types of pairs:", ours.token_types, theirs.token_types)
     return None
 
 
@@ -174,7 +188,12 @@ def _positions(pair: _Pair) -> str | None:
     if all(spec.name != INPUT_IDS for spec in pair.manifest.inputs):
         return None
     ours, theirs = pair.both(lambda place: context_length(model_config(place)))
-    return None if ours == theirs else _values("the number of positions is", ours, theirs)
+    if ours != theirs:
+        return _values("the number of positions is", ours, theirs)
+    if not _has_tokenizers(pair):
+        return None
+    ours, theirs = pair.both(lambda place: Tokenizer(place).max_length)
+    return None if ours == theirs else _values("the tokens of a text are at most", ours, theirs)
 
 
 def _pooling(pair: _Pair) -> str | None:
@@ -198,10 +217,10 @@ def _labels(pair: _Pair) -> str | None:
     """The names may be those of the model or of an adapter's head."""
     if pair.manifest.task not in CLASSIFICATIONS:
         return None
-    ours, theirs = pair.both(lambda place: _names(model_config(place)))
-    if not ours:
+    ours, theirs = pair.both(lambda place: _names(pair.manifest, model_config(place)))
+    usual = placeholders(len(ours or theirs))
+    if not ours and (not theirs or theirs == usual):
         return None
-    usual = tuple(f"LABEL_{index}" for index in range(len(ours)))
     known = [a.adapter.labels for a in pair.context.adapters if a.adapter.labels is not None]
     if len(theirs) == len(ours):
         known.append(theirs)
@@ -210,15 +229,25 @@ def _labels(pair: _Pair) -> str | None:
     return _values("the labels are", ours, known[-1] if known else usual)
 
 
-def _names(config: Mapping[str, Any]) -> tuple[str, ...]:
-    names = config.get("id2label")
-    if not isinstance(names, Mapping):
-        return ()
-    return tuple(names[index] for index in sorted(names, key=_number))
+def _names(manifest: Manifest, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names as classifiers read them; empty if there are none."""
+    count = output_count(manifest, config)
+    return config_labels(config, CONFIG_NAME, error=BundleError, outputs=count) or ()
 
 
-def _number(index: str) -> int:
-    return int(index) if str(index).isdecimal() else -1
+def _problem_type(pair: _Pair) -> str | None:
+    """Whether the scores are a softmax, sigmoids or the outputs themselves."""
+    if pair.manifest.task != SEQUENCE_CLASSIFICATION:
+        return None
+    config = model_config(pair.expected)
+    count = output_count(pair.manifest, config)
+    stated = stated_problem(config, CONFIG_NAME, error=BundleError)
+    expected = stated or usual_problem(count)
+    if pair.context.merged:
+        (tested,) = pair.context.adapters
+        expected = problem_of(tested.adapter, stated, count)
+    ours = pair.manifest.problem_type
+    return None if ours == expected else _values("the problem_type is", ours, expected)
 
 
 def _image_processor(pair: _Pair) -> str | None:
@@ -249,6 +278,7 @@ _ASPECTS: Final[Mapping[str, Callable[[_Pair], str | None]]] = {
     "pooling": _pooling,
     "scores of pairs": _scores_of_pairs,
     "labels": _labels,
+    "problem type": _problem_type,
     "image processor": _image_processor,
 }
 
@@ -280,8 +310,13 @@ def _required(context: CheckContext) -> Iterator[tuple[str, str]]:
         native = place.with_name(f"{name}{NATIVE_SUFFIX}")
         if not (given.is_file() and native.is_file()):
             continue
-        values, _ = read_arrays(given, error=BundleError)
-        if not _equal(values, {**base, **read_onnx_adapter(native)}):
+        try:
+            values, _ = read_arrays(given, error=BundleError)
+            same = _equal(values, {**base, **read_onnx_adapter(native)})
+        except LoraDeployError as problem:
+            yield "required inputs", first_line(problem)
+            continue
+        if not same:
             yield "required inputs", f"{given.name} and {native.name} differ: export again"
 
 

@@ -78,7 +78,10 @@ def change_template(bundle: Path) -> None:
         ("tokenizer", edited("tokenizer_config.json", pad_token="<|im_end|>")),
         ("tokenizer", lambda bundle: (bundle / "tokenizer.json").unlink()),
         ("chat template", change_template),
+        ("tokenizer", edited("tokenizer_config.json", truncation_side="left")),
+        ("tokenizer", edited("tokenizer_config.json", model_input_names=["token_type_ids"])),
         ("positions", edited("config.json", max_position_embeddings=4096)),
+        ("positions", edited("tokenizer_config.json", model_max_length=7)),
         ("end tokens", edited("generation_config.json", eos_token_id=5)),
     ],
 )
@@ -155,6 +158,33 @@ def test_labels_are_those_of_the_model_or_of_an_adapter(
     assert "the labels are ('LABEL_1', 'LABEL_0')" in found(bundle, tiny_bert)["labels"]
     edited("config.json", id2label={"0": "sport", "1": "tech"})(bundle)
     assert list(found(bundle, tiny_bert)) == ["labels"]
+    edited("config.json", id2label={"sport": 0})(bundle)
+    assert "the keys of id2label are not numbers" in found(bundle, tiny_bert)["labels"]
+
+
+def test_names_of_labels_that_are_lost_are_found(
+    tiny_bert: Path, tiny_bert_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = Path(shutil.copytree(tiny_bert_bundle, tmp_path / "bundle"))
+    model = Path(shutil.copytree(tiny_bert, tmp_path / "model"))
+    edited("config.json", id2label=None)(bundle)
+    assert found(bundle, tiny_bert) == {}, "its names are LABEL_0 and LABEL_1 anyway"
+    edited("config.json", id2label={"0": "sport", "1": "tech"})(model)
+    assert list(found(bundle, model)) == ["labels"]
+
+
+def test_another_problem_type_is_found(
+    tiny_bert: Path, tiny_bert_bundle: Path, bert_heads: dict[str, Path], tmp_path: Path
+) -> None:
+    bundle = Path(shutil.copytree(tiny_bert_bundle, tmp_path / "bundle"))
+    edited("loradeploy.json", problem_type="multi_label_classification")(bundle)
+    message = "the problem_type is 'multi_label_classification', expected 'single_label"
+    assert message in found(bundle, tiny_bert)["problem type"]
+    merged = tmp_path / "merged"
+    ld.export(tiny_bert, merged, adapters=[bert_heads["own"]], merge=True)
+    assert found(merged, tiny_bert, bert_heads) == {}
+    edited("loradeploy.json", problem_type="regression")(merged)
+    assert list(found(merged, tiny_bert, bert_heads)) == ["problem type"]
 
 
 def test_a_merged_bundle_has_the_files_of_its_adapter(
@@ -166,6 +196,12 @@ def test_a_merged_bundle_has_the_files_of_its_adapter(
     assert found(tmp_path / "merged", tiny_llama, {"own": adapter}) == {}
     other = make_adapter(tiny_llama)
     assert list(found(tmp_path / "merged", tiny_llama, {"own": other})) == ["chat template"]
+
+
+@pytest.fixture
+def bert_heads(tiny_bert: Path, make_adapter: MakeAdapter) -> dict[str, Path]:
+    options: dict[str, Any] = {"task": "sequence-classification", "modules_to_save": ["classifier"]}
+    return {"own": make_adapter(tiny_bert, **options)}
 
 
 @pytest.fixture
@@ -196,7 +232,12 @@ def change_adapter(bundle: Path) -> None:
     write_arrays(file, {name: values * 2 for name, values in arrays.items()}, {})
 
 
-@pytest.mark.parametrize("change", [change_epsilon, change_defaults, change_adapter])
+def cut_adapter(bundle: Path) -> None:
+    file = bundle / "adapters" / "one.safetensors"
+    file.write_bytes(file.read_bytes()[:40])
+
+
+@pytest.mark.parametrize("change", [change_epsilon, change_defaults, change_adapter, cut_adapter])
 def test_a_second_graph_that_computes_something_else_is_found(
     change: Change, tiny_llama: Path, with_required_inputs: Path
 ) -> None:
