@@ -378,6 +378,7 @@ def parameter_groups(
     """
     fast = {id(layer.lora_B) for layer in injection.layers.values() if layer.kind != "embedding"}
     biases = {id(p) for name, p in injection.saved.items() if name.endswith("bias")}
+    biases |= {id(b) for layer in injection.layers.values() if (b := layer.lora_bias) is not None}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for parameter in injection.parameters():
         quick = id(parameter) in fast or parameter.ndim == 1

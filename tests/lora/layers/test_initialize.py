@@ -189,6 +189,16 @@ def test_b_learns_faster_with_lora_plus() -> None:
     assert sum(len(group["params"]) for group in groups) == len(injection.parameters())
 
 
+def test_biases_of_factors_are_not_decayed() -> None:
+    config = AdapterConfig(r=4, target_modules=("c_fc",), lora_bias=True)
+    injection = inject(tiny.model("gpt2"), config)
+    groups = parameter_groups(injection, 1e-3, 16, weight_decay=0.1)
+    own = [layer.lora_bias for layer in injection.layers.values()]
+    (found,) = [g for g in groups if any(p is own[0] for p in g["params"])]
+    assert (found["lr"], found["weight_decay"]) == (16e-3, 0.0)
+    assert all(any(p is bias for p in found["params"]) for bias in own)
+
+
 def test_lora_plus_with_equal_rates_is_plain_training() -> None:
     config = AdapterConfig(r=4, target_modules=("q_proj",))
     logits = []
