@@ -25,7 +25,7 @@ from loradeploy.adapter.modules.targets import (
     saved_by,
     untargeted,
 )
-from loradeploy.adapter.tasks import CLASSIFIER_HEADS, task_of_peft
+from loradeploy.adapter.tasks import CLASSIFIER_HEADS, QA_HEADS, task_of_peft
 from loradeploy.errors import AdapterError, listed, listed_names, shown
 from loradeploy.printable import logger_of
 
@@ -217,15 +217,21 @@ def _heads(
 ) -> tuple[str, ...]:
     """The output heads that count as fully trained, even if modules_to_save does not name them.
 
-    They are those of the task. For other tasks, PEFT copies a classifier head of the file into the
-    model, as it does with the weights of the base. No module shares a classifier head, so that this
-    is the same as a head of modules_to_save.
+    They are those of the task. For other tasks, PEFT copies a head of the file into the
+    model, as it does with the weights of the base. No module shares such a head, so that this
+    is the same as a head of modules_to_save. A bias alone is one of all biases (`bias`: "all").
     """
     task = task_of_peft(config.task_type)
     if task is not None and task.trained_head:
         return task.heads
-    present = {what.name.partition(".")[0] for _, what, _ in others if what.part == "parameter"}
-    return tuple(head for head in CLASSIFIER_HEADS if head in present and head not in parts)
+    present = {
+        what.name.partition(".")[0]
+        for _, what, _ in others
+        if what.part == "parameter" and not what.name.endswith(".bias")
+    }
+    return tuple(
+        head for head in (*CLASSIFIER_HEADS, *QA_HEADS) if head in present and head not in parts
+    )
 
 
 def _differs(key: str, name: str) -> str:

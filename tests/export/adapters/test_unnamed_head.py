@@ -61,7 +61,7 @@ def test_a_head_in_the_file_is_used_as_peft_uses_it(
     assert difference(_peft(tiny_bert, other, labels), expected) > 0.05, "the adapter does nothing"
 
 
-@pytest.mark.parametrize("name", ["classifier.dense.weight", "score.weight"])
+@pytest.mark.parametrize("name", ["classifier.dense.weight", "score.weight", "qa_outputs.weight"])
 def test_all_parts_of_a_head_count_as_one_module(
     name: str, tiny_bert: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
@@ -74,3 +74,30 @@ def test_all_parts_of_a_head_count_as_one_module(
     (tmp_path / "adapter_config.json").write_text((place / "adapter_config.json").read_text())
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     assert load_adapter(tmp_path).config.modules_to_save == (head,)
+
+
+@pytest.mark.parametrize("task_type", [None, "FEATURE_EXTRACTION"])
+def test_a_heads_bias_that_was_trained_with_all_biases_is_not_a_head(
+    task_type: str | None, tiny_bert: Path, tmp_path: Path
+) -> None:
+    import peft
+    import torch
+    import transformers
+
+    torch.manual_seed(1)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tiny_bert)
+    model.save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=2, target_modules=["query"], bias="all", task_type=task_type)
+    adapted = peft.get_peft_model(model, config)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn_like(parameter) * 0.2
+    adapted.save_pretrained(tmp_path / "a")
+    assert load_adapter(tmp_path / "a").config.modules_to_save == ()
+
+    expected = _peft(tmp_path / "base", tmp_path / "a", 2)
+    export(tmp_path / "base", tmp_path / "side", adapters={"a": tmp_path / "a"}, task=TASK)
+    session = AdapterSession(tmp_path / "side")
+    side, base = logits(session, IDS, "a"), logits(session, IDS)
+    assert difference(side, expected) <= tolerance("torch-onnx-tiny")
+    assert difference(base, expected) > 0.05, "the adapter changes nothing"
