@@ -25,20 +25,24 @@ class NotRunError(Exception):
         self.lacking = lacking
 
 
-def trial_options() -> onnxruntime.SessionOptions:
-    """Options for a session that runs a few times: silent, with little memory."""
+def trial_options(*, packed: bool = False) -> onnxruntime.SessionOptions:
+    """Options for a session that runs a few times: silent, with little memory.
+
+    `packed`: the weights are integers of few bits. onnxruntime may copy them then, because it
+    would otherwise compute all of them in fp32 at each run, in ten times the time.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _FATAL
     options.enable_cpu_mem_arena = False
-    # Prepacking would copy the weights.
-    options.add_session_config_entry("session.disable_prepacking", "1")
+    if not packed:  # prepacking would copy the weights
+        options.add_session_config_entry("session.disable_prepacking", "1")
     return options
 
 
-def open_graph(file: Path) -> onnxruntime.InferenceSession:
-    """Open the graph in `file` on the CPU, with default optimization.
+def open_graph(file: Path, *, packed: bool = False) -> onnxruntime.InferenceSession:
+    """Open the graph in `file` on the CPU, with default optimization; `packed`: `trial_options`.
 
     Raises:
         NotRunError: onnxruntime does not open it.
@@ -46,7 +50,8 @@ def open_graph(file: Path) -> onnxruntime.InferenceSession:
     import onnxruntime
 
     try:
-        return onnxruntime.InferenceSession(file, trial_options(), providers=[CPU])
+        options = trial_options(packed=packed)
+        return onnxruntime.InferenceSession(file, options, providers=[CPU])
     except Exception as problem:  # onnxruntime's exceptions have no other common base
         raise _not_run(problem) from None
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -36,7 +37,7 @@ from loradeploy.bundle.sample import Sample
 from loradeploy.errors import ExportError
 from loradeploy.export.graph.running import NotRunError, Outputs
 from loradeploy.export.tasks import own_task
-from loradeploy.export.trial.opened import Trial, refused
+from loradeploy.export.trial.opened import Trial, may_pack, refused
 from loradeploy.export.trial.original import Original, run_source_graph
 from loradeploy.export.trial.padding import (
     padding_by_trial,
@@ -142,12 +143,14 @@ def _source_outputs(source: TrialSource, manifest: Manifest, sample: Sample) -> 
     if graph is None:
         return None
     names = [spec.name for spec in manifest.outputs]
+    packed = may_pack(manifest) and not source.quantized_here
+    run = partial(run_source_graph, packed=packed)
     try:
-        given = run_source_graph(graph, sample.feeds(), names, source.renamed)
+        given = run(graph, sample.feeds(), names, source.renamed)
         encoder = graph.parent / ENCODER_NAME
         if manifest.encoder is None or not encoder.is_file():
             return given
-        outputs = {**given.outputs, **run_source_graph(encoder, sample.feeds(), names, {}).outputs}
+        outputs = {**given.outputs, **run(encoder, sample.feeds(), names, {}).outputs}
         return dataclasses.replace(given, outputs=outputs)
     except (NotRunError, TypeError) as problem:  # a dtype that numpy does not have
         logger.warning("not compared with %s, which is not run here: %s", graph.name, problem)

@@ -12,6 +12,7 @@ from loradeploy.adapter.files.tensors import read_arrays
 from loradeploy.bundle.adapter_inputs.changes import change_inputs
 from loradeploy.bundle.adapter_inputs.factors import branch_choice
 from loradeploy.bundle.fitting.added_tokens import hidden_logit
+from loradeploy.bundle.graph_form import is_packed
 from loradeploy.bundle.names import (
     ADAPTER_IDS,
     DEFAULTS_NAME,
@@ -52,7 +53,8 @@ class Trial:
         self._directory = directory
         self.names = [spec.name for spec in manifest.outputs]
         files = [GRAPH_NAME] if manifest.encoder is None else [ENCODER_NAME, GRAPH_NAME]
-        self._sessions = [_opened(directory / file) for file in files]
+        self._packed = may_pack(manifest)
+        self._sessions = [self._opened(directory / file) for file in files]
 
     def run(
         self, feeds: Mapping[str, NDArray[Any]], side_inputs: Mapping[str, NDArray[Any]] | None
@@ -103,7 +105,7 @@ class Trial:
         if not file.is_file():
             return None
         defaults, _ = read_arrays(self._directory / BASE_INPUTS_NAME, error=BundleError)
-        session = _opened(file)
+        session = self._opened(file)
         try:
             return self._of_base(run_graph(session, {**feeds, **defaults}, self.names))
         except NotRunError as problem:
@@ -162,14 +164,21 @@ class Trial:
         defaults, _ = read_arrays(self._directory / DEFAULTS_NAME, error=BundleError)
         return defaults
 
+    def _opened(self, file: Path) -> onnxruntime.InferenceSession:
+        try:
+            return open_graph(file, packed=self._packed)
+        except NotRunError as problem:
+            if problem.lacking:
+                raise
+            raise refused(f"onnxruntime cannot open {file.name}: {problem}") from None
 
-def _opened(file: Path) -> onnxruntime.InferenceSession:
-    try:
-        return open_graph(file)
-    except NotRunError as problem:
-        if problem.lacking:
-            raise
-        raise refused(f"onnxruntime cannot open {file.name}: {problem}") from None
+
+def may_pack(manifest: Manifest) -> bool:
+    """Whether onnxruntime may pack the weights for trials: see `trial_options`.
+
+    In float16, it packs those that branches share for one branch only, and computes wrongly.
+    """
+    return is_packed(manifest.precision) and manifest.factor_dtype == "float32"
 
 
 def refused(reason: str) -> ExportError:

@@ -211,16 +211,22 @@ def _updated(
 
 
 def run_source_graph(
-    file: Path, feeds: Feeds, names: Sequence[str], renamed: Mapping[str, str]
+    file: Path,
+    feeds: Feeds,
+    names: Sequence[str],
+    renamed: Mapping[str, str],
+    *,
+    packed: bool = False,
 ) -> Original:
     """Run the graph in `file`, for those of the outputs `names` that it has.
 
-    `renamed`: the names in the file of inputs and outputs that were renamed.
+    `renamed`: the names in the file of inputs and outputs that were renamed. `packed`: as in
+    `trial_options`.
 
     Raises:
         NotRunError: onnxruntime does not open the graph, or does not run it on these feeds.
     """
-    return run_source_session(open_graph(file), feeds, names, renamed)
+    return run_source_session(open_graph(file, packed=packed), feeds, names, renamed)
 
 
 def run_source_session(
