@@ -97,7 +97,8 @@ class TextClassifier:
 
         Raises:
             UsageError: no texts, a text without tokens, not one adapter for each, a threshold for
-                no multi-label classifier, or an adapter whose file declares no problem type.
+                no multi-label classifier, an adapter whose file declares no problem type, or a text
+                without an adapter if the base has no trained head.
             UnknownAdapterError: an adapter that was never loaded.
             RunError: the graph gave logits that are not finite numbers.
         """

@@ -68,7 +68,8 @@ class ImageClassifier:
         An image is a path, a Pillow image, or a uint8 array [height, width, 3].
 
         Raises:
-            UsageError: no images, one that is not an image, or not one adapter for each.
+            UsageError: no images, one that is not an image, not one adapter for each, or an image
+                without an adapter if the base has no trained head.
             DataError: a file cannot be read as an image.
             MissingDependencyError: Pillow is not installed.
             UnknownAdapterError: an adapter that was never loaded.

@@ -102,7 +102,8 @@ class TextPairScorer:
 
         Raises:
             UsageError: no pairs, a text that is not a pair, not one adapter for each, no prompt of
-                this name, or a head with several outputs.
+                this name, a head with several outputs, or a pair without an adapter if the base has
+                no trained head.
             BundleError: the files of an adapter declare another activation function.
             UnknownAdapterError: an adapter that was never loaded.
             RunError: the graph gave logits that are not finite numbers.

@@ -95,7 +95,8 @@ class TokenClassifier:
         Raises:
             UsageError: no texts, not one adapter for each, a text that is too long, an unknown
                 aggregation, ignored labels that are no list of texts, a stride with "none" or that
-                does not fit, or an adapter whose file does not declare its labels.
+                does not fit, an adapter whose file does not declare its labels, or a text without
+                an adapter if the base has no trained head.
             UnknownAdapterError: an adapter that was never loaded.
             RunError: the graph gave logits that are not finite numbers.
         """
