@@ -133,30 +133,37 @@ def products(graph: ir.Graph) -> Iterator[Product]:
 def precision_of(model: ir.Model) -> str:
     """The precision of a graph's products, one of `graph_form.PRECISIONS`.
 
-    Weights of fewer bits than 4 count as int4.
+    Products in branches count. Weights of fewer bits than 4 count as int4.
     """
     import onnx_ir as ir
 
     bits = {
         node.attributes["bits"].as_int() if "bits" in node.attributes else 4
-        for node in model.graph
+        for node in model.graph.all_nodes()
         if node.op_type == MATMUL_NBITS
     }
     if bits:
         return "int8" if min(bits) > 4 else "int4"
     kinds = {
         value.dtype
-        for value in model.graph.initializers.values()
-        if value.shape is not None and len(value.shape) == 2 and value.dtype is not None
+        for graph in model.graphs()
+        for value in graph.initializers.values()
+        if value.dtype is not None and _is_matrix(value.shape)
     }
     for kind, name in ((ir.DataType.FLOAT16, "fp16"), (ir.DataType.BFLOAT16, BFLOAT16)):
         if kind in kinds:
             return name
-    weights = [p.weight.const_value for p in products(model.graph) if p.quantized]
+    every = (product for graph in model.graphs() for product in products(graph))
+    weights = [product.weight.const_value for product in every if product.quantized]
     if weights:
         few = (ir.DataType.INT4, ir.DataType.UINT4)
         return "int4" if any(w is not None and w.dtype in few for w in weights) else "int8"
     return DEFAULT_PRECISION
+
+
+def _is_matrix(shape: ir.Shape | None) -> bool:
+    """Whether a constant of this shape may be a weight: no scalar, vector, row or column."""
+    return shape is not None and len(shape) == 2 and all(size != 1 for size in shape)
 
 
 def input_of(node: ir.Node) -> ir.Value | None:

@@ -12,6 +12,7 @@ labels             the names of a classifier's outputs
 problem type       how a classifier's outputs become scores
 image processor    the size and the normalization of images
 required inputs    the second graph, and the values for clients that feed all inputs
+precision          that of the graph's weights, which decides the limits of the numbers
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ from loradeploy.bundle.text.vectors.recipe import read_recipe
 from loradeploy.disk import scratch_directory
 from loradeploy.errors import BundleError, LoraDeployError, ModelError, first_line, shown
 from loradeploy.export.assets import GENERATING, AssetSources, write_assets
+from loradeploy.export.match.products import precision_of
 from loradeploy.export.passes.forms.required import BASE_INPUTS_NAME, required_graph
 from loradeploy.export.tokenizers import first_difference
 from loradeploy.files import read_json, write_json
@@ -76,7 +78,7 @@ def differing_files(context: CheckContext) -> list[Result]:
     Only bundles that were exported from a checkpoint are compared with it: an ONNX file comes with
     files of its own.
     """
-    found = [*_required(context)]
+    found = [*_precision(context), *_required(context)]
     if context.manifest.traced:
         with scratch_directory() as expected:
             try:
@@ -281,6 +283,21 @@ _ASPECTS: Final[Mapping[str, Callable[[_Pair], str | None]]] = {
     "problem type": _problem_type,
     "image processor": _image_processor,
 }
+
+
+def _precision(context: CheckContext) -> Iterator[tuple[str, str]]:
+    """Compare the manifest's precision with the graph's: another one has other limits."""
+    import onnx_ir as ir
+
+    try:
+        own = precision_of(ir.load(context.bundle / GRAPH_NAME))
+    except Exception as problem:  # onnx_ir raises anything for a damaged file
+        yield "precision", f"{GRAPH_NAME} cannot be read: {first_line(problem)}"
+        return
+    stated = context.manifest.precision
+    if own != stated:
+        message = f"the manifest's precision is {stated}, and {GRAPH_NAME} has weights in {own}"
+        yield "precision", f"{message}: export again"
 
 
 def _required(context: CheckContext) -> Iterator[tuple[str, str]]:

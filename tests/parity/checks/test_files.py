@@ -80,6 +80,8 @@ def change_template(bundle: Path) -> None:
         ("chat template", change_template),
         ("tokenizer", edited("tokenizer_config.json", truncation_side="left")),
         ("tokenizer", edited("tokenizer_config.json", model_input_names=["token_type_ids"])),
+        ("precision", edited("loradeploy.json", precision="fp16")),
+        ("precision", edited("loradeploy.json", precision="int4")),
         ("positions", edited("config.json", max_position_embeddings=4096)),
         ("positions", edited("tokenizer_config.json", model_max_length=7)),
         ("end tokens", edited("generation_config.json", eos_token_id=5)),
