@@ -50,6 +50,20 @@ def test_training_continues_from_the_adapter(
     assert (third.config.r, third.config.use_rslora, third.config.use_dora) == (5, True, True)
 
 
+def test_biases_of_factors_are_trained_further(
+    tiny_llama: Path, lessons: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    theirs = make_adapter(tiny_llama, lora_bias=True, target_modules=["q_proj", "down_proj"])
+    result = goes_on(tiny_llama, lessons, tmp_path / "a", theirs)
+    assert result.loss_after < result.loss_before
+    before, after = (load_adapter(each) for each in (theirs, result.adapter))
+    assert after.config.lora_bias
+    for module, pair in before.factors.items():
+        assert pair.bias is not None
+        moved = abs(after.factors[module].bias - pair.bias)
+        assert 0 < moved.max() < abs(pair.bias).max(), f"{module}: trained from another start"
+
+
 def test_a_classifier_keeps_its_head(tiny_bert: Path, topics: Path, tmp_path: Path) -> None:
     first = train(tiny_bert, topics, tmp_path / "a", **CLASSES)
     second = goes_on(tiny_bert, topics, tmp_path / "b", first.adapter, **CLASSES)
