@@ -4,6 +4,7 @@ The files of the base are written again as an export writes them, and compared b
 
 tokenizer          the words, the tokens of texts, and the side on which long texts are cut
 chat template      its source
+start token        the one that an encoder-decoder's text begins with
 end tokens         those that end a generated text
 positions          the maximum number of tokens of a text
 pooling            how an embedder's states become a vector
@@ -32,7 +33,12 @@ from loradeploy.adapter.heads import (
     stated_problem,
     usual_problem,
 )
-from loradeploy.adapter.tasks import CLASSIFICATIONS, FEATURE_EXTRACTION, SEQUENCE_CLASSIFICATION
+from loradeploy.adapter.tasks import (
+    CLASSIFICATIONS,
+    FEATURE_EXTRACTION,
+    SEQ2SEQ_LM,
+    SEQUENCE_CLASSIFICATION,
+)
 from loradeploy.bundle.adapter_inputs.native import read_onnx_adapter
 from loradeploy.bundle.fitting.labels import output_count
 from loradeploy.bundle.model_config import context_length, model_config
@@ -61,6 +67,7 @@ from loradeploy.files import read_json, write_json
 from loradeploy.lora.quiet import quiet_loradeploy
 from loradeploy.parity.inputs.prompts import PROMPTS
 from loradeploy.parity.report.results import Result
+from loradeploy.runtime.decoding.caches.source import Target
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -174,6 +181,13 @@ def _chat_template(pair: _Pair) -> str | None:
     return None if ours.template == theirs.template else "the chat template is not the model's"
 
 
+def _start_token(pair: _Pair) -> str | None:
+    if pair.manifest.task != SEQ2SEQ_LM or not _has_tokenizers(pair):
+        return None
+    ours, theirs = pair.both(lambda place: Target.of(place).first(Tokenizer(place).settings))
+    return None if ours == theirs else _values("the token that begins a text is", ours, theirs)
+
+
 def _end_tokens(pair: _Pair) -> str | None:
     if pair.manifest.task not in GENERATING or not _has_tokenizers(pair):
         return None
@@ -275,6 +289,7 @@ def _values(what: str, own: object, expected: object) -> str:
 _ASPECTS: Final[Mapping[str, Callable[[_Pair], str | None]]] = {
     "tokenizer": _tokenizer,
     "chat template": _chat_template,
+    "start token": _start_token,
     "end tokens": _end_tokens,
     "positions": _positions,
     "pooling": _pooling,

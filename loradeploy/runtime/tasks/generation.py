@@ -330,7 +330,7 @@ def _target_of(session: AdapterSession) -> Target | None:
         raise UsageError(
             f"{session.path} takes {manifest.encoder.inputs[0]}, no text: use SpeechRecognizer"
         )
-    return Target.of(session)
+    return Target.of(session.path)
 
 
 def _new_pieces(request: Request, ended: set[int]) -> Iterator[TextPiece]:

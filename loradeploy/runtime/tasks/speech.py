@@ -85,7 +85,7 @@ class SpeechRecognizer:
         self.session = session
         self.features = _features_of(session)
         self.tokenizer = session.texts.base.tokenizer
-        self._target = Target.of(session)
+        self._target = Target.of(session.path)
         self._graph = DecoderGraph.of(session, self.tokenizer.pad_id, source=True)
         self._budget = cache_budget
 

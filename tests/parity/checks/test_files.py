@@ -95,6 +95,22 @@ def test_a_decoder_whose_texts_are_read_otherwise_is_found(
     assert list(found(llama_bundle, tiny_llama)) == [aspect]
 
 
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_another_start_token_of_an_encoder_decoder_is_found(
+    file: str, tiny_t5: Path, shared: Path, tmp_path: Path
+) -> None:
+    made = once(shared / "bundle-t5-files", lambda place: ld.export(tiny_t5, place))
+    bundle = Path(shutil.copytree(made, tmp_path / "bundle"))
+    model = Path(shutil.copytree(tiny_t5, tmp_path / "model"))
+    for place in (bundle, model):
+        (place / "generation_config.json").write_text('{"eos_token_id": 1}')
+    edited("config.json", decoder_start_token_id=0)(bundle)
+    edited("config.json", decoder_start_token_id=0)(model)
+    assert found(bundle, model) == {}
+    edited(file, decoder_start_token_id=5)(bundle)
+    assert "begins a text is 5, expected 0" in found(bundle, model)["start token"]
+
+
 def test_the_report_fails_with_the_aspect(tiny_llama: Path, llama_bundle: Path) -> None:
     options: dict[str, Any] = {
         "model": tiny_llama, "prompts": ["Hi"], "tokens": 2, "backends": ["onnx-side-inputs"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,24 +44,27 @@ class Target:
     sources: int | None
 
     @classmethod
-    def of(cls, session: AdapterSession) -> Target:
-        """The target of an encoder-decoder's bundle.
+    def of(cls, bundle: Path) -> Target:
+        """The target of an encoder-decoder's bundle, or of a checkpoint.
 
         Raises:
             BundleError: config.json has invalid sizes or tokens.
         """
-        config = model_config(session.path)
+        config = model_config(bundle)
         start = config.get("decoder_start_token_id")
         start = config.get("bos_token_id") if start is None else start
         if start is not None and (type(start) is not int or start < 0):
-            raise BundleError(
-                f"{session.path / CONFIG_NAME}: decoder_start_token_id is {shown(start)}"
-            )
+            raise BundleError(f"{bundle / CONFIG_NAME}: decoder_start_token_id is {shown(start)}")
         if config.get("model_type") in ENDLESS:
             return cls(start, None, None)
         targets = config.get("max_target_positions")
-        positions = positions_of_model(config, session.path / CONFIG_NAME)
+        positions = positions_of_model(config, bundle / CONFIG_NAME)
         return cls(start, targets if type(targets) is int and targets > 0 else positions, positions)
+
+    def first(self, settings: GenerationSettings) -> int | None:
+        """The decoder's first token; None if no configuration has one."""
+        own = settings.decoder_start_token_id
+        return self.start if own is None else own
 
     def begin(self, settings: GenerationSettings, what: str) -> list[int]:
         """The decoder's first tokens for `what`.
@@ -68,8 +72,7 @@ class Target:
         Raises:
             UsageError: no configuration has a start token.
         """
-        start = settings.decoder_start_token_id
-        start = self.start if start is None else start
+        start = self.first(settings)
         if start is None:
             raise UsageError(
                 f"{what}: neither generation_config.json nor config.json has a"
