@@ -45,6 +45,7 @@ from loradeploy.bundle.model_config import context_length, model_config
 from loradeploy.bundle.names import (
     ADAPTERS_DIRECTORY,
     CONFIG_NAME,
+    ENCODER_NAME,
     GRAPH_NAME,
     INPUT_FEATURES,
     INPUT_IDS,
@@ -301,17 +302,25 @@ _ASPECTS: Final[Mapping[str, Callable[[_Pair], str | None]]] = {
 
 
 def _precision(context: CheckContext) -> Iterator[tuple[str, str]]:
-    """Compare the manifest's precision with the graph's: another one has other limits."""
+    """Compare the manifest's precision with the graph's: another one has other limits.
+
+    The two graphs of an encoder-decoder may differ: it is that of one of them.
+    """
     import onnx_ir as ir
 
-    try:
-        own = precision_of(ir.load(context.bundle / GRAPH_NAME))
-    except Exception as problem:  # onnx_ir raises anything for a damaged file
-        yield "precision", f"{GRAPH_NAME} cannot be read: {first_line(problem)}"
-        return
     stated = context.manifest.precision
-    if own != stated:
-        message = f"the manifest's precision is {stated}, and {GRAPH_NAME} has weights in {own}"
+    names = [GRAPH_NAME] if context.manifest.encoder is None else [GRAPH_NAME, ENCODER_NAME]
+    found = []
+    for name in names:
+        try:
+            found.append(precision_of(ir.load(context.bundle / name)))
+        except Exception as problem:  # onnx_ir raises anything for a damaged file
+            yield "precision", f"{name} cannot be read: {first_line(problem)}"
+            return
+    if stated not in found:
+        message = (
+            f"the manifest's precision is {stated}, and {GRAPH_NAME} has weights in {found[0]}"
+        )
         yield "precision", f"{message}: export again"
 
 

@@ -95,6 +95,19 @@ def test_a_decoder_whose_texts_are_read_otherwise_is_found(
     assert list(found(llama_bundle, tiny_llama)) == [aspect]
 
 
+def test_the_precision_of_an_encoder_decoder_is_that_of_one_of_its_graphs(
+    tiny_t5: Path, shared: Path, tmp_path: Path
+) -> None:
+    made = once(shared / "bundle-t5-files", lambda place: ld.export(tiny_t5, place))
+    bundle = Path(shutil.copytree(made, tmp_path / "bundle"))
+    edited("loradeploy.json", precision="fp16")(bundle)
+    assert "has weights in fp32" in found(bundle, tiny_t5)["precision"]
+    ld.export(tiny_t5, tmp_path / "half", precision="fp16")
+    for file in (tmp_path / "half").glob("encoder.onnx*"):
+        shutil.copy(file, bundle)
+    assert "precision" not in found(bundle, tiny_t5)
+
+
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
 def test_another_start_token_of_an_encoder_decoder_is_found(
     file: str, tiny_t5: Path, shared: Path, tmp_path: Path
