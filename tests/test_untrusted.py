@@ -36,6 +36,7 @@ OWN_READERS = {
     "loradeploy/runtime/devices/cgroups.py",
     "loradeploy/runtime/devices/facts.py",
     "loradeploy/runtime/devices/environment.py",
+    "loradeploy/runtime/memory.py",
     "loradeploy/runtime/reading/huge_pages.py",
     "loradeploy/writing.py",
 }

@@ -30,8 +30,7 @@ class Task:
     `auto_class`: the class of transformers that loads the model. `output`: its first output.
     `peft`: PEFT's task_type, or None. `heads`: possible names of the model's output head.
     `trained_head`: whether PEFT trains the head in full for this task, even if modules_to_save does
-    not name it. `cached`: whether the model has a KV cache. `exported`: whether export supports it,
-    with side inputs and merged, and parity checks it. `trained`: whether `train` supports it.
+    not name it. `cached`: whether the model has a KV cache. `trained`: whether `train` supports it.
     `runner`: the class that runs its bundles, which `loradeploy run` uses too; None if only
     `AdapterSession.run` does. `evaluated`: whether parity computes its metrics on held-out data.
     """
@@ -43,7 +42,6 @@ class Task:
     heads: tuple[str, ...] = ()
     trained_head: bool = False
     cached: bool = False
-    exported: bool = True
     trained: bool = False
     runner: str | None = None
     evaluated: bool = False
@@ -133,8 +131,8 @@ TASK_TABLE: Final[Mapping[str, Task]] = {
     )
 }
 
-# Tasks that export supports.
-TASKS: Final = tuple(name for name, task in TASK_TABLE.items() if task.exported)
+# All tasks: export supports them with side inputs and merged, and parity checks them.
+TASKS: Final = tuple(TASK_TABLE)
 # Tasks that `train` supports.
 TRAINED_TASKS: Final = tuple(name for name, task in TASK_TABLE.items() if task.trained)
 # Tasks with metrics on held-out data.

@@ -27,7 +27,6 @@ def test_an_unknown_task_type_has_no_task(task_type: str | None) -> None:
     assert task_of_peft(task_type) is None
 
 
-def test_bundles_exist_only_for_tasks_with_an_export() -> None:
-    assert set(TASK_TABLE) - set(TASKS) == {"question-answering"}
+def test_classifications_are_the_tasks_with_labels() -> None:
     assert set(PEFT_TASKS) <= set(TASKS)
     assert set(CLASSIFICATIONS) == {name for name in TASKS if name.endswith("-classification")}

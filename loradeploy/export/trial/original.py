@@ -258,7 +258,7 @@ def run_source_session(
 def _sizes(feeds: Feeds) -> tuple[int, ...]:
     """The rows, tokens and cached tokens of `feeds`; () if it has no tokens."""
     ids = feeds.get(INPUT_IDS)
-    if ids is None:
+    if ids is None or ids.ndim != 2:
         return ()
     rows, length = ids.shape
     mask = feeds.get(ATTENTION_MASK)
