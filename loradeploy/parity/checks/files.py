@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -129,6 +130,11 @@ class _Pair:
     def manifest(self) -> Manifest:
         return self.context.manifest
 
+    @cached_property
+    def tokenizers(self) -> tuple[Tokenizer, Tokenizer]:
+        """Those of the bundle and of the expected files, which several aspects compare."""
+        return Tokenizer(self.bundle), Tokenizer(self.expected)
+
     def both(self, read: Callable[[Path], Any]) -> tuple[Any, Any]:
         """What `read` returns for the bundle and for the expected files."""
         return read(self.bundle), read(self.expected)
@@ -150,7 +156,7 @@ def _tokenizer(pair: _Pair) -> str | None:
         return None
     if not (pair.bundle / TOKENIZER_NAME).is_file():
         return f"the bundle has no {TOKENIZER_NAME}, and the model has a tokenizer"
-    ours, theirs = pair.both(Tokenizer)
+    ours, theirs = pair.tokenizers
     with ours.library() as own, theirs.library() as other:
         words = _first_word(own.get_vocab(), other.get_vocab())
         if words is not None:
@@ -178,7 +184,7 @@ def _first_word(own: Mapping[str, int], other: Mapping[str, int]) -> str | None:
 def _chat_template(pair: _Pair) -> str | None:
     if not _has_tokenizers(pair):
         return None
-    ours, theirs = pair.both(Tokenizer)
+    ours, theirs = pair.tokenizers
     return None if ours.template == theirs.template else "the chat template is not the model's"
 
 
@@ -192,7 +198,7 @@ def _start_token(pair: _Pair) -> str | None:
 def _end_tokens(pair: _Pair) -> str | None:
     if pair.manifest.task not in GENERATING or not _has_tokenizers(pair):
         return None
-    ours, theirs = pair.both(lambda place: sorted(Tokenizer(place).eos_ids))
+    ours, theirs = (sorted(tokenizer.eos_ids) for tokenizer in pair.tokenizers)
     return None if ours == theirs else _values("the tokens that end a text are", ours, theirs)
 
 
@@ -209,7 +215,7 @@ def _positions(pair: _Pair) -> str | None:
         return _values("the number of positions is", ours, theirs)
     if not _has_tokenizers(pair):
         return None
-    ours, theirs = pair.both(lambda place: Tokenizer(place).max_length)
+    ours, theirs = (tokenizer.max_length for tokenizer in pair.tokenizers)
     return None if ours == theirs else _values("the tokens of a text are at most", ours, theirs)
 
 
