@@ -141,6 +141,8 @@ EVALUATED_TASKS: Final = tuple(name for name, task in TASK_TABLE.items() if task
 CLASSIFICATIONS: Final = tuple(n for n in TASKS if TASK_TABLE[n].heads == CLASSIFIER_HEADS)
 # Tasks whose models end in a head of their own, which adapters replace.
 HEADED: Final = (*CLASSIFICATIONS, QUESTION_ANSWERING)
+# Tasks whose models generate text.
+GENERATING: Final = (CAUSAL_LM, SEQ2SEQ_LM)
 # Tasks whose inputs are images.
 IMAGES: Final = (IMAGE_CLASSIFICATION, IMAGE_FEATURE_EXTRACTION, VISION_TOWER)
 # Tasks whose models return vectors.

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from loradeploy.adapter.tasks import CAUSAL_LM, SEQ2SEQ_LM, SEQUENCE_CLASSIFICATION
+from loradeploy.adapter.tasks import GENERATING, SEQUENCE_CLASSIFICATION
 from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.names import MANIFEST_NAME, PREPROCESSOR_NAME, TOKEN_TYPE_IDS
 from loradeploy.bundle.text.beside import vocabulary_of
@@ -19,7 +19,6 @@ from loradeploy.export.texts import replace_texts, without_lost_ids, write_recip
 from loradeploy.export.tokenizers import correct_tokenizer, declare_token_types, make_tokenizer
 from loradeploy.files import copy_file, read_json, write_json
 
-GENERATING: Final = (CAUSAL_LM, SEQ2SEQ_LM)
 _COPIED: Final = (
     "tokenizer*",
     GENERATION_NAME,

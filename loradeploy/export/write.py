@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from loradeploy.adapter.files.digest import file_digest
 from loradeploy.adapter.files.peft import copy_adapter, load_adapter, names_targets, save_adapter
 from loradeploy.adapter.files.tensors import write_arrays
-from loradeploy.adapter.tasks import CAUSAL_LM, SEQ2SEQ_LM
+from loradeploy.adapter.tasks import CAUSAL_LM, GENERATING, SEQ2SEQ_LM
 from loradeploy.bundle.adapter_inputs.native import write_side_inputs
 from loradeploy.bundle.audio.features import feature_settings, feature_values
 from loradeploy.bundle.fingerprint import file_fingerprint
@@ -40,7 +40,7 @@ from loradeploy.bundle.text.tokenizer import Tokenizer
 from loradeploy.bundle.text.tokenizer_files import GENERATION_NAME, SETTINGS_NAME, TOKENIZER_NAME
 from loradeploy.bundle.trained_config import warn_of_trained_config
 from loradeploy.errors import ExportError, ModelError, UsageError
-from loradeploy.export.assets import GENERATING, AssetSources, write_assets
+from loradeploy.export.assets import AssetSources, write_assets
 from loradeploy.export.genai import audio_processor, genai_config, whisper_config
 from loradeploy.export.graph.halves import with_digests, write_halves
 from loradeploy.export.graph.streamed import save_graph

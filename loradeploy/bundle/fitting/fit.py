@@ -15,7 +15,7 @@ from loradeploy.adapter.fitting.settle import values_digest, without_copies, wit
 from loradeploy.adapter.fitting.towers import tower_part
 from loradeploy.adapter.modules.names import named_as
 from loradeploy.adapter.modules.renamings import renamings
-from loradeploy.adapter.tasks import CAUSAL_LM, SEQ2SEQ_LM
+from loradeploy.adapter.tasks import GENERATING, SEQ2SEQ_LM
 from loradeploy.bundle.fitting.added_tokens import check_tokens, with_all_tokens, with_trained_rows
 from loradeploy.bundle.fitting.labels import with_all_labels
 from loradeploy.bundle.manifest import Manifest
@@ -71,7 +71,7 @@ def fitted(adapter: Adapter, manifest: Manifest) -> Adapter:
     rules = partial(renamings, manifest.submodels, manifest.base_prefix)
     adapter = own_part(adapter, manifest.other_part, rules)
     modules = _modules(manifest)
-    if manifest.task not in (CAUSAL_LM, SEQ2SEQ_LM):
+    if manifest.task not in GENERATING:
         adapter = without_masked_lm_head(adapter, modules)
     adapter = named_as(adapter, modules, rules)
     adapter = with_trained_rows(adapter, manifest)

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from loradeploy.adapter.tasks import CAUSAL_LM, HEADED, SEQ2SEQ_LM
+from loradeploy.adapter.tasks import GENERATING, HEADED
 from loradeploy.bundle.adapter_inputs.factors import side_inputs_of_fitted
 from loradeploy.bundle.fitting.fit import fit_to
 from loradeploy.bundle.graph_form import BIAS, LORA, SIDE_INPUT_KINDS, default_of, form_of
@@ -223,7 +223,7 @@ def _split(
             heads.append(linear)
             continue
         # A decoder's head is as large as the vocabulary: it gets factors only if targeted.
-        if module == head and base.task in (CAUSAL_LM, SEQ2SEQ_LM) and module not in targeted:
+        if module == head and base.task in GENERATING and module not in targeted:
             continue
         # Inputs whose rows are not the batch's cannot have factors: skipped unless targeted.
         problem = rows_problem(base.graph.graph, linear.nodes, linear.module)

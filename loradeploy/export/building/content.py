@@ -11,7 +11,7 @@ from loradeploy.adapter.fitting.parts import any_below, own_part, without_masked
 from loradeploy.adapter.fitting.towers import tower_part
 from loradeploy.adapter.modules.names import named_as
 from loradeploy.adapter.modules.renamings import renamings
-from loradeploy.adapter.tasks import CAUSAL_LM, SEQ2SEQ_LM
+from loradeploy.adapter.tasks import CAUSAL_LM, GENERATING
 from loradeploy.bundle.graph_form import BFLOAT16, GQA, STANDARD, form_of
 from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.names import PAST
@@ -122,7 +122,7 @@ def _identified(
     for name, adapter in options.adapters.items():
         with prefixing_errors(name):
             own = own_part(tower_part(adapter, base.tower), base.other_part, rules)
-            if base.task not in (CAUSAL_LM, SEQ2SEQ_LM):
+            if base.task not in GENERATING:
                 own = without_masked_lm_head(own, modules)
             adapters[name] = named_as(own, modules, rules)
     return base, findings, adapters

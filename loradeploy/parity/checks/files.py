@@ -37,6 +37,7 @@ from loradeploy.adapter.heads import (
 from loradeploy.adapter.tasks import (
     CLASSIFICATIONS,
     FEATURE_EXTRACTION,
+    GENERATING,
     SEQ2SEQ_LM,
     SEQUENCE_CLASSIFICATION,
 )
@@ -61,7 +62,7 @@ from loradeploy.bundle.text.tokenizer_files import TOKENIZER_NAME
 from loradeploy.bundle.text.vectors.recipe import read_recipe
 from loradeploy.disk import scratch_directory
 from loradeploy.errors import BundleError, LoraDeployError, ModelError, first_line, shown
-from loradeploy.export.assets import GENERATING, AssetSources, write_assets
+from loradeploy.export.assets import AssetSources, write_assets
 from loradeploy.export.match.products import precision_of
 from loradeploy.export.passes.forms.required import BASE_INPUTS_NAME, required_graph
 from loradeploy.export.tokenizers import first_difference

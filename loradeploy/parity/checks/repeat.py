@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from loradeploy.adapter.tasks import CAUSAL_LM, SEQ2SEQ_LM
+from loradeploy.adapter.tasks import GENERATING
 from loradeploy.parity.backends.table import REFERENCE_TITLE
 from loradeploy.parity.context import CheckContext
 from loradeploy.parity.figures.metrics import Comparison
@@ -33,7 +33,7 @@ def second_run(context: CheckContext, reference: Reference, base: Base) -> Resul
     task = context.manifest.task
     scale = reference.scale[None]
     comparison = Comparison(scale=scale, logits=has_logits(task))
-    alone = PREFILL if task in (CAUSAL_LM, SEQ2SEQ_LM) else ONE_ROW
+    alone = PREFILL if task in GENERATING else ONE_ROW
     rows = rows_of(REPEAT, reference.rows[None])
     with as_reference(context, base, None) as model:
         backend = TorchModel(model, context.manifest, context.cases.known, tokens=context.tokens)
