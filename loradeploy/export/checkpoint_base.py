@@ -84,6 +84,7 @@ def from_checkpoint(source: Source, options: Options) -> Base:
         AdapterError: an adapter is refused or does not fit.
     """
     from loradeploy.export.trace import load_model, trace
+    from loradeploy.export.trace.file_memory import Scratch
     from loradeploy.export.trace.image_text import other_part
     from loradeploy.export.trace.towers import tower_config
     from loradeploy.lora.submodels import submodels
@@ -110,8 +111,9 @@ def from_checkpoint(source: Source, options: Options) -> Base:
     adapters = _fitting(source, options, identity, task, adapters, labels, others)
     logger.info("loading %s", source.name)
     brought = {name for a in adapters.values() for name in (*a.saved, *a.carried)}
+    scratch = None if options.scratch is None else Scratch(options.scratch, precision)
     model, zeroed = load_model(
-        source.directory, task, labels=labels, brought=brought, scratch=options.scratch
+        source.directory, task, labels=labels, brought=brought, scratch=scratch
     )
     for name, adapter in adapters.items():
         check_brought(name, adapter, zeroed)

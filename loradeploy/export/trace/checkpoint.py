@@ -6,6 +6,7 @@ import contextlib
 import re
 import traceback
 from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -23,7 +24,7 @@ from loradeploy.export.read.files.source import read_config
 from loradeploy.export.tasks import auto_class, own_task
 from loradeploy.export.tokenizers import OLDER_TOKENIZERS
 from loradeploy.export.towers import tower_kind
-from loradeploy.export.trace.file_memory import takes_file, weights_in_file
+from loradeploy.export.trace.file_memory import Scratch, takes_file, weights_in_file
 from loradeploy.export.trace.image_text import family_of, vision_part
 from loradeploy.export.trace.towers import make_tower, text_form
 from loradeploy.lora.base.architectures import untraceable
@@ -46,7 +47,7 @@ def load_model(
     labels: int | None = None,
     brought: Collection[str] = (),
     meta: bool = False,
-    scratch: Path | None = None,
+    scratch: Scratch | None = None,
 ) -> tuple[torch.nn.Module, tuple[str, ...]]:
     """Load the checkpoint in `directory` with the task's head, in fp32 and eval mode.
 
@@ -55,7 +56,7 @@ def load_model(
     lacks is removed, unless it is part of a classifier's head or an adapter has it. `brought`: the
     names of parameters in adapters. With `meta` only the config is read, and the modules have
     shapes but no values. For a two-tower model it is the tower of the task (`towers.make_tower`).
-    `scratch`: a directory in which the weights of a large checkpoint are kept in a temporary file.
+    `scratch`: where the weights of a large checkpoint are kept in a temporary file; None: nowhere.
 
     Raises:
         ModelError: transformers cannot load the checkpoint, or it lacks more than a head.
@@ -85,8 +86,10 @@ def load_model(
                 with torch.device("meta"):
                     skeleton = from_config(auto, config, directory)
                 return skeleton if kind is None else make_tower(skeleton, kind), ()
-            place = scratch if scratch is not None and takes_file(directory, scratch) else None
-            with contextlib.nullcontext() if place is None else weights_in_file(place):
+            loading: AbstractContextManager[None] = contextlib.nullcontext()
+            if scratch is not None and takes_file(directory, scratch):
+                loading = weights_in_file(scratch.directory)
+            with loading:
                 loaded = load_pretrained(
                     auto,
                     directory,

@@ -13,10 +13,12 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.adapter.files.base_files import base_tensors
+from loradeploy.bundle.graph_form import DEFAULT_PRECISION
 from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
@@ -31,25 +33,34 @@ _FLOAT32_BYTES: Final = 4
 _GB: Final = 10**9
 
 
-def takes_file(directory: Path, scratch: Path) -> bool:
+@dataclass(frozen=True)
+class Scratch:
+    """The directory for a temporary file, and the precision of the output written there."""
+
+    directory: Path
+    precision: str
+
+
+def takes_file(directory: Path, scratch: Scratch) -> bool:
     """Whether the fp32 weights of the checkpoint in `directory` belong into a file in `scratch`.
 
     That is so if 16-bit weights would take 4 GiB in fp32, and the disk has room for the file and
-    for an output of the same size.
+    the output: in fp32 it is of the same size, in other precisions of at most half the size.
     """
     tensors = base_tensors(directory).values()
     numbers = sum(tensor.raw.nbytes // 2 for tensor in tensors if tensor.dtype in _WIDENED)
     size = numbers * _FLOAT32_BYTES
     if size < _LARGE_MODEL:
         return False
-    fits = shutil.disk_usage(scratch).free >= 2 * size
+    needed = size + (size if scratch.precision == DEFAULT_PRECISION else size // 2)
+    fits = shutil.disk_usage(scratch.directory).free >= needed
     if not fits:
         logger.warning(
             "loading %d GB of weights into memory, because %s has less than %d GB free for a"
             " temporary file and the output",
             size // _GB,
-            scratch,
-            2 * size // _GB,
+            scratch.directory,
+            needed // _GB,
         )
     return fits
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from loradeploy.export.api import export
 from loradeploy.export.trace import checkpoint, file_memory, load_model
-from loradeploy.export.trace.file_memory import weights_in_file
+from loradeploy.export.trace.file_memory import Scratch, takes_file, weights_in_file
 
 TASK = "causal-lm"
 
@@ -68,7 +68,7 @@ def test_the_bundle_is_that_of_weights_in_memory(
 def test_the_weights_are_mapped_from_a_file_without_a_name(halved: Path, tmp_path: Path) -> None:
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    model, _ = load_model(halved, TASK, scratch=scratch)
+    model, _ = load_model(halved, TASK, scratch=Scratch(scratch, "fp32"))
     assert not list(scratch.iterdir())
     assert all("(deleted)" in mapping_of(weight) for weight in model.parameters())
     expected, _ = load_model(halved, TASK)
@@ -93,8 +93,22 @@ def test_a_disk_without_room_for_the_file_and_the_output_is_not_filled(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1000))
     monkeypatch.setattr(checkpoint, "weights_in_file", never("opens a temporary file"))
     with caplog.at_level(logging.WARNING):
-        load_model(halved, TASK, scratch=tmp_path)
+        load_model(halved, TASK, scratch=Scratch(tmp_path, "fp32"))
     assert "less than" in caplog.text and str(tmp_path) in caplog.text
+
+
+@pytest.mark.usefixtures("all_large")
+@pytest.mark.parametrize("precision, room", [("fp32", 2.0), ("fp16", 1.5), ("int4", 1.5)])
+def test_the_disk_needs_room_for_the_file_and_an_output_of_the_precision(
+    precision: str, room: float, halved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = 4 * sum(tensor.numel() for tensor in load_file(halved / "model.safetensors").values())
+    free = {"free": int(size * room)}
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(**free))
+    assert takes_file(halved, Scratch(tmp_path, precision))
+    free["free"] -= 1
+    assert not takes_file(halved, Scratch(tmp_path, precision))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files")
