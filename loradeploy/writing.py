@@ -129,7 +129,7 @@ def _busy(directory: Path) -> str:
     )
 
 
-def check_replaceable(path: Path, *, marker: str, own_files: OwnFiles = just_the_marker) -> None:
+def check_replaceable(path: Path, *, marker: str, own_files: OwnFiles) -> None:
     """Raise UsageError unless `path` does not exist, or is a directory that may be replaced.
 
     That is an empty directory, or one with `marker` and no files other than that and `own_files`.

@@ -24,6 +24,7 @@ from loradeploy.writing import (
     check_keeps_inputs,
     check_replaceable,
     check_replaceable_file,
+    just_the_marker,
 )
 
 MARKER = "loradeploy.json"
@@ -229,7 +230,7 @@ def test_a_home_directory_and_a_root_are_refused_regardless_of_their_contents(
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for place in (tmp_path / "home", Path("/")):
         with pytest.raises(UsageError, match="a home directory or a mount point"):
-            check_replaceable(place, marker=MARKER)
+            check_replaceable(place, marker=MARKER, own_files=just_the_marker)
 
 
 @pytest.mark.parametrize("given", ["b", "b/", "b/adapters/a", "link", "b/../b"])

@@ -39,15 +39,15 @@ _COPIED: Final = (
 class AssetSources:
     """Where the files of a bundle's base come from.
 
-    `assets`: the directory of its tokenizer. `recipes`: directories that may have an embedding
+    `directory`: that of its tokenizer. `recipes`: directories that may have an embedding
     model's pooling; the first that has is used. `merged`: the directory of the merged adapter, by
     name. `vocabulary`: the number of tokens, if the merged adapter changed it.
     """
 
-    assets: Path
-    recipes: tuple[Path, ...] = ()
-    merged: Mapping[str, Path] = dataclasses.field(default_factory=dict)
-    vocabulary: int | None = None
+    directory: Path
+    recipes: tuple[Path, ...]
+    merged: Mapping[str, Path]
+    vocabulary: int | None
 
 
 def write_assets(
@@ -64,7 +64,7 @@ def write_assets(
             row. BundleError, ModelError, ExportError: a file is invalid.
     """
     for pattern in _COPIED:
-        for file in sorted(sources.assets.glob(pattern)):
+        for file in sorted(sources.directory.glob(pattern)):
             if file.is_file():
                 _copy(file, directory)
     for recipe in sources.recipes[:1]:  # the config's directory, if it is not the tokenizer's
@@ -75,9 +75,9 @@ def write_assets(
     if settings and not (directory / GENERATION_NAME).exists():
         write_json(directory / GENERATION_NAME, settings)
     if not (directory / TOKENIZER_NAME).exists():
-        make_tokenizer(sources.assets, directory)
-    elif not (sources.assets / MANIFEST_NAME).is_file():  # a bundle's is corrected already
-        correct_tokenizer(sources.assets, directory, vocabulary_of(manifest, base_config))
+        make_tokenizer(sources.directory, directory)
+    elif not (sources.directory / MANIFEST_NAME).is_file():  # a bundle's is corrected already
+        correct_tokenizer(sources.directory, directory, vocabulary_of(manifest, base_config))
     config = dict(base_config)
     for name, source in sources.merged.items():
         warn_of_trained_config(name, source, base_config)
@@ -86,7 +86,7 @@ def write_assets(
         config = without_lost_ids(directory, config, sources.vocabulary, manifest.task)
     typed = any(spec.name == TOKEN_TYPE_IDS for spec in manifest.inputs)
     if typed and manifest.task == SEQUENCE_CLASSIFICATION:
-        declare_token_types(sources.assets, directory)
+        declare_token_types(sources.directory, directory)
     recipes = (*sources.merged.values(), *sources.recipes)
     if manifest.tower is None:  # a tower computes the vector itself
         sentence = write_recipe(recipes, directory, manifest.task)

@@ -73,27 +73,23 @@ class Content:
     `biases`: the base's biases that offsets are computed from, by parameter name in the base.
     `required`: whether a graph for clients that feed required inputs only is written too.
     `config`: the object for config.json, empty if the base has none.
+    `assets`: where the base's other files come from.
     `source`: what the bundle is compared with before it is put in place.
-    `directories`: the adapters' directories, by name; `merged`: that of the merged adapter.
-    `vocabulary`: the number of tokens, if the merged adapter changed it.
-    `recipes`: directories that may have an embedding model's pooling; the first that has is used.
+    `directories`: the directories of the adapters that get side inputs, by name.
     `whole_digests`: for a model in parts, the digests of the whole adapters, by name.
     """
 
     graph: ir.Model
-    assets: Path
+    assets: AssetSources
     config: Mapping[str, Any]
     adapters: Mapping[str, Adapter]
     side_inputs: Mapping[str, Mapping[str, NDArray[Any]]]
     defaults: Mapping[str, NDArray[Any]]
     biases: Mapping[str, NDArray[Any]]
-    required: bool = False
-    source: TrialSource = dataclasses.field(default_factory=TrialSource)
-    directories: Mapping[str, Path] = dataclasses.field(default_factory=dict)
-    merged: Mapping[str, Path] = dataclasses.field(default_factory=dict)
-    vocabulary: int | None = None
-    recipes: tuple[Path, ...] = ()
-    whole_digests: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    required: bool
+    source: TrialSource
+    directories: Mapping[str, Path]
+    whole_digests: Mapping[str, str]
 
 
 def write_bundle(output: Path, manifest: Manifest, content: Content) -> Manifest:
@@ -215,17 +211,16 @@ def _write_assets(directory: Path, manifest: Manifest, content: Content) -> Mani
 
     Those of a merged adapter replace them.
     """
-    sources = AssetSources(content.assets, content.recipes, content.merged, content.vocabulary)
-    manifest, config = write_assets(directory, manifest, content.config, sources)
+    manifest, config = write_assets(directory, manifest, content.config, content.assets)
     if not content.config:
         return manifest
     write_json(directory / CONFIG_NAME, config)
     if any(spec.name == INPUT_FEATURES for spec in manifest.inputs):
-        _write_feature_settings(directory, content)
+        _write_feature_settings(directory, content.assets)
     if manifest.task in GENERATING:
         file = directory / GENERATION_NAME
         generation = read_json(file, error=ModelError) if file.is_file() else {}
-        if not content.merged:
+        if not content.assets.merged:
             warn_of_ignored(manifest.base.name, read_settings(generation, GENERATION_NAME))
         _write_genai(directory, manifest, config, generation)
     return manifest
@@ -250,9 +245,9 @@ def _write_genai(
             (directory / name).write_text(text, encoding="ascii")
 
 
-def _write_feature_settings(directory: Path, content: Content) -> None:
+def _write_feature_settings(directory: Path, assets: AssetSources) -> None:
     """Write how the base's processor computes features from audio, in a separate file."""
-    for source in (content.assets, *content.recipes[:1]):
+    for source in (assets.directory, *assets.recipes[:1]):
         values = feature_values(source, error=ModelError)
         if values is not None:
             write_json(directory / PREPROCESSOR_NAME, values)
@@ -260,7 +255,7 @@ def _write_feature_settings(directory: Path, content: Content) -> None:
     logger.warning(
         "%s has no %s, which specifies how to compute features from audio: the bundle only takes"
         " features",
-        content.assets,
+        assets.directory,
         PREPROCESSOR_NAME,
     )
 

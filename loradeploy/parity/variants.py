@@ -123,7 +123,7 @@ class Started:
 
     providers: tuple[ProviderFacts, ...]
     notes: tuple[str, ...]
-    crashed: Mapping[str, str] = field(default_factory=dict)
+    crashed: Mapping[str, str]
 
 
 def start(bundle: Path, variants: Variants) -> Started:

@@ -59,7 +59,7 @@ class InputPrompt:
     """
 
     prompt: str | tuple[str, str] | list[Any]
-    adapter: AdapterSpec | None = None
+    adapter: AdapterSpec | None
     settings: Mapping[str, Any] = field(default_factory=dict)
     audio: str | None = None
     images: Mapping[str, Any] = field(default_factory=dict)

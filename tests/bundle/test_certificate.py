@@ -36,7 +36,7 @@ def merged_bundle(tiny_llama: Path, make_adapter: MakeAdapter, shared: Path) -> 
 
 
 def check(bundle: Path) -> Certificate:
-    return check_certificate(bundle, read_manifest(bundle))
+    return check_certificate(bundle, read_manifest(bundle), None)
 
 
 def edit(file: Path, change: Edit) -> None:

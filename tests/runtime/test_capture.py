@@ -352,7 +352,7 @@ def test_a_provider_that_records_nothing_is_refused(
 
 def test_buffers_can_be_returned_while_others_are_borrowed() -> None:
     """The garbage collector can run at any allocation, on a thread that holds the lock."""
-    pool = CachePool(None)
+    pool = CachePool(None, None)
     borrowed = pool.borrow(1, 256, 4)
     value = borrowed.put("a", np.ones(1, np.float32), ("cpu", 0))
     with pool._lock:

@@ -204,7 +204,7 @@ def test_the_command_suggested_by_a_refusal_works(
     coverage = dataclasses.replace(whole.coverage, providers=facts)
     certificate = dataclasses.replace(whole, coverage=coverage)
     with pytest.raises(BundleError) as refused:
-        check_provider(bundle, read_manifest(bundle), certificate, running)
+        check_provider(bundle, read_manifest(bundle), certificate, running, None)
     command = str(refused.value).rpartition("; run `")[2].rstrip("`")
     if all(isinstance(one, str) for one in providers):
         _, verb, *line = shlex.split(command)

@@ -292,7 +292,7 @@ def test_one_name_cannot_be_two_models(
     with AdapterSession(tiny_llama_bundle) as session:
         session.load("bundle-llama", serve_adapters["sport"])
         with pytest.raises(UsageError, match="the same name"):
-            Catalog(session, root=None, max_bytes=1, on_load=print)
+            Catalog(session, root=None, max_bytes=1, on_load=print, others=())
         session.unload("bundle-llama")
         with pytest.raises(UsageError, match="is not a directory"):
             DirectoryRoot(tmp_path / "nothing")

@@ -43,11 +43,11 @@ class PixelSettings:
     """
 
     size: tuple[int, int] | int | None
-    resample: int = 2
-    crop: tuple[int, int] | None = None
-    scale: float = _SCALE
-    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
-    std: tuple[float, ...] = (1.0, 1.0, 1.0)
+    resample: int
+    crop: tuple[int, int] | None
+    scale: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
     def values(self, given: GivenImage, where: str = "the image") -> NDArray[np.float32]:
         """The pixel values of an image: float32 [3, height, width].

@@ -57,7 +57,7 @@ def read_certificate(bundle: Path) -> Certificate:
 
 
 def check_certificate(
-    bundle: Path, manifest: Manifest, minimum: CertificateMinimum | None = None
+    bundle: Path, manifest: Manifest, minimum: CertificateMinimum | None
 ) -> Certificate:
     """The certificate of `bundle`, if it passed and applies to the present files.
 
@@ -87,7 +87,7 @@ def check_provider(
     manifest: Manifest,
     certificate: Certificate,
     running: ProviderFacts,
-    minimum: CertificateMinimum | None = None,
+    minimum: CertificateMinimum | None,
 ) -> frozenset[str]:
     """The digests of the adapters that the certificate covers on the provider `running`.
 

@@ -57,8 +57,8 @@ class Certificate:
     versions: Mapping[str, str]
     platform: Mapping[str, str]
     providers: tuple[ProviderFacts, ...]
-    coverage: Coverage = field(default_factory=Coverage)
-    _values: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    coverage: Coverage
+    _values: Mapping[str, Any] = field(repr=False, compare=False)
 
     @property
     def passed(self) -> bool:

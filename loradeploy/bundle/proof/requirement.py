@@ -21,12 +21,12 @@ class Coverage:
     each.
     """
 
-    phases: frozenset[str] = frozenset()
-    providers: tuple[ProviderFacts, ...] = ()
-    optimization: frozenset[str] = frozenset()
-    prompts: int = 0
-    prompt_tokens: int = 0
-    generated: int = 0
+    phases: frozenset[str]
+    providers: tuple[ProviderFacts, ...]
+    optimization: frozenset[str]
+    prompts: int
+    prompt_tokens: int
+    generated: int
 
 
 @dataclass(frozen=True)

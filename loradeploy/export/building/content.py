@@ -17,6 +17,7 @@ from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.names import PAST
 from loradeploy.bundle.run_target import check_runs, choice_of
 from loradeploy.errors import ExportError, UsageError, listed_names, prefixing_errors
+from loradeploy.export.assets import AssetSources
 from loradeploy.export.base import Base, Options
 from loradeploy.export.building.adapted import Adapted, with_side_inputs
 from loradeploy.export.building.added import without_added_tokens
@@ -84,7 +85,12 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
     manifest, config = with_config(base, source, manifest, options)
     return manifest, Content(
         graph=base.graph,
-        assets=assets_of(source.assets, options.evidence.checkpoint),
+        assets=AssetSources(
+            assets_of(source.assets, options.evidence.checkpoint),
+            recipes=(source.directory, *filter(None, [options.evidence.checkpoint])),
+            merged=options.directories if options.merge else {},
+            vocabulary=base.vocabulary,
+        ),
         config=config,
         adapters=adapted.adapters,
         side_inputs=adapted.arrays,
@@ -93,9 +99,6 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
         required=bool(options.required_inputs),
         source=base.source,
         directories={} if options.merge else options.directories,
-        merged=options.directories if options.merge else {},
-        vocabulary=base.vocabulary,
-        recipes=(source.directory, *filter(None, [options.evidence.checkpoint])),
         whole_digests=whole_digests if base.other_part else {},
     )
 

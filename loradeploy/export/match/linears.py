@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from loradeploy.adapter.tasks import CLASSIFIER_HEADS, QA_HEADS
@@ -74,7 +74,7 @@ class Findings:
     """The linear layers by module, and the products whose module is not known."""
 
     linears: Mapping[str, Linear]
-    unidentified: tuple[str, ...] = field(default=())
+    unidentified: tuple[str, ...]
 
 
 def find_linears(model: ir.Model, namer: Namer = by_graph) -> Findings:

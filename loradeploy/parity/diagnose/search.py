@@ -111,7 +111,7 @@ class Sides:
     disturbed: Sequence[Values]
     backend: Values
     rounding: Rounding
-    upstream: Sequence[int] | None = None
+    upstream: Sequence[int] | None
 
 
 @dataclass(frozen=True, eq=False)

@@ -76,7 +76,7 @@ class Result:
     adapter: str | None
     phase: str | None
     outcome: Outcome
-    message: str | None = None
+    message: str | None
     figures: Figures | None = None
     checks: tuple[Check, ...] = ()
     effect: float | None = None

@@ -41,9 +41,7 @@ class CachePool:
     the addresses of dropped buffers; its object is not kept alive.
     """
 
-    def __init__(
-        self, most: int | None, forget: Callable[[Collection[int]], None] | None = None
-    ) -> None:
+    def __init__(self, most: int | None, forget: Callable[[Collection[int]], None] | None) -> None:
         self._most = most
         self._forget = None if forget is None else weakref.WeakMethod(forget)
         self._free: list[_Buffers] = []  # ordered by return

@@ -88,7 +88,7 @@ class Submission:
         scope: str | None,
         deadline: float | None,
         on_cancel: Callable[[Submission], None],
-        limited: bool = True,
+        limited: bool,
     ) -> None:
         self.number = number
         self.call = call

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -65,8 +65,8 @@ class TextSide:
     recipe: SentenceRecipe
     ends: frozenset[int]
     settings: GenerationSettings
+    scoring: PairScoring
     torn: tuple[str, str] | None = None
-    scoring: PairScoring = field(default_factory=PairScoring)
 
     def longest(self, own: int | None, full: int | None = None) -> int | None:
         """The maximum number of tokens of a text; None if there is none.
@@ -103,7 +103,7 @@ class TextSides:
         self,
         bundle: Path,
         manifest: Manifest,
-        check: Callable[[str | None], None] = lambda folder: None,
+        check: Callable[[str | None], None],
     ) -> None:
         self._bundle = bundle
         self._manifest = manifest
@@ -333,7 +333,7 @@ def files_for_texts(source: Path) -> Snapshot:
 
 
 def _side(tokenizer: Tokenizer, recipe: SentenceRecipe, scoring: PairScoring) -> TextSide:
-    return TextSide(tokenizer, recipe, tokenizer.eos_ids, tokenizer.settings, scoring=scoring)
+    return TextSide(tokenizer, recipe, tokenizer.eos_ids, tokenizer.settings, scoring)
 
 
 def _blend(members: Mapping[str, TextSide]) -> TextSide:

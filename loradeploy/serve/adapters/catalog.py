@@ -66,7 +66,7 @@ class Catalog:
         root: AdapterRoot | None,
         max_bytes: int,
         on_load: Callable[[float], None],
-        others: Collection[str] = (),
+        others: Collection[str],
     ) -> None:
         self.session = session
         self.base = resolved(session.path).name
@@ -79,9 +79,8 @@ class Catalog:
         self.root = root
         self._max_bytes = max_bytes
         self._on_load = on_load
-        self._entries: dict[
-            str, str
-        ] = {}  # from names given to the load route to entries of the root
+        # From names given to the load route to entries of the root.
+        self._entries: dict[str, str] = {}
         self._unloaded: set[str] = set()
         self._loaded: dict[str, Found] = {}
         self._failed: dict[str, tuple[Found, LoraDeployError]] = {}

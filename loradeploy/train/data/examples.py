@@ -83,7 +83,7 @@ class MultiLabelText:
     where: str
     text: str
     labels: tuple[str, ...]
-    pair: str | None = None
+    pair: str | None
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class MeasuredText:
     where: str
     text: str
     values: tuple[float, ...]
-    pair: str | None = None
+    pair: str | None
 
 
 @dataclass(frozen=True)

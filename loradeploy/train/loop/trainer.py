@@ -148,7 +148,10 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         if self.optimizer is None:
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             groups = parameter_groups(
-                self._injection, self.args.learning_rate, self._ratio, self.args.weight_decay
+                self._injection,
+                self.args.learning_rate,
+                self._ratio,
+                weight_decay=self.args.weight_decay,
             )
             self.optimizer = kind(groups, **options)
         return self.optimizer
@@ -368,7 +371,7 @@ class ByLength(LengthGroupedSampler):  # type: ignore[misc]
 
 
 def parameter_groups(
-    injection: Injection, learning_rate: float, ratio: float, weight_decay: float = 0.0
+    injection: Injection, learning_rate: float, ratio: float, *, weight_decay: float
 ) -> list[dict[str, Any]]:
     """Parameter groups of the optimizer: B with `ratio` × `learning_rate`, others without `ratio`.
 

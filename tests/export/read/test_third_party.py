@@ -256,7 +256,7 @@ def test_the_head_size_is_not_confused_with_another_axis(
     past = b.input("past_key_values.0.key", shape)
     model = b.model(b.node("Identity", [past], list(shape), name="present.0.key"))
     (tmp_path / "config.json").write_text(json.dumps({"head_dim": 16}))
-    complete_cache(model, tmp_path)
+    complete_cache(model, tmp_path, None)
     for value in (*model.graph.inputs, *model.graph.outputs):
         sizes = [size if isinstance(size, int) else size.value for size in value.shape]
         assert sizes == [None, 2, None, 16], value.name

@@ -205,7 +205,11 @@ def test_lora_plus_with_equal_rates_is_plain_training() -> None:
     for grouped in (False, True):
         base = tiny.model("llama")
         injection = inject(base, config, seed=1)
-        what = parameter_groups(injection, 1e-2, 1.0) if grouped else injection.parameters()
+        what = (
+            parameter_groups(injection, 1e-2, 1.0, weight_decay=0.0)
+            if grouped
+            else injection.parameters()
+        )
         optimizer = torch.optim.AdamW(what, lr=1e-2, weight_decay=0)
         for _ in range(3):
             optimizer.zero_grad()

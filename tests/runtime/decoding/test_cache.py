@@ -122,7 +122,7 @@ def test_a_change_that_fails_midway_leaves_no_mixed_cache(
         cache.fill([np.full((batch, 2, 6, 4), value, np.float32)] * 2)
         return cache
 
-    pool = CachePool(None) if kind == "pooled" else None
+    pool = CachePool(None, None) if kind == "pooled" else None
     cache, other = filled(3, 1), filled(1, 2)
     changes: dict[str, Callable[[], None]] = {
         "join": lambda: cache.join([0, 2], 6, other, [(0, np.arange(6))], kind == "grows"),

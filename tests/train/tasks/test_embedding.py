@@ -251,11 +251,11 @@ def test_pairs_with_scores_have_the_prompts_of_the_adapters_training(
     write_json(base / "config_sentence_transformers.json", {"prompts": prompts})
     given = {"query_prompt": "Q: ", "document_prompt": "none"}
     config = TrainConfig(task="feature-extraction", embedding_loss=loss, **given)
-    trained = vectors_of(config, base)
+    trained = vectors_of(config, base, None)
     trained.write(adapter)
     later = TrainConfig(task="feature-extraction", embedding_loss=loss)
     assert vectors_of(later, base, adapter).prompts == trained.prompts == ("Q: ", "")
-    assert vectors_of(later, base).prompts == ("", ""), "neither text is the query"
+    assert vectors_of(later, base, None).prompts == ("", ""), "neither text is the query"
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ class CheckpointWeights:
         ModelError: the directory has no readable safetensors.
     """
 
-    def __init__(self, directory: Path, needed: Iterable[str] = ()) -> None:
+    def __init__(self, directory: Path, needed: Iterable[str]) -> None:
         files = weight_files(directory)
         self._directory = directory
         self._needed = frozenset(needed)

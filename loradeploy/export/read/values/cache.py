@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _CACHE_AXES: Final = 4
 
 
-def complete_cache(model: ir.Model, directory: Path, checkpoint: Path | None = None) -> None:
+def complete_cache(model: ir.Model, directory: Path, checkpoint: Path | None) -> None:
     """Replace the symbol for the size of a head in the cache's shapes by its value.
 
     Raises:

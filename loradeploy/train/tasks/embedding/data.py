@@ -25,7 +25,7 @@ class TextPair:
     where: str
     anchor: str
     positive: str
-    negative: str | None = None
+    negative: str | None
 
     @property
     def texts(self) -> tuple[str, ...]:

@@ -44,10 +44,10 @@ class Vectors:
     """
 
     recipe: SentenceRecipe
-    source: Path | None = None
-    prompts: tuple[str, str] = ("", "")
-    own: bool = False
-    given: bool = False
+    source: Path | None
+    prompts: tuple[str, str]
+    own: bool
+    given: bool
 
     def text(self, text: str) -> str:
         """The input of the tokenizer for `text`, which includes the prompt."""
@@ -77,7 +77,7 @@ class Vectors:
         write_json(file, {**settings, "prompts": prompts})
 
 
-def vectors_of(config: TrainConfig, base: Path | None, adapter: Path | None = None) -> Vectors:
+def vectors_of(config: TrainConfig, base: Path | None, adapter: Path | None) -> Vectors:
     """How vectors are computed: by the files beside `adapter`, or else beside `base`.
 
     If neither has a modules.json, vectors are the normalized mean of the tokens' states. Prompts
