@@ -9,24 +9,21 @@ end tokens         those that end a generated text
 positions          the maximum number of tokens of a text
 pooling            how an embedder's states become a vector
 scores of pairs    the activation and the prompts of a cross-encoder
+generation         penalties, suppressed and forced tokens, and others that change the chosen text
 labels             the names of a classifier's outputs
 problem type       how a classifier's outputs become scores
 image processor    the size and the normalization of images
-required inputs    the second graph, and the values for clients that feed all inputs
-precision          that of the graph's weights, which decides the limits of the numbers
+audio features     the window and the bands of a sound's spectrum
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import numpy as np
-
-from loradeploy.adapter.files.tensors import read_arrays
 from loradeploy.adapter.heads import (
     config_labels,
     placeholders,
@@ -41,45 +38,43 @@ from loradeploy.adapter.tasks import (
     SEQ2SEQ_LM,
     SEQUENCE_CLASSIFICATION,
 )
-from loradeploy.bundle.adapter_inputs.native import read_onnx_adapter
+from loradeploy.bundle.audio.features import feature_settings
 from loradeploy.bundle.fitting.labels import output_count
+from loradeploy.bundle.image.pixels import processor_values
 from loradeploy.bundle.model_config import context_length, model_config
 from loradeploy.bundle.names import (
-    ADAPTERS_DIRECTORY,
     CONFIG_NAME,
-    ENCODER_NAME,
-    GRAPH_NAME,
     INPUT_FEATURES,
     INPUT_IDS,
-    NATIVE_SUFFIX,
-    PREPROCESSOR_NAME,
-    REQUIRED_NAME,
 )
 from loradeploy.bundle.text.beside import vocabulary_of
 from loradeploy.bundle.text.scoring import read_scoring
+from loradeploy.bundle.text.settings import GenerationSettings
+from loradeploy.bundle.text.speech import SpeechSettings
 from loradeploy.bundle.text.tokenizer import Tokenizer
 from loradeploy.bundle.text.tokenizer_files import TOKENIZER_NAME
 from loradeploy.bundle.text.vectors.recipe import read_recipe
 from loradeploy.disk import scratch_directory
 from loradeploy.errors import BundleError, LoraDeployError, ModelError, first_line, shown
 from loradeploy.export.assets import AssetSources, write_assets
-from loradeploy.export.match.products import precision_of
-from loradeploy.export.passes.forms.required import BASE_INPUTS_NAME, required_graph
 from loradeploy.export.tokenizers import first_difference
-from loradeploy.files import read_json, write_json
+from loradeploy.files import write_json
 from loradeploy.lora.quiet import quiet_loradeploy
+from loradeploy.parity.checks.manifest import differing_manifest
+from loradeploy.parity.checks.required import differing_required
 from loradeploy.parity.inputs.prompts import PROMPTS
 from loradeploy.parity.report.results import Result
 from loradeploy.runtime.decoding.caches.source import Target
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from loradeploy.bundle.manifest import Manifest
     from loradeploy.parity.context import CheckContext
 
 BACKEND: Final = "files"
 _TITLE: Final = "files of the bundle"
+# Settings of generation that another aspect compares, that only sampling reads, or that the
+# runtime does not apply.
+_NOT_GREEDY: Final = ("decoder_start_token_id", "top_k", "top_p", "min_p", "ignored")
 
 
 def differing_files(context: CheckContext) -> list[Result]:
@@ -88,7 +83,7 @@ def differing_files(context: CheckContext) -> list[Result]:
     Only bundles that were exported from a checkpoint are compared with it: an ONNX file comes with
     files of its own.
     """
-    found = [*_precision(context), *_required(context)]
+    found = [*differing_manifest(context), *differing_required(context)]
     if context.manifest.traced:
         with scratch_directory() as expected:
             try:
@@ -274,20 +269,50 @@ def _problem_type(pair: _Pair) -> str | None:
     return None if ours == expected else _values("the problem_type is", ours, expected)
 
 
-def _image_processor(pair: _Pair) -> str | None:
-    """For audio, an export writes other settings into this file."""
-    audio = any(spec.name == INPUT_FEATURES for spec in pair.manifest.inputs)
-    if audio or not (pair.expected / PREPROCESSOR_NAME).is_file():
+def _generation(pair: _Pair) -> str | None:
+    """Those that the runtime applies without being asked; a sampled text may differ anyway."""
+    if pair.manifest.task not in GENERATING or not _has_tokenizers(pair):
         return None
-    ours, theirs = pair.both(lambda place: _read(place / PREPROCESSOR_NAME))
+    ours, theirs = (tokenizer.settings for tokenizer in pair.tokenizers)
+    for field in fields(GenerationSettings):
+        own, expected = getattr(ours, field.name), getattr(theirs, field.name)
+        if field.name not in _NOT_GREEDY and own != expected:
+            if isinstance(own, SpeechSettings) and isinstance(expected, SpeechSettings):
+                return _first_field(own, expected)
+            return _values(f"generation setting {field.name}:", own, expected)
+    return None
+
+
+def _first_field(own: SpeechSettings, expected: SpeechSettings) -> str | None:
+    """Name the first of the settings of speech that differs."""
+    for field in fields(SpeechSettings):
+        values = getattr(own, field.name), getattr(expected, field.name)
+        if values[0] != values[1]:
+            return _values(f"generation setting {field.name} of speech:", *values)
+    return None
+
+
+def _image_processor(pair: _Pair) -> str | None:
+    if _hears(pair):  # the file has the settings of a sound's features
+        return None
+    ours, theirs = ({} if found is None else found[0] for found in pair.both(processor_values))
+    if not theirs:
+        return None
     keys = [key for key in dict.fromkeys([*theirs, *ours]) if ours.get(key) != theirs.get(key)]
     if not keys:
         return None
-    return _values(f"{PREPROCESSOR_NAME}: {keys[0]} is", ours.get(keys[0]), theirs.get(keys[0]))
+    return _values(f"the image processor's {keys[0]} is", ours.get(keys[0]), theirs.get(keys[0]))
 
 
-def _read(file: Path) -> dict[str, Any]:
-    return read_json(file, error=BundleError) if file.is_file() else {}
+def _audio_features(pair: _Pair) -> str | None:
+    if not _hears(pair):
+        return None
+    ours, theirs = feature_settings(pair.bundle), feature_settings(pair.context.model)
+    return None if ours == theirs else _values("the features of audio are", ours, theirs)
+
+
+def _hears(pair: _Pair) -> bool:
+    return any(spec.name == INPUT_FEATURES for spec in pair.manifest.inputs)
 
 
 def _values(what: str, own: object, expected: object) -> str:
@@ -302,79 +327,9 @@ _ASPECTS: Final[Mapping[str, Callable[[_Pair], str | None]]] = {
     "positions": _positions,
     "pooling": _pooling,
     "scores of pairs": _scores_of_pairs,
+    "generation": _generation,
     "labels": _labels,
     "problem type": _problem_type,
     "image processor": _image_processor,
+    "audio features": _audio_features,
 }
-
-
-def _precision(context: CheckContext) -> Iterator[tuple[str, str]]:
-    """Compare the manifest's precision with the graph's: another one has other limits.
-
-    The two graphs of an encoder-decoder may differ: it is that of one of them.
-    """
-    import onnx_ir as ir
-
-    stated = context.manifest.precision
-    names = [GRAPH_NAME] if context.manifest.encoder is None else [GRAPH_NAME, ENCODER_NAME]
-    found = []
-    for name in names:
-        try:
-            found.append(precision_of(ir.load(context.bundle / name)))
-        except Exception as problem:  # onnx_ir raises anything for a damaged file
-            yield "precision", f"{name} cannot be read: {first_line(problem)}"
-            return
-    if stated not in found:
-        message = (
-            f"the manifest's precision is {stated}, and {GRAPH_NAME} has weights in {found[0]}"
-        )
-        yield "precision", f"{message}: export again"
-
-
-def _required(context: CheckContext) -> Iterator[tuple[str, str]]:
-    """Compare required.onnx with what is made of model.onnx, which the backends run."""
-    import onnx_ir as ir
-
-    bundle = context.bundle
-    if not (bundle / REQUIRED_NAME).is_file():
-        return
-    try:
-        made, base = required_graph(ir.load(bundle / GRAPH_NAME), context.manifest)
-        own = ir.load(bundle / REQUIRED_NAME)
-        values, _ = read_arrays(bundle / BASE_INPUTS_NAME, error=BundleError)
-    except Exception as problem:  # onnx_ir raises anything for a damaged file
-        yield "required inputs", f"{REQUIRED_NAME} cannot be read: {first_line(problem)}"
-        return
-    if _serialized(made) != _serialized(own):
-        yield "required inputs", f"{REQUIRED_NAME} is not made of {GRAPH_NAME}: export again"
-    if not _equal(values, base):
-        yield (
-            "required inputs",
-            f"{BASE_INPUTS_NAME} does not have the defaults of {GRAPH_NAME}: export again",
-        )
-    for name in context.manifest.adapters:
-        place = bundle / ADAPTERS_DIRECTORY / name
-        given = place.with_name(f"{name}.safetensors")
-        native = place.with_name(f"{name}{NATIVE_SUFFIX}")
-        if not (given.is_file() and native.is_file()):
-            continue
-        try:
-            values, _ = read_arrays(given, error=BundleError)
-            same = _equal(values, {**base, **read_onnx_adapter(native)})
-        except LoraDeployError as problem:
-            yield "required inputs", first_line(problem)
-            continue
-        if not same:
-            yield "required inputs", f"{given.name} and {native.name} differ: export again"
-
-
-def _equal(one: Mapping[str, NDArray[Any]], other: Mapping[str, NDArray[Any]]) -> bool:
-    return one.keys() == other.keys() and all(
-        np.array_equal(values, other[name]) for name, values in one.items()
-    )
-
-
-def _serialized(model: Any) -> bytes:
-    import onnx_ir as ir
-
-    return bytes(ir.serde.serialize_model(model).SerializeToString(deterministic=True))

@@ -85,6 +85,18 @@ def change_template(bundle: Path) -> None:
         ("positions", edited("config.json", max_position_embeddings=4096)),
         ("positions", edited("tokenizer_config.json", model_max_length=7)),
         ("end tokens", edited("generation_config.json", eos_token_id=5)),
+        ("generation", edited("generation_config.json", repetition_penalty=1.3)),
+        ("generation", edited("generation_config.json", no_repeat_ngram_size=2)),
+        ("generation", edited("generation_config.json", suppress_tokens=[5, 6])),
+        ("generation", edited("generation_config.json", begin_suppress_tokens=[5])),
+        ("generation", edited("generation_config.json", bad_words_ids=[[5, 6]])),
+        ("generation", edited("generation_config.json", forced_eos_token_id=2)),
+        ("generation", edited("generation_config.json", min_new_tokens=3)),
+        ("generation", edited("generation_config.json", min_length=30)),
+        ("generation", edited("generation_config.json", stop_strings=["."])),
+        ("generation", edited("generation_config.json", length_penalty=2.0)),
+        ("padding", edited("loradeploy.json", padding="right")),
+        ("padding", edited("loradeploy.json", padding="none")),
     ],
 )
 def test_a_decoder_whose_texts_are_read_otherwise_is_found(
@@ -93,6 +105,62 @@ def test_a_decoder_whose_texts_are_read_otherwise_is_found(
     assert found(llama_bundle, tiny_llama) == {}
     change(llama_bundle)
     assert list(found(llama_bundle, tiny_llama)) == [aspect]
+
+
+@pytest.mark.parametrize("setting", [{"temperature": 0.2}, {"top_k": 3}, {"max_new_tokens": 5}])
+def test_settings_that_no_text_follows_unasked_may_be_changed(
+    setting: dict[str, Any], tiny_llama: Path, llama_bundle: Path
+) -> None:
+    edited("generation_config.json", **setting)(llama_bundle)
+    assert found(llama_bundle, tiny_llama) == {}
+
+
+def test_the_side_of_padding_is_that_of_the_graph(
+    tiny_llama: Path, llama_in_form: Callable[..., Path]
+) -> None:
+    bundle = llama_in_form("gqa-files", attention="gqa")
+    assert found(bundle, tiny_llama) == {}, "GroupQueryAttention counts from the right"
+    edited("loradeploy.json", padding="left")(bundle)
+    assert "padding is left, and model.onnx is padded right" in found(bundle, tiny_llama)["padding"]
+
+
+def test_the_batches_of_an_encoder_may_be_padded(
+    tiny_bert: Path, tiny_bert_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = Path(shutil.copytree(tiny_bert_bundle, tmp_path / "bundle"))
+    edited("loradeploy.json", padding="none")(bundle)
+    assert list(found(bundle, tiny_bert)) == ["padding"]
+
+
+@pytest.mark.parametrize(
+    ("aspect", "change"),
+    [
+        ("generation", edited("generation_config.json", suppress_tokens=[])),
+        ("generation", edited("generation_config.json", begin_suppress_tokens=[])),
+        ("generation", edited("generation_config.json", return_timestamps=True)),
+        ("generation", edited("generation_config.json", language="<|de|>")),
+        ("generation", edited("generation_config.json", lang_to_id={"<|en|>": 515})),
+        ("generation", edited("generation_config.json", forced_decoder_ids=[[1, 514]])),
+        ("generation", edited("generation_config.json", max_initial_timestamp_index=3)),
+        ("generation", edited("generation_config.json", max_length=9)),
+        ("start token", edited("generation_config.json", decoder_start_token_id=5)),
+        ("audio features", edited("preprocessor_config.json", hop_length=80)),
+        ("audio features", edited("preprocessor_config.json", padding_value=0.5)),
+    ],
+)
+def test_a_model_of_speech_that_hears_or_writes_otherwise_is_found(
+    aspect: str, change: Change, tiny_whisper: Path, whisper: Path, tmp_path: Path
+) -> None:
+    bundle = Path(shutil.copytree(whisper, tmp_path / "bundle"))
+    change(bundle)
+    assert list(found(bundle, tiny_whisper)) == [aspect]
+
+
+@pytest.fixture(scope="module")
+def whisper(tiny_whisper: Path, shared: Path) -> Path:
+    bundle = once(shared / "bundle-whisper-files", lambda place: ld.export(tiny_whisper, place))
+    assert found(bundle, tiny_whisper) == {}
+    return bundle
 
 
 def test_the_precision_of_an_encoder_decoder_is_that_of_one_of_its_graphs(
