@@ -182,17 +182,20 @@ class _Rows:
 
     def _changes_nothing(self, side: str, alone: list[NDArray[Any]]) -> bool:
         try:
-            limit = self._limit(alone)
-            padded = self._padded(side)
+            change = _largest_change(alone, self._padded(side))
+            return change <= self._rounding() or change <= self._limit(alone)
         except ExportError:  # the graph does not run on this batch
             return False
-        return _largest_change(alone, padded) <= limit
+
+    def _rounding(self) -> float:
+        """A change that is rounding, whatever a neighbor of the same length changes."""
+        return _ROUNDING.get(self._manifest.precision, 1e-3)
 
     def _limit(self, alone: list[NDArray[Any]]) -> float:
         """The largest change by rounding, measured with a neighbor of the same length."""
         beside = self._row_outputs(self._short, np.ones((2, _SHORT), np.int64), [-1, -1])
         noise = _largest_change(alone, [values[:1] for values in beside])
-        return min(max(_ROUNDING.get(self._manifest.precision, 1e-3), _NOISE * noise), _MOST)
+        return min(max(self._rounding(), _NOISE * noise), _MOST)
 
     def _padded(self, side: str) -> list[NDArray[Any]]:
         """The outputs for the short row, beside a longer one."""
