@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from loradeploy.lora.layers.low_rank import LowRankLayer, Shape
-from loradeploy.lora.layers.product import low_rank_linear
+from loradeploy.lora.layers.product import LowRank, low_rank_linears
 from loradeploy.lora.layers.targets import LINEAR_LAYERS
 
 
@@ -33,14 +33,19 @@ class LoraLinear(LowRankLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """The output, in one fused product in the usual case, which dominates a training step."""
+        product = self.product(x)
+        return super().forward(x) if product is None else low_rank_linears(x, [product])[0]
+
+    def product(self, x: Tensor) -> LowRank | None:
+        """The operands of `low_rank_linears` if it computes what this layer does for `x`."""
         if not self._is_one_product(x):
-            return super().forward(x)
+            return None
         weight = self.as_matrix(cast(Tensor, self.base.weight))
         bias = cast("Tensor | None", self.base.bias)
-        return low_rank_linear(x, weight, bias, *self.factors(), self.scaling)
+        return LowRank(weight, bias, *self.factors(), self.scaling)
 
     def _is_one_product(self, x: Tensor) -> bool:
-        """Whether `low_rank_linear` can compute this layer: no dropout, DoRA, hooks, autocast, …"""
+        """Whether the layer is one product for `x`: no dropout, DoRA, hooks, autocast, …"""
         base = self.base
         frozen = (base.weight, base.bias)
         return (

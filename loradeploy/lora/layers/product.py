@@ -1,12 +1,15 @@
-"""The arithmetic of a LoRA layer in one autograd function: `y = x Wᵀ + b + s · (x Aᵀ) Bᵀ`.
+"""The arithmetic of LoRA layers in one autograd function: `y = x Wᵀ + b + s · (x Aᵀ) Bᵀ`.
 
 As separate operations, the update takes three passes over a tensor of the size of `y`, and in the
 backward pass as many over one of the size of `x`. Here the matrix product of the last term also
 computes the sum, and x Aᵀ [tokens, rank] is the only intermediate saved for the backward pass.
+Layers with the same input share the product with their As, and the sum of the gradients of `x`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -15,58 +18,94 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 
-def low_rank_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-) -> Tensor:
-    """`x` [..., in] → [..., out], in the dtype of `x` and of the frozen `weight` [out, in].
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """A frozen linear layer and its update, with the symbols of the equation.
 
-    `lora_A` [rank, in] and `lora_B` [out, rank] get gradients and may have a wider dtype than
-    `weight`, in which the update is computed and added. `weight` and `bias` get no gradients.
+    `W` [out, in] and `b` [out] get no gradients. `A` [rank, in] and `B` [out, rank] get gradients
+    and may have a wider dtype than W, in which the update is computed and added.
     """
-    y = _LowRankLinear.apply(x, weight, bias, lora_A, lora_B, scaling)  # type: ignore[no-untyped-call]
-    return cast(Tensor, y)
+
+    W: Tensor
+    b: Tensor | None
+    A: Tensor
+    B: Tensor
+    s: float
+
+    def output(self, rows: Tensor, low: Tensor) -> Tensor:
+        """y [tokens, out] of `rows` [tokens, in] and `low` = x Aᵀ [tokens, rank]."""
+        y = linear(rows, self.W, self.b)
+        if y.dtype == low.dtype:
+            return y.addmm_(low, self.B.T, alpha=self.s)
+        return torch.addmm(y.to(low.dtype), low, self.B.T, alpha=self.s).to(y.dtype)
+
+    def slope_of_low(self, dy: Tensor) -> Tensor:
+        """The gradient of x Aᵀ, from that of y: [tokens, rank]."""
+        return (dy.to(self.B.dtype) @ self.B).mul_(self.s)
+
+    def outer_slope(self, low: Tensor, dy: Tensor) -> Tensor:
+        """The gradient of B, from that of y."""
+        # Faster on a CPU than dyᵀ low.
+        return (low.T @ dy.to(self.B.dtype)).mul_(self.s).T
 
 
-class _LowRankLinear(torch.autograd.Function):
+def low_rank_linears(x: Tensor, layers: Sequence[LowRank]) -> tuple[Tensor, ...]:
+    """The outputs [..., out] of `layers` for `x` [..., in], in the dtype of `x` and of each W.
+
+    All A and B have the same dtype.
+    """
+    tensors = [tensor for layer in layers for tensor in (layer.W, layer.b, layer.A, layer.B)]
+    scalings = [layer.s for layer in layers]
+    y = _LowRankLinears.apply(x, scalings, *tensors)  # type: ignore[no-untyped-call]
+    return cast("tuple[Tensor, ...]", y)
+
+
+def add_product(y: Tensor, narrow: Tensor, wide: Tensor) -> Tensor:
+    """`y` + `narrow` · `wide` in their dtype, in the memory of `y` if it has this dtype."""
+    if y.dtype == narrow.dtype:
+        return y.addmm_(narrow, wide)
+    return torch.addmm(y.to(narrow.dtype), narrow, wide).to(y.dtype)
+
+
+def _layers(scalings: Sequence[float], tensors: Sequence[Any]) -> list[LowRank]:
+    return [LowRank(*tensors[4 * i : 4 * i + 4], s) for i, s in enumerate(scalings)]
+
+
+def _stacked(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
+
+
+class _LowRankLinears(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scalings: list[float], *tensors: Any) -> tuple[Tensor, ...]:
+        layers = _layers(scalings, tensors)
         rows = x.reshape(-1, x.shape[-1])  # [tokens, in]
-        y = linear(rows, W, b)  # [tokens, out]
-        low = rows.to(A.dtype) @ A.T  # [tokens, rank]
-        if y.dtype == A.dtype:
-            y.addmm_(low, B.T, alpha=s)
-        else:
-            y = torch.addmm(y.to(A.dtype), low, B.T, alpha=s).to(y.dtype)
-        ctx.save_for_backward(rows, W, A, B, low)
-        ctx.s = s
-        return y.view(*x.shape[:-1], W.shape[0])
+        As = _stacked([layer.A for layer in layers])  # [Σ rank, in]
+        lows = rows.to(As.dtype) @ As.T  # [tokens, Σ rank]
+        ctx.save_for_backward(rows, lows, *tensors)
+        ctx.scalings = scalings
+        parts = lows.split([len(layer.A) for layer in layers], dim=1)
+        ys = [layer.output(rows, low) for layer, low in zip(layers, parts, strict=True)]
+        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        rows, W, A, B, low = ctx.saved_tensors
-        (dy,) = gradients
-        x_shape = (*dy.shape[:-1], W.shape[1])
-        dy = dy.reshape(-1, W.shape[0])  # [tokens, out]
-        wide = dy.to(A.dtype)
-        dlow = (wide @ B).mul_(ctx.s)  # [tokens, rank]
-        dx = dA = dB = None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        rows, lows, *tensors = ctx.saved_tensors
+        layers = _layers(ctx.scalings, tensors)
+        dys = [dy.reshape(-1, dy.shape[-1]) for dy in gradients]  # [tokens, out]
+        ranks = [len(layer.A) for layer in layers]
+        pairs = list(zip(layers, dys, strict=True))
+        dlows = _stacked([layer.slope_of_low(dy) for layer, dy in pairs], dim=1)
+        dx = None
         if ctx.needs_input_grad[0]:
-            dx = dy @ W  # [tokens, in]
-            if dx.dtype == A.dtype:
-                dx.addmm_(dlow, A)
-            else:
-                dx = torch.addmm(dx.to(A.dtype), dlow, A).to(dx.dtype)
-            dx = dx.view(x_shape)
-        if ctx.needs_input_grad[3]:
-            dA = dlow.T @ rows.to(A.dtype)
-        if ctx.needs_input_grad[4]:
-            dB = (low.T @ wide).mul_(ctx.s).T  # faster on a CPU than wide.T @ low
-        return dx, None, None, dA, dB, None
+            dx = dys[0] @ layers[0].W  # [tokens, in]
+            for layer, dy in pairs[1:]:
+                dx.addmm_(dy, layer.W)
+            dx = add_product(dx, dlows, _stacked([layer.A for layer in layers]))
+            dx = dx.view(*gradients[0].shape[:-1], -1)
+        slopes: list[Tensor | None] = []
+        dAs = (dlows.T @ rows.to(dlows.dtype)).split(ranks)
+        for (layer, dy), low, dA in zip(pairs, lows.split(ranks, dim=1), dAs, strict=True):
+            slopes += [None, None, dA, layer.outer_slope(low, dy)]
+        return dx, None, *slopes

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loradeploy.lora.quiet import quiet
-from loradeploy.train.fusion.elementwise import gated_silu, rms_norm
+from loradeploy.train.fusion.elementwise import rms_norm
+from loradeploy.train.fusion.layers import of_gated, outputs
 
 # Of the trial's inputs: at small ones an epsilon shows, at large ones a limit of the activation.
 _SCALES: Final = (1e-3, 1.0, 30.0)
@@ -87,9 +88,8 @@ def _gated_mlp(module: nn.Module) -> _Forward | None:
 
     def function(x: Tensor) -> Tensor:
         # The layers are looked up in each call, because an adapter replaces them.
-        gate, up = projected.gate_proj(x), projected.up_proj(x)
-        y: Tensor = projected.down_proj(gated_silu(gate, up))
-        return y
+        gate, up = outputs(x, [projected.gate_proj, projected.up_proj])
+        return of_gated(gate, up, projected.down_proj)
 
     if not _same(module, function, projected.gate_proj.in_features):
         return None

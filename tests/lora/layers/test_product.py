@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from loradeploy.lora.layers.linear import LoraLinear
 from loradeploy.lora.layers.low_rank import LowRankLayer
-from loradeploy.lora.layers.product import low_rank_linear
+from loradeploy.lora.layers.product import LowRank, low_rank_linears
 from tests.tolerances import tolerance
 
 
@@ -25,6 +27,10 @@ def operands(dtype: torch.dtype, *, factors: torch.dtype) -> list[Tensor]:
     return [x.requires_grad_(), W, b, A.requires_grad_(), B.requires_grad_()]
 
 
+def together(x: Tensor, *layer: Any) -> Tensor:
+    return low_rank_linears(x, [LowRank(*layer)])[0]
+
+
 def plainly(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float) -> Tensor:
     y = linear(x, W, b)
     return (y + s * linear(linear(x.to(A.dtype), A), B)).to(y.dtype)
@@ -32,7 +38,7 @@ def plainly(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: flo
 
 def test_the_gradients_are_those_of_finite_differences() -> None:
     x, W, b, A, B = operands(torch.float64, factors=torch.float64)
-    assert torch.autograd.gradcheck(lambda x, A, B: low_rank_linear(x, W, b, A, B, 1.7), (x, A, B))
+    assert torch.autograd.gradcheck(lambda x, A, B: together(x, W, b, A, B, 1.7), (x, A, B))
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
@@ -45,7 +51,7 @@ def test_the_function_equals_the_explicit_equation(
     width: torch.dtype, row: str, bias: bool
 ) -> None:
     results = []
-    for product in (low_rank_linear, plainly):
+    for product in (together, plainly):
         x, W, b, A, B = operands(width, factors=torch.float32)
         y = product(x, W, b if bias else None, A, B, 0.5)
         y.float().square().sum().backward()
@@ -56,9 +62,39 @@ def test_the_function_equals_the_explicit_equation(
         torch.testing.assert_close(ours, theirs, atol=limit, rtol=0)
 
 
+@pytest.mark.parametrize("width", [torch.float64, torch.bfloat16], ids=["fp64", "bf16"])
+def test_layers_of_one_input_equal_the_layers_one_by_one(width: torch.dtype) -> None:
+    """Layers of other sizes, ranks and scalings; the sum of the gradients of x is theirs."""
+    wide = torch.float64 if width == torch.float64 else torch.float32
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn((2, 5, 6), generator=generator).to(width).requires_grad_()
+    layers = [
+        LowRank(
+            torch.randn((out, 6), generator=generator).to(width),
+            torch.randn(out, generator=generator).to(width) if out == 3 else None,
+            torch.randn((rank, 6), generator=generator).to(wide).requires_grad_(),
+            torch.randn((out, rank), generator=generator).to(wide).requires_grad_(),
+            s,
+        )
+        for out, rank, s in ((4, 3, 0.5), (3, 1, 2.0), (7, 2, 0.25))
+    ]
+    trained = [x, *(tensor for layer in layers for tensor in (layer.A, layer.B))]
+    results = []
+    for ys in (
+        low_rank_linears(x, layers),
+        [together(x, *vars(layer).values()) for layer in layers],
+    ):
+        total = sum(y.double().square().sum() for y in ys)
+        results.append([*ys, *torch.autograd.grad(total, trained)])
+    limit = tolerance("same-torch" if width == torch.float64 else "bf16-rounding")
+    for ours, theirs in zip(*results, strict=True):
+        most = float(theirs.detach().abs().max())
+        torch.testing.assert_close(ours, theirs, atol=limit * most, rtol=0)
+
+
 def test_an_input_that_needs_no_gradient_gets_none() -> None:
     x, W, b, A, B = operands(torch.float32, factors=torch.float32)
-    low_rank_linear(x.detach(), W, b, A, B, 0.5).sum().backward()
+    together(x.detach(), W, b, A, B, 0.5).sum().backward()
     assert x.grad is None and A.grad is not None and B.grad is not None
 
 

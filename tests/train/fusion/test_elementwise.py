@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from loradeploy.lora.layers.product import LowRank, low_rank_linears
 from loradeploy.train.fusion import elementwise
-from loradeploy.train.fusion.elementwise import gated_silu, rms_norm
+from loradeploy.train.fusion.elementwise import gated_low_rank_linear, gated_silu, rms_norm, rotated
 from tests.tolerances import tolerance
 
 EPSILON = 1e-5
@@ -41,6 +43,15 @@ def test_the_gradients_are_those_of_finite_differences() -> None:
     gate, up = (random(2, 4, 6, dtype=torch.float64, seed=seed) for seed in (1, 2))
     assert torch.autograd.gradcheck(lambda x: rms_norm(x, w, EPSILON), (x,))
     assert torch.autograd.gradcheck(gated_silu, (gate, up))
+    W, A, B = (random(*shape, dtype=torch.float64) for shape in ((5, 6), (2, 6), (5, 2)))
+
+    def down(gate: Tensor, up: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return gated_low_rank_linear(gate, up, LowRank(W.detach(), None, A, B, 0.5))
+
+    assert torch.autograd.gradcheck(down, (gate, up, A, B))
+    heads, turns = random(2, 5, 3, 4, dtype=torch.float64), random(2, 5, 4, dtype=torch.float64)
+    cos, sin = turns.detach().cos(), turns.detach().sin()
+    assert torch.autograd.gradcheck(lambda x: rotated(x, cos, sin), (heads,))
 
 
 @pytest.mark.usefixtures("chunks")
@@ -65,6 +76,39 @@ def test_the_gated_activation_equals_the_separate_operations_bit_for_bit(
     theirs = result_and_gradients(lambda gate, up: silu(gate) * up, gate, up)
     for one, other in zip(ours, theirs, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.usefixtures("chunks")
+def test_the_layer_of_a_gated_activation_equals_the_layer_of_its_result() -> None:
+    gate, up = (random(2, 5, 64, seed=seed) for seed in (1, 2))
+    W, b = random(32, 64, seed=3).detach(), random(32, seed=4).detach()
+    A, B = random(4, 64, seed=5), random(32, 4, seed=6)
+
+    def ours(gate: Tensor, up: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return gated_low_rank_linear(gate, up, LowRank(W, b, A, B, 0.5))
+
+    def theirs(gate: Tensor, up: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return low_rank_linears(silu(gate) * up, [LowRank(W, b, A, B, 0.5)])[0]
+
+    results = [result_and_gradients(function, gate, up, A, B) for function in (ours, theirs)]
+    for one, other in zip(*results, strict=True):
+        limit = tolerance("same-torch") * float(other.detach().abs().max())
+        torch.testing.assert_close(one, other, atol=limit, rtol=0)
+
+
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("rows", [1, 2], ids=["positions-of-the-batch", "positions-of-a-row"])
+def test_rotated_equals_the_function_of_transformers(rows: int) -> None:
+    x, angles = random(2, 7, 3, 8), random(rows, 7, 8, seed=1).detach()
+    cos, sin = angles.cos(), 1.5 * angles.sin()  # the halves differ
+
+    def theirs(x: Tensor) -> Tensor:
+        both = apply_rotary_pos_emb(x, x, cos, sin, unsqueeze_dim=2)
+        return both[0]
+
+    ours = result_and_gradients(lambda x: rotated(x, cos, sin), x)
+    for one, other in zip(ours, result_and_gradients(theirs, x), strict=True):
+        torch.testing.assert_close(one, other, atol=tolerance("same-torch"), rtol=0)
 
 
 def test_inputs_and_gradients_that_are_not_contiguous_are_accepted() -> None:
