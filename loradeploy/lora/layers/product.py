@@ -68,7 +68,8 @@ def add_product(y: Tensor, narrow: Tensor, wide: Tensor) -> Tensor:
 
 
 def _layers(scalings: Sequence[float], tensors: Sequence[Any]) -> list[LowRank]:
-    return [LowRank(*tensors[4 * i : 4 * i + 4], s) for i, s in enumerate(scalings)]
+    operands = zip(*(tensors[i::4] for i in range(4)), scalings, strict=True)
+    return [LowRank(W, b, A, B, s) for W, b, A, B, s in operands]
 
 
 def _stacked(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
@@ -84,7 +85,7 @@ class _LowRankLinears(torch.autograd.Function):
         lows = rows.to(As.dtype) @ As.T  # [tokens, Σ rank]
         ctx.save_for_backward(rows, lows, *tensors)
         ctx.scalings = scalings
-        parts = lows.split([len(layer.A) for layer in layers], dim=1)
+        parts = torch.split(lows, [len(layer.A) for layer in layers], dim=1)
         ys = [layer.output(rows, low) for layer, low in zip(layers, parts, strict=True)]
         return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
 
@@ -105,7 +106,7 @@ class _LowRankLinears(torch.autograd.Function):
             dx = add_product(dx, dlows, _stacked([layer.A for layer in layers]))
             dx = dx.view(*gradients[0].shape[:-1], -1)
         slopes: list[Tensor | None] = []
-        dAs = (dlows.T @ rows.to(dlows.dtype)).split(ranks)
-        for (layer, dy), low, dA in zip(pairs, lows.split(ranks, dim=1), dAs, strict=True):
+        dAs = torch.split(dlows.T @ rows.to(dlows.dtype), ranks)
+        for (layer, dy), low, dA in zip(pairs, torch.split(lows, ranks, dim=1), dAs, strict=True):
             slopes += [None, None, dA, layer.outer_slope(low, dy)]
         return dx, None, *slopes

@@ -141,8 +141,8 @@ class _GatedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        g, u, low, *tensors = ctx.saved_tensors
-        layer = LowRank(*tensors, ctx.s)
+        g, u, low, W, b, A, B = ctx.saved_tensors
+        layer = LowRank(W, b, A, B, ctx.s)
         dy = _rows(gradients[0])
         dlow = layer.slope_of_low(dy)
         dh = add_product(dy @ layer.W, dlow, layer.A)

@@ -1,4 +1,4 @@
-"""Replace the forward pass of a model's RMSNorms and gated MLPs by functions of `elementwise`.
+"""Replace the forward pass of a model's RMSNorms, gated MLPs and attention by fused functions.
 
 Whether a module computes one of these is measured, not derived from its name: on random inputs, the
 function must give what the module gives. Other modules are left as they are, and so are calls with
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loradeploy.lora.quiet import quiet
+from loradeploy.train.fusion.attention import fused, recorded
 from loradeploy.train.fusion.elementwise import rms_norm
 from loradeploy.train.fusion.layers import of_gated, outputs
 
@@ -28,7 +29,7 @@ _Forward = Callable[[Tensor], Tensor]
 
 
 def fuse(model: PreTrainedModel) -> int:
-    """Use the functions of `elementwise` in `model` where they compute the same, on a CPU.
+    """Use the fused functions in `model` where they compute the same, on a CPU.
 
     A module that an adapter trains in full keeps its own forward pass. Returns the number of
     changed modules.
@@ -36,7 +37,7 @@ def fuse(model: PreTrainedModel) -> int:
     changed = 0
     with quiet():
         for module in model.modules():
-            forward = _norm(module) or _gated_mlp(module)
+            forward = _norm(module) or _gated_mlp(module) or _attention(module)
             if forward is not None:
                 module.forward = forward
                 changed += 1
@@ -100,6 +101,12 @@ def _gated_mlp(module: nn.Module) -> _Forward | None:
         return y
 
     return forward
+
+
+def _attention(module: nn.Module) -> Callable[..., Any] | None:
+    """The forward pass of `module` if it is attention with rotated queries and keys."""
+    attention = None if "forward" in vars(module) else recorded(module)
+    return None if attention is None else fused(attention)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -13,14 +14,18 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     Mamba2Config,
+    MistralConfig,
     PreTrainedConfig,
     Qwen3Config,
 )
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from loradeploy.adapter import AdapterConfig
 from loradeploy.lora.inject import Injection, inject
 from loradeploy.train.data.features import Collator
+from loradeploy.train.data.packing import PackingCollator, enable_packing
 from loradeploy.train.fusion import modules
+from loradeploy.train.fusion.attention import recorded
 from loradeploy.train.fusion.modules import fuse
 from loradeploy.train.tasks.losses import causal_lm_loss
 from tests.tolerances import tolerance
@@ -28,11 +33,12 @@ from tests.tolerances import tolerance
 SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 99}
 WIDE = {**SMALL, "intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8}
 
-# The number of fused modules: norms and MLPs.
+# The number of fused modules: norms, MLPs and attention.
 FUSED: dict[str, tuple[PreTrainedConfig, int]] = {
-    "llama": (LlamaConfig(**WIDE), 5 + 2),
-    "qwen3-norms-of-heads": (Qwen3Config(**WIDE), 9 + 2),
-    "gemma3-weights-from-1-and-gelu": (Gemma3TextConfig(**WIDE, eos_token_id=1), 13 + 0),
+    "llama": (LlamaConfig(**WIDE), 5 + 2 + 2),
+    "qwen3-norms-of-heads": (Qwen3Config(**WIDE), 9 + 2 + 0),
+    "mistral-window": (MistralConfig(**WIDE, sliding_window=3), 5 + 2 + 2),
+    "gemma3-weights-from-1-and-gelu": (Gemma3TextConfig(**WIDE, eos_token_id=1), 13 + 0 + 0),
     "gpt2-layer-norms": (
         GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=99, eos_token_id=1),
         0,
@@ -70,6 +76,55 @@ def test_a_fused_model_has_the_loss_and_gradients_of_the_original(name: str) -> 
     for one, other in zip(slopes, original_slopes, strict=True):
         limit = tolerance("same-torch") * max(1.0, float(other.abs().max()))
         torch.testing.assert_close(one, other, atol=limit, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window"])
+def test_a_packed_batch_of_a_fused_model_has_the_loss_and_gradients_of_the_padded_one(
+    name: str,
+) -> None:
+    config, count = FUSED[name]
+    ids = torch.randint(2, 99, (16,), generator=torch.Generator().manual_seed(1)).tolist()
+    examples = [
+        {"input_ids": row, "labels": [-100, *row[1:]]} for row in (ids[:5], ids[5:7], ids[7:])
+    ]
+    original, packed = (injected(config, fused=fused) for fused in (None, count))
+    assert enable_packing(packed.model)
+    results = []
+    for injection, batch in (
+        (original, Collator(0)(examples)),
+        (packed, PackingCollator()(examples)),
+    ):
+        loss = causal_lm_loss(injection.model, batch).total
+        results.append([loss, *torch.autograd.grad(loss, injection.parameters())])
+    for one, other in zip(*results, strict=True):
+        limit = tolerance("same-torch") * max(1.0, float(other.detach().abs().max()))
+        torch.testing.assert_close(one, other, atol=limit, rtol=1e-4)
+
+
+class Attending(LlamaAttention):
+    """Llama's attention, of which one detail differs."""
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(LlamaConfig(**WIDE, attn_implementation="sdpa"), 0)
+        self.detail = detail
+        self.attention_dropout = 0.5 if detail == "dropout" else 0.0
+
+    def forward(self, hidden_states: Tensor, **options: Any) -> Any:
+        if self.detail == "gate":
+            y, weights = super().forward(hidden_states, **options)
+            return y * torch.sigmoid(hidden_states), weights
+        if self.detail == "clamped":
+            hidden_states = hidden_states.clamp(max=7.0)
+        return super().forward(hidden_states, **options)
+
+
+@pytest.mark.parametrize("detail", ["gate", "clamped", "dropout"])
+def test_an_attention_that_computes_something_else_is_not_fused(detail: str) -> None:
+    torch.manual_seed(0)
+    plain = Attending("")
+    assert recorded(plain) is not None
+    assert plain.config._attn_implementation == "sdpa"
+    assert recorded(Attending(detail)) is None
 
 
 class Norm(nn.Module):

@@ -1,0 +1,176 @@
+"""The projections and rotations of an attention module in few passes, for training on a CPU.
+
+The attention function itself, its scaling and its further options stay the module's: they are
+recorded when the module is compared with the function here, on random inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from loradeploy.train.fusion.elementwise import rotated
+from loradeploy.train.fusion.layers import outputs
+
+_RECORDED: Final = "loradeploy_recorded"
+_PROJECTIONS: Final = ("q_proj", "k_proj", "v_proj")
+# Of the trial's inputs; relative to the largest value, the two sides differ only by rounding.
+_SCALES: Final = (1e-3, 1.0, 30.0)
+_TOKENS: Final = 3
+_SAME: Final = 1e-5
+
+Attend = Callable[..., tuple[Tensor, Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """An attention module that rotates its queries and keys, and what it passes on to `Attend`.
+
+    `constants`: the options that it adds to its own arguments, such as the scaling.
+    """
+
+    module: Any
+    constants: Mapping[str, Any]
+
+    def __call__(
+        self,
+        hidden: Tensor,
+        turns: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        options: Mapping[str, Any],
+    ) -> tuple[Tensor, Any]:
+        """The module's output for `hidden` [batch, tokens, size], and its attention weights.
+
+        `turns`: cosines and sines [batch or 1, tokens, head size].
+        """
+        module = self.module
+        projections = [getattr(module, name) for name in _PROJECTIONS]
+        heads = (*hidden.shape[:-1], -1, turns[0].shape[-1])
+        q, k, v = (y.view(heads) for y in outputs(hidden, projections))
+        q, k = (rotated(y, *turns).transpose(1, 2) for y in (q, k))
+        attend = _attend(module)
+        assert attend is not None
+        y, weights = attend(module, q, k, v.transpose(1, 2), mask, **self.constants, **options)
+        return module.o_proj(y.reshape(*hidden.shape[:-1], -1)), weights
+
+
+def recorded(module: nn.Module) -> Attention | None:
+    """`module` as an Attention if it computes the same in training; else None."""
+    parts = [getattr(module, name, None) for name in (*_PROJECTIONS, "o_proj")]
+    if not all(type(part) is nn.Linear and part.weight.device.type == "cpu" for part in parts):
+        return None
+    size, width = getattr(module, "head_dim", None), cast(nn.Linear, parts[0]).in_features
+    training = module.training
+    module.train()
+    try:
+        with torch.no_grad(), _recording(module) as calls:
+            return _trial(module, cast(int, size), width, calls)
+    except Exception:  # another kind of module may raise anything
+        return None
+    finally:
+        module.train(training)
+
+
+def fused(attention: Attention) -> Callable[..., Any]:
+    """The forward pass for `attention.module`: its own where this is another computation."""
+    module = attention.module
+    own = module.forward
+
+    def forward(
+        hidden_states: Tensor,
+        position_embeddings: Any = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **options: Any,
+    ) -> Any:
+        if not is_plain(attention, hidden_states, position_embeddings, past_key_values, options):
+            return own(
+                hidden_states=hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                **options,
+            )
+        return attention(hidden_states, position_embeddings, attention_mask, options)
+
+    return forward
+
+
+def is_plain(
+    attention: Attention, hidden: Tensor, turns: Any, past: Any, options: Mapping[str, Any]
+) -> bool:
+    """Whether a call is one that the trial compared: on a CPU, in its dtype, without a cache."""
+    return (
+        past is None
+        and isinstance(turns, tuple)
+        and hidden.device.type == "cpu"
+        and hidden.dtype == turns[0].dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and not set(options) & set(attention.constants)
+        and _attend(attention.module) is not None
+    )
+
+
+def _attend(module: Any) -> Attend | None:
+    """The attention function of the model; None for the module's own ("eager")."""
+    return cast("Attend | None", AttentionInterface().get(module.config._attn_implementation))
+
+
+@dataclass(eq=False)
+class _Calls:
+    """The arguments of the last call of the recording attention function."""
+
+    tensors: tuple[Tensor | None, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@contextmanager
+def _recording(module: Any) -> Iterator[_Calls]:
+    calls = _Calls()
+
+    def record(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> Any:
+        calls.tensors, calls.options = (q, k, v, mask), options
+        groups = q.shape[1] // k.shape[1]
+        y = q + (k * v).repeat_interleave(groups, dim=1)
+        return y.transpose(1, 2).contiguous(), None
+
+    before = module.config._attn_implementation
+    AttentionInterface.register(_RECORDED, record)
+    module.config._attn_implementation = _RECORDED
+    try:
+        yield calls
+    finally:
+        module.config._attn_implementation = before
+        AttentionInterface._global_mapping.pop(_RECORDED)
+
+
+def _trial(module: Any, size: int, width: int, calls: _Calls) -> Attention | None:
+    generator = torch.Generator().manual_seed(0)
+    attention: Attention | None = None
+    for scale in _SCALES:
+        x = scale * torch.randn((1, _TOKENS, width), generator=generator)
+        angles = torch.randn((1, _TOKENS, size), generator=generator)
+        turns = angles.cos(), angles.sin()
+        given = {"given": object()}
+        expected, _ = module(
+            hidden_states=x, position_embeddings=turns, attention_mask=None, **given
+        )
+        tensors, options = calls.tensors, calls.options
+        if tensors[3] is not None or options.pop("given") is not given["given"]:
+            return None
+        if options.get("dropout", 0.0) or any(isinstance(v, Tensor) for v in options.values()):
+            return None  # the options of another call may differ
+        attention = Attention(module, options)
+        y, _ = attention(x, turns, None, {})
+        for ours, theirs in zip((*calls.tensors[:3], y), (*tensors[:3], expected), strict=True):
+            ours, theirs = cast(Tensor, ours), cast(Tensor, theirs)
+            limit = _SAME * float(theirs.abs().max())
+            if not torch.allclose(ours, theirs, rtol=0, atol=limit):
+                return None
+    return attention
