@@ -25,7 +25,7 @@ from loradeploy.paths import takes_paths
 from loradeploy.runtime.adapters.bank import AdapterBank, BankStatistics
 from loradeploy.runtime.adapters.leases import Lease
 from loradeploy.runtime.adapters.reading import AdapterReader
-from loradeploy.runtime.adapters.resident import Once
+from loradeploy.runtime.adapters.resident import FittedAdapter, Once
 from loradeploy.runtime.adapters.wholes import Wholes
 from loradeploy.runtime.arguments import Adapters, check_adapters, check_name
 from loradeploy.runtime.cache import DecoderCache
@@ -210,7 +210,7 @@ class AdapterSession:
             if self.manifest.side_inputs():
                 arrays = probe(self.manifest, self._reader.defaults())
                 for bank in (self._bank, host._bank):
-                    bank.add(PROBE, lambda: (arrays, PROBE, Head()))
+                    bank.add(PROBE, lambda: FittedAdapter(arrays, PROBE, Head()))
             check_effect(self, host, self.manifest, config, provider)
 
     @property

@@ -49,7 +49,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
         found["threads"] = service.session._session.get_session_options().intra_op_num_threads
         found["keys"] = service.keys and service.keys.check(f"Bearer {KEY}").name
         found["adapters"] = sorted(service.session.adapters)
-        found["budget"] = service.session._bank._host_budget
+        found["budget"] = service.session._bank._memory.budget
         assert service.engine is not None
         found["rows"] = service.engine.stats().slots
         on_ready()

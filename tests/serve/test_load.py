@@ -149,4 +149,4 @@ def replace(place: Path, adapter: Path) -> None:
 def resident_bytes(session: AdapterSession, name: str) -> int:
     """Return the memory that an adapter takes."""
     digest = session.adapters[name]
-    return int(session._bank._residents[digest].nbytes)
+    return int(session._bank._memory[digest].nbytes)

@@ -1,34 +1,31 @@
 """The adapter bank: the names of adapters, and their side inputs in memory.
 
-Registering a name reads nothing: its adapter is read when a run first needs it. If the memory
-exceeds the budget, the least recently used adapters are evicted, except those that are in use or
-pinned. A few unused blends are kept. Memory is shared by content: two names of equal adapters use
-it once, and an adapter that is read again must not have changed. Labels are not part of the
-content: each name has the head that its own files declare.
+Registering a name reads nothing: its adapter is read when a run first needs it. Memory is shared by
+content: two names of equal adapters use it once, and an adapter that is read again must not have
+changed. Labels are not part of the content: each name has the head that its own files declare.
 
-leases.py makes the tensors that runs read.
+host_memory.py decides what stays in memory, leases.py makes the tensors that runs read.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from loradeploy.errors import (
-    AdapterError,
-    BudgetError,
-    UnknownAdapterError,
-    UsageError,
-    listed_names,
-)
+from loradeploy.errors import AdapterError, UnknownAdapterError, UsageError, listed_names
 from loradeploy.runtime.adapters.block import in_one_block
+from loradeploy.runtime.adapters.host_memory import HostMemory, Use
 from loradeploy.runtime.adapters.leases import Lease, Leases
 from loradeploy.runtime.adapters.resident import (
     AdapterSpec,
     Arrays,
+    Entry,
+    FittedAdapter,
+    Read,
     Resident,
     blend,
     blend_digest,
@@ -41,13 +38,7 @@ if TYPE_CHECKING:
     from loradeploy.adapter.heads import Head
     from loradeploy.bundle.manifest import Manifest
 
-# Reads an adapter: returns its side inputs, digest and head.
-Read = Callable[[], "tuple[Arrays, str, Head]"]
-_MIB: Final = 1 << 20
 _LARGE: Final = 1 << 22  # bytes of an adapter; for a smaller one, it is not worth the time
-# Number of unused blends that are kept, regardless of the budget: the number of possible weights is
-# unlimited, and a blend is quickly computed again from its members.
-_IDLE_BLENDS: Final = 8
 
 
 @dataclass(frozen=True)
@@ -67,22 +58,6 @@ class BankStatistics:
     hits: int
     misses: int
     evictions: int
-
-
-@dataclass(eq=False)
-class _Entry:
-    """A registered name.
-
-    `read`: reads the adapter. `head`: None until it was read. `digest`: None until it was read, if
-    it was not given. `loading`: held by the thread that reads it.
-    """
-
-    name: str
-    read: Read
-    digest: str | None
-    head: Head | None = None
-    pinned: bool = False
-    loading: threading.Lock = field(default_factory=threading.Lock)
 
 
 class AdapterBank:
@@ -118,13 +93,9 @@ class AdapterBank:
                 raise UsageError(f"{name} is {budget} bytes: give 1 or more, or None")
         self._manifest = manifest
         self._order = {name: position for position, name in enumerate(manifest.factors)}
-        self._host_budget = host_budget
-        self._entries: dict[str, _Entry] = {}
-        self._residents: dict[str, Resident] = {}  # by digest, in the order of their last use
-        self._users: dict[str, list[int]] = {}  # by digest: the threads, once for each use
-        self._leaving: set[str] = set()  # digests in use that no name refers to any more
-        self._host_bytes = 0
-        self._hits = self._misses = self._evictions = 0
+        self._entries: dict[str, Entry] = {}
+        self._users: dict[str, list[int]] = {}  # see `HostMemory`
+        self._hits = self._misses = 0
         self._changed = threading.Condition()
         self._leases = Leases(
             manifest,
@@ -137,6 +108,7 @@ class AdapterBank:
             users=self._users,
             changed=self._changed,
         )
+        self._memory = HostMemory(host_budget, self._entries, self._users, self._leases)
 
     # -- names ---------------------------------------------------------------------------------
 
@@ -160,16 +132,10 @@ class AdapterBank:
         with self._changed:
             if name in self._entries and not replace:
                 raise _taken(name)
-            self._entries[name] = _Entry(name, read, digest)
-            self._drop_unnamed()
+            self._entries[name] = Entry(name, read, digest)
+            self._memory.drop_unnamed()
 
-    def add(
-        self,
-        name: str,
-        read: Read,
-        *,
-        replace: bool = False,
-    ) -> Resident:
+    def add(self, name: str, read: Read, *, replace: bool = False) -> Resident:
         """Read an adapter now, and return the bank's entry for its name.
 
         Adding the same adapter again has no effect. Another adapter, or one with another head,
@@ -179,27 +145,27 @@ class AdapterBank:
             UsageError: another adapter has this name, and `replace` is not given.
             BudgetError: it is larger than the whole budget.
         """
-        arrays, digest, head = read()
+        adapter = read()
         with self._changed:
             there = self._entries.get(name)
-        if there is not None and not replace and (there.digest, there.head) != (digest, head):
+        if there is not None and not replace and not there.holds(adapter):
             # It may be the same one in another format, or not read yet.
             with self._loaded(there) as (present, its_head):
-                alike = not head.declared or head == its_head
-                if not (alike and present.computes(digest, arrays)):
+                alike = not adapter.head.declared or adapter.head == its_head
+                if not (alike and present.computes(adapter)):
                     raise _taken(name)
             return present
-        arrays = self._in_order(arrays)
-        _return_copies(arrays)
+        adapter = self._packed(adapter)
+        _return_copies(adapter)
         with self._changed:
             there = self._entries.get(name)
-            known = there is not None and (there.digest, there.head) == (digest, head)
+            known = there is not None and there.holds(adapter)
             if there is not None and not known and not replace:
                 raise _taken(name)
-            resident = self._admit(Resident(digest, arrays))
+            resident = self._memory.admit(Resident(adapter.digest, adapter.arrays))
             if not known:
-                self._entries[name] = _Entry(name, read, digest, head)
-                self._drop_unnamed()
+                self._entries[name] = Entry(name, read, adapter.digest, adapter.head)
+                self._memory.drop_unnamed()
         return resident
 
     def remove(self, name: str) -> None:
@@ -215,7 +181,7 @@ class AdapterBank:
             entry = self._entries.get(name)
             if entry is None:
                 raise self._unknown(name)
-            resident = self._residents.get(entry.digest or "")
+            resident = self._memory.get(entry.digest)
             # A waiting thread uses no adapters, so that two threads cannot wait for each other.
             busy = any(threading.get_ident() in threads for threads in self._users.values())
             if busy and resident is not None:
@@ -223,8 +189,8 @@ class AdapterBank:
                     f"this thread is in the middle of a run with adapters: unload {name!r} after it"
                 )
             del self._entries[name]
-            self._drop_unnamed()
-            if resident is not None and resident.digest in self._leaving:
+            self._memory.drop_unnamed()
+            if resident is not None and self._memory.is_leaving(resident):
                 self._changed.wait_for(lambda: resident.digest not in self._users)
 
     def pin(self, name: str, *, pinned: bool = True) -> None:
@@ -238,7 +204,7 @@ class AdapterBank:
             if entry is None:
                 raise self._unknown(name)
             entry.pinned = pinned
-            self._evict()
+            self._memory.evict()
         if pinned:
             with self._loaded(entry):
                 pass
@@ -248,12 +214,12 @@ class AdapterBank:
         with self._leases.locked():
             return BankStatistics(
                 registered=len(self._entries),
-                resident=len(self._residents),
-                host_bytes=self._host_bytes,
+                resident=len(self._memory),
+                host_bytes=self._memory.nbytes,
                 device_bytes=self._leases.nbytes,
                 hits=self._hits,
                 misses=self._misses,
-                evictions=self._evictions,
+                evictions=self._memory.evictions,
             )
 
     # -- runs ----------------------------------------------------------------------------------
@@ -270,12 +236,11 @@ class AdapterBank:
         per_row = not (adapters is None or isinstance(adapters, str | Mapping))
         specs: Sequence[AdapterSpec | None]
         specs = adapters if per_row else [adapters]  # type: ignore[assignment,list-item]
-        held: list[Resident] = []
-        thread = threading.get_ident()
+        use = Use()
         lease: Lease | None = None
         try:
             found = {
-                weights: self._find(weights, held, thread)
+                weights: self._find(weights, use)
                 for weights in dict.fromkeys(weights_of(s) for s in specs if s is not None)
             }
             chosen = [(None, None) if s is None else found[weights_of(s)] for s in specs]
@@ -283,7 +248,7 @@ class AdapterBank:
             lease = self._leases.make(rows, heads, per_row)
             yield lease
         finally:
-            self._release(held, thread)
+            self._release(use)
             if lease is not None:
                 self._leases.end(lease)
 
@@ -301,164 +266,107 @@ class AdapterBank:
         """End a lease that `join` made."""
         self._leases.end(lease)
 
-    def _find(
-        self, weights: tuple[tuple[str, float], ...], held: list[Resident], thread: int
-    ) -> tuple[Resident, Head]:
-        """Return the adapter or blend; mark it and its members as used by `thread`, in `held`."""
-        taken = {name: self._take(name, held, thread) for name, _ in weights}
+    def _find(self, weights: tuple[tuple[str, float], ...], use: Use) -> tuple[Resident, Head]:
+        """Return the adapter or blend and its head; mark it and its members as used."""
+        taken = {name: self._take(name, use) for name, _ in weights}
         members = [(taken[name][0], weight) for name, weight in weights]
         if len(members) == 1 and members[0][1] == 1:
             return taken[weights[0][0]]
         head = blend_head({name: own for name, (_, own) in taken.items()})
         digest = blend_digest(members)
         with self._changed:
-            made = self._residents.get(digest)
+            made = self._memory.get(digest)
             if made is not None:
-                return self._use(made, held, thread), head
+                return self._memory.use(made, use), head
         made = blend(members, self._manifest)
         with self._changed:
-            return self._use(self._admit(made), held, thread), head
+            return self._memory.use(self._memory.admit(made), use), head
 
-    def _take(self, name: str, held: list[Resident], thread: int) -> tuple[Resident, Head]:
+    def _take(self, name: str, use: Use) -> tuple[Resident, Head]:
         """Return the adapter `name` and its head, reading it if needed; mark it as used."""
-        missed = False
+        counted = False
         while True:
             with self._changed:
                 entry = self._entries.get(name)
                 if entry is None:
                     raise self._unknown(name)
-                resident = self._residents.get(entry.digest or "")
-                # An equal adapter with another name may have another head.
-                if resident is not None and entry.head is not None:
-                    self._hits += not missed
-                    return self._use(resident, held, thread), entry.head
-                self._misses += not missed
-                missed = True
+                found = self._in_memory(entry, use)
+                if not counted:
+                    self._hits += found is not None
+                    self._misses += found is None
+                    counted = True
+                if found is not None:
+                    return found
             with entry.loading:
                 with self._changed:
-                    # Another thread may have just read it.
-                    there = self._residents.get(entry.digest or "")
-                    if there is not None and entry.head is not None:
-                        if self._entries.get(name) is not entry:
-                            continue  # the name was replaced or removed meanwhile
-                        return self._use(there, held, thread), entry.head
-                arrays, digest, head = self._read(entry)
+                    if self._entries.get(name) is not entry:
+                        continue  # the name was replaced or removed meanwhile
+                    found = self._in_memory(entry, use)
+                    if found is not None:
+                        return found  # another thread has just read it
+                adapter = self._read(entry)
                 with self._changed:
                     if self._entries.get(name) is not entry:
                         continue
-                    entry.digest, entry.head = digest, head
-                    resident = self._admit(Resident(digest, arrays))
-                    return self._use(resident, held, thread), head
+                    entry.digest, entry.head = adapter.digest, adapter.head
+                    resident = self._memory.admit(Resident(adapter.digest, adapter.arrays))
+                    return self._memory.use(resident, use), adapter.head
+
+    def _in_memory(self, entry: Entry, use: Use) -> tuple[Resident, Head] | None:
+        """Return the adapter of `entry` and its head, marked as used, if they were read.
+
+        The caller holds `_changed`.
+        """
+        resident = self._memory.get(entry.digest)
+        # An equal adapter with another name may have another head.
+        if resident is None or entry.head is None:
+            return None
+        return self._memory.use(resident, use), entry.head
 
     @contextmanager
-    def _loaded(self, entry: _Entry) -> Iterator[tuple[Resident, Head]]:
+    def _loaded(self, entry: Entry) -> Iterator[tuple[Resident, Head]]:
         """Load the adapter of `entry`; yield it and its head, in use during the context."""
-        held: list[Resident] = []
-        thread = threading.get_ident()
+        use = Use()
         try:
-            yield self._take(entry.name, held, thread)
+            yield self._take(entry.name, use)
         finally:
-            self._release(held, thread)
+            self._release(use)
 
-    def _read(self, entry: _Entry) -> tuple[Arrays, str, Head]:
+    def _read(self, entry: Entry) -> FittedAdapter:
         """Read the adapter of `entry`."""
-        arrays, digest, head = entry.read()
-        if entry.digest not in (None, digest) or entry.head not in (None, head):
+        adapter = entry.read()
+        if entry.digest not in (None, adapter.digest) or entry.head not in (None, adapter.head):
             raise AdapterError(
                 f"the adapter {entry.name!r} has changed on disk since it was registered: load it"
                 " again with replace=True"
             )
-        arrays = self._in_order(arrays)
-        _return_copies(arrays)
-        return arrays, digest, head
+        adapter = self._packed(adapter)
+        _return_copies(adapter)
+        return adapter
 
-    def _in_order(self, arrays: Arrays) -> Arrays:
+    def _packed(self, adapter: FittedAdapter) -> FittedAdapter:
         """Copy the arrays into one block, in the order in which the graph reads them."""
-        names = sorted(arrays, key=lambda name: self._order.get(name, len(self._order)))
-        return in_one_block({name: arrays[name] for name in names})
+        last = len(self._order)
+        names = sorted(adapter.arrays, key=lambda name: self._order.get(name, last))
+        arrays = in_one_block({name: adapter.arrays[name] for name in names})
+        return dataclasses.replace(adapter, arrays=arrays)
 
-    def _use(self, resident: Resident, held: list[Resident], thread: int) -> Resident:
-        """Mark as used, and as used last. The caller holds `_changed`."""
-        self._residents[resident.digest] = self._residents.pop(resident.digest, resident)
-        self._users.setdefault(resident.digest, []).append(thread)
-        held.append(resident)
-        return resident
-
-    def _release(self, held: Sequence[Resident], thread: int) -> None:
+    def _release(self, use: Use) -> None:
         with self._changed:
-            for resident in held:
-                users = self._users[resident.digest]
-                users.remove(thread)
-                if not users:
-                    del self._users[resident.digest]
-                    if resident.digest in self._leaving:
-                        self._drop_unnamed()
-            self._evict()
+            self._memory.release(use)
             self._changed.notify_all()
-
-    # -- memory; the caller holds `_changed` ---------------------------------------------------
-
-    def _admit(self, resident: Resident) -> Resident:
-        """Add an adapter unless an equal one exists; evict others if the budget is exceeded."""
-        there = self._residents.get(resident.digest)
-        if there is not None:
-            return there
-        if self._host_budget is not None and resident.nbytes > self._host_budget:
-            raise BudgetError(
-                f"an adapter takes {resident.nbytes / _MIB:.1f} MiB, the whole host_budget is"
-                f" {self._host_budget / _MIB:.1f} MiB: give the session more, or lower its rank"
-            )
-        self._residents[resident.digest] = resident
-        self._host_bytes += resident.nbytes
-        self._evict(spare=resident)
-        return resident
-
-    def _evict(self, spare: Resident | None = None) -> None:
-        """Evict the least recently used: idle blends beyond a few, then what exceeds the budget."""
-        blends = [one for one in self._residents.values() if one.parts and one is not spare]
-        idle = [one for one in blends if one.digest not in self._users]
-        for resident in idle[: max(0, len(idle) - _IDLE_BLENDS)]:
-            self._drop(resident)
-            self._evictions += 1
-        if self._host_budget is None or self._host_bytes <= self._host_budget:
-            return
-        pinned = {entry.digest for entry in self._entries.values() if entry.pinned}
-        for resident in list(self._residents.values()):
-            if self._host_bytes <= self._host_budget:
-                return
-            if resident is spare or resident.digest in self._users or resident.digest in pinned:
-                continue
-            self._drop(resident)
-            self._evictions += 1
-
-    def _drop_unnamed(self) -> None:
-        """Remove adapters that no name refers to, and blends of them."""
-        named = {entry.digest for entry in self._entries.values()}
-        self._leaving.clear()
-        for resident in list(self._residents.values()):
-            if all(part in named for part in resident.parts or (resident.digest,)):
-                continue
-            if resident.digest in self._users:
-                self._leaving.add(resident.digest)
-            else:
-                self._drop(resident)
-
-    def _drop(self, resident: Resident) -> None:
-        del self._residents[resident.digest]
-        self._leases.drop(resident)
-        self._host_bytes -= resident.nbytes
 
     def _unknown(self, name: str) -> UnknownAdapterError:
         known = listed_names(sorted(self._entries))
         return UnknownAdapterError(f"no adapter is loaded as {name!r}; there are: {known}")
 
 
-def _return_copies(arrays: Arrays) -> None:
+def _return_copies(adapter: FittedAdapter) -> None:
     """Return the memory of copies that were made while a large adapter was read.
 
     The C library would keep it: twice the size of the adapter.
     """
-    if sum(values.nbytes for values in arrays.values()) >= _LARGE:
+    if sum(values.nbytes for values in adapter.arrays.values()) >= _LARGE:
         return_freed_memory()
 
 

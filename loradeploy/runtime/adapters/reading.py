@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -34,12 +32,10 @@ from loradeploy.errors import (
     prefixing_errors,
 )
 from loradeploy.files import inside
-from loradeploy.runtime.adapters.resident import Arrays
+from loradeploy.runtime.adapters.resident import Arrays, FittedAdapter, Read
 from loradeploy.runtime.adapters.wholes import Wholes
 from loradeploy.snapshot import ATTEMPTS, Snapshot
 
-# The side inputs, the digest and the head of an adapter that fits the graph.
-Read = tuple[Arrays, str, Head]
 # The files that an adapter is read from; the directory may also have logs that are being written.
 _SUFFIXES: Final = frozenset({".json", ".safetensors", NATIVE_SUFFIX})
 
@@ -59,7 +55,7 @@ class AdapterReader:
     certified: frozenset[str] | None
     wholes: Wholes
 
-    def own(self, name: str) -> Read:
+    def own(self, name: str) -> FittedAdapter:
         """Read the adapter `name` of the bundle.
 
         Raises:
@@ -74,24 +70,24 @@ class AdapterReader:
             )
         source = inside(self.directory, entry.path)
         if entry.native_digest is None:
-            arrays, digest, head = self._read(source)
+            found = self._read(source)
         else:
-            arrays, digest, head = self._computed(source, entry.native_digest)
-        if digest != entry.digest:
+            found = self._computed(source, entry.native_digest)
+        if found.digest != entry.digest:
             raise BundleError(
                 f"{source} is not the adapter that came with the bundle, its digest has changed:"
                 " export again, or load it by its path under another name"
             )
-        if entry.labels is not None and head.labels != entry.labels:
+        labels = found.head.labels
+        if entry.labels is not None and labels != entry.labels:
             raise BundleError(
-                f"{source} has other labels ({listed_names(head.labels or (), 3)}) than the adapter"
-                " that came with the bundle: export again, or load it by its path under another"
-                " name"
+                f"{source} has other labels ({listed_names(labels or (), 3)}) than the adapter that"
+                " came with the bundle: export again, or load it by its path under another name"
             )
-        return arrays, digest, dataclasses.replace(head, problem_type=entry.problem_type)
+        return replace(found, head=replace(found.head, problem_type=entry.problem_type))
 
-    def _read(self, source: Path, given_as: str | None = None) -> Read:
-        """Read the side inputs, the digest and the head of an adapter that fits the graph.
+    def _read(self, source: Path, given_as: str | None = None) -> FittedAdapter:
+        """Read an adapter that fits the graph.
 
         `given_as`: the name of an adapter that is not the bundle's; its complete adapter is
         recorded.
@@ -104,43 +100,43 @@ class AdapterReader:
                 # apply.
                 undeclared = may_replace_head(arrays, self.manifest)
                 problem = UNDECLARED if undeclared else self.manifest.problem_type
-                return arrays, tensors_digest(arrays, {}), Head(None, problem)
+                return FittedAdapter(arrays, tensors_digest(arrays, {}), Head(None, problem))
             whole = load_adapter(source)
             adapter = fit_to(whole, self.manifest)
             if given_as is not None:
                 self.wholes.add(given_as, whole, adapter)
             arrays = side_inputs_of_fitted(adapter, self.manifest, self.base)
-            return arrays, adapter.digest, self._head(adapter)
+            return FittedAdapter(arrays, adapter.digest, self._head(adapter))
 
-    def given(self, name: str, source: Path) -> Read:
+    def given(self, name: str, source: Path) -> FittedAdapter:
         """Read the adapter at `source`, which is not the bundle's, to be loaded as `name`.
 
         Raises:
             AdapterError: it is refused, does not fit (AdapterMismatchError), is not certified, or
                 its files changed during each of several attempts.
         """
-        arrays, digest, head = _of_one_version(source, lambda: self._read(source, name))
+        found = _of_one_version(source, lambda: self._read(source, name))
         warn_of_trained_config(name, text_directory(source), model_config(self.directory))
-        if self.certified is not None and digest not in self.certified:
+        if self.certified is not None and found.digest not in self.certified:
             form = ""
             if source.suffix == NATIVE_SUFFIX:
                 form = ", which names PEFT directories: load its PEFT directory"
             raise AdapterError(
-                f"{source} ({short(digest)}) is not among the adapters of the certificate{form};"
-                f" run {parity_command(self.path, adapter=True)} to check it"
+                f"{source} ({short(found.digest)}) is not among the adapters of the"
+                f" certificate{form}; run {parity_command(self.path, adapter=True)} to check it"
             )
-        return arrays, digest, head
+        return found
 
-    def _computed(self, source: Path, native_digest: str) -> Read:
+    def _computed(self, source: Path, native_digest: str) -> FittedAdapter:
         """Like `_read`, for an adapter whose side inputs the export computed before packing."""
         file = source.with_name(f"{source.name}{NATIVE_SUFFIX}")
         if not file.is_file() or file_digest(file) != native_digest:
             raise BundleError(
                 f"{file} is not the file that came with the bundle: export again with the adapter"
             )
-        arrays, _, _ = self._read(file)
+        arrays = self._read(file).arrays
         adapter = load_adapter(source)
-        return arrays, adapter.digest, self._head(adapter)
+        return FittedAdapter(arrays, adapter.digest, self._head(adapter))
 
     def _head(self, adapter: Adapter) -> Head:
         """The labels and problem type of `adapter`."""
@@ -170,7 +166,7 @@ class AdapterReader:
         return defaults
 
 
-def _of_one_version(source: Path, read: Callable[[], Read]) -> Read:
+def _of_one_version(source: Path, read: Read) -> FittedAdapter:
     """The result of `read`, during which none of the files at `source` changed.
 
     A config of one version might fit the weights of another.

@@ -1,7 +1,8 @@
-"""Entries of an adapter bank: side inputs in memory, of single adapters and of blends."""
+"""The nouns of an adapter bank: names, and side inputs in memory, of adapters and of blends."""
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,19 @@ if TYPE_CHECKING:
 Arrays = Mapping[str, "NDArray[Any]"]
 # The choice for a row: an adapter's name, or several names with weights.
 AdapterSpec = str | Mapping[str, float]
+
+
+@dataclass(frozen=True, eq=False)
+class FittedAdapter:
+    """An adapter that was read for a bundle. `arrays`: its side inputs [1, …], by input name."""
+
+    arrays: Arrays
+    digest: str
+    head: Head
+
+
+# Reads an adapter.
+Read = Callable[[], FittedAdapter]
 
 # If more runs are concurrent, some of them bind their side inputs again.
 _SPARE_BINDINGS: Final = 16
@@ -65,6 +79,26 @@ class Bindable:
 
 
 @dataclass(eq=False)
+class Entry:
+    """A registered name.
+
+    `read`: reads the adapter. `head`: None until it was read. `digest`: None until it was read, if
+    it was not given. `loading`: held by the thread that reads it.
+    """
+
+    name: str
+    read: Read
+    digest: str | None
+    head: Head | None = None
+    pinned: bool = False
+    loading: threading.Lock = field(default_factory=threading.Lock)
+
+    def holds(self, adapter: FittedAdapter) -> bool:
+        """Whether this is the name of `adapter`, with the same head."""
+        return (self.digest, self.head) == (adapter.digest, adapter.head)
+
+
+@dataclass(eq=False)
 class Resident:
     """An adapter's side inputs [1, …] in host memory, identified by their digest.
 
@@ -81,12 +115,12 @@ class Resident:
         """The size of its side inputs in bytes."""
         return sum(values.nbytes for values in self.host.values())
 
-    def computes(self, digest: str, arrays: Arrays) -> bool:
-        """Whether an adapter has the same side inputs; digests differ between file formats."""
-        if self.digest == digest:
+    def computes(self, adapter: FittedAdapter) -> bool:
+        """Whether `adapter` has the same side inputs; digests differ between file formats."""
+        if self.digest == adapter.digest:
             return True
-        return self.host.keys() == arrays.keys() and all(
-            np.array_equal(self.host[name], values) for name, values in arrays.items()
+        return self.host.keys() == adapter.arrays.keys() and all(
+            np.array_equal(self.host[name], values) for name, values in adapter.arrays.items()
         )
 
 
@@ -178,12 +212,12 @@ def blend_digest(members: Sequence[tuple[Resident, float]]) -> str:
 class Once:
     """Reads an adapter immediately; the first call returns the result, later calls read again."""
 
-    def __init__(self, read: Callable[[], tuple[Arrays, str, Head]]) -> None:
+    def __init__(self, read: Read) -> None:
         self._read = read
-        self._found: list[tuple[Arrays, str, Head]] = [read()]
+        self._found = [read()]
 
-    def __call__(self) -> tuple[Arrays, str, Head]:
-        """The side inputs, the digest and the head."""
+    def __call__(self) -> FittedAdapter:
+        """The adapter."""
         try:
             return self._found.pop()
         except IndexError:

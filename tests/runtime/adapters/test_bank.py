@@ -155,7 +155,7 @@ def test_the_least_recently_used_adapters_are_evicted(
     for _ in range(2):
         for name in alone:
             assert np.array_equal(logits(session, IDS, name), alone[name]), name
-            assert session.statistics.host_bytes <= session._bank._host_budget
+            assert session.statistics.host_bytes <= session._bank._memory.budget
     assert session.statistics.evictions > COUNT
     kept = session.statistics
     logits(session, IDS, f"tenant{COUNT - 1}")  # the last one is still in memory
@@ -191,7 +191,7 @@ def test_an_adapter_in_use_is_not_evicted(
     with session.hold(list(alone)) as held:  # together more than the budget
         assert session.statistics.resident == COUNT
         assert (held.head(0), held.head(1)) == (None, Head())
-    assert session.statistics.host_bytes <= session._bank._host_budget
+    assert session.statistics.host_bytes <= session._bank._memory.budget
 
 
 def test_an_adapter_larger_than_the_budget_is_refused(
@@ -250,7 +250,7 @@ def test_threads_share_a_small_bank_without_a_wrong_row(
     with ThreadPoolExecutor(6) as pool:
         largest = max(pool.map(run, range(150), timeout=PATIENCE))
     assert largest <= tolerance("rows")
-    assert session.statistics.host_bytes <= session._bank._host_budget
+    assert session.statistics.host_bytes <= session._bank._memory.budget
     assert session._bank._users == {}
 
 

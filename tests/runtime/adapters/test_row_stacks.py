@@ -152,7 +152,7 @@ def test_every_copy_on_a_device_is_counted_and_none_stays_on_the_host(
     session: AdapterSession,
 ) -> None:
     logits(session, IDS[:3], ["small", "large", "partial"])  # loads them into memory
-    residents = list(session._bank._residents.values())
+    residents = list(session._bank._memory)
     device, filler = Device(), Filler(session.manifest, {})
     rows = [residents[i % len(residents)] for i in range(16)]
     whole = 16 * sum(

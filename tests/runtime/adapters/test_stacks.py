@@ -75,7 +75,7 @@ def stack_of(session: AdapterSession) -> Stack:
 def resident(session: AdapterSession, name: str) -> Resident:
     digest = session.adapters[name]
     assert digest is not None
-    return session._bank._residents[digest]
+    return session._bank._memory[digest]
 
 
 def in_stack(session: AdapterSession, name: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ import onnx
 import pytest
 
 import loradeploy as ld
+from loradeploy.adapter.heads import Head
 from loradeploy.bundle.adapter_inputs.changes import change_inputs
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.bundle.model_config import model_config
 from loradeploy.errors import BundleError, DeviceError
+from loradeploy.runtime.adapters.resident import FittedAdapter
 from loradeploy.runtime.devices import table
 from loradeploy.runtime.devices.effect import PROBE, check_effect, probe
 from loradeploy.runtime.reading.wire import node_names, without_defaults
@@ -57,7 +60,7 @@ def sessions(tiny_bert_bundle: Path) -> tuple[ld.AdapterSession, ld.AdapterSessi
         arrays = probe(session.manifest, session._reader.defaults())
         for target in session.manifest.targets:
             arrays[target.lora_B] *= scale
-        session._bank.add(PROBE, lambda arrays=arrays: (arrays, PROBE, None))  # type: ignore[misc]
+        session._bank.add(PROBE, partial(FittedAdapter, arrays, PROBE, Head()))
     return pair
 
 
