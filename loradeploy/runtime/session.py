@@ -20,12 +20,12 @@ from loradeploy.bundle.model_config import context_length, model_config
 from loradeploy.bundle.names import CONFIG_NAME, GRAPH_NAME
 from loradeploy.bundle.proof.provider import ProviderFacts
 from loradeploy.bundle.proof.requirement import CertificateMinimum
-from loradeploy.errors import AdapterError, UsageError
+from loradeploy.errors import UsageError
 from loradeploy.paths import takes_paths
 from loradeploy.runtime.adapters.bank import AdapterBank, BankStatistics
 from loradeploy.runtime.adapters.leases import Lease
 from loradeploy.runtime.adapters.reading import AdapterReader
-from loradeploy.runtime.adapters.resident import FittedAdapter, Once
+from loradeploy.runtime.adapters.resident import Arrays, FittedAdapter
 from loradeploy.runtime.adapters.wholes import Wholes
 from loradeploy.runtime.arguments import Adapters, check_adapters, check_name
 from loradeploy.runtime.cache import DecoderCache
@@ -36,6 +36,7 @@ from loradeploy.runtime.devices.providers import Provider, device_of
 from loradeploy.runtime.devices.table import CPU, KnownProvider, known
 from loradeploy.runtime.held import HeldAdapters, JoinedAdapters
 from loradeploy.runtime.lifetime import Lifetime, while_open
+from loradeploy.runtime.loading import AdapterLoader
 from loradeploy.runtime.reading.graph import open_graph
 from loradeploy.runtime.reading.placement import placement_of
 from loradeploy.runtime.reading.sessions import open_sessions
@@ -43,7 +44,7 @@ from loradeploy.runtime.reading.weights import MAPPED
 from loradeploy.runtime.running.feeds import Feeds
 from loradeploy.runtime.running.graphs import open_graphs
 from loradeploy.runtime.running.limits import Limits
-from loradeploy.runtime.text.sides import TextSides, files_for_texts
+from loradeploy.runtime.text.sides import TextSides
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -146,7 +147,7 @@ class AdapterSession:
         self._place = self._opened.place
         self.manifest: Manifest = self._opened.manifest
         self.wholes = Wholes(self.manifest)
-        self._reader = AdapterReader(
+        reader = AdapterReader(
             self.path,
             self._place,
             self.manifest,
@@ -155,22 +156,21 @@ class AdapterSession:
             self.wholes,
         )
         self._device = device_of(self._session)
-        feeds_all = opened.feeds_all
-        defaults = self._reader.defaults()
+        defaults = reader.defaults()
         new_bank = partial(
             AdapterBank,
             self.manifest,
             defaults,
-            device=self._device[0],
-            device_id=self._device[1],
-            feeds_all=feeds_all,
+            self._device,
+            feeds_all=opened.feeds_all,
             fixed=capture_graphs,
             ranked=library is not None and self.manifest.takes_ranks,
         )
         self._bank = new_bank(host_budget=host_budget, device_budget=device_budget)
         for name, entry in self.manifest.adapters.items():
-            self._bank.register(name, partial(self._reader.own, name), digest=entry.digest)
+            self._bank.register(name, partial(reader.own, name), digest=entry.digest)
         self.texts = TextSides(self._place, self.manifest, self._opened.check)
+        self._loader = AdapterLoader(reader, self._bank, self.texts)
         config = model_config(self._place)
         self.limits = Limits.of(self.manifest, config, self._place / CONFIG_NAME)
         self._opened.check()
@@ -182,7 +182,7 @@ class AdapterSession:
                 self.manifest,
                 defaults,
                 self._device,
-                feeds_all=feeds_all,
+                feeds_all=opened.feeds_all,
                 budget=device_budget,
             )
             self._caches = CachePool(context_length(config), self._replays.forget)
@@ -199,16 +199,18 @@ class AdapterSession:
         unlike = [provider for provider in started if not provider.like_cpu]
         if check_device and unlike:
             bank, self._bank = self._bank, new_bank()
-            self._check_device(unlike[0], config)
+            self._check_device(unlike[0], config, defaults)
             self._bank = bank
 
-    def _check_device(self, provider: KnownProvider, config: Mapping[str, Any]) -> None:
+    def _check_device(
+        self, provider: KnownProvider, config: Mapping[str, Any], defaults: Arrays
+    ) -> None:
         """Raise DeviceError unless a random adapter has the same effect here as on the CPU."""
         options = onnxruntime.SessionOptions()
         options.add_session_config_entry(MAPPED, "1")
         with AdapterSession(self._place, [CPU], session_options=options) as host:
             if self.manifest.side_inputs():
-                arrays = probe(self.manifest, self._reader.defaults())
+                arrays = probe(self.manifest, defaults)
                 for bank in (self._bank, host._bank):
                     bank.add(PROBE, lambda: FittedAdapter(arrays, PROBE, Head()))
             check_effect(self, host, self.manifest, config, provider)
@@ -288,31 +290,7 @@ class AdapterSession:
             UsageError: another adapter has this name.
         """
         check_name(name)
-        given = None if path is None else Path(path)
-        read = (
-            partial(self._reader.own, name)
-            if given is None
-            else partial(self._reader.given, name, given)
-        )
-        files = None if given is None else files_for_texts(given)
-        once = Once(read)  # read before taking the lock
-        if files is not None and (changed := files.changed(strict=True)) is not None:
-            raise AdapterError(
-                f"{files.directory / changed} was written to while the adapter was read: try again"
-            )
-        with self.texts.writing(name):
-            if replace or name not in self._bank or not self.texts.knows(name):
-                with self.texts.changing(name):
-                    digest = self._bank.add(name, once, replace=replace).digest
-                    self.texts.put(name, given, files)
-                return digest
-            digest = self._bank.add(name, once).digest
-            if not self.texts.has_same_texts_as(name, given):
-                raise UsageError(
-                    f"the adapter {name!r} is loaded with another tokenizer, chat template or"
-                    " settings of generation: unload it first, or replace it (replace=True)"
-                )
-            return digest
+        return self._loader.load(name, None if path is None else Path(path), replace=replace)
 
     @while_open
     @takes_paths("path")
@@ -324,14 +302,7 @@ class AdapterSession:
             UsageError: the name is in use, and `replace` is not given.
         """
         check_name(name)
-        place = Path(path)
-        if not place.exists():
-            raise AdapterError(
-                f"{place} does not exist: give a PEFT directory or an adapter's file"
-            )
-        with self.texts.writing(name), self.texts.changing(name):
-            self._bank.register(name, partial(self._reader.given, name, place), replace=replace)
-            self.texts.put(name, place)
+        self._loader.register(name, Path(path), replace=replace)
 
     @while_open
     def pin(self, name: str) -> None:
@@ -366,9 +337,7 @@ class AdapterSession:
             UsageError: this thread is itself in the middle of a run with adapters.
         """
         check_name(name)
-        count = self.texts.count(name)
-        self._bank.remove(name)
-        self.texts.remove(name, count)  # unless someone has loaded another one meanwhile
+        self._loader.unload(name)
 
     def run(
         self, output_names: Sequence[str] | None, feeds: Feeds, adapters: Adapters = None
@@ -456,7 +425,7 @@ class AdapterSession:
             UsageError: this thread is itself in the middle of a run.
         """
         if self._lifetime.end():
-            del self._bank, self._session, self._graphs, self._reader, self._replays, self._caches
+            del self._bank, self._loader, self._session, self._graphs, self._replays, self._caches
 
     def __enter__(self) -> AdapterSession:
         return self

@@ -64,7 +64,7 @@ class AdapterBank:
     """The adapters of one session. Thread-safe.
 
     `defaults`: the base's values of parameters that adapters replace, by side input, [1, …].
-    `device`, `device_id`: where factors are kept, in onnxruntime's terms.
+    `device`: where factors are kept, in onnxruntime's terms, and its number.
     `feeds_all`: whether side inputs that an adapter lacks are bound too, with the base's values and
     a rank above 0.
     `fixed`: whether runs copy adapters into their own slots, so that the bank keeps no copies on
@@ -79,12 +79,11 @@ class AdapterBank:
         self,
         manifest: Manifest,
         defaults: Arrays,
+        device: tuple[str, int],
         *,
-        device: str = "cpu",
-        device_id: int = 0,
-        feeds_all: bool = False,
-        fixed: bool = False,
-        ranked: bool = False,
+        feeds_all: bool,
+        fixed: bool,
+        ranked: bool,
         host_budget: int | None = None,
         device_budget: int | None = None,
     ) -> None:
@@ -100,7 +99,7 @@ class AdapterBank:
         self._leases = Leases(
             manifest,
             defaults,
-            (device, device_id),
+            device,
             feeds_all=feeds_all,
             fixed=fixed,
             ranked=ranked,

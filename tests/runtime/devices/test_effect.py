@@ -57,7 +57,7 @@ def sessions(tiny_bert_bundle: Path) -> tuple[ld.AdapterSession, ld.AdapterSessi
     """Two sessions on the tiny classifier with the probe adapter, doubled in the second one."""
     pair = ld.AdapterSession(tiny_bert_bundle), ld.AdapterSession(tiny_bert_bundle)
     for session, scale in zip(pair, (1, 2), strict=True):
-        arrays = probe(session.manifest, session._reader.defaults())
+        arrays = probe(session.manifest, session._loader.reader.defaults())
         for target in session.manifest.targets:
             arrays[target.lora_B] *= scale
         session._bank.add(PROBE, partial(FittedAdapter, arrays, PROBE, Head()))
@@ -109,7 +109,7 @@ def test_nan_outputs_are_refused(
 
 def test_the_probe_touches_every_side_input(tiny_bert_bundle: Path) -> None:
     session = ld.AdapterSession(tiny_bert_bundle)
-    defaults = session._reader.defaults()
+    defaults = session._loader.reader.defaults()
     arrays = probe(session.manifest, defaults)
     chosen = {spec.name for spec in session.manifest.side_inputs() if spec.dtype != "int64"}
     assert arrays.keys() == chosen
