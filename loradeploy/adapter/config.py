@@ -8,7 +8,7 @@ changes the numbers and is not supported), or unknown (refused unless it is off)
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Final
@@ -285,70 +285,84 @@ def as_integer(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _problems(config: AdapterConfig) -> list[str]:
-    """Invalid values, in the order of the fields."""
-    found = []
+def _is_name_list(value: object) -> bool:
+    return isinstance(value, tuple) and all(isinstance(v, str) for v in value)
 
-    def check(name: str, valid: bool, needs: str) -> None:
-        if not valid:
-            found.append(f"{name} is {shown(getattr(config, name))}, expected {needs}")
 
-    def names(value: object) -> bool:
-        return isinstance(value, tuple) and all(isinstance(v, str) for v in value)
+def _is_number(value: object) -> bool:
+    # math.isfinite would raise an error for an integer that is too large for a float.
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return -_MAX_NUMBER <= value <= _MAX_NUMBER
 
-    def number(value: object) -> bool:
-        # math.isfinite would raise an error for an integer that is too large for a float.
-        known = isinstance(value, int | float) and not isinstance(value, bool)
-        return known and -_MAX_NUMBER <= value <= _MAX_NUMBER  # type: ignore[operator]
 
-    def rank(value: object) -> bool:
-        known = isinstance(value, int) and not isinstance(value, bool)
-        return known and 0 < value <= _MAX_RANK  # type: ignore[operator]
+def _is_rank(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _MAX_RANK
 
-    check("r", rank(config.r), "a positive integer")
-    check("lora_alpha", number(config.lora_alpha), "a number")
-    for name in ("target_modules", "exclude_modules", "layers_pattern"):
-        value = getattr(config, name)
-        check(
-            name,
-            value is None or isinstance(value, str) or names(value),
-            "a string or a list",
+
+def _is_selection(value: object) -> bool:
+    return value is None or isinstance(value, str) or _is_name_list(value)
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str | None)
+
+
+def _is_switch(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _are_layers(value: object) -> bool:
+    several = isinstance(value, tuple) and all(isinstance(v, int) for v in value)
+    return value is None or isinstance(value, int) or several
+
+
+def _is_pattern_of(valid: Callable[[object], bool]) -> Callable[[object], bool]:
+    def check(value: object) -> bool:
+        return isinstance(value, Mapping) and all(
+            isinstance(k, str) and valid(v) for k, v in value.items()
         )
-    for name in ("task_type", "base_model_name_or_path"):
-        check(name, isinstance(getattr(config, name), str | None), "a name or null")
-    check("lora_dropout", number(config.lora_dropout), "a number")
-    check("bias", config.bias in BIASES, "one of " + ", ".join(BIASES))
-    for name in ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"):
-        check(name, isinstance(getattr(config, name), bool), "true or false")
+
+    return check
+
+
+# The condition that each value has to meet, and its description, by field.
+_RULES: Final[Mapping[str, tuple[Callable[[object], bool], str]]] = {
+    "r": (_is_rank, "a positive integer"),
+    "lora_alpha": (_is_number, "a number"),
+    **dict.fromkeys(
+        ("target_modules", "exclude_modules", "layers_pattern"),
+        (_is_selection, "a string or a list"),
+    ),
+    **dict.fromkeys(("task_type", "base_model_name_or_path"), (_is_name, "a name or null")),
+    "lora_dropout": (_is_number, "a number"),
+    "bias": (lambda value: value in BIASES, "one of " + ", ".join(BIASES)),
+    **dict.fromkeys(
+        ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"), (_is_switch, "true or false")
+    ),
+    "rank_pattern": (_is_pattern_of(_is_rank), "an object of positive integers"),
+    "alpha_pattern": (_is_pattern_of(_is_number), "an object of numbers"),
+    "layers_to_transform": (_are_layers, "an integer or a list of integers"),
+    "modules_to_save": (_is_name_list, "a list of names"),
+}
+
+
+def _problems(config: AdapterConfig) -> list[str]:
+    """Invalid values, and values that cannot be combined."""
+    found = [
+        f"{name} is {shown(value)}, expected {needs}"
+        for name, (valid, needs) in _RULES.items()
+        if not valid(value := getattr(config, name))
+    ]
     if config.lora_bias and (config.use_dora or config.changes_base):
         other = "use_dora" if config.use_dora else f"init_lora_weights {config.init_lora_weights}"
         found.append(f"lora_bias is true, which PEFT does not combine with {other}")
-    for name, valid, needs in (
-        ("rank_pattern", rank, "an object of positive integers"),
-        ("alpha_pattern", number, "an object of numbers"),
-    ):
-        value = getattr(config, name)
-        check(
-            name,
-            isinstance(value, Mapping)
-            and all(isinstance(k, str) and valid(v) for k, v in value.items()),
-            needs,
+    if not (config.changes_base or config.init_lora_weights in _BASE_KEEPING_INITS):
+        found.append(
+            f"init_lora_weights is {shown(config.init_lora_weights)}, expected PiSSA, OLoRA or an"
+            " initialization that keeps the base weights (others: convert with PEFT's"
+            " save_pretrained(path_initial_model_for_weight_conversion=…))"
         )
-    layers = config.layers_to_transform
-    check(
-        "layers_to_transform",
-        layers is None
-        or isinstance(layers, int)
-        or (isinstance(layers, tuple) and all(isinstance(v, int) for v in layers)),
-        "an integer or a list of integers",
-    )
-    check("modules_to_save", names(config.modules_to_save), "a list of names")
-    check(
-        "init_lora_weights",
-        config.changes_base or config.init_lora_weights in _BASE_KEEPING_INITS,
-        "PiSSA, OLoRA or an initialization that keeps the base weights (others: convert with "
-        "PEFT's save_pretrained(path_initial_model_for_weight_conversion=…))",
-    )
     return found or _pattern_problems(config)
 
 

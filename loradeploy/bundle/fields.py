@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Final, Literal, TypeVar, get_args
+from typing import Any, Final, Literal, TypeGuard, TypeVar, get_args
 
 from loradeploy.adapter.adapter import Kind
 from loradeploy.bundle.names import MANIFEST_NAME
@@ -41,12 +41,12 @@ _CHECKS: Final[Mapping[str, Any]] = {
 }
 
 
-def _is_integer(value: object) -> bool:
+def _is_integer(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_size(value: object) -> bool:
-    return _is_integer(value) and 0 <= value <= LARGEST  # type: ignore[operator]
+    return _is_integer(value) and 0 <= value <= LARGEST
 
 
 def _all(value: object, kind: Any) -> bool:

@@ -84,7 +84,7 @@ def corrected_tokenizer(source: Path, vocabulary: int) -> FastTokenizer | None:
         return None
     except Exception:  # transformers is missing, or any error of its readers
         return None
-    made = getattr(found, "backend_tokenizer", None)
+    made: FastTokenizer | None = getattr(found, "backend_tokenizer", None)
     if made is None:
         _check_same_tokens(source, own, found)
         return None
@@ -100,7 +100,7 @@ def corrected_tokenizer(source: Path, vocabulary: int) -> FastTokenizer | None:
         shown(text),
         SETTINGS_NAME,
     )
-    return made  # type: ignore[no-any-return]
+    return made
 
 
 def correct_tokenizer(source: Path, output: Path, vocabulary: int) -> None:

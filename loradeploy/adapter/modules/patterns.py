@@ -25,6 +25,7 @@ _MEMORY: Final = 1 << 20  # for RE2's program and automaton of one pattern
 # The ending of a name as PEFT's defaults and this project write it: letters, and dots that are not
 # escaped.
 _NAME: Final = re.compile(r"\^?(?:[A-Za-z0-9_.]|\\[.\-_])+")
+_OPEN_SET: Final = re.compile(r"\[\^?\]?")
 _OPEN_REPEAT: Final = re.compile(r"\{,(\d*)\}")
 
 
@@ -221,8 +222,8 @@ def _for_re2(pattern: str) -> str | None:
         elif in_set:
             in_set = letter != "]"
             made.append(letter)
-        elif letter == "[":
-            piece = re.match(r"\[\^?\]?", pattern[index:])[0]  # type: ignore[index]
+        elif found := _OPEN_SET.match(pattern, index):
+            piece = found[0]
             in_set = True
             made.append(piece)
         elif letter == "{" and (found := _OPEN_REPEAT.match(pattern, index)):

@@ -217,8 +217,9 @@ def _texts(values: Mapping[str, Any], name: str) -> dict[str, str]:
 
 def _number(values: Mapping[str, Any], name: str) -> float | None:
     value = values.get(name)
-    known = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if known else None  # type: ignore[arg-type]
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    return float(value)
 
 
 def _integer(values: Mapping[str, Any], name: str) -> int:

@@ -47,7 +47,8 @@ class Family:
 
 def _connected(inner: Any, pixels: torch.Tensor) -> torch.Tensor:
     states: torch.Tensor = inner.vision_model(pixel_values=pixels).last_hidden_state
-    return inner.connector(states)  # type: ignore[no-any-return]
+    features: torch.Tensor = inner.connector(states)
+    return features
 
 
 def _projected(inner: Any, pixels: torch.Tensor) -> torch.Tensor:
@@ -58,12 +59,14 @@ def _projected(inner: Any, pixels: torch.Tensor) -> torch.Tensor:
     first = 1 if inner.config.vision_feature_select_strategy == "default" else 0  # the class token
     layers = [chosen] if isinstance(chosen, int) else chosen
     joined = torch.cat([states[layer][:, first:] for layer in layers], dim=-1)
-    return inner.multi_modal_projector(joined)  # type: ignore[no-any-return]
+    features: torch.Tensor = inner.multi_modal_projector(joined)
+    return features
 
 
 def _pooled(inner: Any, pixels: torch.Tensor) -> torch.Tensor:
     states: torch.Tensor = inner.vision_tower(pixel_values=pixels).last_hidden_state
-    return inner.multi_modal_projector(states)  # type: ignore[no-any-return]
+    features: torch.Tensor = inner.multi_modal_projector(states)
+    return features
 
 
 _SMOLVLM: Final = Family(

@@ -232,17 +232,17 @@ class AdapterBank:
             UsageError: a blend that cannot be made.
             BudgetError: an adapter that is larger than the whole budget.
         """
-        per_row = not (adapters is None or isinstance(adapters, str | Mapping))
-        specs: Sequence[AdapterSpec | None]
-        specs = adapters if per_row else [adapters]  # type: ignore[assignment,list-item]
+        per_row = True
+        if adapters is None or isinstance(adapters, str | Mapping):
+            per_row, adapters = False, (adapters,)
         use = Use()
         lease: Lease | None = None
         try:
             found = {
                 weights: self._find(weights, use)
-                for weights in dict.fromkeys(weights_of(s) for s in specs if s is not None)
+                for weights in dict.fromkeys(weights_of(s) for s in adapters if s is not None)
             }
-            chosen = [(None, None) if s is None else found[weights_of(s)] for s in specs]
+            chosen = [(None, None) if s is None else found[weights_of(s)] for s in adapters]
             rows, heads = zip(*chosen, strict=True) if chosen else ((), ())
             lease = self._leases.make(rows, heads, per_row)
             yield lease

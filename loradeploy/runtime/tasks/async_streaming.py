@@ -117,6 +117,6 @@ def _generate(
     except BaseException as problem:  # raised by the next __anext__
         last = problem
     finally:
-        running.close()  # type: ignore[attr-defined]
+        running.close()
     with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
         loop.call_soon_threadsafe(hand, last)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -270,7 +270,7 @@ class TextGenerator:
                 results[text.number] = score
         return [results[number] for number in range(len(rows))]
 
-    def _pieces(self, call: Call, cancelled: set[int]) -> Iterator[TextPiece]:
+    def _pieces(self, call: Call, cancelled: set[int]) -> Generator[TextPiece]:
         return (piece for piece in self._decode(call, cancelled) if piece is not None)
 
     def _decode(self, call: Call, cancelled: set[int]) -> Iterator[TextPiece | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -215,7 +215,7 @@ class ImageTextGenerator:
         """
         return self.reader.sizes.split(pixel_values, image_grid_thw)
 
-    def _pieces(self, request: _Request, cancelled: set[int]) -> Iterator[TextPiece]:
+    def _pieces(self, request: _Request, cancelled: set[int]) -> Generator[TextPiece]:
         read, call = request.read(self.reader)
         named = _Named(read, call)
         for piece in self._text._pieces(call, cancelled):

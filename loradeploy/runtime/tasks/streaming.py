@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from loradeploy.runtime.tasks.generation import Generation
 
 # From a set of rows to cancel, which is read before each step, to an iterator of pieces.
-Pieces = Callable[[set[int]], "Iterator[TextPiece]"]
+Pieces = Callable[[set[int]], "Generator[TextPiece]"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class TextStream:
 
     def close(self) -> None:
         """End all rows."""
-        self._pieces.close()  # type: ignore[attr-defined]
+        self._pieces.close()
 
     def __enter__(self) -> TextStream:
         return self

@@ -44,10 +44,10 @@ def _fuse(
 ) -> None:
     import onnx_ir as ir
 
-    products = [_factors(value) for value in add.inputs]
-    if None in products:
+    one, other = (_factors(value) for value in add.inputs)
+    if one is None or other is None:
         return
-    for (x, cos), (rotated, sin) in (products, products[::-1]):  # type: ignore[misc]
+    for (x, cos), (rotated, sin) in ((one, other), (other, one)):
         heads = _heads(x)
         first, second = _table(cos), _table(sin)
         if heads is None or first is None or second is None or not _is_rotated(rotated, x):

@@ -152,7 +152,7 @@ def name_dimensions(model: ir.Model) -> None:
 def _rename_symbols(graph: ir.Graph, names: Mapping[str, str]) -> None:
     import onnx_ir as ir
 
-    def renamed(dimension: object) -> object:
+    def renamed(dimension: int | ir.SymbolicDim) -> int | ir.SymbolicDim:
         if not isinstance(dimension, ir.SymbolicDim) or dimension.value is None:
             return dimension
         text = re.sub(r"\b\w+\b", lambda found: names.get(found[0], found[0]), dimension.value)
@@ -163,7 +163,7 @@ def _rename_symbols(graph: ir.Graph, names: Mapping[str, str]) -> None:
 
     for value in _values(graph):
         if value.shape is not None:
-            value.shape = ir.Shape([renamed(dim) for dim in value.shape])  # type: ignore[misc]
+            value.shape = ir.Shape([renamed(dim) for dim in value.shape])
 
 
 def _symbols(graph: ir.Graph) -> Mapping[str, str]:
