@@ -6,7 +6,7 @@ cancellation; sums are accumulated in float64.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -99,6 +99,55 @@ class Figures:
     distribution: tuple[tuple[float, int], ...] = ()
 
 
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """Positions of a case that are compared: arrays [positions, width].
+
+    `error`: the absolute `difference`, and `furthest` [positions] its largest value at each.
+    `numbers` [positions]: their indices in the case. `about`, `first_step`: see `Comparison.add`.
+    """
+
+    expected: Values
+    actual: Values
+    difference: Values
+    error: Values
+    furthest: Values
+    about: Expected
+    numbers: NDArray[np.int64]
+    case: int
+    first_step: int | None
+
+    @classmethod
+    def of(
+        cls,
+        expected: Values,
+        actual: Values,
+        about: Expected,
+        numbers: NDArray[np.int64],
+        case: int,
+        first_step: int | None,
+    ) -> _Block:
+        """The block of these positions, of which there is at least one."""
+        with np.errstate(invalid="ignore", over="ignore"):
+            difference = actual - expected
+        error = np.abs(difference)
+        furthest = error.max(axis=1)
+        return cls(expected, actual, difference, error, furthest, about, numbers, case, first_step)
+
+    def at(self, rows: NDArray[np.bool_]) -> _Block:
+        """The positions in `rows`."""
+        return replace(
+            self,
+            expected=self.expected[rows],
+            actual=self.actual[rows],
+            difference=self.difference[rows],
+            error=self.error[rows],
+            furthest=self.furthest[rows],
+            about=self.about[rows],
+            numbers=self.numbers[rows],
+        )
+
+
 class Comparison:
     """Accumulates the differences between expected and actual values.
 
@@ -138,18 +187,18 @@ class Comparison:
         """
         if expected.shape != actual.shape:
             raise ValueError(f"{list(actual.shape)} where {list(expected.shape)} is expected")
+        self._positions += len(expected)
+        if not expected.size:
+            return
         kind = np.result_type(expected, actual, np.float32)
-        rows = max(1, _BLOCK // max(1, expected.shape[1]))
+        rows = max(1, _BLOCK // expected.shape[1])
         for start in range(0, len(expected), rows):
             block = slice(start, start + rows)
             values = np.asarray(expected[block], kind)
+            known = Expected.of(values, logits=self._logits) if about is None else about[block]
+            numbers = np.arange(first + start, first + start + len(values))
             self._add(
-                values,
-                np.asarray(actual[block], kind),
-                Expected.of(values, logits=self._logits) if about is None else about[block],
-                case,
-                first + start,
-                first_step,
+                _Block.of(values, np.asarray(actual[block], kind), known, numbers, case, first_step)
             )
 
     def figures(self) -> Figures:
@@ -178,58 +227,35 @@ class Comparison:
             distribution=absolute.distribution(),
         )
 
-    def _add(
-        self,
-        expected: Values,
-        actual: Values,
-        about: Expected,
-        case: int,
-        first: int,
-        first_step: int | None,
-    ) -> None:
-        numbers = np.arange(first, first + len(expected))
-        self._positions += len(expected)
-        if not expected.size:
-            return
-        with np.errstate(invalid="ignore", over="ignore"):
-            difference = actual - expected
-        error = np.abs(difference)
-        furthest = error.max(axis=1)  # [positions]
-        if not np.isfinite(furthest).all():
-            both = np.isfinite(expected) & np.isfinite(actual)
+    def _add(self, block: _Block) -> None:
+        if not np.isfinite(block.furthest).all():
+            both = np.isfinite(block.expected) & np.isfinite(block.actual)
             finite: NDArray[np.bool_] = np.asarray(both.all(axis=1), bool)
             self._not_finite += int((~finite).sum())
             if not finite.any():
                 return
-            expected, actual, about = expected[finite], actual[finite], about[finite]
-            numbers, difference = numbers[finite], difference[finite]
-            error, furthest = error[finite], furthest[finite]
-        self._compared += len(expected)
-        self._add_errors(expected, actual, error, furthest, case, numbers)
-        distance = cosine_distances(expected, actual, difference, about.length)
+            block = block.at(finite)
+        self._compared += len(block.expected)
+        self._add_errors(block)
+        distance = cosine_distances(
+            block.expected, block.actual, block.difference, block.about.length
+        )
         self._max_distance = max(self._max_distance, float(distance.max()))
         if self._logits:
-            self._add_divergence(expected, difference, furthest, about)
-            self._add_choices(expected, actual, furthest, about, case, numbers, first_step)
+            self._add_divergence(block)
+            self._add_choices(block)
 
-    def _add_errors(
-        self,
-        expected: Values,
-        actual: Values,
-        error: Values,
-        furthest: Values,
-        case: int,
-        numbers: NDArray[np.int64],
-    ) -> None:
+    def _add_errors(self, block: _Block) -> None:
+        expected, error, furthest = block.expected, block.error, block.furthest
         row = int(furthest.argmax())
         if self._worst is None or float(furthest[row]) > self._absolute.largest:
             index = int(error[row].argmax())
             self._worst = Place(
-                case,
-                int(numbers[row]),
+                block.case,
+                int(block.numbers[row]),
                 index,
                 float(expected[row, index]),
-                float(actual[row, index]),
+                float(block.actual[row, index]),
             )
         self._absolute.add(error, float(furthest[row]))
         base = np.abs(expected)
@@ -243,10 +269,9 @@ class Comparison:
             self._max_ulp = max(self._max_ulp, float(error.flat[worst]) / unit)
         self._relative.add(relative, largest)
 
-    def _add_divergence(
-        self, expected: Values, difference: Values, furthest: Values, about: Expected
-    ) -> None:
-        bounds = divergence_bounds(expected, difference, furthest, about.log_sum)
+    def _add_divergence(self, block: _Block) -> None:
+        expected, difference = block.expected, block.difference
+        bounds = divergence_bounds(expected, difference, block.furthest, block.about.log_sum)
         # For small differences a bound is close to the divergence itself, so computing the row with
         # the largest bound first rules out nearly all others.
         for rows in (np.argmax(bounds, keepdims=True), slice(None)):
@@ -260,18 +285,10 @@ class Comparison:
                     row = rows[worst]
                     self._max_js = symmetric_divergence(expected[row], difference[row])
 
-    def _add_choices(
-        self,
-        expected: Values,
-        actual: Values,
-        furthest: Values,
-        about: Expected,
-        case: int,
-        numbers: NDArray[np.int64],
-        first_step: int | None,
-    ) -> None:
-        expected_five = about.top  # [positions, up to 5]
-        actual_five = leaders(actual, furthest, about)
+    def _add_choices(self, block: _Block) -> None:
+        expected, numbers, first_step = block.expected, block.numbers, block.first_step
+        expected_five = block.about.top  # [positions, up to 5]
+        actual_five = leaders(block.actual, block.furthest, block.about)
         expected_top, actual_top = expected_five[:, 0], actual_five[:, 0]
         agree = expected_top == actual_top
         self._agree += int(agree.sum())
@@ -286,7 +303,7 @@ class Comparison:
             margin = float(expected[row, expected_top[row]] - expected[row, actual_top[row]])
             self._margin = max(self._margin, margin)
             divergence = Divergence(
-                case=case,
+                case=block.case,
                 position=int(numbers[row]),
                 step=step if step is not None and step >= 0 else None,
                 expected=int(expected_top[row]),

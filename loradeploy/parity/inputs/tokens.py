@@ -120,28 +120,38 @@ def make_cases(
     if generated < 1:
         raise UsageError(f"{generated} tokens to generate: give 1 or more")
     follow = generated if manifest.task == CAUSAL_LM else 0
-    left = manifest.padding == LEFT
     config = model_config(bundle)
     longest = min(_longest(config, follow), fixed_length(manifest) or MAX_PROMPT_TOKENS * 2)
     has_tokenizer = (bundle / TOKENIZER_NAME).is_file()
     vocabulary = 0 if has_tokenizer and not fuzz else _vocabulary(manifest, config, bundle)
-    types: Types = {}
     if has_tokenizer:
-        rows, types, pad, source = _tokenized(bundle, manifest, prompts, longest)
+        given = _tokenized(bundle, manifest, prompts, longest)
     elif prompts is None:
         pad_id = config.get("pad_token_id")
-        rows = _random_rows(vocabulary, longest, seed)
-        pad = pad_id if isinstance(pad_id, int) else 0
-        source = f"random tokens, seed {seed}"
+        given = _Given(
+            _random_rows(vocabulary, longest, seed),
+            pad=pad_id if isinstance(pad_id, int) else 0,
+            source=f"random tokens, seed {seed}",
+        )
     else:
         raise UsageError(f"{bundle} has no tokenizer.json: prompts cannot be turned to tokens")
     random = _fuzz_rows(vocabulary, longest, seed, fuzz)
-    edges = _edge_rows(rows, longest, trained)
-    every, alike = (*rows, *random, *edges), manifest.padding == NO_PADDING
+    edges = _edge_rows(given.rows, longest, trained)
+    every: Rows = (*given.rows, *random, *edges)
     if (full := fixed_length(manifest)) is not None:
-        every = tuple(filled(row, full, pad) for row in every)
-    counts, unfed = (len(random), len(edges)), max(0, len(trained) - MOST_TRAINED)
-    return Cases(every, follow, pad, source, left, *counts, alike, types, unfed)
+        every = tuple(filled(row, full, given.pad) for row in every)
+    return Cases(
+        every,
+        follow,
+        given.pad,
+        given.source,
+        left=manifest.padding == LEFT,
+        fuzz=len(random),
+        edges=len(edges),
+        alike=manifest.padding == NO_PADDING,
+        known=given.types,
+        unfed=max(0, len(trained) - MOST_TRAINED),
+    )
 
 
 def fixed_length(manifest: Manifest) -> int | None:
@@ -157,13 +167,17 @@ def filled(row: tuple[int, ...], length: int, pad: int) -> tuple[int, ...]:
     return row + (pad,) * (length - len(row))
 
 
-def _tokenized(
-    bundle: Path,
-    manifest: Manifest,
-    prompts: Prompts | None,
-    longest: int,
-) -> tuple[Rows, Types, int, str]:
-    """Return the prompts as tokens, their token types, the padding id, and their source."""
+@dataclass(frozen=True, eq=False)
+class _Given:
+    """The prompts as tokens, and their token types. `pad`, `source`: see `Cases`."""
+
+    rows: Rows
+    pad: int
+    source: str
+    types: Types = field(default_factory=dict)
+
+
+def _tokenized(bundle: Path, manifest: Manifest, prompts: Prompts | None, longest: int) -> _Given:
     from loradeploy.bundle.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer(bundle)
@@ -175,12 +189,10 @@ def _tokenized(
     encoded = tuple(tokens for tokens, _ in rows)
     if empty := [number for number, row in enumerate(encoded, start=1) if not row]:
         raise DataError(f"{source}: prompt {empty[0]} has no tokens")
-    return encoded, types_of(rows), tokenizer.pad_id, source
+    return _Given(encoded, tokenizer.pad_id, source, types_of(rows))
 
 
-def _texts(
-    prompts: Prompts | None,
-) -> tuple[Sequence[Prompt], str]:
+def _texts(prompts: Prompts | None) -> tuple[Sequence[Prompt], str]:
     if prompts is None:
         return PROMPTS, "built-in prompts"
     if isinstance(prompts, str | os.PathLike):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Final
 
 from loradeploy.parity.report.results import BASE_LABEL, COMPARED
@@ -12,14 +12,20 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
+    from loradeploy.parity.figures.metrics import Figures
     from loradeploy.parity.report.results import Localization, ParityReport, Result
 
 _NAMED: Final = ("backend", "adapter", "phase")
 _VARIANT: Final = "variant"  # a column only where there is more than one
-_FIGURES: Final = (
-    "max abs", "p99 abs", "max rel", "1 − cos", "KL", "top-1",
-    "greedy", "effect",
-)  # fmt: skip
+_FIGURES: Final[Mapping[str, Callable[[Figures], str]]] = {
+    "max abs": lambda figures: f"{figures.max_abs:.1e}",
+    "p99 abs": lambda figures: f"{figures.p99_abs:.1e}",
+    "max rel": lambda figures: f"{figures.max_rel:.1e}",
+    "1 − cos": lambda figures: f"{figures.cosine_distance:.0e}",
+    "KL": lambda figures: "" if figures.kl is None else f"{figures.kl:.0e}",
+    "top-1": lambda figures: _share(figures.top1),
+    "greedy": lambda figures: _share(figures.greedy),
+}
 _MOST_OFFENDERS: Final = 3
 _MOST_TOKENS: Final = 24
 _COLORS: Final = {"passed": "green", "failed": "red", "not run": "yellow"}
@@ -39,7 +45,7 @@ def headline(report: ParityReport) -> str:
 def rows(report: ParityReport) -> Iterator[tuple[str, ...]]:
     """Yield the results as rows of text, the header first."""
     varied = has_variants(report)
-    yield (*_NAMED, *((_VARIANT,) if varied else ()), *_FIGURES, "verdict")
+    yield (*_NAMED, *((_VARIANT,) if varied else ()), *_FIGURES, "effect", "verdict")
     for result in report.results:
         yield _row(result, varied)
 
@@ -157,25 +163,12 @@ def _localization(localization: Localization) -> str:
 def _row(result: Result, varied: bool) -> tuple[str, ...]:
     figures = result.figures
     variant = (str(result.variant or ""),) if varied else ()
-    named = (result.title, result.adapter_label, result.part, *variant)
-    if figures is None:
-        return (*named, *("" for _ in _FIGURES), result.outcome)
     return (
-        *named,
-        f"{figures.max_abs:.1e}",
-        f"{figures.p99_abs:.1e}",
-        f"{figures.max_rel:.1e}",
-        f"{figures.cosine_distance:.0e}",
-        _number(figures.kl),
-        _share(figures.top1),
-        _share(figures.greedy),
-        "" if result.effect is None else f"{result.effect:.2g}",
+        *(result.title, result.adapter_label, result.part, *variant),
+        *("" if figures is None else show(figures) for show in _FIGURES.values()),
+        "" if figures is None or result.effect is None else f"{result.effect:.2g}",
         result.outcome,
     )
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.0e}"
 
 
 def _share(value: float | None) -> str:
