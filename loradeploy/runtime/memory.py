@@ -1,9 +1,9 @@
-"""What happens to memory when it is freed: whether it is kept for reuse or returned to the system.
+"""Freed memory: keep it for reuse, or return it to the system.
 
 Once a session has opened a graph, the C library keeps freed blocks of up to 32 MiB for reuse
-(`keep_freed_memory`). For what would then stay resident for long, there are pages of its own. The
-rest is returned when nothing runs (`return_freed_memory`), or when enough work was done since the
-last time (`return_after`), because the next run has to allocate it again.
+(`keep_freed_memory`). Data that would then stay resident for long gets its own pages (`own_pages`).
+Other memory is returned when nothing runs (`return_freed_memory`), or when enough work was done
+since the last time (`return_after`), because the next run has to allocate it again.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class _Returns:
             return _LEAST <= resident_memory() - self._stayed <= affordable
 
     def returned(self) -> None:
-        """Memory was returned."""
+        """Record that memory was returned."""
         with self._lock:
             self._seconds, self._stayed = 0.0, resident_memory()
 
@@ -109,9 +109,10 @@ def worked() -> tuple[float, float]:
 def return_after(began: tuple[float, float]) -> None:
     """Return freed memory, if that costs at most a hundredth of the work since `began`.
 
-    Of a busy machine, the processor time counts, of several threads the time that passed. The cost
-    is estimated by how much more memory is resident than after the last time. Short work adds up,
-    so that a few short generations after a long one return its memory.
+    The time of work is the shorter of elapsed time, which a busy machine makes longer, and
+    processor time, which several threads make longer. The cost is estimated from how much more
+    memory is resident than after the last time. Short work adds up, so that a few short generations
+    after a long one return its memory.
     """
     seconds = min(now - then for now, then in zip(worked(), began, strict=True))
     if sys.platform == "linux" and _RETURNS.affordable_after(seconds):

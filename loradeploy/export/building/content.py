@@ -67,8 +67,8 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
             "`operator` is not for encoder-decoders, which are two graphs: leave it out"
         )
     _choose_attention(base, options.attention or _attention_of_target(base, options.target))
-    base, findings, adapters = _identified(source, base, options)
-    adapters = _with_whole_digests(adapters, whole_digests)
+    base, findings = _identified(source, base, options)
+    adapters = _with_whole_digests(base.adapters, whole_digests)
     options = dataclasses.replace(options, adapters=adapters)
     if unknown := findings.unidentified:
         logger.warning("left as it is, its module is not known: %s", listed_names(unknown))
@@ -103,12 +103,10 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
     )
 
 
-def _identified(
-    source: Source, base: Base, options: Options
-) -> tuple[Base, Findings, Mapping[str, Adapter]]:
-    """The base, its linear layers, and the adapters with its module names and only its modules."""
+def _identified(source: Source, base: Base, options: Options) -> tuple[Base, Findings]:
+    """The base, with adapters whose modules are all named as in it, and its linear layers."""
     if source.graph is None:
-        return base, find_linears(base.graph), options.adapters
+        return base, find_linears(base.graph)
     findings = find_modules(
         base.graph,
         source.graph.parent,
@@ -128,7 +126,7 @@ def _identified(
             if base.task not in GENERATING:
                 own = without_masked_lm_head(own, modules)
             adapters[name] = named_as(own, modules, rules)
-    return base, findings, adapters
+    return dataclasses.replace(base, adapters=adapters), findings
 
 
 def _in_form(base: Base, manifest: Manifest, options: Options) -> Manifest:

@@ -156,8 +156,17 @@ def search(sides: Sides, *, tokens: int) -> Found:
     return search.found(first)
 
 
-def measure(expected: Array, actual: Array, positions: bool) -> tuple[Array, Array, Array]:
-    """Return error, scale and error / scale, each [positions], of values [1, positions, …].
+@dataclass(frozen=True, eq=False)
+class Differences:
+    """The largest `error` at each position, the `scale` of its values, and `share`: their ratio."""
+
+    error: Array
+    scale: Array
+    share: Array
+
+
+def measure(expected: Array, actual: Array, *, positions: bool) -> Differences:
+    """Measure the error of values [1, positions, …]; the arrays returned are [positions].
 
     If `positions` is false, all values count as one position. A position that is all zeros has the
     scale of the whole tensor.
@@ -169,7 +178,7 @@ def measure(expected: Array, actual: Array, positions: bool) -> tuple[Array, Arr
         scale = np.abs(one).max(axis=1).astype(np.float64)
         whole = float(np.nanmax(scale, initial=0.0)) or 1.0
         scale = np.where(scale == 0, whole, scale)
-        return error, scale, error / scale
+        return Differences(error, scale, error / scale)
 
 
 def groups(sizes: Iterable[tuple[int, int]], limit: int) -> Iterator[list[int]]:
@@ -248,33 +257,33 @@ class _Search:
         return [
             0.0
             if one is None or other is None
-            else float(np.nanmax(self._measure(self._sides.points[n], one, other)[2], initial=0.0))
+            else float(np.nanmax(self._measure(self._sides.points[n], one, other).share, initial=0))
             for n, one, other in zip(group, expected, moved, strict=True)
         ]
 
-    def _measure(self, point: Point, one: Array, other: Array) -> tuple[Array, Array, Array]:
-        return measure(one, other, self._has_positions(point))
+    def _measure(self, point: Point, one: Array, other: Array) -> Differences:
+        return measure(one, other, positions=self._has_positions(point))
 
     def _has_positions(self, point: Point) -> bool:
         shape = point.site.shape
         return len(shape) > 2 and shape[1] == self._tokens
 
     def _compare(self, point: Point, expected: Array, actual: Array, rounding: float) -> _Seen:
-        error, scale, shares = self._measure(point, expected, actual)
+        found = self._measure(point, expected, actual)
         # argmax treats NaN as the largest value.
-        worst = int(np.argmax(shares))
-        share = float(shares[worst])
+        worst = int(np.argmax(found.share))
+        share = float(found.share[worst])
         step = Step(
             module=point.module,
             layer=point.layer,
             node=point.node,
             op=point.op,
-            error=float(error[worst]),
-            scale=float(scale[worst]),
+            error=float(found.error[worst]),
+            scale=float(found.scale[worst]),
             share=share,
         )
         excess = share / rounding if math.isfinite(share) else math.inf
-        finite = np.where(np.isfinite(shares), shares, np.nan)
+        finite = np.where(np.isfinite(found.share), found.share, np.nan)
         return _Seen(step, tuple(finite.tolist()) if self._has_positions(point) else (), excess)
 
     def _diverges(self, number: int) -> bool:

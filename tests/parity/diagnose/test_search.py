@@ -129,7 +129,8 @@ def test_groups_stay_within_the_limit_and_a_larger_value_is_a_group_alone() -> N
 def test_an_error_is_measured_per_position() -> None:
     expected = np.array([[[100.0, 1.0], [2.0, 1.0], [0.0, 0.0]]], np.float32)
     actual = expected + np.array([[[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]], np.float32)
-    error, scale, share = measure(expected, actual, True)
+    found = measure(expected, actual, positions=True)
+    error, scale, share = found.error, found.scale, found.share
     assert error.tolist() == [1, 1, 0]
     assert scale.tolist() == [100, 2, 100]
     assert share.tolist() == [0.01, 0.5, 0]

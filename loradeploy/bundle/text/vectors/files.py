@@ -59,6 +59,19 @@ class ModelSettings:
     activation: str | None
 
 
+@dataclass(frozen=True)
+class Pooling:
+    """The settings of a Pooling module.
+
+    `modes`: names of `POOLS`. `include_prompt`: whether the tokens of a prompt are pooled.
+    `size`: that of a token's state, None if it is not stated.
+    """
+
+    modes: tuple[str, ...]
+    include_prompt: bool
+    size: int | None
+
+
 class RecipeReader:
     """Reads files in one directory, and records their names in `files`."""
 
@@ -132,8 +145,8 @@ class RecipeReader:
         longest = longest_text(values, where, EXPECTED_OUTPUTS[task])
         return longest, values.get("do_lower_case") is True
 
-    def pooling(self, path: str) -> tuple[tuple[str, ...], bool, int | None]:
-        """The modes of pooling, whether prompts are pooled, and the size of a token's state."""
+    def pooling(self, path: str) -> Pooling:
+        """The Pooling module in `path`."""
         name = join(path, "config.json")
         values = self.object(name)
         flags = [key for key in values if key.startswith("pooling_mode_") and values[key]]
@@ -165,7 +178,7 @@ class RecipeReader:
         if len(set(sizes.values())) > 1:
             raise BundleError(f"{self.directory / name}: two sizes, {shown(sizes)}: keep one")
         size = next(iter(sizes.values()), None)
-        return modes, values.get("include_prompt", True) is not False, size
+        return Pooling(modes, values.get("include_prompt", True) is not False, size)
 
     def check_size(self, path: str, size: int) -> None:
         """Raise BundleError if the states of the encoder in `path` do not have the size `size`."""

@@ -23,6 +23,7 @@ from loradeploy.bundle.text.vectors.files import (
     EMBEDDER,
     PACKAGE,
     PROMPTS_NAME,
+    Pooling,
     RecipeReader,
     module_of,
 )
@@ -128,36 +129,35 @@ def read_recipe(directory: Path) -> SentenceRecipe | None:
             f" a {EMBEDDER} returns one vector per text"
         )
     max_length, lowercase = reader.encoder(encoder[1])
-    pooling: tuple[str, ...] = ()
-    include_prompt = True
+    pooling: Pooling | None = None
     sized: int | None = None
     steps: list[Step] = []
     for entry in entries[1:]:
         kind, path = module_of(entry, file)
-        if kind == "Pooling" and not pooling:
-            pooling, include_prompt, size = reader.pooling(path)
-            if size is not None:
-                reader.check_size(encoder[1], size)
-                sized = size * len(pooling)
+        if kind == "Pooling" and pooling is None:
+            pooling = reader.pooling(path)
+            if pooling.size is not None:
+                reader.check_size(encoder[1], pooling.size)
+                sized = pooling.size * len(pooling.modes)
         elif kind == "Dropout":
             continue
-        elif kind in STEPS and pooling:
+        elif kind in STEPS and pooling is not None:
             step = STEPS[kind](reader, path)
             sized = step.size_after(sized) if isinstance(step, Dense | LayerNorm) else sized
             steps.append(step)
         else:
-            where = "" if pooling else " before the Pooling"
+            where = " before the Pooling" if pooling is None else ""
             known = ", ".join(("Transformer", "Pooling", "Dropout", *STEPS))
             raise BundleError(
                 f"{file} names a module {shortened(kind)}{where} ({shortened(path)}), which is not"
                 f" supported; there are {known}"
             )
-    if not pooling:
+    if pooling is None:
         raise BundleError(f"{file} names no Pooling, which defines the vector of a text")
     return SentenceRecipe(
-        pooling=pooling,
+        pooling=pooling.modes,
         steps=tuple(steps),
-        include_prompt=include_prompt,
+        include_prompt=pooling.include_prompt,
         prompts=settings.prompts,
         default_prompt=settings.default_prompt,
         max_length=max_length,
