@@ -37,10 +37,9 @@ def _settings(function: Callable[..., None]) -> Callable[..., None]:
         named = _SETTING.sub(lambda match: flag_of(match[1]), field.metadata["help"])
         text = f"{named}{_default(field)}"
         if field.type == "bool":
-            negative = (
-                f"--no-{flag.removeprefix('--')}"  # so that a flag overrides the file both ways
-            )
-            option = click.option(f"{flag}/{negative}", default=None, help=text)
+            # With a negative form, a flag overrides the file both ways.
+            both = f"{flag}/--no-{flag.removeprefix('--')}"
+            option = click.option(both, default=None, help=text)
         elif field.name in CHOICES:
             option = click.option(flag, type=click.Choice(CHOICES[field.name]), help=text)
         else:

@@ -151,9 +151,9 @@ class Layers:
         if layer is None or (isinstance(layer, Part) and layer.kind == "norm"):
             self.replace(parameter, values)  # in the graph's form, such as 1 + w
             return
-        twins: Mapping[str, Part | Linear] = (
-            self.linears if isinstance(layer, Part) else self.parts  # an embedding and the head
-        )
+        # An embedding may be tied to the head.
+        twins: Mapping[str, Part | Linear]
+        twins = self.linears if isinstance(layer, Part) else self.parts
         for other, twin in twins.items():
             named = f"{other}.weight"
             if twin.weight is not layer.weight and named not in others and self._same(twin, layer):
