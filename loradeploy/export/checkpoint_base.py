@@ -85,6 +85,7 @@ def from_checkpoint(source: Source, options: Options) -> Base:
     """
     from loradeploy.export.trace import load_model, trace
     from loradeploy.export.trace.file_memory import Scratch
+    from loradeploy.export.trace.float16 import to_float16
     from loradeploy.export.trace.image_text import other_part
     from loradeploy.export.trace.towers import tower_config
     from loradeploy.lora.submodels import submodels
@@ -131,7 +132,7 @@ def from_checkpoint(source: Source, options: Options) -> Base:
     weights = None
     if precision == "fp16":
         weights = _float_weights(model) if options.merge else None
-        model = _halved(model)
+        model = to_float16(model)
     config: Any = model.config
     graph = trace(model, task)
     embeds = _add_embeds(graph, given, task) if task == CAUSAL_LM and others else _Embeds()
@@ -335,30 +336,6 @@ def _with_own_head(labels: int, source: Source, adapters: Mapping[str, Adapter])
             labels,
         )
     return labels
-
-
-def _halved(model: Any) -> Any:
-    """`model` in fp16, except for the linear layers that transformers keeps in fp32.
-
-    These are T5's `wo`: its products are larger than fp16's maximum in released checkpoints.
-
-    Raises:
-        ExportError: a weight is larger than fp16's maximum. A trial would not meet a token's row.
-    """
-    import torch
-
-    model = model.half()
-    for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
-            raise ExportError(
-                f"{name} has values that are too large for float16, which ends at 65504: give"
-                " `precision='fp32'` or `precision='bf16'`"
-            )
-    kept = getattr(model, "_keep_in_fp32_modules", None) or ()
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] in kept:
-            module.float()
-    return model
 
 
 def _float_weights(model: Any) -> dict[str, NDArray[Any]]:

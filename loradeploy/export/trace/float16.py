@@ -1,0 +1,48 @@
+"""Cast a model to fp16 as transformers loads it in that dtype.
+
+transformers keeps two kinds of tensors in fp32, and the cast of a module (`half`) rounds both:
+
+    weights    of the model's `_keep_in_fp32_modules`: T5's `wo`, whose products are larger than
+               fp16's maximum in released checkpoints
+    buffers    of frequencies: a rotary embedding multiplies them by the position, and with it the
+               rounding (by more than 0.5 rad at position 4096)
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Final
+
+from loradeploy.errors import ExportError
+
+# `inv_freq`, `local_inv_freq`, `freqs`, `sinusoid_freq`, `inv_timescales`, …
+_FREQUENCIES: Final = re.compile(r"(freqs?|timescales)$")
+
+
+def to_float16(model: Any) -> Any:
+    """Cast `model`, which is in fp32, in place; return it.
+
+    Raises:
+        ExportError: a weight is larger than fp16's maximum. A trial would not meet a token's row.
+    """
+    kept = _kept(model)
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(path, recurse=False):
+            if parameter.is_floating_point() and kept.isdisjoint(name.split(".")):
+                parameter.data = parameter.data.half()
+            if not parameter.isfinite().all():
+                raise ExportError(
+                    f"{name} has values that are too large for float16, which ends at 65504: give"
+                    " `precision='fp32'` or `precision='bf16'`"
+                )
+        for name, buffer in list(module.named_buffers(path, recurse=False)):
+            exact = _FREQUENCIES.search(name) or not kept.isdisjoint(name.split("."))
+            if buffer.is_floating_point() and not exact:
+                setattr(module, name.rpartition(".")[2], buffer.half())
+    return model
+
+
+def _kept(model: Any) -> set[str]:
+    """The names of modules and parameters that transformers keeps in fp32."""
+    lists = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+    return {name for each in lists for name in getattr(model, each, None) or ()}
