@@ -194,6 +194,9 @@ class Manifest:
     for other bundles.
     `quantized_embedding`: the module of the token embedding, if it is stored in 8 bits
     (export/passes/precision/embedding.py).
+    `fixed_ranges`: the number of activations that the graph clips to ranges that were measured on
+    the base (export/read/static_ranges.py). The export measures the effect of this on the adapters
+    that are given; loading another one prints a warning.
     """
 
     task: str
@@ -237,6 +240,7 @@ class Manifest:
     whole_prompts: bool = False
     probabilities: str | None = None
     quantized_embedding: str | None = None
+    fixed_ranges: int = 0
 
     @property
     def factors(self) -> tuple[str, ...]:

@@ -47,6 +47,7 @@ from loradeploy.export.passes.precision.embedding import quantize_embedding
 from loradeploy.export.passes.precision.quantize import quantize
 from loradeploy.export.passes.tokens.kept_logits import add_logits_to_keep, logits_to_keep_problem
 from loradeploy.export.passes.tokens.vocabulary import vocabulary_in
+from loradeploy.export.read.static_ranges import count_ranges
 from loradeploy.export.read.values.cache import padding_of
 from loradeploy.printable import logger_of
 
@@ -173,6 +174,7 @@ def base_manifest(base: Base, mode: Any) -> Manifest:
         traced=base.traced,
         probabilities=base.probabilities,
         quantized_embedding=None if base.before is None else base.before.quantized_embedding,
+        fixed_ranges=count_ranges(base.graph.graph),
     )
 
 

@@ -22,10 +22,14 @@ logger = logger_of(__name__)
 _CARRIERS: Final = ("Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 
 
+def count_ranges(graph: ir.Graph) -> int:
+    """The number of activations that are clipped to fixed ranges."""
+    return sum(map(_clips, graph))
+
+
 def warn_of_ranges(graph: ir.Graph) -> None:
     """Warn of the number of activations that are clipped to fixed ranges, if there are any."""
-    count = sum(map(_clips, graph))
-    if count:
+    if count := count_ranges(graph):
         logger.warning(
             "%d activations of the graph are quantized in ranges that were measured on the base"
             " (QuantizeLinear): what an adapter makes larger is cut off; compare the bundle with"

@@ -32,9 +32,12 @@ from loradeploy.errors import (
     prefixing_errors,
 )
 from loradeploy.files import inside
+from loradeploy.printable import logger_of
 from loradeploy.runtime.adapters.resident import Arrays, FittedAdapter, Read
 from loradeploy.runtime.adapters.wholes import Wholes
 from loradeploy.snapshot import ATTEMPTS, Snapshot
+
+logger = logger_of(__name__)
 
 # The files that an adapter is read from; the directory may also have logs that are being written.
 _SUFFIXES: Final = frozenset({".json", ".safetensors", NATIVE_SUFFIX})
@@ -117,6 +120,7 @@ class AdapterReader:
         """
         found = _of_one_version(source, lambda: self._read(source, name))
         warn_of_trained_config(name, text_directory(source), model_config(self.directory))
+        self._warn_of_ranges(name, found.digest)
         if self.certified is not None and found.digest not in self.certified:
             form = ""
             if source.suffix == NATIVE_SUFFIX:
@@ -126,6 +130,20 @@ class AdapterReader:
                 f" certificate{form}; run {parity_command(self.path, adapter=True)} to check it"
             )
         return found
+
+    def _warn_of_ranges(self, name: str, digest: str) -> None:
+        """Warn of an adapter that the export did not measure in a graph that clips activations."""
+        measured = {entry.digest for entry in self.manifest.adapters.values()}
+        count = self.manifest.fixed_ranges
+        if count and digest not in measured and digest not in (self.certified or ()):
+            logger.warning(
+                "the adapter %s was not measured in this bundle, whose graph clips %d activations"
+                " to ranges that were measured on the base, and may cut off its effect: export the"
+                " bundle again with the adapter, or run %s",
+                name,
+                count,
+                parity_command(self.path, adapter=True),
+            )
 
     def _computed(self, source: Path, native_digest: str) -> FittedAdapter:
         """Like `_read`, for an adapter whose side inputs the export computed before packing."""

@@ -13,6 +13,7 @@ from loradeploy.adapter.config import AdapterConfig
 from loradeploy.adapter.files.peft import save_adapter
 from loradeploy.errors import ExportError
 from loradeploy.export.api import export
+from loradeploy.runtime.session import AdapterSession
 from tests.conftest import MakeAdapter, once
 from tests.export import others
 from tests.export.graphs import IN, OUT, Builder, numbers
@@ -94,3 +95,25 @@ def test_an_adapter_before_a_range_is_clipped_if_it_is_merged(tmp_path: Path) ->
     export(graph, tmp_path / "merged", adapters=given["small"], task=TASK, merge=True)
     with pytest.raises(ExportError, match="changes the effect of the merged adapter"):
         export(graph, tmp_path / "clipped", adapters=given["large"], task=TASK, merge=True)
+
+
+def test_loading_an_adapter_that_was_not_measured_is_a_warning(
+    quantized: Path,
+    tiny_bert: Path,
+    make_adapter: MakeAdapter,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    measured, place = _adapter(make_adapter, tiny_bert, 0.1), tmp_path / "bundle"
+    later = make_adapter(tiny_bert, r=4, seed=2, task=TASK, scale=1.0)
+    manifest = export(quantized, place, adapters={"mine": measured}, checkpoint=tiny_bert)
+    session = AdapterSession(place)
+    session.load("mine")
+    session.load("again", measured)
+    assert "was not measured in" not in caplog.text
+    session.load("later", later)
+    count = manifest.fixed_ranges
+    assert count > 0
+    assert f"the adapter later was not measured in this bundle, whose graph clips {count} " in (
+        caplog.text
+    )
