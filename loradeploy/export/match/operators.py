@@ -109,6 +109,14 @@ OPERATORS: Final[Mapping[tuple[str, str], Operator]] = MappingProxyType(
             },
             {"weight_prepacked": 0},
         ),
+        (MICROSOFT, "MatMulBnb4"): Operator(
+            {"A": CARRIED, "B": HONORED, "absmax": HONORED},
+            {
+                **dict.fromkeys(("K", "N", "block_size", "quant_type"), HONORED),
+                **dict.fromkeys(("training_mode", "transB"), REFUSED),
+            },
+            {"training_mode": 0, "transB": 1},
+        ),
         ("", "MatMulInteger"): Operator(
             {"A": CARRIED, "B": HONORED, "a_zero_point": CARRIED, "b_zero_point": HONORED}
         ),
@@ -189,6 +197,8 @@ OPERATORS: Final[Mapping[tuple[str, str], Operator]] = MappingProxyType(
     }
 )
 
+# Those of UNREACHED that compute a mixture's experts.
+_EXPERTS: Final = frozenset({"MoE", "QMoE"})
 # Operators that have the weights of layers, but take no adapters.
 UNREACHED: Final = frozenset(
     {
@@ -204,8 +214,8 @@ UNREACHED: Final = frozenset(
         *((MICROSOFT, "FusedConv"), (MICROSOFT, "NhwcConv"), (MICROSOFT, "QLinearConv")),
         *((MICROSOFT, "FusedGemm"), (MICROSOFT, "QGemm"), (MICROSOFT, "GemmFloat8")),
         *((MICROSOFT, "GemmFastGelu"), (MICROSOFT, "TransposeMatMul")),
-        *((MICROSOFT, "GatherBlockQuantized"), (MICROSOFT, "MatMulBnb4")),
-        *((MICROSOFT, "MatMulFpQ4"), (MICROSOFT, "MoE"), (MICROSOFT, "QMoE")),
+        *((MICROSOFT, "GatherBlockQuantized"), (MICROSOFT, "MatMulFpQ4")),
+        *((MICROSOFT, "MoE"), (MICROSOFT, "QMoE")),
         ("com.microsoft.nchwc", "Conv"),
         ("com.ms.internal.nhwc", "Conv"),
     }
@@ -266,13 +276,14 @@ def unreached(graph: ir.Graph) -> dict[str, int]:
 
 def unreached_layers(graph: ir.Graph) -> str | None:
     """The hint about such operators if a module was not found; None if there are none."""
-    found = [f"{op} ({count})" for op, count in unreached(graph).items()]
-    if not found:
+    counts = unreached(graph)
+    if not counts:
         return None
-    return (
-        f"layers in {listed_names(found, 2)} take no adapters: give the graph as it was before its"
-        " operators were fused or quantized"
-    )
+    found = [f"{op} ({count})" for op, count in counts.items()]
+    advice = "give the graph as it was before its operators were fused or quantized"
+    if counts.keys() <= _EXPERTS:
+        advice = "export the checkpoint, whose experts take them"  # no graph has them unfused
+    return f"layers in {listed_names(found, 2)} take no adapters: {advice}"
 
 
 def _domain(node: ir.Node) -> str:

@@ -2,7 +2,7 @@
 
 MatMul, Gemm            the weight directly, or through Cast, Identity, Transpose
 … of DequantizeLinear   QDQ; input and output may be quantized too
-MatMulNBits             packed in blocks
+MatMulNBits, MatMulBnb4 packed in blocks
 MatMulInteger           dynamically quantized, with the scales after it (integer_scales.py)
 DynamicQuantizeMatMul   the same in one operator of onnxruntime
 MatMulIntegerToFloat    the same, with the input quantized before
@@ -28,6 +28,7 @@ from loradeploy.export.graph.edit import (
     number_of,
     only_user,
 )
+from loradeploy.export.match.bnb4 import MATMUL_BNB4, rows_of_codes, steps_of_codes
 from loradeploy.export.match.integer_scales import scaling_of
 from loradeploy.export.match.operators import MICROSOFT, check_operators
 from loradeploy.export.match.quantized import (
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
 _DEQUANTIZE: Final = "DequantizeLinear"
 # All operators that may be products.
-OPERATORS: Final = ("Gemm", "MatMul", MATMUL_NBITS, INTEGER, *TO_FLOAT)
+OPERATORS: Final = ("Gemm", "MatMul", MATMUL_NBITS, MATMUL_BNB4, INTEGER, *TO_FLOAT)
 # The index of the bias input, for products that have one.
 _BIAS_INPUT: Final = {"Gemm": 2, MATMUL_NBITS: 5, **{op: at[2] for op, at in TO_FLOAT.items()}}
 # Operators that may be between a weight's initializer and the product.
@@ -90,6 +91,8 @@ class Product:
         check_operators(describe(self), [self.node])
         if self.node.op_type == MATMUL_NBITS:
             return unpacked_rows(self.node, picks)
+        if self.node.op_type == MATMUL_BNB4:
+            return rows_of_codes(self.node, picks)
         numbers = constant_of(self.weight)
         if not self.quantized:
             rows = numbers.take(picks, 0 if self.transposed else 1).astype(np.float32)
@@ -105,6 +108,8 @@ class Product:
         """
         if self.node.op_type == MATMUL_NBITS:
             return steps_of_blocks(self.node, picks)
+        if self.node.op_type == MATMUL_BNB4:
+            return steps_of_codes(self.node, picks)
         shape = constant_of(self.weight).shape
         one, zero = (
             dequantized_rows(self, np.broadcast_to(np.float32(number), shape), picks)
@@ -118,7 +123,7 @@ def products(graph: ir.Graph) -> Iterator[Product]:
     for node in graph:
         if node.op_type in ("MatMul", "Gemm") and node.domain == "":
             product = _plain(node)
-        elif node.op_type == MATMUL_NBITS:
+        elif node.op_type in (MATMUL_NBITS, MATMUL_BNB4):
             product = _packed(node)
         elif node.op_type in TO_FLOAT and node.domain == MICROSOFT:
             product = _to_float(node)
@@ -140,7 +145,7 @@ def precision_of(model: ir.Model) -> str:
     bits = {
         node.attributes["bits"].as_int() if "bits" in node.attributes else 4
         for node in model.graph.all_nodes()
-        if node.op_type == MATMUL_NBITS
+        if node.op_type in (MATMUL_NBITS, MATMUL_BNB4)
     }
     if bits:
         return "int8" if min(bits) > 4 else "int4"

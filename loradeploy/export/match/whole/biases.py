@@ -60,7 +60,7 @@ _FUSED: Final[Mapping[str, _Operator]] = {
 _ADD_NOTHING: Final = (
     *("DynamicQuantizeMatMul", "FusedMatMul", "Gelu", "GroupQueryAttention", "MatMulNBits"),
     *("MatMulIntegerToFloat", "QuickGelu", "RotaryEmbedding", "PagedAttention", "SparseAttention"),
-    *("LinearAttention", "QMoE", "MoE", "DequantizeLinear", "QuantizeLinear"),
+    *("LinearAttention", "MatMulBnb4", "QMoE", "MoE", "DequantizeLinear", "QuantizeLinear"),
 )
 # Operators that only move or scale the values of a product's output.
 _CARRIERS: Final = (

@@ -39,7 +39,7 @@ _SHAPE_OF_AXES: Final = 15
 # Operators whose result at a position depends on that position of their inputs only.
 _BY_POSITION: Final = (
     *("Add", "Cast", "Div", "FusedMatMul", "Gemm", "Identity", "MatMul", "MatMulNBits", "Mul"),
-    *("Neg", "Sub", "Tanh"),
+    *("MatMulBnb4", "Neg", "Sub", "Tanh"),
 )
 
 
