@@ -564,16 +564,55 @@ def test_an_embedding_is_named_as_the_linear_layers_that_weights_identify(
     assert find_parts(model).keys() == {expected}
 
 
+@pytest.mark.parametrize("names", ["none", "others"])
+def test_parts_whose_weight_one_module_of_the_checkpoint_has_are_named_by_it(
+    names: str, tmp_path: Path
+) -> None:
+    b = Builder()
+    ids, image = b.input("ids", ["batch", 5]), b.input("image", ["batch", 3, 8, 8])
+    named: Any = {} if names == "none" else {"module": "m.other"}
+    constants = {
+        "embed": b.weight("e", 7, IN),
+        "norm": b.weight("s", IN),
+        "patches": b.weight("c", 2, 3, 4, 4),
+    }
+    x = b.node("Gather", [constants["embed"], ids], ["batch", 5, IN], **named)
+    x = b.node("LayerNormalization", [x, constants["norm"]], ["batch", 5, IN])
+    same = [b.constant(f"one{at}", np.ones(IN, np.float32)) for at in range(2)]
+    for one in same:
+        x = b.node("LayerNormalization", [x, one], ["batch", 5, IN])
+    y = b.node("MatMul", [x, b.weight("w", IN, OUT)], ["batch", 5, OUT])
+    z = b.node("Conv", [image, constants["patches"]], ["batch", 2, 2, 2], kernel_shape=[4, 4])
+    model = b.model(y, z)
+
+    def numbers_of(value: ir.Value) -> Any:
+        assert value.const_value is not None
+        return value.const_value.numpy()
+
+    weights = {f"m.{name}.weight": numbers_of(value) for name, value in constants.items()}
+    weights |= {f"m.same.{at}.weight": numbers_of(one) for at, one in enumerate(same)}
+    weights["m.q.weight"] = np.ascontiguousarray(numbers_of(model.graph.initializers["w"]).T)
+    save_file(weights, tmp_path / "model.safetensors")
+    find_modules(model, tmp_path, Evidence(checkpoint=tmp_path), [])
+    assert find_parts(model).keys() == {"m.embed", "m.norm", "m.patches"}
+
+
+@pytest.mark.parametrize(
+    ("op", "advice"),
+    [
+        ("MatMulFpQ4", "give the graph as it was before its operators were fused or quantized"),
+        ("QMoE", "export the checkpoint, whose experts take them"),
+    ],
+)
 def test_operators_that_take_no_adapters_are_named_where_the_checkpoint_has_no_match(
-    tmp_path: Path,
+    op: str, advice: str, tmp_path: Path
 ) -> None:
     b = Builder()
     x = b.input("x", ["batch", IN])
     inputs = [x, b.weight("packed", IN * OUT // 2), b.weight("absmax", 2)]
-    given = {"domain": "com.microsoft", "K": IN, "N": OUT, "block_size": 16, "quant_type": 1}
-    model = b.model(b.node("MatMulBnb4", inputs, ["batch", OUT], **given))
+    model = b.model(b.node(op, inputs, ["batch", OUT], domain="com.microsoft"))
     save_file({"block.proj.weight": np.ones((OUT, IN), np.float32)}, tmp_path / "model.safetensors")
-    with pytest.raises(ExportError, match=r"layers in MatMulBnb4 \(1\) take no adapters: give"):
+    with pytest.raises(ExportError, match=rf"layers in {op} \(1\) take no adapters: {advice}"):
         find_modules(model, tmp_path, Evidence(checkpoint=tmp_path), [])
 
 

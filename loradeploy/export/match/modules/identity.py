@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.adapter.files.base_files import weight_files
 from loradeploy.adapter.files.tensors import StoredTensor, map_tensors
@@ -21,12 +21,19 @@ from loradeploy.adapter.tasks import LM_HEAD
 from loradeploy.errors import ExportError, ModelError, listed_names
 from loradeploy.export.match.modules.mapping import FOUND_BY as GIVEN
 from loradeploy.export.match.modules.naming import Named, Namer
-from loradeploy.export.match.modules.weights import Matrix, Sample, bias_difference, difference
+from loradeploy.export.match.modules.weights import (
+    Matrix,
+    Sample,
+    bias_difference,
+    difference,
+    is_stored,
+)
 from loradeploy.export.match.products import Product, describe, products
 from loradeploy.export.match.whole.biases import bias_numbers
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+    from numpy.typing import NDArray
 
 FOUND_BY: Final = "weight identity"
 # Embeddings are not linear layers, but an output head may be tied to them.
@@ -69,11 +76,15 @@ class CheckpointWeights:
         stored: dict[str, StoredTensor] = {}
         for file in files:
             stored |= map_tensors(file, error=ModelError)[0]
+        self._by_shape: dict[tuple[int, ...], list[tuple[str, StoredTensor]]] = {}
         for name, tensor in stored.items():
-            if name.endswith(".weight") and len(tensor.shape) == 2:
-                module = name.removesuffix(".weight")
+            module = name.removesuffix(".weight")
+            if name != module:
+                self._by_shape.setdefault(tensor.shape, []).append((module, tensor))
+            if name != module and len(tensor.shape) == 2:
                 self._add(module, tensor, stored.get(f"{module}.bias"))
-        self._prefix = _prefix(self._needed, self._modules)
+        modules = (module for alike in self._by_shape.values() for module, _ in alike)
+        self._prefix = _prefix(self._needed, modules)
 
     def _add(self, module: str, stored: StoredTensor, bias: StoredTensor | None) -> None:
         self._modules[module] = stored
@@ -152,6 +163,15 @@ class CheckpointWeights:
                 for (module, outputs), matrix in zip(named.modules, matrices, strict=True)
             )
         ]
+
+    def module_with(self, numbers: NDArray[Any]) -> str | None:
+        """The only module whose weight is the constant `numbers`; None if several have it."""
+        found = [
+            module
+            for module, stored in self._by_shape.get(numbers.shape, ())
+            if is_stored(numbers, stored)
+        ]
+        return self._name(found[0]) if len(found) == 1 else None
 
     def missing(self) -> tuple[str, ...]:
         """The modules whose matrix was not found in any product, except embeddings."""

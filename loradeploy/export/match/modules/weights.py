@@ -15,6 +15,7 @@ import numpy as np
 
 from loradeploy.adapter.files.tensors import StoredTensor
 from loradeploy.export.graph.edit import constant_of
+from loradeploy.export.match.bnb4 import MATMUL_BNB4
 from loradeploy.export.match.integer_scales import scaling_of
 from loradeploy.export.match.products import Product
 from loradeploy.export.match.quantized import INTEGER, MATMUL_NBITS
@@ -130,6 +131,8 @@ def bits_of(product: Product) -> int:
     if product.node.op_type == MATMUL_NBITS:
         attribute = product.node.attributes.get("bits")
         return 4 if attribute is None else attribute.as_int()
+    if product.node.op_type == MATMUL_BNB4:
+        return 4
     dtype = product.weight.dtype
     return 8 if dtype is None else min(dtype.bitwidth, 16)
 
@@ -150,6 +153,23 @@ def bias_difference(matrix: Matrix, actual: NDArray[np.float32] | None) -> str |
     if _same(actual[np.newaxis], expected[np.newaxis], None, 0):
         return None
     return f"its bias is not {name}"
+
+
+def is_stored(numbers: NDArray[Any], stored: StoredTensor) -> bool:
+    """Whether a constant of any rank has the values of a tensor of the checkpoint, up to rounding.
+
+    The first row is compared alone, because most tensors of the same shape differ in it.
+    """
+    if numbers.shape != stored.shape or not numbers.size:
+        return False
+    for begin, end in ((0, 1), *((at, at + _CHUNK) for at in range(0, len(numbers), _CHUNK))):
+        rows = numbers[begin:end]
+        picks = list(range(begin, begin + len(rows)))
+        expected = stored.take(picks, 0).astype(np.float32)
+        matrix = (len(picks), -1)
+        if not _same(rows.astype(np.float32).reshape(matrix), expected.reshape(matrix), None, 0):
+            return False
+    return True
 
 
 def _read(

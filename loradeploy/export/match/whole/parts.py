@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -106,11 +106,8 @@ def find_parts(model: ir.Model) -> dict[str, Part]:
     parts: dict[str, Part] = {}
     calls: dict[str, list[ir.Node]] = {}
     ambiguous = set()
-    for node in model.graph:
-        operator = _OPERATORS.get(node.op_type)
-        weight = None if operator is None else _weight(node, operator)
-        found = None if weight is None else module_of(node)
-        if operator is None or weight is None or found is None:
+    for node, operator, weight in _weighted(model):
+        if (found := module_of(node)) is None:
             continue
         module, found_by = found
         first = parts.get(module)
@@ -128,6 +125,20 @@ def find_parts(model: ir.Model) -> dict[str, Part]:
             found_by=found_by,
         )
     return {module: part for module, part in parts.items() if module not in ambiguous}
+
+
+def weights_of_parts(model: ir.Model) -> Iterator[tuple[ir.Node, ir.Value]]:
+    """Every call of an embedding, convolution or norm, also without a module, and its weight."""
+    for node, _, weight in _weighted(model):
+        yield node, weight
+
+
+def _weighted(model: ir.Model) -> Iterator[tuple[ir.Node, _Operator, ir.Value]]:
+    for node in model.graph:
+        operator = _OPERATORS.get(node.op_type)
+        weight = None if operator is None else _weight(node, operator)
+        if operator is not None and weight is not None:
+            yield node, operator, weight
 
 
 def embedding_of(model: ir.Model) -> Part | None:

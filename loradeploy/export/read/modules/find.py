@@ -86,7 +86,7 @@ def find_modules(
         _check_weights(graph, findings, weights)
         for node in (node for linear in findings.linears.values() for node in linear.nodes):
             node.metadata_props.pop(SCALE, None)  # the comparison proved that its weight is W
-        name_parts(model, findings.linears)
+        name_parts(model, findings.linears, weights.module_with)
         annotate_modules(findings.linears)
         return findings
     findings = without_doubtful(findings, targeted, scaled)
