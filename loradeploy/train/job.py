@@ -41,6 +41,7 @@ from loradeploy.names import MODEL_CONFIG_NAME, MODULES_NAME
 from loradeploy.printable import logger_of
 from loradeploy.train.config import TrainConfig
 from loradeploy.train.data.packing import PackingCollator, enable_packing
+from loradeploy.train.fusion.last_layer import shorten
 from loradeploy.train.injected import Injected, inject_adapter
 from loradeploy.train.loop.checkpoints import Checkpoints
 from loradeploy.train.loop.processes import (
@@ -251,6 +252,7 @@ def _interrupted(stop: Stop, step: int, checkpoints: Checkpoints) -> TrainingInt
 def _collator(run: _Run) -> Collate:
     packs = run.config.packing and run.task.name == CAUSAL_LM
     if packs and enable_packing(run.base.model):
+        shorten(run.base.model)
         return PackingCollator()
     return run.task.collate(run.checkpoint.pad_id)
 

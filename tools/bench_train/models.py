@@ -100,12 +100,15 @@ def _padded(tokenizer: Any) -> Any:
 
 def _packed(model: Any, tokenizer: Any) -> tuple[Any, LossFunction]:
     from loradeploy.train.data.packing import PackingCollator, enable_packing
+    from loradeploy.train.fusion.last_layer import shorten
     from loradeploy.train.fusion.modules import fuse
     from loradeploy.train.tasks.losses import causal_lm_loss
 
     if not enable_packing(model):
         raise RuntimeError("SmolLM2 is expected to pack")
     fuse(model)
+    if not shorten(model):
+        raise RuntimeError("SmolLM2 is expected to compute its last layer at labels only")
     return PackingCollator(), causal_lm_loss
 
 

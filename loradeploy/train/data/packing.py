@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, Final
 
 import torch
@@ -21,7 +21,9 @@ from loradeploy.lora.quiet import quiet
 
 PACKED: Final = "loradeploy_packed"
 # The name that transformers passes on to attention functions (FlashAttentionKwargs).
-_STARTS: Final = "cu_seq_lens_q"
+STARTS: Final = "cu_seq_lens_q"
+# The name of the argument `queries` of `packed_attention`.
+QUERIES: Final = "queries"
 _PROBED_LENGTHS: Final = (5, 9, 2)
 # Relative to the largest logit. Packed and single examples differ only by the order of summation.
 _SAME: Final = {torch.float32: 1e-4}
@@ -43,7 +45,7 @@ class PackingCollator:
             "input_ids": torch.tensor([token for row in rows for token in row])[None],
             "position_ids": torch.tensor([i for length in lengths for i in range(length)])[None],
             "labels": torch.tensor([label for f in features for label in f["labels"]])[None],
-            _STARTS: starts,
+            STARTS: starts,
         }
 
 
@@ -60,11 +62,10 @@ def enable_packing(model: PreTrainedModel) -> bool:
     AttentionInterface.register(PACKED, packed_attention)
     with quiet(), suppress(Exception):  # any exception means that the model does not support it
         if before == "sdpa" and _chunk(model) is None:
-            examples = _examples(model)
+            examples = trial_examples(model)
             expected = _separate_logits(model, examples)
             model.set_attn_implementation(PACKED)
-            limit = _SAME.get(model.dtype, _SAME_HALF) * float(expected.abs().max())
-            if torch.allclose(_packed_logits(model, examples), expected, rtol=0, atol=limit):
+            if same_logits(model, packed_logits(model, examples), expected):
                 return True
     model.set_attn_implementation(before)
     return False
@@ -79,40 +80,62 @@ def packed_attention(
     *,
     cu_seq_lens_q: Tensor | None = None,
     sliding_window: int | None = None,
+    queries: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Attention within each example of a packed row, for transformers' AttentionInterface.
 
     `query` [1, heads, tokens, size], `key` and `value` [1, key-value heads, tokens, size] →
-    [1, tokens, heads, size].
+    [1, tokens, heads, size]. With `queries`, the ascending positions of some tokens, `query` and
+    the result have only these tokens.
     """
     if cu_seq_lens_q is None:
         raise ValueError(f"{type(module).__name__} does not pass the positions of the examples on")
     lengths = cu_seq_lens_q.diff().tolist()
     # One split and one concatenation: gradients of slices would each have the size of the row.
-    parts = zip(*(torch.split(t, lengths, dim=2) for t in (query, key, value)), strict=True)
+    counts = lengths  # of the queries of each example
+    places: Sequence[Tensor | None] = [None] * len(lengths)
+    if queries is not None:
+        places = some = _places(cu_seq_lens_q, queries)
+        counts = [len(at) for at in some]
+    parts = zip(
+        torch.split(query, counts, dim=2),
+        *(torch.split(t, lengths, dim=2) for t in (key, value)),
+        places,
+        strict=True,
+    )
     attended = [
-        sdpa_attention_forward(module, q, k, v, _window(q, sliding_window), **options)[0]
-        for q, k, v in parts
+        sdpa_attention_forward(module, q, k, v, _mask(k, sliding_window, at), **options)[0]
+        for q, k, v, at in parts
+        if q.shape[2]
     ]
     return torch.cat(attended, dim=1), None
 
 
-def _window(query: Tensor, size: int | None) -> Tensor | None:
-    """The mask [1, 1, tokens, tokens] of a sliding window; None if it includes all tokens."""
-    length = query.shape[2]
-    if size is None or length <= size:
+def _places(starts: Tensor, queries: Tensor) -> list[Tensor]:
+    """The positions of the queries of each example, counted from its begin."""
+    return [
+        queries[(queries >= begin) & (queries < end)] - begin
+        for begin, end in pairwise(starts.tolist())
+    ]
+
+
+def _mask(key: Tensor, window: int | None, queries: Tensor | None) -> Tensor | None:
+    """The mask [1, 1, queries, tokens] of a sliding window, or of some queries; None if causal."""
+    length = key.shape[2]
+    if queries is None and (window is None or length <= window):
         return None
-    positions = torch.arange(length, device=query.device)
-    distance = positions[:, None] - positions[None, :]
-    return ((distance >= 0) & (distance < size))[None, None]
+    positions = torch.arange(length, device=key.device)
+    distance = (positions if queries is None else queries)[:, None] - positions[None, :]
+    return ((distance >= 0) & (distance < (window or length)))[None, None]
 
 
 def _chunk(model: PreTrainedModel) -> int | None:
     return getattr(model.config.get_text_config(), "attention_chunk_size", None)
 
 
-def _examples(model: PreTrainedModel) -> list[list[int]]:
+def trial_examples(model: PreTrainedModel) -> list[list[int]]:
+    """Random examples of different lengths."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.get_input_embeddings().num_embeddings
     return [
@@ -127,8 +150,15 @@ def _separate_logits(model: PreTrainedModel, examples: Sequence[list[int]]) -> T
     return torch.cat([_evaluated(model, input_ids=row) for row in rows], dim=1)
 
 
+def same_logits(model: PreTrainedModel, logits: Tensor, expected: Tensor) -> bool:
+    """Whether two logits of `model` differ only by the order of sums."""
+    limit = _SAME.get(model.dtype, _SAME_HALF) * float(expected.abs().max())
+    return torch.allclose(logits, expected, rtol=0, atol=limit)
+
+
 @torch.no_grad()
-def _packed_logits(model: PreTrainedModel, examples: Sequence[list[int]]) -> Tensor:
+def packed_logits(model: PreTrainedModel, examples: Sequence[list[int]]) -> Tensor:
+    """The logits [1, tokens, vocabulary] of a batch of `examples`, without dropout."""
     batch = PackingCollator()([{"input_ids": row, "labels": row} for row in examples])
     del batch["labels"]
     return _evaluated(model, **{name: value.to(model.device) for name, value in batch.items()})

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from loradeploy.train.data.packing import QUERIES
 from loradeploy.train.fusion.elementwise import rotated
 from loradeploy.train.fusion.layers import outputs
 
@@ -30,34 +31,78 @@ Attend = Callable[..., tuple[Tensor, Any]]
 
 @dataclass(frozen=True, eq=False)
 class Attention:
-    """An attention module that rotates its queries and keys, and what it passes on to `Attend`.
+    """The forward pass of an attention module that rotates its queries and keys.
 
-    `constants`: the options that it adds to its own arguments, such as the scaling.
+    `constants`: the options that the module passes on to its attention function beside those of a
+    call, such as the scaling. `own`: its original forward pass.
     """
 
     module: Any
     constants: Mapping[str, Any]
+    own: Callable[..., Any]
 
     def __call__(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Any = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **options: Any,
+    ) -> Any:
+        """The output of the module, and its attention weights."""
+        if not self.is_plain(hidden_states, position_embeddings, past_key_values, options):
+            return self.own(
+                hidden_states=hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                **options,
+            )
+        return self.attended(hidden_states, position_embeddings, attention_mask, options)
+
+    def attended(
         self,
         hidden: Tensor,
         turns: tuple[Tensor, Tensor],
         mask: Tensor | None,
         options: Mapping[str, Any],
+        queries: Tensor | None = None,
     ) -> tuple[Tensor, Any]:
-        """The module's output for `hidden` [batch, tokens, size], and its attention weights.
+        """The output for `hidden` [batch, tokens, size]: [batch, tokens, size].
 
-        `turns`: cosines and sines [batch or 1, tokens, head size].
+        `turns`: cosines and sines [batch or 1, tokens, head size]. `queries` int64 [some]: the
+        positions of the tokens in a packed row whose output is computed; None: all.
         """
-        module = self.module
-        projections = [getattr(module, name) for name in _PROJECTIONS]
-        heads = (*hidden.shape[:-1], -1, turns[0].shape[-1])
-        q, k, v = (y.view(heads) for y in outputs(hidden, projections))
-        q, k = (rotated(y, *turns).transpose(1, 2) for y in (q, k))
-        attend = _attend(module)
-        assert attend is not None
-        y, weights = attend(module, q, k, v.transpose(1, 2), mask, **self.constants, **options)
-        return module.o_proj(y.reshape(*hidden.shape[:-1], -1)), weights
+        module, some = self.module, {}
+        if queries is None:
+            q, k, v = outputs(hidden, [getattr(module, name) for name in _PROJECTIONS])
+            turns_of_q = turns
+        else:
+            q = module.q_proj(hidden.index_select(1, queries))
+            k, v = outputs(hidden, [module.k_proj, module.v_proj])
+            turns_of_q = turns[0][:, queries], turns[1][:, queries]
+            some = {QUERIES: queries}
+        q = rotated(self._heads(q), *turns_of_q).transpose(1, 2)
+        k = rotated(self._heads(k), *turns).transpose(1, 2)
+        v = self._heads(v).transpose(1, 2)
+        attend = cast(Attend, _attend(module))
+        y, weights = attend(module, q, k, v, mask, **self.constants, **options, **some)
+        return module.o_proj(y.flatten(-2)), weights
+
+    def is_plain(self, hidden: Tensor, turns: Any, past: Any, options: Mapping[str, Any]) -> bool:
+        """Whether a call is like those that were compared: float32, on a CPU, without a cache."""
+        return (
+            past is None
+            and isinstance(turns, tuple)
+            and hidden.device.type == "cpu"
+            and hidden.dtype == turns[0].dtype == torch.float32
+            and not torch.is_autocast_enabled("cpu")
+            and not set(options) & set(self.constants)
+            and _attend(self.module) is not None
+        )
+
+    def _heads(self, y: Tensor) -> Tensor:
+        return y.view(*y.shape[:-1], -1, self.module.head_dim)
 
 
 def recorded(module: nn.Module) -> Attention | None:
@@ -75,46 +120,6 @@ def recorded(module: nn.Module) -> Attention | None:
         return None
     finally:
         module.train(training)
-
-
-def fused(attention: Attention) -> Callable[..., Any]:
-    """The forward pass for `attention.module`: its own where this is another computation."""
-    module = attention.module
-    own = module.forward
-
-    def forward(
-        hidden_states: Tensor,
-        position_embeddings: Any = None,
-        attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
-        **options: Any,
-    ) -> Any:
-        if not is_plain(attention, hidden_states, position_embeddings, past_key_values, options):
-            return own(
-                hidden_states=hidden_states,
-                position_embeddings=position_embeddings,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                **options,
-            )
-        return attention(hidden_states, position_embeddings, attention_mask, options)
-
-    return forward
-
-
-def is_plain(
-    attention: Attention, hidden: Tensor, turns: Any, past: Any, options: Mapping[str, Any]
-) -> bool:
-    """Whether a call is one that the trial compared: on a CPU, in its dtype, without a cache."""
-    return (
-        past is None
-        and isinstance(turns, tuple)
-        and hidden.device.type == "cpu"
-        and hidden.dtype == turns[0].dtype == torch.float32
-        and not torch.is_autocast_enabled("cpu")
-        and not set(options) & set(attention.constants)
-        and _attend(attention.module) is not None
-    )
 
 
 def _attend(module: Any) -> Attend | None:
@@ -166,8 +171,8 @@ def _trial(module: Any, size: int, width: int, calls: _Calls) -> Attention | Non
             return None
         if options.get("dropout", 0.0) or any(isinstance(v, Tensor) for v in options.values()):
             return None  # the options of another call may differ
-        attention = Attention(module, options)
-        y, _ = attention(x, turns, None, {})
+        attention = Attention(module, options, module.forward)
+        y, _ = attention.attended(x, turns, None, {})
         for ours, theirs in zip((*calls.tensors[:3], y), (*tensors[:3], expected), strict=True):
             ours, theirs = cast(Tensor, ours), cast(Tensor, theirs)
             limit = _SAME * float(theirs.abs().max())

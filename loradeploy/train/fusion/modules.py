@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loradeploy.lora.quiet import quiet
-from loradeploy.train.fusion.attention import fused, recorded
+from loradeploy.train.fusion.attention import recorded
 from loradeploy.train.fusion.elementwise import rms_norm
 from loradeploy.train.fusion.layers import of_gated, outputs
 
@@ -105,8 +105,7 @@ def _gated_mlp(module: nn.Module) -> _Forward | None:
 
 def _attention(module: nn.Module) -> Callable[..., Any] | None:
     """The forward pass of `module` if it is attention with rotated queries and keys."""
-    attention = None if "forward" in vars(module) else recorded(module)
-    return None if attention is None else fused(attention)
+    return None if "forward" in vars(module) else recorded(module)
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from torch.nn.functional import (
 
 from loradeploy.bundle.names import INPUT_FEATURES
 from loradeploy.train.data.features import IGNORED
+from loradeploy.train.fusion.last_layer import output_at
 
 # Number of logits in a chunk: 64 MiB of float32.
 _CHUNK: Final = 1 << 24
@@ -44,14 +45,17 @@ def causal_lm_loss(model: nn.Module, inputs: Mapping[str, Tensor]) -> BatchLoss:
     """Cross-entropy of the next token, over the labeled tokens of `inputs` [batch, sequence].
 
     Equals the model's loss, but logits are computed only for labeled tokens, and in chunks: with a
-    large vocabulary they can take more time than layers, and more memory than the rest.
+    large vocabulary they can take more time than layers, and more memory than the rest. Of packed
+    batches, the last layer is computed only for labeled tokens if `shorten` prepared it.
     """
     labels = inputs["labels"].roll(-1, dims=1)  # position t predicts token t + 1
     labels[:, -1] = IGNORED
     feeds = feeds_of(inputs)
     head = _frozen_head(model)
     if head is not None and model not in _SHAPED:
-        with _loss_in(head, labels) as found:
+        positions = (labels[0] != IGNORED).nonzero().squeeze(1)
+        shortened = output_at(extract_model_from_parallel(model), positions)
+        with _loss_in(head, labels) as found, shortened:
             logits = model(**feeds, use_cache=False).logits
         if found and logits is found[0].logits:
             return found[0].loss
@@ -112,7 +116,8 @@ def _loss_in(head: nn.Linear, labels: Tensor) -> Iterator[list[_InHead]]:
 
     def forward(input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's name for it
         counted = labels != IGNORED
-        rows = input[counted]  # [items, hidden]
+        # A shortened last layer returns only these rows.
+        rows = input[counted] if input.shape[:-1] == labels.shape else input.flatten(0, -2)
         total, right = _HeadLoss.apply(rows, head.weight, head.bias, labels[counted])  # type: ignore[no-untyped-call]
         empty = torch.empty((*input.shape[:-1], 0), device=input.device)
         found.append(_InHead(BatchLoss(total, counted.sum(), right), empty))
