@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -662,3 +663,47 @@ def _pairs(modules: list[str]) -> Adapter:
     pair = Factors(np.ones((2, IN), np.float32), np.ones((OUT, 2), np.float32))
     config = AdapterConfig(r=2, lora_alpha=4, target_modules=tuple(modules))
     return Adapter(config, dict.fromkeys(modules, pair))
+
+
+@pytest.mark.parametrize("prefix", ["", "wrapper."])
+@pytest.mark.parametrize(
+    ("evidence", "folded", "message"),
+    [
+        ("names", True, "is not named after it, as if a norm or a factor was folded into it"),
+        ("checkpoint", True, r"is not m.patches.weight of the checkpoint; a norm or a factor"),
+        ("names", False, None),
+        ("checkpoint", False, None),
+    ],
+)
+def test_a_convolution_into_which_a_norm_was_folded_takes_no_adapter(
+    evidence: str, folded: bool, message: str | None, prefix: str, tmp_path: Path
+) -> None:
+    b = Builder()
+    x, image = b.input("x", ["batch", IN]), b.input("image", ["batch", 3, 8, 8])
+    weight = b.weight("onnx::Conv_63" if folded else f"{prefix}m.patches.weight", 2, 3, 4, 4)
+    y = b.node(
+        "Conv",
+        [image, weight],
+        ["batch", 2, 2, 2],
+        name=f"/{prefix.replace('.', '/')}m/patches/Conv",
+        kernel_shape=[4, 4],
+    )
+    z = b.node("MatMul", [x, b.weight("w", IN, OUT)], ["batch", OUT], module=f"{prefix}m.q")
+    model = b.model(y, z)
+    graph = model.graph.initializers
+    assert weight.const_value is not None
+    kernel = weight.const_value.numpy()
+    weights = {
+        "m.q.weight": np.ascontiguousarray(graph["w"].const_value.numpy().T),
+        "m.patches.weight": 2 * kernel if folded else kernel,
+    }
+    save_file(weights, tmp_path / "model.safetensors")
+    pair = Factors(
+        np.ones((2, 3, 4, 4), np.float32), np.ones((2, 2, 1, 1), np.float32), kind="conv2d"
+    )
+    config = AdapterConfig(r=2, lora_alpha=4, target_modules=("patches",))
+    adapter = Adapter(config, {"m.patches": pair})
+    proof = Evidence(checkpoint=tmp_path) if evidence == "checkpoint" else Evidence()
+    refused = nullcontext() if message is None else pytest.raises(ExportError, match=message)
+    with refused:
+        find_modules(model, tmp_path, proof, [adapter])

@@ -173,6 +173,19 @@ class CheckpointWeights:
         ]
         return self._name(found[0]) if len(found) == 1 else None
 
+    def contradicts(self, module: str, numbers: NDArray[Any]) -> bool:
+        """Whether the checkpoint has another weight of the shape of `numbers` for `module`.
+
+        Its path may have or lack the prefix of a wrapper.
+        """
+        own = f".{self._stored(module)}"
+        stored = [
+            tensor
+            for name, tensor in self._by_shape.get(numbers.shape, ())
+            if own.endswith(f".{name}") or f".{name}".endswith(own)
+        ]
+        return bool(stored) and not any(is_stored(numbers, tensor) for tensor in stored)
+
     def missing(self) -> tuple[str, ...]:
         """The modules whose matrix was not found in any product, except embeddings."""
         return tuple(

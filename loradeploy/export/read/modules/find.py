@@ -25,6 +25,7 @@ from loradeploy.export.read.modules.doubts import (
     scaled_by_module,
     without_doubtful,
 )
+from loradeploy.export.read.modules.folded import refuse_folded
 from loradeploy.export.read.modules.reach import check_reached
 from loradeploy.export.read.modules.row_order import without_rows_in_doubt
 from loradeploy.export.read.products.normalize import SCALE
@@ -87,10 +88,12 @@ def find_modules(
         for node in (node for linear in findings.linears.values() for node in linear.nodes):
             node.metadata_props.pop(SCALE, None)  # the comparison proved that its weight is W
         name_parts(model, findings.linears, weights.module_with)
+        refuse_folded(model, targeted, weights)
         annotate_modules(findings.linears)
         return findings
     findings = without_doubtful(findings, targeted, scaled)
     if not proven:
+        refuse_folded(model, targeted, None)
         findings = without_doubtful(findings, targeted, reordered)
         _warn_of_names(findings)
     annotate_modules(findings.linears)
