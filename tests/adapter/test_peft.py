@@ -247,6 +247,9 @@ def break_adapter(change: str, directory: Path) -> Path:
         tensors[f"{PREFIX}l.q.lora_magnitude_vector"] = np.ones(4, np.float32)
     elif change == "embedding":
         tensors[f"{PREFIX}e.lora_embedding_A"] = np.ones((2, 4), np.float32)
+    elif change == "positions":
+        tensors[f"{PREFIX}decoder.embed_positions.lora_embedding_A"] = np.ones((2, 4), np.float32)
+        tensors[f"{PREFIX}decoder.embed_positions.lora_embedding_B"] = np.ones((3, 2), np.float32)
     elif change == "convolution":
         tensors[key] = np.ones((2, 3, 1, 1), np.float32)
     elif change == "twice":
@@ -286,6 +289,7 @@ def break_adapter(change: str, directory: Path) -> Path:
         ("prefix", "does not begin with"),
         ("dora", "use_dora is False, and the file has a lora_magnitude_vector"),
         ("embedding", "e has lora_embedding_A but no lora_embedding_B"),
+        ("positions", "decoder.embed_positions is an embedding that computes its positions itself"),
         ("convolution", "are not factors of a linear layer"),
         ("twice", r"differs from what the file has for l\.q\.lora_A under another key"),
         ("empty", "has no tensors"),

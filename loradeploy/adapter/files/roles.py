@@ -43,6 +43,8 @@ PARTS: Final[Mapping[Kind, tuple[str, str]]] = {
     "conv2d": ("lora_A.weight", "lora_B.weight"),
     "experts": ("lora_A.weight", "lora_B.weight"),
 }
+# The name of positions in transformers' models (OPT, BART, Whisper) whose class computes its ids.
+_OWN_IDS: Final = "embed_positions"
 
 
 def adapter_from_arrays(arrays: Mapping[str, NDArray[Any]], config: AdapterConfig) -> Adapter:
@@ -132,7 +134,7 @@ def _all_factors(
         problems.append(below)
         below = {}
     for module, tensors_of_module in parts.items():
-        found = _factors(tensors_of_module)
+        found = _factors(module, tensors_of_module)
         if module in below and isinstance(found, Factors):
             module, bias = below[module], found.bias
             found = expert_factors(found.A, found.B, config.rank_of(module), config)
@@ -333,10 +335,16 @@ def _untied(config: AdapterConfig, factors: Mapping[str, Factors]) -> AdapterCon
     return with_targets(dataclasses.replace(config, extra=extra), factors)
 
 
-def _factors(parts: Mapping[str, NDArray[Any]]) -> Factors | str:
-    """The factors in one module's tensors, or why they are refused."""
+def _factors(module: str, parts: Mapping[str, NDArray[Any]]) -> Factors | str:
+    """The factors in the tensors of `module`, or why they are refused."""
     kind: Kind = "embedding" if any("embedding" in part for part in parts) else "linear"
     vectors = (MAGNITUDE, BIAS)
+    if kind == "embedding" and module.rpartition(".")[2] == _OWN_IDS:
+        return (
+            "is an embedding that computes its positions itself, and PEFT looks its factors up by"
+            " the layer's first input (a mask or tokens), which gives other results than merging"
+            " them: train without it"
+        )
     if kind == "linear" and any(v.ndim > 2 for p, v in parts.items() if p not in vectors):
         kind = "conv2d"
     half_A, half_B = PARTS[kind]
