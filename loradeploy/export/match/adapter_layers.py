@@ -31,6 +31,7 @@ _REMEDY: Final = (
 def refuse_adapter_layers(model: ir.Model) -> None:
     """Raise ExportError if the graph has names of an adapter's layers, as PEFT gives them."""
     names: list[str | None] = list(model.graph.initializers)
+    names += [value.name for value in model.graph.inputs]  # Olive makes factors inputs
     for node in model.graph.all_nodes():
         names += [node.name, node.metadata_props.get(NAME_SCOPES)]
     steps = {_SEPARATORS.sub(".", name) for name in names if name}

@@ -20,7 +20,7 @@ RANK = 2
         "model.layers.0.self_attn.q_proj.lora_A.default",
     ],
 )
-@pytest.mark.parametrize("detected_by", ["scopes", "node", "weight"])
+@pytest.mark.parametrize("detected_by", ["scopes", "node", "weight", "input"])
 def test_a_graph_that_contains_an_adapter_is_refused_as_a_base(
     module: str, detected_by: str
 ) -> None:
@@ -29,6 +29,8 @@ def test_a_graph_that_contains_an_adapter_is_refused_as_a_base(
         next(iter(model.graph)).name = f"/{module.replace('.', '/')}/MatMul"
     elif detected_by == "weight":
         model.graph.initializers["w"].name = f"{module}.weight"
+    elif detected_by == "input":
+        model.graph.inputs[0].name = f"{module}.weight"
     with pytest.raises(ExportError, match="contains an adapter as separate layers") as raised:
         refuse_adapter_layers(model)
     assert len(str(raised.value)) <= 300
