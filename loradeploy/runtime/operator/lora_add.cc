@@ -47,7 +47,6 @@ constexpr int64_t kCached = 1 << 17, kBlockA = 1 << 15, kBlockB = 1 << 17;
 // The number of multiplications from which several threads are faster than one, and from which they
 // divide a task of few rows: its factors are then divided by columns, those of A into kDivided.
 constexpr int64_t kParallelFrom = 1 << 17, kDivideFrom = 1 << 18, kDivided = 32;
-constexpr int64_t kGatedColumns = 256;  // of gate and up, which stay in the first cache
 constexpr int64_t kGatedCost = 8;       // multiplications that take as long as silu(gate) · up
 
 // A layer of a call: its factors, and its columns in y and in the result.
@@ -72,8 +71,7 @@ struct Tensors {
 // x A of the rows of a task.
 struct Low {
   int64_t rank;
-  float* low;   // rows · rank
-  float* sums;  // rows · kParts · rank
+  float* low;  // rows · rank
 };
 
 // Rows of the batch, each `sequence` long, that use the same slot; `begin`, `end`: of their tokens.
@@ -81,6 +79,7 @@ struct Task {
   const int64_t* batch_rows;
   int64_t slot, begin, end;
   Low own[kLayers];
+  float* sums;  // rows · kParts · rank(), if the factors are used block by block; else null
 
   int64_t tokens() const { return end - begin; }
   bool has_few_rows() const { return tokens() <= kRows; }
@@ -95,10 +94,7 @@ struct Task {
     }
     return size > kCached;
   }
-  // Rows whose x A is kept.
-  int64_t rows_at_once(const Tensors& call) const {
-    return is_large(call) ? tokens() : std::min<int64_t>(tokens(), kRows);
-  }
+  int64_t rank() const { return own[0].rank + own[1].rank + own[2].rank; }
   // Multiplications for a token and a column of an output.
   int64_t per_column(const Tensors& call, int64_t output) const {
     if (call.gated != nullptr) return own[0].rank + own[1].rank + kGatedCost;
@@ -129,28 +125,72 @@ int64_t share_of(int64_t size, int64_t wanted, int64_t multiple) {
   return std::max<int64_t>(1, (size + shares * multiple - 1) / (shares * multiple)) * multiple;
 }
 
-// The columns [first, last) of x A of a layer for all tokens of a task.
-void down(const Tensors& call, const Task& task, int64_t layer, int64_t first, int64_t last) {
-  const Low& own = task.own[layer];
-  const int64_t stride = call.layers[layer].stored_rank;
-  const float* A = call.layers[layer].A + task.slot * call.in * stride;
-  const int64_t blocks = task.has_few_rows() ? 1 : call.in * own.rank / kBlockA;
+// Some columns of x A of a layer.
+struct Span {
+  int64_t layer, first, last;
+};
+
+// act(width, columns, before) for all columns of x A of some spans, which are as wide as possible;
+// `before`: the number of columns before.
+template <int width = kLanes, typename Act>
+void each_columns(const Tensors& call, const Task& task, const Span* spans, int64_t count,
+                  int64_t before, const Act& act) {
+  Columns columns;
+  const auto act_on_all = [&] {
+    if (columns.count > 0) act(std::integral_constant<int, width>(), columns, before);
+    before += columns.count * width;
+    columns.count = 0;
+  };
+  for (int64_t at = 0; at < count; ++at) {
+    const Span& span = spans[at];
+    const Layer& layer = call.layers[span.layer];
+    const Low& own = task.own[span.layer];
+    const int64_t size = span.last - span.first, end = span.first + size / width * width;
+    int64_t column = width == kLanes ? span.first : span.first + size / (2 * width) * (2 * width);
+    for (; column < end; column += width) {
+      if (columns.count == kTogether || columns.stride != layer.stored_rank) {
+        act_on_all();
+      }
+      columns.stride = layer.stored_rank;
+      columns.A[columns.count] = layer.A + task.slot * call.in * layer.stored_rank + column;
+      columns.low[columns.count] = own.low + column;
+      columns.rank[columns.count] = own.rank;
+      ++columns.count;
+    }
+  }
+  act_on_all();
+  if constexpr (width > 1) each_columns<width / 2>(call, task, spans, count, before, act);
+}
+
+// Some columns of x A for all tokens of a task.
+void down(const Tensors& call, const Task& task, const Span* spans, int64_t count) {
+  const int64_t blocks = task.sums == nullptr ? 1 : task.rank() * call.in / kBlockA;
   const int64_t depth = share_of(call.in, blocks, 16 * kParts);
   int64_t begin = 0;
   do {
-    const Block block{A, stride, begin, std::min(begin + depth, call.in), first, last};
+    const int64_t end = std::min(begin + depth, call.in);
     each_rows(task.begin, task.end, [&](auto rows, int64_t token) {
       const float* x[rows];
       for (int row = 0; row < rows; ++row) x[row] = call.x + task.place(call, token + row) * call.in;
-      const Sums sums{own.sums + (token - task.begin) * kParts * own.rank, own.rank};
-      down_rows<rows>(x, block, sums);
+      alignas(64) float own[rows * kParts * kTogether * kLanes];
+      const int64_t row = token - task.begin;
+      const auto add = [&](auto width, const Columns& columns, int64_t before) {
+        const auto of = [&](auto vectors) {
+          float* sums = own;
+          if (task.sums != nullptr) {
+            sums = task.sums + (before * task.tokens() + row * vectors * width) * kParts;
+          }
+          down_vectors<rows, vectors, width>(x, begin, end, columns, sums);
+          if (end == call.in) add_parts<rows, vectors, width>(sums, row, columns);
+        };
+        if (columns.count == 3) return of(std::integral_constant<int, 3>());
+        if (columns.count == 2) return of(std::integral_constant<int, 2>());
+        of(std::integral_constant<int, 1>());
+      };
+      each_columns(call, task, spans, count, 0, add);
     });
-    begin = block.end;
+    begin = end;
   } while (begin < call.in);
-  for (int64_t token = 0; token < task.tokens(); ++token) {
-    const Sums sums{own.sums + token * kParts * own.rank, own.rank};
-    add_parts<kLanes>(first, last, sums, own.low + token * own.rank);
-  }
 }
 
 // The columns of a layer from `first` on for `rows` tokens: y + low B in `result`.
@@ -158,7 +198,7 @@ template <int rows>
 void add_rows(const Tensors& call, const Task& task, int64_t layer, int64_t token, int64_t first,
               int64_t columns, float* const* result) {
   const Layer& own = call.layers[layer];
-  const auto [rank, low, sums] = task.own[layer];
+  const auto [rank, low] = task.own[layer];
   const float *y[rows], *residual[rows];
   for (int row = 0; row < rows; ++row) {
     const int64_t place = task.place(call, token + row);
@@ -173,25 +213,39 @@ void add_rows(const Tensors& call, const Task& task, int64_t layer, int64_t toke
 // The columns [first, last) of silu(gate) · up for `rows` tokens.
 template <int rows>
 void gate_rows(const Tensors& call, const Task& task, int64_t token, int64_t first, int64_t last) {
-  float sums[2][rows][kGatedColumns];
-  const float* parts[2][rows];
-  for (; first < last; first += kGatedColumns) {
-    const int64_t columns = std::min(kGatedColumns, last - first);
-    for (int64_t layer = 0; layer < 2; ++layer) {
-      float* result[rows];
-      for (int row = 0; row < rows; ++row) {
-        const int64_t place = task.place(call, token + row) * call.width + first;
-        result[row] = sums[layer][row];
-        parts[layer][row] = task.own[layer].rank > 0 ? result[row] : call.layers[layer].y + place;
-      }
-      if (task.own[layer].rank > 0) {
-        add_rows<rows>(call, task, layer, token, first, columns, result);
-      }
+  Half halves[2];
+  const float* y[2][rows];
+  float* result[rows];
+  const int64_t out = call.layers[0].out;
+  for (int row = 0; row < rows; ++row) {
+    const int64_t place = task.place(call, token + row);
+    for (int layer = 0; layer < 2; ++layer) {
+      y[layer][row] = call.layers[layer].y + place * call.width + first;
     }
+    result[row] = call.gated + place * out + first;
+  }
+  for (int layer = 0; layer < 2; ++layer) {
+    const auto [rank, low] = task.own[layer];
+    const Layer& own = call.layers[layer];
+    const float* B = own.B + task.slot * own.stored_rank * out + first;
+    halves[layer] = {low + (token - task.begin) * rank, B, rank, y[layer]};
+  }
+  const int64_t done = gate_rows<rows>(halves[0], halves[1], out, result, last - first);
+  const int64_t rest = last - first - done;
+  if (rest == 0) return;
+  float sums[2][rows][kLanes];
+  for (int layer = 0; layer < 2; ++layer) {
+    float* own[rows];
     for (int row = 0; row < rows; ++row) {
-      const int64_t place = task.place(call, token + row) * call.layers[0].out + first;
-      multiply_gated(parts[0][row], parts[1][row], call.gated + place, columns);
+      own[row] = sums[layer][row];
+      std::copy_n(y[layer][row] + done, rest, own[row]);
     }
+    if (halves[layer].rank > 0) {
+      add_rows<rows>(call, task, layer, token, first + done, rest, own);
+    }
+  }
+  for (int row = 0; row < rows; ++row) {
+    multiply_gated(sums[0][row], sums[1][row], result[row] + done, rest);
   }
 }
 
@@ -214,8 +268,13 @@ void up(const Tensors& call, const Task& task, int64_t output, int64_t first, in
   const int64_t width = share_of(last - first, blocks, kVectors * kSums / kRows * kLanes);
   for (int64_t column = first; column < last; column += width) {
     const int64_t end = std::min(column + width, last);
+    if (call.gated != nullptr) {
+      each_rows<kRows / 2>(task.begin, task.end, [&](auto rows, int64_t token) {
+        gate_rows<rows>(call, task, token, column, end);
+      });
+      continue;
+    }
     each_rows(task.begin, task.end, [&](auto rows, int64_t token) {
-      if (call.gated != nullptr) return gate_rows<rows>(call, task, token, column, end);
       float* result[rows];
       for (int row = 0; row < rows; ++row) {
         result[row] = layer.result + task.place(call, token + row) * layer.out + column;
@@ -233,19 +292,15 @@ struct Piece {
   int64_t first, last, multiplications;
 
   void run(const Tensors& call) const {
-    if (what == kDown) return down(call, *task, at, first, last);
     if (what == kUp) return up(call, *task, at, first, last);
-    const int64_t size = task->rows_at_once(call);
-    Task part = *task;
-    for (part.begin = task->begin; part.begin < task->end; part.begin = part.end) {
-      part.end = std::min(part.begin + size, task->end);
-      for (int64_t layer = 0; layer < call.count; ++layer) {
-        const int64_t rank = part.own[layer].rank;
-        if (rank > 0) down(call, part, layer, 0, rank);
-      }
-      for (int64_t output = 0; output < call.outputs(); ++output) {
-        up(call, part, output, 0, call.layers[output].out);
-      }
+    Span spans[kLayers] = {{at, first, last}};
+    if (what == kDown) return down(call, *task, spans, 1);
+    for (int64_t layer = 0; layer < call.count; ++layer) {
+      spans[layer] = {layer, 0, task->own[layer].rank};
+    }
+    down(call, *task, spans, call.count);
+    for (int64_t output = 0; output < call.outputs(); ++output) {
+      up(call, *task, output, 0, call.layers[output].out);
     }
   }
 };
@@ -342,23 +397,21 @@ void add_tasks(Task task, int64_t tokens, std::vector<Task>& tasks) {
 
 // The memory for x A of all tasks.
 std::unique_ptr<float[]> allocate(const Tensors& call, std::vector<Task>& tasks) {
-  const auto each = [&](const auto& act) {
-    for (Task& task : tasks) {
-      const int64_t rows = task.rows_at_once(call);
-      for (int64_t layer = 0; layer < call.count; ++layer) {
-        act(task.own[layer], rows * task.own[layer].rank);
-      }
-    }
+  const auto parts = [&](const Task& task) {
+    return task.is_large(call) && !task.has_few_rows() ? kParts : 0;
   };
   int64_t size = 0;
-  each([&](const Low&, int64_t own) { size += own * (1 + kParts); });
+  for (const Task& task : tasks) size += task.tokens() * task.rank() * (1 + parts(task));
   std::unique_ptr<float[]> memory(new float[size]);
   float* next = memory.get();
-  each([&](Low& low, int64_t own) {
-    low.low = next;
-    low.sums = next + own;
-    next += own * (1 + kParts);
-  });
+  for (Task& task : tasks) {
+    for (int64_t layer = 0; layer < call.count; ++layer) {
+      task.own[layer].low = next;
+      next += task.tokens() * task.own[layer].rank;
+    }
+    task.sums = parts(task) > 0 ? next : nullptr;
+    next += task.tokens() * task.rank() * parts(task);
+  }
   return memory;
 }
 
@@ -428,7 +481,7 @@ class Update {
     for (const auto& [slot, row] : rows) batch_rows.push_back(row);
     std::vector<Task> tasks;
     for (int64_t row = 0, begin = 0; row < batch; begin = row) {
-      Task task{batch_rows.data() + begin, rows[begin].first, 0, 0, {}};
+      Task task{batch_rows.data() + begin, rows[begin].first, 0, 0, {}, nullptr};
       while (row < batch && rows[row].first == task.slot) ++row;
       for (int layer = 0; layer < count; ++layer) {
         const int64_t stored_rank = tensors.layers[layer].stored_rank;
