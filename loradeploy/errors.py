@@ -51,12 +51,13 @@ _BREAK: Final = re.compile(r"\s*\n\s*")
 class LoraDeployError(Exception):
     """An error that the user can fix.
 
-    The message may contain untrusted names and values; it is printed as one printable line.
+    The message may contain untrusted names and values; it is printed as one printable line of a
+    limited length.
     """
 
     def __str__(self) -> str:
         # Exception.__str__, because KeyError's is a repr and OSError's has a number.
-        return printable(_BREAK.sub(" ", Exception.__str__(self)))
+        return printable(_BREAK.sub(" ", shortened(Exception.__str__(self), _MESSAGE)))
 
 
 class UsageError(LoraDeployError):
@@ -169,7 +170,8 @@ class MissingDependencyError(LoraDeployError):
     """A part of loradeploy whose extra is not installed."""
 
 
-# Maximum characters of one value in a message, and of a list of names or problems.
+# Maximum characters of a message, of one value in it, and of a list of names or problems.
+_MESSAGE: Final = 4000
 _ONE: Final = 120
 _NAMES: Final = 160
 _PROBLEMS: Final = 240

@@ -10,7 +10,11 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
+
+from loradeploy.errors import LoraDeployError
+
+_Read = TypeVar("_Read")
 
 # How often files that change while they are read are read again.
 ATTEMPTS: Final = 3
@@ -82,6 +86,35 @@ class Snapshot:
             if not (now is None if before is None else before.same(now, strict=strict)):
                 return name
         return None
+
+
+def of_one_version(
+    source: str | os.PathLike[str],
+    states: Callable[[], Snapshot],
+    read: Callable[[], _Read],
+    error: type[LoraDeployError],
+) -> _Read:
+    """The result of `read`, during which none of the files in `states` changed.
+
+    One file of one version might fit another file of the next. `source`: the name of the files in
+    the message.
+
+    Raises:
+        error: as `read`, or the files changed during each of several attempts.
+    """
+    for _ in range(ATTEMPTS):
+        before = states()
+        try:
+            found = read()
+        except error:
+            if states() == before:
+                raise
+        else:
+            if states() == before:
+                return found
+    raise error(
+        f"{os.fspath(source)} was written to while it was read: try again when it is complete"
+    )
 
 
 def read_still(path: str | os.PathLike[str], content: Callable[[], bytes]) -> bytes:

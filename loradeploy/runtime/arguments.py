@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any, TypeGuard
 
 import numpy as np
+import onnxruntime
 
 from loradeploy.errors import UsageError, shown
 from loradeploy.runtime.adapters.resident import AdapterSpec
@@ -29,18 +31,19 @@ def check_adapters(adapters: object) -> None:
             )
 
 
-def check_count(name: str, value: object) -> None:
-    """Raise UsageError unless `value` is an integer of at least 1; `name` is for the message."""
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not whole or value < 1:  # type: ignore[operator]
-        raise UsageError(f"{name} is {shown(value)}: give 1 or more")
+def is_list(value: object) -> TypeGuard[Sequence[Any]]:
+    """Whether `value` has items in an order and a number: a list, a tuple or an array."""
+    return isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim > 0)
 
 
-def check_stride(value: object) -> None:
-    """Raise UsageError unless the stride `value` is an integer of at least 0."""
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not whole or value < 0:  # type: ignore[operator]
-        raise UsageError(f"`stride` is {shown(value)}: give a number of tokens")
+def check_session(session: object, user: str) -> None:
+    """Raise UsageError unless `session` is an AdapterSession; `user` is the class that takes it."""
+    from loradeploy.runtime.session import AdapterSession
+
+    if not isinstance(session, AdapterSession):
+        what = shown(session)
+        made = f": give {user}(AdapterSession({what}))" if isinstance(session, str) else ""
+        raise UsageError(f"{user} takes an AdapterSession, not {what}{made}")
 
 
 def check_probability(name: str, value: object) -> None:
@@ -80,9 +83,19 @@ def requested_outputs(output_names: object, outputs: tuple[str, ...]) -> tuple[s
     if isinstance(output_names, str) or not isinstance(output_names, Sequence):
         raise UsageError(f"the requested outputs are {shown(output_names)}: give a list of names")
     known = frozenset(outputs)
-    if unknown := [name for name in output_names if name not in known]:
-        raise UsageError(f"no output is named {unknown[0]!r}: there are {outputs}")
+    for name in output_names:
+        if not isinstance(name, str) or name not in known:
+            raise UsageError(f"no output is named {shown(name)}: there are {outputs}")
     return tuple(output_names) or outputs
+
+
+def check_buffers(buffers: object) -> None:
+    """Raise UsageError unless `buffers` is a mapping to OrtValues."""
+    if not isinstance(buffers, Mapping):
+        raise UsageError(f"`buffers` is {shown(buffers)}: give a mapping of names to OrtValues")
+    for name, value in buffers.items():
+        if not isinstance(value, onnxruntime.OrtValue):
+            raise UsageError(f"the buffer of {shown(name)} is {shown(value)}: give an OrtValue")
 
 
 def check_name(name: object) -> None:

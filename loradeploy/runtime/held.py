@@ -93,7 +93,8 @@ class HeldAdapters:
             UsageError: as `AdapterSession.run`, or a buffer for an output that is not requested.
         """
         with self._while_held():
-            return self._run(self._lease, output_names, feeds, self._device, buffers or {})
+            given = {} if buffers is None else buffers
+            return self._run(self._lease, output_names, feeds, self._device, given)
 
     def take_rows(self, rows: Sequence[int]) -> None:
         """Select the rows of later runs, in this order; a row may be repeated.

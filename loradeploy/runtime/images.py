@@ -11,8 +11,9 @@ import numpy as np
 from loradeploy.bundle.image.pixels import pixel_settings
 from loradeploy.bundle.names import PIXEL_VALUES, PREPROCESSOR_NAME
 from loradeploy.errors import BundleError, RunError, UsageError
+from loradeploy.given_numbers import checked_count
 from loradeploy.runtime.adapters.resident import AdapterSpec
-from loradeploy.runtime.arguments import Adapters, check_count, each_row
+from loradeploy.runtime.arguments import Adapters, each_row
 from loradeploy.runtime.held import HeldAdapters
 from loradeploy.runtime.session import AdapterSession
 
@@ -65,7 +66,7 @@ class ImageReader:
             MissingDependencyError: Pillow is not installed.
             UnknownAdapterError: an adapter that was never loaded.
         """
-        check_count("batch_size", batch_size)
+        batch_size = checked_count("batch_size", batch_size)
         given = list(images) if isinstance(images, list | tuple) else [images]
         if not given:
             raise UsageError("there are no images")

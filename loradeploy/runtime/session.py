@@ -20,7 +20,7 @@ from loradeploy.bundle.model_config import context_length, model_config
 from loradeploy.bundle.names import CONFIG_NAME, GRAPH_NAME
 from loradeploy.bundle.proof.provider import ProviderFacts
 from loradeploy.bundle.proof.requirement import CertificateMinimum
-from loradeploy.errors import UsageError
+from loradeploy.errors import UsageError, shown
 from loradeploy.paths import takes_paths
 from loradeploy.runtime.adapters.bank import AdapterBank, BankStatistics
 from loradeploy.runtime.adapters.leases import Lease
@@ -119,6 +119,10 @@ class AdapterSession:
         operator: str | os.PathLike[str] | None = None,
         map_weights: bool = False,
     ) -> None:
+        if not isinstance(session_options, onnxruntime.SessionOptions | None):
+            raise UsageError(
+                f"`session_options` is {shown(session_options)}: give onnxruntime's SessionOptions"
+            )
         self._lifetime = Lifetime()
         self.path = Path(bundle)
         library = None if operator is None else Path(operator)

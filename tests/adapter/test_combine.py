@@ -284,3 +284,35 @@ def test_the_scale_of_dora_is_magnitude_over_norm(
     np.testing.assert_allclose(output_scale(as_matrix(W, pair), pair, 0.5), expected, rtol=1e-5)
     with pytest.raises(AdapterError, match="no magnitude"):
         output_scale(as_matrix(W, pair), an_adapter().factors[module], 0.5)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (["a", "b"], "`weights` is"),
+        ({1: 1.0}, "`weights` names 1"),
+        ({"a": None}, "a has the weight None"),
+        ({"a": "1"}, "a has the weight '1'"),
+        ({"a": 10**400}, "a has the weight 1000"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_weights_are_numbers_by_adapter(weights: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        ld.combine(weights)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"adapter": "a", "rank": 1}, "give an Adapter"),
+        ({"adapter": None, "rank": "1"}, "`rank` is '1'"),
+        ({"adapter": None, "rank": 1.0}, "`rank` is 1.0"),
+        ({"adapter": None, "rank": True}, "`rank` is True"),
+        ({"adapter": None, "energy": "1"}, "`energy` is '1'"),
+    ],
+    ids=str,
+)
+def test_arguments_of_a_reduction_have_their_types(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        ld.reduce_rank(**arguments)

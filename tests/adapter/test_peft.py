@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import logging
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -23,16 +25,20 @@ from loradeploy.adapter import (
     load_adapter,
     save_adapter,
 )
-from loradeploy.adapter.files import roles
+from loradeploy.adapter.files import peft, roles
 from loradeploy.adapter.files.peft import WEIGHTS_NAME, names_targets
 from loradeploy.adapter.files.tensors import read_arrays, write_arrays
-from loradeploy.errors import AdapterError, ModelError
+from loradeploy.errors import AdapterError, ModelError, OutputError
 
 PREFIX = "base_model.model."
 GOLDEN = (
     b'x\x00\x00\x00\x00\x00\x00\x00{"__metadata__":{"a":"1","b":"2"},"m":{"dtype":"F16","shape":[1],'
     b'"data_offsets":[0,2]},"n":{"dtype":"F32","shape":[1,1],"data_offsets":[2,6]}}'
 )
+
+
+# Of an adapter with the same tensors and another scaling.
+OTHER = AdapterConfig(r=2, lora_alpha=64, target_modules=("q",), modules_to_save=("head",))
 
 
 def an_adapter(**changes: Any) -> Adapter:
@@ -85,6 +91,52 @@ def test_the_same_adapter_gives_the_same_bytes(tmp_path: Path) -> None:
         save_adapter(an_adapter(), tmp_path / name)
     for file in (WEIGHTS_NAME, "adapter_config.json"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+def test_a_failure_to_save_keeps_the_existing_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = save_adapter(an_adapter(), tmp_path)
+    new = an_adapter(config=OTHER)
+    assert new.digest != old
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for writer in ("write_tensors", "write_json"):
+        with monkeypatch.context() as patch, pytest.raises(OutputError, match="No space left"):
+            patch.setattr(peft, writer, full)
+            save_adapter(new, tmp_path)
+        assert load_adapter(tmp_path).digest == old
+        assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("place", ["file", "file/inside", "link"])
+def test_an_adapter_is_not_saved_where_no_directory_can_be(place: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to("file")
+    with pytest.raises(OutputError, match="cannot be written"):
+        save_adapter(an_adapter(), tmp_path / place)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_config_of_one_version_is_not_read_with_the_weights_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = an_adapter(), an_adapter(config=OTHER)
+    save_adapter(old, tmp_path)
+    replacements = [new]
+
+    def replaced_meanwhile(*given: Any, **named: Any) -> Any:
+        if replacements:
+            save_adapter(replacements.pop(0), tmp_path)
+        return read_arrays(*given, **named)
+
+    monkeypatch.setattr(peft, "read_arrays", replaced_meanwhile)
+    assert load_adapter(tmp_path).digest == new.digest != old.digest
+    replacements = [old, new, old]  # at every attempt
+    with pytest.raises(AdapterError, match="was written to while it was read"):
+        load_adapter(tmp_path)
 
 
 def test_golden_bytes_do_not_depend_on_the_order_of_tensors(tmp_path: Path) -> None:

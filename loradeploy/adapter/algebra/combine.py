@@ -19,7 +19,8 @@ from loradeploy.adapter.files.digest import short, tensors_digest
 from loradeploy.adapter.files.peft import load_adapter
 from loradeploy.adapter.fitting.settle import same_numbers, same_values
 from loradeploy.adapter.scaling import with_ranks
-from loradeploy.errors import AdapterError, UsageError, listed_names
+from loradeploy.errors import AdapterError, UsageError, listed_names, shown
+from loradeploy.given_numbers import checked_number
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -55,15 +56,20 @@ def combine(
             different shapes; two adapters that have fully trained the same parameter, or whose
             files have different weights of the base.
     """
-    if method not in _METHODS:
-        raise UsageError(f"`method` {method!r} is unknown: use {', '.join(_METHODS)}")
+    if not isinstance(method, str) or method not in _METHODS:
+        raise UsageError(f"`method` {shown(method)} is unknown: use {', '.join(_METHODS)}")
     if rank is not None and method != "svd":
         raise UsageError(f"`rank` needs method svd: {method} determines the rank")
+    if not isinstance(weights, Mapping):
+        raise UsageError(f"`weights` is {shown(weights)}: give a mapping of adapters to weights")
     if not weights:
         raise UsageError("no adapters to combine")
     for key, weight in weights.items():
-        if not math.isfinite(weight):
-            raise UsageError(f"{_name(key)} has the weight {weight}: give a finite number")
+        if not isinstance(key, str | os.PathLike | Adapter):
+            raise UsageError(f"`weights` names {shown(key)}: give adapters, or their paths")
+        number = checked_number(weight)
+        if number is None or not math.isfinite(number):
+            raise UsageError(f"{_name(key)} has the weight {shown(weight)}: give a finite number")
     adapters = [
         (_name(key), key if isinstance(key, Adapter) else load_adapter(key), float(weight))
         for key, weight in weights.items()

@@ -12,7 +12,8 @@ import numpy as np
 from loradeploy.adapter.adapter import Adapter, Factors
 from loradeploy.adapter.algebra.delta import matrices
 from loradeploy.adapter.scaling import with_ranks
-from loradeploy.errors import AdapterError, UsageError
+from loradeploy.errors import AdapterError, UsageError, shown
+from loradeploy.given_numbers import checked_count, checked_number
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -57,10 +58,14 @@ def reduce_rank(
     """
     if (rank is None) == (energy is None):
         raise UsageError("give either `rank` or `energy` to reduce the adapter to")
-    if rank is not None and rank < 1:
-        raise UsageError(f"`rank` is {rank}: give 1 or more")
-    if energy is not None and not 0 < energy <= 1:
-        raise UsageError(f"`energy` is {energy}: give a fraction above 0 and up to 1, such as 0.99")
+    if rank is not None:
+        rank = checked_count("`rank`", rank)
+    if energy is not None and not 0 < (checked_number(energy) or 0) <= 1:
+        raise UsageError(
+            f"`energy` is {shown(energy)}: give a fraction above 0 and up to 1, such as 0.99"
+        )
+    if not isinstance(adapter, Adapter):
+        raise UsageError(f"`adapter` is {shown(adapter)}: give an Adapter, see load_adapter")
     adapter.check_plain()
     if experts := sorted(n for n, pair in adapter.factors.items() if pair.kind == "experts"):
         raise AdapterError(

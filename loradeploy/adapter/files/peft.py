@@ -45,14 +45,17 @@ from loradeploy.adapter.files.formats import (
 from loradeploy.adapter.files.keys import INNER, ORIGINAL, PREFIX, TRAINED_ROWS
 from loradeploy.adapter.files.methods import METHODS, as_lora
 from loradeploy.adapter.files.roles import BIAS, MAGNITUDE, PARTS, tensors_by_role
-from loradeploy.adapter.files.tensors import read_arrays, write_arrays
+from loradeploy.adapter.files.tensors import read_arrays, write_tensors
 from loradeploy.adapter.heads import LABELS_KEY, PROBLEM_KEY, head_beside, label_count
 from loradeploy.adapter.modules.targets import is_saved
 from loradeploy.adapter.tasks import SEQUENCE_CLASSIFICATION, task_of_peft
+from loradeploy.disk import explained
 from loradeploy.errors import AdapterError
 from loradeploy.files import copy_file, read_json, write_json
 from loradeploy.names import ADAPTER_CONFIG_NAME, MODULES_NAME
 from loradeploy.paths import takes_paths
+from loradeploy.snapshot import Snapshot, of_one_version
+from loradeploy.writing import atomic_file
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -74,10 +77,17 @@ def load_adapter(path: str | os.PathLike[str]) -> Adapter:
 
     Raises:
         AdapterError: missing files, a pickle, an invalid header, a value that is not finite, a
-            factor without its counterpart, tensors of the base model, or a refused config.
+            factor without its counterpart, tensors of the base model, or a refused config; files
+            that changed during each of several attempts.
     """
-    source = Path(path)
-    weights = _weights_file(source)
+    weights = _weights_file(Path(path))
+    names = (weights.name, ADAPTER_CONFIG_NAME)
+    return of_one_version(
+        weights, lambda: Snapshot.of(weights.parent, names), lambda: _load(weights), AdapterError
+    )
+
+
+def _load(weights: Path) -> Adapter:
     values, config = _read_config(weights)
     arrays: Mapping[str, NDArray[Any]]
     arrays, metadata = read_arrays(weights, error=AdapterError)
@@ -148,7 +158,10 @@ def own_files(directory: Path) -> frozenset[str]:
 def save_adapter(adapter: Adapter, directory: str | os.PathLike[str]) -> str:
     """Write `adapter` as a PEFT directory and return its digest.
 
-    Each file is written atomically, the weights last. Equal adapters give equal bytes.
+    An adapter that is replaced is complete until the new one is. Equal adapters give equal bytes.
+
+    Raises:
+        OutputError: it cannot be written. An existing adapter is unchanged.
     """
     arrays = {PREFIX + _key(name, adapter): values for name, values in adapter.saved.items()}
     arrays |= {PREFIX + _carried_key(n, adapter): v for n, v in adapter.carried.items()}
@@ -168,9 +181,12 @@ def save_adapter(adapter: Adapter, directory: str | os.PathLike[str]) -> str:
     if adapter.problem_type is not None:
         metadata[PROBLEM_KEY] = adapter.problem_type
     target = Path(directory)
-    target.mkdir(parents=True, exist_ok=True)
-    write_json(target / ADAPTER_CONFIG_NAME, adapter.config.to_peft())
-    write_arrays(target / WEIGHTS_NAME, arrays, metadata)
+    with explained(target):
+        target.mkdir(parents=True, exist_ok=True)
+    # An old config scales new weights wrongly: both files are written before one is replaced.
+    with atomic_file(target / WEIGHTS_NAME) as temporary:
+        write_tensors(temporary, arrays, metadata)
+        write_json(target / ADAPTER_CONFIG_NAME, adapter.config.to_peft())
     return adapter.digest
 
 

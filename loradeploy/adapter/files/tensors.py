@@ -223,7 +223,17 @@ def write_arrays(
     arrays: Mapping[str, NDArray[Any]],
     metadata: Mapping[str, str],
 ) -> None:
-    """Write a safetensors file atomically. Equal contents give equal bytes.
+    """Write a safetensors file atomically, see `write_tensors`."""
+    with atomic_file(path) as temporary:
+        write_tensors(temporary, arrays, metadata)
+
+
+def write_tensors(
+    path: str | os.PathLike[str],
+    arrays: Mapping[str, NDArray[Any]],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a safetensors file to `path` itself. Equal contents give equal bytes.
 
     The library orders the metadata by hash (0.8), so the header is written here: tensors and
     metadata are in name order, and spaces pad the header to a multiple of 8 bytes.
@@ -245,7 +255,7 @@ def write_arrays(
         offset += values.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with atomic_file(path) as temporary, open(temporary, "wb") as file:
+    with open(path, "wb") as file:
         file.write(np.array(len(text), _HEADER_LENGTH).tobytes())
         file.write(text)
         for name in sorted(arrays):

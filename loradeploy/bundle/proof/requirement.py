@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from loradeploy.bundle.proof.provider import ProviderFacts
 from loradeploy.errors import UsageError, listed_names, shown
+from loradeploy.given_numbers import checked_count
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,7 @@ class CertificateMinimum:
             if isinstance(value, str):
                 object.__setattr__(self, name, (value,))
         for name in _NUMBERS:
-            if getattr(self, name) < 0:
-                raise UsageError(f"{name} is {getattr(self, name)}: give 0 or more")
+            object.__setattr__(self, name, checked_count(name, getattr(self, name), 0))
 
     @classmethod
     def parse(cls, text: str) -> CertificateMinimum:

@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from loradeploy.errors import AdapterError, UnknownAdapterError, UsageError, listed_names
+from loradeploy.errors import AdapterError, UnknownAdapterError, UsageError, listed_names, shown
+from loradeploy.given_numbers import checked_count
 from loradeploy.runtime.adapters.block import in_one_block
 from loradeploy.runtime.adapters.host_memory import HostMemory, Use
 from loradeploy.runtime.adapters.leases import Lease, Leases
@@ -87,9 +88,10 @@ class AdapterBank:
         host_budget: int | None = None,
         device_budget: int | None = None,
     ) -> None:
-        for name, budget in (("host_budget", host_budget), ("device_budget", device_budget)):
-            if budget is not None and budget < 1:
-                raise UsageError(f"{name} is {budget} bytes: give 1 or more, or None")
+        if host_budget is not None:
+            host_budget = checked_count("host_budget", host_budget)
+        if device_budget is not None:
+            device_budget = checked_count("device_budget", device_budget)
         self._manifest = manifest
         self._order = {name: position for position, name in enumerate(manifest.factors)}
         self._entries: dict[str, Entry] = {}
@@ -357,7 +359,7 @@ class AdapterBank:
 
     def _unknown(self, name: str) -> UnknownAdapterError:
         known = listed_names(sorted(self._entries))
-        return UnknownAdapterError(f"no adapter is loaded as {name!r}; there are: {known}")
+        return UnknownAdapterError(f"no adapter is loaded as {shown(name)}; there are: {known}")
 
 
 def _return_copies(adapter: FittedAdapter) -> None:

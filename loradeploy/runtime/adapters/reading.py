@@ -33,9 +33,9 @@ from loradeploy.errors import (
 )
 from loradeploy.files import inside
 from loradeploy.printable import logger_of
-from loradeploy.runtime.adapters.resident import Arrays, FittedAdapter, Read
+from loradeploy.runtime.adapters.resident import Arrays, FittedAdapter
 from loradeploy.runtime.adapters.wholes import Wholes
-from loradeploy.snapshot import ATTEMPTS, Snapshot
+from loradeploy.snapshot import Snapshot, of_one_version
 
 logger = logger_of(__name__)
 
@@ -118,7 +118,9 @@ class AdapterReader:
             AdapterError: it is refused, does not fit (AdapterMismatchError), is not certified, or
                 its files changed during each of several attempts.
         """
-        found = _of_one_version(source, lambda: self._read(source, name))
+        found = of_one_version(
+            source, lambda: _states(source), lambda: self._read(source, name), AdapterError
+        )
         warn_of_trained_config(name, text_directory(source), model_config(self.directory))
         self._warn_of_ranges(name, found.digest)
         if self.certified is not None and found.digest not in self.certified:
@@ -182,27 +184,6 @@ class AdapterReader:
         if missing := sorted(replaced - defaults.keys()):
             raise BundleError(f"{file} lacks {missing[0]}: export again")
         return defaults
-
-
-def _of_one_version(source: Path, read: Read) -> FittedAdapter:
-    """The result of `read`, during which none of the files at `source` changed.
-
-    A config of one version might fit the weights of another.
-
-    Raises:
-        AdapterError: as `read`, or the files changed during each of several attempts.
-    """
-    for _ in range(ATTEMPTS):
-        before = _states(source)
-        try:
-            found = read()
-        except AdapterError:
-            if _states(source) == before:
-                raise
-        else:
-            if _states(source) == before:
-                return found
-    raise AdapterError(f"{source} was written to while it was read: try again when it is complete")
 
 
 def _states(source: Path) -> Snapshot:

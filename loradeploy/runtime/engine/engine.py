@@ -8,8 +8,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Final, cast
 
 from loradeploy.errors import EngineClosedError, UsageError
+from loradeploy.given_numbers import checked_count
 from loradeploy.runtime.adapters.resident import AdapterSpec, weights_of
-from loradeploy.runtime.arguments import check_adapters, check_count
+from loradeploy.runtime.arguments import check_adapters, check_session
 from loradeploy.runtime.decoding.graph import TokenEmbeds, check_embeds
 from loradeploy.runtime.decoding.prompts.calls import Call, Prompt
 from loradeploy.runtime.engine.endings import abandon, ended_by_defect, guarded
@@ -66,20 +67,14 @@ class Engine:
         prefix_budget: int = 256 << 20,
         observer: Observer | None = None,
     ) -> None:
-        for name, value in (
-            ("max_rows", max_rows),
-            ("max_waiting", max_waiting),
-            ("prefill_chunk", prefill_chunk),
-        ):
-            check_count(name, value)
+        max_rows = checked_count("max_rows", max_rows)
+        max_waiting = checked_count("max_waiting", max_waiting)
+        prefill_chunk = checked_count("prefill_chunk", prefill_chunk)
+        prefix_budget = checked_count("prefix_budget", prefix_budget, 0)
         if cache_budget is not None:
-            check_count("cache_budget", cache_budget)
-        if (
-            isinstance(prefix_budget, bool)
-            or not isinstance(prefix_budget, int)
-            or prefix_budget < 0
-        ):
-            raise UsageError(f"prefix_budget is {prefix_budget!r}: give bytes, 0 for none")
+            cache_budget = checked_count("cache_budget", cache_budget)
+        if not isinstance(bundle, TextGenerator):
+            check_session(bundle, type(self).__name__)
         generator = bundle if isinstance(bundle, TextGenerator) else TextGenerator(bundle)
         self.session = generator.session
         if self.session.manifest.whole_prompts:

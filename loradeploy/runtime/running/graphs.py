@@ -28,11 +28,11 @@ from loradeploy.bundle.names import (
     is_cross,
     present_of,
 )
-from loradeploy.errors import LoraDeployError, RunError, UsageError, first_line
+from loradeploy.errors import LoraDeployError, RunError, UsageError, first_line, shown
 from loradeploy.runtime.adapters.leases import Lease
 from loradeploy.runtime.adapters.stacks import HOST
 from loradeploy.runtime.adapters.tokens import check_tokens_of
-from loradeploy.runtime.arguments import check_rows, requested_outputs
+from loradeploy.runtime.arguments import check_buffers, check_rows, requested_outputs
 from loradeploy.runtime.capture.replays import Replays
 from loradeploy.runtime.running.bindings import FixedBuffers
 from loradeploy.runtime.running.feeds import Feeds, feed_values
@@ -208,8 +208,11 @@ class Graphs:
             UsageError: as `Graph.run`, or an output of a graph that is not fed.
         """
         requested = requested_outputs(output_names, self._outputs)
+        if not isinstance(buffers, FixedBuffers):  # those of the decoding loop
+            check_buffers(buffers)
         if unknown := buffers.keys() - set(requested):
-            raise UsageError(f"there is a buffer for {min(unknown)!r}, which is not requested")
+            name = shown(next(iter(unknown)))
+            raise UsageError(f"there is a buffer for {name}, which is not requested")
         if self._encoder is None:
             return self._decoder.run(lease, requested, feeds, device, buffers)
         return self._run_halves(

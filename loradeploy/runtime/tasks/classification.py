@@ -23,7 +23,7 @@ from loradeploy.bundle.names import CONFIG_NAME
 from loradeploy.bundle.outputs import output_of
 from loradeploy.errors import BundleError, UsageError, shown
 from loradeploy.runtime.adapters.resident import AdapterSpec
-from loradeploy.runtime.arguments import Adapters, check_probability
+from loradeploy.runtime.arguments import Adapters, check_probability, check_session
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.encoder import (
     check_answer,
@@ -70,6 +70,7 @@ class TextClassifier:
     """
 
     def __init__(self, session: AdapterSession) -> None:
+        check_session(session, type(self).__name__)
         if session.manifest.task != SEQUENCE_CLASSIFICATION:
             raise UsageError(f"{session.path} is a {session.manifest.task} bundle, no classifier")
         self.session = session

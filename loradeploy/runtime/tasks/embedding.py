@@ -10,7 +10,7 @@ import numpy as np
 from loradeploy.adapter.tasks import FEATURE_EXTRACTION
 from loradeploy.bundle.outputs import LOGITS_NAMES, output_of
 from loradeploy.errors import UsageError
-from loradeploy.runtime.arguments import Adapters
+from loradeploy.runtime.arguments import Adapters, check_session
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.encoder import (
     PlainTokens,
@@ -40,6 +40,7 @@ class TextEmbedder:
     """
 
     def __init__(self, session: AdapterSession) -> None:
+        check_session(session, type(self).__name__)
         if session.manifest.task != FEATURE_EXTRACTION:
             raise UsageError(
                 f"{session.path} is a {session.manifest.task} bundle: it gives no embeddings"

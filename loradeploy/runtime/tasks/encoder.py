@@ -16,8 +16,9 @@ from loradeploy.bundle.names import (
 )
 from loradeploy.bundle.text.pairs import pair_tokens
 from loradeploy.errors import RunError, UsageError, shown
+from loradeploy.given_numbers import checked_count
 from loradeploy.runtime.adapters.resident import AdapterSpec
-from loradeploy.runtime.arguments import Adapters, check_count, each_row
+from loradeploy.runtime.arguments import Adapters, each_row, is_list
 from loradeploy.runtime.held import HeldAdapters
 from loradeploy.runtime.leased import leased_batches
 from loradeploy.runtime.session import AdapterSession
@@ -94,7 +95,7 @@ def encoded_batches(
     Raises:
         UsageError: not one adapter for each text, a batch size below 1, or a text without tokens.
     """
-    check_count("batch_size", batch_size)
+    batch_size = checked_count("batch_size", batch_size)
     names = each_row(adapters, len(texts))
     inputs = {spec.name for spec in session.manifest.inputs}
     full = fixed_length(session)
@@ -158,7 +159,7 @@ def given_texts_or_pairs(texts: str | Sequence[str | Pair]) -> Sequence[str | Pa
         UsageError: there are none, or an item is neither a text nor a pair of texts.
     """
     given = [texts] if isinstance(texts, str) else texts
-    if not isinstance(given, list | tuple | np.ndarray):
+    if not is_list(given):
         raise UsageError(f"the texts are {shown(texts)}: give a text, or a list of them")
     if not len(given):
         raise UsageError("there are no texts")

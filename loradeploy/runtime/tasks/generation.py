@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from loradeploy.adapter.tasks import CAUSAL_LM, SEQ2SEQ_LM
 from loradeploy.bundle.names import INPUT_IDS
-from loradeploy.errors import UsageError, listed_names
+from loradeploy.errors import UsageError, listed_names, shown
+from loradeploy.given_numbers import checked_count
 from loradeploy.runtime.adapters.resident import AdapterSpec
-from loradeploy.runtime.arguments import Adapters, check_count, each_row
+from loradeploy.runtime.arguments import Adapters, check_session, each_row
 from loradeploy.runtime.decoding.caches.memory import check_memory
 from loradeploy.runtime.decoding.caches.source import EncodedSource, Target
 from loradeploy.runtime.decoding.choosing.logprobs import TokenLogprob
@@ -81,6 +82,7 @@ class TextGenerator:
     """
 
     def __init__(self, session: AdapterSession, *, cache_budget: int | None = None) -> None:
+        check_session(session, type(self).__name__)
         manifest = session.manifest
         self._target = _target_of(session)
         sizes = next((spec.shape for spec in manifest.inputs if spec.name == INPUT_IDS), None)
@@ -96,7 +98,7 @@ class TextGenerator:
                 " AdapterSession.run, or export it with a batch and a sequence of any size"
             )
         if cache_budget is not None:
-            check_count("cache_budget", cache_budget)
+            cache_budget = checked_count("cache_budget", cache_budget)
         self.session = session
         self.tokenizer = session.texts.base.tokenizer
         self._graph = DecoderGraph.of(session, self.tokenizer.pad_id, source=True)
@@ -152,6 +154,9 @@ class TextGenerator:
     def _results(
         self, call: Call, on_text: OnText | None, on_result: OnResult | None
     ) -> list[Generation]:
+        for name, function in (("on_text", on_text), ("on_result", on_result)):
+            if function is not None and not callable(function):
+                raise UsageError(f"`{name}` is {shown(function)}: give a function")
         results: dict[int, Generation] = {}
         reported = 0
         for piece in self._decode(call, set()):
@@ -236,7 +241,7 @@ class TextGenerator:
         each = each_row(adapters, len(given))
         replaced = check_one_each(embeds, len(given), "texts")
         if batch_size is not None:
-            check_count("batch_size", batch_size)
+            batch_size = checked_count("batch_size", batch_size)
         GenerationOptions(logprobs=logprobs)
 
         def read(number: int) -> ReadText:

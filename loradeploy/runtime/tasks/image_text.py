@@ -13,7 +13,7 @@ from loradeploy.adapter.files.peft import load_adapter
 from loradeploy.adapter.fitting.parts import has_part
 from loradeploy.adapter.modules.renamings import renamings
 from loradeploy.bundle.fitting.fit import fit_to
-from loradeploy.runtime.arguments import Adapters
+from loradeploy.runtime.arguments import Adapters, check_session
 from loradeploy.runtime.decoding.prompts.calls import Call, Prompt
 from loradeploy.runtime.decoding.scoring import TextScore
 from loradeploy.runtime.tasks.generation import Generation, OnResult, OnText, TextGenerator
@@ -58,6 +58,8 @@ class ImageTextGenerator:
         *,
         cache_budget: int | None = None,
     ) -> None:
+        for session in (decoder, tower):
+            check_session(session, type(self).__name__)
         self.reader = ImagePromptReader(decoder, tower)
         self.decoder, self.tower = decoder, tower
         self.image_token = self.reader.token

@@ -14,7 +14,7 @@ from loradeploy.bundle.names import CONFIG_NAME, IMAGE_EMBEDS, POOLER_OUTPUT
 from loradeploy.bundle.outputs import output_of
 from loradeploy.bundle.text.vectors.steps import normalize
 from loradeploy.errors import BundleError, UsageError, shown
-from loradeploy.runtime.arguments import Adapters
+from loradeploy.runtime.arguments import Adapters, check_session
 from loradeploy.runtime.images import ImageReader, check_finite
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.classification import (
@@ -46,6 +46,7 @@ class ImageClassifier:
     """
 
     def __init__(self, session: AdapterSession) -> None:
+        check_session(session, type(self).__name__)
         if session.manifest.task != IMAGE_CLASSIFICATION:
             raise UsageError(
                 f"{session.path} is a {session.manifest.task} bundle, no classifier of images"
@@ -102,6 +103,7 @@ class ImageEmbedder:
     """
 
     def __init__(self, session: AdapterSession) -> None:
+        check_session(session, type(self).__name__)
         if session.manifest.task != IMAGE_FEATURE_EXTRACTION:
             raise UsageError(
                 f"{session.path} is a {session.manifest.task} bundle: it gives no vectors of images"

@@ -14,8 +14,9 @@ from loradeploy.bundle.outputs import output_of
 from loradeploy.bundle.text.pairs import pair_tokens
 from loradeploy.bundle.text.scoring import ACTIVATIONS, IDENTITY, SIGMOID
 from loradeploy.errors import UsageError, listed_names, shown
+from loradeploy.given_numbers import checked_count
 from loradeploy.runtime.adapters.resident import AdapterSpec
-from loradeploy.runtime.arguments import Adapters, check_count
+from loradeploy.runtime.arguments import Adapters, check_session
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.classification import (
     SCORES,
@@ -73,6 +74,7 @@ class TextPairScorer:
     """
 
     def __init__(self, session: AdapterSession, *, activation: str | None = None) -> None:
+        check_session(session, type(self).__name__)
         if session.manifest.task != SEQUENCE_CLASSIFICATION:
             raise UsageError(f"{session.path} is a {session.manifest.task} bundle, no classifier")
         if activation is not None and activation not in ACTIVATIONS:
@@ -158,7 +160,7 @@ class TextPairScorer:
             UsageError: as `score`, or `top_k` is below 1.
         """
         if top_k is not None:
-            check_count("top_k", top_k)
+            top_k = checked_count("top_k", top_k)
         if not isinstance(query, str) or isinstance(documents, str):
             raise UsageError("give one query and a list of documents")
         pairs = [(query, document) for document in given_texts(documents)]

@@ -14,8 +14,9 @@ from loradeploy.bundle.audio.features import FeatureSettings, feature_settings
 from loradeploy.bundle.audio.wav import checked_samples, read_wav
 from loradeploy.bundle.names import INPUT_FEATURES, PREPROCESSOR_NAME
 from loradeploy.errors import BundleError, DataError, UsageError, shown
+from loradeploy.given_numbers import checked_count
 from loradeploy.runtime.adapters.resident import AdapterSpec
-from loradeploy.runtime.arguments import Adapters, check_count, each_row
+from loradeploy.runtime.arguments import Adapters, check_session, each_row
 from loradeploy.runtime.decoding.caches.source import Target
 from loradeploy.runtime.decoding.choosing.options import GenerationOptions
 from loradeploy.runtime.decoding.graph import DecoderGraph
@@ -80,8 +81,9 @@ class SpeechRecognizer:
     """
 
     def __init__(self, session: AdapterSession, *, cache_budget: int | None = None) -> None:
+        check_session(session, type(self).__name__)
         if cache_budget is not None:
-            check_count("cache_budget", cache_budget)
+            cache_budget = checked_count("cache_budget", cache_budget)
         self.session = session
         self.features = _features_of(session)
         self.tokenizer = session.texts.base.tokenizer
@@ -129,7 +131,7 @@ class SpeechRecognizer:
         sounds = _listed(audio)
         spoken = _each(language, len(sounds))
         each = each_row(adapters, len(sounds))
-        check_count("batch_size", batch_size)
+        batch_size = checked_count("batch_size", batch_size)
         own = _options(options)
         if not isinstance(timestamps, bool | None):
             raise UsageError(f"`timestamps` is {shown(timestamps)}: give True or False")

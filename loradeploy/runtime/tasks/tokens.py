@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -14,8 +14,9 @@ from loradeploy.bundle.outputs import output_of
 from loradeploy.bundle.text.parts import TextPart, is_subword_by_prefix, joined, text_parts
 from loradeploy.bundle.text.tokenizer import Tokenizer
 from loradeploy.errors import UsageError, shown
+from loradeploy.given_numbers import checked_count
 from loradeploy.runtime.adapters.resident import AdapterSpec
-from loradeploy.runtime.arguments import Adapters, check_stride, each_row
+from loradeploy.runtime.arguments import Adapters, check_session, each_row
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.classification import SCORES, base_head, head_of_row, named_outputs
 from loradeploy.runtime.tasks.encoder import (
@@ -57,6 +58,7 @@ class TokenClassifier:
     """
 
     def __init__(self, session: AdapterSession) -> None:
+        check_session(session, type(self).__name__)
         if session.manifest.task != TOKEN_CLASSIFICATION:
             raise UsageError(
                 f"{session.path} is a {session.manifest.task} bundle, no token classifier"
@@ -135,11 +137,12 @@ class TokenClassifier:
             raise UsageError(
                 f"`aggregation` is {shown(aggregation)}: give one of {', '.join(AGGREGATIONS)}"
             )
-        if isinstance(ignore_labels, str) or not all(isinstance(n, str) for n in ignore_labels):
+        listed = isinstance(ignore_labels, Iterable) and not isinstance(ignore_labels, str)
+        if not listed or not all(isinstance(name, str) for name in ignore_labels):
             raise UsageError(f"`ignore_labels` is {shown(ignore_labels)}: give a list of labels")
         if stride is None:
             return
-        check_stride(stride)
+        checked_count("`stride`", stride, 0)
         if aggregation == NONE:
             raise UsageError(
                 '`stride` needs an `aggregation`: with "none", tokens of overlaps would be repeated'

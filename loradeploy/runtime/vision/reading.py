@@ -15,7 +15,8 @@ from loradeploy.bundle.image.processors import ImageProcessor, ModelImage, image
 from loradeploy.bundle.model_config import model_config
 from loradeploy.bundle.names import CONFIG_NAME
 from loradeploy.errors import BundleError, UsageError, shown
-from loradeploy.runtime.arguments import Adapters, check_count, each_row
+from loradeploy.given_numbers import checked_count
+from loradeploy.runtime.arguments import Adapters, each_row
 from loradeploy.runtime.decoding.graph import TokenEmbeds
 from loradeploy.runtime.decoding.prompts.calls import Prompt, listed
 from loradeploy.runtime.decoding.prompts.reading import PromptReader
@@ -127,7 +128,7 @@ class ImagePromptReader:
         Raises:
             UsageError, DataError: see `ImageTextGenerator.generate`.
         """
-        check_count("batch_size", batch_size)
+        batch_size = checked_count("batch_size", batch_size)
         given = listed(prompts, "prompts")
         if len(images) != len(given):
             raise UsageError(

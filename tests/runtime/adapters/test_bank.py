@@ -202,7 +202,7 @@ def test_an_adapter_larger_than_the_budget_is_refused(
         session.load("big", tenants["tenant3"])
     assert session.adapters == {}
     logits(session, IDS)
-    with pytest.raises(UsageError, match="host_budget is 0 bytes"):
+    with pytest.raises(UsageError, match="host_budget is 0"):
         AdapterSession(tiny_llama_bundle, host_budget=0)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from loradeploy.bundle.text.settings import MOST_LENGTH_PENALTY, is_length_penalty
 from loradeploy.errors import UsageError, listed_names, shown
-from loradeploy.runtime.arguments import check_count
+from loradeploy.given_numbers import checked_count, checked_number
 from loradeploy.runtime.decoding.choosing.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -18,7 +18,15 @@ if TYPE_CHECKING:
 
 # From the generated tokens to the allowed next tokens, bool [vocabulary]; None allows all.
 AllowedTokens = Callable[[tuple[int, ...]], "NDArray[np.bool_] | None"]
-Number: Final = (int, float, np.integer, np.floating)
+# Options that are integers, with their smallest values; the others may be None. Then numbers.
+_REQUIRED: Final = {"max_new_tokens": 1, "n": 1, "num_beams": 1}
+_COUNTS: Final = {**_REQUIRED, "top_k": 0, "no_repeat_ngram_size": 0, "logprobs": 0}
+# Texts of one prompt, each of which has a random generator.
+_MOST_TEXTS: Final = 2**16
+_NUMBERS: Final = (
+    *("temperature", "top_p", "min_p", "length_penalty"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+)
 
 
 class GenerationFlags(TypedDict, total=False):
@@ -115,10 +123,13 @@ class GenerationOptions:
         return cls(**merged)
 
     def __post_init__(self) -> None:
-        check_count("max_new_tokens", self.max_new_tokens)
-        check_count("n", self.n)
-        check_count("num_beams", self.num_beams)
-        Sampling(self.temperature, self.top_k or 0, _or(self.top_p, 1.0), _or(self.min_p, 0.0))
+        self._convert()
+        Sampling(
+            self.temperature,
+            0 if self.top_k is None else self.top_k,
+            1.0 if self.top_p is None else self.top_p,
+            0.0 if self.min_p is None else self.min_p,
+        )
         self._check_penalties()
         _check_bias(self.logit_bias)
         for text in self.stops:
@@ -126,13 +137,21 @@ class GenerationOptions:
                 raise UsageError(f"stop is {shown(self.stop)}: give a text, or a list of texts")
             if not text:
                 raise UsageError("a stop string is empty: every text would end immediately")
-        if self.logprobs is not None and not _whole(self.logprobs, 0):
-            raise UsageError(f"logprobs is {shown(self.logprobs)}: give 0 or more")
         if self.allowed_tokens is not None and not callable(self.allowed_tokens):
             raise UsageError(
                 f"allowed_tokens is {shown(self.allowed_tokens)}: give a function of token ids"
             )
         self._check_beams()
+
+    def _convert(self) -> None:
+        """Convert numbers to Python's types; what is no number is refused by later checks."""
+        for name, least in _COUNTS.items():
+            value = getattr(self, name)
+            if value is not None or name in _REQUIRED:
+                object.__setattr__(self, name, checked_count(name, value, least))
+        for name in _NUMBERS:
+            if (number := checked_number(getattr(self, name))) is not None:
+                object.__setattr__(self, name, number)
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -147,19 +166,18 @@ class GenerationOptions:
 
     def _check_penalties(self) -> None:
         penalty = self.repetition_penalty
-        if penalty is not None and not (_number(penalty) and 0 < penalty < float("inf")):
+        if penalty is not None and not 0 < (checked_number(penalty) or 0) < float("inf"):
             raise UsageError(
                 f"repetition_penalty is {shown(penalty)}: give a number above 0, 1 for none"
             )
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
-            if not _number(value) or not -float("inf") < value < float("inf"):
+            if checked_number(value) is None or not -float("inf") < value < float("inf"):
                 raise UsageError(f"{name} is {shown(value)}: give a number, 0 for none")
-        size = self.no_repeat_ngram_size
-        if size is not None and not _whole(size, 0):
-            raise UsageError(f"no_repeat_ngram_size is {shown(size)}: give 0 (any) or more")
 
     def _check_beams(self) -> None:
+        if self.n > _MOST_TEXTS:
+            raise UsageError(f"n is {self.n}: give at most {_MOST_TEXTS}")
         if self.num_beams == 1:
             for name in ("length_penalty", "early_stopping"):
                 if getattr(self, name) is not None:
@@ -207,21 +225,13 @@ def _check_bias(bias: object) -> None:
             raise UsageError(
                 f"logit_bias names {shown(token)}: give token ids, or texts that are one token"
             )
-        if not _number(value) or not value < float("inf"):  # -inf excludes a token
+        if checked_number(value) is None or not value < float("inf"):  # -inf excludes a token
             raise UsageError(
                 f"logit_bias of {shown(token)} is {shown(value)}: give a number, or -inf to"
                 " exclude it"
             )
 
 
-def _number(value: object) -> bool:
-    return isinstance(value, Number) and not isinstance(value, bool)
-
-
 def _whole(value: object, least: int) -> bool:
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
     return whole and value >= least  # type: ignore[operator]
-
-
-def _or(value: float | None, default: float) -> float:
-    return default if value is None else value

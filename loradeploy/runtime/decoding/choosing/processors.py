@@ -112,7 +112,8 @@ class Processors:
         for token, value in self.bias.items():
             if token >= scores.size:
                 raise UsageError(
-                    f"logit_bias names the token {token}, the logits end at {scores.size - 1}"
+                    f"logit_bias names the token {shown(token)}, the logits end at"
+                    f" {scores.size - 1}"
                 )
             scores[token] += np.float32(value)
         before = np.array([*prompt, *made], np.int64)

@@ -9,6 +9,7 @@ import numpy as np
 
 from loradeploy.bundle.text.settings import GenerationSettings
 from loradeploy.errors import UsageError, shown
+from loradeploy.given_numbers import checked_count, checked_number
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -31,18 +32,16 @@ class Sampling:
     min_p: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, value, kind in (
-            ("temperature", self.temperature, int | float | np.floating),
-            ("top_k", self.top_k, int | np.integer),
-            ("top_p", self.top_p, int | float | np.floating),
-            ("min_p", self.min_p, int | float | np.floating),
+        for name, value in (
+            ("temperature", self.temperature),
+            ("top_p", self.top_p),
+            ("min_p", self.min_p),
         ):
-            if not isinstance(value, kind) or isinstance(value, bool):
+            if checked_number(value) is None:
                 raise UsageError(f"{name} is {shown(value)}: give a number")
+        checked_count("top_k", self.top_k, 0)
         if not 0 <= self.temperature < float("inf"):
             raise UsageError(f"temperature is {self.temperature}: give 0 (greedy) or more")
-        if self.top_k < 0:
-            raise UsageError(f"top_k is {self.top_k}: give 0 (all tokens) or more")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top_p is {self.top_p}: give more than 0 and at most 1")
         if not 0 <= self.min_p <= 1:

@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 
 from loradeploy.bundle.text.chat import Message
 from loradeploy.errors import UsageError, shown
+from loradeploy.given_numbers import checked_count
 from loradeploy.runtime.adapters.resident import AdapterSpec
-from loradeploy.runtime.arguments import Adapters, check_count, each_row
+from loradeploy.runtime.arguments import Adapters, each_row, is_list
 from loradeploy.runtime.decoding.choosing.options import GenerationOptions
 from loradeploy.runtime.decoding.graph import TokenEmbeds
 
 # A text, a conversation, or token ids.
 Prompt = str | Sequence[Message] | Sequence[int]
-LISTS: Final = (list, tuple, np.ndarray)
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,14 @@ class Call:
         """
         common = GenerationOptions.of(options)
         if batch_size is not None:
-            check_count("batch_size", batch_size)
+            batch_size = checked_count("batch_size", batch_size)
         given = listed(prompts, "prompts")
-        seeds: list[Any] = list(seed) if isinstance(seed, LISTS) else [seed] * len(given)
+        seeds: list[Any] = list(seed) if is_list(seed) else [seed] * len(given)
         if len(seeds) != len(given):
             raise UsageError(f"{len(seeds)} seeds for {len(given)} prompts: give one for each")
         each = [common] * len(given)
         if per_prompt is not None:
-            if not isinstance(per_prompt, LISTS) or len(per_prompt) != len(given):
+            if not is_list(per_prompt) or len(per_prompt) != len(given):
                 raise UsageError(
                     f"per_prompt is {shown(per_prompt)}: give a list of {len(given)}, a mapping of"
                     " settings or None for each prompt"
@@ -104,6 +104,8 @@ def check_one_each(
     """The embeddings of each of `count` prompts or texts; by default None for each."""
     if embeds is None:
         return [None] * count
+    if not is_list(embeds):
+        raise UsageError(f"embeds is {shown(embeds)}: give a list, with one for each of the {what}")
     if len(embeds) != count:
         raise UsageError(f"{len(embeds)} embeds for {count} {what}: give one for each")
     return embeds
@@ -112,7 +114,7 @@ def check_one_each(
 def listed(given: str | Sequence[Prompt], what: str) -> Sequence[Prompt]:
     """The prompts or texts of a call, as a list."""
     listed: Sequence[Prompt] = [given] if isinstance(given, str) else given
-    if not isinstance(listed, LISTS):
+    if not is_list(listed):
         raise UsageError(f"the {what} are {shown(given)}: give a text, or a list")
     if not len(listed):
         raise UsageError(f"there are no {what}")

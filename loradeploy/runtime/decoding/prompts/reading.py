@@ -11,8 +11,9 @@ import numpy as np
 
 from loradeploy.errors import UsageError, shown
 from loradeploy.runtime.adapters.resident import AdapterSpec
+from loradeploy.runtime.arguments import is_list
 from loradeploy.runtime.decoding.caches.source import Target
-from loradeploy.runtime.decoding.prompts.calls import LISTS, Prompt
+from loradeploy.runtime.decoding.prompts.calls import Prompt
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.text.sides import TextSide
 
@@ -85,7 +86,7 @@ class PromptReader:
                 return []
             if chat:
                 prompt = [{"role": "user", "content": prompt}]
-        elif not isinstance(prompt, LISTS):
+        elif not is_list(prompt) or (isinstance(prompt, np.ndarray) and prompt.ndim > 1):
             raise UsageError(
                 f"{what} is {shown(prompt)}: give a text, a list of messages, or of token ids"
             )
