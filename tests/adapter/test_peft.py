@@ -120,6 +120,20 @@ def test_an_adapter_is_not_saved_where_no_directory_can_be(place: str, tmp_path:
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_a_file_larger_than_the_memory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_adapter(an_adapter(), tmp_path)
+
+    def too_large(_: Path) -> bytes:
+        raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(AdapterError, match="takes more memory"):
+        patch.setattr(Path, "read_bytes", too_large)
+        load_adapter(tmp_path)
+    assert load_adapter(tmp_path).digest == an_adapter().digest
+
+
 def test_a_config_of_one_version_is_not_read_with_the_weights_of_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -133,6 +133,10 @@ def read_tensors(
             tensors[name] = _stored(name, entry, np.frombuffer(data, np.uint8))
     except FileNotFoundError:
         raise error(f"{file} does not exist") from None
+    except MemoryError:  # of a sparse file, for example
+        raise error(
+            f"{file} takes more memory than this process may use, for {file.stat().st_size:,} bytes"
+        ) from None
     except (OSError, SafetensorError, ValueError) as problem:
         raise error(_unreadable(file, problem)) from None
     return tensors, dict(metadata)
