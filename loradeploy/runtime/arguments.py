@@ -36,16 +36,6 @@ def is_list(value: object) -> TypeGuard[Sequence[Any]]:
     return isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim > 0)
 
 
-def check_session(session: object, user: str) -> None:
-    """Raise UsageError unless `session` is an AdapterSession; `user` is the class that takes it."""
-    from loradeploy.runtime.session import AdapterSession
-
-    if not isinstance(session, AdapterSession):
-        what = shown(session)
-        made = f": give {user}(AdapterSession({what}))" if isinstance(session, str) else ""
-        raise UsageError(f"{user} takes an AdapterSession, not {what}{made}")
-
-
 def check_probability(name: str, value: object) -> None:
     """Raise UsageError unless `value` is a number from 0 to 1; `name` is for the message."""
     number = isinstance(value, int | float | np.number) and not isinstance(value, bool)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, cast
 from loradeploy.errors import EngineClosedError, UsageError
 from loradeploy.given_numbers import checked_count
 from loradeploy.runtime.adapters.resident import AdapterSpec, weights_of
-from loradeploy.runtime.arguments import check_adapters, check_session
+from loradeploy.runtime.arguments import check_adapters
 from loradeploy.runtime.decoding.graph import TokenEmbeds, check_embeds
 from loradeploy.runtime.decoding.prompts.calls import Call, Prompt
 from loradeploy.runtime.engine.endings import abandon, ended_by_defect, guarded
@@ -21,6 +21,7 @@ from loradeploy.runtime.engine.submission import Submission, deadline_of
 from loradeploy.runtime.engine.worker import Worker
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.generation import TextGenerator
+from loradeploy.runtime.tasks.session_argument import check_session
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

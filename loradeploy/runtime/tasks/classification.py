@@ -23,7 +23,7 @@ from loradeploy.bundle.names import CONFIG_NAME
 from loradeploy.bundle.outputs import output_of
 from loradeploy.errors import BundleError, UsageError, shown
 from loradeploy.runtime.adapters.resident import AdapterSpec
-from loradeploy.runtime.arguments import Adapters, check_probability, check_session
+from loradeploy.runtime.arguments import Adapters, check_probability
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.encoder import (
     check_answer,
@@ -31,6 +31,7 @@ from loradeploy.runtime.tasks.encoder import (
     encoded_batches,
     given_texts_or_pairs,
 )
+from loradeploy.runtime.tasks.session_argument import check_session
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -10,7 +10,7 @@ import numpy as np
 from loradeploy.adapter.tasks import FEATURE_EXTRACTION
 from loradeploy.bundle.outputs import LOGITS_NAMES, output_of
 from loradeploy.errors import UsageError
-from loradeploy.runtime.arguments import Adapters, check_session
+from loradeploy.runtime.arguments import Adapters
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.encoder import (
     PlainTokens,
@@ -20,6 +20,7 @@ from loradeploy.runtime.tasks.encoder import (
     fixed_length,
     given_texts,
 )
+from loradeploy.runtime.tasks.session_argument import check_session
 from loradeploy.runtime.text.sides import TextSide
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from loradeploy.bundle.names import INPUT_IDS
 from loradeploy.errors import UsageError, listed_names, shown
 from loradeploy.given_numbers import checked_count
 from loradeploy.runtime.adapters.resident import AdapterSpec
-from loradeploy.runtime.arguments import Adapters, check_session, each_row
+from loradeploy.runtime.arguments import Adapters, each_row
 from loradeploy.runtime.decoding.caches.memory import check_memory
 from loradeploy.runtime.decoding.caches.source import EncodedSource, Target
 from loradeploy.runtime.decoding.choosing.logprobs import TokenLogprob
@@ -26,6 +26,7 @@ from loradeploy.runtime.decoding.prompts.requests import Request, read_request
 from loradeploy.runtime.decoding.scoring import TextScore, scores_of
 from loradeploy.runtime.memory import return_after, worked
 from loradeploy.runtime.session import AdapterSession
+from loradeploy.runtime.tasks.session_argument import check_session
 from loradeploy.runtime.tasks.streaming import TextPiece, TextStream
 
 if TYPE_CHECKING:

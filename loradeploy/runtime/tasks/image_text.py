@@ -13,10 +13,11 @@ from loradeploy.adapter.files.peft import load_adapter
 from loradeploy.adapter.fitting.parts import has_part
 from loradeploy.adapter.modules.renamings import renamings
 from loradeploy.bundle.fitting.fit import fit_to
-from loradeploy.runtime.arguments import Adapters, check_session
+from loradeploy.runtime.arguments import Adapters
 from loradeploy.runtime.decoding.prompts.calls import Call, Prompt
 from loradeploy.runtime.decoding.scoring import TextScore
 from loradeploy.runtime.tasks.generation import Generation, OnResult, OnText, TextGenerator
+from loradeploy.runtime.tasks.session_argument import check_session
 from loradeploy.runtime.tasks.streaming import TextPiece, TextStream
 from loradeploy.runtime.vision.reading import ImagePromptReader, ReadPrompts
 

@@ -14,7 +14,7 @@ from loradeploy.bundle.names import CONFIG_NAME, IMAGE_EMBEDS, POOLER_OUTPUT
 from loradeploy.bundle.outputs import output_of
 from loradeploy.bundle.text.vectors.steps import normalize
 from loradeploy.errors import BundleError, UsageError, shown
-from loradeploy.runtime.arguments import Adapters, check_session
+from loradeploy.runtime.arguments import Adapters
 from loradeploy.runtime.images import ImageReader, check_finite
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.classification import (
@@ -24,6 +24,7 @@ from loradeploy.runtime.tasks.classification import (
     head_of_row,
     named_outputs,
 )
+from loradeploy.runtime.tasks.session_argument import check_session
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -16,7 +16,7 @@ from loradeploy.bundle.text.scoring import ACTIVATIONS, IDENTITY, SIGMOID
 from loradeploy.errors import UsageError, listed_names, shown
 from loradeploy.given_numbers import checked_count
 from loradeploy.runtime.adapters.resident import AdapterSpec
-from loradeploy.runtime.arguments import Adapters, check_session
+from loradeploy.runtime.arguments import Adapters
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.classification import (
     SCORES,
@@ -36,6 +36,7 @@ from loradeploy.runtime.tasks.encoder import (
     given_texts_or_pairs,
     takes_types,
 )
+from loradeploy.runtime.tasks.session_argument import check_session
 from loradeploy.runtime.text.sides import TextSide
 
 if TYPE_CHECKING:

@@ -16,13 +16,14 @@ from loradeploy.bundle.names import INPUT_FEATURES, PREPROCESSOR_NAME
 from loradeploy.errors import BundleError, DataError, UsageError, shown
 from loradeploy.given_numbers import checked_count
 from loradeploy.runtime.adapters.resident import AdapterSpec
-from loradeploy.runtime.arguments import Adapters, check_session, each_row
+from loradeploy.runtime.arguments import Adapters, each_row
 from loradeploy.runtime.decoding.caches.source import Target
 from loradeploy.runtime.decoding.choosing.options import GenerationOptions
 from loradeploy.runtime.decoding.graph import DecoderGraph
 from loradeploy.runtime.leased import leased_batches
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.speech.windows import ReadSound, SpeechProgress, Windows
+from loradeploy.runtime.tasks.session_argument import check_session
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

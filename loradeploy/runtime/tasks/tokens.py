@@ -16,7 +16,7 @@ from loradeploy.bundle.text.tokenizer import Tokenizer
 from loradeploy.errors import UsageError, shown
 from loradeploy.given_numbers import checked_count
 from loradeploy.runtime.adapters.resident import AdapterSpec
-from loradeploy.runtime.arguments import Adapters, check_session, each_row
+from loradeploy.runtime.arguments import Adapters, each_row
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.classification import SCORES, base_head, head_of_row, named_outputs
 from loradeploy.runtime.tasks.encoder import (
@@ -34,6 +34,7 @@ from loradeploy.runtime.tasks.entities import (
     entities_of,
     without_overlaps,
 )
+from loradeploy.runtime.tasks.session_argument import check_session
 from loradeploy.runtime.text.sides import TextSide
 
 if TYPE_CHECKING:
