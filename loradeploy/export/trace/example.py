@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,10 @@ class _Cache:
     value_size: int
 
 
+# A tensor, and its dynamic dimensions by axis.
+_Input = tuple["torch.Tensor", dict[int, Any]]
+
+
 def example_of(model: Any, kind: Task) -> Example:
     """The example to trace `model` with.
 
@@ -59,62 +63,71 @@ def example_of(model: Any, kind: Task) -> Example:
     import torch
 
     if kind.name == SEQ2SEQ_LM:
-        fixed = _fixed_sizes(model.config, encoder_decoder.sources_of(model)[0])
-        arguments, dynamic, names = encoder_decoder.example(model, fixed)
-        layers = encoder_decoder.layers_of(names)
-        given = encoder_decoder.output_names(layers, of_sound=fixed is not None)
-        return Example(arguments, dynamic, names, given)
-    caches = _caches(model) if kind.cached else ()
+        return _of_encoder_decoder(model)
+    names = plain_inputs(model, kind)
     outputs = main_outputs(model, kind)
-    outputs += cache_names(present_name, len(caches))
-    batch, past = torch.export.Dim("batch"), torch.export.Dim("past")
+    batch = torch.export.Dim("batch")
+    plain = _plain(model, kind, names, batch)
+    tensors, dims = [tensor for tensor, _ in plain], [own for _, own in plain]
+    if not kind.cached:
+        return Example((tensors,), (dims,), names, outputs)
+    caches = _caches(model)
+    past, dtype = torch.export.Dim("past"), next(model.parameters()).dtype
+    cached = [
+        (
+            torch.ones((_BATCH, layer.key_heads, _PAST, layer.key_size), dtype=dtype),
+            torch.ones((_BATCH, layer.value_heads, _PAST, layer.value_size), dtype=dtype),
+        )
+        for layer in caches
+    ]
+    cached_dims = [({0: batch, 2: past}, {0: batch, 2: past}) for _ in caches]
+    return Example(
+        (tensors, cached),
+        (dims, cached_dims),
+        names + cache_names(past_name, len(caches)),
+        outputs + cache_names(present_name, len(caches)),
+    )
+
+
+def _of_encoder_decoder(model: Any) -> Example:
+    fixed = _fixed_sizes(model.config, encoder_decoder.sources_of(model)[0])
+    arguments, dynamic, names = encoder_decoder.example(model, fixed)
+    layers = encoder_decoder.layers_of(names)
+    outputs = encoder_decoder.output_names(layers, of_sound=fixed is not None)
+    return Example(arguments, dynamic, names, outputs)
+
+
+def _plain(model: Any, kind: Task, names: Sequence[str], batch: Any) -> list[_Input]:
+    """The inputs `names`, which are not of the cache."""
+    import torch
+
     # AUTO lets torch.export find the limit: an encoder's positions end with their embedding table.
     total = torch.export.Dim.AUTO
     sequence = torch.export.Dim("sequence") if kind.cached else total
     dtype = next(model.parameters()).dtype
     ids = torch.ones((_BATCH, _SEQUENCE), dtype=torch.int64)
-    past_length = _PAST if kind.cached else 0
-    examples: Mapping[str, tuple[torch.Tensor, dict[int, Any]]] = {
+    past = _PAST if kind.cached else 0
+    positions = torch.arange(past, past + _SEQUENCE)[None].repeat(_BATCH, 1)
+    inputs: dict[str, _Input] = {
         INPUT_IDS: (ids, {0: batch, 1: sequence}),
         ATTENTION_MASK: (
-            torch.ones((_BATCH, past_length + _SEQUENCE), dtype=torch.int64),
+            torch.ones((_BATCH, past + _SEQUENCE), dtype=torch.int64),
             {0: batch, 1: total},
         ),
-        POSITION_IDS: (
-            torch.arange(past_length, past_length + _SEQUENCE)[None].repeat(_BATCH, 1),
-            {0: batch, 1: sequence},
-        ),
+        POSITION_IDS: (positions, {0: batch, 1: sequence}),
         TOKEN_TYPE_IDS: (torch.zeros_like(ids), {0: batch, 1: sequence}),
     }
-    names = plain_inputs(model, kind)
     if (form := getattr(model, "text_form", None)) is not None:
         full = torch.ones((_BATCH, form.length), dtype=torch.int64)
-        examples = dict.fromkeys(form.inputs, (full, {0: batch}))
-    patches = getattr(model, "patch_sizes", None)
-    sizes = None if patches else _fixed_sizes(model.config, names[0])
-    if patches:
+        inputs = dict.fromkeys(form.inputs, (full, {0: batch}))
+    if patches := getattr(model, "patch_sizes", None):
         sizes_of = {"rows": _ROWS, "columns": _COLUMNS}
         rows, columns = (torch.export.Dim(name, min=least) for name, least in sizes_of.items())
-        dims = {0: batch, 1: rows, 2: columns}
         image = torch.zeros(_BATCH, _ROWS, _COLUMNS, *patches, dtype=dtype)
-        examples = {**examples, PIXEL_VALUES: (image, dims)}
-    if sizes is not None:
-        examples = {**examples, names[0]: (torch.zeros(_BATCH, *sizes, dtype=dtype), {0: batch})}
-    plain = [examples[name][0] for name in names]
-    plain_dims = [examples[name][1] for name in names]
-    if not kind.cached:
-        return Example((plain,), (plain_dims,), names, outputs)
-    make: Callable[..., torch.Tensor] = torch.ones
-    cached = [
-        (
-            make((_BATCH, layer.key_heads, _PAST, layer.key_size), dtype=dtype),
-            make((_BATCH, layer.value_heads, _PAST, layer.value_size), dtype=dtype),
-        )
-        for layer in caches
-    ]
-    cached_dims = [({0: batch, 2: past}, {0: batch, 2: past}) for _ in caches]
-    names += cache_names(past_name, len(caches))
-    return Example((plain, cached), (plain_dims, cached_dims), names, outputs)
+        inputs[PIXEL_VALUES] = (image, {0: batch, 1: rows, 2: columns})
+    elif (sizes := _fixed_sizes(model.config, names[0])) is not None:
+        inputs[names[0]] = (torch.zeros(_BATCH, *sizes, dtype=dtype), {0: batch})
+    return [inputs[name] for name in names]
 
 
 def _caches(model: Any) -> tuple[_Cache, ...]:
