@@ -17,6 +17,7 @@ from loradeploy.errors import BundleError
 from loradeploy.files import MAX_JSON_BYTES
 from loradeploy.parity.backends.table import BACKENDS
 from tests.conftest import MakeAdapter, export_and_check
+from tests.inputs.edits import edited_json
 
 Edit = Callable[[dict[str, Any]], object]
 
@@ -40,9 +41,8 @@ def check(bundle: Path) -> Certificate:
 
 
 def edit(file: Path, change: Edit) -> None:
-    values = json.loads(file.read_text())
-    change(values)
-    file.write_text(json.dumps(values))
+    with edited_json(file) as values:
+        change(values)
 
 
 def flip(file: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from loradeploy.bundle.text.vectors.recipe import (
     recipe_directory,
 )
 from loradeploy.errors import BundleError, UsageError
+from tests.inputs.edits import edited_json
 from tests.inputs.sentence import NEW, OLD, write
 from tests.tolerances import tolerance
 
@@ -262,9 +262,8 @@ def test_the_modules_are_found_from_the_directory_of_the_encoder(
     folder: str, tmp_path: Path
 ) -> None:
     place = write(tmp_path / "m", POOL)
-    modules = json.loads((place / "modules.json").read_text())
-    modules[0]["path"] = "0_Transformer"
-    (place / "modules.json").write_text(json.dumps(modules))
+    with edited_json(place / "modules.json") as modules:
+        modules[0]["path"] = "0_Transformer"
     (place / folder).mkdir(exist_ok=True)
     (place / "other").mkdir()
     assert recipe_directory(place / folder) == place

@@ -15,6 +15,7 @@ import pytest
 import loradeploy as ld
 from tests.clients.test_genai import GENAI
 from tests.conftest import MakeAdapter
+from tests.inputs.edits import edited_json
 from tests.inputs.sounds import RATE, save, tone
 from tests.inputs.tiny import make_tiny_whisper
 
@@ -42,11 +43,10 @@ def made(bbc: Path, make_adapter: MakeAdapter, tmp_path_factory: pytest.TempPath
     made = Made(*(place / name for name in ("model", "adapter", "merged", "side-inputs")))
     make_tiny_whisper(made.model, bbc, seconds=30, mels=80)
     file = made.model / "generation_config.json"
-    settings = json.loads(file.read_text())
-    # onnxruntime-genai does not apply them.
-    for name in ("suppress_tokens", "begin_suppress_tokens"):
-        del settings[name]
-    file.write_text(json.dumps(settings))
+    with edited_json(file) as settings:
+        # onnxruntime-genai does not apply them.
+        for name in ("suppress_tokens", "begin_suppress_tokens"):
+            del settings[name]
     make_adapter(made.model, out=made.adapter, task="speech", r=4, scale=0.2)
     for bundle, merge in ((made.merged, True), (made.side_inputs, False)):
         ld.export(made.model, bundle, adapters={"mine": made.adapter}, merge=merge)

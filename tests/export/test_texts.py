@@ -21,6 +21,7 @@ from loradeploy.export.api import export
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.generation import TextGenerator
 from tests.conftest import MakeAdapter, once
+from tests.inputs.edits import edited_json
 from tests.inputs.words import WORDS, write_tokenizer
 from tests.runtime.test_run_command import lines, run
 
@@ -263,9 +264,8 @@ def test_a_merged_bundle_has_no_special_token_that_the_adapters_tokenizer_droppe
     worded_bundle: Path, worded_adapters: dict[str, Path], tmp_path: Path
 ) -> None:
     adapter = shutil.copytree(worded_adapters["plain"], tmp_path / "a")
-    settings = json.loads((adapter / "tokenizer_config.json").read_text())
-    del settings["bos_token"]
-    (adapter / "tokenizer_config.json").write_text(json.dumps(settings))
+    with edited_json(adapter / "tokenizer_config.json") as settings:
+        del settings["bos_token"]
     (adapter / "chat_template.jinja").write_text("{{ bos_token }} w1 {{ messages[0].content }}")
     base = shutil.copytree(worded_bundle, tmp_path / "base")
     (base / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<s>"}))
@@ -285,9 +285,8 @@ def test_a_word_added_only_in_the_tokenizers_settings_is_one_token(
     from transformers import AutoTokenizer
 
     adapter = shutil.copytree(worded_adapters["plain"], tmp_path / "a")
-    settings = json.loads((adapter / "tokenizer_config.json").read_text())
-    settings["added_tokens_decoder"] = {str(WORDS): {"content": "<|end|>", "special": True}}
-    (adapter / "tokenizer_config.json").write_text(json.dumps(settings))
+    with edited_json(adapter / "tokenizer_config.json") as settings:
+        settings["added_tokens_decoder"] = {str(WORDS): {"content": "<|end|>", "special": True}}
     text = "w5 <|end|> w9"
     expected = AutoTokenizer.from_pretrained(adapter)(text)["input_ids"]
     assert WORDS in expected

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 
 import loradeploy as ld
 from tests.inputs import gemma, qwen_vl
+from tests.inputs.edits import edited_json
 from tests.inputs.vision_language import IMAGE, SIDE, make_family, tile_processor
 
 NEW: Final = 6  # generated tokens
@@ -57,9 +57,8 @@ def make(family: str, place: Path) -> None:
     else:
         make_family(family, place)
         file = place / "model" / "config.json"
-        config = json.loads(file.read_text())
-        config["text_config"]["max_position_embeddings"] = 256  # tiles have many tokens
-        file.write_text(json.dumps(config))
+        with edited_json(file) as config:
+            config["text_config"]["max_position_embeddings"] = 256  # tiles have many tokens
         made = tile_processor() if family == "Idefics3" else _llava()
         made.tokenizer.save_pretrained(place / "model")
         made.image_processor.save_pretrained(place / "model")

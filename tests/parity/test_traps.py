@@ -6,7 +6,6 @@ only some phases, the test lists them: a comparison of single prompts would miss
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -26,6 +25,7 @@ from loradeploy.export.graph.edit import add_constant, constant_of, set_constant
 from loradeploy.parity.report.results import ParityReport
 from tests.conftest import MakeAdapter, once
 from tests.export.reference import difference
+from tests.inputs.edits import edited_json
 from tests.parity.conftest import PROMPTS
 from tests.runtime.feeds import logits, random_ids
 from tests.tolerances import tolerance
@@ -45,9 +45,8 @@ def changed(bundle: Path, place: Path, change: Change) -> Path:
     model = ir.load(graph)
     change(model.graph)
     ir.save(model, graph)
-    manifest = json.loads((place / MANIFEST_NAME).read_text())
-    manifest["graph_digest"] = file_digest(graph)
-    (place / MANIFEST_NAME).write_text(json.dumps(manifest))
+    with edited_json(place / MANIFEST_NAME) as manifest:
+        manifest["graph_digest"] = file_digest(graph)
     return place
 
 
@@ -366,9 +365,8 @@ def large_scores_fp16_bundle(tiny_gpt2: Path, large_scores_gpt2: Path, shared: P
 
     def make(place: Path) -> None:
         bundle = changed(half, place, loud)
-        manifest = json.loads((bundle / MANIFEST_NAME).read_text())
-        manifest["base"]["digest"] = base_digest(large_scores_gpt2)
-        (bundle / MANIFEST_NAME).write_text(json.dumps(manifest))
+        with edited_json(bundle / MANIFEST_NAME) as manifest:
+            manifest["base"]["digest"] = base_digest(large_scores_gpt2)
 
     return once(shared / "loud-half", make)
 

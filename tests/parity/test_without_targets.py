@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from loradeploy.export.api import export
 from loradeploy.parity.api import parity
 from tests.conftest import MakeAdapter
+from tests.inputs.edits import edited_json
 
 
 @pytest.fixture
 def without_targets(tiny_llama: Path, make_adapter: MakeAdapter, tmp_path: Path) -> Path:
     """Factors of modules that PEFT does not choose for a Llama, in a config without targets."""
     place = make_adapter(tiny_llama, target_modules=["k_proj", "down_proj"], out=tmp_path / "a")
-    config: dict[str, Any] = json.loads((place / "adapter_config.json").read_text())
-    config["target_modules"] = None
-    (place / "adapter_config.json").write_text(json.dumps(config))
+    with edited_json(place / "adapter_config.json") as config:
+        config["target_modules"] = None
     return place
 
 

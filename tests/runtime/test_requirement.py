@@ -23,6 +23,7 @@ from loradeploy.bundle.proof.signature import private_key, sign
 from loradeploy.errors import BundleError, UsageError
 from loradeploy.runtime.session import AdapterSession
 from tests.cli.calling import command as cli_command
+from tests.inputs.edits import edited_json
 from tests.inputs.signing import key_pair
 
 pytest.importorskip("cryptography")
@@ -130,9 +131,8 @@ def test_a_check_covers_sessions_with_the_same_provider_device_kind_and_options(
 
 def edit_providers(bundle: Path, change: Callable[[list[dict[str, Any]]], object]) -> None:
     file = bundle / "parity.json"
-    values = json.loads(file.read_text())
-    change(values["environment"]["providers"])
-    file.write_text(json.dumps(values))
+    with edited_json(file) as values:
+        change(values["environment"]["providers"])
 
 
 def on_webgpu(providers: list[dict[str, Any]]) -> None:
@@ -230,13 +230,14 @@ def test_providers_in_the_minimum_replace_those_of_the_session(bundle: Path) -> 
 def test_checks_on_another_provider_do_not_count(bundle: Path) -> None:
     """The session runs on the CPU, where only the base was checked; the adapter ran on the GPU."""
     file = bundle / "parity.json"
-    values = json.loads(file.read_text())
-    (facts,) = values["environment"]["providers"]
-    values["environment"]["providers"].append({**facts, "provider": "gpu", "chain": [WEBGPU, CPU]})
-    for result in values["results"]:
-        if result["adapter"] is not None and result["variant"] is not None:
-            result["variant"]["provider"] = "gpu"
-    file.write_text(json.dumps(values))
+    with edited_json(file) as values:
+        (facts,) = values["environment"]["providers"]
+        values["environment"]["providers"].append(
+            {**facts, "provider": "gpu", "chain": [WEBGPU, CPU]}
+        )
+        for result in values["results"]:
+            if result["adapter"] is not None and result["variant"] is not None:
+                result["variant"]["provider"] = "gpu"
     with pytest.raises(
         BundleError, match=r"adapter 'one' .* was not checked; run .*--provider gpu"
     ):

@@ -27,6 +27,7 @@ from loradeploy.errors import (
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.timing import sample_feeds
 from tests.conftest import MakeAdapter
+from tests.inputs.edits import edited_json
 from tests.runtime.feeds import feeds, logits, random_ids
 
 IDS = random_ids(2, 6)
@@ -357,9 +358,8 @@ def a_copy(tiny_llama_bundle: Path, tmp_path: Path) -> Path:
 
 
 def _edit(bundle: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    manifest = json.loads((bundle / "loradeploy.json").read_text())
-    change(manifest)
-    (bundle / "loradeploy.json").write_text(json.dumps(manifest))
+    with edited_json(bundle / "loradeploy.json") as manifest:
+        change(manifest)
 
 
 @pytest.mark.parametrize(

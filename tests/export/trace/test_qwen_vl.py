@@ -26,6 +26,7 @@ from loradeploy.runtime.decoding.graph import TokenEmbeds
 from loradeploy.runtime.decoding.mrope import grid_positions
 from tests.conftest import once
 from tests.export.reference import difference
+from tests.inputs.edits import edited_json
 from tests.inputs.qwen_vl import (
     END,
     IMAGE,
@@ -200,14 +201,13 @@ def _as_older_versions_write(made: Path, place: Path) -> None:
         assert name == "model" or older.keys() != tensors.keys()
         save_file(older, file, {"format": "pt"})
     file = place / "model" / "config.json"
-    config = json.loads(file.read_text())
-    text, vision = config.pop("text_config"), config["vision_config"]
-    del text["model_type"], vision["model_type"]
-    rope = text.pop("rope_parameters")
-    config |= text
-    config["rope_theta"] = rope["rope_theta"]
-    config["rope_scaling"] = {"type": "mrope", "mrope_section": rope["mrope_section"]}
-    file.write_text(json.dumps(config))
+    with edited_json(file) as config:
+        text, vision = config.pop("text_config"), config["vision_config"]
+        del text["model_type"], vision["model_type"]
+        rope = text.pop("rope_parameters")
+        config |= text
+        config["rope_theta"] = rope["rope_theta"]
+        config["rope_scaling"] = {"type": "mrope", "mrope_section": rope["mrope_section"]}
 
 
 def test_checkpoints_and_adapters_of_older_versions_are_read(made: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from loradeploy.errors import AdapterMismatchError, ExportError, ModelError, Usa
 from loradeploy.export.passes.tokens import embeds as passes
 from tests.conftest import once
 from tests.export.reference import difference
+from tests.inputs.edits import edited_json
 from tests.inputs.vision_language import (
     CONFIGS,
     IMAGE,
@@ -96,9 +97,8 @@ def test_two_bundles_compute_what_the_whole_model_computes(
     merged = [ld.AdapterSession(tmp_path / name) for name in ("mt", "md")]
     assert difference(outputs_of_bundles(*merged, images), expected["all"]) <= allowed
     file = shutil.copytree(tmp_path / "md", tmp_path / "other") / "loradeploy.json"
-    changed = json.loads(file.read_text())
-    changed["merged_adapter"]["whole_digest"] = "0" * 64
-    file.write_text(json.dumps(changed))
+    with edited_json(file) as changed:
+        changed["merged_adapter"]["whole_digest"] = "0" * 64
     with pytest.raises(UsageError, match="have two adapters merged"):
         ld.ImageTextGenerator(ld.AdapterSession(tmp_path / "other"), merged[0])
     both = feeds(decoder.manifest, ids)

@@ -17,6 +17,7 @@ from loradeploy.export.read.files.source import resolve
 from loradeploy.lora.base.checkpoint import find_checkpoint
 from loradeploy.lora.base.formats import BITSANDBYTES, check_unquantized, original_name
 from tests.conftest import MakeAdapter
+from tests.inputs.edits import edited_json
 
 LONGEST = 320  # characters of a message, without paths
 
@@ -147,9 +148,8 @@ def test_a_quantized_base_is_refused_before_anything_is_traced(
     verb: str, tiny_llama: Path, tiny_llama_bundle: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     place = Path(shutil.copytree(tiny_llama, tmp_path / "base"))
-    config = json.loads((place / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    (place / "config.json").write_text(json.dumps(config))
+    with edited_json(place / "config.json") as config:
+        config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     adapter = make_adapter(tiny_llama)
     with pytest.raises(LoraDeployError, match="quantized by bitsandbytes"):
         if verb == "parity":

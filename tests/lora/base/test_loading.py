@@ -25,6 +25,7 @@ from loradeploy.train.config import TrainConfig
 from loradeploy.train.model import load_base, open_checkpoint
 from loradeploy.train.tasks.table import task_of
 from tests.conftest import MakeAdapter
+from tests.inputs.edits import edited_json
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 Tensors = dict[str, torch.Tensor]
@@ -219,11 +220,10 @@ def test_weights_that_do_not_fit_the_model_are_refused_by_name(
 def test_layers_that_the_config_omits_are_logged(
     copy: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = json.loads((copy / "config.json").read_text())
-    for name in ("num_hidden_layers", "layer_types"):
-        if name in config:
-            config[name] = 1 if name == "num_hidden_layers" else config[name][:1]
-    (copy / "config.json").write_text(json.dumps(config))
+    with edited_json(copy / "config.json") as config:
+        for name in ("num_hidden_layers", "layer_types"):
+            if name in config:
+                config[name] = 1 if name == "num_hidden_layers" else config[name][:1]
     with caplog.at_level(logging.WARNING):
         for_export(copy)
     (message,) = caplog.messages

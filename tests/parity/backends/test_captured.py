@@ -7,7 +7,6 @@ so that its runs take the code path of recorded ones (tests/runtime/test_capture
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from loradeploy.parity.variants import choose_variants
 from loradeploy.runtime.capture import replays
 from loradeploy.runtime.devices import table
 from loradeploy.runtime.session import AdapterSession
+from tests.inputs.edits import edited_json
 from tests.parity.conftest import Check
 
 CAPTURED = "cpu captured"
@@ -68,9 +68,8 @@ def test_both_ways_to_run_are_compared_and_certified(
         assert session.provider.captured is capture
     # A certificate of only recorded runs, like one of only ordinary runs, covers only those.
     written = bundle / "parity.json"
-    values = json.loads(written.read_text(encoding="utf-8"))
-    values["results"] = [r for r in values["results"] if r["variant"]["provider"] == CAPTURED]
-    written.write_text(json.dumps(values), encoding="utf-8")
+    with edited_json(written) as values:
+        values["results"] = [r for r in values["results"] if r["variant"]["provider"] == CAPTURED]
     with pytest.raises(BundleError, match="not certified for cpu .* its runs are not captured"):
         AdapterSession(bundle, ["cpu"], require_certificate=True)
 

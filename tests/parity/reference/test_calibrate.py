@@ -23,6 +23,7 @@ from loradeploy.parity.reference.rounding import (
 from loradeploy.parity.report.results import ParityReport
 from tests.conftest import MakeAdapter
 from tests.inputs.architectures import ARCHITECTURES, make_model
+from tests.inputs.edits import edited_json
 
 PROMPTS = ["The capital of France is", "Hi", "Shares fell as 日本"]
 
@@ -268,7 +269,6 @@ def test_another_adapter_in_a_packed_bundle_fails(
 def test_packed_weights_of_another_model_are_refused(
     packed: Path, tiny_llama: Path, adapter: Path, tmp_path: Path
 ) -> None:
-    import json
     import shutil
 
     import onnx
@@ -284,9 +284,8 @@ def test_packed_weights_of_another_model_are_refused(
     turned = numpy_helper.to_array(scales)[::-1].copy() * 2
     scales.CopyFrom(numpy_helper.from_array(turned, scales.name))
     onnx.save(graph, tmp_path / "b/model.onnx", save_as_external_data=False)
-    result = json.loads((tmp_path / "b/loradeploy.json").read_text())
-    result["graph_digest"] = file_digest(tmp_path / "b/model.onnx")
-    (tmp_path / "b/loradeploy.json").write_text(json.dumps(result))
+    with edited_json(tmp_path / "b/loradeploy.json") as result:
+        result["graph_digest"] = file_digest(tmp_path / "b/model.onnx")
     with pytest.raises(BundleError, match=r"down_proj is not the base's: a row is off by \d+%"):
         parity(tmp_path / "b", tiny_llama, adapter)
 

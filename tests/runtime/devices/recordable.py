@@ -7,7 +7,6 @@ of the bundle; positions are few, as GroupQueryAttention is wrong from 32 on wit
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any, Final
@@ -16,6 +15,7 @@ import numpy as np
 
 from loradeploy.adapter.files.digest import bytes_digest
 from loradeploy.bundle.names import MANIFEST_NAME
+from tests.inputs.edits import edited_json
 
 POSITIONS: Final = 24
 
@@ -26,9 +26,8 @@ def make_recordable(bundle: Path, place: Path) -> Path:
     from onnx import helper, numpy_helper
 
     shutil.copytree(bundle, place)
-    config = json.loads((place / "config.json").read_text(encoding="utf-8"))
-    config["max_position_embeddings"] = POSITIONS
-    (place / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with edited_json(place / "config.json") as config:
+        config["max_position_embeddings"] = POSITIONS
     file = place / "model.onnx"
     whole = {i.name: i for i in onnx.load(file).graph.initializer}
     model = onnx.load(file, load_external_data=False)
@@ -65,7 +64,6 @@ def make_recordable(bundle: Path, place: Path) -> Path:
     del graph.node[:]
     graph.node.extend([*gathers, *kept])
     onnx.save(model, file)
-    manifest = json.loads((place / MANIFEST_NAME).read_text(encoding="utf-8"))
-    manifest["graph_digest"] = bytes_digest(file.read_bytes())
-    (place / MANIFEST_NAME).write_text(json.dumps(manifest), encoding="utf-8")
+    with edited_json(place / MANIFEST_NAME) as manifest:
+        manifest["graph_digest"] = bytes_digest(file.read_bytes())
     return place

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import json
 import shutil
 import sys
 import threading
@@ -34,6 +33,7 @@ from loradeploy.runtime.engine.submission import GenerationEvent
 from loradeploy.runtime.engine.worker import Worker
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.generation import TextGenerator
+from tests.inputs.edits import edited_json
 
 LONG = list(range(20, 20 + 3 * BLOCK + 2))
 
@@ -488,9 +488,8 @@ def test_a_graph_that_processes_prompts_in_parts_wrongly_is_refused(
     tiny_llama_bundle: Path, tmp_path: Path
 ) -> None:
     bundle = shutil.copytree(tiny_llama_bundle, tmp_path / "bundle")
-    manifest = json.loads((bundle / "loradeploy.json").read_text())
-    manifest["whole_prompts"] = True
-    (bundle / "loradeploy.json").write_text(json.dumps(manifest))
+    with edited_json(bundle / "loradeploy.json") as manifest:
+        manifest["whole_prompts"] = True
     with AdapterSession(bundle) as session:
         with pytest.raises(UsageError, match="read in parts, as Engine does: use TextGenerator"):
             Engine(session)

@@ -30,6 +30,7 @@ from loradeploy.runtime.tasks.classification import TextClassifier
 from loradeploy.runtime.tasks.embedding import TextEmbedder
 from tests.cli.calling import call
 from tests.conftest import MakeAdapter
+from tests.inputs.edits import edited_json
 from tests.tolerances import tolerance
 
 TEXTS = ["Shares fell.", "The match was won in the last minute of extra time", "A"]
@@ -280,9 +281,8 @@ def test_the_problem_type_of_a_head_is_never_guessed(
     typed_bundle: Path, declared: dict[str, Path], tmp_path: Path
 ) -> None:
     older = shutil.copytree(typed_bundle, tmp_path / "older")
-    manifest = json.loads((older / "loradeploy.json").read_text())
-    del manifest["problem_type"]
-    (older / "loradeploy.json").write_text(json.dumps(manifest))
+    with edited_json(older / "loradeploy.json") as manifest:
+        del manifest["problem_type"]
     with pytest.raises(BundleError, match="export again"):
         TextClassifier(AdapterSession(older))
     session = AdapterSession(typed_bundle)

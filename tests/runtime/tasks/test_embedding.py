@@ -23,6 +23,7 @@ from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.embedding import TextEmbedder
 from loradeploy.runtime.text.sides import TextSides
 from tests.conftest import MakeAdapter, once
+from tests.inputs.edits import edited_json
 from tests.inputs.sentence import write
 from tests.runtime.test_run_command import run
 from tests.tolerances import tolerance
@@ -276,9 +277,8 @@ def test_an_encoder_in_a_subdirectory_is_supported(
     place = shutil.copytree(sentence_base, tmp_path / "m" / "0_Transformer")
     for name in ("modules.json", "1_Pooling"):
         shutil.move(place / name, tmp_path / "m" / name)
-    modules = json.loads((tmp_path / "m" / "modules.json").read_text())
-    modules[0]["path"] = "0_Transformer"
-    (tmp_path / "m" / "modules.json").write_text(json.dumps(modules))
+    with edited_json(tmp_path / "m" / "modules.json") as modules:
+        modules[0]["path"] = "0_Transformer"
     export(tmp_path / "m", tmp_path / "b", task="feature-extraction")
     both = [TextEmbedder(AdapterSession(b))(TEXTS) for b in (tmp_path / "b", sentence_bundle)]
     assert np.abs(both[0] - both[1]).max() <= tolerance("torch-onnx-tiny")

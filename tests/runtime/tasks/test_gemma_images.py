@@ -5,7 +5,6 @@ The reference is transformers with PEFT and Gemma3Processor.
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any, Final
@@ -17,6 +16,7 @@ from loradeploy.errors import UsageError
 from loradeploy.inspection.bundle import inspect_bundle
 from tests.conftest import once
 from tests.inputs import gemma
+from tests.inputs.edits import edited_json
 from tests.inputs.gemma import IMAGE, pictures
 
 NEW: Final = 6
@@ -172,9 +172,8 @@ def test_sessions_that_do_not_belong_together_are_refused(
         ld.ImageTextGenerator(ld.AdapterSession(tiny_llama_bundle), tower)
     # A bundle of another checkpoint with the same sizes.
     file = shutil.copytree(bundles / "t", tmp_path / "t") / "loradeploy.json"
-    manifest = json.loads(file.read_text())
-    manifest["base"]["digest"] = "sha256:" + "0" * 64
-    file.write_text(json.dumps(manifest))
+    with edited_json(file) as manifest:
+        manifest["base"]["digest"] = "sha256:" + "0" * 64
     with pytest.raises(UsageError, match="are of two models: export both of one checkpoint"):
         ld.ImageTextGenerator(decoder, ld.AdapterSession(tmp_path / "t"))
 

@@ -20,6 +20,7 @@ from loradeploy.errors import UsageError
 from tests.cli.calling import call
 from tests.conftest import once
 from tests.export.reference import difference
+from tests.inputs.edits import edited_json
 from tests.inputs.vision_language import (
     NEW,
     generated_by_model,
@@ -255,10 +256,9 @@ def test_bundles_of_earlier_formats_run_as_before(made: Made, tmp_path: Path) ->
     ]
     for bundle in bundles:
         file = bundle / "loradeploy.json"
-        manifest = json.loads(file.read_text())
-        for entry in manifest["adapters"].values():
-            del entry["whole_digest"], entry["split"]
-        file.write_text(json.dumps(manifest))
+        with edited_json(file) as manifest:
+            for entry in manifest["adapters"].values():
+                del entry["whole_digest"], entry["split"]
     generator = ld.ImageTextGenerator(*(ld.AdapterSession(bundle) for bundle in bundles))
     assert _answers(generator, "charts") == [_text(made, "charts")]
     with pytest.raises(UsageError, match="the adapter 'words' is not in .*tower: `load` it"):

@@ -15,6 +15,7 @@ import loradeploy as ld
 from loradeploy.errors import BudgetError, BundleError, DataError, UnknownAdapterError, UsageError
 from tests.cli.calling import call
 from tests.conftest import MakeAdapter, once
+from tests.inputs.edits import edited_json
 from tests.inputs.sounds import RATE, save, tone, wav
 
 SOUNDS = [tone(300, 0.7, noise=0.05), tone(900, 1, noise=0.05), tone(100, 0.3, noise=0.05)]
@@ -143,9 +144,8 @@ def test_an_adapter_has_an_effect_and_a_doubled_alpha_another_one(
     assert len({answer.token_ids for answer in found}) == 3
     doubled = tmp_path / "doubled"
     shutil.copytree(adapters["first"], doubled)
-    config = json.loads((doubled / "adapter_config.json").read_text())
-    config["lora_alpha"] *= 2
-    (doubled / "adapter_config.json").write_text(json.dumps(config))
+    with edited_json(doubled / "adapter_config.json") as config:
+        config["lora_alpha"] *= 2
     recognizer.session.load("doubled", doubled)
     (wrong,) = recognizer.transcribe(SOUNDS[1], "doubled", **settings)
     recognizer.session.unload("doubled")

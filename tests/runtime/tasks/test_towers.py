@@ -26,6 +26,7 @@ from loradeploy.errors import (
 )
 from loradeploy.parity.checks.mistakes import wrong_adapter
 from tests.cli.calling import call
+from tests.inputs.edits import edited_json
 from tests.inputs.towers import POSITIONS, TEXTS, make_adapter, make_clip, make_deit, make_siglip
 from tests.inputs.vit import IMAGES
 from tests.tolerances import tolerance
@@ -457,9 +458,8 @@ def test_images_that_cannot_be_read_are_named(place: Path, tmp_path: Path) -> No
     with pytest.raises(UsageError, match="there are no images"):
         embed([])
     other = shutil.copytree(bundle(place, "clip", IMAGE_TASK), tmp_path / "other")
-    settings = json.loads((other / "preprocessor_config.json").read_text())
-    settings["crop_size"] = {"height": 12, "width": 12}
-    (other / "preprocessor_config.json").write_text(json.dumps(settings))
+    with edited_json(other / "preprocessor_config.json") as settings:
+        settings["crop_size"] = {"height": 12, "width": 12}
     with pytest.raises(BundleError, match=r"makes pixel values \[3, 12, 12\], the graph takes"):
         ld.ImageEmbedder(ld.AdapterSession(other))(IMAGES[0])
     with pytest.raises(UsageError, match="it gives no vectors of images"):

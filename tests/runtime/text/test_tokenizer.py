@@ -18,6 +18,7 @@ from loradeploy.bundle.text.tokenizer import Tokenizer
 from loradeploy.errors import BundleError, UsageError
 from loradeploy.runtime.text.padding import pad
 from loradeploy.runtime.text.pieces import PieceDecoder
+from tests.inputs.edits import edited_json
 
 TEXTS = [
     "The capital of France is",
@@ -328,12 +329,11 @@ def test_a_chat_template_writes_no_token_that_the_adapters_tokenizer_lacks(
     kept.save_pretrained(base_files)
     kept.bos_token = None
     kept.save_pretrained(own)
-    settings = json.loads((own / "tokenizer_config.json").read_text())
-    if form != "null":
-        del settings["bos_token"]
-    if form == "absent in another class":
-        settings["tokenizer_class"] = "LlamaTokenizer"
-    (own / "tokenizer_config.json").write_text(json.dumps(settings))
+    with edited_json(own / "tokenizer_config.json") as settings:
+        if form != "null":
+            del settings["bos_token"]
+        if form == "absent in another class":
+            settings["tokenizer_class"] = "LlamaTokenizer"
     base = Tokenizer(base_files)
     message = [{"role": "user", "content": "Hello"}]
     start = base.special_tokens["bos_token"]

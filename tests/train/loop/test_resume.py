@@ -22,6 +22,7 @@ from loradeploy.train import job, saving
 from loradeploy.train.loop.checkpoints import Checkpoints
 from loradeploy.train.loop.trainer import AdapterTrainer
 from loradeploy.train.result import TrainResult
+from tests.inputs.edits import edited_json
 from tests.train.conftest import Quick, train_quickly, write_lessons, write_lines
 
 SETTINGS = {"max_steps": 8, "save_steps": 2, "dropout": 0.1, "warmup_steps": 2}
@@ -220,11 +221,10 @@ def test_a_checkpoint_with_code_is_refused_and_does_not_run_it(
 ) -> None:
     place = checkpoint_of(interrupted, 4)
     torch.save({"state": Runs(tmp_path / "trace")}, place / file)
-    record = json.loads((place / "checkpoint.json").read_text())
-    content = (place / file).read_bytes()
-    digest = "sha256:" + hashlib.sha256(content).hexdigest()
-    record["files"][file] = {"bytes": len(content), "digest": digest}
-    (place / "checkpoint.json").write_text(json.dumps(record))
+    with edited_json(place / "checkpoint.json") as record:
+        content = (place / file).read_bytes()
+        digest = "sha256:" + hashlib.sha256(content).hexdigest()
+        record["files"][file] = {"bytes": len(content), "digest": digest}
     with pytest.raises(UsageError, match=r"checkpoint-4 .* code, .*remove it, and resume") as error:
         quick(tiny_llama, lessons, interrupted, resume=True, **SETTINGS)
     assert "\n" not in str(error.value)
