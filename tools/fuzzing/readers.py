@@ -194,7 +194,7 @@ class TokenizerReader(Reader):
             (place / "chat_template.jinja").write_text(source, encoding="utf-8")
         tokenizer = Tokenizer(place)
         tokenizer.decode(tokenizer.encode("Hello, wörld! <|im_end|>", max_length=7))
-        if tokenizer.has_chat_template:
+        if tokenizer.template is not None:
             messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "."}]
             tokenizer.encode_chat(messages)
         Tokenizer(place, Tokenizer(self.seeds.bundle))

@@ -141,11 +141,6 @@ class Tokenizer:
             else read_settings(generation, GENERATION_NAME)
         )
 
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether conversations can be encoded."""
-        return self._chat is not None
-
     @cached_property
     def vocabulary(self) -> dict[str, int]:
         """The id of every word, including added ones."""

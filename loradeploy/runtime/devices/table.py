@@ -38,14 +38,10 @@ class Plugin:
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault of a provider in these `versions` of its package or of ONNX Runtime.
-
-    `handled`: how loradeploy handles it.
-    """
+    """A fault of a provider in these `versions` of its package or of ONNX Runtime."""
 
     versions: str
     what: str
-    handled: str
 
 
 @dataclass(frozen=True)
@@ -123,20 +119,20 @@ KNOWN: Final = (
         takes_rank_zero=True,
         like_cpu=True,
         faults=(
+            # use_tf32=0 is set, unless the options set it.
             Fault(
                 "all",
                 "rounds the inputs of fp32 products to TF32, 10 bits, on GPUs since Ampere",
-                "use_tf32=0 is set, unless the options set it",
             ),
+            # `placement` shows it.
             Fault(
                 "onnxruntime < 1.24",
                 "no kernel for ONNX's Attention, which runs on the CPU",
-                "`placement` shows it",
             ),
+            # `placement` shows it.
             Fault(
                 "onnxruntime 1.31",
                 "GroupQueryAttention only has kernels for fp16 and bf16",
-                "`placement` shows it",
             ),
         ),
     ),
@@ -174,26 +170,26 @@ KNOWN: Final = (
         cpu_nodes_option="forceCpuNodeNames",
         tried="SwiftShader, a GPU in software, fp32",
         faults=(
+            # And, Or and Xor are kept on the CPU (forceCpuNodeNames).
             Fault(
                 "0.4.0",
                 "And with broadcasting is wrong after one with other shapes, in any session of the"
                 " process: masks of a batch are wrong",
-                "And, Or and Xor are kept on the CPU (forceCpuNodeNames)",
             ),
+            # Side inputs that an adapter lacks are fed as zeros of rank 1.
             Fault(
                 "0.4.0",
                 "a product over a rank of 0 ends the process (segmentation fault)",
-                "side inputs that an adapter lacks are fed as zeros of rank 1",
             ),
+            # `placement` shows it; GroupQueryAttention has one.
             Fault(
                 "0.4.0",
                 "no kernel for ONNX's Attention, which runs on the CPU",
-                "`placement` shows it; GroupQueryAttention has one",
             ),
+            # The comparison when a session is opened refuses it.
             Fault(
                 "0.4.0, on SwiftShader",
                 "GroupQueryAttention is wrong from 32 tokens on; unknown for a GPU",
-                "the comparison when a session is opened refuses it",
             ),
         ),
     ),
@@ -208,15 +204,15 @@ KNOWN: Final = (
         options={"load_config": _OPENVINO_FP32},
         tried="a CPU, by hand, fp32",
         faults=(
+            # The graph is opened without defaults.
             Fault(
                 "1.8.1",
                 "a graph whose inputs have defaults does not open (input names mismatch)",
-                "the graph is opened without defaults",
             ),
+            # load_config requests f32, unless the options set it.
             Fault(
                 "1.8.1",
                 "computes in bf16 if the processor supports it, unless f32 is requested",
-                "load_config requests f32, unless the options set it",
             ),
         ),
     ),

@@ -170,7 +170,7 @@ def test_invalid_conversations_are_refused(tiny_llama: Path, messages: list[Any]
 
 def test_a_model_without_a_chat_template_is_reported(minilm: Path) -> None:
     tokenizer = Tokenizer(minilm)
-    assert not tokenizer.has_chat_template
+    assert tokenizer.template is None
     with pytest.raises(UsageError, match="has no chat template"):
         tokenizer.encode_chat(CHATS[0])
 
