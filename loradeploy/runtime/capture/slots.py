@@ -96,40 +96,40 @@ class FixedSlots:
         members = used(lease.rows)
         if not members:
             return None
+        rank = self._rank(members)
         one = len(members) == 1 and None not in lease.rows
-        ids = None
-        if one:
-            wanted: dict[int, Resident | None] = {0: members[0]}
-            count = 1
-        elif self._in_rows:
-            wanted = dict(enumerate(lease.rows))
-            count = len(lease.rows)
-        else:
-            count = _power_of_two(len(members) + 1)
-        size = count, self._rank(members)
-        own = self._sets.get(size) or self._allocate(size)
-        if not one and not self._in_rows:
-            slots = _assigned(own.members, members)
-            wanted = dict(zip(slots.values(), members, strict=True))
-            ids = np.array([0 if r is None else slots[r.digest] for r in lease.rows], np.int64)
-        self._fill(own, wanted)
+        if one or self._in_rows:
+            in_order = members if one else lease.rows
+            size = len(in_order), rank
+            own = self._set(size)
+            self._fill(own, dict(enumerate(in_order)))
+            return Slotted(size, own.values, None)
+        size = _power_of_two(len(members) + 1), rank
+        own = self._set(size)
+        slots = _assigned(own.members, members)
+        self._fill(own, dict(zip(slots.values(), members, strict=True)))
+        ids = np.array([0 if r is None else slots[r.digest] for r in lease.rows], np.int64)
         return Slotted(size, own.values, ids)
 
-    def _fill(self, own: SlotSet, wanted: Mapping[int, Resident | None]) -> None:
-        digests = {s: None if r is None else r.digest for s, r in wanted.items()}
+    def _fill(self, own: SlotSet, expected: Mapping[int, Resident | None]) -> None:
+        """Write the `expected` adapters into their slots, where others are."""
+        digests = {s: None if r is None else r.digest for s, r in expected.items()}
         stale = [slot for slot, digest in digests.items() if own.members[slot] != digest]
         if not stale:
             return
         for slot in stale:
             own.members[slot] = _UNKNOWN  # until it is written completely
-            self._filler.write(own.arrays, slot, wanted[slot])
+            self._filler.write(own.arrays, slot, expected[slot])
         if self._device[0] != HOST:  # on the host, the buffers are the arrays
             for name, values in own.arrays.items():
                 own.values[name].update_inplace(values)
         for slot in stale:
             own.members[slot] = digests[slot]
 
-    def _allocate(self, size: Sized) -> SlotSet:
+    def _set(self, size: Sized) -> SlotSet:
+        """The set of this size, allocated at its first use."""
+        if size in self._sets:
+            return self._sets[size]
         count, rank = size
         ranks = self._filler.ranks((), rank)
         shapes = self._filler.shapes(count, ranks).values()
