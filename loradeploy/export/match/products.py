@@ -36,6 +36,7 @@ from loradeploy.export.match.quantized import (
     MATMUL_NBITS,
     TO_FLOAT,
     dequantized_rows,
+    packed_bits,
     steps_of_blocks,
     unpacked_rows,
 )
@@ -143,7 +144,7 @@ def precision_of(model: ir.Model) -> str:
     import onnx_ir as ir
 
     bits = {
-        node.attributes["bits"].as_int() if "bits" in node.attributes else 4
+        packed_bits(node)
         for node in model.graph.all_nodes()
         if node.op_type in (MATMUL_NBITS, MATMUL_BNB4)
     }

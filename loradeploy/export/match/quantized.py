@@ -21,6 +21,8 @@ INTEGER: Final = "MatMulInteger"
 # onnxruntime's integer products with float results: the inputs of the weight's scale, its zero
 # point, and the bias.
 TO_FLOAT: Final = {"DynamicQuantizeMatMul": (2, 3, 4), "MatMulIntegerToFloat": (3, 5, 6)}
+# The bits of a packed product that does not state them.
+_DEFAULT_BITS: Final = 4
 # onnxruntime (1.31) supports g_idx only with this number of bits.
 _GROUPED_BITS: Final = 4
 
@@ -81,6 +83,12 @@ def _spread(
     return np.broadcast_to(values[:, np.newaxis] if along == 0 else values, shape)
 
 
+def packed_bits(node: ir.Node) -> int:
+    """The number of bits of the weights of a packed product."""
+    stated = node.attributes.get("bits")
+    return _DEFAULT_BITS if stated is None else stated.as_int()
+
+
 def unpacked_rows(node: ir.Node, picks: list[int]) -> NDArray[np.float32] | None:
     """The weights [picks, in] of a MatMulNBits; None if they cannot be read."""
     packed, scales = _constant(node, 1), _constant(node, 2)
@@ -88,11 +96,8 @@ def unpacked_rows(node: ir.Node, picks: list[int]) -> NDArray[np.float32] | None
     given = [input_at(node, index) is not None for index in (3, 4)]
     if packed is None or scales is None or given != [zeros is not None, groups is not None]:
         return None
-    attributes = {
-        name: node.attributes[name].as_int()
-        for name in ("K", "N", "bits", "block_size")
-        if name in node.attributes
-    }
+    sizes = {name: node.attributes[name].as_int() for name in ("K", "N", "block_size")}
+    attributes = {**sizes, "bits": packed_bits(node)}
     if groups is not None:
         _check_groups(node, attributes, groups)
     return unpacked(attributes, packed, scales, zeros, picks, groups)
@@ -123,7 +128,7 @@ def _check_groups(
     node: ir.Node, attributes: Mapping[str, int], groups: NDArray[np.generic]
 ) -> None:
     """Raise ExportError unless g_idx has a valid block for each input of a 4-bit product."""
-    bits, inputs = attributes.get("bits", 4), attributes["K"]
+    bits, inputs = attributes["bits"], attributes["K"]
     blocks = -(-inputs // attributes["block_size"])
     named = groups.reshape(-1)[:inputs].astype(np.int64)
     if (
@@ -154,7 +159,7 @@ def unpacked(
     not the one that the input is in.
     """
     inputs, out, size = attributes["K"], attributes["N"], attributes["block_size"]
-    bits = attributes.get("bits", 4)
+    bits = attributes["bits"]
     if bits not in (2, 4, 8):
         return None
     blocks = -(-inputs // size)

@@ -38,14 +38,13 @@ from loradeploy.export.graph.scopes import linear_scopes
 from loradeploy.export.graph.streamed import joined
 from loradeploy.export.match.linears import Linear
 from loradeploy.export.match.products import output_of, repeated_for_rows
-from loradeploy.export.match.quantized import MATMUL_NBITS
+from loradeploy.export.match.quantized import MATMUL_NBITS, packed_bits
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     from numpy.typing import NDArray
 
 _OUTPUTS: Final = "N"  # the attribute of MatMulNBits
-_DEFAULT_BITS: Final = 4  # of MatMulNBits
 _PACKED_CONSTANTS: Final = 3  # weight, scales and zero points; g_idx and bias are not joined
 
 
@@ -226,8 +225,7 @@ def _names_of_constants(name: str, product: ir.Node) -> list[str]:
     """The names of a product's constants; `name`: the name of its weight in floats."""
     if product.op_type == "MatMul":
         return [name]
-    bits = product.attributes["bits"].as_int() if "bits" in product.attributes else _DEFAULT_BITS
-    return packed_names(name, bits)[: len(product.inputs) - 1]
+    return packed_names(name, packed_bits(product))[: len(product.inputs) - 1]
 
 
 def _product_node(

@@ -196,10 +196,11 @@ def _give(module: Any, weight: torch.Tensor) -> None:
 
 
 def _quantized_weight(product: Product, values: NDArray[np.float32]) -> QuantizedWeight:
-    given = product.node.attributes
-    if product.node.op_type != "MatMulNBits":
+    from loradeploy.export.match.quantized import MATMUL_NBITS, packed_bits
+
+    node = product.node
+    if node.op_type != MATMUL_NBITS:
         return QuantizedWeight(values, 8, values.shape[1], Activations(None))
-    bits = given["bits"].as_int() if "bits" in given else 4
-    block, level = given["block_size"].as_int(), given.get("accuracy_level")
+    block, level = node.attributes["block_size"].as_int(), node.attributes.get("accuracy_level")
     rounds = level is not None and level.as_int() == _INT8_ACTIVATIONS
-    return QuantizedWeight(values, bits, block, Activations(block) if rounds else None)
+    return QuantizedWeight(values, packed_bits(node), block, Activations(block) if rounds else None)

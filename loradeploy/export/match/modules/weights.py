@@ -18,7 +18,7 @@ from loradeploy.export.graph.edit import constant_of
 from loradeploy.export.match.bnb4 import MATMUL_BNB4
 from loradeploy.export.match.integer_scales import scaling_of
 from loradeploy.export.match.products import Product
-from loradeploy.export.match.quantized import INTEGER, MATMUL_NBITS
+from loradeploy.export.match.quantized import INTEGER, MATMUL_NBITS, packed_bits
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -129,8 +129,7 @@ def bits_of(product: Product) -> int:
     if not product.quantized:
         return 0
     if product.node.op_type == MATMUL_NBITS:
-        attribute = product.node.attributes.get("bits")
-        return 4 if attribute is None else attribute.as_int()
+        return packed_bits(product.node)
     if product.node.op_type == MATMUL_BNB4:
         return 4
     dtype = product.weight.dtype

@@ -25,7 +25,7 @@ from loradeploy.export.graph.edit import (
 from loradeploy.export.graph.names import packed_names, weight_name
 from loradeploy.export.match.linears import Linear, find_linears, output_head
 from loradeploy.export.match.operators import MICROSOFT, check_operators
-from loradeploy.export.match.quantized import unpack, unpacked
+from loradeploy.export.match.quantized import packed_bits, unpack, unpacked
 
 if TYPE_CHECKING:
     import onnx
@@ -104,7 +104,7 @@ def requantize_product(product: ir.Node, graph: ir.Graph, weight: NDArray[np.flo
         ExportError: the node has an unknown input or attribute.
     """
     check_operators(name_of(product), [product])
-    bits = product.attributes["bits"].as_int() if "bits" in product.attributes else 4
+    bits = packed_bits(product)
     block = product.attributes["block_size"].as_int()
     scales = product.inputs[2]
     zeros = product.inputs[_ZEROS] if len(product.inputs) > _ZEROS else None
