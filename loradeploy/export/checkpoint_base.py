@@ -52,6 +52,7 @@ from loradeploy.export.adapters.own_weights import model_digests, without_copies
 from loradeploy.export.base import Base, Options, modules_of
 from loradeploy.export.graph.file import outputs, required_inputs
 from loradeploy.export.match.experts import annotate_experts
+from loradeploy.export.match.whole.layouts import annotate_layouts
 from loradeploy.export.match.whole.norm_forms import annotate_forms
 from loradeploy.export.passes.forms.static_shapes import static_specs
 from loradeploy.export.passes.tokens.embeds import add_inputs_embeds, sample_embeds
@@ -294,8 +295,12 @@ def _fitting(
 
 
 def _annotate(graph: ir.Model, model: Any) -> None:
-    """Write what only the model shows into metadata: forms of norms, parameters of experts."""
+    """Write what only the model shows into metadata: forms and layouts of weights, experts."""
+    from transformers.pytorch_utils import Conv1D
+
     from loradeploy.lora.experts import expert_parameters
+
+    annotate_layouts(graph, {n for n, m in model.named_modules() if isinstance(m, Conv1D)})
 
     norms = {name: p for name, p in model.named_parameters() if p.ndim == 1}
     annotate_forms(

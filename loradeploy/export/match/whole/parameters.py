@@ -22,6 +22,7 @@ from loradeploy.export.graph.edit import (
 from loradeploy.export.match.linears import Linear
 from loradeploy.export.match.products import bias_use, input_of, output_of, value_of
 from loradeploy.export.match.whole.biases import has_unclear_bias
+from loradeploy.export.match.whole.layouts import is_conv1d
 from loradeploy.export.match.whole.norm_forms import OTHER, PLUS_ONE, form_of
 from loradeploy.export.match.whole.parts import Part
 
@@ -49,7 +50,8 @@ class Layers:
         module, _, name = parameter.rpartition(".")
         linear, part = self.linears.get(module), self.parts.get(module)
         if linear is not None and name == "weight":
-            return (linear.out_features, linear.in_features)
+            shape = (linear.out_features, linear.in_features)
+            return shape[::-1] if is_conv1d(linear) else shape
         if linear is not None and name == "bias":
             return (linear.out_features,)
         if linear is not None and name in _MATRICES:
@@ -94,7 +96,7 @@ class Layers:
         if linear is not None and name in _MATRICES:
             name, values = "weight", values.T
         if linear is not None and name == "weight":
-            numbers = values if linear.transposed else values.T
+            numbers = _in_graph(linear, values)
             return self.replace_weight(
                 linear, cast(numbers, constant_of(linear.weight).dtype, parameter)
             )
@@ -132,8 +134,7 @@ class Layers:
         layer = self._layer(module) if name == "weight" else None
         if layer is None:
             return constant_of(self.graph.initializers[parameter])
-        numbers = constant_of(layer.weight)
-        return numbers if isinstance(layer, Part) or layer.transposed else numbers.T
+        return _in_graph(layer, constant_of(layer.weight))
 
     def overwrite(
         self, parameter: str, values: NDArray[Any], *, others: Collection[str] = ()
@@ -161,7 +162,7 @@ class Layers:
                     f"{named} has the values of {parameter} in a separate constant: whether it"
                     " shares the adapter's weight is unknown; merge into the checkpoint"
                 )
-        numbers = values if isinstance(layer, Part) or layer.transposed else values.T
+        numbers = _in_graph(layer, values)
         set_constant(layer.weight, cast(numbers, constant_of(layer.weight).dtype, parameter))
 
     def may_share(self, one: str, other: str) -> bool:
@@ -250,6 +251,14 @@ class Layers:
         name = f"{module}.bias"
         free = free_name(self.graph, f"{name}.new")
         return add_constant(self.graph, free, cast(values, dtype, name))
+
+
+def _in_graph(layer: Linear | Part, values: NDArray[Any]) -> NDArray[Any]:
+    """The checkpoint's weight in the layout of the graph; the same function converts it back."""
+    if isinstance(layer, Part) or layer.transposed != is_conv1d(layer):
+        return values
+    turned: NDArray[Any] = values.T
+    return turned
 
 
 def _bias_dtype(linear: Linear) -> np.dtype[Any]:

@@ -23,6 +23,7 @@ from loradeploy.export.graph.names import (
 from loradeploy.export.graph.scopes import linear_scopes
 from loradeploy.export.match.linears import Linear
 from loradeploy.export.match.whole.biases import has_unclear_bias
+from loradeploy.export.match.whole.layouts import is_conv1d
 from loradeploy.export.passes.side_inputs.rows import rows_of
 from loradeploy.export.passes.side_inputs.surgery import Surgery
 
@@ -59,12 +60,14 @@ def replace_head(surgery: Surgery, linear: Linear, *, with_bias: bool) -> list[S
     _free(graph, linear.weight)
 
     W = _parameter(surgery, f"{module}.weight", weight)
+    shape = (linear.out_features, linear.in_features)
+    conv1d = is_conv1d(linear)
     saved = [
         SavedTarget(
             parameter=f"{module}.weight",
             input=f"{module}.weight",
-            shape=(linear.out_features, linear.in_features),
-            transposed=True,
+            shape=shape[::-1] if conv1d else shape,
+            transposed=not conv1d,
         )
     ]
     chain = surgery.chain(last, module)
