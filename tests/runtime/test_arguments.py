@@ -137,6 +137,32 @@ def test_numpy_numbers_choose_the_tokens_of_pythons(generator: TextGenerator) ->
         assert generator.generate(["a"], max_new_tokens=8, seed=3, **own) == expected
 
 
+@pytest.mark.parametrize("mask", [[[True], [True, False]], [[1], [2, 3]]], ids=str)
+def test_a_mask_that_is_no_array_is_refused(mask: Any, generator: TextGenerator) -> None:
+    with pytest.raises(UsageError, match="prompt 1: allowed_tokens gave no array"):
+        generator.generate(["a"], allowed_tokens=lambda made: mask)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        *[({"prompt": value}, "the prompt is") for value in (None, 3, np.array(1), {"a"}, b"a")],
+        *[({"scope": value}, "`scope` is") for value in ([], 3, b"a")],
+        *[({"deadline": value}, "deadline is") for value in ("1", 10**400, float("nan"), True)],
+    ],
+    ids=lambda value: shown(value, 40),
+)
+def test_arguments_of_a_request_have_their_types(
+    arguments: dict[str, Any], message: str, generator: TextGenerator
+) -> None:
+    with ld.Engine(generator) as engine:
+        expected = generator.generate(["a"], "small", max_new_tokens=2)[0].token_ids
+        with pytest.raises(UsageError, match=message):
+            engine.submit(**{"prompt": "a", **arguments})
+        after = engine.submit("a", "small", max_new_tokens=2).result(30)
+        assert after.generations[0].token_ids == expected
+
+
 @pytest.mark.parametrize(
     "names", [[["logits"]], [{}], [None], [1], range(10**12)], ids=lambda value: str(value)[:20]
 )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loradeploy.errors import DeadlineError, RunError, UsageError, shown
+from loradeploy.given_numbers import checked_number
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -289,6 +290,7 @@ def deadline_of(seconds: object) -> float | None:
     """
     if seconds is None:
         return None
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds > 0:
-        raise UsageError(f"deadline is {seconds!r}: give seconds, a number above 0, or None")
-    return time.monotonic() + seconds
+    number = checked_number(seconds)
+    if number is None or not number > 0:
+        raise UsageError(f"deadline is {shown(seconds)}: give seconds, a number above 0, or None")
+    return time.monotonic() + number

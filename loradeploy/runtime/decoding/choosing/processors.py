@@ -27,7 +27,7 @@ import numpy as np
 
 from loradeploy.bundle.text.settings import GenerationSettings
 from loradeploy.bundle.text.tokenizer import Tokenizer
-from loradeploy.errors import UsageError, shown
+from loradeploy.errors import UsageError, first_line, shown
 from loradeploy.runtime.decoding.choosing.options import AllowedTokens, GenerationOptions
 
 if TYPE_CHECKING:
@@ -160,7 +160,12 @@ class Processors:
         given = self.allowed_tokens(made)
         if given is None:
             return np.ones(size, np.bool_)
-        mask = np.asarray(given)
+        try:
+            mask = np.asarray(given)
+        except ValueError as problem:
+            raise UsageError(
+                f"{self.what}: allowed_tokens gave no array: {first_line(problem)}"
+            ) from None
         if mask.dtype != np.bool_ or mask.ndim != 1:
             raise UsageError(
                 f"{self.what}: allowed_tokens gave {mask.dtype} {list(mask.shape)}: give bool"
