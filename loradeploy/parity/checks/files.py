@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.adapter.heads import (
+    SINGLE_LABEL,
     config_labels,
     placeholders,
     problem_of,
@@ -37,6 +38,7 @@ from loradeploy.adapter.tasks import (
     GENERATING,
     SEQ2SEQ_LM,
     SEQUENCE_CLASSIFICATION,
+    TOKEN_CLASSIFICATION,
 )
 from loradeploy.bundle.audio.features import feature_settings
 from loradeploy.bundle.fitting.labels import output_count
@@ -60,6 +62,7 @@ from loradeploy.export.assets import AssetSources, write_assets
 from loradeploy.export.tokenizers import first_difference
 from loradeploy.files import write_json
 from loradeploy.lora.quiet import quiet_loradeploy
+from loradeploy.parity.checks.adapters import differing_adapters
 from loradeploy.parity.checks.manifest import differing_manifest
 from loradeploy.parity.checks.required import differing_required
 from loradeploy.parity.inputs.prompts import PROMPTS
@@ -83,7 +86,11 @@ def differing_files(context: CheckContext) -> list[Result]:
     Only bundles that were exported from a checkpoint are compared with it: an ONNX file comes with
     files of its own.
     """
-    found = [*differing_manifest(context), *differing_required(context)]
+    found = [
+        *differing_manifest(context),
+        *differing_required(context),
+        *differing_adapters(context),
+    ]
     if context.manifest.traced:
         with scratch_directory() as expected:
             try:
@@ -256,6 +263,11 @@ def _names(manifest: Manifest, config: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _problem_type(pair: _Pair) -> str | None:
     """Whether the scores are a softmax, sigmoids or the outputs themselves."""
+    if pair.manifest.probabilities is not None:  # of ONNX files, see the manifest
+        return f"the graph ends in {shown(pair.manifest.probabilities)}, which are no probabilities"
+    ours = pair.manifest.problem_type
+    if pair.manifest.task == TOKEN_CLASSIFICATION and ours is not None:
+        return None if ours == SINGLE_LABEL else _values("the problem_type is", ours, SINGLE_LABEL)
     if pair.manifest.task != SEQUENCE_CLASSIFICATION:
         return None
     config = model_config(pair.expected)
@@ -265,7 +277,6 @@ def _problem_type(pair: _Pair) -> str | None:
     if pair.context.merged:
         (tested,) = pair.context.adapters
         expected = problem_of(tested.adapter, stated, count)
-    ours = pair.manifest.problem_type
     return None if ours == expected else _values("the problem_type is", ours, expected)
 
 

@@ -286,6 +286,88 @@ def test_another_problem_type_is_found(
     assert list(found(merged, tiny_bert, bert_heads)) == ["problem type"]
 
 
+def set_in_manifest(bundle: Path, *path: str, value: Any) -> None:
+    edited("loradeploy.json", **{"__".join(path): value})(bundle)
+
+
+@pytest.mark.parametrize("problem", [None, "multi_label_classification", "regression"])
+def test_another_problem_type_of_an_adapter_is_found(
+    problem: str | None,
+    tiny_bert: Path,
+    tiny_bert_bundle: Path,
+    bert_heads: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    bundle = tmp_path / "bundle"
+    ld.export(tiny_bert_bundle, bundle, adapters=bert_heads)
+    assert found(bundle, tiny_bert) == {}
+    set_in_manifest(bundle, "adapters", "own", "problem_type", value=problem)
+    assert "problem_type" in found(bundle, tiny_bert)["adapters"]
+    set_in_manifest(bundle, "adapters", "own", "problem_type", value="single_label_classification")
+    set_in_manifest(bundle, "adapters", "own", "labels", value=["sport", "tech"])
+    assert "labels are ('sport', 'tech')" in found(bundle, tiny_bert)["adapters"]
+
+
+@pytest.fixture(scope="module")
+def texts(
+    tiny_llama_bundle: Path, tiny_llama: Path, make_adapter: MakeAdapter, shared: Path
+) -> Path:
+    """A bundle of the tiny Llama with the adapters "plain" and "own", which has a template."""
+
+    def make(place: Path) -> None:
+        adapters = {"plain": make_adapter(tiny_llama, seed=1), "own": place / "own"}
+        make_adapter(tiny_llama, out=place / "own", seed=2)
+        (place / "own" / "chat_template.jinja").write_text("{{ messages[0]['content'] }} =>")
+        ld.export(tiny_llama_bundle, place / "bundle", adapters=adapters)
+
+    return once(shared / "bundle-llama-texts", make) / "bundle"
+
+
+def exchange_adapters(bundle: Path) -> None:
+    file = bundle / "loradeploy.json"
+    whole = json.loads(file.read_text(encoding="utf-8"))
+    one, two = whole["adapters"]["own"], whole["adapters"]["plain"]
+    whole["adapters"] = {"own": two, "plain": one}
+    file.write_text(json.dumps(whole), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        exchange_adapters,
+        edited("loradeploy.json", adapters__own__text=None),
+        lambda bundle: (bundle / "adapters/own/chat_template.jinja").write_text("{{ messages }}"),
+        lambda bundle: (bundle / "adapters/own/chat_template.jinja").unlink(),
+        lambda bundle: (bundle / "adapters/plain/generation_config.json").write_text(
+            '{"eos_token_id": 5}'
+        ),
+    ],
+    ids=["exchanged", "no texts", "another template", "no template", "an added file"],
+)
+def test_an_adapter_whose_texts_are_read_otherwise_is_found(
+    change: Change, texts: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    bundle = Path(shutil.copytree(texts, tmp_path / "bundle"))
+    assert found(bundle, tiny_llama) == {}
+    change(bundle)
+    assert list(found(bundle, tiny_llama)) == ["adapters"]
+
+
+@pytest.mark.parametrize("field", ["problem_type", "probabilities"])
+def test_other_scores_of_a_token_classifier_are_found(
+    field: str, tiny_bert: Path, shared: Path, tmp_path: Path
+) -> None:
+    made = once(
+        shared / "bundle-bert-tokens-files",
+        lambda place: ld.export(tiny_bert, place, task="token-classification"),
+    )
+    bundle = Path(shutil.copytree(made, tmp_path / "bundle"))
+    assert found(bundle, tiny_bert) == {}
+    values = {"problem_type": "multi_label_classification", "probabilities": "logits"}
+    set_in_manifest(bundle, field, value=values[field])
+    assert list(found(bundle, tiny_bert)) == ["problem type"]
+
+
 def test_a_merged_bundle_has_the_files_of_its_adapter(
     tiny_llama: Path, tiny_llama_bundle: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
