@@ -17,9 +17,10 @@ from loradeploy.parity.bundle_files import BundleFiles
 from loradeploy.parity.checks.check import run_backends
 from loradeploy.parity.checks.controls import Controls, run_controls
 from loradeploy.parity.checks.effects import adapter_facts
-from loradeploy.parity.checks.files import differing_files
+from loradeploy.parity.checks.files import differing_files, failed
 from loradeploy.parity.checks.repeat import second_run
 from loradeploy.parity.checks.runs import Progress
+from loradeploy.parity.checks.weights import differing_weights
 from loradeploy.parity.context import CheckContext
 from loradeploy.parity.diagnose.localize import localizations
 from loradeploy.parity.diagnose.shrink import shrink_failures
@@ -142,13 +143,14 @@ def _compare(
     """
     logger.info("loading %s", context.model)
     model = load_model(context)
+    weights = [failed(aspect, message) for aspect, message in differing_weights(context, model)]
     answered = score_reference(context, model, held_out)
     base = take_weights(context, model)
     logger.info("reference: %s", REFERENCE_TITLE)
     reference = make_reference(context, base)
     nondeterministic = second_run(context, reference, base)
     if nondeterministic is not None:
-        return _Findings(reference, [nondeterministic])
+        return _Findings(reference, [nondeterministic, *weights])
     made = Controls()
     if controls:
         logger.info("controls")
@@ -174,6 +176,7 @@ def _compare(
     remarks: tuple[str, ...] = ()
     if shrink:
         smallest, remarks = shrink_failures(in_onnx, context, reference, results, again)
+    results += weights
     return _Findings(reference, results, made, scores, localized, smallest, remarks)
 
 

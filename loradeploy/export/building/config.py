@@ -57,7 +57,7 @@ def with_config(
     if base.vocabulary is not None:
         config = _with_vocabulary(config, base.vocabulary)
     if (limit := rotary_limit(config)) is not None:
-        config = _with_positions(config, limit)
+        config = with_positions(config, limit)
         logger.warning(
             "texts may have up to %d tokens: for longer ones the model (rope scaling of type"
             " longrope) would have to compute the cache again. If all texts are longer, replace"
@@ -110,11 +110,11 @@ def _with_vocabulary(config: Mapping[str, Any], size: int) -> dict[str, Any]:
     return found
 
 
-def _with_positions(config: Mapping[str, Any], most: int) -> dict[str, Any]:
+def with_positions(config: Mapping[str, Any], most: int) -> dict[str, Any]:
     """`config` with at most `most` positions, for clients that read only this limit."""
     inner = config.get("text_config")
     if isinstance(inner, Mapping):
-        return {**config, "text_config": _with_positions(inner, most)}
+        return {**config, "text_config": with_positions(inner, most)}
     stated = config.get("max_position_embeddings")
     fewer = type(stated) is int and stated > most
     return {**config, "max_position_embeddings": most} if fewer else dict(config)

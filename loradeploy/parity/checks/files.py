@@ -43,7 +43,7 @@ from loradeploy.adapter.tasks import (
 from loradeploy.bundle.audio.features import feature_settings
 from loradeploy.bundle.fitting.labels import output_count
 from loradeploy.bundle.image.pixels import processor_values
-from loradeploy.bundle.model_config import context_length, model_config
+from loradeploy.bundle.model_config import context_length, model_config, rotary_limit
 from loradeploy.bundle.names import (
     CONFIG_NAME,
     INPUT_FEATURES,
@@ -59,6 +59,7 @@ from loradeploy.bundle.text.vectors.recipe import read_recipe
 from loradeploy.disk import scratch_directory
 from loradeploy.errors import BundleError, LoraDeployError, ModelError, first_line, shown
 from loradeploy.export.assets import AssetSources, write_assets
+from loradeploy.export.building.config import with_positions
 from loradeploy.export.tokenizers import first_difference
 from loradeploy.files import write_json
 from loradeploy.lora.quiet import quiet_loradeploy
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
 
 BACKEND: Final = "files"
 _TITLE: Final = "files of the bundle"
+_BESIDE: Final = "put the model's files beside the ONNX file and export again"
 # Settings of generation that another aspect compares, that only sampling reads, or that the
 # runtime does not apply.
 _NOT_GREEDY: Final = ("decoder_start_token_id", "top_k", "top_p", "min_p", "ignored")
@@ -83,28 +85,29 @@ _NOT_GREEDY: Final = ("decoder_start_token_id", "top_k", "top_p", "min_p", "igno
 def differing_files(context: CheckContext) -> list[Result]:
     """Return a failed result for each meaning in which the bundle's files differ from the model's.
 
-    Only bundles that were exported from a checkpoint are compared with it: an ONNX file comes with
-    files of its own.
+    A bundle of an ONNX file has the files beside it. Those that it lacks, and without which the
+    runtime refuses a text, are not a difference.
     """
     found = [
         *differing_manifest(context),
         *differing_required(context),
         *differing_adapters(context),
     ]
-    if context.manifest.traced:
-        with scratch_directory() as expected:
-            try:
-                with quiet_loradeploy():
-                    write_expected(context, expected)
-            except LoraDeployError as problem:
-                message = f"they cannot be compared with those of {context.model}: {problem}"
-                found.append(("all", message))
-            else:
-                found += _differences(context, expected)
-    return [
-        Result(BACKEND, _TITLE, None, None, "failed", message, aspect=aspect)
-        for aspect, message in found
-    ]
+    with scratch_directory() as expected:
+        try:
+            with quiet_loradeploy():
+                write_expected(context, expected)
+        except LoraDeployError as problem:
+            message = f"they cannot be compared with those of {context.model}: {problem}"
+            found.append(("all", message))
+        else:
+            found += _differences(context, expected)
+    return [failed(aspect, message) for aspect, message in found]
+
+
+def failed(aspect: str, message: str) -> Result:
+    """The result for an aspect of the bundle's files that is not the model's."""
+    return Result(BACKEND, _TITLE, None, None, "failed", message, aspect=aspect)
 
 
 def write_expected(context: CheckContext, directory: Path) -> None:
@@ -116,6 +119,8 @@ def write_expected(context: CheckContext, directory: Path) -> None:
     changed = merged and type(size) is int and size != config.get("vocab_size")
     if changed:
         config["vocab_size"] = size
+    if (limit := rotary_limit(config)) is not None:
+        config = with_positions(config, limit)
     sources = AssetSources(context.model, (context.model,), merged, size if changed else None)
     _, config = write_assets(directory, context.manifest, config, sources)
     write_json(directory / CONFIG_NAME, config)
@@ -132,6 +137,11 @@ class _Pair:
     @property
     def manifest(self) -> Manifest:
         return self.context.manifest
+
+    @property
+    def traced(self) -> bool:
+        """Whether the bundle's files were written from the model's, not from others."""
+        return self.manifest.traced
 
     @cached_property
     def tokenizers(self) -> tuple[Tokenizer, Tokenizer]:
@@ -151,13 +161,16 @@ def _differences(context: CheckContext, expected: Path) -> Iterator[tuple[str, s
         except LoraDeployError as problem:
             message = first_line(problem)
         if message is not None:
-            yield aspect, f"{message}: export again, or check with the model that it was made from"
+            again = "export again" if pair.traced else _BESIDE
+            yield aspect, f"{message}: {again}, or check with the model that it was made from"
 
 
 def _tokenizer(pair: _Pair) -> str | None:
     if not (pair.expected / TOKENIZER_NAME).is_file():
         return None
     if not (pair.bundle / TOKENIZER_NAME).is_file():
+        if not pair.traced:
+            return None
         return f"the bundle has no {TOKENIZER_NAME}, and the model has a tokenizer"
     ours, theirs = pair.tokenizers
     with ours.library() as own, theirs.library() as other:
@@ -172,7 +185,7 @@ def _tokenizer(pair: _Pair) -> str | None:
         return _values("the special tokens are", ours.special_tokens, theirs.special_tokens)
     if ours.truncation_side != theirs.truncation_side:
         return _values("texts are cut on the", ours.truncation_side, theirs.truncation_side)
-    if ours.token_types != theirs.token_types:
+    if ours.token_types != theirs.token_types and (pair.traced or ours.token_types is not None):
         return _values("token types of pairs:", ours.token_types, theirs.token_types)
     return None
 
@@ -187,8 +200,10 @@ def _first_word(own: Mapping[str, int], other: Mapping[str, int]) -> str | None:
 def _chat_template(pair: _Pair) -> str | None:
     if not _has_tokenizers(pair):
         return None
-    ours, theirs = pair.tokenizers
-    return None if ours.template == theirs.template else "the chat template is not the model's"
+    ours, theirs = (tokenizer.template for tokenizer in pair.tokenizers)
+    if ours == theirs or (ours is None and not pair.traced):
+        return None
+    return "the chat template is not the model's"
 
 
 def _start_token(pair: _Pair) -> str | None:
@@ -214,12 +229,14 @@ def _positions(pair: _Pair) -> str | None:
     if all(spec.name != INPUT_IDS for spec in pair.manifest.inputs):
         return None
     ours, theirs = pair.both(lambda place: context_length(model_config(place)))
-    if ours != theirs:
+    if ours != theirs and (pair.traced or ours is not None):
         return _values("the number of positions is", ours, theirs)
     if not _has_tokenizers(pair):
         return None
     ours, theirs = (tokenizer.max_length for tokenizer in pair.tokenizers)
-    return None if ours == theirs else _values("the tokens of a text are at most", ours, theirs)
+    if ours == theirs or (ours is None and not pair.traced):
+        return None
+    return _values("the tokens of a text are at most", ours, theirs)
 
 
 def _pooling(pair: _Pair) -> str | None:
@@ -263,16 +280,19 @@ def _names(manifest: Manifest, config: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _problem_type(pair: _Pair) -> str | None:
     """Whether the scores are a softmax, sigmoids or the outputs themselves."""
-    if pair.manifest.probabilities is not None:  # of ONNX files, see the manifest
+    shown_by_graph = pair.manifest.probabilities is not None
+    if shown_by_graph and pair.traced:
         return f"the graph ends in {shown(pair.manifest.probabilities)}, which are no probabilities"
     ours = pair.manifest.problem_type
-    if pair.manifest.task == TOKEN_CLASSIFICATION and ours is not None:
+    if pair.manifest.task == TOKEN_CLASSIFICATION and ours is not None and pair.traced:
         return None if ours == SINGLE_LABEL else _values("the problem_type is", ours, SINGLE_LABEL)
     if pair.manifest.task != SEQUENCE_CLASSIFICATION:
         return None
     config = model_config(pair.expected)
     count = output_count(pair.manifest, config)
     stated = stated_problem(config, CONFIG_NAME, error=BundleError)
+    if shown_by_graph and stated is None:
+        return None  # what the operator shows, see the export
     expected = stated or usual_problem(count)
     if pair.context.merged:
         (tested,) = pair.context.adapters

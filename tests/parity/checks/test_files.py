@@ -286,6 +286,80 @@ def test_another_problem_type_is_found(
     assert list(found(merged, tiny_bert, bert_heads)) == ["problem type"]
 
 
+def test_the_positions_of_a_model_with_two_kinds_of_rotary_frequencies_are_the_fewer_ones(
+    tiny_llama: Path, llama_bundle: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    scaling = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 64,
+        "short_factor": [1.0] * 8, "long_factor": [2.0] * 8,
+    }  # fmt: skip
+    edited("config.json", rope_parameters=scaling)(model)
+    edited("config.json", rope_parameters=scaling, max_position_embeddings=64)(llama_bundle)
+    for place in (model, llama_bundle):
+        edited("tokenizer_config.json", model_max_length=None)(place)
+    assert found(llama_bundle, model) == {}
+    edited("config.json", max_position_embeddings=32)(llama_bundle)
+    assert list(found(llama_bundle, model)) == ["positions"]
+
+
+@pytest.fixture(scope="module")
+def onnx_sources(tiny_llama: Path, tiny_llama_bundle: Path, shared: Path) -> Callable[[bool], Path]:
+    """A function (with the model's files beside it?) → the bundle of an ONNX file."""
+
+    def make(place: Path, complete: bool) -> None:
+        import onnx_ir as ir
+
+        from loradeploy.export.passes.side_inputs.inject import remove_side_inputs
+
+        graph = ir.load(tiny_llama_bundle / "model.onnx")
+        remove_side_inputs(graph, read_manifest(tiny_llama_bundle))
+        source = place / "source"
+        source.mkdir(parents=True)
+        ir.save(graph, source / "decoder.onnx", external_data="decoder.onnx.data")
+        for pattern in ("*.json", "*.jinja") if complete else ():
+            for file in tiny_llama.glob(pattern):
+                shutil.copy(file, source)
+        ld.export(source / "decoder.onnx", place / "bundle")
+
+    def bundle(complete: bool) -> Path:
+        name = f"bundle-llama-onnx-{complete}"
+        return once(shared / name, lambda place: make(place, complete)) / "bundle"
+
+    return bundle
+
+
+def test_the_files_of_an_onnx_source_may_be_few(
+    onnx_sources: Callable[[bool], Path], tiny_llama: Path
+) -> None:
+    assert not read_manifest(onnx_sources(False)).traced
+    assert found(onnx_sources(False), tiny_llama) == {}, "texts are refused without a tokenizer"
+
+
+@pytest.mark.parametrize(
+    ("aspect", "change"),
+    [
+        ("tokenizer", exchange_words),
+        ("chat template", change_template),
+        ("end tokens", edited("generation_config.json", eos_token_id=5)),
+        ("generation", edited("generation_config.json", repetition_penalty=1.3)),
+        ("positions", edited("tokenizer_config.json", model_max_length=7)),
+        ("padding", edited("loradeploy.json", padding="right")),
+    ],
+)
+def test_the_files_of_an_onnx_source_are_compared_with_the_model(
+    aspect: str,
+    change: Change,
+    onnx_sources: Callable[[bool], Path],
+    tiny_llama: Path,
+    tmp_path: Path,
+) -> None:
+    bundle = Path(shutil.copytree(onnx_sources(True), tmp_path / "bundle"))
+    assert found(bundle, tiny_llama) == {}
+    change(bundle)
+    assert list(found(bundle, tiny_llama)) == [aspect]
+
+
 def set_in_manifest(bundle: Path, *path: str, value: Any) -> None:
     edited("loradeploy.json", **{"__".join(path): value})(bundle)
 

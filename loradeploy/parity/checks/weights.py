@@ -1,0 +1,127 @@
+"""Whether the graph's weights that are not quantized are the base's, value by value.
+
+Prompts do not show every weight: an embedding's rows of tokens that no prompt has, or one value
+among many. Quantized weights are compared when the reference takes them (reference/quantized.py).
+A merged graph's weights are not the base's; other values, such as norms, change every output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from loradeploy.bundle.names import ENCODER_NAME, GRAPH_NAME
+from loradeploy.errors import first_line
+from loradeploy.parity.reference.quantized import weight_of
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+    from loradeploy.bundle.targets import LoraTarget
+    from loradeploy.parity.context import CheckContext
+
+ASPECT: Final = "weights"
+# The largest relative error of one rounding to a type of weights; others are quantized.
+_ROUNDING: Final[Mapping[str, float]] = {"float32": 2**-23, "float16": 2**-10, "bfloat16": 2**-7}
+_SUBNORMAL: Final = 2.0**-24  # the smallest float16
+_ROWS: Final = 4096  # compared at once
+
+
+def differing_weights(context: CheckContext, model: torch.nn.Module) -> Iterator[tuple[str, str]]:
+    """Yield the aspect and a message for the first weight that is not that of `model`, the base.
+
+    Only of graphs that loradeploy traced: other exporters may scale or reorder weights.
+    """
+    manifest = context.manifest
+    if not manifest.traced or context.merged:
+        return
+    try:
+        graph = _initializers(context)
+    except Exception as problem:  # onnx_ir raises anything for a damaged file
+        yield ASPECT, f"the graph cannot be read: {first_line(problem)}"
+        return
+    layers = dict(_layers(model))
+    for target in manifest.targets:
+        layer = layers.pop(target.module, None)
+        if layer is None or target.kind not in ("linear", "embedding"):
+            continue
+        if target.weight not in graph:
+            yield ASPECT, f"the graph has no {target.weight}, which the manifest names"
+            return
+        own = _of_target(graph[target.weight], target)
+        if own is not None and (message := _difference(target.module, own, weight_of(layer))):
+            yield ASPECT, message
+            return
+    for module, layer in layers.items():
+        found = graph.get(f"{module}.weight")
+        own, expected = _readable(found), weight_of(layer)
+        if own is None:
+            continue
+        if own.shape != expected.shape:
+            own = own.T
+        if message := _difference(module, own, expected):
+            yield ASPECT, message
+            return
+
+
+def _initializers(context: CheckContext) -> dict[str, Any]:
+    """The graph's constants by name, not read yet; of an encoder-decoder those of both graphs."""
+    import onnx_ir as ir
+
+    names = [GRAPH_NAME] if context.manifest.encoder is None else [ENCODER_NAME, GRAPH_NAME]
+    return {
+        str(name): value.const_value
+        for file in names
+        for name, value in ir.load(context.bundle / file).graph.initializers.items()
+    }
+
+
+def _layers(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    import torch
+
+    for name, module in model.named_modules():
+        kinds = (torch.nn.Linear, torch.nn.Embedding)
+        if type(module) in kinds or type(module).__name__ == "Conv1D":
+            yield name, module
+
+
+def _readable(tensor: Any) -> NDArray[Any] | None:
+    """The values of a matrix; None if there is none, or it is quantized."""
+    if tensor is None or len(tensor.shape) != 2:
+        return None
+    values: NDArray[Any] = tensor.numpy()
+    return values if values.dtype.name in _ROUNDING else None
+
+
+def _of_target(tensor: Any, target: LoraTarget) -> NDArray[Any] | None:
+    """The values of the target's module: [out, in], or [vocabulary, size] of an embedding."""
+    values = _readable(tensor)
+    if values is None:
+        return None
+    if target.kind == "embedding":
+        return values.T if target.transposed else values
+    rows = values if target.transposed else values.T
+    begin, end = target.slice or (0, len(rows))
+    return rows[begin:end]
+
+
+def _difference(module: str, own: NDArray[Any], expected: NDArray[np.float32]) -> str | None:
+    name = f"{module}.weight"
+    if own.shape[1:] != expected.shape[1:] or len(own) < len(expected):
+        return f"{name} is {list(own.shape)} in the graph, {list(expected.shape)} in the base"
+    relative = _ROUNDING[own.dtype.name]
+    least = _SUBNORMAL if own.dtype.name == "float16" else 0.0
+    for begin in range(0, len(expected), _ROWS):
+        theirs = expected[begin : begin + _ROWS]
+        ours = own[begin : begin + len(theirs)].astype(np.float32, copy=False)
+        off = ~(np.abs(ours - theirs) <= relative * np.abs(theirs) + least)  # or NaN
+        if off.any():
+            row, column = (int(axis[0]) for axis in np.nonzero(off))
+            return (
+                f"{name} [{begin + row}, {column}] is {ours[row, column]:.6g} in the graph,"
+                f" {theirs[row, column]:.6g} in the base: export again"
+            )
+    return None

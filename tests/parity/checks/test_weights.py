@@ -1,0 +1,89 @@
+"""A weight of the graph that is not the base's is found, whether or not a prompt shows it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import loradeploy as ld
+from loradeploy.bundle.manifest import read_manifest
+from loradeploy.parity.checks.weights import differing_weights
+from loradeploy.parity.context import CheckContext
+from loradeploy.parity.inputs.tokens import Cases
+from loradeploy.parity.reference.loading import load_model
+from tests.parity.conftest import Check
+from tests.parity.spoil import spoiled, weight
+from tests.parity.tampering import change_embedding
+
+QKV = "model.layers.1.self_attn.q_proj+k_proj+v_proj.weight"
+
+
+def found(bundle: Path, model: Path) -> list[str]:
+    """Return the messages about weights that are not the model's."""
+    manifest = read_manifest(bundle)
+    cases = Cases(((1,),), 0, 0, "")
+    context = CheckContext(bundle, manifest, model, (), cases, bundle)
+    return [message for _, message in differing_weights(context, load_model(context))]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llama", {}),
+        ("llama", {"precision": "fp16"}),
+        ("llama", {"precision": "int4"}),
+        ("gpt2", {}),
+        ("bert", {"task": "token-classification"}),
+        ("t5", {}),
+        ("t5", {"precision": "fp16"}),
+        ("whisper", {}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value.values()) or "fp32",
+)
+def test_the_weights_of_a_right_bundle_are_the_bases(
+    name: str, options: dict[str, Any], request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    model = request.getfixturevalue(f"tiny_{name}")
+    ld.export(model, tmp_path / "bundle", **options)
+    assert found(tmp_path / "bundle", model) == []
+
+
+def test_one_value_of_a_fused_weight_is_found_with_its_module_and_place(
+    tiny_llama: Path, llama_with_adapter: Path, tmp_path: Path
+) -> None:
+    def change(values: Any) -> None:
+        weight(QKV, columns=slice(70, 71), by=1.01)(values)
+
+    bundle = spoiled(llama_with_adapter, tmp_path / "bundle", change)
+    (message,) = found(bundle, tiny_llama)
+    assert message.startswith("model.layers.1.self_attn.k_proj.weight [6, 0] is")
+
+
+def test_the_embedding_of_a_token_in_no_prompt_fails_the_check(
+    tiny_llama: Path, llama_bundle: Path, check: Check
+) -> None:
+    options = {"prompts": ["Hi"], "tokens": 2, "backends": ["onnx-side-inputs"]}
+    assert check(llama_bundle, **options).passed
+    change_embedding(llama_bundle, 500)
+    report = check(llama_bundle, **options)
+    (failed,) = [result for result in report.results if result.outcome == "failed"]
+    assert failed.aspect == "weights"
+    assert "model.embed_tokens.weight [500, 0] is -1 in the graph" in str(failed.message)
+
+
+@pytest.mark.parametrize("field", ["weight", "slice"])
+def test_a_weight_that_the_manifest_names_wrongly_is_found(
+    field: str, tiny_llama: Path, llama_bundle: Path
+) -> None:
+    file = llama_bundle / "loradeploy.json"
+    whole = json.loads(file.read_text(encoding="utf-8"))
+    targets = {target["module"]: target for target in whole["targets"]}
+    keys, values = (targets[f"model.layers.0.self_attn.{m}_proj"] for m in "kv")
+    keys[field], values[field] = values[field], keys[field]
+    if field == "weight":
+        keys[field] = "another.weight"
+    file.write_text(json.dumps(whole), encoding="utf-8")
+    assert found(llama_bundle, tiny_llama) != []
