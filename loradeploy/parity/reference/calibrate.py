@@ -13,6 +13,7 @@ from loradeploy.parity.figures.metrics import Comparison, Figures
 from loradeploy.parity.figures.tolerances import POOLED
 from loradeploy.parity.phases.choice import spread
 from loradeploy.parity.phases.fed import embeds_feeds
+from loradeploy.parity.reference.loading import size_of
 from loradeploy.parity.reference.quantized import QUANTIZED
 from loradeploy.parity.reference.rounding import DTYPES, Activations, in_dtype, rounded_activations
 
@@ -24,9 +25,12 @@ if TYPE_CHECKING:
 
 # Number of prompts, spread over all lengths, that are computed again. In float64, which is slower
 # and casts each weight, just enough to include the shortest and the longest. Measuring fewer rows
-# can only make the limit of a largest error smaller.
+# can only make the limit of a largest error smaller. With large factors, one row may be rounded
+# several times as much as all others: of a small model, they are all measured.
 _CASES: Final = 6
 _CASES_IN_FLOAT64: Final = 3
+_CASES_OF_SMALL: Final = 32
+_SMALL: Final = 1 << 27  # bytes of a model's parameters
 _FLOAT64: Final = DTYPES["fp32"]
 
 
@@ -51,8 +55,11 @@ def measure_gap(
     of_rows: list[Figures] = []
     rounded_products = precision in QUANTIZED and bool(activations)
     exactly = not rounded_products and DTYPES.get(precision, _FLOAT64) == _FLOAT64
+    cases = _CASES_IN_FLOAT64 if exactly else _CASES
+    if size_of(model) <= _SMALL:
+        cases = _CASES_OF_SMALL
     with _less_exact(model, precision, activations):
-        for row in spread(rows, _CASES_IN_FLOAT64 if exactly else _CASES):
+        for row in spread(rows, cases):
             ids = np.array([row.tokens], np.int64)
             mask = np.ones_like(ids)
             fed = embeds_feeds([row.fed], mask) if embeds and row.fed is not None else None

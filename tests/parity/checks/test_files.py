@@ -97,6 +97,8 @@ def change_template(bundle: Path) -> None:
         ("generation", edited("generation_config.json", length_penalty=2.0)),
         ("padding", edited("loradeploy.json", padding="right")),
         ("padding", edited("loradeploy.json", padding="none")),
+        ("genai config", edited("genai_config.json", model__eos_token_id=5)),
+        ("genai config", edited("genai_config.json", model__decoder__head_size=8)),
     ],
 )
 def test_a_decoder_whose_texts_are_read_otherwise_is_found(
@@ -112,6 +114,7 @@ def test_settings_that_no_text_follows_unasked_may_be_changed(
     setting: dict[str, Any], tiny_llama: Path, llama_bundle: Path
 ) -> None:
     edited("generation_config.json", **setting)(llama_bundle)
+    edited("genai_config.json", search__temperature=0.2)(llama_bundle)
     assert found(llama_bundle, tiny_llama) == {}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,6 +42,25 @@ IDS = torch.arange(3, 40)[None]
 def logits(model: torch.nn.Module) -> torch.Tensor:
     with torch.inference_mode():
         return model(input_ids=IDS).logits
+
+
+def test_a_row_of_middle_length_that_is_rounded_most_decides_the_limit_of_a_small_model() -> None:
+    from loradeploy.parity.phases.rows import Row
+    from loradeploy.parity.reference.calibrate import measure_gap
+
+    class Rounded:
+        """Outputs of ones, off by 1e-3 in rows of 9 tokens."""
+
+        def forward(self, ids: Any, *_: Any, **__: Any) -> tuple[Any, None]:
+            off = 1e-3 if ids.shape[1] == 9 else 0.0
+            return np.ones((*ids.shape, 4)) + off, None
+
+    lengths = [1, 2, 9, 40]
+    rows = [Row(n, None, (5,) * n, (), np.ones((n, 4), np.float32)) for n in lengths]
+    options: Any = {"scale": 1.0, "logits": False, "embeds": False}
+    small, forward = torch.nn.Linear(2, 2), Rounded()
+    gap = measure_gap(small, forward, rows, "fp32", {}, **options)  # type: ignore[arg-type]
+    assert gap.max_abs == pytest.approx(1e-3)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
