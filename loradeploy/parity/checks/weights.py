@@ -2,7 +2,8 @@
 
 Prompts do not show every weight: an embedding's rows of tokens that no prompt has, or one value
 among many. Quantized weights are compared when the reference takes them (reference/quantized.py).
-A merged graph's weights are not the base's; other values, such as norms, change every output.
+In a merged graph, those that the adapter leaves as they are; other values, such as norms, change
+every output.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
+    from loradeploy.adapter.adapter import Adapter
     from loradeploy.bundle.targets import LoraTarget
     from loradeploy.parity.context import CheckContext
 
@@ -36,7 +38,7 @@ def differing_weights(context: CheckContext, model: torch.nn.Module) -> Iterator
     Only of graphs that loradeploy traced: other exporters may scale or reorder weights.
     """
     manifest = context.manifest
-    if not manifest.traced or context.merged:
+    if not manifest.traced:
         return
     try:
         graph = _initializers(context)
@@ -44,6 +46,8 @@ def differing_weights(context: CheckContext, model: torch.nn.Module) -> Iterator
         yield ASPECT, f"the graph cannot be read: {first_line(problem)}"
         return
     layers = dict(_layers(model))
+    if context.merged:
+        layers = _unchanged(layers, context.adapters[0].adapter)
     for target in manifest.targets:
         layer = layers.pop(target.module, None)
         if layer is None or target.kind not in ("linear", "embedding"):
@@ -86,6 +90,20 @@ def _layers(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
         kinds = (torch.nn.Linear, torch.nn.Embedding)
         if type(module) in kinds or type(module).__name__ == "Conv1D":
             yield name, module
+
+
+def _unchanged(layers: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
+    """Those of `layers` that share no weight with a layer that `adapter` changes.
+
+    None if it names layers in another way than the model.
+    """
+    changed = set(adapter.factors)
+    if not changed <= layers.keys():
+        return {}
+    for names in (adapter.saved, adapter.rows, adapter.carried):
+        changed.update(name.removesuffix(".weight") for name in names)
+    weights = {id(layers[name].weight) for name in changed & layers.keys()}
+    return {name: layer for name, layer in layers.items() if id(layer.weight) not in weights}
 
 
 def _readable(tensor: Any) -> NDArray[Any] | None:

@@ -11,9 +11,10 @@ import pytest
 import loradeploy as ld
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.parity.checks.weights import differing_weights
-from loradeploy.parity.context import CheckContext
+from loradeploy.parity.context import CheckContext, find_adapters
 from loradeploy.parity.inputs.tokens import Cases
 from loradeploy.parity.reference.loading import load_model
+from tests.conftest import MakeAdapter
 from tests.parity.conftest import Check
 from tests.parity.spoil import spoiled, weight
 from tests.parity.tampering import change_embedding
@@ -21,11 +22,12 @@ from tests.parity.tampering import change_embedding
 QKV = "model.layers.1.self_attn.q_proj+k_proj+v_proj.weight"
 
 
-def found(bundle: Path, model: Path) -> list[str]:
+def found(bundle: Path, model: Path, adapters: dict[str, Path] | None = None) -> list[str]:
     """Return the messages about weights that are not the model's."""
     manifest = read_manifest(bundle)
     cases = Cases(((1,),), 0, 0, "")
-    context = CheckContext(bundle, manifest, model, (), cases, bundle)
+    tested = find_adapters(bundle, manifest, adapters)
+    context = CheckContext(bundle, manifest, model, tested, cases, bundle)
     return [message for _, message in differing_weights(context, load_model(context))]
 
 
@@ -72,6 +74,17 @@ def test_the_embedding_of_a_token_in_no_prompt_fails_the_check(
     (failed,) = [result for result in report.results if result.outcome == "failed"]
     assert failed.aspect == "weights"
     assert "model.embed_tokens.weight [500, 0] is -1 in the graph" in str(failed.message)
+
+
+def test_the_embedding_that_a_merged_adapter_leaves_as_it_is_is_compared(
+    tiny_llama: Path, tiny_llama_bundle: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    adapter, bundle = make_adapter(tiny_llama), tmp_path / "merged"
+    ld.export(tiny_llama_bundle, bundle, adapters=[adapter], merge=True)
+    assert found(bundle, tiny_llama, {"own": adapter}) == []
+    change_embedding(bundle, 500)
+    (message,) = found(bundle, tiny_llama, {"own": adapter})
+    assert message.startswith("model.embed_tokens.weight [500, 0] is -1")
 
 
 @pytest.mark.parametrize("field", ["weight", "slice"])
