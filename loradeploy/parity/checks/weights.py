@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 ASPECT: Final = "weights"
 # The largest relative error of one rounding to a type of weights; others are quantized.
 _ROUNDING: Final[Mapping[str, float]] = {"float32": 2**-23, "float16": 2**-10, "bfloat16": 2**-7}
+# In these precisions, weights that are stored as float32 may have been rounded before.
+_ROUNDED: Final[Mapping[str, str]] = {
+    "fp16": "float16", "bf16": "bfloat16", "int8": "float16", "int4": "float16",
+}  # fmt: skip
 _SUBNORMAL: Final = 2.0**-24  # the smallest float16
 _ROWS: Final = 4096  # compared at once
 
@@ -46,6 +50,7 @@ def differing_weights(context: CheckContext, model: torch.nn.Module) -> Iterator
         yield ASPECT, f"the graph cannot be read: {first_line(problem)}"
         return
     layers = dict(_layers(model))
+    precise = _ROUNDING[_ROUNDED.get(manifest.precision, "float32")]
     if context.merged:
         layers = _unchanged(layers, context.adapters[0].adapter)
     for target in manifest.targets:
@@ -56,7 +61,9 @@ def differing_weights(context: CheckContext, model: torch.nn.Module) -> Iterator
             yield ASPECT, f"the graph has no {target.weight}, which the manifest names"
             return
         own = _of_target(graph[target.weight], target)
-        if own is not None and (message := _difference(target.module, own, weight_of(layer))):
+        if own is not None and (
+            message := _difference(target.module, own, weight_of(layer), precise)
+        ):
             yield ASPECT, message
             return
     for module, layer in layers.items():
@@ -66,7 +73,7 @@ def differing_weights(context: CheckContext, model: torch.nn.Module) -> Iterator
             continue
         if own.shape != expected.shape:
             own = own.T
-        if message := _difference(module, own, expected):
+        if message := _difference(module, own, expected, precise):
             yield ASPECT, message
             return
 
@@ -126,12 +133,14 @@ def _of_target(tensor: Any, target: LoraTarget) -> NDArray[Any] | None:
     return rows[begin:end]
 
 
-def _difference(module: str, own: NDArray[Any], expected: NDArray[np.float32]) -> str | None:
+def _difference(
+    module: str, own: NDArray[Any], expected: NDArray[np.float32], precise: float
+) -> str | None:
     name = f"{module}.weight"
     if own.shape[1:] != expected.shape[1:] or len(own) < len(expected):
         return f"{name} is {list(own.shape)} in the graph, {list(expected.shape)} in the base"
-    relative = _ROUNDING[own.dtype.name]
-    least = _SUBNORMAL if own.dtype.name == "float16" else 0.0
+    relative = max(_ROUNDING[own.dtype.name], precise)
+    least = _SUBNORMAL if relative == _ROUNDING["float16"] else 0.0
     for begin in range(0, len(expected), _ROWS):
         theirs = expected[begin : begin + _ROWS]
         ours = own[begin : begin + len(theirs)].astype(np.float32, copy=False)

@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
+
 from loradeploy.errors import BundleError
 from loradeploy.parity.reference.rounding import Activations
 from loradeploy.printable import logger_of
@@ -26,7 +28,6 @@ from loradeploy.printable import logger_of
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import numpy as np
     import torch
     from numpy.typing import NDArray
 
@@ -39,6 +40,9 @@ QUANTIZED: Final = ("int8", "int4")
 # The largest relative error of a weight's row by rounding, ‖difference‖ / ‖row‖. With s steps to
 # each side of zero, normal numbers in blocks of 32 have 0.6 / s: 0.5 % and 9 %; outliers more.
 _MOST_OFF: Final = {"int8": 0.05, "int4": 0.3}
+# The largest error of one value that loradeploy quantized, in steps of its block: rounding leaves
+# half a step, and a whole one at the end of the range; a 16-bit type in between adds a part.
+_MOST_STEPS: Final = 1.5
 # Rows smaller than this share of the RMS row size are treated as if they had that size.
 _SMALL_ROW: Final = 0.1
 # onnxruntime's accuracy_level of products that round their activations to int8.
@@ -126,6 +130,12 @@ def dequantize_into(
                 f"the quantized weight of {name} is not the base's: a row is off by {off:.0%} of"
                 f" its size, where {manifest.precision} leaves {most:.0%} at most: export again"
             )
+        steps = _steps_off(weights[name], weight_of(module)) if manifest.traced else 0.0
+        if not steps <= _MOST_STEPS:
+            raise BundleError(
+                f"the quantized weight of {name} is not the base's: a value is off by {steps:.1f}"
+                f" steps of its block, where rounding leaves {_MOST_STEPS:g} at most: export again"
+            )
         _give(module, weight)
     logger.info("took the quantized weights of the graph into the reference")
 
@@ -168,6 +178,17 @@ def _off(weight: torch.Tensor, own: torch.Tensor) -> float:
         return math.inf
     size = own.norm(dim=1).clamp_min(own.norm() / len(own) ** 0.5 * _SMALL_ROW)
     return float(((weight - own).norm(dim=1) / size).max())
+
+
+def _steps_off(quantized: QuantizedWeight, own: NDArray[np.float32]) -> float:
+    """Return the largest difference of a value from `own` [out, in], in steps of its block."""
+    block = quantized.block
+    off, size = (np.abs(values) for values in (quantized.values - own, own))
+    ends = range(0, own.shape[1], block)
+    step = np.maximum.reduceat(size, ends, axis=1) / (2 ** (quantized.bits - 1) - 1)
+    largest = np.maximum.reduceat(off, ends, axis=1)
+    least = np.finfo(np.float32).tiny
+    return float((largest / np.maximum(step, least)).max())
 
 
 def layers_of(

@@ -301,6 +301,7 @@ def test_the_positions_of_a_model_with_two_kinds_of_rotary_frequencies_are_the_f
     edited("config.json", rope_parameters=scaling, max_position_embeddings=64)(llama_bundle)
     for place in (model, llama_bundle):
         edited("tokenizer_config.json", model_max_length=None)(place)
+    edited("genai_config.json", model__context_length=64)(llama_bundle)
     assert found(llama_bundle, model) == {}
     edited("config.json", max_position_embeddings=32)(llama_bundle)
     assert list(found(llama_bundle, model)) == ["positions"]

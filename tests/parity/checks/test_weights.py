@@ -6,14 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import loradeploy as ld
 from loradeploy.bundle.manifest import read_manifest
+from loradeploy.errors import BundleError
 from loradeploy.parity.checks.weights import differing_weights
 from loradeploy.parity.context import CheckContext, find_adapters
 from loradeploy.parity.inputs.tokens import Cases
 from loradeploy.parity.reference.loading import load_model
+from loradeploy.parity.reference.quantized import dequantize_into, quantized_weights
 from tests.conftest import MakeAdapter
 from tests.parity.conftest import Check
 from tests.parity.spoil import spoiled, weight
@@ -100,3 +103,19 @@ def test_a_weight_that_the_manifest_names_wrongly_is_found(
         keys[field] = "another.weight"
     file.write_text(json.dumps(whole), encoding="utf-8")
     assert found(llama_bundle, tiny_llama) != []
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_one_value_of_a_quantized_weight_that_is_not_the_bases_is_found(
+    precision: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    bundle = tmp_path / "bundle"
+    manifest = ld.export(tiny_llama, bundle, precision=precision)
+    context = CheckContext(bundle, manifest, tiny_llama, (), Cases(((1,),), 0, 0, ""), bundle)
+    model, weights = load_model(context), quantized_weights(bundle, manifest)
+    dequantize_into(model, weights, manifest)
+    values = weights["model.layers.1.mlp.down_proj"].values
+    place = np.unravel_index(np.abs(values).argmax(), values.shape)
+    values[place] *= 0.7 if precision == "int4" else 0.97
+    with pytest.raises(BundleError, match="down_proj is not the base's: a value is off by"):
+        dequantize_into(load_model(context), weights, manifest)

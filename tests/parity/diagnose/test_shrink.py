@@ -105,7 +105,8 @@ def test_one_wrong_embedding_is_found_by_fuzz_and_shrinks_to_its_token(
 ) -> None:
     change_embedding(llama_bundle, rare)
     only = {"backends": ["onnx-side-inputs"], "tokens": 1, "shrink": True}
-    assert check(llama_bundle, **only).passed
+    failed = [r for r in check(llama_bundle, **only).results if r.outcome == "failed"]
+    assert [result.aspect for result in failed] == ["weights"], "no prompt has the token"
     report = check(llama_bundle, **only, fuzz=8)
     assert not report.passed
     assert {(e.adapter, e.tokens) for e in report.counterexamples} == {
