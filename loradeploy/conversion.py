@@ -72,10 +72,14 @@ def convert(
     other = bundle is None and rank is None and other_form(adapter) is not None
     given = 3 - [bundle, rank, model].count(None)
     if not other and given != 1:
-        if not given and not Path(adapter).exists():
+        if given:
+            raise UsageError("give only one of `bundle`, `rank` and `model`")
+        if not Path(adapter).exists():
             raise UsageError(f"{adapter} does not exist: give an adapter")
-        unknown = "" if given else f": {adapter} is not recognized as another library's adapter"
-        raise UsageError(f"give one of `bundle`, `rank` and `model`{unknown}")
+        raise UsageError(
+            f"give one of `bundle`, `rank` and `model`: {adapter} is not recognized as another"
+            " library's adapter"
+        )
     if not other and name is not None:
         raise UsageError("`name` is for another library's file with several adapters")
     if trust_remote_code and (model is None or other):

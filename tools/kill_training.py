@@ -34,16 +34,18 @@ from typing import Any, Final
 from tools.inputs.tiny_llama import tiny_llama
 
 # Sets of options, which differ in how a step is computed and when a run ends.
+_STEPS: Final = ("--max-steps", "12")
 SETTINGS: Final[tuple[tuple[str, ...], ...]] = (
-    ("--dropout", "0.1"),
-    ("--gradient-accumulation", "2", "--use-dora"),
+    (*_STEPS, "--dropout", "0.1"),
+    (*_STEPS, "--gradient-accumulation", "2", "--use-dora"),
     (
+        *_STEPS,
         *("--eval-steps", "3", "--validation-split", "0.25", "--learning-rate", "0.5"),
         *("--keep-best", "--early-stopping", "2"),
     ),
-    ("--group-by-length", "--lora-plus-ratio", "4", "--epochs", "5", "--max-steps", "0"),
+    ("--group-by-length", "--lora-plus-ratio", "4", "--epochs", "5"),
 )
-_COMMON: Final = ("--max-steps", "12", "--batch-size", "4", "--rank", "4", "--save-steps", "2")
+_COMMON: Final = ("--batch-size", "4", "--rank", "4", "--save-steps", "2")
 _KINDS: Final = ("file", "time", "term")
 _FILE_EVENTS: Final = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
 _SHORTLY: Final = 0.004  # seconds

@@ -40,6 +40,7 @@ from loradeploy.bundle.targets import StoredWeight as StoredWeight
 from loradeploy.bundle.targets import TensorSpec as TensorSpec
 from loradeploy.errors import BundleError, shown
 from loradeploy.files import json_values, read_json
+from loradeploy.names import ADAPTER_CONFIG_NAME
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -371,9 +372,13 @@ def check_is_bundle(directory: Path) -> None:
         )
     if not directory.is_dir():
         kind = "is a file" if directory.exists() else "does not exist"
-        raise BundleError(f"{directory} {kind}: give a directory that loradeploy export wrote")
-    if not (directory / MANIFEST_NAME).exists():
-        raise BundleError(f"{directory} is not a bundle: it has no {MANIFEST_NAME}")
+    elif (directory / MANIFEST_NAME).exists():
+        return
+    elif (directory / ADAPTER_CONFIG_NAME).exists():
+        kind = "is an adapter, not a bundle"
+    else:
+        kind = f"is not a bundle, it has no {MANIFEST_NAME}"
+    raise BundleError(f"{directory} {kind}: give a directory that loradeploy export wrote")
 
 
 def read_manifest(bundle: str | os.PathLike[str]) -> Manifest:

@@ -196,9 +196,7 @@ def _run(given: list[str], received: list[int], *, debug: bool) -> int:
         problem.show()
         return REFUSED
     except click.ClickException as problem:
-        context = problem.ctx if isinstance(problem, click.UsageError) else None
-        hint = f": see {context.command_path} --help" if context is not None else ""
-        return _say(f"Error: {problem.format_message().rstrip('.')}{hint}", REFUSED)
+        return _say(f"Error: {_with_help(problem, given)}", REFUSED)
     except click.Abort as problem:
         if received:
             return _say("interrupted", received[0])
@@ -216,11 +214,28 @@ def _run(given: list[str], received: list[int], *, debug: bool) -> int:
         return _report(problem, given, debug=debug)
 
 
+def _with_help(problem: click.ClickException, given: Sequence[str]) -> str:
+    """The message of wrong usage, and where to read about the options."""
+    message = problem.format_message().rstrip(".")
+    if not isinstance(problem, click.UsageError):
+        return message
+    verb = _verb(given)  # click has no context for an option without its value
+    command = "loradeploy" if verb is None else f"loradeploy {verb}"
+    if problem.ctx is not None:
+        command = problem.ctx.command_path
+    return f"{message}{' See' if message.endswith(('?', '?)')) else ': see'} {command} --help"
+
+
+def _verb(given: Sequence[str]) -> str | None:
+    """The command in the arguments `given`."""
+    return next((word for word in given if word in VERBS), None)
+
+
 def _report(problem: Exception, given: list[str], *, debug: bool) -> int:
     if debug:
         text = "".join(traceback.format_exception(problem))
         click.echo(printable(text, lines=True), err=True, nl=False)
-    return _explain(problem, next((word for word in given if word in VERBS), None))
+    return _explain(problem, _verb(given))
 
 
 def _explain(problem: Exception, verb: str | None) -> int:

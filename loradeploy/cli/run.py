@@ -207,11 +207,10 @@ def command(
     )
     options = given_settings(generation)
     beside = Path() if file in (None, "-") else Path(str(file)).parent
-    asked = [request.adapter for request in requests]
     if vision is None:
         if images:
             raise UsageError("--image: give --vision, the bundle of the model's vision tower")
-        adapters = load_adapters(session, session.adapters, session.load, asked)
+        adapters = load_adapters(session, session.adapters, session.load, requests, adapter)
     else:
         if images and file is not None:
             raise UsageError(
@@ -220,7 +219,7 @@ def command(
         tower = AdapterSession(vision, [provider], require_certificate=required, map_weights=one)
         shown = options["shown"] = shown_images(session, tower, requests, images, beside)
         known = {**session.adapters, **tower.adapters}
-        adapters = load_adapters(session, known, shown.generator.load, asked)
+        adapters = load_adapters(session, known, shown.generator.load, requests, adapter)
     run, kind = runner_of(session)
     _check_fields(requests, run, kind, session, with_vision=vision is not None)
     if run not in (generate, transcribe) and options:
@@ -319,19 +318,24 @@ def _check_fields(
 ) -> None:
     """Raise UsageError if a prompt has a field that `run` does not read."""
     bundle = session.path
-    if run is not classify and any(isinstance(request.prompt, tuple) for request in requests):
-        raise UsageError(f"text_pair: only for sequence classifiers, {bundle} is for {kind}")
-    if run is not transcribe and any(r.audio and not r.prompt for r in requests):
-        raise UsageError(f"audio: only for speech recognizers, {bundle} is for {kind}")
-    found = next((name for request in requests for name in request.images), None)
-    if with_vision or found is None:
-        return
-    if session.manifest.embeds:
-        raise UsageError(
-            f"{found}: {bundle} is the decoder of a vision-language model: give --vision, the"
-            " bundle of its vision tower"
-        )
-    if run not in (classify_images, embed_images):
-        raise UsageError(
-            f"{found}: {bundle} is a {kind} bundle, which takes no images: leave the field out"
-        )
+    for request in requests:
+        where = "" if request.where is None else f"{request.where}: "
+        if run is not classify and isinstance(request.prompt, tuple):
+            raise UsageError(
+                f"{where}text_pair: only for sequence classifiers, {bundle} is for {kind}"
+            )
+        if run is not transcribe and request.audio and not request.prompt:
+            raise UsageError(f"{where}audio: only for speech recognizers, {bundle} is for {kind}")
+        found = next(iter(request.images), None)
+        if with_vision or found is None:
+            continue
+        if session.manifest.embeds:
+            raise UsageError(
+                f"{where}{found}: {bundle} is the decoder of a vision-language model: give"
+                " --vision, the bundle of its vision tower"
+            )
+        if run not in (classify_images, embed_images):
+            raise UsageError(
+                f"{where}{found}: {bundle} is a {kind} bundle, which takes no images: leave the"
+                " field out"
+            )

@@ -21,7 +21,7 @@ from loradeploy.cli.console import (
 )
 from loradeploy.errors import UsageError
 from loradeploy.printable import readable
-from loradeploy.train.config import CHOICES, TrainConfig
+from loradeploy.train.config import CHOICES, OPTIONAL, TrainConfig
 from loradeploy.train.config_file import PATHS
 
 _TYPES: Final = {"int": int, "float": float}  # others are strings, which TrainConfig parses
@@ -43,13 +43,14 @@ def _settings(function: Callable[..., None]) -> Callable[..., None]:
         elif field.name in CHOICES:
             option = click.option(flag, type=click.Choice(CHOICES[field.name]), help=text)
         else:
-            option = click.option(flag, type=_TYPES.get(str(field.type), str), help=text)
+            kind = str(field.type).removesuffix(OPTIONAL)
+            option = click.option(flag, type=_TYPES.get(kind, str), help=text)
         function = option(function)
     return function
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
-    return "" if field.default == "" else f"  [default: {field.default}]"
+    return "" if field.default in ("", None) else f"  [default: {field.default}]"
 
 
 @click.command(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +63,7 @@ from loradeploy.export.read.files.source import Source, read_config
 from loradeploy.export.read.finite import check_finite_checkpoint
 from loradeploy.export.tasks import choose_task
 from loradeploy.export.texts import check_recipe, is_embedding_model
-from loradeploy.export.towers import tower_kind
+from loradeploy.export.towers import TowerKind, tower_kind
 from loradeploy.export.trial.bundle import TrialSource
 from loradeploy.lora.base.formats import check_unquantized
 from loradeploy.printable import logger_of
@@ -77,6 +78,40 @@ if TYPE_CHECKING:
 logger = logger_of(__name__)
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What is traced, as the config, the adapters and the options determine it.
+
+    `adapters`: with the modules of `kind`, the tower to export, None if the model has no towers.
+    `labels`: the number of outputs of a classifier's head, None if the checkpoint determines it.
+    `others`: the modules that another graph of a vision-language model has.
+    """
+
+    config: Mapping[str, Any]
+    task: str
+    kind: TowerKind | None
+    identity: BaseIdentity
+    adapters: Mapping[str, Adapter]
+    labels: int | None
+    others: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """The PyTorch model as it is traced, and what is known of it before it is cast.
+
+    `adapters`: without copies of the base's weights. `zeroed`: the parameters that the checkpoint
+    lacks. `vocabulary`, `weights`, `own_weights`: as in `Base`.
+    """
+
+    model: Any
+    adapters: Mapping[str, Adapter]
+    zeroed: Collection[str]
+    vocabulary: int | None
+    own_weights: Mapping[str, str]
+    weights: Mapping[str, NDArray[Any]] | None
+
+
 def from_checkpoint(source: Source, options: Options) -> Base:
     """Trace a Hugging Face checkpoint.
 
@@ -84,85 +119,99 @@ def from_checkpoint(source: Source, options: Options) -> Base:
         ModelError: the checkpoint is not a model for the task, or has weights that are not finite.
         AdapterError: an adapter is refused or does not fit.
     """
-    from loradeploy.export.trace import load_model, trace
-    from loradeploy.export.trace.file_memory import Scratch
-    from loradeploy.export.trace.float16 import to_float16
-    from loradeploy.export.trace.image_text import other_part
+    from loradeploy.export.trace import trace
     from loradeploy.export.trace.towers import tower_config
     from loradeploy.lora.submodels import submodels
 
-    adapters = options.adapters
+    plan = _plan(source, options)
+    precision = options.precision or DEFAULT_PRECISION
+    loaded = _load(source, options, plan, precision)
+    model, task = loaded.model, plan.task
+    graph = trace(model, task)
+    decodes = task == CAUSAL_LM and plan.others
+    embeds = _add_embeds(graph, plan.config, task) if decodes else _Embeds()
+    _check_rank(outputs(graph), task, type(model).__name__)
+    _annotate(graph, model)
+    original = _original(model, graph, task, loaded.adapters, embeds, options.fixed)
+    return Base(
+        graph,
+        task,
+        plan.identity,
+        precision,
+        loaded.adapters,
+        parameters=frozenset(name for name, _ in model.named_parameters(remove_duplicate=False)),
+        replaced=modules_of(loaded.zeroed),
+        lacking=frozenset(loaded.zeroed),
+        pad=model.config.pad_token_id if task == SEQUENCE_CLASSIFICATION else None,
+        weights=loaded.weights,
+        source=TrialSource(original, quantized_here=precision not in (DEFAULT_PRECISION, "fp16")),
+        own_weights=loaded.own_weights,
+        traced=True,
+        submodels=known(submodels(model)),
+        base_prefix=str(model.base_model_prefix),
+        vocabulary=loaded.vocabulary,
+        embeds=embeds.inputs,
+        image_blocks=embeds.image_blocks,
+        other_part=plan.others,
+        tower=None if plan.kind is None else plan.kind.tower,
+        config=None if plan.kind is None else tower_config(model),
+    )
+
+
+def _plan(source: Source, options: Options) -> _Plan:
+    """Decide what is traced, and check the checkpoint's files and the adapters for it."""
+    from loradeploy.export.trace.image_text import other_part
+
+    adapters = dict(options.adapters)
     trained_on = [adapter.config.base_model_name_or_path for adapter in adapters.values()]
     check_unquantized(source.directory, names=[source.name, *trained_on])
-    given = read_config(source.directory)
-    task = _task_of(source, given, options)
-    kind = tower_kind(given, task)
+    config = read_config(source.directory)
+    task = _task_of(source, config, options)
+    kind = tower_kind(config, task)
     if kind is None:  # towers compute the vector themselves, without pooling
         check_recipe([source.directory, *options.directories.values()], task)
-    tower = None if kind is None else kind.tower
     for name, adapter in adapters.items():
         with prefixing_errors(name):
-            adapters = {**adapters, name: tower_part(adapter, tower)}
-    precision = options.precision or DEFAULT_PRECISION
+            adapters[name] = tower_part(adapter, None if kind is None else kind.tower)
     identity = BaseIdentity(source.name, base_digest(source.directory), "checkpoint")
     check_finite_checkpoint(source.directory)
     labels = label_count(adapters) if task in CLASSIFICATIONS else None
     if labels is not None and not options.merge:
         labels = _with_own_head(labels, source, adapters)
-    others = other_part(given, task)
-    adapters = _fitting(source, options, identity, task, adapters, labels, others)
+    plan = _Plan(config, task, kind, identity, adapters, labels, other_part(config, task))
+    return dataclasses.replace(plan, adapters=_fitting(source, options, plan))
+
+
+def _load(source: Source, options: Options, plan: _Plan, precision: str) -> _Loaded:
+    """Load the model in `precision`, with the weights that the adapters to merge replace."""
+    from loradeploy.export.trace import load_model
+    from loradeploy.export.trace.file_memory import Scratch
+    from loradeploy.export.trace.float16 import to_float16
+
+    adapters = plan.adapters
     logger.info("loading %s", source.name)
     brought = {name for a in adapters.values() for name in (*a.saved, *a.carried)}
     scratch = None if options.scratch is None else Scratch(options.scratch, precision)
     model, zeroed = load_model(
-        source.directory, task, labels=labels, brought=brought, scratch=scratch
+        source.directory, plan.task, labels=plan.labels, brought=brought, scratch=scratch
     )
     for name, adapter in adapters.items():
         check_brought(name, adapter, zeroed)
     if TOKENS in options.side_inputs:
-        _check_takes_tokens(source, model, task)
+        _check_takes_tokens(source, model, plan.task)
     vocabulary = _resize_vocabulary(model, adapters) if options.merge else None
     if zeroed:
         # With adapters, `check_brought` reports it.
         level = logging.INFO if adapters else logging.WARNING
         message = "not in the checkpoint, zeros in the graph until an adapter replaces it: %s"
         logger.log(level, message, listed_names(zeroed))
-    parameters = frozenset(name for name, _ in model.named_parameters(remove_duplicate=False))
     adapters = without_copies_of_model(model, adapters, merge=options.merge)
     own_weights = {} if options.merge else model_digests(model)
     weights = None
     if precision == "fp16":
         weights = _float_weights(model) if options.merge else None
         model = to_float16(model)
-    config: Any = model.config
-    graph = trace(model, task)
-    embeds = _add_embeds(graph, given, task) if task == CAUSAL_LM and others else _Embeds()
-    _check_rank(outputs(graph), task, type(model).__name__)
-    _annotate(graph, model)
-    original = _original(model, graph, task, adapters, embeds, options.fixed)
-    return Base(
-        graph,
-        task,
-        identity,
-        precision,
-        adapters,
-        parameters=parameters,
-        replaced=modules_of(zeroed),
-        lacking=frozenset(zeroed),
-        pad=config.pad_token_id if task == SEQUENCE_CLASSIFICATION else None,
-        weights=weights,
-        source=TrialSource(original, quantized_here=precision not in (DEFAULT_PRECISION, "fp16")),
-        own_weights=own_weights,
-        traced=True,
-        submodels=known(submodels(model)),
-        base_prefix=str(model.base_model_prefix),
-        vocabulary=vocabulary,
-        embeds=embeds.inputs,
-        image_blocks=embeds.image_blocks,
-        other_part=others,
-        tower=tower,
-        config=None if kind is None else tower_config(model),
-    )
+    return _Loaded(model, adapters, zeroed, vocabulary, own_weights, weights)
 
 
 def _task_of(source: Source, config: Mapping[str, Any], options: Options) -> str:
@@ -252,16 +301,8 @@ def _original(
     return pytorch_outputs(model, task, names, feeds, adapters, fed)
 
 
-def _fitting(
-    source: Source,
-    options: Options,
-    identity: BaseIdentity,
-    task: str,
-    adapters: Mapping[str, Adapter],
-    labels: int | None,
-    others: tuple[str, ...],
-) -> Mapping[str, Adapter]:
-    """The adapters with the model's module names and without the modules of `others`, checked.
+def _fitting(source: Source, options: Options, plan: _Plan) -> Mapping[str, Adapter]:
+    """The adapters with the model's module names and without those of other graphs, checked.
 
     Raises:
         AdapterMismatchError: an adapter does not fit.
@@ -271,17 +312,18 @@ def _fitting(
     from loradeploy.lora.base.vocabulary import resize_for, vocabulary_of
     from loradeploy.lora.submodels import named_as_in
 
+    task, adapters = plan.task, dict(plan.adapters)
     if not adapters:
         return adapters
-    skeleton, _ = load_model(source.directory, task, labels=labels, meta=True)
+    skeleton, _ = load_model(source.directory, task, labels=plan.labels, meta=True)
     adapters = {name: named_as_in(skeleton, each) for name, each in adapters.items()}
     for name, adapter in adapters.items():
         with prefixing_errors(name):
-            adapters[name] = own_part(adapter, others)
+            adapters[name] = own_part(adapter, plan.others)
     if task == VISION_TOWER:
         skeleton = vision_part(skeleton)
     plain, tokens = dict(adapters), vocabulary_of(skeleton)
-    in_parts = bool(others) or tower_kind(read_config(source.directory), task) is not None
+    in_parts = bool(plan.others) or plan.kind is not None
     for name, adapter in adapters.items():
         with prefixing_errors(name):
             if options.merge:
@@ -290,7 +332,7 @@ def _fitting(
                 refuse_resized(adapter, tokens)
             elif tokens is not None and added_tokens(adapter, tokens, MOST_ROWS):
                 plain[name] = without_added(adapter, tokens)
-    check_adapters(skeleton, plain, task=task, base=identity, merge=options.merge)
+    check_adapters(skeleton, plain, task=task, base=plan.identity, merge=options.merge)
     return adapters
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
+from loradeploy.adapter.files.formats import other_directory, other_file
+from loradeploy.adapter.files.peft import refuse_pickles
 from loradeploy.bundle.names import MANIFEST_NAME, NATIVE_SUFFIX
-from loradeploy.errors import UsageError
+from loradeploy.errors import AdapterError, LoraDeployError, UsageError
 from loradeploy.inspection.adapter import (
     AdapterFacts,
     NativeAdapterFacts,
@@ -28,7 +30,7 @@ def inspect(path: Path) -> Description:
 
     Raises:
         UsageError: `path` does not exist, or is none of these.
-        AdapterError, BundleError: it cannot be read.
+        AdapterError, BundleError: it cannot be read, or is an adapter of another library.
     """
     if not path.exists():
         raise UsageError(f"{path} does not exist: give an adapter, a bundle or an ONNX file")
@@ -41,7 +43,7 @@ def inspect(path: Path) -> Description:
             return inspect_tensors(path)
         case suffix if suffix == NATIVE_SUFFIX:
             return inspect_native(path)
-    return inspect_adapter(path)
+    raise _refusal(path, other_file(path))
 
 
 def _inspect_directory(path: Path) -> Description:
@@ -52,4 +54,15 @@ def _inspect_directory(path: Path) -> Description:
     from loradeploy.export.read.files.repository import find_graph
 
     graph = find_graph(path)
-    return inspect_adapter(path) if graph is None else inspect_graph(graph)
+    if graph is None:
+        raise _refusal(path, other_directory(path))
+    return inspect_graph(graph)
+
+
+def _refusal(path: Path, recognized: str | None) -> LoraDeployError:
+    """The error for what is not described; `recognized`: what it is, if that is known."""
+    if recognized is not None:
+        return AdapterError(f"{path} {recognized}")
+    if path.is_file():
+        refuse_pickles(path)
+    return UsageError(f"{path} is not an adapter, a bundle or an ONNX file")

@@ -230,8 +230,10 @@ def _targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
     if not matched:
         endings = sorted({name.rpartition(".")[2] for name in candidates})
         fewer = [n for n in ("exclude_modules", "layers_to_transform") if getattr(config, n)]
+        named = config.target_modules
+        targets = list(named) if isinstance(named, tuple) else named
         raise UsageError(
-            f"target_modules {shown(config.target_modules)} match nothing in this model"
+            f"`target_modules` {shown(targets)} match nothing in this model"
             f"{' with this ' + ' and '.join(fewer) if fewer else ''};"
             f" its linear layers end in: {listed_names(endings, 8, none='it has none')}"
         )

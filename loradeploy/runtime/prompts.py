@@ -55,7 +55,8 @@ class InputPrompt:
     `prompt`: a text, a pair of texts, or a conversation as a list of messages. `settings`: this
     prompt's own generation settings, by the names in `GenerationOptions`, and `seed`.
     `audio`: the path of an audio file, which a speech recognizer takes instead of a prompt.
-    `images`: the object's fields with images or videos, by their names.
+    `images`: the object's fields with images or videos, by their names. `where`: the file and line
+    that the prompt was read from, for messages.
     """
 
     prompt: str | tuple[str, str] | list[Any]
@@ -63,6 +64,7 @@ class InputPrompt:
     settings: Mapping[str, Any] = field(default_factory=dict)
     audio: str | None = None
     images: Mapping[str, Any] = field(default_factory=dict)
+    where: str | None = None
 
 
 def read_requests(
@@ -76,7 +78,7 @@ def read_requests(
         DataError: the file is missing, empty or not UTF-8, a table (by its ending), or a line of
             JSONL cannot be used.
     """
-    if (ending := Path(file).suffix).lower() in _TABLES:
+    if (ending := Path(file).suffix).lower() in _TABLES and Path(file).exists():
         raise DataError(
             f"{os.fspath(file)}: {ending} files are not read as prompts: give JSONL, or a text file"
             " with a prompt in each line"
@@ -101,7 +103,7 @@ def parse_requests(
         DataError: there are no prompts, or a line cannot be used.
     """
     requests = [
-        _request(line, where, adapter) if as_json else InputPrompt(line, adapter)
+        _request(line, where, adapter) if as_json else InputPrompt(line, adapter, where=where)
         for where, line in numbered_lines(content, source)
     ]
     if not requests:
@@ -112,7 +114,7 @@ def parse_requests(
 def _request(line: str, where: str, adapter: AdapterSpec | None) -> InputPrompt:
     values = json_line(where, line, error=DataError, expected='give {"prompt": "…"}')
     if isinstance(values, str):
-        return InputPrompt(values, adapter)
+        return InputPrompt(values, adapter, where=where)
     if not isinstance(values, dict):
         raise DataError(f'{where}: not an object, such as {{"prompt": "…"}}')
     return request_of(values, where, adapter)
@@ -146,10 +148,10 @@ def request_of(
     if (pair := values.get("text_pair")) is None:
         sound = audio if isinstance(audio, str) and audio else None
         images = {key: values[key] for key in _IMAGES if values.get(key)}
-        return InputPrompt(values[name], named, _settings(values), sound, images)
+        return InputPrompt(values[name], named, _settings(values), sound, images, where)
     if name != "text" or not isinstance(pair, str):
         raise DataError(f"{where}: give a pair as two texts, text and text_pair")
-    return InputPrompt((values[name], pair), named, _settings(values))
+    return InputPrompt((values[name], pair), named, _settings(values), where=where)
 
 
 def looks_like_json_lines(content: str) -> bool:

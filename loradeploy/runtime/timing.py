@@ -73,10 +73,10 @@ def time_bundle(
     length = default_length(session) if length is None else length
     for name, value in (("batch", batch), ("length", length), ("rounds", rounds)):
         if value < 1:
-            raise UsageError(f"{name} is {value}: give 1 or more")
+            raise UsageError(f"`{name}` is {value}: give 1 or more")
     longest = _longest(session)
     if longest is not None and length > longest:
-        raise UsageError(f"length is {length}: the model has positions for {longest} at most")
+        raise UsageError(f"`length` is {length}: the model has positions for {longest} at most")
     decodes = session.manifest.task == CAUSAL_LM
     past, new = (length, 1) if decodes else (0, length)
     call = forward(session, batch, past=past, new=new)

@@ -55,8 +55,10 @@ def train(
     """
     from loradeploy.lora.base.loading import custom_code
     from loradeploy.train.config_file import read_config
+    from loradeploy.train.data.sources import Source, check_exists
 
     settings = read_config(config, flags)
+    check_exists(Source(data))
     try:
         from loradeploy.lora.quiet import quiet
 

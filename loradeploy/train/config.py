@@ -30,6 +30,8 @@ QUANTIZED: Final = ("int8", "int4")
 PRECISIONS: Final = ("fp32", "bf16", *QUANTIZED)
 INITS: Final = ("kaiming", "gaussian", "pissa", "olora")
 AUTOCAST: Final = ("fp32", "bf16", "fp16")
+# The end of the type of a setting that may be None: not set.
+OPTIONAL: Final = " | None"
 # Settings that can also be given as a pathlib.Path.
 OF_PATHS: Final = ("validation", "init_adapter")
 # Settings that an adapter to continue from already has.
@@ -133,8 +135,8 @@ class TrainConfig:
         1.0, "Maximum gradient norm, to which gradients are clipped. 0 disables clipping."
     )
     epochs: float = _option(1.0, "Passes over the training data. Ignored if `max_steps` is set.")
-    max_steps: int = _option(
-        0, "Number of optimizer steps. With 0, `epochs` determines the number of steps."
+    max_steps: int | None = _option(
+        None, "Number of optimizer steps. If not set, `epochs` determines it."
     )
     batch_size: int = _option(8, "Number of examples in a forward pass, on each device.")
     gradient_accumulation: int = _option(1, "Number of forward passes in an optimizer step.")
@@ -194,12 +196,15 @@ class TrainConfig:
             if field.name in OF_PATHS and isinstance(value, os.PathLike):
                 object.__setattr__(self, field.name, os.fspath(value))
             elif not has_type(value, str(field.type)):
-                raise UsageError(
-                    f"`{field.name}` is {shown(value)}: give a value of type {field.type}"
-                )
+                kind = str(field.type).removesuffix(OPTIONAL)
+                raise UsageError(f"`{field.name}` is {shown(value)}: give a value of type {kind}")
+        if self.max_steps == 0:
+            raise UsageError(
+                "`max_steps` is 0, which trains nothing: leave it out to train for `epochs`"
+            )
         for name, low, high in _RANGES:
             value = getattr(self, name)
-            if not low <= value <= high:
+            if value is not None and not low <= value <= high:
                 raise UsageError(f"`{name}` is {shown(value)}: give a value from {low} to {high}")
         for name in ("alpha", "learning_rate"):
             if getattr(self, name) == 0:
@@ -304,6 +309,9 @@ class TrainConfig:
 def has_type(value: object, kind: str) -> bool:
     """Whether `value` is of the type `kind` of a setting; a whole number is also a float."""
     types = {"str": str, "bool": bool, "int": int, "float": int | float}
+    if kind.endswith(OPTIONAL) and value is None:
+        return True
+    kind = kind.removesuffix(OPTIONAL)
     return isinstance(value, types[kind]) and (kind == "bool" or not isinstance(value, bool))
 
 
@@ -336,7 +344,7 @@ _RANGES: Final = (
     ("weight_decay", 0, 10),
     ("max_grad_norm", 0, _BIG),
     ("epochs", 0.001, 10_000),
-    ("max_steps", 0, _BIG),
+    ("max_steps", 1, _BIG),
     ("batch_size", 1, 65_536),
     ("gradient_accumulation", 1, 65_536),
     ("max_length", 2, 1_000_000),

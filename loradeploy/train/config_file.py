@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Any, Final
 from loradeploy.errors import UsageError, shown
 from loradeploy.files import read_text
 from loradeploy.printable import printable
-from loradeploy.train.config import OF_ADAPTER, OF_PATHS, TrainConfig, check_initial, has_type
+from loradeploy.train.config import (
+    OF_ADAPTER,
+    OF_PATHS,
+    OPTIONAL,
+    TrainConfig,
+    check_initial,
+    has_type,
+)
 
 if TYPE_CHECKING:
     import yaml
@@ -91,6 +98,9 @@ def to_yaml(config: TrainConfig, *, explained: bool = False) -> str:
 
 
 def _typed(name: str, value: Any, kind: str) -> Any:
+    if kind.endswith(OPTIONAL) and value is None:
+        return None
+    kind = kind.removesuffix(OPTIONAL)
     if name in _PATTERNS and isinstance(value, Mapping):
         value = ",".join(f"{key}={number}" for key, number in value.items())
     if name == "layers_to_transform" and isinstance(value, int):

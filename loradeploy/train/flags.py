@@ -38,7 +38,7 @@ class TrainFlags(TypedDict, total=False):
     weight_decay: float
     max_grad_norm: float
     epochs: float
-    max_steps: int
+    max_steps: int | None
     batch_size: int
     gradient_accumulation: int
     max_length: int

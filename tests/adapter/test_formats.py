@@ -147,6 +147,21 @@ def mlx_vision(place: Path) -> None:
     tensors(place, "adapters.safetensors", keys)
 
 
+def loha(place: Path) -> None:
+    """An adapter of PEFT's LoHa whose config says that it is a LoRA."""
+    write(place, {f"{PREFIX}l.q.hada_w{n}": np.ones((2, 2), np.float32) for n in ("1_a", "1_b")})
+
+
+def vera(place: Path) -> None:
+    """Of a method in whose names of tensors LoRA's do not occur."""
+    write(place, {f"{PREFIX}l.q.vera_lambda_b": np.ones(4, np.float32)})
+
+
+def vblora(place: Path) -> None:
+    """Of a method whose names of tensors contain the word lora."""
+    write(place, {f"{PREFIX}l.q.vblora_logits_A": np.ones((2, 2), np.float32)})
+
+
 def quantized(place: Path) -> None:
     scales = {k.replace(".weight", ".weight_scale"): np.ones(1, np.float32) for k in PAIR}
     write(place, {**PAIR, **scales})
@@ -212,6 +227,9 @@ FORMATS: dict[Callable[[Path], None], tuple[str, str]] = {
     pickle_of_another_name: (r"pytorch_model\.pt is a pickle", "convert it"),
     config_alone: (r"has adapter_config\.json, but", r"adapter_model\.safetensors does not exist"),
     some_named: ("names of adapters in its keys", "loradeploy convert .*are sport"),
+    loha: (r"of PEFT's method LOHA .*hada_w1_a", "peft_type .*merge it with PEFT"),
+    vera: (r"of PEFT's method VERA .*vera_lambda_b", "peft_type .*merge it with PEFT"),
+    vblora: (r"of PEFT's method VBLORA .*vblora_logits_A", "peft_type .*merge it with PEFT"),
     quantized: (r"quantized factors .*q\.lora_A\.weight_scale", "save the adapter in float32"),
     checkpoints: ("has 3 checkpoints", "give the newest, .*checkpoint-500"),
     folder_of_its_name: ("its folder sport is", "give .*sport"),

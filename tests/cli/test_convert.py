@@ -143,7 +143,7 @@ def test_an_adapter_trained_on_a_modified_base_is_converted_to_a_plain_one(
     ("options", "message"),
     [
         ([], "give one of `bundle`, `rank` and `model`"),
-        (["--rank", "2", "--model", "m"], "give one of `bundle`, `rank` and `model`"),
+        (["--rank", "2", "--model", "m"], "give only one of `bundle`, `rank` and `model`"),
         (["--rank", "8"], "no module with a rank above 8"),
         (["--model", "nowhere/at all"], "is for the unchanged base"),
     ],

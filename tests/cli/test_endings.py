@@ -23,7 +23,9 @@ CALL = "from loradeploy.cli.main import main; main()"
     ("arguments", "message"),
     [
         (["fly"], "No such command 'fly': see loradeploy --help"),
-        (["run", "--fly"], "No such option '--fly'"),
+        (["run", "--json-schema"], "Did you mean '--json'? See loradeploy run --help"),
+        (["run", "--fly"], "No such option '--fly': see loradeploy run --help"),
+        (["run", "b", "--adapter"], "requires an argument: see loradeploy run --help"),
         (["export"], "Missing option '--model': see loradeploy export --help"),
         (["export", "--task", "guess"], "'guess' is not one of 'causal-lm'"),
         (["bench", "b", "--rounds", "many"], "'many' is not a valid integer"),

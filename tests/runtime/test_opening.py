@@ -38,8 +38,18 @@ def test_a_directory_without_a_manifest_is_refused_without_listing_its_files(
 ) -> None:
     """It could be the root of a disk."""
     monkeypatch.setattr("os.walk", lambda *_: pytest.fail("all of its files are listed"))
-    with pytest.raises(BundleError, match="is not a bundle: it has no loradeploy.json"):
+    with pytest.raises(BundleError, match="is not a bundle, it has no loradeploy.json"):
         AdapterSession(tmp_path)
+
+
+def test_an_adapter_in_place_of_a_bundle_is_named_by_the_path_that_was_given(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "adapter_config.json").write_text("{}")
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    with pytest.raises(BundleError, match="link is an adapter, not a bundle: give a directory"):
+        AdapterSession(tmp_path / "link")
 
 
 def overwrite_weights(bundle: Path) -> None:

@@ -306,6 +306,24 @@ def test_a_table_is_not_read_as_a_prompt_in_each_line(
     assert "files are not read as prompts: give JSONL" in str(result.exception)
 
 
+def test_a_table_that_does_not_exist_is_reported_as_missing(
+    tiny_llama_bundle: Path, tmp_path: Path
+) -> None:
+    result = run(tiny_llama_bundle, "--input", tmp_path / "prompts.csv")
+    assert str(result.exception) == f"{tmp_path / 'prompts.csv'} does not exist"
+
+
+def test_an_unknown_adapter_is_reported_with_the_line_that_names_it(
+    tiny_llama_bundle: Path, tmp_path: Path
+) -> None:
+    file = lines(tmp_path, {"prompt": "A"}, {"prompt": "B", "adapter": {"ghost": 0.5}})
+    result = run(tiny_llama_bundle, "--input", file)
+    assert isinstance(result.exception, UnknownAdapterError)
+    assert str(result.exception).startswith(f"{file}, line 2: 'ghost' is neither an adapter of")
+    given = run(tiny_llama_bundle, "--input", file, "--adapter", "other")
+    assert str(given.exception).startswith("'other' is neither an adapter of"), "it is in no line"
+
+
 def test_several_results_of_one_prompt_are_json_lines(tiny_llama_bundle: Path) -> None:
     options = ("--n", 3, "--temperature", 1, "--max-new-tokens", 2, "--json")
     printed = run(tiny_llama_bundle, "One", *options).stdout.splitlines()

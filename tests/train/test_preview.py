@@ -87,6 +87,10 @@ def test_model_data_and_output_can_be_in_the_file(
         ("alpha_pattern: q_proj=0", "`alpha_pattern` has 0 for q_proj, with which the adapter has"),
         ("alpha: 0", "`alpha` is 0, with which the adapter has no effect"),
         ("learning_rate: 0", "`learning_rate` is 0, with which the adapter has no effect"),
+        ("max_steps: 0", "`max_steps` is 0, which trains nothing: leave it out to train for `ep"),
+        ("max_steps: -1", "`max_steps` is -1: give a value from 1"),
+        ("max_steps: 2.5", "`max_steps` is 2.5: give a value of type int$"),
+        ("rank: null", "`rank` is None: give a value of type int"),
         ("layers_to_transform: [1]", "`layers_to_transform` needs a list of names in"),
         ("columns: prompt", "`columns` is 'prompt': give NAME=COLUMN"),
         (

@@ -153,7 +153,7 @@ def test_accumulated_batches_train_the_same_as_one_large_batch(
 def test_a_validation_split_is_evaluated_and_not_trained_on(
     tiny_llama: Path, lessons: Path, tmp_path: Path, quick: Quick
 ) -> None:
-    result = quick(tiny_llama, lessons, tmp_path / "a", validation_split=0.25, max_steps=0)
+    result = quick(tiny_llama, lessons, tmp_path / "a", validation_split=0.25, max_steps=None)
     assert (result.examples, result.evaluated_on) == (9, "validation")
     assert result.steps == 3, "9 examples in batches of 4"
     with pytest.raises(

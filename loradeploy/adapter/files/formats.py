@@ -105,6 +105,29 @@ _QUANTIZED: Final = re.compile(
     r".*\.lora_(?:embedding_)?[AB]\.(?:\w*scales?(?:_inv|_2)?|qweight|qzeros|weight_packed"
     r"|weight\.(?:absmax|quant_map|nested_\w+|quant_state\..*))"
 )
+# Beginnings of the names of tensors of PEFT's other methods, by peft_type.
+_OTHER_METHODS: Final = {
+    "boft_": "BOFT",
+    "c3a_": "C3A",
+    "delora_": "DELORA",
+    "fourierft_": "FOURIERFT",
+    "gralora_": "GRALORA",
+    "hada_": "LOHA",
+    "hira_": "HIRA",
+    "hra_": "HRA",
+    "ia3_": "IA3",
+    "ln_tuning_": "LN_TUNING",
+    "lokr_": "LOKR",
+    "miss_": "MISS",
+    "oft_": "OFT",
+    "randlora_": "RANDLORA",
+    "road_": "ROAD",
+    "shira_": "SHIRA",
+    "vblora_": "VBLORA",
+    "vera_": "VERA",
+    "waveft_": "WAVEFT",
+}
+_OTHER_PART: Final = re.compile(rf".*\.({'|'.join(_OTHER_METHODS)})[^.]*(?:\.[^.]+)?")
 _NAMED: Final = re.compile(r"\.lora_(?:embedding_)?[AB]\.(?!weight$|bias$)(?P<name>[^.]+)(\.|$)")
 
 # Keys of a LoRA of litgpt.
@@ -228,6 +251,13 @@ def other_tensors(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
         return f"{NAMED.message} (the names are {listed_names(sorted(names), 3)})"
     if form is not None:
         return form.message
+    others = ((key, found[1]) for key in shapes if (found := _OTHER_PART.fullmatch(key)))
+    for key, beginning in others:
+        method = _OTHER_METHODS[beginning]
+        return (
+            f"is an adapter of PEFT's method {method} ({shortened(key)}): write {method} as"
+            f" peft_type in its {ADAPTER_CONFIG_NAME}, then {other_peft_type(method)}"
+        )
     if shapes and not any("lora" in key.lower() or DELTA in key for key in shapes):
         return (
             f"has no LoRA factors but {len(shapes)} full weights (first"

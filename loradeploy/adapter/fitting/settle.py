@@ -44,12 +44,12 @@ def with_rows(
     most: int,
     tables: Collection[str] = (),
 ) -> Adapter:
-    """`adapter` with trained rows in place of weights that differ from the base's in few rows.
+    """`adapter` with trained rows in place of tables that differ from the base's in few rows.
 
     PEFT saves the whole embedding if words were added in its spare rows, or after them.
-    `values_of`: the base's values of a parameter, or None if they are unknown. `most`: the maximum
-    number of rows that may differ, including rows after the base's last one. `tables`: the fully
-    trained weights that may be replaced too.
+    `values_of`: the base's values of an embedding or output head by parameter, None for others.
+    `most`: the maximum number of rows that may differ, including rows after the base's last one.
+    `tables`: the fully trained weights that may be replaced too.
 
     Raises:
         AdapterMismatchError: a weight with more rows than the base's differs in more than `most`.

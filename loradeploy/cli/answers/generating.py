@@ -13,6 +13,7 @@ import click
 from loradeploy.cli.answers.printer import Printer
 from loradeploy.cli.console import flag_of
 from loradeploy.errors import UsageError
+from loradeploy.runtime.decoding.choosing.options import GenerationOptions
 
 if TYPE_CHECKING:
     from loradeploy.runtime.adapters.resident import AdapterSpec
@@ -31,7 +32,11 @@ _FLAGS: Final = (
         help="Apply the chat template: each prompt is a user message.",
     ),
     click.option(
-        "--max-new-tokens", type=int, help="Maximum number of generated tokens per prompt."
+        "--max-new-tokens",
+        type=int,
+        help="Maximum number of generated tokens per prompt [default:"
+        f" {GenerationOptions.max_new_tokens}; of a speech recognizer, as many as it has"
+        " positions for].",
     ),
     click.option("--temperature", type=float, help="Sampling temperature [default: greedy]."),
     click.option("--top-k", type=int, help=f"Sample from this many most likely tokens {_OWN}."),
@@ -49,7 +54,8 @@ _FLAGS: Final = (
     click.option(
         "--n",
         type=int,
-        help="Number of texts per prompt: samples, or best beams.",
+        help="Number of texts per prompt: samples, or best beams"
+        f" [default: {GenerationOptions.n}].",
     ),
     click.option(
         "--stop",
@@ -89,7 +95,8 @@ _FLAGS: Final = (
         "--beams",
         "num_beams",
         type=int,
-        help="Number of beams of a beam search, which prints the best text.",
+        help="Number of beams of a beam search, which prints the best text"
+        f" [default: {GenerationOptions.num_beams}, no search].",
     ),
     click.option(
         "--length-penalty",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loradeploy.errors import DataError, UnknownAdapterError, listed_names
+from loradeploy.errors import DataError, UnknownAdapterError, listed_names, shown
 from loradeploy.files import MAX_TEXT_BYTES
 from loradeploy.paths import resolved
 
@@ -35,23 +35,33 @@ def load_adapters(
     session: AdapterSession,
     known: Collection[str],
     load: Callable[[str, Path], object],
-    asked: Sequence[AdapterSpec | None],
+    requests: Sequence[InputPrompt],
+    default: str | None,
 ) -> list[AdapterSpec | None]:
     """Return the requested adapters by name in the session; paths are loaded, in blends too.
 
-    `known`: the names of adapters. `load`: loads a path as a name.
+    `known`: the names of adapters. `load`: loads a path as a name. `default`: the adapter of
+    prompts that do not name their own.
+
+    Raises:
+        UnknownAdapterError: an adapter is neither known nor a path; the line is named.
     """
-    given = dict.fromkeys(
-        adapter
-        for spec in asked
-        if spec is not None
-        for adapter in ((spec,) if isinstance(spec, str) else spec)
-    )
+    given: dict[str, str] = {}  # the beginning of messages by adapter: the first line that names it
+    for request in requests:
+        spec = request.adapter
+        for adapter in () if spec is None else (spec,) if isinstance(spec, str) else spec:
+            own = request.where is not None and spec != default
+            given.setdefault(adapter, f"{request.where}: " if own else "")
     names: dict[str, str] = {}
-    for adapter in given:
+    for adapter, where in given.items():
         names[adapter] = adapter
         if adapter not in known:
-            place = _place(session, known, adapter)
+            place = Path(adapter)
+            if not adapter or not place.exists():
+                raise UnknownAdapterError(
+                    f"{where}{shown(adapter)} is neither an adapter of {session.path}, which has"
+                    f" {listed_names(known)}, nor a directory"
+                )
             # The name of a path is its last part; if that is ambiguous, it is the path.
             name = resolved(place).stem if place.is_file() else resolved(place).name
             taken = (*known, *given, *names.values())
@@ -63,19 +73,8 @@ def load_adapters(
         else names[spec]
         if isinstance(spec, str)
         else {names[adapter]: weight for adapter, weight in spec.items()}
-        for spec in asked
+        for spec in (request.adapter for request in requests)
     ]
-
-
-def _place(session: AdapterSession, known: Collection[str], adapter: str) -> Path:
-    """The path of an adapter that is not known by name."""
-    place = Path(adapter)
-    if not adapter or not place.exists():
-        raise UnknownAdapterError(
-            f"{adapter!r} is neither an adapter of {session.path}, which has"
-            f" {listed_names(known)}, nor a directory"
-        )
-    return place
 
 
 def _standard_input() -> str:

@@ -35,7 +35,8 @@ def without_copies_of_model(
 ) -> dict[str, Adapter]:
     """Return the adapters without copies of weights of `model`, the base in float32.
 
-    For side inputs, a weight that differs from the model's in few rows is replaced by those rows.
+    For side inputs, an embedding or output head that differs from the model's in few rows is
+    replaced by those rows.
 
     For a merge, the base weights and rows in the adapter overwrite those of `model` before it is
     traced, for all modules that share them.
@@ -44,7 +45,12 @@ def without_copies_of_model(
         AdapterMismatchError: two weights that are tied in the model differ in the adapter; or the
             adapter has rows of an embedding whose head is tied by config.json alone.
     """
-    from loradeploy.lora.base.vocabulary import refuse_rows_of_tied, vocabulary_of
+    from loradeploy.lora.base.vocabulary import (
+        TABLES,
+        refuse_rows_of_tied,
+        table_of,
+        vocabulary_of,
+    )
     from loradeploy.lora.parameters import overwrite
 
     for name, adapter in adapters.items():
@@ -58,12 +64,17 @@ def without_copies_of_model(
     found = {name: without_copies(adapter, is_own) for name, adapter in adapters.items()}
     if not merge:
         tokens = vocabulary_of(model)
+        weights = [getattr(table_of(model, getter), "weight", None) for getter in TABLES]
+
+        def own_table(name: str) -> NDArray[Any] | None:
+            values = parameters[name]
+            is_table = any(values is weight for weight in weights)
+            return values.detach().numpy() if is_table else None
+
         for name, each in found.items():
             tables = () if tokens is None else token_tables(each, tokens)
             with prefixing_errors(name):
-                found[name] = with_rows(
-                    each, lambda weight: parameters[weight].detach().numpy(), MOST_ROWS, tables
-                )
+                found[name] = with_rows(each, own_table, MOST_ROWS, tables)
         return found
     for name, adapter in found.items():
         overwrite(model, adapter)

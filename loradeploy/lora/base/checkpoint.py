@@ -32,6 +32,10 @@ _FETCHED: Final = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
+# Endings of files, which are no names of repositories.
+_FILES: Final = (".gguf", ".onnx", ".safetensors")
+
+
 def find_checkpoint(model: str | os.PathLike[str], *, quantized: Collection[str] = ()) -> Path:
     """The directory of the checkpoint `model`: a Hugging Face directory, or an id of the hub.
 
@@ -117,7 +121,9 @@ def pad_token(config: Any, tokenizer: Any) -> int:
 
 def is_hub_id(text: str) -> bool:
     """Whether `text` can be a repository id of the Hugging Face hub rather than a path."""
-    return not text.startswith((".", "~", "/")) and _HUB_ID.fullmatch(text) is not None
+    if text.startswith((".", "~", "/")) or text.lower().endswith(_FILES):
+        return False
+    return _HUB_ID.fullmatch(text) is not None
 
 
 def fetch(repository: str) -> Path:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from loradeploy.adapter.tasks import CAUSAL_LM, SEQ2SEQ_LM
-from loradeploy.errors import UsageError
+from loradeploy.errors import UsageError, shown
 from loradeploy.parity.names import (
     CHUNKED,
     DECODE,
@@ -53,7 +53,8 @@ def choose_phases(task: str, asked: Sequence[str] | None, *, embeds: bool) -> tu
     named = [name.replace("-", " ") for name in asked]
     for name in named:
         if name not in known:
-            raise UsageError(f"{task} has no phase {name!r}: there are {', '.join(known)}")
+            phases = ", ".join(phase.replace(" ", "-") for phase in known)
+            raise UsageError(f"{task} has no phase {shown(name)}: there are {phases}")
     if not named:
         raise UsageError("no phases are given: there is nothing to compare")
     return tuple(phase for phase in known if phase in named)

@@ -101,6 +101,7 @@ def open_bundle(
             at each of several attempts.
         UsageError: as `open_graph`.
     """
+    check_is_bundle(bundle)  # so that the message has the path as it was given
     name: str | None = None
     for _ in range(_ATTEMPTS):
         place = resolved(bundle)

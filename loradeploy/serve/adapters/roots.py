@@ -106,7 +106,9 @@ class DirectoryRoot:
 
     def __init__(self, path: Path) -> None:
         if not path.is_dir():
-            raise UsageError(f"{path} is not a directory: give `adapter_root` one of adapters")
+            raise UsageError(
+                f"{path} is not a directory: give a directory of adapters as `adapter_root`"
+            )
         self.path = resolved(path)
 
     def find(self, entry: str, *, fresh: bool = False) -> Found | None:

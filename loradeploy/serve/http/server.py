@@ -21,6 +21,7 @@ logger = logger_of(__name__)
 
 # Additional seconds after the drain timeout for sending the last responses.
 _LAST_WORDS = 5
+_LAST_PORT = 65535
 # Maximum number of connections.
 _CONNECTIONS = 1024
 # Maximum size of a request's headers in bytes.
@@ -33,15 +34,17 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
         UsageError: it cannot listen there.
     """
+    if not 0 <= port <= _LAST_PORT:
+        raise UsageError(f"`port` is {port}: give 0 (any) to {_LAST_PORT}")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     made = socket.socket(family, socket.SOCK_STREAM)
     try:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind((host, port))
         made.listen(512)
-    except (OSError, OverflowError) as problem:
+    except OSError as problem:
         made.close()
-        reason = getattr(problem, "strerror", None) or problem
+        reason = problem.strerror or problem
         raise UsageError(f"`host` {host}, `port` {port} cannot be listened on: {reason}") from None
     return made
 

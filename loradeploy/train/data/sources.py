@@ -79,6 +79,15 @@ def is_dataset(source: Source) -> bool:
     return not path.exists() and not path.suffix and is_hub_id(str(source))
 
 
+def check_exists(source: Source) -> None:
+    """Raise DataError if `source` is neither a file or directory nor can be a dataset of the hub.
+
+    Called before the libraries for training are imported, which takes seconds.
+    """
+    if not source.path.exists() and not is_dataset(source):
+        raise DataError(f"{source} does not exist: give the training data")
+
+
 def _read(source: Source, needed: Sequence[str]) -> Iterator[Row]:
     path = source.path
     if is_dataset(source):
@@ -118,8 +127,6 @@ def _check_header(source: Source, header: Iterable[str], needed: Sequence[str]) 
 
 
 def _text_of(path: Path) -> str:
-    if not path.exists():
-        raise DataError(f"{path} does not exist: give the training data")
     return read_text(path, error=DataError, limit=MAX_TEXT_BYTES, encoding="utf-8-sig")
 
 
@@ -162,8 +169,6 @@ def _parquet_rows(source: Source, needed: Sequence[str]) -> Iterator[Row]:
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
-    if not source.path.exists():
-        raise DataError(f"{source} does not exist: give the training data")
     check_file(source.path, error=DataError)
     number = 0
     try:

@@ -331,7 +331,7 @@ def arguments(config: TrainConfig, checkpoints: Path, *, examples: int) -> Train
 
 def steps_of(config: TrainConfig, examples: int) -> int:
     """The number of optimizer steps of the run; a step has a batch of every process."""
-    if config.max_steps:
+    if config.max_steps is not None:
         return config.max_steps
     batches = math.ceil(examples / (config.batch_size * process_count()))
     return max(1, math.ceil(math.ceil(batches / config.gradient_accumulation) * config.epochs))

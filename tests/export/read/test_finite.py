@@ -16,8 +16,11 @@ from safetensors.torch import save_file as save_torch
 from loradeploy.errors import ExportError, ModelError
 from loradeploy.export.api import export
 from loradeploy.export.read.finite import check_finite_checkpoint, check_finite_graph
+from loradeploy.runtime.session import AdapterSession
 from tests.export.graphs import IN, OUT, Builder, numbers
 from tests.export.others import copy_of
+from tests.inputs.architectures import ARCHITECTURES, make_model
+from tests.runtime.feeds import feeds
 
 FILE = Path("m.onnx")
 BFLOAT16 = ir.DataType.BFLOAT16.numpy()
@@ -107,6 +110,19 @@ def test_a_row_that_float16_cannot_hold_is_refused_by_name(
         ExportError, match=r"embed_tokens\.weight has values that are too large for"
     ):
         export(base, tmp_path / "bundle", precision="fp16")
+
+
+def test_a_bias_that_suppresses_a_token_is_exported_in_float16(tmp_path: Path) -> None:
+    make_model(tmp_path / "base", *ARCHITECTURES["phi: attention and mlp side by side"])
+    tensors = load_file(_weights(tmp_path / "base"))
+    tensors["lm_head.bias"] = tensors["lm_head.bias"].copy()
+    tensors["lm_head.bias"][5] = -np.inf
+    save_file(tensors, _weights(tmp_path / "base"), {"format": "pt"})
+    export(tmp_path / "base", tmp_path / "bundle", precision="fp16")
+    session = AdapterSession(tmp_path / "bundle")
+    logits = session.run(["logits"], feeds(session.manifest, np.array([[3, 9, 5, 7]])))[0]
+    suppressed = np.isneginf(logits)
+    assert suppressed[..., 5].all() and suppressed.sum() == 4 and np.isfinite(logits).sum() > 4
 
 
 def test_a_damaged_row_of_a_graph_is_refused_before_anything_is_written(tmp_path: Path) -> None:
