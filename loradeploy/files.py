@@ -27,6 +27,7 @@ from loradeploy.writing import (
     check_keeps_inputs,
     check_replaceable,
     check_replaceable_file,
+    check_writable,
 )
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "check_keeps_inputs",
     "check_replaceable",
     "check_replaceable_file",
+    "check_writable",
     "copy_file",
     "inside",
     "is_json_lines",

@@ -174,6 +174,13 @@ def check_replaceable_file(path: Path, *, kind: str, own: Callable[[Path], bool]
         raise UsageError(f"{path} exists and is not {kind}: move it, or give another name")
 
 
+def check_writable(target: Path) -> None:
+    """Raise UsageError if `target` cannot be created in its directory. Call it before long work."""
+    parent = next(path for path in target.absolute().parents if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UsageError(f"{target} cannot be written: {parent} is not a writable directory")
+
+
 def check_keeps_inputs(
     output: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]]
 ) -> None:

@@ -17,6 +17,7 @@ import contextlib
 import errno
 import gc
 import importlib
+import io
 import logging
 import os
 import signal
@@ -152,6 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with one of the statuses listed above."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     _open_streams()
+    _encode_streams()
     # Accepted before and after the command; arguments after -- are text.
     end = given.index("--") if "--" in given else len(given)
     options = [argument for argument in given[:end] if argument != "--debug"]
@@ -182,6 +184,20 @@ def _open_streams() -> None:
         except OSError:
             os.dup2(null, number)
         setattr(sys, name, os.fdopen(null, "r" if number == 0 else "w", encoding="utf-8"))
+
+
+def _encode_streams() -> None:
+    """Make files and pipes UTF-8 whatever the locale; a terminal shows what it cannot as escapes.
+
+    Windows and old locales have other encodings, in which texts are misread or cannot be printed.
+    """
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if not isinstance(stream, io.TextIOWrapper) or stream.encoding.lower() == "utf-8":
+            continue
+        if not stream.isatty():
+            stream.reconfigure(encoding="utf-8")
+        elif stream is not sys.stdin:
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _run(given: list[str], received: list[int], *, debug: bool) -> int:

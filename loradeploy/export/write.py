@@ -52,7 +52,7 @@ from loradeploy.export.texts import (
     write_texts,
 )
 from loradeploy.export.trial.bundle import TrialSource, try_bundle
-from loradeploy.files import atomic_directory, read_json, write_json
+from loradeploy.files import atomic_directory, check_writable, read_json, write_json
 from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
@@ -111,9 +111,10 @@ def write_bundle(output: Path, manifest: Manifest, content: Content) -> Manifest
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:
-    """Raise UsageError if `output` exists and may not be replaced."""
+    """Raise UsageError if `output` exists and may not be replaced, or cannot be written."""
     if not overwrite and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UsageError(f"{output} exists: choose another directory or allow it to be replaced")
+    check_writable(output)
 
 
 def _write_into(directory: Path, manifest: Manifest, content: Content) -> Manifest:

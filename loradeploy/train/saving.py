@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,8 +10,8 @@ from pathlib import Path
 
 from loradeploy.adapter import Adapter, save_adapter
 from loradeploy.adapter.files.peft import own_files
-from loradeploy.errors import LoraDeployError, TrainingError, UsageError, kind_and_line
-from loradeploy.files import atomic_directory, check_replaceable
+from loradeploy.errors import LoraDeployError, TrainingError, kind_and_line
+from loradeploy.files import atomic_directory, check_replaceable, check_writable
 from loradeploy.names import ADAPTER_CONFIG_NAME
 from loradeploy.train.config import TrainConfig
 from loradeploy.train.config_file import to_yaml
@@ -26,9 +25,7 @@ from loradeploy.train.tasks.embedding.vectors import Vectors
 def check_output(target: Path) -> None:
     """Raise UsageError before the training if the adapter cannot be written."""
     check_replaceable(target, marker=ADAPTER_CONFIG_NAME, own_files=own_files)
-    parent = next(path for path in target.absolute().parents if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise UsageError(f"{target} cannot be written: {parent} is not a writable directory")
+    check_writable(target)
 
 
 def save_run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
 import subprocess
@@ -71,13 +72,14 @@ def test_after_two_dashes_debug_is_an_argument(run: Run) -> None:
 
 
 def test_an_error_of_several_lines_is_printed_as_one(
-    run: Run, monkeypatch: pytest.MonkeyPatch
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def fail(path: object) -> None:
         raise LoraDeployError("first\n  second\n")
 
     monkeypatch.setattr("loradeploy.adapter.load_adapter", fail)
-    assert run("inspect", ".") == (2, "", "Error: first second\n")
+    (tmp_path / "adapter_config.json").touch()
+    assert run("inspect", tmp_path) == (2, "", "Error: first second\n")
 
 
 def test_an_internal_error_is_reported_as_such(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,6 +197,20 @@ def test_a_closed_pipe_ends_the_command_silently_with_an_error_status(tiny_llama
     assert (done.returncode, done.stderr) == (141, b"")
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_pipes_are_utf8_in_every_locale(encoding: str, tiny_llama_bundle: Path) -> None:
+    given = ["run", str(tiny_llama_bundle), "--input", "-", "--max-new-tokens", "1", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-c", CALL, *given],
+        input='{"prompt": "Größe 日本"}'.encode(),
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert json.loads(done.stdout.decode())["prompt"] == "Größe 日本"
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="its processes inherit no descriptors")
 @pytest.mark.parametrize(
     ("arguments", "status"),
@@ -278,6 +294,35 @@ def test_a_full_disk_leaves_no_partial_files(
     assert (done.returncode, done.stdout) == (2, "")
     assert f"{output} cannot be written: File too large" in one_line(done.stderr)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["parity", "{bundle}", "--model", "{model}", "--report", "{output}/r.json"],
+        ["export", "--model", "{model}", "--output", "{output}/bundle"],
+        ["train", "--model", "{model}", "--data", "{output}", "--output", "{output}/a"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(
+    arguments: list[str],
+    tiny_llama: Path,
+    tiny_llama_bundle: Path,
+    tmp_path: Path,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def work(*given: object, **options: object) -> None:
+        pytest.fail("the model was loaded")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", work)
+    output = tmp_path / "file"
+    output.write_text('{"text": "a"}')
+    places = {"bundle": tiny_llama_bundle, "model": tiny_llama, "output": output}
+    status, _, err = run(*(argument.format(**places) for argument in arguments))
+    assert status == 2
+    assert f"cannot be written: {output} is not a writable directory" in one_line(err)
 
 
 def test_a_file_in_place_of_a_directory_is_named(

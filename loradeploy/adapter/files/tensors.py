@@ -158,6 +158,8 @@ def _unreadable(file: Path, problem: Exception) -> str:
     """Message for a file that cannot be read."""
     if (pointer := lfs_problem(file)) is not None:
         return pointer
+    if isinstance(problem, OSError):
+        return f"{file} cannot be read: {problem.strerror or first_line(problem)}"
     return f"{file} is not a valid safetensors file: {first_line(problem)}"
 
 

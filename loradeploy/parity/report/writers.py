@@ -11,7 +11,13 @@ from xml.etree import ElementTree as ET
 
 from loradeploy.bundle.proof.certificate import FORMAT
 from loradeploy.errors import UsageError
-from loradeploy.files import atomic_file, check_replaceable_file, open_file, write_json
+from loradeploy.files import (
+    atomic_file,
+    check_replaceable_file,
+    check_writable,
+    open_file,
+    write_json,
+)
 from loradeploy.parity.report.html import html
 from loradeploy.parity.report.results import BASE_LABEL
 from loradeploy.parity.report.table import (
@@ -46,14 +52,15 @@ def check_reports(
     """Return the paths of the report files, or of the one file, if each can be a report.
 
     Raises:
-        UsageError: an unknown file extension, a directory or link, or an existing file that is not
-            a report.
+        UsageError: an unknown file extension, a directory or link, an existing file that is not a
+            report, or a directory that is not writable.
     """
     paths = tuple(map(Path, [files] if isinstance(files, str | os.PathLike) else files))
     for path in paths:
         if path.suffix not in WRITERS:
             raise UsageError(f"{path}: a report ends in one of {', '.join(WRITERS)}")
         check_replaceable_file(path, kind="an earlier report", own=_is_report)
+        check_writable(path)
     return paths
 
 
