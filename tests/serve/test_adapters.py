@@ -284,6 +284,14 @@ def test_updates_are_off_by_default(tiny_llama_bundle: Path, root: Path) -> None
             assert "does not allow requests" in answer.json()["error"]["message"]
 
 
+def test_a_directory_of_checkpoints_in_the_root_is_not_listed_as_an_adapter(tmp_path: Path) -> None:
+    (tmp_path / "news-checkpoints" / "checkpoint-8").mkdir(parents=True)
+    (tmp_path / "news").mkdir()
+    (tmp_path / "news" / "adapter_config.json").touch()
+    (tmp_path / "sport.onnx_adapter").touch()
+    assert DirectoryRoot(tmp_path).listed() == ["news", "sport"]
+
+
 def test_one_name_cannot_be_two_models(
     tiny_llama_bundle: Path, serve_adapters: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -26,6 +26,7 @@ from loradeploy.errors import (
     UsageError,
     first_line,
 )
+from loradeploy.names import ADAPTER_CONFIG_NAME
 from loradeploy.paths import resolved
 from loradeploy.printable import logger_of
 from loradeploy.serve.adapters.fetched import FetchedAdapters
@@ -144,11 +145,13 @@ class DirectoryRoot:
         return True
 
     def listed(self) -> list[str]:
-        """See `AdapterRoot`."""
+        """See `AdapterRoot`; directories without an adapter, such as checkpoints, are left out."""
         names = set()
         for path in self.path.iterdir():
             native = path.suffix == NATIVE_SUFFIX and path.is_file()
             name = path.stem if native else path.name
+            if not native and not (path / ADAPTER_CONFIG_NAME).is_file():
+                continue
             if ENTRY_NAME.fullmatch(name) and self._place(name) is not None:
                 names.add(name)
         return sorted(names)
