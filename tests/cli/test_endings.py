@@ -20,6 +20,13 @@ from tests.conftest import MakeAdapter
 CALL = "from loradeploy.cli.main import main; main()"
 
 
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """A directory that `inspect` reads as an adapter."""
+    (tmp_path / "adapter_config.json").touch()
+    return tmp_path
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -72,34 +79,37 @@ def test_after_two_dashes_debug_is_an_argument(run: Run) -> None:
 
 
 def test_an_error_of_several_lines_is_printed_as_one(
-    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    adapter: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(path: object) -> None:
         raise LoraDeployError("first\n  second\n")
 
     monkeypatch.setattr("loradeploy.adapter.load_adapter", fail)
-    (tmp_path / "adapter_config.json").touch()
-    assert run("inspect", tmp_path) == (2, "", "Error: first second\n")
+    assert run("inspect", adapter) == (2, "", "Error: first second\n")
 
 
-def test_an_internal_error_is_reported_as_such(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_internal_error_is_reported_as_such(
+    adapter: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(path: object) -> None:
         raise ZeroDivisionError("a slip\nof ours")
 
     monkeypatch.setattr("loradeploy.adapter.load_adapter", fail)
-    status, out, err = run("inspect", ".")
+    status, out, err = run("inspect", adapter)
     assert (status, out) == (70, "")
     line = one_line(err)
     assert "a defect of loradeploy, ZeroDivisionError: a slip" in line
     assert "--debug" in line
 
 
-def test_a_truncated_file_is_not_an_interruption(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_truncated_file_is_not_an_interruption(
+    adapter: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(path: object) -> None:
         raise EOFError("EOF read where object expected")
 
     monkeypatch.setattr("loradeploy.adapter.load_adapter", fail)
-    status, _, err = run("inspect", ".")
+    status, _, err = run("inspect", adapter)
     assert status == 70
     assert "a defect of loradeploy, EOFError: EOF read" in one_line(err.lstrip("\n"))
 
@@ -140,6 +150,7 @@ def test_a_signal_that_a_library_turns_into_another_error_is_an_interruption(
     problem: type[Exception],
     number: signal.Signals,
     status: int,
+    adapter: Path,
     run: Run,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -151,7 +162,7 @@ def test_a_signal_that_a_library_turns_into_another_error_is_an_interruption(
             raise problem("initialization failed") from None
 
     monkeypatch.setattr("loradeploy.adapter.load_adapter", load)
-    told, out, err = run("inspect", ".")
+    told, out, err = run("inspect", adapter)
     assert (told, out, err.strip()) == (status, "", "interrupted")
 
 
