@@ -99,7 +99,7 @@ class ProviderFacts:
 
     def __str__(self) -> str:
         parts = [" → ".join(name.removesuffix(SUFFIX) for name in self.chain) or self.provider]
-        parts += [self.version] if self.version else []
+        parts += [f"version {self.version}"] if self.version else []
         parts += [str(self.device)] if self.device is not None else []
         parts += [f"{name}={value}" for name, value in sorted(self.options.items())]
         parts += ["captured runs"] if self.captured else []

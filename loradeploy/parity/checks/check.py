@@ -79,7 +79,7 @@ def run_backends(
         missing = backend.missing(context)
         phases = phases_in(backend, context)
         if missing is None and not phases:
-            missing = f"it does not have the phases {', '.join(context.phases or ())}"
+            missing = f"it has none of the phases {', '.join(context.phases or ())}"
         if missing is not None:
             results.append(_not_run(backend, missing))
             continue
