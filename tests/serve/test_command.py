@@ -187,7 +187,10 @@ def test_the_demo_opens_its_web_page(
     [
         ([], "give the BUNDLE to serve"),
         (["{bundle}", "--allow-adapter-updates"], "give --adapter-root"),
-        (["{bundle}", "--adapter-root", "nothing"], "give --adapter-root one of adapters"),
+        (
+            ["{bundle}", "--adapter-root", "nothing"],
+            "give a directory of adapters as --adapter-root",
+        ),
         (["{bundle}", "--adapter-root", "zzz://x"], "not a URL that fsspec opens"),
         (["{bundle}", "--adapter-root", "zip://x::memory://y"], "not a chain of them"),
         (["{bundle}", "--adapter-cache", "x"], "give --adapter-root the URL"),
