@@ -210,8 +210,9 @@ class Graphs:
         requested = requested_outputs(output_names, self._outputs)
         if not isinstance(buffers, FixedBuffers):  # those of the decoding loop
             check_buffers(buffers)
-        if unknown := [name for name in buffers if name not in requested]:
-            raise UsageError(f"there is a buffer for {shown(unknown[0])}, which is not requested")
+        if unknown := buffers.keys() - set(requested):
+            first = next(name for name in buffers if name in unknown)
+            raise UsageError(f"there is a buffer for {shown(first)}, which is not requested")
         if self._encoder is None:
             return self._decoder.run(lease, requested, feeds, device, buffers)
         return self._run_halves(
