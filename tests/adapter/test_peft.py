@@ -313,6 +313,9 @@ def break_adapter(change: str, directory: Path) -> Path:
         tensors[f"{PREFIX}l.q.lora_magnitude_vector"] = np.ones(4, np.float32)
     elif change == "embedding":
         tensors[f"{PREFIX}e.lora_embedding_A"] = np.ones((2, 4), np.float32)
+    elif change == "rows of positions":
+        name = "decoder.embed_positions.token_adapter.trainable_tokens_delta"
+        tensors[f"{PREFIX}{name}"] = np.ones((1, 3), np.float32)
     elif change == "positions":
         tensors[f"{PREFIX}decoder.embed_positions.lora_embedding_A"] = np.ones((2, 4), np.float32)
         tensors[f"{PREFIX}decoder.embed_positions.lora_embedding_B"] = np.ones((3, 2), np.float32)
@@ -355,6 +358,7 @@ def break_adapter(change: str, directory: Path) -> Path:
         ("prefix", "does not begin with"),
         ("dora", "use_dora is False, and the file has a lora_magnitude_vector"),
         ("embedding", "e has lora_embedding_A but no lora_embedding_B"),
+        ("rows of positions", "decoder.embed_positions has trained rows, and is an embedding that"),
         ("positions", "decoder.embed_positions is an embedding that computes its positions itself"),
         ("convolution", "are not factors of a linear layer"),
         ("twice", r"differs from what the file has for l\.q\.lora_A under another key"),

@@ -288,6 +288,12 @@ def _saved_as(parameter: str, saving: AdapterConfig) -> str:
 
 def _rows(module: str, values: NDArray[Any], config: AdapterConfig) -> Rows | str:
     """The trained rows of `module`'s weight, or why they are refused."""
+    if module.rpartition(".")[2] == _OWN_IDS:
+        return (
+            f"{module} has trained rows, and is an embedding that computes its positions itself:"
+            " PEFT looks the rows up by the layer's first input (a mask or tokens): train without"
+            " them"
+        )
     indices = config.extra.get(TOKENS)
     if isinstance(indices, Mapping):
         steps = module.split(".")
