@@ -78,11 +78,12 @@ def test_peft_computes_the_loss_that_training_reports(
     assert abs(base_loss - theirs) > 0.01, "the adapter did nothing"
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1], ids=["fused", "with-dropout"])
 def test_the_same_seed_gives_the_same_adapter_bit_for_bit(
-    tiny_llama: Path, lessons: Path, tmp_path: Path, quick: Quick
+    dropout: float, tiny_llama: Path, lessons: Path, tmp_path: Path, quick: Quick
 ) -> None:
     one, same, other = (
-        quick(tiny_llama, lessons, tmp_path / name, seed=seed, dropout=0.1)
+        quick(tiny_llama, lessons, tmp_path / name, seed=seed, dropout=dropout)
         for name, seed in (("one", 3), ("same", 3), ("other", 4))
     )
     assert one.digest == same.digest != other.digest

@@ -92,23 +92,26 @@ def packed_attention(
     if cu_seq_lens_q is None:
         raise ValueError(f"{type(module).__name__} does not pass the positions of the examples on")
     lengths = cu_seq_lens_q.diff().tolist()
-    # One split and one concatenation: gradients of slices would each have the size of the row.
     counts = lengths  # of the queries of each example
     places: Sequence[Tensor | None] = [None] * len(lengths)
     if queries is not None:
         places = some = _places(cu_seq_lens_q, queries)
         counts = [len(at) for at in some]
+    # One split and one concatenation: gradients of slices would each have the size of the row. The
+    # tokens are split in the layout of the projections, in which gradients are joined without
+    # strides.
     parts = zip(
-        torch.split(query, counts, dim=2),
-        *(torch.split(t, lengths, dim=2) for t in (key, value)),
+        torch.split(query.transpose(1, 2), counts, dim=1),
+        *(torch.split(t.transpose(1, 2), lengths, dim=1) for t in (key, value)),
         places,
         strict=True,
     )
-    attended = [
-        sdpa_attention_forward(module, q, k, v, _mask(k, sliding_window, at), **options)[0]
-        for q, k, v, at in parts
-        if q.shape[2]
-    ]
+    attended = []
+    for *tensors, at in parts:
+        q, k, v = (part.transpose(1, 2) for part in tensors)
+        if q.shape[2]:
+            mask = _mask(k, sliding_window, at)
+            attended.append(sdpa_attention_forward(module, q, k, v, mask, **options)[0])
     return torch.cat(attended, dim=1), None
 
 
