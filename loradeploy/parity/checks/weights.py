@@ -71,10 +71,12 @@ def differing_weights(context: CheckContext, model: torch.nn.Module) -> Iterator
         own, expected = _readable(found), weight_of(layer)
         if own is None:
             continue
-        if own.shape != expected.shape:
-            own = own.T
-        if message := _difference(module, own, expected, precise):
-            yield ASPECT, message
+        # A product's weight is [in, out]; that of an embedding, or of a head tied to one, is not.
+        # Which of them a square one is, its values say: a prompt shows a transposed weight.
+        forms = [form for form in (own.T, own) if _fits(form, expected)] or [own]
+        messages = [_difference(module, form, expected, precise) for form in forms]
+        if None not in messages:
+            yield ASPECT, str(messages[0])
             return
 
 
@@ -133,11 +135,16 @@ def _of_target(tensor: Any, target: LoraTarget) -> NDArray[Any] | None:
     return rows[begin:end]
 
 
+def _fits(own: NDArray[Any], expected: NDArray[np.float32]) -> bool:
+    """Whether `own` has the columns of `expected`, and its rows or more."""
+    return own.shape[1:] == expected.shape[1:] and len(own) >= len(expected)
+
+
 def _difference(
     module: str, own: NDArray[Any], expected: NDArray[np.float32], precise: float
 ) -> str | None:
     name = f"{module}.weight"
-    if own.shape[1:] != expected.shape[1:] or len(own) < len(expected):
+    if not _fits(own, expected):
         return f"{name} is {list(own.shape)} in the graph, {list(expected.shape)} in the base"
     relative = max(_ROUNDING[own.dtype.name], precise)
     least = _SUBNORMAL if relative == _ROUNDING["float16"] else 0.0

@@ -90,6 +90,30 @@ def test_the_embedding_that_a_merged_adapter_leaves_as_it_is_is_compared(
     assert message.startswith("model.embed_tokens.weight [500, 0] is -1")
 
 
+@pytest.mark.parametrize(
+    ("name", "target", "square"),
+    [
+        ("llama", "q_proj", "model.layers.1.self_attn.o_proj.weight"),
+        ("gpt2", "c_attn", "transformer.h.1.attn.c_proj.weight"),
+    ],
+)
+def test_a_square_weight_that_a_merged_adapter_leaves_as_it_is_is_compared(
+    name: str,
+    target: str,
+    square: str,
+    make_adapter: MakeAdapter,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+) -> None:
+    model: Path = request.getfixturevalue(f"tiny_{name}")
+    adapter, bundle = make_adapter(model, target_modules=[target]), tmp_path / "merged"
+    ld.export(model, bundle, adapters=[adapter], merge=True)
+    assert found(bundle, model, {"own": adapter}) == []
+    wrong = spoiled(bundle, tmp_path / "wrong", weight(square, columns=slice(3, 4), by=1.01))
+    (message,) = found(wrong, model, {"own": adapter})
+    assert message.startswith(f"{square} [3, 0] is")
+
+
 @pytest.mark.parametrize("field", ["weight", "slice"])
 def test_a_weight_that_the_manifest_names_wrongly_is_found(
     field: str, tiny_llama: Path, llama_bundle: Path
