@@ -36,6 +36,12 @@ def is_list(value: object) -> TypeGuard[Sequence[Any]]:
     return isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim > 0)
 
 
+def check_flag(name: str, value: object) -> None:
+    """Raise UsageError unless `value` is True or False: a text such as "no" would count as True."""
+    if not isinstance(value, bool | np.bool_):
+        raise UsageError(f"`{name}` is {shown(value)}: give True or False")
+
+
 def check_probability(name: str, value: object) -> None:
     """Raise UsageError unless `value` is a number from 0 to 1; `name` is for the message."""
     number = isinstance(value, int | float | np.number) and not isinstance(value, bool)

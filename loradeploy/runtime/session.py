@@ -27,7 +27,7 @@ from loradeploy.runtime.adapters.leases import Lease
 from loradeploy.runtime.adapters.reading import AdapterReader
 from loradeploy.runtime.adapters.resident import Arrays, FittedAdapter
 from loradeploy.runtime.adapters.wholes import Wholes
-from loradeploy.runtime.arguments import Adapters, check_adapters, check_name
+from loradeploy.runtime.arguments import Adapters, check_adapters, check_flag, check_name
 from loradeploy.runtime.cache import DecoderCache
 from loradeploy.runtime.capture.pool import CachePool
 from loradeploy.runtime.capture.replays import CaptureStatistics, Replays
@@ -123,6 +123,11 @@ class AdapterSession:
             raise UsageError(
                 f"`session_options` is {shown(session_options)}: give onnxruntime's SessionOptions"
             )
+        check_flag("check_device", check_device)
+        check_flag("capture_graphs", capture_graphs)
+        check_flag("map_weights", map_weights)
+        if not isinstance(require_certificate, CertificateMinimum):
+            check_flag("require_certificate", require_certificate)
         self._lifetime = Lifetime()
         self.path = Path(bundle)
         library = None if operator is None else Path(operator)
@@ -294,6 +299,7 @@ class AdapterSession:
             UsageError: another adapter has this name.
         """
         check_name(name)
+        check_flag("replace", replace)
         return self._loader.load(name, None if path is None else Path(path), replace=replace)
 
     @while_open
@@ -306,6 +312,7 @@ class AdapterSession:
             UsageError: the name is in use, and `replace` is not given.
         """
         check_name(name)
+        check_flag("replace", replace)
         self._loader.register(name, Path(path), replace=replace)
 
     @while_open

@@ -56,6 +56,11 @@ def test_a_path_instead_of_a_session_is_refused_with_what_to_write(name: str) ->
         ({"host_budget": "2 GB"}, "host_budget is '2 GB'"),
         ({"device_budget": 1.5}, "device_budget is 1.5"),
         ({"device_budget": True}, "device_budget is True"),
+        *[
+            ({name: value}, f"`{name}` is {value!r}: give True or False")
+            for name in ("check_device", "capture_graphs", "map_weights", "require_certificate")
+            for value in ("no", 0, None)
+        ],
     ],
     ids=str,
 )
@@ -77,6 +82,7 @@ def test_settings_of_a_session_have_their_types(
         ({"prompts": [np.array(1)]}, r"prompt 1 is array\(1\)"),
         ({"prompts": [np.array([[1, 2]])]}, r"prompt 1 is array\(\[\[1, 2\]\]\)"),
         ({"seed": np.array(1)}, "a seed is array"),
+        ({"chat": "no"}, "`chat` is 'no': give True or False"),
         ({"per_prompt": np.array(None)}, "per_prompt is"),
         *[({"top_k": value}, "top_k is") for value in (False, "", [], np.array([1]), {})],
         ({"temperature": 10**400}, "temperature is 1000"),
@@ -101,6 +107,17 @@ def test_arguments_of_a_generation_have_their_types(
         generator.generate(**{"prompts": ["a"], "max_new_tokens": 2, **arguments})
     assert len(str(raised.value)) < 300
     assert generator.generate(["a"], max_new_tokens=2) == expected
+
+
+@pytest.mark.parametrize("value", ["no", "", 0, None])
+def test_replacing_an_adapter_is_true_or_false(
+    value: Any, session: AdapterSession, llama_adapters: dict[str, Path]
+) -> None:
+    before = session.adapters
+    for load in (session.load, session.register):
+        with pytest.raises(UsageError, match=f"`replace` is {value!r}: give True or False"):
+            load("small", llama_adapters["large"], replace=value)
+    assert session.adapters == before
 
 
 def test_a_function_that_raises_leaves_the_generator_usable(generator: TextGenerator) -> None:
@@ -148,6 +165,7 @@ def test_a_mask_that_is_no_array_is_refused(mask: Any, generator: TextGenerator)
     [
         *[({"prompt": value}, "the prompt is") for value in (None, 3, np.array(1), {"a"}, b"a")],
         *[({"scope": value}, "`scope` is") for value in ([], 3, b"a")],
+        *[({name: "no"}, f"`{name}` is 'no'") for name in ("chat", "shorten")],
         *[({"deadline": value}, "deadline is") for value in ("1", 10**400, float("nan"), True)],
     ],
     ids=lambda value: shown(value, 40),

@@ -33,7 +33,7 @@ from loradeploy.errors import (
 )
 from loradeploy.files import inside
 from loradeploy.printable import logger_of
-from loradeploy.runtime.adapters.resident import Arrays, FittedAdapter
+from loradeploy.runtime.adapters.resident import Arrays, FittedAdapter, Resident
 from loradeploy.runtime.adapters.wholes import Wholes
 from loradeploy.snapshot import Snapshot, of_one_version
 
@@ -87,6 +87,8 @@ class AdapterReader:
                 f"{source} has other labels ({listed_names(labels or (), 3)}) than the adapter that"
                 " came with the bundle: export again, or load it by its path under another name"
             )
+        if entry.problem_type is None:  # bundles of earlier versions
+            return found
         return replace(found, head=replace(found.head, problem_type=entry.problem_type))
 
     def _read(self, source: Path, given_as: str | None = None) -> FittedAdapter:
@@ -122,7 +124,7 @@ class AdapterReader:
             source, lambda: _states(source), lambda: self._read(source, name), AdapterError
         )
         warn_of_trained_config(name, text_directory(source), model_config(self.directory))
-        self._warn_of_ranges(name, found.digest)
+        self._warn_of_ranges(name, source, found)
         if self.certified is not None and found.digest not in self.certified:
             form = ""
             if source.suffix == NATIVE_SUFFIX:
@@ -133,11 +135,13 @@ class AdapterReader:
             )
         return found
 
-    def _warn_of_ranges(self, name: str, digest: str) -> None:
+    def _warn_of_ranges(self, name: str, source: Path, found: FittedAdapter) -> None:
         """Warn of an adapter that the export did not measure in a graph that clips activations."""
         measured = {entry.digest for entry in self.manifest.adapters.values()}
         count = self.manifest.fixed_ranges
-        if count and digest not in measured and digest not in (self.certified or ()):
+        if not count or found.digest in measured or found.digest in (self.certified or ()):
+            return
+        if source.suffix != NATIVE_SUFFIX or not self._is_own(found):
             logger.warning(
                 "the adapter %s was not measured in this bundle, whose graph clips %d activations"
                 " to ranges that were measured on the base, and may cut off its effect: export the"
@@ -146,6 +150,18 @@ class AdapterReader:
                 count,
                 parity_command(self.path, adapter=True),
             )
+
+    def _is_own(self, found: FittedAdapter) -> bool:
+        """Whether an adapter of the bundle has the side inputs of `found`, an .onnx_adapter file.
+
+        Such a file has another digest than the PEFT directory that it was made from.
+        """
+        for name in self.manifest.adapters:
+            with contextlib.suppress(AdapterError, BundleError):
+                own = self.own(name)
+                if Resident(own.digest, own.arrays).computes(found):
+                    return True
+        return False
 
     def _computed(self, source: Path, native_digest: str) -> FittedAdapter:
         """Like `_read`, for an adapter whose side inputs the export computed before packing."""

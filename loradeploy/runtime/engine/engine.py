@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, cast
 from loradeploy.errors import EngineClosedError, UsageError, shown
 from loradeploy.given_numbers import checked_count
 from loradeploy.runtime.adapters.resident import AdapterSpec, weights_of
-from loradeploy.runtime.arguments import check_adapters, is_list
+from loradeploy.runtime.arguments import check_adapters, check_flag, is_list
 from loradeploy.runtime.decoding.graph import TokenEmbeds, check_embeds
 from loradeploy.runtime.decoding.prompts.calls import Call, Prompt
 from loradeploy.runtime.engine.endings import abandon, ended_by_defect, guarded
@@ -205,6 +205,7 @@ class Engine:
             raise UsageError(f"the prompt is {shown(prompt)}: give a text, or a list")
         if not isinstance(scope, str | None):
             raise UsageError(f"`scope` is {shown(scope)}: give a text, the name of the owner")
+        check_flag("shorten", shorten)
         until = deadline_of(deadline)
         call = Call.of([prompt], [adapter], seed, chat, None, None, options, [embeds])
         if embeds is not None:

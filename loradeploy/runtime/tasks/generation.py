@@ -11,7 +11,7 @@ from loradeploy.bundle.names import INPUT_IDS
 from loradeploy.errors import UsageError, listed_names, shown
 from loradeploy.given_numbers import checked_count
 from loradeploy.runtime.adapters.resident import AdapterSpec
-from loradeploy.runtime.arguments import Adapters, each_row
+from loradeploy.runtime.arguments import Adapters, check_flag, each_row
 from loradeploy.runtime.decoding.caches.memory import check_memory
 from loradeploy.runtime.decoding.caches.source import EncodedSource, Target
 from loradeploy.runtime.decoding.choosing.logprobs import TokenLogprob
@@ -238,6 +238,7 @@ class TextGenerator:
                 f"{self.session.path} is an encoder-decoder, whose texts have a source: score"
                 " targets with AdapterSession.run"
             )
+        check_flag("chat", chat)
         given = listed(texts, "texts")
         each = each_row(adapters, len(given))
         replaced = check_one_each(embeds, len(given), "texts")

@@ -16,7 +16,7 @@ from loradeploy.bundle.names import INPUT_FEATURES, PREPROCESSOR_NAME
 from loradeploy.errors import BundleError, DataError, UsageError, shown
 from loradeploy.given_numbers import checked_count
 from loradeploy.runtime.adapters.resident import AdapterSpec
-from loradeploy.runtime.arguments import Adapters, each_row
+from loradeploy.runtime.arguments import Adapters, check_flag, each_row
 from loradeploy.runtime.decoding.caches.source import Target
 from loradeploy.runtime.decoding.choosing.options import GenerationOptions
 from loradeploy.runtime.decoding.graph import DecoderGraph
@@ -134,8 +134,8 @@ class SpeechRecognizer:
         each = each_row(adapters, len(sounds))
         batch_size = checked_count("batch_size", batch_size)
         own = _options(options)
-        if not isinstance(timestamps, bool | None):
-            raise UsageError(f"`timestamps` is {shown(timestamps)}: give True or False")
+        if timestamps is not None:
+            check_flag("timestamps", timestamps)
 
         def read(number: int) -> ReadSound:
             return self._read(number, sounds[number], each[number])

@@ -11,6 +11,7 @@ import pytest
 from loradeploy.adapter.adapter import Adapter, Factors
 from loradeploy.adapter.config import AdapterConfig
 from loradeploy.adapter.files.peft import save_adapter
+from loradeploy.conversion import convert
 from loradeploy.errors import ExportError
 from loradeploy.export.api import export
 from loradeploy.runtime.session import AdapterSession
@@ -110,10 +111,14 @@ def test_loading_an_adapter_that_was_not_measured_is_a_warning(
     session = AdapterSession(place)
     session.load("mine")
     session.load("again", measured)
+    session.load("packed", place / "adapters" / "mine.onnx_adapter")
     assert "was not measured in" not in caplog.text
     session.load("later", later)
     count = manifest.fixed_ranges
     assert count > 0
+    convert(later, tmp_path / "later.onnx_adapter", bundle=place)
+    session.load("packed-later", tmp_path / "later.onnx_adapter")
+    assert "the adapter packed-later was not measured in" in caplog.text
     assert f"the adapter later was not measured in this bundle, whose graph clips {count} " in (
         caplog.text
     )

@@ -227,6 +227,20 @@ def test_the_manifest_has_the_problem_type_of_each_head(typed_bundle: Path) -> N
     assert manifest.adapters["saved"].labels == LABELS[:3]
 
 
+def test_an_adapter_without_a_problem_type_in_the_manifest_has_that_of_its_files(
+    typed_bundle: Path, tmp_path: Path
+) -> None:
+    expected = TextClassifier(AdapterSession(typed_bundle))(TEXTS[:2], ["several", "numbers"])
+    bundle = tmp_path / "bundle"
+    shutil.copytree(typed_bundle, bundle)
+    with edited_json(bundle / "loradeploy.json") as values:
+        for entry in values["adapters"].values():
+            entry["problem_type"] = None
+    results = TextClassifier(AdapterSession(bundle))(TEXTS[:2], ["several", "numbers"])
+    assert results == expected
+    assert results[0].problem_type != results[1].problem_type
+
+
 @pytest.mark.parametrize("name", ["several", "number", "saved"])
 def test_a_merged_bundle_classifies_like_its_adapter(
     name: str, typed_bundle: Path, declared: dict[str, Path], tmp_path: Path

@@ -13,7 +13,7 @@ from loradeploy.bundle.text.chat import Message
 from loradeploy.errors import UsageError, shown
 from loradeploy.given_numbers import checked_count
 from loradeploy.runtime.adapters.resident import AdapterSpec
-from loradeploy.runtime.arguments import Adapters, each_row, is_list
+from loradeploy.runtime.arguments import Adapters, check_flag, each_row, is_list
 from loradeploy.runtime.decoding.choosing.options import GenerationOptions
 from loradeploy.runtime.decoding.graph import TokenEmbeds
 
@@ -56,6 +56,7 @@ class Call:
             UsageError: as `generate`, except for errors that depend on adapters.
         """
         common = GenerationOptions.of(options)
+        check_flag("chat", chat)
         if batch_size is not None:
             batch_size = checked_count("batch_size", batch_size)
         given = listed(prompts, "prompts")
