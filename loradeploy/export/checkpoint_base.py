@@ -53,6 +53,7 @@ from loradeploy.export.adapters.own_weights import model_digests, without_copies
 from loradeploy.export.base import Base, Options, modules_of
 from loradeploy.export.graph.file import outputs, required_inputs
 from loradeploy.export.match.experts import annotate_experts
+from loradeploy.export.match.linears import find_linears
 from loradeploy.export.match.whole.layouts import annotate_layouts
 from loradeploy.export.match.whole.norm_forms import annotate_forms
 from loradeploy.export.passes.forms.static_shapes import static_specs
@@ -342,8 +343,9 @@ def _annotate(graph: ir.Model, model: Any) -> None:
 
     from loradeploy.lora.experts import expert_parameters
 
-    annotate_layouts(graph, {n for n, m in model.named_modules() if isinstance(m, Conv1D)})
-
+    conv1d = {name: isinstance(module, Conv1D) for name, module in model.named_modules()}
+    if any(conv1d.values()):
+        annotate_layouts(find_linears(graph).linears, conv1d)
     norms = {name: p for name, p in model.named_parameters() if p.ndim == 1}
     annotate_forms(
         graph, lambda name: norms[name].detach().float().numpy() if name in norms else None

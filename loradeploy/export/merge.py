@@ -31,7 +31,6 @@ from loradeploy.export.match.linears import Linear
 from loradeploy.export.match.operators import check_operators
 from loradeploy.export.match.products import products
 from loradeploy.export.match.quantized import MATMUL_NBITS
-from loradeploy.export.match.whole.layouts import unclear_layout
 from loradeploy.export.match.whole.parameters import Layers, cast
 from loradeploy.export.match.whole.parts import Part, find_parts
 from loradeploy.export.merge_error import Round, Tally, sampled
@@ -332,10 +331,6 @@ def adaptable(
         if (problem := layers.problem_with(name)) is not None
     }
     found: dict[str, Linear | Part] = {**layers.parts, **layers.linears}
-    for parameter in adapter.saved:
-        linear = layers.linears.get(parameter.removesuffix(".weight"))
-        if linear is not None and (reason := unclear_layout(linear, adapter.config)) is not None:
-            problems.setdefault(parameter, f"{parameter} {reason}")
     described = {
         module: described
         for module, layer in found.items()

@@ -30,6 +30,7 @@ from loradeploy.export.graph_base import from_graph
 from loradeploy.export.match.linears import Findings, find_linears
 from loradeploy.export.match.observe import observe
 from loradeploy.export.match.products import input_of, output_of, repeated_for_rows
+from loradeploy.export.match.whole.layouts import settle_layouts
 from loradeploy.export.match.whole.parts import find_parts
 from loradeploy.export.passes.forms.static_shapes import use_static_shapes
 from loradeploy.export.passes.gqa import (
@@ -73,6 +74,10 @@ def build(source: Source, options: Options) -> tuple[Manifest, Content]:
     if unknown := findings.unidentified:
         logger.warning("left as it is, its module is not known: %s", listed_names(unknown))
     findings = with_float_heads(base, findings, options)
+    if source.graph is not None:
+        for name, adapter in options.adapters.items():
+            with prefixing_errors(name):
+                settle_layouts(findings.linears, adapter)
     if options.merge:
         findings = without_added_tokens(base, findings)
         if source.graph is not None:

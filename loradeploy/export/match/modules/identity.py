@@ -8,6 +8,7 @@ contradicts is an error.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -72,6 +73,7 @@ class CheckpointWeights:
         self._by_inputs: dict[int, list[Matrix]] = {}
         self._modules: dict[str, StoredTensor] = {}
         self._found: set[str] = set()
+        self._conv1d: dict[str, bool] = {}
         self._reasons: list[str] = []
         stored: dict[str, StoredTensor] = {}
         for file in files:
@@ -193,6 +195,15 @@ class CheckpointWeights:
         )
 
     @property
+    def conv1d(self) -> dict[str, bool]:
+        """Of the modules that products alone compute, whether their matrix is stored [in, out].
+
+        Only those whose layout their sizes do not show: of square matrices that are not symmetric,
+        and of all that are stored [in, out].
+        """
+        return self._conv1d
+
+    @property
     def reasons(self) -> tuple[str, ...]:
         """Why products that resemble modules were not identified as them."""
         return tuple(self._reasons)
@@ -201,6 +212,8 @@ class CheckpointWeights:
         self._found.update(matrix.module for matrix in matrices)
         if len(matrices) == 1 and _is_embedding(matrices[0].module):
             return Named(((LM_HEAD, product.out_features),), f"{found_by}, tied")
+        if len(matrices) == 1:
+            self._note_layout(product, matrices[0])
         unseen: frozenset[str] = frozenset()
         if bias_numbers(product.node, product.out_features) is None:
             # Exporters drop biases of zeros.
@@ -208,6 +221,14 @@ class CheckpointWeights:
                 m.module for m in matrices if m.bias is not None and m.bias.array().any()
             )
         return Named(self._called(matrices), found_by, frozenset(map(self._name, unseen)))
+
+    def _note_layout(self, product: Product, matrix: Matrix) -> None:
+        turned = dataclasses.replace(matrix, transposed=not matrix.transposed)
+        square = matrix.inputs == matrix.outputs
+        if square and Sample(product).resembles(0, turned):
+            return  # symmetric, or close to it: both layouts may fit
+        if square or matrix.transposed:
+            self._conv1d[self._name(matrix.module)] = matrix.transposed
 
     def _called(self, matrices: _Matrices) -> tuple[tuple[str, int], ...]:
         return tuple((self._name(matrix.module), matrix.outputs) for matrix in matrices)

@@ -33,6 +33,7 @@ from loradeploy.export.match.products import (
     value_of,
 )
 from loradeploy.export.match.quantized import INTEGER
+from loradeploy.export.match.whole.layouts import layout_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -56,7 +57,7 @@ def with_float_weight(graph: ir.Graph, linear: Linear) -> Linear:
     dtype = ir.DataType.FLOAT if x.dtype is None else x.dtype
     name = free_name(graph, f"{linear.module}.weight")
     constant = add_constant(graph, name, weight.astype(dtype.numpy()))
-    scopes = linear_scopes(linear.module)
+    scopes = linear_scopes(linear.module) | layout_of(node)
     made = [ir.node("MatMul", [x, constant], name=f"{linear.module}/MatMul", metadata_props=scopes)]
     own = own_bias(node)
     if own is not None:

@@ -23,7 +23,7 @@ from loradeploy.export.graph.names import (
 from loradeploy.export.graph.scopes import linear_scopes
 from loradeploy.export.match.linears import Linear
 from loradeploy.export.match.whole.biases import has_unclear_bias
-from loradeploy.export.match.whole.layouts import is_conv1d
+from loradeploy.export.match.whole.layouts import annotate_layout, is_conv1d
 from loradeploy.export.passes.side_inputs.rows import rows_of
 from loradeploy.export.passes.side_inputs.surgery import Surgery
 
@@ -96,8 +96,12 @@ def replace_head(surgery: Surgery, linear: Linear, *, with_bias: bool) -> list[S
     return saved
 
 
-def restore_head(graph: ir.Graph, module: str, nodes: Mapping[str, ir.Node]) -> None:
+def restore_head(
+    graph: ir.Graph, module: str, nodes: Mapping[str, ir.Node], *, conv1d: bool
+) -> None:
     """Make the head `module` constant again, with its defaults.
+
+    `conv1d`: whether the checkpoint stores its weight as [in, out].
 
     Raises:
         ExportError: the graph does not have it as `replace_head` made it.
@@ -127,6 +131,9 @@ def restore_head(graph: ir.Graph, module: str, nodes: Mapping[str, ir.Node]) -> 
         node.outputs[0].name = node.name
         node.outputs[0].type = ir.TensorType(ir.DataType.from_numpy(default.dtype))
         made.append(node)
+    if conv1d:
+        # The contrary is not recorded: bundles of earlier versions did not know this layout.
+        annotate_layout(made[:1], conv1d=True)
     graph.insert_after(last, made)
     shape = last.outputs[0].shape
     for node in made:

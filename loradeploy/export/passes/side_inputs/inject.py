@@ -153,8 +153,10 @@ def remove_side_inputs(model: ir.Model, manifest: Manifest) -> None:
     for output in manifest.changed:
         if not undo_output_scale(output.module, nodes):
             raise ExportError(f"the graph has no side input at {output.module}: it was changed")
-    for head in dict.fromkeys(saved.parameter.rpartition(".")[0] for saved in manifest.saved):
-        restore_head(model.graph, head, nodes)
+    for saved in manifest.saved:
+        head, _, part = saved.parameter.rpartition(".")
+        if part == "weight":
+            restore_head(model.graph, head, nodes, conv1d=not saved.transposed)
     apart = separate_products(model.graph, manifest.targets)
     remove_unused(model.graph)
     free_constants(model.graph, apart)

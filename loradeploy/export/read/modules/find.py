@@ -16,6 +16,7 @@ from loradeploy.export.match.modules.mapping import ModuleMap
 from loradeploy.export.match.modules.naming import Namer, by_graph, first_of, keeping_fused
 from loradeploy.export.match.modules.wrappers import name_parts
 from loradeploy.export.match.operators import unreached_layers
+from loradeploy.export.match.whole.layouts import annotate_layouts
 from loradeploy.export.read.files.settings import genai_settings, settings_beside
 from loradeploy.export.read.modules.doubts import (
     called_elsewhere,
@@ -87,6 +88,7 @@ def find_modules(
         _check_weights(graph, findings, weights)
         for node in (node for linear in findings.linears.values() for node in linear.nodes):
             node.metadata_props.pop(SCALE, None)  # the comparison proved that its weight is W
+        annotate_layouts(findings.linears, weights.conv1d)
         name_parts(model, findings.linears, weights.module_with)
         refuse_folded(model, targeted, weights)
         annotate_modules(findings.linears)
