@@ -8,13 +8,14 @@ every output.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from loradeploy.bundle.names import ENCODER_NAME, GRAPH_NAME
 from loradeploy.errors import first_line
+from loradeploy.export.graph.names import modules_of_label
 from loradeploy.parity.reference.quantized import weight_of
 
 if TYPE_CHECKING:
@@ -49,10 +50,11 @@ def differing_weights(context: CheckContext, model: torch.nn.Module) -> Iterator
     except Exception as problem:  # onnx_ir raises anything for a damaged file
         yield ASPECT, f"the graph cannot be read: {first_line(problem)}"
         return
-    layers = dict(_layers(model))
+    every = dict(_layers(model))
+    layers = dict(every)
     precise = _ROUNDING[_ROUNDED.get(manifest.precision, "float32")]
     if context.merged:
-        layers = _unchanged(layers, context.adapters[0].adapter)
+        layers = _unchanged(every, context.adapters[0].adapter)
     for target in manifest.targets:
         layer = layers.pop(target.module, None)
         if layer is None or target.kind not in ("linear", "embedding"):
@@ -66,11 +68,8 @@ def differing_weights(context: CheckContext, model: torch.nn.Module) -> Iterator
         ):
             yield ASPECT, message
             return
-    for module, layer in layers.items():
-        found = graph.get(f"{module}.weight")
-        own, expected = _readable(found), weight_of(layer)
-        if own is None:
-            continue
+    for module, own in _of_modules(graph, every, layers):
+        expected = weight_of(every[module])
         # A product's weight is [in, out]; that of an embedding, or of a head tied to one, is not.
         # Which of them a square one is, its values say: a prompt shows a transposed weight.
         forms = [form for form in (own.T, own) if _fits(form, expected)] or [own]
@@ -78,6 +77,30 @@ def differing_weights(context: CheckContext, model: torch.nn.Module) -> Iterator
         if None not in messages:
             yield ASPECT, str(messages[0])
             return
+
+
+def _of_modules(
+    graph: Mapping[str, Any], every: Mapping[str, Any], wanted: Collection[str]
+) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Yield the `wanted` modules whose weights the graph has by their names, and the values.
+
+    Of several modules in one product, each with its columns.
+    """
+    for name, tensor in graph.items():
+        modules = modules_of_label(name.removesuffix(".weight"))
+        if not name.endswith(".weight") or not every.keys() >= set(modules):
+            continue
+        if set(modules).isdisjoint(wanted) or (values := _readable(tensor)) is None:
+            continue
+        if len(modules) == 1:
+            yield modules[0], values
+            continue
+        begin = 0
+        for module in modules:
+            end = begin + len(weight_of(every[module]))
+            if module in wanted:
+                yield module, values[:, begin:end]
+            begin = end
 
 
 def _initializers(context: CheckContext) -> dict[str, Any]:

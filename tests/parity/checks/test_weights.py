@@ -22,7 +22,7 @@ from tests.parity.conftest import Check
 from tests.parity.spoil import spoiled, weight
 from tests.parity.tampering import change_embedding
 
-QKV = "model.layers.1.self_attn.q_proj+k_proj+v_proj.weight"
+QKV = "self_attn.q_proj+k_proj+v_proj"
 
 
 def found(bundle: Path, model: Path, adapters: dict[str, Path] | None = None) -> list[str]:
@@ -60,7 +60,7 @@ def test_one_value_of_a_fused_weight_is_found_with_its_module_and_place(
     tiny_llama: Path, llama_with_adapter: Path, tmp_path: Path
 ) -> None:
     def change(values: Any) -> None:
-        weight(QKV, columns=slice(70, 71), by=1.01)(values)
+        weight(f"model.layers.1.{QKV}.weight", columns=slice(70, 71), by=1.01)(values)
 
     bundle = spoiled(llama_with_adapter, tmp_path / "bundle", change)
     (message,) = found(bundle, tiny_llama)
@@ -91,16 +91,20 @@ def test_the_embedding_that_a_merged_adapter_leaves_as_it_is_is_compared(
 
 
 @pytest.mark.parametrize(
-    ("name", "target", "square"),
+    ("name", "target", "changed", "column", "place"),
     [
-        ("llama", "q_proj", "model.layers.1.self_attn.o_proj.weight"),
-        ("gpt2", "c_attn", "transformer.h.1.attn.c_proj.weight"),
+        ("llama", "q_proj", "self_attn.o_proj", 3, "self_attn.o_proj.weight [3, 0]"),
+        ("llama", "q_proj", QKV, 70, "self_attn.k_proj.weight [6, 0]"),
+        ("gpt2", "c_attn", "attn.c_proj", 3, "attn.c_proj.weight [3, 0]"),
     ],
+    ids=["square", "fused", "square-Conv1D"],
 )
-def test_a_square_weight_that_a_merged_adapter_leaves_as_it_is_is_compared(
+def test_a_product_that_a_merged_adapter_leaves_as_it_is_is_compared(
     name: str,
     target: str,
-    square: str,
+    changed: str,
+    column: int,
+    place: str,
     make_adapter: MakeAdapter,
     request: pytest.FixtureRequest,
     tmp_path: Path,
@@ -109,9 +113,11 @@ def test_a_square_weight_that_a_merged_adapter_leaves_as_it_is_is_compared(
     adapter, bundle = make_adapter(model, target_modules=[target]), tmp_path / "merged"
     ld.export(model, bundle, adapters=[adapter], merge=True)
     assert found(bundle, model, {"own": adapter}) == []
-    wrong = spoiled(bundle, tmp_path / "wrong", weight(square, columns=slice(3, 4), by=1.01))
+    layer = {"llama": "model.layers.1", "gpt2": "transformer.h.1"}[name]
+    change = weight(f"{layer}.{changed}.weight", columns=slice(column, column + 1), by=1.01)
+    wrong = spoiled(bundle, tmp_path / "wrong", change)
     (message,) = found(wrong, model, {"own": adapter})
-    assert message.startswith(f"{square} [3, 0] is")
+    assert message.startswith(f"{layer}.{place} is")
 
 
 @pytest.mark.parametrize("field", ["weight", "slice"])
