@@ -195,7 +195,7 @@ def _encode_streams() -> None:
         if not isinstance(stream, io.TextIOWrapper) or stream.encoding.lower() == "utf-8":
             continue
         if not stream.isatty():
-            stream.reconfigure(encoding="utf-8")
+            stream.reconfigure(encoding="utf-8", errors=stream.errors)  # else they become strict
         elif stream is not sys.stdin:
             stream.reconfigure(errors="backslashreplace")
 

@@ -222,6 +222,20 @@ def test_pipes_are_utf8_in_every_locale(encoding: str, tiny_llama_bundle: Path) 
     assert json.loads(done.stdout.decode())["prompt"] == "Größe 日本"
 
 
+def test_what_no_encoding_has_is_written_to_the_error_stream_in_escapes() -> None:
+    code = (
+        "import sys; from loradeploy.cli.main import _encode_streams; _encode_streams();"
+        " sys.stderr.write(chr(0xDCFF) + 'ö')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, b"\\udcff" + "ö".encode())
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="its processes inherit no descriptors")
 @pytest.mark.parametrize(
     ("arguments", "status"),

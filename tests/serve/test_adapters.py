@@ -292,6 +292,23 @@ def test_a_directory_of_checkpoints_in_the_root_is_not_listed_as_an_adapter(tmp_
     assert DirectoryRoot(tmp_path).listed() == ["news", "sport"]
 
 
+def test_a_directory_that_may_not_be_read_does_not_hide_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("news", "secret"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").touch()
+    stat = os.stat
+
+    def refusing(path: Any, **options: Any) -> os.stat_result:
+        if "secret" in Path(os.fsdecode(path)).parts[:-1]:
+            raise PermissionError(path)
+        return stat(path, **options)
+
+    monkeypatch.setattr(os, "stat", refusing)
+    assert DirectoryRoot(tmp_path).listed() == ["news"]
+
+
 def test_one_name_cannot_be_two_models(
     tiny_llama_bundle: Path, serve_adapters: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -6,6 +6,7 @@ An entry is a PEFT directory, or a NAME.onnx_adapter file. Clients can only give
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import tempfile
 import threading
@@ -150,7 +151,8 @@ class DirectoryRoot:
         for path in self.path.iterdir():
             native = path.suffix == NATIVE_SUFFIX and path.is_file()
             name = path.stem if native else path.name
-            if not native and not (path / ADAPTER_CONFIG_NAME).is_file():
+            # os.path's is false, and raises nothing, for a directory that may not be read.
+            if not native and not os.path.isfile(path / ADAPTER_CONFIG_NAME):
                 continue
             if ENTRY_NAME.fullmatch(name) and self._place(name) is not None:
                 names.add(name)
