@@ -6,6 +6,7 @@ recorded when the module is compared with the function here, on random inputs.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,12 +35,14 @@ class Attention:
     """The forward pass of an attention module that rotates its queries and keys.
 
     `constants`: the options that the module passes on to its attention function beside those of a
-    call, such as the scaling. `own`: its original forward pass.
+    call, such as the scaling. `own`: its original forward pass. `named`: the options that it takes
+    by name and may use itself, such as Ministral 3's `position_ids`.
     """
 
     module: Any
     constants: Mapping[str, Any]
     own: Callable[..., Any]
+    named: frozenset[str]
 
     def __call__(
         self,
@@ -94,10 +97,11 @@ class Attention:
         return (
             past is None
             and isinstance(turns, tuple)
+            and turns[0].shape[-1] == self.module.head_dim  # Nemotron rotates a part of each head
             and hidden.device.type == "cpu"
             and hidden.dtype == turns[0].dtype == torch.float32
             and not torch.is_autocast_enabled("cpu")
-            and not set(options) & set(self.constants)
+            and self.named.union(self.constants).isdisjoint(options)
             and _attend(self.module) is not None
         )
 
@@ -158,6 +162,7 @@ def _recording(module: Any) -> Iterator[_Calls]:
 def _trial(module: Any, size: int, width: int, calls: _Calls) -> Attention | None:
     generator = torch.Generator().manual_seed(0)
     attention: Attention | None = None
+    named = frozenset(inspect.signature(module.forward).parameters)
     for scale in _SCALES:
         x = scale * torch.randn((1, _TOKENS, width), generator=generator)
         angles = torch.randn((1, _TOKENS, size), generator=generator)
@@ -171,7 +176,7 @@ def _trial(module: Any, size: int, width: int, calls: _Calls) -> Attention | Non
             return None
         if options.get("dropout", 0.0) or any(isinstance(v, Tensor) for v in options.values()):
             return None  # the options of another call may differ
-        attention = Attention(module, options, module.forward)
+        attention = Attention(module, options, module.forward, named)
         y, _ = attention.attended(x, turns, None, {})
         for ours, theirs in zip((*calls.tensors[:3], y), (*tensors[:3], expected), strict=True):
             ours, theirs = cast(Tensor, ours), cast(Tensor, theirs)

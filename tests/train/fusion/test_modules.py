@@ -15,6 +15,7 @@ from transformers import (
     LlamaConfig,
     Mamba2Config,
     MistralConfig,
+    NemotronConfig,
     PreTrainedConfig,
     Qwen3Config,
 )
@@ -39,6 +40,18 @@ FUSED: dict[str, tuple[PreTrainedConfig, int]] = {
     "qwen3-norms-of-heads": (Qwen3Config(**WIDE), 9 + 2 + 0),
     "mistral-window": (MistralConfig(**WIDE, sliding_window=3), 5 + 2 + 2),
     "gemma3-weights-from-1-and-gelu": (Gemma3TextConfig(**WIDE, eos_token_id=1), 13 + 0 + 0),
+    # With one pair of each head rotated, which would be broadcast to the whole head.
+    "nemotron-rotates-a-part": (
+        NemotronConfig(
+            **WIDE,
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.25,
+            },
+        ),
+        0 + 0 + 2,
+    ),
     "gpt2-layer-norms": (
         GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=99, eos_token_id=1),
         0,
@@ -116,6 +129,26 @@ class Attending(LlamaAttention):
         if self.detail == "clamped":
             hidden_states = hidden_states.clamp(max=7.0)
         return super().forward(hidden_states, **options)
+
+
+class Scaled(Attending):
+    """Llama's attention, with an option that it uses itself, as Ministral 3 does."""
+
+    def forward(self, hidden_states: Tensor, scale: float | None = None, **options: Any) -> Any:
+        return super().forward(hidden_states * (1.0 if scale is None else scale), **options)
+
+
+def test_an_option_that_the_attention_takes_by_name_is_its_own() -> None:
+    torch.manual_seed(0)
+    module = Scaled("")
+    x, angles = torch.randn(1, 3, 32), torch.randn(1, 3, 8)
+    given = {"position_embeddings": (angles.cos(), angles.sin()), "attention_mask": None}
+    expected, plain = (module(x, **given, **options)[0] for options in ({"scale": 3.0}, {}))
+    fused = recorded(module)
+    assert fused is not None
+    assert torch.equal(fused(x, **given, scale=3.0)[0], expected)
+    assert (expected - plain).abs().max() > 0.1
+    torch.testing.assert_close(fused(x, **given)[0], plain, atol=tolerance("same-torch"), rtol=1e-4)
 
 
 @pytest.mark.parametrize("detail", ["gate", "clamped", "dropout"])
