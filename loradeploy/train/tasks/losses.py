@@ -110,14 +110,17 @@ def _loss_in(head: nn.Linear, labels: Tensor) -> Iterator[list[_InHead]]:
     """Inside the context, `head` computes the loss at `labels` instead of logits.
 
     The model gets an empty tensor for logits. If it returns this same tensor, it does not change
-    its logits after the head.
+    its logits after the head. For inputs of other rows, such as flattened ones, it gets logits.
     """
     found: list[_InHead] = []
+    own = head.forward
 
     def forward(input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's name for it
         counted = labels != IGNORED
         # A shortened last layer returns only these rows.
         rows = input[counted] if input.shape[:-1] == labels.shape else input.flatten(0, -2)
+        if len(rows) != counted.sum():
+            return own(input)
         total, right = _HeadLoss.apply(rows, head.weight, head.bias, labels[counted])  # type: ignore[no-untyped-call]
         empty = torch.empty((*input.shape[:-1], 0), device=input.device)
         found.append(_InHead(BatchLoss(total, counted.sum(), right), empty))

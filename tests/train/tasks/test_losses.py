@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -170,3 +172,32 @@ def test_the_loss_of_a_classifier_is_that_of_the_model(tiny_bert: Path) -> None:
         summed, theirs = classification_loss(model, batch), model(**batch)
     assert float(summed.total / summed.items) == pytest.approx(float(theirs.loss), rel=1e-5)
     assert int(summed.right) == int((theirs.logits.argmax(-1) == batch["labels"]).sum())
+
+
+class Flattening(torch.nn.Module):
+    """A model that gives its head [tokens, hidden] of a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = torch.nn.Embedding(9, 4), torch.nn.Linear(4, 9)
+        self.head.requires_grad_(False)
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        return self.head
+
+    def forward(self, input_ids: torch.Tensor, **options: Any) -> SimpleNamespace:
+        logits = self.head(self.embed(input_ids).flatten(0, 1))
+        return SimpleNamespace(logits=logits.view(*input_ids.shape, -1))
+
+
+def test_a_head_with_flattened_inputs_gives_the_loss_of_its_logits() -> None:
+    torch.manual_seed(0)
+    model = Flattening()
+    ids = torch.randint(0, 9, (2, 5))
+    labels = ids.clone()
+    labels[0, :3] = -100
+    loss = causal_lm_loss(model, {"input_ids": ids, "labels": labels})
+    logits = model(ids).logits[:, :-1].flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum")
+    torch.testing.assert_close(loss.total, expected, atol=tolerance("same-torch"), rtol=1e-5)
+    assert int(loss.items) == 6
