@@ -29,7 +29,7 @@ def to_float16(model: Any) -> Any:
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(path, recurse=False):
             finite = parameter.isfinite().sum()  # a bias may have -inf, to suppress tokens
-            if parameter.is_floating_point() and kept.isdisjoint(name.split(".")):
+            if parameter.is_floating_point() and not kept.search(name):
                 parameter.data = parameter.data.half()
             if parameter.isfinite().sum() != finite:
                 raise ExportError(
@@ -37,13 +37,17 @@ def to_float16(model: Any) -> Any:
                     " `precision='fp32'` or `precision='bf16'`"
                 )
         for name, buffer in list(module.named_buffers(path, recurse=False)):
-            exact = _FREQUENCIES.search(name) or not kept.isdisjoint(name.split("."))
+            exact = _FREQUENCIES.search(name) or kept.search(name)
             if buffer.is_floating_point() and not exact:
                 setattr(module, name.rpartition(".")[2], buffer.half())
     return model
 
 
-def _kept(model: Any) -> set[str]:
-    """The names of modules and parameters that transformers keeps in fp32."""
+def _kept(model: Any) -> re.Pattern[str]:
+    """Matches the names of parameters that transformers keeps in fp32, and of those below them.
+
+    An entry is one or more steps of a path: `wo`, `gate.weight`.
+    """
     lists = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
-    return {name for each in lists for name in getattr(model, each, None) or ()}
+    names = sorted({name for each in lists for name in getattr(model, each, None) or ()})
+    return re.compile(rf"(?:^|\.)(?:{'|'.join(names)})(?:\.|$)" if names else r"(?!)")

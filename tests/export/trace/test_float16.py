@@ -72,3 +72,19 @@ def test_weights_that_transformers_keeps_in_fp32_are_not_rounded(
             assert any(
                 np.array_equal(each, values) or np.array_equal(each, values.T) for each in found
             )
+
+
+def test_an_entry_of_several_steps_keeps_only_what_it_names() -> None:
+    import torch
+    from torch import nn
+
+    from loradeploy.export.trace.float16 import to_float16
+
+    model = nn.ModuleDict(
+        {"gate": nn.Linear(2, 2), "gates": nn.Linear(2, 2), "wo": nn.ModuleList()}
+    )
+    model["wo"].append(nn.Linear(2, 2))  # type: ignore[operator]
+    model._keep_in_fp32_modules = {"wo"}  # type: ignore[assignment]
+    model._keep_in_fp32_modules_strict = {"gate.weight"}  # type: ignore[assignment]
+    kept = {n for n, p in to_float16(model).named_parameters() if p.dtype == torch.float32}
+    assert kept == {"gate.weight", "wo.0.weight", "wo.0.bias"}
