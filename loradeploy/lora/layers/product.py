@@ -104,7 +104,7 @@ class _LowRankLinears(torch.autograd.Function):
             for layer, dy in pairs[1:]:
                 dx.addmm_(dy, layer.W)
             dx = add_product(dx, dlows, _stacked([layer.A for layer in layers]))
-            dx = dx.view(*gradients[0].shape[:-1], -1)
+            dx = dx.view(*gradients[0].shape[:-1], dx.shape[-1])
         slopes: list[Tensor | None] = []
         dAs = torch.split(dlows.T @ rows.to(dlows.dtype), ranks)
         for (layer, dy), low, dA in zip(pairs, torch.split(lows, ranks, dim=1), dAs, strict=True):

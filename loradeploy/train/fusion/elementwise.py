@@ -136,7 +136,7 @@ class _GatedLinear(torch.autograd.Function):
         low = h @ layer.A.T  # [tokens, rank]
         ctx.save_for_backward(g, u, low, *operands[:-1])
         ctx.s = layer.s
-        return layer.output(h, low).view(*gate.shape[:-1], -1)
+        return layer.output(h, low).view(*gate.shape[:-1], len(layer.B))
 
     @staticmethod
     @once_differentiable
@@ -147,7 +147,7 @@ class _GatedLinear(torch.autograd.Function):
         dlow = layer.slope_of_low(dy)
         dh = add_product(dy @ layer.W, dlow, layer.A)
         dg, du, dA = _activation_slopes(g, u, dh, dlow)
-        shape = (*gradients[0].shape[:-1], -1)
+        shape = (*gradients[0].shape[:-1], g.shape[-1])
         return dg.view(shape), du.view(shape), None, None, dA, layer.outer_slope(low, dy), None
 
 

@@ -24,6 +24,7 @@ from loradeploy.train.data.packing import (
     trial_examples,
 )
 from loradeploy.train.fusion.attention import Attention
+from loradeploy.train.fusion.layers import is_hooked
 
 _PARTS: Final = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 # In the trial: the last example has none.
@@ -54,11 +55,10 @@ class _LastLayer:
         layer, attention = self.layer, self.layer.self_attn.forward
         # A checkpointed layer is called a second time in the backward pass.
         checkpointed = layer.training and getattr(layer, "gradient_checkpointing", False)
-        hooks = (layer.self_attn._forward_hooks, layer.self_attn._forward_pre_hooks)
         if (
             self.at is None
             or checkpointed
-            or any(hooks)
+            or is_hooked(layer.self_attn)
             or STARTS not in options
             or attention_mask is not None
             or not attention.is_plain(hidden_states, position_embeddings, past_key_values, options)
@@ -123,5 +123,8 @@ def output_at(model: nn.Module, positions: Tensor) -> Iterator[None]:
 def _is_layer(module: nn.Module) -> bool:
     parts = [getattr(module, name, None) for name in _PARTS]
     if "forward" in vars(module) or not all(isinstance(part, nn.Module) for part in parts):
+        return False
+    # The trial is without dropout, so it would not show one between the parts (StableLM).
+    if any(isinstance(child, nn.Dropout) and child.p > 0 for child in module.children()):
         return False
     return isinstance(cast(Any, parts[1]).forward, Attention)

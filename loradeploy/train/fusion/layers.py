@@ -30,6 +30,10 @@ def of_gated(gate: Tensor, up: Tensor, layer: nn.Module) -> Tensor:
 
 def _product(layer: nn.Module, x: Tensor) -> LowRank | None:
     """The operands of a LoRA layer that is one product for `x`, and whose call has no hooks."""
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks)
-    hooked = any(hooks) or bool(layer._backward_hooks) or bool(layer._backward_pre_hooks)
-    return layer.product(x) if isinstance(layer, LoraLinear) and not hooked else None
+    return layer.product(x) if isinstance(layer, LoraLinear) and not is_hooked(layer) else None
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a call of `module` does more than its forward pass."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks)
+    return any(hooks) or bool(module._backward_hooks) or bool(module._backward_pre_hooks)

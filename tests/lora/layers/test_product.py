@@ -98,6 +98,16 @@ def test_an_input_that_needs_no_gradient_gets_none() -> None:
     assert x.grad is None and A.grad is not None and B.grad is not None
 
 
+def test_no_rows_have_gradients_of_zeros() -> None:
+    """As the tokens of an expert to which a batch sends none."""
+    x, W, b, A, B = operands(torch.float32, factors=torch.float32)
+    none = x.detach()[:0].requires_grad_()
+    y = together(none, W, b, A, B, 0.5)
+    y.sum().backward()
+    assert none.grad is not None and none.grad.shape == none.shape and not y.numel()
+    assert A.grad is not None and not A.grad.any()
+
+
 BASES = {
     "linear": lambda: nn.Linear(6, 4),
     "linear-without-bias": lambda: nn.Linear(6, 4, bias=False),

@@ -96,6 +96,14 @@ def test_the_layer_of_a_gated_activation_equals_the_layer_of_its_result() -> Non
         torch.testing.assert_close(one, other, atol=limit, rtol=0)
 
 
+def test_no_rows_have_gradients_of_zeros() -> None:
+    gate, up = (random(0, 64, seed=seed) for seed in (1, 2))
+    W, A, B = random(32, 64, seed=3).detach(), random(4, 64, seed=5), random(32, 4, seed=6)
+    y = gated_low_rank_linear(gate, up, LowRank(W, None, A, B, 0.5))
+    dg, du, dA = torch.autograd.grad(y.sum(), [gate, up, A])
+    assert y.shape == (0, 32) and dg.shape == du.shape == (0, 64) and not dA.any()
+
+
 @pytest.mark.usefixtures("chunks")
 @pytest.mark.parametrize("rows", [1, 2], ids=["positions-of-the-batch", "positions-of-a-row"])
 def test_rotated_equals_the_function_of_transformers(rows: int) -> None:

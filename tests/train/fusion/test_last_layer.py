@@ -118,6 +118,21 @@ def test_a_layer_that_computes_something_else_is_not_shortened() -> None:
     assert "forward" not in vars(last) and model not in last_layer._LAST
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_a_layer_with_dropout_of_its_sums_is_not_shortened(dropout: float) -> None:
+    """As StableLM's, which a trial without dropout does not show."""
+    model = packed(SHORTENED["llama"]).model
+    last: Any = model.model.layers[-1]  # type: ignore[union-attr]
+    own = type(last).forward
+
+    class Dropping(type(last)):  # type: ignore[misc]
+        def forward(self, *given: Any, **named: Any) -> Any:
+            return self.dropout(own(self, *given, **named))
+
+    last.__class__, last.dropout = Dropping, torch.nn.Dropout(dropout)
+    assert shorten(model) == (not dropout)
+
+
 def test_another_architecture_is_not_shortened() -> None:
     config = GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=99, eos_token_id=1)
     assert not shorten(packed(config).model)
