@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime
 
 from loradeploy.errors import UsageError, shown
+from loradeploy.given_numbers import checked_number
 from loradeploy.runtime.adapters.resident import AdapterSpec
 
 Adapters = AdapterSpec | Sequence[AdapterSpec | None] | None
@@ -44,8 +45,8 @@ def check_flag(name: str, value: object) -> None:
 
 def check_probability(name: str, value: object) -> None:
     """Raise UsageError unless `value` is a number from 0 to 1; `name` is for the message."""
-    number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-    if not number or not 0 <= value <= 1:  # type: ignore[operator]
+    number = checked_number(value)
+    if number is None or not 0 <= number <= 1:
         raise UsageError(f"`{name}` is {shown(value)}: give a probability, from 0 to 1")
 
 

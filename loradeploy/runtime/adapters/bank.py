@@ -204,11 +204,13 @@ class AdapterBank:
             entry = self._entries.get(name)
             if entry is None:
                 raise self._unknown(name)
-            entry.pinned = pinned
-            self._memory.evict()
-        if pinned:
-            with self._loaded(entry):
-                pass
+            if not pinned:
+                entry.pinned = False
+                self._memory.evict()
+                return
+        with self._loaded(entry), self._changed:
+            # It may have been replaced meanwhile; what cannot be read is not pinned.
+            self._entries.get(name, entry).pinned = True
 
     def statistics(self) -> BankStatistics:
         """The current contents, and the counts since the bank was created."""

@@ -17,6 +17,7 @@ from loradeploy.adapter.heads import Head
 from loradeploy.bundle.adapter_inputs.factors import computable
 from loradeploy.bundle.fitting.added_tokens import tokens_in
 from loradeploy.errors import UsageError, shortened, shown
+from loradeploy.given_numbers import checked_number
 from loradeploy.runtime.adapters.block import in_one_block
 
 if TYPE_CHECKING:
@@ -139,15 +140,15 @@ def weights_of(spec: AdapterSpec) -> tuple[tuple[str, float], ...]:
         return ((spec, 1.0),)
     weights = []
     for name, weight in spec.items():
-        known = isinstance(weight, int | float | np.integer | np.floating)
-        # Larger weights do not fit into float32, and float() raises for very large integers.
-        if isinstance(weight, bool) or not known or not -_LARGEST <= weight <= _LARGEST:
+        number = checked_number(weight)
+        # Larger weights do not fit into float32.
+        if number is None or not -_LARGEST <= number <= _LARGEST:
             raise UsageError(
                 f"the weight of {shown(name)} is {shown(weight)}: give a finite number"
             )
         if not isinstance(name, str):
             raise UsageError(f"a blend names {shown(name)}: give the name of an adapter")
-        weights.append((name, float(weight)))
+        weights.append((name, number))
     if not weights:
         raise UsageError("a blend names no adapter: give {name: weight, …}, or None for the base")
     return tuple(sorted(weights))

@@ -184,6 +184,35 @@ def test_a_pinned_adapter_is_not_evicted(
         session.pin("nobody")
 
 
+def test_an_adapter_that_cannot_be_read_is_not_pinned(
+    small: Callable[..., AdapterSession],
+    tiny_llama: Path,
+    make_adapter: MakeAdapter,
+    alone: dict[str | None, np.ndarray],
+    tmp_path: Path,
+) -> None:
+    session, place = small(), tmp_path / "later"
+    shutil.copytree(make_adapter(tiny_llama, r=4, seed=90), place)
+    session.register("later", place)
+    config = (place / "adapter_config.json").read_bytes()
+    (place / "adapter_config.json").unlink()
+    with pytest.raises(AdapterError):
+        session.pin("later")
+    (place / "adapter_config.json").write_bytes(config)
+    logits(session, IDS, "later")
+    for name in alone:
+        logits(session, IDS, name)
+    misses = session.statistics.misses
+    logits(session, IDS, "later")
+    assert session.statistics.misses == misses + 1
+
+
+def test_numpys_weights_blend_like_pythons(small: Callable[..., AdapterSession]) -> None:
+    expected = logits(small(), IDS, {"tenant1": 0.5, "tenant2": -2})
+    given = {"tenant1": np.float16(0.5), "tenant2": np.int8(-2)}
+    assert np.array_equal(logits(small(), IDS, given), expected)  # type: ignore[arg-type]
+
+
 def test_an_adapter_in_use_is_not_evicted(
     small: Callable[..., AdapterSession], alone: dict[str | None, np.ndarray]
 ) -> None:
@@ -385,6 +414,8 @@ def test_memory_keeps_only_a_few_blends(tiny_llama_bundle: Path, tenants: dict[s
         ({"tenant1": float("nan")}, "give a finite number"),
         ({"tenant1": True}, "give a finite number"),
         ({"tenant1": "0.5"}, "give a finite number"),
+        ({"tenant1": np.float16("inf")}, "give a finite number"),
+        ({"tenant1": 10**400}, "give a finite number"),
     ],
 )
 def test_an_invalid_blend_is_refused(

@@ -268,7 +268,7 @@ def test_a_text_has_all_labels_that_reach_the_threshold(typed_bundle: Path) -> N
         classify(TEXTS[0], "silent", threshold=0.3)
     with pytest.raises(UsageError, match="`threshold` is 1.5: give a probability"):
         classify(TEXTS[0], "several", threshold=1.5)
-    for given in ("0.5", True, float("nan")):
+    for given in ("0.5", True, float("nan"), np.complex64(0.5)):
         with pytest.raises(UsageError, match=r"`threshold` is .*: give a probability"):
             classify(TEXTS[0], "several", threshold=given)  # type: ignore[arg-type]
 
