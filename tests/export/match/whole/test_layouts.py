@@ -22,7 +22,7 @@ from loradeploy.export.match.linears import Linear
 from loradeploy.export.match.whole.layouts import is_conv1d, settle_layouts
 from loradeploy.export.passes.side_inputs.inject import remove_side_inputs
 from tests.conftest import MakeAdapter
-from tests.export.reference import factors, onnx_output, torch_output
+from tests.export.reference import apart, factors, onnx_output, torch_output
 from tests.tolerances import tolerance
 
 IDS = np.arange(3, 27).reshape(2, 12)
@@ -200,3 +200,16 @@ def test_the_layout_is_that_in_which_a_weight_resembles_the_graphs(
         return
     settle_layouts(linears, _saving(module, saved))
     assert is_conv1d(linears[module]) == conv1d
+
+
+def test_a_quantized_layer_keeps_its_layout_when_it_is_made_float(
+    tiny_gpt2: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    adapter = make_adapter(tiny_gpt2, **SETTINGS)
+    export(tiny_gpt2, tmp_path / "int8", precision="int8")
+    export(tmp_path / "int8", tmp_path / "b", adapters=[adapter])
+    actual = onnx_output(tmp_path / "b", IDS, side=factors(tmp_path / "b", adapter))
+    expected = torch_output(tiny_gpt2, IDS, adapter=adapter)
+    base = torch_output(tiny_gpt2, IDS)
+    assert apart(actual, expected) <= tolerance("export-int8")
+    assert apart(base, expected) > 10 * tolerance("export-int8"), "it has no effect"
