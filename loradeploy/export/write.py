@@ -175,7 +175,7 @@ def _write_beside(directory: Path, manifest: Manifest, content: Content) -> Mani
         write_arrays(directory / DEFAULTS_NAME, content.defaults, {})
     if content.required:
         write_required(directory, manifest, content.side_inputs)
-    pad = padding_token(directory)
+    pad = padding_token(directory, vocabulary_of(manifest, content.config))
     return try_bundle(directory, manifest, content.source, content.config, pad, content.side_inputs)
 
 
@@ -261,11 +261,14 @@ def _write_feature_settings(directory: Path, assets: AssetSources) -> None:
     )
 
 
-def padding_token(directory: Path) -> int:
-    """The id with which the runtime pads rows, by the files of a bundle: see its tokenizer."""
+def padding_token(directory: Path, vocabulary: int) -> int:
+    """The id with which the runtime pads rows, by the files of a bundle: see its tokenizer.
+
+    As there, one that the graph's vocabulary lacks is skipped.
+    """
     settings = _settings(directory, CONFIG_NAME)
     own = settings.get("pad_token_id")
-    if isinstance(own, int) and own >= 0:
+    if isinstance(own, int) and 0 <= own < vocabulary:
         return own  # without reading the tokenizer, which takes long
     tokens = _settings(directory, SETTINGS_NAME)
     ends = _settings(directory, GENERATION_NAME)
@@ -279,7 +282,7 @@ def padding_token(directory: Path) -> int:
     ]
     eos = [ends.get("eos_token_id"), settings.get("eos_token_id")]
     first = [value[0] if isinstance(value, list) and value else value for value in eos]
-    return next((i for i in (*ids, *first) if isinstance(i, int) and i >= 0), 0)
+    return next((i for i in (*ids, *first) if isinstance(i, int) and 0 <= i < vocabulary), 0)
 
 
 def _settings(directory: Path, name: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import loradeploy as ld
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.errors import BudgetError, UsageError
 from loradeploy.export.api import export
@@ -28,6 +29,7 @@ from loradeploy.runtime.tasks.embedding import TextEmbedder
 from loradeploy.runtime.tasks.generation import Generation, TextGenerator
 from tests.conftest import MakeAdapter
 from tests.export import others
+from tests.inputs.edits import edited_json
 from tests.tolerances import tolerance
 
 PADDING: Final = {
@@ -91,6 +93,24 @@ rows = st.lists(
     min_size=2,
     max_size=5,
 )
+
+
+def test_a_padding_token_beyond_the_vocabulary_does_not_prevent_padding(
+    tiny_gpt2: Path, tmp_path: Path
+) -> None:
+    model, bundle = tmp_path / "model", tmp_path / "bundle"
+    shutil.copytree(tiny_gpt2, model)
+    with edited_json(model / "config.json") as config:
+        config["pad_token_id"] = config["vocab_size"]
+    assert export(model, bundle).padding == "left"
+    generator = TextGenerator(AdapterSession(bundle))
+    texts = ["Hi", "The match was won in the last minute"]
+    together = generator.generate(texts, max_new_tokens=4)
+    alone = [generator.generate([text], max_new_tokens=4)[0] for text in texts]
+    assert [one.token_ids for one in together] == [one.token_ids for one in alone]
+    options: dict[str, Any] = {"model": model, "prompts": texts, "tokens": 2}
+    report = ld.parity(bundle, backends=["onnx-side-inputs"], **options)
+    assert report.passed, [result.message for result in report.results]
 
 
 @pytest.mark.parametrize("kind", PADDING)

@@ -16,6 +16,7 @@ from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.model_config import context_length, model_config
 from loradeploy.bundle.names import INPUT_IDS, LEFT, NO_PADDING, TOKEN_TYPE_IDS
 from loradeploy.bundle.outputs import output_of
+from loradeploy.bundle.text.beside import vocabulary_of
 from loradeploy.bundle.text.pairs import pair_tokens
 from loradeploy.bundle.text.tokenizer_files import TOKENIZER_NAME
 from loradeploy.errors import DataError, UsageError, shown
@@ -130,7 +131,7 @@ def make_cases(
         pad_id = config.get("pad_token_id")
         given = _Given(
             _random_rows(vocabulary, longest, seed),
-            pad=pad_id if isinstance(pad_id, int) else 0,
+            pad=pad_id if isinstance(pad_id, int) and 0 <= pad_id < vocabulary else 0,
             source=f"random tokens, seed {seed}",
         )
     else:
@@ -181,6 +182,7 @@ def _tokenized(bundle: Path, manifest: Manifest, prompts: Prompts | None, longes
     from loradeploy.bundle.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer(bundle)
+    tokenizer.pad_within(vocabulary_of(manifest, model_config(bundle)))
     texts, source = _texts(prompts)
     if manifest.task != SEQUENCE_CLASSIFICATION and any(isinstance(t, tuple) for t in texts):
         raise UsageError(f"{source}: pairs of texts, and the bundle is for {manifest.task}")
