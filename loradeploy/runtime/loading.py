@@ -62,4 +62,6 @@ class AdapterLoader:
         """Unload the adapter `name`, and wait until the runs that use it have ended."""
         count = self.texts.count(name)
         self.bank.remove(name)
-        self.texts.remove(name, count)  # unless someone has loaded another one meanwhile
+        with self.texts.writing(name):
+            if name not in self.bank:  # else it was loaded again meanwhile
+                self.texts.remove(name, count)

@@ -137,6 +137,36 @@ def test_an_unload_waits_for_the_run_that_uses_the_adapter(
     thread.join(PATIENCE)
 
 
+def test_an_adapter_that_is_loaded_during_an_unload_keeps_its_texts(
+    tiny_llama_bundle: Path, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = AdapterSession(tiny_llama_bundle)
+    session.load("x", adapters["a0"])
+    bank = session._bank
+    add, remove = bank.add, bank.remove
+    removed, added = threading.Event(), threading.Event()
+
+    def add_after_the_removal(*given: Any, **options: Any) -> Any:
+        unloading.start()
+        assert removed.wait(PATIENCE)
+        resident = add(*given, **options)
+        added.set()
+        return resident
+
+    def remove_before_the_addition(name: str) -> None:
+        remove(name)
+        removed.set()
+        assert added.wait(PATIENCE)
+
+    unloading = threading.Thread(target=session.unload, args=("x",))
+    monkeypatch.setattr(bank, "add", add_after_the_removal)
+    monkeypatch.setattr(bank, "remove", remove_before_the_addition)
+    session.load("x", adapters["a0"])
+    unloading.join(PATIENCE)
+    assert "x" in session.adapters
+    assert session.texts.of("x") is session.texts.base
+
+
 def test_held_adapters_are_refused_once_their_context_has_ended(
     tiny_llama_bundle: Path, adapters: dict[str, Path]
 ) -> None:
