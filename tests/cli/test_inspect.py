@@ -116,7 +116,7 @@ def test_the_certificate_is_shown_with_the_scope_of_the_check(checked: Path) -> 
     torch = certificate["environment"]["versions"]["torch"]
     assert f"torch {torch}" in facts["parity_versions"]
     (on,) = (line for line in facts["parity_hardware"] if line.startswith("cpu: "))
-    assert on.startswith(f"cpu: CPU, {onnxruntime.__version__}, CPU ")
+    assert on.startswith(f"cpu: CPU, version {onnxruntime.__version__}, CPU ")
     (adapter,) = facts["parity_adapters"]
     assert (adapter["name"], adapter["digest"]) == ("one", facts["adapters"][0]["digest"])
     assert 0 < adapter["largest_error"] < 1e-3 < adapter["effect"]

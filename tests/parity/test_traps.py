@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 import pytest
-from onnxruntime import GraphOptimizationLevel, SessionOptions
+from onnxruntime import GraphOptimizationLevel
 
 import loradeploy as ld
 from loradeploy.adapter.files.digest import base_digest, file_digest
@@ -442,7 +443,7 @@ def test_the_levels_of_optimization_agree(name: str, request: pytest.FixtureRequ
     bundle = request.getfixturevalue(f"tiny_{name}_bundle")
     outputs = []
     for level in (GraphOptimizationLevel.ORT_DISABLE_ALL, GraphOptimizationLevel.ORT_ENABLE_ALL):
-        options = SessionOptions()
+        options = onnxruntime.SessionOptions()
         options.graph_optimization_level = level
         session = ld.AdapterSession(bundle, session_options=options)
         outputs.append(logits(session, random_ids(2, 9)))

@@ -325,8 +325,9 @@ def test_a_model_that_cannot_be_exported_is_refused_before_its_data_and_weights_
     config.architectures = [names.get(values["model_type"], "AModel")]
     config.save_pretrained(base)
     (base / "model.safetensors").write_bytes(b"")
+    (unreadable := tmp_path / "data.jsonl").write_text("{")
     with pytest.raises(ModelError, match=message):
-        quick(base, tmp_path / "nowhere.jsonl", tmp_path / "adapter", task=task)
+        quick(base, unreadable, tmp_path / "adapter", task=task)
 
 
 def test_missing_data_is_reported_and_nothing_is_written(
@@ -418,12 +419,13 @@ def test_on_a_full_disk_the_old_adapter_is_kept_and_the_new_one_saved_elsewhere(
 def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(
     lessons: Path, tmp_path: Path, quick: Quick
 ) -> None:
+    (unreadable := tmp_path / "data.jsonl").write_text("{")
     for output, message in (
         (lessons, "is a file"),
         (lessons / "adapter", "is not a writable directory"),
         (tmp_path, "is not empty and has no adapter_config.json"),
     ):
         with pytest.raises(UsageError, match=message):
-            quick(tmp_path / "no model", tmp_path / "no data", output)
+            quick(tmp_path / "no model", unreadable, output)
     with pytest.raises(ModelError, match="no model"):
-        quick(tmp_path / "no model", tmp_path / "no data", tmp_path / "adapter")
+        quick(tmp_path / "no model", unreadable, tmp_path / "adapter")

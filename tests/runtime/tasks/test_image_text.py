@@ -161,7 +161,8 @@ def test_run_refuses_a_row_without_its_image(made: Made, tmp_path: Path) -> None
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": "What is this?", "images": ["cat.png"]}))
     with pytest.raises(
-        UsageError, match="^images: .* is the decoder of a vision-lang.* give --vision"
+        UsageError,
+        match="rows.jsonl, line 1: images: .* is the decoder of a vision-lang.* give --vision",
     ):
         call("run", made.decoder, "--input", rows, "--max-new-tokens", 2)
     rows.write_text(json.dumps({"prompt": "What is this?", "images": []}))

@@ -258,7 +258,7 @@ def test_a_text_without_words_has_no_entities(classify: TokenClassifier) -> None
         (["a"], {"aggregation": "all"}, "`aggregation` is 'all': give one of none, simple, first"),
         (["a"], {"aggregation": "none", "stride": 4}, "`stride` needs an `aggregation`"),
         (["a"], {"stride": 128}, "`stride` is 128: give 0 to 127 tokens"),
-        (["a"], {"stride": "4"}, "`stride` is '4': give a number of tokens"),
+        (["a"], {"stride": "4"}, "`stride` is '4': give 0 or more"),
         (["a"], {"ignore_labels": "O"}, "`ignore_labels` is 'O': give a list of labels"),
         (["a"], {"ignore_labels": [1]}, "`ignore_labels` is .*: give a list of labels"),
         (["a"], {"adapters": ["bytes"] * 2}, "2 adapters for a batch of 1 rows"),
