@@ -127,7 +127,7 @@ def _layers(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
 def _unchanged(layers: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
     """Those of `layers` that share no weight with a layer that `adapter` changes.
 
-    None if it names layers in another way than the model.
+    Empty if the adapter names layers in another way than the model.
     """
     changed = set(adapter.factors)
     if not changed <= layers.keys():

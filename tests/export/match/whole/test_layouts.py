@@ -29,6 +29,11 @@ IDS = np.arange(3, 27).reshape(2, 12)
 SETTINGS: dict[str, Any] = {"target_modules": ["c_attn"], "modules_to_save": ["attn.c_proj"]}
 
 
+def _output(bundle: Path, adapter: Path | None) -> NDArray[np.float32]:
+    """The logits [batch, tokens, vocabulary] of a bundle, with the side inputs of `adapter`."""
+    return onnx_output(bundle, IDS, side=None if adapter is None else factors(bundle, adapter))
+
+
 @pytest.mark.parametrize("saved", [["attn.c_proj"], ["mlp.c_proj"], ["c_proj"]])
 @pytest.mark.parametrize("form", ["side inputs", "merged", "merged into a bundle"])
 def test_a_weight_stored_transposed_replaces_that_of_the_graph(
@@ -43,9 +48,7 @@ def test_a_weight_stored_transposed_replaces_that_of_the_graph(
     model = tiny_gpt2_bundle if form == "merged into a bundle" else tiny_gpt2
     merge = form != "side inputs"
     export(model, tmp_path / "b", adapters=[adapter], merge=merge)
-    actual = onnx_output(
-        tmp_path / "b", IDS, side=None if merge else factors(tmp_path / "b", adapter)
-    )
+    actual = _output(tmp_path / "b", None if merge else adapter)
     expected = torch_output(tiny_gpt2, IDS, adapter=adapter)
     assert np.abs(actual - expected).max() < tolerance("torch-onnx-tiny")
     assert np.abs(expected - torch_output(tiny_gpt2, IDS)).max() > 0.5, "it has no effect"
@@ -101,9 +104,7 @@ def test_a_trained_weight_shows_its_layout_where_the_graph_does_not(
     made = make_adapter(tiny_gpt2, **(SETTINGS | {"modules_to_save": saved}))
     adapter = _trained(tiny_gpt2, made, tmp_path / "adapter")
     export(graph, tmp_path / "b", adapters=[adapter], merge=merge)
-    actual = onnx_output(
-        tmp_path / "b", IDS, side=None if merge else factors(tmp_path / "b", adapter)
-    )
+    actual = _output(tmp_path / "b", None if merge else adapter)
     expected = torch_output(tiny_gpt2, IDS, adapter=adapter)
     assert np.abs(actual - expected).max() < tolerance("torch-onnx-tiny")
     assert np.abs(expected - torch_output(tiny_gpt2, IDS)).max() > 0.05, "it has no effect"
@@ -140,9 +141,7 @@ def test_a_checkpoint_shows_the_layout_of_any_weight(
     graph = _without_record(tiny_gpt2_bundle, tmp_path / "graph")
     adapter = make_adapter(tiny_gpt2, **SETTINGS)
     export(graph, tmp_path / "b", adapters=[adapter], merge=merge, checkpoint=tiny_gpt2)
-    actual = onnx_output(
-        tmp_path / "b", IDS, side=None if merge else factors(tmp_path / "b", adapter)
-    )
+    actual = _output(tmp_path / "b", None if merge else adapter)
     expected = torch_output(tiny_gpt2, IDS, adapter=adapter)
     assert np.abs(actual - expected).max() < tolerance("torch-onnx-tiny")
 
@@ -208,7 +207,7 @@ def test_a_quantized_layer_keeps_its_layout_when_it_is_made_float(
     adapter = make_adapter(tiny_gpt2, **SETTINGS)
     export(tiny_gpt2, tmp_path / "int8", precision="int8")
     export(tmp_path / "int8", tmp_path / "b", adapters=[adapter])
-    actual = onnx_output(tmp_path / "b", IDS, side=factors(tmp_path / "b", adapter))
+    actual = _output(tmp_path / "b", adapter)
     expected = torch_output(tiny_gpt2, IDS, adapter=adapter)
     base = torch_output(tiny_gpt2, IDS)
     assert apart(actual, expected) <= tolerance("export-int8")
