@@ -17,7 +17,7 @@ from loradeploy.adapter.heads import Head
 from loradeploy.bundle.adapter_inputs.base import BundleBase
 from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.model_config import context_length, model_config
-from loradeploy.bundle.names import CONFIG_NAME, GRAPH_NAME
+from loradeploy.bundle.names import CONFIG_NAME
 from loradeploy.bundle.proof.provider import ProviderFacts
 from loradeploy.bundle.proof.requirement import CertificateMinimum
 from loradeploy.errors import UsageError, shown
@@ -37,9 +37,9 @@ from loradeploy.runtime.devices.table import CPU, KnownProvider, known
 from loradeploy.runtime.held import HeldAdapters, JoinedAdapters
 from loradeploy.runtime.lifetime import Lifetime, while_open
 from loradeploy.runtime.loading import AdapterLoader
-from loradeploy.runtime.reading.graph import open_graph
+from loradeploy.runtime.reading.graph import Opening
+from loradeploy.runtime.reading.opening import open_bundle
 from loradeploy.runtime.reading.placement import placement_of
-from loradeploy.runtime.reading.sessions import open_sessions
 from loradeploy.runtime.reading.weights import MAPPED
 from loradeploy.runtime.running.feeds import Feeds
 from loradeploy.runtime.running.graphs import open_graphs
@@ -131,27 +131,8 @@ class AdapterSession:
         self._lifetime = Lifetime()
         self.path = Path(bundle)
         library = None if operator is None else Path(operator)
-
-        def open_one(place: Path, manifest: Manifest, name: str) -> onnxruntime.InferenceSession:
-            decodes = name == GRAPH_NAME  # the encoder of an encoder-decoder calls no operators
-            return open_graph(
-                place,
-                providers,
-                session_options,
-                manifest,
-                name,
-                capture_graphs and decodes,
-                library if decodes else None,
-                map_weights,
-            )
-
-        opened = open_sessions(
-            self.path,
-            open_one,
-            required=require_certificate,
-            capture=capture_graphs,
-            operator=library is not None,
-        )
+        opening = Opening(providers, session_options, capture_graphs, library, map_weights)
+        opened = open_bundle(self.path, opening, require_certificate)
         self._opened, self._session = opened.bundle, opened.graph
         self._place = self._opened.place
         self.manifest: Manifest = self._opened.manifest

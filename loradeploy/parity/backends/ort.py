@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.bundle.manifest import Manifest
-from loradeploy.bundle.names import ENCODER_NAME, NATIVE_SUFFIX
+from loradeploy.bundle.names import ENCODER_NAME, GRAPH_NAME, NATIVE_SUFFIX
 from loradeploy.errors import ExportError, listed, listed_names
 from loradeploy.parity.backends.onnx_model import Feeds, NotRunError, OnnxModel, Replayed
 from loradeploy.parity.context import AdapterUnderTest, CheckContext
@@ -67,18 +67,17 @@ def native_adapter(context: CheckContext) -> Iterator[tuple[str | None, OnnxMode
 
     from loradeploy.bundle.adapter_inputs.base import BundleBase
     from loradeploy.runtime.devices.table import known
-    from loradeploy.runtime.reading.graph import open_graph
+    from loradeploy.runtime.reading.graph import Opening, open_graph
 
     rows = [known(name) for name, _ in context.providers]
     if names := [row.name for row in rows if not row.takes_defaults]:
         raise NotRunError(f"{names[0]} does not support defaults of side inputs")
     manifest = context.manifest
-    sessions = [open_graph(context.bundle, context.providers, _options(context))]
-    if manifest.encoder is not None:
-        encoder = open_graph(
-            context.bundle, context.providers, _options(context), name=ENCODER_NAME
-        )
-        sessions.append(encoder)
+    files = [GRAPH_NAME] if manifest.encoder is None else [GRAPH_NAME, ENCODER_NAME]
+    sessions = [
+        open_graph(context.bundle, Opening(context.providers, _options(context)), name=name)
+        for name in files
+    ]
     base = BundleBase(context.bundle, context.manifest)
     ranks = [row.name for row in rows if not row.takes_rank_zero]
     left_out: list[str] = []

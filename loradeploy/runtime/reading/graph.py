@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -58,29 +59,36 @@ _LARGE_WEIGHTS: Final = 32 << 20  # bytes
 _NOT_CAPTURED: Final = "graph capture feature"
 
 
+@dataclass(frozen=True, eq=False)
+class Opening:
+    """How the graphs of a bundle are opened: arguments of `AdapterSession`.
+
+    `providers`: None is the CPU's, or those that `session_options` choose
+    (`add_provider_for_devices`). `session_options`: may name another directory of the graph's
+    weights (`WEIGHTS_AT`), or have the data file mapped (`MAPPED`). `capture_graphs`: whether the
+    first provider records runs. `operator`: the operators' library. `map_weights`: map the data
+    file if no process can write to it.
+    """
+
+    providers: Sequence[Provider] | None = None
+    session_options: onnxruntime.SessionOptions | None = None
+    capture_graphs: bool = False
+    operator: Path | None = None
+    map_weights: bool = False
+
+
 def open_graph(
-    bundle: Path,
-    providers: Sequence[Provider] | None,
-    options: onnxruntime.SessionOptions | None,
-    manifest: Manifest | None = None,
-    name: str = GRAPH_NAME,
-    capture: bool = False,
-    operator: Path | None = None,
-    map_weights: bool = False,
+    bundle: Path, opening: Opening, manifest: Manifest | None = None, name: str = GRAPH_NAME
 ) -> onnxruntime.InferenceSession:
-    """Open an inference session on the bundle's graph; on the CPU if `providers` is None.
+    """Open an inference session on the bundle's graph.
 
     A provider that is installed but does not start (no device, no driver) is skipped with a logged
-    warning if `providers` contains the CPU's too, and is an error otherwise. `options` may choose
-    the providers instead (`add_provider_for_devices`). They may name another directory of the
-    graph's weights (`WEIGHTS_AT`), or have the data file mapped (`MAPPED`); otherwise later changes
-    of the files have no effect (weights.py). A session on a mapped file raises BundleError instead
-    of returning results after a change (mapped.py).
-    For a provider that does not support inputs with defaults, the graph is opened without the
-    defaults, and every side input must be fed.
+    warning if the CPU's is listed too, and is an error otherwise. For a provider that does not
+    support inputs with defaults, the graph is opened without the defaults, and every side input
+    must be fed. Unless the data file is mapped, later changes of the files have no effect
+    (weights.py); a session on a mapped file raises BundleError instead of returning results after a
+    change (mapped.py).
     `manifest`: what the graph and its weights are checked against. `name`: the graph's file.
-    `capture`: whether the first provider records runs. `operator`: the operators' library.
-    `map_weights`: map the data file if no process can write to it.
 
     Raises:
         UsageError: a provider that is not installed or does not start, providers in both arguments,
@@ -94,8 +102,9 @@ def open_graph(
     if not graph.is_file():
         raise BundleError(f"{bundle} has no {name}: export again")
     check_directory(bundle, error=BundleError, deep=True)  # the graph may name files in any folder
-    asked = _asked(providers, options)
-    if capture:
+    options, operator = opening.session_options, opening.operator
+    asked = _asked(opening.providers, options)
+    if opening.capture_graphs:
         asked = _recording(bundle, asked, manifest)
     names = _names(asked, options)
     called: tuple[str, ...] = ()
@@ -105,7 +114,9 @@ def open_graph(
     without = _all_fed(bundle, manifest, names)
     keep_freed_memory()
     unpacked = MAT_MUL_N_BITS_OPERATOR in called
-    with graph_source(bundle, options, manifest, without, name, map_weights, unpacked) as source:
+    with graph_source(
+        bundle, options, manifest, without, name, opening.map_weights, unpacked
+    ) as source:
         if operator is not None:
             kernels = register(operator, source.options)
             if options is None and sys.platform == "linux":
@@ -115,7 +126,7 @@ def open_graph(
         try:
             session = _open(graph, source, asked)
         except BundleError as problem:
-            if capture and _NOT_CAPTURED in str(problem):
+            if opening.capture_graphs and _NOT_CAPTURED in str(problem):
                 raise UsageError(
                     f"`capture_graphs`: {names[0]} leaves nodes of {graph} on the CPU, and then"
                     " captures no runs. The `placement` of a session without it shows them;"
@@ -129,7 +140,7 @@ def open_graph(
         check_runs(called, kernels, operators_in(session))
     elif manifest is not None and manifest.operators:
         _check_has_no_library(session)
-    if capture and session.get_providers()[0] != names[0]:
+    if opening.capture_graphs and session.get_providers()[0] != names[0]:
         raise UsageError(
             f"`capture_graphs`: {names[0]} does not start here, and the CPU captures no runs"
         )

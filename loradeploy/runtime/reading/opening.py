@@ -7,11 +7,13 @@ session reads later are compared with the recorded state too.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
+
+import onnxruntime
 
 from loradeploy.bundle.manifest import Manifest, check_is_bundle, read_manifest
 from loradeploy.bundle.names import (
@@ -29,10 +31,10 @@ from loradeploy.bundle.proof.requirement import CertificateMinimum
 from loradeploy.errors import BundleError, LoraDeployError
 from loradeploy.paths import resolved
 from loradeploy.runtime.devices.facts import facts_of
+from loradeploy.runtime.devices.table import known
+from loradeploy.runtime.reading.graph import Opening, open_graph
+from loradeploy.runtime.reading.matching import check_graph, lacks_defaults
 from loradeploy.snapshot import Snapshot
-
-if TYPE_CHECKING:
-    import onnxruntime
 
 _ATTEMPTS: Final = 3
 # Files that are read when a session opens, and never again.
@@ -83,18 +85,32 @@ class OpenedBundle:
             )
 
 
-def open_bundle(
-    bundle: Path,
-    open_graph: Callable[[Path, Manifest], onnxruntime.InferenceSession],
-    required: bool | CertificateMinimum,
-    *,
-    captured: bool,
-    operator: bool,
-) -> tuple[OpenedBundle, onnxruntime.InferenceSession]:
-    """Open the bundle at `bundle` in one consistent state; `open_graph` opens its graph.
+@dataclass(frozen=True, eq=False)
+class OpenedSessions:
+    """The inference sessions of `bundle`. `encoder`: None if the model has no separate encoder."""
 
-    `captured`: whether runs of the graph are captured. `operator`: whether it has the operator's
-    library.
+    bundle: OpenedBundle
+    graph: onnxruntime.InferenceSession
+    encoder: onnxruntime.InferenceSession | None
+
+    @property
+    def feeds_all(self) -> bool:
+        """Whether every side input must be fed, because the graph was opened without defaults.
+
+        That may be so even if the provider for which it was opened did not start.
+        """
+        started = self.graph.get_providers()
+        return any(known(name).feeds_all for name in started) or lacks_defaults(
+            self.bundle.manifest, self.graph
+        )
+
+
+def open_bundle(
+    bundle: Path, opening: Opening, required: bool | CertificateMinimum
+) -> OpenedSessions:
+    """Open the bundle at `bundle` in one consistent state of its files.
+
+    `required`: as `require_certificate` of `AdapterSession`.
 
     Raises:
         BundleError: as `read_manifest`, `check_certificate` and `open_graph`; or it was written to
@@ -113,8 +129,12 @@ def open_bundle(
             minimum = required if isinstance(required, CertificateMinimum) else None
             if required:
                 certificate = check_certificate(place, manifest, minimum)
-            graph = open_graph(place, manifest)
-            running = dataclasses.replace(facts_of(graph), captured=captured, operator=operator)
+            graph, encoder = _open_graphs(place, opening, manifest)
+            running = replace(
+                facts_of(graph),
+                captured=opening.capture_graphs,
+                operator=opening.operator is not None,
+            )
             if certificate is not None:
                 certified = check_provider(bundle, manifest, certificate, running, minimum)
         except LoraDeployError:
@@ -122,12 +142,26 @@ def open_bundle(
             if name is None:
                 raise
             continue
-        known = manifest
-        name = snapshot.changed(lambda file: is_covered(file, known), strict=True)  # noqa: B023
+        name = snapshot.changed(partial(is_covered, manifest=manifest), strict=True)
         if name is None:
-            return OpenedBundle(place, manifest, certified, running, snapshot), graph
-        del graph
+            files = OpenedBundle(place, manifest, certified, running, snapshot)
+            return OpenedSessions(files, graph, encoder)
+        del graph, encoder
     raise BundleError(
         f"{bundle} is being written to ({name}): roll a bundle out as a new directory, and switch a"
         " link to it"
     )
+
+
+def _open_graphs(
+    place: Path, opening: Opening, manifest: Manifest
+) -> tuple[onnxruntime.InferenceSession, onnxruntime.InferenceSession | None]:
+    """Open the graph, and the encoder of an encoder-decoder, which calls no operators."""
+    graph = open_graph(place, opening, manifest)
+    check_graph(place, manifest, graph)
+    if manifest.encoder is None:
+        return graph, None
+    plain = replace(opening, capture_graphs=False, operator=None)
+    encoder = open_graph(place, plain, manifest, ENCODER_NAME)
+    check_graph(place, manifest, encoder, encoder=True)
+    return graph, encoder
