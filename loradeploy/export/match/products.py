@@ -13,7 +13,7 @@ treatment of each input and attribute is in operators.py, dequantization in quan
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -46,10 +46,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _DEQUANTIZE: Final = "DequantizeLinear"
-# All operators that may be products.
-OPERATORS: Final = ("Gemm", "MatMul", MATMUL_NBITS, MATMUL_BNB4, INTEGER, *TO_FLOAT)
-# The index of the bias input, for products that have one.
-_BIAS_INPUT: Final = {"Gemm": 2, MATMUL_NBITS: 5, **{op: at[2] for op, at in TO_FLOAT.items()}}
 # Operators that may be between a weight's initializer and the product.
 _CARRIERS: Final = ("Cast", "Identity")
 
@@ -90,10 +86,8 @@ class Product:
             ExportError: the node has an unknown input or attribute.
         """
         check_operators(describe(self), [self.node])
-        if self.node.op_type == MATMUL_NBITS:
-            return unpacked_rows(self.node, picks)
-        if self.node.op_type == MATMUL_BNB4:
-            return rows_of_codes(self.node, picks)
+        if (unpack := _KINDS[self.node.op_type].rows) is not None:
+            return unpack(self.node, picks)
         numbers = constant_of(self.weight)
         if not self.quantized:
             rows = numbers.take(picks, 0 if self.transposed else 1).astype(np.float32)
@@ -107,10 +101,8 @@ class Product:
 
         [picks, in] or a shape that broadcasts to it; None if it cannot be read.
         """
-        if self.node.op_type == MATMUL_NBITS:
-            return steps_of_blocks(self.node, picks)
-        if self.node.op_type == MATMUL_BNB4:
-            return steps_of_codes(self.node, picks)
+        if (unpack := _KINDS[self.node.op_type].steps) is not None:
+            return unpack(self.node, picks)
         shape = constant_of(self.weight).shape
         one, zero = (
             dequantized_rows(self, np.broadcast_to(np.float32(number), shape), picks)
@@ -122,17 +114,10 @@ class Product:
 def products(graph: ir.Graph) -> Iterator[Product]:
     """Every product of the graph with a constant two-dimensional weight."""
     for node in graph:
-        if node.op_type in ("MatMul", "Gemm") and node.domain == "":
-            product = _plain(node)
-        elif node.op_type in (MATMUL_NBITS, MATMUL_BNB4):
-            product = _packed(node)
-        elif node.op_type in TO_FLOAT and node.domain == MICROSOFT:
-            product = _to_float(node)
-        elif node.op_type == INTEGER and node.domain == "":
-            product = _integer_product(node)
-        else:
+        kind = _KINDS.get(node.op_type)
+        if kind is None or kind.domain not in (None, node.domain):
             continue
-        if product is not None:
+        if (product := kind.read(node)) is not None:
             yield product
 
 
@@ -238,10 +223,9 @@ def bias_use(node: ir.Node, size: int) -> tuple[ir.Node, int] | None:
 
 def own_bias(node: ir.Node) -> int | None:
     """The index of the bias input of the product `node`; None if it has no bias there."""
-    index = _BIAS_INPUT.get(node.op_type)
-    if index is None or len(node.inputs) <= index or node.inputs[index] is None:
-        return None
-    return index
+    kind = _KINDS.get(node.op_type)
+    index = None if kind is None else kind.bias
+    return None if index is None or input_at(node, index) is None else index
 
 
 def adds_unclear(node: ir.Node, size: int) -> bool:
@@ -325,21 +309,18 @@ def _packed(node: ir.Node) -> Product | None:
     return Product(node, weight, True, into, out, quantized=True)
 
 
-def _integer_product(node: ir.Node) -> Product | None:
-    weight = node.inputs[1]
-    shape = None if weight is None else _constant_shape(weight)
-    # Without scales after it there is no float value to which an update could be added.
-    if weight is None or shape is None or output_of(node) is node.outputs[0]:
-        return None
-    return Product(node, weight, False, *shape, quantized=True)
-
-
 def _to_float(node: ir.Node) -> Product | None:
     weight = node.inputs[1]
     shape = None if weight is None else _constant_shape(weight)
     if weight is None or shape is None:
         return None
     return Product(node, weight, False, *shape, quantized=True)
+
+
+def _to_integers(node: ir.Node) -> Product | None:
+    product = _to_float(node)
+    # Without scales after it there is no float value to which an update could be added.
+    return None if product is None or output_of(node) is node.outputs[0] else product
 
 
 def _undoes(dequantize: ir.Node, quantize: ir.Node) -> bool:
@@ -376,3 +357,29 @@ def _constant_shape(value: ir.Value) -> tuple[int, int] | None:
 def _swaps(node: ir.Node) -> bool:
     attribute = node.attributes.get("perm")
     return attribute is None or tuple(attribute.as_ints()) == (1, 0)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """How products of an operator are read.
+
+    `domain`: None if any is. `bias`: the index of the bias input. `rows`, `steps`: those of
+    `Product`, for packed weights.
+    """
+
+    domain: str | None
+    read: Callable[[ir.Node], Product | None]
+    bias: int | None = None
+    rows: Callable[[ir.Node, list[int]], NDArray[np.float32] | None] | None = None
+    steps: Callable[[ir.Node, list[int]], NDArray[np.float32] | None] | None = None
+
+
+_KINDS: Final[Mapping[str, _Kind]] = {
+    "Gemm": _Kind("", _plain, bias=2),
+    "MatMul": _Kind("", _plain),
+    MATMUL_NBITS: _Kind(None, _packed, 5, unpacked_rows, steps_of_blocks),
+    MATMUL_BNB4: _Kind(None, _packed, None, rows_of_codes, steps_of_codes),
+    INTEGER: _Kind("", _to_integers),
+    **{op: _Kind(MICROSOFT, _to_float, bias=bias) for op, (_, _, bias) in TO_FLOAT.items()},
+}
+OPERATORS: Final = tuple(_KINDS)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.printable import logger_of
@@ -14,31 +15,9 @@ if TYPE_CHECKING:
 
 logger = logger_of(__name__)
 
-# Operators that return their first argument unchanged in evaluation.
-_SAME: Final = frozenset(
-    {
-        "aten::alias",
-        "aten::detach",
-        "aten::detach_",
-        "aten::dropout",
-        "aten::feature_dropout",
-        "aten::lift_fresh_copy",
-    }
-)
-_CASTS: Final = frozenset(
-    {"aten::to.device", "aten::to.dtype", "aten::to.dtype_layout", "aten::type_as"}
-)
-_RENAMED: Final = {
-    "aten::__and__.Tensor": "bitwise_and.Tensor",
-    "aten::__or__.Tensor": "bitwise_or.Tensor",
-}
-# Operators that may change strides: torch.onnx runs the program on tensors without values, whose
-# strides have to allow each view.
-_LAID_OUT: Final = frozenset({"aten::contiguous", "aten::reshape"})
 # Operators that torch.onnx adds if an operator's arguments are of different types.
 _PROMOTIONS: Final = frozenset({"aten::_to_copy", "aten::scalar_tensor"})
 _PLAIN: Final = frozenset({"placeholder", "call_function", "output"})  # nodes without a graph
-_ASSERTIONS: Final = frozenset({"aten::_assert_tensor_metadata"})
 # Operators that torch.export's decompositions do not change, because torch.onnx translates them. A
 # program with other operators is decomposed.
 _TRANSLATED: Final = frozenset(
@@ -47,14 +26,9 @@ _TRANSLATED: Final = frozenset(
         *("aten::bitwise_not", "aten::bitwise_or.Tensor", "aten::cat", "aten::clone", "aten::cos"),
         *("aten::cumsum", "aten::div.Tensor", "aten::embedding", "aten::eq.Scalar"),
         *("aten::eq.Tensor", "aten::expand", "aten::gather", "aten::ge.Scalar", "aten::ge.Tensor"),
-        *(
-            "aten::gelu",
-            "aten::gt.Scalar",
-            "aten::gt.Tensor",
-            "aten::layer_norm",
-            "aten::le.Scalar",
-        ),
-        *("aten::le.Tensor", "aten::linear", "aten::lt.Scalar", "aten::lt.Tensor", "aten::matmul"),
+        *("aten::gelu", "aten::gt.Scalar", "aten::gt.Tensor", "aten::layer_norm"),
+        *("aten::le.Scalar", "aten::le.Tensor", "aten::linear", "aten::lt.Scalar"),
+        *("aten::lt.Tensor", "aten::matmul"),
         *("aten::mean.dim", "aten::mul.Scalar", "aten::mul.Tensor", "aten::ne.Scalar"),
         *("aten::neg", "aten::new_ones", "aten::pow.Tensor_Scalar", "aten::relu", "aten::rsqrt"),
         *("aten::rsub.Scalar", "aten::scaled_dot_product_attention", "aten::select.int"),
@@ -90,14 +64,14 @@ def _rewritten(program: ExportedProgram) -> bool:
     """Rewrite `program` in place; return False without changes if it has unknown operators."""
     graph = program.graph_module.graph
     nodes = [node for node in graph.nodes if node.op == "call_function"]
-    known = _SAME | _CASTS | _RENAMED.keys() | _LAID_OUT | _ASSERTIONS | _TRANSLATED
-    others = sorted({_name(node) for node in nodes} - known - {""})
+    others = sorted({_name(node) for node in nodes} - _REWRITES.keys() - _TRANSLATED - {""})
     nested = any(node.op not in _PLAIN for node in graph.nodes)
     if others or nested or not all(map(_evaluates, nodes)):
         logger.debug("decomposing the program for %s", ", ".join(others))
         return False
     for node in nodes:
-        _rewrite(node)
+        if (rewrite := _REWRITES.get(_name(node))) is not None:
+            rewrite(node)
     graph.eliminate_dead_code()
     program.graph_module.recompile()
     return True
@@ -119,52 +93,85 @@ def _evaluates(node: Node) -> bool:
     return not _name(node).endswith("dropout") or not node.args[2]
 
 
-def _rewrite(node: Node) -> None:
-    import torch
-
-    graph, name = node.graph, _name(node)
-    given: Any = node.args[0] if node.args else None
-    if name in _ASSERTIONS:
-        graph.erase_node(node)
-    elif name in _RENAMED:
-        packet, _, overload = _RENAMED[name].partition(".")
-        node.target = getattr(getattr(torch.ops.aten, packet), overload)
-    elif name in _CASTS:
-        dtype = node.meta["val"].dtype
-        if dtype == given.meta["val"].dtype:
-            _replace(node, given)
-        else:
-            node.target, node.args = torch.ops.aten._to_copy.default, (given,)
-            node.kwargs = {"dtype": dtype}
-    elif name == "aten::contiguous":
-        _copy(node, given)
-    elif name == "aten::reshape":
-        with graph.inserting_before(node):
-            laid_out = graph.call_function(torch.ops.aten.clone.default)
-        value = given.meta["val"].clone(memory_format=torch.contiguous_format)
-        laid_out.meta = {**node.meta, "val": value}
-        _copy(laid_out, given)
-        node.target, node.args = torch.ops.aten.view.default, (laid_out, *node.args[1:])
-    elif name in _SAME:
-        _replace(node, given)
-
-
-def _replace(node: Node, given: Node) -> None:
-    """Replace `node` by `given`; an output keeps its name, which the signature refers to."""
-
-    if any(user.op == "output" for user in node.users):
-        _copy(node, given)
-        return
-    node.replace_all_uses_with(given)
+def _erase(node: Node) -> None:
     node.graph.erase_node(node)
 
 
-def _copy(node: Node, given: Node) -> None:
-    """Make `node` a contiguous copy of `given`."""
+def _skip(node: Node) -> None:
+    """Replace `node` by its first argument; an output keeps its name, used by the signature."""
+    if any(user.op == "output" for user in node.users):
+        _copy(node)
+        return
+    node.replace_all_uses_with(_argument(node))
+    node.graph.erase_node(node)
+
+
+def _cast(node: Node) -> None:
     import torch
 
-    node.target, node.args = torch.ops.aten.clone.default, (given,)
+    given, dtype = _argument(node), node.meta["val"].dtype
+    if dtype == given.meta["val"].dtype:
+        _skip(node)
+        return
+    node.target, node.args = torch.ops.aten._to_copy.default, (given,)
+    node.kwargs = {"dtype": dtype}
+
+
+def _copy(node: Node) -> None:
+    """Make `node` a contiguous copy of its first argument.
+
+    torch.onnx runs the program on tensors without values, whose strides have to allow each view.
+    """
+    import torch
+
+    node.target, node.args = torch.ops.aten.clone.default, (_argument(node),)
     node.kwargs = {"memory_format": torch.contiguous_format}
+
+
+def _reshape(node: Node) -> None:
+    """Make `node` a view of a contiguous copy."""
+    import torch
+
+    given = _argument(node)
+    with node.graph.inserting_before(node):
+        laid_out = node.graph.call_function(torch.ops.aten.clone.default, (given,))
+    value = given.meta["val"].clone(memory_format=torch.contiguous_format)
+    laid_out.meta = {**node.meta, "val": value}
+    _copy(laid_out)
+    node.target, node.args = torch.ops.aten.view.default, (laid_out, *node.args[1:])
+
+
+def _rename(node: Node, name: str) -> None:
+    """Make `node` call another operator with the same arguments."""
+    import torch
+
+    packet, _, overload = name.partition(".")
+    node.target = getattr(getattr(torch.ops.aten, packet), overload)
+
+
+def _argument(node: Node) -> Any:
+    return node.args[0]
+
+
+# What is changed in a node of each operator that torch.onnx does not have; in evaluation, those
+# with `_skip` return their first argument.
+_REWRITES: Final[Mapping[str, Callable[[Node], None]]] = {
+    "aten::_assert_tensor_metadata": _erase,
+    "aten::alias": _skip,
+    "aten::detach": _skip,
+    "aten::detach_": _skip,
+    "aten::dropout": _skip,
+    "aten::feature_dropout": _skip,
+    "aten::lift_fresh_copy": _skip,
+    "aten::to.device": _cast,
+    "aten::to.dtype": _cast,
+    "aten::to.dtype_layout": _cast,
+    "aten::type_as": _cast,
+    "aten::contiguous": _copy,
+    "aten::reshape": _reshape,
+    "aten::__and__.Tensor": partial(_rename, name="bitwise_and.Tensor"),
+    "aten::__or__.Tensor": partial(_rename, name="bitwise_or.Tensor"),
+}
 
 
 @contextlib.contextmanager
