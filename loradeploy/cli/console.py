@@ -85,6 +85,11 @@ def flag_of(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def given_options(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of the options that were given or have a default, by parameter."""
+    return {name: value for name, value in values.items() if value is not None and value != ()}
+
+
 def say(line: str) -> None:
     """Print a line on stdout, which may contain untrusted names and values."""
     click.echo(printable(line))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from loradeploy.cli.console import GivenPath, json_option, print_json, say, trust_option
@@ -42,16 +44,7 @@ from loradeploy.cli.console import GivenPath, json_option, print_json, say, trus
 )
 @trust_option
 @json_option
-def command(
-    adapter: str,
-    bundle: str | None,
-    rank: int | None,
-    model: str | None,
-    name: str | None,
-    output: str,
-    trust_remote_code: bool,
-    as_json: bool,
-) -> None:
+def command(adapter: str, output: str, as_json: bool, **options: Any) -> None:
     """Convert ADAPTER in one of four ways.
 
     Without options, from another library's format to a PEFT directory. The format is detected from
@@ -70,15 +63,7 @@ def command(
     """
     from loradeploy.conversion import convert
 
-    conversion = convert(
-        adapter,
-        output,
-        bundle=bundle,
-        rank=rank,
-        model=model,
-        name=name,
-        trust_remote_code=trust_remote_code,
-    )
+    conversion = convert(adapter, output, **options)
     digest, targets = conversion.adapter.digest, len(conversion.adapter.factors)
     report = conversion.reduction
     if as_json:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 import click
 
@@ -13,6 +13,7 @@ from loradeploy.adapter.tasks import TASKS
 from loradeploy.bundle.graph_form import FORM_OPTIONS, FormOption
 from loradeploy.cli.console import (
     GivenPath,
+    given_options,
     json_option,
     print_json,
     print_pairs,
@@ -119,30 +120,7 @@ def _form_option(option: FormOption) -> Callable[[Callable[..., None]], Callable
 )
 @trust_option
 @json_option
-def command(
-    model: str,
-    output: str,
-    adapters: tuple[str, ...],
-    merge: bool,
-    precision: str | None,
-    task: str | None,
-    side_inputs: str | None,
-    layout: str | None,
-    branches: bool | None,
-    required_inputs: bool | None,
-    requantize: bool,
-    checkpoint: str | None,
-    module_map: str | None,
-    fixed: str | None,
-    attention: str | None,
-    logits_to_keep: bool | None,
-    quantize_embedding: bool,
-    target: str | None,
-    operator: bool | None,
-    triton: str | None,
-    trust_remote_code: bool,
-    as_json: bool,
-) -> None:
+def command(model: str, output: str, as_json: bool, **options: Any) -> None:
     """Write a bundle that ONNX Runtime runs.
 
     Without --merge the graph takes adapters as inputs: one file runs the base, any adapter, and
@@ -151,33 +129,14 @@ def command(
     """
     from loradeploy.export.api import export
 
+    given = given_options(options)
+    if "side_inputs" in given:
+        given["side_inputs"] = [kind.strip() for kind in given["side_inputs"].split(",")]
+    if "fixed" in given:
+        given["fixed"] = parse_sizes(given["fixed"])
     started = time.monotonic()
     with progress("loradeploy.export"):
-        manifest = export(
-            model,
-            output,
-            adapters=list(adapters),
-            merge=merge,
-            precision=precision,
-            task=task,
-            side_inputs=()
-            if side_inputs is None
-            else [kind.strip() for kind in side_inputs.split(",")],
-            layout=layout,
-            branches=branches,
-            required_inputs=required_inputs,
-            requantize=requantize,
-            checkpoint=checkpoint,
-            module_map=module_map,
-            fixed=None if fixed is None else parse_sizes(fixed),
-            attention=attention,
-            logits_to_keep=logits_to_keep,
-            quantize_embedding=quantize_embedding,
-            target=target,
-            operator=operator,
-            triton=triton,
-            trust_remote_code=trust_remote_code,
-        )
+        manifest = export(model, output, **given)
     values = {
         "bundle": output,
         "task": manifest.task,

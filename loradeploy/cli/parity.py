@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 from click.core import ParameterSource
 
-from loradeploy.cli.console import GivenPath, json_option, print_json, progress, trust_option
+from loradeploy.cli.console import (
+    GivenPath,
+    given_options,
+    json_option,
+    print_json,
+    progress,
+    trust_option,
+)
 from loradeploy.errors import UsageError
 from loradeploy.parity.inputs.prompts import CASES, EXAMPLES, GENERATED
 from loradeploy.parity.names import ALL_PHASES, BACKEND_NAMES, LEVELS
@@ -18,8 +25,8 @@ if TYPE_CHECKING:
     from loradeploy.parity.report.results import ParityReport
 
 # Options of both kinds of comparison, and of --against only. All others need a bundle and PyTorch.
-_BOTH: Final = {"bundle", "reports", "seed", "baseline", "providers", "as_json"}
-_COMPARED: Final = {"reference", "inputs", "cases", "tolerances"}
+_BOTH: Final = {"report", "seed", "baseline", "providers"}
+_COMPARED: Final = {"inputs", "cases", "tolerances"}
 _WIDTH: Final = 160  # columns of the table without a terminal
 DASHED_PHASES: Final = tuple(phase.replace(" ", "-") for phase in ALL_PHASES)
 
@@ -73,7 +80,6 @@ DASHED_PHASES: Final = tuple(phase.replace(" ", "-") for phase in ALL_PHASES)
 )
 @click.option(
     "--report",
-    "reports",
     multiple=True,
     metavar="FILE",
     help="Write a report to this file: .json, .xml (JUnit), .md or .html. Repeat for more.",
@@ -201,35 +207,11 @@ DASHED_PHASES: Final = tuple(phase.replace(" ", "-") for phase in ALL_PHASES)
 @click.pass_context
 def command(
     context: click.Context,
+    /,
     bundle: str,
     reference: str | None,
-    inputs: str | None,
-    cases: int,
-    tolerances: str | None,
-    model: str | None,
-    adapters: tuple[str, ...],
-    reports: tuple[str, ...],
-    sign: str | None,
-    backends: str | None,
-    phases: str | None,
-    prompts: str | None,
-    tokens: int | None,
-    seed: int,
-    others: tuple[str, ...],
-    baseline: str | None,
-    fuzz: int,
-    providers: tuple[str, ...],
-    optimization: tuple[str, ...],
-    capture_graphs: bool,
-    operator: str | None,
-    genai_python: str | None,
-    controls: bool,
-    shrink: bool,
-    evaluate: tuple[str, ...],
-    examples: int,
-    localize: bool | None,
-    trust_remote_code: bool,
     as_json: bool,
+    **options: Any,
 ) -> int:
     """Compare all backends that can run BUNDLE with PyTorch. Exit with 0 if all agree, else with 1.
 
@@ -239,50 +221,20 @@ def command(
     arrays by name and returns its outputs by name, or in the order of the other side.
     """
     _refuse_mixture(context, compared=reference is not None)
+    given = given_options(options)
+    for name, parse in {"backends": _names, "phases": _names, "tolerances": _limits}.items():
+        if name in given:
+            given[name] = parse(given[name])
     with progress("loradeploy.parity"):
         if reference is not None:
             from loradeploy.parity.compare.api import compare
 
-            found = compare(
-                reference,
-                bundle,
-                inputs,
-                cases=cases,
-                tolerances=_limits(tolerances),
-                seed=seed,
-                providers=providers or None,
-                report=reports,
-                baseline=baseline,
-            )
-            return _print_report(found, as_json=as_json)
-        from loradeploy.parity.api import parity
+            common = _BOTH | _COMPARED
+            found = compare(reference, bundle, **{n: v for n, v in given.items() if n in common})
+        else:
+            from loradeploy.parity.api import parity
 
-        found = parity(
-            bundle,
-            model=model,
-            adapters=list(adapters),
-            report=reports,
-            sign=sign,
-            backends=_names(backends),
-            phases=_names(phases),
-            prompts=prompts,
-            tokens=tokens,
-            seed=seed,
-            fuzz=fuzz,
-            providers=providers or None,
-            optimization=optimization or None,
-            capture_graphs=capture_graphs,
-            operator=operator,
-            genai_python=genai_python,
-            controls=controls,
-            others=others,
-            baseline=baseline,
-            shrink=shrink,
-            evaluate=evaluate or None,
-            examples=examples,
-            localize=localize,
-            trust_remote_code=trust_remote_code,
-        )
+            found = parity(bundle, **{n: v for n, v in given.items() if n not in _COMPARED})
     return _print_report(found, as_json=as_json)
 
 
@@ -295,20 +247,19 @@ def _refuse_mixture(context: click.Context, *, compared: bool) -> None:
         and context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
     }
     for name, flag in flags.items():
-        if name in _BOTH or (name in _COMPARED) == compared:
-            continue
-        alone = name in _COMPARED
-        fits = "needs --against" if alone else "cannot be combined with --against"
-        raise UsageError(f"{flag} {fits}")
+        if name in _COMPARED and not compared:
+            raise UsageError(f"{flag} needs --against")
+        if compared and name not in _BOTH | _COMPARED | {"bundle", "reference", "as_json"}:
+            raise UsageError(f"{flag} cannot be combined with --against")
     if "examples" in flags and "evaluate" not in flags:
         raise UsageError("--examples needs --evaluate")
     if "cases" in flags and "inputs" in flags:
         raise UsageError("--cases is for random inputs and cannot be combined with --inputs")
 
 
-def _limits(text: str | None) -> str | dict[str, float] | None:
+def _limits(text: str) -> str | dict[str, float]:
     """Return a precision, or limits by metric."""
-    if text is None or "=" not in text:
+    if "=" not in text:
         return text
     pairs = (pair.partition("=") for pair in text.split(","))
     try:
@@ -331,5 +282,5 @@ def _print_report(found: ParityReport, *, as_json: bool) -> int:
     return 0 if found.passed else 1
 
 
-def _names(listed: str | None) -> list[str] | None:
-    return None if listed is None else [name.strip() for name in listed.split(",") if name]
+def _names(listed: str) -> list[str]:
+    return [name.strip() for name in listed.split(",") if name]

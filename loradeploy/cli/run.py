@@ -28,7 +28,7 @@ from loradeploy.cli.answers.encoders import (
     tag,
 )
 from loradeploy.cli.answers.generating import generate, generation_flags, given_settings
-from loradeploy.cli.answers.printer import Printer
+from loradeploy.cli.answers.printer import Job, Printer
 from loradeploy.cli.answers.requests import load_adapters, read_prompts
 from loradeploy.cli.answers.vision import shown_images
 from loradeploy.cli.console import (
@@ -39,9 +39,7 @@ from loradeploy.cli.console import (
     operator_option,
     provider_option,
 )
-from loradeploy.errors import (
-    UsageError,
-)
+from loradeploy.errors import UsageError
 
 if TYPE_CHECKING:
     from loradeploy.bundle.proof.requirement import CertificateMinimum
@@ -164,15 +162,7 @@ def command(
     certificate_minimum: str | None,
     certificate_key: str | None,
     as_json: bool,
-    prompt_name: str | None,
-    threshold: float | None,
-    aggregation: str | None,
-    ignore_label: tuple[str, ...],
-    stride: int | None,
-    language: str | None,
-    task: str | None,
-    timestamps: bool | None,
-    **generation: Any,
+    **settings: Any,
 ) -> None:
     """Run BUNDLE on PROMPT, or on each line of a file, and print the results.
 
@@ -191,6 +181,10 @@ def command(
 
     if (prompt is None) == (file is None):
         raise UsageError("give either a PROMPT or --input FILE")
+    if images and vision is None:
+        raise UsageError("--image: give --vision, the bundle of the model's vision tower")
+    if images and file is not None:
+        raise UsageError("--image: only with PROMPT, give the images of a file's rows as images")
     if file is not None:
         requests = read_prompts(file, adapter)
     elif prompt is not None:
@@ -205,43 +199,25 @@ def command(
         operator=operator,
         map_weights=one,
     )
-    options = given_settings(generation)
+    options = given_settings(settings)
+    own = {name: options.pop(name) for name in _FLAGS_OF if name in options}
     beside = Path() if file in (None, "-") else Path(str(file)).parent
-    if vision is None:
-        if images:
-            raise UsageError("--image: give --vision, the bundle of the model's vision tower")
-        adapters = load_adapters(session, session.adapters, session.load, requests, adapter)
-    else:
-        if images and file is not None:
-            raise UsageError(
-                "--image: only with PROMPT, give the images of a file's rows as images"
-            )
+    known = session.adapters
+    load: Callable[[str, Path], object] = session.load
+    if vision is not None:
         tower = AdapterSession(vision, [provider], require_certificate=required, map_weights=one)
         shown = options["shown"] = shown_images(session, tower, requests, images, beside)
-        known = {**session.adapters, **tower.adapters}
-        adapters = load_adapters(session, known, shown.generator.load, requests, adapter)
+        known, load = {**known, **tower.adapters}, shown.generator.load
+    adapters = load_adapters(session, known, load, requests, adapter)
     run, kind = runner_of(session)
     _check_fields(requests, run, kind, session, with_vision=vision is not None)
     if run not in (generate, transcribe) and options:
         flags = ", ".join(map(flag_of, options))
         raise UsageError(f"{flags}: only for text generation, {bundle} is a {kind} bundle")
-    own = {
-        "prompt_name": prompt_name,
-        "threshold": threshold,
-        "aggregation": aggregation,
-        "ignore_label": ignore_label or None,
-        "stride": stride,
-        "language": language,
-        "task": task,
-        "timestamps": timestamps,
-    }
-    for name, value in own.items():
-        if value is None:
-            continue
+    for name in own:
         meant, models = _FLAGS_OF[name]
         if run is not meant:
             raise UsageError(f"{flag_of(name)}: only for {models}, {bundle} is for {kind}")
-        options[name] = value
     prompts = [request.prompt for request in requests]
     if run is generate:
         options["per_prompt"] = [request.settings for request in requests]
@@ -252,7 +228,7 @@ def command(
             )
         prompts = [request.audio or request.prompt for request in requests]
         options["beside"] = beside
-    run(session, prompts, adapters, batch_size, Printer(as_json, one=one), **options)
+    run(Job(session, prompts, adapters, batch_size, Printer(as_json, one=one)), **options, **own)
 
 
 def _required(

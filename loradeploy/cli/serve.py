@@ -145,25 +145,15 @@ def _limits(command: _Command) -> _Command:
 @json_option
 def command(
     bundle: str | None,
-    vision: str | None,
-    host: str,
     port: int,
     adapters: tuple[str, ...],
-    adapter_root: str | None,
-    adapter_cache: str | None,
     allow_adapter_updates: bool,
     adapter_memory: int | None,
-    api_keys: str | None,
-    provider: str,
-    capture_graphs: bool,
-    operator: str | None,
-    require_certificate: bool,
-    threads: int | None,
     on_ray: bool,
     replicas: str | None,
     demo: bool,
     as_json: bool,
-    **limits: Any,
+    **options: Any,
 ) -> None:
     """Serve BUNDLE over HTTP until SIGTERM or Ctrl-C.
 
@@ -185,25 +175,17 @@ def command(
         raise UsageError(f"--adapter-memory is {adapter_memory} MiB: give 1 or more")
     if replicas is not None and not on_ray:
         raise UsageError("--replicas: give --ray, which runs them")
-    if vision is not None and on_ray:
-        raise UsageError("--vision: not supported with --ray, start a service on each machine")
+    limits = {field.name: options.pop(field.name) for field in fields(ServeLimits)}
     spec = ServiceSpec(
         bundle,
-        vision=vision,
         limits=ServeLimits(**limits),
         adapters=dict(map(_named, adapters)),
-        adapter_root=adapter_root,
-        adapter_cache=adapter_cache,
         adapter_memory=None if adapter_memory is None else adapter_memory * _MIB,
-        api_keys=api_keys,
         updates=allow_adapter_updates,
-        provider=provider,
-        capture_graphs=capture_graphs,
-        operator=operator,
-        require_certificate=require_certificate,
-        host=host,
-        threads=threads,
+        **options,
     )
+    if spec.vision is not None and on_ray:
+        raise UsageError("--vision: not supported with --ray, start a service on each machine")
 
     def ready(url: str, loaded: Mapping[str, str | None] | None) -> None:
         if as_json:
@@ -217,8 +199,8 @@ def command(
     if on_ray:
         _serve_on_ray(spec, replicas or "1", port, ready)
         return
-    keys = None if api_keys is None else KeyRing.read(api_keys)
-    with listen(host, port) as listening, progress("loradeploy.serve"):
+    keys = None if spec.api_keys is None else KeyRing.read(spec.api_keys)
+    with listen(spec.host, port) as listening, progress("loradeploy.serve"):
         service = open_service(spec, keys)
         url = url_of(listening)
         Server(service).serve_on(listening, lambda: ready(url, service.session.adapters))

@@ -118,7 +118,6 @@ def calls(tiny_llama_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Calls:
 
         return last
 
-    monkeypatch.setattr("loradeploy.runtime.session.AdapterSession", opened)
     for path in LAST.values():
         module, _, name = path.rpartition(".")
         try:
@@ -127,6 +126,8 @@ def calls(tiny_llama_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Calls:
             module, _, kind = module.rpartition(".")
             owner = getattr(importlib.import_module(module), kind)
         monkeypatch.setattr(owner, name, recorder(name))
+    # After these modules were imported, which check the type of a session.
+    monkeypatch.setattr("loradeploy.runtime.session.AdapterSession", opened)
     return found
 
 

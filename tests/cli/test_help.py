@@ -112,7 +112,7 @@ def test_every_flag_of_train_is_a_setting_and_every_setting_a_flag() -> None:
 # By command: the functions that it calls, and parameters that it computes from other flags.
 FUNCTIONS: dict[str, tuple[tuple[Callable[..., object], ...], set[str]]] = {
     "export": ((export,), set()),
-    "parity": ((parity, compare), {"reports"}),  # the repeatable --report
+    "parity": ((parity, compare), set()),
     "run": (
         (
             *(AdapterSession, TextGenerator.generate, GenerationOptions, TextEmbedder.__call__),

@@ -3,38 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from loradeploy.adapter.heads import REGRESSION
-from loradeploy.cli.answers.printer import Printer
+from loradeploy.cli.answers.printer import Job
 from loradeploy.errors import UsageError
 from loradeploy.printable import printable
 
 if TYPE_CHECKING:
-    from loradeploy.runtime.adapters.resident import AdapterSpec
-    from loradeploy.runtime.session import AdapterSession
     from loradeploy.runtime.tasks.classification import Classification
 
 
-def classify(
-    session: AdapterSession,
-    prompts: Sequence[Any],
-    adapters: Sequence[AdapterSpec | None],
-    batch_size: int,
-    printer: Printer,
-    **options: Any,
-) -> None:
+def classify(job: Job, **options: Any) -> None:
     """Print the labels of each text, or its numbers."""
     from loradeploy.runtime.tasks.classification import TextClassifier
 
-    results = TextClassifier(session)(_texts(prompts), adapters, batch_size=batch_size, **options)
-    for prompt, result in zip(prompts, results, strict=True):
+    for prompt, result in _results(TextClassifier, job, **options):
         given = prompt if isinstance(prompt, tuple) else (prompt,)
         texts = dict(zip(("text", "text_pair"), given, strict=False))
         values = {**texts, **asdict(result), "labels": list(result.labels)}
-        printer.result(_answer(result), values)
+        job.printer.result(_answer(result), values)
 
 
 def _answer(result: Classification) -> str:
@@ -45,23 +35,13 @@ def _answer(result: Classification) -> str:
     return "\t".join(scored) or "(no label)"
 
 
-def tag(
-    session: AdapterSession,
-    prompts: Sequence[Any],
-    adapters: Sequence[AdapterSpec | None],
-    batch_size: int,
-    printer: Printer,
-    *,
-    ignore_label: Sequence[str] | None = None,
-    **options: Any,
-) -> None:
+def tag(job: Job, *, ignore_label: Sequence[str] | None = None, **options: Any) -> None:
     """Print the entities of each text."""
     from loradeploy.runtime.tasks.tokens import TokenClassifier
 
     if ignore_label is not None:
         options["ignore_labels"] = ignore_label
-    results = TokenClassifier(session)(_texts(prompts), adapters, batch_size=batch_size, **options)
-    for text, result in zip(prompts, results, strict=True):
+    for text, result in _results(TokenClassifier, job, **options):
         found = [
             f"{printable(text[entity.start : entity.end].strip())} ({printable(entity.label)},"
             f" {entity.score:.4f})"
@@ -69,68 +49,44 @@ def tag(
         ]
         entities = [asdict(entity) for entity in result.entities]
         values = {"text": text, "entities": entities, "adapter": result.adapter}
-        printer.result("; ".join(found) or "(no entity)", values)
+        job.printer.result("; ".join(found) or "(no entity)", values)
 
 
-def embed(
-    session: AdapterSession,
-    prompts: Sequence[Any],
-    adapters: Sequence[AdapterSpec | None],
-    batch_size: int,
-    printer: Printer,
-    *,
-    prompt_name: str | None = None,
-) -> None:
+def embed(job: Job, **options: Any) -> None:
     """Print the vector of each text."""
     from loradeploy.runtime.tasks.embedding import TextEmbedder
 
-    vectors = TextEmbedder(session)(
-        _texts(prompts), adapters, prompt_name=prompt_name, batch_size=batch_size
-    )
-    for text, adapter, row in zip(prompts, adapters, vectors, strict=True):
-        _print_vector(printer, row, {"text": text}, adapter)
+    _print_vectors("text", TextEmbedder, job, **options)
 
 
-def _print_vector(
-    printer: Printer, row: Any, given: Mapping[str, Any], adapter: AdapterSpec | None
-) -> None:
-    vector = [float(f"{value:.7g}") for value in row]
-    printer.result(json.dumps(vector), {**given, "embedding": vector, "adapter": adapter})
-
-
-def classify_images(
-    session: AdapterSession,
-    prompts: Sequence[Any],
-    adapters: Sequence[AdapterSpec | None],
-    batch_size: int,
-    printer: Printer,
-) -> None:
+def classify_images(job: Job) -> None:
     """Print the labels of each image."""
     from loradeploy.runtime.tasks.images import ImageClassifier
 
-    results = ImageClassifier(session)(_texts(prompts), adapters, batch_size=batch_size)
-    for prompt, result in zip(prompts, results, strict=True):
+    for prompt, result in _results(ImageClassifier, job):
         values = {"image": prompt, **asdict(result), "labels": list(result.labels)}
-        printer.result(_answer(result), values)
+        job.printer.result(_answer(result), values)
 
 
-def embed_images(
-    session: AdapterSession,
-    prompts: Sequence[Any],
-    adapters: Sequence[AdapterSpec | None],
-    batch_size: int,
-    printer: Printer,
-) -> None:
+def embed_images(job: Job) -> None:
     """Print the vector of each image."""
     from loradeploy.runtime.tasks.images import ImageEmbedder
 
-    vectors = ImageEmbedder(session)(_texts(prompts), adapters, batch_size=batch_size)
-    for image, adapter, row in zip(prompts, adapters, vectors, strict=True):
-        _print_vector(printer, row, {"image": image}, adapter)
+    _print_vectors("image", ImageEmbedder, job)
 
 
-def _texts(prompts: Sequence[Any]) -> list[Any]:
-    for number, prompt in enumerate(prompts, start=1):
+def _print_vectors(kind: str, task: Callable[..., Any], job: Job, **options: Any) -> None:
+    results = _results(task, job, **options)
+    for (prompt, row), adapter in zip(results, job.adapters, strict=True):
+        vector = [float(f"{value:.7g}") for value in row]
+        values = {kind: prompt, "embedding": vector, "adapter": adapter}
+        job.printer.result(json.dumps(vector), values)
+
+
+def _results(task: Callable[..., Any], job: Job, **options: Any) -> list[tuple[Any, Any]]:
+    """Each prompt with its result; `task` is a class of the runtime that is made with a session."""
+    for number, prompt in enumerate(job.prompts, start=1):
         if isinstance(prompt, list):
             raise UsageError(f"prompt {number} is a conversation: this bundle takes texts")
-    return list(prompts)
+    results = task(job.session)(job.prompts, job.adapters, batch_size=job.batch_size, **options)
+    return list(zip(job.prompts, results, strict=True))

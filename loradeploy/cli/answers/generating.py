@@ -10,14 +10,12 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
-from loradeploy.cli.answers.printer import Printer
-from loradeploy.cli.console import flag_of
+from loradeploy.cli.answers.printer import Job
+from loradeploy.cli.console import flag_of, given_options
 from loradeploy.errors import UsageError
 from loradeploy.runtime.decoding.choosing.options import GenerationOptions
 
 if TYPE_CHECKING:
-    from loradeploy.runtime.adapters.resident import AdapterSpec
-    from loradeploy.runtime.session import AdapterSession
     from loradeploy.runtime.tasks.image_text import ImageTextGenerator
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -146,7 +144,7 @@ def generation_flags(command: _Command) -> _Command:
 
 def given_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that were given, as parameters of the Python API."""
-    given = {name: value for name, value in values.items() if value is not None and value != ()}
+    given = given_options(values)
     if "stop" in given:
         given["stop"] = list(given["stop"])
     if "early_stopping" in given:
@@ -168,11 +166,7 @@ def _bias(text: str) -> tuple[int | str, float]:
 
 
 def generate(
-    session: AdapterSession,
-    prompts: Sequence[Any],
-    adapters: Sequence[AdapterSpec | None],
-    batch_size: int,
-    printer: Printer,
+    job: Job,
     *,
     per_prompt: Sequence[Mapping[str, Any]],
     shown: Shown | None = None,
@@ -185,12 +179,12 @@ def generate(
     from loradeploy.runtime.tasks.generation import Generation, TextGenerator
 
     if options.pop("score", None):
-        _score(session, prompts, adapters, batch_size, printer, shown, **options)
+        _score(job, shown, **options)
         return
-    if options.get("logprobs") is not None and not printer.as_json:
+    if options.get("logprobs") is not None and not job.printer.as_json:
         raise UsageError("--logprobs: give --json too, which prints them")
     several = options.get("n", 1) > 1 or options.get("num_beams", 1) > 1
-    streamed = printer.one and not printer.as_json and not several
+    streamed = job.printer.one and not job.printer.as_json and not several
     done = -1  # the prompt of the last result
 
     def show(row: int, result: Generation) -> None:
@@ -199,29 +193,25 @@ def generate(
         values = asdict(result)
         values["token_ids"] = list(result.token_ids)
         text = "" if streamed else result.text
-        given = {"prompt": prompts[done], **_images(shown, done)}
-        printer.result(text, {**given, **values}, several=options.get("n", 1) > 1)
+        given = {"prompt": job.prompts[done], **_images(shown, done)}
+        job.printer.result(text, {**given, **values}, several=options.get("n", 1) > 1)
 
     if shown is None:
-        run = partial(TextGenerator(session).generate, prompts)
+        run = partial(TextGenerator(job.session).generate, job.prompts)
     else:
-        run = partial(shown.generator.generate, prompts, shown.images)
+        run = partial(shown.generator.generate, job.prompts, shown.images)
     run(
-        adapters,
-        batch_size=batch_size,
+        job.adapters,
+        batch_size=job.batch_size,
         per_prompt=list(per_prompt) if any(per_prompt) else None,
-        on_text=(lambda _, piece: printer.piece(piece)) if streamed else None,
+        on_text=(lambda _, piece: job.printer.piece(piece)) if streamed else None,
         on_result=show,
         **options,
     )
 
 
 def _score(
-    session: AdapterSession,
-    texts: Sequence[Any],
-    adapters: Sequence[AdapterSpec | None],
-    batch_size: int,
-    printer: Printer,
+    job: Job,
     shown: Shown | None,
     *,
     chat: bool = False,
@@ -234,14 +224,14 @@ def _score(
         flags = ", ".join(map(flag_of, others))
         raise UsageError(f"--score generates nothing, and takes no {flags}")
     if shown is None:
-        run = partial(TextGenerator(session).score, texts)
+        run = partial(TextGenerator(job.session).score, job.prompts)
     else:
-        run = partial(shown.generator.score, texts, shown.images)
-    scores = run(adapters, chat=chat, batch_size=batch_size, logprobs=logprobs or 0)
-    for number, (text, score) in enumerate(zip(texts, scores, strict=True)):
+        run = partial(shown.generator.score, job.prompts, shown.images)
+    scores = run(job.adapters, chat=chat, batch_size=job.batch_size, logprobs=logprobs or 0)
+    for number, (text, score) in enumerate(zip(job.prompts, scores, strict=True)):
         values = {**_images(shown, number), **asdict(score)}
         values["token_ids"] = list(score.token_ids)
         if logprobs is None:
             del values["logprobs"]
         plain = f"{score.logprob:.4f}\t{score.perplexity:.4f}"
-        printer.result(plain, {"text": text, "perplexity": score.perplexity, **values})
+        job.printer.result(plain, {"text": text, "perplexity": score.perplexity, **values})
