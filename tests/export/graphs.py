@@ -10,6 +10,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from loradeploy.bundle.manifest import BaseIdentity, Manifest
+from loradeploy.bundle.proof.provider import EXACT_INTEGERS
 from loradeploy.export.passes.side_inputs.inject import SideInputs
 from tests.tolerances import tolerance
 
@@ -100,6 +101,7 @@ def run(model: ir.Model, feeds: Arrays) -> NDArray[Any]:
     """Run the graph and return its first output."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.add_session_config_entry(EXACT_INTEGERS, "1")
     session = onnxruntime.InferenceSession(
         ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
     )

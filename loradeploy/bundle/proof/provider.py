@@ -25,6 +25,10 @@ CPU: Final = f"CPU{SUFFIX}"
 CAPTURED: Final = " captured"
 # The end of a provider's name if the session has the operators' library.
 OPERATOR: Final = " operator"
+# The entry of onnxruntime's session options that computes products of unsigned and signed 8-bit
+# integers exactly ("1"). On x86 processors without VNNI, sums of two products are otherwise cut
+# to 16 bits, and a layer's output can be wrong by half of its size.
+EXACT_INTEGERS: Final = "session.x64quantprecision"
 
 
 @dataclass(frozen=True)

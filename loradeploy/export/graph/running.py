@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.bundle.proof.provider import CPU as CPU
+from loradeploy.bundle.proof.provider import EXACT_INTEGERS
 from loradeploy.errors import first_line
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def trial_options(*, packed: bool = False) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _FATAL
     options.enable_cpu_mem_arena = False
+    options.add_session_config_entry(EXACT_INTEGERS, "1")
     if not packed:  # prepacking would copy the weights
         options.add_session_config_entry("session.disable_prepacking", "1")
     return options

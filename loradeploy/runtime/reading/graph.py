@@ -19,6 +19,7 @@ from loradeploy.bundle.names import (
     GRAPH_NAME,
     MAT_MUL_N_BITS_OPERATOR,
 )
+from loradeploy.bundle.proof.provider import EXACT_INTEGERS
 from loradeploy.errors import BundleError, UsageError, first_line
 from loradeploy.files import MAX_GRAPH_BYTES, check_directory, check_file, read_bytes
 from loradeploy.printable import logger_of
@@ -272,6 +273,8 @@ def _open(
         options.log_severity_level = severity()
     if entry(options, _RECORD) != "1":
         options.add_session_config_entry(_RECORD, "1")
+    if not entry(options, EXACT_INTEGERS):
+        options.add_session_config_entry(EXACT_INTEGERS, "1")
     names = [name for name, _ in asked or ()]
     if needs_cuda(names):
         preload_cuda()

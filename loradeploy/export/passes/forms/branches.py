@@ -37,7 +37,8 @@ def branches_problem(graph: ir.Graph) -> str | None:
     On the CPU it computes wrong results with packed weights that two branches share, if the rest is
     in fp16. It fuses a DequantizeLinear and the product after it into a MatMulNBits, and in a
     branch it does not find the shared weight for it. If the other factor is dequantized too, it
-    makes another fusion, which works.
+    makes another fusion, which works. On x86 processors without VNNI, products with signed 8-bit
+    weights are only exact after a rewrite (`EXACT_INTEGERS`) that skips shared weights.
     """
     import onnx_ir as ir
 
@@ -51,6 +52,11 @@ def branches_problem(graph: ir.Graph) -> str | None:
                 f"onnxruntime computes packed weights in fp16 ({node.name}) wrong in branches:"
                 " export with `branches=False`"
             )
+        if any(_is_signed_matrix(value) for value in node.inputs):
+            return (
+                "onnxruntime computes signed 8-bit weights wrong in branches on processors without"
+                f" VNNI ({node.name}): export with `branches=False`"
+            )
     for product in products(graph):
         x = product.node.inputs[0]
         before = None if x is None else x.producer()
@@ -60,6 +66,15 @@ def branches_problem(graph: ir.Graph) -> str | None:
                 " export with `branches=False`"
             )
     return None
+
+
+def _is_signed_matrix(value: ir.Value | None) -> bool:
+    """Whether the value is a weight of signed 8-bit integers, as factors and kernels have."""
+    import onnx_ir as ir
+
+    if value is None or value.const_value is None or value.dtype != ir.DataType.INT8:
+        return False
+    return len(value.const_value.shape) > 1
 
 
 def add_branches(graph: ir.Graph) -> None:
