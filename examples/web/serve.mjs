@@ -1,7 +1,7 @@
 // Serves this page, the client and a bundle to browsers on this machine:
 //
 //     node examples/web/serve.mjs BUNDLE [PORT]
-import { createReadStream } from "node:fs";
+import { createReadStream, existsSync } from "node:fs";
 import { stat } from "node:fs/promises";
 import { createServer } from "node:http";
 import { extname, join, resolve, sep } from "node:path";
@@ -9,7 +9,7 @@ import { fileURLToPath } from "node:url";
 
 const here = fileURLToPath(new URL(".", import.meta.url));
 const [bundle, port = "8000"] = process.argv.slice(2);
-if (!bundle) {
+if (!bundle || !existsSync(join(bundle, "required.onnx")) || !(port >= 0 && port < 65536)) {
   console.error("give a bundle of `loradeploy export --required-inputs`: node serve.mjs BUNDLE [PORT]");
   process.exit(2);
 }
@@ -58,5 +58,9 @@ const server = createServer(async (request, response) => {
   } catch {
     answer(400).end("bad request");
   }
+});
+server.on("error", (problem) => {
+  console.error(`cannot listen on port ${port}, give another one: ${problem.message}`);
+  process.exit(2);
 });
 server.listen(Number(port), "127.0.0.1", () => console.log(`http://127.0.0.1:${server.address().port}/`));

@@ -1,4 +1,4 @@
-"""The models of a service: the base, named like the bundle, and the adapters.
+"""The models of a service: the base, named like the bundle or the link to it, and the adapters.
 
 Adapters come with the bundle, or from the adapter root (serve/adapters/roots.py). An adapter of the
 root is read when a request first names it, and again when its files have changed, without a
@@ -8,6 +8,7 @@ restart. Clients can only give names.
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -24,7 +25,6 @@ from loradeploy.errors import (
     UsageError,
     shown,
 )
-from loradeploy.paths import resolved
 from loradeploy.printable import logger_of
 from loradeploy.runtime.adapters.resident import AdapterSpec
 from loradeploy.runtime.session import AdapterSession
@@ -69,7 +69,8 @@ class Catalog:
         others: Collection[str],
     ) -> None:
         self.session = session
-        self.base = resolved(session.path).name
+        # A link keeps its name when it is switched to a new version of the bundle.
+        self.base = os.path.basename(os.path.abspath(session.path))
         self._bundled = {*session.adapters, *others}
         if self.base in self._bundled:
             raise UsageError(

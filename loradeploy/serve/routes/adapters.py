@@ -40,6 +40,9 @@ async def unload_adapter(body: AdapterName, service: ServiceOf, key: KeyOf) -> s
 
 def _check(service: Service, key: ApiKey) -> None:
     if not service.updates:
-        raise RequestError(404, "this service does not allow requests to load or unload adapters")
+        raise RequestError(
+            404,
+            "requests may not load or unload adapters: the service needs --allow-adapter-updates",
+        )
     if not key.admin:
         raise RequestError(403, "this API key may not load or unload adapters")
