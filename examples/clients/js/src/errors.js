@@ -22,8 +22,9 @@ export function listed(problems, most = 6) {
   return problems.slice(0, most).join("; ") + (rest > 0 ? `; and ${rest} more` : "");
 }
 
-/** Throw UsageError if `given` has a key that is not one of `known`, such as a misspelled option. */
+/** Throw UsageError unless `given` is an object of options in `known`: a key may be misspelled. */
 export function checkOptions(where, given, known) {
+  if (Object(given) !== given) throw new UsageError(`${where} takes an object of: ${known.join(", ")}`);
   for (const name of Object.keys(given)) {
     if (!known.includes(name)) {
       throw new UsageError(`${where} has no option ${name}; there are: ${known.join(", ")}`);
