@@ -80,6 +80,7 @@ class _Run:
     prepared: Prepared
     base: Base
     base_digest: str
+    packed: bool
     injected: Injected
 
     def adapter(self) -> Adapter:
@@ -180,8 +181,9 @@ def _open(
         logger.warning(
             "%s has no %s: the embedder is trained with mean pooling", model, MODULES_NAME
         )
+    packed = config.packing and task.name == CAUSAL_LM and enable_packing(base.model)
     injected = inject_adapter(base, model, digest, task, prepared.labels, config)
-    return _Run(config, task, checkpoint, prepared, base, digest, injected)
+    return _Run(config, task, checkpoint, prepared, base, digest, packed, injected)
 
 
 def _trainer(
@@ -250,8 +252,7 @@ def _interrupted(stop: Stop, step: int, checkpoints: Checkpoints) -> TrainingInt
 
 
 def _collator(run: _Run) -> Collate:
-    packs = run.config.packing and run.task.name == CAUSAL_LM
-    if packs and enable_packing(run.base.model):
+    if run.packed:
         shorten(run.base.model)
         return PackingCollator()
     return run.task.collate(run.checkpoint.pad_id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -18,21 +19,26 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from loradeploy.adapter.tasks import CAUSAL_LM
 from loradeploy.bundle.model_config import stated_length
 from loradeploy.bundle.names import TOKEN_TYPE_IDS
 from loradeploy.errors import ModelError, first_line, listed_names
 from loradeploy.lora.base.architectures import encoder_decoder_refusal, untraceable
 from loradeploy.lora.base.checkpoint import pad_token
 from loradeploy.lora.base.loading import from_pretrained, load_pretrained
+from loradeploy.lora.quiet import quiet
 from loradeploy.printable import logger_of
 from loradeploy.train.config import TrainConfig
 from loradeploy.train.data.features import Encoded
+from loradeploy.train.data.packing import evaluating, separate_logits, trial_examples
 from loradeploy.train.loop.processes import is_main_process
 from loradeploy.train.tasks.table import Task
 
 logger = logger_of(__name__)
 
 _UNLIMITED: Final = 1_000_000  # tokens, for image models
+# Relative to the largest logit. In a trial, this is far above rounding in bfloat16.
+_SAME: Final = 1e-2
 # int8 and int4 bases are loaded in float32, and quantized afterwards.
 _DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -186,7 +192,22 @@ def load_base(
         model.config.pad_token_id = checkpoint.pad_id
     for name in heads:
         _to_float32(model.get_submodule(name))
+    if task.name == CAUSAL_LM and _reads_ahead(model):
+        raise ModelError(
+            f"{checkpoint.directory}: {type(model).__name__} is not a {CAUSAL_LM} model: its"
+            " prediction of a token depends on this token and on those after it"
+        )
     return Base(model, heads)
+
+
+def _reads_ahead(model: PreTrainedModel) -> bool:
+    """Whether logits depend on later tokens, as an encoder's do: BERT's without `is_decoder`."""
+    row = trial_examples(model)[0]
+    other = [*row[:-1], (row[-1] + 1) % model.get_input_embeddings().num_embeddings]
+    with quiet(), suppress(Exception), evaluating(model):  # a model that needs other inputs
+        logits, changed = (separate_logits(model, [ids])[:, :-1] for ids in (row, other))
+        return not torch.allclose(changed, logits, rtol=0, atol=_SAME * float(logits.abs().max()))
+    return False
 
 
 def _heads(model: PreTrainedModel, missing: set[str]) -> tuple[str, ...]:

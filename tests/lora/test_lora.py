@@ -8,7 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PhimoeConfig,
+)
 from transformers.pytorch_utils import Conv1D
 
 from loradeploy.adapter import AdapterConfig, load_adapter, save_adapter
@@ -231,6 +235,30 @@ def test_invalid_targets_are_refused(
 ) -> None:
     with pytest.raises(UsageError, match=message):
         inject(base_of(tiny_llama, {}), AdapterConfig(**config))
+
+
+def test_a_linear_layer_with_another_output_is_no_target() -> None:
+    """PhiMoE's router is an nn.Linear that returns three tensors."""
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(
+        PhimoeConfig(
+            hidden_size=32,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=2,
+            vocab_size=9,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
+    with pytest.raises(UsageError, match="is a PhimoeTopKRouter: LoRA supports only linear"):
+        inject(base, AdapterConfig(target_modules=("router",)))
+    injection = inject(base, AdapterConfig(target_modules="all-linear"))
+    assert {name.rpartition(".")[2] for name in injection.layers} == {
+        *("q_proj", "k_proj", "v_proj", "o_proj")
+    }
 
 
 @pytest.mark.parametrize("whole", ["lm_head", "wte"])

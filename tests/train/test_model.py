@@ -164,11 +164,22 @@ def test_a_directory_without_a_model_is_refused(
         quick(tmp_path / name, lessons, tmp_path / "adapter")
 
 
+@pytest.mark.parametrize(
+    ("masked_lm", "message"),
+    [
+        (False, "has no weights for cls.* it is not a causal-lm model"),
+        (True, "BertLMHeadModel is not a causal-lm model: .* depends on this token"),
+    ],
+)
 def test_an_encoder_is_refused_as_a_language_model(
-    tiny_bert: Path, lessons: Path, tmp_path: Path, quick: Quick
+    masked_lm: bool, message: str, tiny_bert: Path, lessons: Path, tmp_path: Path, quick: Quick
 ) -> None:
-    with pytest.raises(ModelError, match="has no weights for cls.* it is not a causal-lm model"):
-        quick(tiny_bert, lessons, tmp_path / "adapter")
+    base = tiny_bert
+    if masked_lm:  # as published encoders have it
+        base = shutil.copytree(tiny_bert, tmp_path / "base")
+        transformers.BertForMaskedLM.from_pretrained(tiny_bert).save_pretrained(base)
+    with pytest.raises(ModelError, match=message):
+        quick(base, lessons, tmp_path / "adapter")
 
 
 def test_weights_of_another_model_are_refused(

@@ -80,7 +80,7 @@ def load_model(
             kind = tower_kind(config.to_dict(), task)
             if task == SEQUENCE_CLASSIFICATION:
                 text = config.get_text_config()
-                known = text.pad_token_id is not None
+                known = getattr(text, "pad_token_id", None) is not None
                 config.pad_token_id = pad_token(text, None if known else _tokenizer(directory))
             if meta:
                 with torch.device("meta"):

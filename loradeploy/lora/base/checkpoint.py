@@ -111,12 +111,12 @@ def pad_token(config: Any, tokenizer: Any) -> int:
     A classifier on a decoder searches for the last other token, so all parts must use the same.
     """
     known = (
-        config.pad_token_id,
+        getattr(config, "pad_token_id", None),  # CodeGen's has none
         getattr(tokenizer, "pad_token_id", None),
         getattr(tokenizer, "eos_token_id", None),
         0,
     )
-    return next(int(token) for token in known if token is not None)
+    return next(int(token) for token in known if token is not None and token >= 0)
 
 
 def is_hub_id(text: str) -> bool:

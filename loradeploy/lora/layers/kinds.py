@@ -13,6 +13,7 @@ from loradeploy.lora.layers.convolution import LoraConv2d
 from loradeploy.lora.layers.embedding import LoraEmbedding
 from loradeploy.lora.layers.linear import LoraLinear
 from loradeploy.lora.layers.low_rank import LowRankLayer
+from loradeploy.lora.layers.targets import is_linear
 
 KINDS: Final[Mapping[type[nn.Module], type[LowRankLayer]]] = {
     nn.Linear: LoraLinear,
@@ -29,5 +30,7 @@ def kind_of(module: nn.Module | None) -> type[LowRankLayer] | None:
     # nn.MultiheadAttention reads the weight of this layer and never calls it: LoRA would have no
     # effect.
     if isinstance(module, NonDynamicallyQuantizableLinear):
+        return None
+    if isinstance(module, nn.Linear) and not is_linear(module):
         return None
     return next((layer for base, layer in KINDS.items() if isinstance(module, base)), None)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,8 +56,10 @@ def low_rank_linears(x: Tensor, layers: Sequence[LowRank]) -> tuple[Tensor, ...]
     """
     tensors = [tensor for layer in layers for tensor in (layer.W, layer.b, layer.A, layer.B)]
     scalings = [layer.s for layer in layers]
-    y = _LowRankLinears.apply(x, scalings, *tensors)  # type: ignore[no-untyped-call]
-    return cast("tuple[Tensor, ...]", y)
+    rows = x.reshape(-1, x.shape[-1])  # [tokens, in]
+    ys = _LowRankLinears.apply(rows, scalings, *tensors)  # type: ignore[no-untyped-call]
+    # Models may change outputs in place, which autograd refuses for views that a function returns.
+    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
 
 
 def add_product(y: Tensor, narrow: Tensor, wide: Tensor) -> Tensor:
@@ -78,23 +80,20 @@ def _stacked(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
 
 class _LowRankLinears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scalings: list[float], *tensors: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, rows: Tensor, scalings: list[float], *tensors: Any) -> tuple[Tensor, ...]:
         layers = _layers(scalings, tensors)
-        rows = x.reshape(-1, x.shape[-1])  # [tokens, in]
         As = _stacked([layer.A for layer in layers])  # [Σ rank, in]
         lows = rows.to(As.dtype) @ As.T  # [tokens, Σ rank]
         ctx.save_for_backward(rows, lows, *tensors)
         ctx.scalings = scalings
         parts = torch.split(lows, [len(layer.A) for layer in layers], dim=1)
-        ys = [layer.output(rows, low) for layer, low in zip(layers, parts, strict=True)]
-        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
+        return tuple(layer.output(rows, low) for layer, low in zip(layers, parts, strict=True))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:
         rows, lows, *tensors = ctx.saved_tensors
         layers = _layers(ctx.scalings, tensors)
-        dys = [dy.reshape(-1, dy.shape[-1]) for dy in gradients]  # [tokens, out]
         ranks = [len(layer.A) for layer in layers]
         pairs = list(zip(layers, dys, strict=True))
         dlows = _stacked([layer.slope_of_low(dy) for layer, dy in pairs], dim=1)
@@ -104,7 +103,6 @@ class _LowRankLinears(torch.autograd.Function):
             for layer, dy in pairs[1:]:
                 dx.addmm_(dy, layer.W)
             dx = add_product(dx, dlows, _stacked([layer.A for layer in layers]))
-            dx = dx.view(*gradients[0].shape[:-1], dx.shape[-1])
         slopes: list[Tensor | None] = []
         dAs = torch.split(dlows.T @ rows.to(dlows.dtype), ranks)
         for (layer, dy), low, dA in zip(pairs, torch.split(lows, ranks, dim=1), dAs, strict=True):

@@ -7,8 +7,8 @@ this is measured, not derived from its name.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import accumulate, pairwise
 from typing import Any, Final
 
@@ -25,6 +25,8 @@ STARTS: Final = "cu_seq_lens_q"
 # The name of the argument `queries` of `packed_attention`.
 QUERIES: Final = "queries"
 _PROBED_LENGTHS: Final = (5, 9, 2)
+# The sliding window in the trial, which is shorter than an example.
+_PROBED_WINDOW: Final = 4
 # Relative to the largest logit. Packed and single examples differ only by the order of summation.
 _SAME: Final = {torch.float32: 1e-4}
 _SAME_HALF: Final = 3e-2
@@ -54,7 +56,7 @@ def enable_packing(model: PreTrainedModel) -> bool:
 
     Returns whether it does. It does not if packed examples give other logits than single ones: for
     recurrent and state-space models, position biases, chunked attention, and models that do not
-    pass the lengths on.
+    pass the lengths or a sliding window on. Call it before `fuse`, which keeps the window.
     """
     before = model.config._attn_implementation
     if before == PACKED:
@@ -63,9 +65,11 @@ def enable_packing(model: PreTrainedModel) -> bool:
     with quiet(), suppress(Exception):  # any exception means that the model does not support it
         if before == "sdpa" and _chunk(model) is None:
             examples = trial_examples(model)
-            expected = _separate_logits(model, examples)
-            model.set_attn_implementation(PACKED)
-            if same_logits(model, packed_logits(model, examples), expected):
+            with _narrow_windows(model), evaluating(model):
+                expected = separate_logits(model, examples)
+                model.set_attn_implementation(PACKED)
+                found = packed_logits(model, examples)
+            if same_logits(model, found, expected):
                 return True
     model.set_attn_implementation(before)
     return False
@@ -137,6 +141,29 @@ def _chunk(model: PreTrainedModel) -> int | None:
     return getattr(model.config.get_text_config(), "attention_chunk_size", None)
 
 
+@contextmanager
+def _narrow_windows(model: PreTrainedModel) -> Iterator[None]:
+    """Inside the context, sliding windows are shorter than the longest example of the trial.
+
+    transformers reads them from the config for masks, and from modules for attention functions.
+    """
+    owners: dict[int, Any] = {
+        id(owner): owner
+        for module in model.modules()
+        for owner in (module, getattr(module, "config", None))
+        if isinstance(getattr(owner, "sliding_window", None), int)
+    }
+    windows = [(owner, owner.sliding_window) for owner in owners.values()]
+    excess = max(0, min((window for _, window in windows), default=0) - _PROBED_WINDOW)
+    try:
+        for owner, window in windows:
+            owner.sliding_window = window - excess
+        yield
+    finally:
+        for owner, window in windows:
+            owner.sliding_window = window
+
+
 def trial_examples(model: PreTrainedModel) -> list[list[int]]:
     """Random examples of different lengths."""
     generator = torch.Generator().manual_seed(0)
@@ -147,10 +174,21 @@ def trial_examples(model: PreTrainedModel) -> list[list[int]]:
     ]
 
 
-@torch.no_grad()
-def _separate_logits(model: PreTrainedModel, examples: Sequence[list[int]]) -> Tensor:
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Inside the context, `model` is in evaluation mode."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def separate_logits(model: PreTrainedModel, examples: Sequence[list[int]]) -> Tensor:
+    """The logits [1, tokens, vocabulary] of `examples`, each computed alone, float32."""
     rows = [torch.tensor([row], device=model.device) for row in examples]
-    return torch.cat([_evaluated(model, input_ids=row) for row in rows], dim=1)
+    return torch.cat([_logits(model, input_ids=row) for row in rows], dim=1)
 
 
 def same_logits(model: PreTrainedModel, logits: Tensor, expected: Tensor) -> bool:
@@ -159,19 +197,14 @@ def same_logits(model: PreTrainedModel, logits: Tensor, expected: Tensor) -> boo
     return torch.allclose(logits, expected, rtol=0, atol=limit)
 
 
-@torch.no_grad()
 def packed_logits(model: PreTrainedModel, examples: Sequence[list[int]]) -> Tensor:
-    """The logits [1, tokens, vocabulary] of a batch of `examples`, without dropout."""
+    """The logits [1, tokens, vocabulary] of a batch of `examples`, float32."""
     batch = PackingCollator()([{"input_ids": row, "labels": row} for row in examples])
     del batch["labels"]
-    return _evaluated(model, **{name: value.to(model.device) for name, value in batch.items()})
+    return _logits(model, **{name: value.to(model.device) for name, value in batch.items()})
 
 
-def _evaluated(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
-    training = model.training
-    model.eval()
-    try:
-        logits: Tensor = model(**inputs, use_cache=False).logits
-    finally:
-        model.train(training)
+@torch.no_grad()
+def _logits(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
+    logits: Tensor = model(**inputs, use_cache=False).logits
     return logits.float()

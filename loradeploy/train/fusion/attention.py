@@ -22,9 +22,10 @@ from loradeploy.train.fusion.layers import outputs
 
 _RECORDED: Final = "loradeploy_recorded"
 _PROJECTIONS: Final = ("q_proj", "k_proj", "v_proj")
-# Of the trial's inputs; relative to the largest value, the two sides differ only by rounding.
-_SCALES: Final = (1e-3, 1.0, 30.0)
-_TOKENS: Final = 3
+# The trial's inputs: their scale, and the number of tokens. A limit of the projections, such as
+# OLMo's `clip_qkv`, shows at the largest scale.
+_TRIED: Final = ((1e-3, 3), (1.0, 1), (30.0, 7), (1e4, 3))
+# Relative to the largest value, the two sides differ only by rounding.
 _SAME: Final = 1e-5
 
 Attend = Callable[..., tuple[Tensor, Any]]
@@ -163,9 +164,9 @@ def _trial(module: Any, size: int, width: int, calls: _Calls) -> Attention | Non
     generator = torch.Generator().manual_seed(0)
     attention: Attention | None = None
     named = frozenset(inspect.signature(module.forward).parameters)
-    for scale in _SCALES:
-        x = scale * torch.randn((1, _TOKENS, width), generator=generator)
-        angles = torch.randn((1, _TOKENS, size), generator=generator)
+    for scale, tokens in _TRIED:
+        x = scale * torch.randn((1, tokens, width), generator=generator)
+        angles = torch.randn((1, tokens, size), generator=generator)
         turns = angles.cos(), angles.sin()
         given = {"given": object()}
         expected, _ = module(
@@ -176,6 +177,8 @@ def _trial(module: Any, size: int, width: int, calls: _Calls) -> Attention | Non
             return None
         if options.get("dropout", 0.0) or any(isinstance(v, Tensor) for v in options.values()):
             return None  # the options of another call may differ
+        if attention is not None and options != attention.constants:
+            return None
         attention = Attention(module, options, module.forward, named)
         y, _ = attention.attended(x, turns, None, {})
         for ours, theirs in zip((*calls.tensors[:3], y), (*tensors[:3], expected), strict=True):

@@ -26,18 +26,21 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
     `weight` [size] is frozen. Both are float32 or float64.
     """
-    return cast(Tensor, _RmsNorm.apply(x, weight, epsilon))  # type: ignore[no-untyped-call]
+    y: Tensor = _RmsNorm.apply(_rows(x), weight, epsilon)  # type: ignore[no-untyped-call]
+    return y.view(x.shape)
 
 
 def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
     """`silu(gate) · up`, of one shape and dtype; bit for bit as in separate operations."""
-    return cast(Tensor, _GatedSilu.apply(gate, up))  # type: ignore[no-untyped-call]
+    y: Tensor = _GatedSilu.apply(_rows(gate), _rows(up))  # type: ignore[no-untyped-call]
+    return y.view(gate.shape)
 
 
 def gated_low_rank_linear(gate: Tensor, up: Tensor, layer: LowRank) -> Tensor:
     """`layer` of `silu(gate) · up` [..., in] → [..., out]; all of one dtype, on a CPU."""
     operands = (layer.W, layer.b, layer.A, layer.B, layer.s)
-    return cast(Tensor, _GatedLinear.apply(gate, up, *operands))  # type: ignore[no-untyped-call]
+    y: Tensor = _GatedLinear.apply(_rows(gate), _rows(up), *operands)  # type: ignore[no-untyped-call]
+    return y.view(*gate.shape[:-1], y.shape[-1])
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -54,26 +57,28 @@ def _in_chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _rows(tensor: Tensor) -> Tensor:
+    """[rows, size]. The functions return rows, too.
+
+    Models may change an output in place, which autograd refuses for views that a function returns.
+    """
     return tensor.reshape(-1, tensor.shape[-1])
 
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, epsilon: float) -> Tensor:
-        rows = _rows(x)
+    def forward(ctx: Any, rows: Tensor, w: Tensor, epsilon: float) -> Tensor:
         norms = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
         r = norms.square_().div_(rows.shape[1]).add_(epsilon).rsqrt_()  # [rows, 1]
         y = torch.empty_like(rows)
         for some_x, some_r, some_y in _in_chunks(rows, r, y):
             torch.mul(some_x, some_r, out=some_y).mul_(w)
         ctx.save_for_backward(rows, w, r)
-        return y.view(x.shape)
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         rows, w, r = ctx.saved_tensors
-        dy = _rows(gradients[0])
         dx = torch.empty_like(rows)
         buffer = torch.empty_like(rows[:_ROWS])
         # dx = r · w · dy − x · r³ · mean(w · dy · x)
@@ -82,7 +87,7 @@ class _RmsNorm(torch.autograd.Function):
             product = torch.mul(some_dx, some_x, out=buffer[: len(some_x)])
             c = product.mean(dim=-1, keepdim=True).mul_(some_r**3)
             some_dx.mul_(some_r).addcmul_(some_x, c, value=-1)
-        return dx.view(gradients[0].shape), None, None
+        return dx, None, None
 
 
 def _activation(g: Tensor, u: Tensor) -> Tensor:
@@ -114,41 +119,37 @@ def _activation_slopes(
 
 class _GatedSilu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        g, u = _rows(gate), _rows(up)
+    def forward(ctx: Any, g: Tensor, u: Tensor) -> Tensor:
         ctx.save_for_backward(g, u)
-        return _activation(g, u).view(gate.shape)
+        return _activation(g, u)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
         g, u = ctx.saved_tensors
-        dg, du, _ = _activation_slopes(g, u, _rows(gradients[0]))
-        shape = gradients[0].shape
-        return dg.view(shape), du.view(shape)
+        dg, du, _ = _activation_slopes(g, u, dh)
+        return dg, du
 
 
 class _GatedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, *operands: Any) -> Tensor:
-        g, u, layer = _rows(gate), _rows(up), LowRank(*operands)
+    def forward(ctx: Any, g: Tensor, u: Tensor, *operands: Any) -> Tensor:
+        layer = LowRank(*operands)
         h = _activation(g, u)
         low = h @ layer.A.T  # [tokens, rank]
         ctx.save_for_backward(g, u, low, *operands[:-1])
         ctx.s = layer.s
-        return layer.output(h, low).view(*gate.shape[:-1], len(layer.B))
+        return layer.output(h, low)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         g, u, low, W, b, A, B = ctx.saved_tensors
         layer = LowRank(W, b, A, B, ctx.s)
-        dy = _rows(gradients[0])
         dlow = layer.slope_of_low(dy)
         dh = add_product(dy @ layer.W, dlow, layer.A)
         dg, du, dA = _activation_slopes(g, u, dh, dlow)
-        shape = (*gradients[0].shape[:-1], g.shape[-1])
-        return dg.view(shape), du.view(shape), None, None, dA, layer.outer_slope(low, dy), None
+        return dg, du, None, None, dA, layer.outer_slope(low, dy), None
 
 
 class _Rotated(torch.autograd.Function):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from loradeploy.lora.layers.low_rank import LowRankLayer
 from loradeploy.lora.quiet import quiet
 from loradeploy.train.data.packing import (
     PACKED,
@@ -93,9 +94,10 @@ def shorten(model: PreTrainedModel) -> bool:
     _LAST[model] = layer.forward = _LastLayer(layer)
     with quiet(), suppress(Exception):  # any exception means that the model does not support it
         examples = trial_examples(model)
-        expected = packed_logits(model, examples)[:, _TRIED]
-        with output_at(model, torch.tensor(_TRIED)):
-            found = packed_logits(model, examples)
+        with _training(model):
+            expected = packed_logits(model, examples)[:, _TRIED]
+            with output_at(model, torch.tensor(_TRIED)):
+                found = packed_logits(model, examples)
         if found.shape == expected.shape and same_logits(model, found, expected):
             return True
     del _LAST[model], layer.forward
@@ -120,11 +122,26 @@ def output_at(model: nn.Module, positions: Tensor) -> Iterator[None]:
         last.at = None
 
 
+@contextmanager
+def _training(model: PreTrainedModel) -> Iterator[None]:
+    """Inside the context, `model` is as in training, but without the adapter's dropout.
+
+    A dropout of the model makes any two of its outputs differ, so that a trial shows it: one
+    between the parts of a layer, such as StableLM's, would be skipped.
+    """
+    training = model.training
+    model.train()
+    for module in model.modules():
+        if isinstance(module, LowRankLayer):
+            module.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 def _is_layer(module: nn.Module) -> bool:
     parts = [getattr(module, name, None) for name in _PARTS]
     if "forward" in vars(module) or not all(isinstance(part, nn.Module) for part in parts):
-        return False
-    # The trial is without dropout, so it would not show one between the parts (StableLM).
-    if any(isinstance(child, nn.Dropout) and child.p > 0 for child in module.children()):
         return False
     return isinstance(cast(Any, parts[1]).forward, Attention)

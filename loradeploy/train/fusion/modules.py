@@ -20,7 +20,7 @@ from loradeploy.train.fusion.elementwise import rms_norm
 from loradeploy.train.fusion.layers import of_gated, outputs
 
 # Of the trial's inputs: at small ones an epsilon shows, at large ones a limit of the activation.
-_SCALES: Final = (1e-3, 1.0, 30.0)
+_SCALES: Final = (1e-3, 1.0, 30.0, 1e4)
 _ROWS: Final = 3
 # Relative to the largest output. The two differ only by rounding.
 _SAME: Final = 1e-5

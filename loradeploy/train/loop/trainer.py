@@ -102,6 +102,16 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         loss = loss * self.accelerator.num_processes
         return (loss, {"loss": loss}) if return_outputs else loss
 
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        # Trainer does not count labels of -100, which a regression may have as a number.
+        counted = [
+            {**batch, "labels": torch.zeros_like(labels)}
+            if torch.is_floating_point(labels := batch["labels"])
+            else batch
+            for batch in batch_samples
+        ]
+        return super()._get_num_items_in_batch(counted, device)
+
     @torch.no_grad()
     def mean_loss(self, examples: Sequence[dict[str, Any]]) -> tuple[float, float]:
         """The mean loss over all labels of `examples`, and the accuracy.

@@ -57,7 +57,8 @@ def causal_lm_loss(model: nn.Module, inputs: Mapping[str, Tensor]) -> BatchLoss:
         shortened = output_at(extract_model_from_parallel(model), positions)
         with _loss_in(head, labels) as found, shortened:
             logits = model(**feeds, use_cache=False).logits
-        if found and logits is found[0].logits:
+        # An operation in place returns this tensor, too, but with another version.
+        if found and logits is found[0].logits and not logits._version:
             return found[0].loss
         _SHAPED.add(model)
     return _loss_of_logits(model, feeds, labels)

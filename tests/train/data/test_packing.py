@@ -21,6 +21,7 @@ from transformers import (
     OPTConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    Qwen2MoeConfig,
     Qwen3Config,
 )
 
@@ -38,7 +39,7 @@ WIDE = {**SMALL, "intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 
 
 PACKING: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**WIDE),
-    "mistral-window-of-4": MistralConfig(**WIDE, sliding_window=4),
+    "mistral-window-of-10": MistralConfig(**WIDE, sliding_window=10),
     "gemma3-window-of-4": Gemma3TextConfig(**WIDE, sliding_window=4, eos_token_id=1),
     "qwen3": Qwen3Config(**WIDE),
     "gpt2": GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=99, eos_token_id=1),
@@ -48,6 +49,10 @@ PACKING: dict[str, PreTrainedConfig] = {
 NOT_PACKING: dict[str, PreTrainedConfig] = {
     "gemma2-soft-capped": Gemma2Config(**WIDE, eos_token_id=1),
     "bloom-position-biases": BloomConfig(n_layer=2, hidden_size=32, n_head=4, vocab_size=99),
+    # Longer than the examples of the trial.
+    "qwen2-moe-window-of-masks-only": Qwen2MoeConfig(
+        **WIDE, sliding_window=10, use_sliding_window=True, layer_types=["sliding_attention"] * 2
+    ),
     "mamba-recurrent": MambaConfig(num_hidden_layers=2, hidden_size=32, vocab_size=99),
 }
 

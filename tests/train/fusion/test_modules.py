@@ -16,6 +16,7 @@ from transformers import (
     Mamba2Config,
     MistralConfig,
     NemotronConfig,
+    OlmoConfig,
     PreTrainedConfig,
     Qwen3Config,
 )
@@ -40,6 +41,10 @@ FUSED: dict[str, tuple[PreTrainedConfig, int]] = {
     "qwen3-norms-of-heads": (Qwen3Config(**WIDE), 9 + 2 + 0),
     "mistral-window": (MistralConfig(**WIDE, sliding_window=3), 5 + 2 + 2),
     "gemma3-weights-from-1-and-gelu": (Gemma3TextConfig(**WIDE, eos_token_id=1), 13 + 0 + 0),
+    "olmo-clamps-projections-in-place": (
+        OlmoConfig(**WIDE, clip_qkv=0.2, eos_token_id=1),
+        0 + 2 + 0,
+    ),
     # With one pair of each head rotated, which would be broadcast to the whole head.
     "nemotron-rotates-a-part": (
         NemotronConfig(
@@ -127,7 +132,9 @@ class Attending(LlamaAttention):
             y, weights = super().forward(hidden_states, **options)
             return y * torch.sigmoid(hidden_states), weights
         if self.detail == "clamped":
-            hidden_states = hidden_states.clamp(max=7.0)
+            hidden_states = hidden_states.clamp(max=700.0)
+        if self.detail == "option by length":
+            options["window"] = 2 if hidden_states.shape[1] > 3 else None
         return super().forward(hidden_states, **options)
 
 
@@ -151,7 +158,7 @@ def test_an_option_that_the_attention_takes_by_name_is_its_own() -> None:
     torch.testing.assert_close(fused(x, **given)[0], plain, atol=tolerance("same-torch"), rtol=1e-4)
 
 
-@pytest.mark.parametrize("detail", ["gate", "clamped", "dropout"])
+@pytest.mark.parametrize("detail", ["gate", "clamped", "dropout", "option by length"])
 def test_an_attention_that_computes_something_else_is_not_fused(detail: str) -> None:
     torch.manual_seed(0)
     plain = Attending("")
@@ -189,7 +196,7 @@ class Gated(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
         if self.detail == "clamped":
-            gate = gate.clamp(max=7.0)
+            gate = gate.clamp(max=700.0)
         act = nn.functional.gelu if self.detail == "gelu" else nn.functional.silu
         return self.down_proj(act(gate) * up)
 

@@ -190,9 +190,19 @@ class Flattening(torch.nn.Module):
         return SimpleNamespace(logits=logits.view(*input_ids.shape, -1))
 
 
-def test_a_head_with_flattened_inputs_gives_the_loss_of_its_logits() -> None:
+class ScalingInPlace(Flattening):
+    """A model that changes its logits in place, after the head."""
+
+    def forward(self, input_ids: torch.Tensor, **options: Any) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.head(self.embed(input_ids)).mul_(3))
+
+
+@pytest.mark.parametrize("kind", [Flattening, ScalingInPlace])
+def test_a_model_with_other_logits_than_those_of_the_head_gets_their_loss(
+    kind: type[torch.nn.Module],
+) -> None:
     torch.manual_seed(0)
-    model = Flattening()
+    model = kind()
     ids = torch.randint(0, 9, (2, 5))
     labels = ids.clone()
     labels[0, :3] = -100

@@ -88,6 +88,16 @@ def test_the_loss_of_a_classifier_is_that_of_transformers(problem: str, tiny_ber
     assert float(ours.total / ours.items) == pytest.approx(float(theirs), abs=1e-6)
 
 
+def test_every_number_of_a_regression_counts(tiny_bert: Path, tmp_path: Path, quick: Quick) -> None:
+    """Also -100, which marks ignored labels elsewhere."""
+    rows = [{"text": f"text {n}", "label": label} for n, label in enumerate([-100.0, 0.0, 50.0])]
+    settings = {"task": "sequence-classification", "problem_type": "regression", "max_steps": 1}
+    data = write_lines(tmp_path / "data.jsonl", rows)
+    result = quick(tiny_bert, data, tmp_path / "adapter", **settings)
+    _, row = (tmp_path / "adapter" / "loss.csv").read_text().splitlines()
+    assert float(row.split(",")[1]) == pytest.approx(result.loss_before, rel=0.1)
+
+
 def test_the_first_token_of_a_word_has_its_tag(tiny_bert: Path) -> None:
 
     from loradeploy.train.data.examples import TaggedWords
