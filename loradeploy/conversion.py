@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loradeploy.bundle.names import NATIVE_SUFFIX
-from loradeploy.errors import UsageError
+from loradeploy.errors import AdapterError, UsageError
 from loradeploy.files import check_keeps_inputs, check_replaceable_file
 from loradeploy.paths import takes_paths
 
 if TYPE_CHECKING:
     from loradeploy.adapter import Adapter
     from loradeploy.adapter.algebra.reduce import RankReport
+    from loradeploy.adapter.readers.table import Arrays
 
 StrPath = str | os.PathLike[str]
 
@@ -40,14 +41,14 @@ def convert(
 ) -> Conversion:
     """Convert the adapter at `adapter` in one of four ways, and write it to `output`.
 
-    An adapter of another library (mlx-lm, torchtune, litgpt, llama.cpp, AdapterHub, a text
+    An adapter of another library (mlx-lm, torchtune, litgpt, llama.cpp, AdapterHub, Olive, a text
     encoder's of kohya or diffusers, a task's of jina-embeddings-v3, a state_dict() with adapters)
     is recognized by its content and converted to a PEFT directory, without further arguments where
     its files suffice.
 
     Args:
         adapter: a PEFT directory, another library's directory or .safetensors or .gguf file, or
-            an .onnx_adapter file if `bundle` is given.
+            an .onnx_adapter file, if `bundle` is given or Olive wrote it.
         output: a PEFT directory, or an .onnx_adapter file if `bundle` is given.
         bundle: convert between both formats, for the graph of this bundle. The factors in an
             .onnx_adapter file include the scaling; a PEFT directory converted from one has alpha
@@ -67,15 +68,19 @@ def convert(
         AdapterError: the adapter cannot be read, or (AdapterMismatchError) does not fit the bundle.
         BundleError, ModelError: the bundle or the model cannot be read.
     """
+    from loradeploy.adapter.files.formats import other_file
     from loradeploy.adapter.readers.table import other_form
 
-    other = bundle is None and rank is None and other_form(adapter) is not None
+    theirs = None if bundle is not None else _arrays_of(Path(adapter))
+    other = bundle is None and rank is None and other_form(adapter, theirs) is not None
     given = 3 - [bundle, rank, model].count(None)
     if not other and given != 1:
         if given:
             raise UsageError("give only one of `bundle`, `rank` and `model`")
         if not Path(adapter).exists():
             raise UsageError(f"{adapter} does not exist: give an adapter")
+        if Path(adapter).is_file() and (found := other_file(Path(adapter))) is not None:
+            raise AdapterError(f"{adapter} {found}")
         raise UsageError(
             f"give one of `bundle`, `rank` and `model`: {adapter} is not recognized as another"
             " library's adapter"
@@ -90,7 +95,7 @@ def convert(
     if rank is not None:
         return _of_lower_rank(adapter, rank, Path(output))
     if other:
-        return Conversion(_of_another_library(adapter, Path(output), model, name))
+        return Conversion(_of_another_library(adapter, Path(output), model, name, theirs))
     return Conversion(_of_unchanged_base(adapter, str(model), Path(output), trust_remote_code))
 
 
@@ -123,15 +128,23 @@ def _between_forms(adapter: Path, bundle: Path, output: Path) -> Adapter:
     return converted
 
 
+def _arrays_of(adapter: Path) -> Arrays | None:
+    """The tensors of an .onnx_adapter file; None for other files and directories."""
+    from loradeploy.bundle.adapter_inputs.native import read_onnx_adapter
+
+    is_native = adapter.suffix == NATIVE_SUFFIX and adapter.is_file()
+    return read_onnx_adapter(adapter) if is_native else None
+
+
 def _of_another_library(
-    adapter: StrPath, output: Path, model: StrPath | None, name: str | None
+    adapter: StrPath, output: Path, model: StrPath | None, name: str | None, arrays: Arrays | None
 ) -> Adapter:
     from loradeploy.adapter.readers.source import Base
     from loradeploy.adapter.readers.table import read_other
     from loradeploy.lora.base.checkpoint import find_checkpoint
 
     base = None if model is None else Base(find_checkpoint(model))
-    converted = read_other(adapter, name=name, base=base)
+    converted = read_other(adapter, name=name, base=base, arrays=arrays)
     _save(converted, output)
     return converted
 

@@ -48,9 +48,10 @@ def command(adapter: str, output: str, as_json: bool, **options: Any) -> None:
     """Convert ADAPTER in one of four ways.
 
     Without options, from another library's format to a PEFT directory. The format is detected from
-    the content: mlx-lm, AdapterHub, torchtune, litgpt and llama.cpp (the last three need --model),
-    text encoder adapters of kohya (needs --model) and diffusers, the tasks of jina-embeddings-v3
-    (--name), and a state_dict() with adapter names in its keys (--name, if there are several).
+    the content: mlx-lm, AdapterHub, Olive (.onnx_adapter too), torchtune, litgpt and llama.cpp (the
+    last three need --model), text encoder adapters of kohya (needs --model) and diffusers, the
+    tasks of jina-embeddings-v3 (--name), and a state_dict() with adapter names in its keys (--name,
+    if there are several).
 
     With --bundle, from a PEFT directory to a file for ONNX Runtime's LoraAdapter, or back. The
     factors in an .onnx_adapter file include the scaling; a PEFT directory converted from one has

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnxruntime
 import pytest
 
 from loradeploy.adapter import load_adapter
@@ -126,6 +127,26 @@ def mlx_dora() -> Case:
     config = {"fine_tune_type": "dora", "lora_parameters": settings}
     wrong = {module: plus(3 * (a @ b).T)}
     return Case("llama", tensors, {module: scaled(m)}, wrong, config)
+
+
+def olive() -> Case:
+    """y = W x + (x A) B, with PEFT's names; B includes the scaling."""
+    case = mlx()
+    renamed = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
+    tensors = {}
+    for key, values in case.tensors.items():
+        module, _, half = key.rpartition(".")
+        tensors[f"{module}.{renamed[half]}"] = values
+    return Case("llama", tensors, case.wrong, case.right, file="adapter.safetensors")
+
+
+def olive_int4() -> Arrays:
+    parts = {"quant.weight": np.uint8, "quant.scale": np.float32}
+    return {
+        key.replace("weight", part): values.astype(dtype)
+        for key, values in olive().tensors.items()
+        for part, dtype in parts.items()
+    }
 
 
 def tune_order(heads: int, size: int) -> np.ndarray:
@@ -400,6 +421,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "AdapterHub": adapter_hub,
     "AdapterHub, fused projection": adapter_hub_fused,
     "jina-embeddings-v3": jina,
+    "Olive": olive,
+    "Olive, .onnx_adapter": lambda: change(olive(), file="a.onnx_adapter"),
     "kohya": kohya,
     "kohya, alpha in the header too": kohya_header,
     "diffusers": diffusers,
@@ -414,6 +437,12 @@ CASES: dict[str, Callable[[], Case]] = {
 
 def written(case: Case, place: Path) -> Path:
     place.mkdir()
+    if case.file.endswith(".onnx_adapter"):
+        content = onnxruntime.AdapterFormat()
+        to_value = onnxruntime.OrtValue.ortvalue_from_numpy
+        content.set_parameters({name: to_value(array) for name, array in case.tensors.items()})
+        content.export_adapter(str(place / case.file))
+        return place / case.file
     write_arrays(place / case.file, case.tensors, case.header)
     if case.config is not None:
         (place / case.config_file).write_text(json.dumps(case.config))
@@ -653,6 +682,14 @@ REFUSED: dict[str, tuple[Callable[[], Case], str]] = {
             | {"base_model.model.model.layers.0.self_attn.q_proj.lora_E.sport": random(4, 1)},
         ),
         "its peft_type is ADALORA",
+    ),
+    "Olive's int4": (
+        lambda: change(olive(), tensors=olive_int4(), file="a.onnx_adapter"),
+        "quant.weight is uint8, .*give the PEFT directory that it was converted from",
+    ),
+    "another .onnx_adapter without its bundle": (
+        lambda: change(olive(), tensors={"q.lora_A": random(8, 4)}, file="a.onnx_adapter"),
+        "an adapter for one ONNX graph: .*--bundle",
     ),
     "a diffusion model": (
         lambda: change(kohya(), options=["--name", "unet"]),

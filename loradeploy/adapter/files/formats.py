@@ -62,9 +62,17 @@ NAMED: Final = Form(
     "has the names of adapters in its keys, as a model's state_dict() does: convert one with"
     " loradeploy convert ADAPTER --name NAME --output DIR"
 )
+OLIVE: Final = Form(
+    "is an adapter that Olive converted (PEFT's names, transposed factors): give the PEFT directory"
+    f" that it was converted from, or {_CONVERT}"
+)
 GGUF: Final = Form(
     "is a GGUF file of llama.cpp, not an adapter of PEFT: give the PEFT directory that it was"
     " converted from, or convert it with loradeploy convert ADAPTER --model BASE --output DIR"
+)
+_NATIVE: Final = (
+    "is an adapter for one ONNX graph: give the PEFT directory that it was made from, or convert it"
+    " to one with loradeploy convert (--bundle BUNDLE if loradeploy wrote it)"
 )
 _WHOLE: Final = "is not an adapter but a complete model: export it as `model`"
 _NO_CONFIG: Final = (
@@ -99,11 +107,11 @@ _NEMO: Final = (
 )
 # Names of pickles of other libraries, and what they are.
 _PICKLED: Final = {"lit_model.pth.lora": _LITGPT_PICKLE, "*.nemo": _NEMO}
-# The ends of names of scales and other parts of quantized weights, of compressed-tensors, FP8, GPTQ
-# and bitsandbytes.
+# The ends of names of scales and other parts of quantized weights, of compressed-tensors, FP8,
+# GPTQ, Olive and bitsandbytes.
 _QUANTIZED: Final = re.compile(
     r".*\.lora_(?:embedding_)?[AB]\.(?:\w*scales?(?:_inv|_2)?|qweight|qzeros|weight_packed"
-    r"|weight\.(?:absmax|quant_map|nested_\w+|quant_state\..*))"
+    r"|quant\.\w+|weight\.(?:absmax|quant_map|nested_\w+|quant_state\..*))"
 )
 # Beginnings of the names of tensors of PEFT's other methods, by peft_type.
 _OTHER_METHODS: Final = {
@@ -128,7 +136,9 @@ _OTHER_METHODS: Final = {
     "waveft_": "WAVEFT",
 }
 _OTHER_PART: Final = re.compile(rf".*\.({'|'.join(_OTHER_METHODS)})[^.]*(?:\.[^.]+)?")
-_NAMED: Final = re.compile(r"\.lora_(?:embedding_)?[AB]\.(?!weight$|bias$)(?P<name>[^.]+)(\.|$)")
+_NAMED: Final = re.compile(
+    r"\.lora_(?:embedding_)?[AB]\.(?!weight$|bias$|quant\.)(?P<name>[^.]+)(\.|$)"
+)
 
 # Keys of a LoRA of litgpt.
 _LIT: Final = re.compile(r"(transformer\.h\.\d+\.(attn|mlp)\.\w+|lm_head)\.lora_[AB]")
@@ -222,7 +232,23 @@ def form_of_tensors(shapes: Mapping[str, tuple[int, ...]]) -> Form | None:
         return DIFFUSERS
     if any(_NAMED.search(key) for key in shapes):
         return NAMED
-    return None
+    return OLIVE if _is_transposed(shapes) else None
+
+
+def _is_transposed(shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether factors with PEFT's names are [in, rank] and [rank, out].
+
+    Square products fit PEFT's layout too, with a rank above the number of inputs.
+    """
+    ends = ".lora_A.weight", ".lora_B.weight"
+    pairs = [
+        (shape, shapes.get(key.removesuffix(ends[0]) + ends[1], ()))
+        for key, shape in shapes.items()
+        if key.endswith(ends[0])
+    ]
+    return bool(pairs) and all(
+        len(a) == len(b) == 2 and a[1] == b[0] and a[0] > a[1] for a, b in pairs
+    )
 
 
 def _is_pair(key: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
@@ -364,6 +390,8 @@ def other_file(file: Path) -> str | None:
     with contextlib.suppress(OSError, AdapterError), open_file(file, error=AdapterError) as opened:
         if opened.read(4) == b"GGUF":
             return GGUF.message
+    if file.suffix == ".onnx_adapter":
+        return _NATIVE
     if file.suffix != _TENSORS:
         return None
     shapes = _shapes_in(file)

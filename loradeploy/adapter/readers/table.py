@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.adapter.adapter import Adapter
 from loradeploy.adapter.files.formats import (
@@ -18,6 +18,7 @@ from loradeploy.adapter.files.formats import (
     MLX,
     MLX_VISION,
     NAMED,
+    OLIVE,
     TORCHTUNE,
     Form,
     form_of,
@@ -33,6 +34,7 @@ from loradeploy.adapter.readers import (
     llama_cpp,
     mlx,
     named,
+    olive,
     torchtune,
 )
 from loradeploy.adapter.readers.header import check_header
@@ -40,6 +42,11 @@ from loradeploy.adapter.readers.source import Base, Source
 from loradeploy.errors import AdapterError, LoraDeployError, UsageError, listed_names
 from loradeploy.files import read_json
 from loradeploy.names import ADAPTER_CONFIG_NAME, MODEL_CONFIG_NAME
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Arrays = Mapping[str, "NDArray[Any]"]
 
 READERS: Final[Mapping[Form, Callable[[Source], Adapter]]] = {
     ADAPTER_HUB: adapterhub.read,
@@ -51,6 +58,7 @@ READERS: Final[Mapping[Form, Callable[[Source], Adapter]]] = {
     MLX: mlx.read,
     MLX_VISION: mlx.read_vision,
     NAMED: named.read,
+    OLIVE: olive.read,
     TORCHTUNE: torchtune.read,
 }
 
@@ -64,24 +72,34 @@ _FILES: Final = (
 )
 
 
-def other_form(path: str | os.PathLike[str]) -> Form | None:
-    """The form of the adapter at `path` if the table has a reader for it, else None."""
+def other_form(path: str | os.PathLike[str], arrays: Arrays | None = None) -> Form | None:
+    """The form of the adapter at `path` if the table has a reader for it, else None.
+
+    `arrays`: the tensors in `path`, if it is a file of another kind than those that are read here.
+    """
     place = Path(path)
-    if _is_gguf(place):
+    if arrays is None and _is_gguf(place):
         return GGUF  # what it contains, and which of several, is checked when it is read
     try:
-        source = _open(place)
+        source = _open(place, arrays)
     except LoraDeployError:
         return None
     form = None if source is None else _form(source)
     return form if form in READERS else None
 
 
-def read_other(path: str | os.PathLike[str], *, name: str | None, base: Base | None) -> Adapter:
+def read_other(
+    path: str | os.PathLike[str],
+    *,
+    name: str | None,
+    base: Base | None,
+    arrays: Arrays | None = None,
+) -> Adapter:
     """The adapter of another library at `path`, a directory or a .safetensors or .gguf file.
 
     Args:
         path: the file or directory that the library wrote.
+        arrays: the tensors in `path`, as for `other_form`.
         name: the name of the adapter to read, if the file has several.
         base: the base model, for the forms that need it.
 
@@ -92,7 +110,7 @@ def read_other(path: str | os.PathLike[str], *, name: str | None, base: Base | N
             are missing; the message names the cause.
         ModelError: the base cannot be read, or its architecture is not supported for the form.
     """
-    source = _open(Path(path), name=name, base=base)
+    source = _open(Path(path), arrays, name=name, base=base)
     form = None if source is None else _form(source)
     if source is None or form is None or form not in READERS:
         raise AdapterError(f"{path} is not an adapter of a library that can be converted")
@@ -119,14 +137,14 @@ def _form(source: Source) -> Form | None:
     return GGUF if source.file.suffix == SUFFIX else form_of(source.config, source.shapes)
 
 
-def _open(path: Path, **given: Any) -> Source | None:
+def _open(path: Path, arrays: Arrays | None, **given: Any) -> Source | None:
     """The adapter's tensors and settings; None if `path` has neither safetensors nor GGUF."""
+    if arrays is not None:
+        return _of_arrays(path, arrays, None, given)
     directory = path if path.is_dir() else path.parent
     file = _weights(path) if path.is_dir() else path
     if file is not None and file.suffix == SUFFIX and file.is_file():
-        arrays, values = read_gguf(file)
-        shapes = {name: array.shape for name, array in arrays.items()}
-        return Source(file, shapes, values, given.get("name"), given.get("base"), _read=arrays)
+        return _of_arrays(file, *read_gguf(file), given)
     if file is None or file.suffix != ".safetensors" or not file.is_file():
         return None
     tensors, header = map_tensors(file, error=AdapterError)
@@ -140,6 +158,14 @@ def _open(path: Path, **given: Any) -> Source | None:
         None,
     )
     return Source(file, shapes, config, given.get("name"), given.get("base"), header)
+
+
+def _of_arrays(
+    file: Path, arrays: Arrays, config: Mapping[str, Any] | None, given: Mapping[str, Any]
+) -> Source:
+    shapes = {name: values.shape for name, values in arrays.items()}
+    read = dict(arrays)
+    return Source(file, shapes, config, given.get("name"), given.get("base"), _read=read)
 
 
 def _weights(directory: Path) -> Path | None:

@@ -10,6 +10,7 @@ import numpy as np
 from loradeploy.adapter.adapter import Adapter, Factors
 from loradeploy.adapter.algebra.experts import with_targets
 from loradeploy.adapter.config import AdapterConfig
+from loradeploy.adapter.files.formats import OLIVE, form_of_tensors
 from loradeploy.adapter.fitting.fit import refuse
 from loradeploy.adapter.fitting.vocabulary import with_factors_for
 from loradeploy.adapter.heads import UNDECLARED
@@ -91,6 +92,8 @@ def branch_choice(manifest: Manifest) -> dict[str, NDArray[np.int64]]:
 
 def check_side_inputs(arrays: Mapping[str, NDArray[Any]], manifest: Manifest) -> None:
     """Raise AdapterMismatchError unless `arrays` are one slot of the bundle's side inputs."""
+    if form_of_tensors({name: values.shape for name, values in arrays.items()}) is OLIVE:
+        raise AdapterMismatchError(f"it {OLIVE.message}")
     expected = {spec.name: spec for spec in manifest.side_inputs() if ADAPTERS in spec.shape}
     problems = []
     for target in manifest.targets:

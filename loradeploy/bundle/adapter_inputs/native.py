@@ -106,7 +106,12 @@ def read_onnx_adapter(file: str | os.PathLike[str]) -> Mapping[str, NDArray[Any]
     except (RuntimeError, ValueError):  # its text is a C++ source line; or a name is not UTF-8
         raise AdapterError(f"{path} is truncated or not an .onnx_adapter file") from None
     arrays.pop(ADAPTER_MODE, None)  # selects a branch of the graph that the file was written for
+    if quantized := next((name for name, v in arrays.items() if v.dtype.kind != "f"), None):
+        raise AdapterError(
+            f"{path}: {quantized} is {arrays[quantized].dtype}, and only floating point is read:"
+            " give the PEFT directory that it was converted from"
+        )
     for name, values in arrays.items():
-        if values.dtype.kind != "f" or not np.isfinite(values).all():
+        if not np.isfinite(values).all():
             raise AdapterError(f"{path}: {name} has values that are not finite numbers")
     return arrays
