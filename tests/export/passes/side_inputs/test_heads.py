@@ -94,7 +94,6 @@ def test_the_layers_of_a_two_layer_head_are_distinguished(
 
 
 @pytest.mark.breadth(3)
-@pytest.mark.breadth(2)
 @pytest.mark.parametrize("config_class", ["LlamaConfig", "GPT2Config"])
 @pytest.mark.parametrize("defined_by", ["tokenizer", "nothing"])
 def test_a_classifier_on_a_decoder_pads_as_in_training_if_the_config_has_no_pad_token(
