@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any, Final, Literal, TypeGuard, TypeVar, get_args
+from functools import cache
+from types import MappingProxyType, NoneType
+from typing import Any, Final, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from loradeploy.adapter.adapter import Kind
 from loradeploy.bundle.names import MANIFEST_NAME
 from loradeploy.errors import BundleError, shortened, shown
 
@@ -16,83 +16,85 @@ LARGEST: Final = 2**31 - 1
 
 Mode = Literal["side-inputs", "merged"]
 BaseKind = Literal["checkpoint", "onnx"]
-Noun = TypeVar("Noun")
-
-# The annotations are strings (PEP 563); each names one of these checks.
-_CHECKS: Final[Mapping[str, Any]] = {
-    "str": lambda v: isinstance(v, str),
-    "str | None": lambda v: v is None or isinstance(v, str),
-    "int": lambda v: _is_integer(v),
-    "float": lambda v: isinstance(v, int | float) and not isinstance(v, bool),
-    "bool": lambda v: isinstance(v, bool),
-    "tuple[int | str, ...]": lambda v: (
-        isinstance(v, tuple) and all(isinstance(d, str) or _is_size(d) for d in v)
-    ),
-    "tuple[int, ...]": lambda v: isinstance(v, tuple) and all(_is_size(d) for d in v),
-    "tuple[str, ...]": lambda v: _all(v, str),
-    "tuple[str, ...] | None": lambda v: v is None or _all(v, str),
-    "tuple[int, int] | None": lambda v: (
-        v is None or (isinstance(v, tuple) and len(v) == 2 and all(_is_size(d) for d in v))
-    ),
-    "Mapping[str, Any]": lambda v: isinstance(v, Mapping),
-    "Mode": lambda v: v in get_args(Mode),
-    "BaseKind": lambda v: v in get_args(BaseKind),
-    "Kind": lambda v: v in get_args(Kind),
-}
+Record = TypeVar("Record")
 
 
-def _is_integer(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
+def record(kind: type[Record], value: object, where: str = "") -> Record:
+    """The dataclass `kind` in a JSON object; `where` is its name in the file.
 
+    Fields may be other such dataclasses, tuples of them, or mappings of names to them.
 
-def _is_size(value: object) -> bool:
-    return _is_integer(value) and 0 <= value <= LARGEST
-
-
-def _all(value: object, kind: Any) -> bool:
-    return isinstance(value, tuple) and all(isinstance(item, kind) for item in value)
-
-
-def json_object(value: object, where: str) -> Mapping[str, Any]:
-    """`value`, which must be an object; `where` is its name in the file."""
-    if not isinstance(value, Mapping):
-        raise BundleError(f"{MANIFEST_NAME}: {where} is not an object")
-    return value
-
-
-def nouns(kind: type[Noun], value: object, where: str) -> tuple[Noun, ...]:
-    """Build one dataclass `kind` from each object of a JSON list."""
-    if not isinstance(value, list):
-        raise BundleError(f"{MANIFEST_NAME}: {where} is not a list")
-    return tuple(noun(kind, item, f"{where}[{index}]") for index, item in enumerate(value))
-
-
-def digests(value: object, where: str) -> Mapping[str, str]:
-    """An object of digests by name."""
-    found = json_object(value, where)
-    if not all(isinstance(digest, str) for digest in found.values()):
-        raise BundleError(f"{MANIFEST_NAME}: {where} is not an object of digests")
-    return MappingProxyType(dict(found))
-
-
-def noun(kind: type[Noun], value: object, where: str) -> Noun:
-    """Build the dataclass `kind` from a JSON object; checks each field against its annotation."""
-    values = dict(json_object(value, where or "the file"))
+    Raises:
+        BundleError: a field is missing, unknown or of another type than its annotation.
+    """
+    values = dict(_object(value, where or "the file"))
     label = f"{where}." if where else ""
+    types = _types(kind)  # type: ignore[arg-type]
     known = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     for name in values:
         if name not in known:
             raise BundleError(f"{MANIFEST_NAME}: the field {label}{shortened(name)} is unknown")
     for name, f in known.items():
-        if name not in values:
-            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-                raise BundleError(f"{MANIFEST_NAME}: the field {label}{name} is missing")
-            continue
-        if isinstance(values[name], list):
-            values[name] = tuple(values[name])
-        check = _CHECKS.get(str(f.type))
-        if check is not None and not check(values[name]):
-            raise BundleError(
-                f"{MANIFEST_NAME}: {label}{name} is {shown(values[name])}, expected {f.type}"
-            )
+        if name in values:
+            values[name] = _field(types[name], values[name], f"{label}{name}", str(f.type))
+        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise BundleError(f"{MANIFEST_NAME}: the field {label}{name} is missing")
     return kind(**values)
+
+
+@cache
+def _types(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _field(kind: Any, value: object, where: str, expected: str) -> Any:
+    """The value of a field of the type `kind`, which is written as `expected`."""
+    parts = get_args(kind) or (kind,)
+    inner: Any = next(filter(dataclasses.is_dataclass, parts), None)
+    if inner is None and kind != Mapping[str, str]:
+        read = tuple(value) if isinstance(value, list) else value
+        if not _is(kind, read):
+            raise BundleError(f"{MANIFEST_NAME}: {where} is {shown(read)}, expected {expected}")
+        return read
+    if value is None and NoneType in parts:
+        return None
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list):
+            raise BundleError(f"{MANIFEST_NAME}: {where} is not a list")
+        return tuple(record(inner, item, f"{where}[{index}]") for index, item in enumerate(value))
+    if get_origin(kind) is not Mapping:
+        return record(inner, value, where)
+    named = _object(value, where)
+    if inner is not None:
+        return MappingProxyType({n: record(inner, v, f"{where}.{n}") for n, v in named.items()})
+    if not all(isinstance(item, str) for item in named.values()):
+        raise BundleError(f"{MANIFEST_NAME}: {where} is not an object of digests")
+    return MappingProxyType(dict(named))
+
+
+def _is(kind: Any, value: object) -> bool:
+    """Whether a value is of the type `kind`. Numbers in tuples are sizes."""
+    parts = get_args(kind)
+    if get_origin(kind) is Literal:
+        return value in parts
+    if get_origin(kind) is Mapping:
+        return isinstance(value, Mapping)
+    if get_origin(kind) is tuple:
+        if not isinstance(value, tuple):
+            return False
+        kinds = parts[:1] * len(value) if parts[-1] is Ellipsis else parts
+        return len(kinds) == len(value) and all(
+            _is(part, item) and (isinstance(item, str) or 0 <= item <= LARGEST)
+            for part, item in zip(kinds, value, strict=True)
+        )
+    if parts:  # a union
+        return any(_is(part, value) for part in parts)
+    if kind in (int, float) and isinstance(value, bool):
+        return False
+    return isinstance(value, int | float if kind is float else kind)
+
+
+def _object(value: object, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise BundleError(f"{MANIFEST_NAME}: {where} is not an object")
+    return value

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from loradeploy.adapter.modules.renamings import Submodel
 from loradeploy.bundle.consistency import check_consistency
-from loradeploy.bundle.fields import BaseKind, Mode, digests, json_object, noun, nouns
+from loradeploy.bundle.fields import BaseKind, Mode, record
 from loradeploy.bundle.names import (
     ADAPTER_IDS,
     ADAPTER_MODE,
@@ -313,40 +311,7 @@ class Manifest:
         if "operators" not in rest and isinstance(rest.get("operator"), bool):
             # Earlier versions had one operator.
             rest["operators"] = [LORA_ADD_OPERATOR] if rest.pop("operator") else []
-        nested: dict[str, Any] = {
-            "base": lambda value: noun(BaseIdentity, value, "base"),
-            "inputs": lambda value: nouns(TensorSpec, value, "inputs"),
-            "outputs": lambda value: nouns(TensorSpec, value, "outputs"),
-            "embeds": lambda value: nouns(TensorSpec, value, "embeds"),
-            "targets": lambda value: _lora_targets(value),
-            "changed": lambda value: nouns(OutputTarget, value, "changed"),
-            "saved": lambda value: nouns(SavedTarget, value, "saved"),
-            "adapters": lambda value: MappingProxyType(
-                {
-                    name: _adapter_entry(entry, f"adapters.{name}")
-                    for name, entry in json_object(value, "adapters").items()
-                }
-            ),
-            "submodels": lambda value: nouns(Submodel, value, "submodels"),
-            "own_weights": lambda value: digests(value, "own_weights"),
-            "merge_error": lambda value: (
-                None if value is None else noun(MergeError, value, "merge_error")
-            ),
-            "merged_adapter": lambda value: (
-                None if value is None else _adapter_entry(value, "merged_adapter")
-            ),
-            "sentence": lambda value: digests(value, "sentence"),
-            "added_tokens": lambda value: (
-                None if value is None else noun(AddedTokens, value, "added_tokens")
-            ),
-            "encoder": lambda value: (
-                None if value is None else noun(EncoderGraph, value, "encoder")
-            ),
-        }
-        for name, read in nested.items():
-            if name in rest:
-                rest[name] = read(rest[name])
-        manifest = noun(cls, rest, "")
+        manifest = record(cls, rest)
         check_consistency(manifest)
         return manifest
 
@@ -408,24 +373,3 @@ def own_files(bundle: Path) -> frozenset[str]:
     return frozenset(
         [*(name for name in files if isinstance(name, str)), CERTIFICATE_NAME, SIGNATURE_NAME]
     )
-
-
-def _lora_targets(value: object) -> tuple[LoraTarget, ...]:
-    targets = nouns(LoraTarget, value, "targets")
-    return tuple(
-        target
-        if target.stored is None
-        else dataclasses.replace(
-            target, stored=noun(StoredWeight, target.stored, f"targets[{index}].stored")
-        )
-        for index, target in enumerate(targets)
-    )
-
-
-def _adapter_entry(value: object, where: str) -> AdapterEntry:
-    entry = noun(AdapterEntry, value, where)
-    if entry.text is None:
-        return entry
-    text = noun(AdapterText, entry.text, f"{where}.text")
-    files = digests(text.files, f"{where}.text.files")
-    return dataclasses.replace(entry, text=dataclasses.replace(text, files=files))
