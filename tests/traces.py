@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     Trace = Callable[[Any, str], ir.Model]
 
 _TINY: Final = 2**26  # bytes of parameters
+# Settings that no model computes with: the number of labels is that of the head's rows.
+_UNUSED: Final = ("_name_or_path", "architectures", "id2label", "label2id", "problem_type")
 
 
 def cached(trace: Trace, directory: Path) -> Trace:
@@ -49,7 +51,7 @@ def _save(graph: ir.Model, directory: Path) -> None:
 def _key(model: Any, task: str) -> str:
     import torch
 
-    config = model.config.to_dict() | {"_name_or_path": ""}
+    config = {name: value for name, value in model.config.to_dict().items() if name not in _UNUSED}
     how = (type(model).__qualname__, task, model.training, model.config._attn_implementation)
     digest = hashlib.sha256(json.dumps([how, config], sort_keys=True, default=str).encode())
     first: dict[int, str] = {}

@@ -11,7 +11,6 @@ import numpy as np
 
 import loradeploy as ld
 from tests.inputs import gemma, qwen_vl
-from tests.inputs.edits import edited_json
 from tests.inputs.vision_language import IMAGE, SIDE, make_family, tile_processor
 
 NEW: Final = 6  # generated tokens
@@ -56,9 +55,6 @@ def make(family: str, place: Path) -> None:
         _qwen().save_pretrained(place / "model")
     else:
         make_family(family, place)
-        file = place / "model" / "config.json"
-        with edited_json(file) as config:
-            config["text_config"]["max_position_embeddings"] = 256  # tiles have many tokens
         made = tile_processor() if family == "Idefics3" else _llava()
         made.tokenizer.save_pretrained(place / "model")
         made.image_processor.save_pretrained(place / "model")

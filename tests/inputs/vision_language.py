@@ -22,6 +22,7 @@ TEXT: Final = {
     "model_type": "llama",
     **SMALL,
     "vocab_size": 120,
+    "max_position_embeddings": 256,  # tiles have many tokens
     "initializer_range": 0.3,
 }
 VISION: Final = {

@@ -426,17 +426,24 @@ def test_an_output_has_the_label_of_its_index(
     assert config_labels(config, "it", error=BundleError, outputs=3) == expected
 
 
-def test_a_classifier_uses_the_labels_by_index(tiny_bert: Path, tmp_path: Path) -> None:
-    from transformers import AutoModelForSequenceClassification
+@pytest.fixture
+def base_of_three(tiny_bert: Path, tmp_path: Path) -> Path:
+    """The tiny BERT with a head of its own, of three labels."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+    torch.manual_seed(3)
     model = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=3)
-    model.save_pretrained(tmp_path / "model")
-    for file in tiny_bert.glob("*token*"):
-        shutil.copyfile(file, tmp_path / "model" / file.name)
-    file = tmp_path / "model" / "config.json"
+    model.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def test_a_classifier_uses_the_labels_by_index(base_of_three: Path, tmp_path: Path) -> None:
+    file = base_of_three / "config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps(config | {"id2label": {"0": "a", "2": "b", "5": "c"}}))
-    export(tmp_path / "model", tmp_path / "bundle")
+    export(base_of_three, tmp_path / "bundle")
     (answer,) = TextClassifier(AdapterSession(tmp_path / "bundle"))(TEXTS[0])
     assert [*answer.scores] == ["a", "LABEL_1", "b"]
 
@@ -582,14 +589,9 @@ def test_adapters_with_different_numbers_of_labels_share_a_batch(
 
 
 def test_labels_of_another_number_than_the_outputs_are_refused_everywhere(
-    tiny_bert: Path, bert_adapters: dict[str, Path], tmp_path: Path
+    base_of_three: Path, bert_adapters: dict[str, Path], tmp_path: Path
 ) -> None:
     """The adapter has no head, so its labels can only be those of the base's three outputs."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    base = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=3)
-    base.save_pretrained(tmp_path / "base")
-    AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(tmp_path / "base")
     source = load_adapter(bert_adapters["large"])
     headless = dataclasses.replace(
         source, saved={}, config=dataclasses.replace(source.config, modules_to_save=())
@@ -597,7 +599,7 @@ def test_labels_of_another_number_than_the_outputs_are_refused_everywhere(
     for name, labels in (("two", ("a", "b")), ("three", ("a", "b", "c"))):
         save_adapter(dataclasses.replace(headless, labels=labels), tmp_path / name)
     bundle = tmp_path / "bundle"
-    export(tmp_path / "base", bundle, adapters=[tmp_path / "three"])
+    export(base_of_three, bundle, adapters=[tmp_path / "three"])
     session = AdapterSession(bundle)
     assert list(TextClassifier(session)(TEXTS[0], "three")[0].scores) == ["a", "b", "c"]
     message = r"it names 2 labels \(a, b\), and the graph has 3 outputs: correct the labels"
@@ -605,9 +607,9 @@ def test_labels_of_another_number_than_the_outputs_are_refused_everywhere(
         session.load("two", tmp_path / "two")
     for options in ({}, {"merge": True}):
         with pytest.raises(AdapterMismatchError, match=message):
-            export(tmp_path / "base", tmp_path / "b", adapters=[tmp_path / "two"], **options)
+            export(base_of_three, tmp_path / "b", adapters=[tmp_path / "two"], **options)
     with pytest.raises(AdapterMismatchError, match=f"two: {message}"):
-        ld.parity(bundle, model=tmp_path / "base", adapters=[tmp_path / "two"])
+        ld.parity(bundle, model=base_of_three, adapters=[tmp_path / "two"])
 
 
 def test_a_head_of_another_size_is_refused_by_its_shape_not_by_its_labels(
