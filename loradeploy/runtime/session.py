@@ -25,7 +25,7 @@ from loradeploy.paths import takes_paths
 from loradeploy.runtime.adapters.bank import AdapterBank, BankStatistics
 from loradeploy.runtime.adapters.leases import Lease
 from loradeploy.runtime.adapters.reading import AdapterReader
-from loradeploy.runtime.adapters.resident import Arrays, FittedAdapter
+from loradeploy.runtime.adapters.resident import Arrays, FittedAdapter, SideInputs
 from loradeploy.runtime.adapters.wholes import Wholes
 from loradeploy.runtime.arguments import Adapters, check_adapters, check_flag, check_name
 from loradeploy.runtime.cache import DecoderCache
@@ -146,17 +146,15 @@ class AdapterSession:
             self.wholes,
         )
         self._device = device_of(self._session)
-        defaults = reader.defaults()
-        new_bank = partial(
-            AdapterBank,
+        sides = SideInputs(
             self.manifest,
-            defaults,
+            reader.defaults(),
             self._device,
             feeds_all=opened.feeds_all,
             fixed=capture_graphs,
             ranked=library is not None and self.manifest.takes_ranks,
         )
-        self._bank = new_bank(host_budget=host_budget, device_budget=device_budget)
+        self._bank = AdapterBank(sides, host_budget=host_budget, device_budget=device_budget)
         for name, entry in self.manifest.adapters.items():
             self._bank.register(name, partial(reader.own, name), digest=entry.digest)
         self.texts = TextSides(self._place, self.manifest, self._opened.check)
@@ -167,14 +165,7 @@ class AdapterSession:
         self._replays: Replays | None = None
         self._caches: CachePool | None = None
         if capture_graphs:
-            self._replays = Replays(
-                self._session,
-                self.manifest,
-                defaults,
-                self._device,
-                feeds_all=opened.feeds_all,
-                budget=device_budget,
-            )
+            self._replays = Replays(self._session, sides, device_budget)
             self._caches = CachePool(context_length(config), self._replays.forget)
         self._graphs = open_graphs(
             self.path,
@@ -188,8 +179,8 @@ class AdapterSession:
         started = map(known, self._session.get_providers())
         unlike = [provider for provider in started if not provider.like_cpu]
         if check_device and unlike:
-            bank, self._bank = self._bank, new_bank()
-            self._check_device(unlike[0], config, defaults)
+            bank, self._bank = self._bank, AdapterBank(sides)
+            self._check_device(unlike[0], config, sides.defaults)
             self._bank = bank
 
     def _check_device(

@@ -23,11 +23,11 @@ from loradeploy.runtime.adapters.host_memory import HostMemory, Use
 from loradeploy.runtime.adapters.leases import Lease, Leases
 from loradeploy.runtime.adapters.resident import (
     AdapterSpec,
-    Arrays,
     Entry,
     FittedAdapter,
     Read,
     Resident,
+    SideInputs,
     blend,
     blend_digest,
     blend_head,
@@ -37,7 +37,6 @@ from loradeploy.runtime.memory import return_freed_memory
 
 if TYPE_CHECKING:
     from loradeploy.adapter.heads import Head
-    from loradeploy.bundle.manifest import Manifest
 
 _LARGE: Final = 1 << 22  # bytes of an adapter; for a smaller one, it is not worth the time
 
@@ -64,13 +63,6 @@ class BankStatistics:
 class AdapterBank:
     """The adapters of one session. Thread-safe.
 
-    `defaults`: the base's values of parameters that adapters replace, by side input, [1, …].
-    `device`: where factors are kept, in onnxruntime's terms, and its number.
-    `feeds_all`: whether side inputs that an adapter lacks are bound too, with the base's values and
-    a rank above 0.
-    `fixed`: whether runs copy adapters into their own slots, so that the bank keeps no copies on
-    the device.
-    `ranked`: whether stacks have the ranks of their adapters, which the operator reads.
     `host_budget`: bytes of adapters in host memory; `device_budget`: bytes of their copies on the
     device, which on the CPU are the stacks of mixed batches. None is no limit. Adapters that are in
     use at the same time may exceed the budget temporarily.
@@ -78,13 +70,8 @@ class AdapterBank:
 
     def __init__(
         self,
-        manifest: Manifest,
-        defaults: Arrays,
-        device: tuple[str, int],
+        sides: SideInputs,
         *,
-        feeds_all: bool,
-        fixed: bool,
-        ranked: bool,
         host_budget: int | None = None,
         device_budget: int | None = None,
     ) -> None:
@@ -92,23 +79,13 @@ class AdapterBank:
             host_budget = checked_count("host_budget", host_budget)
         if device_budget is not None:
             device_budget = checked_count("device_budget", device_budget)
-        self._manifest = manifest
-        self._order = {name: position for position, name in enumerate(manifest.factors)}
+        self._manifest = sides.manifest
+        self._order = {name: position for position, name in enumerate(sides.manifest.factors)}
         self._entries: dict[str, Entry] = {}
         self._users: dict[str, list[int]] = {}  # see `HostMemory`
         self._hits = self._misses = 0
         self._changed = threading.Condition()
-        self._leases = Leases(
-            manifest,
-            defaults,
-            device,
-            feeds_all=feeds_all,
-            fixed=fixed,
-            ranked=ranked,
-            budget=device_budget,
-            users=self._users,
-            changed=self._changed,
-        )
+        self._leases = Leases(sides, device_budget, self._users, self._changed)
         self._memory = HostMemory(host_budget, self._entries, self._users, self._leases)
 
     # -- names ---------------------------------------------------------------------------------

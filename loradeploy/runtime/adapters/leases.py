@@ -18,13 +18,12 @@ import onnxruntime
 
 from loradeploy.bundle.names import ROWS
 from loradeploy.runtime.adapters.filling import Filler
-from loradeploy.runtime.adapters.resident import Arrays, Bindable, Resident, used
+from loradeploy.runtime.adapters.resident import Arrays, Bindable, Resident, SideInputs, used
 from loradeploy.runtime.adapters.row_stacks import RowStack, RowStacks
 from loradeploy.runtime.adapters.stacks import HOST, Stacks, bindable, neutral
 
 if TYPE_CHECKING:
     from loradeploy.adapter.heads import Head
-    from loradeploy.bundle.manifest import Manifest
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,28 +51,21 @@ class Lease:
 class Leases:
     """Makes leases, and keeps the copies on the device that they read.
 
-    `defaults`, `device`, `feeds_all`, `fixed`, `ranked`: see `AdapterBank`. `budget`: bytes of the
-    copies and the stacks; None is no limit.
-    `users`: the digests in use, guarded by `changed`, the bank's lock.
+    `budget`: bytes of the copies and the stacks; None is no limit. `users`: the digests in use,
+    guarded by `changed`, the bank's lock.
     """
 
     def __init__(
         self,
-        manifest: Manifest,
-        defaults: Arrays,
-        device: tuple[str, int],
-        *,
-        feeds_all: bool,
-        fixed: bool,
-        ranked: bool,
+        sides: SideInputs,
         budget: int | None,
         users: Mapping[str, object],
         changed: threading.Condition,
     ) -> None:
-        self._manifest = manifest
-        self._device, self._budget, self._fixed = device, budget, fixed
+        self._manifest, self._device, self._fixed = sides.manifest, sides.device, sides.fixed
+        self._budget = budget
         # Without `feeds_all`, the defaults in the graph are the base.
-        base = neutral(manifest, defaults, device) if feeds_all else Bindable({})
+        base = neutral(sides) if sides.feeds_all else Bindable({})
         self._base = base
         self._bound: dict[Resident, Bindable] = {}  # in the order of their last use
         # Without `self`, whose cycle would keep a closed session's graph in memory.
@@ -84,13 +76,11 @@ class Leases:
             assert leases is not None, "the stacks are used by the leases alone"
             return leases._move(resident, arrays, unless_used=unless_used)
 
-        self._stacks = Stacks(
-            manifest, defaults, device, budget, self._base, ranked=ranked, move=move
-        )
+        self._stacks = Stacks(sides, budget, self._base, move)
         self._rows = RowStacks(
-            Filler(manifest, defaults),
-            lambda arrays: bindable(arrays, manifest, device, base),
-            on_host=device[0] == HOST,
+            Filler(sides.manifest, sides.defaults),
+            lambda arrays: bindable(arrays, sides.manifest, sides.device, base),
+            on_host=sides.device[0] == HOST,
             least_rank=1 if self._base.values else 0,
             budget=budget,
         )

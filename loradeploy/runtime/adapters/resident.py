@@ -39,6 +39,27 @@ class FittedAdapter:
     head: Head
 
 
+@dataclass(frozen=True, eq=False)
+class SideInputs:
+    """The side inputs of a session's graph, and how adapters are given to them.
+
+    `defaults`: the base's values of parameters that adapters replace, by side input, [1, …].
+    `device`: where factors are kept, in onnxruntime's terms, and its number.
+    `feeds_all`: whether side inputs that an adapter lacks are bound too, with the base's values and
+    a rank above 0.
+    `fixed`: whether runs copy adapters into their own slots, so that the bank keeps no copies on
+    the device.
+    `ranked`: whether stacks have the ranks of their adapters, which the operator reads.
+    """
+
+    manifest: Manifest
+    defaults: Arrays
+    device: tuple[str, int]
+    feeds_all: bool
+    fixed: bool
+    ranked: bool
+
+
 # Reads an adapter.
 Read = Callable[[], FittedAdapter]
 

@@ -25,7 +25,7 @@ from loradeploy.bundle.adapter_inputs.factors import branch_choice
 from loradeploy.bundle.manifest import RANK
 from loradeploy.runtime.adapters.block import in_one_block
 from loradeploy.runtime.adapters.filling import Filler
-from loradeploy.runtime.adapters.resident import Arrays, Bindable, Resident, used
+from loradeploy.runtime.adapters.resident import Arrays, Bindable, Resident, SideInputs, used
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -78,31 +78,24 @@ class Move(Protocol):
 class Stacks:
     """Makes and caches the stack that mixed batches read. Not thread-safe.
 
-    `defaults`: the base's values of parameters that adapters replace, by side input, [1, …].
-    `device`: where the tensors are, in onnxruntime's terms. `budget`: their maximum size in bytes,
-    unless a single batch needs more.
+    `budget`: the maximum size of the tensors in bytes, unless a single batch needs more.
     `base`: what is bound for the base; if it is not empty, side inputs must not have rank 0.
-    `ranked`: see `AdapterBank`. `move`: see `Move`.
     """
 
     def __init__(
         self,
-        manifest: Manifest,
-        defaults: Arrays,
-        device: tuple[str, int],
+        sides: SideInputs,
         budget: int | None,
         base: Bindable,
-        *,
-        ranked: bool,
         move: Move,
     ) -> None:
-        self._manifest = manifest
-        self._device = device
+        self._manifest = sides.manifest
+        self._device = sides.device
         self._budget = budget
         self._base = base
         self._least_rank = 1 if base.values else 0
-        self._targets = manifest.targets
-        self._fill = Filler(manifest, defaults, ranked=ranked)
+        self._targets = sides.manifest.targets
+        self._fill = Filler(sides.manifest, sides.defaults, ranked=sides.ranked)
         self._move = move
         self._stack: Stack | None = None
 
@@ -279,18 +272,16 @@ def _idle(stack: Stack, busy: Collection[str]) -> list[str]:
     return [digest for digest in stack.slots if digest is not None and digest not in busy]
 
 
-def neutral(manifest: Manifest, defaults: Arrays, device: tuple[str, int]) -> Bindable:
-    """Every side input of the graph with the base's values; factors are zeros of minimal rank.
-
-    `defaults`: see `Stacks`.
-    """
+def neutral(sides: SideInputs) -> Bindable:
+    """Every side input of the graph with the base's values; factors are zeros of minimal rank."""
+    manifest, device = sides.manifest, sides.device
     changes = change_inputs(manifest)
     ranks = {name: t.rank_from(1) for t in manifest.targets for name in t.factors}
     values = {}
     for spec in manifest.side_inputs():
         sizes = {RANK: ranks.get(spec.name, 1)}
         shape = tuple(size if isinstance(size, int) else sizes.get(size, 1) for size in spec.shape)
-        numbers = defaults.get(spec.name)
+        numbers = sides.defaults.get(spec.name)
         if numbers is None:
             numbers = np.zeros(shape, spec.dtype)
             numbers[...] = changes.get(spec.name, 0)

@@ -26,14 +26,13 @@ import onnxruntime
 from loradeploy.bundle.names import ADAPTER_IDS, INPUT_IDS, PAST
 from loradeploy.printable import logger_of
 from loradeploy.runtime.adapters.leases import Lease
-from loradeploy.runtime.adapters.resident import Arrays
+from loradeploy.runtime.adapters.resident import SideInputs
 from loradeploy.runtime.adapters.stacks import HOST, neutral
 from loradeploy.runtime.capture.slots import FixedSlots
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from loradeploy.bundle.manifest import Manifest
 
 logger = logger_of(__name__)
 
@@ -81,30 +80,25 @@ class _Recording:
 class Replays:
     """The recorded runs of one session. Thread-safe; runs are serialized.
 
-    `defaults`, `device`, `budget`: see `FixedSlots`. `feeds_all`: whether the provider requires
-    every side input to be fed, with a rank above 0.
+    `budget`: see `FixedSlots`.
     """
 
     def __init__(
         self,
         session: onnxruntime.InferenceSession,
-        manifest: Manifest,
-        defaults: Arrays,
-        device: tuple[str, int],
-        *,
-        feeds_all: bool,
+        sides: SideInputs,
         budget: int | None,
     ) -> None:
-        self._session, self._device = session, device
-        self._slots = FixedSlots(manifest, defaults, device, budget)
-        self._base = dict(neutral(manifest, defaults, device).values) if feeds_all else {}
+        self._session, self._device = session, sides.device
+        self._slots = FixedSlots(sides.manifest, sides.defaults, sides.device, budget)
+        self._base = dict(neutral(sides).values) if sides.feeds_all else {}
         if ADAPTER_IDS in self._base:  # copies from the host are not recorded
             self._base[ADAPTER_IDS] = self._placed(np.zeros(1, np.int64))
         self._recordings: dict[_Key, _Recording] = {}
         self._seen: OrderedDict[_Key, dict[str, _Shaped]] = OrderedDict()
         self._numbered = 0  # recordings ever made
         self._replayed = self._refused = 0
-        self._steps_alone = any(spec.name.startswith(PAST) for spec in manifest.inputs)
+        self._steps_alone = any(spec.name.startswith(PAST) for spec in sides.manifest.inputs)
         self._turn = threading.Lock()
 
     @property
