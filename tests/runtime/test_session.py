@@ -26,6 +26,7 @@ from loradeploy.errors import (
 )
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.timing import sample_feeds
+from tests.cli.calling import call
 from tests.conftest import MakeAdapter
 from tests.inputs.edits import edited_json
 from tests.runtime.feeds import feeds, logits, random_ids
@@ -458,6 +459,8 @@ def test_a_merged_bundle_runs_and_refuses_adapters(
         logits(merged, IDS, "small")
     with pytest.raises(AdapterMismatchError, match="merged and takes no adapters"):
         merged.load("small", small)
+    with pytest.raises(UnknownAdapterError, match="which is merged and takes none"):
+        call("run", tmp_path / "merged", "One", "--adapter", "small")
 
 
 # -- providers ---------------------------------------------------------------------------------

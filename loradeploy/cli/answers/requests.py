@@ -58,9 +58,11 @@ def load_adapters(
         if adapter not in known:
             place = Path(adapter)
             if not adapter or not place.exists():
+                merged = session.manifest.mode == "merged"
+                has = "is merged and takes none" if merged else f"has {listed_names(known)}"
                 raise UnknownAdapterError(
-                    f"{where}{shown(adapter)} is neither an adapter of {session.path}, which has"
-                    f" {listed_names(known)}, nor a directory"
+                    f"{where}{shown(adapter)} is neither an adapter of {session.path}, which {has},"
+                    " nor a directory"
                 )
             # The name of a path is its last part; if that is ambiguous, it is the path.
             name = resolved(place).stem if place.is_file() else resolved(place).name
