@@ -22,6 +22,7 @@ from loradeploy.bundle.fitting.labels import with_all_labels
 from loradeploy.bundle.manifest import BaseIdentity, Manifest, read_manifest
 from loradeploy.bundle.names import MANIFEST_NAME
 from loradeploy.errors import (
+    AdapterError,
     AdapterMismatchError,
     BundleError,
     UsageError,
@@ -94,7 +95,7 @@ def resolve_bundle_adapters(
 
     Raises:
         BundleError: the manifest is invalid, or an adapter's digest is not the manifest's.
-        AdapterError: an adapter of the bundle cannot be read.
+        AdapterError: a path is neither of the two, or an adapter of the bundle cannot be read.
     """
     bundle = expanded(model)
     missing = {name: path for name, path in directories.items() if not _may_be_adapter(path)}
@@ -104,6 +105,11 @@ def resolve_bundle_adapters(
     found = dict(directories)
     for name, path in missing.items():
         entry = entries.get(os.fspath(path))
+        if entry is None and not path.exists():
+            raise AdapterError(
+                f"{path} is neither an adapter of {bundle}, which has {listed_names(entries)},"
+                " nor a directory"
+            )
         if entry is None or entry.path is None:
             continue
         found[name] = inside(bundle, entry.path)
