@@ -44,15 +44,16 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return model(input_ids=IDS).logits
 
 
-def test_a_row_of_middle_length_that_is_rounded_most_decides_the_limit_of_a_small_model() -> None:
+@pytest.mark.parametrize("length", [9, 40], ids=["middle", "longest"])
+def test_a_row_that_is_rounded_most_decides_the_limits_of_a_small_model(length: int) -> None:
     from loradeploy.parity.phases.rows import Row
     from loradeploy.parity.reference.calibrate import measure_gap
 
     class Rounded:
-        """Outputs of ones, off by 1e-3 in rows of 9 tokens."""
+        """Outputs of ones, off by 1e-3 in rows of `length` tokens."""
 
         def forward(self, ids: Any, *_: Any, **__: Any) -> tuple[Any, None]:
-            off = 1e-3 if ids.shape[1] == 9 else 0.0
+            off = 1e-3 if ids.shape[1] == length else 0.0
             return np.ones((*ids.shape, 4)) + off, None
 
     lengths = [1, 2, 9, 40]
@@ -61,6 +62,7 @@ def test_a_row_of_middle_length_that_is_rounded_most_decides_the_limit_of_a_smal
     small, forward = torch.nn.Linear(2, 2), Rounded()
     gap = measure_gap(small, forward, rows, "fp32", {}, **options)  # type: ignore[arg-type]
     assert gap.max_abs == pytest.approx(1e-3)
+    assert gap.mean_abs == pytest.approx(1e-3 * length / sum(lengths))
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
