@@ -60,24 +60,7 @@ def combine(
         raise UsageError(f"`method` {shown(method)} is unknown: use {', '.join(_METHODS)}")
     if rank is not None and method != "svd":
         raise UsageError(f"`rank` needs method svd: {method} determines the rank")
-    if not isinstance(weights, Mapping):
-        raise UsageError(f"`weights` is {shown(weights)}: give a mapping of adapters to weights")
-    if not weights:
-        raise UsageError("no adapters to combine")
-    for key, weight in weights.items():
-        if not isinstance(key, str | os.PathLike | Adapter):
-            raise UsageError(f"`weights` names {shown(key)}: give adapters, or their paths")
-        number = checked_number(weight)
-        if number is None or not math.isfinite(number):
-            raise UsageError(f"{_name(key)} has the weight {shown(weight)}: give a finite number")
-    adapters = [
-        (_name(key), key if isinstance(key, Adapter) else load_adapter(key), float(weight))
-        for key, weight in weights.items()
-    ]
-    for name, adapter, _ in adapters:
-        adapter.check_plain()
-        if adapter.config.use_dora:
-            raise AdapterError(f"{name} is a DoRA adapter, whose magnitudes cannot be added")
+    adapters = _read(weights)
     biased = any(adapter.config.lora_bias for _, adapter, _ in adapters)
     terms: dict[str, list[Term]] = {}
     for _, adapter, weight in adapters:
@@ -106,6 +89,31 @@ def combine(
         return combined
     highest = max((p.rank for a in found for p in a.factors.values()), default=1)
     return reduce_rank(combined, rank or highest)[0]
+
+
+def _read(
+    weights: Mapping[str | os.PathLike[str] | Adapter, float],
+) -> list[tuple[str, Adapter, float]]:
+    """The adapters with their names and weights, which can be added."""
+    if not isinstance(weights, Mapping):
+        raise UsageError(f"`weights` is {shown(weights)}: give a mapping of adapters to weights")
+    if not weights:
+        raise UsageError("no adapters to combine")
+    for key, weight in weights.items():
+        if not isinstance(key, str | os.PathLike | Adapter):
+            raise UsageError(f"`weights` names {shown(key)}: give adapters, or their paths")
+        number = checked_number(weight)
+        if number is None or not math.isfinite(number):
+            raise UsageError(f"{_name(key)} has the weight {shown(weight)}: give a finite number")
+    adapters = [
+        (_name(key), key if isinstance(key, Adapter) else load_adapter(key), float(weight))
+        for key, weight in weights.items()
+    ]
+    for name, adapter, _ in adapters:
+        adapter.check_plain()
+        if adapter.config.use_dora:
+            raise AdapterError(f"{name} is a DoRA adapter, whose magnitudes cannot be added")
+    return adapters
 
 
 def _combined_part_of(adapters: Sequence[tuple[str, Adapter, float]], method: str) -> str | None:

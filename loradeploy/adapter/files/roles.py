@@ -75,23 +75,8 @@ def tensors_by_role(
         if other is None:
             raise
         raise AdapterError(f"the file {other}") from problem
-    parts: dict[str, dict[str, NDArray[Any]]] = {}
-    others: list[tuple[str, Key, NDArray[Any]]] = []
     problems: list[str] = []
-    for key, values in sorted(arrays.items()):
-        what = keys[key]
-        if values.dtype.kind != "f":
-            problems.append(f"{key} is {values.dtype}, not floating point")
-        elif what.part == "bias" and what.half != "lora_B":
-            problems.append(f"{key} is a bias, which only lora_B can have (lora_bias)")
-        elif what.part in ("factor", "bias"):
-            half = f"{what.half}.weight" if what.half in ("lora_A", "lora_B") else what.half
-            half = BIAS if what.part == "bias" else half
-            first = parts.setdefault(what.name, {}).setdefault(half, values)
-            if not np.array_equal(first, values):
-                problems.append(_differs(key, f"{what.name}.{_short(half)}"))
-        else:
-            others.append((key, what, values))
+    parts, others = _sorted(arrays, keys, problems)
     factors = _all_factors(parts, config, problems)
     config = _targeted(factors, config, problems)
     slots, named = _slots(others, parts, config, problems)
@@ -122,6 +107,29 @@ def tensors_by_role(
     }
     known = (*config.modules_to_save, *sorted(named.difference(config.modules_to_save)))
     return dataclasses.replace(config, modules_to_save=known), tensors
+
+
+def _sorted(
+    arrays: Mapping[str, NDArray[Any]], keys: Mapping[str, Key], problems: list[str]
+) -> tuple[dict[str, dict[str, NDArray[Any]]], list[tuple[str, Key, NDArray[Any]]]]:
+    """The parts of factors by module, and all other tensors; what is neither is a problem."""
+    parts: dict[str, dict[str, NDArray[Any]]] = {}
+    others: list[tuple[str, Key, NDArray[Any]]] = []
+    for key, values in sorted(arrays.items()):
+        what = keys[key]
+        if values.dtype.kind != "f":
+            problems.append(f"{key} is {values.dtype}, not floating point")
+        elif what.part == "bias" and what.half != "lora_B":
+            problems.append(f"{key} is a bias, which only lora_B can have (lora_bias)")
+        elif what.part in ("factor", "bias"):
+            half = f"{what.half}.weight" if what.half in ("lora_A", "lora_B") else what.half
+            half = BIAS if what.part == "bias" else half
+            first = parts.setdefault(what.name, {}).setdefault(half, values)
+            if not np.array_equal(first, values):
+                problems.append(_differs(key, f"{what.name}.{_short(half)}"))
+        else:
+            others.append((key, what, values))
+    return parts, others
 
 
 def _all_factors(
