@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 
 import loradeploy as ld
+from loradeploy.bundle.manifest import read_manifest
 from loradeploy.export.passes.precision.embedding import packed_embedding, quantize_embedding
 from loradeploy.export.passes.precision.quantize import rounded
 from loradeploy.export.passes.side_inputs.inject import SideInputs
@@ -63,6 +64,14 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_base(tmp_path_factory.mktemp("tied") / "base")
 
 
+@pytest.fixture(scope="module")
+def packed(tied: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of the tiny Llama in int8, with its embedding."""
+    bundle = tmp_path_factory.mktemp("packed") / "b"
+    ld.export(tied, bundle, precision="int8", quantize_embedding=True)
+    return bundle
+
+
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_parity_proves_the_graph_with_adapters_and_controls(
     precision: str, tied: Path, make_adapter: MakeAdapter, tmp_path: Path
@@ -89,12 +98,12 @@ def test_parity_proves_a_merge_of_an_adapter_that_changes_the_embedding(
     assert report.adapters[0].effect > 0.1, "the adapter did nothing"
 
 
-def test_parity_refuses_an_embedding_that_is_not_the_bases(tied: Path, tmp_path: Path) -> None:
+def test_parity_refuses_an_embedding_that_is_not_the_bases(tied: Path, packed: Path) -> None:
     import torch
     from transformers import LlamaForCausalLM
 
-    manifest = ld.export(tied, tmp_path / "b", precision="int8", quantize_embedding=True)
-    weights = quantized_weights(tmp_path / "b", manifest)
+    manifest = read_manifest(packed)
+    weights = quantized_weights(packed, manifest)
     model = LlamaForCausalLM.from_pretrained(tied)
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     with torch.no_grad():
@@ -108,14 +117,13 @@ def stored(bundle: Path) -> set[str]:
     return {tensor.name for tensor in graph.initializer}
 
 
-def test_a_tied_head_and_the_embedding_are_stored_once(tied: Path, tmp_path: Path) -> None:
-    for name, chosen in (("float", False), ("packed", True)):
-        ld.export(tied, tmp_path / name, precision="int8", quantize_embedding=chosen)
+def test_a_tied_head_and_the_embedding_are_stored_once(
+    tied: Path, packed: Path, tmp_path: Path
+) -> None:
+    ld.export(tied, tmp_path / "float", precision="int8")
     tables = {
-        name: {
-            tensor for tensor in stored(tmp_path / name) if "embed_" in tensor or "head" in tensor
-        }
-        for name in ("float", "packed")
+        name: {tensor for tensor in stored(bundle) if "embed_" in tensor or "head" in tensor}
+        for name, bundle in (("float", tmp_path / "float"), ("packed", packed))
     }
     head = {"lm_head.weight.int8", "lm_head.weight.int8.scales"}
     assert tables["float"] == {"model.embed_tokens.weight", *head}
@@ -123,13 +131,10 @@ def test_a_tied_head_and_the_embedding_are_stored_once(tied: Path, tmp_path: Pat
     assert tables["packed"] == {*small, *head}
 
 
-def test_a_token_outside_of_the_vocabulary_is_an_error_in_onnxruntime(
-    tied: Path, tmp_path: Path
-) -> None:
-    ld.export(tied, tmp_path / "b", precision="int8", quantize_embedding=True)
-    assert np.isfinite(onnx_output(tmp_path / "b", np.array([[1, 63]]))).all()
+def test_a_token_outside_of_the_vocabulary_is_an_error_in_onnxruntime(packed: Path) -> None:
+    assert np.isfinite(onnx_output(packed, np.array([[1, 63]]))).all()
     with pytest.raises(InvalidArgument, match="out of data bounds"):
-        onnx_output(tmp_path / "b", np.array([[1, 64]]))
+        onnx_output(packed, np.array([[1, 64]]))
 
 
 def test_an_int4_bundle_is_exported_again_with_a_smaller_embedding_which_it_keeps(
@@ -152,25 +157,28 @@ def test_an_int4_bundle_is_exported_again_with_a_smaller_embedding_which_it_keep
     ids=["lora on the embedding", "trained tokens"],
 )
 def test_adapters_that_change_the_embedding_are_refused_by_name(
-    changed: dict[str, Any], merge: bool, tied: Path, make_adapter: MakeAdapter, tmp_path: Path
+    changed: dict[str, Any],
+    merge: bool,
+    tied: Path,
+    packed: Path,
+    make_adapter: MakeAdapter,
+    tmp_path: Path,
 ) -> None:
     adapter = make_adapter(tied, scale=0.1, **changed)
     options: dict[str, Any] = {"adapters": {"a": adapter}}
     if not merge:
         with pytest.raises(ld.ExportError, match=r"embed_tokens .*`quantize_embedding`"):
             ld.export(tied, tmp_path / "x", precision="int8", quantize_embedding=True, **options)
-    ld.export(tied, tmp_path / "b", precision="int8", quantize_embedding=True)
     with pytest.raises(ld.LoraDeployError, match="embed_tokens"):
-        ld.export(tmp_path / "b", tmp_path / "y", merge=merge, requantize=merge, **options)
+        ld.export(packed, tmp_path / "y", merge=merge, requantize=merge, **options)
 
 
 @pytest.mark.parametrize("kind", ["embedding", "tokens"])
 def test_side_inputs_of_the_embedding_are_refused_for_a_bundle_that_has_it_quantized(
-    kind: str, tied: Path, tmp_path: Path
+    kind: str, packed: Path, tmp_path: Path
 ) -> None:
-    ld.export(tied, tmp_path / "b", precision="int8", quantize_embedding=True)
     with pytest.raises(ld.UsageError, match=rf"{kind}.*model\.embed_tokens of the bundle is quan"):
-        ld.export(tmp_path / "b", tmp_path / "x", side_inputs=[kind])
+        ld.export(packed, tmp_path / "x", side_inputs=[kind])
 
 
 def test_encoder_decoders_and_graphs_of_floats_are_refused(
