@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from loradeploy.runtime.decoding.scoring import TextScore
 from loradeploy.runtime.tasks.generation import Generation, OnResult, OnText, TextGenerator
 from loradeploy.runtime.tasks.session_argument import check_session
 from loradeploy.runtime.tasks.streaming import TextPiece, TextStream
-from loradeploy.runtime.vision.reading import ImagePromptReader, ReadPrompts
+from loradeploy.runtime.vision.reading import ImagePromptReader
 
 if TYPE_CHECKING:
     import numpy as np
@@ -128,9 +128,9 @@ class ImageTextGenerator:
             BundleError: images other than pixel values, and a processor that is not supported.
             MissingDependencyError: Pillow is not installed.
         """
-        request = _Request(prompts, images, adapters, seed, chat, batch_size, per_prompt, options)
-        read, call = request.read(self.reader)
-        named = _Named(read, call)
+        call, named = self._read(
+            prompts, images, adapters, seed, chat, batch_size, per_prompt, options
+        )
 
         def show(row: int, result: Generation) -> None:
             assert on_result is not None
@@ -156,8 +156,10 @@ class ImageTextGenerator:
         Raises:
             LoraDeployError: as `generate`, with the first piece.
         """
-        request = _Request(prompts, images, adapters, seed, chat, batch_size, per_prompt, options)
-        return TextStream(lambda cancelled: self._pieces(request, cancelled))
+        read = partial(
+            self._read, prompts, images, adapters, seed, chat, batch_size, per_prompt, options
+        )
+        return TextStream(lambda cancelled: self._pieces(read, cancelled))
 
     def astream(
         self,
@@ -174,8 +176,10 @@ class ImageTextGenerator:
         """Like `stream`, for asyncio, as `TextGenerator.astream`."""
         from loradeploy.runtime.tasks.async_streaming import AsyncTextStream
 
-        request = _Request(prompts, images, adapters, seed, chat, batch_size, per_prompt, options)
-        return AsyncTextStream(lambda cancelled: self._pieces(request, cancelled))
+        read = partial(
+            self._read, prompts, images, adapters, seed, chat, batch_size, per_prompt, options
+        )
+        return AsyncTextStream(lambda cancelled: self._pieces(read, cancelled))
 
     def score(
         self,
@@ -218,51 +222,38 @@ class ImageTextGenerator:
         """
         return self.reader.sizes.split(pixel_values, image_grid_thw)
 
-    def _pieces(self, request: _Request, cancelled: set[int]) -> Generator[TextPiece]:
-        read, call = request.read(self.reader)
-        named = _Named(read, call)
+    def _read(
+        self,
+        prompts: str | Sequence[Prompt],
+        images: Sequence[Sequence[ShownImage]],
+        adapters: Adapters,
+        seed: int | Sequence[int],
+        chat: bool,
+        batch_size: int,
+        per_prompt: Sequence[Mapping[str, Any] | None] | None,
+        options: Mapping[str, Any],
+    ) -> tuple[Call, Callable[[int, Generation], Generation]]:
+        """Read prompts and images: the decoder's call, and what completes the result of a row.
+
+        A result has the requested adapter: one that only changes the tower is no decoder's.
+        """
+        read = self.reader.read(prompts, images, adapters, chat=chat, batch_size=batch_size)
+        call = Call.of(
+            read.ids, read.adapters, seed, False, batch_size, per_prompt, options, read.embeds
+        )
+
+        def named(row: int, result: Generation) -> Generation:
+            return replace(result, adapter=read.names[bisect_right(call.firsts, row) - 1])
+
+        return call, named
+
+    def _pieces(
+        self,
+        read: Callable[[], tuple[Call, Callable[[int, Generation], Generation]]],
+        cancelled: set[int],
+    ) -> Generator[TextPiece]:
+        call, named = read()
         for piece in self._text._pieces(call, cancelled):
             if piece.result is not None:
                 piece = replace(piece, result=named(piece.row, piece.result))
             yield piece
-
-
-@dataclass(frozen=True, eq=False)
-class _Request:
-    """The arguments of a call, whose prompts and images are not read yet."""
-
-    prompts: str | Sequence[Prompt]
-    images: Sequence[Sequence[ShownImage]]
-    adapters: Adapters
-    seed: int | Sequence[int]
-    chat: bool
-    batch_size: int
-    per_prompt: Sequence[Mapping[str, Any] | None] | None
-    options: Mapping[str, Any]
-
-    def read(self, reader: ImagePromptReader) -> tuple[ReadPrompts, Call]:
-        """The prompts with their images, and the call of the decoder."""
-        read = reader.read(
-            self.prompts, self.images, self.adapters, chat=self.chat, batch_size=self.batch_size
-        )
-        return read, Call.of(
-            read.ids,
-            read.adapters,
-            self.seed,
-            False,
-            self.batch_size,
-            self.per_prompt,
-            self.options,
-            read.embeds,
-        )
-
-
-class _Named:
-    """Sets the requested adapter of a result: one that only changes the tower is no decoder's."""
-
-    def __init__(self, read: ReadPrompts, call: Call) -> None:
-        self._names, self._firsts = read.names, call.firsts
-
-    def __call__(self, row: int, result: Generation) -> Generation:
-        prompt = bisect_right(self._firsts, row) - 1
-        return replace(result, adapter=self._names[prompt])

@@ -265,6 +265,8 @@ def _factor_type(linears: Sequence[Linear]) -> ir.DataType:
         types = {value.dtype for value in values if value is not None and value.dtype is not None}
         if len(types) > 1 or not types <= {ir.DataType.FLOAT, ir.DataType.FLOAT16}:
             listed = ", ".join(sorted(dtype.name for dtype in types))
-            raise ExportError(f"a linear layer computes in {listed}: give the graph in float32 or float16")
+            raise ExportError(
+                f"a linear layer computes in {listed}: give the graph in float32 or float16"
+            )
         found |= types
     return ir.DataType.FLOAT16 if ir.DataType.FLOAT16 in found else ir.DataType.FLOAT
