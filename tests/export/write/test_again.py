@@ -88,7 +88,9 @@ def test_a_directory_without_an_adapter_does_not_hide_the_name(
 
 
 def test_what_is_neither_a_directory_nor_a_name_is_refused(bundle: Path, tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match="three is neither an adapter of .*, which has one, two, nor a directory"):
+    with pytest.raises(
+        AdapterError, match="three is neither an adapter of .*, which has one, two, nor a directory"
+    ):
         ld.export(bundle, tmp_path / "again", adapters=["three"])
 
 
