@@ -44,10 +44,12 @@ def to_float16(model: Any) -> Any:
 
 
 def _kept(model: Any) -> re.Pattern[str]:
-    """Matches the names of parameters that transformers keeps in fp32, and of those below them.
+    """Finds in the name of a parameter or buffer what transformers keeps in fp32.
 
-    An entry is one or more steps of a path: `wo`, `gate.weight`.
+    As in transformers 5.23 (core_model_loading.build_glob_alternation), an entry is a regular
+    expression in which * stands for any characters, and may match anywhere in a name: `norm` also
+    keeps `layernorm.weight`.
     """
     lists = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
     names = sorted({name for each in lists for name in getattr(model, each, None) or ()})
-    return re.compile(rf"(?:^|\.)(?:{'|'.join(names)})(?:\.|$)" if names else r"(?!)")
+    return re.compile("|".join(names).replace("*", ".*") if names else r"(?!)")

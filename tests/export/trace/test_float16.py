@@ -74,17 +74,35 @@ def test_weights_that_transformers_keeps_in_fp32_are_not_rounded(
             )
 
 
-def test_an_entry_of_several_steps_keeps_only_what_it_names() -> None:
+@pytest.mark.parametrize("entry", ["wo", "gate.weight", "norm", "experts.*.bias", "blocks.1"])
+def test_an_entry_keeps_the_weights_that_transformers_loads_in_fp32(
+    entry: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     import torch
     from torch import nn
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from loradeploy.export.trace.float16 import to_float16
 
-    model = nn.ModuleDict(
-        {"gate": nn.Linear(2, 2), "gates": nn.Linear(2, 2), "wo": nn.ModuleList()}
+    class Small(PreTrainedModel):
+        config_class = PretrainedConfig
+
+        def __init__(self, config: PretrainedConfig) -> None:
+            super().__init__(config)
+            for name in ("gate", "gates", "wo", "word_embeddings", "layernorm"):
+                setattr(self, name, nn.Linear(2, 2))
+            for name in ("blocks", "experts"):
+                setattr(self, name, nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]))
+            self.post_init()
+
+    monkeypatch.setattr(Small, "_keep_in_fp32_modules_strict", [entry])
+    Small(PretrainedConfig()).save_pretrained(tmp_path)
+    theirs, ours = (
+        {name for name, p in model.named_parameters() if p.dtype == torch.float32}
+        for model in (
+            Small.from_pretrained(tmp_path, dtype=torch.float16),
+            to_float16(Small.from_pretrained(tmp_path, dtype=torch.float32)),
+        )
     )
-    model["wo"].append(nn.Linear(2, 2))  # type: ignore[operator]
-    model._keep_in_fp32_modules = {"wo"}  # type: ignore[assignment]
-    model._keep_in_fp32_modules_strict = {"gate.weight"}  # type: ignore[assignment]
-    kept = {n for n, p in to_float16(model).named_parameters() if p.dtype == torch.float32}
-    assert kept == {"gate.weight", "wo.0.weight", "wo.0.bias"}
+    assert ours == theirs
+    assert 0 < len(ours) < len(dict(Small(PretrainedConfig()).named_parameters()))
