@@ -14,13 +14,15 @@ from functools import cached_property
 from typing import Any, Final
 
 from loradeploy.adapter.files.formats import other_peft_type
-from loradeploy.adapter.modules.patterns import Ends, Matcher, check_patterns, is_name
+from loradeploy.adapter.modules.patterns import Ends, Matcher, check_patterns, endings, is_name
 from loradeploy.errors import AdapterError, shown
 
 # The field for modules that are tied in the base to share their factors or their trained weight.
 TYING: Final = "ensure_weight_tying"
 # The field with the ids of tokens whose rows were trained: a list, or lists by module.
 TOKENS: Final = "trainable_token_indices"
+# The field with parameters that have factors: those of experts, and weights such as a router's.
+PARAMETERS: Final = "target_parameters"
 
 # Fields that cannot change the numbers of a finished adapter.
 _NEUTRAL: Final = frozenset(
@@ -296,6 +298,10 @@ def _is_number(value: object) -> bool:
     return -_MAX_NUMBER <= value <= _MAX_NUMBER
 
 
+def _is_share(value: object) -> bool:
+    return _is_number(value) and 0 <= value <= 1  # type: ignore[operator]
+
+
 def _is_rank(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _MAX_RANK
 
@@ -335,7 +341,7 @@ _RULES: Final[Mapping[str, tuple[Callable[[object], bool], str]]] = {
         (_is_selection, "a string or a list"),
     ),
     **dict.fromkeys(("task_type", "base_model_name_or_path"), (_is_name, "a name or null")),
-    "lora_dropout": (_is_number, "a number"),
+    "lora_dropout": (_is_share, "a number from 0 to 1"),
     "bias": (lambda value: value in BIASES, "one of " + ", ".join(BIASES)),
     **dict.fromkeys(
         ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"), (_is_switch, "true or false")

@@ -66,7 +66,11 @@ class Head:
 
 def label_parameters(adapter: Adapter) -> tuple[str, ...]:
     """The names of the adapter's head weights that have one row per label."""
-    return tuple(name for name in sorted(adapter.saved) if LABELED.fullmatch(name))
+    return tuple(
+        name
+        for name, values in sorted(adapter.saved.items())
+        if values.ndim and LABELED.fullmatch(name)  # other shapes are refused later
+    )
 
 
 def label_count(adapter: Adapter) -> int | None:

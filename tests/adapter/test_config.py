@@ -106,6 +106,8 @@ def test_an_unknown_field_that_is_off_is_kept(value: object) -> None:
         ("alpha_pattern", {"(": 1}),
         ("use_rslora", "yes"),
         ("layers_to_transform", ["0"]),
+        ("lora_dropout", 5),
+        ("lora_dropout", -0.1),
     ],
 )
 def test_a_value_of_the_wrong_type_is_named(field: str, value: object) -> None:
