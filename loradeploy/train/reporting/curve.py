@@ -21,13 +21,15 @@ def write_curve(curve: Sequence[Mapping[str, float]], directory: Path) -> None:
 def _draw(curve: Sequence[Mapping[str, float]], file: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     trained = [row for row in curve if "loss" in row]
     steps, losses = [row["step"] for row in trained], [row["loss"] for row in trained]
-    axes.plot(steps, losses, color="#9bb7d4", linewidth=1, label="step")
+    alone = "o" if len(losses) == 1 else None  # a line needs two steps
+    axes.plot(steps, losses, color="#9bb7d4", linewidth=1, marker=alone, label="step")
     width = max(1, len(losses) // 10)
     if width > 1:
         smooth = [
@@ -42,6 +44,7 @@ def _draw(curve: Sequence[Mapping[str, float]], file: Path) -> None:
     if width > 1 or evaluated:
         axes.legend(frameon=False)
     axes.set(xlabel="step", ylabel="loss")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
     # Without the date and the library's version, equal curves give equal bytes.
