@@ -49,6 +49,7 @@ __all__ = [
     "is_json_lines",
     "json_line",
     "json_object",
+    "json_text",
     "json_values",
     "numbered_lines",
     "open_file",
@@ -333,7 +334,12 @@ def json_line(
 def write_json(path: str | os.PathLike[str], value: object) -> None:
     """Write `value` as indented JSON, atomically. Equal values give equal bytes."""
     with atomic_file(path) as temporary:
-        temporary.write_text(as_json(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_text(json_text(value), encoding="utf-8")
+
+
+def json_text(value: object) -> str:
+    """`value` as indented JSON. Equal values give equal texts."""
+    return as_json(value, indent=2, allow_nan=False) + "\n"
 
 
 def json_values(value: Any) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import filecmp
 import hashlib
 import os
 import re
@@ -23,6 +24,7 @@ from typing import Final
 from loradeploy.disk import explained
 from loradeploy.errors import UsageError
 from loradeploy.paths import expanded, resolved
+from loradeploy.snapshot import FileState
 
 if sys.platform == "win32":
     fcntl = None
@@ -53,11 +55,41 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         OutputError: the file cannot be written. An existing `path` is unchanged.
     """
     target = Path(path)
-    with explained(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _temporary(target, _create_file) as temporary, explained(target, temporary):
-            yield temporary
-            os.replace(temporary, target)
+    with _new_file(target) as temporary:
+        yield temporary
+        os.replace(temporary, target)
+
+
+@contextlib.contextmanager
+def atomic_pair(
+    first: str | os.PathLike[str], last: str | os.PathLike[str]
+) -> Iterator[tuple[Path, Path]]:
+    """Yield temporary paths of two files, which replace `first` and `last` together.
+
+    Neither is ever beside a file of another version, with other writers and after a kill too:
+    `last` is missing while the contents of `first` change.
+
+    Raises:
+        OutputError: one of them cannot be written. Both are unchanged.
+    """
+    one, two = Path(first), Path(last)
+    with _new_file(two) as new_two, _new_file(one) as new_one:
+        yield new_one, new_two
+        with _turn(two):
+            before = FileState.of(one)
+            spare = _free_name(two, "partial")  # the next writer removes what a kill leaves
+            try:
+                same = before is not None and filecmp.cmp(one, new_one, shallow=False)
+                if two.is_file() and not same:
+                    os.replace(two, spare)
+                os.replace(new_one, one)
+                os.replace(new_two, two)
+            except BaseException:
+                if spare.exists() and FileState.of(one) == before:
+                    os.replace(spare, two)
+                raise
+            finally:
+                spare.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -269,6 +301,35 @@ def _beginning(target: Path) -> str:
 def _create_file(path: Path) -> None:
     # With the permissions of any new file, by the umask of the process.
     os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+
+
+@contextlib.contextmanager
+def _new_file(target: Path) -> Iterator[Path]:
+    """Yield a temporary file beside `target`, which is removed if it is still there at the end."""
+    with explained(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _temporary(target, _create_file) as temporary, explained(target, temporary):
+            yield temporary
+
+
+@contextlib.contextmanager
+def _turn(target: Path) -> Iterator[None]:
+    """Wait until no other writer of `target` is in this context, if the system has locks."""
+    path = target.with_name(f".{_beginning(target)}.turn.partial")
+    while fcntl is not None:
+        handle = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o666)
+        try:
+            with contextlib.suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            if _is_at(path, handle):  # not removed by the previous writer
+                try:
+                    yield
+                finally:
+                    path.unlink(missing_ok=True)
+                return
+        finally:
+            os.close(handle)
+    yield
 
 
 @contextlib.contextmanager

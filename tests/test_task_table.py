@@ -152,7 +152,7 @@ def test_a_task_can_be_trained_exported_run_and_checked_for_parity(
     ):
         for (_, found), score in figures.items():
             least = 0.5 if task == "feature-extraction" else 0.7
-            assert found != metric or score.value > least, f"{metric} of what was learnt"
+            assert found != metric or score.value > least, f"{metric} of what was learned"
 
     name = next(iter(adapters))
     ld.export(bundle, tmp_path / "merged", adapters={name: adapters[name]}, merge=True)

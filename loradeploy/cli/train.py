@@ -25,7 +25,7 @@ from loradeploy.train.config import CHOICES, OPTIONAL, TrainConfig
 from loradeploy.train.config_file import PATHS
 
 _TYPES: Final = {"int": int, "float": float}  # others are strings, which TrainConfig parses
-_PRINTED: Final = {"learnt": "tokens in the loss"}  # labels of fields with other names in --json
+_PRINTED: Final = {"learned": "tokens in the loss"}  # labels of fields with other names in --json
 # A setting in a help text: `max_steps` as in Python and YAML, which becomes --max-steps here.
 _SETTING: Final = re.compile(r"`([a-z_]+)`")
 
@@ -158,8 +158,10 @@ def _show(paths: dict[str, str], config: TrainConfig, *, as_json: bool) -> None:
     for number, example in enumerate(shown, start=1):
         label = f", label {example['label']}" if example["label"] is not None else ""
         click.echo()
-        say(f"Example {number}: {example['tokens']} tokens, {example['learnt']} in the loss{label}")
-        for text, learnt in example["pieces"]:
+        say(
+            f"Example {number}: {example['tokens']} tokens, {example['learned']} in the loss{label}"
+        )
+        for text, learned in example["pieces"]:
             text = readable(text)
-            click.echo(click.style(f"⟦{text}⟧", fg="green") if learnt else text, nl=False)
+            click.echo(click.style(f"⟦{text}⟧", fg="green") if learned else text, nl=False)
         click.echo()

@@ -267,6 +267,7 @@ def _record(run: _Run) -> dict[str, Any]:
     )
     record = {
         **settings,
+        "max_steps": run.config.max_steps or 0,  # not set: 0, as earlier versions wrote it
         "base": run.base_digest,
         "base_config": hashlib.sha256(described.encode()).hexdigest(),
         "data": run.prepared.digest,

@@ -27,12 +27,12 @@ _SHOWN: Final = 3
 class ShownExample:
     """An example as tokens. `pieces`: pairs of a text and whether it is in the loss.
 
-    Special tokens are shown by name. `learnt`: number of tokens in the loss. `label`: the label of
+    Special tokens are shown by name. `learned`: number of tokens in the loss. `label`: the label of
     a classifier's example.
     """
 
     tokens: int
-    learnt: int
+    learned: int
     pieces: tuple[tuple[str, bool], ...]
     label: str | None = None
 
@@ -41,14 +41,15 @@ class ShownExample:
 class Preview:
     """The figures of a training run.
 
-    `tokens`: of all `examples`, of which `learnt` are in the loss. `longest`: tokens of the longest
-    example. `truncated`: number of truncated examples. `evaluated`: number of evaluation examples.
+    `tokens`: of all `examples`, of which `learned` are in the loss. `longest`: tokens of the
+    longest example. `truncated`: number of truncated examples. `evaluated`: number of evaluation
+    examples.
     """
 
     examples: int
     evaluated: int
     tokens: int
-    learnt: int
+    learned: int
     longest: int
     truncated: int
     steps: int
@@ -78,7 +79,7 @@ def preview(
         examples=len(training),
         evaluated=len(prepared.evaluation) if prepared.evaluated_on == "validation" else 0,
         tokens=sum(lengths),
-        learnt=sum(_learnt(feature) for feature in training),
+        learned=sum(_learned(feature) for feature in training),
         longest=max(lengths),
         truncated=prepared.truncated,
         steps=steps_of(config, len(training)),
@@ -90,7 +91,7 @@ def preview(
     )
 
 
-def _learnt(feature: dict[str, Any]) -> int:
+def _learned(feature: dict[str, Any]) -> int:
     labels = feature["labels"]
     return sum(label != IGNORED for label in labels) if isinstance(labels, list) else 1
 
@@ -103,16 +104,16 @@ def _shown(
     if apart:
         source = feature.get(AUDIO) or tokenizer.decode(ids)
         pieces = ((f"{source} → ", False), (tokenizer.decode(marks), True))
-        return ShownExample(tokens=len(ids), learnt=len(marks), pieces=pieces)
+        return ShownExample(tokens=len(ids), learned=len(marks), pieces=pieces)
     by_token = isinstance(marks, list) and len(marks) == len(ids)
-    learnt = [mark != IGNORED for mark in marks] if by_token else [False] * len(ids)
+    learned = [mark != IGNORED for mark in marks] if by_token else [False] * len(ids)
     shown = []
-    for learning, group in groupby(zip(ids, learnt, strict=True), key=lambda pair: pair[1]):
+    for learning, group in groupby(zip(ids, learned, strict=True), key=lambda pair: pair[1]):
         text = tokenizer.decode([token for token, _ in group], clean_up_tokenization_spaces=False)
         shown.append((text, learning))
     return ShownExample(
         tokens=len(ids),
-        learnt=_learnt(feature),
+        learned=_learned(feature),
         pieces=tuple(shown),
         label=labels[marks] if labels is not None and isinstance(marks, int) else None,
     )

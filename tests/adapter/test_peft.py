@@ -7,6 +7,7 @@ import errno
 import json
 import logging
 import os
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -103,12 +104,52 @@ def test_a_failure_to_save_keeps_the_existing_adapter(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    for writer in ("write_tensors", "write_json"):
+    for writer in ("write_tensors", "json_text"):
         with monkeypatch.context() as patch, pytest.raises(OutputError, match="No space left"):
             patch.setattr(peft, writer, full)
             save_adapter(new, tmp_path)
         assert load_adapter(tmp_path).digest == old
         assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_no_moment_of_a_save_has_a_config_beside_weights_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests = [save_adapter(an_adapter(), tmp_path / "a")]
+    moments = []
+    replace = os.replace
+
+    def seen(source: Path, target: Path) -> None:
+        replace(source, target)
+        moments.append(shutil.copytree(tmp_path / "a", tmp_path / f"moment-{len(moments)}"))
+
+    monkeypatch.setattr(os, "replace", seen)
+    digests.append(save_adapter(an_adapter(config=OTHER), tmp_path / "a"))
+    assert len(moments) == 3
+    for moment in moments[:2]:  # as a kill leaves it
+        with pytest.raises(AdapterError, match="safetensors does not exist"):
+            load_adapter(moment)
+        assert save_adapter(an_adapter(config=OTHER), moment) == load_adapter(moment).digest
+        assert len(os.listdir(moment)) == 2
+    assert load_adapter(moments[2]).digest == digests[1] != digests[0]
+
+
+def test_a_save_that_fails_between_its_files_keeps_the_existing_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = save_adapter(an_adapter(), tmp_path)
+    replace = os.replace
+
+    def failing(source: Path, target: Path) -> None:
+        if target.name == "adapter_config.json":
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), str(target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(OutputError, match="quota"):
+        save_adapter(an_adapter(config=OTHER), tmp_path)
+    assert load_adapter(tmp_path).digest == old
+    assert len(os.listdir(tmp_path)) == 2
 
 
 @pytest.mark.parametrize("place", ["file", "file/inside", "link"])

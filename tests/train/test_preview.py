@@ -29,7 +29,7 @@ def test_a_dry_run_shows_three_examples_with_marked_loss_tokens(
     assert exit_status(*given, "--json") == 0
     found = json.loads(capfd.readouterr().out)
     assert (found["examples"], found["steps"], found["truncated"]) == (12, 4, 0)
-    assert 0 < found["learnt"] < found["tokens"]
+    assert 0 < found["learned"] < found["tokens"]
     assert len(found["shown"]) == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lessons.jsonl"]
 

@@ -28,8 +28,8 @@ def test_the_loss_with_smollm2s_template_is_on_the_assistant_messages(
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     file = write_lines(tmp_path / "chat.jsonl", [{"messages": messages}])
     (feature,) = conversation_features(read_conversations(Source(file)), tokenizer, 512).features
-    learnt = [label for label in feature["labels"] if label != IGNORED]
-    assert tokenizer.decode(learnt) == "".join(f"{text}<|im_end|>" for text in message)
+    learned = [label for label in feature["labels"] if label != IGNORED]
+    assert tokenizer.decode(learned) == "".join(f"{text}<|im_end|>" for text in message)
     assert tokenizer.decode(feature["input_ids"]).startswith("<|im_start|>system\n")
 
 

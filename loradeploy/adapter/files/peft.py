@@ -51,11 +51,11 @@ from loradeploy.adapter.modules.targets import is_saved
 from loradeploy.adapter.tasks import SEQUENCE_CLASSIFICATION, task_of_peft
 from loradeploy.disk import explained
 from loradeploy.errors import AdapterError
-from loradeploy.files import copy_file, read_json, write_json
+from loradeploy.files import copy_file, json_text, read_json
 from loradeploy.names import ADAPTER_CONFIG_NAME, MODULES_NAME
 from loradeploy.paths import takes_paths
 from loradeploy.snapshot import Snapshot, of_one_version
-from loradeploy.writing import atomic_file
+from loradeploy.writing import atomic_pair
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -80,10 +80,14 @@ def load_adapter(path: str | os.PathLike[str]) -> Adapter:
             factor without its counterpart, tensors of the base model, or a refused config; files
             that changed during each of several attempts.
     """
-    weights = _weights_file(Path(path))
+    place = Path(path)
+    weights = place / WEIGHTS_NAME if place.is_dir() else place
     names = (weights.name, ADAPTER_CONFIG_NAME)
     return of_one_version(
-        weights, lambda: Snapshot.of(weights.parent, names), lambda: _load(weights), AdapterError
+        weights,
+        lambda: Snapshot.of(weights.parent, names),
+        lambda: _load(_weights_file(place)),
+        AdapterError,
     )
 
 
@@ -158,7 +162,8 @@ def own_files(directory: Path) -> frozenset[str]:
 def save_adapter(adapter: Adapter, directory: str | os.PathLike[str]) -> str:
     """Write `adapter` as a PEFT directory and return its digest.
 
-    An adapter that is replaced is complete until the new one is. Equal adapters give equal bytes.
+    A kill leaves the old adapter, the new one, or one without weights, which is refused. Equal
+    adapters give equal bytes.
 
     Raises:
         OutputError: it cannot be written. An existing adapter is unchanged.
@@ -183,10 +188,10 @@ def save_adapter(adapter: Adapter, directory: str | os.PathLike[str]) -> str:
     target = Path(directory)
     with explained(target):
         target.mkdir(parents=True, exist_ok=True)
-    # An old config scales new weights wrongly: both files are written before one is replaced.
-    with atomic_file(target / WEIGHTS_NAME) as temporary:
-        write_tensors(temporary, arrays, metadata)
-        write_json(target / ADAPTER_CONFIG_NAME, adapter.config.to_peft())
+    # An old config would scale new weights wrongly.
+    with atomic_pair(target / ADAPTER_CONFIG_NAME, target / WEIGHTS_NAME) as (config, weights):
+        write_tensors(weights, arrays, metadata)
+        config.write_text(json_text(adapter.config.to_peft()), encoding="utf-8")
     return adapter.digest
 
 

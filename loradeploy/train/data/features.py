@@ -239,10 +239,10 @@ def _parts(
     """Tokenize each part separately, as a prompt is tokenized at run time."""
     ids: list[int] = []
     labels: list[int] = []
-    for number, (text, learnt) in enumerate(example.parts):
+    for number, (text, learned) in enumerate(example.parts):
         part = tokenizer.encode(text, add_special_tokens=number == 0)
         ids += part
-        labels += part if learnt else [IGNORED] * len(part)
+        labels += part if learned else [IGNORED] * len(part)
     end = tokenizer.eos_token_id
     if end is not None and (not ids or ids[-1] != end):
         ids.append(end)  # the model must learn to stop

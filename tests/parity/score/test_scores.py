@@ -122,7 +122,7 @@ def test_a_classifier_keeps_its_accuracy(
     assert found.keys() == {("onnx-side-inputs", "it"), ("onnx-merged", "it")}
     for score in found.values():
         assert (score.metric, score.examples) == ("accuracy", 40)
-        assert score.value == score.reference > 0.9, "the adapter learnt nothing"
+        assert score.value == score.reference > 0.9, "the adapter learned nothing"
         # Forty examples that all agree still leave an interval of this width.
         assert (score.low, score.high) == pytest.approx((-0.0876, 0.0876), abs=1e-3)
     f1 = [score for score in report.scores if score.metric == "macro_f1"]
@@ -167,7 +167,7 @@ def test_a_language_model_keeps_its_perplexity_with_the_adapter_and_without(
     assert found.keys() == {
         ("onnx-side-inputs", None), ("onnx-side-inputs", "it"), ("onnx-merged", "it"),
     }  # fmt: skip
-    assert 1 < side.reference < base.reference / 10, "the adapter learnt nothing"
+    assert 1 < side.reference < base.reference / 10, "the adapter learned nothing"
     for score in found.values():
         assert score.low <= score.difference <= score.high
         assert abs(score.difference) < 1e-4 * score.reference
@@ -463,7 +463,7 @@ def test_minilm_trained_on_news_topics_keeps_its_accuracy(
     assert report.passed, report.failures
     assert {score.backend for score in report.scores} == {"onnx-side-inputs", "onnx-merged"}
     for score in report.scores:
-        assert score.reference > 0.8, f"the adapter learnt too little: {score}"
+        assert score.reference > 0.8, f"the adapter learned too little: {score}"
         if score.metric == "accuracy":
             assert score.low < score.difference < score.high
 

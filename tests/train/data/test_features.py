@@ -39,7 +39,7 @@ def encode(line: dict[str, Any], tokenizer: Any, place: Path, max_length: int = 
     return conversation_features(read_conversations(Source(file)), tokenizer, max_length)
 
 
-def learnt(feature: dict[str, Any], tokenizer: Any) -> str:
+def learned(feature: dict[str, Any], tokenizer: Any) -> str:
     return tokenizer.decode([label for label in feature["labels"] if label != IGNORED])
 
 
@@ -57,14 +57,14 @@ def test_the_loss_is_on_completions_and_the_end_token(
 ) -> None:
     (feature,) = encode(line, tokenizer, tmp_path).features
     assert tokenizer.decode(feature["input_ids"]) == whole
-    assert learnt(feature, tokenizer).endswith(part + "<|im_end|>")
-    assert learnt(feature, tokenizer) in whole
+    assert learned(feature, tokenizer).endswith(part + "<|im_end|>")
+    assert learned(feature, tokenizer) in whole
     assert feature["labels"][0] == IGNORED, "nothing predicts the first token"
 
 
 def test_the_loss_is_on_the_assistant_messages(tokenizer: Any, tmp_path: Path) -> None:
     (feature,) = encode({"messages": CHAT}, tokenizer, tmp_path).features
-    assert learnt(feature, tokenizer) == "good day<|im_end|>bye<|im_end|>"
+    assert learned(feature, tokenizer) == "good day<|im_end|>bye<|im_end|>"
     shown = tokenizer.apply_chat_template(CHAT, tokenize=False)
     assert tokenizer.decode(feature["input_ids"]) == shown
 
@@ -78,7 +78,7 @@ def test_a_template_with_generation_markers_defines_the_assistant_tokens(
         "{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
     )
     (feature,) = encode({"messages": CHAT}, tokenizer, tmp_path).features
-    assert learnt(feature, tokenizer) == " good day! bye!"
+    assert learned(feature, tokenizer) == " good day! bye!"
 
 
 @pytest.mark.parametrize(

@@ -404,6 +404,7 @@ def test_an_unfinished_run_is_not_overwritten_by_a_new_one(
     ("change", "message"),
     [
         ({"rank": 8}, "rank was 4 and is 8"),
+        ({"max_steps": None}, "max_steps was 8 and is 0"),  # not set, as earlier versions wrote it
         ({"seed": 1, "learning_rate": 1e-3}, "learning_rate was 0.0005 .*; seed was 0 and is 1"),
     ],
 )

@@ -85,11 +85,11 @@ def test_a_preview_shows_sources_and_targets(
     config = TrainConfig(**TASK)
     shown = preview(tiny_t5, translations(tmp_path / "data.jsonl"), config)
     pieces = dict(piece for example in shown.shown for piece in example.pieces)
-    assert any("zwei" in text and learnt for text, learnt in pieces.items())
-    assert all(learnt != text.endswith("→ ") for text, learnt in pieces.items())
+    assert any("zwei" in text and learned for text, learned in pieces.items())
+    assert all(learned != text.endswith("→ ") for text, learned in pieces.items())
     heard = preview(tiny_whisper, spoken(tmp_path / "sounds.jsonl", task="translate"), config)
-    assert heard.examples == 6 and heard.learnt == heard.tokens
-    texts = [text for example in heard.shown for text, learnt in example.pieces if learnt]
+    assert heard.examples == 6 and heard.learned == heard.tokens
+    texts = [text for example in heard.shown for text, learned in example.pieces if learned]
     assert all(text.startswith("<|en|><|translate|><|notimestamps|>") for text in texts)
 
 
