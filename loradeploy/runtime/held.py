@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from loradeploy.adapter.heads import Head
 from loradeploy.errors import RunError, UsageError
 from loradeploy.runtime.adapters.leases import Lease
+from loradeploy.runtime.lifetime import wait_until
 from loradeploy.runtime.running.feeds import Feeds
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     Join = Callable[[Sequence[tuple[Lease, int]], Lease | None], Lease]
 
 HOST: Final = ("cpu", 0)
+_Result = TypeVar("_Result")
 
 
 class HeldAdapters:
@@ -55,9 +56,10 @@ class HeldAdapters:
         self._join, self._end_lease = join, end_lease
         self._past: list[Lease] = []  # earlier rows, which runs may still read
         self._device = device
-        self._running = 0
+        self._running: set[object] = set()
         self._ended = False
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
 
     @property
     def lease(self) -> Lease:
@@ -74,9 +76,10 @@ class HeldAdapters:
 
     def run(self, output_names: Sequence[str] | None, feeds: Feeds) -> list[NDArray[Any]]:
         """Like `AdapterSession.run`, with the held adapters."""
-        with self._while_held():
-            outputs = self._run(self._lease, output_names, feeds, HOST, {})
-            return [value.numpy() for value in outputs]
+        outputs = self._while_held(
+            lambda: self._run(self._lease, output_names, feeds, HOST, {}),
+        )
+        return [value.numpy() for value in outputs]
 
     def run_with_ort_values(
         self,
@@ -92,52 +95,56 @@ class HeldAdapters:
         Raises:
             UsageError: as `AdapterSession.run`, or a buffer for an output that is not requested.
         """
-        with self._while_held():
-            given = {} if buffers is None else buffers
-            return self._run(self._lease, output_names, feeds, self._device, given)
+        given = {} if buffers is None else buffers
+        return self._while_held(
+            lambda: self._run(self._lease, output_names, feeds, self._device, given)
+        )
 
     def take_rows(self, rows: Sequence[int]) -> None:
         """Select the rows of later runs, in this order; a row may be repeated.
 
         `rows` are numbers of the rows of the `hold`, regardless of earlier calls.
         """
-        if not self._all.per_row:
-            return
-        with self._while_held():
-            lease = self._join([(self._all, row) for row in rows], None)
-            with self._changed:
-                old, self._lease = self._lease, lease
-                if old is not self._all:
-                    self._past.append(old)
-                self._release_past(but=1)  # this call itself
+        if self._all.per_row:
+            self._while_held(lambda: self._take_rows(rows))
 
-    @contextmanager
-    def _while_held(self) -> Iterator[None]:
-        with self._changed:
-            if self._ended:
-                raise UsageError(
-                    "the context that held these adapters has ended: run inside its `with` block"
-                )
-            self._running += 1
+    def _take_rows(self, rows: Sequence[int]) -> None:
+        lease = self._join([(self._all, row) for row in rows], None)
+        with self._lock:
+            old, self._lease = self._lease, lease
+            if old is not self._all:
+                self._past.append(old)
+            self._release_past(but=1)  # this call itself
+
+    def _while_held(self, call: Callable[[], _Result]) -> _Result:
+        """Return the result of `call`, during which the adapters do not change."""
+        run = object()
         try:
-            yield
+            with self._lock:
+                if self._ended:
+                    raise UsageError(
+                        "the context that held these adapters has ended: run inside its `with`"
+                        " block"
+                    )
+                self._running.add(run)
+            return call()
         finally:
-            with self._changed:
-                self._running -= 1
+            self._running.discard(run)  # first, see lifetime.py
+            with self._lock:
                 self._changed.notify_all()
 
     def end(self) -> None:
         """Wait for the running calls, and refuse later ones."""
-        with self._changed:
+        with self._lock:
             self._ended = True
-            self._changed.wait_for(lambda: not self._running)
+            wait_until(self._changed, lambda: not self._running)
             if self._lease is not self._all:
                 self._past.append(self._lease)
             self._release_past()
 
     def _release_past(self, but: int = 0) -> None:
-        """Release earlier rows if at most `but` runs are running. The caller holds `_changed`."""
-        if self._running <= but:
+        """Release earlier rows if at most `but` runs are running. The caller holds the lock."""
+        if len(self._running) <= but:
             while self._past:
                 self._end_lease(self._past.pop())
 

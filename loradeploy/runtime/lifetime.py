@@ -2,6 +2,15 @@
 
 ONNX Runtime's threads do not exist in a forked process, where a run would wait for them forever.
 Locks may also be held there by threads that do not exist.
+
+Ctrl-C can interrupt the main thread in any Python code, in a `finally` too, but not a method of a
+built-in type:
+
+- A use is removed from a dict or a set, first in the `finally`. The notification after it may not
+  happen, so waiters look again. An end of several calls is called again if it is interrupted, and a
+  second call has no further effect.
+- A lock is acquired itself: a Condition in a `with` is Python code, which may keep it.
+- A generator that is a context may end only with the traceback, so its thread must not wait for it.
 """
 
 from __future__ import annotations
@@ -17,6 +26,7 @@ from loradeploy.errors import UsageError
 
 _Given = ParamSpec("_Given")
 _Result = TypeVar("_Result")
+_AGAIN: Final = 0.5  # seconds until a waiter looks again, in case a notification was interrupted
 _CLOSED: Final = "this session is closed: open another one with AdapterSession(bundle)"
 
 
@@ -26,8 +36,9 @@ class Lifetime:
     def __init__(self) -> None:
         self._process = os.getpid()
         self._closed = False
-        self._users: list[int] = []  # thread ids, one for each use
-        self._changed = threading.Condition()
+        self._uses: dict[object, int] = {}  # the thread of each
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
 
     @contextmanager
     def use(self) -> Iterator[None]:
@@ -37,16 +48,16 @@ class Lifetime:
             UsageError: it is closed, or was opened in another process.
         """
         self._check_process()
-        thread = threading.get_ident()
-        with self._changed:
-            if self._closed:
-                raise UsageError(_CLOSED)
-            self._users.append(thread)
+        use = object()
         try:
+            with self._lock:
+                if self._closed:
+                    raise UsageError(_CLOSED)
+                self._uses[use] = threading.get_ident()
             yield
         finally:
-            with self._changed:
-                self._users.remove(thread)
+            self._uses.pop(use, None)
+            with self._lock:
                 self._changed.notify_all()
 
     def end(self) -> bool:
@@ -56,13 +67,13 @@ class Lifetime:
             UsageError: this thread is in the middle of a use, or this is another process.
         """
         self._check_process()
-        with self._changed:
-            if threading.get_ident() in self._users:
+        with self._lock:
+            if threading.get_ident() in self._uses.values():
                 raise UsageError(
                     "this thread is in the middle of a run: close the session after it"
                 )
             first, self._closed = not self._closed, True
-            self._changed.wait_for(lambda: not self._users)
+            wait_until(self._changed, lambda: not self._uses)
         return first
 
     def _check_process(self) -> None:
@@ -71,6 +82,12 @@ class Lifetime:
                 "this session was opened in another process, before a fork: open one in each"
                 " process, after it began"
             )
+
+
+def wait_until(changed: threading.Condition, ended: Callable[[], bool]) -> None:
+    """Wait for `ended` to be true. The caller holds the lock of `changed`."""
+    while not changed.wait_for(ended, _AGAIN):
+        pass
 
 
 def while_open(

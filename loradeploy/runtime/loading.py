@@ -38,10 +38,13 @@ class AdapterLoader:
             )
         with self.texts.writing(name):
             if replace or name not in self.bank or not self.texts.knows(name):
-                with self.texts.changing(name):
+
+                def add() -> str:
                     digest = self.bank.add(name, once, replace=replace).digest
                     self.texts.put(name, path, files)
-                return digest
+                    return digest
+
+                return self.texts.change(name, add)
             digest = self.bank.add(name, once).digest
             if not self.texts.has_same_texts_as(name, path):
                 raise UsageError(
@@ -54,9 +57,13 @@ class AdapterLoader:
         """Register the adapter at `path` as `name`; it is read when a run first uses it."""
         if not path.exists():
             raise AdapterError(f"{path} does not exist: give a PEFT directory or an adapter's file")
-        with self.texts.writing(name), self.texts.changing(name):
+
+        def add() -> None:
             self.bank.register(name, partial(self.reader.given, name, path), replace=replace)
             self.texts.put(name, path)
+
+        with self.texts.writing(name):
+            self.texts.change(name, add)
 
     def unload(self, name: str) -> None:
         """Unload the adapter `name`, and wait until the runs that use it have ended."""

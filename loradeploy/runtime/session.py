@@ -393,7 +393,11 @@ class AdapterSession:
             try:
                 yield held
             finally:
-                held.end()
+                try:
+                    held.end()
+                except KeyboardInterrupt:  # see lifetime.py
+                    held.end()
+                    raise
 
     def joined(self) -> JoinedAdapters:
         """Return the adapters of a batch whose rows join and leave; each row has its own `hold`."""

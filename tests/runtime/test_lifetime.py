@@ -165,7 +165,7 @@ bundle, adapter = map(Path, sys.argv[1:])
 session = AdapterSession(bundle)
 session.load("one", adapter)
 expected = USES["run with an adapter"](session, adapter)
-session._bank._changed.acquire()  # as another thread may hold it when the process forks
+session._bank._lock.acquire()  # as another thread may hold it when the process forks
 child = os.fork()
 if child == 0:
     for name, use in {**USES, "close": lambda session, _: session.close()}.items():
@@ -179,7 +179,7 @@ if child == 0:
     own.load("one", adapter)
     same = np.array_equal(USES["run with an adapter"](own, adapter), expected)
     os._exit(0 if same else 4)
-session._bank._changed.release()
+session._bank._lock.release()
 _, status = os.waitpid(child, 0)
 assert np.array_equal(USES["run with an adapter"](session, adapter), expected)
 sys.exit(os.waitstatus_to_exitcode(status))

@@ -33,6 +33,7 @@ from loradeploy.runtime.adapters.resident import (
     blend_head,
     weights_of,
 )
+from loradeploy.runtime.lifetime import wait_until
 from loradeploy.runtime.memory import return_freed_memory
 
 if TYPE_CHECKING:
@@ -82,21 +83,22 @@ class AdapterBank:
         self._manifest = sides.manifest
         self._order = {name: position for position, name in enumerate(sides.manifest.factors)}
         self._entries: dict[str, Entry] = {}
-        self._users: dict[str, list[int]] = {}  # see `HostMemory`
+        self._users: dict[str, set[Use]] = {}  # see `HostMemory`
         self._hits = self._misses = 0
-        self._changed = threading.Condition()
-        self._leases = Leases(sides, device_budget, self._users, self._changed)
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+        self._leases = Leases(sides, device_budget, self._users, self._lock)
         self._memory = HostMemory(host_budget, self._entries, self._users, self._leases)
 
     # -- names ---------------------------------------------------------------------------------
 
     def __contains__(self, name: str) -> bool:
-        with self._changed:
+        with self._lock:
             return name in self._entries
 
     def digests(self) -> dict[str, str | None]:
         """All names with the digests of their adapters, or None if the digest is not known yet."""
-        with self._changed:
+        with self._lock:
             return {name: entry.digest for name, entry in self._entries.items()}
 
     def register(
@@ -107,7 +109,7 @@ class AdapterBank:
         Raises:
             UsageError: the name is taken, and `replace` is not given.
         """
-        with self._changed:
+        with self._lock:
             if name in self._entries and not replace:
                 raise _taken(name)
             self._entries[name] = Entry(name, read, digest)
@@ -124,7 +126,7 @@ class AdapterBank:
             BudgetError: it is larger than the whole budget.
         """
         adapter = read()
-        with self._changed:
+        with self._lock:
             there = self._entries.get(name)
         if there is not None and not replace and not there.holds(adapter):
             # It may be the same one in another format, or not read yet.
@@ -135,7 +137,7 @@ class AdapterBank:
             return present
         adapter = self._packed(adapter)
         _return_copies(adapter)
-        with self._changed:
+        with self._lock:
             there = self._entries.get(name)
             known = there is not None and there.holds(adapter)
             if there is not None and not known and not replace:
@@ -155,13 +157,14 @@ class AdapterBank:
             UnknownAdapterError: there is no such name.
             UsageError: this thread is itself in the middle of a run with adapters.
         """
-        with self._changed:
+        with self._lock:
             entry = self._entries.get(name)
             if entry is None:
                 raise self._unknown(name)
             resident = self._memory.get(entry.digest)
             # A waiting thread uses no adapters, so that two threads cannot wait for each other.
-            busy = any(threading.get_ident() in threads for threads in self._users.values())
+            own = threading.get_ident()
+            busy = any(use.thread == own for uses in self._users.values() for use in uses)
             if busy and resident is not None:
                 raise UsageError(
                     f"this thread is in the middle of a run with adapters: unload {name!r} after it"
@@ -169,7 +172,7 @@ class AdapterBank:
             del self._entries[name]
             self._memory.drop_unnamed()
             if resident is not None and self._memory.is_leaving(resident):
-                self._changed.wait_for(lambda: resident.digest not in self._users)
+                wait_until(self._changed, lambda: resident.digest not in self._users)
 
     def pin(self, name: str, *, pinned: bool = True) -> None:
         """Load an adapter and exempt it from eviction; with `pinned=False`, allow eviction again.
@@ -177,7 +180,7 @@ class AdapterBank:
         Raises:
             UnknownAdapterError: there is no such name. BudgetError: as `add`.
         """
-        with self._changed:
+        with self._lock:
             entry = self._entries.get(name)
             if entry is None:
                 raise self._unknown(name)
@@ -185,13 +188,13 @@ class AdapterBank:
                 entry.pinned = False
                 self._memory.evict()
                 return
-        with self._loaded(entry), self._changed:
+        with self._loaded(entry), self._lock:
             # It may have been replaced meanwhile; what cannot be read is not pinned.
             self._entries.get(name, entry).pinned = True
 
     def statistics(self) -> BankStatistics:
         """The current contents, and the counts since the bank was created."""
-        with self._leases.locked():
+        with self._leases.stacking, self._lock:
             return BankStatistics(
                 registered=len(self._entries),
                 resident=len(self._memory),
@@ -228,9 +231,11 @@ class AdapterBank:
             lease = self._leases.make(rows, heads, per_row)
             yield lease
         finally:
-            self._release(use)
-            if lease is not None:
-                self._leases.end(lease)
+            try:
+                self._end(use, lease)
+            except KeyboardInterrupt:  # see lifetime.py
+                self._end(use, lease)
+                raise
 
     def join(self, rows: Sequence[tuple[Lease, int]], instead: Lease | None) -> Lease:
         """Make a lease of rows of other leases, as the rows of one batch, until `end_lease`.
@@ -254,19 +259,19 @@ class AdapterBank:
             return taken[weights[0][0]]
         head = blend_head({name: own for name, (_, own) in taken.items()})
         digest = blend_digest(members)
-        with self._changed:
+        with self._lock:
             made = self._memory.get(digest)
             if made is not None:
                 return self._memory.use(made, use), head
         made = blend(members, self._manifest)
-        with self._changed:
+        with self._lock:
             return self._memory.use(self._memory.admit(made), use), head
 
     def _take(self, name: str, use: Use) -> tuple[Resident, Head]:
         """Return the adapter `name` and its head, reading it if needed; mark it as used."""
         counted = False
         while True:
-            with self._changed:
+            with self._lock:
                 entry = self._entries.get(name)
                 if entry is None:
                     raise self._unknown(name)
@@ -278,14 +283,14 @@ class AdapterBank:
                 if found is not None:
                     return found
             with entry.loading:
-                with self._changed:
+                with self._lock:
                     if self._entries.get(name) is not entry:
                         continue  # the name was replaced or removed meanwhile
                     found = self._in_memory(entry, use)
                     if found is not None:
                         return found  # another thread has just read it
                 adapter = self._read(entry)
-                with self._changed:
+                with self._lock:
                     if self._entries.get(name) is not entry:
                         continue
                     entry.digest, entry.head = adapter.digest, adapter.head
@@ -295,7 +300,7 @@ class AdapterBank:
     def _in_memory(self, entry: Entry, use: Use) -> tuple[Resident, Head] | None:
         """Return the adapter of `entry` and its head, marked as used, if they were read.
 
-        The caller holds `_changed`.
+        The caller holds the lock.
         """
         resident = self._memory.get(entry.digest)
         # An equal adapter with another name may have another head.
@@ -310,7 +315,11 @@ class AdapterBank:
         try:
             yield self._take(entry.name, use)
         finally:
-            self._release(use)
+            try:
+                self._end(use, None)
+            except KeyboardInterrupt:
+                self._end(use, None)
+                raise
 
     def _read(self, entry: Entry) -> FittedAdapter:
         """Read the adapter of `entry`."""
@@ -331,10 +340,12 @@ class AdapterBank:
         arrays = in_one_block({name: adapter.arrays[name] for name in names})
         return dataclasses.replace(adapter, arrays=arrays)
 
-    def _release(self, use: Use) -> None:
-        with self._changed:
+    def _end(self, use: Use, lease: Lease | None) -> None:
+        with self._lock:
             self._memory.release(use)
             self._changed.notify_all()
+        if lease is not None:
+            self._leases.end(lease)
 
     def _unknown(self, name: str) -> UnknownAdapterError:
         known = listed_names(sorted(self._entries))

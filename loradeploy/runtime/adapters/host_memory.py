@@ -7,6 +7,7 @@ are in use or pinned. A few unused blends are kept.
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
@@ -35,7 +36,7 @@ class HostMemory:
     """The adapters and blends of a bank in host memory. The caller holds the bank's lock.
 
     `budget`: bytes of adapters; None is no limit. `entries`: the bank's names.
-    `users`: the threads that use an adapter, once for each use, by its digest.
+    `users`: the uses of an adapter, by its digest.
     `leases`: keep copies of the adapters on the device.
     """
 
@@ -43,14 +44,14 @@ class HostMemory:
         self,
         budget: int | None,
         entries: Mapping[str, Entry],
-        users: dict[str, list[int]],
+        users: dict[str, set[Use]],
         leases: Leases,
     ) -> None:
         self.budget = budget
         self._entries = entries
         self._users = users
         self._leases = leases
-        self._by_digest: dict[str, Resident] = {}  # in the order of their last use
+        self._by_digest: OrderedDict[str, Resident] = OrderedDict()  # by their last use
         self._leaving: set[str] = set()  # digests in use that no name refers to any more
         self.nbytes = 0
         self.evictions = 0
@@ -74,18 +75,21 @@ class HostMemory:
 
     def use(self, resident: Resident, use: Use) -> Resident:
         """Mark `resident` as used, and as used last."""
-        self._by_digest[resident.digest] = self._by_digest.pop(resident.digest, resident)
-        self._users.setdefault(resident.digest, []).append(use.thread)
-        use.residents.append(resident)
+        use.residents.append(resident)  # first, so that a release finds it
+        self._users.setdefault(resident.digest, set()).add(use)
+        self._by_digest.move_to_end(resident.digest)
         return resident
 
     def release(self, use: Use) -> None:
-        """End a use; remove what was only in memory for it, or exceeds the budget."""
+        """End a use; remove what was only in memory for it, or exceeds the budget.
+
+        A second call has no effect.
+        """
         for resident in use.residents:
-            threads = self._users[resident.digest]
-            threads.remove(use.thread)
-            if not threads:
-                del self._users[resident.digest]
+            uses = self._users.get(resident.digest, set())
+            uses.discard(use)
+            if not uses:
+                self._users.pop(resident.digest, None)
                 if resident.digest in self._leaving:
                     self.drop_unnamed()
         self.evict()
@@ -104,8 +108,9 @@ class HostMemory:
                 f"an adapter takes {resident.nbytes / _MIB:.1f} MiB, the whole host_budget is"
                 f" {self.budget / _MIB:.1f} MiB: give the session more, or lower its rank"
             )
+        size = resident.nbytes
         self._by_digest[resident.digest] = resident
-        self.nbytes += resident.nbytes
+        self.nbytes += size
         self.evict(spare=resident)
         return resident
 
@@ -140,6 +145,7 @@ class HostMemory:
                 self._drop(resident)
 
     def _drop(self, resident: Resident) -> None:
+        size = resident.nbytes
         del self._by_digest[resident.digest]
+        self.nbytes -= size
         self._leases.drop(resident)
-        self.nbytes -= resident.nbytes

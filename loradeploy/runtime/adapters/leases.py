@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 import numpy as np
 import onnxruntime
@@ -52,7 +52,7 @@ class Leases:
     """Makes leases, and keeps the copies on the device that they read.
 
     `budget`: bytes of the copies and the stacks; None is no limit. `users`: the digests in use,
-    guarded by `changed`, the bank's lock.
+    guarded by `lock`, the bank's. `stacking`: the lock of the stacks, acquired before the bank's.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Leases:
         sides: SideInputs,
         budget: int | None,
         users: Mapping[str, object],
-        changed: threading.Condition,
+        lock: threading.RLock,
     ) -> None:
         self._manifest, self._device, self._fixed = sides.manifest, sides.device, sides.fixed
         self._budget = budget
@@ -84,15 +84,9 @@ class Leases:
             least_rank=1 if self._base.values else 0,
             budget=budget,
         )
-        self._stacked = 0  # leases that read a stack
-        self._users, self._changed = users, changed
-        self._stacking = threading.Lock()  # acquired before _changed, never inside it
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Acquire the lock of the stacks, then the bank's."""
-        with self._stacking, self._changed:
-            yield
+        self._stacked: WeakSet[Lease] = WeakSet()  # leases that read a stack
+        self._users, self._lock = users, lock
+        self.stacking = threading.Lock()
 
     @property
     def nbytes(self) -> int:
@@ -119,42 +113,40 @@ class Leases:
         if not members:
             return Lease(rows, heads, per_row, self._base)
         if self._fixed:
-            mixed = len(members) > 1 or None in rows
-            with self._stacking:
-                self._stacked += mixed
-            return Lease(rows, heads, per_row, self._base, stacked=mixed)
+            return Lease(rows, heads, per_row, self._base, stacked=len(members) > 1 or None in rows)
         if len(members) == 1 and None not in rows:
             return Lease(rows, heads, per_row, self._bind(members[0]))
-        with self._stacking:
+        with self.stacking:
             if self._manifest.layout == ROWS:
                 stack, device = self._rows.take(rows, None if instead is None else instead.stack)
-                self._stacked += 1
-                return Lease(rows, heads, per_row, device, stacked=True, stack=stack)
-            with self._changed:
-                busy = frozenset(self._users)
-            device, slot_of = self._stacks.of(members, busy, base=None in rows)
-            self._stacked += 1
-        slots = [slot_of[None if resident is None else resident.digest] for resident in rows]
-        adapter_ids = onnxruntime.OrtValue.ortvalue_from_numpy(np.array(slots, np.int64))
-        return Lease(rows, heads, per_row, device, adapter_ids, stacked=True)
+                lease = Lease(rows, heads, per_row, device, stacked=True, stack=stack)
+            else:
+                with self._lock:
+                    busy = frozenset(self._users)
+                device, slot_of = self._stacks.of(members, busy, base=None in rows)
+                slots = [slot_of[None if one is None else one.digest] for one in rows]
+                adapter_ids = onnxruntime.OrtValue.ortvalue_from_numpy(np.array(slots, np.int64))
+                lease = Lease(rows, heads, per_row, device, adapter_ids, stacked=True)
+            self._stacked.add(lease)
+        return lease
 
     def end(self, lease: Lease) -> None:
-        """End a lease, whose adapters are no longer in use by it."""
+        """End a lease, whose adapters are no longer in use by it; a second call has no effect."""
         if lease.stacked:
-            with self.locked():
-                self._stacked -= 1
-                if lease.stack is not None:
+            with self.stacking, self._lock:
+                if lease.stack is not None and lease in self._stacked:
                     self._rows.leave(lease.stack)
+                self._stacked.discard(lease)
                 self._trim()
 
     def drop(self, resident: Resident) -> None:
-        """Release the copy of an adapter that is not in use. The caller holds `changed`."""
+        """Release the copy of an adapter that is not in use. The caller holds the bank's lock."""
         self._bound.pop(resident, None)
         self._stacks.drop(resident)
 
     def _move(self, resident: Resident, arrays: Arrays, *, unless_used: bool = False) -> bool:
         """See `Move`. Leases that were made before keep reading the previous arrays."""
-        with self._changed:
+        with self._lock:
             if unless_used and resident.digest in self._users:
                 return False
             resident.host = arrays
@@ -164,14 +156,14 @@ class Leases:
     def _bind(self, resident: Resident) -> Bindable:
         """The side inputs on the device of an adapter that is in use."""
         while True:
-            with self._changed:
+            with self._lock:
                 there = self._bound.pop(resident, None)
                 if there is not None:
                     self._bound[resident] = there
                     return there
                 host = resident.host
             made = bindable(host, self._manifest, self._device, self._base)
-            with self.locked():
+            with self.stacking, self._lock:
                 if resident.host is not host:  # the previous arrays must not stay in memory
                     continue
                 made = self._bound.pop(resident, made)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from loradeploy.adapter.tasks import FEATURE_EXTRACTION, SEQUENCE_CLASSIFICATION
 from loradeploy.bundle.model_config import model_config
@@ -43,6 +42,7 @@ from loradeploy.files import inside, read_json
 from loradeploy.names import MODULES_NAME
 from loradeploy.printable import logger_of
 from loradeploy.runtime.adapters.resident import AdapterSpec, weights_of
+from loradeploy.runtime.lifetime import wait_until
 from loradeploy.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
 logger = logger_of(__name__)
 
+_Result = TypeVar("_Result")
 _FROM_BUNDLE: Final = Path()  # an adapter that came with the bundle
 
 
@@ -94,9 +95,9 @@ class TextSides:
     opened.
 
     Thread-safe. The bank stores factors, this class text settings, so each name has a count of its
-    changes: a reader of both that finds the same even count before and after has the settings and
-    factors of one adapter. A change is counted when it begins and when it ends, and threads that
-    wait for its end hold no locks or adapters.
+    changes: a reader of both that finds the same count before and after, and no change in progress
+    before, has the settings and factors of one adapter. Threads that wait for the end of a change
+    hold no locks or adapters.
     """
 
     def __init__(
@@ -110,7 +111,8 @@ class TextSides:
         self._check = check
         self._lock = threading.Lock()
         self._moved = threading.Condition(self._lock)
-        self._counts: dict[str, int] = {}
+        self._counts: dict[str, int] = {}  # of changes that began
+        self._changing: set[str] = set()  # names whose change has not ended
         self._writers: dict[str, threading.Lock] = {}
         self._files: dict[str, Snapshot] = {}  # of adapters that are not in the bundle
         self._sources: dict[str, Path] = dict.fromkeys(manifest.adapters, _FROM_BUNDLE)
@@ -133,27 +135,22 @@ class TextSides:
         with self._lock:
             return name in self._sources
 
-    @contextmanager
-    def writing(self, name: str) -> Iterator[None]:
-        """Lock the adapter of `name` against other writers; readers do not wait."""
+    def writing(self, name: str) -> threading.Lock:
+        """The lock of the adapter of `name` against other writers; readers do not wait."""
         with self._lock:
-            writer = self._writers.setdefault(name, threading.Lock())
-        with writer:
-            yield
+            return self._writers.setdefault(name, threading.Lock())
 
-    @contextmanager
-    def changing(self, name: str) -> Iterator[None]:
-        """Change the factors and the text settings of `name` atomically for readers of both."""
-        self._count(name)
+    def change(self, name: str, change: Callable[[], _Result]) -> _Result:
+        """Call `change`: readers see its changes of factors and text settings of `name` as one."""
         try:
-            yield
+            with self._lock:
+                self._counts[name] = self._counts.get(name, 0) + 1
+                self._changing.add(name)
+            return change()
         finally:
-            self._count(name)
-
-    def _count(self, name: str) -> None:
-        with self._moved:
-            self._counts[name] = self._counts.get(name, 0) + 1
-            self._moved.notify_all()
+            self._changing.discard(name)  # first, see lifetime.py
+            with self._lock:
+                self._moved.notify_all()
 
     def counts(self, spec: AdapterSpec | None) -> tuple[int, ...]:
         """The counts of changes of the names in `spec`; waits for changes in progress.
@@ -161,8 +158,8 @@ class TextSides:
         Must not be called by a thread that holds adapters which the change may wait for.
         """
         names = [] if spec is None else [name for name, _ in weights_of(spec)]
-        with self._moved:
-            self._moved.wait_for(lambda: all(self._counts.get(n, 0) % 2 == 0 for n in names))
+        with self._lock:
+            wait_until(self._moved, lambda: self._changing.isdisjoint(names))
             return tuple(self._counts.get(name, 0) for name in names)
 
     def count(self, name: str) -> int:
@@ -193,14 +190,13 @@ class TextSides:
 
     def remove(self, name: str, count: int) -> None:
         """Remove `name`, unless it changed since `count`, and so is another adapter."""
-        with self._moved:
+        with self._lock:
             if self._counts.get(name, 0) != count:
                 return
             self._sources.pop(name, None)
             self._sides.pop(name, None)
             self._files.pop(name, None)
-            self._counts[name] = count + 2
-            self._moved.notify_all()
+            self._counts[name] = count + 1
 
     @cached_property
     def base(self) -> TextSide:
