@@ -110,7 +110,7 @@ class Engine:
     def start(self) -> Engine:
         """Start the engine. Requests that were submitted before wait until then."""
         requests = self._requests
-        with requests.changed:
+        with requests.lock:
             if requests.broken is not None:
                 raise ended_by_defect(requests.broken)
             if requests.closed:
@@ -132,21 +132,21 @@ class Engine:
         Returns True if all of them ended; after `timeout` seconds the others are cancelled.
         """
         requests = self._requests
-        with requests.changed:
+        with requests.lock:
             requests.draining = True
             empty = requests.changed.wait_for(lambda: not requests.unfinished(), timeout)
             rest = requests.unfinished()
         for submission in rest:
             submission.cancel()
         if rest and self._threads:
-            with requests.changed:
+            with requests.lock:
                 requests.changed.wait_for(lambda: not requests.unfinished())
         return empty
 
     def close(self) -> None:
         """Cancel all requests and stop. The session stays open. A second call has no effect."""
         requests = self._requests
-        with requests.changed:
+        with requests.lock:
             requests.draining = requests.closed = True
             rest = requests.unfinished()
             requests.changed.notify_all()
@@ -218,7 +218,7 @@ class Engine:
         length = len(prompt) // _CHARACTERS if isinstance(prompt, str) else len(prompt)
         cost = 1 + length + own.max_new_tokens * max(own.n, own.num_beams)
         shed, requests = None, self._requests
-        with requests.changed:
+        with requests.lock:
             requests.check_open()
             if len(requests.queue) >= requests.most:
                 requests.statistics.refused += 1
@@ -248,7 +248,7 @@ class Engine:
         except BaseException as problem:
             requests.defect(problem)
         finally:
-            with requests.changed:
+            with requests.lock:
                 rest, requests.running = list(requests.running.values()), {}
                 broken = requests.broken
             if broken is not None:
@@ -260,7 +260,7 @@ class Engine:
         returned = True  # nothing has run since memory was returned
         while True:
             requests.drop_ready()
-            with requests.changed:
+            with requests.lock:
                 asked = requests.changed.wait_for(
                     lambda: requests.closed or requests.ready or requests.running,
                     None if returned else _IDLE,
@@ -269,7 +269,7 @@ class Engine:
                 self._worker.return_memory()
                 returned = True
                 continue
-            with requests.changed:
+            with requests.lock:
                 if requests.broken is not None or (requests.closed and not requests.unfinished()):
                     return
                 while requests.ready and self._worker.fits(requests.ready[0]):

@@ -40,7 +40,7 @@ class Loader:
         while True:
             late: list[Submission] = []
             taken = None
-            with requests.changed:
+            with requests.lock:
                 requests.changed.wait_for(
                     lambda: (
                         requests.closed or (requests.queue and len(requests.ready) < self._ahead)
@@ -62,11 +62,11 @@ class Loader:
                 self._prepare(taken)
 
     def _has_room(self) -> bool:
-        """Whether another request may be prepared. The caller holds `changed`."""
+        """Whether another request may be prepared. The caller holds the lock."""
         return bool(self._requests.queue) and len(self._requests.ready) < self._ahead
 
     def _timeout(self) -> float | None:
-        """Seconds until the next deadline of a waiting request. The caller holds `changed`."""
+        """Seconds until the next deadline of a waiting request. The caller holds the lock."""
         requests = self._requests
         ends = [one.deadline for one in requests.queue if one.deadline is not None]
         return max(0.0, min(ends) - time.monotonic()) if ends else None
@@ -88,7 +88,7 @@ class Loader:
         else:
             if running is None:
                 requests.end_unprocessed(submission)
-        with requests.changed:
+        with requests.lock:
             requests.preparing = None
             broken = requests.broken
             if running is not None and broken is None:

@@ -44,7 +44,8 @@ class EngineRequests:
 
     def __init__(self, statistics: EngineStatistics, most: int) -> None:
         self.statistics, self.most = statistics, most
-        self.changed = threading.Condition()
+        self.lock = threading.RLock()  # acquired itself, see lifetime.py
+        self.changed = threading.Condition(self.lock)
         self.queue: FairQueue[Submission] = FairQueue()
         self.preparing: Submission | None = None
         self.ready: deque[Running] = deque()
@@ -55,7 +56,7 @@ class EngineRequests:
         self._last_end: float | None = None
 
     def check_open(self) -> None:
-        """Raise EngineClosedError if no more requests are accepted. The caller holds `changed`."""
+        """Raise EngineClosedError if no more requests are accepted. The caller holds the lock."""
         if self.broken is not None:
             raise ended_by_defect(self.broken)
         if self.draining:
@@ -71,14 +72,14 @@ class EngineRequests:
         )
 
     def unfinished(self) -> list[Submission]:
-        """All requests that have not ended. The caller holds `changed`."""
+        """All requests that have not ended. The caller holds the lock."""
         preparing = [] if self.preparing is None else [self.preparing]
         prepared = [one.submission for one in (*self.ready, *self.running.values())]
         return [*self.queue, *preparing, *prepared]
 
     def stats(self) -> EngineStatistics:
         """The current statistics, a copy."""
-        with self.changed:
+        with self.lock:
             return replace(
                 self.statistics,
                 waiting=len(self.queue) + len(self.ready) + (self.preparing is not None),
@@ -90,7 +91,7 @@ class EngineRequests:
 
     def cancel(self, submission: Submission) -> None:
         """End a waiting request; the threads end those that they process."""
-        with self.changed:
+        with self.lock:
             waited = self.queue.remove(submission)
             self.changed.notify_all()
         if waited:
@@ -99,7 +100,7 @@ class EngineRequests:
     def end_unprocessed(self, submission: Submission) -> None:
         """End a request that was cancelled before its prompt was processed."""
         choices = end_unprocessed(submission)
-        with self.changed:
+        with self.lock:
             if choices:
                 self.statistics.finished["cancelled"] += choices
             self.changed.notify_all()
@@ -107,7 +108,7 @@ class EngineRequests:
     def fail(self, submission: Submission, problem: BaseException) -> None:
         """Fail a request, unless it has ended already, for example by a defect."""
         error = submission.fail(problem)
-        with self.changed:
+        with self.lock:
             if error is not None:
                 self.statistics.failed[type(error).__name__] += 1
             self.changed.notify_all()
@@ -118,7 +119,7 @@ class EngineRequests:
         Running requests are failed by the thread that runs them.
         """
         logger.error("a defect ends the engine", exc_info=problem)
-        with self.changed:
+        with self.lock:
             self.draining = self.closed = True
             self.broken = self.broken or problem
             waiting = list(self.queue)
@@ -136,7 +137,7 @@ class EngineRequests:
     def drop_ready(self) -> None:
         """End requests that were cancelled or became late before there were rows for them."""
         now = time.monotonic()
-        with self.changed:
+        with self.lock:
             late = [one for one in self.ready if one.submission.late(now)]
             idle = [one for one in self.ready if one.submission.cancelled and one not in late]
             for one in (*late, *idle):
@@ -159,7 +160,7 @@ class EngineRequests:
         if not ended:
             return
         now = time.monotonic()
-        with self.changed:
+        with self.lock:
             for one, _ in ended:
                 del self.running[one.number]
             if self._last_end is not None:

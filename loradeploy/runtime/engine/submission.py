@@ -100,7 +100,8 @@ class Submission:
         self.prompt_tokens: int | None = None
         self.cached_tokens = 0
         self._on_cancel = on_cancel
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()  # acquired itself, see lifetime.py
+        self._changed = threading.Condition(self._lock)
         self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
         self._events: deque[GenerationEvent] = deque()
         self._generations: dict[int, Generation] = {}
@@ -140,7 +141,7 @@ class Submission:
             TimeoutError: it has not ended after `timeout` seconds; it continues.
             LoraDeployError: the request failed.
         """
-        with self._changed:
+        with self._lock:
             if not self._changed.wait_for(lambda: self.done, timeout):
                 raise TimeoutError(f"the request has not ended after {timeout} seconds")
         return self._completion()
@@ -184,7 +185,7 @@ class Submission:
         return self
 
     def __next__(self) -> GenerationEvent:
-        with self._changed:
+        with self._lock:
             self._changed.wait_for(lambda: self._events or self.done)
         event = self._next()
         if event is None:
@@ -192,7 +193,7 @@ class Submission:
         return event
 
     def _next(self) -> GenerationEvent | None:
-        with self._changed:
+        with self._lock:
             if self._events:
                 return self._events.popleft()
         if self._error is not None:
@@ -202,7 +203,7 @@ class Submission:
     async def _until(self, ready: Callable[[], bool]) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            with self._changed:
+            with self._lock:
                 if ready():
                     return
                 woken = loop.create_future()
@@ -225,7 +226,7 @@ class Submission:
 
     def start(self, prompt_tokens: int, cached_tokens: int = 0) -> None:
         """Mark it as started; called by the engine."""
-        with self._changed:
+        with self._lock:
             self.prompt_tokens, self.cached_tokens = prompt_tokens, cached_tokens
             self._started = True
             self._wake()
@@ -235,7 +236,7 @@ class Submission:
 
         Returns False if the request had ended already.
         """
-        with self._changed:
+        with self._lock:
             if self.done:
                 return False
             self._events.append(event)
@@ -256,7 +257,7 @@ class Submission:
         else:
             error = RunError(f"{type(problem).__name__}: {shown(str(problem), 200)}")
             error.__cause__ = problem
-        with self._changed:
+        with self._lock:
             first = not self.done
             if first:
                 self._error = error
