@@ -57,7 +57,7 @@ class LoraDeployError(Exception):
 
     def __str__(self) -> str:
         # Exception.__str__, because KeyError's is a repr and OSError's has a number.
-        return printable(_BREAK.sub(" ", shortened(Exception.__str__(self), _MESSAGE)))
+        return printable(_BREAK.sub(" ", shortened(Exception.__str__(self), MESSAGE)))
 
 
 class UsageError(LoraDeployError):
@@ -171,7 +171,7 @@ class MissingDependencyError(LoraDeployError):
 
 
 # Maximum characters of a message, of one value in it, and of a list of names or problems.
-_MESSAGE: Final = 4000
+MESSAGE: Final = 4000
 _ONE: Final = 120
 _NAMES: Final = 160
 _PROBLEMS: Final = 240

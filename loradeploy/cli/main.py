@@ -6,7 +6,7 @@ Exit status:
       1  the check failed (`parity`, `doctor`)
       2  wrong usage, bad input, or a failure of the machine such as a full disk, in one line
      70  a defect of loradeploy; --debug shows the traceback
-    130  interrupted (143 where the signal was SIGTERM)
+    130  interrupted (143 where the signal was SIGTERM, 129 where it was SIGHUP)
     141  the reader of the output closed the pipe
 """
 
@@ -20,6 +20,7 @@ import importlib
 import io
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -33,13 +34,16 @@ import click
 from loradeploy import __version__
 from loradeploy.cli.flags import with_flags
 from loradeploy.errors import (
+    MESSAGE,
     LoraDeployError,
     MissingDependencyError,
     TrainingInterruptedError,
     first_line,
+    shortened,
 )
 from loradeploy.lora.quiet import quiet_process
 from loradeploy.printable import printable
+from loradeploy.signals import ending_signals
 
 # One line per command: `--help` shows them without importing the modules.
 VERBS: Final = {
@@ -55,7 +59,7 @@ VERBS: Final = {
     "doctor": "Check versions, execution providers and known problems.",
 }
 
-DONE, REFUSED, DEFECT, INTERRUPTED, UNREAD, TERMINATED = 0, 2, 70, 130, 141, 143
+DONE, REFUSED, DEFECT, INTERRUPTED, UNREAD = 0, 2, 70, 130, 141
 
 # Modules outside the runtime, and the extra that installs each.
 _EXTRAS: Final = {
@@ -73,6 +77,9 @@ _EXTRAS: Final = {
     "starlette": "serve",
     "uvicorn": "serve",
 }
+
+
+_UNMAPPED: Final = re.compile("failed to map segment|cannot allocate memory", re.IGNORECASE)
 
 
 class _UnreadError(Exception):
@@ -117,12 +124,12 @@ def commands(debug: bool) -> None:
 
 
 class _Terminated(BaseException):
-    """SIGTERM was received. No library handles it as an error, and writers clean up."""
+    """SIGTERM or SIGHUP was received. No library handles it as an error, and writers clean up."""
 
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[list[int]]:
-    """Inside the context, SIGTERM and SIGINT raise exceptions.
+    """Inside the context, SIGINT, SIGTERM and SIGHUP raise exceptions.
 
     Yields the exit statuses of the signals received so far: a library that is being imported may
     raise another exception instead, such as an ImportError.
@@ -133,15 +140,14 @@ def _interruptible() -> Iterator[list[int]]:
         received.append(128 + number)
         if number == signal.SIGINT:
             raise KeyboardInterrupt
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # ignore further signals during the clean-up
+        for other in before.keys() - {signal.SIGINT}:  # ignore them during the clean-up
+            signal.signal(other, signal.SIG_IGN)
         raise _Terminated
 
     if threading.current_thread() is not threading.main_thread():
         yield received  # only the main thread receives signals
         return
-    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, interrupt)}
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as by nohup
-        before[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in ending_signals()}
     try:
         yield received
     finally:
@@ -165,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except KeyboardInterrupt:
             status = _say("interrupted", INTERRUPTED)
         except _Terminated:
-            status = _say("interrupted", TERMINATED)
+            status = _say("interrupted", received[-1])
     sys.exit(status)
 
 
@@ -274,7 +280,10 @@ def _explain(problem: Exception, verb: str | None) -> int:
         if not subject and problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             subject = "the standard output cannot be written: "  # writers of files name them
         return _say(f"Error: {subject}{problem.strerror}", REFUSED)
-    if isinstance(problem, MemoryError):
+    # A library that cannot be mapped is reported by an ImportError of the system's loader.
+    if isinstance(problem, MemoryError) or (
+        isinstance(problem, ImportError) and _UNMAPPED.search(str(problem))
+    ):
         return _say("Error: out of memory: use a smaller batch, precision or model", REFUSED)
     kind = type(problem).__name__
     message = f"{kind}: {first_line(problem)}"
@@ -292,5 +301,6 @@ def _directory_is_removed() -> bool:
 
 def _say(line: str, status: int) -> int:
     with contextlib.suppress(OSError):  # the status is enough
-        click.echo(printable(" ".join(line.split())), err=True)
+        # The message of wrong usage has the value as it was given, of any length.
+        click.echo(printable(shortened(" ".join(line.split()), MESSAGE)), err=True)
     return status

@@ -35,6 +35,7 @@ from loradeploy.serve.http.gate import OPEN_PATHS, body_of
 from loradeploy.serve.keys import KeyRing
 from loradeploy.serve.opening import ServiceSpec, open_service
 from loradeploy.serve.problems import RequestError
+from loradeploy.signals import ending_signals
 
 logger = logger_of(__name__)
 
@@ -302,10 +303,9 @@ def run(spec: ServiceSpec, scale: Scale, port: int) -> str:
 
 
 def wait_for_signal() -> None:
-    """Wait for SIGINT or SIGTERM, then shut down after running requests have ended."""
+    """Wait for a signal to end, then shut down after running requests have ended."""
     ended = threading.Event()
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, lambda *_: ended.set()) for number in signals}
+    before = {n: signal.signal(n, lambda *_: ended.set()) for n in ending_signals()}
     try:
         ended.wait()
     finally:

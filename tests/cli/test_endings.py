@@ -125,19 +125,19 @@ def test_an_interruption_is_reported(run: Run, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGTERM to handle")
-@pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"]
-)
+@pytest.mark.parametrize(("number", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
 @pytest.mark.parametrize("moment", ["quiet_process", "_explain"])
 def test_a_signal_before_or_after_the_command_runs_is_reported_too(
     moment: str,
-    number: signal.Signals,
+    number: str,
     status: int,
     run: Run,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(f"loradeploy.cli.main.{moment}", lambda *_: os.kill(os.getpid(), number))
+    monkeypatch.setattr(
+        f"loradeploy.cli.main.{moment}", lambda *_: signal.raise_signal(signal.Signals[number])
+    )
     assert run("inspect", tmp_path) == (status, "", "interrupted\n")
 
 

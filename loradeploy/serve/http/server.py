@@ -16,6 +16,7 @@ from loradeploy.printable import logger_of
 from loradeploy.serve.http.app import create_app
 from loradeploy.serve.http.gate import is_loopback
 from loradeploy.serve.service import Service
+from loradeploy.signals import ending_signals
 
 logger = logger_of(__name__)
 
@@ -103,10 +104,7 @@ class Server(uvicorn.Server):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {
-            number: signal.signal(number, self.handle_exit)
-            for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        before = {n: signal.signal(n, self.handle_exit) for n in ending_signals()}
         try:
             yield
         finally:

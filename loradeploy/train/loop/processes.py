@@ -1,8 +1,8 @@
 """Processes of a distributed run, and the signals that stop it.
 
 With `accelerate launch -m loradeploy train …` or torchrun, each process trains on its share of
-every batch, and only the main process writes and prints. Ctrl-C and SIGTERM end a run with a
-checkpoint after the current step.
+every batch, and only the main process writes and prints. Ctrl-C, SIGTERM and SIGHUP end a run with
+a checkpoint after the current step.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, Final
+from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from loradeploy.signals import ending_signals
 
 
 def process_count() -> int:
@@ -28,9 +30,6 @@ def process_count() -> int:
 def is_main_process() -> bool:
     """Whether this process writes and prints."""
     return int(os.environ.get("RANK", "0")) == 0
-
-
-_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass
@@ -56,7 +55,7 @@ def stoppable() -> Iterator[Stop]:
             raise KeyboardInterrupt
         stop.signal = number
 
-    before = {number: signal.signal(number, note) for number in _SIGNALS}
+    before = {number: signal.signal(number, note) for number in ending_signals()}
     try:
         yield stop
     finally:

@@ -387,7 +387,7 @@ def test_a_request_that_is_being_prepared_at_a_defect_ends_once(
     engine = Engine(session)
     requests, loader = engine._requests, engine._loader
     one = engine.submit("The bank", "small", max_new_tokens=2, n=2, temperature=1.0)
-    with requests.changed:
+    with requests.lock:
         requests.preparing = requests.queue.pop()
     read = loader._reader.read
 
