@@ -318,3 +318,9 @@ def test_a_directory_with_other_files_is_never_replaced(
     assert status == 2
     assert "choose another directory" in one_line(err)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_the_error_of_a_long_value_has_a_limited_length(run: Run) -> None:
+    status, out, err = run("run", "bundle", "--top-k", "a" * 100_000)
+    assert (status, out) == (2, "")
+    assert len(one_line(err)) <= 4000
