@@ -1,6 +1,7 @@
 // Vectors of 128-bit lanes for products of 8-bit integers, for the processors that have fast ones.
 //
-// LORADEPLOY_INTEGER_VECTORS is defined if this processor is one of them.
+// LORADEPLOY_INTEGER_VECTORS is defined if this processor is one of them, and LORADEPLOY_DOT_PRODUCTS
+// if one instruction adds four products to a sum.
 //
 // A lane holds four columns: 4 integers of 32 bits, or 16 bytes, four of each column. kLanes lanes
 // are one vector, and each of them belongs to another block.
@@ -12,13 +13,16 @@
 
 #if defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
 #define LORADEPLOY_INTEGER_VECTORS
+#define LORADEPLOY_DOT_PRODUCTS
 #include <immintrin.h>
 
 namespace loradeploy {
 
 constexpr int kLanes = 4;
 // Rows and vectors of columns that are multiplied together: all sums stay in registers.
-constexpr int kTileRows = 6, kTileVectors = 4;
+template <int bits>
+constexpr int kTileRows = 6;
+constexpr int kTileVectors = 4;
 using Integers = __m512i;
 using Floats = __m512;
 
@@ -105,11 +109,20 @@ inline Integers evens_first(Integers v) {
 inline Integers low_nibbles(Integers v) { return _mm512_and_si512(v, all_bytes(15)); }
 inline Integers high_nibbles(Integers v) { return low_nibbles(_mm512_srli_epi16(v, 4)); }
 
-// sums + four products of weights (unsigned) and activations (signed)
+// What is subtracted from weights of 8 bits before they are multiplied.
+constexpr int kOffset = 0;
+inline Integers without_offset(Integers weights) { return weights; }
+
+// The sum of products of weights and activations (signed), which begins with `start`. The start is
+// given twice, so that kernels can add it first or last.
 template <int bits>
-Integers dot(Integers sums, Integers weights, Integers x) {
-  return _mm512_dpbusd_epi32(sums, weights, x);
-}
+struct Sum {
+  Integers sum;
+  void begin(Integers start) { sum = start; }
+  void add(Integers weights, Integers x) { sum = _mm512_dpbusd_epi32(sum, weights, x); }
+  void widen() {}  // after at most eight steps of four products
+  Integers total(Integers) const { return sum; }
+};
 
 // Products of two integers of 16 bits.
 inline Integers multiply_short(Integers a, Integers b) { return _mm512_madd_epi16(a, b); }
@@ -162,7 +175,7 @@ inline void round_to_bytes(const float* x, int count, float factor, uint8_t* res
 namespace loradeploy {
 
 constexpr int kLanes = 2;
-constexpr int kTileRows = 4, kTileVectors = 2;
+constexpr int kTileVectors = 2;
 using Integers = __m256i;
 using Floats = __m256;
 
@@ -199,12 +212,12 @@ inline Integers every_fourth(const uint8_t* const* columns, int64_t from) {
 }
 
 inline Floats scales_at(const float* const* columns, int count) {
-  alignas(32) float all[8];
-  for (int column = 0; column < 4; ++column) {
-    all[column] = columns[column][0];
-    all[4 + column] = count > 1 ? columns[column][1] : 0.0f;
-  }
-  return load_floats(all);
+  const auto both = [&](int column) {
+    if (count == 1) return _mm_load_ss(columns[column]);
+    return _mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(columns[column])));
+  };
+  const __m128 first = _mm_movelh_ps(both(0), both(1)), last = _mm_movelh_ps(both(2), both(3));
+  return _mm256_set_m128(_mm_shuffle_ps(first, last, 0xdd), _mm_shuffle_ps(first, last, 0x88));
 }
 
 inline void transpose(Integers (&v)[4]) {
@@ -229,22 +242,90 @@ inline Integers evens_first(Integers v) {
 inline Integers low_nibbles(Integers v) { return _mm256_and_si256(v, all_bytes(15)); }
 inline Integers high_nibbles(Integers v) { return low_nibbles(_mm256_srli_epi16(v, 4)); }
 
-template <int bits>
-Integers dot(Integers sums, Integers weights, Integers x) {
 #if defined(__AVXVNNI__)
-  return _mm256_dpbusd_avx_epi32(sums, weights, x);
+#define LORADEPLOY_DOT_PRODUCTS
+template <int bits>
+constexpr int kTileRows = 4;
+constexpr int kOffset = 0;
+inline Integers without_offset(Integers weights) { return weights; }
+
+template <int bits>
+struct Sum {
+  Integers sum;
+  void begin(Integers start) { sum = start; }
+  void add(Integers weights, Integers x) { sum = _mm256_dpbusd_avx_epi32(sum, weights, x); }
+  void widen() {}
+  Integers total(Integers) const { return sum; }
+};
 #else
-  // The sum of two products must fit in 16 bits: that of 8-bit weights would not.
-  if constexpr (bits == 4) {
-    const Integers pairs = _mm256_maddubs_epi16(weights, x);
-    return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-  } else {
-    const Integers low = _mm256_maddubs_epi16(low_nibbles(weights), x);
-    const Integers high = _mm256_maddubs_epi16(high_nibbles(weights), x);
-    sums = _mm256_add_epi32(sums, _mm256_madd_epi16(low, _mm256_set1_epi16(1)));
-    return _mm256_add_epi32(sums, _mm256_madd_epi16(high, _mm256_set1_epi16(16)));
+template <int bits>
+constexpr int kTileRows = bits == 4 ? 6 : 4;
+
+// _mm256_maddubs_epi16 needs a first factor without a sign, and a sum of two products that fits in
+// 16 bits: |w| times x with the sign of w is at most 128 · 127.
+constexpr int kOffset = 128;
+inline Integers without_offset(Integers weights) {
+  return _mm256_xor_si256(weights, all_bytes(kOffset));
+}
+
+template <int bits>
+struct Sum {
+  Integers sum;
+  void begin(Integers) { sum = zeros(); }
+  void add(Integers weights, Integers x) {
+    const Integers pairs =
+        _mm256_maddubs_epi16(_mm256_abs_epi8(weights), _mm256_sign_epi8(x, weights));
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    asm("" : "+x"(sum));  // or the compiler adds in another order, with more registers
   }
+  void widen() {}
+  Integers total(Integers start) const { return _mm256_add_epi32(sum, start); }
+};
+
+// The sums of eight steps fit in 16 bits: 8 · 2 · 15 · 127.
+template <>
+struct Sum<4> {
+  Integers sum, pairs;
+  void begin(Integers) { sum = pairs = zeros(); }
+  void add(Integers weights, Integers x) {
+    pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(weights, x));
+    asm("" : "+x"(pairs));
+  }
+  void widen() {
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    pairs = zeros();
+  }
+  Integers total(Integers start) const { return _mm256_add_epi32(sum, start); }
+};
 #endif
+
+// Of each of four vectors the sum of the low lane, then of each the sum of the high lane.
+inline Integers lane_sums(const Integers (&v)[4]) {
+  const Integers a = _mm256_add_epi32(_mm256_unpacklo_epi32(v[0], v[1]),
+                                      _mm256_unpackhi_epi32(v[0], v[1]));
+  const Integers b = _mm256_add_epi32(_mm256_unpacklo_epi32(v[2], v[3]),
+                                      _mm256_unpackhi_epi32(v[2], v[3]));
+  return _mm256_add_epi32(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
+}
+
+// A lane for each of two vectors: the sum of its lanes.
+inline Integers lanes_added(Integers one, Integers other) {
+  return _mm256_add_epi32(_mm256_permute2x128_si256(one, other, 0x20),
+                          _mm256_permute2x128_si256(one, other, 0x31));
+}
+
+inline Integers lower_lane(const void* from) {
+  return _mm256_zextsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(from)));
+}
+
+// The bytes at even places of 64, then those at odd places.
+inline void store_evens_first(const uint8_t* from, uint8_t* to) {
+  const auto parted = [](Integers v) {
+    return _mm256_permute4x64_epi64(_mm256_shuffle_epi32(evens_first(v), 0xd8), 0xd8);
+  };
+  const Integers one = parted(load(from)), other = parted(load(from + 32));
+  store(to, _mm256_permute2x128_si256(one, other, 0x20));
+  store(to + 32, _mm256_permute2x128_si256(one, other, 0x31));
 }
 
 inline Integers multiply_short(Integers a, Integers b) { return _mm256_madd_epi16(a, b); }
@@ -299,6 +380,12 @@ inline void round_to_bytes(const float* x, int count, float factor, uint8_t* res
 
 #ifdef LORADEPLOY_INTEGER_VECTORS
 namespace loradeploy {
+
+// Keeps the compiler from loading it again at each use.
+inline Integers in_register(Integers v) {
+  asm("" : "+x"(v));
+  return v;
+}
 
 // The four bytes, or the float, at `from` in every column.
 inline Integers spread_integer(const void* from) {

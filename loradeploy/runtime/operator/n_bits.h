@@ -34,10 +34,18 @@ struct Layout {
   static constexpr int bits = bits_, block = block_;
   static constexpr int block_bytes = block * bits / 8;
   static constexpr int steps = block / 4;
+  static constexpr int offset = bits == 8 ? kOffset : 0;  // what weights are multiplied without
 
   // The zero point of a block, from those of its column.
   static int32_t zero_point(const uint8_t* column, int64_t at) {
-    return bits == 8 ? column[at] : column[at / 2] >> at % 2 * 4 & 15;
+    return (bits == 8 ? column[at] : column[at / 2] >> at % 2 * 4 & 15) - offset;
+  }
+
+  // Where the sum of the products of a block begins, if all zero points are the middle of the range;
+  // or its factor of 16 bits, by which each zero point is multiplied.
+  static int32_t start(const uint8_t* integers, bool symmetric) {
+    const int32_t sum = sum_of_bytes(integers, block);
+    return symmetric ? -sum * ((1 << (bits - 1)) - offset) : -sum & 0xffff;
   }
 };
 

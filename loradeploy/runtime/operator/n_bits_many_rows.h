@@ -39,8 +39,7 @@ void quantize_many(const Product& product, const float* x, uint8_t* to) {
     const int64_t first = block * Layout::block;
     const int64_t count = std::min<int64_t>(product.in - first, Layout::block);
     scales[block] = quantize_block<Layout::block>(x + first, count, to + first);
-    const int32_t sum = sum_of_bytes(to + first, Layout::block);
-    starts[block] = symmetric ? -sum * (1 << (Layout::bits - 1)) : -sum & 0xffff;
+    starts[block] = Layout::start(to + first, symmetric);
   }
   std::fill(to + product.blocks * Layout::block, to + bytes, uint8_t{0});
   if constexpr (Layout::bits == 4) {
@@ -88,7 +87,7 @@ void unpack(const Product& product, int64_t column, int64_t first, int64_t block
           put(low_nibbles(own));
           put(high_nibbles(own));
         } else {
-          put(own);
+          put(without_offset(own));
         }
       }
     }
@@ -119,44 +118,49 @@ void unpack(const Product& product, int64_t column, int64_t first, int64_t block
 using Sums = Floats[kParts][kTileVectors];
 
 // Adds the products of `rows` quantized rows and the blocks of a panel; `first`: its first block.
-template <int bits, bool has_zero_points, int rows>
+template <typename Layout, bool has_zero_points, int rows>
 void multiply_tile(const Product& product, const Panel& panel, int64_t first, int64_t blocks,
                    const uint8_t* x, Sums* sums) {
   const int64_t row_bytes = many_row_bytes(product), scales_at = integer_bytes(product);
   const uint8_t* weights = panel.weights;
-  const uint8_t* four = x + first * product.block;
+  const uint8_t* four = x + first * Layout::block;
   for (int64_t block = 0; block < blocks; ++block) {
     const uint8_t* const scales = x + scales_at + (first + block) * 4;
     const uint8_t* const starts = scales + product.blocks * 4;
-    Integers own[rows][kTileVectors];
+    const auto start = [&](int row, int vector) {
+      const Integers own = spread_integer(starts + row * row_bytes);
+      return has_zero_points ? multiply_short(own, panel.zero_points[block][vector]) : own;
+    };
+    Sum<Layout::bits> own[rows][kTileVectors];
     for (int row = 0; row < rows; ++row) {
-      const Integers start = spread_integer(starts + row * row_bytes);
       for (int vector = 0; vector < kTileVectors; ++vector) {
-        own[row][vector] = has_zero_points
-                               ? multiply_short(start, panel.zero_points[block][vector])
-                               : start;
+        own[row][vector].begin(start(row, vector));
       }
     }
-    const uint8_t* const end = four + product.block;
-    do {
+    for (int step = 0; step < Layout::steps; step += 8) {
 // Unrolled, or sums are copied at each step (gcc 12).
 #pragma GCC unroll 8
-      for (int step = 0; step < 8; ++step, weights += kTileVectors * kBytes, four += 4) {
+      for (int at = 0; at < 8; ++at, weights += kTileVectors * kBytes, four += 4) {
         Integers w[kTileVectors];
-        for (int vector = 0; vector < kTileVectors; ++vector) w[vector] = load(weights + vector * kBytes);
+        for (int vector = 0; vector < kTileVectors; ++vector) {
+          w[vector] = in_register(load(weights + vector * kBytes));
+        }
         for (int row = 0; row < rows; ++row) {
           const Integers integers = spread_integer(four + row * row_bytes);
           for (int vector = 0; vector < kTileVectors; ++vector) {
-            own[row][vector] = dot<bits>(own[row][vector], w[vector], integers);
+            own[row][vector].add(w[vector], integers);
           }
         }
       }
-    } while (four < end);
+      for (auto& sums_of_row : own) {
+        for (auto& sum : sums_of_row) sum.widen();
+      }
+    }
     for (int row = 0; row < rows; ++row) {
       const Floats scale = spread_float(scales + row * row_bytes);
       for (int vector = 0; vector < kTileVectors; ++vector) {
         Floats& sum = sums[row][(first + block) % kParts][vector];
-        sum = multiply_add(to_floats(own[row][vector]),
+        sum = multiply_add(to_floats(own[row][vector].total(start(row, vector))),
                            multiply(panel.scales[block][vector], scale), sum);
       }
     }
@@ -166,9 +170,9 @@ void multiply_tile(const Product& product, const Panel& panel, int64_t first, in
 }
 
 using Tile = void (*)(const Product&, const Panel&, int64_t, int64_t, const uint8_t*, Sums*);
-template <int bits, bool has_zero_points, int... at>
+template <typename Layout, bool has_zero_points, int... at>
 constexpr std::array<Tile, sizeof...(at)> tiles_of(std::integer_sequence<int, at...>) {
-  return {multiply_tile<bits, has_zero_points, at + 1>...};
+  return {multiply_tile<Layout, has_zero_points, at + 1>...};
 }
 
 // Writes the sums of `rows` rows from `row` on to kPanelColumns columns of the result.
@@ -199,7 +203,7 @@ template <typename Layout, bool has_zero_points>
 void multiply_panel(const Product& product, int64_t row, int64_t rows, const uint8_t* x,
                     int64_t column) {
   static constexpr auto tiles =
-      tiles_of<Layout::bits, has_zero_points>(std::make_integer_sequence<int, kTileRows>());
+      tiles_of<Layout, has_zero_points>(std::make_integer_sequence<int, kTileRows<Layout::bits>>());
   constexpr int64_t most = kPanelBytes / (Layout::block * kPanelColumns);
   Panel panel;
   Sums sums[kManyRows];
@@ -207,9 +211,10 @@ void multiply_panel(const Product& product, int64_t row, int64_t rows, const uin
     const int64_t blocks = std::min(most, product.blocks - first);
     const bool is_last = first + blocks == product.blocks;
     unpack<Layout, has_zero_points>(product, column, first, blocks, panel);
-    for (int64_t at = 0, left = (rows + kTileRows - 1) / kTileRows; left > 0; --left) {
+    constexpr int64_t tile = kTileRows<Layout::bits>;
+    for (int64_t at = 0, left = (rows + tile - 1) / tile; left > 0; --left) {
       const int64_t own = (rows - at + left - 1) / left;
-      Sums* const own_sums = sums + at;
+      Sums* const own_sums = sums + (blocks == product.blocks ? 0 : at);
       if (first == 0) {
         for (int64_t of = 0; of < own; ++of) {
           for (auto& part : own_sums[of]) std::fill(part, part + kTileVectors, float_zeros());
