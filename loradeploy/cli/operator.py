@@ -21,12 +21,12 @@ def command(output: str, as_json: bool) -> None:
     library as --operator OUTPUT, for bundles that were exported with --operator.
     """
     from loradeploy.runtime.operator.build import build_operator
-    from loradeploy.runtime.operator.library import check_library
+    from loradeploy.runtime.operator.library import check_library, instructions_of
 
     with progress("loradeploy.runtime.operator"):
         path = build_operator(output)
-    operators = sorted(check_library(path))
+    operators, instructions = sorted(check_library(path)), instructions_of(path)
     if as_json:
-        print_json({"output": str(path), "operators": operators})
+        print_json({"output": str(path), "instructions": instructions, "operators": operators})
     else:
-        say(f"wrote {path}, with kernels of {', '.join(operators)}")
+        say(f"wrote {path} for {instructions}, with kernels of {', '.join(operators)}")

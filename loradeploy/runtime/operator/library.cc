@@ -67,6 +67,9 @@ EXPORTED const char* loradeploy_operator() { return LORADEPLOY_SOURCE; }
 // An instruction set that the library was built with and this processor lacks; null if it has all.
 EXPORTED const char* loradeploy_operator_lacks() { return loradeploy::lacking(); }
 
+// The vector instructions that the kernels use.
+EXPORTED const char* loradeploy_operator_instructions() { return loradeploy::kVectorInstructions; }
+
 EXPORTED OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
   const OrtApi* found = base->GetApi(kApiVersion);
   if (found == nullptr) {

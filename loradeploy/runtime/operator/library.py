@@ -28,6 +28,7 @@ HEADERS: Final = tuple(sorted(_DIRECTORY.glob("*.h")))
 _IDENTITY: Final = "loradeploy_operator"
 _LACKS: Final = "loradeploy_operator_lacks"
 _OPERATORS: Final = "loradeploy_operators"
+_INSTRUCTIONS: Final = "loradeploy_operator_instructions"
 # Session option of loradeploy: the library was registered.
 _REGISTERED: Final = "loradeploy.operator"
 _LARGEST: Final = 1 << 20  # bytes of a source file
@@ -82,6 +83,18 @@ def check_library(path: Path) -> frozenset[str]:
             " it again here"
         )
     return frozenset(operators().decode().split())
+
+
+def instructions_of(path: Path) -> str:
+    """The vector instructions that a library was built with, such as "AVX2".
+
+    Raises:
+        OperatorError: as `check_library`.
+    """
+    check_library(path)
+    function = getattr(ctypes.CDLL(os.fspath(resolved(path))), _INSTRUCTIONS)
+    function.restype = ctypes.c_char_p
+    return str(function().decode())
 
 
 def register(path: Path, options: onnxruntime.SessionOptions) -> frozenset[str]:

@@ -69,6 +69,21 @@ inline constexpr Instructions kBuiltWith[] = {
 #endif
 };
 
+// The vector instructions that the kernels use.
+#if defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
+inline constexpr const char* kVectorInstructions = "AVX-512 with VNNI";
+#elif defined(__AVX512F__)
+inline constexpr const char* kVectorInstructions = "AVX-512";
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__AVXVNNI__)
+inline constexpr const char* kVectorInstructions = "AVX2 with VNNI";
+#elif defined(__AVX2__) && defined(__FMA__)
+inline constexpr const char* kVectorInstructions = "AVX2";
+#elif defined(__AVX__)
+inline constexpr const char* kVectorInstructions = "AVX";
+#else
+inline constexpr const char* kVectorInstructions = "SSE2";
+#endif
+
 // The registers that the system keeps for each thread: 6 for those of AVX, 0xe6 for AVX-512.
 inline bool keeps_registers(unsigned wanted) {
   unsigned registers[4] = {};
@@ -100,6 +115,8 @@ inline const char* lacking() {
 }
 
 #else
+
+inline constexpr const char* kVectorInstructions = "the compiler's own vectors";
 
 inline const char* lacking() { return nullptr; }  // not checked
 
