@@ -35,6 +35,7 @@ from loradeploy.parity.report.results import (
     ParityReport,
     Regression,
 )
+from loradeploy.parity.report.shares import share
 
 FACTOR: Final = 1.5
 _QUADRATIC: Final = ("kl", "cosine_distance")
@@ -173,7 +174,8 @@ def _regressions(before: Baseline, now: Baseline) -> Iterator[Regression]:
             "mutation score",
             before.mutation_score,
             caught,
-            f"{before.mutation_score:.0%} of the mistakes were caught before, now: {caught}",
+            f"{share(before.mutation_score)} of the mistakes were caught before, now:"
+            f" {caught if isinstance(caught, str) else share(caught)}",
         )
 
 
@@ -200,17 +202,17 @@ def _result_regressions(before: _Entry, now: _Entry | None) -> Iterator[Regressi
                 f"{metric} was {value:.2g}, now {later:.2g}: more than {factor:.3g} times as much"
                 f" and above {floor:.2g}",
             )
-    for name, share in before.shares.items():
+    for name, earlier in before.shares.items():
         later = now.shares.get(name, 0.0)
         tie = max(AGREEMENT_FLOOR, 1.0 / max(1, now.positions))
-        lost, was_lost = 1.0 - later, 1.0 - share
+        lost, was_lost = 1.0 - later, 1.0 - earlier
         if lost > FACTOR * was_lost and lost - was_lost > tie:
             yield Regression(
                 before.where,
                 name,
-                share,
+                earlier,
                 later,
-                f"{_AGREEMENTS[name]} agreement was {share:.1%}, now {later:.1%}",
+                f"{_AGREEMENTS[name]} agreement was {share(earlier)}, now {share(later)}",
             )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.parity.figures.tolerances import METRICS
 from loradeploy.parity.report.results import BASE_LABEL
+from loradeploy.parity.report.shares import share
 from loradeploy.printable import printable
 
 if TYPE_CHECKING:
@@ -101,15 +101,6 @@ def html(report: ParityReport) -> str:
         symbols={"passed": "✓", "failed": "✕", "not run": "–"},
     )
     return printable(page, lines=True)
-
-
-def share(value: float | None) -> str:
-    """Format a share as a percentage; 100 % only if the share is exactly 1."""
-    if value is None:
-        return "–"
-    if not math.isfinite(value):
-        return "not finite"
-    return "100 %" if value == 1 else f"{min(99.9, 100 * value):.1f} %"
 
 
 def groups(report: ParityReport) -> list[tuple[str, list[Result]]]:

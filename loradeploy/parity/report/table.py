@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Final
 
 from loradeploy.parity.report.results import BASE_LABEL, COMPARED
+from loradeploy.parity.report.shares import share
 from loradeploy.printable import printable
 
 if TYPE_CHECKING:
@@ -23,8 +24,8 @@ _FIGURES: Final[Mapping[str, Callable[[Figures], str]]] = {
     "max rel": lambda figures: f"{figures.max_rel:.1e}",
     "1 − cos": lambda figures: f"{figures.cosine_distance:.0e}",
     "KL": lambda figures: "" if figures.kl is None else f"{figures.kl:.0e}",
-    "top-1": lambda figures: _share(figures.top1),
-    "greedy": lambda figures: _share(figures.greedy),
+    "top-1": lambda figures: _known_share(figures.top1),
+    "greedy": lambda figures: _known_share(figures.greedy),
 }
 _MOST_OFFENDERS: Final = 3
 _MOST_TOKENS: Final = 24
@@ -65,7 +66,7 @@ def adapter_lines(report: ParityReport) -> list[str]:
     if report.controls:
         lines.append(
             f"controls: {caught} of {len(report.controls)} mistakes caught, mutation score"
-            f" {_share(report.mutation_score)}"
+            f" {share(report.mutation_score)}"
         )
     lines.append(f"inputs: {inputs_line(report)} ({report.inputs.source})")
     if report.baseline is not None:
@@ -171,8 +172,5 @@ def _row(result: Result, varied: bool) -> tuple[str, ...]:
     )
 
 
-def _share(value: float | None) -> str:
-    """Format a share as a percentage; 100% only if the share is exactly 1."""
-    if value is None:
-        return ""
-    return "100%" if value == 1 else f"{min(99.9, 100 * value):.1f}%"
+def _known_share(value: float | None) -> str:
+    return "" if value is None else share(value)

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from xml.etree import ElementTree as ET
 
+from loradeploy.adapter.files.digest import short
+from loradeploy.bundle.names import GRAPH_NAME
 from loradeploy.bundle.proof.certificate import FORMAT
 from loradeploy.errors import UsageError
 from loradeploy.files import (
@@ -158,7 +160,9 @@ def markdown(report: ParityReport) -> str:
     versions = ", ".join(
         f"{name} {version}" for name, version in report.environment.versions.items()
     )
-    made = f"{versions}; {report.seconds:.0f} s; {report.created}"
+    digests = (("base", report.base_digest), (GRAPH_NAME, report.graph_digest))
+    of = ", ".join(f"{name} {short(digest)}" for name, digest in digests if digest is not None)
+    made = "; ".join(filter(None, (of, versions, f"{report.seconds:.0f} s", report.created)))
     lines += ["", f"<sub>{as_markdown(made)}</sub>", ""]
     return "\n".join(lines)
 

@@ -168,7 +168,7 @@ WORSE: dict[str, tuple[ParityReport, str]] = {
     "controls that are not made": (changed(controls=()), "now: not run"),
     "a control that passes": (
         changed(controls=(dataclasses.replace(REPORT.controls[0], caught=False),)),
-        "100% of the mistakes were caught before, now: 0.0",
+        "100 % of the mistakes were caught before, now: 0.0 %",
     ),
     "a score that is gone": (changed(scores=REPORT.scores[1:]), "accuracy is not scored"),
     "accuracy": (

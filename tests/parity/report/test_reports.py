@@ -180,7 +180,7 @@ def test_forms_for_people_show_scores_with_their_intervals(
 ) -> None:
     text = form(FULL).replace("\\", "")
     assert "0.9145 (PyTorch 0.912), +0.0025 [95 %: -0.006 to +0.011] on 400 examples" in text
-    assert "controls: 1 of 2 mistakes caught, mutation score 50.0%" in text
+    assert "controls: 1 of 2 mistakes caught, mutation score 50.0 %" in text
     assert "baseline main.json: 2 worse" in text
 
 
