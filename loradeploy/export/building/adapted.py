@@ -35,6 +35,7 @@ from loradeploy.export.building.steps import (
 )
 from loradeploy.export.match.experts import find_experts
 from loradeploy.export.match.linears import Findings, Linear, is_head, output_head
+from loradeploy.export.match.operators import unreached_layers
 from loradeploy.export.match.whole.parts import find_parts
 from loradeploy.export.passes.forms.branches import add_branches, branches_problem
 from loradeploy.export.passes.forms.layout import supports_rows, use_row_layout
@@ -143,9 +144,14 @@ def _injected(
     experts = choose_experts(find_experts(base.graph), needs)
     changes = choose_changes(graph, targets, embeddings, parts, needs, base.parameters)
     if not targets and not heads:
+        if unknown := findings.unidentified:
+            why = f"give `checkpoint` or `module_map` to identify {listed_names(unknown, 4)}"
+        else:
+            why = unreached_layers(graph) or (
+                "no product has a constant matrix: give the graph with its weights, in another form"
+            )
         raise ExportError(
-            "no linear layer of the graph was identified as a module of the checkpoint"
-            + (f"; seen: {listed_names(unknown, 4)}" if (unknown := findings.unidentified) else "")
+            f"no linear layer of the graph was identified as a module of the checkpoint: {why}"
         )
     # A graph does not show biases of zeros.
     known = base.parameters | {name for a in options.adapters.values() for name in a.saved}

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from loradeploy.adapter.tasks import LM_HEAD
 from loradeploy.export.graph.edit import only_user
+from loradeploy.export.graph.scopes import NAME_SCOPES
 from loradeploy.export.match.modules.naming import is_built, module_of
 from loradeploy.export.match.products import input_of, output_of
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from loradeploy.export.match.linears import Linear
 
 _SCALES: Final = ("Div", "Mul")
+_PASSING: Final = ("Cast", "Identity", "Reshape")
 _CARRIERS: Final = ("Cast", "DequantizeLinear", "Identity", "QuantizeLinear")
 # The operators that compute a norm's divisor or factor.
 _OF_SIZE: Final = ("Clip", "Div", "Max", "Pow", "Reciprocal", "ReduceL2", "Rsqrt", "Sqrt")
@@ -52,6 +54,39 @@ def own_factor(linear: Linear) -> ir.Node | None:
             if module_of(node) is None and _precedes_bias(node, linear.out_features):
                 return node
     return None
+
+
+def unnamed_factor(linear: Linear) -> ir.Node | None:
+    """A node without a name of the model that scales a product of `linear`, if there is one.
+
+    A tool may have added it and divided the weight by the factor: then it is the module's, and an
+    update of the product would be scaled. It may also be the model's own, after the module. Only
+    the weight shows which.
+    """
+    for product in linear.nodes:
+        own = module_of(product)
+        if own is None or (own[0] == LM_HEAD and is_built(product)):
+            continue
+        x, node = input_of(product), only_user(output_of(product))
+        while node is not None and (
+            node.op_type in _PASSING
+            or (node.op_type == "Add" and any(map(_is_constant, node.inputs)))
+        ):
+            node = only_user(node.outputs[0])
+        before = None if x is None else x.producer()
+        while before is not None and before.op_type in _PASSING:
+            x = before.inputs[0]
+            before = None if x is None else x.producer()
+        for each in _scales([before, node]):
+            scaled = [value for value in each.inputs if not _is_constant(value)]
+            if len(scaled) == 1 and not _is_named(each) and not _is_normalized(scaled[0]):
+                return each
+    return None
+
+
+def _is_named(node: ir.Node) -> bool:
+    """Whether the exporter of the model named the node, if only as part of the whole model."""
+    return str(node.name).startswith("/") or NAME_SCOPES in node.metadata_props
 
 
 def _beside(product: ir.Node) -> tuple[list[ir.Node], list[ir.Node]]:

@@ -16,6 +16,7 @@ from loradeploy.export.read.regular import (
     complete_outputs,
     drop_identities,
     lift_constants,
+    quantize_constants,
     remove_weight_inputs,
 )
 from loradeploy.export.read.subgraphs import inline_functions
@@ -43,6 +44,7 @@ def load_regular(file: Path) -> ir.Model:
     lift_constants(graph)
     remove_weight_inputs(graph)
     drop_identities(graph)
+    quantize_constants(graph.graph)
     check_finite_graph(graph, file)
     keep_all_logits(graph.graph)
     return graph

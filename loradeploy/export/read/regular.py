@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
+
+from loradeploy.export.graph.edit import (
+    add_constant,
+    constant_of,
+    free_name,
+    replace_uses,
+)
 from loradeploy.export.match.products import OPERATORS, input_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     import onnx_ir as ir
+    from numpy.typing import NDArray
     from onnx_ir.passes.common import ShapeInferencePass
 
 
@@ -37,6 +46,44 @@ def drop_identities(model: ir.Model) -> None:
         if constant.is_initializer() and not constant.is_graph_input():
             same.replace_all_uses_with(constant)
             graph.remove(node, safe=True)
+
+
+def quantize_constants(graph: ir.Graph) -> None:
+    """Replace QuantizeLinear of a constant by the integers, as onnxruntime does.
+
+    Graphs of quantization-aware training quantize their float weights and dequantize them again.
+    """
+    for node in list(graph):
+        if node.op_type == "QuantizeLinear" and (numbers := _quantized(node)) is not None:
+            name = free_name(graph, f"{node.outputs[0].name}.integers")
+            made = add_constant(graph, name, numbers)
+            replace_uses(node.outputs[0], made)
+            graph.remove(node, safe=True)
+
+
+def _quantized(node: ir.Node) -> NDArray[Any] | None:
+    """The output of a QuantizeLinear of constants, with 8 or 16 bits; None for other ones."""
+    given = [value for value in node.inputs if value is not None and _is_constant(value)]
+    if len(given) != 3 or not set(node.attributes) <= {"axis", "saturate"}:
+        return None
+    if node.outputs[0].is_graph_output():
+        return None
+    numbers, steps, zeros = map(constant_of, given)
+    axis = node.attributes.get("axis")
+    if numbers.dtype != np.float32 or zeros.dtype.kind not in "iu" or steps.ndim > 1:
+        return None
+    if steps.ndim:
+        sizes = [1] * numbers.ndim
+        sizes[1 if axis is None else axis.as_int()] = -1
+        steps, zeros = steps.reshape(sizes), zeros.reshape(sizes)
+    limits = np.iinfo(zeros.dtype)
+    rounded = np.rint(numbers / steps) + zeros.astype(np.float32)
+    integers: NDArray[Any] = np.clip(rounded, limits.min, limits.max).astype(zeros.dtype)
+    return integers
+
+
+def _is_constant(value: ir.Value) -> bool:
+    return value.is_initializer() and not value.is_graph_input() and value.const_value is not None
 
 
 def complete_shapes(model: ir.Model) -> None:

@@ -74,21 +74,44 @@ def test_a_factor_of_another_module_is_accepted(where: str, tmp_path: Path) -> N
         assert MODULE in find_modules(model, tmp_path, Evidence(), [ADAPTER]).linears
 
 
-@pytest.mark.parametrize("biased", [True, False])
-def test_a_factor_without_a_module_name_is_the_layers_if_its_bias_follows(
-    biased: bool, tmp_path: Path
-) -> None:
-    """Without a bias after it, it may be the factor of an attention on its queries."""
+def _with_tools_factor(where: str, *, name: str = "scaled") -> ir.Model:
+    """x W of a module, with a factor whose node has no module's name."""
     b = Builder()
     x = b.input("x", ["batch", IN])
+    factor = b.constant("factor", np.float32(2))
+    if where == "before":
+        x = b.node("Mul", [x, factor], ["batch", IN], name=name)
     y = b.node("MatMul", [x, b.weight("w", IN, OUT)], ["batch", OUT], name=f"{SCOPE}/MatMul")
-    y = b.node("Mul", [y, b.constant("factor", np.float32(2))], ["batch", OUT], name="scaled")
-    model = b.model(b.node("Add", [y, b.weight("b", OUT)], ["batch", OUT]) if biased else y)
-    if not biased:
-        assert MODULE in find_modules(model, tmp_path, Evidence(), [ADAPTER]).linears
-        return
+    if where == "behind a reshape":
+        shape = b.constant("shape", np.array([-1, OUT], np.int64))
+        y = b.node("Reshape", [y, shape], ["batch", OUT])
+    if where != "before":
+        y = b.node("Mul", [y, factor], ["batch", OUT], name=name)
+    if where == "behind, before the bias":
+        y = b.node("Add", [y, b.weight("b", OUT)], ["batch", OUT])
+    return b.model(y)
+
+
+def test_a_factor_without_a_module_name_is_the_layers_if_its_bias_follows(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="its node scaled scales the product"):
+        find_modules(_with_tools_factor("behind, before the bias"), tmp_path, Evidence(), [ADAPTER])
+
+
+@pytest.mark.parametrize("where", ["before", "behind", "behind a reshape"])
+def test_only_the_weight_explains_a_factor_without_a_module_name(
+    where: str, tmp_path: Path
+) -> None:
+    """It may be that of an attention on its queries, or a tool's that divided the weight by it."""
+    model = _with_tools_factor(where)
+    with pytest.raises(ExportError, match="scaled, no node of a module, .*give `checkpoint`"):
         find_modules(model, tmp_path, Evidence(), [ADAPTER])
+    model = _with_tools_factor(where)
+    (weight,) = (v.const_value.numpy() for n, v in model.graph.initializers.items() if n == "w")
+    save_file({f"{MODULE}.weight": np.ascontiguousarray(weight.T)}, tmp_path / "model.safetensors")
+    evidence = Evidence(checkpoint=tmp_path)
+    assert MODULE in find_modules(model, tmp_path, evidence, [ADAPTER]).linears
+    of_model = _with_tools_factor(where, name="/Mul")
+    assert MODULE in find_modules(of_model, tmp_path, Evidence(), [ADAPTER]).linears
 
 
 @pytest.mark.parametrize("norm", ["", "RMSNormalization", "Sqrt", "Reciprocal"])

@@ -20,6 +20,7 @@ from loradeploy.export.read.regular import (
     complete_shapes,
     drop_identities,
     lift_constants,
+    quantize_constants,
     remove_weight_inputs,
 )
 from loradeploy.runtime.session import AdapterSession
@@ -53,6 +54,28 @@ def test_a_constant_behind_identities_is_used_directly() -> None:
     assert ops(model) == ["MatMul", "MatMul", "Identity"]
     assert [node.inputs[1] for node in list(model.graph)[:2]] == [w, w]
     np.testing.assert_array_equal(run(model, {"x": rows}), before)
+
+
+@pytest.mark.parametrize("axis", [None, 0, 1])
+def test_float_weights_that_the_graph_quantizes_become_integers(axis: int | None) -> None:
+    """As quantization-aware training exports them; onnxruntime folds them to the same integers."""
+    b = Builder()
+    x, w = b.input("x", ["batch", IN]), numbers(IN, OUT)
+    size = () if axis is None else (w.shape[axis],)
+    scale = b.constant("scale", np.full(size, 0.02, np.float32))
+    zero = b.constant("zero", np.full(size, 3, np.int8))
+    along = {} if axis is None else {"axis": axis}
+    integers = b.node("QuantizeLinear", [b.constant("w", w), scale, zero], **along)
+    integers.dtype = ir.DataType.INT8
+    again = b.node("DequantizeLinear", [integers, scale, zero], [IN, OUT], **along)
+    model = b.model(b.node("MatMul", [x, again], ["batch", OUT], module="m", name="y"))
+    rows = {"x": numbers(2, IN)}
+    before = run(model, rows)
+    assert find_linears(model).linears == {}
+    quantize_constants(model.graph)
+    assert ops(model) == ["DequantizeLinear", "MatMul"]
+    assert find_linears(model).linears["m"].quantized
+    np.testing.assert_array_equal(run(model, rows), before)
 
 
 def test_an_identity_that_computes_a_graph_output_is_kept() -> None:

@@ -13,7 +13,7 @@ from loradeploy.export.graph.edit import constant_of, name_of
 from loradeploy.export.match.feature_order import reordering_node
 from loradeploy.export.match.linears import Findings, Linear
 from loradeploy.export.match.operators import is_unreached
-from loradeploy.export.match.own_factors import own_factor
+from loradeploy.export.match.own_factors import own_factor, unnamed_factor
 from loradeploy.export.match.products import products
 from loradeploy.export.read.products.later_calls import similar_later_calls
 from loradeploy.export.read.products.normalize import SCALE
@@ -62,13 +62,17 @@ def scaled(linear: Linear) -> Doubt | None:
     With y = α x W, the adapter's update is scaled by α if W is the checkpoint's matrix, but not if
     W was divided by α.
     """
-    node = linear.nodes[0]
+    node, factor = linear.nodes[0], unnamed_factor(linear)
     alpha = node.metadata_props.get(SCALE)
-    if alpha is None:
+    if alpha is not None:
+        what = f"{node.name} multiplies its product by {alpha}"
+    elif factor is not None:
+        what = f"{name_of(factor)}, no node of a module, scales the product {node.name}"
+    else:
         return None
     return Doubt(
-        f"{node.name} multiplies its product by {alpha}, and names do not show"
-        " whether its weight is the checkpoint's or was divided by that: give `checkpoint`"
+        f"{what}, and names do not show whether its weight is the checkpoint's or was divided by"
+        " that: give `checkpoint`"
     )
 
 

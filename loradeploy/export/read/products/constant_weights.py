@@ -3,6 +3,8 @@
     W = Gather(stack, layer)                   one constant for all layers
     W_q, W_k, W_v = Split(W, sizes)            one constant for several modules
     W = Reshape(Transpose(W'), shape)          a separate axis for heads
+    W = (Cast(integers) - zero) * scale        dequantized by arithmetic
+    W [1, in, out]                             an axis for the batch
 
 An adapter's module is one matrix. So a matrix that is computed from constants only becomes a
 separate constant.
@@ -10,7 +12,7 @@ separate constant.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
 
 _Known = dict["ir.Value", "NDArray[Any] | None"]
 _PRODUCTS: Final = ("Gemm", "MatMul")
-_PLAIN: Final = ("Identity", "Transpose")  # allowed between a product and its initializer
+# Allowed between a product and its initializer.
+_PLAIN: Final = ("Cast", "Identity", "Transpose")
 _MATRIX: Final = 2
 
 
@@ -39,8 +42,8 @@ def compute_weights(graph: ir.Graph) -> None:
         if value is None or not _is_computed(value):
             continue
         if value not in made:
-            numbers = _numbers(value, known)
-            if numbers is None or numbers.ndim != _MATRIX or numbers.dtype.kind != "f":
+            numbers = _as_matrix(_numbers(value, known), node.inputs[0])
+            if numbers is None or numbers.dtype.kind != "f":
                 continue
             made[value] = add_constant(graph, free_name(graph, f"{value.name}.computed"), numbers)
         node.replace_input_with(1, made[value])
@@ -48,8 +51,21 @@ def compute_weights(graph: ir.Graph) -> None:
         remove_unused(graph)
 
 
+def _as_matrix(numbers: NDArray[Any] | None, x: ir.Value | None) -> NDArray[Any] | None:
+    """The weight of a product of `x` without axes of one before its last two; None if it has more.
+
+    The product has as many axes as before, because `x` has as many as the weight.
+    """
+    if numbers is None or numbers.ndim == _MATRIX:
+        return numbers
+    shape = None if x is None else x.shape
+    if shape is None or not _MATRIX < numbers.ndim <= len(shape) or max(numbers.shape[:-2]) != 1:
+        return None
+    return numbers.reshape(numbers.shape[-2:])
+
+
 def _is_computed(value: ir.Value) -> bool:
-    """Whether the value is computed by a known node that does more than transpose it."""
+    """Whether the value is no matrix, or is computed by a node that does more than pass it on."""
     while (node := value.producer()) is not None:
         if node.op_type not in _PLAIN:
             return node.op_type in _COMPUTED and node.domain == ""
@@ -57,7 +73,10 @@ def _is_computed(value: ir.Value) -> bool:
         if source is None:
             return False
         value = source
-    return False
+    tensor = value.const_value
+    if tensor is None or value.is_graph_input():
+        return False
+    return len(tensor.shape) > _MATRIX and max(tensor.shape.numpy()[:-2]) == 1
 
 
 def _numbers(value: ir.Value, known: _Known) -> NDArray[Any] | None:
@@ -101,7 +120,8 @@ def _computed(node: ir.Node, inputs: Inputs, output: int) -> NDArray[Any] | None
     if x is None:
         return None
     try:
-        results = _COMPUTED[node.op_type](x, rest, attributes, len(node.outputs))
+        with np.errstate(all="ignore"):
+            results = _COMPUTED[node.op_type](x, rest, attributes, len(node.outputs))
     except (ValueError, IndexError, TypeError):  # a node that onnxruntime would not run either
         return None
     return np.asarray(results[output]) if output < len(results) else None
@@ -119,4 +139,37 @@ def _reshape(x: Any, rest: Inputs, given: Attributes, outputs: int) -> list[Any]
     return [x.reshape([x.shape[at] if n == 0 else n for at, n in enumerate(shape)])]
 
 
-_COMPUTED: Final[Mapping[str, Move]] = {**MOVED, "Identity": _identity, "Reshape": _reshape}
+def _arithmetic(operation: Callable[..., Any]) -> Move:
+    def compute(x: Any, rest: Inputs, given: Attributes, outputs: int) -> list[Any]:
+        if x.dtype.kind != "f":
+            raise TypeError("integers, which numpy divides to floats")
+        return [operation(x, *rest)]
+
+    return compute
+
+
+def _cast(x: Any, rest: Inputs, given: Attributes, outputs: int) -> list[Any]:
+    import onnx_ir as ir
+
+    dtype = ir.DataType(given["to"]).numpy()
+    if dtype.kind != "f" or x.dtype.kind not in "fiu":
+        raise TypeError("not a cast of numbers to floats")
+    return [x.astype(dtype)]
+
+
+def _where(x: Any, rest: Inputs, given: Attributes, outputs: int) -> list[Any]:
+    chosen, other = rest
+    return [np.where(x, chosen, other)]  # type: ignore[arg-type]
+
+
+_COMPUTED: Final[Mapping[str, Move]] = {
+    **MOVED,
+    "Add": _arithmetic(np.add),
+    "Cast": _cast,
+    "Div": _arithmetic(np.divide),
+    "Identity": _identity,
+    "Mul": _arithmetic(np.multiply),
+    "Reshape": _reshape,
+    "Sub": _arithmetic(np.subtract),
+    "Where": _where,
+}

@@ -51,7 +51,30 @@ def _joined(b: Builder) -> ir.Value:
     return b.node("Concat", halves, axis=1)
 
 
-@pytest.mark.parametrize("made", [_gathered, _sliced, _sliced_and_squeezed, _by_heads, _joined])
+def _dequantized(b: Builder) -> ir.Value:
+    """Integers from 0, minus a zero point, times a scale: all exact here."""
+    low, scale = np.round(W * 16).min(), b.constant("scale", np.full(OUT, 1 / 16, np.float32))
+    stored = b.constant("stored", (np.round(W * 16) - low).astype(np.uint8))
+    shifted = b.node("Sub", [b.node("Cast", [stored], to=1), b.constant("zero", -low)])
+    return b.node("Mul", [shifted, scale])
+
+
+def _pruned(b: Builder) -> ir.Value:
+    kept = b.constant("kept", np.ones_like(W, bool))
+    return b.node("Where", [kept, b.constant("w", W), b.constant("none", np.float32(0))])
+
+
+def _with_axis_of_batch(b: Builder) -> ir.Value:
+    return b.node("Transpose", [b.constant("w", W.T[None])], perm=[0, 2, 1])
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        *(_gathered, _sliced, _sliced_and_squeezed, _by_heads, _joined),
+        *(_dequantized, _pruned, _with_axis_of_batch),
+    ],
+)
 def test_a_weight_computed_from_constants_becomes_a_constant(
     made: Callable[[Builder], ir.Value],
 ) -> None:
@@ -64,7 +87,8 @@ def test_a_weight_computed_from_constants_becomes_a_constant(
     compute_weights(model.graph)
     assert ops(model) == ["MatMul"]
     (product,) = products(model.graph)
-    assert np.array_equal(product.rows(list(range(OUT))), W.T)
+    expected = np.round(W * 16) / 16 if made is _dequantized else W
+    assert np.array_equal(product.rows(list(range(OUT))), expected.T)
     assert np.array_equal(run(model, feeds), before)
 
 
@@ -86,6 +110,14 @@ def test_each_part_of_a_split_weight_becomes_a_constant() -> None:
     compute_weights(model.graph)
     every = [product.rows(list(range(OUT))) for product in products(model.graph)]
     assert np.array_equal(every, [OTHER.T, W.T])
+
+
+def test_a_weight_with_more_axes_than_its_input_is_not_changed() -> None:
+    b = Builder()
+    x = b.input("x", ["batch", IN])
+    model = b.model(b.node("MatMul", [x, b.constant("w", W[None])], [1, "batch", OUT], module="m"))
+    compute_weights(model.graph)
+    assert not list(products(model.graph))
 
 
 def test_a_weight_computed_from_an_input_is_not_changed() -> None:
