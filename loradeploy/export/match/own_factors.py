@@ -16,13 +16,15 @@ from loradeploy.adapter.tasks import LM_HEAD
 from loradeploy.export.graph.edit import only_user
 from loradeploy.export.graph.scopes import NAME_SCOPES
 from loradeploy.export.match.modules.naming import is_built, module_of
-from loradeploy.export.match.products import input_of, output_of
+from loradeploy.export.match.products import OPERATORS, input_of, output_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from loradeploy.export.match.linears import Linear
 
+# The end of the names of nodes that are added for the α of a product, which is judged by itself.
+SCALED: Final = "/scaled"
 _SCALES: Final = ("Div", "Mul")
 _PASSING: Final = ("Cast", "Identity", "Reshape")
 _CARRIERS: Final = ("Cast", "DequantizeLinear", "Identity", "QuantizeLinear")
@@ -79,14 +81,22 @@ def unnamed_factor(linear: Linear) -> ir.Node | None:
             before = None if x is None else x.producer()
         for each in _scales([before, node]):
             scaled = [value for value in each.inputs if not _is_constant(value)]
-            if len(scaled) == 1 and not _is_named(each) and not _is_normalized(scaled[0]):
+            if len(scaled) != 1 or _is_named(each) or _is_normalized(scaled[0]):
+                continue
+            if each is node or not _is_product(scaled[0]):  # else it is behind that product
                 return each
     return None
 
 
+def _is_product(value: ir.Value | None) -> bool:
+    node = None if value is None else value.producer()
+    return node is not None and node.op_type in OPERATORS
+
+
 def _is_named(node: ir.Node) -> bool:
     """Whether the exporter of the model named the node, if only as part of the whole model."""
-    return str(node.name).startswith("/") or NAME_SCOPES in node.metadata_props
+    name = str(node.name)
+    return name.startswith("/") or name.endswith(SCALED) or NAME_SCOPES in node.metadata_props
 
 
 def _beside(product: ir.Node) -> tuple[list[ir.Node], list[ir.Node]]:

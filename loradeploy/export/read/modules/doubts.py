@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -56,24 +56,32 @@ def without_doubtful(
     return Findings(kept, tuple(left))
 
 
+_IN_DOUBT: Final = (
+    "names do not show whether its weight is the checkpoint's or was divided by that: give"
+    " `checkpoint`"
+)
+
+
 def scaled(linear: Linear) -> Doubt | None:
     """Doubt about a product with a factor, which names alone do not explain.
 
     With y = α x W, the adapter's update is scaled by α if W is the checkpoint's matrix, but not if
     W was divided by α.
     """
-    node, factor = linear.nodes[0], unnamed_factor(linear)
+    node = linear.nodes[0]
     alpha = node.metadata_props.get(SCALE)
-    if alpha is not None:
-        what = f"{node.name} multiplies its product by {alpha}"
-    elif factor is not None:
-        what = f"{name_of(factor)}, no node of a module, scales the product {node.name}"
-    else:
+    if alpha is None:
         return None
-    return Doubt(
-        f"{what}, and names do not show whether its weight is the checkpoint's or was divided by"
-        " that: give `checkpoint`"
-    )
+    return Doubt(f"{node.name} multiplies its product by {alpha}, and {_IN_DOUBT}")
+
+
+def scaled_beside(linear: Linear) -> Doubt | None:
+    """The same doubt about a node before or after the product that belongs to no module."""
+    factor = unnamed_factor(linear)
+    if factor is None:
+        return None
+    where = f"{name_of(factor)}, no node of a module, scales the product {linear.nodes[0].name}"
+    return Doubt(f"{where}, and {_IN_DOUBT}")
 
 
 def reordered(linear: Linear) -> Doubt | None:

@@ -23,6 +23,7 @@ from loradeploy.export.read.modules.doubts import (
     called_with_other_weight,
     reordered,
     scaled,
+    scaled_beside,
     scaled_by_module,
     without_doubtful,
 )
@@ -95,6 +96,7 @@ def find_modules(
         return findings
     findings = without_doubtful(findings, targeted, scaled)
     if not proven:
+        findings = without_doubtful(findings, targeted, scaled_beside)
         refuse_folded(model, targeted, None)
         findings = without_doubtful(findings, targeted, reordered)
         _warn_of_names(findings)

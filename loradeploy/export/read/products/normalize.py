@@ -32,6 +32,7 @@ from loradeploy.export.graph.edit import (
     replace_uses,
 )
 from loradeploy.export.match.operators import MICROSOFT, check_operators, problem_of
+from loradeploy.export.match.own_factors import SCALED
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -170,7 +171,7 @@ def _scale_output(graph: ir.Graph, node: ir.Node, factor: float, kind: np.dtype[
     y = node.outputs[0]
     constant = free_name(graph, f"{name_of(node)}.alpha")
     scale = add_constant(graph, constant, np.array(factor, kind))
-    mul = ir.node("Mul", [y, scale], name=f"{name_of(node)}/scaled")
+    mul = ir.node("Mul", [y, scale], name=f"{name_of(node)}{SCALED}")
     mul.outputs[0].name = mul.name
     graph.insert_after(node, mul)
     replace_uses(y, mul.outputs[0], keep=[mul])
@@ -225,7 +226,7 @@ def _to_standard_addend(graph: ir.Graph, node: ir.Node, addend: ir.Value, beta: 
         factor = add_constant(
             graph, free_name(graph, f"{name_of(node)}.beta"), np.array(beta, kind)
         )
-        scale = ir.node("Mul", [addend, factor], name=f"{name_of(node)}/scaled")
+        scale = ir.node("Mul", [addend, factor], name=f"{name_of(node)}{SCALED}")
         scaled_addend = scale.outputs[0]
         scaled_addend.name, scaled_addend.type = scale.name, addend.type
         scaled_addend.shape = addend.shape
