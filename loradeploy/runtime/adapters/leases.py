@@ -84,7 +84,7 @@ class Leases:
             least_rank=1 if self._base.values else 0,
             budget=budget,
         )
-        self._stacked: WeakSet[Lease] = WeakSet()  # leases that read a stack
+        self._stacked: WeakSet[Lease] = WeakSet()  # leases that read the stack of slots
         self._users, self._lock = users, lock
         self.stacking = threading.Lock()
 
@@ -120,6 +120,7 @@ class Leases:
             if self._manifest.layout == ROWS:
                 stack, device = self._rows.take(rows, None if instead is None else instead.stack)
                 lease = Lease(rows, heads, per_row, device, stacked=True, stack=stack)
+                stack.readers.add(lease)
             else:
                 with self._lock:
                     busy = frozenset(self._users)
@@ -127,15 +128,15 @@ class Leases:
                 slots = [slot_of[None if one is None else one.digest] for one in rows]
                 adapter_ids = onnxruntime.OrtValue.ortvalue_from_numpy(np.array(slots, np.int64))
                 lease = Lease(rows, heads, per_row, device, adapter_ids, stacked=True)
-            self._stacked.add(lease)
+                self._stacked.add(lease)
         return lease
 
     def end(self, lease: Lease) -> None:
         """End a lease, whose adapters are no longer in use by it; a second call has no effect."""
         if lease.stacked:
             with self.stacking, self._lock:
-                if lease.stack is not None and lease in self._stacked:
-                    self._rows.leave(lease.stack)
+                if lease.stack is not None:
+                    self._rows.leave(lease.stack, lease)
                 self._stacked.discard(lease)
                 self._trim()
 

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakSet
 
 from loradeploy.runtime.adapters.resident import Bindable, Resident, used
 
@@ -34,8 +35,8 @@ class RowStack:
 
     `arrays`: the tensors on the host; empty if the bound values are copies on the device. `ranks`:
     the rank of each target module. `rows`: the digest in each slot, None for the base. `capacity`:
-    the number of slots. `nbytes`: the size of the tensors. `readers`: the number of leases that
-    read it. `views`: what runs bind, by first slot and number of rows.
+    the number of slots. `nbytes`: the size of the tensors. `readers`: the leases that read it,
+    which the caller of `take` adds. `views`: what runs bind, by first slot and number of rows.
     """
 
     arrays: Mapping[str, NDArray[Any]]
@@ -43,7 +44,7 @@ class RowStack:
     rows: list[str | None]
     capacity: int
     nbytes: int
-    readers: int = 0
+    readers: WeakSet[object] = field(default_factory=WeakSet)
     views: dict[tuple[int, int], Bindable] = field(default_factory=dict)
 
 
@@ -96,12 +97,11 @@ class RowStacks:
         if stack in self._stacks:
             self._stacks.remove(stack)
         self._stacks.append(stack)
-        stack.readers += 1
         return stack, view
 
-    def leave(self, stack: RowStack) -> None:
-        """Release `stack` for a lease that has ended."""
-        stack.readers -= 1
+    def leave(self, stack: RowStack, reader: object) -> None:
+        """Release `stack` for a lease that has ended; a second call has no effect."""
+        stack.readers.discard(reader)
         self._trim(0)
 
     def _place(self, stack: RowStack, key: list[str | None]) -> int:
@@ -143,7 +143,7 @@ class RowStacks:
         fitting = [
             stack
             for stack in self._stacks
-            if stack.readers == (stack is instead)
+            if len(stack.readers) == (stack is instead)
             and stack.capacity >= len(rows)
             and all(rank <= stack.ranks[name] for name, rank in ranks.items())
             and stack.nbytes <= _LARGER * needed * stack.capacity

@@ -117,6 +117,24 @@ def test_rows_in_use_are_not_changed_while_others_run(session: AdapterSession) -
     assert all(not stack.readers for stack in session._bank._leases._rows._stacks)
 
 
+def test_an_interrupted_end_of_a_lease_leaves_its_rows_to_other_leases(
+    session: AdapterSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[str | None] = ["large", "small", None, "partial"]
+    batch, trim = feeds(session.manifest, IDS), RowStacks._trim
+
+    def interrupted(self: RowStacks, more: int) -> None:
+        monkeypatch.setattr(RowStacks, "_trim", trim)
+        raise KeyboardInterrupt
+
+    with session.hold(rows) as held:
+        before = held.run(["logits"], batch)[0]
+        with pytest.raises(KeyboardInterrupt), session._bank.lease(rows):
+            monkeypatch.setattr(RowStacks, "_trim", interrupted)
+        logits(session, IDS, ["small", "large", "large", None])
+        np.testing.assert_array_equal(held.run(["logits"], batch)[0], before)
+
+
 def test_a_stack_of_large_ranks_is_released_once_they_are_unused(session: AdapterSession) -> None:
     logits(session, IDS, ["large", "small", "large", None])
     large = session.statistics.device_bytes
@@ -164,9 +182,10 @@ def test_every_copy_on_a_device_is_counted_and_none_stays_on_the_host(
     last: RowStack | None = None
     for count in range(16, 2, -1):  # the texts of a batch end one by one
         stack, bound = stacks.take(rows[:count], last)
+        stack.readers.add(device)
         assert {len(values) for values in bound.values.values()} == {count}  # type: ignore[arg-type]
         if last is not None:
-            stacks.leave(last)
+            stacks.leave(last, device)
         last = stack
         del stack, bound
         assert device.nbytes == stacks.nbytes <= budget, count
