@@ -719,6 +719,18 @@ REFUSED: dict[str, tuple[Callable[[], Case], str]] = {
         lambda: change(adapter_hub(), needs_base=True),
         "is converted without `model`: leave it out",
     ),
+    "PEFT's with square products and a rank above the inputs": (
+        lambda: change(
+            olive(),
+            file="adapter_model.safetensors",
+            tensors={
+                "base_model.model.l.q.lora_A.weight": random(8, 4),
+                "base_model.model.l.q.lora_B.weight": random(4, 8),
+            },
+            config={"peft_type": "LORA", "r": 8, "target_modules": ["q"]},
+        ),
+        "give one of `bundle`, `rank` and `model`",
+    ),
     "a name for PEFT's": (
         lambda: change(
             state_dict(),

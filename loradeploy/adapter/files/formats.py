@@ -194,7 +194,10 @@ def other_config(values: Mapping[str, Any]) -> str | None:
 
 def form_of(values: Mapping[str, Any] | None, shapes: Mapping[str, tuple[int, ...]]) -> Form | None:
     """The form of an adapter of another library, from its settings and tensors; else None."""
-    return form_of_tensors(shapes) or (None if values is None else form_of_config(values))
+    form = form_of_tensors(shapes)
+    if form is OLIVE and values is not None and "peft_type" in values:
+        return None  # square products of a rank above the number of inputs
+    return form or (None if values is None else form_of_config(values))
 
 
 def form_of_config(values: Mapping[str, Any]) -> Form | None:
