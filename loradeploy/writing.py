@@ -38,6 +38,7 @@ OwnFiles = Callable[[Path], Collection[str]]
 # Age at which a leftover is removed if the file system has no locks.
 _STALE_SECONDS: Final = 24 * 3600
 _ATTEMPTS: Final = 100
+_TURN_SECONDS: Final = 1.0  # how long a reader waits for the writers of a pair
 # Bytes of a name to which a temporary one can still add its own part.
 _LONG_NAME: Final = 200
 
@@ -312,10 +313,31 @@ def _new_file(target: Path) -> Iterator[Path]:
             yield temporary
 
 
+def wait_for_pair(last: str | os.PathLike[str]) -> None:
+    """Wait while `atomic_pair` replaces `last`, which may be missing in the meantime."""
+    path = _turn_path(Path(last))
+    end = time.monotonic() + _TURN_SECONDS
+    while time.monotonic() < end:
+        try:
+            lock = _lock(path)
+        except BlockingIOError:
+            time.sleep(0.001)
+            continue
+        except OSError:
+            return  # there is no writer
+        if lock is not None:
+            os.close(lock)
+        return
+
+
+def _turn_path(target: Path) -> Path:
+    return target.with_name(f".{_beginning(target)}.turn.partial")
+
+
 @contextlib.contextmanager
 def _turn(target: Path) -> Iterator[None]:
     """Wait until no other writer of `target` is in this context, if the system has locks."""
-    path = target.with_name(f".{_beginning(target)}.turn.partial")
+    path = _turn_path(target)
     while fcntl is not None:
         handle = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o666)
         try:
@@ -379,7 +401,7 @@ def _lock(path: Path) -> int | None:
     """
     if fcntl is None:
         return None
-    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a FIFO must not block
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -10,6 +10,8 @@ import os
 import shutil
 import struct
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotYetError
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +134,26 @@ def test_no_moment_of_a_save_has_a_config_beside_weights_of_another(
         assert save_adapter(an_adapter(config=OTHER), moment) == load_adapter(moment).digest
         assert len(os.listdir(moment)) == 2
     assert load_adapter(moments[2]).digest == digests[1] != digests[0]
+
+
+def test_a_reader_waits_for_the_weights_that_are_being_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_adapter(an_adapter(), tmp_path)
+    replace = os.replace
+    readers = []
+
+    def seen(source: Path, target: Path) -> None:
+        replace(source, target)
+        if target.name == "adapter_config.json":  # between the files
+            readers.append(pool.submit(load_adapter, tmp_path))
+            with pytest.raises(NotYetError):
+                readers[0].result(0.05)
+
+    with ThreadPoolExecutor() as pool:
+        monkeypatch.setattr(os, "replace", seen)
+        digest = save_adapter(an_adapter(config=OTHER), tmp_path)
+        assert readers[0].result().digest == digest
 
 
 def test_a_save_that_fails_between_its_files_keeps_the_existing_adapter(

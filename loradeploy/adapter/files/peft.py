@@ -55,7 +55,7 @@ from loradeploy.files import copy_file, json_text, read_json
 from loradeploy.names import ADAPTER_CONFIG_NAME, MODULES_NAME
 from loradeploy.paths import takes_paths
 from loradeploy.snapshot import Snapshot, of_one_version
-from loradeploy.writing import atomic_pair
+from loradeploy.writing import atomic_pair, wait_for_pair
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -83,12 +83,13 @@ def load_adapter(path: str | os.PathLike[str]) -> Adapter:
     place = Path(path)
     weights = place / WEIGHTS_NAME if place.is_dir() else place
     names = (weights.name, ADAPTER_CONFIG_NAME)
-    return of_one_version(
-        weights,
-        lambda: Snapshot.of(weights.parent, names),
-        lambda: _load(_weights_file(place)),
-        AdapterError,
-    )
+
+    def read() -> Adapter:
+        if not weights.exists():
+            wait_for_pair(weights)  # `save_adapter` may be replacing it
+        return _load(_weights_file(place))
+
+    return of_one_version(weights, lambda: Snapshot.of(weights.parent, names), read, AdapterError)
 
 
 def _load(weights: Path) -> Adapter:
