@@ -140,14 +140,16 @@ def _interruptible() -> Iterator[list[int]]:
         received.append(128 + number)
         if number == signal.SIGINT:
             raise KeyboardInterrupt
-        for other in before.keys() - {signal.SIGINT}:  # ignore them during the clean-up
-            signal.signal(other, signal.SIG_IGN)
+        for other in handled:
+            if other != signal.SIGINT:
+                signal.signal(other, signal.SIG_IGN)  # during the clean-up
         raise _Terminated
 
     if threading.current_thread() is not threading.main_thread():
         yield received  # only the main thread receives signals
         return
-    before = {number: signal.signal(number, interrupt) for number in ending_signals()}
+    handled = ending_signals()
+    before = {number: signal.signal(number, interrupt) for number in handled}
     try:
         yield received
     finally:
