@@ -282,11 +282,12 @@ def _explain(problem: Exception, verb: str | None) -> int:
         if not subject and problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             subject = "the standard output cannot be written: "  # writers of files name them
         return _say(f"Error: {subject}{problem.strerror}", REFUSED)
-    # A library that cannot be mapped is reported by an ImportError of the system's loader.
-    if isinstance(problem, MemoryError) or (
-        isinstance(problem, ImportError) and _UNMAPPED.search(str(problem))
-    ):
+    if isinstance(problem, MemoryError):
         return _say("Error: out of memory: use a smaller batch, precision or model", REFUSED)
+    if isinstance(problem, ImportError) and _UNMAPPED.search(str(problem)):
+        # glibc has the same message for both causes.
+        causes = "memory is used up, or the file system is noexec"
+        return _say(f"Error: {first_line(problem)}: {causes}", REFUSED)
     kind = type(problem).__name__
     message = f"{kind}: {first_line(problem)}"
     return _say(f"Error: a defect of loradeploy, {message} (--debug shows the traceback)", DEFECT)

@@ -88,6 +88,26 @@ def test_an_error_of_several_lines_is_printed_as_one(
     assert run("inspect", adapter) == (2, "", "Error: first second\n")
 
 
+@pytest.mark.parametrize(
+    ("problem", "message"),
+    [
+        (MemoryError(), "out of memory: use a smaller batch, precision or model"),
+        (
+            ImportError("lib.so: failed to map segment"),
+            "lib.so: failed to map segment: memory is used up, or the file system is noexec",
+        ),
+    ],
+)
+def test_a_failure_of_the_machine_is_not_reported_as_a_defect(
+    problem: Exception, message: str, adapter: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: object) -> None:
+        raise problem
+
+    monkeypatch.setattr("loradeploy.adapter.load_adapter", fail)
+    assert run("inspect", adapter) == (2, "", f"Error: {message}\n")
+
+
 def test_an_internal_error_is_reported_as_such(
     adapter: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
