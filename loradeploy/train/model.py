@@ -30,15 +30,13 @@ from loradeploy.lora.quiet import quiet
 from loradeploy.printable import logger_of
 from loradeploy.train.config import TrainConfig
 from loradeploy.train.data.features import Encoded
-from loradeploy.train.data.packing import evaluating, separate_logits, trial_examples
+from loradeploy.train.data.packing import evaluating, same_logits, separate_logits, trial_examples
 from loradeploy.train.loop.processes import is_main_process
 from loradeploy.train.tasks.table import Task
 
 logger = logger_of(__name__)
 
 _UNLIMITED: Final = 1_000_000  # tokens, for image models
-# Relative to the largest logit. In a trial, this is far above rounding in bfloat16.
-_SAME: Final = 1e-2
 # int8 and int4 bases are loaded in float32, and quantized afterwards.
 _DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -202,11 +200,11 @@ def load_base(
 
 def _reads_ahead(model: PreTrainedModel) -> bool:
     """Whether logits depend on later tokens, as an encoder's do: BERT's without `is_decoder`."""
-    row = trial_examples(model)[0]
-    other = [*row[:-1], (row[-1] + 1) % model.get_input_embeddings().num_embeddings]
     with quiet(), suppress(Exception), evaluating(model):  # a model that needs other inputs
+        row = trial_examples(model)[0]
+        other = [*row[:-1], (row[-1] + 1) % model.get_input_embeddings().num_embeddings]
         logits, changed = (separate_logits(model, [ids])[:, :-1] for ids in (row, other))
-        return not torch.allclose(changed, logits, rtol=0, atol=_SAME * float(logits.abs().max()))
+        return bool(logits.isfinite().all()) and not same_logits(model, changed, logits)
     return False
 
 

@@ -19,6 +19,7 @@ from loradeploy.adapter import AdapterConfig, load_adapter, save_adapter
 from loradeploy.errors import AdapterMismatchError, UsageError
 from loradeploy.lora.inject import adapted, inject, load
 from loradeploy.lora.layers.linear import LoraLinear
+from loradeploy.lora.layers.targets import is_linear
 from tests.conftest import MakeAdapter
 from tests.lora.tiny import difference
 from tests.tolerances import tolerance
@@ -259,6 +260,14 @@ def test_a_linear_layer_with_another_output_is_no_target() -> None:
     assert {name.rpartition(".")[2] for name in injection.layers} == {
         *("q_proj", "k_proj", "v_proj", "o_proj")
     }
+
+
+def test_a_subclass_that_computes_the_same_is_a_target() -> None:
+    class Wrapped(Conv1D):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x)
+
+    assert is_linear(Wrapped(8, 4))
 
 
 @pytest.mark.parametrize("whole", ["lm_head", "wte"])

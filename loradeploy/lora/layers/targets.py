@@ -39,7 +39,8 @@ def is_linear(module: nn.Module) -> bool:
     weight = module.weight
     if type(module).forward in _FORWARD_PASSES or not weight.is_floating_point():  # or quantized
         return True
+    into, out = weight.shape if isinstance(module, Conv1D) else reversed(weight.shape)
     with torch.no_grad(), suppress(Exception):
-        y = module(weight.new_zeros((1, weight.shape[1])))
-        return torch.is_tensor(y) and y.shape == (1, weight.shape[0])
+        y = module(weight.new_zeros((1, into)))
+        return torch.is_tensor(y) and y.shape == (1, out)
     return False

@@ -119,6 +119,26 @@ def test_the_kernel_computes_what_onnxruntime_computes(
         assert np.abs(result - correct).max() <= tolerance("blocks") * size
 
 
+@pytest.mark.parametrize(("weight", "zero_point"), [(0, 255), (255, 0)])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_the_largest_sums_are_exact(
+    library: Path, layout: tuple[int, int, int], weight: int, zero_point: int
+) -> None:
+    """With AVX2, sums of two or more products are integers of 16 bits."""
+    shape = (1030, 17)
+    given = _inputs(shape, layout, 7)
+    signs = np.where(np.arange(7) % 2, -1, 1).astype(np.float32)
+    given["A"] = np.tile(3 * signs[:, None], shape[0])
+    for name, value in {"B": weight, "zero_points": zero_point}.items():
+        if name in given:
+            given[name] = np.full_like(given[name], value)
+    opened = _opened(library, given, _attributes(shape, layout))
+    definition = _expected(given, shape, layout)
+    for rows in (1, 7):
+        result = opened.run(None, {"A": given["A"][:rows]})[0]
+        np.testing.assert_allclose(result, definition[:rows], rtol=tolerance("blocks"))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_row_does_not_depend_on_the_other_rows(
