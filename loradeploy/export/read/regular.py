@@ -70,11 +70,17 @@ def _quantized(node: ir.Node) -> NDArray[Any] | None:
         return None
     numbers, steps, zeros = map(constant_of, given)
     axis = node.attributes.get("axis")
-    if numbers.dtype != np.float32 or zeros.dtype.kind not in "iu" or steps.ndim > 1:
+    if numbers.dtype != np.float32 or zeros.dtype.kind not in "iu":
         return None
-    if steps.ndim:
+    if steps.size == zeros.size == 1:  # also of shape [1], whatever the axis
+        steps, zeros = steps.reshape(()), zeros.reshape(())
+    else:
+        at = 1 if axis is None else axis.as_int()
+        own = numbers.shape[at:][:1] if at >= -numbers.ndim else ()
+        if not own or not steps.shape == zeros.shape == own:
+            return None  # onnxruntime refuses it
         sizes = [1] * numbers.ndim
-        sizes[1 if axis is None else axis.as_int()] = -1
+        sizes[at] = -1
         steps, zeros = steps.reshape(sizes), zeros.reshape(sizes)
     limits = np.iinfo(zeros.dtype)
     rounded = np.rint(numbers / steps) + zeros.astype(np.float32)

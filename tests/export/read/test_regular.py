@@ -78,6 +78,22 @@ def test_float_weights_that_the_graph_quantizes_become_integers(axis: int | None
     np.testing.assert_array_equal(run(model, rows), before)
 
 
+@pytest.mark.parametrize(
+    ("shape", "size", "quantized"), [((OUT,), 1, True), ((IN, OUT), OUT - 1, False)]
+)
+def test_only_scales_that_fit_quantize_constants(
+    shape: tuple[int, ...], size: int, quantized: bool
+) -> None:
+    """A scale of shape [1] fits a vector, too, which has no axis 1."""
+    b = Builder()
+    scale, zero = np.full(size, 0.02, np.float32), np.full(size, 3, np.int8)
+    given = [b.constant("w", numbers(*shape)), b.constant("scale", scale), b.constant("zero", zero)]
+    integers = b.node("QuantizeLinear", given)
+    model = b.model(b.node("DequantizeLinear", [integers, *given[1:]]))
+    quantize_constants(model.graph)
+    assert ("QuantizeLinear" not in ops(model)) == quantized
+
+
 def test_an_identity_that_computes_a_graph_output_is_kept() -> None:
     b = Builder()
     b.input("x", ["batch", IN])
