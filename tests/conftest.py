@@ -376,6 +376,12 @@ def certified_bundle(tiny_llama: Path, shared: Path, make_adapter: MakeAdapter) 
 
 
 @pytest.fixture
+def certified(certified_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of `certified_bundle` that a test may modify."""
+    return shutil.copytree(certified_bundle, tmp_path / "bundle")
+
+
+@pytest.fixture
 def pictures(tmp_path: Path) -> list[Path]:
     """Three images of different sizes."""
     from tests.inputs.pictures import image_file

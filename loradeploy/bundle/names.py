@@ -78,6 +78,7 @@ DEFAULTS_NAME: Final = "defaults.safetensors"
 BASE_NAME: Final = "base.safetensors"
 CERTIFICATE_NAME: Final = "parity.json"
 REQUIRED_NAME: Final = "required.onnx"
+REQUIRED_VALUES_NAME: Final = "required.safetensors"  # the base's values of its side inputs
 SIGNATURE_NAME: Final = "parity.json.sig"
 CONFIG_NAME: Final = MODEL_CONFIG_NAME
 # The preprocessing of audio and images. Newer releases of transformers write it into the second

@@ -29,7 +29,7 @@ from loradeploy.cli.answers.encoders import (
 )
 from loradeploy.cli.answers.generating import generate, generation_flags, given_settings
 from loradeploy.cli.answers.printer import Job, Printer
-from loradeploy.cli.answers.requests import load_adapters, read_prompts
+from loradeploy.cli.answers.requests import load_adapters, naming_lines, read_prompts
 from loradeploy.cli.answers.vision import shown_images
 from loradeploy.cli.console import (
     GivenPath,
@@ -206,7 +206,8 @@ def command(
     load: Callable[[str, Path], object] = session.load
     if vision is not None:
         tower = AdapterSession(vision, [provider], require_certificate=required, map_weights=one)
-        shown = options["shown"] = shown_images(session, tower, requests, images, beside)
+        with naming_lines(requests):
+            shown = options["shown"] = shown_images(session, tower, requests, images, beside)
         known, load = {**known, **tower.adapters}, shown.generator.load
     adapters = load_adapters(session, known, load, requests, adapter)
     run, kind = runner_of(session)
@@ -228,7 +229,9 @@ def command(
             )
         prompts = [request.audio or request.prompt for request in requests]
         options["beside"] = beside
-    run(Job(session, prompts, adapters, batch_size, Printer(as_json, one=one)), **options, **own)
+    job = Job(session, prompts, adapters, batch_size, Printer(as_json, one=one))
+    with naming_lines(requests):
+        run(job, **options, **own)
 
 
 def _required(

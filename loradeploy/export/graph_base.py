@@ -23,7 +23,7 @@ from loradeploy.bundle.names import INPUTS_EMBEDS, PAST
 from loradeploy.bundle.outputs import main_output
 from loradeploy.errors import ExportError, UsageError
 from loradeploy.export.base import Base, Options, modules_of
-from loradeploy.export.graph.file import graph_digest
+from loradeploy.export.graph.file import TRACED_BY, graph_digest
 from loradeploy.export.graph.halves import load_bundle_graph
 from loradeploy.export.match.adapter_layers import refuse_adapter_products
 from loradeploy.export.match.products import precision_of
@@ -159,6 +159,8 @@ def _of_file(source: Source, file: Path, options: Options) -> Base:
         check_mask(graph, renamed, file.parent, config)
         made = add_logits(graph.graph, requested, config.get("problem_type"))
         renamed |= {} if made is None else made.renamed
+    if graph.producer_name == TRACED_BY:
+        graph.producer_name = None  # nothing shows that it was not changed since
     precision = precision_of(graph)
     if precision == BFLOAT16 and has_float32_weights(graph.graph):
         precision = DEFAULT_PRECISION  # weights in float32 keep their precision

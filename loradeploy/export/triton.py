@@ -30,10 +30,11 @@ from loradeploy.bundle.names import (
     GRAPH_DATA_NAME,
     GRAPH_NAME,
     REQUIRED_NAME,
+    REQUIRED_VALUES_NAME,
     ROWS,
 )
 from loradeploy.errors import BundleError, ExportError, UsageError
-from loradeploy.export.passes.forms.required import BASE_INPUTS_NAME, of_least_rank
+from loradeploy.export.passes.forms.required import of_least_rank
 from loradeploy.files import atomic_directory
 from loradeploy.paths import resolved
 
@@ -215,7 +216,7 @@ def _write_side_inputs(bundle: Path, place: Path, manifest: Manifest) -> None:
             "an adapter is named base, as the side inputs of the base model are in a Triton"
             " repository: export it with another name"
         )
-    files = {"base": bundle / BASE_INPUTS_NAME} | {
+    files = {"base": bundle / REQUIRED_VALUES_NAME} | {
         name: bundle / ADAPTERS_DIRECTORY / f"{name}.safetensors" for name in manifest.adapters
     }
     for name, file in files.items():

@@ -117,7 +117,12 @@ def parity(
     from loradeploy.parity.backends.others import other_backends
     from loradeploy.parity.backends.table import default_backends
     from loradeploy.parity.bundle_files import BundleFiles
-    from loradeploy.parity.context import CheckContext, find_adapters, find_model
+    from loradeploy.parity.context import (
+        CheckContext,
+        digest_of_base,
+        find_adapters,
+        find_model,
+    )
     from loradeploy.parity.inputs.row_feeds import check_inputs
     from loradeploy.parity.inputs.tokens import make_cases
     from loradeploy.parity.inputs.trained import trained_tokens
@@ -126,7 +131,7 @@ def parity(
     from loradeploy.parity.plan import make_plan
     from loradeploy.parity.report.baseline import check_comparable
     from loradeploy.parity.report.finish import Ending, finish
-    from loradeploy.parity.score.heldout import read_held_out, with_types
+    from loradeploy.parity.score.heldout import check_data, read_held_out, with_types
     from loradeploy.parity.score.scores import check_scored
     from loradeploy.snapshot import Snapshot
 
@@ -155,19 +160,10 @@ def parity(
     if evaluate is not None:
         check_scored(plan.backends, manifest.precision)
     tested = find_adapters(path, manifest, adapters)
-    files = BundleFiles.read(manifest, snapshot)
+    check_data(manifest, tested, evaluate, examples)
     chosen = plan.backends + other_backends(others, manifest, tested, plan.providers)
     with custom_code(trust_remote_code), scratch_directory("loradeploy-parity-") as scratch:
-        directory, base_digest = find_model(path, manifest, model)
-        if ending.baseline is not None:
-            check_comparable(
-                ending.baseline,
-                base=manifest.base.name,
-                base_digest=base_digest,
-                task=manifest.task,
-                mode=manifest.mode,
-                precision=manifest.precision,
-            )
+        directory = find_model(path, manifest, model)
         cases = make_cases(
             path,
             manifest,
@@ -180,6 +176,18 @@ def parity(
         held_out = read_held_out(
             path, manifest, directory, tested, evaluate, examples=examples, seed=seed
         )
+        # What takes long is last: the weights are read for their digests.
+        base_digest = digest_of_base(path, manifest, directory)
+        if ending.baseline is not None:
+            check_comparable(
+                ending.baseline,
+                base=manifest.base.name,
+                base_digest=base_digest,
+                task=manifest.task,
+                mode=manifest.mode,
+                precision=manifest.precision,
+            )
+        files = BundleFiles.read(manifest, snapshot)
         context = CheckContext(
             bundle=path,
             manifest=manifest,

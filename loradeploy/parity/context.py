@@ -121,17 +121,15 @@ class CheckContext:
         return None
 
 
-def find_model(
-    bundle: Path, manifest: Manifest, model: str | os.PathLike[str] | None
-) -> tuple[Path, str]:
-    """Return the directory of the base model, and its digest.
+def find_model(bundle: Path, manifest: Manifest, model: str | os.PathLike[str] | None) -> Path:
+    """Return the directory of the base model; its weights are not read.
 
     By default, the model that the manifest names is searched for in the working directory and
     beside the bundle.
 
     Raises:
         UsageError: no model is given and none is found, or an ONNX file is given.
-        ModelError: the model is missing, or is not the base that the bundle was made from.
+        ModelError: the model is missing or quantized.
     """
     if model is None:
         name = manifest.base.name
@@ -150,14 +148,23 @@ def find_model(
         )
     check_unquantized(source.directory, names=[source.name])
     warn_of_unused_files(source.directory, "the reference's base is without it")
-    digest = base_digest(source.directory)
+    return source.directory
+
+
+def digest_of_base(bundle: Path, manifest: Manifest, model: Path) -> str:
+    """Return the digest of the weights of `model`, which is the bundle's base.
+
+    Raises:
+        ModelError: it is not the base that the bundle was made from.
+    """
+    digest = base_digest(model)
     base = manifest.base
     if base.kind == "checkpoint" and base.digest not in (None, digest):
         raise ModelError(
             f"{model} is not the base of {bundle}: its digest is {short(digest)}, the bundle was"
             f" made from {base.name} with {short(base.digest)}"
         )
-    return source.directory, digest
+    return digest
 
 
 def find_adapters(

@@ -17,10 +17,9 @@ from loradeploy.parity.bundle_files import BundleFiles
 from loradeploy.parity.checks.check import run_backends
 from loradeploy.parity.checks.controls import Controls, run_controls
 from loradeploy.parity.checks.effects import adapter_facts
-from loradeploy.parity.checks.files import differing_files, failed
+from loradeploy.parity.checks.files import differing_files
 from loradeploy.parity.checks.repeat import second_run
 from loradeploy.parity.checks.runs import Progress
-from loradeploy.parity.checks.weights import differing_weights
 from loradeploy.parity.context import CheckContext
 from loradeploy.parity.diagnose.localize import localizations
 from loradeploy.parity.diagnose.shrink import shrink_failures
@@ -108,7 +107,7 @@ def run(
         inputs=_inputs(context.cases, seed),
         environment=environment(started.providers),
         created=dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
-        results=(*found.results, *differing_files(context)),
+        results=tuple(found.results),
         adapters=adapter_facts(context, found.reference),
         controls=found.controls.made,
         localizations=found.localizations,
@@ -143,14 +142,14 @@ def _compare(
     """
     logger.info("loading %s", context.model)
     model = load_model(context)
-    weights = [failed(aspect, message) for aspect, message in differing_weights(context, model)]
+    files = differing_files(context, model)
     answered = score_reference(context, model, held_out)
     base = take_weights(context, model)
     logger.info("reference: %s", REFERENCE_TITLE)
     reference = make_reference(context, base)
     nondeterministic = second_run(context, reference, base)
     if nondeterministic is not None:
-        return _Findings(reference, [nondeterministic, *weights])
+        return _Findings(reference, [nondeterministic, *files])
     made = Controls()
     if controls:
         logger.info("controls")
@@ -176,7 +175,7 @@ def _compare(
     remarks: tuple[str, ...] = ()
     if shrink:
         smallest, remarks = shrink_failures(in_onnx, context, reference, results, again)
-    results += weights
+    results += files
     return _Findings(reference, results, made, scores, localized, smallest, remarks)
 
 

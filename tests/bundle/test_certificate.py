@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,6 @@ from tests.conftest import MakeAdapter, export_and_check
 from tests.inputs.edits import edited_json
 
 Edit = Callable[[dict[str, Any]], object]
-
-
-@pytest.fixture
-def bundle(certified_bundle: Path, tmp_path: Path) -> Path:
-    """A copy of a certified bundle that a test may modify."""
-    return shutil.copytree(certified_bundle, tmp_path / "bundle")
 
 
 @pytest.fixture(scope="session")
@@ -52,11 +45,11 @@ def flip(file: Path) -> None:
     file.write_bytes(content)
 
 
-def test_a_certificate_is_valid_for_the_checked_files(bundle: Path) -> None:
-    certificate = check(bundle)
+def test_a_certificate_is_valid_for_the_checked_files(certified: Path) -> None:
+    certificate = check(certified)
     assert certificate.passed
-    assert certificate.certified == {read_manifest(bundle).adapters["one"].digest}
-    assert json.loads((bundle / "parity.json").read_text())["format"] == FORMAT
+    assert certificate.certified == {read_manifest(certified).adapters["one"].digest}
+    assert json.loads((certified / "parity.json").read_text())["format"] == FORMAT
 
 
 def test_the_certificate_of_a_merged_bundle_covers_its_adapter(merged_bundle: Path) -> None:
@@ -66,23 +59,23 @@ def test_the_certificate_of_a_merged_bundle_covers_its_adapter(merged_bundle: Pa
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data"])
-def test_a_change_of_one_byte_is_detected(bundle: Path, name: str) -> None:
-    flip(bundle / name)
+def test_a_change_of_one_byte_is_detected(certified: Path, name: str) -> None:
+    flip(certified / name)
     with pytest.raises(BundleError, match=f"{name} has changed since it was checked; run `lora"):
-        check(bundle)
+        check(certified)
 
 
 @pytest.mark.parametrize("name", ["base.safetensors", "defaults.safetensors"])
-def test_an_added_file_is_detected(bundle: Path, name: str) -> None:
-    (bundle / name).write_bytes(b"")
+def test_an_added_file_is_detected(certified: Path, name: str) -> None:
+    (certified / name).write_bytes(b"")
     with pytest.raises(BundleError, match=f"{name} has changed"):
-        check(bundle)
+        check(certified)
 
 
-def test_a_graph_without_its_data_is_detected(bundle: Path) -> None:
-    (bundle / "model.onnx.data").unlink()
+def test_a_graph_without_its_data_is_detected(certified: Path) -> None:
+    (certified / "model.onnx.data").unlink()
     with pytest.raises(BundleError, match=r"model\.onnx\.data has changed"):
-        check(bundle)
+        check(certified)
 
 
 def swap_weights(manifest: dict[str, Any]) -> None:
@@ -91,10 +84,10 @@ def swap_weights(manifest: dict[str, Any]) -> None:
     first["weight"], second["weight"] = second["weight"], first["weight"]
 
 
-def test_an_edited_manifest_is_detected(bundle: Path) -> None:
-    edit(bundle / "loradeploy.json", swap_weights)
+def test_an_edited_manifest_is_detected(certified: Path) -> None:
+    edit(certified / "loradeploy.json", swap_weights)
     with pytest.raises(BundleError, match=r"loradeploy\.json has changed"):
-        check(bundle)
+        check(certified)
 
 
 def failed_result(values: dict[str, Any]) -> None:
@@ -127,11 +120,11 @@ def failed_check(values: dict[str, Any]) -> None:
     ],
 )  # fmt: skip
 def test_every_entry_of_a_certificate_must_have_passed(
-    bundle: Path, change: Edit, message: str
+    certified: Path, change: Edit, message: str
 ) -> None:
-    edit(bundle / "parity.json", change)
+    edit(certified / "parity.json", change)
     with pytest.raises(BundleError, match=message):
-        check(bundle)
+        check(certified)
 
 
 @pytest.mark.parametrize(
@@ -151,12 +144,12 @@ def test_every_entry_of_a_certificate_must_have_passed(
     ids=["none", "empty", "cut off", "list", "object", "another", "1", "3", "bare", "oversized"],
 )
 def test_an_invalid_certificate_is_refused_in_one_line(
-    bundle: Path, content: str | None, message: str
+    certified: Path, content: str | None, message: str
 ) -> None:
-    file = bundle / "parity.json"
+    file = certified / "parity.json"
     file.unlink() if content is None else file.write_text(content)
     with pytest.raises(BundleError, match=message) as refused:
-        check(bundle)
+        check(certified)
     assert "\n" not in str(refused.value)
 
 

@@ -41,23 +41,23 @@ def test_inspect_reports_a_base_model_in_the_directory_of_an_adapter(
     assert result == "a base model (model.safetensors), which is loaded without the adapter"
 
 
-def test_inspect_shows_the_whole_adapter_of_a_part(checked: Path, tmp_path: Path) -> None:
-    part = dataclasses.replace(load_adapter(checked / "adapters/one"), part_of="sha256:11")
+def test_inspect_shows_the_whole_adapter_of_a_part(certified: Path, tmp_path: Path) -> None:
+    part = dataclasses.replace(load_adapter(certified / "adapters/one"), part_of="sha256:11")
     save_adapter(part, tmp_path / "part")
     assert json.loads(call("inspect", tmp_path / "part", "--json"))["part_of"] == "sha256:11"
-    (entry,) = json.loads(call("inspect", checked, "--json"))["adapters"]
+    (entry,) = json.loads(call("inspect", certified, "--json"))["adapters"]
     assert "part_of" not in entry
-    manifest = json.loads((checked / "loradeploy.json").read_text())
+    manifest = json.loads((certified / "loradeploy.json").read_text())
     manifest["adapters"]["one"] |= {"whole_digest": "sha256:11", "split": True}
-    (checked / "loradeploy.json").write_text(json.dumps(manifest))
-    (entry,) = json.loads(call("inspect", checked, "--json"))["adapters"]
+    (certified / "loradeploy.json").write_text(json.dumps(manifest))
+    (entry,) = json.loads(call("inspect", certified, "--json"))["adapters"]
     assert entry["part_of"] == "sha256:11"
     # Beside an adapter that is not split over several bundles.
-    shutil.copytree(checked / "adapters/one", checked / "adapters/alone")
+    shutil.copytree(certified / "adapters/one", certified / "adapters/alone")
     alone = {**manifest["adapters"]["one"], "split": False}
     manifest["adapters"] = {"alone": alone, **manifest["adapters"]}
-    (checked / "loradeploy.json").write_text(json.dumps(manifest))
-    lines = call("inspect", checked).partition("\nadapters\n")[2].splitlines()[:3]
+    (certified / "loradeploy.json").write_text(json.dumps(manifest))
+    lines = call("inspect", certified).partition("\nadapters\n")[2].splitlines()[:3]
     assert lines[0].split() == ["name", "digest", "files", "part", "of"]
     assert [line.split()[0] for line in lines[1:]] == ["alone", "one"]
     assert [line.endswith("sha256:11") for line in lines[1:]] == [False, True]
@@ -74,44 +74,38 @@ def test_inspect_describes_a_bundle(tiny_llama_bundle: Path) -> None:
     assert "model.layers.N.self_attn.q_proj" in table
 
 
-@pytest.fixture
-def checked(certified_bundle: Path, tmp_path: Path) -> Path:
-    """A copy of a certified bundle with an adapter, that a test may modify."""
-    return shutil.copytree(certified_bundle, tmp_path / "bundle")
-
-
 def spoil(file: Path) -> None:
     file.write_bytes(file.read_bytes() + b" ")
 
 
-def test_a_certificate_is_valid_as_long_as_the_checked_files_are_unchanged(checked: Path) -> None:
+def test_a_certificate_is_valid_as_long_as_the_checked_files_are_unchanged(certified: Path) -> None:
     def verdict() -> tuple[str, str, str]:
-        facts = json.loads(call("inspect", checked, "--json"))
+        facts = json.loads(call("inspect", certified, "--json"))
         (adapter,) = facts["adapters"]
         return facts["graph"], facts["parity"], adapter["files"]
 
     assert verdict() == ("as exported", "passed", "as exported")
-    certificate = json.loads((checked / "parity.json").read_text())
-    (checked / "parity.json").write_text(json.dumps({**certificate, "passed": False}))
+    certificate = json.loads((certified / "parity.json").read_text())
+    (certified / "parity.json").write_text(json.dumps({**certificate, "passed": False}))
     assert verdict()[1] == "failed"
-    (checked / "parity.json").write_text(json.dumps({**certificate, "adapters": []}))
+    (certified / "parity.json").write_text(json.dumps({**certificate, "adapters": []}))
     assert verdict()[1] == "stale"
-    (checked / "parity.json").write_text("{")
+    (certified / "parity.json").write_text("{")
     assert verdict()[1] == "unreadable"
-    (checked / "parity.json").write_text(json.dumps({**certificate, "schema_version": 1}))
+    (certified / "parity.json").write_text(json.dumps({**certificate, "schema_version": 1}))
     assert verdict()[1] == "unreadable"
-    (checked / "parity.json").unlink()
+    (certified / "parity.json").unlink()
     assert verdict()[1] == "unchecked"
-    (checked / "parity.json").write_text(json.dumps(certificate))
-    spoil(checked / "model.onnx")
+    (certified / "parity.json").write_text(json.dumps(certificate))
+    spoil(certified / "model.onnx")
     assert verdict()[:2] == ("changed since the export: model.onnx", "stale")
-    spoil(checked / "adapters/one/adapter_model.safetensors")
+    spoil(certified / "adapters/one/adapter_model.safetensors")
     assert "not a valid safetensors" in verdict()[2]
 
 
-def test_the_certificate_is_shown_with_the_scope_of_the_check(checked: Path) -> None:
-    certificate = json.loads((checked / "parity.json").read_text())
-    facts = json.loads(call("inspect", checked, "--json"))
+def test_the_certificate_is_shown_with_the_scope_of_the_check(certified: Path) -> None:
+    certificate = json.loads((certified / "parity.json").read_text())
+    facts = json.loads(call("inspect", certified, "--json"))
     assert facts["parity_created"] == certificate["created"]
     torch = certificate["environment"]["versions"]["torch"]
     assert f"torch {torch}" in facts["parity_versions"]
@@ -120,14 +114,14 @@ def test_the_certificate_is_shown_with_the_scope_of_the_check(checked: Path) -> 
     (adapter,) = facts["parity_adapters"]
     assert (adapter["name"], adapter["digest"]) == ("one", facts["adapters"][0]["digest"])
     assert 0 < adapter["largest_error"] < 1e-3 < adapter["effect"]
-    table = call("inspect", checked)
+    table = call("inspect", certified)
     assert "  parity           passed" in table
     assert f"{adapter['effect']:g}" in table
 
 
-def test_a_certificate_of_a_changed_graph_is_shown_as_stale(checked: Path) -> None:
-    spoil(checked / "model.onnx.data")
-    table = call("inspect", checked)
+def test_a_certificate_of_a_changed_graph_is_shown_as_stale(certified: Path) -> None:
+    spoil(certified / "model.onnx.data")
+    table = call("inspect", certified)
     assert "stale" in table
     assert "model.onnx.data has changed since it was checked: run `loradeploy parity" in table
 

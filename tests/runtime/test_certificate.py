@@ -18,28 +18,22 @@ IDS = random_ids(2, 6)
 
 
 @pytest.fixture
-def bundle(certified_bundle: Path, tmp_path: Path) -> Path:
-    """A copy of the certified bundle that a test may modify."""
-    return shutil.copytree(certified_bundle, tmp_path / "bundle")
-
-
-@pytest.fixture
-def session(bundle: Path) -> AdapterSession:
-    return AdapterSession(bundle, require_certificate=True)
+def session(certified: Path) -> AdapterSession:
+    return AdapterSession(certified, require_certificate=True)
 
 
 def test_a_certified_session_computes_the_same_as_any_other(
-    session: AdapterSession, bundle: Path
+    session: AdapterSession, certified: Path
 ) -> None:
-    expected = logits(AdapterSession(bundle), IDS, ["one", None])
+    expected = logits(AdapterSession(certified), IDS, ["one", None])
     np.testing.assert_array_equal(logits(session, IDS, ["one", None]), expected)
 
 
-def test_a_bundle_that_has_changed_is_refused(bundle: Path) -> None:
-    with (bundle / "model.onnx.data").open("ab") as file:
+def test_a_bundle_that_has_changed_is_refused(certified: Path) -> None:
+    with (certified / "model.onnx.data").open("ab") as file:
         file.write(b"\0")
     with pytest.raises(BundleError, match=r"model\.onnx\.data has changed since it was checked"):
-        AdapterSession(bundle, require_certificate=True)
+        AdapterSession(certified, require_certificate=True)
 
 
 def test_a_bundle_without_a_certificate_is_refused(tiny_llama_bundle: Path) -> None:
@@ -48,9 +42,9 @@ def test_a_bundle_without_a_certificate_is_refused(tiny_llama_bundle: Path) -> N
 
 
 def test_a_checked_adapter_is_loaded_from_any_directory_under_any_name(
-    session: AdapterSession, bundle: Path, tmp_path: Path
+    session: AdapterSession, certified: Path, tmp_path: Path
 ) -> None:
-    elsewhere = shutil.copytree(bundle / "adapters/one", tmp_path / "elsewhere")
+    elsewhere = shutil.copytree(certified / "adapters/one", tmp_path / "elsewhere")
     assert session.load("another", elsewhere) == session.load("one")
 
 
@@ -69,27 +63,27 @@ def test_an_adapter_that_was_not_checked_is_refused(
 
 
 def test_a_replaced_adapter_of_the_bundle_is_refused(
-    bundle: Path, tiny_llama: Path, make_adapter: MakeAdapter
+    certified: Path, tiny_llama: Path, make_adapter: MakeAdapter
 ) -> None:
-    shutil.rmtree(bundle / "adapters/one")
-    shutil.copytree(make_adapter(tiny_llama, seed=7), bundle / "adapters/one")
+    shutil.rmtree(certified / "adapters/one")
+    shutil.copytree(make_adapter(tiny_llama, seed=7), certified / "adapters/one")
     with pytest.raises(BundleError, match=r"adapters/one.* since it was checked"):
-        AdapterSession(bundle, require_certificate=True)
+        AdapterSession(certified, require_certificate=True)
     with pytest.raises(BundleError, match="its digest has changed"):
-        logits(AdapterSession(bundle), IDS, "one")
+        logits(AdapterSession(certified), IDS, "one")
 
 
 def test_a_native_file_is_refused_with_the_advice_to_load_the_peft_directory(
-    session: AdapterSession, bundle: Path
+    session: AdapterSession, certified: Path
 ) -> None:
     with pytest.raises(AdapterError, match="load its PEFT directory"):
-        session.load("native", bundle / "adapters/one.onnx_adapter")
+        session.load("native", certified / "adapters/one.onnx_adapter")
 
 
-def test_run_requires_a_certificate_on_request(bundle: Path) -> None:
-    (bundle / "parity.json").unlink()
+def test_run_requires_a_certificate_on_request(certified: Path) -> None:
+    (certified / "parity.json").unlink()
     with pytest.raises(BundleError, match="has no certificate"):
-        call("run", bundle, "Hi", "--require-certificate")
+        call("run", certified, "Hi", "--require-certificate")
 
 
 def test_an_adapter_with_fewer_labels_than_the_bundle_is_certified(

@@ -27,12 +27,6 @@ IDS = random_ids(2, 6)
 DATA = "model.onnx.data"
 
 
-@pytest.fixture
-def bundle(certified_bundle: Path, tmp_path: Path) -> Path:
-    """A copy of the bundle with the adapter `one` that a test may modify."""
-    return shutil.copytree(certified_bundle, tmp_path / "bundle")
-
-
 def test_a_directory_without_a_manifest_is_refused_without_listing_its_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -52,9 +46,9 @@ def test_an_adapter_in_place_of_a_bundle_is_named_by_the_path_that_was_given(
         AdapterSession(tmp_path / "link")
 
 
-def overwrite_weights(bundle: Path) -> None:
+def overwrite_weights(certified: Path) -> None:
     """Overwrite the weights in place."""
-    with open(bundle / DATA, "r+b") as file:
+    with open(certified / DATA, "r+b") as file:
         content = np.frombuffer(file.read(), np.uint8)
         file.seek(0)
         file.write((content ^ 1).tobytes())
@@ -62,14 +56,14 @@ def overwrite_weights(bundle: Path) -> None:
 
 @pytest.mark.parametrize("own_options", [False, True], ids=["no options", "options of a user"])
 def test_overwriting_the_data_file_does_not_change_an_open_session(
-    bundle: Path, own_options: bool
+    certified: Path, own_options: bool
 ) -> None:
     options = onnxruntime.SessionOptions() if own_options else None
-    session = AdapterSession(bundle, session_options=options)
+    session = AdapterSession(certified, session_options=options)
     expected = logits(session, IDS, None)
-    overwrite_weights(bundle)
+    overwrite_weights(certified)
     assert np.array_equal(logits(session, IDS, None), expected)
-    os.truncate(bundle / DATA, 0)  # with a mapped file the process would crash
+    os.truncate(certified / DATA, 0)  # with a mapped file the process would crash
     assert np.array_equal(logits(session, IDS, None), expected)
 
 
@@ -88,16 +82,16 @@ def test_a_graph_with_all_weights_inside_can_be_opened(own_options: bool, tmp_pa
         AdapterSession(tmp_path / "b", session_options=options)
 
 
-def test_session_options_of_a_user_can_be_used_for_several_sessions(bundle: Path) -> None:
+def test_session_options_of_a_user_can_be_used_for_several_sessions(certified: Path) -> None:
     options = onnxruntime.SessionOptions()
-    one, other = (AdapterSession(bundle, session_options=options) for _ in range(2))
+    one, other = (AdapterSession(certified, session_options=options) for _ in range(2))
     assert np.array_equal(logits(one, IDS, None), logits(other, IDS, None))
 
 
-def test_weights_of_another_export_are_refused(bundle: Path) -> None:
-    overwrite_weights(bundle)
+def test_weights_of_another_export_are_refused(certified: Path) -> None:
+    overwrite_weights(certified)
     with pytest.raises(BundleError, match=r"model\.onnx\.data is not the one that loradeploy\.js"):
-        AdapterSession(bundle)
+        AdapterSession(certified)
 
 
 def at_opening(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object], times: int) -> None:
@@ -115,50 +109,50 @@ def at_opening(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object], times
 
 
 def test_a_bundle_that_is_replaced_during_opening_is_opened_again(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    certified: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    expected = logits(AdapterSession(bundle), IDS, None)
-    new = shutil.copytree(bundle, tmp_path / "new")
+    expected = logits(AdapterSession(certified), IDS, None)
+    new = shutil.copytree(certified, tmp_path / "new")
 
     def replace() -> None:
-        bundle.rename(tmp_path / "old")
-        new.rename(bundle)
+        certified.rename(tmp_path / "old")
+        new.rename(certified)
 
     at_opening(monkeypatch, replace, 1)
-    session = AdapterSession(bundle)
+    session = AdapterSession(certified)
     assert np.array_equal(logits(session, IDS, None), expected)
     assert TextGenerator(session).generate(["News"], max_new_tokens=2)
 
 
 def test_a_bundle_that_is_written_to_at_every_attempt_is_refused(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch
+    certified: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    at_opening(monkeypatch, lambda: os.utime(bundle / "config.json"), 99)
+    at_opening(monkeypatch, lambda: os.utime(certified / "config.json"), 99)
     with pytest.raises(BundleError, match=r"is being written to \(config\.json\).*new directory"):
-        AdapterSession(bundle)
+        AdapterSession(certified)
 
 
-def test_a_tokenizer_that_changed_after_the_opening_is_refused(bundle: Path) -> None:
-    session = AdapterSession(bundle)
-    (bundle / "tokenizer.json").write_bytes((bundle / "tokenizer.json").read_bytes() + b"\n")
+def test_a_tokenizer_that_changed_after_the_opening_is_refused(certified: Path) -> None:
+    session = AdapterSession(certified)
+    (certified / "tokenizer.json").write_bytes((certified / "tokenizer.json").read_bytes() + b"\n")
     with pytest.raises(BundleError, match=r"tokenizer\.json has changed since the session was op"):
         TextGenerator(session)
 
 
-def test_unknown_files_in_a_bundle_are_ignored(bundle: Path) -> None:
-    session = AdapterSession(bundle, require_certificate=True)
-    (bundle / "notes.txt").write_text("mine")
+def test_unknown_files_in_a_bundle_are_ignored(certified: Path) -> None:
+    session = AdapterSession(certified, require_certificate=True)
+    (certified / "notes.txt").write_text("mine")
     TextGenerator(session)
-    AdapterSession(bundle, require_certificate=True)
+    AdapterSession(certified, require_certificate=True)
 
 
 def test_a_bundle_can_be_rolled_out_by_switching_a_link_under_load(
-    bundle: Path, tmp_path: Path
+    certified: Path, tmp_path: Path
 ) -> None:
     """As in docs/bundles.md: write a new directory, switch a link, keep the old one in use."""
-    second = shutil.copytree(bundle, tmp_path / "v2")
+    second = shutil.copytree(certified, tmp_path / "v2")
     served = tmp_path / "served"
-    served.symlink_to(bundle)
+    served.symlink_to(certified)
     expected = logits(AdapterSession(served), IDS, "one")
     stop, wrong = threading.Event(), []
 
@@ -177,7 +171,7 @@ def test_a_bundle_can_be_rolled_out_by_switching_a_link_under_load(
     thread.start()
     for turn in range(20):
         link = tmp_path / f"link-{turn}"
-        link.symlink_to(second if turn % 2 else bundle)
+        link.symlink_to(second if turn % 2 else certified)
         os.replace(link, served)
         stop.wait(0.02)
     stop.set()
@@ -186,16 +180,16 @@ def test_a_bundle_can_be_rolled_out_by_switching_a_link_under_load(
 
 
 def test_a_row_has_text_files_and_factors_of_the_same_adapter(
-    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    certified: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The adapter is replaced after its text files were read and before its factors are in use."""
-    session = AdapterSession(bundle)
-    other = shutil.copytree(bundle / "adapters/one", tmp_path / "other")
+    session = AdapterSession(certified)
+    other = shutil.copytree(certified / "adapters/one", tmp_path / "other")
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(bundle / name, other / name)
+        shutil.copyfile(certified / name, other / name)
     (other / "chat_template.jinja").write_text("Other: {{ messages[0].content }}")
     generator = TextGenerator(session)
-    session.load("x", bundle / "adapters/one")
+    session.load("x", certified / "adapters/one")
     right, calls = TextSides.of, []
 
     def of(self: TextSides, spec: Any) -> Any:

@@ -7,7 +7,6 @@ import dataclasses
 import inspect
 import json
 import shlex
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,14 +28,9 @@ from tests.inputs.signing import key_pair
 pytest.importorskip("cryptography")
 
 
-@pytest.fixture
-def bundle(certified_bundle: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(certified_bundle, tmp_path / "bundle")
-
-
-def test_every_file_of_the_export_is_covered(bundle: Path) -> None:
-    result = json.loads((bundle / "parity.json").read_text())["files"]
-    assert {*result, "model.onnx", "model.onnx.data"} >= set(read_manifest(bundle).files)
+def test_every_file_of_the_export_is_covered(certified: Path) -> None:
+    result = json.loads((certified / "parity.json").read_text())["files"]
+    assert {*result, "model.onnx", "model.onnx.data"} >= set(read_manifest(certified).files)
 
 
 @pytest.mark.parametrize(
@@ -52,11 +46,11 @@ def test_every_file_of_the_export_is_covered(bundle: Path) -> None:
     ids=["tokenizer", "template", "added", "config gone", "native form", "an adapter's template"],
 )
 def test_changes_of_files_that_affect_results_are_refused(
-    bundle: Path, change: Callable[[Path], object]
+    certified: Path, change: Callable[[Path], object]
 ) -> None:
-    change(bundle)
+    change(certified)
     with pytest.raises(BundleError, match="since it was checked|not among the files"):
-        AdapterSession(bundle, require_certificate=True)
+        AdapterSession(certified, require_certificate=True)
 
 
 CPU, CUDA, WEBGPU = (f"{name}ExecutionProvider" for name in ("CPU", "CUDA", "WebGpu"))
@@ -129,8 +123,8 @@ def test_a_check_covers_sessions_with_the_same_provider_device_kind_and_options(
     assert ON_GPU.difference(dataclasses.replace(ON_GPU, **change)) == difference
 
 
-def edit_providers(bundle: Path, change: Callable[[list[dict[str, Any]]], object]) -> None:
-    file = bundle / "parity.json"
+def edit_providers(certified: Path, change: Callable[[list[dict[str, Any]]], object]) -> None:
+    file = certified / "parity.json"
     with edited_json(file) as values:
         change(values["environment"]["providers"])
 
@@ -152,13 +146,13 @@ def in_half_precision(providers: list[dict[str, Any]]) -> None:
     ],
 )
 def test_a_session_on_a_provider_that_was_not_checked_is_refused_by_name(
-    bundle: Path, change: Any, message: str
+    certified: Path, change: Any, message: str
 ) -> None:
-    AdapterSession(bundle, require_certificate=True)
-    edit_providers(bundle, change)
+    AdapterSession(certified, require_certificate=True)
+    edit_providers(certified, change)
     with pytest.raises(BundleError, match=message):
-        AdapterSession(bundle, require_certificate=True)
-    AdapterSession(bundle)
+        AdapterSession(certified, require_certificate=True)
+    AdapterSession(certified)
 
 
 TF32: dict[str, str] = {"use_tf32": "1"}
@@ -196,15 +190,15 @@ def test_the_command_suggested_by_a_refusal_works(
     running: ProviderFacts,
     providers: list[Any],
     captured: bool,
-    bundle: Path,
+    certified: Path,
 ) -> None:
     recorded = dataclasses.replace(checked, provider=f"{checked.provider} captured", captured=True)
     facts = (checked, recorded) if captured else (checked,)
-    whole = read_certificate(bundle)
+    whole = read_certificate(certified)
     coverage = dataclasses.replace(whole.coverage, providers=facts)
     certificate = dataclasses.replace(whole, coverage=coverage)
     with pytest.raises(BundleError) as refused:
-        check_provider(bundle, read_manifest(bundle), certificate, running, None)
+        check_provider(certified, read_manifest(certified), certificate, running, None)
     command = str(refused.value).rpartition("; run `")[2].rstrip("`")
     if all(isinstance(one, str) for one in providers):
         _, verb, *line = shlex.split(command)
@@ -217,19 +211,19 @@ def test_the_command_suggested_by_a_refusal_works(
         given = {own.arg: ast.literal_eval(own.value) for own in function.keywords}
         assert given["providers"] == providers
         assert given.get("capture_graphs", False) is captured
-        inspect.signature(ld.parity).bind(str(bundle), **given)
+        inspect.signature(ld.parity).bind(str(certified), **given)
 
 
-def test_providers_in_the_minimum_replace_those_of_the_session(bundle: Path) -> None:
-    edit_providers(bundle, on_webgpu)
-    AdapterSession(bundle, require_certificate=CertificateMinimum(providers=("webgpu",)))
+def test_providers_in_the_minimum_replace_those_of_the_session(certified: Path) -> None:
+    edit_providers(certified, on_webgpu)
+    AdapterSession(certified, require_certificate=CertificateMinimum(providers=("webgpu",)))
     with pytest.raises(BundleError, match="not checked on 'cuda'"):
-        AdapterSession(bundle, require_certificate=CertificateMinimum(providers=("cuda",)))
+        AdapterSession(certified, require_certificate=CertificateMinimum(providers=("cuda",)))
 
 
-def test_checks_on_another_provider_do_not_count(bundle: Path) -> None:
+def test_checks_on_another_provider_do_not_count(certified: Path) -> None:
     """The session runs on the CPU, where only the base was checked; the adapter ran on the GPU."""
-    file = bundle / "parity.json"
+    file = certified / "parity.json"
     with edited_json(file) as values:
         (facts,) = values["environment"]["providers"]
         values["environment"]["providers"].append(
@@ -241,7 +235,7 @@ def test_checks_on_another_provider_do_not_count(bundle: Path) -> None:
     with pytest.raises(
         BundleError, match=r"adapter 'one' .* was not checked; run .*--provider gpu"
     ):
-        AdapterSession(bundle, require_certificate=True)
+        AdapterSession(certified, require_certificate=True)
 
 
 def test_a_check_that_equals_the_minimum_is_sufficient() -> None:
@@ -255,25 +249,25 @@ def test_an_invalid_minimum_is_refused(asked: str) -> None:
         CertificateMinimum.parse(asked)
 
 
-def test_a_session_enforces_the_minimum(bundle: Path) -> None:
-    AdapterSession(bundle, require_certificate=CertificateMinimum(phases=("decode",), prompts=1))
+def test_a_session_enforces_the_minimum(certified: Path) -> None:
+    AdapterSession(certified, require_certificate=CertificateMinimum(phases=("decode",), prompts=1))
     with pytest.raises(BundleError, match="9999 are required"):
-        AdapterSession(bundle, require_certificate=CertificateMinimum(prompts=9999))
+        AdapterSession(certified, require_certificate=CertificateMinimum(prompts=9999))
 
 
-def test_a_signature_is_verified_at_opening(bundle: Path, tmp_path: Path) -> None:
+def test_a_signature_is_verified_at_opening(certified: Path, tmp_path: Path) -> None:
     private, public = key_pair(tmp_path, "mine")
     _, others = key_pair(tmp_path, "others")
     required = CertificateMinimum(public_key=public)
     with pytest.raises(BundleError, match="has no signature"):
-        AdapterSession(bundle, require_certificate=required)
-    sign(bundle, private_key(private))
-    AdapterSession(bundle, require_certificate=required)
+        AdapterSession(certified, require_certificate=required)
+    sign(certified, private_key(private))
+    AdapterSession(certified, require_certificate=required)
     with pytest.raises(BundleError, match="is not a signature of parity"):
-        AdapterSession(bundle, require_certificate=CertificateMinimum(public_key=others))
+        AdapterSession(certified, require_certificate=CertificateMinimum(public_key=others))
     with pytest.raises(UsageError, match="not a public ed25519 key"):
-        AdapterSession(bundle, require_certificate=CertificateMinimum(public_key=private))
-    certificate = bundle / "parity.json"
+        AdapterSession(certified, require_certificate=CertificateMinimum(public_key=private))
+    certificate = certified / "parity.json"
     certificate.write_text(certificate.read_text().replace('"seed"', '"seed" '))
     with pytest.raises(BundleError, match="is not a signature of parity"):
-        AdapterSession(bundle, require_certificate=required)
+        AdapterSession(certified, require_certificate=required)

@@ -19,11 +19,16 @@ from loradeploy.bundle.names import (
     CERTIFICATE_NAME,
     CONFIG_NAME,
     DEFAULTS_NAME,
+    ENCODER_NAME,
+    GENAI_AUDIO_NAME,
     GENAI_CONFIG_NAME,
     GRAPH_DATA_NAME,
     GRAPH_NAME,
     MANIFEST_NAME,
     PREPROCESSOR_NAME,
+    PROCESSOR_NAME,
+    REQUIRED_NAME,
+    REQUIRED_VALUES_NAME,
     SIGNATURE_NAME,
 )
 from loradeploy.bundle.proof.provider import CAPTURED, OPERATOR, ProviderFacts
@@ -40,7 +45,8 @@ SCHEMA_VERSION: Final = 3
 # later can change results like a modified one.
 _READ: Final = (
     *(MANIFEST_NAME, BASE_NAME, DEFAULTS_NAME, GENAI_CONFIG_NAME),
-    *(CONFIG_NAME, MODULES_NAME, PREPROCESSOR_NAME),
+    *(CONFIG_NAME, MODULES_NAME, PREPROCESSOR_NAME, PROCESSOR_NAME, GENAI_AUDIO_NAME),
+    *(ENCODER_NAME, REQUIRED_NAME, REQUIRED_VALUES_NAME),
     *TEXT_NAMES,
 )
 # A provider's name, or its name and options.

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from loradeploy.errors import DataError, UnknownAdapterError, listed_names, shown
+from loradeploy.errors import (
+    DataError,
+    LoraDeployError,
+    UnknownAdapterError,
+    listed_names,
+    shown,
+)
 from loradeploy.files import MAX_TEXT_BYTES
 from loradeploy.paths import resolved
 
@@ -15,6 +23,10 @@ if TYPE_CHECKING:
     from loradeploy.runtime.adapters.resident import AdapterSpec
     from loradeploy.runtime.prompts import InputPrompt
     from loradeploy.runtime.session import AdapterSession
+
+
+# How the runtime names a prompt: by its number, from 1.
+_NUMBERED: Final = re.compile(r"\b(?:prompt|text) (?P<number>\d+)\b")
 
 
 def read_prompts(name: str, adapter: str | None) -> list[InputPrompt]:
@@ -77,6 +89,21 @@ def load_adapters(
         else {names[adapter]: weight for adapter, weight in spec.items()}
         for spec in (request.adapter for request in requests)
     ]
+
+
+@contextmanager
+def naming_lines(requests: Sequence[InputPrompt]) -> Iterator[None]:
+    """Let errors that name a prompt by its number name the line that it was read from."""
+    try:
+        yield
+    except LoraDeployError as problem:
+        message = str(problem)
+        found = _NUMBERED.search(message)
+        number = 0 if found is None else int(found["number"])
+        where = requests[number - 1].where if 0 < number <= len(requests) else None
+        if found is not None and where is not None:
+            problem.args = (f"{message[: found.start()]}{where}{message[found.end() :]}",)
+        raise
 
 
 def _standard_input() -> str:

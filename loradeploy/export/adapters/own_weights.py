@@ -83,8 +83,10 @@ def without_copies_of_model(
     return found
 
 
-def model_digests(model: torch.nn.Module) -> dict[str, str]:
+def model_digests(model: torch.nn.Module, tokens: int | None = None) -> dict[str, str]:
     """`Manifest.own_weights` of a PyTorch model: digests of its embeddings and output head.
+
+    `tokens`: the number of the base's tokens, if rows were added to `model`.
 
     Of equal weights that are not tied only the first is listed, because equal digests in the
     manifest mean one weight. An embedding that is tied by config.json alone is omitted, because
@@ -102,7 +104,7 @@ def model_digests(model: torch.nn.Module) -> dict[str, str]:
         for part, values in module.named_parameters(recurse=False):
             if apart is not None and f"{name}.{part}" == apart[0]:
                 continue
-            digest = values_digest(values.detach().numpy())
+            digest = values_digest(values.detach().numpy()[:tokens])
             if part != "weight" or owners.setdefault(digest, values) is values:
                 found[f"{name}.{part}"] = digest
     return found

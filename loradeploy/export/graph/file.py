@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -24,6 +24,9 @@ from loradeploy.paths import resolved
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+# The producer of graphs that were traced from a checkpoint, and not made from an ONNX file.
+TRACED_BY: Final = "loradeploy"
 
 
 def load_graph(file: Path) -> ir.Model:

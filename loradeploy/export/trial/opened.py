@@ -19,12 +19,12 @@ from loradeploy.bundle.names import (
     ENCODER_NAME,
     GRAPH_NAME,
     REQUIRED_NAME,
+    REQUIRED_VALUES_NAME,
     SLOTS,
 )
 from loradeploy.bundle.sample import Sample
 from loradeploy.errors import BundleError, ExportError
 from loradeploy.export.graph.running import NotRunError, Outputs, open_graph, run_graph, run_graphs
-from loradeploy.export.passes.forms.required import BASE_INPUTS_NAME
 from loradeploy.export.trial.original import random_factors
 from loradeploy.printable import logger_of
 
@@ -104,7 +104,7 @@ class Trial:
         file = self._directory / REQUIRED_NAME
         if not file.is_file():
             return None
-        defaults, _ = read_arrays(self._directory / BASE_INPUTS_NAME, error=BundleError)
+        defaults, _ = read_arrays(self._directory / REQUIRED_VALUES_NAME, error=BundleError)
         session = self._opened(file)
         try:
             return self._of_base(run_graph(session, {**feeds, **defaults}, self.names))

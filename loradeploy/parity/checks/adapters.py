@@ -14,7 +14,7 @@ from loradeploy.bundle.fitting.added_tokens import tokens_of
 from loradeploy.bundle.fitting.fit import fitted
 from loradeploy.bundle.fitting.labels import head_of
 from loradeploy.bundle.model_config import model_config
-from loradeploy.bundle.names import ADAPTERS_DIRECTORY
+from loradeploy.bundle.names import ADAPTERS_DIRECTORY, NATIVE_SUFFIX
 from loradeploy.bundle.text.beside import vocabulary_of
 from loradeploy.disk import scratch_directory
 from loradeploy.errors import LoraDeployError, first_line, shown
@@ -31,11 +31,14 @@ if TYPE_CHECKING:
     from loradeploy.parity.context import CheckContext
 
 ASPECT: Final = "adapters"
+_SUFFIXES: Final = (NATIVE_SUFFIX, ".safetensors")
 
 
 def differing_adapters(context: CheckContext) -> Iterator[tuple[str, str]]:
     """Yield the aspect and a message for each adapter that the manifest describes otherwise."""
     entries = context.manifest.adapters
+    for name in _unnamed(context):
+        yield ASPECT, f"{name} is of an adapter that the manifest does not name: export again"
     if not entries:
         return
     config = model_config(context.bundle)
@@ -51,6 +54,15 @@ def differing_adapters(context: CheckContext) -> Iterator[tuple[str, str]]:
                 message = first_line(problem)
             if message is not None:
                 yield ASPECT, f"{name}: {message}: export again"
+
+
+def _unnamed(context: CheckContext) -> Iterator[str]:
+    """The directories and files of adapters that are not in the manifest."""
+    directory = context.bundle / ADAPTERS_DIRECTORY
+    for path in sorted(directory.iterdir()) if directory.is_dir() else ():
+        suffixes = ("",) if path.is_dir() else _SUFFIXES
+        if not any(path.name == f"{n}{end}" for n in context.manifest.adapters for end in suffixes):
+            yield f"{ADAPTERS_DIRECTORY}/{path.name}"
 
 
 def _difference(

@@ -1,8 +1,8 @@
 """Whether the files of a bundle are those that an export writes of the model and the adapters.
 
 The files of the base are written again as an export writes them, and compared by their meaning
-(texts.py, meanings.py); the others are compared with the graph and the adapters in the bundle
-(manifest.py, adapters.py, required.py).
+(texts.py, meanings.py); the others are compared with the graph, the base and the adapters in the
+bundle (manifest.py, weights.py, adapters.py, required.py).
 """
 
 from __future__ import annotations
@@ -17,17 +17,21 @@ from loradeploy.disk import scratch_directory
 from loradeploy.errors import LoraDeployError, ModelError, first_line
 from loradeploy.export.assets import AssetSources, write_assets
 from loradeploy.export.building.config import with_positions
-from loradeploy.files import write_json
+from loradeploy.files import inside, write_json
 from loradeploy.lora.quiet import quiet_loradeploy
 from loradeploy.parity.checks.adapters import differing_adapters
-from loradeploy.parity.checks.manifest import differing_manifest
+from loradeploy.parity.checks.graphs import read_graphs
+from loradeploy.parity.checks.manifest import Facts, differing_manifest
 from loradeploy.parity.checks.meanings import MEANINGS
 from loradeploy.parity.checks.pair import Pair
 from loradeploy.parity.checks.required import differing_required
 from loradeploy.parity.checks.texts import TEXTS
+from loradeploy.parity.checks.weights import differing_values, differing_weights
 from loradeploy.parity.report.results import Result
 
 if TYPE_CHECKING:
+    import torch
+
     from loradeploy.parity.context import CheckContext
 
 BACKEND: Final = "files"
@@ -35,16 +39,25 @@ _TITLE: Final = "files of the bundle"
 _BESIDE: Final = "put the model's files beside the ONNX file and export again"
 
 
-def differing_files(context: CheckContext) -> list[Result]:
-    """Return a failed result for each meaning in which the bundle's files differ from the model's.
+def differing_files(context: CheckContext, model: torch.nn.Module) -> list[Result]:
+    """Return a failed result for each meaning in which the bundle's files are not `model`'s.
 
-    A bundle of an ONNX file has the files beside it. Those that it lacks, and without which the
-    runtime refuses a text, are not a difference.
+    `model`: the base in PyTorch, before it takes quantized weights. A bundle of an ONNX file has
+    the files beside it. Those that it lacks, and without which the runtime refuses a text, are not
+    a difference.
     """
+    try:
+        graphs = read_graphs(context)
+    except LoraDeployError as problem:
+        return [failed("graph", first_line(problem))]
+    facts = Facts(context, graphs, model)
     found = [
-        *differing_manifest(context),
-        *differing_required(context),
+        *differing_manifest(facts),
+        *_missing(context),
+        *differing_values(facts),
+        *differing_weights(facts),
         *differing_adapters(context),
+        *differing_required(context, graphs),  # last: it changes the graph
     ]
     with scratch_directory() as expected:
         try:
@@ -57,6 +70,12 @@ def differing_files(context: CheckContext) -> list[Result]:
         else:
             found += _differences(context, expected)
     return [failed(aspect, message) for aspect, message in found]
+
+
+def _missing(context: CheckContext) -> Iterator[tuple[str, str]]:
+    for name in context.manifest.files:
+        if not inside(context.bundle, name).is_file():
+            yield "files", f"{name} is missing: export again"
 
 
 def failed(aspect: str, message: str) -> Result:

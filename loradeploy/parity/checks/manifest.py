@@ -1,74 +1,201 @@
-"""Whether the manifest describes the graph, where the numbers do not show it.
+"""Whether the manifest describes the graph and the base, where the numbers do not show it.
 
 precision   that of the graph's weights, which decides the limits of the numbers
 padding     the side on which rows are padded, as an export measures it
+others      `DERIVED`: fields that follow from the graphs and from the base
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
 
+from loradeploy.adapter.modules.renamings import known
 from loradeploy.adapter.tasks import CAUSAL_LM
+from loradeploy.bundle.fingerprint import file_fingerprint
 from loradeploy.bundle.model_config import model_config
-from loradeploy.bundle.names import ENCODER_NAME, GRAPH_NAME, NO_PADDING
+from loradeploy.bundle.names import (
+    ADAPTER_MODE,
+    GRAPH_DATA_NAME,
+    GRAPH_NAME,
+    LOGITS_TO_KEEP,
+    NO_PADDING,
+    OPERATOR_DOMAIN,
+)
 from loradeploy.bundle.sample import Sample
-from loradeploy.errors import ExportError, first_line
+from loradeploy.errors import ExportError, shown
+from loradeploy.export.adapters.own_weights import model_digests
+from loradeploy.export.graph.file import TRACED_BY, opset_of, spec_of
 from loradeploy.export.graph.running import NotRunError
 from loradeploy.export.match.products import precision_of
+from loradeploy.export.passes.gqa import updates_cache_in_place
+from loradeploy.export.passes.side_inputs.base_weights import stored_weights
+from loradeploy.export.read.static_ranges import count_ranges
 from loradeploy.export.read.values.cache import padding_of
 from loradeploy.export.trial.opened import Trial
-from loradeploy.export.trial.padding import padding_by_trial
+from loradeploy.export.trial.padding import padding_by_trial, reads_in_parts
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
+    import torch
 
+    from loradeploy.bundle.targets import LoraTarget
+    from loradeploy.parity.checks.graphs import BundleGraphs
     from loradeploy.parity.context import CheckContext
 
 
-def differing_manifest(context: CheckContext) -> Iterator[tuple[str, str]]:
-    """Yield the aspect and a message for each field that is not that of the graph."""
-    import onnx_ir as ir
+@dataclass(frozen=True, eq=False)
+class Facts:
+    """What the fields of a manifest follow from. `model`: the base in PyTorch, float32."""
 
-    names = [GRAPH_NAME] if context.manifest.encoder is None else [GRAPH_NAME, ENCODER_NAME]
-    graphs = []
-    for name in names:
-        try:
-            graphs.append(ir.load(context.bundle / name))
-        except Exception as problem:  # onnx_ir raises anything for a damaged file
-            yield "precision", f"{name} cannot be read: {first_line(problem)}"
-            return
-    found = (_precision(context, graphs), _padding(context, graphs[0]))
-    for aspect, message in zip(("precision", "padding"), found, strict=True):
+    context: CheckContext
+    graphs: BundleGraphs
+    model: torch.nn.Module
+
+    @property
+    def traced(self) -> bool:
+        """Whether the graph was traced, as it says itself; those of earlier versions do not."""
+        stated = self.context.manifest.traced
+        return stated or self.graphs.decoder.producer_name == TRACED_BY
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of the graphs' inputs."""
+        return tuple(str(value.name) for each in self.graphs.each for value in each.graph.inputs)
+
+
+def differing_manifest(facts: Facts) -> Iterator[tuple[str, str]]:
+    """Yield the aspect and a message for each field that is not that of the graph or the base."""
+    manifest = facts.context.manifest
+    for aspect, message in (("precision", _precision(facts)), ("padding", _padding(facts))):
         if message is not None:
             yield aspect, f"{message}: export again"
+    for name, derive in DERIVED.items():
+        expected = derive(facts)
+        if expected is not None and getattr(manifest, name) != expected:
+            stated = shown(getattr(manifest, name))
+            yield (
+                "manifest",
+                f"the manifest's {name} is {stated}, expected {shown(expected)}: export again",
+            )
 
 
-def _precision(context: CheckContext, graphs: list[ir.Model]) -> str | None:
+def _precision(facts: Facts) -> str | None:
     """The two graphs of an encoder-decoder may differ: it is that of one of them."""
-    stated = context.manifest.precision
-    found = [precision_of(graph) for graph in graphs]
+    stated = facts.context.manifest.precision
+    found = [precision_of(graph) for graph in facts.graphs.each]
     if stated in found:
         return None
     return f"the manifest's precision is {stated}, and {GRAPH_NAME} has weights in {found[0]}"
 
 
-def _padding(context: CheckContext, graph: ir.Model) -> str | None:
+def _padding(facts: Facts) -> str | None:
     """Measured only if it is not the usual side of such a graph: the phases run the stated one."""
-    manifest = context.manifest
+    manifest = facts.context.manifest
     if manifest.task != CAUSAL_LM and manifest.padding != NO_PADDING:
         return None  # of an encoder's rows, the right side is padded
-    usual = padding_of(graph)
+    usual = padding_of(facts.graphs.decoder)
     if manifest.task == CAUSAL_LM and manifest.padding == usual:
         return None
-    config = model_config(context.bundle)
-    sample = Sample(manifest.inputs, config, pad=context.cases.pad)
-    try:
-        trial = Trial(context.bundle, dataclasses.replace(manifest, padding=usual))
-        measured = padding_by_trial(trial, sample, context.cases.pad)
-    except (ExportError, NotRunError):
-        return None
+    measured = _tried(facts, padding_by_trial, padding=usual)
     if measured in (None, manifest.padding):
         return None
     return f"the manifest's padding is {manifest.padding}, and {GRAPH_NAME} is padded {measured}"
+
+
+def _tried(facts: Facts, measure: Callable[[Trial, Sample, int], Any], **changes: Any) -> Any:
+    """What `measure` returns for the graph, with these fields of its manifest; None if unknown."""
+    context = facts.context
+    pad = context.cases.pad
+    sample = Sample(context.manifest.inputs, model_config(context.bundle), pad=pad)
+    try:
+        return measure(
+            Trial(context.bundle, dataclasses.replace(context.manifest, **changes)), sample, pad
+        )
+    except (ExportError, NotRunError):
+        return None
+
+
+def _specs(facts: Facts, which: str) -> tuple[Any, ...] | None:
+    """The graphs' inputs without a default, or outputs, in the order of the manifest."""
+    found = {
+        str(value.name): spec_of(value)
+        for each in reversed(facts.graphs.each)
+        for value in getattr(each.graph, which)
+        if which == "outputs" or not value.is_initializer()
+    }
+    stated = getattr(facts.context.manifest, which)
+    return stated if {spec.name: spec for spec in stated} == found else tuple(found.values())
+
+
+def _whole_prompts(facts: Facts) -> bool | None:
+    """Measured only if it is stated: the phases show prompts that are wrong in parts."""
+    if facts.traced or not facts.context.manifest.whole_prompts:
+        return False
+    parts: bool | None = _tried(facts, reads_in_parts)
+    return None if parts is None else not parts
+
+
+def _own_weights(facts: Facts) -> Mapping[str, str] | None:
+    """Those of other exporters are those of the graph, which may be other numbers."""
+    manifest = facts.context.manifest
+    if not facts.traced or manifest.mode == "merged":
+        return None
+    added = manifest.added_tokens
+    return model_digests(facts.model, None if added is None else added.base)
+
+
+def _submodels(facts: Facts) -> tuple[Any, ...] | None:
+    from loradeploy.lora.submodels import submodels
+
+    traced = facts.traced and facts.context.manifest.mode != "merged"
+    return known(submodels(facts.model)) if traced else None
+
+
+def _base_prefix(facts: Facts) -> str | None:
+    found = _submodels(facts)
+    return None if found is None else str(facts.model.base_model_prefix) if found else ""
+
+
+def _targets(facts: Facts) -> tuple[LoraTarget, ...]:
+    """With the places of their weights in the data file."""
+    found, _ = stored_weights(facts.graphs.initializers, facts.context.manifest)
+    return found.targets
+
+
+def _operators(facts: Facts) -> tuple[str, ...]:
+    """The functions that nodes call, in the stated order."""
+    found = {
+        node.op_type
+        for each in facts.graphs.each
+        for node in each.graph.all_nodes()
+        if node.domain == OPERATOR_DOMAIN
+    }
+    stated = facts.context.manifest.operators
+    return stated if set(stated) == found and len(stated) == len(found) else tuple(sorted(found))
+
+
+def _fingerprint(facts: Facts) -> str | None:
+    file = facts.context.bundle / GRAPH_DATA_NAME
+    return file_fingerprint(file) if file.is_file() else None
+
+
+# The fields that are derived again, with functions that return None if the value is not known.
+DERIVED: Final[Mapping[str, Callable[[Facts], object]]] = {
+    "opset": lambda facts: opset_of(facts.graphs.decoder),
+    "inputs": lambda facts: _specs(facts, "inputs"),
+    "outputs": lambda facts: _specs(facts, "outputs"),
+    "traced": lambda facts: facts.traced,
+    "whole_prompts": _whole_prompts,
+    "own_weights": _own_weights,
+    "submodels": _submodels,
+    "base_prefix": _base_prefix,
+    "cache_in_place": lambda facts: updates_cache_in_place(facts.graphs.decoder),
+    "fixed_ranges": lambda facts: count_ranges(facts.graphs.decoder.graph),
+    "logits_to_keep": lambda facts: LOGITS_TO_KEEP in facts.inputs,
+    "branches": lambda facts: ADAPTER_MODE in facts.inputs,
+    "operators": _operators,
+    "targets": _targets,
+    "data_fingerprint": _fingerprint,
+}

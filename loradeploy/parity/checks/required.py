@@ -17,38 +17,43 @@ from loradeploy.bundle.names import (
     GRAPH_NAME,
     NATIVE_SUFFIX,
     REQUIRED_NAME,
+    REQUIRED_VALUES_NAME,
 )
 from loradeploy.errors import BundleError, LoraDeployError, first_line
-from loradeploy.export.passes.forms.required import BASE_INPUTS_NAME, required_graph
+from loradeploy.export.graph.file import load_graph
+from loradeploy.export.passes.forms.required import required_graph
+from loradeploy.parity.checks.graphs import difference
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from loradeploy.parity.checks.graphs import BundleGraphs
     from loradeploy.parity.context import CheckContext
 
 ASPECT: Final = "required inputs"
 
 
-def differing_required(context: CheckContext) -> Iterator[tuple[str, str]]:
-    """Yield the aspect and a message for each difference; nothing if there is no required.onnx."""
-    import onnx_ir as ir
+def differing_required(context: CheckContext, graphs: BundleGraphs) -> Iterator[tuple[str, str]]:
+    """Yield the aspect and a message for each difference; nothing if there is no required.onnx.
 
+    The graph of `graphs` becomes the one with required inputs.
+    """
     bundle = context.bundle
     if not (bundle / REQUIRED_NAME).is_file():
         return
+    made, base = required_graph(graphs.decoder, context.manifest)
     try:
-        made, base = required_graph(ir.load(bundle / GRAPH_NAME), context.manifest)
-        own = ir.load(bundle / REQUIRED_NAME)
-        values, _ = read_arrays(bundle / BASE_INPUTS_NAME, error=BundleError)
-    except Exception as problem:  # onnx_ir raises anything for a damaged file
-        yield ASPECT, f"{REQUIRED_NAME} cannot be read: {first_line(problem)}"
+        message = difference(load_graph(bundle / REQUIRED_NAME), made)
+        values, _ = read_arrays(bundle / REQUIRED_VALUES_NAME, error=BundleError)
+    except LoraDeployError as problem:
+        yield ASPECT, first_line(problem)
         return
-    if _serialized(made) != _serialized(own):
-        yield ASPECT, f"{REQUIRED_NAME} is not made of {GRAPH_NAME}: export again"
+    if message is not None:
+        yield ASPECT, f"{REQUIRED_NAME} is not made of {GRAPH_NAME}: {message}: export again"
     if not _equal(values, base):
         yield (
             ASPECT,
-            f"{BASE_INPUTS_NAME} does not have the defaults of {GRAPH_NAME}: export again",
+            f"{REQUIRED_VALUES_NAME} does not have the defaults of {GRAPH_NAME}: export again",
         )
     for name in context.manifest.adapters:
         place = bundle / ADAPTERS_DIRECTORY / name
@@ -70,9 +75,3 @@ def _equal(one: Mapping[str, NDArray[Any]], other: Mapping[str, NDArray[Any]]) -
     return one.keys() == other.keys() and all(
         np.array_equal(values, other[name]) for name, values in one.items()
     )
-
-
-def _serialized(model: Any) -> bytes:
-    import onnx_ir as ir
-
-    return bytes(ir.serde.serialize_model(model).SerializeToString(deterministic=True))

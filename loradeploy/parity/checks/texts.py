@@ -11,7 +11,8 @@ genai config       the tokens and the graph's names for onnxruntime-genai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from typing import Any, Final
 
@@ -34,6 +35,8 @@ from loradeploy.runtime.decoding.caches.source import Target
 # Settings of generation that another aspect compares, that only sampling reads, or that the
 # runtime does not apply.
 _NOT_GREEDY: Final = ("decoder_start_token_id", "top_k", "top_p", "min_p", "ignored")
+# Parts of tokenizer.json that the runtime does not use.
+_NOT_RULES: Final = ("version", "truncation", "padding")
 
 
 def _tokenizer(pair: Pair) -> str | None:
@@ -50,8 +53,12 @@ def _tokenizer(pair: Pair) -> str | None:
             return f"the tokenizer has another vocabulary than the model's: {words}"
         size = vocabulary_of(pair.manifest, model_config(pair.bundle))
         text = first_difference(own, other, size, PROMPTS)
+        rules = _rules(own), _rules(other)
     if text is not None:
         return f"the tokenizer makes other tokens of {shown(text)} than the model's"
+    if pair.traced and rules[0] != rules[1]:
+        name, *values = _first_rule(*rules)
+        return differ(f"{TOKENIZER_NAME}: {name} is", *values)
     if ours.special_tokens != theirs.special_tokens:
         return differ("the special tokens are", ours.special_tokens, theirs.special_tokens)
     if ours.truncation_side != theirs.truncation_side:
@@ -59,6 +66,28 @@ def _tokenizer(pair: Pair) -> str | None:
     if ours.token_types != theirs.token_types and (pair.traced or ours.token_types is not None):
         return differ("token types of pairs:", ours.token_types, theirs.token_types)
     return None
+
+
+def _rules(tokenizer: Any) -> Mapping[str, Any]:
+    """The rules of a tokenizer, which texts other than those tried may show."""
+    rules: dict[str, Any] = json.loads(tokenizer.to_str())
+    return {name: rules[name] for name in rules if name not in _NOT_RULES}
+
+
+def _first_rule(own: Any, expected: Any, where: str = "") -> tuple[str, Any, Any]:
+    """The first value in which two different rules differ, with its name."""
+    steps: Iterable[Any] = ()
+    if isinstance(own, dict) and isinstance(expected, dict):
+        steps = {**expected, **own}
+        sides = own, expected
+    elif isinstance(own, list) and isinstance(expected, list):
+        steps = range(max(len(own), len(expected)))
+        sides = dict(enumerate(own)), dict(enumerate(expected))
+    for step in steps:
+        mine, theirs = (side.get(step) for side in sides)
+        if mine != theirs:
+            return _first_rule(mine, theirs, f"{where}.{step}" if where else str(step))
+    return where, own, expected
 
 
 def _first_word(own: Mapping[str, int], other: Mapping[str, int]) -> str | None:

@@ -1,9 +1,10 @@
-"""Whether the graph's weights that are not quantized are the base's, value by value.
+"""Whether the bundle's weights that are not quantized are the base's, value by value.
 
 Prompts do not show every weight: an embedding's rows of tokens that no prompt has, or one value
 among many. Quantized weights are compared when the reference takes them (reference/quantized.py).
 In a merged graph, those that the adapter leaves as they are; other values, such as norms, change
-every output.
+every output. The values of the base beside the graph are computed from when an adapter is loaded:
+no backend of the check needs those that the adapters in the bundle do not need.
 """
 
 from __future__ import annotations
@@ -13,18 +14,23 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from loradeploy.bundle.names import ENCODER_NAME, GRAPH_NAME
-from loradeploy.errors import first_line
+from loradeploy.adapter.files.tensors import read_arrays
+from loradeploy.bundle.names import BASE_NAME, DEFAULTS_NAME
+from loradeploy.errors import BundleError, LoraDeployError, first_line
+from loradeploy.export.graph.edit import constant_of
 from loradeploy.export.graph.names import modules_of_label
+from loradeploy.export.passes.side_inputs.base_weights import stored_weights
 from loradeploy.parity.reference.quantized import weight_of
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from numpy.typing import NDArray
 
     from loradeploy.adapter.adapter import Adapter
     from loradeploy.bundle.targets import LoraTarget
-    from loradeploy.parity.context import CheckContext
+    from loradeploy.parity.checks.manifest import Facts
 
 ASPECT: Final = "weights"
 # The largest relative error of one rounding to a type of weights; others are quantized.
@@ -37,22 +43,74 @@ _SUBNORMAL: Final = 2.0**-24  # the smallest float16
 _ROWS: Final = 4096  # compared at once
 
 
-def differing_weights(context: CheckContext, model: torch.nn.Module) -> Iterator[tuple[str, str]]:
-    """Yield the aspect and a message for the first weight that is not that of `model`, the base.
+def differing_values(facts: Facts) -> Iterator[tuple[str, str]]:
+    """Yield the aspect and a message for each value of the base beside the graph that differs."""
+    context, initializers = facts.context, facts.graphs.initializers
+    manifest = context.manifest
+    _, weights = stored_weights(initializers, manifest)
+    expected = {
+        DEFAULTS_NAME: {
+            saved.input: constant_of(initializers[saved.input])
+            for saved in manifest.saved
+            if saved.input in initializers
+        },
+        BASE_NAME: {**_biases(facts), **weights},
+    }
+    for file, values in expected.items():
+        try:
+            own = _arrays(context.bundle / file)
+        except LoraDeployError as problem:
+            yield ASPECT, first_line(problem)
+            continue
+        for name in {**values, **own}:
+            if not _close(own.get(name), values.get(name), manifest.precision):
+                yield ASPECT, f"{file}: {name} is not the base's: export again"
+                break
+
+
+def _arrays(file: Path) -> Mapping[str, NDArray[Any]]:
+    return read_arrays(file, error=BundleError)[0] if file.is_file() else {}
+
+
+def _biases(facts: Facts) -> dict[str, NDArray[Any]]:
+    """The biases of the layers whose outputs change; of other exporters' graphs those stated."""
+    names = {f"{output.module}.bias" for output in facts.context.manifest.changed}
+    if not facts.traced:
+        stated = _arrays(facts.context.bundle / BASE_NAME)
+        return {name: values for name, values in stated.items() if name in names}
+    parameters = dict(facts.model.named_parameters(remove_duplicate=False))
+    return {n: parameters[n].detach().numpy() for n in names if n in parameters}
+
+
+def _close(own: NDArray[Any] | None, expected: NDArray[Any] | None, precision: str) -> bool:
+    """Whether both are the same values, up to one rounding."""
+    if own is None or expected is None:
+        return own is expected
+    relative = _precise(precision)
+    least = _SUBNORMAL if relative == _ROUNDING["float16"] else 0.0
+    return own.shape == expected.shape and bool(
+        (np.abs(own - expected) <= relative * np.abs(expected) + least).all()
+    )
+
+
+def _precise(precision: str) -> float:
+    """The largest relative error of weights that are stored as float32."""
+    return _ROUNDING[_ROUNDED.get(precision, "float32")]
+
+
+def differing_weights(facts: Facts) -> Iterator[tuple[str, str]]:
+    """Yield the aspect and a message for the first weight that is not that of the base.
 
     Only of graphs that loradeploy traced: other exporters may scale or reorder weights.
     """
+    context, model = facts.context, facts.model
     manifest = context.manifest
-    if not manifest.traced:
+    if not facts.traced:
         return
-    try:
-        graph = _initializers(context)
-    except Exception as problem:  # onnx_ir raises anything for a damaged file
-        yield ASPECT, f"the graph cannot be read: {first_line(problem)}"
-        return
+    graph = {name: value.const_value for name, value in facts.graphs.initializers.items()}
     every = dict(_layers(model))
     layers = dict(every)
-    precise = _ROUNDING[_ROUNDED.get(manifest.precision, "float32")]
+    precise = _precise(manifest.precision)
     if context.merged:
         layers = _unchanged(every, context.adapters[0].adapter)
     for target in manifest.targets:
@@ -101,18 +159,6 @@ def _of_modules(
             if module in wanted:
                 yield module, values[:, begin:end]
             begin = end
-
-
-def _initializers(context: CheckContext) -> dict[str, Any]:
-    """The graph's constants by name, not read yet; of an encoder-decoder those of both graphs."""
-    import onnx_ir as ir
-
-    names = [GRAPH_NAME] if context.manifest.encoder is None else [ENCODER_NAME, GRAPH_NAME]
-    return {
-        str(name): value.const_value
-        for file in names
-        for name, value in ir.load(context.bundle / file).graph.initializers.items()
-    }
 
 
 def _layers(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:

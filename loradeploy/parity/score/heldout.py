@@ -114,22 +114,12 @@ def read_held_out(
     scored only if there are no adapters, since it rarely has a trained head.
 
     Raises:
-        UsageError: a task without a metric, an unknown adapter name, or fewer than 2 `examples`.
+        UsageError: as `check_data`.
         DataError: the data cannot be read, is for another task, or has unknown labels.
         MissingDependencyError: a package that reads training data is not installed.
     """
     if evaluate is None:
         return {}
-    if manifest.task not in EVALUATED_TASKS:
-        raise UsageError(
-            f"no task metric is known for {manifest.task}, only for {', '.join(EVALUATED_TASKS)}"
-        )
-    if examples < 2:
-        raise UsageError(f"{examples} examples to evaluate on: give 2 or more")
-    names: list[str | None] = [tested.name for tested in adapters]
-    # A merged bundle has no base, and a classifier's base rarely has a trained head.
-    if manifest.mode != "merged" and (manifest.task not in CLASSIFICATIONS or not names):
-        names.insert(0, None)
     try:
         from loradeploy.train.model import open_checkpoint
     except ImportError as problem:
@@ -142,7 +132,7 @@ def read_held_out(
     kinds = kinds_of(bundle, manifest, adapters)
     places = {tested.name: tested.path for tested in adapters}
     found = {}
-    for name, data in _data_by_adapter(evaluate, names).items():
+    for name, data in _data_by_adapter(evaluate, _scored(manifest, adapters)).items():
         sample = _Sample(name, data, examples, seed)
         if manifest.task == FEATURE_EXTRACTION:
             base = model if recipe_directory(bundle) is None else bundle
@@ -153,6 +143,43 @@ def read_held_out(
         else:
             found[name] = _labeled(sample, labels[name], kinds[name], manifest, checkpoint)
     return found
+
+
+def check_data(
+    manifest: Manifest,
+    adapters: Sequence[AdapterUnderTest],
+    evaluate: DataByAdapter | None,
+    examples: int,
+) -> None:
+    """Refuse held-out data that is missing or cannot be used, before anything is loaded.
+
+    Raises:
+        UsageError: a task without a metric, an unknown adapter name, or fewer than 2 `examples`.
+        DataError: it does not exist.
+    """
+    from loradeploy.train.data.sources import Source, check_exists
+
+    if evaluate is None:
+        return
+    if manifest.task not in EVALUATED_TASKS:
+        raise UsageError(
+            f"no task metric is known for {manifest.task}, only for {', '.join(EVALUATED_TASKS)}"
+        )
+    if examples < 2:
+        raise UsageError(f"{examples} examples to evaluate on: give 2 or more")
+    for data in _data_by_adapter(evaluate, _scored(manifest, adapters)).values():
+        check_exists(Source(data, _SPLIT), "held-out data")
+
+
+def _scored(manifest: Manifest, adapters: Sequence[AdapterUnderTest]) -> list[str | None]:
+    """The adapters that are scored, and the base (None).
+
+    A merged bundle has no base, and a classifier's base rarely has a trained head.
+    """
+    names: list[str | None] = [tested.name for tested in adapters]
+    if manifest.mode != "merged" and (manifest.task not in CLASSIFICATIONS or not names):
+        names.insert(0, None)
+    return names
 
 
 def with_types(cases: Cases, held_out: Mapping[str | None, HeldOut]) -> Cases:

@@ -79,13 +79,14 @@ def is_dataset(source: Source) -> bool:
     return not path.exists() and not path.suffix and is_hub_id(str(source))
 
 
-def check_exists(source: Source) -> None:
+def check_exists(source: Source, what: str = "training data") -> None:
     """Raise DataError if `source` is neither a file or directory nor can be a dataset of the hub.
 
-    Called before the libraries for training are imported, which takes seconds.
+    Called before the libraries for training are imported, which takes seconds. `what`: for the
+    message.
     """
     if not source.path.exists() and not is_dataset(source):
-        raise DataError(f"{source} does not exist: give the training data")
+        raise DataError(f"{source} does not exist: give the {what}")
 
 
 def _read(source: Source, needed: Sequence[str]) -> Iterator[Row]:

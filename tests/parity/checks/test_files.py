@@ -18,6 +18,7 @@ from loradeploy.errors import BundleError
 from loradeploy.parity.checks.files import differing_files
 from loradeploy.parity.context import CheckContext, find_adapters
 from loradeploy.parity.inputs.tokens import Cases
+from loradeploy.parity.reference.loading import load_model
 from tests.conftest import MakeAdapter, once
 from tests.inputs import sentence
 
@@ -35,7 +36,7 @@ def found(bundle: Path, model: Path, adapters: dict[str, Path] | None = None) ->
         cases=Cases(((1,),), 0, 0, ""),
         scratch=bundle,
     )
-    results = differing_files(context)
+    results = differing_files(context, load_model(context))
     assert all(result.outcome == "failed" for result in results)
     return {str(result.aspect): str(result.message) for result in results}
 

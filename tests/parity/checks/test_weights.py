@@ -12,6 +12,8 @@ import pytest
 import loradeploy as ld
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.errors import BundleError
+from loradeploy.parity.checks.graphs import read_graphs
+from loradeploy.parity.checks.manifest import Facts
 from loradeploy.parity.checks.weights import differing_weights
 from loradeploy.parity.context import CheckContext, find_adapters
 from loradeploy.parity.inputs.tokens import Cases
@@ -31,7 +33,8 @@ def found(bundle: Path, model: Path, adapters: dict[str, Path] | None = None) ->
     cases = Cases(((1,),), 0, 0, "")
     tested = find_adapters(bundle, manifest, adapters)
     context = CheckContext(bundle, manifest, model, tested, cases, bundle)
-    return [message for _, message in differing_weights(context, load_model(context))]
+    facts = Facts(context, read_graphs(context), load_model(context))
+    return [message for _, message in differing_weights(facts)]
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from loradeploy.bundle.names import (
     LOGITS_TO_KEEP,
     MROPE_POSITION_IDS,
     REQUIRED_NAME,
+    REQUIRED_VALUES_NAME,
 )
 from loradeploy.bundle.run_target import zeros_have_rank_one
 from loradeploy.export.graph.edit import constant_of
@@ -45,7 +46,6 @@ _LEFT_OUT: Final = (
     INPUTS_EMBEDS_MASK,
     MROPE_POSITION_IDS,
 )
-BASE_INPUTS_NAME: Final = "required.safetensors"
 
 
 def write_required(
@@ -60,7 +60,7 @@ def write_required(
     model, base = required_graph(ir.load(directory / GRAPH_NAME), manifest)
     with atomic_file(directory / REQUIRED_NAME) as temporary:
         ir.save(model, temporary)
-    write_arrays(directory / BASE_INPUTS_NAME, base, {})
+    write_arrays(directory / REQUIRED_VALUES_NAME, base, {})
     for name, own in adapters.items():
         arrays = {**base, **own, **branch_choice(manifest)}
         write_arrays(directory / ADAPTERS_DIRECTORY / f"{name}.safetensors", arrays, {})

@@ -29,7 +29,7 @@ class GraphWeights:
 
     def weight(self, target: LoraTarget) -> NDArray[np.float32] | None:
         """See `bundle.adapter_inputs.base.BaseValues`; None if the weight is packed."""
-        return _weight(self._graph, target)
+        return _weight(self._graph.initializers[target.weight], target)
 
     def bias(self, module: str) -> NDArray[np.float32] | None:
         """See `bundle.adapter_inputs.base.BaseValues`."""
@@ -45,22 +45,36 @@ def store_weights(
     """
     import onnx_ir as ir
 
-    scaled = {output.module for output in manifest.changed if output.scale is not None}
-    scaled |= {t.module for t in manifest.targets if f"{t.module}.weight" in manifest.own_weights}
-    if not scaled:
+    if not _needed(manifest):
         return manifest, {}
-    graph = ir.load(directory / GRAPH_NAME).graph
+    return stored_weights(ir.load(directory / GRAPH_NAME).graph.initializers, manifest)
+
+
+def stored_weights(
+    initializers: Mapping[str, ir.Value], manifest: Manifest
+) -> tuple[Manifest, dict[str, NDArray[np.float32]]]:
+    """As `store_weights`, for the initializers of a graph that has been written."""
+    import onnx_ir as ir
+
     small: dict[str, NDArray[np.float32]] = {}
-    targets = []
+    targets, needed = [], _needed(manifest)
     for target in manifest.targets:
-        if target.module in scaled:
-            tensor = graph.initializers[target.weight].const_value
+        value = initializers.get(target.weight)
+        if target.module in needed and value is not None:
+            tensor = value.const_value
             if isinstance(tensor, ir.ExternalTensor):
                 target = dataclasses.replace(target, stored=_stored(tensor))
-            elif (weight := _weight(graph, target)) is not None:
+            elif (weight := _weight(value, target)) is not None:
                 small[f"{target.module}.weight"] = np.ascontiguousarray(weight)
         targets.append(target)
     return dataclasses.replace(manifest, targets=tuple(targets)), small
+
+
+def _needed(manifest: Manifest) -> set[str]:
+    """The modules whose weights DoRA and trained rows need."""
+    scaled = {output.module for output in manifest.changed if output.scale is not None}
+    own = {t.module for t in manifest.targets if f"{t.module}.weight" in manifest.own_weights}
+    return scaled | own
 
 
 def _stored(tensor: ir.ExternalTensor) -> StoredWeight | None:
@@ -70,9 +84,9 @@ def _stored(tensor: ir.ExternalTensor) -> StoredWeight | None:
     return StoredWeight(tensor.offset or 0, tensor.length, dtype)
 
 
-def _weight(graph: ir.Graph, target: LoraTarget) -> NDArray[np.float32] | None:
+def _weight(value: ir.Value, target: LoraTarget) -> NDArray[np.float32] | None:
     """The weight [out, in]; None if it is packed."""
-    numbers: NDArray[Any] = constant_of(graph.initializers[target.weight])
+    numbers: NDArray[Any] = constant_of(value)
     if numbers.dtype.name not in _READABLE:
         return None
     return (numbers if target.transposed else numbers.T).astype(np.float32, copy=False)

@@ -18,7 +18,7 @@ from loradeploy.bundle.names import (
     past_name,
 )
 from loradeploy.bundle.sample import in_patches
-from loradeploy.export.graph.file import spec_of
+from loradeploy.export.graph.file import TRACED_BY, spec_of
 from loradeploy.export.graph.scopes import NAME_SCOPES, module_path
 from loradeploy.export.trace.cleanup.bfloat import compute_bfloat16_in_float32
 from loradeploy.export.trace.cleanup.norms import widen_norms
@@ -54,6 +54,7 @@ def tidy(model: ir.Model, *, prefix: str) -> ir.Model:
     _rename_symbols(model.graph, {_SOURCES: "batch"})
     _name_initializers(model, prefix)
     _number_names(model.graph)
+    model.producer_name, model.producer_version = TRACED_BY, None
     return model
 
 
