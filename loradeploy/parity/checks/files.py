@@ -53,7 +53,6 @@ def differing_files(context: CheckContext, model: torch.nn.Module) -> list[Resul
     facts = Facts(context, graphs, model)
     found = [
         *differing_manifest(facts),
-        *_missing(context),
         *differing_values(facts),
         *differing_weights(facts),
         *differing_adapters(context),
@@ -69,10 +68,11 @@ def differing_files(context: CheckContext, model: torch.nn.Module) -> list[Resul
                 found.append(("all", message))
         else:
             found += _differences(context, expected)
-    return [failed(aspect, message) for aspect, message in found]
+    return [failed(aspect, message) for aspect, message in found or _missing(context)]
 
 
 def _missing(context: CheckContext) -> Iterator[tuple[str, str]]:
+    """The files that the manifest lists and the bundle lacks, if no aspect names them."""
     for name in context.manifest.files:
         if not inside(context.bundle, name).is_file():
             yield "files", f"{name} is missing: export again"

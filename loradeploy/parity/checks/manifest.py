@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.adapter.modules.renamings import known
@@ -20,6 +21,7 @@ from loradeploy.bundle.names import (
     ADAPTER_MODE,
     GRAPH_DATA_NAME,
     GRAPH_NAME,
+    GROUP_QUERY_ATTENTION_OPERATOR,
     LOGITS_TO_KEEP,
     NO_PADDING,
     OPERATOR_DOMAIN,
@@ -27,9 +29,10 @@ from loradeploy.bundle.names import (
 from loradeploy.bundle.sample import Sample
 from loradeploy.errors import ExportError, shown
 from loradeploy.export.adapters.own_weights import model_digests
-from loradeploy.export.graph.file import TRACED_BY, opset_of, spec_of
+from loradeploy.export.graph.file import TRACED_BY, load_graph, opset_of, spec_of
 from loradeploy.export.graph.running import NotRunError
 from loradeploy.export.match.products import precision_of
+from loradeploy.export.passes.forms.branches import remove_branches
 from loradeploy.export.passes.gqa import updates_cache_in_place
 from loradeploy.export.passes.side_inputs.base_weights import stored_weights
 from loradeploy.export.read.static_ranges import count_ranges
@@ -38,6 +41,7 @@ from loradeploy.export.trial.opened import Trial
 from loradeploy.export.trial.padding import padding_by_trial, reads_in_parts
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
     import torch
 
     from loradeploy.bundle.targets import LoraTarget
@@ -58,6 +62,15 @@ class Facts:
         """Whether the graph was traced, as it says itself; those of earlier versions do not."""
         stated = self.context.manifest.traced
         return stated or self.graphs.decoder.producer_name == TRACED_BY
+
+    @cached_property
+    def plain(self) -> ir.Model:
+        """The graph in model.onnx without branches."""
+        if ADAPTER_MODE not in self.inputs:
+            return self.graphs.decoder
+        graph = load_graph(self.context.bundle / GRAPH_NAME)
+        remove_branches(graph.graph)
+        return graph
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -164,16 +177,21 @@ def _targets(facts: Facts) -> tuple[LoraTarget, ...]:
     return found.targets
 
 
+def _cache_in_place(facts: Facts) -> bool | None:
+    """A call of the operators' library does not show it."""
+    called = GROUP_QUERY_ATTENTION_OPERATOR in _called(facts)
+    return None if called else updates_cache_in_place(facts.plain)
+
+
 def _operators(facts: Facts) -> tuple[str, ...]:
-    """The functions that nodes call, in the stated order."""
-    found = {
-        node.op_type
-        for each in facts.graphs.each
-        for node in each.graph.all_nodes()
-        if node.domain == OPERATOR_DOMAIN
-    }
-    stated = facts.context.manifest.operators
+    stated, found = facts.context.manifest.operators, _called(facts)
     return stated if set(stated) == found and len(stated) == len(found) else tuple(sorted(found))
+
+
+def _called(facts: Facts) -> set[str]:
+    """The functions of the operators' library that nodes call."""
+    nodes = (node for each in facts.graphs.each for node in each.graph.all_nodes())
+    return {node.op_type for node in nodes if node.domain == OPERATOR_DOMAIN}
 
 
 def _fingerprint(facts: Facts) -> str | None:
@@ -191,8 +209,8 @@ DERIVED: Final[Mapping[str, Callable[[Facts], object]]] = {
     "own_weights": _own_weights,
     "submodels": _submodels,
     "base_prefix": _base_prefix,
-    "cache_in_place": lambda facts: updates_cache_in_place(facts.graphs.decoder),
-    "fixed_ranges": lambda facts: count_ranges(facts.graphs.decoder.graph),
+    "cache_in_place": _cache_in_place,
+    "fixed_ranges": lambda facts: count_ranges(facts.plain.graph),
     "logits_to_keep": lambda facts: LOGITS_TO_KEEP in facts.inputs,
     "branches": lambda facts: ADAPTER_MODE in facts.inputs,
     "operators": _operators,

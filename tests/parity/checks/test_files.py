@@ -50,7 +50,7 @@ def edited(file: str, **values: Any) -> Change:
             *path, last = name.split("__")
             inner = whole
             for part in path:
-                inner = inner[part]
+                inner = inner[int(part) if isinstance(inner, list) else part]
             inner[last] = value
         (bundle / file).write_text(json.dumps(whole), encoding="utf-8")
 
@@ -77,6 +77,8 @@ def change_template(bundle: Path) -> None:
         ("tokenizer", edited("tokenizer.json", model__merges=[])),
         ("tokenizer", edited("tokenizer.json", pre_tokenizer__add_prefix_space=True)),
         ("tokenizer", edited("tokenizer_config.json", pad_token="<|im_end|>")),
+        ("tokenizer", edited("tokenizer.json", added_tokens__1__lstrip=True)),
+        ("tokenizer", edited("tokenizer.json", model__fuse_unk=True)),
         ("tokenizer", lambda bundle: (bundle / "tokenizer.json").unlink()),
         ("chat template", change_template),
         ("tokenizer", edited("tokenizer_config.json", truncation_side="left")),
@@ -100,6 +102,16 @@ def change_template(bundle: Path) -> None:
         ("padding", edited("loradeploy.json", padding="none")),
         ("genai config", edited("genai_config.json", model__eos_token_id=5)),
         ("genai config", edited("genai_config.json", model__decoder__head_size=8)),
+        ("manifest", edited("loradeploy.json", traced=False)),
+        ("manifest", edited("loradeploy.json", whole_prompts=True)),
+        ("manifest", edited("loradeploy.json", own_weights={})),
+        ("manifest", edited("loradeploy.json", opset=21)),
+        ("manifest", edited("loradeploy.json", cache_in_place=True)),
+        ("manifest", edited("loradeploy.json", fixed_ranges=1)),
+        ("manifest", edited("loradeploy.json", base_prefix="model")),
+        ("manifest", edited("loradeploy.json", inputs__0__shape=["batch", 4])),
+        ("adapters", edited("loradeploy.json", adapters={})),
+        ("files", lambda bundle: (bundle / "adapters/one.onnx_adapter").unlink()),
     ],
 )
 def test_a_decoder_whose_texts_are_read_otherwise_is_found(
@@ -497,6 +509,21 @@ def cut_adapter(bundle: Path) -> None:
     file.write_bytes(file.read_bytes()[:40])
 
 
+def test_a_second_graph_in_another_writing_is_the_same(
+    tiny_llama: Path, with_required_inputs: Path
+) -> None:
+    import onnx
+
+    file = with_required_inputs / "required.onnx"
+    model = onnx.load(file, load_external_data=False)
+    model.producer_version, model.graph.name = "another", "another"
+    for node in model.graph.node:
+        node.name = f"another {node.name}"
+        node.metadata_props.add(key="written", value="by another version")
+    file.write_bytes(model.SerializeToString())
+    assert found(with_required_inputs, tiny_llama) == {}
+
+
 @pytest.mark.parametrize("change", [change_epsilon, change_defaults, change_adapter, cut_adapter])
 def test_a_second_graph_that_computes_something_else_is_found(
     change: Change, tiny_llama: Path, with_required_inputs: Path
@@ -504,3 +531,32 @@ def test_a_second_graph_that_computes_something_else_is_found(
     assert found(with_required_inputs, tiny_llama) == {}
     change(with_required_inputs)
     assert list(found(with_required_inputs, tiny_llama)) == ["required inputs"]
+
+
+@pytest.fixture(scope="module")
+def bert_with_changes(tiny_bert: Path, make_adapter: MakeAdapter, shared: Path) -> Path:
+    """A classifier with an adapter that changes biases (DoRA) and brings a head."""
+    adapter = make_adapter(
+        tiny_bert,
+        task="sequence-classification",
+        modules_to_save=["classifier"],
+        use_dora=True,
+    )
+    return once(
+        shared / "bundle-bert-dora-head",
+        lambda place: ld.export(tiny_bert, place, adapters={"own": adapter}),
+    )
+
+
+@pytest.mark.parametrize("file", ["base.safetensors", "defaults.safetensors"])
+def test_every_value_of_the_base_beside_the_graph_is_compared(
+    file: str, tiny_bert: Path, bert_with_changes: Path, tmp_path: Path
+) -> None:
+    assert found(bert_with_changes, tiny_bert) == {}
+    bundle = Path(shutil.copytree(bert_with_changes, tmp_path / "bundle"))
+    arrays, _ = read_arrays(bundle / file, error=BundleError)
+    name = sorted(arrays)[-1]
+    changed = arrays[name].copy()
+    changed.flat[-1] += 0.01
+    write_arrays(bundle / file, {**arrays, name: changed}, {})
+    assert f"{file}: {name} is not the base's" in found(bundle, tiny_bert)["weights"]
