@@ -415,13 +415,24 @@ def test_a_merged_bundle_needs_its_one_adapter(
         ({"tokens": 0}, "give 1 or more"),
         ({"adapters": ["nowhere"]}, "nowhere does not exist"),
         ({"providers": ["NoSuchProvider"]}, "NoSuchProvider"),
+        ({"prompts": "no.txt"}, "no.txt does not exist"),
+        ({"evaluate": "no.jsonl"}, "no.jsonl does not exist: give the held-out data"),
+        ({"evaluate": {"other": "no.jsonl"}}, "'other' is not scored"),
+        ({"baseline": "no.json"}, "no.json does not exist"),
     ],
 )
-def test_impossible_options_are_refused(
-    options: dict[str, Any], message: str, tiny_llama: Path, tiny_llama_bundle: Path, parity: Parity
+def test_impossible_options_are_refused_before_the_weights_are_read(
+    options: dict[str, Any],
+    message: str,
+    tiny_llama: Path,
+    tiny_llama_bundle: Path,
+    parity: Parity,
+    tmp_path: Path,
 ) -> None:
+    ignore = shutil.ignore_patterns("*.safetensors")
+    model = shutil.copytree(tiny_llama, tmp_path / "model", ignore=ignore)
     with pytest.raises(LoraDeployError, match=message):
-        parity(tiny_llama_bundle, model=tiny_llama, **options)
+        parity(tiny_llama_bundle, model=model, **options)
 
 
 def test_two_adapters_of_one_name_are_refused(

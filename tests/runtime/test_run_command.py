@@ -415,6 +415,8 @@ def test_a_mistake_is_one_line(
         ('{"prompt": "a", "model": "small"}\n', "line 1: 'model' is not read"),
         ('{"prompt": "a", "adapter": null, "lora_name": "small"}\n', "'lora_name' is not read"),
         ('{"prompt": "a", "adapters": {"small": 1.0}}\n', "'adapters' is not read"),
+        ('{"prompt": "a"}\n\n{"prompt": ""}\n', "prompts.jsonl, line 3 is empty"),
+        ('{"prompt": "a"}\n{"prompt": "a", "n": 2}\n', "line 2: n is 2 at temperature 0"),
     ],
 )
 def test_a_broken_line_is_named(
@@ -423,7 +425,7 @@ def test_a_broken_line_is_named(
     file = tmp_path / "prompts.jsonl"
     file.write_text(content)
     result = run(tiny_llama_bundle, "--input", file)
-    assert isinstance(result.exception, DataError)
+    assert isinstance(result.exception, DataError | UsageError)
     assert message in str(result.exception)
 
 
@@ -448,7 +450,7 @@ def test_a_classifier_refuses_options_of_text_generation(
     assert "--chat, --max-new-tokens: only for text generation" in str(result.exception)
     file = lines(tmp_path, {"messages": [{"role": "user", "content": "x"}]})
     result = run(tiny_bert_bundle, "--input", file)
-    assert "prompt 1 is a conversation" in str(result.exception)
+    assert "prompts.jsonl, line 1 is a conversation" in str(result.exception)
 
 
 def test_help_has_an_example() -> None:
