@@ -17,7 +17,7 @@ from loradeploy.parity.bundle_files import BundleFiles
 from loradeploy.parity.checks.check import run_backends
 from loradeploy.parity.checks.controls import Controls, run_controls
 from loradeploy.parity.checks.effects import adapter_facts
-from loradeploy.parity.checks.files import differing_files
+from loradeploy.parity.checks.files import differing_files, what_is_compared
 from loradeploy.parity.checks.repeat import second_run
 from loradeploy.parity.checks.runs import Progress
 from loradeploy.parity.context import CheckContext
@@ -193,7 +193,7 @@ def _inputs(cases: Cases, seed: int) -> Inputs:
 
 def _notes(context: CheckContext, reference: Reference) -> list[str]:
     """Return the limitations of this check that a reader of the report must know."""
-    notes = list(reference.notes)
+    notes = [*reference.notes, what_is_compared()]
     manifest = context.manifest
     if manifest.precision in QUANTIZED:
         notes.append(

@@ -71,6 +71,12 @@ def differing_files(context: CheckContext, model: torch.nn.Module) -> list[Resul
     return [failed(aspect, message) for aspect, message in found or _missing(context)]
 
 
+def what_is_compared() -> str:
+    """A note for the report: what `differing_files` compares, even if nothing differs."""
+    aspects = ("manifest", "weights", "adapters", "required inputs", *TEXTS, *MEANINGS)
+    return f"also compared, where the bundle has them: {', '.join(aspects)}"
+
+
 def _missing(context: CheckContext) -> Iterator[tuple[str, str]]:
     """The files that the manifest lists and the bundle lacks, if no aspect names them."""
     for name in context.manifest.files:
