@@ -6,6 +6,7 @@ labels             the names of a classifier's outputs
 problem type       how a classifier's outputs become scores
 image processor    the size and the normalization of images
 audio features     the window and the bands of a sound's spectrum
+config             what config.json says about an image's tokens, sizes and kinds of positions
 """
 
 from __future__ import annotations
@@ -39,6 +40,13 @@ from loradeploy.parity.checks.pair import Pair, differ
 
 if TYPE_CHECKING:
     from loradeploy.bundle.manifest import Manifest
+
+# Fields of config.json that the runtime reads, and that no other aspect compares.
+_CONFIG: Final = (
+    *("model_type", "alibi", "max_target_positions"),
+    *("image_token_id", "image_token_index", "boi_token_index", "eoi_token_index"),
+    *("video_token_id", "image_size", "num_channels", "max_source_positions", "num_mel_bins"),
+)
 
 
 def _pooling(pair: Pair) -> str | None:
@@ -121,6 +129,17 @@ def _audio_features(pair: Pair) -> str | None:
     return None if ours == theirs else differ("the features of audio are", ours, theirs)
 
 
+def _config(pair: Pair) -> str | None:
+    """The fields that the runtime reads; others describe the PyTorch model, which is traced."""
+    if not pair.traced or pair.manifest.tower is not None:  # a tower has a config of its own
+        return None
+    ours, theirs = pair.both(model_config)
+    for name in _CONFIG:
+        if ours.get(name) != theirs.get(name):
+            return differ(f"{CONFIG_NAME}: {name} is", ours.get(name), theirs.get(name))
+    return None
+
+
 def _hears(pair: Pair) -> bool:
     return any(spec.name == INPUT_FEATURES for spec in pair.manifest.inputs)
 
@@ -132,4 +151,5 @@ MEANINGS: Final[Mapping[str, Callable[[Pair], str | None]]] = {
     "problem type": _problem_type,
     "image processor": _image_processor,
     "audio features": _audio_features,
+    "config": _config,
 }
