@@ -103,7 +103,7 @@ def change_template(bundle: Path) -> None:
         ("genai config", edited("genai_config.json", model__eos_token_id=5)),
         ("genai config", edited("genai_config.json", model__decoder__head_size=8)),
         ("config", edited("config.json", image_token_id=7)),
-        ("config", edited("config.json", model_type="opt")),
+        ("config", edited("config.json", model_type="another")),
         ("manifest", edited("loradeploy.json", traced=False)),
         ("manifest", edited("loradeploy.json", whole_prompts=True)),
         ("manifest", edited("loradeploy.json", own_weights={})),
