@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from loradeploy.adapter.files.tensors import read_arrays
+from loradeploy.bundle.adapter_inputs.factors import branch_choice
 from loradeploy.bundle.adapter_inputs.native import read_onnx_adapter
 from loradeploy.bundle.names import (
     ADAPTERS_DIRECTORY,
@@ -63,7 +64,8 @@ def differing_required(context: CheckContext, graphs: BundleGraphs) -> Iterator[
             continue
         try:
             values, _ = read_arrays(given, error=BundleError)
-            same = _equal(values, {**base, **read_onnx_adapter(native)})
+            own = {**read_onnx_adapter(native), **branch_choice(context.manifest)}
+            same = _equal(values, {**base, **own})
         except LoraDeployError as problem:
             yield ASPECT, first_line(problem)
             continue

@@ -511,6 +511,13 @@ def cut_adapter(bundle: Path) -> None:
     file.write_bytes(file.read_bytes()[:40])
 
 
+def test_a_second_graph_with_branches_is_right(
+    tiny_llama: Path, llama_in_form: Callable[..., Path]
+) -> None:
+    bundle = llama_in_form("required-branches", required_inputs=True, branches=True)
+    assert found(bundle, tiny_llama) == {}
+
+
 def test_a_second_graph_in_another_writing_is_the_same(
     tiny_llama: Path, with_required_inputs: Path
 ) -> None:
