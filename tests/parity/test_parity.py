@@ -429,8 +429,9 @@ def test_impossible_options_are_refused_before_the_weights_are_read(
     parity: Parity,
     tmp_path: Path,
 ) -> None:
-    ignore = shutil.ignore_patterns("*.safetensors")
-    model = shutil.copytree(tiny_llama, tmp_path / "model", ignore=ignore)
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")  # not the base's, if they are read
     with pytest.raises(LoraDeployError, match=message):
         parity(tiny_llama_bundle, model=model, **options)
 
