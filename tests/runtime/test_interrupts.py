@@ -57,6 +57,8 @@ CALLS: dict[str, Callable[[AdapterSession, Path], Any]] = {
 }
 
 
+# Where a generator is being closed, Python ignores the interruption and warns.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("call", CALLS)
 def test_an_interrupted_call_has_no_effect_on_later_ones(
     call: str, tiny_llama_bundle: Path, tiny_llama: Path, make_adapter: MakeAdapter
