@@ -88,17 +88,17 @@ def rows_in_place_of(adapter: Adapter, indices: Mapping[str, Sequence[int]]) -> 
         for name, own in indices.items()
         if name in adapter.rows and {*own} <= {*adapter.rows[name].indices}
     ]
-    named = adapter.config.extra.get(TOKENS)
+    named = adapter.config.extra.get(TOKENS) or {}
+    if not isinstance(named, Mapping):  # a list for the embedding
+        named = {n.removesuffix(".weight"): list(own.indices) for n, own in adapter.rows.items()}
     new = {n: own for n, own in indices.items() if n not in adapter.rows}
-    if not (named is None or isinstance(named, Mapping)):
-        new = {}
     whole = {**adapter.carried, **adapter.saved}
     rows = {name: Rows(tuple(own), whole[name][list(own)]) for name, own in new.items()}
     found = with_rows_for(adapter, [*covered, *new], {**adapter.rows, **rows})
     if not new:
         return found
     listed = {name.removesuffix(".weight"): list(own) for name, own in new.items()}
-    extra = {**found.config.extra, TOKENS: {**(named or {}), **listed}}
+    extra = {**found.config.extra, TOKENS: {**named, **listed}}
     return dataclasses.replace(found, config=dataclasses.replace(found.config, extra=extra))
 
 

@@ -37,7 +37,7 @@ CASES: Final = {
         saved=False,
     ),
     "trained rows of saved embeddings": Case(
-        BASE + 2, {"trainable_token_indices": {name: [BASE, BASE + 1] for name in TABLES}}
+        BASE + 2, {"trainable_token_indices": [BASE, BASE + 1]}
     ),
     "tied": Case(BASE + 2, model="gpt2"),
     "tied, trained rows": Case(
