@@ -40,7 +40,7 @@ _NEUTRAL: Final = frozenset(
         "qalora_group_size",
         "revision",
         "runtime_config",
-        "target_parameters",  # read with the factors themselves (adapter/algebra/experts.py)
+        PARAMETERS,  # read with the factors themselves (adapter/algebra/experts.py)
         TOKENS,  # read with the rows themselves (adapter/files/roles.py)
         "velora_config",
     }
@@ -137,7 +137,7 @@ class AdapterConfig:
                 raise AdapterError(
                     f"adapter config: {name}={shown(values[name])} is refused: {advice}"
                 )
-        parameters = values.get("target_parameters") or []
+        parameters = values.get(PARAMETERS) or []
         if not _is_list(parameters) or not all(isinstance(name, str) for name in parameters):
             raise AdapterError(
                 f"adapter config: target_parameters is {shown(parameters)}, a list of names is"
@@ -203,17 +203,17 @@ class AdapterConfig:
 
     def rank_of(self, module: str) -> int:
         """The rank of `module`'s factors: `rank_pattern` first, then `r`."""
-        key = self._rank_ends.first(module)
+        key = self._rank_ends.first(self.targeted_name(module))
         return self.r if key is None else self.rank_pattern[key]
 
     def alpha_of(self, module: str) -> float:
         """Alpha for `module`: `alpha_pattern` first, then `lora_alpha`."""
-        key = self._alpha_ends.first(module)
+        key = self._alpha_ends.first(self.targeted_name(module))
         return self.lora_alpha if key is None else self.alpha_pattern[key]
 
     def unused_patterns(self, modules: Iterable[str]) -> list[str]:
         """The keys of `rank_pattern` and `alpha_pattern` that apply to none of `modules`."""
-        names = list(modules)
+        names = [self.targeted_name(module) for module in modules]
         return [
             f"{field}: {key}"
             for field, ends, keys in (
@@ -222,6 +222,21 @@ class AdapterConfig:
             )
             for key in sorted(set(keys) - {ends.first(name) for name in names})
         ]
+
+    def targets_weight(self, module: str) -> bool:
+        """Whether `target_parameters` lists the weight of `module`, as for a mixture's router."""
+        names = self.target_parameters
+        return bool(names) and not names.isdisjoint(endings(f"{module}.weight"))
+
+    def targeted_name(self, module: str) -> str:
+        """The name of `module`, or of its weight if that is the target, as PEFT's patterns see."""
+        return f"{module}.weight" if self.targets_weight(module) else module
+
+    @cached_property
+    def target_parameters(self) -> frozenset[str]:
+        """The names of parameters in `target_parameters`, or endings of them."""
+        names = self.extra.get(PARAMETERS)
+        return frozenset(names if isinstance(names, list | tuple) else ())
 
     @cached_property
     def matcher(self) -> Matcher:

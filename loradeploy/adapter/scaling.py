@@ -7,8 +7,11 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
+from typing import TypeVar
 
 from loradeploy.adapter.config import AdapterConfig
+
+_Number = TypeVar("_Number", int, float)
 
 
 def scaling(config: AdapterConfig, module: str) -> float:
@@ -38,8 +41,8 @@ def with_ranks(
         config,
         r=int(r),
         lora_alpha=alpha,
-        rank_pattern={_only(m): rank for m, rank in sorted(ranks.items()) if rank != r},
-        alpha_pattern={_only(m): value for m, value in sorted(alphas.items()) if value != alpha},
+        rank_pattern=_patterns(config, ranks, r),
+        alpha_pattern=_patterns(config, alphas, alpha),
     )
 
 
@@ -47,6 +50,12 @@ def _most_common(values: Mapping[str, float], default: float) -> float:
     return Counter(values.values()).most_common(1)[0][0] if values else default
 
 
-def _only(module: str) -> str:
+def _patterns(
+    config: AdapterConfig, values: Mapping[str, _Number], default: float
+) -> dict[str, _Number]:
     # Without ^, PEFT would also match longer names with this ending.
-    return f"^{re.escape(module)}"
+    return {
+        f"^{re.escape(config.targeted_name(module))}": value
+        for module, value in sorted(values.items())
+        if value != default
+    }

@@ -7,7 +7,7 @@ from functools import partial
 from torch import nn
 
 from loradeploy.adapter.fitting.fit import AdaptableBase, Layer
-from loradeploy.lora.experts import expert_parameters
+from loradeploy.lora.experts import bare_layer, bare_weights, expert_parameters
 from loradeploy.lora.layers.kinds import kind_of
 from loradeploy.lora.layers.low_rank import LowRankLayer
 
@@ -21,6 +21,7 @@ def adaptable(model: nn.Module) -> AdaptableBase:
         if (kind := kind_of(module)) is not None
     }
     layers |= {name: found.layer() for name, found in expert_parameters(model).items()}
+    layers |= {name: bare_layer(weight) for name, weight in bare_weights(model).items()}
     users: dict[int, list[str]] = {}
     weights = {
         f"{name}.weight": id(module.weight)

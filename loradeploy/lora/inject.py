@@ -30,7 +30,7 @@ from loradeploy.lora.parameters import (
     overwrite,
     saved_names,
     swap_in,
-    update_experts,
+    update_parameters,
 )
 from loradeploy.lora.standard import doubled
 from loradeploy.lora.submodels import named_as_in
@@ -45,7 +45,7 @@ class Injection:
     `layers`: the LoRA layers by target module. `saved`: the current fully trained parameters
     (modules_to_save, biases), by the base's names; `swaps`: the original ones. `overwritten`:
     parameters of the base that were overwritten by `carried` and `rows` of the adapter, or to which
-    the updates of `experts` were added.
+    the updates of `added` were added (experts, and weights such as a router's).
     """
 
     model: nn.Module
@@ -56,7 +56,7 @@ class Injection:
     overwritten: tuple[Overwritten, ...] = ()
     carried: Mapping[str, NDArray[Any]] = dataclasses.field(default_factory=dict)
     rows: Mapping[str, Rows] = dataclasses.field(default_factory=dict)
-    experts: Mapping[str, Factors] = dataclasses.field(default_factory=dict)
+    added: Mapping[str, Factors] = dataclasses.field(default_factory=dict)
 
     def parameters(self) -> list[nn.Parameter]:
         """The trained parameters, without duplicates."""
@@ -83,7 +83,7 @@ class Injection:
             config=doubled(self.config) if changed else self.config,
             factors={
                 **{module: _factors(layer) for module, layer in self.layers.items()},
-                **self.experts,
+                **self.added,
             },
             saved={name: _array(parameter) for name, parameter in self.saved.items()},
             base_digest=base_digest,
@@ -165,21 +165,21 @@ def load(model: nn.Module, adapter: Adapter) -> Injection:
     adapter = without_idle(named_as_in(model, adapter), base.layers)
     check_fit(adapter, base)
     refuse_rows_of_tied(model, adapter)
-    overwritten = (*update_experts(model, adapter), *overwrite(model, adapter))
-    experts = {name: pair for name, pair in adapter.factors.items() if pair.kind == "experts"}
+    overwritten = overwrite(model, adapter)
+    updated = update_parameters(model, adapter)
     injection = _install(
         model,
         adapter.config,
-        {name: modules[name] for name in adapter.modules if name not in experts},
+        {name: modules[name] for name in adapter.modules if name not in updated},
         sorted(adapter.saved),
     )
     copy_into(injection, adapter)
     return dataclasses.replace(
         injection,
-        overwritten=overwritten,
+        overwritten=(*updated.values(), *overwritten),
         carried=adapter.carried,
         rows=adapter.rows,
-        experts=experts,
+        added={name: adapter.factors[name] for name in updated},
     )
 
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from loradeploy.adapter import Adapter, AdapterConfig
 from loradeploy.adapter.adapter import Rows
-from loradeploy.adapter.algebra.delta import expert_updates
+from loradeploy.adapter.algebra.delta import expert_updates, update
 from loradeploy.adapter.fitting.settle import same_values
 from loradeploy.adapter.modules.targets import is_saved, is_trained_bias
 from loradeploy.errors import AdapterMismatchError, UsageError, shown
-from loradeploy.lora.experts import expert_parameters
+from loradeploy.lora.experts import bare_weights, expert_parameters
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,21 +76,25 @@ def overwrite(model: nn.Module, adapter: Adapter) -> tuple[Overwritten, ...]:
 
 
 @torch.no_grad()
-def update_experts(model: nn.Module, adapter: Adapter) -> tuple[Overwritten, ...]:
-    """W ← W + s · B A for the experts that `adapter` has factors for; returns the originals.
+def update_parameters(model: nn.Module, adapter: Adapter) -> dict[str, Overwritten]:
+    """W ← W + s · B A for experts and bare weights that `adapter` has factors for.
 
-    The adapter must fit.
+    Returns the originals by name of the factors. The adapter must fit.
     """
-    parameters = expert_parameters(model)
-    done = []
+    experts, bare = expert_parameters(model), bare_weights(model)
+    done = {}
     for name, pair in adapter.factors.items():
+        s = adapter.scaling(name)
         if pair.kind == "experts":
-            found = parameters[name]
-            W = found.parameter
-            done.append(Overwritten(W, W.detach().clone()))
-            update = torch.tensor(expert_updates(pair, adapter.scaling(name)))
-            W.add_((update if found.transposed else update.mT).to(W))
-    return tuple(reversed(done))
+            W, delta = experts[name].parameter, torch.tensor(expert_updates(pair, s))
+            delta = delta if experts[name].transposed else delta.mT
+        elif name in bare:
+            W, delta = bare[name], torch.tensor(update(pair, s))
+        else:
+            continue
+        done[name] = Overwritten(W, W.detach().clone())
+        W.add_(delta.to(W))
+    return done
 
 
 def _put(parameter: Tensor, values: NDArray[Any] | Rows) -> None:

@@ -49,8 +49,9 @@ def initial_adapter(
                 f"its labels are {_named(adapter.labels)}, those of the data {_named(labels)}",
             ),
             (
-                any(pair.kind == "experts" for pair in adapter.factors.values()),
-                "it has factors of experts (target_parameters), which cannot be trained here",
+                any(pair.kind == "experts" for pair in adapter.factors.values())
+                or bool(adapter.config.target_parameters),
+                "it has factors of parameters (target_parameters), which cannot be trained here",
             ),
             (bool(lacking), f"it has no {listed_names(lacking)}"),
         )

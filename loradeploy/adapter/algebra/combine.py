@@ -14,7 +14,7 @@ from loradeploy.adapter.adapter import Adapter, Factors, Rows
 from loradeploy.adapter.algebra.delta import matrices
 from loradeploy.adapter.algebra.experts import with_targets
 from loradeploy.adapter.algebra.reduce import reduce_rank
-from loradeploy.adapter.config import TOKENS, AdapterConfig
+from loradeploy.adapter.config import PARAMETERS, TOKENS, AdapterConfig
 from loradeploy.adapter.files.digest import short, tensors_digest
 from loradeploy.adapter.files.peft import load_adapter
 from loradeploy.adapter.fitting.settle import same_numbers, same_values
@@ -191,6 +191,7 @@ def _config(configs: Sequence[AdapterConfig], factors: Mapping[str, Factors]) ->
         fan_in_fan_out=any(config.fan_in_fan_out for config in configs),
         task_type=_first(config.task_type for config in configs),
         base_model_name_or_path=_first(config.base_model_name_or_path for config in configs),
+        extra={PARAMETERS: sorted({n for config in configs for n in config.target_parameters})},
     )
     blank = with_targets(blank, factors)
     ranks = {module: pair.rank for module, pair in factors.items()}

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from loradeploy.adapter.adapter import Adapter, Factors
-from loradeploy.adapter.algebra.experts import SAVED_UNSWAPPED, with_targets
+from loradeploy.adapter.algebra.experts import with_targets
 from loradeploy.adapter.scaling import with_ranks
 from loradeploy.errors import AdapterMismatchError
 
@@ -74,7 +74,6 @@ def with_joined_experts(
         factors[parameter], scalings[parameter] = _joined(adapter, parameter, names)
     ranks = {name: pair.rank for name, pair in factors.items()}
     config = with_targets(with_ranks(adapter.config, ranks, scalings), factors)
-    config = dataclasses.replace(config, extra={**config.extra, **SAVED_UNSWAPPED})
     return dataclasses.replace(adapter, config=config, factors=factors)
 
 

@@ -1,4 +1,4 @@
-"""Factors of the experts in a mixture of experts: PEFT's `target_parameters`.
+"""Factors of parameters: PEFT's `target_parameters`, most often of a mixture's experts.
 
 PEFT wraps the module that owns the parameters once per parameter. The parameter that was registered
 first has the innermost wrapper:
@@ -12,6 +12,8 @@ first has the innermost wrapper:
 The keys do not contain the parameter's name. It follows from the order of registration in
 transformers' modules. loradeploy stores the factors by parameter, `M.gate_up_proj`, and orders A
 like B: rank, expert.
+
+A matrix `M.weight`, such as that of a router, has the factors of a linear layer M.
 """
 
 from __future__ import annotations
@@ -24,17 +26,17 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from loradeploy.adapter.adapter import Factors
-from loradeploy.adapter.config import AdapterConfig
+from loradeploy.adapter.config import PARAMETERS, AdapterConfig
+from loradeploy.adapter.modules.patterns import endings
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-TARGETS: Final = "target_parameters"
 _VERSION: Final = "peft_version"
 # The first version of PEFT that does not swap input and output dimensions.
 _UNSWAPPED: Final = (0, 19)
 # The entry in an adapter's config that says so.
-SAVED_UNSWAPPED: Final = {_VERSION: ".".join(map(str, (*_UNSWAPPED, 0)))}
+_SAVED_UNSWAPPED: Final = {_VERSION: ".".join(map(str, (*_UNSWAPPED, 0)))}
 # In the order of registration in transformers' modules of experts.
 _ORDER: Final = ("gate_up_proj", "up_proj", "down_proj")
 # The ending of the names of transformers' modules that own parameters of experts.
@@ -42,21 +44,10 @@ _MODULE: Final = ".experts"
 _WRAPPER: Final = ".base_layer"
 
 
-def target_parameters(config: AdapterConfig) -> tuple[str, ...]:
-    """`target_parameters` of the config: names of parameters, or endings of them."""
-    listed = config.extra.get(TARGETS)
-    return tuple(listed) if isinstance(listed, list | tuple) else ()
-
-
 def targeted(parameters: Iterable[str], config: AdapterConfig) -> list[str]:
     """The `parameters` that `target_parameters` lists, by full name or by ending."""
-    names = frozenset(target_parameters(config))
-    return [parameter for parameter in parameters if not names.isdisjoint(_endings(parameter))]
-
-
-def _endings(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[first:]) for first in range(len(parts))]
+    names = config.target_parameters
+    return [parameter for parameter in parameters if not names.isdisjoint(endings(parameter))]
 
 
 def parameters_below(modules: Iterable[str], config: AdapterConfig) -> dict[str, str] | str:
@@ -69,12 +60,12 @@ def parameters_below(modules: Iterable[str], config: AdapterConfig) -> dict[str,
         name = module.replace(_WRAPPER, "")
         depths.setdefault(name, set()).add(module.count(_WRAPPER))
     owners: dict[str, set[str]] = {}
-    for name in target_parameters(config):
+    for name in config.target_parameters:
         owner, _, own = name.rpartition(".")
         owners.setdefault(owner, set()).add(own)
     found: dict[str, str] = {}
     for module, levels in depths.items() if owners else ():
-        owned = set().union(*(owners.get(end, ()) for end in _endings(module)))
+        owned = set().union(*(owners.get(end, ()) for end in endings(module)))
         # PEFT writes names without a module when it converts linear layers of experts.
         if module.endswith(_MODULE):
             owned |= owners.get("", set())
@@ -100,6 +91,8 @@ def expert_factors(
 ) -> Factors | str:
     """The factors from PEFT's A [experts · rank, in] and B [out, rank · experts]; or the problem.
 
+    A parameter without experts, [out, in], has those of a linear layer.
+
     Before 0.19, PEFT swapped the input and output dimensions of most parameters. If they differ,
     such factors do not fit the base; if they are equal, only PEFT's version shows the swap.
     """
@@ -107,10 +100,7 @@ def expert_factors(
         return f"has factors {list(A.shape)} and {list(B.shape)} of experts, of rank {rank}"
     experts = A.shape[0] // rank
     if experts == 1:
-        return (
-            "is not a parameter of several experts (a router?), which target parameters must be:"
-            " merge it with PEFT and export the merged model"
-        )
+        return Factors(A=A, B=B)
     if A.shape[1] == B.shape[0] and _version(config) < _UNSWAPPED:
         return (
             f"has factors of experts of {A.shape[1]} inputs and as many outputs, saved by PEFT"
@@ -144,16 +134,25 @@ def peft_tensors(factors: Mapping[str, Factors]) -> dict[str, NDArray[Any]]:
 
 
 def with_targets(config: AdapterConfig, factors: Mapping[str, Factors]) -> AdapterConfig:
-    """`config` with exactly the modules of `factors` as targets, by their full names."""
-    experts = sorted(name for name, pair in factors.items() if pair.kind == "experts")
-    extra = {name: value for name, value in config.extra.items() if name != TARGETS}
+    """`config` with exactly the modules of `factors` as targets, by their full names.
+
+    Modules whose weight is in `target_parameters` stay there: PEFT may have no layer for them.
+    """
+    experts = [name for name, pair in factors.items() if pair.kind == "experts"]
+    weights = [name for name in factors if config.targets_weight(name)]
+    parameters = sorted([*experts, *(f"{name}.weight" for name in weights)])
+    extra = {name: value for name, value in config.extra.items() if name != PARAMETERS}
     return dataclasses.replace(
         config,
-        target_modules=tuple(sorted(factors.keys() - set(experts))),
+        target_modules=tuple(sorted(factors.keys() - {*experts, *weights})),
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
-        extra={**extra, TARGETS: experts} if experts else extra,
+        extra={
+            **extra,
+            **({PARAMETERS: parameters} if parameters else {}),
+            **(_SAVED_UNSWAPPED if experts else {}),
+        },
     )
 
 

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from loradeploy.adapter.algebra.experts import TARGETS
-from loradeploy.adapter.config import TOKENS, AdapterConfig, as_integer
+from loradeploy.adapter.config import PARAMETERS, TOKENS, AdapterConfig, as_integer
 from loradeploy.adapter.files.keys import DELTA, TRAINED_ROWS, Key, read_keys
 from loradeploy.adapter.modules.targets import untargeted
 from loradeploy.adapter.scaling import with_ranks
@@ -74,8 +73,8 @@ def _roles(names: Mapping[str, str]) -> dict[str, Key]:
 
 
 def _adalora(values: Mapping[str, Any], arrays: Arrays) -> tuple[AdapterConfig, Arrays]:
-    if values.get(TARGETS):
-        raise AdapterError(f"adapter config: {TARGETS} is not supported with peft_type ADALORA")
+    if values.get(PARAMETERS):
+        raise AdapterError(f"adapter config: {PARAMETERS} is not supported with peft_type ADALORA")
     initial = _initial_rank(values)
     left_out = ("peft_type", "init_r", "rank_pattern", *_SCHEDULE, *_IGNORED)
     config = AdapterConfig.from_peft(

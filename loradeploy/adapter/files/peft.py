@@ -32,8 +32,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.adapter.adapter import Adapter, Factors
-from loradeploy.adapter.algebra.experts import TARGETS, peft_tensors
-from loradeploy.adapter.config import AdapterConfig
+from loradeploy.adapter.algebra.experts import peft_tensors
+from loradeploy.adapter.config import PARAMETERS, AdapterConfig
 from loradeploy.adapter.files.formats import (
     misordered_export,
     other_config,
@@ -209,7 +209,7 @@ def adapter_files(path: str | os.PathLike[str]) -> tuple[Path, Path]:
 def names_targets(path: str | os.PathLike[str]) -> bool:
     """Whether the config of the adapter at `path` names targets; PEFT chooses others if not."""
     config = read_json(adapter_files(path)[0], error=AdapterError)
-    return any(config.get(name) for name in ("target_modules", TARGETS))
+    return any(config.get(name) for name in ("target_modules", PARAMETERS))
 
 
 def copy_adapter(path: str | os.PathLike[str], directory: str | os.PathLike[str]) -> None:

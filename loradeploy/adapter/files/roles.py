@@ -18,6 +18,7 @@ from loradeploy.adapter.algebra.experts import expert_factors, parameters_below,
 from loradeploy.adapter.config import TOKENS, TYING, AdapterConfig
 from loradeploy.adapter.files.formats import other_tensors
 from loradeploy.adapter.files.keys import Key, are_below_value_head, is_value_head, read_keys
+from loradeploy.adapter.modules.patterns import endings
 from loradeploy.adapter.modules.targets import (
     is_all_linear,
     is_saved,
@@ -144,10 +145,17 @@ def _all_factors(
     for module, tensors_of_module in parts.items():
         found = _factors(module, tensors_of_module)
         if module in below and isinstance(found, Factors):
-            module, bias = below[module], found.bias
-            found = expert_factors(found.A, found.B, config.rank_of(module), config)
+            parameter, bias = below[module], found.bias
+            found = expert_factors(found.A, found.B, config.rank_of(parameter), config)
             if isinstance(found, Factors):
                 found = dataclasses.replace(found, bias=bias)
+                if found.kind == "experts":
+                    module = parameter
+                elif parameter != f"{module}.weight":
+                    found = (
+                        f"has factors of {parameter}, which are neither of several experts nor of"
+                        " its weight: merge it with PEFT and export the merged model"
+                    )
         if isinstance(found, str):
             problems.append(f"{module} {found}")
         else:
@@ -165,7 +173,9 @@ def _targeted(
     working = [
         n
         for n, pair in factors.items()
-        if pair.kind != "experts" and (np.any(pair.B) or pair.has_effect)
+        if pair.kind != "experts"
+        and not config.targets_weight(n)
+        and (np.any(pair.B) or pair.has_effect)
     ]
     ignored = untargeted(working, config)
     if is_all_linear(config):
@@ -304,9 +314,7 @@ def _rows(module: str, values: NDArray[Any], config: AdapterConfig) -> Rows | st
         )
     indices = config.extra.get(TOKENS)
     if isinstance(indices, Mapping):
-        steps = module.split(".")
-        ends = (".".join(steps[first:]) for first in range(len(steps)))  # the longest first
-        indices = next((indices[end] for end in ends if end in indices), None)
+        indices = next((indices[end] for end in endings(module) if end in indices), None)
     if not isinstance(indices, list):
         return f"{module} has trained tokens, but trainable_token_indices does not list them"
     if wrong := [i for i in indices if type(i) is not int or i < 0]:

@@ -34,6 +34,11 @@ def is_name(pattern: str) -> bool:
     return _NAME.fullmatch(pattern) is not None
 
 
+def endings(name: str) -> list[str]:
+    """The dotted `name` and its endings after each dot, the longest first."""
+    return [name, *(name[index + 1 :] for index, letter in enumerate(name) if letter == ".")]
+
+
 def check_patterns(patterns: Iterable[str]) -> str | None:
     """Why the first unusable pattern of `patterns` cannot be matched; None if all can."""
     expressions = 0

@@ -24,7 +24,8 @@ def match_targets(
     A list entry matches a full module name or its ending after a dot, a string is a regular
     expression for the full name, and "all-linear" means `linear_names`: every linear layer but the
     output head. `exclude_modules` and `modules_to_save` are excluded. `layers_to_transform` keeps,
-    of the names that match the ending of a list entry, only those in the given layers.
+    of the names that match the ending of a list entry, only those in the given layers. Modules
+    whose weight is in `target_parameters` are included in any case.
     """
     linear = set(linear_names)
     return [name for name in names if _is_target(name, config, linear)]
@@ -51,7 +52,12 @@ def untargeted(names: Iterable[str], config: AdapterConfig) -> list[str]:
         matched = {name for name in known if _is_target_of_list(name, config)}
     else:
         matched = {*known}
-    return [n for n in known if n not in matched or _listed(n, "exclude_modules", config)]
+    return [
+        n
+        for n in known
+        if not config.targets_weight(n)
+        and (n not in matched or _listed(n, "exclude_modules", config))
+    ]
 
 
 def _matches_an_end(pattern: str, name: str, config: AdapterConfig) -> bool:
@@ -92,6 +98,8 @@ def is_trained_bias(parameter: str, targets: Container[str], config: AdapterConf
 
 
 def _is_target(name: str, config: AdapterConfig, linear: set[str]) -> bool:
+    if config.targets_weight(name):
+        return True
     if _listed(name, "exclude_modules", config) or _inside_saved(name, config):
         return False
     targets = config.target_modules

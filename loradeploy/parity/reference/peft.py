@@ -43,6 +43,7 @@ def with_peft(model: torch.nn.Module, tested: AdapterUnderTest) -> Iterator[str 
     all tensors of the adapter: it has names that only loradeploy understands. None if there is no
     such tensor.
     """
+    from loradeploy.lora.experts import bare_weights
     from loradeploy.lora.quiet import quiet
 
     with quiet():  # peft imports bitsandbytes, which prints warnings
@@ -53,11 +54,8 @@ def with_peft(model: torch.nn.Module, tested: AdapterUnderTest) -> Iterator[str 
     parameters = dict(model.named_parameters(remove_duplicate=False))
     own: dict[str, torch.Tensor] = {}
     versions = {name: parameter._version for name, parameter in parameters.items()}
-    experts = {
-        name: _digest(parameters[name])
-        for name, pair in tested.adapter.factors.items()
-        if pair.kind == "experts" and name in parameters
-    }
+    targets = {*tested.adapter.factors, *(f"{name}.weight" for name in bare_weights(model))}
+    digests = {name: _digest(parameters[name]) for name in targets & parameters.keys()}
     try:
         with quiet(), _directory_for_peft(tested) as path:
             own = _may_be_written(path / WEIGHTS_NAME, parameters)
@@ -77,7 +75,7 @@ def with_peft(model: torch.nn.Module, tested: AdapterUnderTest) -> Iterator[str 
         for name, values in own.items():
             parameters[name].data.copy_(values)
             versions[name] = parameters[name]._version
-        for name, digest in experts.items():
+        for name, digest in digests.items():
             # PEFT parametrizes them while they run, which sets each to its own values.
             if _digest(parameters[name]) == digest:
                 versions[name] = parameters[name]._version

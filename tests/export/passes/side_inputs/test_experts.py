@@ -57,6 +57,14 @@ ADAPTERS: Final[dict[str, dict[str, Any]]] = {
     "down": {"r": 2, "target_modules": [], "target_parameters": BOTH[1:], "lora_alpha": 5},
     # Separate linear layers in transformers 4; PEFT converts them.
     "older": {"r": 2, "target_modules": ["w1", "w2", "w3"]},
+    # Includes the routers, which are no linear layers.
+    "all-linear": {"r": 2, "target_modules": "all-linear"},
+    "routers": {
+        "target_modules": ["v_proj"],
+        "target_parameters": [*BOTH, "gate.weight", "router.weight"],
+        "rank_pattern": {"gate.weight": 2},
+        "alpha_pattern": {"router.weight": 3, "gate": 64, "gate.weight": 5},
+    },
     "patterns": {
         "target_modules": [],
         "target_parameters": BOTH,
@@ -162,7 +170,7 @@ def test_every_mixture_computes_what_peft_computes(
     tmp_path: Path,
 ) -> None:
     model = mixture(name)
-    adapter = given(model, "both")
+    adapter = given(model, "routers")
     expected, base = _logits(model, adapter), _logits(model, None)
     ld.export(model, tmp_path / "side", adapters={"a": adapter})
     found = _mixed(tmp_path / "side", {"a": adapter})
@@ -309,7 +317,7 @@ def test_an_adapter_of_experts_is_read_combined_and_written_like_peft(
     mixture: Callable[[str], Path], given: Callable[[Path, str], Path], tmp_path: Path
 ) -> None:
     model = mixture("MixtralConfig")
-    first, second = given(model, "both"), given(model, "patterns")
+    first, second = given(model, "both"), given(model, "routers")
     save_adapter(load_adapter(first), tmp_path / "again")
     assert np.array_equal(_logits(model, tmp_path / "again"), _logits(model, first))
     # Half plus half of an adapter is the adapter; the order of two adapters does not matter.
