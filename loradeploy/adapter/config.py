@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any, Final
 
 from loradeploy.adapter.files.formats import other_peft_type
-from loradeploy.adapter.modules.patterns import Ends, Matcher, check_patterns, is_name
+from loradeploy.adapter.modules.patterns import Ends, Matcher, check_patterns, endings, is_name
 from loradeploy.errors import AdapterError, shown
 
 # The field for modules that are tied in the base to share their factors or their trained weight.
