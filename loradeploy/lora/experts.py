@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from loradeploy.adapter.fitting.fit import Layer
-from loradeploy.lora.layers.kinds import kind_of
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _DIMENSIONS = 3
 
@@ -43,6 +44,10 @@ def expert_parameters(model: nn.Module) -> dict[str, ExpertParameter]:
 
 def bare_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """The weights [out, in] of modules that are no linear layers, such as routers, by module."""
+    from torch import nn
+
+    from loradeploy.lora.layers.kinds import kind_of
+
     return {
         name: parameter
         for name, module, own, parameter in _own_parameters(model)
