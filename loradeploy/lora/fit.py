@@ -7,7 +7,8 @@ from functools import partial
 from torch import nn
 
 from loradeploy.adapter.fitting.fit import AdaptableBase, Layer
-from loradeploy.lora.experts import bare_layer, bare_weights, expert_parameters
+from loradeploy.lora.bare import bare_layer, bare_weights
+from loradeploy.lora.experts import expert_parameters
 from loradeploy.lora.layers.kinds import kind_of
 from loradeploy.lora.layers.low_rank import LowRankLayer
 

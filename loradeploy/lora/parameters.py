@@ -17,7 +17,8 @@ from loradeploy.adapter.algebra.delta import expert_updates, update
 from loradeploy.adapter.fitting.settle import same_values
 from loradeploy.adapter.modules.targets import is_saved, is_trained_bias
 from loradeploy.errors import AdapterMismatchError, UsageError, shown
-from loradeploy.lora.experts import bare_weights, expert_parameters
+from loradeploy.lora.bare import bare_weights
+from loradeploy.lora.experts import expert_parameters
 
 
 @dataclass(frozen=True, eq=False)

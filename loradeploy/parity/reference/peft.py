@@ -43,7 +43,7 @@ def with_peft(model: torch.nn.Module, tested: AdapterUnderTest) -> Iterator[str 
     all tensors of the adapter: it has names that only loradeploy understands. None if there is no
     such tensor.
     """
-    from loradeploy.lora.experts import bare_weights
+    from loradeploy.lora.bare import bare_weights
     from loradeploy.lora.quiet import quiet
 
     with quiet():  # peft imports bitsandbytes, which prints warnings
