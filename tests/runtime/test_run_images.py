@@ -157,13 +157,13 @@ def test_arguments_that_do_not_fit_are_named(
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "w5", "image_url": "http://a/b"}, "prompt 1: image_url is not read"),
-        ({"prompt": "w5", "video": "a.mp4"}, "prompt 1: video is not read"),
-        ({"prompt": "w5", "images": ["a"], "image": "b"}, "prompt 1: images is not read"),
+        ({"prompt": "w5", "image_url": "http://a/b"}, "line 1: image_url is not read"),
+        ({"prompt": "w5", "video": "a.mp4"}, "line 1: video is not read"),
+        ({"prompt": "w5", "images": ["a"], "image": "b"}, "line 1: images is not read"),
         ({"prompt": "w5", "images": [{"bytes": "aGk="}]}, "images is .*: give the paths"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image", "path": "a.png"}]}]},
-            "prompt 1: a message has an image of its own, as path",
+            "line 1: a message has an image of its own, as path",
         ),
         (
             {
@@ -171,7 +171,7 @@ def test_arguments_that_do_not_fit_are_named(
                     {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a"}}]}
                 ]
             },
-            "prompt 1: a message has an image of its own, as image_url",
+            "line 1: a message has an image of its own, as image_url",
         ),
     ],
 )

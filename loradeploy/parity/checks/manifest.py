@@ -151,12 +151,12 @@ def _whole_prompts(facts: Facts) -> bool | None:
 
 
 def _own_weights(facts: Facts) -> Mapping[str, str] | None:
-    """Those of other exporters are those of the graph, which may be other numbers."""
+    """Of other exporters, and of a model without tables of tokens, they are those of the graph."""
     manifest = facts.context.manifest
     if not facts.traced or manifest.mode == "merged":
         return None
     added = manifest.added_tokens
-    return model_digests(facts.model, None if added is None else added.base)
+    return model_digests(facts.model, None if added is None else added.base) or None
 
 
 def _submodels(facts: Facts) -> tuple[Any, ...] | None:
