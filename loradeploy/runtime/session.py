@@ -37,7 +37,7 @@ from loradeploy.runtime.devices.table import CPU, KnownProvider, known
 from loradeploy.runtime.held import HeldAdapters, JoinedAdapters
 from loradeploy.runtime.lifetime import Lifetime, while_open
 from loradeploy.runtime.loading import AdapterLoader
-from loradeploy.runtime.reading.graph import Opening
+from loradeploy.runtime.reading.graph import Opening, open_graph
 from loradeploy.runtime.reading.opening import open_bundle
 from loradeploy.runtime.reading.placement import placement_of
 from loradeploy.runtime.reading.weights import MAPPED
@@ -132,7 +132,7 @@ class AdapterSession:
         self.path = Path(bundle)
         library = None if operator is None else Path(operator)
         opening = Opening(providers, session_options, capture_graphs, library, map_weights)
-        opened = open_bundle(self.path, opening, require_certificate)
+        opened = open_bundle(self.path, opening, require_certificate, open_graph)
         self._opened, self._session = opened.bundle, opened.graph
         self._place = self._opened.place
         self.manifest: Manifest = self._opened.manifest

@@ -32,7 +32,7 @@ from loradeploy.errors import BundleError, LoraDeployError
 from loradeploy.paths import resolved
 from loradeploy.runtime.devices.facts import facts_of
 from loradeploy.runtime.devices.table import known
-from loradeploy.runtime.reading.graph import Opening, open_graph
+from loradeploy.runtime.reading.graph import Opening
 from loradeploy.runtime.reading.matching import check_graph, lacks_defaults
 from loradeploy.snapshot import Snapshot
 
@@ -106,11 +106,15 @@ class OpenedSessions:
 
 
 def open_bundle(
-    bundle: Path, opening: Opening, required: bool | CertificateMinimum
+    bundle: Path,
+    opening: Opening,
+    required: bool | CertificateMinimum,
+    open_one: Callable[..., onnxruntime.InferenceSession],
 ) -> OpenedSessions:
     """Open the bundle at `bundle` in one consistent state of its files.
 
-    `required`: as `require_certificate` of `AdapterSession`.
+    `required`: as `require_certificate` of `AdapterSession`. `open_one`: opens a graph, as
+    `open_graph`.
 
     Raises:
         BundleError: as `read_manifest`, `check_certificate` and `open_graph`; or it was written to
@@ -129,7 +133,7 @@ def open_bundle(
             minimum = required if isinstance(required, CertificateMinimum) else None
             if required:
                 certificate = check_certificate(place, manifest, minimum)
-            graph, encoder = _open_graphs(place, opening, manifest)
+            graph, encoder = _open_graphs(place, opening, manifest, open_one)
             running = replace(
                 facts_of(graph),
                 captured=opening.capture_graphs,
@@ -154,14 +158,17 @@ def open_bundle(
 
 
 def _open_graphs(
-    place: Path, opening: Opening, manifest: Manifest
+    place: Path,
+    opening: Opening,
+    manifest: Manifest,
+    open_one: Callable[..., onnxruntime.InferenceSession],
 ) -> tuple[onnxruntime.InferenceSession, onnxruntime.InferenceSession | None]:
     """Open the graph, and the encoder of an encoder-decoder, which calls no operators."""
-    graph = open_graph(place, opening, manifest)
+    graph = open_one(place, opening, manifest)
     check_graph(place, manifest, graph)
     if manifest.encoder is None:
         return graph, None
     plain = replace(opening, capture_graphs=False, operator=None)
-    encoder = open_graph(place, plain, manifest, ENCODER_NAME)
+    encoder = open_one(place, plain, manifest, ENCODER_NAME)
     check_graph(place, manifest, encoder, encoder=True)
     return graph, encoder
