@@ -16,7 +16,7 @@ import pytest
 
 from loradeploy.errors import BundleError
 from loradeploy.export.api import export
-from loradeploy.runtime.reading import opening
+from loradeploy.runtime import session as opening
 from loradeploy.runtime.session import AdapterSession
 from loradeploy.runtime.tasks.generation import TextGenerator
 from loradeploy.runtime.text.sides import TextSides
