@@ -120,7 +120,7 @@ def export(
         resolve_bundle_adapters,
         warn_of_omitted,
     )
-    from loradeploy.export.base import Options
+    from loradeploy.export.bases.base import Options
     from loradeploy.export.building.content import build
     from loradeploy.export.read.files.source import check_options, resolve
     from loradeploy.export.read.modules.find import Evidence

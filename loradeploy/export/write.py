@@ -40,17 +40,17 @@ from loradeploy.bundle.text.tokenizer import Tokenizer
 from loradeploy.bundle.text.tokenizer_files import GENERATION_NAME, SETTINGS_NAME, TOKENIZER_NAME
 from loradeploy.bundle.trained_config import warn_of_trained_config
 from loradeploy.errors import ExportError, ModelError, UsageError
-from loradeploy.export.assets import AssetSources, write_assets
-from loradeploy.export.genai import audio_processor, genai_config, whisper_config
-from loradeploy.export.graph.halves import with_digests, write_halves
-from loradeploy.export.graph.streamed import save_graph
-from loradeploy.export.passes.forms.required import write_required
-from loradeploy.export.passes.side_inputs.base_weights import store_weights
-from loradeploy.export.texts import (
+from loradeploy.export.files.assets import AssetSources, write_assets
+from loradeploy.export.files.genai import audio_processor, genai_config, whisper_config
+from loradeploy.export.files.texts import (
     base_tokenizer,
     warn_of_ignored,
     write_texts,
 )
+from loradeploy.export.graph.halves import with_digests, write_halves
+from loradeploy.export.graph.streamed import save_graph
+from loradeploy.export.passes.forms.required import write_required
+from loradeploy.export.passes.side_inputs.base_weights import store_weights
 from loradeploy.export.trial.bundle import TrialSource, try_bundle
 from loradeploy.files import atomic_directory, check_writable, read_json, write_json
 from loradeploy.printable import logger_of

@@ -17,7 +17,7 @@ from loradeploy.parity.bundle_files import BundleFiles
 from loradeploy.parity.checks.check import run_backends
 from loradeploy.parity.checks.controls import Controls, run_controls
 from loradeploy.parity.checks.effects import adapter_facts
-from loradeploy.parity.checks.files import differing_files, what_is_compared
+from loradeploy.parity.checks.files.bundle import differing_files, what_is_compared
 from loradeploy.parity.checks.repeat import second_run
 from loradeploy.parity.checks.runs import Progress
 from loradeploy.parity.context import CheckContext

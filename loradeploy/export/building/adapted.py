@@ -22,7 +22,7 @@ from loradeploy.export.adapters.requirements import (
     choose_experts,
     needs_of,
 )
-from loradeploy.export.base import Base, Options
+from loradeploy.export.bases.base import Base, Options
 from loradeploy.export.building.added import with_added_tokens
 from loradeploy.export.building.steps import (
     base_manifest,

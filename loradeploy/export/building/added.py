@@ -19,7 +19,7 @@ from loradeploy.bundle.manifest import AddedTokens
 from loradeploy.bundle.names import ROWS
 from loradeploy.bundle.outputs import main_output
 from loradeploy.errors import AdapterMismatchError, ExportError, UsageError, prefixing_errors
-from loradeploy.export.base import Base, Options
+from loradeploy.export.bases.base import Base, Options
 from loradeploy.export.graph.file import outputs
 from loradeploy.export.match.linears import Findings
 from loradeploy.export.passes.tokens.vocabulary import resize_vocabulary, tables_in, vocabulary_in

@@ -19,7 +19,7 @@ from loradeploy.bundle.model_config import rotary_limit
 from loradeploy.bundle.names import CONFIG_NAME
 from loradeploy.errors import ModelError
 from loradeploy.export.adapters.given import label_count, label_names
-from loradeploy.export.base import Base, Options
+from loradeploy.export.bases.base import Base, Options
 from loradeploy.export.read.files.settings import settings_beside
 from loradeploy.export.read.files.source import Source
 from loradeploy.printable import logger_of

@@ -17,16 +17,16 @@ from loradeploy.bundle.manifest import Manifest
 from loradeploy.bundle.names import PAST
 from loradeploy.bundle.run_target import check_runs, choice_of
 from loradeploy.errors import ExportError, UsageError, listed_names, prefixing_errors
-from loradeploy.export.assets import AssetSources
-from loradeploy.export.base import Base, Options
+from loradeploy.export.bases.base import Base, Options
+from loradeploy.export.bases.checkpoint import from_checkpoint
+from loradeploy.export.bases.graph import from_graph
 from loradeploy.export.building.adapted import Adapted, with_side_inputs
 from loradeploy.export.building.added import without_added_tokens
 from loradeploy.export.building.config import with_config
 from loradeploy.export.building.merged import merged, with_resized_vocabulary
 from loradeploy.export.building.steps import encoder_part, modules_of, with_float_heads
-from loradeploy.export.checkpoint_base import from_checkpoint
+from loradeploy.export.files.assets import AssetSources
 from loradeploy.export.graph.file import outputs, required_inputs
-from loradeploy.export.graph_base import from_graph
 from loradeploy.export.match.linears import Findings, find_linears
 from loradeploy.export.match.observe import observe
 from loradeploy.export.match.products import input_of, output_of, repeated_for_rows

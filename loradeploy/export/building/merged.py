@@ -16,7 +16,7 @@ from loradeploy.bundle.manifest import AdapterEntry, Manifest
 from loradeploy.errors import prefixing_errors
 from loradeploy.export.adapters.given import check_brought
 from loradeploy.export.adapters.own_weights import without_copies_of_graph
-from loradeploy.export.base import Base, Options
+from loradeploy.export.bases.base import Base, Options
 from loradeploy.export.building.steps import (
     base_manifest,
     explaining_mismatch,

@@ -25,7 +25,7 @@ from loradeploy.errors import (
     shortened,
 )
 from loradeploy.export.adapters.own_weights import graph_digests
-from loradeploy.export.base import Base, Options
+from loradeploy.export.bases.base import Base, Options
 from loradeploy.export.graph.file import (
     opset_of,
     outputs,

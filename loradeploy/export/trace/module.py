@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Final
 from loradeploy.adapter.tasks import SEQ2SEQ_LM, TASK_TABLE, Task
 from loradeploy.bundle.names import past_name, present_name
 from loradeploy.errors import ExportError, LoraDeployError
-from loradeploy.export.trace.alike import alike_layers, shortened
-from loradeploy.export.trace.checkpoint import root_cause
 from loradeploy.export.trace.cleanup.tidy import tidy
 from loradeploy.export.trace.example import example_of
-from loradeploy.export.trace.lowering import lowered
+from loradeploy.export.trace.loading.checkpoint import root_cause
 from loradeploy.export.trace.patches import traceable, without_gc
-from loradeploy.export.trace.repeat import extend
+from loradeploy.export.trace.program.alike import alike_layers, shortened
+from loradeploy.export.trace.program.lowering import lowered
+from loradeploy.export.trace.program.repeat import extend
 from loradeploy.export.trace.signature import cache_names, main_outputs, plain_inputs
 from loradeploy.export.trace.wrapper import WRAPPED, embedded, wrapper_of
 from loradeploy.export.trial.original import Original, run_module

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
-from loradeploy.export.trace import deberta, gpt_neo, m2m_100
+from loradeploy.export.trace.architectures import deberta, gpt_neo, m2m_100
 
 if TYPE_CHECKING:
     import torch

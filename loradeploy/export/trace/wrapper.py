@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from loradeploy.adapter.tasks import SEQ2SEQ_LM, Task
 from loradeploy.bundle.names import INPUTS_EMBEDS, POSITION_IDS, TOKEN_TYPE_IDS
 from loradeploy.export.trace import encoder_decoder
-from loradeploy.export.trace.image_text import has_image_blocks
+from loradeploy.export.trace.loading.image_text import has_image_blocks
 from loradeploy.export.trace.signature import main_outputs, parameters_of, plain_inputs
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ import pytest
 import loradeploy as ld
 from loradeploy.adapter.fitting.fit import MOST_ROWS
 from loradeploy.errors import AdapterError, LoraDeployError
+from loradeploy.export.files.texts import without_lost_ids
 from loradeploy.export.graph.edit import constant_of, set_constant
-from loradeploy.export.texts import without_lost_ids
 from loradeploy.parity.report.results import ParityReport
 from tests.export.adapters.vocabularies import BASE, CASES, WORDS, ids_of, resized
 from tests.export.reference import difference, onnx_output

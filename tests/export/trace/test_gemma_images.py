@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 import loradeploy as ld
 from loradeploy.errors import AdapterMismatchError, ExportError, UsageError
-from loradeploy.export import checkpoint_base
+from loradeploy.export.bases import checkpoint
 from tests.conftest import once
 from tests.export.reference import difference
 from tests.inputs import gemma
@@ -177,7 +177,7 @@ def test_parity_fails_a_decoder_with_causal_attention_in_images(
 def test_an_export_with_causal_attention_in_images_is_refused(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint_base, "join_image_blocks", lambda graph: None)
+    monkeypatch.setattr(checkpoint, "join_image_blocks", lambda graph: None)
     with pytest.raises(ExportError, match=r"with inputs_embeds its output .* from PyTorch"):
         ld.export(made / "model", tmp_path / "d", task="causal-lm")
 

@@ -258,7 +258,7 @@ def test_an_export_declares_whether_pairs_have_token_types(
 ) -> None:
     from transformers import AutoTokenizer
 
-    from loradeploy.export.tokenizers import declare_token_types
+    from loradeploy.export.files.tokenizers import declare_token_types
 
     names = AutoTokenizer.from_pretrained(tiny_bert).model_input_names
     settings = json.loads((tiny_bert_bundle / "tokenizer_config.json").read_text())

@@ -1,0 +1,1 @@
+"""Load the PyTorch model to trace: a checkpoint, or one part of it, in its dtype and memory."""

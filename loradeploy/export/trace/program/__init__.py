@@ -1,0 +1,1 @@
+"""The exported program: of the first layers of a deep model, repeated, and lowered."""
