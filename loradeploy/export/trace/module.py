@@ -55,7 +55,7 @@ def trace(model: torch.nn.Module, task: str) -> ir.Model:
     hidden]. Token classifiers: `logits` [batch, sequence, labels]. Question answering:
     `start_logits` and `end_logits` [batch, sequence]. Image classifiers:
     `pixel_values` → `logits`. Encoders of images: `pixel_values` → `last_hidden_state` and
-    `pooler_output`. Towers of two-tower models: the vector only (see `trace/loading/towers.py`). Vision
+    `pooler_output`. Towers of two-tower models: the vector only (see `loading/towers.py`). Vision
     towers: `pixel_values` → `image_features` [images, tokens, hidden], with dynamic rows and
     columns for images in patches. Encoder-decoders: see `trace/encoder_decoder.py`.
 
