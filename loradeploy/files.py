@@ -284,6 +284,11 @@ def read_json(
     return json_object(content, path, error=error, finite=finite)
 
 
+def optional_json(path: str | os.PathLike[str], *, error: type[LoraDeployError]) -> dict[str, Any]:
+    """The JSON object in the file `path`; empty if there is no such file."""
+    return read_json(path, error=error) if os.path.isfile(path) else {}
+
+
 def json_object(
     content: bytes,
     path: str | os.PathLike[str],

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from loradeploy.bundle.names import CONFIG_NAME
 from loradeploy.errors import BundleError, LoraDeployError
-from loradeploy.files import read_json
+from loradeploy.files import optional_json
 
 # Names of the field in different architectures, in order of precedence.
 _NAMES: Final = (
@@ -38,8 +38,7 @@ def model_config(directory: Path, *, error: type[LoraDeployError] = BundleError)
     Raises:
         `error`: it cannot be read, or is not an object.
     """
-    file = directory / CONFIG_NAME
-    return read_json(file, error=error) if file.is_file() else {}
+    return optional_json(directory / CONFIG_NAME, error=error)
 
 
 def context_length(config: Mapping[str, Any]) -> int | None:

@@ -23,7 +23,6 @@ import os
 import re
 import signal
 import sys
-import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from types import FrameType
@@ -43,7 +42,7 @@ from loradeploy.errors import (
 )
 from loradeploy.lora.quiet import quiet_process
 from loradeploy.printable import printable
-from loradeploy.signals import ending_signals
+from loradeploy.signals import ending_signals, handling_endings
 
 # One line per command: `--help` shows them without importing the modules.
 VERBS: Final = {
@@ -140,21 +139,13 @@ def _interruptible() -> Iterator[list[int]]:
         received.append(128 + number)
         if number == signal.SIGINT:
             raise KeyboardInterrupt
-        for other in handled:
+        for other in ending_signals():
             if other != signal.SIGINT:
                 signal.signal(other, signal.SIG_IGN)  # during the clean-up
         raise _Terminated
 
-    if threading.current_thread() is not threading.main_thread():
-        yield received  # only the main thread receives signals
-        return
-    handled = ending_signals()
-    before = {number: signal.signal(number, interrupt) for number in handled}
-    try:
+    with handling_endings(interrupt):
         yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

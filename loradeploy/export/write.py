@@ -52,7 +52,7 @@ from loradeploy.export.graph.streamed import save_graph
 from loradeploy.export.passes.forms.required import write_required
 from loradeploy.export.passes.side_inputs.base_weights import store_weights
 from loradeploy.export.trial.bundle import TrialSource, try_bundle
-from loradeploy.files import atomic_directory, check_writable, read_json, write_json
+from loradeploy.files import atomic_directory, check_writable, optional_json, read_json, write_json
 from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
@@ -219,8 +219,7 @@ def _write_assets(directory: Path, manifest: Manifest, content: Content) -> Mani
     if any(spec.name == INPUT_FEATURES for spec in manifest.inputs):
         _write_feature_settings(directory, content.assets)
     if manifest.task in GENERATING:
-        file = directory / GENERATION_NAME
-        generation = read_json(file, error=ModelError) if file.is_file() else {}
+        generation = optional_json(directory / GENERATION_NAME, error=ModelError)
         if not content.assets.merged:
             warn_of_ignored(manifest.base.name, read_settings(generation, GENERATION_NAME))
         _write_genai(directory, manifest, config, generation)

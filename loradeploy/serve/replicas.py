@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import signal
 import threading
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, replace
@@ -35,7 +34,7 @@ from loradeploy.serve.http.gate import OPEN_PATHS, body_of
 from loradeploy.serve.keys import KeyRing
 from loradeploy.serve.opening import ServiceSpec, open_service
 from loradeploy.serve.problems import RequestError
-from loradeploy.signals import ending_signals
+from loradeploy.signals import handling_endings
 
 logger = logger_of(__name__)
 
@@ -305,11 +304,9 @@ def run(spec: ServiceSpec, scale: Scale, port: int) -> str:
 def wait_for_signal() -> None:
     """Wait for a signal to end, then shut down after running requests have ended."""
     ended = threading.Event()
-    before = {n: signal.signal(n, lambda *_: ended.set()) for n in ending_signals()}
     try:
-        ended.wait()
+        with handling_endings(lambda *_: ended.set()):
+            ended.wait()
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
         serve.shutdown()
         ray.shutdown()

@@ -12,7 +12,7 @@ from loradeploy.bundle.adapter_inputs.base import BundleBase
 from loradeploy.bundle.adapter_inputs.native import write_onnx_adapter
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.lora.inject import adapted
-from loradeploy.parity.checks.mistakes import MISTAKES, Mistake
+from loradeploy.parity.checks.mistakes import MISTAKES, AdapterMistake
 from loradeploy.parity.reference.rounding import DTYPES, in_dtype
 from tests.conftest import MakeAdapter, once
 
@@ -125,7 +125,7 @@ def test_every_method_can_be_computed_in_the_dtypes_of_the_limits(
 
 @pytest.mark.parametrize(("mistake", "of"), IGNORED, ids=[mistake.name for mistake, _ in IGNORED])
 def test_a_merge_that_omits_a_part_of_the_adapter_fails(
-    mistake: Mistake, of: str, tiny_gpt2: Path, bundle: Path, tmp_path: Path
+    mistake: AdapterMistake, of: str, tiny_gpt2: Path, bundle: Path, tmp_path: Path
 ) -> None:
     right = bundle / "adapters" / of
     wrong = mistake.make(load_adapter(right))
@@ -148,7 +148,7 @@ def test_a_merge_that_omits_a_part_of_the_adapter_fails(
 
 @pytest.mark.parametrize(("mistake", "of"), IGNORED, ids=[mistake.name for mistake, _ in IGNORED])
 def test_side_inputs_that_omit_a_part_of_the_adapter_fail(
-    mistake: Mistake, of: str, tiny_gpt2: Path, bundle: Path
+    mistake: AdapterMistake, of: str, tiny_gpt2: Path, bundle: Path
 ) -> None:
     wrong = mistake.make(load_adapter(bundle / "adapters" / of))
     assert wrong is not None

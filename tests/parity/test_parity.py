@@ -19,7 +19,7 @@ from loradeploy.adapter.files.peft import load_adapter, save_adapter
 from loradeploy.bundle.adapter_inputs.native import write_onnx_adapter
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.errors import BundleError, LoraDeployError, ModelError, UsageError
-from loradeploy.parity.checks.mistakes import MISTAKES, Mistake
+from loradeploy.parity.checks.mistakes import MISTAKES, AdapterMistake
 from loradeploy.parity.report.results import ParityReport
 from loradeploy.runtime.session import AdapterSession
 from tests.cli.calling import exit_status
@@ -211,7 +211,7 @@ def test_an_adapter_that_changes_nothing_though_it_is_trained_fails(
 
 @pytest.mark.parametrize("mistake", OF_ANY, ids=lambda mistake: mistake.name)
 def test_a_merge_with_a_mistake_fails(
-    mistake: Mistake,
+    mistake: AdapterMistake,
     tiny_llama: Path,
     tiny_llama_bundle: Path,
     adapter: Path,
@@ -232,7 +232,7 @@ def test_a_merge_with_a_mistake_fails(
 
 @pytest.mark.parametrize("mistake", OF_ANY, ids=lambda mistake: mistake.name)
 def test_a_native_adapter_with_a_mistake_fails(
-    mistake: Mistake, tiny_llama: Path, bundle: Path, adapter: Path, parity: Parity
+    mistake: AdapterMistake, tiny_llama: Path, bundle: Path, adapter: Path, parity: Parity
 ) -> None:
     wrong = mistake.make(load_adapter(adapter))
     assert wrong is not None
@@ -489,7 +489,7 @@ def test_the_command_prints_json(
 
 @pytest.mark.parametrize("mistake", MISTAKES[:2], ids=lambda mistake: mistake.name)
 def test_the_command_exits_with_1_for_a_graph_with_a_wrong_adapter(
-    mistake: Mistake,
+    mistake: AdapterMistake,
     tiny_llama: Path,
     bundle: Path,
     adapter: Path,

@@ -31,7 +31,6 @@ from loradeploy.bundle.text.tokenizer_files import (
     TOKENIZER_NAME,
     chat_template_of,
     max_length_of,
-    optional_json,
     positions_of_model,
     roles_without_token,
     special_tokens_of,
@@ -45,6 +44,7 @@ from loradeploy.errors import (
     shortened,
     shown,
 )
+from loradeploy.files import optional_json
 
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
 # Characters per token of the counted beginning of a long text; usual texts have 1 to 5.
@@ -84,13 +84,13 @@ class Tokenizer:
         lowercase: bool = False,
     ) -> None:
         path = Path(directory)
-        settings = optional_json(path / SETTINGS_NAME)
-        config = {} if base is not None else optional_json(path / CONFIG_NAME)
-        generation = optional_json(path / GENERATION_NAME)
+        settings = optional_json(path / SETTINGS_NAME, error=BundleError)
+        config = {} if base is not None else optional_json(path / CONFIG_NAME, error=BundleError)
+        generation = optional_json(path / GENERATION_NAME, error=BundleError)
         self._directory = path
         self._base = base
         self._tokenizer = _words(path, base)
-        named_tokens = optional_json(path / SPECIAL_NAME) | settings
+        named_tokens = optional_json(path / SPECIAL_NAME, error=BundleError) | settings
         inherited = {} if base is None else base.special_tokens
         if (path / TOKENIZER_NAME).exists():
             lacking = roles_without_token(named_tokens)
@@ -382,8 +382,8 @@ def _words(path: Path, base: Tokenizer | None) -> FastTokenizer:
 
 def _check_added(path: Path, base: Tokenizer) -> None:
     """Raise BundleError if an adapter without a tokenizer.json adds words."""
-    named = dict(optional_json(path / ADDED_NAME))
-    decoder = optional_json(path / SETTINGS_NAME).get("added_tokens_decoder")
+    named = dict(optional_json(path / ADDED_NAME, error=BundleError))
+    decoder = optional_json(path / SETTINGS_NAME, error=BundleError).get("added_tokens_decoder")
     for index, token in decoder.items() if isinstance(decoder, Mapping) else ():
         if isinstance(token, Mapping) and index.isascii() and index.isdigit() and len(index) < 10:
             named[str(token.get("content"))] = int(index)

@@ -16,7 +16,7 @@ from typing import Any, Final
 from loradeploy.bundle.model_config import context_length
 from loradeploy.bundle.text.chat import MAX_TEMPLATE_BYTES, template_source
 from loradeploy.errors import BundleError, shown
-from loradeploy.files import read_json, read_text
+from loradeploy.files import optional_json, read_text
 
 TOKENIZER_NAME: Final = "tokenizer.json"
 TEMPLATE_NAME: Final = "chat_template.jinja"
@@ -37,11 +37,6 @@ _GENERIC_CLASSES: Final = ("PreTrainedTokenizerFast", "TokenizersBackend")
 # transformers writes 10³⁰ if a tokenizer has no limit.
 _NO_LIMIT: Final = 10**9
 _LARGEST_ID: Final = 2**31 - 1
-
-
-def optional_json(file: Path) -> dict[str, Any]:
-    """The JSON object in `file`; empty if the file does not exist."""
-    return read_json(file, error=BundleError) if file.exists() else {}
 
 
 def special_tokens_of(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -74,9 +69,8 @@ def chat_template_of(directory: Path, settings: Mapping[str, Any]) -> str | None
         return read_text(file, error=BundleError, limit=MAX_TEMPLATE_BYTES)
     source = template_source(settings.get("chat_template"))
     if source is None:
-        source = template_source(
-            optional_json(directory / _TEMPLATE_OF_PROCESSOR).get("chat_template")
-        )
+        processor = optional_json(directory / _TEMPLATE_OF_PROCESSOR, error=BundleError)
+        source = template_source(processor.get("chat_template"))
     return source
 
 

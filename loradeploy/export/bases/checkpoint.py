@@ -35,6 +35,7 @@ from loradeploy.bundle.manifest import (
     BaseIdentity,
     TensorSpec,
 )
+from loradeploy.bundle.model_config import model_config
 from loradeploy.bundle.names import INPUT_IDS
 from loradeploy.bundle.sample import Sample
 from loradeploy.errors import (
@@ -61,7 +62,7 @@ from loradeploy.export.passes.forms.static_shapes import static_specs
 from loradeploy.export.passes.tokens.embeds import add_inputs_embeds, sample_embeds
 from loradeploy.export.passes.tokens.image_blocks import join_image_blocks
 from loradeploy.export.passes.tokens.mrope import add_mrope_positions, sample_positions
-from loradeploy.export.read.files.source import Source, read_config
+from loradeploy.export.read.files.source import Source
 from loradeploy.export.read.finite import check_finite_checkpoint
 from loradeploy.export.tasks import choose_task
 from loradeploy.export.towers import TowerKind, tower_kind
@@ -166,7 +167,7 @@ def _plan(source: Source, options: Options) -> _Plan:
     adapters = dict(options.adapters)
     trained_on = [adapter.config.base_model_name_or_path for adapter in adapters.values()]
     check_unquantized(source.directory, names=[source.name, *trained_on])
-    config = read_config(source.directory)
+    config = model_config(source.directory, error=ModelError)
     task = _task_of(source, config, options)
     kind = tower_kind(config, task)
     if kind is None:  # towers compute the vector themselves, without pooling

@@ -44,7 +44,7 @@ from loradeploy.errors import (
     prefixing_errors,
 )
 from loradeploy.export.files.tokenizers import OLDER_TOKENIZERS, corrected_tokenizer, make_tokenizer
-from loradeploy.files import copy_file, read_json, write_json
+from loradeploy.files import copy_file, optional_json, write_json
 from loradeploy.printable import logger_of
 
 logger = logger_of(__name__)
@@ -182,7 +182,7 @@ def replace_texts(
         if (source / TOKENIZER_NAME).is_file():
             for older in (*OLDER_TOKENIZERS, "merges.txt", ADDED_NAME):
                 (bundle / older).unlink(missing_ok=True)
-        before = _object(bundle / GENERATION_NAME)
+        before = optional_json(bundle / GENERATION_NAME, error=BundleError)
         _copy_text(source, bundle)
         _settle(bundle, own, before)
     _log_differences(name, changes)
@@ -214,7 +214,7 @@ def without_lost_ids(
         AdapterMismatchError: no token that ends a text is left, or a classifier's padding token is
             removed.
     """
-    generation = _object(bundle / GENERATION_NAME)
+    generation = optional_json(bundle / GENERATION_NAME, error=BundleError)
     inner = config.get("text_config")
     found = {**config, **({} if not isinstance(inner, Mapping) else {"text_config": {**inner}})}
     objects = [found, generation, *([found["text_config"]] if "text_config" in found else [])]
@@ -334,20 +334,20 @@ def _settle(bundle: Path, own: Tokenizer, before: Mapping[str, Any]) -> None:
 
     `before`: the base's generation_config.json.
     """
-    settings = _object(bundle / SETTINGS_NAME)
+    settings = optional_json(bundle / SETTINGS_NAME, error=BundleError)
     for role, token in own.special_tokens.items():
         declared = settings.get(role)
         if token != (declared.get("content") if isinstance(declared, Mapping) else declared):
             settings[role] = token
     # The base's special_tokens_map.json stays: null removes roles that the adapter lacks.
-    named = special_tokens_of(_object(bundle / SPECIAL_NAME) | settings)
+    named = special_tokens_of(optional_json(bundle / SPECIAL_NAME, error=BundleError) | settings)
     settings |= dict.fromkeys(sorted(named.keys() - own.special_tokens.keys()))
     settings.pop("chat_template", None)
     write_json(bundle / SETTINGS_NAME, settings)
     (bundle / "chat_template.json").unlink(missing_ok=True)
     if own.template is not None:
         (bundle / TEMPLATE_NAME).write_text(own.template, encoding="utf-8")
-    generation = _object(bundle / GENERATION_NAME)
+    generation = optional_json(bundle / GENERATION_NAME, error=BundleError)
     kept = {name: before[name] for name in ("bos_token_id", "pad_token_id") if name in before}
     generation = {**kept, **generation}
     if ends := sorted(own.eos_ids):
@@ -364,10 +364,6 @@ def warn_of_ignored(name: str, settings: GenerationSettings) -> None:
             GENERATION_NAME,
             ", ".join(settings.ignored),
         )
-
-
-def _object(file: Path) -> dict[str, Any]:
-    return read_json(file, error=BundleError) if file.is_file() else {}
 
 
 def _log_differences(name: str, differences: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from loradeploy.bundle.text.tokenizer import Tokenizer
 from loradeploy.bundle.text.tokenizer_files import INPUT_NAMES, SETTINGS_NAME, TOKENIZER_NAME
 from loradeploy.errors import BundleError, ExportError, ModelError, first_line, shown
-from loradeploy.files import read_json, write_json
+from loradeploy.files import optional_json, write_json
 from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def declare_token_types(source: Path, bundle: Path) -> None:
     transformers decides this by the class of the tokenizer, which the runtime does not know.
     """
     file = bundle / SETTINGS_NAME
-    settings = read_json(file, error=BundleError) if file.is_file() else {}
+    settings = optional_json(file, error=BundleError)
     if not (bundle / TOKENIZER_NAME).is_file() or isinstance(settings.get(INPUT_NAMES), list):
         return
     try:

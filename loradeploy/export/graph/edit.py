@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeGuard
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -168,13 +168,29 @@ def replace_node(old: ir.Node, nodes: Sequence[ir.Node]) -> None:
     value.name = name
 
 
-def source_of(value: ir.Value | None, carriers: Collection[str]) -> ir.Value | None:
-    """The input from which only `carriers` compute `value`; None if there are other operators."""
+def value_behind(value: ir.Value | None, carriers: Collection[str]) -> ir.Value | None:
+    """The value from which only `carriers` compute `value`: their first inputs are followed."""
     while value is not None and (node := value.producer()) is not None:
         if node.op_type not in carriers:
-            return None
+            return value
         value = node.inputs[0]
     return value
+
+
+def source_of(value: ir.Value | None, carriers: Collection[str]) -> ir.Value | None:
+    """The input from which only `carriers` compute `value`; None if there are other operators."""
+    behind = value_behind(value, carriers)
+    return None if behind is None or behind.producer() is not None else behind
+
+
+def is_initialized(value: ir.Value | None) -> TypeGuard[ir.Value]:
+    """Whether `value` is an initializer with values, which a feed may replace."""
+    return value is not None and value.is_initializer() and value.const_value is not None
+
+
+def is_fixed(value: ir.Value | None) -> TypeGuard[ir.Value]:
+    """Whether `value` is an initializer with values, which no feed can replace."""
+    return is_initialized(value) and not value.is_graph_input()
 
 
 def bodies_of(node: ir.Node) -> Iterator[ir.Graph]:

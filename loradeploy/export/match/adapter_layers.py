@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from loradeploy.adapter.files.base_files import peft_parts
 from loradeploy.errors import ExportError, shortened
+from loradeploy.export.graph.edit import value_behind
 from loradeploy.export.graph.scopes import NAME_SCOPES
 from loradeploy.export.match.products import Product, describe, input_of, output_of, products
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _SEPARATORS: Final = re.compile(r"[/'\", \[\]]+")  # between parts of a path, and between paths
 # Operators between products, which add or multiply constants.
+_PASSING: Final = ("Cast", "Dropout", "Identity", "Reshape")
 _CARRIERS: Final = ("Add", "Cast", "Div", "Dropout", "Identity", "Mul", "Reshape")
 _REMEDY: Final = (
     "export the model without it (PEFT: unload(), or merge_and_unload() to keep it;"
@@ -66,16 +68,8 @@ def _adapts(base: Product, A: Product, B: Product) -> bool:
     if A.out_features != B.in_features or B.out_features != base.out_features:
         return False
     low = A.out_features < min(base.in_features, base.out_features)
-    return low and _before(input_of(A.node)) is _before(input_of(base.node))
-
-
-def _before(value: ir.Value | None) -> ir.Value | None:
-    """The value before the casts and reshapes that lead to `value`."""
-    while value is not None and (node := value.producer()) is not None:
-        if node.op_type not in ("Cast", "Dropout", "Identity", "Reshape"):
-            return value
-        value = node.inputs[0]
-    return value
+    x, own = (value_behind(input_of(each.node), _PASSING) for each in (A, base))
+    return low and x is own
 
 
 def _product_behind(value: ir.Value | None, made: Mapping[ir.Value, Product]) -> Product | None:

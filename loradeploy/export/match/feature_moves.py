@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from loradeploy.export.graph.edit import attributes_of, constant_of, input_at, source_of
+from loradeploy.export.graph.edit import attributes_of, constant_of, input_at, is_fixed, source_of
 from loradeploy.export.graph.moves import MOVED
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def moved(node: ir.Node, arrays: Arrays) -> list[NDArray[np.int64]]:
 def permutation_of(node: ir.Node) -> NDArray[np.int64] | None:
     """The input of each output of a product with a permutation matrix; None for other products."""
     weight = input_at(node, 1)
-    if node.op_type != "MatMul" or weight is None or not _is_constant(weight):
+    if node.op_type != "MatMul" or weight is None or not is_fixed(weight):
         return None
     assert weight.const_value is not None
     shape = weight.const_value.shape.numpy()
@@ -129,7 +129,7 @@ def _sizes(value: ir.Value | None, arrays: Arrays) -> _Sizes | None:
     """The sizes in a value of the graph, such as the shape of a Reshape; None if unknown."""
     if value is None:
         return None
-    if _is_constant(value):
+    if is_fixed(value):
         return [int(size) for size in constant_of(value).reshape(-1)]
     node = value.producer()
     if node is None:
@@ -169,13 +169,9 @@ def _shape_of(value: ir.Value, arrays: Arrays) -> _Sizes | None:
 
 def _constant(node: ir.Node, index: int) -> NDArray[Any]:
     value = source_of(input_at(node, index), _CARRIERS)
-    if value is None or not _is_constant(value):
+    if value is None or not is_fixed(value):
         raise UnknownMoveError
     return constant_of(value)
-
-
-def _is_constant(value: ir.Value) -> bool:
-    return value.is_initializer() and not value.is_graph_input() and value.const_value is not None
 
 
 def _integer(node: ir.Node, name: str, default: int) -> int:

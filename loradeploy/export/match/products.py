@@ -24,9 +24,12 @@ from loradeploy.export.graph.edit import (
     constant_of,
     input_at,
     integer_of,
+    is_fixed,
+    is_initialized,
     name_of,
     number_of,
     only_user,
+    source_of,
 )
 from loradeploy.export.match.bnb4 import MATMUL_BNB4, rows_of_codes, steps_of_codes
 from loradeploy.export.match.integer_scales import scaling_of
@@ -340,15 +343,11 @@ def _same(one: ir.Value | None, other: ir.Value | None) -> bool:
 
 def _is_constant(value: ir.Value | None) -> bool:
     """Whether a value is a constant, possibly cast, transposed or dequantized."""
-    while value is not None and (node := value.producer()) is not None:
-        if node.op_type not in (*_CARRIERS, "Transpose", _DEQUANTIZE):
-            return False
-        value = node.inputs[0]
-    return value is not None and value.is_initializer() and value.const_value is not None
+    return is_initialized(source_of(value, (*_CARRIERS, "Transpose", _DEQUANTIZE)))
 
 
 def _constant_shape(value: ir.Value) -> tuple[int, int] | None:
-    if not value.is_initializer() or value.is_graph_input() or value.const_value is None:
+    if not is_fixed(value) or value.const_value is None:
         return None
     shape = value.const_value.shape.numpy()
     return None if len(shape) != 2 else (int(shape[0]), int(shape[1]))

@@ -11,6 +11,7 @@ from loradeploy.export.graph.edit import (
     add_constant,
     constant_of,
     free_name,
+    is_fixed,
     replace_uses,
 )
 from loradeploy.export.match.products import OPERATORS, input_of
@@ -63,7 +64,7 @@ def quantize_constants(graph: ir.Graph) -> None:
 
 def _quantized(node: ir.Node) -> NDArray[Any] | None:
     """The output of a QuantizeLinear of constants, with 8 or 16 bits; None for other ones."""
-    given = [value for value in node.inputs if value is not None and _is_constant(value)]
+    given = [value for value in node.inputs if value is not None and is_fixed(value)]
     if len(given) != 3 or not set(node.attributes) <= {"axis", "saturate"}:
         return None
     if node.outputs[0].is_graph_output():
@@ -86,10 +87,6 @@ def _quantized(node: ir.Node) -> NDArray[Any] | None:
     rounded = np.rint(numbers / steps) + zeros.astype(np.float32)
     integers: NDArray[Any] = np.clip(rounded, limits.min, limits.max).astype(zeros.dtype)
     return integers
-
-
-def _is_constant(value: ir.Value) -> bool:
-    return value.is_initializer() and not value.is_graph_input() and value.const_value is not None
 
 
 def complete_shapes(model: ir.Model) -> None:

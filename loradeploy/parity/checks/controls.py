@@ -20,6 +20,7 @@ from loradeploy.parity.checks.mistakes import (
     MISTAKES,
     MROPE,
     OFF_BY_ONE,
+    AdapterMistake,
     Mistake,
 )
 from loradeploy.parity.context import AdapterUnderTest, CheckContext
@@ -77,7 +78,7 @@ def run_controls(context: CheckContext, reference: Reference, base: Base) -> Con
 
 
 def _tried(
-    mistake: Mistake,
+    mistake: AdapterMistake,
     tested: AdapterUnderTest,
     context: CheckContext,
     reference: Reference,
@@ -117,23 +118,20 @@ def _embeds_controls(
     context: CheckContext, reference: Reference, base: Base, tested: AdapterUnderTest
 ) -> Iterator[Control]:
     """Apply the mistakes with embeddings that are fed in place of tokens."""
-    right = [row for row in reference.rows[tested.name] if row.fed is not None]
-    if not right:
+    fed = [(row, row.fed) for row in reference.rows[tested.name] if row.fed is not None]
+    if not fed:
         return
-    mrope = all(row.fed is not None and row.fed.positions is not None for row in right)
-    kinds = {ALWAYS: True, BLOCKS: context.manifest.image_blocks, MROPE: mrope}
-    for mistake, make, kind in EMBEDS_MISTAKES:
-        if not kinds[kind]:
+    mrope = all(its.positions is not None for _, its in fed)
+    applies = {ALWAYS: True, BLOCKS: context.manifest.image_blocks, MROPE: mrope}
+    right = [row.reading(its) for row, its in fed]
+    for mistake in EMBEDS_MISTAKES:
+        if not applies[mistake.decoders]:
             continue
         with as_reference_with(context, base, tested.adapter) as model:
-            backend = TorchModel(model, context.manifest)
-            wrong = [backend.with_embeds(row.prompt, make(row.fed)) for row in right if row.fed]
-        rows = [
-            [r.reading(f) for r, f in zip(right, fed, strict=True) if f]
-            for fed in ([row.fed for row in right], wrong)
-        ]
+            fed_wrong = TorchModel(model, context.manifest).with_embeds
+            wrong = [r.reading(fed_wrong(r.prompt, mistake.make(its))) for r, its in fed]
         control = judge_mistake(
-            mistake, tested.name, rows[1], context, reference, right=rows[0], phase=EMBEDDED
+            mistake, tested.name, wrong, context, reference, right=right, phase=EMBEDDED
         )
         if control is not None:
             yield control

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -18,28 +18,42 @@ from loradeploy.parity.phases.fed import Fed
 _WRONG_ADAPTER_SEED: Final = 1
 
 
-def _nothing_else(adapter: Adapter) -> Iterator[Adapter]:
-    yield from ()
+@dataclass(frozen=True)
+class Mistake:
+    """A deliberate mistake."""
+
+    name: str
+    meaning: str
 
 
 @dataclass(frozen=True)
-class Mistake:
-    """A deliberate mistake. `make` returns the wrong adapter, or None if it does not apply.
+class AdapterMistake(Mistake):
+    """A mistake in an adapter. `make` returns the wrong adapter, or None if it does not apply.
 
     `others`: the same mistake with other modules, each tried only if the ones before are not
     caught: the update of one module may have less effect on the inputs of a check than rounding.
     """
 
-    name: str
-    meaning: str
     make: Callable[[Adapter], Adapter | None]
-    others: Callable[[Adapter], Iterator[Adapter]] = _nothing_else
+    others: Callable[[Adapter], Iterator[Adapter]] = lambda _: iter(())
 
     def tries(self, adapter: Adapter) -> Iterator[Adapter]:
         """Return the wrong adapters to try, until one is caught."""
         if (first := self.make(adapter)) is not None:
             yield first
             yield from self.others(adapter)
+
+
+@dataclass(frozen=True)
+class EmbedsMistake(Mistake):
+    """A mistake in embeddings that are fed in place of tokens.
+
+    `decoders`: those that it applies to: `ALWAYS` all, `BLOCKS` those in which an image's positions
+    attend to each other, `MROPE` those with three-dimensional positions (M-RoPE).
+    """
+
+    make: Callable[[Fed], Fed]
+    decoders: str
 
 
 def wrong_adapter(adapter: Adapter) -> Adapter | None:
@@ -62,10 +76,8 @@ def doubled_alpha(adapter: Adapter) -> Adapter | None:
     """Return the adapter with its scaling doubled, by doubling B."""
     if not any(pair.has_update for pair in adapter.factors.values()):
         return None
-    return _with_factors(
-        adapter,
-        {m: _scaled(pair, 2) for m, pair in adapter.factors.items()},
-    )
+    factors = {module: _scaled(pair, 2) for module, pair in adapter.factors.items()}
+    return dataclasses.replace(adapter, factors=factors)
 
 
 def swapped_factors(adapter: Adapter) -> Adapter | None:
@@ -73,10 +85,10 @@ def swapped_factors(adapter: Adapter) -> Adapter | None:
     first: dict[tuple[tuple[int, ...], tuple[int, ...]], str] = {}
     for module, pair in sorted(adapter.factors.items()):
         other = first.setdefault((pair.A.shape, pair.B.shape), module)
-        if other != module and (_updates(pair) or _updates(adapter.factors[other])):
+        if other != module and (pair.has_effect or adapter.factors[other].has_effect):
             changed = dict(adapter.factors)
             changed[module], changed[other] = changed[other], changed[module]
-            return _with_factors(adapter, changed)
+            return dataclasses.replace(adapter, factors=changed)
     return None
 
 
@@ -102,11 +114,8 @@ def _updated(adapter: Adapter) -> list[str]:
 
 
 def _without(adapter: Adapter, module: str) -> Adapter:
-    return _with_factors(adapter, {**adapter.factors, module: _scaled(adapter.factors[module], 0)})
-
-
-def _updates(pair: Factors) -> bool:
-    return pair.has_effect
+    factors = {**adapter.factors, module: _scaled(adapter.factors[module], 0)}
+    return dataclasses.replace(adapter, factors=factors)
 
 
 def ignored_magnitude(adapter: Adapter) -> Adapter | None:
@@ -168,62 +177,37 @@ def swapped_labels(adapter: Adapter) -> Adapter | None:
     return dataclasses.replace(adapter, saved={**adapter.saved, **rolled})
 
 
-MISTAKES: Final[tuple[Mistake, ...]] = (
-    Mistake("wrong adapter", "another adapter of the same shapes", wrong_adapter),
-    Mistake("doubled alpha", "the scaling is twice what it should be", doubled_alpha),
-    Mistake("swapped factors", "two modules have each other's factors", swapped_factors),
-    Mistake("missing target", "one module has no update", missing_target, other_missing_targets),
-    Mistake("ignored magnitude", "DoRA's outputs are not scaled", ignored_magnitude),
-    Mistake("ignored bias", "the trained biases are left out", ignored_bias),
-    Mistake("ignored tokens", "trained rows of tokens are left out", ignored_tokens),
-    Mistake("swapped tokens", "trained tokens have each other's rows", swapped_tokens),
-    Mistake("swapped labels", "labels have each other's rows of the head", swapped_labels),
+MISTAKES: Final[tuple[AdapterMistake, ...]] = (
+    AdapterMistake("wrong adapter", "another adapter of the same shapes", wrong_adapter),
+    AdapterMistake("doubled alpha", "the scaling is twice what it should be", doubled_alpha),
+    AdapterMistake("swapped factors", "two modules have each other's factors", swapped_factors),
+    AdapterMistake(
+        "missing target", "one module has no update", missing_target, other_missing_targets
+    ),
+    AdapterMistake("ignored magnitude", "DoRA's outputs are not scaled", ignored_magnitude),
+    AdapterMistake("ignored bias", "the trained biases are left out", ignored_bias),
+    AdapterMistake("ignored tokens", "trained rows of tokens are left out", ignored_tokens),
+    AdapterMistake("swapped tokens", "trained tokens have each other's rows", swapped_tokens),
+    AdapterMistake("swapped labels", "labels have each other's rows of the head", swapped_labels),
 )
-
 
 OFF_BY_ONE: Final = Mistake(
-    "off-by-one row", "each row of a mixed batch has its neighbor's adapter", lambda _: None
+    "off-by-one row", "each row of a mixed batch has its neighbor's adapter"
 )
+BASE_ENCODER: Final = Mistake("encoder without adapter", "the encoder's outputs are the base's")
 
-
-BASE_ENCODER: Final = Mistake(
-    "encoder without adapter", "the encoder's outputs are the base's", lambda _: None
-)
-
-
-# The decoders that a mistake with embeddings applies to: all, those in which an image's positions
-# attend to each other, those with three-dimensional positions (M-RoPE).
 ALWAYS, BLOCKS, MROPE = "always", "blocks", "mrope"
 
-
 EMBEDS_MISTAKES: Final = (
-    (
-        Mistake("shifted places", "embeddings are fed one token too late", lambda _: None),
-        Fed.shifted,
-        ALWAYS,
+    EmbedsMistake("shifted places", "embeddings are fed one token too late", Fed.shifted, ALWAYS),
+    EmbedsMistake(
+        "exchanged embeddings", "images have each other's embeddings", Fed.exchanged, ALWAYS
     ),
-    (
-        Mistake("exchanged embeddings", "images have each other's embeddings", lambda _: None),
-        Fed.exchanged,
-        ALWAYS,
+    EmbedsMistake(
+        "causal images", "an image's positions attend to earlier ones only", Fed.causal, BLOCKS
     ),
-    (
-        Mistake(
-            "causal images", "an image's positions attend to earlier ones only", lambda _: None
-        ),
-        Fed.causal,
-        BLOCKS,
-    ),
-    (
-        Mistake("positions of text", "an image's tokens are counted one by one", lambda _: None),
-        Fed.flat,
-        MROPE,
-    ),
-    (
-        Mistake("turned positions", "rows and columns are exchanged", lambda _: None),
-        Fed.turned,
-        MROPE,
-    ),
+    EmbedsMistake("positions of text", "an image's tokens are counted one by one", Fed.flat, MROPE),
+    EmbedsMistake("turned positions", "rows and columns are exchanged", Fed.turned, MROPE),
 )
 
 
@@ -231,7 +215,3 @@ def _scaled(pair: Factors, by: int) -> Factors:
     """The factors of `by` times the update."""
     bias = None if pair.bias is None else pair.bias * by
     return dataclasses.replace(pair, B=pair.B * by, bias=bias)
-
-
-def _with_factors(adapter: Adapter, factors: Mapping[str, Factors]) -> Adapter:
-    return dataclasses.replace(adapter, factors=factors)

@@ -152,8 +152,7 @@ class DecodingBatch:
         """Add a prompt that was not processed yet; only for graphs without a cache."""
         self._check_whole()
         self._members[number] = self._member(number, sequences, [])
-        counts = {known: len(member.rows) for known, member in self._members.items()}
-        rows = [row for member in self._members.values() for row in member.rows]
+        counts, rows = self._standing()
         self._replace_rows({**counts, number: 1}, [*rows, 0])
 
     def join(
@@ -165,8 +164,7 @@ class DecodingBatch:
         that could not join, by number.
         """
         self._check_whole()
-        counts = {known: len(member.rows) for known, member in self._members.items()}
-        rows = [row for member in self._members.values() for row in member.rows]
+        counts, rows = self._standing()
         joining: list[int] = []
         failures: dict[int, BaseException] = {}
         for entrant in entrants:
@@ -195,10 +193,12 @@ class DecodingBatch:
     def leave(self, number: int) -> None:
         """Remove a prompt before it has ended."""
         if self._members.pop(number, None) is not None and self._whole:
-            counts = {known: len(member.rows) for known, member in self._members.items()}
-            self._replace_rows(
-                counts, [row for member in self._members.values() for row in member.rows]
-            )
+            self._replace_rows(*self._standing())
+
+    def _standing(self) -> tuple[dict[int, int], list[int]]:
+        """The number of rows of each prompt, and all rows, in the same order."""
+        counts = {number: len(member.rows) for number, member in self._members.items()}
+        return counts, [row for member in self._members.values() for row in member.rows]
 
     def _replace_rows(self, counts: dict[int, int], parents: list[int]) -> None:
         """Replace the rows by successors of `parents`; `counts`: the rows of each prompt."""

@@ -38,7 +38,7 @@ from loradeploy.errors import (
     UsageError,
     listed_names,
 )
-from loradeploy.files import inside, read_json
+from loradeploy.files import inside
 from loradeploy.names import MODULES_NAME
 from loradeploy.printable import logger_of
 from loradeploy.runtime.adapters.resident import AdapterSpec, weights_of
@@ -232,9 +232,7 @@ class TextSides:
         return own if own.declared or own.refusal else replace(own, declared=in_config.declared)
 
     def _vocabulary(self) -> int:
-        file = self._bundle / CONFIG_NAME
-        known = read_json(file, error=BundleError) if file.is_file() else {}
-        return vocabulary_of(self._manifest, known)
+        return vocabulary_of(self._manifest, model_config(self._bundle))
 
     def of(self, spec: AdapterSpec | None) -> TextSide:
         """The text settings of an adapter, of a blend, or of the base.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ from loradeploy.printable import logger_of
 from loradeploy.serve.http.app import create_app
 from loradeploy.serve.http.gate import is_loopback
 from loradeploy.serve.service import Service
-from loradeploy.signals import ending_signals
+from loradeploy.signals import handling_endings
 
 logger = logger_of(__name__)
 
@@ -101,15 +100,8 @@ class Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Like uvicorn's, but a handled signal is not raised again at the end."""
-        if threading.current_thread() is not threading.main_thread():
+        with handling_endings(self.handle_exit):
             yield
-            return
-        before = {n: signal.signal(n, self.handle_exit) for n in ending_signals()}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain at the first signal; stop immediately at the second."""

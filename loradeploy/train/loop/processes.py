@@ -8,8 +8,6 @@ a checkpoint after the current step.
 from __future__ import annotations
 
 import os
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +17,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from loradeploy.signals import ending_signals
+from loradeploy.signals import handling_endings
 
 
 def process_count() -> int:
@@ -43,24 +41,17 @@ class Stop:
 def stoppable() -> Iterator[Stop]:
     """Inside the context, the first signal sets the Stop; a second one interrupts immediately.
 
-    Python delivers signals only to its main thread: in another thread the Stop is never set.
+    In another thread than the main one, the Stop is never set.
     """
     stop = Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
 
     def note(number: int, frame: FrameType | None) -> None:
         if stop.signal:
             raise KeyboardInterrupt
         stop.signal = number
 
-    before = {number: signal.signal(number, note) for number in ending_signals()}
-    try:
+    with handling_endings(note):
         yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class StopAfterStep(TrainerCallback):  # type: ignore[misc]

@@ -19,7 +19,7 @@ from loradeploy.bundle.text.speech import SpeechSettings, forced_tokens
 from loradeploy.bundle.text.speech_prompt import SpeechPrompt
 from loradeploy.bundle.text.tokenizer_files import GENERATION_NAME
 from loradeploy.errors import BundleError, DataError, ModelError, UsageError
-from loradeploy.files import read_json
+from loradeploy.files import optional_json
 from loradeploy.names import MODEL_CONFIG_NAME
 from loradeploy.train.data.examples import SpokenText, Translation
 from loradeploy.train.data.features import IGNORED, Encoded, padded, padded_inputs
@@ -96,8 +96,7 @@ class AudioSettings:
         try:
             features = feature_settings(directory)
             config = model_config(directory, error=ModelError)
-            file = directory / GENERATION_NAME
-            values = read_json(file, error=ModelError) if file.is_file() else {}
+            values = optional_json(directory / GENERATION_NAME, error=ModelError)
             settings = read_settings(values, GENERATION_NAME)
             forced = settings.forced_decoder_ids or forced_tokens(config, MODEL_CONFIG_NAME)
         except BundleError as problem:

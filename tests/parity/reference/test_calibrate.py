@@ -346,7 +346,7 @@ def test_a_control_differs_from_a_merged_packed_reference_only_by_its_mistake(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ld.export(tiny_llama_bundle, tmp_path / "b", adapters=[adapter], merge=True, precision="int4")
-    none = controls.Mistake("none", "no mistake at all", lambda right: right)
+    none = controls.AdapterMistake("none", "no mistake at all", lambda right: right)
     monkeypatch.setattr(controls, "MISTAKES", (none, *controls.MISTAKES[:1]))
     report = parity(tmp_path / "b", tiny_llama, adapter, backends=["onnx-merged"], controls=True)
     caught = {control.name: control.caught for control in report.controls}

@@ -18,7 +18,15 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from loradeploy.errors import ExportError
-from loradeploy.export.graph.edit import add_constant, constant_of, free_name, name_of, only_user
+from loradeploy.export.graph.edit import (
+    add_constant,
+    constant_of,
+    free_name,
+    is_initialized,
+    name_of,
+    only_user,
+    value_behind,
+)
 from loradeploy.export.match.linears import Linear
 from loradeploy.export.match.operators import MICROSOFT
 from loradeploy.export.match.products import (
@@ -234,11 +242,9 @@ def _hides_at(node: ir.Node, index: int) -> bool:
 
 
 def _is_constant(value: ir.Value | None) -> bool:
-    while value is not None and (node := value.producer()) is not None:
-        if node.op_type not in ("Cast", "DequantizeLinear", "Identity", "Reshape", "Unsqueeze"):
-            return node.op_type == "Constant"
-        value = node.inputs[0]
-    return value is not None and value.is_initializer() and value.const_value is not None
+    value = value_behind(value, ("Cast", "DequantizeLinear", "Identity", "Reshape", "Unsqueeze"))
+    node = None if value is None else value.producer()
+    return is_initialized(value) if node is None else node.op_type == "Constant"
 
 
 def _width(value: ir.Value | None) -> int | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from loradeploy.bundle.manifest import LoraTarget
 from loradeploy.bundle.names import INPUT_IDS, lora_a_name, lora_b_name
-from loradeploy.export.graph.edit import source_of
+from loradeploy.export.graph.edit import is_fixed, source_of
 from loradeploy.export.match.modules.naming import module_of
 from loradeploy.export.match.operators import MICROSOFT
 
@@ -161,9 +161,7 @@ def _weight(node: ir.Node, operator: _Operator) -> ir.Value | None:
     if node.domain != operator.domain or transposed:
         return None
     value = node.inputs[operator.weight] if len(node.inputs) > operator.weight else None
-    if value is None or not value.is_initializer() or value.is_graph_input():
-        return None
-    tensor = value.const_value
+    tensor = value.const_value if is_fixed(value) else None
     if tensor is None or not tensor.dtype.is_floating_point():
         return None
     return value if len(tensor.shape) == operator.rank else None

@@ -22,7 +22,13 @@ import numpy as np
 from loradeploy.bundle.names import INPUT_IDS, KEPT, LOGITS_TO_KEEP
 from loradeploy.bundle.outputs import output_of
 from loradeploy.errors import ExportError
-from loradeploy.export.graph.edit import Chain, add_constant, constant_of, remove_unused
+from loradeploy.export.graph.edit import (
+    Chain,
+    add_constant,
+    constant_of,
+    is_initialized,
+    remove_unused,
+)
 from loradeploy.export.graph.names import step_name
 from loradeploy.export.match.products import products
 
@@ -159,9 +165,7 @@ def _is_cut(hidden: ir.Value) -> bool:
     if node is None or node.op_type != "Slice" or len(node.inputs) < 2:
         return False
     begin = node.inputs[1]
-    if begin is None or not begin.is_initializer() or begin.const_value is None:
-        return False
-    return bool(constant_of(begin).any())
+    return is_initialized(begin) and bool(constant_of(begin).any())
 
 
 def _crossing(graph: ir.Graph, hidden: ir.Value, logits: ir.Value) -> str | None:

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from loradeploy.bundle.model_config import model_config
 from loradeploy.bundle.names import GENAI_CONFIG_NAME
 from loradeploy.errors import ModelError
-from loradeploy.export.read.files.source import read_config
 from loradeploy.files import read_json
 
 _TIED: Final = "tie_word_embeddings"
@@ -19,9 +19,9 @@ _TIED: Final = "tie_word_embeddings"
 
 def settings_beside(directory: Path, checkpoint: Path | None) -> dict[str, Any]:
     """The config of the graph, else of the checkpoint, else derived from onnxruntime-genai's."""
-    config = read_config(directory)
+    config = model_config(directory, error=ModelError)
     if not config and checkpoint is not None:
-        config = read_config(checkpoint)
+        config = model_config(checkpoint, error=ModelError)
     return config or _from_genai(genai_settings(directory))
 
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 from loradeploy.adapter.files.base_files import (
     graphs_in,
@@ -28,7 +28,6 @@ from loradeploy.export.read.files.repository import (
     find_parts,
     tokenizer_directory,
 )
-from loradeploy.files import read_json
 from loradeploy.lora.base.checkpoint import (
     checkpoint_directory,
     fetch,
@@ -170,9 +169,3 @@ def _of_runtime(path: Path) -> str:
         f"{path} is in onnxruntime's own format, which cannot be changed: give the .onnx file that"
         " it was converted from"
     )
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """The contents of config.json; empty if it does not exist."""
-    file = directory / CONFIG_NAME
-    return read_json(file, error=ModelError) if file.is_file() else {}

@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from loradeploy.export.graph.edit import add_constant, constant_of, free_name, input_at, name_of
+from loradeploy.export.graph.edit import (
+    add_constant,
+    constant_of,
+    free_name,
+    input_at,
+    is_initialized,
+    name_of,
+)
 from loradeploy.export.match.operators import MICROSOFT
 
 if TYPE_CHECKING:
@@ -46,11 +53,11 @@ def _sizes(node: ir.Node) -> list[int] | None:
     )
     cached = input_at(node, _PAST) is not None or len(node.inputs) > _ATTENTION_BIAS + 1
     present = any(value.uses() or value.is_graph_output() for value in node.outputs[1:])
-    if unknown or cached or present or not _is_constant(weight) or _has_ranges(node):
+    if unknown or cached or present or not is_initialized(weight) or _has_ranges(node):
         return None
     assert weight is not None
     shape = constant_of(weight).shape
-    if len(shape) != 2 or (bias is not None and not _is_constant(bias)):
+    if len(shape) != 2 or (bias is not None and not is_initialized(bias)):
         return None
     attribute = node.attributes.get(_SIZES)
     given = None if attribute is None else list(attribute.as_ints())
@@ -118,7 +125,3 @@ def _computed(
     new.outputs[0].name, new.outputs[0].type = f"{new.name}/{op}", node.outputs[0].type
     graph.insert_before(node, new)
     return new.outputs[0]
-
-
-def _is_constant(value: ir.Value | None) -> bool:
-    return value is not None and value.is_initializer() and value.const_value is not None

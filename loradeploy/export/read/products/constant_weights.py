@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from loradeploy.export.graph.edit import add_constant, constant_of, free_name, remove_unused
+from loradeploy.export.graph.edit import (
+    add_constant,
+    attributes_of,
+    constant_of,
+    free_name,
+    is_fixed,
+    remove_unused,
+)
 from loradeploy.export.graph.moves import MOVED, Attributes, Inputs, Move
 
 if TYPE_CHECKING:
@@ -104,9 +111,7 @@ def _numbers(value: ir.Value, known: _Known) -> NDArray[Any] | None:
 
 
 def _constant(value: ir.Value) -> NDArray[Any] | None:
-    if not value.is_initializer() or value.is_graph_input() or value.const_value is None:
-        return None
-    return constant_of(value)
+    return constant_of(value) if is_fixed(value) else None
 
 
 def _computed(node: ir.Node, inputs: Inputs, output: int) -> NDArray[Any] | None:
@@ -115,13 +120,12 @@ def _computed(node: ir.Node, inputs: Inputs, output: int) -> NDArray[Any] | None
         each is not None and found is None for each, found in zip(node.inputs, inputs, strict=True)
     ):
         return None
-    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
     x, *rest = inputs
     if x is None:
         return None
     try:
         with np.errstate(all="ignore"):
-            results = _COMPUTED[node.op_type](x, rest, attributes, len(node.outputs))
+            results = _COMPUTED[node.op_type](x, rest, attributes_of(node), len(node.outputs))
     except (ValueError, IndexError, TypeError):  # a node that onnxruntime would not run either
         return None
     return np.asarray(results[output]) if output < len(results) else None

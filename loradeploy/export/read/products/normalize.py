@@ -27,9 +27,11 @@ from loradeploy.export.graph.edit import (
     constant_of,
     free_name,
     integer_of,
+    is_fixed,
     name_of,
     number_of,
     replace_uses,
+    source_of,
 )
 from loradeploy.export.match.operators import MICROSOFT, check_operators, problem_of
 from loradeploy.export.match.own_factors import SCALED
@@ -211,7 +213,7 @@ def _to_standard_addend(graph: ir.Graph, node: ir.Node, addend: ir.Value, beta: 
     node.replace_input_with(2, None)
     if beta == 0:
         return
-    if _is_initializer(addend):
+    if is_fixed(addend):
         numbers, size = constant_of(addend), _outputs(node)
         flat = numbers.size in (1, size) and numbers.size == (numbers.shape or (1,))[-1]
         scaled = (numbers.astype(np.float32) * np.float32(beta)).astype(numbers.dtype)
@@ -241,19 +243,13 @@ def _to_standard_addend(graph: ir.Graph, node: ir.Node, addend: ir.Value, beta: 
 
 def _is_bias(node: ir.Node, addend: ir.Value) -> bool:
     """Whether C is a constant [out]."""
-    return _is_initializer(addend) and constant_of(addend).shape == (_outputs(node),)
+    return is_fixed(addend) and constant_of(addend).shape == (_outputs(node),)
 
 
 def _comes_quantized(value: ir.Value) -> bool:
     """Whether C is a quantized constant, which is kept."""
     node = value.producer()
     return node is not None and node.op_type == "DequantizeLinear" and _is_constant(value)
-
-
-def _is_initializer(value: ir.Value | None) -> bool:
-    if value is None or not value.is_initializer() or value.is_graph_input():
-        return False
-    return value.const_value is not None
 
 
 def _weight(value: ir.Value | None) -> NDArray[Any] | None:
@@ -264,7 +260,7 @@ def _weight(value: ir.Value | None) -> NDArray[Any] | None:
             return None
         steps.append(node)
         value = node.inputs[0]
-    if value is None or not _is_initializer(value):
+    if not is_fixed(value):
         return None
     numbers = constant_of(value)
     if value.dtype is None or not value.dtype.is_floating_point():
@@ -287,11 +283,7 @@ def _dtype(cast: ir.Node) -> np.dtype[Any]:
 
 def _is_constant(value: ir.Value | None) -> bool:
     """Whether a product's weight is a constant, of floats or of dequantized integers."""
-    while value is not None and (node := value.producer()) is not None:
-        if node.op_type not in (*_CARRIERS, "DequantizeLinear"):
-            return False
-        value = node.inputs[0]
-    return _is_initializer(value)
+    return is_fixed(source_of(value, (*_CARRIERS, "DequantizeLinear")))
 
 
 def _scales(weight: NDArray[Any], alpha: float) -> bool:

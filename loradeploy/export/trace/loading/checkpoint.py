@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.adapter.tasks import CLASSIFICATIONS, SEQUENCE_CLASSIFICATION, VISION_TOWER
+from loradeploy.bundle.model_config import model_config
 from loradeploy.bundle.text.tokenizer_files import SETTINGS_NAME, TOKENIZER_NAME
 from loradeploy.errors import (
     ExportError,
@@ -21,7 +22,6 @@ from loradeploy.errors import (
     shortened,
 )
 from loradeploy.export.files.tokenizers import OLDER_TOKENIZERS
-from loradeploy.export.read.files.source import read_config
 from loradeploy.export.tasks import auto_class, own_task
 from loradeploy.export.towers import tower_kind
 from loradeploy.export.trace.loading.file_memory import Scratch, takes_file, weights_in_file
@@ -120,7 +120,7 @@ def _check_traceable(model_type: str, directory: Path) -> None:
 def _unloadable(directory: Path, task: str, problem: Exception) -> str:
     """Why transformers does not load the checkpoint, and what to do about it."""
     if "Unrecognized configuration class" in str(problem):
-        config = read_config(directory)
+        config = model_config(directory, error=ModelError)
         own = own_task(config)
         advice = f'give `task="{own}"`' if own not in (None, task) else "give another `task`"
         named = config.get("model_type")

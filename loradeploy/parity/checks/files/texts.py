@@ -27,7 +27,7 @@ from loradeploy.bundle.text.tokenizer_files import GENERATION_NAME, TOKENIZER_NA
 from loradeploy.errors import BundleError, shown
 from loradeploy.export.files.genai import genai_config, whisper_config
 from loradeploy.export.files.tokenizers import first_difference
-from loradeploy.files import read_json
+from loradeploy.files import optional_json, read_json
 from loradeploy.parity.checks.files.pair import Pair, differ
 from loradeploy.parity.inputs.prompts import PROMPTS
 from loradeploy.runtime.decoding.caches.source import Target
@@ -168,8 +168,7 @@ def _genai_config(pair: Pair) -> str | None:
     if not (pair.traced and file.is_file()):
         return None
     make = genai_config if pair.manifest.task == CAUSAL_LM else whisper_config
-    generation = pair.expected / GENERATION_NAME
-    values = read_json(generation, error=BundleError) if generation.is_file() else {}
+    values = optional_json(pair.expected / GENERATION_NAME, error=BundleError)
     made = make(pair.manifest, model_config(pair.expected), values) or {}
     own = read_json(file, error=BundleError)
     name, *found = _first_value(_genai_model(own), _genai_model(made))

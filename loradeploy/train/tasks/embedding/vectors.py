@@ -24,7 +24,7 @@ from loradeploy.bundle.text.vectors.recipe import (
 from loradeploy.bundle.text.vectors.steps import Dense, LayerNorm, check_size
 from loradeploy.bundle.text.vectors.steps import normalize as normalize_step
 from loradeploy.errors import BundleError
-from loradeploy.files import read_json, write_json
+from loradeploy.files import optional_json, write_json
 from loradeploy.train.config import NO_PROMPT, SCORED_LOSSES, TrainConfig
 from loradeploy.train.tasks.embedding.pooling import pooled
 
@@ -72,7 +72,7 @@ class Vectors:
         if not self.given:
             return
         file = directory / PROMPTS_NAME
-        settings = read_json(file, error=BundleError) if file.is_file() else {}
+        settings = optional_json(file, error=BundleError)
         prompts = {**self.recipe.prompts, _QUERY[0]: self.prompts[0], _DOCUMENT[0]: self.prompts[1]}
         write_json(file, {**settings, "prompts": prompts})
 
