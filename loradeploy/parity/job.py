@@ -182,7 +182,7 @@ def _compare(
 def _inputs(cases: Cases, seed: int) -> Inputs:
     return Inputs(
         source=cases.source,
-        prompts=len(cases.prompts) - cases.fuzz - cases.edges,
+        prompts=len(cases.given),
         prompt_tokens=sum(map(len, cases.prompts)),
         generated=cases.generated,
         seed=seed,

@@ -43,31 +43,21 @@ def trial_options(*, packed: bool = False) -> onnxruntime.SessionOptions:
     return options
 
 
-def open_graph(file: Path, *, packed: bool = False) -> onnxruntime.InferenceSession:
-    """Open the graph in `file` on the CPU, with default optimization; `packed`: `trial_options`.
+def open_graph(
+    file: Path, *, packed: bool = False, optimized: bool = True
+) -> onnxruntime.InferenceSession:
+    """Open the graph in `file` on the CPU, with default optimization or none.
+
+    `packed`: as in `trial_options`.
 
     Raises:
         NotRunError: onnxruntime does not open it.
     """
     import onnxruntime
 
-    try:
-        options = trial_options(packed=packed)
-        return onnxruntime.InferenceSession(file, options, providers=[CPU])
-    except Exception as problem:  # onnxruntime's exceptions have no other common base
-        raise _not_run(problem) from None
-
-
-def open_unchanged(file: Path) -> onnxruntime.InferenceSession:
-    """Open the graph in `file` without optimization, to validate it; nothing is computed.
-
-    Raises:
-        NotRunError: onnxruntime does not open it.
-    """
-    import onnxruntime
-
-    options = trial_options()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options = trial_options(packed=packed)
+    if not optimized:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         return onnxruntime.InferenceSession(file, options, providers=[CPU])
     except Exception as problem:  # onnxruntime's exceptions have no other common base

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from loradeploy.errors import ModelError, first_line, shortened, shown
 from loradeploy.export.graph.edit import bodies_of
-from loradeploy.export.graph.running import NotRunError, open_unchanged
+from loradeploy.export.graph.running import NotRunError, open_graph
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -59,7 +59,7 @@ def check_opens(file: Path) -> dict[str, list[int | str | None]]:
         ModelError: onnxruntime refuses `file`.
     """
     try:
-        outputs = open_unchanged(file).get_outputs()
+        outputs = open_graph(file, optimized=False).get_outputs()
         # It gives [] for an unknown shape.
         return {node.name: list(node.shape) for node in outputs if node.shape}
     except NotRunError as problem:

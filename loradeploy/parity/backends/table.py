@@ -95,10 +95,7 @@ def _torch_merged(context: CheckContext, model: torch.nn.Module) -> Opened:
     for tested in context.adapters:
         whole = with_all_tokens(tested.adapter, context.manifest)
         with with_rows_of_tied(model, whole, context.manifest) as left, merged(model, left):
-            yield (
-                tested.name,
-                TorchModel(model, context.manifest, context.cases.known, tokens=context.tokens),
-            )
+            yield tested.name, TorchModel.of(context, model)
 
 
 def _peft(context: CheckContext, model: torch.nn.Module) -> Opened:
@@ -108,10 +105,7 @@ def _peft(context: CheckContext, model: torch.nn.Module) -> Opened:
             if tensor is not None:
                 unread.append(f"PEFT does not read {tensor} of {tested.name}: it has other names")
                 continue
-            yield (
-                tested.name,
-                TorchModel(model, context.manifest, context.cases.known, tokens=context.tokens),
-            )
+            yield tested.name, TorchModel.of(context, model)
     if unread:
         raise NotRunError("; ".join(unread))
 

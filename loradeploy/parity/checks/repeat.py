@@ -36,7 +36,7 @@ def second_run(context: CheckContext, reference: Reference, base: Base) -> Resul
     alone = PREFILL if task in GENERATING else ONE_ROW
     rows = rows_of(REPEAT, reference.rows[None])
     with as_reference(context, base, None) as model:
-        backend = TorchModel(model, context.manifest, context.cases.known, tokens=context.tokens)
+        backend = TorchModel.of(context, model)
         for seen in run_phases(backend, rows, task=task, pad=context.cases.pad, phases=(alone,)):
             comparison.add(seen.expected, seen.values, case=seen.row.case, about=seen.about)
     verdict = judge(comparison.figures(), assumed("fp32", scale=scale), effect=None)

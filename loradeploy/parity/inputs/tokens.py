@@ -71,6 +71,11 @@ class Cases:
     known: Known = field(default_factory=dict)
     unfed: int = 0
 
+    @property
+    def given(self) -> Rows:
+        """The prompts alone."""
+        return self.prompts[: len(self.prompts) - self.fuzz - self.edges]
+
     def of(self, tokens: int | None) -> Cases:
         """Return the cases for a vocabulary of `tokens` (None: all).
 

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
+    from loradeploy.parity.context import CheckContext
+
 
 # transformers' argument for the number of positions whose logits are computed.
 _KEEP: Final = "logits_to_keep"
@@ -65,6 +67,11 @@ class TorchModel:
         self._outputs = (first if manifest.tower else TASK_TABLE[manifest.task].output, *rest)
         self._taken = inspect.signature(model.forward).parameters
         self._last = last and _KEEP in self._taken
+
+    @classmethod
+    def of(cls, context: CheckContext, model: torch.nn.Module) -> TorchModel:
+        """Return `model` as a backend for the cases of `context`."""
+        return cls(model, context.manifest, context.cases.known, tokens=context.tokens)
 
     def forward(
         self,

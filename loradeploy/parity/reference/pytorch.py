@@ -244,7 +244,7 @@ def reference_rows(
 ) -> tuple[Row, ...]:
     """Run `model`, which has `adapter` in it, and return its rows with `count` generated tokens."""
     cases = context.cases.of(context.tokens.get(adapter))
-    backend = TorchModel(model, context.manifest, context.cases.known, tokens=context.tokens)
+    backend = TorchModel.of(context, model)
     chooser = TorchModel(model, context.manifest, tokens=context.tokens, last=True)
     forced: list[tuple[int, ...]] = []
     vocabulary = int(getattr(model.config, "vocab_size", 1 << 17))

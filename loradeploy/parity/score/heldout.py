@@ -188,10 +188,9 @@ def with_types(cases: Cases, held_out: Mapping[str | None, HeldOut]) -> Cases:
     Raises:
         DataError: a text has the same tokens as a pair of texts.
     """
-    prompts = cases.prompts[: len(cases.prompts) - cases.fuzz - cases.edges]
     examples = [example for data in held_out.values() for example in data.examples]
     pictures = {e.tokens: e.picture for e in examples if e.picture is not None}
-    known = {tokens: cases.known.get(tokens) for tokens in prompts}
+    known = {tokens: cases.known.get(tokens) for tokens in cases.given}
     rows = [(tokens, None if isinstance(t, Picture) else t) for tokens, t in known.items()]
     rows += [(e.tokens, e.types) for e in examples if e.picture is None]
     return replace(cases, known={**types_of(rows), **pictures})

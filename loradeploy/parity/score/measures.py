@@ -152,17 +152,18 @@ KINDS: Final[Mapping[str, tuple[str, ...]]] = {
 
 def class_counts(logits: NDArray[Any], truth: int) -> Counts:
     """Return [labels, 3] of one example; the label with the largest logit is predicted."""
-    if not np.isfinite(logits).all():
-        return np.full((len(logits), 3), np.nan)
     found, right = (np.arange(len(logits)) == label for label in (logits.argmax(), truth))
-    return np.stack([found & right, found & ~right, ~found & right], axis=1).astype(np.float64)
+    return _outcomes(logits, found, right)
 
 
 def label_counts(logits: NDArray[Any], truth: Sequence[float]) -> Counts:
     """Return [labels, 3] of one text; a label is predicted if its logit is at least 0."""
+    return _outcomes(logits, logits >= 0, np.array(truth) > 0)
+
+
+def _outcomes(logits: NDArray[Any], found: NDArray[Any], right: NDArray[Any]) -> Counts:
     if not np.isfinite(logits).all():
         return np.full((len(logits), 3), np.nan)
-    found, right = logits >= 0, np.array(truth) > 0
     return np.stack([found & right, found & ~right, ~found & right], axis=1).astype(np.float64)
 
 

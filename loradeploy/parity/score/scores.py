@@ -137,12 +137,7 @@ def score_reference(
                 texts = of_torch(model, data.generated, context.bundle, beside)
                 found[name] = _of_counts(data.generated.counts(texts))
                 continue
-            found[name] = answers(
-                TorchModel(model, context.manifest, context.cases.known, tokens=context.tokens),
-                data,
-                name,
-                context,
-            )
+            found[name] = answers(TorchModel.of(context, model), data, name, context)
     return found
 
 

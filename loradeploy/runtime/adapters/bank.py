@@ -158,9 +158,7 @@ class AdapterBank:
             UsageError: this thread is itself in the middle of a run with adapters.
         """
         with self._lock:
-            entry = self._entries.get(name)
-            if entry is None:
-                raise self._unknown(name)
+            entry = self._known(name)
             resident = self._memory.get(entry.digest)
             # A waiting thread uses no adapters, so that two threads cannot wait for each other.
             own = threading.get_ident()
@@ -181,9 +179,7 @@ class AdapterBank:
             UnknownAdapterError: there is no such name. BudgetError: as `add`.
         """
         with self._lock:
-            entry = self._entries.get(name)
-            if entry is None:
-                raise self._unknown(name)
+            entry = self._known(name)
             if not pinned:
                 entry.pinned = False
                 self._memory.evict()
@@ -272,9 +268,7 @@ class AdapterBank:
         counted = False
         while True:
             with self._lock:
-                entry = self._entries.get(name)
-                if entry is None:
-                    raise self._unknown(name)
+                entry = self._known(name)
                 found = self._in_memory(entry, use)
                 if not counted:
                     self._hits += found is not None
@@ -347,9 +341,11 @@ class AdapterBank:
         if lease is not None:
             self._leases.end(lease)
 
-    def _unknown(self, name: str) -> UnknownAdapterError:
-        known = listed_names(sorted(self._entries))
-        return UnknownAdapterError(f"no adapter is loaded as {shown(name)}; there are: {known}")
+    def _known(self, name: str) -> Entry:
+        if name not in self._entries:
+            known = listed_names(sorted(self._entries))
+            raise UnknownAdapterError(f"no adapter is loaded as {shown(name)}; there are: {known}")
+        return self._entries[name]
 
 
 def _return_copies(adapter: FittedAdapter) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,10 @@ class Filler:
             )
             for target in self._targets
         }
+
+    def slot_bytes(self, ranks: Mapping[str, int]) -> int:
+        """The size of one slot of all side inputs."""
+        return self.dtype.itemsize * sum(map(math.prod, self.shapes(1, ranks).values()))
 
     def shapes(self, slots: int, ranks: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
         """The shapes of the side inputs [slots, …]."""

@@ -8,7 +8,6 @@ a device other than the host, a stack is made again for any other rows, also for
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -139,7 +138,7 @@ class RowStacks:
         if not self._on_host:
             return None
         ranks = self._fill.ranks(used(rows), self._least_rank)
-        needed = self._bytes_of_row(ranks)
+        needed = self._fill.slot_bytes(ranks)
         fitting = [
             stack
             for stack in self._stacks
@@ -157,7 +156,7 @@ class RowStacks:
 
     def _new(self, rows: Sequence[Resident | None], key: list[str | None]) -> RowStack:
         ranks = self._fill.ranks(used(rows), self._least_rank)
-        each = self._bytes_of_row(ranks)
+        each = self._fill.slot_bytes(ranks)
         capacity = len(rows)
         if self._on_host:  # for later rows; unwritten pages take no memory
             capacity = 1 << (len(rows) - 1).bit_length()
@@ -168,10 +167,6 @@ class RowStacks:
         for slot, resident in enumerate(rows):
             self._fill.write(arrays, slot, resident)
         return RowStack(arrays, ranks, key, capacity, capacity * each)
-
-    def _bytes_of_row(self, ranks: Mapping[str, int]) -> int:
-        numbers = sum(math.prod(shape) for shape in self._fill.shapes(1, ranks).values())
-        return numbers * self._fill.dtype.itemsize
 
     def _trim(self, more: int) -> None:
         """Drop unused stacks beyond a few, or until `more` bytes fit into the budget."""

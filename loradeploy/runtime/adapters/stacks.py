@@ -12,7 +12,6 @@ again.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -215,13 +214,11 @@ class Stacks:
             for target in self._targets:
                 held = stack.arrays[target.lora_A].shape[2]
                 ranks[target.lora_A] = max(ranks[target.lora_A], held)
-        numbers = sum(math.prod(shape) for shape in self._fill.shapes(1, ranks).values())
-        slot_bytes = numbers * self._fill.dtype.itemsize
         new = [digest for digest in wanted if stack is None or digest not in stack.slots]
         count = len(new) if stack is None else max(len(stack.slots) + len(new), before)
         if stack is not None and count > before and new != [None]:  # the base comes only once
             count = max(count, _grown(before))
-        capacity = max(len(wanted), min(count, self._most(slot_bytes)))
+        capacity = max(len(wanted), min(count, self._most(self._fill.slot_bytes(ranks))))
         larger = Stack(self._fill.unfilled(capacity, ranks), Bindable({}))
         if stack is not None:
             self._copy(stack, larger, wanted)

@@ -31,7 +31,7 @@ from loradeploy.runtime.tasks.encoder import (
     encoded_batches,
     given_texts_or_pairs,
 )
-from loradeploy.runtime.tasks.session_argument import check_session
+from loradeploy.runtime.tasks.session_argument import check_session, check_task
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -72,8 +72,7 @@ class TextClassifier:
 
     def __init__(self, session: AdapterSession) -> None:
         check_session(session, type(self).__name__)
-        if session.manifest.task != SEQUENCE_CLASSIFICATION:
-            raise UsageError(f"{session.path} is a {session.manifest.task} bundle, no classifier")
+        check_task(session, SEQUENCE_CLASSIFICATION, ", no classifier")
         self.session = session
         self.tokenizer = session.texts.base.tokenizer
         self._head = base_head(session)

@@ -20,7 +20,7 @@ from loradeploy.runtime.tasks.encoder import (
     fixed_length,
     given_texts,
 )
-from loradeploy.runtime.tasks.session_argument import check_session
+from loradeploy.runtime.tasks.session_argument import check_session, check_task
 from loradeploy.runtime.text.sides import TextSide
 
 if TYPE_CHECKING:
@@ -42,10 +42,7 @@ class TextEmbedder:
 
     def __init__(self, session: AdapterSession) -> None:
         check_session(session, type(self).__name__)
-        if session.manifest.task != FEATURE_EXTRACTION:
-            raise UsageError(
-                f"{session.path} is a {session.manifest.task} bundle: it gives no embeddings"
-            )
+        check_task(session, FEATURE_EXTRACTION, ": it gives no embeddings")
         if (output := output_of(session.manifest)) in LOGITS_NAMES:
             raise UsageError(
                 f"the output of {session.path} is {output}, not hidden states: it gives no"

@@ -24,7 +24,7 @@ from loradeploy.runtime.tasks.classification import (
     head_of_row,
     named_outputs,
 )
-from loradeploy.runtime.tasks.session_argument import check_session
+from loradeploy.runtime.tasks.session_argument import check_session, check_task
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -48,10 +48,7 @@ class ImageClassifier:
 
     def __init__(self, session: AdapterSession) -> None:
         check_session(session, type(self).__name__)
-        if session.manifest.task != IMAGE_CLASSIFICATION:
-            raise UsageError(
-                f"{session.path} is a {session.manifest.task} bundle, no classifier of images"
-            )
+        check_task(session, IMAGE_CLASSIFICATION, ", no classifier of images")
         self.session = session
         self._reader = ImageReader(session)
         self._head = base_head(session)
@@ -105,10 +102,7 @@ class ImageEmbedder:
 
     def __init__(self, session: AdapterSession) -> None:
         check_session(session, type(self).__name__)
-        if session.manifest.task != IMAGE_FEATURE_EXTRACTION:
-            raise UsageError(
-                f"{session.path} is a {session.manifest.task} bundle: it gives no vectors of images"
-            )
+        check_task(session, IMAGE_FEATURE_EXTRACTION, ": it gives no vectors of images")
         self.session = session
         self._output = _vector_output(session)
         self._reader = ImageReader(session)

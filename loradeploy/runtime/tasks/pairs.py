@@ -36,7 +36,7 @@ from loradeploy.runtime.tasks.encoder import (
     given_texts_or_pairs,
     takes_types,
 )
-from loradeploy.runtime.tasks.session_argument import check_session
+from loradeploy.runtime.tasks.session_argument import check_session, check_task
 from loradeploy.runtime.text.sides import TextSide
 
 if TYPE_CHECKING:
@@ -76,8 +76,7 @@ class TextPairScorer:
 
     def __init__(self, session: AdapterSession, *, activation: str | None = None) -> None:
         check_session(session, type(self).__name__)
-        if session.manifest.task != SEQUENCE_CLASSIFICATION:
-            raise UsageError(f"{session.path} is a {session.manifest.task} bundle, no classifier")
+        check_task(session, SEQUENCE_CLASSIFICATION, ", no classifier")
         if activation is not None and activation not in ACTIVATIONS:
             raise UsageError(
                 f"`activation` is {shown(activation)}: give {' or '.join(ACTIVATIONS)}"

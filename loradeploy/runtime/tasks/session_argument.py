@@ -12,3 +12,9 @@ def check_session(session: object, user: str) -> None:
         what = shown(session)
         made = f": give {user}(AdapterSession({what}))" if isinstance(session, str) else ""
         raise UsageError(f"{user} takes an AdapterSession, not {what}{made}")
+
+
+def check_task(session: AdapterSession, task: str, why: str) -> None:
+    """Raise UsageError unless the session's bundle is for `task`; `why`: ends the message."""
+    if session.manifest.task != task:
+        raise UsageError(f"{session.path} is a {session.manifest.task} bundle{why}")

@@ -34,7 +34,7 @@ from loradeploy.runtime.tasks.entities import (
     entities_of,
     without_overlaps,
 )
-from loradeploy.runtime.tasks.session_argument import check_session
+from loradeploy.runtime.tasks.session_argument import check_session, check_task
 from loradeploy.runtime.text.sides import TextSide
 
 if TYPE_CHECKING:
@@ -60,10 +60,7 @@ class TokenClassifier:
 
     def __init__(self, session: AdapterSession) -> None:
         check_session(session, type(self).__name__)
-        if session.manifest.task != TOKEN_CLASSIFICATION:
-            raise UsageError(
-                f"{session.path} is a {session.manifest.task} bundle, no token classifier"
-            )
+        check_task(session, TOKEN_CLASSIFICATION, ", no token classifier")
         self.session = session
         self.tokenizer = session.texts.base.tokenizer
         self._head = base_head(session)

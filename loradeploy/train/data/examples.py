@@ -179,7 +179,7 @@ def read_measured_texts(source: Source) -> list[MeasuredText]:
     examples: list[MeasuredText] = []
     for where, row in _texts(source):
         label = row.get("label")
-        values = tuple(map(_number, label if isinstance(label, list) else [label]))
+        values = tuple(map(number_in, label if isinstance(label, list) else [label]))
         if not values or not all(map(math.isfinite, values)):
             raise _contradicts(where, label, "regression", "a number, or a list of numbers,")
         if examples and len(values) != len(examples[0].values):
@@ -191,7 +191,7 @@ def read_measured_texts(source: Source) -> list[MeasuredText]:
     return _all_pairs_or_none(non_empty(examples, source))
 
 
-def _number(value: Any) -> float:
+def number_in(value: Any) -> float:
     """`value` as a number; NaN if it is not one."""
     try:
         return math.nan if isinstance(value, bool) else float(value)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from loradeploy.errors import DataError
-from loradeploy.train.data.examples import non_empty, text_of
+from loradeploy.train.data.examples import non_empty, number_in, text_of
 from loradeploy.train.data.sources import Row, Source, rows
 
 RANKED: Final = ("anchor", "positive")
@@ -101,10 +101,7 @@ def _check_form(
 
 
 def _score(where: str, value: Any, bounded: bool) -> float:
-    try:
-        score = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        score = math.nan
+    score = number_in(value)
     if not math.isfinite(score):
         raise DataError(f"{where}: score is {reprlib.repr(value)}, expected a number")
     if bounded and not -1 <= score <= 1:
