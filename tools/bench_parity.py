@@ -96,10 +96,7 @@ def make_sides(scratch: Path) -> dict[str, Callable[[], object]]:
             with as_reference(context, base, name):
                 rows[name] = reference_rows(context, base.model, name, _TOKENS)
         for name, opened in open_backend(backends[0], context, None):
-            phases = phases_of(manifest.task)
-            for _ in run_phases(
-                opened, rows[name], task=manifest.task, pad=cases.pad, phases=phases
-            ):
+            for _ in run_phases(opened, rows[name], phases_of(manifest.task), context.feeding()):
                 pass
 
     def comparing() -> None:

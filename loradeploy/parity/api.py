@@ -126,7 +126,7 @@ def parity(
     from loradeploy.parity.inputs.row_feeds import check_inputs
     from loradeploy.parity.inputs.tokens import make_cases
     from loradeploy.parity.inputs.trained import trained_tokens
-    from loradeploy.parity.job import run
+    from loradeploy.parity.job import Request, run
     from loradeploy.parity.phases.outputs import check_shape
     from loradeploy.parity.plan import make_plan
     from loradeploy.parity.report.baseline import check_comparable
@@ -200,17 +200,8 @@ def parity(
             phases=plan.phases,
             genai_python=plan.genai_python,
         )
-        found = run(
-            context,
-            default_backends(chosen, context, plan.requested),
-            base_digest=base_digest,
-            files=files,
-            seed=seed,
-            controls=controls,
-            shrink=shrink,
-            held_out=held_out,
-            localize=localize,
-            asked=backends or (),
-        )
+        running = default_backends(chosen, context, plan.requested)
+        request = Request(held_out, tuple(backends or ()), seed, controls, shrink, localize)
+        found = run(context, running, request, base_digest=base_digest, files=files)
     files.check_unchanged()
     return finish(found, ending)

@@ -25,6 +25,7 @@ from loradeploy.files import inside
 from loradeploy.lora.base.checkpoint import warn_of_unused_files
 from loradeploy.lora.base.formats import check_unquantized
 from loradeploy.names import MODEL_CONFIG_NAME
+from loradeploy.parity.phases.run import Feeding
 from loradeploy.parity.report.results import Variant
 from loradeploy.parity.variants import DEFAULT, DEFAULTS, ON_CPU, Variants
 from loradeploy.paths import resolved
@@ -109,6 +110,11 @@ class CheckContext:
             a.name: tokens_of(a.adapter, self.manifest) or added.base for a in self.adapters
         }
         return {None: added.base, **known}
+
+    def feeding(self, *, batched: bool = True) -> Feeding:
+        """Return how a backend is fed; `batched`: whether it takes more than one row."""
+        cases = self.cases
+        return Feeding(self.manifest.task, cases.pad, cases.left, cases.alike, batched)
 
     def outputs_of(self, adapter: str | None) -> int | None:
         """Return how many of the graph's outputs, the first ones, are the adapter's; None: all."""

@@ -60,40 +60,39 @@ class _Findings:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What a check is asked for, besides its context.
+
+    `held_out`: the evaluation data of the base (None) and of each adapter. `asked`: backends that
+    the user requested by name; the check fails if one of them is not run. The others are the
+    options of `loradeploy.parity`.
+    """
+
+    held_out: Mapping[str | None, HeldOut]
+    asked: tuple[str, ...]
+    seed: int
+    controls: bool
+    shrink: bool
+    localize: bool | None
+
+
 def run(
     context: CheckContext,
     backends: Sequence[Backend],
+    request: Request,
     *,
     base_digest: str,
     files: BundleFiles,
-    seed: int,
-    controls: bool,
-    shrink: bool,
-    held_out: Mapping[str | None, HeldOut],
-    localize: bool | None,
-    asked: Sequence[str],
 ) -> ParityReport:
-    """Run the reference, then every backend, and return the report.
-
-    `held_out`: the evaluation data of the base (None) and of each adapter. `controls`, `shrink`,
-    `localize`: see `loradeploy.parity`. `asked`: backends that the user requested by name; the
-    check fails if one of them is not run.
-    """
+    """Run the reference, then every backend, and return the report."""
     began = time.monotonic()
     started = start(context.bundle, context.variants)
     context = dataclasses.replace(context, crashed=started.crashed)
     running = [one for one in context.variants.each if one.provider not in started.crashed]
     if running:  # whatever runs in one variant only uses the first
         context = context.at(running[0])
-    found = _compare(
-        context,
-        backends,
-        held_out,
-        scored=bool(running),
-        controls=controls,
-        shrink=shrink,
-        localize=localize,
-    )
+    found = _compare(context, backends, request, scored=bool(running))
     manifest = context.manifest
     return ParityReport(
         bundle=str(context.bundle),
@@ -104,7 +103,7 @@ def run(
         base_digest=base_digest,
         graph_digest=files.graph,
         data_digest=files.data,
-        inputs=_inputs(context.cases, seed),
+        inputs=_inputs(context.cases, request.seed),
         environment=environment(started.providers),
         created=dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
         results=tuple(found.results),
@@ -116,25 +115,22 @@ def run(
             *started.notes,
             *found.controls.notes,
             *found.notes,
-            *score_notes(context, held_out),
+            *score_notes(context, request.held_out),
         ),
         seconds=round(time.monotonic() - began, 1),
         files=files.others,
         counterexamples=found.counterexamples,
         scores=found.scores,
-        asked=tuple(asked),
+        asked=request.asked,
     )
 
 
 def _compare(
     context: CheckContext,
     backends: Sequence[Backend],
-    held_out: Mapping[str | None, HeldOut],
+    request: Request,
     *,
     scored: bool,
-    controls: bool,
-    shrink: bool,
-    localize: bool | None,
 ) -> _Findings:
     """Run the reference, then `backends` in PyTorch, then those in ONNX, then the diagnosis.
 
@@ -143,7 +139,7 @@ def _compare(
     logger.info("loading %s", context.model)
     model = load_model(context)
     files = differing_files(context, model)
-    answered = score_reference(context, model, held_out)
+    answered = score_reference(context, model, request.held_out)
     base = take_weights(context, model)
     logger.info("reference: %s", REFERENCE_TITLE)
     reference = make_reference(context, base)
@@ -151,7 +147,7 @@ def _compare(
     if nondeterministic is not None:
         return _Findings(reference, [nondeterministic, *files])
     made = Controls()
-    if controls:
+    if request.controls:
         logger.info("controls")
         made = run_controls(context, reference, base)
     progress = Progress(backends, context)
@@ -163,17 +159,16 @@ def _compare(
         gc.collect()
     in_onnx = [backend for backend in backends if not backend.on_torch]
     results += run_backends(in_onnx, context, reference, None, progress)
-    scores = score_backends(in_onnx, context, held_out, answered) if scored else ()
+    scores = score_backends(in_onnx, context, request.held_out, answered) if scored else ()
     # The base is loaded again only if the diagnosis of a failure needs it.
     again = functools.cache(lambda: load_base(context))
     localized: tuple[Localization, ...] = ()
-    if localize is not False:
-        localized = localizations(
-            context, reference, backends, results, again, always=bool(localize)
-        )
+    if request.localize is not False:
+        always = bool(request.localize)
+        localized = localizations(context, reference, backends, results, again, always=always)
     smallest: tuple[Counterexample, ...] = ()
     remarks: tuple[str, ...] = ()
-    if shrink:
+    if request.shrink:
         smallest, remarks = shrink_failures(in_onnx, context, reference, results, again)
     results += files
     return _Findings(reference, results, made, scores, localized, smallest, remarks)

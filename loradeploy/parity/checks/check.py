@@ -168,22 +168,12 @@ def _run_rows(
     counts: dict[str, Replayed],
 ) -> Iterator[Result]:
     """Yield the result of each adapter in each phase; add the numbers of replays to `counts`."""
-    task = context.manifest.task
-    tallies = _Tallies(reference, logits=has_logits(task))
+    tallies = _Tallies(reference, logits=has_logits(context.manifest.task))
     for phase in phases:
         for row in rows_of(phase, rows, batched=backend.batched):
             if row.due(phase):
                 tallies.of(row.adapter, phase).due += row.due(phase)
-    observations = run_phases(
-        model,
-        rows,
-        task=task,
-        pad=context.cases.pad,
-        phases=phases,
-        left=context.cases.left,
-        alike=context.cases.alike,
-        batched=backend.batched,
-    )
+    observations = run_phases(model, rows, phases, context.feeding(batched=backend.batched))
     problem = "it returned fewer positions than expected"
     while True:
         begin = time.perf_counter()

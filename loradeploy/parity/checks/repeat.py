@@ -37,7 +37,7 @@ def second_run(context: CheckContext, reference: Reference, base: Base) -> Resul
     rows = rows_of(REPEAT, reference.rows[None])
     with as_reference(context, base, None) as model:
         backend = TorchModel.of(context, model)
-        for seen in run_phases(backend, rows, task=task, pad=context.cases.pad, phases=(alone,)):
+        for seen in run_phases(backend, rows, (alone,), context.feeding()):
             comparison.add(seen.expected, seen.values, case=seen.row.case, about=seen.about)
     verdict = judge(comparison.figures(), assumed("fp32", scale=scale), effect=None)
     if verdict.figures.not_finite or verdict.passed:

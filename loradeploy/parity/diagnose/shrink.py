@@ -245,20 +245,11 @@ class _Trial:
         tried = self._row(tokens, row.adapter, steps)
         other = self._other(row)
         batch = [tried] if other is None else [tried, _shortened(other, steps)]
-        cases, task = self.context.cases, self.context.manifest.task
+        feeding = self.context.feeding(batched=self.backend.batched)
         scale = self.reference.scale_in(phase, row.adapter)
-        comparison = Comparison(scale=scale, logits=has_logits(task))
+        comparison = Comparison(scale=scale, logits=has_logits(feeding.task))
         try:
-            for seen in run_phases(
-                self.model,
-                batch,
-                task=task,
-                pad=cases.pad,
-                phases=(phase,),
-                left=cases.left,
-                alike=cases.alike,
-                batched=self.backend.batched,
-            ):
+            for seen in run_phases(self.model, batch, (phase,), feeding):
                 if seen.row is tried:
                     comparison.add(seen.expected, seen.values, first=seen.first)
         except Exception as problem:  # any error that a backend raises is its failure

@@ -32,7 +32,7 @@ An encoder's output for a whole text (`pooler_output`) counts as one more positi
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import numpy as np
@@ -68,26 +68,37 @@ if TYPE_CHECKING:
 _HIDDEN: Final = -1e3
 
 
-def run_phases(
-    model: Model,
-    rows: Sequence[Row],
-    *,
-    task: str,
-    pad: int,
-    phases: Sequence[str],
-    left: bool = True,
-    alike: bool = False,
-    batched: bool = True,
-) -> Iterator[Observation]:
-    """Run `model` on `rows` in `phases`; phases that the task does not have are left out.
+@dataclass(frozen=True)
+class Feeding:
+    """How a backend is fed in a check of a `task`.
 
-    `left`: whether a decoder's batches are padded on the left. `alike`: whether a batch has only
-    rows of equal length, because the graph does not support padding. `batched`: whether the model
-    takes more than one row at a time.
+    `pad`: the padding id. `left`: whether a decoder's batches are padded on the left. `alike`:
+    whether a batch has only rows of equal length, because the graph does not support padding.
+    `batched`: whether the backend takes more than one row at a time.
     """
-    for seen in _observations(
-        model, rows, task=task, pad=pad, phases=phases, left=left, alike=alike, batched=batched
-    ):
+
+    task: str
+    pad: int
+    left: bool = True
+    alike: bool = False
+    batched: bool = True
+
+    def padded(self, batch: Sequence[Row]) -> tuple[Ids, Ids]:
+        """Return the prompts of a batch and their mask, both [rows, tokens]."""
+        left = self.left and self.task == CAUSAL_LM
+        return pad_rows([row.prompt for row in batch], self.pad, left=left)
+
+    def batches(self, rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+        """Yield `rows` in the batches that the backend takes."""
+        for some in batches(rows, most=MAX_ROWS if self.batched else 1):
+            yield from of_one_length(some) if self.alike else [some]
+
+
+def run_phases(
+    model: Model, rows: Sequence[Row], phases: Sequence[str], feeding: Feeding
+) -> Iterator[Observation]:
+    """Run `model` on `rows` in `phases`; phases that the task does not have are left out."""
+    for seen in _observations(model, rows, phases, feeding):
         own = seen.row.outputs
         if own is None:
             yield seen
@@ -101,22 +112,13 @@ def run_phases(
 
 
 def _observations(
-    model: Model,
-    rows: Sequence[Row],
-    *,
-    task: str,
-    pad: int,
-    phases: Sequence[str],
-    left: bool,
-    alike: bool,
-    batched: bool,
+    model: Model, rows: Sequence[Row], phases: Sequence[str], feeding: Feeding
 ) -> Iterator[Observation]:
     """Yield the observations of `run_phases`, with all outputs of the graph."""
-    side = left and task == CAUSAL_LM
+    task = feeding.task
     if ENCODER in phases and (sources := rows_of(ENCODER, rows)):
-        for some in batches(sources, most=MAX_ROWS if batched else 1):
-            for batch in of_one_length(some) if alike else [some]:
-                yield from _run_encoder(cast("SourceModel", model), batch, pad=pad)
+        for batch in feeding.batches(sources):
+            yield from _run_encoder(cast("SourceModel", model), batch, feeding)
     alone = PREFILL if task in (CAUSAL_LM, SEQ2SEQ_LM) else ONE_ROW
     again = rows_of(REPEAT, rows) if REPEAT in phases else ()
     for row in rows if alone in phases else again:
@@ -130,21 +132,21 @@ def _observations(
         for row in rows_of(CHUNKED, rows):
             yield from _run_chunks(model, row)
     if PADDED_BATCH in phases or DECODE in phases:
-        shown = rows if PADDED_BATCH in phases else rows_of(DECODE, rows, batched=batched)
-        for some in batches(shown, most=MAX_ROWS if batched else 1):
-            for batch in of_one_length(some) if alike else [some]:
-                yield from _run_batch(model, batch, task=task, pad=pad, phases=phases, left=side)
+        shown = rows
+        if PADDED_BATCH not in phases:
+            shown = rows_of(DECODE, rows, batched=feeding.batched)
+        for batch in feeding.batches(shown):
+            yield from _run_batch(model, batch, phases, feeding)
     if DECODE in phases and (decoded := [row for row in rows if row.target]):
-        for some in batches(decoded, most=MAX_ROWS if batched else 1):
-            yield from _run_target(cast("SourceModel", model), some, pad=pad)
+        for batch in batches(decoded, most=MAX_ROWS if feeding.batched else 1):
+            yield from _run_target(cast("SourceModel", model), batch, feeding)
     if EMBEDDED in phases and (fed := rows_of(EMBEDDED, rows)):
-        for some in batches(fed, most=MAX_ROWS if batched else 1):
-            for batch in of_one_length(some) if alike else [some]:
-                yield from _run_embedded(cast("EmbedsModel", model), batch, pad=pad, left=side)
+        for batch in feeding.batches(fed):
+            yield from _run_embedded(cast("EmbedsModel", model), batch, feeding)
     if PERMUTED in phases and (permuted := rows_of(PERMUTED, rows)):
-        for some in of_one_length(permuted) if alike else [permuted]:
+        for some in of_one_length(permuted) if feeding.alike else [permuted]:
             for batch in evenly(some):
-                yield from _run_permuted(model, batch, task=task, pad=pad, left=side)
+                yield from _run_permuted(model, batch, feeding)
 
 
 def _forward_alone(model: Model, row: Row, task: str) -> NDArray[Any]:
@@ -166,19 +168,13 @@ def _run_chunks(model: Model, row: Row) -> Iterator[Observation]:
 
 
 def _run_batch(
-    model: Model,
-    batch: Sequence[Row],
-    *,
-    task: str,
-    pad: int,
-    phases: Sequence[str],
-    left: bool,
+    model: Model, batch: Sequence[Row], phases: Sequence[str], feeding: Feeding
 ) -> Iterator[Observation]:
     adapters = [row.adapter for row in batch]
-    ids, mask = pad_rows([row.prompt for row in batch], pad, left=left)
+    ids, mask = feeding.padded(batch)
     values, cache = model.forward(ids, mask, None, adapters)
     if PADDED_BATCH in phases:
-        yield from _observe_batch(PADDED_BATCH, batch, mask, values, task)
+        yield from _observe_batch(PADDED_BATCH, batch, mask, values, feeding.task)
     if DECODE not in phases:
         return
     for step in range(len(batch[0].forced) - 1):
@@ -190,9 +186,9 @@ def _run_batch(
 
 
 def _run_embedded(
-    model: EmbedsModel, batch: Sequence[Row], *, pad: int, left: bool
+    model: EmbedsModel, batch: Sequence[Row], feeding: Feeding
 ) -> Iterator[Observation]:
-    ids, mask = pad_rows([row.prompt for row in batch], pad, left=left)
+    ids, mask = feeding.padded(batch)
     fed = [row.fed for row in batch if row.fed is not None]
     adapters = [row.adapter for row in batch]
     values, _ = model.forward(ids, mask, None, adapters, embeds=embeds_feeds(fed, mask))
@@ -200,8 +196,10 @@ def _run_embedded(
         yield Observation(EMBEDDED, row, 0, its[real], own.expected)
 
 
-def _run_encoder(model: SourceModel, batch: Sequence[Row], *, pad: int) -> Iterator[Observation]:
-    ids, mask = pad_rows([row.prompt for row in batch], pad, left=False)
+def _run_encoder(
+    model: SourceModel, batch: Sequence[Row], feeding: Feeding
+) -> Iterator[Observation]:
+    ids, mask = feeding.padded(batch)
     values = model.encode(ids, mask, [row.adapter for row in batch])
     for row, real, its in zip(batch, mask.astype(bool), values, strict=True):
         assert row.encoded is not None
@@ -209,20 +207,20 @@ def _run_encoder(model: SourceModel, batch: Sequence[Row], *, pad: int) -> Itera
         yield Observation(ENCODER, row, 0, own, row.encoded)
 
 
-def _run_target(model: SourceModel, batch: Sequence[Row], *, pad: int) -> Iterator[Observation]:
-    ids, mask = pad_rows([row.prompt for row in batch], pad, left=False)
+def _run_target(
+    model: SourceModel, batch: Sequence[Row], feeding: Feeding
+) -> Iterator[Observation]:
+    ids, mask = feeding.padded(batch)
     values = model.decode(ids, mask, [row.adapter for row in batch])
     for row, its in zip(batch, values, strict=True):
         yield Observation(DECODE, row, 0, its)
 
 
-def _run_permuted(
-    model: Model, batch: Sequence[Row], *, task: str, pad: int, left: bool
-) -> Iterator[Observation]:
+def _run_permuted(model: Model, batch: Sequence[Row], feeding: Feeding) -> Iterator[Observation]:
     batch = [*batch[1:], batch[0]]  # no row stays in its place
-    ids, mask = pad_rows([row.prompt for row in batch], pad, left=left)
+    ids, mask = feeding.padded(batch)
     values, _ = model.forward(ids, mask, None, [row.adapter for row in batch])
-    yield from _observe_batch(PERMUTED, batch, mask, values, task)
+    yield from _observe_batch(PERMUTED, batch, mask, values, feeding.task)
 
 
 def _observe_batch(

@@ -24,7 +24,7 @@ from loradeploy.parity.phases.batches import MAX_ROWS
 from loradeploy.parity.phases.choice import left_out, phases_of, rows_of, spread
 from loradeploy.parity.phases.outputs import real_positions
 from loradeploy.parity.phases.rows import Row
-from loradeploy.parity.phases.run import generate, run_phases
+from loradeploy.parity.phases.run import Feeding, generate, run_phases
 from loradeploy.runtime.text.padding import positions_of
 
 WIDTH = 5
@@ -59,7 +59,7 @@ def row(prompt: tuple[int, ...], forced: tuple[int, ...] = (), adapter: str | No
 def test_every_phase_returns_the_values_of_its_positions(task: str) -> None:
     forced = (4, 1, 2) if task == "causal-lm" else ()
     rows = [row((3, 1), forced), row((2, 2, 2, 2), forced), row((7,), forced)]
-    seen = list(run_phases(Counter(), rows, task=task, pad=PAD, phases=phases_of(task)))
+    seen = list(run_phases(Counter(), rows, phases_of(task), Feeding(task, PAD)))
     for observation in seen:
         first = observation.first
         expected = observation.row.expected[first : first + len(observation.values)]
@@ -68,9 +68,7 @@ def test_every_phase_returns_the_values_of_its_positions(task: str) -> None:
 
 def test_a_decoder_runs_with_single_rows_padded_batches_and_decode_steps() -> None:
     rows = [row((3, 1), (4, 1, 2)), row((2,), (4, 1, 2))]
-    seen = list(
-        run_phases(Counter(), rows, task="causal-lm", pad=PAD, phases=phases_of("causal-lm"))
-    )
+    seen = list(run_phases(Counter(), rows, phases_of("causal-lm"), Feeding("causal-lm", PAD)))
     positions = [(s.phase, s.first, len(s.values)) for s in seen if s.row is rows[0]]
     assert positions == [
         (PREFILL, 0, 4),
@@ -96,7 +94,7 @@ def test_an_encoder_returns_the_states_of_each_source_without_padding() -> None:
 
     model = Encoder()
     rows = [source((1, 2, 3), None), source((4,), "a"), row((5, 6))]
-    seen = list(run_phases(model, rows, task="seq2seq-lm", pad=PAD, phases=[ENCODER]))
+    seen = list(run_phases(model, rows, [ENCODER], Feeding("seq2seq-lm", PAD)))
     assert [observation.row for observation in seen] == rows[:2]
     assert model.adapters == [[None, "a"]]
     for observation in seen:
@@ -112,7 +110,7 @@ def test_an_output_per_row_is_one_additional_position() -> None:
 
     rows = [row((3, 1)), row((2, 2, 2))]
     phases = (ONE_ROW, PADDED_BATCH)
-    for seen in run_phases(Pooling(), rows, task="feature-extraction", pad=PAD, phases=phases):
+    for seen in run_phases(Pooling(), rows, phases, Feeding("feature-extraction", PAD)):
         assert len(seen.values) == len(seen.row.prompt) + 1
         assert (seen.values[-1] == 100.0).all()
 
@@ -120,15 +118,13 @@ def test_an_output_per_row_is_one_additional_position() -> None:
 def test_every_row_runs_with_its_own_adapter() -> None:
     model = Counter()
     rows = [row((1, 2), adapter=None), row((3,), adapter="a"), row((4,), adapter="b")]
-    list(run_phases(model, rows, task="feature-extraction", pad=PAD, phases=[PADDED_BATCH]))
+    list(run_phases(model, rows, [PADDED_BATCH], Feeding("feature-extraction", PAD)))
     assert model.adapters == [[None, "a", "b"]]
 
 
 def test_splitting_rows_into_batches_leaves_no_batch_of_one() -> None:
     model = Counter()
-    list(
-        run_phases(model, [row((1,))] * 17, task="feature-extraction", pad=0, phases=[PADDED_BATCH])
-    )
+    list(run_phases(model, [row((1,))] * 17, [PADDED_BATCH], Feeding("feature-extraction", 0)))
     assert [len(adapters) for adapters in model.adapters] == [17]
 
 
@@ -141,16 +137,14 @@ def test_chunked_prefill_feeds_several_new_tokens_to_a_nonempty_cache() -> None:
             return super().forward(ids, mask, cache, adapters)
 
     model = Chunks()
-    list(
-        run_phases(model, [row((1, 2, 3, 4, 5, 6, 7))], task="causal-lm", pad=PAD, phases=[CHUNKED])
-    )
+    list(run_phases(model, [row((1, 2, 3, 4, 5, 6, 7))], [CHUNKED], Feeding("causal-lm", PAD)))
     assert model.shapes == [(3, 3), (2, 5), (2, 7)]
 
 
 def test_no_row_of_a_permuted_batch_keeps_its_place() -> None:
     model = Counter()
     rows = [row((number,), adapter=str(number)) for number in range(6)]
-    seen = list(run_phases(model, rows, task="feature-extraction", pad=PAD, phases=[PERMUTED]))
+    seen = list(run_phases(model, rows, [PERMUTED], Feeding("feature-extraction", PAD)))
     assert model.adapters == [["1", "2", "3", "4", "5", "0"]]
     assert [observation.row.adapter for observation in seen] == ["1", "2", "3", "4", "5", "0"]
 
@@ -159,7 +153,7 @@ def test_no_row_of_a_permuted_batch_keeps_its_place() -> None:
 def test_every_adapter_of_a_mixed_batch_is_permuted_in_batches_of_limited_size(count: int) -> None:
     model = Counter()
     rows = [row((number,), adapter=str(number % count)) for number in range(2 * count)]
-    seen = list(run_phases(model, rows, task="feature-extraction", pad=PAD, phases=[PERMUTED]))
+    seen = list(run_phases(model, rows, [PERMUTED], Feeding("feature-extraction", PAD)))
     assert {observation.row.adapter for observation in seen} == {str(n) for n in range(count)}
     assert len(seen) == max(4, count)
     assert all(2 <= len(adapters) <= MAX_ROWS for adapters in model.adapters)
@@ -186,7 +180,7 @@ def test_a_repeated_row_is_compared_with_its_first_run() -> None:
             self.runs += 1
             return values + self.runs, cache
 
-    (seen,) = run_phases(Drifting(), [row((3, 1))], task="causal-lm", pad=PAD, phases=[REPEAT])
+    (seen,) = run_phases(Drifting(), [row((3, 1))], [REPEAT], Feeding("causal-lm", PAD))
     assert (seen.values - seen.expected == 1).all()
 
 
@@ -202,7 +196,7 @@ def test_a_logit_beyond_the_adapters_vocabulary_must_be_hidden(hidden: float, pa
             return values, cache
 
     rows = [dataclasses.replace(row((3, 1)), outputs=WIDTH - 1)]
-    (seen,) = run_phases(Wider(), rows, task="feature-extraction", pad=PAD, phases=[ONE_ROW])
+    (seen,) = run_phases(Wider(), rows, [ONE_ROW], Feeding("feature-extraction", PAD))
     assert seen.values.shape[-1] == WIDTH - 1
     assert np.isfinite(seen.values).all() == passes
 
@@ -229,14 +223,14 @@ def test_rows_of_extreme_lengths_share_no_batch_with_others() -> None:
     model = Counter()
     edges = [dataclasses.replace(row((1,) * length), edge=True) for length in (1, 50)]
     rows = [row((1, 2)), row((3,)), *edges]
-    list(run_phases(model, rows, task="feature-extraction", pad=PAD, phases=[PADDED_BATCH]))
+    list(run_phases(model, rows, [PADDED_BATCH], Feeding("feature-extraction", PAD)))
     assert [len(adapters) for adapters in model.adapters] == [2, 2]
 
 
 def test_a_model_of_batch_size_one_decodes_a_few_rows_separately() -> None:
     model = Counter()
     rows = [row((1, 2), (3, 4))] * 6
-    seen = list(run_phases(model, rows, task="causal-lm", pad=PAD, phases=[DECODE], batched=False))
+    seen = list(run_phases(model, rows, [DECODE], Feeding("causal-lm", PAD, batched=False)))
     assert len(seen) == len(rows_of(DECODE, rows, batched=False)) == 4
     assert {len(adapters) for adapters in model.adapters} == {1}
 
