@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeGuard
 
+from loradeploy.errors import ExportError
+
 if TYPE_CHECKING:
     import onnx_ir as ir
     from numpy.typing import NDArray
@@ -82,33 +84,53 @@ def set_computed(value: ir.Value, compute: Callable[[], NDArray[Any]]) -> None:
     )
 
 
-def add_constant(
-    graph: ir.Graph,
-    name: str,
-    numbers: NDArray[Any],
-    *,
-    shape: list[int | str] | None = None,
-) -> ir.Value:
-    """A new initializer; `shape`: the shape of feeds for it if it is also an input."""
+def add_constant(graph: ir.Graph, name: str, numbers: NDArray[Any]) -> ir.Value:
+    """A new initializer."""
     import onnx_ir as ir
 
-    return add_tensor(graph, ir.tensor(numbers, name=name), shape=shape)
+    return add_tensor(graph, ir.tensor(numbers, name=name))
 
 
-def add_tensor(
-    graph: ir.Graph, tensor: ir.TensorProtocol, *, shape: list[int | str] | None = None
-) -> ir.Value:
+def add_tensor(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
     """As `add_constant`, for a tensor with a name, whose values may be computed later."""
     import onnx_ir as ir
 
     value = ir.Value(
         name=tensor.name,
         type=ir.TensorType(tensor.dtype),
-        shape=ir.Shape(tensor.shape.numpy() if shape is None else shape),
+        shape=ir.Shape(tensor.shape.numpy()),
         const_value=tensor,
     )
     graph.register_initializer(value)
     return value
+
+
+def add_optional_input(
+    graph: ir.Graph, name: str, default: NDArray[Any], shape: Sequence[int | str]
+) -> ir.Value:
+    """A new input for feeds of `shape`, with the value `default` if nothing is fed.
+
+    Raises:
+        ExportError: a value of the graph already has this name.
+    """
+    import onnx_ir as ir
+
+    if name in graph.initializers or graph_input(graph, name) is not None:
+        raise ExportError(f"the graph already has a value named {name}")
+    value = add_constant(graph, name, default)
+    value.shape = ir.Shape(shape)
+    graph.inputs.append(value)
+    return value
+
+
+def remove_optional_input(graph: ir.Graph, name: str) -> None:
+    """Remove an input that has a default."""
+    graph.inputs.remove(graph.initializers.pop(name))
+
+
+def graph_input(graph: ir.Graph, name: str) -> ir.Value | None:
+    """The input of this name; None if there is none."""
+    return next((value for value in graph.inputs if value.name == name), None)
 
 
 def shared_constant(graph: ir.Graph, name: str, numbers: NDArray[Any]) -> ir.Value:

@@ -24,6 +24,7 @@ from loradeploy.bundle.names import ATTENTION_MASK, PAST, present_of
 from loradeploy.errors import ExportError
 from loradeploy.export.graph.edit import (
     add_constant,
+    graph_input,
     only_user,
     remove_unused,
     replace_uses,
@@ -36,12 +37,8 @@ if TYPE_CHECKING:
 
 # The operator's inputs of past keys and values, and its outputs of the present ones.
 _PRESENT_OF: Final = {3: 1, 4: 2}
-_HEADS_FIRST: Final = (
-    0,
-    2,
-    1,
-    3,
-)  # [batch, sequence, heads, size] ↔ [batch, heads, sequence, size]
+# [batch, sequence, heads, size] ↔ [batch, heads, sequence, size]
+_HEADS_FIRST: Final = (0, 2, 1, 3)
 # The comparisons of positions in a causal mask: a key's with a query's, and, so that no row is
 # empty, a token's with its own. A window or chunks need more.
 _CAUSAL: Final = Counter({"LessOrEqual": 1, "Equal": 1})
@@ -280,7 +277,7 @@ def _lengths(graph: ir.Graph) -> tuple[ir.Value, ir.Value]:
     """Compute `last` and `total` at the beginning of the graph."""
     import onnx_ir as ir
 
-    mask = next((value for value in graph.inputs if value.name == ATTENTION_MASK), None)
+    mask = graph_input(graph, ATTENTION_MASK)
     if mask is None:
         raise ExportError(f'`attention="gqa"`: the graph takes no {ATTENTION_MASK}')
     one = add_constant(graph, "gqa.one", np.array([1], np.int64))

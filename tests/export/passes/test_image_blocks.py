@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from loradeploy.errors import ExportError
-from loradeploy.export.graph.edit import add_constant
+from loradeploy.export.graph.edit import add_optional_input
 from loradeploy.export.passes.tokens.image_blocks import join_image_blocks
 
 WINDOW: Final = 2
@@ -39,10 +39,8 @@ decoder (int64[batch, sequence] input_ids, int64[batch, total] attention_mask,
 
 def _model(graph: str = GRAPH) -> ir.Model:
     model = ir.from_onnx_text(graph)
-    places = add_constant(
-        model.graph, "inputs_embeds_mask", np.zeros((1, 1), np.bool_), shape=["rows", "embeds"]
-    )
-    model.graph.inputs.append(places)
+    none = np.zeros((1, 1), np.bool_)
+    add_optional_input(model.graph, "inputs_embeds_mask", none, ["rows", "embeds"])
     return model
 
 

@@ -19,7 +19,11 @@ import numpy as np
 
 from loradeploy.bundle.names import ADAPTER_MODE, BASE
 from loradeploy.errors import ExportError
-from loradeploy.export.graph.edit import add_constant, remove_all
+from loradeploy.export.graph.edit import (
+    add_optional_input,
+    remove_all,
+    remove_optional_input,
+)
 from loradeploy.export.graph.names import BRANCHES, LORA_ADD, is_step
 from loradeploy.export.match.products import products
 from loradeploy.export.passes.forms.layout import gathered_slots
@@ -94,8 +98,7 @@ def add_branches(graph: ir.Graph) -> None:
     types = [(value.name, value.type, value.shape) for value in outputs]
     graph.outputs.clear()
     graph.remove(nodes, safe=True)
-    mode = add_constant(graph, ADAPTER_MODE, np.zeros(1, np.int64), shape=[1])
-    graph.inputs.append(mode)
+    mode = add_optional_input(graph, ADAPTER_MODE, np.zeros(1, np.int64), [1])
     to_bool = {"to": int(ir.DataType.BOOL)}
     active = ir.node("Cast", [mode], attributes=to_bool, name=f"{BRANCHES}/active")
     active.outputs[0].name = active.name
@@ -130,8 +133,7 @@ def remove_branches(graph: ir.Graph) -> None:
             value.name = str(value.name).removeprefix(prefix)
     graph.extend(nodes)
     _name_outputs(graph, values, types)
-    graph.inputs.remove(graph.initializers[ADAPTER_MODE])
-    graph.initializers.pop(ADAPTER_MODE)
+    remove_optional_input(graph, ADAPTER_MODE)
 
 
 def _name_outputs(

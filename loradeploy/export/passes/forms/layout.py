@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from loradeploy.bundle.names import ADAPTER_IDS
 from loradeploy.errors import ExportError
-from loradeploy.export.graph.edit import remove_unused
+from loradeploy.export.graph.edit import remove_optional_input, remove_unused
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -32,12 +32,10 @@ def use_row_layout(graph: ir.Graph) -> None:
     """
     if not supports_rows(graph):
         raise ExportError('factors of embeddings need slot numbers: export with `layout="slots"`')
-    ids = graph.initializers[ADAPTER_IDS]
     for gathered, source in gathered_slots(graph).items():
         gathered.replace_all_uses_with(source)
     remove_unused(graph)
-    graph.inputs.remove(ids)
-    graph.initializers.pop(ADAPTER_IDS)
+    remove_optional_input(graph, ADAPTER_IDS)
 
 
 def gathered_slots(graph: ir.Graph) -> dict[ir.Value, ir.Value]:

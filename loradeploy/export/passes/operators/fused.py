@@ -25,11 +25,15 @@ from loradeploy.bundle.names import (
     OPERATOR_DOMAIN,
     SILU_MUL_OPERATOR,
 )
-from loradeploy.errors import ExportError
 from loradeploy.export.graph.edit import only_user, remove_unused, replace_uses
 from loradeploy.export.graph.file import opset_of
 from loradeploy.export.graph.names import FUSED_SPLIT, LORA_ADD, is_step, step_name
-from loradeploy.export.passes.operators.function import function_of
+from loradeploy.export.passes.operators.function import (
+    add_function,
+    changed_call,
+    function_of,
+    is_call,
+)
 from loradeploy.export.passes.operators.gated import gated_nodes
 from loradeploy.export.passes.operators.lora_add import TARGET, update_nodes
 from loradeploy.export.passes.operators.split import (
@@ -75,8 +79,7 @@ def use_fused(model: ir.Model) -> None:
         _replace(found, name, min(found.updates, key=places.__getitem__))
         names.add(name)
     for name in sorted(names):
-        function = _function(name, opset)
-        model.functions[function.identifier()] = function
+        add_function(model, _function(name, opset))
     remove_unused(graph)
 
 
@@ -87,7 +90,7 @@ def remove_fused(model: ir.Model) -> None:
         ExportError: a call was changed.
     """
     for call in list(model.graph.all_nodes()):
-        if call.domain == OPERATOR_DOMAIN and call.op_type in _LAYERS:
+        if is_call(call, *_LAYERS):
             _separate(model.graph, call)
 
 
@@ -105,9 +108,7 @@ def _fused(graph: ir.Graph) -> Iterator[_Fused]:
 def _update(part: ir.Value) -> ir.Node | None:
     """The LoraAdd that alone uses a part."""
     node = only_user(part)
-    if node is None or (node.domain, node.op_type) != (OPERATOR_DOMAIN, LORA_ADD_OPERATOR):
-        return None
-    return node if node.inputs[0] is part else None
+    return node if is_call(node, LORA_ADD_OPERATOR) and node.inputs[0] is part else None
 
 
 def _fit_together(split: ir.Node, updates: list[ir.Node | None]) -> bool:
@@ -130,7 +131,7 @@ def _gated(updates: list[ir.Node]) -> ir.Node | None:
     """The SiluMul of the results of two updates, if nothing else uses them."""
     results = [update.outputs[0] for update in updates]
     node = only_user(results[0])
-    if node is None or (node.domain, node.op_type) != (OPERATOR_DOMAIN, SILU_MUL_OPERATOR):
+    if not is_call(node, SILU_MUL_OPERATOR):
         return None
     alone = node.graph is updates[0].graph and all(only_user(value) is node for value in results)
     return node if alone and list(node.inputs) == results else None
@@ -213,7 +214,7 @@ def _given(call: ir.Node) -> list[ir.Value]:
         for name in (_SIZES, _TARGETS)
     )
     if len(inputs) != 4 + 2 * layers or not known:
-        raise ExportError(f"{call.name} has other inputs than its operator: it was changed")
+        raise changed_call(call)
     return inputs
 
 
@@ -234,13 +235,11 @@ def _function(name: str, opset: int) -> ir.Function:
         part.name = f"y_{at}"
         own = update_nodes(part, x, A, B, ids)
         for node in own:
-            node.name = node.outputs[0].name = f"{node.name}_{at}"
+            node.name = f"{node.name}_{at}"
         nodes += own
         results.append(own[-1].outputs[0])
     if name == LORA_SWIGLU_OPERATOR:
         own = gated_nodes(*results)
-        for node in own:
-            node.outputs[0].name = node.name
         nodes, results = [*nodes, *own], [own[-1].outputs[0]]
     sizes.outputs[0].name = _SIZES
     inputs = [y, x, *(value for pair in pairs for value in pair), ids, ranks]

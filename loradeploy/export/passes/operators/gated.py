@@ -16,7 +16,12 @@ from loradeploy.bundle.names import OPERATOR_DOMAIN, SILU_MUL_OPERATOR, SWIGLU_O
 from loradeploy.errors import ExportError
 from loradeploy.export.graph.edit import only_user, remove_unused, replace_node
 from loradeploy.export.graph.file import opset_of
-from loradeploy.export.passes.operators.function import function_of
+from loradeploy.export.passes.operators.function import (
+    add_function,
+    changed_call,
+    function_of,
+    is_call,
+)
 from loradeploy.export.passes.operators.split import sizes_of, split_again
 
 if TYPE_CHECKING:
@@ -44,8 +49,8 @@ class _Gated:
         return _other(self.last, self.silu.outputs[0])
 
 
-def use_gated(model: ir.Model) -> tuple[str, ...]:
-    """Make the calls, and add their functions; return the names of the operators."""
+def use_gated(model: ir.Model) -> None:
+    """Make the calls, and add their functions."""
     import onnx_ir as ir
 
     opset = opset_of(model)
@@ -59,10 +64,8 @@ def use_gated(model: ir.Model) -> tuple[str, ...]:
         replace_node(found.last, [call])
         names[name] = None
     for name in names:
-        function = _function(name, opset)
-        model.functions[function.identifier()] = function
+        add_function(model, _function(name, opset))
     remove_unused(model.graph)
-    return tuple(sorted(names))
 
 
 def remove_gated(model: ir.Model) -> None:
@@ -72,14 +75,11 @@ def remove_gated(model: ir.Model) -> None:
         ExportError: a call has other inputs.
     """
     for call in list(model.graph.all_nodes()):
-        if call.domain != OPERATOR_DOMAIN or call.op_type not in (
-            SILU_MUL_OPERATOR,
-            SWIGLU_OPERATOR,
-        ):
+        if not is_call(call, SILU_MUL_OPERATOR, SWIGLU_OPERATOR):
             continue
         inputs = [value for value in call.inputs if value is not None]
         if len(inputs) != (1 if call.op_type == SWIGLU_OPERATOR else _HALVES):
-            raise ExportError(f"{call.name} has other inputs than its operator: it was changed")
+            raise changed_call(call)
         before = [] if len(inputs) > 1 else [_split_again(model.graph, call, inputs[0])]
         gate, up = before[0].outputs if before else inputs
         nodes = gated_nodes(gate, up)
@@ -176,6 +176,4 @@ def _function(name: str, opset: int) -> ir.Function:
         for value, part in zip(split.outputs, ("gate", "up"), strict=True):
             value.name = part
         nodes = [split, *gated_nodes(*split.outputs)]
-    for node in nodes[-3:]:
-        node.outputs[0].name = node.name
     return function_of(name, inputs, nodes, nodes[-1].outputs, {"": opset})

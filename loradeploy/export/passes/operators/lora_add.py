@@ -26,9 +26,10 @@ from loradeploy.bundle.names import (
 )
 from loradeploy.errors import ExportError
 from loradeploy.export.graph.edit import (
-    add_constant,
+    add_optional_input,
     input_at,
     only_user,
+    remove_optional_input,
     remove_unused,
     replace_node,
     replace_uses,
@@ -42,7 +43,7 @@ from loradeploy.export.graph.names import (
     LORA_B_MATMUL,
     is_step,
 )
-from loradeploy.export.passes.operators.function import function_of
+from loradeploy.export.passes.operators.function import add_function, function_of, is_call
 from loradeploy.printable import logger_of
 
 if TYPE_CHECKING:
@@ -52,7 +53,6 @@ if TYPE_CHECKING:
 
 logger = logger_of(__name__)
 
-_OPERATOR: Final = (OPERATOR_DOMAIN, LORA_ADD_OPERATOR)
 TARGET: Final = "target"
 _AXES: Final = 3  # of x and y
 
@@ -68,10 +68,8 @@ class _Update:
     B: ir.Value
 
 
-def use_lora_add(model: ir.Model, manifest: Manifest) -> bool:
+def use_lora_add(model: ir.Model, manifest: Manifest) -> None:
     """Replace the updates by calls, and add the function and the input `adapter_ranks`.
-
-    Returns whether there are any.
 
     Raises:
         ExportError: a value of the graph is named `adapter_ranks` already.
@@ -82,14 +80,11 @@ def use_lora_add(model: ir.Model, manifest: Manifest) -> bool:
     index = {target.lora_A: at for at, target in enumerate(manifest.targets)}
     updates = [each for each in _updates(graph) if each.A.name in index]
     if not updates:
-        return False
+        return
     if left := len(index) - len({update.A for update in updates}):
         logger.info("%d of %d layers keep standard operators", left, len(index))
-    if ADAPTER_RANKS in graph.initializers or any(v.name == ADAPTER_RANKS for v in graph.inputs):
-        raise ExportError(f"the graph already has a value named {ADAPTER_RANKS}")
     none = np.zeros((0, len(index)), np.int64)
-    ranks = add_constant(graph, ADAPTER_RANKS, none, shape=["ranked", len(index)])
-    graph.inputs.append(ranks)
+    ranks = add_optional_input(graph, ADAPTER_RANKS, none, ["ranked", len(index)])
     ids = graph.initializers[ADAPTER_IDS]
     for update in updates:
         call = ir.node(
@@ -102,9 +97,7 @@ def use_lora_add(model: ir.Model, manifest: Manifest) -> bool:
         call.metadata_props.update(update.add.metadata_props)
         replace_node(update.add, [call])
     remove_unused(graph)
-    function = _function(opset_of(model))
-    model.functions[function.identifier()] = function
-    return True
+    add_function(model, _function(opset_of(model)))
 
 
 def remove_lora_add(model: ir.Model) -> None:
@@ -114,7 +107,7 @@ def remove_lora_add(model: ir.Model) -> None:
         ExportError: a call lacks an input.
     """
     graph = model.graph
-    for call in [node for node in graph.all_nodes() if (node.domain, node.op_type) == _OPERATOR]:
+    for call in [node for node in graph.all_nodes() if is_call(node, LORA_ADD_OPERATOR)]:
         y, x, A, B, ids, _ = (_given(value) for value in call.inputs)
         label = str(call.name).removesuffix(LORA_ADD)
         assert A.dtype is not None  # it is an input of the graph
@@ -129,8 +122,7 @@ def remove_lora_add(model: ir.Model) -> None:
         body.insert_after(call, nodes)
         replace_uses(call.outputs[0], total.outputs[0])
         body.remove(call, safe=True)
-    ranks = graph.initializers.pop(ADAPTER_RANKS)
-    graph.inputs.remove(ranks)
+    remove_optional_input(graph, ADAPTER_RANKS)
 
 
 def _updates(graph: ir.Graph) -> Iterator[_Update]:
@@ -207,7 +199,5 @@ def _function(opset: int) -> ir.Function:
 
     inputs = [ir.Value(name=name) for name in ("y", "x", "A", "B", ADAPTER_IDS, ADAPTER_RANKS)]
     nodes = update_nodes(*inputs[:-1])
-    for node in nodes:
-        node.outputs[0].name = node.name
     attributes = {TARGET: ir.AttributeType.INT}
     return function_of(LORA_ADD_OPERATOR, inputs, nodes, nodes[-1].outputs, {"": opset}, attributes)

@@ -18,11 +18,15 @@ from loradeploy.bundle.names import (
     OPERATOR_DOMAIN,
     lora_a_name,
 )
-from loradeploy.errors import ExportError
 from loradeploy.export.graph.edit import only_user, replace_node
 from loradeploy.export.graph.file import opset_of
 from loradeploy.export.graph.names import LORA_ADD, step_name
-from loradeploy.export.passes.operators.function import function_of
+from loradeploy.export.passes.operators.function import (
+    add_function,
+    changed_call,
+    function_of,
+    is_call,
+)
 from loradeploy.export.passes.operators.lora_add import TARGET, update_nodes
 
 if TYPE_CHECKING:
@@ -50,8 +54,7 @@ def use_residual(model: ir.Model) -> None:
         assert update.graph is not None
         update.graph.remove(update, safe=True)
     if found:
-        function = _function(opset_of(model))
-        model.functions[function.identifier()] = function
+        add_function(model, _function(opset_of(model)))
 
 
 def remove_residual(model: ir.Model) -> None:
@@ -62,11 +65,11 @@ def remove_residual(model: ir.Model) -> None:
     """
     import onnx_ir as ir
 
-    operator = (OPERATOR_DOMAIN, LORA_ADD_RESIDUAL_OPERATOR)
-    for call in [n for n in model.graph.all_nodes() if (n.domain, n.op_type) == operator]:
+    calls = [n for n in model.graph.all_nodes() if is_call(n, LORA_ADD_RESIDUAL_OPERATOR)]
+    for call in calls:
         inputs = [value for value in call.inputs if value is not None]
         if len(inputs) != _INPUTS or TARGET not in call.attributes:
-            raise ExportError(f"{call.name} has other inputs than its operator: it was changed")
+            raise changed_call(call)
         *given, residual = inputs
         update = ir.node(
             LORA_ADD_OPERATOR,
@@ -87,7 +90,7 @@ def _sums(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Node, ir.Value]]:
     import onnx_ir as ir
 
     for update in graph.all_nodes():
-        if (update.domain, update.op_type) != (OPERATOR_DOMAIN, LORA_ADD_OPERATOR):
+        if not is_call(update, LORA_ADD_OPERATOR):
             continue
         result = update.outputs[0]
         add = only_user(result)
@@ -120,8 +123,6 @@ def _function(opset: int) -> ir.Function:
     inputs = [ir.Value(name=name) for name in names]
     nodes = update_nodes(*inputs[:5])
     nodes.append(ir.node("Add", [inputs[-1], nodes[-1].outputs[0]], name="result"))
-    for node in nodes:
-        node.outputs[0].name = node.name
     attributes = {TARGET: ir.AttributeType.INT}
     return function_of(
         LORA_ADD_RESIDUAL_OPERATOR, inputs, nodes, nodes[-1].outputs, {"": opset}, attributes

@@ -21,7 +21,7 @@ from loradeploy.bundle.names import (
 from loradeploy.export.graph.edit import attributes_of
 from loradeploy.export.graph.file import opset_of
 from loradeploy.export.match.operators import MICROSOFT
-from loradeploy.export.passes.operators.function import function_of
+from loradeploy.export.passes.operators.function import add_function, function_of, is_call
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -127,23 +127,21 @@ ROWS: Final = (
 _NEEDED: Final = frozenset({"accuracy_level"})
 
 
-def use_standard(model: ir.Model, row: StandardNode) -> bool:
-    """Make the nodes of `row` calls, and add its function; return whether there are any."""
+def use_standard(model: ir.Model, row: StandardNode) -> None:
+    """Make the nodes of `row` calls, and add its function."""
     nodes = [node for node in model.graph.all_nodes() if _fits(node, row)]
     if not nodes:
-        return False
+        return
     version = opset_of(model) if row.domain == "" else model.opset_imports[row.domain]
-    function = _function(row, version, nodes)
-    model.functions[function.identifier()] = function
+    add_function(model, _function(row, version, nodes))
     for node in nodes:
         node.domain = OPERATOR_DOMAIN
-    return True
 
 
 def remove_standard(model: ir.Model, row: StandardNode) -> None:
     """Undo `use_standard`, except for the function."""
     for node in model.graph.all_nodes():
-        if (node.domain, node.op_type) == (OPERATOR_DOMAIN, row.name):
+        if is_call(node, row.name):
             node.domain = row.domain
 
 

@@ -23,6 +23,7 @@ from loradeploy.export.graph.edit import (
     Chain,
     free_constants,
     only_user,
+    remove_optional_input,
     remove_unused,
     replace_uses,
 )
@@ -167,8 +168,7 @@ def _remove_unused_inputs(graph: ir.Graph) -> None:
     """Remove the inputs that have a default and are no longer used."""
     for value in list(graph.inputs):
         if value.is_initializer() and not value.uses() and not value.is_graph_output():
-            graph.inputs.remove(value)
-            graph.initializers.pop(str(value.name))
+            remove_optional_input(graph, str(value.name))
 
 
 def _updated(targets: Iterable[LoraTarget]) -> Iterator[str]:

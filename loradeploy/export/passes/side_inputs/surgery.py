@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loradeploy.bundle.names import ADAPTER_IDS, lora_a_name, lora_b_name
-from loradeploy.errors import ExportError
-from loradeploy.export.graph.edit import Chain, add_constant
+from loradeploy.export.graph.edit import Chain, add_constant, add_optional_input
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -61,12 +60,8 @@ class Surgery:
         return self._unflattened[features]
 
     def side_input(self, name: str, shape: list[int | str], default: NDArray[Any]) -> ir.Value:
-        """Add a graph input of `shape` with the value `default` if nothing is fed."""
-        if name in self.graph.initializers or any(v.name == name for v in self.graph.inputs):
-            raise ExportError(f"the graph already has a value named {name}")
-        value = add_constant(self.graph, name, default, shape=shape)
-        self.graph.inputs.append(value)
-        return value
+        """See `add_optional_input`."""
+        return add_optional_input(self.graph, name, default, shape)
 
     def factors(self, module: str, into: int, out: int) -> tuple[ir.Value, ir.Value]:
         """`M.lora_A` [adapters, in, rank] and `M.lora_B` [adapters, rank, out], of rank 0."""

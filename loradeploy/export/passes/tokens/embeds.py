@@ -19,7 +19,13 @@ import numpy as np
 
 from loradeploy.bundle.names import INPUTS_EMBEDS, INPUTS_EMBEDS_MASK
 from loradeploy.errors import ExportError
-from loradeploy.export.graph.edit import Chain, add_constant, constant_of, replace_uses
+from loradeploy.export.graph.edit import (
+    Chain,
+    add_constant,
+    add_optional_input,
+    constant_of,
+    replace_uses,
+)
 from loradeploy.export.graph.file import spec_of
 from loradeploy.export.graph.names import step_name
 from loradeploy.export.graph.scopes import module_path
@@ -52,19 +58,9 @@ def add_inputs_embeds(model: ir.Model) -> tuple[TensorSpec, ...]:
     last = embedded.producer()
     assert last is not None
     width, dtype = constant_of(embedding.weight).shape[1], embedded.dtype.numpy()
-    given = add_constant(
-        graph,
-        INPUTS_EMBEDS,
-        np.zeros((1, 1, width), dtype),
-        shape=["embeds_rows", "embeds", int(width)],
-    )
-    mask = add_constant(
-        graph,
-        INPUTS_EMBEDS_MASK,
-        np.zeros((1, 1), np.bool_),
-        shape=["embeds_rows", "embeds"],
-    )
-    graph.inputs.extend([given, mask])
+    none, shape = np.zeros((1, 1, width), dtype), ("embeds_rows", "embeds")
+    given = add_optional_input(graph, INPUTS_EMBEDS, none, [*shape, int(width)])
+    mask = add_optional_input(graph, INPUTS_EMBEDS_MASK, np.zeros((1, 1), np.bool_), shape)
     axis = add_constant(graph, step_name(INPUTS_EMBEDS, "axis"), np.array([2], np.int64))
     chain = Chain(graph, last, INPUTS_EMBEDS, ir.DataType.BOOL)
     chosen = chain.add("Unsqueeze", "chosen", [mask, axis])  # [batch, sequence, 1]

@@ -25,8 +25,11 @@ from loradeploy.errors import ExportError
 from loradeploy.export.graph.edit import (
     Chain,
     add_constant,
+    add_optional_input,
     constant_of,
+    graph_input,
     is_initialized,
+    remove_optional_input,
     remove_unused,
 )
 from loradeploy.export.graph.names import step_name
@@ -71,8 +74,8 @@ def add_logits_to_keep(graph: ir.Graph, manifest: Manifest) -> None:
     logits = next(value for value in graph.outputs if value.name == name)
     assert before is not None
     uses = [(node, index) for node, index in hidden.uses() if _leads_to(node, logits)]
-    kept = add_constant(graph, LOGITS_TO_KEEP, np.zeros((1, 0), np.int64), shape=["rows", KEPT])
-    graph.inputs.append(kept)
+    none = np.zeros((1, 0), np.int64)
+    kept = add_optional_input(graph, LOGITS_TO_KEEP, none, ["rows", KEPT])
 
     def constant(name: str, number: int) -> ir.Value:
         return add_constant(graph, step_name(LOGITS_TO_KEEP, name), np.array([number], np.int64))
@@ -118,24 +121,25 @@ def remove_logits_to_keep(graph: ir.Graph, manifest: Manifest) -> None:
         raise ExportError(
             f"the graph lacks the input {LOGITS_TO_KEEP} that its manifest lists: it was changed"
         )
-    ids = _ids(graph)
+    ids = graph_input(graph, INPUT_IDS)
     if ids is not None and ids.shape is not None:
         _set_dimension(node.outputs[0], ids.shape[1])
     node.outputs[0].replace_all_uses_with(hidden)
-    graph.inputs.remove(graph.initializers[LOGITS_TO_KEEP])
+    remove_optional_input(graph, LOGITS_TO_KEEP)
     remove_unused(graph)
 
 
 def _head_input(graph: ir.Graph, name: str) -> ir.Value | str:
     """The output head's input, of all positions; or why positions cannot be selected there."""
-    output, ids = next((v for v in graph.outputs if v.name == name), None), _ids(graph)
+    output = next((value for value in graph.outputs if value.name == name), None)
+    ids = graph_input(graph, INPUT_IDS)
     if output is None or ids is None:
         return "the graph has no logits, or takes no input_ids"
     if ids.shape is None or output.shape is None or len(output.shape) != 3 or len(ids.shape) != 2:
         return "the graph does not give logits [batch, sequence, vocabulary]"
     if isinstance(ids.shape[1], int) or ids.shape[1] != output.shape[1]:
         return "the graph's logits are not one for each of its input_ids, or of a fixed number"
-    if LOGITS_TO_KEEP in graph.initializers or any(v.name == LOGITS_TO_KEEP for v in graph.inputs):
+    if LOGITS_TO_KEEP in graph.initializers or graph_input(graph, LOGITS_TO_KEEP) is not None:
         return f"the graph has a value named {LOGITS_TO_KEEP}"
     weights = {product.node for product in products(graph)}
     behind: set[ir.Node] = set()  # the head and the nodes after it
@@ -212,10 +216,6 @@ def _leads_to(node: ir.Node, value: ir.Value) -> bool:
     return value in node.outputs or any(
         value in later.outputs for output in node.outputs for later in _after(output)
     )
-
-
-def _ids(graph: ir.Graph) -> ir.Value | None:
-    return next((value for value in graph.inputs if value.name == INPUT_IDS), None)
 
 
 def _set_dimension(kept: ir.Value, size: int | ir.SymbolicDim | str) -> None:

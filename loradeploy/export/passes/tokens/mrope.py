@@ -17,7 +17,13 @@ import numpy as np
 from loradeploy.bundle.manifest import TensorSpec, default_of
 from loradeploy.bundle.names import MROPE_POSITION_IDS, POSITION_IDS
 from loradeploy.errors import ExportError
-from loradeploy.export.graph.edit import Chain, add_constant, replace_uses
+from loradeploy.export.graph.edit import (
+    Chain,
+    add_constant,
+    add_optional_input,
+    graph_input,
+    replace_uses,
+)
 from loradeploy.export.graph.names import step_name
 
 if TYPE_CHECKING:
@@ -46,8 +52,7 @@ def add_mrope_positions(model: ir.Model) -> TensorSpec:
             " dimensions could be read instead"
         )
     spec = TensorSpec(MROPE_POSITION_IDS, "int64", (AXES, "mrope_rows", "mrope"))
-    given = add_constant(graph, spec.name, default_of(spec), shape=list(spec.shape))
-    graph.inputs.append(given)
+    given = add_optional_input(graph, spec.name, default_of(spec), spec.shape)
     zero = add_constant(graph, step_name(MROPE_POSITION_IDS, "zero"), np.array(0, np.int64))
     chain = Chain(graph, last, MROPE_POSITION_IDS, ir.DataType.BOOL)
     none = chain.add("Less", "none", [given, zero])
@@ -60,7 +65,7 @@ def add_mrope_positions(model: ir.Model) -> TensorSpec:
 
 def _axes_of(graph: ir.Graph) -> ir.Value | None:
     """`position_ids` in the form that the rotary embedding uses, [1 or 3, batch, sequence]."""
-    value = next((value for value in graph.inputs if value.name == POSITION_IDS), None)
+    value = graph_input(graph, POSITION_IDS)
     found = None
     while value is not None:
         users = [node for node, _ in value.uses() if node.op_type != "Shape"]

@@ -17,7 +17,13 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from loradeploy.bundle.names import ATTENTION_MASK, INPUT_IDS
-from loradeploy.export.graph.edit import constant_of, remove_unused, replace_uses, shared_constant
+from loradeploy.export.graph.edit import (
+    constant_of,
+    graph_input,
+    remove_unused,
+    replace_uses,
+    shared_constant,
+)
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -155,7 +161,7 @@ def _from_the_end(graph: ir.Graph, size: str) -> ir.Value | None:
     """1 - n, …, -1, 0, where n is the dimension `size` of an input, at the start of the graph."""
     import onnx_ir as ir
 
-    source = next((v for v in graph.inputs if v.name == _COUNTED[size]), None)
+    source = graph_input(graph, _COUNTED[size])
     if source is None or source.shape is None or str(source.shape[1]) != size:
         return None
     minus_one = ir.tensor(np.array([-1], np.int64))
