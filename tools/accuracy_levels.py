@@ -21,11 +21,11 @@ import onnxruntime
 
 from loradeploy.bundle.manifest import read_manifest
 from loradeploy.bundle.names import GRAPH_NAME
+from loradeploy.bundle.proof.provider import WEIGHTS_AT
 from loradeploy.parity.backends.onnx_model import OnnxModel
 from loradeploy.parity.figures.metrics import Comparison
 from loradeploy.parity.inputs.tokens import make_cases
 from loradeploy.runtime.devices.table import CPU
-from loradeploy.runtime.reading.weights import WEIGHTS_AT
 
 _LEVELS: Final = (4, 1, 0)
 

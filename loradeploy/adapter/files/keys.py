@@ -44,10 +44,10 @@ _BEFORE_VALUE_HEAD: Final = re.compile(
 
 Part = Literal["factor", "bias", "parameter", "saved", "original", "below", "rows"]
 
-_MAGNITUDE: Final = "lora_magnitude_vector"
+MAGNITUDE: Final = "lora_magnitude_vector"
 _NAMED: Final = r"(?:\.(?!weight$|bias$)(?P<adapter>[^.]+))?"
 _FACTOR: Final = re.compile(
-    rf"(?P<module>.+)\.(?P<part>lora_[AB]|lora_embedding_[AB]|{_MAGNITUDE}){_NAMED}"
+    rf"(?P<module>.+)\.(?P<part>lora_[AB]|lora_embedding_[AB]|{MAGNITUDE}){_NAMED}"
     r"(?:\.(?P<leaf>weight|bias))?"
 )
 _ROWS: Final = re.compile(rf"(?P<module>.+){re.escape(TRAINED_ROWS)}(?:\.(?P<adapter>[^.]+))?")
@@ -90,7 +90,7 @@ def read_keys(keys: Iterable[str]) -> dict[str, Key]:
     own += [found for name in names.values() if (found := _ROWS.fullmatch(name))]
     adapters = {found["adapter"] for found in own if found["adapter"] is not None}
     # PEFT also loads magnitudes with a name beside other factors without.
-    named = {found["adapter"] for found in own if found.groupdict().get("part") != _MAGNITUDE}
+    named = {found["adapter"] for found in own if found.groupdict().get("part") != MAGNITUDE}
     if None in named and len(named) > 1:
         raise AdapterError(
             f"some keys name an adapter ({min(adapters)}) and others do not: save each adapter to a"

@@ -42,9 +42,9 @@ from loradeploy.adapter.files.formats import (
     other_tensors,
     trained_beside,
 )
-from loradeploy.adapter.files.keys import INNER, ORIGINAL, PREFIX, TRAINED_ROWS
+from loradeploy.adapter.files.keys import INNER, MAGNITUDE, ORIGINAL, PREFIX, TRAINED_ROWS
 from loradeploy.adapter.files.methods import METHODS, as_lora
-from loradeploy.adapter.files.roles import BIAS, MAGNITUDE, PARTS, tensors_by_role
+from loradeploy.adapter.files.roles import BIAS, PARTS, tensors_by_role
 from loradeploy.adapter.files.tensors import read_arrays, write_tensors
 from loradeploy.adapter.heads import LABELS_KEY, PROBLEM_KEY, head_beside, label_count
 from loradeploy.adapter.modules.targets import is_saved

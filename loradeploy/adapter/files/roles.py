@@ -17,7 +17,13 @@ from loradeploy.adapter.adapter import Adapter, Factors, Kind, Rows
 from loradeploy.adapter.algebra.experts import expert_factors, parameters_below, with_targets
 from loradeploy.adapter.config import TOKENS, TYING, AdapterConfig
 from loradeploy.adapter.files.formats import other_tensors
-from loradeploy.adapter.files.keys import Key, are_below_value_head, is_value_head, read_keys
+from loradeploy.adapter.files.keys import (
+    MAGNITUDE,
+    Key,
+    are_below_value_head,
+    is_value_head,
+    read_keys,
+)
 from loradeploy.adapter.modules.patterns import endings
 from loradeploy.adapter.modules.targets import (
     is_all_linear,
@@ -35,7 +41,6 @@ if TYPE_CHECKING:
 
 logger = logger_of(__name__)
 
-MAGNITUDE: Final = "lora_magnitude_vector"
 BIAS: Final = "lora_B.bias"
 # The names of A and B by the kind of layer.
 PARTS: Final[Mapping[Kind, tuple[str, str]]] = {

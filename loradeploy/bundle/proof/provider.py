@@ -29,6 +29,8 @@ OPERATOR: Final = " operator"
 # integers exactly ("1"). On x86 processors without VNNI, sums of two products are otherwise cut
 # to 16 bits, and a layer's output can be wrong by half of its size.
 EXACT_INTEGERS: Final = "session.x64quantprecision"
+# The entry with the directory of the weights; onnxruntime ignores it unless the graph is in memory.
+WEIGHTS_AT: Final = "session.model_external_initializers_file_folder_path"
 
 
 @dataclass(frozen=True)

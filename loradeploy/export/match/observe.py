@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from loradeploy.bundle.proof.provider import WEIGHTS_AT
 from loradeploy.bundle.sample import Feeds, Sample
 from loradeploy.disk import scratch_directory
 from loradeploy.errors import first_line
@@ -49,7 +50,6 @@ _LEFT: Final = 0.02
 _ROUNDING: Final = 1e-5
 # Larger models in memory do not fit into one protobuf message.
 _MOST_BYTES: Final = 1 << 30
-_FOLDER_OPTION: Final = "session.model_external_initializers_file_folder_path"
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +127,7 @@ def open_model(model: ir.Model, directory: Path) -> onnxruntime.InferenceSession
     linked = next((t.base_dir for t in known if isinstance(t, ir.ExternalTensor)), directory)
     directory = Path(linked)  # another than the graph's if its data is behind links
     if own < _MOST_BYTES:
-        options.add_session_config_entry(_FOLDER_OPTION, str(resolved(directory)))
+        options.add_session_config_entry(WEIGHTS_AT, str(resolved(directory)))
         content = ir.to_proto(model).SerializeToString()
         return onnxruntime.InferenceSession(content, options, providers=[CPU])
     with scratch_directory() as scratch:

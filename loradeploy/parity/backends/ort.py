@@ -233,7 +233,7 @@ def _open(context: CheckContext, bundle: Path) -> AdapterSession:
 
 
 def _options(context: CheckContext) -> onnxruntime.SessionOptions:
-    from loradeploy.runtime.reading.weights import WEIGHTS_AT
+    from loradeploy.bundle.proof.provider import WEIGHTS_AT
 
     options = session_options(context.variant)
     if context.weights is not None:

@@ -91,7 +91,7 @@ def _facts(
 
 
 def _all_devices() -> Iterable[Any]:
-    devices: Iterable[Any] = getattr(onnxruntime, "get_ep_devices", list)()
+    devices: Iterable[Any] = onnxruntime.get_ep_devices()
     return devices
 
 

@@ -143,7 +143,7 @@ def _built_in_devices(row: KnownProvider) -> list[Any]:
 
     if row.full == CPU:
         return []
-    devices: list[Any] = getattr(onnxruntime, "get_ep_devices", list)()
+    devices: list[Any] = onnxruntime.get_ep_devices()
     return [device for device in devices if device.ep_name == row.full]
 
 

@@ -36,7 +36,7 @@ def plugin_devices() -> dict[str, list[Any]]:
     import onnxruntime
 
     found: dict[str, list[Any]] = {}
-    for device in getattr(onnxruntime, "get_ep_devices", list)():
+    for device in onnxruntime.get_ep_devices():
         if _LIBRARY in device.ep_metadata:
             found.setdefault(device.ep_name, []).append(device)
     return found

@@ -185,12 +185,10 @@ def preload_cuda() -> None:
     """Load the CUDA libraries that pip installed, which onnxruntime (1.31) does not find itself."""
     import onnxruntime
 
-    preload = getattr(onnxruntime, "preload_dlls", None)
-    if preload is not None:
-        with contextlib.redirect_stdout(io.StringIO()) as said:  # it prints what is missing
-            preload()
-        for line in said.getvalue().splitlines():
-            logger.debug("%s", line)
+    with contextlib.redirect_stdout(io.StringIO()) as said:  # it prints what is missing
+        onnxruntime.preload_dlls()
+    for line in said.getvalue().splitlines():
+        logger.debug("%s", line)
 
 
 def _named(provider: object) -> tuple[str, dict[str, Any]]:

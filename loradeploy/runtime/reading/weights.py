@@ -29,6 +29,7 @@ import onnxruntime
 from loradeploy.adapter.files.digest import bytes_digest
 from loradeploy.bundle.fingerprint import file_fingerprint, fingerprint
 from loradeploy.bundle.names import GRAPH_DATA_NAME, GRAPH_NAME, MANIFEST_NAME
+from loradeploy.bundle.proof.provider import WEIGHTS_AT
 from loradeploy.disk import scratch_directory
 from loradeploy.errors import BundleError
 from loradeploy.files import MAX_GRAPH_BYTES, copy_file, open_file, read_bytes
@@ -40,9 +41,6 @@ if TYPE_CHECKING:
 
 # Session option: "1" lets onnxruntime map the data file in the bundle, also without a lease.
 MAPPED: Final = "loradeploy.map_weights"
-# Session option: the directory of the weights; onnxruntime ignores it unless the graph is in
-# memory.
-WEIGHTS_AT: Final = "session.model_external_initializers_file_folder_path"
 _FROM_MEMORY: Final = "add_external_initializers_from_files_in_memory"
 # Session option: weights in memory are used where they are, and not copied. They must stay there.
 _IN_PLACE: Final = "session.use_external_initializer_file_buffers_directly"
