@@ -285,8 +285,8 @@ def read_json(
 
 
 def optional_json(path: str | os.PathLike[str], *, error: type[LoraDeployError]) -> dict[str, Any]:
-    """The JSON object in the file `path`; empty if there is no such file."""
-    return read_json(path, error=error) if os.path.isfile(path) else {}
+    """As `read_json`; empty if nothing is at `path`. What is no regular file is refused."""
+    return read_json(path, error=error) if os.path.exists(path) else {}
 
 
 def json_object(
